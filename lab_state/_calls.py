@@ -1,0 +1,450 @@
+"""Every reading and writing call, once, under a prefix: the base of the manager.
+
+The reads and `set` are the hot path: one Python frame each where the key is there and
+the value is a scalar. What is rare (a missing key, a closed manager, a typed read, a
+new key) is in functions of its own behind one test.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeVar, overload
+
+from msgspec import Raw
+
+from lab_state._codec import check_key
+from lab_state._flusher import Flusher
+from lab_state._state import MISSING, State, Stored
+from lab_state._values import decode_value, encode_value
+from lab_state.exceptions import ClosedError, InvalidKeyError, InvalidValueError, KeyNotFoundError, TypeMismatchError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Core:
+    """What a manager and its handles share.
+
+    Attributes:
+        state: The state; a closed, empty one before `start()` and after `stop()`.
+        flusher: What makes it durable; the last one after `stop()`.
+        write_through: Whether a write returns only when it is durable.
+    """
+
+    __slots__ = ("flusher", "state", "write_through")
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.flusher: Flusher | None = None
+        self.write_through = False
+
+    def open(self, state: State, flusher: Flusher) -> None:
+        """Let the calls in."""
+        self.flusher = flusher
+        self.write_through = flusher.write_through
+        state.closed = False
+        self.state = state
+
+    @property
+    def running(self) -> Flusher:
+        """The flusher, for a call that found the state open.
+
+        Raises:
+            ClosedError: There is none.
+        """
+        if self.flusher is None:
+            raise closed_error()
+        return self.flusher
+
+
+class Calls:
+    """Reading and writing.
+
+    A read never waits; it sees every change made so far and gives a fresh value each
+    time, which the caller may change without touching the state. A write is atomic,
+    in memory at once, and durable later: see `Config.flush_interval`. Where that is
+    0, a write returns when it is durable; if it raises `StorageError`, or its caller
+    is cancelled, the change stays and is retried: it is not durable yet, not undone.
+
+    Every call raises `ClosedError` before `start()` and after `stop()`, and
+    `InvalidKeyError` for a key that is not a `str` of 1 to 1,024 characters without
+    NUL and lone surrogates, and not `$lab_state`.
+    """
+
+    __slots__ = ("_core", "_prefix")
+
+    def __init__(self, core: Core, prefix: str) -> None:
+        self._core = core
+        self._prefix = prefix
+
+    # Reading
+
+    def __len__(self) -> int:
+        """How many keys there are. O(1)."""
+        self._check_open()
+        if not self._prefix:
+            return len(self._core.state.entries)
+        return sum(1 for _ in self._keys(""))
+
+    def __bool__(self) -> Literal[True]:
+        """An empty state is still a state."""
+        return True
+
+    def __contains__(self, key: object) -> bool:
+        self._check_open()
+        return isinstance(key, str) and self._prefix + key in self._core.state.entries
+
+    @overload
+    async def get(self, key: str, *, type: type[T]) -> T: ...
+    @overload
+    async def get(self, key: str, default: None, *, type: type[T]) -> T | None: ...
+    @overload
+    async def get(self, key: str, default: T, *, type: type[T]) -> T: ...
+    @overload
+    async def get(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
+    async def get(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
+        """The value of a key.
+
+        Args:
+            key: The key.
+            default: What to return, as it is, when the key is missing.
+            type: What to decode the value as: any type that msgspec decodes, or a
+                Pydantic model.
+
+        Raises:
+            KeyNotFoundError: The key is missing, and there is no default.
+            TypeMismatchError: The stored value is not a `type`; the error says where.
+        """
+        try:
+            stored = self._core.state.entries[self._prefix + key]
+        except (KeyError, TypeError):
+            return self._missing(key, default)
+        if type is Any and stored.__class__ is not Raw:
+            return stored
+        return self._decode(key, stored, type)
+
+    @overload
+    def get_nowait(self, key: str, *, type: type[T]) -> T: ...
+    @overload
+    def get_nowait(self, key: str, default: None, *, type: type[T]) -> T | None: ...
+    @overload
+    def get_nowait(self, key: str, default: T, *, type: type[T]) -> T: ...
+    @overload
+    def get_nowait(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
+    def get_nowait(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
+        """`get`, as a plain call, for callbacks and other synchronous code on the loop."""
+        try:
+            stored = self._core.state.entries[self._prefix + key]
+        except (KeyError, TypeError):
+            return self._missing(key, default)
+        return self._decode(key, stored, type)
+
+    @overload
+    async def get_many(self, keys: Iterable[str], *, type: type[T]) -> dict[str, T]: ...
+    @overload
+    async def get_many(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
+    async def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
+        """The values of those of the keys that exist, in the order asked for.
+
+        Raises:
+            TypeMismatchError: One of the values is not a `type`.
+        """
+        found = {key: self.get_nowait(key, MISSING_VALUE, type=type) for key in _many(keys)}
+        return {key: value for key, value in found.items() if value is not MISSING_VALUE}
+
+    @overload
+    async def get_all(self, prefix: str = ..., *, type: type[T]) -> dict[str, T]: ...
+    @overload
+    async def get_all(self, prefix: str = ..., *, type: Any = ...) -> dict[str, Any]: ...
+    async def get_all(self, prefix: str = "", *, type: Any = Any) -> dict[str, Any]:
+        """Every key that starts with `prefix`, with its value: one consistent picture.
+
+        Costs what the number of all keys costs, on the event loop.
+
+        Raises:
+            TypeMismatchError: One of the values is not a `type`.
+        """
+        return {key: self.get_nowait(key, type=type) for key in self._keys(prefix)}
+
+    async def exists(self, key: str) -> bool:
+        """Whether the key is there."""
+        return key in self or bool(self._missing(key, default=False))
+
+    async def keys(self, prefix: str = "") -> list[str]:
+        """Every key that starts with `prefix`, oldest first; costs what the number of all keys costs."""
+        return self._keys(prefix)
+
+    # Writing
+
+    async def set(self, key: str, value: object) -> int:
+        """Store a value; returns the revision.
+
+        Args:
+            key: The key.
+            value: Anything that msgspec encodes as JSON, or a Pydantic model. It is
+                encoded now: a later change of the object changes nothing.
+
+        Raises:
+            InvalidValueError: JSON cannot hold the value; the error says where in it.
+            StorageError: Only with a `flush_interval` of 0: not durable yet.
+        """
+        state = self._core.state
+        stored = encode_value(value)
+        full = self._prefix + key if key.__class__ is str else self._full(key)
+        if full not in state.entries:
+            check_key(full)
+        if state.closed:
+            raise closed_error()
+        revision = state.set(full, stored)
+        if self._core.write_through:
+            await self._core.running.durable(revision)
+        return revision
+
+    async def set_many(self, values: Mapping[str, object]) -> int:
+        """Store all of them as one change, all or nothing also across a crash; returns the revision.
+
+        Raises:
+            InvalidValueError: One of the values cannot be kept; none was stored.
+            StorageError: Only with a `flush_interval` of 0: not durable yet.
+        """
+        self._check_open()
+        stored = {check_key(self._full(key)): self._encode(key, value) for key, value in values.items()}
+        if not stored:
+            return self._core.state.revision
+        return await self._written(self._core.state.set_many(stored))
+
+    async def delete(self, key: str) -> bool:
+        """Delete a key; returns whether it was there.
+
+        Raises:
+            StorageError: Only with a `flush_interval` of 0: not durable yet.
+        """
+        return await self.delete_many((key,)) == 1
+
+    async def delete_many(self, keys: Iterable[str]) -> int:
+        """Delete those of the keys that are there, as one change; returns how many.
+
+        Raises:
+            StorageError: Only with a `flush_interval` of 0: not durable yet.
+        """
+        self._check_open()
+        entries = self._core.state.entries
+        wanted = [self._full(key) for key in _many(keys)]
+        return await self._deleted(self._core.state.delete_many([key if key in entries else check_key(key) for key in wanted]))
+
+    async def delete_all(self, prefix: str = "") -> int:
+        """Delete every key that starts with `prefix`, as one change; returns how many.
+
+        Raises:
+            StorageError: Only with a `flush_interval` of 0: not durable yet.
+        """
+        keys = self._keys(prefix) if self._prefix or prefix else None
+        if keys is None:
+            self._check_open()
+            return await self._deleted(self._core.state.clear())
+        return await self._deleted(self._core.state.delete_many([self._prefix + key for key in keys]))
+
+    @overload
+    async def pop(self, key: str, *, type: type[T]) -> T: ...
+    @overload
+    async def pop(self, key: str, default: None, *, type: type[T]) -> T | None: ...
+    @overload
+    async def pop(self, key: str, default: T, *, type: type[T]) -> T: ...
+    @overload
+    async def pop(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
+    async def pop(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
+        """Delete a key and return its value, or `default` if it is missing.
+
+        Raises:
+            KeyNotFoundError: The key is missing, and there is no default.
+            TypeMismatchError: The stored value is not a `type`; it was not deleted.
+            StorageError: Only with a `flush_interval` of 0: not durable yet.
+        """
+        value = self.get_nowait(key, default, type=type)
+        await self.delete_many((key,))
+        return value
+
+    @overload
+    async def update(self, key: str, fn: Callable[[T], T], *, type: type[T]) -> T: ...
+    @overload
+    async def update(self, key: str, fn: Callable[[T], T], default: T, *, type: type[T]) -> T: ...
+    @overload
+    async def update(self, key: str, fn: Callable[[Any], R], default: object = ...) -> R: ...
+    async def update(self, key: str, fn: Callable[[Any], Any], default: object = MISSING, *, type: Any = Any) -> Any:
+        """Replace a value by what `fn` makes of it, atomically; returns the new value.
+
+        Args:
+            key: The key.
+            fn: A plain function: value in, value out. If it raises, nothing changes.
+            default: What `fn` is given when the key is missing.
+            type: What to decode the value as; the new value must be one too.
+
+        Raises:
+            KeyNotFoundError: The key is missing, and there is no default.
+            TypeMismatchError: The stored or the new value is not a `type`.
+            InvalidValueError: The new value cannot be kept, is an awaitable, or is
+                `None` where the old one was not: a forgotten `return`.
+            StorageError: Only with a `flush_interval` of 0: not durable yet.
+        """
+        old = self.get_nowait(key, default, type=type)
+        was_none = old is None
+        new = _result("update", fn, fn(old))
+        if new is None and not was_none:
+            raise InvalidValueError(
+                f"{_name(fn)} given to update() returned None; return the new value, or use delete() or set(key, None)"
+            )
+        return await self._replaced(key, new, type)
+
+    @overload
+    async def get_or_set(self, key: str, factory: Callable[[], T], *, type: type[T]) -> T: ...
+    @overload
+    async def get_or_set(self, key: str, factory: Callable[[], object], *, type: Any = ...) -> Any: ...
+    async def get_or_set(self, key: str, factory: Callable[[], object], *, type: Any = Any) -> Any:
+        """The value of a key; where it is missing, what `factory` makes is stored first.
+
+        Args:
+            key: The key.
+            factory: A plain function, called only when the key is missing.
+            type: What to decode the value as; what `factory` makes must be one too.
+
+        Raises:
+            TypeMismatchError: The stored or the new value is not a `type`.
+            InvalidValueError: The new value cannot be kept, or is an awaitable.
+            StorageError: Only with a `flush_interval` of 0: not durable yet.
+        """
+        if key in self:
+            return self.get_nowait(key, type=type)
+        self._missing(key, None)
+        return await self._replaced(key, _result("get_or_set", factory, factory()), type)
+
+    async def set_if_absent(self, key: str, value: object) -> bool:
+        """Store a value if the key is missing; returns whether it did.
+
+        Raises:
+            InvalidValueError: JSON cannot hold the value.
+            StorageError: Only with a `flush_interval` of 0: not durable yet.
+        """
+        stored = encode_value(value)
+        if key in self:
+            return False
+        await self._written(self._core.state.set(check_key(self._full(key)), stored))
+        return True
+
+    @overload
+    async def incr(self, key: str, delta: int = ..., *, default: int = ...) -> int: ...
+    @overload
+    async def incr(self, key: str, delta: float = ..., *, default: float = ...) -> float: ...
+    async def incr(self, key: str, delta: float = 1, *, default: float = 0) -> float:
+        """Add to a number, atomically; returns the new number.
+
+        Args:
+            key: The key.
+            delta: What to add; may be negative.
+            default: The number to start from when the key is missing.
+
+        Raises:
+            TypeMismatchError: The stored value is not a number.
+            InvalidValueError: `delta`, `default` or the sum is not a finite number.
+            StorageError: Only with a `flush_interval` of 0: not durable yet.
+        """
+        for name, number in (("delta", delta), ("default", default)):
+            if not _is_number(number):
+                raise InvalidValueError(f"incr() needs an int or a float as {name}, not {number.__class__.__name__}")
+        old = self.get_nowait(key, default)
+        if not _is_number(old):
+            raise TypeMismatchError(f"the stored value is not a number, but a {old.__class__.__name__}; incr() needs one")
+        new: float = old + delta
+        await self.set(key, new)
+        return new
+
+    # What is rare on the hot path, and what the calls share
+
+    def _full(self, key: object) -> str:
+        """The key under the prefix; `check_key` has the bounds."""
+        if not isinstance(key, str):
+            raise InvalidKeyError(f"a key must be a str, not {key.__class__.__name__}")
+        return self._prefix + str.__str__(key)
+
+    def _missing(self, key: object, default: object) -> Any:
+        """What a read gives for a key that was not found."""
+        self._check_open()
+        check_key(self._full(key))
+        if default is MISSING:
+            raise KeyNotFoundError(str(key))
+        return default
+
+    def _decode(self, key: str, stored: Stored, type_: Any) -> Any:
+        value = decode_value(stored, type_)
+        if stored.__class__ is Raw and type_ is Any and value.__class__ in _SCALARS:
+            self._core.state.settle(self._prefix + key, value)
+        return value
+
+    def _encode(self, key: str, value: object) -> Stored:
+        try:
+            return encode_value(value)
+        except InvalidValueError as error:
+            raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
+
+    def _check_open(self) -> None:
+        if self._core.state.closed:
+            raise closed_error()
+
+    def _keys(self, prefix: str) -> list[str]:
+        self._check_open()
+        if not isinstance(prefix, str):
+            raise InvalidKeyError(f"a prefix must be a str, not {prefix.__class__.__name__}")
+        full, cut = self._prefix + prefix, len(self._prefix)
+        if not full:
+            return list(self._core.state.entries)
+        return [key[cut:] for key in self._core.state.entries if key.startswith(full)]
+
+    async def _written(self, revision: int) -> int:
+        if self._core.write_through:
+            await self._core.running.durable(revision)
+        return revision
+
+    async def _deleted(self, count: int) -> int:
+        if count:
+            await self._written(self._core.state.revision)
+        return count
+
+    async def _replaced(self, key: str, value: object, type_: Any) -> Any:
+        """Store a value that must be a `type_`, and return it as a read would."""
+        stored = encode_value(value)
+        fresh = decode_value(stored, type_)
+        self._check_open()
+        await self._written(self._core.state.set(check_key(self._full(key)), stored))
+        return fresh
+
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
+MISSING_VALUE = object()
+"""A default that no caller can have passed."""
+
+
+def closed_error() -> ClosedError:
+    return ClosedError("the manager is not running: use it between start() and stop(), or inside `async with`")
+
+
+def _many(keys: Iterable[str]) -> Iterable[str]:
+    if isinstance(keys, str):
+        raise InvalidKeyError("many keys were expected, not one str; pass a list")
+    return keys
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _name(fn: object) -> str:
+    return getattr(fn, "__qualname__", None) or repr(type(fn).__qualname__)
+
+
+def _result(call: str, fn: object, result: object) -> object:
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()
+        raise InvalidValueError(f"{_name(fn)} given to {call}() must be a plain function, not async: an await inside is not atomic")
+    return result

@@ -1,0 +1,253 @@
+"""Value to JSON and back, changes to record, state to snapshot. Pure.
+
+Formats, version 1, both JSON:
+
+* record: `{"from":41,"to":42,"clear":false,"set":{...},"delete":[...],"expires":{...}}`,
+  the changes of one commit;
+* snapshot: the user's keys, then one reserved member, last:
+  `"$lab_state":{"format":1,"revision":42,"id":"...","expires":{...},"crc32":"9ae0daaf"}`.
+  The CRC-32 covers every byte before `,"crc32":"`, so the rest of the member as well
+  as the values. `id` is new for each snapshot, so no two are byte-equal.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple, NoReturn
+
+import msgspec
+from msgspec import Raw
+
+from lab_state._state import DELETED, Changes, Stored
+from lab_state._values import MAX_DEPTH, encode, too_deep
+from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
+
+FORMAT = 1
+RESERVED = "$lab_state"
+MAX_KEY_LENGTH = 1024
+
+_CRC = b',"crc32":"'
+_SLICE_BYTES = 128 * 1024
+_MOST_AT_ONCE = 500
+
+
+class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The reserved member of a snapshot. `seq` and `fence` are there on S3 only."""
+
+    format: int
+    revision: int
+    id: str
+    crc32: str
+    expires: dict[str, int] = {}
+    seq: int | None = None
+    fence: int | None = None
+
+
+class _AnyFormat(msgspec.Struct, frozen=True):
+    format: int
+
+
+class Snapshot(NamedTuple):
+    """A whole state as it was loaded."""
+
+    entries: dict[str, Stored]
+    revision: int
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"start": "from", "end": "to"}):
+    """The changes of one commit: everything above revision `start` up to `end`."""
+
+    start: int
+    end: int
+    clear: bool
+    set: dict[str, Raw]
+    delete: list[str]
+    expires: dict[str, int] = {}
+
+
+_decode_entries = msgspec.json.Decoder(dict[str, Raw]).decode
+_decode_record = msgspec.json.Decoder(Record).decode
+
+
+def check_key(key: object) -> str:
+    """The key as a plain `str`, if it is within bounds.
+
+    Raises:
+        InvalidKeyError: It is not.
+    """
+    if not isinstance(key, str):
+        raise InvalidKeyError(f"a key must be a str, not {type(key).__name__}")
+    if not 0 < len(key) <= MAX_KEY_LENGTH:
+        raise InvalidKeyError(f"a key must have 1 to {MAX_KEY_LENGTH} characters, this one has {len(key)}")
+    if "\0" in key:
+        raise InvalidKeyError(f"the key {key!r} has a NUL character; leave it out")
+    if key == RESERVED:
+        raise InvalidKeyError(f"the key {RESERVED!r} is reserved for lab_state's own member of the file")
+    if not key.isascii():
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            raise InvalidKeyError(f"the key {key!r} has a lone surrogate, which UTF-8 cannot hold") from None
+    return str.__str__(key)
+
+
+def encode_record(taken: Changes) -> Iterator[bytes]:
+    """The record of what a commit took, in slices small enough to give the loop back between two."""
+    clear = b"true" if taken.cleared else b"false"
+    yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)
+    stored = ((key, value) for key, value in taken.changes.items() if value is not DELETED)
+    yield from _members(stored)
+    yield b'},"delete":['
+    deleted = (key for key, value in taken.changes.items() if value is DELETED)
+    comma = b""
+    while part := list(islice(deleted, _MOST_AT_ONCE)):
+        yield comma + encode(part)[1:-1]
+        comma = b","
+    yield b'],"expires":{}}'
+
+
+def _members(items: Iterable[tuple[str, Stored]], own: dict[str, Stored] | None = None) -> Iterator[bytes]:
+    """The members of an object, without its braces, in slices."""
+    items, most, comma = iter(items), 100, b""
+    while part := dict(islice(items, most)):
+        if own is not None:
+            for key, stored in part.items():
+                if stored.__class__ is Raw:
+                    own[key] = stored.copy()  # type: ignore[union-attr]
+        data = comma + encode(part)[1:-1]
+        comma = b","
+        yield data
+        # Slices of about the same size in bytes, whatever the size of the values.
+        most = min(_MOST_AT_ONCE, max(1, most * _SLICE_BYTES // len(data)))
+
+
+def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
+    """The state after these records; the snapshot's own entries are used up.
+
+    Raises:
+        CorruptionError: A record is not one, or one is missing between two others.
+    """
+    entries, revision = snapshot
+    for number, data in enumerate(records, 1):
+        try:
+            record = _decode_record(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise CorruptionError(path, 0, f"record {number} has a valid checksum, but is not a record") from None
+        if record.end <= revision:
+            continue
+        if record.start > revision:
+            raise CorruptionError(
+                path, 0, f"the changes {revision + 1} to {record.start} are missing before record {number}; restore a copy"
+            )
+        if record.clear:
+            entries = {}
+        entries.update(record.set)
+        for key in record.delete:
+            entries.pop(key, None)
+        revision = record.end
+    return Snapshot(entries, revision)
+
+
+def encode_snapshot(view: dict[str, Stored], revision: int, *, own: bool) -> Iterator[bytes]:
+    """The snapshot of a view, in slices small enough to give the loop back between two.
+
+    Args:
+        view: The entries; nobody else changes them meanwhile.
+        revision: The revision of the view.
+        own: Whether to replace values in the view that keep alive the large buffer
+            from which they were loaded.
+    """
+    opening, crc = b"{", 0
+    for part in _members(view.items(), view if own else None):
+        data = opening + part
+        opening, crc = b"", zlib.crc32(data, crc)
+        yield data
+    opening = opening or b","
+    member = encode({"format": FORMAT, "revision": revision, "id": secrets.token_hex(8)})
+    head = opening + encode(RESERVED) + b":" + member[:-1]
+    yield b'%s%s%08x"}}' % (head, _CRC, zlib.crc32(head, crc))
+
+
+def decode_snapshot(data: bytes, path: str) -> Snapshot:
+    """Read a snapshot, or import a plain JSON object that someone else wrote.
+
+    Raises:
+        CorruptionError: It is damaged, was edited, or is not a JSON object.
+        UnsupportedError: A newer version of lab_state wrote it.
+    """
+    try:
+        entries: dict[str, Any] = _decode_entries(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptionError(path, 0, _not_an_object(data, error)) from None
+    own = entries.pop(RESERVED, None)
+    if own is None:
+        _check_foreign(data, entries, path)
+        return Snapshot(entries, 0)
+    meta = _check_own(data, own, path)
+    return Snapshot(entries, meta.revision)
+
+
+def _check_own(data: bytes, own: Raw, path: str) -> Meta:
+    """The reserved member, if it matches the bytes."""
+    try:
+        found = msgspec.json.decode(own, type=_AnyFormat).format
+        if found > FORMAT:
+            raise UnsupportedError(
+                f"{path} has format {found}, this version of lab_state knows {FORMAT}: use the version that wrote it; "
+                "the file was left untouched"
+            )
+        meta = msgspec.json.decode(own, type=Meta)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        _refuse_own(path, "its member is damaged")
+    cut = data.rfind(_CRC)
+    crc = b"%08x" % zlib.crc32(memoryview(data)[: max(cut, 0)])
+    if data[cut:] != _CRC + crc + b'"}}' or meta.crc32.encode() != crc or meta.format != FORMAT or meta.revision < 0:
+        _refuse_own(path, "its checksum does not match its contents")
+    return meta
+
+
+def _refuse_own(path: str, what: str) -> NoReturn:
+    raise CorruptionError(
+        path,
+        0,
+        f"{what}. If it was edited by hand, delete the member {RESERVED!r} and start again; otherwise restore a copy",
+    )
+
+
+def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
+    """Every value of a file that no checksum covers must be one that can be read and written."""
+    tail = data[data.rfind(b'{"format":') : -1]
+    for suspect in (next(reversed(entries.values()), Raw(b"null")), tail):
+        if _looks_like_own(suspect):
+            raise CorruptionError(
+                path, len(data) - len(tail), f"the member {RESERVED!r} is there, but its name is damaged; restore a copy"
+            )
+    for key, value in entries.items():
+        try:
+            msgspec.json.decode(value)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise CorruptionError(path, 0, f"the value of {key!r} is not valid JSON in UTF-8; mend it by hand") from None
+        if too_deep(bytes(value)):
+            raise CorruptionError(path, 0, f"the value of {key!r} has more than {MAX_DEPTH} levels of nesting")
+
+
+def _looks_like_own(value: Raw | bytes) -> bool:
+    try:
+        members = msgspec.json.decode(value, type=dict[str, Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return members.keys() >= {"format", "revision", "id", "crc32"}
+
+
+def _not_an_object(data: bytes, error: Exception) -> str:
+    if not data.strip():
+        return "it is empty, which no state is; restore a copy, or delete the file to start with an empty state"
+    if data.lstrip()[:1] != b"{":
+        return "it is not a JSON object; a state is one object, with a member for each key"
+    # msgspec's errors about syntax hold no values, and say at which byte.
+    where = str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
+    return f"it is not valid JSON ({where}); restore a copy"

@@ -1,0 +1,223 @@
+"""Journal, format 1: framing, checksums, and the scan that tells torn from damaged.
+
+Pure: bytes in, bytes or a verdict out. The journal is text, one frame a line::
+
+    <crc32, 8 hex digits> <payload length> <kind> <payload>\\n
+
+The CRC-32 covers salt, length, kind and payload. The salt is drawn anew for each
+journal and stands in its header, so that nothing that was in the blocks of an older
+file, and nothing that a user's value spells, passes for a frame.
+
+The writer keeps one frame in flight: the next is written only after the sync of the
+one before returned. So bad bytes with no valid frame behind them are a torn tail,
+never acknowledged; bad bytes with a valid frame behind them are damage to
+acknowledged data. The same rule is behind etcd's WAL repair and RocksDB's
+`kPointInTimeRecovery`, which lack the guarantee of one frame in flight and so
+cannot always tell the two apart.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import zlib
+from enum import Enum
+from typing import NamedTuple
+
+import msgspec
+
+from lab_state.exceptions import CorruptionError, UnsupportedError
+
+FORMAT = 1
+
+ANY_BASE = "*"
+"""The base of a journal whose first frame is the whole state."""
+
+NO_BASE = "none"
+"""The base of a journal that follows no snapshot."""
+
+
+class Kind(str, Enum):
+    """What a frame holds."""
+
+    HEADER = "H"
+    RECORD = "R"
+    CHECKPOINT = "C"
+    FULL = "F"
+
+
+class Header(msgspec.Struct, frozen=True):
+    """The first line: which state this is, and which snapshot it follows."""
+
+    format: int
+    name: str
+    salt: str
+    base: str
+
+
+class Frame(NamedTuple):
+    """One frame behind the header."""
+
+    kind: Kind
+    payload: bytes
+
+
+class Scan(NamedTuple):
+    """What a journal holds. `end` is where the clean part ends; bytes behind it are a torn tail."""
+
+    header: Header
+    frames: tuple[Frame, ...]
+    end: int
+
+
+_FRAME = re.compile(rb"([0-9a-f]{8}) ((\d{1,15}) ([A-Z]) )")
+_ANYWHERE = re.compile(rb"(?=[0-9a-f]{8} \d{1,15} [A-Z] )")
+_NEWLINE = 0x0A
+
+
+def new_salt() -> str:
+    """16 random hex digits."""
+    return secrets.token_hex(8)
+
+
+def base_of(size: int, crc: int) -> str:
+    """The name by which a journal refers to a snapshot: the size and CRC-32 of its bytes."""
+    return f"{size}-{crc:08x}"
+
+
+def frame(salt: str, kind: Kind, payload: bytes) -> bytes:
+    """One line of the journal."""
+    body = b"%d %s %s" % (len(payload), kind.value.encode(), payload)
+    return b"%08x %s\n" % (zlib.crc32(body, zlib.crc32(salt.encode())), body)
+
+
+def header(name: str, salt: str, base: str) -> bytes:
+    """The first line of a journal."""
+    return frame(salt, Kind.HEADER, msgspec.json.encode(Header(FORMAT, name, salt, base)))
+
+
+def scan(data: bytes, name: str, path: str) -> Scan:
+    """Read a whole journal.
+
+    Args:
+        data: The bytes of the journal.
+        name: The name of the state that it must belong to.
+        path: Where it came from, for messages.
+
+    Raises:
+        CorruptionError: Acknowledged data is damaged, or the journal is another state's.
+        UnsupportedError: A newer version of lab_state wrote it.
+    """
+    head, position = _read_header(data, name, path)
+    frames: list[Frame] = []
+    while (found := _frame_at(data, position, head.salt)) is not None:
+        kind, payload, following = found
+        frames.append(Frame(_known_kind(kind, position, path), payload))
+        position = following
+    if (behind := _valid_frame_behind(data, position, head.salt)) is not None:
+        raise CorruptionError(
+            path, position, f"a valid frame follows at byte {behind}, so what is damaged was acknowledged; restore a copy"
+        )
+    if head.base == ANY_BASE and not (frames and frames[0].kind is Kind.FULL):
+        raise CorruptionError(path, position, "the frame with the whole state, which must come first, is missing")
+    return Scan(head, tuple(frames), position)
+
+
+def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
+    """The header and the offset behind it; its own payload holds the salt that proves it."""
+    bad_line = CorruptionError(path, 0, "its first line is not a valid journal header; restore a copy")
+    line = _FRAME.match(data)
+    if line is None or line[4] != Kind.HEADER.value.encode():
+        raise bad_line
+    try:
+        head = msgspec.json.decode(data[line.end() : line.end() + int(line[3])], type=Header)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise bad_line from None
+    found = _frame_at(data, 0, head.salt)
+    if found is None:
+        raise bad_line
+    if head.format != FORMAT:
+        raise UnsupportedError(
+            f"{path} has journal format {head.format}, this version of lab_state knows {FORMAT}: "
+            "use the version that wrote it; the file was left untouched"
+        )
+    if head.name != name:
+        raise CorruptionError(path, 0, f"it is the journal of {head.name!r}, not of {name!r}; put the right file back")
+    return head, found[2]
+
+
+def _frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int] | None:
+    """Kind, payload and the offset behind them, if a valid frame starts at `position`."""
+    match = _FRAME.match(data, position)
+    if match is None:
+        return None
+    end = match.end() + int(match[3])
+    # The last byte first: in a torn tail it spares the checksum of a long payload.
+    if end >= len(data) or data[end] != _NEWLINE:
+        return None
+    with memoryview(data) as view:
+        crc = zlib.crc32(view[match.start(2) : end], zlib.crc32(salt.encode()))
+    if crc != int(match[1], 16):
+        return None
+    return match[4], data[match.end() : end], end + 1
+
+
+def _known_kind(kind: bytes, position: int, path: str) -> Kind:
+    if kind in (b"R", b"C", b"F"):
+        return Kind(kind.decode())
+    raise CorruptionError(path, position, f"a frame of the unexpected kind {kind.decode()!r}; restore a copy")
+
+
+def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
+    """The offset of the first valid frame at any byte from `position` on.
+
+    Any byte, not any line: one flipped newline glues two frames, and a search by
+    lines would drop the acknowledged one.
+    """
+    for match in _ANYWHERE.finditer(data, position):
+        if _frame_at(data, match.start(), salt) is not None:
+            return match.start()
+    return None
+
+
+class Accepted(NamedTuple):
+    """Which state a journal and a snapshot stand for.
+
+    Attributes:
+        full: The state at the start of the journal, where that is not the snapshot.
+        records: The records behind it.
+        unclean: Whether the last writer did not end with a checkpoint.
+    """
+
+    full: bytes | None
+    records: tuple[bytes, ...]
+    unclean: bool
+
+
+def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Accepted:
+    """Decide what to load.
+
+    Args:
+        found: The journal, if there is one.
+        size: Its size in bytes, a torn tail included.
+        snapshot_base: `base_of` the snapshot that is there, or `NO_BASE`.
+        path: Where the journal came from, for messages.
+
+    Raises:
+        CorruptionError: The two do not belong together.
+    """
+    if found is None:
+        return Accepted(None, (), unclean=False)
+    base, frames = found.header.base, found.frames
+    if any(kind is Kind.FULL for kind, _ in frames[base == ANY_BASE :]):
+        raise CorruptionError(path, 0, "a frame with the whole state stands where none may; restore a copy")
+    records = tuple(payload for kind, payload in frames if kind is Kind.RECORD)
+    if base == ANY_BASE:
+        return Accepted(frames[0].payload, records, unclean=True)
+    followed = {base.encode()} | {payload for kind, payload in frames if kind is Kind.CHECKPOINT}
+    if snapshot_base.encode() not in followed:
+        if records:
+            raise CorruptionError(path, 0, "the snapshot beside it is not the one that it follows; put the right one back")
+        if snapshot_base == NO_BASE:
+            raise CorruptionError(path, 0, "the snapshot that it follows is missing; put it back")
+    return Accepted(None, records, unclean=bool(frames) or size > found.end)

@@ -1,0 +1,224 @@
+"""The map in memory: entries, unflushed changes, revisions. Pure and synchronous.
+
+Theory of operation. `entries` maps keys to stored values. A scalar is stored as it
+is; everything else as `msgspec.Raw`, its JSON, so that no caller's object is ever
+shared. `changes` holds what was changed since the last commit took the changes
+away, key to stored value or `Absent.DELETED`; `cleared` says that everything older
+was deleted first. A commit takes the changes by swapping in an empty dict (`take`);
+a commit that failed puts them back under what came since (`put_back`).
+
+A snapshot needs a view that stands still while writers go on. `freeze` gives the
+dict itself as that view and puts an `Overlay` over it that takes the writes; `fold`
+brings them home in small steps afterwards. So neither step costs what the size of
+the state costs. Whoever reads or writes `entries` cannot tell the two apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from typing import Literal, NamedTuple, TypeAlias
+
+from msgspec import Raw
+
+
+class Absent(Enum):
+    """The two ways of not being there."""
+
+    MISSING = "missing"
+    DELETED = "deleted"
+
+
+MISSING: Literal[Absent.MISSING] = Absent.MISSING
+DELETED: Literal[Absent.DELETED] = Absent.DELETED
+
+Stored: TypeAlias = str | int | float | bool | None | Raw
+"""A value as it is kept: a JSON scalar, or the JSON of anything else."""
+
+
+class Changes(NamedTuple):
+    """What one commit makes durable: everything above revision `start` up to `end`."""
+
+    start: int
+    end: int
+    cleared: bool
+    changes: dict[str, Stored | Literal[Absent.DELETED]]
+    since: float
+
+
+class Overlay:
+    """Takes the writes while the dict beneath, `base`, stands still as a view."""
+
+    __slots__ = ("_size", "base", "top")
+
+    def __init__(self, base: dict[str, Stored]) -> None:
+        self.base = base
+        self.top: dict[str, Stored | Literal[Absent.DELETED]] = {}
+        self._size = len(base)
+
+    def __getitem__(self, key: str) -> Stored:
+        value = self.top.get(key, MISSING)
+        if value is MISSING:
+            return self.base[key]
+        if value is DELETED:
+            raise KeyError(key)
+        return value
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __contains__(self, key: object) -> bool:
+        value = self.top.get(key, MISSING)  # type: ignore[call-overload]  # any object may be looked up
+        return key in self.base if value is MISSING else value is not DELETED
+
+    def __iter__(self) -> Iterator[str]:
+        for key in self.base:
+            if key not in self.top:
+                yield key
+        for key, value in self.top.items():
+            if value is not DELETED:
+                yield key
+
+    def items(self) -> Iterator[tuple[str, Stored]]:
+        for key, stored in self.base.items():
+            if key not in self.top:
+                yield key, stored
+        for key, value in self.top.items():
+            if value is not DELETED:
+                yield key, value
+
+    def __setitem__(self, key: str, stored: Stored) -> None:
+        if key not in self:
+            self._size += 1
+        self.top[key] = stored
+
+    def __delitem__(self, key: str) -> None:
+        if key not in self:
+            raise KeyError(key)
+        self._size -= 1
+        self.top[key] = DELETED
+
+    def fold(self, most: int) -> bool:
+        """Move up to `most` writes into the base; False once none is left."""
+        for key in [key for key, _ in zip(self.top, range(most), strict=False)]:
+            value = self.top.pop(key)
+            if value is DELETED:
+                self.base.pop(key, None)
+            else:
+                self.base[key] = value
+        return bool(self.top)
+
+
+class State:
+    """The map of one manager.
+
+    Attributes:
+        entries: Key to stored value. `clear`, `freeze` and `fold` put another object
+            in its place, so ask for it each time.
+        changes: What changed since the last `take`.
+        cleared: Whether everything older than `changes` was deleted first.
+        revision: The number of the last change.
+        taken: The revision up to which changes were taken.
+        since: When the oldest change that was not taken was made, in seconds of
+            `monotonic`.
+        closed: Whether the manager is not running. `entries` is empty then, so a read,
+            which looks there first, needs this only when it finds nothing.
+        borrowed: Whether entries may be views that keep the buffer alive that they
+            were loaded from.
+    """
+
+    __slots__ = ("_monotonic", "borrowed", "changes", "cleared", "closed", "entries", "revision", "since", "taken")
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self.closed = True
+        self.since = 0.0
+        self.load({}, 0)
+
+    def load(self, entries: dict[str, Stored], revision: int) -> None:
+        """Begin with these entries, all of them taken."""
+        self.entries: dict[str, Stored] | Overlay = entries
+        self.borrowed = bool(entries)
+        self.changes: dict[str, Stored | Literal[Absent.DELETED]] = {}
+        self.cleared = False
+        self.revision = self.taken = revision
+
+    def set(self, key: str, stored: Stored) -> int:
+        """Store one value; returns the new revision."""
+        revision = self.revision
+        if revision == self.taken:
+            self.since = self._monotonic()
+        self.entries[key] = self.changes[key] = stored
+        self.revision = revision = revision + 1
+        return revision
+
+    def settle(self, key: str, scalar: Stored) -> None:
+        """Keep a value as the scalar that it was found to be; no change."""
+        if self.entries.__class__ is dict:  # an overlay would take it for a write
+            self.entries[key] = scalar
+
+    def set_many(self, values: Mapping[str, Stored]) -> int:
+        """Store all of them as one change; returns the new revision."""
+        self._change()
+        for key, stored in values.items():
+            self.entries[key] = self.changes[key] = stored
+        return self.revision
+
+    def delete_many(self, keys: Iterable[str]) -> int:
+        """Delete those of them that are there, as one change; returns how many."""
+        found = {key for key in keys if key in self.entries}
+        if found:
+            self._change()
+        for key in found:
+            del self.entries[key]
+            self.changes[key] = DELETED
+        return len(found)
+
+    def clear(self) -> int:
+        """Delete everything; returns how many. Costs the same for any size."""
+        count = len(self.entries)
+        if count:
+            self._change()
+            self.entries = {}
+            self.changes = {}
+            self.cleared = True
+        return count
+
+    def take(self) -> Changes:
+        """Take the changes away for a commit."""
+        taken = Changes(self.taken, self.revision, self.cleared, self.changes, self.since)
+        self.changes, self.cleared, self.taken = {}, False, self.revision
+        return taken
+
+    def put_back(self, taken: Changes) -> None:
+        """Put the changes of a failed commit back, under what came since."""
+        if not self.cleared:
+            self.changes = {**taken.changes, **self.changes}
+            self.cleared = taken.cleared
+        self.taken, self.since = taken.start, taken.since
+
+    def freeze(self) -> dict[str, Stored]:
+        """A view of the entries that stands still until `fold` was called with it.
+
+        One view is free; another one at the same time is a copy, which costs what the
+        size of the state costs. That happens when a sync fails while a checkpoint runs.
+        """
+        if isinstance(self.entries, Overlay):
+            return dict(self.entries.items())
+        view = self.entries
+        self.entries = Overlay(view)
+        return view
+
+    def fold(self, view: dict[str, Stored], most: int) -> bool:
+        """Give a view back, up to `most` writes at a time; False once that is done."""
+        entries = self.entries
+        if isinstance(entries, Overlay) and entries.base is view:
+            if entries.fold(most):
+                return True
+            self.entries = view
+        return False
+
+    def _change(self) -> None:
+        if self.revision == self.taken:
+            self.since = self._monotonic()
+        self.revision += 1

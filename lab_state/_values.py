@@ -1,0 +1,266 @@
+"""One value to JSON and back, and what is refused. Pure.
+
+A scalar is stored as it is, anything else as `msgspec.Raw`, its JSON. Refused is what
+JSON cannot hold, or what would not be read back everywhere: NaN and infinity (msgspec
+writes them as `null`), cycles, more than 128 levels of nesting (Python's own limit
+differs by version and by the caller's stack), lone surrogates, unknown classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from enum import Enum
+from functools import lru_cache
+from math import isfinite
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from lab_state._state import Stored
+from lab_state.exceptions import InvalidValueError, TypeMismatchError
+
+MAX_DEPTH = 128
+
+_SHALLOW = 2 * MAX_DEPTH + 1
+"""Fewer bytes than this cannot be nested deeper than `MAX_DEPTH`."""
+
+_MAX_PATH = 200
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+_MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
+
+_NOT_FINITE = "NaN and infinity cannot be kept: JSON has no such numbers"
+_LONE_SURROGATE = "a str with a lone surrogate cannot be kept: UTF-8 cannot hold it"
+_TOO_MANY_DIGITS = "an int of so many digits cannot be kept; store it as a str"
+
+
+def _encode_other(value: object) -> Raw:
+    """What msgspec does not know: Pydantic models, found by their method, at any depth."""
+    dump = getattr(type(value), "model_dump_json", None)
+    if dump is None:
+        raise NotImplementedError
+    return Raw(dump(value, by_alias=True, round_trip=True).encode())
+
+
+def _decode_other(type_: type[Any], value: object) -> object:
+    validate = getattr(type_, "model_validate_json", None)
+    if validate is None:
+        raise NotImplementedError
+    return validate(encode(value))
+
+
+encode = msgspec.json.Encoder(enc_hook=_encode_other).encode
+_decode_any = msgspec.json.Decoder().decode
+_validate = msgspec.json.Decoder(Raw).decode
+_find_null = re.compile(rb"null").search
+_find_strings = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_INNERMOST = re.compile(rb"(?:\[\]|\{\})+")
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def encode_value(value: object) -> Stored:
+    """The stored form of a value.
+
+    Raises:
+        InvalidValueError: JSON cannot hold it; the error says where in the value.
+    """
+    kind = value.__class__
+    if kind in _SCALARS:
+        if kind is str:
+            if not value.isascii():  # type: ignore[attr-defined]
+                _check_text(value)  # type: ignore[arg-type]
+        elif kind is int:
+            if not _MIN_INT <= value <= _MAX_INT:  # type: ignore[operator]
+                _check_digits(value)  # type: ignore[arg-type]
+        elif kind is float and not isfinite(value):  # type: ignore[arg-type]
+            raise InvalidValueError(_NOT_FINITE)
+        return value  # type: ignore[return-value]
+    try:
+        data = encode(value)
+        # A msgspec.Raw, or a model's own serializer, may have put anything there.
+        stored = _validate(data)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 -- a serializer of the caller's may raise anything, and quote the value
+        raise _refusal(value) from None
+    if _find_null(data) is not None:
+        _check_finite(value)
+    if len(data) >= _SHALLOW and too_deep(data):
+        raise _refusal(value)
+    return stored
+
+
+def decode_value(stored: Stored, type_: Any) -> Any:
+    """A fresh value of the type asked for.
+
+    Raises:
+        TypeMismatchError: The stored value is not one, or the type is none that can be decoded.
+    """
+    if stored.__class__ is Raw:
+        data: Any = stored
+        if type_ is Any:
+            return _decode_any(data)
+    elif type_ is Any or stored.__class__ is type_:
+        return stored
+    else:
+        data = encode(stored)
+    try:
+        try:
+            decode = _decoder(type_)
+        except TypeError:  # not hashable, or nothing that msgspec decodes
+            decode = _make_decoder(type_)
+        return decode(data)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:  # noqa: BLE001 -- a validator of the caller's may raise anything, and quote the value
+        raise _mismatch(type_, error) from None
+
+
+def too_deep(data: bytes) -> bool:
+    """Whether JSON has more than `MAX_DEPTH` levels of nesting."""
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+        return False
+    return _deeper(data, MAX_DEPTH)
+
+
+def _deeper(data: bytes, levels: int) -> bool:
+    brackets = _find_strings.sub(b"", data).translate(None, _NOT_BRACKETS)
+    for _ in range(levels):
+        brackets = _INNERMOST.sub(b"", brackets)
+        if not brackets:
+            return False
+    return bool(brackets)
+
+
+def _make_decoder(type_: Any) -> Callable[[Any], Any]:
+    validate = getattr(type_, "model_validate_json", None)
+    if validate is not None:
+        return lambda data: validate(bytes(data))
+    return msgspec.json.Decoder(type_, dec_hook=_decode_other).decode
+
+
+_decoder = lru_cache(maxsize=1024)(_make_decoder)
+
+
+def _check_text(value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidValueError(_LONE_SURROGATE) from None
+
+
+def _check_digits(value: int) -> None:
+    """Python itself limits the digits of an int in text."""
+    try:
+        encode(value)
+    except ValueError:
+        raise InvalidValueError(_TOO_MANY_DIGITS) from None
+
+
+def _check_finite(value: object) -> None:
+    """msgspec writes NaN and infinity as `null`: look at the values behind every `null`."""
+    stack: list[tuple[str, object]] = [("$", value)]
+    while stack:
+        path, item = stack.pop()
+        if isinstance(item, float) and not isfinite(item):
+            raise InvalidValueError(_NOT_FINITE, _shortened(path))
+        if not isinstance(item, str | int | None):
+            stack.extend((path + step, child) for step, child in _children(item))
+
+
+def _refusal(value: object) -> InvalidValueError:
+    """Why a value cannot be encoded, and the path to the innermost part that cannot."""
+    path, depth, above = "$", 0, [value]
+    while depth < MAX_DEPTH:
+        step = next(((s, child) for s, child in _children(value) if _refused(child, MAX_DEPTH - depth - 1)), None)
+        if step is None:
+            return InvalidValueError(_reason(value), _shortened(path))
+        path, value, depth = path + step[0], step[1], depth + 1
+        if any(value is container for container in above):
+            return InvalidValueError("a value that contains itself cannot be kept", _shortened(path))
+        above.append(value)
+    return InvalidValueError(f"more than {MAX_DEPTH} levels of nesting cannot be kept", _shortened(path))
+
+
+def _refused(value: object, levels: int) -> bool:
+    try:
+        data = encode(value)
+        _validate(data)
+    except Exception:  # noqa: BLE001 -- whatever it is, this is the part that cannot be encoded
+        return True
+    return _deeper(data, levels)
+
+
+def _reason(value: object) -> str:
+    if isinstance(value, str):
+        return _LONE_SURROGATE
+    if isinstance(value, int):
+        return _TOO_MANY_DIGITS
+    if isinstance(value, Raw):
+        return "a msgspec.Raw that is not valid JSON cannot be kept"
+    if isinstance(value, dict):
+        return "a dict with keys that JSON cannot hold cannot be kept"
+    return (
+        f"an object of the class {type(value).__qualname__} cannot be kept: use what msgspec encodes (built-in types, "
+        "Struct, dataclass, attrs, enum, datetime, UUID, Decimal) or a Pydantic model"
+    )
+
+
+def _children(value: object) -> Iterator[tuple[str, object]]:
+    """The parts of a value, each with its step in the path."""
+    if isinstance(value, dict):
+        yield from ((_step(key), child) for key, child in value.items())
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from ((f"[{index}]", child) for index, child in enumerate(value))
+    elif isinstance(value, Enum):
+        yield "", value.value
+    else:
+        for name in _field_names(value):
+            yield f".{name}", getattr(value, name, None)
+
+
+def _field_names(value: object) -> Iterator[str]:
+    kind = type(value)
+    if isinstance(value, msgspec.Struct):
+        yield from kind.__struct_fields__  # type: ignore[attr-defined]
+    elif dataclasses.is_dataclass(value):
+        yield from (field.name for field in dataclasses.fields(value))
+    elif (attributes := getattr(kind, "__attrs_attrs__", None)) is not None:
+        yield from (attribute.name for attribute in attributes)
+    else:
+        yield from getattr(kind, "model_fields", ())  # Pydantic
+
+
+def _step(key: object) -> str:
+    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= _MAX_PATH else f"{path[:_MAX_PATH]}..."
+
+
+_EXPECTED = re.compile(r"(Expected `.*?|Object missing required field `[^`]*`)(?: - at `(.*)`)?")
+_PATH = re.compile(r".* - at `(.*)`", re.DOTALL)
+
+
+def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
+    """The error without the value, which msgspec's and Pydantic's own messages quote."""
+    name = getattr(type_, "__qualname__", None) or repr(type_)
+    if isinstance(error, msgspec.ValidationError) and (match := _EXPECTED.fullmatch(str(error))) is not None:
+        path, detail = match[2] or "$", match[1]
+    elif callable(errors := getattr(error, "errors", None)) and hasattr(type_, "model_validate_json"):
+        first = errors(include_url=False, include_context=False, include_input=False)[0]
+        path, detail = "$" + "".join(_pydantic_step(part) for part in first["loc"]), str(first["type"])
+    elif isinstance(error, msgspec.ValidationError):
+        match = _PATH.fullmatch(str(error))
+        path, detail = match[1] if match is not None else "$", "it does not fit"
+    else:
+        path, detail = "$", f"{type(error).__name__} while decoding; is it a type that msgspec decodes?"
+    return TypeMismatchError(f"the stored value is not a {name}: {detail} - at `{path}`", path)
+
+
+def _pydantic_step(part: object) -> str:
+    return f"[{part}]" if isinstance(part, int) else _step(part)

@@ -1,0 +1,61 @@
+"""`Config`: the settings of one manager, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import msgspec
+
+from lab_state.exceptions import InvalidNameError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings of one manager.
+
+    A `msgspec.Struct`, so that `msgspec.yaml.decode(text, type=Config)` and its
+    likes make one from a file or the environment; a misspelt field is an error.
+
+    Attributes:
+        name: The name of the state, and of its file or object: 1 to 128 characters
+            of `A-Z a-z 0-9 . _ -`, the first a letter or a digit.
+        flush_interval: Seconds between background flushes, 0 or more. `0`: every
+            call that changes something returns only when its change is durable
+            (concurrent callers share one write). `None`: only `flush()` and
+            `stop()` write.
+        stop_timeout: Seconds that `stop()` may spend, above 0: on the last flush
+            first, then on a checkpoint as far as time allows.
+
+    Raises:
+        InvalidNameError: The name is out of bounds; it is used as a file name, so
+            nothing that could leave the directory is accepted.
+        ValueError: Another field is out of bounds.
+        TypeError: A field has the wrong type.
+    """
+
+    name: str
+    flush_interval: float | None = 1.0
+    stop_timeout: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"Config.name must be a str, not {type(self.name).__name__}")
+        if not _NAME.fullmatch(self.name):
+            raise InvalidNameError(
+                f"Config.name {self.name[:140]!r} is out of bounds: use 1 to 128 characters of "
+                "A-Z a-z 0-9 . _ -, the first a letter or a digit"
+            )
+        if self.flush_interval is not None:
+            _check_seconds("flush_interval", self.flush_interval)
+        _check_seconds("stop_timeout", self.stop_timeout)
+        if self.stop_timeout == 0:
+            raise ValueError("Config.stop_timeout must be above 0 seconds, or nothing could be written at stop")
+
+
+def _check_seconds(field: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"Config.{field} must be a number of seconds, not {type(value).__name__}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"Config.{field} must be a finite number of seconds, 0 or more")

@@ -1,0 +1,112 @@
+"""Every error that lab_state raises, in one tree.
+
+A class exists only where the caller would act differently. No message holds a
+value or a credential; keys, names, paths and types may appear.
+"""
+
+from __future__ import annotations
+
+
+class LabStateError(Exception):
+    """Root of all errors raised by lab_state."""
+
+
+class KeyNotFoundError(LabStateError, KeyError):
+    """The key is not in the state: use a default, or set it first.
+
+    Attributes:
+        key: The key as the caller gave it.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        """A sentence, where `KeyError` would quote its argument."""
+        return f"no key {self.key!r} in the state; pass a default to read what may be missing"
+
+
+class InvalidNameError(LabStateError, ValueError):
+    """The name of a state, or another field of `Config`, is out of bounds: fix the argument."""
+
+
+class InvalidKeyError(LabStateError, ValueError):
+    """The key is out of bounds: fix the argument."""
+
+
+class InvalidValueError(LabStateError, ValueError):
+    """The value, or another argument of a write, cannot be kept as JSON: fix the argument.
+
+    Attributes:
+        path: Where in the value, as a JSON path; `$` is the value itself.
+    """
+
+    def __init__(self, message: str, path: str = "$") -> None:
+        super().__init__(message, path)
+        self.path = path
+
+    def __str__(self) -> str:
+        """The message, and the path where it says more than "here"."""
+        message = str(self.args[0])
+        return message if self.path == "$" else f"{message} - at `{self.path}`"
+
+
+class TypeMismatchError(LabStateError):
+    """The stored value is not of the type asked for: ask for another type, or migrate the value.
+
+    Attributes:
+        path: Where in the value, as a JSON path; `$` is the value itself.
+    """
+
+    def __init__(self, message: str, path: str = "$") -> None:
+        super().__init__(message, path)
+        self.path = path
+
+    def __str__(self) -> str:
+        """The message alone; it names the path already."""
+        return str(self.args[0])
+
+
+class ClosedError(LabStateError):
+    """Used before `start()` or after `stop()`: fix the program."""
+
+
+class StorageError(LabStateError):
+    """Root of the errors of a storage."""
+
+
+class UnavailableError(StorageError):
+    """The storage failed this time: nothing to do, the changes are in memory and the write is retried."""
+
+
+class UnsupportedError(StorageError):
+    """The storage cannot do this as it is: fix its permissions, its settings or the version of the library."""
+
+
+class LockedError(StorageError):
+    """Another process, or another manager in this one, owns the state: stop it; the message says who."""
+
+
+class FencedError(StorageError):
+    """A newer writer owns the state: stop this one."""
+
+
+class CorruptionError(StorageError):
+    """What is stored is damaged: restore it. It was left untouched, and is never treated as empty.
+
+    Attributes:
+        path: The file or object.
+        offset: The byte in it at which the damage was noticed; 0 when it concerns the whole.
+        detail: What is wrong, and what to do about it.
+    """
+
+    def __init__(self, path: str, offset: int, detail: str) -> None:
+        super().__init__(path, offset, detail)
+        self.path = path
+        self.offset = offset
+        self.detail = detail
+
+    def __str__(self) -> str:
+        """Where, then what."""
+        return f"{self.path} is damaged at byte {self.offset}: {self.detail}"

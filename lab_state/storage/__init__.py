@@ -1,0 +1,9 @@
+"""Where states are kept."""
+
+from __future__ import annotations
+
+from lab_state.storage._protocol import Recovery, Snapshot, Storage, StorageSession
+from lab_state.storage.file import FileStorage
+from lab_state.storage.memory import MemoryStorage
+
+__all__ = ["FileStorage", "MemoryStorage", "Recovery", "Snapshot", "Storage", "StorageSession"]

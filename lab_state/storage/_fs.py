@@ -1,0 +1,272 @@
+"""The only module that opens, syncs, renames or locks a file.
+
+Every function but `stream` is synchronous and runs in a thread of the storage's. The
+rules: a new file is written under a temporary name in the same directory, synced,
+renamed, and its directory synced, before anything relies on it; a failed sync is never
+repeated, since the kernel marks the pages clean all the same (Rebello et al., "Can
+Applications Recover from fsync Failures?", USENIX ATC 2020).
+
+Linux is what is tested. macOS has no `fdatasync`, and its `fsync` does not reach the
+platter: `F_FULLFSYNC` does. Windows has no `fcntl`: importing works, opening does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+
+import aiofiles
+import msgspec
+
+from lab_state.exceptions import FencedError, LockedError, StorageError, UnavailableError, UnsupportedError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover -- Windows
+    fcntl = None  # type: ignore[assignment]
+
+_TO_BE_FIXED = {
+    errno.EACCES: "give this user the permission",
+    errno.EPERM: "give this user the permission",
+    errno.EROFS: "the file system is read-only; mount it writable",
+    errno.ENOTDIR: "a part of the path is a file; choose another directory",
+    errno.EISDIR: "a directory is in its place; move it away",
+    errno.ELOOP: "the path has a loop of symbolic links",
+    errno.ENAMETOOLONG: "the path is too long for the file system",
+    errno.EOPNOTSUPP: "the file system cannot do this; choose another one",
+    errno.ENOLCK: "the file system cannot lock; choose another one",
+}
+
+
+@contextlib.contextmanager
+def translated(what: str, path: Path) -> Iterator[None]:
+    """Raise an `OSError` as the `StorageError` that says what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{what} {path} failed: {error.strerror or error}"
+        if error.errno in _TO_BE_FIXED:
+            raise UnsupportedError(f"{message}; {_TO_BE_FIXED[error.errno]}") from error
+        raise UnavailableError(message) from error
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """Who holds a lock, as the lock file says for the message of the one who is refused."""
+
+    host: str
+    pid: int
+    started: str
+
+
+class Lock:
+    """An advisory lock on a file that is never renamed and never unlinked.
+
+    `flock`, not `lockf`: the latter is dropped when anyone in the process closes any
+    descriptor of the file, and does not exclude another manager in the same process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if fcntl is None:  # pragma: no cover -- Windows
+            raise UnsupportedError("FileStorage needs flock, which this platform does not have; use MemoryStorage or S3Storage")
+        self.path = path
+        self._pid = os.getpid()
+        with translated("opening", path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._acquire()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _acquire(self) -> None:
+        with translated("locking", self.path):
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LockedError(self._who()) from None
+            holder = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, msgspec.json.encode(holder) + b"\n", 0)
+
+    def _who(self) -> str:
+        try:
+            holder = msgspec.json.decode(os.pread(self._fd, 4096, 0), type=Holder)
+        except (msgspec.MsgspecError, UnicodeDecodeError):  # it has the lock, but has not yet said who it is
+            who = "another writer"
+        else:
+            who = f"pid {holder.pid} on {holder.host}, since {holder.started}"
+        return f"{self.path} is locked by {who}: stop it first, or use another name; a state has one writer"
+
+    def check(self) -> None:
+        """Whether this is still the lock, and this still the process that took it.
+
+        Raises:
+            FencedError: The file was deleted or replaced, so another process can own
+                the state by now.
+            UnsupportedError: This is a child process, forked since.
+        """
+        if os.getpid() != self._pid:
+            raise UnsupportedError(f"{self.path} is locked by the parent of this forked process; start a manager of its own")
+        if not is_file(self.path, self._fd):
+            raise FencedError(f"{self.path} was deleted or replaced, so another writer may own the state: restart this one")
+
+    def release(self) -> None:
+        """Let go. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def is_file(path: Path, fd: int) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory that only this user can enter, with those above it, durably."""
+    missing = [path]
+    while not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    with translated("making the directory", path):
+        for directory in reversed(missing):
+            try:
+                directory.mkdir(0o700)
+            except FileExistsError:
+                if not directory.is_dir():
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+            else:
+                _sync_directory(directory.parent)
+
+
+def read(path: Path) -> bytes | None:
+    """The bytes of a file; `None` only when there is no such file."""
+    with translated("reading", path):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+
+def create(path: Path, *parts: bytes) -> int:
+    """A new file with these bytes, synced; returns its descriptor. Leaves nothing behind when it fails."""
+    with translated("writing", path):
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            offset = 0
+            for part in parts:
+                _write(fd, part, offset)
+                offset += len(part)
+            _sync(fd)
+        except BaseException:
+            os.close(fd)
+            discard(path)
+            raise
+    return fd
+
+
+async def stream(path: Path, slices: AsyncIterator[bytes], executor: Executor) -> None:
+    """A new file with the slices, not synced yet. One hop a slice, so that commits go on between two."""
+    with translated("writing", path):
+        async with aiofiles.open(path, "wb", buffering=0, opener=_private, executor=executor) as file:
+            async for part in slices:
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[await file.write(rest) :]
+
+
+def sync(path: Path) -> None:
+    """Sync a file that is not open."""
+    with translated("syncing", path):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _sync(fd)
+        finally:
+            os.close(fd)
+
+
+def rename(temporary: Path, path: Path) -> None:
+    """Put a synced file in place of another; durable only after `sync_directory`."""
+    with translated("renaming", path):
+        os.replace(temporary, path)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    with translated("syncing the directory", path):
+        _sync_directory(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a temporary file, as far as that is possible; the next start tries again."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+class TornWriteError(Exception):
+    """A failed append could not be undone, or its sync failed: the file must never be written again."""
+
+
+def append(fd: int, path: Path, data: bytes, offset: int) -> None:
+    """Write at the end of a file, and sync.
+
+    Raises:
+        StorageError: The write failed and was undone.
+        TornWriteError: `from` the `StorageError`: the end of the file is unknown.
+    """
+    try:
+        with translated("writing", path):
+            _write(fd, data, offset)
+    except StorageError as error:
+        try:
+            os.ftruncate(fd, offset)
+        except OSError:
+            raise TornWriteError from error
+        raise
+    try:
+        with translated("syncing", path):
+            _sync_data(fd)
+    except StorageError as error:
+        raise TornWriteError from error
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    with memoryview(data) as view:
+        written = 0
+        while written < len(data):
+            written += os.pwrite(fd, view[written:], offset + written)
+
+
+def _sync(fd: int) -> None:
+    if hasattr(fcntl, "F_FULLFSYNC"):  # pragma: no cover -- macOS
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def _sync_data(fd: int) -> None:
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(fd)
+    else:  # pragma: no cover -- macOS
+        _sync(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,124 @@
+"""What a storage promises to the flusher.
+
+A storage keeps, for each name, one snapshot and the records committed after it. It
+sees bytes, never a key or a value. `lab_state.testing.StorageConformance` checks what
+is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple, Protocol
+
+Snapshot = Callable[[], AsyncIterator[bytes]]
+"""Takes a view of the state, at one revision, at the moment of the call; gives it in slices.
+
+The slices come one after the other, and the event loop runs between two. For a
+checkpoint the last slice comes only when everything in the view has been committed,
+so a storage that publishes what it was given publishes nothing that could be undone;
+if that commit fails, the iterator raises its `StorageError`.
+"""
+
+
+class Recovery(NamedTuple):
+    """What was found when a state was opened.
+
+    Attributes:
+        snapshot: The bytes of the snapshot; `None` when there never was one.
+        records: The records committed after it, oldest first. Records that the
+            snapshot holds already may be among them.
+        checkpoint_first: Whether nothing may be committed before a checkpoint. What
+            was recovered may not be durable until then.
+        dropped_bytes: The size of a torn tail that was dropped: never acknowledged.
+    """
+
+    snapshot: bytes | None
+    records: tuple[bytes, ...]
+    checkpoint_first: bool
+    dropped_bytes: int
+
+
+class StorageSession(Protocol):
+    """One state, owned by this writer until `aclose`.
+
+    At most one `commit` and one `checkpoint` are under way at a time. Each method
+    raises `StorageError` or a subclass, `from` the cause, and nothing else. A caller
+    that is cancelled leaves the outcome unknown, as after an error; what is on the
+    storage is whole either way.
+    """
+
+    @property
+    def recovery(self) -> Recovery:
+        """What was found when the state was opened."""
+        ...
+
+    @property
+    def path(self) -> str:
+        """Where the state is, for messages; without credentials."""
+        ...
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """The size of the snapshot in bytes; 0 when there is none."""
+        ...
+
+    @property
+    def journal_bytes(self) -> int:
+        """The size in bytes of what a checkpoint would drop."""
+        ...
+
+    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
+        """Make one record durable.
+
+        Args:
+            record: The record.
+            snapshot: For a storage that cannot append at the moment, and must write
+                everything anew. The view holds the record's changes.
+
+        Returns:
+            Whether a checkpoint is due. When this returns, the record survives.
+
+        Raises:
+            StorageError: The outcome is unknown. The changes may be committed again,
+                in this record or in another that holds them too.
+            FencedError: A newer writer owns the state; so it is for every later call.
+        """
+        ...
+
+    async def checkpoint(self, snapshot: Snapshot) -> None:
+        """Write a snapshot in place of everything before it.
+
+        Runs beside commits and does not hold them up. Records committed after the
+        view was taken are kept.
+
+        Raises:
+            StorageError: What was there before is as good as it was, or the new
+                snapshot is in its place whole.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of the state. Idempotent.
+
+        What is still under way ends first, and the state stays owned until then, so
+        that no second writer can slip in; this holds when the caller is cancelled too.
+
+        Raises:
+            StorageError: Letting go failed. The session is closed all the same.
+        """
+        ...
+
+
+class Storage(Protocol):
+    """Configuration: where states are kept. One object may serve any number of names."""
+
+    async def open(self, name: str) -> StorageSession:
+        """Become the only writer of a state, and load it.
+
+        Raises:
+            LockedError: Someone else is the writer.
+            CorruptionError: What is stored is damaged; it was left untouched.
+            UnavailableError: It could not be read this time.
+            UnsupportedError: It cannot be read as it is: permissions, a newer format.
+        """
+        ...

@@ -1,0 +1,113 @@
+"""`MemoryStorage`: the same promise within one process, for tests and for state that may go."""
+
+from __future__ import annotations
+
+import zlib
+
+from lab_state import _journal as journal
+from lab_state._journal import NO_BASE, Kind
+from lab_state.exceptions import LockedError, UnsupportedError
+from lab_state.storage._protocol import Recovery, Snapshot
+
+_MIN_CHECKPOINT_BYTES = 64 * 1024
+
+
+class Place:
+    """Where one state is: what a file would hold, and whether someone has it open."""
+
+    def __init__(self) -> None:
+        self.snapshot: bytes | None = None
+        self.journal: bytearray | None = None
+        self.session: MemorySession | None = None
+
+
+class MemoryStorage:
+    """States in the memory of this process.
+
+    Durable means: survives the manager. Another manager on the same object finds what
+    the one before left; when the object goes, so do the states.
+    """
+
+    def __init__(self) -> None:
+        """An object with no states."""
+        self.places: dict[str, Place] = {}
+
+    def __repr__(self) -> str:
+        """The names of the states."""
+        return f"<MemoryStorage {sorted(self.places)}>"
+
+    async def open(self, name: str) -> MemorySession:
+        """Lock the state and load it; see `Storage.open`."""
+        place = self.places.setdefault(name, Place())
+        if place.session is not None:
+            raise LockedError(f"{name!r} is open in this {type(self).__name__} already: stop its manager first")
+        return MemorySession(place, name)
+
+
+class MemorySession:
+    """A state in memory, owned until `aclose`; see `StorageSession`."""
+
+    def __init__(self, place: Place, name: str) -> None:
+        self._name = name
+        self._place = place
+        self._since: list[bytes] | None = None
+        self.path = f"memory:{name}"
+        base = _base(place.snapshot)
+        data = bytes(place.journal or b"")
+        scan = None if place.journal is None else journal.scan(data, name, self.path)
+        accepted = journal.accept(scan, len(data), base, self.path)
+        torn = len(data) - scan.end if scan is not None else 0
+        # Memory does not tear: this journal was damaged by hand. Drop the tail as a disk would.
+        self._salt = scan.header.salt if scan is not None else journal.new_salt()
+        if place.journal is None:
+            place.journal = bytearray(journal.header(name, self._salt, base))
+        elif torn:
+            del place.journal[-torn:]
+        self._journal = place.journal
+        self.recovery = Recovery(place.snapshot, accepted.records, checkpoint_first=False, dropped_bytes=torn)
+        place.session = self
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """The size of the snapshot."""
+        return len(self._place.snapshot or b"")
+
+    @property
+    def journal_bytes(self) -> int:
+        """The size of the journal."""
+        return len(self._journal)
+
+    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:  # noqa: ARG002 -- memory can always append
+        """Append one frame; see `StorageSession.commit`."""
+        self._check_open()
+        self._journal += journal.frame(self._salt, Kind.RECORD, record)
+        if self._since is not None:
+            self._since.append(record)
+        return self.journal_bytes > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
+
+    async def checkpoint(self, snapshot: Snapshot) -> None:
+        """Replace the snapshot and the journal at once; see `StorageSession.checkpoint`."""
+        self._check_open()
+        slices = snapshot()
+        self._since = since = []
+        try:
+            data = b"".join([part async for part in slices])
+        finally:
+            self._since = None
+        self._check_open()
+        frames = b"".join(journal.frame(self._salt, Kind.RECORD, record) for record in since)
+        self._journal[:] = journal.header(self._name, self._salt, _base(data)) + frames
+        self._place.snapshot = data
+
+    async def aclose(self) -> None:
+        """Let go; see `StorageSession.aclose`."""
+        if self._place.session is self:
+            self._place.session = None
+
+    def _check_open(self) -> None:
+        if self._place.session is not self:
+            raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
+
+
+def _base(snapshot: bytes | None) -> str:
+    return NO_BASE if snapshot is None else journal.base_of(len(snapshot), zlib.crc32(snapshot))

@@ -1,0 +1,78 @@
+"""Everything that is run on this project: `nox -l` lists it."""
+
+from __future__ import annotations
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["tests", "lint", "types", "docs"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = ["3.11", "3.12", "3.13"]
+# Without this, `python -m pytest` would import the checkout instead of the wheel.
+WHEEL_ONLY = {"PYTHONSAFEPATH": "1"}
+
+
+def _group(name: str) -> list[str]:
+    return nox.project.dependency_groups(PROJECT, name)
+
+
+def _tests(session: nox.Session) -> None:
+    session.install(".", *_group("test"))
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs, env=WHEEL_ONLY)
+    session.run("coverage", "combine", "--quiet")
+    if not session.posargs:
+        session.run("coverage", "report")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests, on the Python at hand, against the built wheel."""
+    _tests(session)
+
+
+@nox.session(python=PYTHONS)
+def all_pythons(session: nox.Session) -> None:
+    """The tests, on every supported Python; a missing one is an error."""
+    _tests(session)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, and the rules that tools can hold."""
+    session.install(*_group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, by two checkers, both strict."""
+    session.install(".", "nox", *_group("test"), *_group("types"), *_group("bench"), *_group("demo"))
+    session.run("mypy")
+    session.run("pyright")
+    session.run("pyright", "--ignoreexternal", "--verifytypes", "lab_state", env=WHEEL_ONLY)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation as HTML, every warning an error. Its examples run in `tests`."""
+    session.install(".", *_group("docs"))
+    session.run("sphinx-build", "-W", "-n", "-q", "-b", "html", "docs", "docs/_build/html")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """A real application, killed in the middle: nothing that it acknowledged is lost. Under 30 s."""
+    session.install("-q", ".", *_group("demo"))
+    session.run("python", "docs/examples/demo.py", *session.posargs, env=WHEEL_ONLY)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The figures, as ratios within one run."""
+    session.install(".", *_group("bench"))
+    session.run("python", "tests/benchmarks/bench.py", *session.posargs, env=WHEEL_ONLY)
