@@ -115,6 +115,16 @@ class Flusher:
         if self._stop_error is not None:
             raise self._stop_error
 
+    def abort(self) -> StorageSession:
+        """End without writing anything, as a crash would; for tests of crashes. Returns the session, open."""
+        self._stopping = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in (self._task, self._checkpointing):
+            if task is not None:
+                task.cancel()
+        return self._session
+
     def _abandon(self, timeout: float) -> None:
         """Leave a storage call that hangs to itself; the session is closed when it ends."""
         self._abandoned = True
@@ -370,15 +380,19 @@ class Flusher:
         """The last flush, a checkpoint as far as time allows, and the end of the session."""
         try:
             self._stop_error = await self._last_flush()
-            if self._checkpointing is not None and not self._abandoned:
-                await asyncio.wait({self._checkpointing})
+            await self._checkpoint_ended()
             if self._stop_error is None and self._checkpointed < self.durable_revision and not self._abandoned:
                 await self._checkpoint(wait=False)
         finally:
+            await self._checkpoint_ended()
             try:
-                await self._session.aclose()
+                await _only_storage_errors(self._session.aclose())
             except StorageError as error:
                 self._logger.warning("%s: letting go of the storage failed: %s", self._name, error)
+
+    async def _checkpoint_ended(self) -> None:
+        if self._checkpointing is not None:
+            await asyncio.wait({self._checkpointing})
 
     async def _last_flush(self) -> StorageError | None:
         error: StorageError | None = None

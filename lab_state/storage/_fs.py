@@ -174,14 +174,47 @@ def create(path: Path, *parts: bytes) -> int:
     return fd
 
 
-async def stream(path: Path, slices: AsyncIterator[bytes], executor: Executor) -> None:
-    """A new file with the slices, not synced yet. One hop a slice, so that commits go on between two."""
-    with translated("writing", path):
-        async with aiofiles.open(path, "wb", buffering=0, opener=_private, executor=executor) as file:
-            async for part in slices:
-                rest = memoryview(part)
-                while rest:
-                    rest = rest[await file.write(rest) :]
+class NewFile:
+    """A new file that is written in slices, one hop to a thread each, so that other work goes on between two.
+
+    Every method but `write` is synchronous. Call them all in one thread; then `discard`
+    may follow at any time, whatever was cancelled before it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = -1
+
+    def open(self) -> None:
+        """Begin, in place of what an earlier attempt left."""
+        with translated("opening", self.path):
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    async def write(self, slices: AsyncIterator[bytes], executor: Executor) -> None:
+        """Write the slices, in the threads of the executor."""
+        with translated("writing", self.path):
+            # The descriptor stays ours: a file object of aiofiles' own would leak when its opening is cancelled.
+            async with aiofiles.open(self._fd, "wb", buffering=0, closefd=False, executor=executor) as file:
+                async for part in slices:
+                    rest = memoryview(part)
+                    while rest:
+                        rest = rest[await file.write(rest) :]
+
+    def finish(self) -> None:
+        """Sync and close."""
+        with translated("syncing", self.path):
+            _sync(self._fd)
+        self._close()
+
+    def discard(self) -> None:
+        """Close, and delete as far as that is possible."""
+        self._close()
+        discard(self.path)
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def sync(path: Path) -> None:
@@ -237,10 +270,6 @@ def append(fd: int, path: Path, data: bytes, offset: int) -> None:
             _sync_data(fd)
     except StorageError as error:
         raise TornWriteError from error
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:

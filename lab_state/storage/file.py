@@ -69,7 +69,7 @@ class FileStorage:
     async def open(self, name: str) -> FileSession:
         """Lock the state and load it; see `Storage.open`."""
         thread = ThreadPoolExecutor(1, thread_name_prefix=f"lab_state {name} commits")
-        opening = thread.submit(_open, self._directory.absolute(), name)
+        opening = thread.submit(_open, self._directory, name)
         try:
             writer, recovery = await asyncio.shield(asyncio.wrap_future(opening))
         except BaseException:
@@ -96,6 +96,7 @@ class _Paths(NamedTuple):
 
 def _open(directory: Path, name: str) -> tuple[_Writer, Recovery]:
     """Lock, read, decide. Blocking."""
+    directory = directory.absolute()
     paths = _Paths.of(directory, name)
     fs.make_directory(directory)
     lock = fs.Lock(paths.lock)
@@ -309,9 +310,11 @@ class FileSession:
 
     async def checkpoint(self, snapshot: Snapshot) -> None:
         """Write the snapshot beside the commits, then publish it; see `StorageSession.checkpoint`."""
-        writer = self._writer
+        self._check_open()
+        writer, thread = self._writer, self._checkpoints
         slices = snapshot()
         writer.since = since = []
+        new = fs.NewFile(writer.paths.new_snapshot)
         try:
             if writer.need is _Need.FULL:
                 full = b"".join([part async for part in slices])
@@ -319,13 +322,14 @@ class FileSession:
                 slices = _one(full)
             generation = writer.generation
             counted = _Counted(slices)
-            await fs.stream(writer.paths.new_snapshot, counted.slices(), self._checkpoints)
-            await self._run(self._checkpoints, fs.sync, writer.paths.new_snapshot)
+            await self._run(thread, new.open)
+            await new.write(counted.slices(), thread)
+            await self._run(thread, new.finish)
             base = journal.base_of(counted.size, counted.crc)
             await self._run(self._commits, writer.publish, base, counted.size, since, generation)
         except BaseException:
             if self._closing is None:
-                self._checkpoints.submit(fs.discard, writer.paths.new_snapshot)
+                thread.submit(new.discard)
             raise
         finally:
             writer.since = None
@@ -344,9 +348,12 @@ class FileSession:
             self._commits.shutdown(wait=False)
             self._checkpoints.shutdown(wait=False)
 
-    async def _run(self, thread: ThreadPoolExecutor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def _check_open(self) -> None:
         if self._closing is not None:
             raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
+
+    async def _run(self, thread: ThreadPoolExecutor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        self._check_open()
         return await asyncio.wrap_future(thread.submit(function, *args, **kwargs))
 
 

@@ -1,0 +1,453 @@
+"""What every storage must show; `lab_state.testing.StorageConformance` is its public name."""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping
+from typing import Any, TypeVar
+
+from lab_state.config import Config
+from lab_state.exceptions import CorruptionError, LockedError, StorageError, UnavailableError, UnsupportedError
+from lab_state.manager import Manager
+from lab_state.storage._protocol import Snapshot, Storage, StorageSession
+
+E = TypeVar("E", bound=BaseException)
+R = TypeVar("R")
+
+NAME = "conformance"
+
+
+class StorageConformance:
+    """A suite of tests for a storage; subclass it and fill in the four hooks.
+
+    Each test method is a coroutine function without arguments, so any runner that runs
+    coroutines will do. Each must begin with an empty place: with pytest, make that in
+    an autouse fixture.
+    """
+
+    # The hooks
+
+    def make_storage(self) -> Storage:
+        """A storage on the place of this test; each call gives one on the same place."""
+        raise NotImplementedError
+
+    async def crash(self, session: StorageSession) -> None:
+        """End a session as SIGKILL would: what it holds is let go, nothing is written."""
+        raise NotImplementedError
+
+    def read_raw(self, name: str) -> Mapping[str, bytes]:
+        """Everything that is stored for a state, part by part, past the storage."""
+        raise NotImplementedError
+
+    def write_raw(self, name: str, part: str, data: bytes | None) -> None:
+        """Replace one of these parts, past the storage, or delete it."""
+        raise NotImplementedError
+
+    # What comes back
+
+    async def test_a_new_state_is_empty(self) -> None:
+        """Opening what was never written recovers nothing, and that is no corruption."""
+        session = await self.make_storage().open(NAME)
+        snapshot, records, _, dropped = session.recovery
+        assert (snapshot, records, dropped) == (None, (), 0)
+        await session.aclose()
+
+    async def test_records_come_back_in_order(self) -> None:
+        """What `commit` returned for is there after the next open, in order."""
+        written = await self._commit_some(5)
+        assert written == await self._recovered_records()
+
+    async def test_records_survive_a_crash(self) -> None:
+        """A session that never ends cleanly loses no record."""
+        written = await self._commit_some(5, crash=True)
+        assert written == await self._recovered_records()
+
+    async def test_a_large_record_comes_back(self) -> None:
+        """A record of 4 MiB is one record, and whatever is in it passes for nothing else."""
+        large = b'00000000 5 R "x"\n' * (4 * 1024 * 1024 // 17)
+        async with _open(self.make_storage()) as session:
+            await session.commit(large, _given(b"{}"))
+        assert (large,) == await self._recovered_records()
+
+    async def test_a_checkpoint_takes_the_place_of_what_was_before(self) -> None:
+        """After a checkpoint, the snapshot and the records committed since are recovered."""
+        async with _open(self.make_storage()) as session:
+            await session.commit(b"1", _given(b"{}"))
+            await session.checkpoint(_given(b'{"a":', b"1}"))
+            await session.commit(b"2", _given(b"{}"))
+        async with _open(self.make_storage()) as session:
+            assert session.recovery.snapshot == b'{"a":1}'
+            assert session.recovery.records[-1:] == (b"2",)
+
+    async def test_commits_beside_a_checkpoint_are_kept(self) -> None:
+        """A record committed while the snapshot is being written is recovered behind it."""
+        async with _open(self.make_storage()) as session:
+            await session.commit(b"before", _given(b"{}"))
+
+            async def slices() -> AsyncIterator[bytes]:
+                yield b"{"
+                await session.commit(b"beside", _given(b"{}"))
+                yield b"}"
+
+            await session.checkpoint(slices)
+            await session.commit(b"after", _given(b"{}"))
+            await self.crash(session)
+        async with _open(self.make_storage()) as session:
+            assert session.recovery.snapshot == b"{}"
+            assert session.recovery.records[-2:] == (b"beside", b"after")
+
+    async def test_many_checkpoints_leave_one_snapshot(self) -> None:
+        """The place does not grow with the number of checkpoints."""
+        async with _open(self.make_storage()) as session:
+            for number in range(10):
+                await session.commit(b"r" * 1000, _given(b"{}"))
+                await session.checkpoint(_given(b"%d" % number))
+            assert session.snapshot_bytes == 1
+            assert session.journal_bytes < 1000
+        assert sum(map(len, self.read_raw(NAME).values())) < 2000
+
+    async def test_a_checkpoint_that_fails_changes_nothing(self) -> None:
+        """When the view cannot be finished, what was there stays, and commits go on."""
+        async with _open(self.make_storage()) as session:
+            await session.checkpoint(_given(b"old"))
+            await session.commit(b"1", _given(b"{}"))
+            await _raises(UnavailableError, session.checkpoint(_failing(b"ne")))
+            await session.commit(b"2", _given(b"{}"))
+        async with _open(self.make_storage()) as session:
+            assert session.recovery.snapshot == b"old"
+            assert session.recovery.records == (b"1", b"2")
+
+    async def test_states_are_apart(self) -> None:
+        """One storage serves many names, and none sees another's data."""
+        storage = self.make_storage()
+        async with _open(storage, "one") as one, _open(storage, "two") as two:
+            await one.commit(b"1", _given(b"{}"))
+            await two.commit(b"2", _given(b"{}"))
+        async with _open(storage, "one") as one, _open(storage, "two") as two:
+            assert (one.recovery.records, two.recovery.records) == ((b"1",), (b"2",))
+
+    async def test_sizes_are_told(self) -> None:
+        """The sizes in bytes grow with what is written."""
+        async with _open(self.make_storage()) as session:
+            await session.checkpoint(_given(b"x" * 500))
+            assert session.snapshot_bytes == 500
+            before = session.journal_bytes
+            await session.commit(b"r" * 300, _given(b"{}"))
+            assert session.journal_bytes >= before + 300
+            assert NAME in session.path
+
+    async def test_a_checkpoint_becomes_due(self) -> None:
+        """A journal that only grows asks for a checkpoint, and no longer once it had one."""
+        async with _open(self.make_storage()) as session:
+            assert not await session.commit(b"small", _given(b"{}"))
+            assert await session.commit(b"r" * 2_000_000, _given(b"{}"))
+            await session.checkpoint(_given(b"{}"))
+            assert not await session.commit(b"small", _given(b"{}"))
+
+    # One writer
+
+    async def test_a_second_writer_is_refused(self) -> None:
+        """An open state is locked, for another storage on the same place too, until it is let go."""
+        first = await self.make_storage().open(NAME)
+        error = await _raises(LockedError, self.make_storage().open(NAME))
+        assert NAME in str(error)
+        await first.commit(b"1", _given(b"{}"))
+        await first.aclose()
+        second = await self.make_storage().open(NAME)
+        assert second.recovery.records == (b"1",)
+        await second.aclose()
+
+    async def test_closing_twice_is_closing_once(self) -> None:
+        """`aclose` is idempotent, and does not let go of what a later session owns."""
+        first = await self.make_storage().open(NAME)
+        await first.aclose()
+        second = await self.make_storage().open(NAME)
+        await first.aclose()
+        await _raises(LockedError, self.make_storage().open(NAME))
+        await second.aclose()
+
+    async def test_a_closed_session_writes_nothing(self) -> None:
+        """After `aclose`, commit and checkpoint raise and change nothing."""
+        session = await self.make_storage().open(NAME)
+        await session.commit(b"1", _given(b"{}"))
+        await session.aclose()
+        before = self.read_raw(NAME)
+        await _raises(StorageError, session.commit(b"2", _given(b"{}")))
+        await _raises(StorageError, session.checkpoint(_given(b"{}")))
+        assert self.read_raw(NAME) == before
+
+    async def test_opened_in_one_task_and_closed_in_another(self) -> None:
+        """A session does not belong to the task that opened it."""
+        session = await asyncio.create_task(self.make_storage().open(NAME))
+        await asyncio.create_task(_discard(session.commit(b"1", _given(b"{}"))))
+        await asyncio.create_task(session.aclose())
+        assert (b"1",) == await self._recovered_records()
+
+    # Cancellation
+
+    async def test_open_can_be_cancelled_at_every_await(self) -> None:
+        """A cancelled open lets go of the state."""
+        await self._commit_some(1)
+        for number in range(100):
+            opened = await _cancelled_at(number, self.make_storage().open(NAME))
+            if opened is not None:
+                await opened.aclose()
+                break
+            async with _open(self.make_storage()) as session:
+                assert session.recovery.records == (b"record 0",)
+        else:
+            raise AssertionError("open() awaits more than a hundred times")
+
+    async def test_commit_can_be_cancelled_at_every_await(self) -> None:
+        """A cancelled commit is there or not; what was acknowledged before and after it is there."""
+
+        async def run(number: int) -> bool:
+            async with _open(self.make_storage(), f"{NAME}-{number}") as session:
+                await session.commit(b"before", _given(b"{}"))
+                done = await _cancelled_at(number, session.commit(b"cancelled", _given(b"{}"))) is not None
+                await session.commit(b"after", _given(b"{}"))
+            async with _open(self.make_storage(), f"{NAME}-{number}") as session:
+                records = [record for record in session.recovery.records if record != b"cancelled"]
+                assert records == [b"before", b"after"]
+            return done
+
+        await _until(run)
+
+    async def test_checkpoint_can_be_cancelled_at_every_await(self) -> None:
+        """A cancelled checkpoint leaves the old snapshot or the new one, and no record is lost."""
+
+        async def run(number: int) -> bool:
+            async with _open(self.make_storage(), f"{NAME}-{number}") as session:
+                await session.commit(b"before", _given(b"{}"))
+                done = await _cancelled_at(number, _true(session.checkpoint(_given(b"new", b" snapshot")))) is not None
+                await session.commit(b"after", _given(b"{}"))
+                await self.crash(session)
+            async with _open(self.make_storage(), f"{NAME}-{number}") as session:
+                snapshot, records, _, _ = session.recovery
+                assert snapshot == b"new snapshot" or (snapshot is None and records[0] == b"before")
+                assert records[-1] == b"after"
+            return done
+
+        await _until(run)
+
+    async def test_close_can_be_cancelled_at_every_await(self) -> None:
+        """A cancelled close lets go of the state all the same."""
+
+        async def run(number: int) -> bool:
+            session = await self.make_storage().open(NAME)
+            done = await _cancelled_at(number, _true(session.aclose())) is not None
+            await session.aclose()
+            async with _open(self.make_storage()):
+                return done
+
+        await _until(run)
+
+    # Through a manager
+
+    async def test_a_manager_finds_what_it_left(self) -> None:
+        """Start, change, stop, and start again: values, deletions and revisions are there."""
+        async with Manager(NAME, self.make_storage()) as state:
+            await state.set_many({"a": 1, "b": [2, {"c": None}]})
+            await state.set("gone", "x")
+            await state.delete("gone")
+            left, revision = await state.get_all(), state.revision
+        async with Manager(NAME, self.make_storage()) as state:
+            assert (await state.get_all(), state.revision, state.durable_revision) == (left, revision, revision)
+
+    async def test_what_was_flushed_survives_a_crash(self) -> None:
+        """After `flush`, a crash loses nothing; what was not flushed may be gone."""
+        await self._crashed_manager({"a": 1, "b": 2})
+        async with Manager(NAME, self.make_storage()) as state:
+            assert await state.get_all() == {"a": 1, "b": 2}
+            await state.flush()
+            assert state.durable_revision == state.revision
+            await state.set("c", 3)
+        async with Manager(NAME, self.make_storage()) as state:
+            assert await state.get_all() == {"a": 1, "b": 2, "c": 3}
+
+    async def test_a_clean_stop_leaves_a_snapshot_alone(self) -> None:
+        """After `stop`, nothing need be replayed."""
+        async with Manager(NAME, self.make_storage()) as state:
+            await state.set("a", 1)
+        async with _open(self.make_storage()) as session:
+            assert session.recovery.snapshot is not None
+            assert session.recovery.records == ()
+
+    async def test_nothing_is_written_when_nothing_changed(self) -> None:
+        """Start, read, flush and stop leave every byte as it was."""
+        await self._stopped_manager({"a": 1})
+        before = self.read_raw(NAME)
+        async with Manager(NAME, self.make_storage()) as state:
+            assert await state.get("a") == 1
+            await state.flush()
+        assert self.read_raw(NAME) == before
+
+    async def test_a_damaged_snapshot_is_refused_and_left_alone(self) -> None:
+        """Each flipped byte of a snapshot is noticed; nothing is changed; putting it back mends it."""
+        await self._stopped_manager({"key": "value", "other": [1, 2, 3]})
+        await self._flip_each_byte({"key": "value", "other": [1, 2, 3]}, step=7)
+
+    async def test_a_damaged_journal_is_refused_or_torn(self) -> None:
+        """A flipped byte of the journal is noticed, or hits the last record, which is dropped whole."""
+        config = Config(name=NAME, flush_interval=None)
+        manager = Manager(config, self.make_storage())
+        await manager.start()
+        seen: list[dict[str, Any]] = [{}]
+        for number in range(3):
+            await manager.set(f"key {number}", "value")
+            await manager.flush()
+            seen.append(await manager.get_all())
+        await _end(self, manager)
+        await self._flip_each_byte(*seen, step=11)
+
+    async def test_empty_is_not_missing(self) -> None:
+        """A part that was cut to nothing is damage, not an empty state."""
+        await self._stopped_manager({"a": 1})
+        for part, data in self.read_raw(NAME).items():
+            if not data:
+                continue
+            self.write_raw(NAME, part, b"")
+            await _raises(CorruptionError, Manager(NAME, self.make_storage()).start())
+            self.write_raw(NAME, part, data)
+        async with Manager(NAME, self.make_storage()) as state:
+            assert await state.get_all() == {"a": 1}
+
+    # Helpers
+
+    async def _commit_some(self, count: int, *, crash: bool = False) -> tuple[bytes, ...]:
+        records = tuple(b"record %d" % number for number in range(count))
+        session = await self.make_storage().open(NAME)
+        for record in records:
+            await session.commit(record, _given(b"{}"))
+        await (self.crash(session) if crash else session.aclose())
+        return records
+
+    async def _recovered_records(self) -> tuple[bytes, ...]:
+        async with _open(self.make_storage()) as session:
+            return session.recovery.records
+
+    async def _stopped_manager(self, values: dict[str, Any]) -> None:
+        async with Manager(NAME, self.make_storage()) as state:
+            await state.set_many(values)
+
+    async def _crashed_manager(self, values: dict[str, Any]) -> None:
+        manager = Manager(Config(name=NAME, flush_interval=None), self.make_storage())
+        await manager.start()
+        for key, value in values.items():
+            await manager.set(key, value)
+            await manager.flush()
+        await manager.set("not flushed", 1)
+        await _end(self, manager)
+
+    async def _flip_each_byte(self, *allowed: dict[str, Any], step: int) -> None:
+        """Flip one bit every few bytes of each part; what loads must be one of the states allowed."""
+        whole = dict(self.read_raw(NAME))
+        for part, data in whole.items():
+            for offset in range(0, len(data), step):
+                damaged = bytearray(data)
+                damaged[offset] ^= 1 << offset % 8
+                self.write_raw(NAME, part, bytes(damaged))
+                before = self.read_raw(NAME)
+                manager = Manager(NAME, self.make_storage())
+                try:
+                    await manager.start()
+                except (CorruptionError, UnsupportedError):
+                    assert self.read_raw(NAME) == before, "what is damaged must be left alone"
+                else:
+                    assert await manager.get_all() in allowed
+                    await manager.stop()
+                for each in {**whole, **self.read_raw(NAME)}:
+                    self.write_raw(NAME, each, whole.get(each))
+        async with Manager(NAME, self.make_storage()) as state:
+            assert await state.get_all() == allowed[-1]
+
+
+class _open:  # noqa: N801 -- reads as a verb: async with _open(storage) as session
+    def __init__(self, storage: Storage, name: str = NAME) -> None:
+        self._opening = storage.open(name)
+
+    async def __aenter__(self) -> StorageSession:
+        self._session = await self._opening
+        return self._session
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.aclose()
+
+
+async def _end(suite: StorageConformance, manager: Manager) -> None:
+    """End a manager as SIGKILL would."""
+    session = manager._core.running.abort()  # noqa: SLF001 -- no public call ends without writing
+    await asyncio.sleep(0)
+    await suite.crash(session)
+
+
+def _given(*slices: bytes) -> Snapshot:
+    async def view() -> AsyncIterator[bytes]:
+        for part in slices:
+            yield part
+
+    return view
+
+
+def _failing(*slices: bytes) -> Snapshot:
+    async def view() -> AsyncIterator[bytes]:
+        for part in slices:
+            yield part
+        raise UnavailableError("the view cannot be finished")
+
+    return view
+
+
+async def _discard(call: Awaitable[object]) -> None:
+    await call
+
+
+async def _true(call: Awaitable[object]) -> bool:
+    await call
+    return True
+
+
+async def _raises(kind: type[E], call: Awaitable[object]) -> E:
+    try:
+        await call
+    except kind as error:
+        return error
+    raise AssertionError(f"{kind.__name__} was not raised")
+
+
+async def _until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
+    """Cancel at the first await, the second, and so on, until the call gets through."""
+    for number in range(100):
+        if await run(number):
+            return
+    raise AssertionError("the call awaits more than a hundred times")
+
+
+@types.coroutine
+def _cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, Any, R | None]:
+    """Run a coroutine, and cancel it at one of its awaits as `Task.cancel` would; `None` if that hit it."""
+    for _ in range(number):
+        try:
+            waiting = call.send(None)
+        except StopIteration as end:
+            result: R = end.value
+            return result
+        yield waiting
+    try:
+        waiting = call.send(None)
+    except StopIteration as end:
+        result = end.value
+        return result
+    if waiting is not None:
+        waiting.cancel()
+    try:
+        waiting = call.throw(asyncio.CancelledError())
+        while True:  # what the call still awaits to clean up
+            yield waiting
+            waiting = call.send(None)
+    except asyncio.CancelledError:
+        return None
+    except StopIteration as end:
+        result = end.value
+        return result

@@ -1,0 +1,39 @@
+"""What every test runs under: nothing in the package blocks the event loop."""
+
+from __future__ import annotations
+
+import builtins
+import fcntl
+import io
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from blockbuster import BlockBusterFunction, blockbuster_ctx
+
+# What blockbuster itself does not watch.
+ALSO_BLOCKING = (
+    (builtins, "open"),
+    (io, "open"),
+    (os, "open"),
+    (os, "fsync"),
+    (os, "fdatasync"),
+    (os, "ftruncate"),
+    (os, "pwrite"),
+    (fcntl, "flock"),
+)
+
+# Its callers may block where the storage under test may not.
+TEST_CODE = ["lab_state.testing", "lab_state._conformance"]
+
+
+@pytest.fixture(autouse=True)
+def _no_blocking() -> Iterator[None]:
+    """A blocking call on the event loop with the package in its stack fails the test."""
+    with blockbuster_ctx("lab_state", excluded_modules=TEST_CODE), ExitStack() as stack:
+        for module, name in ALSO_BLOCKING:
+            function = BlockBusterFunction(module, name, scanned_modules="lab_state", excluded_modules=TEST_CODE)
+            function.activate()
+            stack.callback(function.deactivate)
+        yield

@@ -1,0 +1,551 @@
+"""`_codec`: changes to record, state to snapshot, and back; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import Raw
+
+from lab_state._codec import (
+    MAX_KEY_LENGTH,
+    RESERVED,
+    Snapshot,
+    check_key,
+    decode_snapshot,
+    encode_record,
+    encode_snapshot,
+    replay,
+)
+from lab_state._state import DELETED, Absent, Changes, Stored
+from lab_state._values import decode_value, encode_value
+from lab_state.exceptions import CorruptionError, InvalidKeyError, StorageError, UnsupportedError
+
+PATH = "/state/some.json"
+SLICE_BYTES = 128 * 1024
+
+SAMPLE: dict[str, Any] = {
+    "some-key": "some-value",
+    "n": 1,
+    "float": -1.5,
+    "nothing": None,
+    "yes": True,
+    "é": ["ü", {"deep": [[1, 2], {}]}],
+    "text": "x" * 300 + '"\\\n',
+    "list": [{"id": number, "name": f"name {number}"} for number in range(20)],
+    "last": {"a": 1},
+}
+
+
+def stored(values: Mapping[str, Any]) -> dict[str, Stored]:
+    return {key: encode_value(value) for key, value in values.items()}
+
+
+def plain(entries: Mapping[str, Stored]) -> dict[str, Any]:
+    return {key: decode_value(value, Any) for key, value in entries.items()}
+
+
+def snapshot(values: Mapping[str, Any], revision: int = 42) -> bytes:
+    return b"".join(encode_snapshot(stored(values), revision, own=False))
+
+
+def changes(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = False) -> Changes:
+    """The changes of one commit; `DELETED` as a value deletes."""
+    encoded: dict[str, Any] = {key: value if value is DELETED else encode_value(value) for key, value in values.items()}
+    return Changes(start, end, cleared, encoded, 0.0)
+
+
+def record(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = False) -> bytes:
+    return b"".join(encode_record(changes(values, start, end, cleared=cleared)))
+
+
+def corruption(data: bytes) -> CorruptionError:
+    with pytest.raises(CorruptionError) as caught:
+        decode_snapshot(data, PATH)
+    assert caught.value.path == PATH
+    return caught.value
+
+
+def with_member(values: bytes, member: dict[str, Any]) -> bytes:
+    """A snapshot with this reserved member and the right checksum."""
+    head = values[:-1] + b',"$lab_state":' + msgspec.json.encode(member)[:-1]
+    return head + b',"crc32":"%08x"}}' % zlib.crc32(head)
+
+
+# Keys
+
+
+@pytest.mark.parametrize("key", ["a", " ", "é", "😀", "a/b", "$lab_state2", "\n", '"', "x" * MAX_KEY_LENGTH, "😀" * MAX_KEY_LENGTH])
+def test_a_key_within_bounds(key: str) -> None:
+    """A key has 1 to 1,024 characters, of any script."""
+    assert check_key(key) == key
+
+
+def test_a_key_is_a_plain_str() -> None:
+    """A subclass of str is accepted, and becomes a plain str."""
+
+    class Key(str):
+        __slots__ = ()
+
+    assert type(check_key(Key("a"))) is str
+    assert check_key(Key("a")) == "a"
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (1, "a key must be a str, not int"),
+        (None, "a key must be a str, not NoneType"),
+        (b"a", "a key must be a str, not bytes"),
+        (("a",), "a key must be a str, not tuple"),
+        ("", "a key must have 1 to 1024 characters, this one has 0"),
+        ("x" * (MAX_KEY_LENGTH + 1), "a key must have 1 to 1024 characters, this one has 1025"),
+        ("a\0b", "the key 'a\\x00b' has a NUL character; leave it out"),
+        ("$lab_state", "the key '$lab_state' is reserved for lab_state's own member of the file"),
+        ("a\ud800", "the key 'a\\ud800' has a lone surrogate, which UTF-8 cannot hold"),
+        ("\udfffé", "the key '\\udfffé' has a lone surrogate, which UTF-8 cannot hold"),
+    ],
+)
+def test_a_key_out_of_bounds(key: object, message: str) -> None:
+    """A key out of bounds is refused, with the reason."""
+    with pytest.raises(InvalidKeyError) as caught:
+        check_key(key)
+    assert str(caught.value) == message
+
+
+# Records
+
+
+def test_a_record_comes_back() -> None:
+    """A record sets and deletes when it is replayed, and moves the revision."""
+    before = Snapshot(stored({"kept": 1, "changed": 1, "deleted": 1}), 41)
+    data = record({"changed": [2], "new": "é", "deleted": DELETED, "never there": DELETED}, 41, 44)
+    after = replay(before, [data], PATH)
+    assert plain(after.entries) == {"kept": 1, "changed": [2], "new": "é"}
+    assert after.revision == 44
+
+
+def test_a_record_that_cleared_comes_back() -> None:
+    """A record that cleared leaves only what it sets."""
+    after = replay(Snapshot(stored({"old": 1, "a": 1}), 1), [record({"a": 2, "old2": DELETED}, 1, 2, cleared=True)], PATH)
+    assert plain(after.entries) == {"a": 2}
+    after = replay(Snapshot(stored({"old": 1}), 1), [record({}, 1, 2, cleared=True)], PATH)
+    assert after == Snapshot({}, 2)
+
+
+def test_a_record_is_one_json_object() -> None:
+    """A record is one line of JSON with the members that the format names."""
+    data = record({"a": [1], "b": DELETED, "c": None, "d": DELETED}, 41, 42)
+    assert b"\n" not in data
+    assert json.loads(data) == {
+        "from": 41,
+        "to": 42,
+        "clear": False,
+        "set": {"a": [1], "c": None},
+        "delete": ["b", "d"],
+        "expires": {},
+    }
+
+
+def test_a_large_record_comes_back() -> None:
+    """A record of thousands of keys is made in many slices, and comes back."""
+    values = {f"key {number}": [number] if number % 2 else DELETED for number in range(7_001)}
+    slices = list(encode_record(changes(values, 0, 1)))
+    assert len(slices) > 20
+    after = replay(Snapshot(stored(dict.fromkeys(values, 0)), 0), [b"".join(slices)], PATH)
+    assert plain(after.entries) == {key: value for key, value in values.items() if value is not DELETED}
+
+
+def large_values() -> dict[str, Any]:
+    return {f"key {number}": ["x" * 64_000] for number in range(150)}
+
+
+@pytest.mark.parametrize("what", ["record", "snapshot"])
+def test_large_values_come_in_small_slices(what: str) -> None:
+    """No slice is much larger than one value or 128 KiB, from the first slice on."""
+    values = large_values()
+    slices = list(
+        encode_record(changes(values, 0, 1)) if what == "record" else encode_snapshot(stored(values), 1, own=False)
+    )
+    assert len(b"".join(slices)) > 150 * 64_000
+    assert max(map(len, slices)) < 8 * SLICE_BYTES
+
+
+def test_large_values_after_small_ones_come_in_small_slices() -> None:
+    """Large values behind thousands of small ones come in small slices too."""
+    values = {f"small {number}": number for number in range(2_000)} | large_values()
+    assert max(map(len, encode_snapshot(stored(values), 1, own=False))) < 8 * SLICE_BYTES
+
+
+def test_large_values_come_back() -> None:
+    """Large values come back from a record and from a snapshot."""
+    values = large_values()
+    assert plain(replay(Snapshot({}, 0), [record(values, 0, 1)], PATH).entries) == values
+    assert plain(decode_snapshot(snapshot(values), PATH).entries) == values
+
+
+def test_stale_records_are_skipped() -> None:
+    """A record that the snapshot holds already is skipped."""
+    records = [record({"a": 1}, 0, 1), record({"a": 2}, 1, 2), record({"a": 3, "b": 1}, 2, 3)]
+    after = replay(Snapshot(stored({"a": 2}), 2), records, PATH)
+    assert (plain(after.entries), after.revision) == ({"a": 3, "b": 1}, 3)
+    assert plain(replay(Snapshot(stored({"x": 0}), 9), records, PATH).entries) == {"x": 0}
+
+
+def test_a_record_that_the_snapshot_holds_in_part_is_replayed() -> None:
+    """A record that begins below the snapshot's revision and ends above it is replayed whole."""
+    after = replay(Snapshot(stored({"a": 2}), 2), [record({"a": 3, "b": DELETED}, 0, 3)], PATH)
+    assert (plain(after.entries), after.revision) == ({"a": 3}, 3)
+
+
+def test_a_doubled_record_changes_nothing() -> None:
+    """A record that stands there twice counts once."""
+    first, second = record({"a": 1}, 0, 1), record({"a": DELETED}, 1, 2)
+    assert replay(Snapshot({}, 0), [first, first, second, first, second], PATH) == Snapshot({}, 2)
+
+
+@pytest.mark.parametrize("revision", [0, 1, 3])
+def test_a_gap_is_refused(revision: int) -> None:
+    """A record whose changes do not follow on those before it is CorruptionError, with the missing revisions."""
+    with pytest.raises(CorruptionError) as caught:
+        replay(Snapshot({}, revision), [record({"a": 1}, 0, 1), record({"a": 2}, 4, 5)], PATH)
+    expected = max(revision, 1)
+    assert caught.value.detail == f"the changes {expected + 1} to 4 are missing before record 2; restore a copy"
+    assert caught.value.path == PATH
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"null", b"[]", b"{}", b"{", b'"a"', b"\xff", b"[" * 100_000),
+        b'{"from":0,"to":1,"clear":false,"set":{},"delete":[],"expires":{},"more":1}',
+        b'{"from":0,"to":1,"clear":false,"set":[],"delete":[],"expires":{}}',
+        b'{"from":0,"to":"1","clear":false,"set":{},"delete":[],"expires":{}}',
+        b'{"from":0,"to":1,"clear":false,"set":{},"delete":["\xff"],"expires":{}}',
+    ],
+    ids=range(12),
+)
+def test_what_is_not_a_record_is_refused(data: bytes) -> None:
+    """Bytes that are no record are CorruptionError, with the number of the record."""
+    with pytest.raises(CorruptionError) as caught:
+        replay(Snapshot({}, 0), [record({"a": 1}, 0, 1), data], PATH)
+    assert caught.value.detail == "record 2 has a valid checksum, but is not a record"
+    assert caught.value.__suppress_context__
+
+
+KEYS = st.text(min_size=1, max_size=8).filter(lambda key: "\0" not in key and key != RESERVED)
+VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.lists(st.integers(), max_size=3)
+
+
+@given(
+    st.dictionaries(KEYS, VALUES, max_size=8),
+    st.lists(st.tuples(st.booleans(), st.dictionaries(KEYS, VALUES | st.just(DELETED), max_size=8)), max_size=5),
+)
+def test_records_and_snapshots_agree(before: dict[str, Any], commits: list[tuple[bool, dict[str, Any]]]) -> None:
+    """A snapshot with the records after it stands for the same state as a dict with the same changes."""
+    expected = dict(before)
+    records = []
+    for revision, (cleared, values) in enumerate(commits, 1):
+        records.append(record(values, revision - 1, revision, cleared=cleared))
+        expected = {} if cleared else expected
+        expected.update(values)
+        expected = {key: value for key, value in expected.items() if not isinstance(value, Absent)}
+    loaded = replay(decode_snapshot(snapshot(before, 0), PATH), records, PATH)
+    assert plain(loaded.entries) == expected
+    assert loaded.revision == len(commits)
+    again = decode_snapshot(b"".join(encode_snapshot(loaded.entries, 7, own=True)), PATH)
+    assert plain(again.entries) == expected
+
+
+# Snapshots
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"a": 1}, {"a": [1]}, SAMPLE, {f"key {n}": {"n": n} for n in range(5_000)}],
+    ids=["empty", "scalar", "raw", "sample", "5000"],
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_snapshot_comes_back(values: dict[str, Any], own: bool) -> None:  # noqa: FBT001
+    """A snapshot comes back with the same entries, in the same order, and the same revision."""
+    data = b"".join(encode_snapshot(stored(values), 2**40, own=own))
+    loaded = decode_snapshot(data, PATH)
+    assert plain(loaded.entries) == values
+    assert list(loaded.entries) == list(values)
+    assert loaded.revision == 2**40
+
+
+def test_a_snapshot_is_one_json_object() -> None:
+    """A snapshot is one JSON object on one line, for any reader, with the reserved member last."""
+    data = snapshot(SAMPLE)
+    assert b"\n" not in data
+    read = json.loads(data)
+    assert list(read) == [*SAMPLE, "$lab_state"]
+    member = read.pop("$lab_state")
+    assert read == SAMPLE
+    assert list(member) == ["format", "revision", "id", "crc32"]
+    assert (member["format"], member["revision"]) == (1, 42)
+    assert int(member["crc32"], 16) == zlib.crc32(data[: data.rindex(b',"crc32":"')])
+
+
+def test_a_large_snapshot_comes_in_slices() -> None:
+    """A snapshot of 5,000 keys is made in many slices."""
+    assert len(list(encode_snapshot(stored({f"key {n}": n for n in range(5_000)}), 1, own=False))) >= 10
+
+
+def test_no_two_snapshots_are_equal() -> None:
+    """Two snapshots of the same view differ, so that an ETag cannot come back."""
+    first, second = snapshot(SAMPLE), snapshot(SAMPLE)
+    assert first != second
+    assert decode_snapshot(first, PATH).revision == decode_snapshot(second, PATH).revision
+
+
+def raws(entries: Mapping[str, Stored]) -> Iterator[Raw]:
+    return (value for value in entries.values() if isinstance(value, Raw))
+
+
+def test_values_are_owned_after_a_snapshot() -> None:
+    """`own=True` replaces the values that keep the file's buffer alive, and changes no value."""
+    loaded = decode_snapshot(snapshot(SAMPLE | {f"key {n}": [n] for n in range(1_000)}), PATH).entries
+    assert all(value.copy() is not value for value in raws(loaded))
+    before = plain(loaded)
+    list(encode_snapshot(loaded, 1, own=True))
+    assert all(value.copy() is value for value in raws(loaded))
+    assert plain(loaded) == before
+
+
+def test_values_are_left_alone_when_they_are_owned() -> None:
+    """`own=False` leaves the view as it is, and `own=True` copies nothing that is owned."""
+    borrowed = decode_snapshot(snapshot(SAMPLE), PATH).entries
+    for entries, own in ((borrowed, False), (stored(SAMPLE), True)):
+        before = dict(entries)
+        list(encode_snapshot(entries, 1, own=own))
+        assert all(entries[key] is value for key, value in before.items())
+
+
+# Damage
+
+
+def small_snapshot() -> bytes:
+    values = {**SAMPLE, "list": SAMPLE["list"][:10]}
+    data = snapshot(values)
+    assert 1_000 < len(data) < 1_500
+    return data
+
+
+@pytest.mark.parametrize("values", [{}, {"a": 1}, {"a": {"b": {}}}, {"a": []}], ids=["empty", "scalar", "objects", "list"])
+def test_every_flipped_bit_of_a_tiny_snapshot_is_noticed(values: dict[str, Any]) -> None:
+    """A single flipped bit in a snapshot of no key or one is an error, never another state."""
+    assert_every_flip_is_noticed(snapshot(values))
+
+
+def test_every_flipped_bit_is_noticed() -> None:
+    """A single flipped bit, anywhere in a snapshot, is an error, never another state."""
+    assert_every_flip_is_noticed(small_snapshot())
+
+
+def assert_every_flip_is_noticed(data: bytes) -> None:
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises((CorruptionError, UnsupportedError)):
+            decode_snapshot(bytes(damaged), PATH)
+
+
+def test_every_truncation_is_noticed() -> None:
+    """A snapshot cut short at any byte is CorruptionError."""
+    data = small_snapshot()
+    for end in range(len(data)):
+        corruption(data[:end])
+
+
+def test_every_doubled_or_missing_byte_is_noticed() -> None:
+    """A snapshot with any one byte missing or doubled is an error."""
+    data = small_snapshot()
+    for at in range(len(data)):
+        for damaged in (data[:at] + data[at + 1 :], data[:at] + data[at : at + 1] + data[at:]):
+            with pytest.raises((CorruptionError, UnsupportedError)):
+                decode_snapshot(damaged, PATH)
+
+
+@pytest.mark.parametrize("zeros", [1, 512, 4096])
+def test_a_zeroed_tail_is_noticed(zeros: int) -> None:
+    """A snapshot with zeros in place of its tail, or behind it, is CorruptionError."""
+    data = small_snapshot()
+    corruption(data + bytes(zeros))
+    corruption(data[:-zeros] + bytes(zeros))
+
+
+def test_a_value_that_was_swapped_is_noticed() -> None:
+    """A value edited by hand is refused, and the message says how to edit."""
+    error = corruption(snapshot(SAMPLE).replace(b"some-value", b"same-value"))
+    assert error.detail == (
+        "its checksum does not match its contents. If it was edited by hand, delete the member '$lab_state' and start "
+        "again; otherwise restore a copy"
+    )
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_snapshot_written_again_by_another_program_is_refused(indent: int | None) -> None:
+    """A snapshot that another program read and wrote is refused while its member is there."""
+    assert "If it was edited by hand" in corruption(json.dumps(json.loads(snapshot(SAMPLE)), indent=indent).encode()).detail
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        *(b"null", b"1", b"{}", b"[]", b'"\xff"', b'{"format":"1"}', b'{"format":1}', b'{"format":1.5}'),
+        b'{"format":1,"revision":1,"id":"","crc32":"","more":1}',
+    ],
+)
+def test_a_member_that_is_not_ours_is_refused(member: bytes) -> None:
+    """A reserved member that is not one is refused as damaged."""
+    assert corruption(b'{"a":1,"$lab_state":%s}' % member).detail.startswith("its member is damaged. If it was edited")
+
+
+@pytest.mark.parametrize("member", [{"format": 0, "revision": 1, "id": ""}, {"format": 1, "revision": -1, "id": ""}])
+def test_a_member_with_impossible_numbers_is_refused(member: dict[str, Any]) -> None:
+    """A format below 1 or a negative revision is refused, even with the right checksum."""
+    assert "does not match" in corruption(with_member(b'{"a":1}', member)).detail
+
+
+def test_the_member_of_s3_is_read() -> None:
+    """The members that only S3 writes are known."""
+    member = {"format": 1, "revision": 7, "id": "x", "expires": {}, "seq": 3, "fence": 2}
+    assert decode_snapshot(with_member(b'{"a":1}', member), PATH).revision == 7
+
+
+def test_a_newer_format_is_refused() -> None:
+    """A newer format is UnsupportedError, whatever else its member holds, and says what to do."""
+    data = with_member(b'{"a":1}', {"format": 2, "revision": "new", "shards": []})
+    with pytest.raises(UnsupportedError) as caught:
+        decode_snapshot(data, PATH)
+    assert str(caught.value) == (
+        "/state/some.json has format 2, this version of lab_state knows 1: use the version that wrote it; "
+        "the file was left untouched"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "detail"),
+    [
+        (b"", "it is empty, which no state is; restore a copy, or delete the file to start with an empty state"),
+        (b" \n\t", "it is empty, which no state is; restore a copy, or delete the file to start with an empty state"),
+        (b"[]", "it is not a JSON object; a state is one object, with a member for each key"),
+        (b'"a"', "it is not a JSON object; a state is one object, with a member for each key"),
+        (b"null", "it is not a JSON object; a state is one object, with a member for each key"),
+        (b"NaN", "it is not a JSON object; a state is one object, with a member for each key"),
+        (b"\0" * 512, "it is not a JSON object; a state is one object, with a member for each key"),
+        (b"{", "it is not valid JSON (Input data was truncated); restore a copy"),
+        (b"{}}", "it is not valid JSON (JSON is malformed: trailing characters (byte 2)); restore a copy"),
+        (b"{'a':1}", "it is not valid JSON (JSON is malformed: object keys must be strings (byte 1)); restore a copy"),
+        (b'{"a":NaN}', "it is not valid JSON (JSON is malformed: invalid character (byte 5)); restore a copy"),
+        (b'{"\xff":1}', "it is not valid JSON (UnicodeDecodeError); restore a copy"),
+    ],
+    ids=range(12),
+)
+def test_what_is_not_an_object_is_refused(data: bytes, detail: str) -> None:
+    """A file that is not one JSON object is CorruptionError, and the message says what it is."""
+    error = corruption(data)
+    assert error.detail == detail
+    assert error.__suppress_context__
+
+
+# Files that someone else wrote
+
+
+GO_MAP = b"""{
+  "big": 1e+06,
+  "count": 3,
+  "html": "\\u003cb\\u003e \\u0026 \\u2028",
+  "list": [
+    1,
+    null,
+    "two"
+  ],
+  "nested": {
+    "a": {
+      "b": 1.5
+    }
+  },
+  "nothing": null,
+  "small": 1e-07
+}"""
+
+
+@pytest.mark.parametrize("tail", [b"", b"\n"])
+def test_a_go_programs_map_loads_as_it_is(tail: bytes) -> None:
+    """A map that Go's json.MarshalIndent wrote is imported at revision 0."""
+    loaded = decode_snapshot(GO_MAP + tail, PATH)
+    assert loaded.revision == 0
+    assert plain(loaded.entries) == json.loads(GO_MAP)
+    assert plain(loaded.entries)["html"] == "<b> & \u2028"
+    assert type(plain(loaded.entries)["big"]) is float
+
+
+@pytest.mark.parametrize("data", [b"{}", b" { } \n"])
+def test_an_empty_object_is_an_empty_state(data: bytes) -> None:
+    """An object without members is an empty state at revision 0."""
+    assert decode_snapshot(data, PATH) == Snapshot({}, 0)
+
+
+@pytest.mark.parametrize("values", [{}, SAMPLE], ids=["empty", "sample"])
+def test_a_file_edited_by_hand_is_imported(values: dict[str, Any]) -> None:
+    """A snapshot whose member was deleted, as the message advises, is imported at revision 0."""
+    read = json.loads(snapshot(values))
+    del read["$lab_state"]
+    loaded = decode_snapshot(json.dumps(read, indent=2).encode(), PATH)
+    assert (plain(loaded.entries), loaded.revision) == (values, 0)
+
+
+@pytest.mark.parametrize("values", [{}, SAMPLE], ids=["empty", "sample"])
+def test_a_member_whose_name_is_damaged_is_refused(values: dict[str, Any]) -> None:
+    """A member renamed by one character is refused, not imported as one more key."""
+    data = snapshot(values)
+    at = data.index(RESERVED.encode())
+    for position in range(at, at + len(RESERVED)):
+        error = corruption(data[:position] + b"x" + data[position + 1 :])
+        assert error.detail == "the member '$lab_state' is there, but its name is damaged; restore a copy"
+        assert error.offset > 0
+
+
+def test_a_key_that_looks_like_the_member_is_a_key() -> None:
+    """A user's own object with a format or a revision in it is no reserved member."""
+    values = {"a": {"format": 1, "revision": 2, "id": "x"}, "$lab_state2": {"format": 1}}
+    assert plain(decode_snapshot(msgspec.json.encode(values), PATH).entries) == values
+    assert plain(decode_snapshot(snapshot(values), PATH).entries) == values
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b'"\xff"', b'["ok",{"a":"\xc3"}]', b"1e999", b"[-1e999]", b'"\\ud800"', b"1" + b"0" * 5000, b'{"\xff":1}'],
+    ids=range(7),
+)
+def test_a_foreign_value_that_cannot_be_read_is_refused(value: bytes) -> None:
+    """A value that could not be read back is refused when the file is loaded, with its key."""
+    error = corruption(b'{"good":1,"bad":%s,"other":2}' % value)
+    assert error.detail == "the value of 'bad' is not valid JSON in UTF-8; mend it by hand" or (
+        error.detail.startswith("it is not valid JSON (")
+    )
+    assert error.__suppress_context__
+
+
+@pytest.mark.parametrize(("levels", "message"), [(129, "the value of 'deep' has more than 128 levels of nesting"), (5_000, "")])
+def test_a_foreign_value_that_is_too_deep_is_refused(levels: int, message: str) -> None:
+    """A value nested too deep is refused when the file is loaded, and 128 levels are not."""
+    ok = b'{"deep":%s}' % (b"[" * 128 + b"]" * 128)
+    assert list(decode_snapshot(ok, PATH).entries) == ["deep"]
+    assert message in corruption(b'{"deep":%s}' % (b"[" * levels + b"]" * levels)).detail
+
+
+@pytest.mark.parametrize("key", ["", "a\\u0000b", "x" * (MAX_KEY_LENGTH + 1)], ids=["empty", "NUL", "long"])
+def test_a_foreign_key_out_of_bounds_is_refused(key: str) -> None:
+    """A key that no call accepts is refused when the file is loaded, not kept out of reach."""
+    with pytest.raises(StorageError):
+        decode_snapshot(f'{{"good":1,"{key}":1}}'.encode(), PATH)
