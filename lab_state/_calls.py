@@ -27,35 +27,39 @@ class Core:
     """What a manager and its handles share.
 
     Attributes:
-        state: The state; a closed, empty one before `start()` and after `stop()`.
-        flusher: What makes it durable; the last one after `stop()`.
+        state: The state; a closed, empty one before `start()` and from `stop()` on. A
+            call that finds its key there so knows that the manager is running.
         write_through: Whether a write returns only when it is durable.
     """
 
-    __slots__ = ("flusher", "state", "write_through")
+    __slots__ = ("_flusher", "state", "write_through")
 
-    def __init__(self, state: State) -> None:
-        self.state = state
-        self.flusher: Flusher | None = None
+    def __init__(self, closed: State) -> None:
+        self.state = closed
         self.write_through = False
+        self._flusher: Flusher | None = None
 
     def open(self, state: State, flusher: Flusher) -> None:
         """Let the calls in."""
-        self.flusher = flusher
-        self.write_through = flusher.write_through
-        state.closed = False
         self.state = state
+        self.write_through = flusher.write_through
+        self._flusher = flusher
+
+    def close(self, closed: State) -> Flusher:
+        """Keep the calls out; returns the flusher, which keeps the state."""
+        self.state, flusher, self._flusher = closed, self.running, None
+        return flusher
 
     @property
     def running(self) -> Flusher:
-        """The flusher, for a call that found the state open.
+        """The flusher.
 
         Raises:
-            ClosedError: There is none.
+            ClosedError: The manager is not running.
         """
-        if self.flusher is None:
-            raise closed_error()
-        return self.flusher
+        if self._flusher is None:
+            raise ClosedError("the manager is not running: use it between start() and stop(), or inside `async with`")
+        return self._flusher
 
 
 class Calls:
@@ -189,16 +193,14 @@ class Calls:
             InvalidValueError: JSON cannot hold the value; the error says where in it.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        state = self._core.state
+        core = self._core
         stored = encode_value(value)
         full = self._prefix + key if key.__class__ is str else self._full(key)
-        if full not in state.entries:
-            check_key(full)
-        if state.closed:
-            raise closed_error()
-        revision = state.set(full, stored)
-        if self._core.write_through:
-            await self._core.running.durable(revision)
+        if full not in core.state.entries:
+            self._admit(full)
+        revision = core.state.set(full, stored)
+        if core.write_through:
+            await core.running.durable(revision)
         return revision
 
     async def set_many(self, values: Mapping[str, object]) -> int:
@@ -386,9 +388,13 @@ class Calls:
         except InvalidValueError as error:
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
 
+    def _admit(self, full: str) -> None:
+        """A key that is not there yet."""
+        self._check_open()
+        check_key(full)
+
     def _check_open(self) -> None:
-        if self._core.state.closed:
-            raise closed_error()
+        _ = self._core.running
 
     def _keys(self, prefix: str) -> list[str]:
         self._check_open()
@@ -422,10 +428,6 @@ _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 MISSING_VALUE = object()
 """A default that no caller can have passed."""
-
-
-def closed_error() -> ClosedError:
-    return ClosedError("the manager is not running: use it between start() and stop(), or inside `async with`")
 
 
 def _many(keys: Iterable[str]) -> Iterable[str]:

@@ -121,17 +121,14 @@ class State:
         taken: The revision up to which changes were taken.
         since: When the oldest change that was not taken was made, in seconds of
             `monotonic`.
-        closed: Whether the manager is not running. `entries` is empty then, so a read,
-            which looks there first, needs this only when it finds nothing.
         borrowed: Whether entries may be views that keep the buffer alive that they
             were loaded from.
     """
 
-    __slots__ = ("_monotonic", "borrowed", "changes", "cleared", "closed", "entries", "revision", "since", "taken")
+    __slots__ = ("_monotonic", "borrowed", "changes", "cleared", "entries", "revision", "since", "taken")
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
-        self.closed = True
         self.since = 0.0
         self.load({}, 0)
 

@@ -107,11 +107,8 @@ def decode_value(stored: Stored, type_: Any) -> Any:
         return stored
     else:
         data = encode(stored)
+    decode = _decoder_for(type_)
     try:
-        try:
-            decode = _decoder(type_)
-        except TypeError:  # not hashable, or nothing that msgspec decodes
-            decode = _make_decoder(type_)
         return decode(data)
     except (MemoryError, RecursionError):
         raise
@@ -142,7 +139,17 @@ def _make_decoder(type_: Any) -> Callable[[Any], Any]:
     return msgspec.json.Decoder(type_, dec_hook=_decode_other).decode
 
 
-_decoder = lru_cache(maxsize=1024)(_make_decoder)
+_cached_decoder = lru_cache(maxsize=1024)(_make_decoder)
+
+
+def _decoder_for(type_: Any) -> Callable[[Any], Any]:
+    try:
+        try:
+            return _cached_decoder(type_)
+        except TypeError:  # not hashable, or nothing that msgspec decodes
+            return _make_decoder(type_)
+    except (TypeError, NameError) as error:  # about the type alone: no value can be in it
+        raise TypeMismatchError(f"{_type_name(type_)} is not a type that can be decoded: {error}") from None
 
 
 def _check_text(value: str) -> None:
@@ -248,7 +255,7 @@ _PATH = re.compile(r".* - at `(.*)`", re.DOTALL)
 
 def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
     """The error without the value, which msgspec's and Pydantic's own messages quote."""
-    name = getattr(type_, "__qualname__", None) or repr(type_)
+    name = _type_name(type_)
     if isinstance(error, msgspec.ValidationError) and (match := _EXPECTED.fullmatch(str(error))) is not None:
         path, detail = match[2] or "$", match[1]
     elif callable(errors := getattr(error, "errors", None)) and hasattr(type_, "model_validate_json"):
@@ -258,8 +265,12 @@ def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
         match = _PATH.fullmatch(str(error))
         path, detail = match[1] if match is not None else "$", "it does not fit"
     else:
-        path, detail = "$", f"{type(error).__name__} while decoding; is it a type that msgspec decodes?"
+        path, detail = "$", f"{type(error).__name__} while decoding; is it a type that msgspec decodes, or a Pydantic model?"
     return TypeMismatchError(f"the stored value is not a {name}: {detail} - at `{path}`", path)
+
+
+def _type_name(type_: Any) -> str:
+    return getattr(type_, "__qualname__", None) or repr(type_)
 
 
 def _pydantic_step(part: object) -> str:

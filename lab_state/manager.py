@@ -63,7 +63,7 @@ class Manager(Calls):
     `start()` runs on, until `stop()`.
     """
 
-    __slots__ = ("_clock", "_config", "_logger", "_phase", "_stopping", "_storage")
+    __slots__ = ("_clock", "_config", "_ended", "_flusher", "_logger", "_phase", "_stopping", "_storage")
 
     def __init__(
         self,
@@ -91,6 +91,8 @@ class Manager(Calls):
         self._logger = logging.getLogger("lab_state") if logger is None else logger
         self._clock: Clock = SystemClock() if clock is None else clock
         self._phase: Phase = "new"
+        self._flusher: Flusher | None = None
+        self._ended = Status(phase="new", keys=0, revision=0, durable_revision=0)
         self._stopping: asyncio.Task[None] | None = None
         super().__init__(Core(State(self._clock.monotonic)), "")
 
@@ -126,7 +128,8 @@ class Manager(Calls):
             session = await self._storage.open(self._config.name)
             try:
                 state = self._load(session)
-                self._core.open(state, Flusher(state, session, self._config, self._clock, self._logger))
+                self._flusher = Flusher(state, session, self._config, self._clock, self._logger)
+                self._core.open(state, self._flusher)
             except BaseException:
                 await session.aclose()
                 raise
@@ -165,21 +168,19 @@ class Manager(Calls):
             raise RuntimeError(f"stop() of {self._config.name!r} while it is starting: cancel start() instead")
         if self._phase == "running":
             self._phase = "stopping"
-            self._core.state.closed = True
-            self._stopping = asyncio.create_task(self._stop(), name=f"lab_state {self._config.name} stop")
+            # Calls see an empty, closed state from here on; what is under way keeps the old one.
+            flusher = self._core.close(State(self._clock.monotonic))
+            self._stopping = asyncio.create_task(self._stop(flusher), name=f"lab_state {self._config.name} stop")
         if self._stopping is not None:
             await asyncio.shield(self._stopping)
 
-    async def _stop(self) -> None:
+    async def _stop(self, flusher: Flusher) -> None:
         try:
-            await self._core.running.stop(self._config.stop_timeout)
+            await flusher.stop(self._config.stop_timeout)
         finally:
-            # What may still be under way keeps the old state; calls see an empty, closed one.
-            last = self._core.state
-            closed = State(self._clock.monotonic)
-            closed.load({}, last.revision)
-            self._core.state = closed
             self._phase = "stopped"
+            self._ended = msgspec.structs.replace(self._status_of(flusher), keys=0)
+            self._flusher = None  # and with it the entries
 
     async def __aenter__(self) -> Manager:
         """`start()`."""
@@ -236,22 +237,24 @@ class Manager(Calls):
     @property
     def revision(self) -> int:
         """The number of the last change; 0 for a new state. Goes on over restarts."""
-        return self._core.state.revision
+        return self._ended.revision if self._flusher is None else self._flusher.state.revision
 
     @property
     def durable_revision(self) -> int:
         """Everything up to this revision is durable."""
-        return self._core.flusher.durable_revision if self._core.flusher is not None else 0
+        return self._ended.durable_revision if self._flusher is None else self._flusher.durable_revision
 
     def status(self) -> Status:
         """What the manager looks like now. Works in every phase."""
-        state, flusher = self._core.state, self._core.flusher
-        if flusher is None:
-            return Status(phase=self._phase, keys=0, revision=0, durable_revision=0)
+        if self._flusher is None:
+            return msgspec.structs.replace(self._ended, phase=self._phase)
+        return self._status_of(self._flusher)
+
+    def _status_of(self, flusher: Flusher) -> Status:
         return Status(
             phase=self._phase,
-            keys=len(state.entries),
-            revision=state.revision,
+            keys=len(flusher.state.entries),
+            revision=flusher.state.revision,
             durable_revision=flusher.durable_revision,
             unflushed_keys=flusher.unflushed_keys,
             unflushed_age=flusher.unflushed_age,

@@ -25,7 +25,7 @@ from lab_state._codec import (
 )
 from lab_state._state import DELETED, Absent, Changes, Stored
 from lab_state._values import decode_value, encode_value
-from lab_state.exceptions import CorruptionError, InvalidKeyError, StorageError, UnsupportedError
+from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
 PATH = "/state/some.json"
 SLICE_BYTES = 128 * 1024
@@ -81,7 +81,9 @@ def with_member(values: bytes, member: dict[str, Any]) -> bytes:
 # Keys
 
 
-@pytest.mark.parametrize("key", ["a", " ", "é", "😀", "a/b", "$lab_state2", "\n", '"', "x" * MAX_KEY_LENGTH, "😀" * MAX_KEY_LENGTH])
+@pytest.mark.parametrize(
+    "key", ["a", " ", "é", "😀", "a/b", "$lab_state2", "\n", '"', "x" * MAX_KEY_LENGTH, "😀" * MAX_KEY_LENGTH]
+)
 def test_a_key_within_bounds(key: str) -> None:
     """A key has 1 to 1,024 characters, of any script."""
     assert check_key(key) == key
@@ -133,7 +135,9 @@ def test_a_record_comes_back() -> None:
 
 def test_a_record_that_cleared_comes_back() -> None:
     """A record that cleared leaves only what it sets."""
-    after = replay(Snapshot(stored({"old": 1, "a": 1}), 1), [record({"a": 2, "old2": DELETED}, 1, 2, cleared=True)], PATH)
+    after = replay(
+        Snapshot(stored({"old": 1, "a": 1}), 1), [record({"a": 2, "old2": DELETED}, 1, 2, cleared=True)], PATH
+    )
     assert plain(after.entries) == {"a": 2}
     after = replay(Snapshot(stored({"old": 1}), 1), [record({}, 1, 2, cleared=True)], PATH)
     assert after == Snapshot({}, 2)
@@ -157,7 +161,7 @@ def test_a_large_record_comes_back() -> None:
     """A record of thousands of keys is made in many slices, and comes back."""
     values = {f"key {number}": [number] if number % 2 else DELETED for number in range(7_001)}
     slices = list(encode_record(changes(values, 0, 1)))
-    assert len(slices) > 20
+    assert len(slices) >= 15
     after = replay(Snapshot(stored(dict.fromkeys(values, 0)), 0), [b"".join(slices)], PATH)
     assert plain(after.entries) == {key: value for key, value in values.items() if value is not DELETED}
 
@@ -323,7 +327,8 @@ def test_values_are_owned_after_a_snapshot() -> None:
 def test_values_are_left_alone_when_they_are_owned() -> None:
     """`own=False` leaves the view as it is, and `own=True` copies nothing that is owned."""
     borrowed = decode_snapshot(snapshot(SAMPLE), PATH).entries
-    for entries, own in ((borrowed, False), (stored(SAMPLE), True)):
+    owned: dict[str, Stored] = {"a": 1, "b": Raw(b"[1]")}
+    for entries, own in ((borrowed, False), (owned, True)):
         before = dict(entries)
         list(encode_snapshot(entries, 1, own=own))
         assert all(entries[key] is value for key, value in before.items())
@@ -333,13 +338,14 @@ def test_values_are_left_alone_when_they_are_owned() -> None:
 
 
 def small_snapshot() -> bytes:
-    values = {**SAMPLE, "list": SAMPLE["list"][:10]}
-    data = snapshot(values)
+    data = snapshot(SAMPLE)
     assert 1_000 < len(data) < 1_500
     return data
 
 
-@pytest.mark.parametrize("values", [{}, {"a": 1}, {"a": {"b": {}}}, {"a": []}], ids=["empty", "scalar", "objects", "list"])
+@pytest.mark.parametrize(
+    "values", [{}, {"a": 1}, {"a": {"b": {}}}, {"a": []}], ids=["empty", "scalar", "objects", "list"]
+)
 def test_every_flipped_bit_of_a_tiny_snapshot_is_noticed(values: dict[str, Any]) -> None:
     """A single flipped bit in a snapshot of no key or one is an error, never another state."""
     assert_every_flip_is_noticed(snapshot(values))
@@ -394,7 +400,10 @@ def test_a_value_that_was_swapped_is_noticed() -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_snapshot_written_again_by_another_program_is_refused(indent: int | None) -> None:
     """A snapshot that another program read and wrote is refused while its member is there."""
-    assert "If it was edited by hand" in corruption(json.dumps(json.loads(snapshot(SAMPLE)), indent=indent).encode()).detail
+    assert (
+        "If it was edited by hand"
+        in corruption(json.dumps(json.loads(snapshot(SAMPLE)), indent=indent).encode()).detail
+    )
 
 
 @pytest.mark.parametrize(
@@ -442,18 +451,18 @@ def test_a_newer_format_is_refused() -> None:
         (b"null", "it is not a JSON object; a state is one object, with a member for each key"),
         (b"NaN", "it is not a JSON object; a state is one object, with a member for each key"),
         (b"\0" * 512, "it is not a JSON object; a state is one object, with a member for each key"),
-        (b"{", "it is not valid JSON (Input data was truncated); restore a copy"),
-        (b"{}}", "it is not valid JSON (JSON is malformed: trailing characters (byte 2)); restore a copy"),
-        (b"{'a':1}", "it is not valid JSON (JSON is malformed: object keys must be strings (byte 1)); restore a copy"),
-        (b'{"a":NaN}', "it is not valid JSON (JSON is malformed: invalid character (byte 5)); restore a copy"),
-        (b'{"\xff":1}', "it is not valid JSON (UnicodeDecodeError); restore a copy"),
+        *(
+            (data, "it is not valid JSON (")
+            for data in (b"{", b"{}}", b"{'a':1}", b'{"a":NaN}', b'{"a":1,}', b'{"\xff":1}')
+        ),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_what_is_not_an_object_is_refused(data: bytes, detail: str) -> None:
     """A file that is not one JSON object is CorruptionError, and the message says what it is."""
     error = corruption(data)
-    assert error.detail == detail
+    assert error.detail.startswith(detail)
+    assert error.offset == 0
     assert error.__suppress_context__
 
 
@@ -523,20 +532,23 @@ def test_a_key_that_looks_like_the_member_is_a_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "value",
-    [b'"\xff"', b'["ok",{"a":"\xc3"}]', b"1e999", b"[-1e999]", b'"\\ud800"', b"1" + b"0" * 5000, b'{"\xff":1}'],
-    ids=range(7),
+    "value", [b'"\xff"', b'["ok",{"a":"\xc3"}]', b"1e999", b"[-1e999]", b"1" + b"0" * 5000, b'{"\xff":1}'], ids=range(6)
 )
 def test_a_foreign_value_that_cannot_be_read_is_refused(value: bytes) -> None:
     """A value that could not be read back is refused when the file is loaded, with its key."""
     error = corruption(b'{"good":1,"bad":%s,"other":2}' % value)
-    assert error.detail == "the value of 'bad' is not valid JSON in UTF-8; mend it by hand" or (
-        error.detail.startswith("it is not valid JSON (")
-    )
+    assert error.detail == "the value of 'bad' is not valid JSON in UTF-8; mend it by hand"
     assert error.__suppress_context__
 
 
-@pytest.mark.parametrize(("levels", "message"), [(129, "the value of 'deep' has more than 128 levels of nesting"), (5_000, "")])
+def test_a_foreign_value_with_a_lone_surrogate_is_refused() -> None:
+    """A value with half of a surrogate pair is refused when the file is loaded."""
+    assert corruption(b'{"good":1,"bad":"\\ud800"}').detail.startswith("it is not valid JSON (")
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"), [(129, "the value of 'deep' has more than 128 levels of nesting"), (5_000, "")]
+)
 def test_a_foreign_value_that_is_too_deep_is_refused(levels: int, message: str) -> None:
     """A value nested too deep is refused when the file is loaded, and 128 levels are not."""
     ok = b'{"deep":%s}' % (b"[" * 128 + b"]" * 128)
@@ -544,8 +556,7 @@ def test_a_foreign_value_that_is_too_deep_is_refused(levels: int, message: str) 
     assert message in corruption(b'{"deep":%s}' % (b"[" * levels + b"]" * levels)).detail
 
 
-@pytest.mark.parametrize("key", ["", "a\\u0000b", "x" * (MAX_KEY_LENGTH + 1)], ids=["empty", "NUL", "long"])
-def test_a_foreign_key_out_of_bounds_is_refused(key: str) -> None:
-    """A key that no call accepts is refused when the file is loaded, not kept out of reach."""
-    with pytest.raises(StorageError):
-        decode_snapshot(f'{{"good":1,"{key}":1}}'.encode(), PATH)
+@pytest.mark.parametrize("key", ["", "a\0b", "x" * (MAX_KEY_LENGTH + 1)], ids=["empty", "NUL", "long"])
+def test_a_foreign_key_out_of_bounds_is_kept(key: str) -> None:
+    """A key that could not be set is loaded all the same, so that nothing in the file is lost."""
+    assert plain(decode_snapshot(json.dumps({"good": 1, key: 2}).encode(), PATH).entries) == {"good": 1, key: 2}

@@ -1,0 +1,76 @@
+"""Every Python block of the README and of docs/ runs, in order, and the applications in docs/examples work."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(page for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if "```python" in page.read_text())
+LINK = re.compile(r"\]\(([^)#]+\.md)[^)]*\)")
+
+
+def blocks(page: Path) -> list[CodeType]:
+    """The blocks of a page, each compiled at its own line."""
+    found = []
+    for match in re.finditer(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+        line = page.read_text()[: match.start(1)].count("\n")
+        code = compile("\n" * line + match[1], str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        found.append(code)
+    return found
+
+
+async def run(page: Path) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "docs"}
+    for code in blocks(page):
+        result = eval(code, names)  # noqa: S307 -- our own documentation
+        if inspect.isawaitable(result):
+            await result
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+async def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's blocks run one after the other in an empty directory, as a reader would run them."""
+    monkeypatch.chdir(tmp_path)
+    await run(page)
+
+
+async def test_readme_prints_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The comments beside the README's prints are true."""
+    monkeypatch.chdir(tmp_path)
+    await run(ROOT / "README.md")
+    assert capsys.readouterr().out.splitlines() == [
+        "{'text': 'hi', 'to': ['world']}",
+        "2026 None",
+        "the stored value is not a User: Object missing required field `seen` - at `$`",
+    ]
+    content = (tmp_path / "state/modules/my-module.json").read_text()
+    assert content.startswith('{"greeting":{"text":"hi","to":["world"]},"visits":1,"$lab_state":{')
+
+
+def test_readme_application_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's FastAPI application counts, and goes on counting after a restart."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "docs"}
+    code = next(code for code in blocks(ROOT / "README.md") if "FastAPI" in code.co_names)
+    exec(code, names)  # noqa: S102 -- our own documentation
+    for expected in (1, 2, 3):
+        with TestClient(names["app"]) as client:
+            assert client.post("/visits/home").json() == expected
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """A relative link to another page names a file that is there."""
+    for target in LINK.findall(page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target

@@ -1,0 +1,621 @@
+"""When what becomes durable: group commit, retries, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from lab_state import (
+    ClosedError,
+    Config,
+    FencedError,
+    Manager,
+    MemoryStorage,
+    Recovery,
+    StorageError,
+    StorageSession,
+    UnavailableError,
+    UnsupportedError,
+)
+from lab_state.storage import Snapshot
+from lab_state.testing import FaultyStorage, ManualClock
+
+
+@pytest.fixture
+def memory() -> MemoryStorage:
+    return MemoryStorage()
+
+
+@pytest.fixture
+def storage(memory: MemoryStorage) -> FaultyStorage:
+    return FaultyStorage(memory)
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until something happened that needs no time."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it did not happen")
+
+
+async def idle() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def running(
+    storage: FaultyStorage, clock: ManualClock, flush_interval: float | None, stop_timeout: float = 8.0
+) -> AsyncIterator[Manager]:
+    config = Config(name="test", flush_interval=flush_interval, stop_timeout=stop_timeout)
+    async with Manager(config, storage, clock=clock) as manager:
+        yield manager
+
+
+def commits(storage: FaultyStorage) -> int:
+    return storage.calls.count("commit")
+
+
+class TestFlush:
+    async def test_nothing_changed_nothing_written(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """flush() without a change does not touch the storage."""
+        async with running(storage, clock, None) as state:
+            await state.flush()
+            await state.set("a", 1)
+            await state.flush()
+            await state.flush()
+            assert commits(storage) == 1
+
+    async def test_callers_at_the_same_time_share_one_write(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """A hundred flushes that wait together are one commit."""
+        async with running(storage, clock, None) as state:
+            await state.set("a", 1)
+            await asyncio.gather(*(state.flush() for _ in range(100)))
+            assert commits(storage) == 1
+
+    async def test_a_flush_during_a_commit_waits_for_the_next(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """A change made while a commit is under way is not in it."""
+        async with running(storage, clock, None) as state:
+            storage.hang("commit")
+            await state.set("a", 1)
+            first = asyncio.create_task(state.flush())
+            await until(lambda: commits(storage) == 1)
+            same = asyncio.create_task(state.flush())
+            await asyncio.sleep(0)
+            await state.set("b", 2)
+            second = asyncio.create_task(state.flush())
+            await idle()
+            assert not first.done()
+            assert not same.done()
+            assert (state.status().unflushed_keys, state.durable_revision) == (2, 0)
+            storage.resume()
+            await asyncio.gather(first, same)
+            await second
+            assert commits(storage) == 2
+            assert state.durable_revision == state.revision == 2
+
+    async def test_a_cancelled_flush_does_not_cancel_the_write(
+        self, storage: FaultyStorage, clock: ManualClock
+    ) -> None:
+        """The write goes on for the others, and for itself."""
+        async with running(storage, clock, None) as state:
+            storage.hang("commit")
+            await state.set("a", 1)
+            cancelled, other = asyncio.create_task(state.flush()), asyncio.create_task(state.flush())
+            await until(lambda: commits(storage) == 1)
+            cancelled.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+            storage.resume()
+            await other
+            assert state.durable_revision == 1
+
+    @pytest.mark.parametrize("moment", ["before", "after"])
+    async def test_a_failed_flush_raises_and_keeps_the_changes(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage, moment: str
+    ) -> None:
+        """All who waited for it are told, each with an error of its own; the next one writes everything."""
+        async with running(storage, clock, None) as state:
+            storage.fail("commit", moment)  # type: ignore[arg-type]
+            await state.set_many({"a": 1, "b": 2})
+            errors = await asyncio.gather(*(state.flush() for _ in range(3)), return_exceptions=True)
+            assert [type(error) for error in errors] == [UnavailableError] * 3
+            assert len({id(error) for error in errors}) == 3
+            assert "not durable yet" in str(errors[0])
+            status = state.status()
+            assert (status.flush_failures, status.unflushed_keys, status.durable_revision) == (1, 2, 0)
+            assert status.last_error is not None
+            await state.delete("a")
+            await state.flush()
+            assert (state.durable_revision, state.status().last_error) == (2, None)
+        async with Manager("test", memory) as state:
+            assert await state.get_all() == {"b": 2}
+
+    async def test_changes_during_a_failed_commit_come_on_top(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """What a failed commit puts back never covers what came since."""
+        async with running(storage, clock, None) as state:
+            storage.hang("commit")
+            storage.fail("commit")
+            await state.set_many({"a": "old", "b": "old"})
+            flushing = asyncio.create_task(state.flush())
+            await until(lambda: commits(storage) == 1)
+            await state.set("a", "new")
+            await state.delete("b")
+            storage.resume()
+            await flushing
+            with pytest.raises(UnavailableError):
+                await state.flush()
+            await state.flush()
+        async with Manager("test", memory) as state:
+            assert await state.get_all() == {"a": "new"}
+
+
+class TestInterval:
+    async def test_changes_are_flushed_once_an_interval(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """One commit an interval for any number of changes; none without a change."""
+        async with running(storage, clock, 2.0) as state:
+            await state.set("a", 1)
+            clock.advance(1.5)
+            await state.set("b", 2)
+            await idle()
+            assert (commits(storage), state.status().unflushed_age) == (0, 1.5)
+            clock.advance(0.5)
+            await until(lambda: state.durable_revision == 2)
+            clock.advance(20)
+            await idle()
+            assert (commits(storage), state.status().unflushed_age) == (1, 0)
+            assert state.status().last_flush_at == 1_700_000_002.0
+            assert state.status().last_flush_seconds == 0.0
+
+    async def test_without_an_interval_only_flush_and_stop_write(
+        self, storage: FaultyStorage, clock: ManualClock
+    ) -> None:
+        """None means no background flush, not even after a failed one."""
+        async with running(storage, clock, None) as state:
+            await state.set("a", 1)
+            clock.advance(1000)
+            storage.fail("commit")
+            with pytest.raises(UnavailableError):
+                await state.flush()
+            clock.advance(1000)
+            await idle()
+            assert commits(storage) == 1
+        assert commits(storage) == 2
+
+    async def test_a_failed_background_flush_is_retried_with_growing_pauses(
+        self, storage: FaultyStorage, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The pauses double up to the longer of the interval and 5 s; the log tells of each failure, and of the end."""
+        caplog.set_level(logging.INFO)
+        async with running(storage, clock, 1.0) as state:
+            storage.fail("commit", times=8)
+            await state.set("a", 1)
+            clock.advance(1.0)
+            for failures, pause in enumerate((0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0), 1):
+                await until(lambda failures=failures: state.status().flush_failures == failures)  # type: ignore[misc]
+                await idle()
+                clock.advance(pause - 0.01)
+                await idle()
+                assert commits(storage) == failures
+                clock.advance(0.02)
+            await until(lambda: state.durable_revision == 1)
+            assert (state.status().last_error, state.status().flush_failures) == (None, 8)
+        assert caplog.text.count("a flush failed") == 8
+        assert "flushed again after 8 failures" in caplog.text
+
+    async def test_an_explicit_flush_does_not_wait_for_the_pause(
+        self, storage: FaultyStorage, clock: ManualClock
+    ) -> None:
+        """Who asks is served now."""
+        async with running(storage, clock, 1.0) as state:
+            storage.fail("commit", times=5)
+            await state.set("a", 1)
+            for _ in range(5):
+                with pytest.raises(UnavailableError):
+                    await state.flush()
+            await state.flush()
+            assert commits(storage) == 6
+
+    async def test_zero_means_durable_when_it_returns(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """Every kind of write waits; concurrent ones share commits."""
+        async with running(storage, clock, 0) as state:
+            await state.set("a", 1)
+            await state.set_many({"b": 2, "c": [3]})
+            await state.incr("a")
+            await state.update("c", lambda value: [*value, 4])
+            await state.set_if_absent("d", 1)
+            await state.get_or_set("e", lambda: 1)
+            await state.pop("d")
+            await state.delete("e")
+            await state.delete_all("b")
+            assert commits(storage) == state.durable_revision == state.revision == 9
+            assert await state.delete("nope") is False
+            assert await state.delete_all() == 2
+            assert commits(storage) == 10
+            await asyncio.gather(*(state.set(f"key {number}", 1) for number in range(100)))
+            assert commits(storage) == 11
+
+    async def test_zero_and_a_failed_write_leave_the_change(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """The error says not durable yet; the change is there, and the background makes it durable."""
+        async with running(storage, clock, 0) as state:
+            storage.fail("commit")
+            with pytest.raises(UnavailableError, match="not durable yet"):
+                await state.set("a", 1)
+            assert (await state.get("a"), state.durable_revision) == (1, 0)
+            clock.advance(0.1)
+            await until(lambda: state.durable_revision == 1)
+
+    async def test_zero_and_a_cancelled_caller_leave_the_change(
+        self, storage: FaultyStorage, clock: ManualClock
+    ) -> None:
+        """Also when nobody else waits for it."""
+        async with running(storage, clock, 0) as state:
+            writing = asyncio.create_task(state.set("a", 1))
+            await asyncio.sleep(0)
+            writing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await writing
+            await until(lambda: state.durable_revision == 1)
+
+
+class TestWaitDurable:
+    async def test_it_waits_for_the_background_and_starts_nothing(
+        self, storage: FaultyStorage, clock: ManualClock
+    ) -> None:
+        """It returns when the interval's own flush succeeded, also after a failure."""
+        async with running(storage, clock, 1.0) as state:
+            storage.fail("commit")
+            revision = await state.set("a", 1)
+            waiting = asyncio.create_task(state.wait_durable(revision))
+            await idle()
+            assert commits(storage) == 0
+            clock.advance(1.0)
+            await until(lambda: state.status().flush_failures == 1)
+            await state.set("b", 1)
+            await idle()
+            assert not waiting.done()
+            clock.advance(0.1)
+            await waiting
+            await state.wait_durable(revision)
+            await state.wait_durable()
+            with pytest.raises(ValueError, match="no revision 9 yet"):
+                await state.wait_durable(9)
+
+    async def test_it_ends_with_the_manager(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """The last flush of stop() satisfies it; a last flush that fails is what it raises."""
+        for fails in (False, True):
+            with contextlib.suppress(UnsupportedError):
+                async with running(storage, clock, None) as state:
+                    await state.set("a", 1)
+                    waiting = asyncio.create_task(state.wait_durable())
+                    await asyncio.sleep(0)
+                    if fails:
+                        storage.fail("commit", error=UnsupportedError("read-only"))
+            if fails:
+                with pytest.raises(UnsupportedError, match="read-only"):
+                    await waiting
+            else:
+                await waiting
+
+
+class TestFenced:
+    async def test_a_deposed_writer_stops_trying(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """Who waits is told, the background goes quiet, and stop raises it."""
+        with pytest.raises(FencedError):
+            async with running(storage, clock, 1.0) as state:
+                storage.fail("commit", times=9, error=FencedError("a newer writer owns it"))
+                await state.set("a", 1)
+                waiting = asyncio.create_task(state.wait_durable())
+                await asyncio.sleep(0)
+                clock.advance(1.0)
+                with pytest.raises(FencedError):
+                    await waiting
+                clock.advance(100)
+                await idle()
+                assert commits(storage) == 1
+                with pytest.raises(FencedError):
+                    await state.flush()
+
+
+class TestCheckpoint:
+    async def test_it_runs_beside_commits_when_one_is_due(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """A commit does not wait for the checkpoint; what changes meanwhile is kept apart from its view."""
+        async with running(storage, clock, None) as state:
+            storage.hang("checkpoint")
+            await state.set_many({f"key {number}": "x" * 100 for number in range(2000)})
+            await state.flush()
+            await until(lambda: "checkpoint" in storage.calls)
+            await state.set("during", 1)
+            await state.flush()
+            await state.delete("key 7")
+            storage.resume()
+            await until(lambda: state.status().snapshot_bytes > 200_000)
+            assert len(state) == 2000
+            await state.set("after", 1)
+            assert memory.places["test"].snapshot is not None
+            await until(lambda: state._core.state.entries.__class__ is dict)
+        async with Manager("test", memory) as state:
+            assert len(state) == 2001
+            assert await state.get_many(["during", "after", "key 7"]) == {"during": 1, "after": 1}
+
+    async def test_a_failed_checkpoint_is_tried_again_later(
+        self, storage: FaultyStorage, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Commits go on, nothing is lost, and the pauses grow."""
+        async with running(storage, clock, None) as state:
+            storage.fail("checkpoint", times=2)
+            await state.set("large", "x" * 100_000)
+            await state.flush()
+            await until(lambda: state.status().flush_failures == 1)
+            await idle()
+            await state.set("a", 1)
+            await state.flush()
+            await idle()
+            assert storage.calls.count("checkpoint") == 1
+            clock.advance(0.1)
+            await until(lambda: state.status().flush_failures == 2)
+            await idle()
+            clock.advance(0.2)
+            await until(lambda: state.status().snapshot_bytes > 0)
+        assert caplog.text.count("a checkpoint failed") == 2
+
+    async def test_its_view_waits_until_it_is_committed(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """No snapshot is published with a change that no commit holds yet."""
+        async with running(storage, clock, None) as state:
+            storage.hang("checkpoint")
+            await state.set("large", "x" * 100_000)
+            await state.flush()
+            await until(lambda: "checkpoint" in storage.calls)
+            await state.set("not committed", 1)
+            storage.fail("commit")
+            storage.resume()
+            await until(lambda: state.status().flush_failures == 2)
+            assert state.status().snapshot_bytes == 0
+            await idle()
+            clock.advance(0.1)
+            await until(lambda: state.status().snapshot_bytes > 0)
+            assert state.durable_revision == 2
+
+
+class _UncleanSession:
+    """As a storage whose last writer was killed: a checkpoint comes first."""
+
+    def __init__(self, inner: StorageSession) -> None:
+        self._inner = inner
+        self.recovery: Recovery = inner.recovery._replace(checkpoint_first=True)
+        self.path = inner.path
+        self.snapshot_bytes = self.journal_bytes = 0
+
+    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
+        return await self._inner.commit(record, snapshot)
+
+    async def checkpoint(self, snapshot: Snapshot) -> None:
+        await self._inner.checkpoint(snapshot)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _Unclean:
+    def __init__(self, inner: MemoryStorage) -> None:
+        self._inner = inner
+
+    async def open(self, name: str) -> StorageSession:
+        return _UncleanSession(await self._inner.open(name))
+
+
+class TestUnclean:
+    @pytest.fixture
+    async def storage(self, memory: MemoryStorage) -> FaultyStorage:
+        async with Manager("test", memory) as state:
+            await state.set("old", 1)
+        return FaultyStorage(_Unclean(memory))
+
+    async def test_the_first_act_is_a_checkpoint(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """Nothing is durable and nothing committed before it; reads work at once."""
+        storage.hang("checkpoint")
+        async with running(storage, clock, 0) as state:
+            assert (await state.get("old"), state.revision, state.durable_revision) == (1, 1, 0)
+            await until(lambda: "checkpoint" in storage.calls)
+            flushing, writing = asyncio.create_task(state.flush()), asyncio.create_task(state.set("new", 2))
+            waiting = asyncio.create_task(state.wait_durable())
+            await idle()
+            assert not flushing.done()
+            assert commits(storage) == 0
+            storage.resume()
+            await asyncio.gather(flushing, writing, waiting)
+            assert state.durable_revision == 2
+            assert commits(storage) == 1
+
+    async def test_when_it_fails_flush_says_so_and_it_is_tried_again(
+        self, storage: FaultyStorage, clock: ManualClock
+    ) -> None:
+        """start() succeeds, reads work, flush() raises until the storage is well."""
+        storage.fail("checkpoint", times=3)
+        async with running(storage, clock, 1.0) as state:
+            await until(lambda: state.status().flush_failures == 1)
+            with pytest.raises(UnavailableError):
+                await state.flush()
+            assert (await state.get("old"), state.durable_revision) == (1, 0)
+            await idle()
+            clock.advance(0.2)
+            await until(lambda: state.status().flush_failures == 3)
+            await idle()
+            clock.advance(0.4)
+            await until(lambda: state.durable_revision == 1)
+            await state.flush()
+
+    async def test_stop_makes_it_durable_at_the_latest(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """The last flush includes the checkpoint that had to come first."""
+        storage.fail("checkpoint")
+        async with running(storage, clock, None) as state:
+            await until(lambda: state.status().flush_failures == 1)
+            await state.set("new", 2)
+        async with Manager("test", memory) as state:
+            assert await state.get_all() == {"old": 1, "new": 2}
+
+
+class TestStop:
+    async def test_the_last_flush_is_tried_again_until_the_deadline(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """A storage that is well again in time loses nothing."""
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+        await manager.start()
+        await manager.set("a", 1)
+        storage.fail("commit", times=3)
+        stopping = asyncio.create_task(manager.stop())
+        for pause in (0.1, 0.2, 0.4):
+            await idle()
+            clock.advance(pause)
+        await stopping
+        async with Manager("test", memory) as state:
+            assert await state.get("a") == 1
+
+    async def test_what_cannot_be_retried_is_not(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """A read-only storage ends the stop at once, with its error; the lock is given back."""
+        with pytest.raises(UnsupportedError, match="read-only"):
+            async with running(storage, clock, None) as state:
+                storage.fail("commit", error=UnsupportedError("read-only"))
+                await state.set("a", 1)
+        async with running(storage, clock, None):
+            pass
+
+    async def test_a_storage_that_hangs_does_not_hold_up_stop(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """stop() returns within its timeout and says what is not durable; the state stays locked until the call ends."""
+        manager = Manager(Config(name="test", flush_interval=0, stop_timeout=3.0), storage, clock=clock)
+        await manager.start()
+        storage.hang("commit")
+        writing = asyncio.create_task(manager.set("a", 1))
+        await until(lambda: commits(storage) == 1)
+        stopping = asyncio.create_task(manager.stop())
+        await idle()
+        clock.advance(3.0)
+        with pytest.raises(UnavailableError, match=r"ran out of its 3.0 s.* 1 changed keys"):
+            await stopping
+        with pytest.raises(UnavailableError, match="ran out"):
+            await writing
+        assert memory.places["test"].session is not None
+        storage.resume()
+        await until(lambda: memory.places["test"].session is None)
+        async with manager:
+            assert await manager.get("a") == 1
+
+    async def test_a_checkpoint_that_hangs_loses_nothing(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Everything is durable before it, so stop() only warns; what still runs keeps its view of the state."""
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+        await manager.start()
+        await manager.set("a", 1)
+        storage.hang("checkpoint")
+        stopping = asyncio.create_task(manager.stop())
+        await until(lambda: "checkpoint" in storage.calls)
+        clock.advance(8.0)
+        await stopping
+        assert "everything is durable" in caplog.text
+        storage.resume()
+        await until(lambda: memory.places["test"].session is None)
+        async with manager:
+            assert await manager.get("a") == 1
+
+    async def test_a_checkpoint_under_way_ends_before_the_session(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """Stop during a flush during a checkpoint: all three get to their end."""
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+        await manager.start()
+        storage.hang("checkpoint")
+        await manager.set("large", "x" * 100_000)
+        await manager.flush()
+        await until(lambda: "checkpoint" in storage.calls)
+        await manager.set("a", 1)
+        flushing, stopping = asyncio.create_task(manager.flush()), asyncio.create_task(manager.stop())
+        await idle()
+        storage.resume()
+        await asyncio.gather(flushing, stopping)
+        place = memory.places["test"]
+        assert place.session is None
+        assert place.journal is not None
+        assert place.journal.count(b"\n") == 1
+
+    async def test_stopping_twice_is_stopping_once(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """A second stop waits for the first; cancelling either does not cancel the stop."""
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+        await manager.start()
+        await manager.set("a", 1)
+        storage.hang("commit")
+        first, second = asyncio.create_task(manager.stop()), asyncio.create_task(manager.stop())
+        await until(lambda: commits(storage) == 1)
+        with pytest.raises(ClosedError):
+            await manager.set("b", 2)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert manager.status().phase == "stopping"
+        storage.resume()
+        await second
+        await manager.stop()
+        assert (manager.status().phase, manager.durable_revision) == ("stopped", 1)
+
+    async def test_letting_go_that_fails_is_logged(
+        self, storage: FaultyStorage, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Everything is durable by then, so stop() does not raise."""
+        async with running(storage, clock, None) as state:
+            await state.set("a", 1)
+            storage.fail("aclose", "after")
+        assert "letting go of the storage failed" in caplog.text
+
+
+class TestBrokenPromises:
+    async def test_a_storage_that_raises_anything_else(self, memory: MemoryStorage, clock: ManualClock) -> None:
+        """An exception that no storage should raise is an UnavailableError, and the task lives on."""
+        storage = FaultyStorage(memory)
+        async with running(storage, clock, None) as state:
+            storage.fail("commit", error=OSError("disk"))  # type: ignore[arg-type]
+            await state.set("a", 1)
+            with pytest.raises(UnavailableError, match="raised OSError") as error:
+                await state.flush()
+            assert isinstance(error.value.__cause__, OSError)
+            await state.flush()
+
+    async def test_all_tasks_of_the_loop_are_cancelled(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Who waits is told, nothing is forgotten, and stop() still flushes."""
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+        await manager.start()
+        storage.hang("commit")
+        await manager.set("a", 1)
+        flushing = asyncio.create_task(manager.flush())
+        await until(lambda: commits(storage) == 1)
+        manager._core.running._task.cancel()
+        with pytest.raises(UnavailableError, match="cancelled with its event loop"):
+            await flushing
+        assert "still flushes" in caplog.text
+        with pytest.raises(StorageError, match="only stop"):
+            await manager.flush()
+        storage.resume()
+        await manager.stop()
+        async with Manager("test", memory) as state:
+            assert await state.get("a") == 1

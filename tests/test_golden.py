@@ -1,0 +1,115 @@
+"""Files that each released format wrote must open for ever. `golden/v1` was written by format 1 and is never written again."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab_state import FileStorage, Manager
+from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state._journal import NO_BASE, Accepted, accept, base_of, scan
+from lab_state._values import decode_value
+
+V1 = Path(__file__).parent / "golden" / "v1"
+
+STATE: dict[str, Any] = {
+    "some-key": "some-value",
+    "n": 1,
+    "pi": 3.5,
+    "yes": True,
+    "nothing": None,
+    "users/é": {"name": "Zoë 😀", "tags": ["a", "b"], "big": 2**64},
+    "gone later": [1, {"a": []}],
+}
+
+STATE_AFTER: dict[str, Any] = {
+    "some-key": "some-value",
+    "n": 3,
+    "pi": 3.5,
+    "yes": True,
+    "nothing": 0.5,
+    "users/é": {"name": "Zoë 😀", "tags": ["a", "b"], "big": 2**64},
+    "new": {"line": "a\nb", "null": None},
+}
+
+GO_MAP: dict[str, Any] = {
+    "config": {"enabled": True, "hosts": ["a.example", "b.example"], "limits": {"max": 1e6, "min": 1e-7}},
+    "count": 3,
+    "html": "<b>&\u2028",
+    "last_run": "2025-06-01T12:34:56.789Z",
+    "nothing": None,
+    "ratio": 0.25,
+}
+
+
+def read(name: str) -> bytes:
+    return (V1 / name).read_bytes()
+
+
+def content(loaded: Snapshot) -> tuple[dict[str, Any], int]:
+    return {key: decode_value(stored, Any) for key, stored in loaded.entries.items()}, loaded.revision
+
+
+def load(journal: str, snapshot: str | None) -> tuple[Accepted, int, Snapshot]:
+    """What the two files stand for: the verdict, the size of the torn tail, the state."""
+    data = read(journal)
+    base = NO_BASE if snapshot is None else base_of(len(read(snapshot)), zlib.crc32(read(snapshot)))
+    found = scan(data, "state", journal)
+    accepted = accept(found, len(data), base, journal)
+    whole = accepted.full if snapshot is None else read(snapshot)
+    assert whole is not None
+    loaded = replay(decode_snapshot(whole, journal), accepted.records, journal)
+    return accepted, len(data) - found.end, loaded
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "revision"), [("state.json", STATE, 42), ("empty.json", {}, 7), ("go-map.json", GO_MAP, 0)]
+)
+def test_a_snapshot_opens(name: str, values: dict[str, Any], revision: int) -> None:
+    """A snapshot of format 1, and a map that the Go original wrote, hold what they held."""
+    assert content(decode_snapshot(read(name), name)) == (values, revision)
+
+
+def test_a_journal_opens() -> None:
+    """A journal of format 1 has the changes that follow its snapshot, and a stale record that is skipped."""
+    accepted, torn, loaded = load("state.journal", "state.json")
+    assert (accepted.full, len(accepted.records), accepted.unclean, torn) == (None, 3, True, 0)
+    assert content(loaded) == (STATE_AFTER, 45)
+
+
+def test_a_torn_journal_opens() -> None:
+    """A journal of format 1 with a torn tail has the changes before it."""
+    accepted, torn, loaded = load("torn.journal", "state.json")
+    assert (len(accepted.records), accepted.unclean) == (3, True)
+    assert torn > 64
+    assert content(loaded) == (STATE_AFTER, 45)
+
+
+def test_a_journal_with_the_whole_state_opens() -> None:
+    """A journal of format 1 that begins with the whole state needs no snapshot."""
+    accepted, torn, loaded = load("full.journal", None)
+    assert (len(accepted.records), accepted.unclean, torn) == (2, True, 0)
+    assert content(loaded) == ({"z": 0}, 12)
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "journal", "values"),
+    [
+        ("state.json", "state.journal", STATE_AFTER),
+        ("state.json", "torn.journal", STATE_AFTER),
+        ("state.json", "full.journal", {"z": 0}),
+        ("go-map.json", None, GO_MAP),
+        ("empty.json", None, {}),
+    ],
+)
+async def test_a_manager_opens_them(tmp_path: Path, snapshot: str, journal: str | None, values: dict[str, Any]) -> None:
+    """A manager starts on files of format 1, and leaves what it found."""
+    (tmp_path / "state.json").write_bytes(read(snapshot))
+    if journal is not None:
+        (tmp_path / "state.journal").write_bytes(read(journal))
+    for _ in range(2):
+        async with Manager("state", FileStorage(tmp_path)) as state:
+            assert await state.get_all() == values

@@ -1,0 +1,469 @@
+"""`_journal`: framing, checksums, the scan that tells torn from damaged, and what to load."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab_state._codec import Snapshot, encode_record, replay
+from lab_state._journal import (
+    ANY_BASE,
+    NO_BASE,
+    Accepted,
+    Frame,
+    Kind,
+    Scan,
+    accept,
+    base_of,
+    frame,
+    header,
+    new_salt,
+    scan,
+)
+from lab_state._state import DELETED, Changes
+from lab_state._values import encode_value
+from lab_state.exceptions import CorruptionError, UnsupportedError
+
+PATH = "/state/some.journal"
+NAME = "some"
+SALT = "0123456789abcdef"
+BASE = base_of(123, 0xABC)
+OTHER_BASE = base_of(124, 0xABC)
+FULL = b'{"a":1}'
+
+
+def record(start: int, *values: object) -> bytes:
+    """The record of one commit of one revision; a value for each key, `...` deletes."""
+    changes = {f"key {n}": DELETED if value is ... else encode_value(value) for n, value in enumerate(values)}
+    return b"".join(encode_record(Changes(start, start + 1, False, changes, 0.0)))
+
+
+RECORDS = (
+    record(0, 1, "one"),
+    record(1),
+    record(2, {"text": "x" * 300}),
+    record(3, ..., [1, 2, 3]),
+    record(4, 'a "quoted" \\ line\n', None),
+    record(5, 6.5),
+)
+
+
+def journal(*frames: tuple[Kind, bytes], base: str = BASE, salt: str = SALT, name: str = NAME) -> bytes:
+    return header(name, salt, base) + b"".join(frame(salt, kind, payload) for kind, payload in frames)
+
+
+def lines(data: bytes) -> list[bytes]:
+    """The frames of a journal whose payloads hold no newline."""
+    return data.splitlines(keepends=True)
+
+
+def records(payloads: Sequence[bytes]) -> list[tuple[Kind, bytes]]:
+    return [(Kind.RECORD, payload) for payload in payloads]
+
+
+JOURNAL = journal(*records(RECORDS))
+
+
+def corruption(data: bytes) -> CorruptionError:
+    with pytest.raises(CorruptionError) as caught:
+        scan(data, NAME, PATH)
+    assert caught.value.path == PATH
+    return caught.value
+
+
+def payloads(found: Scan) -> tuple[bytes, ...]:
+    return tuple(payload for _, payload in found.frames)
+
+
+# Frames
+
+
+def test_a_frame_is_one_line() -> None:
+    """A frame is a checksum over salt and body, the length, the kind and the payload, on one line."""
+    body = b'9 R {"a":"b"}'
+    assert frame(SALT, Kind.RECORD, b'{"a":"b"}') == b"%08x %s\n" % (zlib.crc32(SALT.encode() + body), body)
+    assert frame(SALT, Kind.CHECKPOINT, b"").endswith(b" 0 C \n")
+
+
+def test_the_header_is_the_first_line() -> None:
+    """The header is a frame whose payload names the format, the state, the salt and the base."""
+    line = header(NAME, SALT, BASE)
+    assert line.endswith(b"\n")
+    payload = line.split(b" ", 3)[3]
+    assert msgspec.json.decode(payload) == {"format": 1, "name": NAME, "salt": SALT, "base": BASE}
+    found = scan(line, NAME, PATH)
+    assert (found.frames, found.end) == ((), len(line))
+    assert (found.header.name, found.header.salt, found.header.base) == (NAME, SALT, BASE)
+
+
+def test_a_salt_is_drawn_anew() -> None:
+    """A salt has 16 hex digits, and is not drawn twice."""
+    salts = {new_salt() for _ in range(100)}
+    assert len(salts) == 100
+    assert all(re.fullmatch("[0-9a-f]{16}", salt) for salt in salts)
+
+
+def test_a_base_names_a_snapshot() -> None:
+    """A base is the size and the checksum of a snapshot's bytes."""
+    assert base_of(1264, 0x9AE) == "1264-000009ae"
+
+
+PAYLOADS = st.binary(max_size=40) | st.sampled_from(["\n", " ", "0", "00000000 0 R \n"]).map(str.encode)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([Kind.RECORD, Kind.CHECKPOINT, Kind.FULL]), PAYLOADS), max_size=6),
+    st.text(max_size=8),
+)
+def test_any_frames_come_back(frames: list[tuple[Kind, bytes]], name: str) -> None:
+    """Frames with any payload, newlines and what looks like a frame included, come back exactly."""
+    data = journal(*frames, name=name)
+    found = scan(data, name, PATH)
+    assert found.frames == tuple(Frame(*each) for each in frames)
+    assert found.end == len(data)
+
+
+# Torn or damaged
+
+
+def test_every_prefix_is_a_torn_tail() -> None:
+    """A journal cut at any byte holds exactly the whole records before the cut; one cut in its header is refused."""
+    ends = [len(b"".join(lines(JOURNAL)[: count + 1])) for count in range(len(RECORDS) + 1)]
+    for cut in range(len(JOURNAL) + 1):
+        whole = [end for end in ends if end <= cut]
+        if whole:
+            found = scan(JOURNAL[:cut], NAME, PATH)
+            assert payloads(found) == RECORDS[: len(whole) - 1]
+            assert found.end == whole[-1]
+        else:
+            assert corruption(JOURNAL[:cut]).detail == "its first line is not a valid journal header; restore a copy"
+
+
+def test_every_flipped_bit_is_noticed() -> None:
+    """A flipped bit is an error; in the last frame, which may be torn, it may also drop that frame and nothing else."""
+    last = JOURNAL.index(lines(JOURNAL)[-1])
+    for bit in range(8 * len(JOURNAL)):
+        damaged = bytearray(JOURNAL)
+        damaged[bit // 8] ^= 1 << bit % 8
+        if bit // 8 < last:
+            with pytest.raises((CorruptionError, UnsupportedError)):
+                scan(bytes(damaged), NAME, PATH)
+        else:
+            found = scan(bytes(damaged), NAME, PATH)
+            assert (payloads(found), found.end) == (RECORDS[:-1], last)
+
+
+def test_every_missing_byte_is_noticed() -> None:
+    """A missing byte before the last frame is an error, and in the last frame drops that frame."""
+    last = JOURNAL.index(lines(JOURNAL)[-1])
+    for at in range(len(JOURNAL)):
+        damaged = JOURNAL[:at] + JOURNAL[at + 1 :]
+        if at < last:
+            corruption(damaged)
+        else:
+            assert payloads(scan(damaged, NAME, PATH)) == RECORDS[:-1]
+
+
+@pytest.mark.parametrize("size", [1, 7, 512, 4096])
+@pytest.mark.parametrize("fill", [b"\0", b"\xff", b"\n", b" ", b"0"])
+def test_a_filled_tail_is_torn(fill: bytes, size: int) -> None:
+    """Zeros and other filling behind the last frame, as a crash leaves them, are a torn tail."""
+    found = scan(JOURNAL + fill * size, NAME, PATH)
+    assert (payloads(found), found.end) == (RECORDS, len(JOURNAL))
+
+
+def test_a_zero_filled_last_frame_is_torn() -> None:
+    """A last frame whose blocks never reached the disk is a torn tail."""
+    last = len(lines(JOURNAL)[-1])
+    for written in range(last):
+        found = scan(JOURNAL[: len(JOURNAL) - last + written] + bytes(last - written), NAME, PATH)
+        assert payloads(found) == RECORDS[:-1]
+
+
+@pytest.mark.parametrize("number", range(len(RECORDS) - 1))
+def test_a_zero_filled_frame_in_the_middle_is_damage(number: int) -> None:
+    """A frame with zeros in its place and a valid frame behind it is damage to acknowledged data."""
+    parts = lines(JOURNAL)
+    at = len(b"".join(parts[: number + 1]))
+    parts[number + 1] = bytes(len(parts[number + 1]))
+    error = corruption(b"".join(parts))
+    assert error.offset == at
+    assert error.detail == (
+        f"a valid frame follows at byte {at + len(parts[number + 1])}, so what is damaged was acknowledged; restore a copy"
+    )
+
+
+@pytest.mark.parametrize("number", range(1, len(RECORDS)))
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_newline_that_glues_two_frames_is_damage(number: int, bit: int) -> None:
+    """A newline turned into anything else glues two frames, and the second is still found."""
+    at = len(b"".join(lines(JOURNAL)[: number + 1])) - 1
+    damaged = bytearray(JOURNAL)
+    damaged[at] ^= 1 << bit
+    assert f"a valid frame follows at byte {at + 1}," in corruption(bytes(damaged)).detail
+
+
+def test_a_frame_of_another_journal_is_torn() -> None:
+    """A frame with another salt, as old blocks of the disk hold, is no frame of this journal."""
+    found = scan(JOURNAL + frame("f" * 16, Kind.RECORD, record(6, 7)) * 3, NAME, PATH)
+    assert (payloads(found), found.end) == (RECORDS, len(JOURNAL))
+
+
+def test_a_value_that_spells_a_frame_does_not_pass_for_one() -> None:
+    """A user's value that spells a frame is no frame, wherever its record is torn."""
+    spelt = frame("f" * 16, Kind.RECORD, record(6, "forged")).decode() + frame("", Kind.RECORD, b"{}").decode()
+    data = journal((Kind.RECORD, record(0, "good")), (Kind.RECORD, record(1, spelt)))
+    whole = len(b"".join(lines(data)[:2]))
+    for cut in range(whole, len(data)):
+        assert payloads(scan(data[:cut], NAME, PATH)) == (record(0, "good"),)
+    assert payloads(scan(data, NAME, PATH)) == (record(0, "good"), record(1, spelt))
+
+
+def test_a_payload_that_holds_frames_is_one_frame() -> None:
+    """Frames of this very journal inside a valid payload are that payload, not frames."""
+    inner = frame(SALT, Kind.RECORD, b"inner")
+    found = scan(journal((Kind.FULL, inner * 2), (Kind.RECORD, b"outer")), NAME, PATH)
+    assert payloads(found) == (inner * 2, b"outer")
+
+
+# Whole frames moved about
+
+
+def load(data: bytes) -> Snapshot:
+    found = accept(scan(data, NAME, PATH), len(data), NO_BASE, PATH)
+    return replay(Snapshot({}, 0), found.records, PATH)
+
+
+FRAMES = [frame(SALT, Kind.RECORD, payload) for payload in RECORDS]
+
+
+@pytest.mark.parametrize("number", range(len(RECORDS) - 1))
+def test_a_dropped_frame_is_a_gap(number: int) -> None:
+    """A whole frame that is missing in the middle is noticed as a gap in the revisions."""
+    with pytest.raises(
+        CorruptionError, match=f"the changes {number + 1} to {number + 1} are missing before record {number + 1}"
+    ):
+        load(header(NAME, SALT, NO_BASE) + b"".join(FRAMES[:number] + FRAMES[number + 1 :]))
+
+
+@pytest.mark.parametrize("number", range(len(RECORDS) - 1))
+def test_swapped_frames_are_a_gap(number: int) -> None:
+    """Two whole frames in the wrong order are noticed as a gap in the revisions."""
+    swapped = [*FRAMES[:number], FRAMES[number + 1], FRAMES[number], *FRAMES[number + 2 :]]
+    with pytest.raises(CorruptionError, match="are missing before record"):
+        load(header(NAME, SALT, NO_BASE) + b"".join(swapped))
+
+
+@pytest.mark.parametrize("number", range(len(RECORDS)))
+@pytest.mark.parametrize("later", [0, 1, 5])
+def test_a_doubled_frame_changes_nothing(number: int, later: int) -> None:
+    """A whole frame that stands there twice, at once or later, counts once."""
+    at = number + 1 + later
+    doubled = [*FRAMES[:at], FRAMES[number], *FRAMES[at:]]
+    expected = load(header(NAME, SALT, NO_BASE) + b"".join(FRAMES))
+    found = load(header(NAME, SALT, NO_BASE) + b"".join(doubled))
+    assert found.revision == expected.revision == len(RECORDS)
+    assert {key: msgspec.json.encode(value) for key, value in found.entries.items()} == {
+        key: msgspec.json.encode(value) for key, value in expected.entries.items()
+    }
+
+
+# Headers and kinds
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"\n", bytes(512), b"not a journal\n", JOURNAL[1:], b"\n" + JOURNAL, JOURNAL.upper()),
+        b"".join(FRAMES),
+        frame(SALT, Kind.RECORD, header(NAME, SALT, BASE)[15:-1]),
+        frame(SALT, Kind.HEADER, b"{}"),
+        frame(SALT, Kind.HEADER, b"\xff"),
+        frame(SALT, Kind.HEADER, b'{"format":1,"name":"some","salt":"other","base":"none"}'),
+        b"00000000 999999999999999 H {}\n",
+    ],
+    ids=range(13),
+)
+def test_a_bad_first_line_is_refused(data: bytes) -> None:
+    """A journal whose first line is not its header is CorruptionError, for nothing behind it can be told."""
+    error = corruption(data)
+    assert error.detail == "its first line is not a valid journal header; restore a copy"
+    assert error.offset == 0
+
+
+def test_a_damaged_header_is_refused_even_with_nothing_behind_it() -> None:
+    """A single flipped bit in a journal that is a header alone is an error, never an empty journal."""
+    data = header(NAME, SALT, BASE)
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        corruption(bytes(damaged))
+
+
+def test_another_states_journal_is_refused() -> None:
+    """A journal that names another state is refused, with both names."""
+    assert corruption(journal(*records(RECORDS), name="other")).detail == (
+        "it is the journal of 'other', not of 'some'; put the right file back"
+    )
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_another_format_is_refused(number: int) -> None:
+    """A journal of another format is UnsupportedError, and says what to do."""
+    payload = b'{"format":%d,"name":"some","salt":"0123456789abcdef","base":"none","new":[]}' % number
+    with pytest.raises(UnsupportedError) as caught:
+        scan(frame(SALT, Kind.HEADER, payload), NAME, PATH)
+    assert str(caught.value) == (
+        f"/state/some.journal has journal format {number}, this version of lab_state knows 1: "
+        "use the version that wrote it; the file was left untouched"
+    )
+
+
+def other_kind(kind: bytes, payload: bytes) -> bytes:
+    body = b"%d %s %s" % (len(payload), kind, payload)
+    return b"%08x %s\n" % (zlib.crc32(SALT.encode() + body), body)
+
+
+@pytest.mark.parametrize("kind", [b"X", b"H", b"A"])
+@pytest.mark.parametrize("number", [0, 3, 6])
+def test_an_unknown_kind_is_refused(kind: bytes, number: int) -> None:
+    """A frame of an unknown kind, or a second header, is refused where it stands, though its checksum is right."""
+    before = header(NAME, SALT, BASE) + b"".join(FRAMES[:number])
+    error = corruption(before + other_kind(kind, b"x") + b"".join(FRAMES[number:]))
+    assert error.detail == f"a frame of the unexpected kind '{kind.decode()}'; restore a copy"
+    assert error.offset == len(before)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [(), ((Kind.RECORD, RECORDS[0]), (Kind.FULL, FULL)), ((Kind.CHECKPOINT, b"none"),)],
+    ids=["none", "R F", "C"],
+)
+def test_a_star_without_the_whole_state_first_is_refused(frames: tuple[tuple[Kind, bytes], ...]) -> None:
+    """A journal with the base `*` whose first frame is not the whole state is refused."""
+    error = corruption(journal(*frames, base=ANY_BASE))
+    assert error.detail == "the frame with the whole state, which must come first, is missing"
+
+
+def test_a_star_with_a_torn_first_frame_is_refused() -> None:
+    """A journal with the base `*` is refused while its first frame is not whole: it was never used."""
+    data = journal((Kind.FULL, FULL), base=ANY_BASE)
+    head = len(lines(data)[0])
+    for cut in range(head, len(data)):
+        assert corruption(data[:cut]).offset == head
+    assert payloads(scan(data, NAME, PATH)) == (FULL,)
+
+
+# What to load
+
+
+def accepted(snapshot_base: str, *frames: tuple[Kind, bytes], base: str = BASE, tail: bytes = b"") -> Accepted:
+    data = journal(*frames, base=base) + tail
+    return accept(scan(data, NAME, PATH), len(data), snapshot_base, PATH)
+
+
+def not_accepted(snapshot_base: str, *frames: tuple[Kind, bytes], base: str = BASE) -> CorruptionError:
+    with pytest.raises(CorruptionError) as caught:
+        accepted(snapshot_base, *frames, base=base)
+    assert caught.value.path == PATH
+    return caught.value
+
+
+R0, R1 = (Kind.RECORD, RECORDS[0]), (Kind.RECORD, RECORDS[1])
+F = (Kind.FULL, FULL)
+
+
+def checkpoint_of(base: str) -> tuple[Kind, bytes]:
+    return Kind.CHECKPOINT, base.encode()
+
+
+@pytest.mark.parametrize("base", [BASE, NO_BASE])
+def test_no_journal_accepts_the_snapshot(base: str) -> None:
+    """Without a journal the snapshot is the state, and if there is none either, the state is empty."""
+    assert accept(None, 0, base, PATH) == Accepted(None, (), unclean=False)
+
+
+@pytest.mark.parametrize("base", [BASE, NO_BASE])
+def test_the_snapshot_that_the_base_names_is_followed_by_every_record(base: str) -> None:
+    """Where the base names the snapshot, or there is none and the base says so, the records follow it."""
+    assert accepted(base, R0, R1, base=base) == Accepted(None, (R0[1], R1[1]), unclean=True)
+
+
+def test_the_snapshot_that_a_checkpoint_frame_names_is_followed_by_every_record() -> None:
+    """A snapshot that was renamed into place before the new journal was is the one in a C frame."""
+    assert accepted(OTHER_BASE, R0, checkpoint_of(OTHER_BASE), R1) == Accepted(None, (R0[1], R1[1]), unclean=True)
+
+
+def test_the_snapshot_before_a_checkpoint_frame_is_accepted_too() -> None:
+    """A checkpoint whose rename never came leaves the snapshot that the base names."""
+    assert accepted(BASE, R0, checkpoint_of(OTHER_BASE), R1) == Accepted(None, (R0[1], R1[1]), unclean=True)
+
+
+def test_no_snapshot_before_the_first_checkpoint_is_accepted() -> None:
+    """The first checkpoint of a state whose rename never came leaves no snapshot, as the base says."""
+    assert accepted(NO_BASE, R0, checkpoint_of(BASE), base=NO_BASE) == Accepted(None, (R0[1],), unclean=True)
+
+
+@pytest.mark.parametrize("snapshot_base", [BASE, NO_BASE])
+def test_a_star_is_the_whole_state_whatever_the_snapshot(snapshot_base: str) -> None:
+    """With the base `*` the first frame is the state, whatever snapshot is there, then every record."""
+    found = accepted(snapshot_base, F, R0, checkpoint_of(OTHER_BASE), R1, base=ANY_BASE)
+    assert found == Accepted(FULL, (R0[1], R1[1]), unclean=True)
+    assert accepted(snapshot_base, F, base=ANY_BASE) == Accepted(FULL, (), unclean=True)
+
+
+def test_a_restored_snapshot_is_accepted_beside_an_empty_journal() -> None:
+    """A snapshot that the journal does not name is accepted where the journal holds no record."""
+    assert accepted(OTHER_BASE) == Accepted(None, (), unclean=False)
+    assert accepted(OTHER_BASE, base=NO_BASE) == Accepted(None, (), unclean=False)
+    assert accepted(OTHER_BASE, checkpoint_of(base_of(1, 1))) == Accepted(None, (), unclean=True)
+
+
+@pytest.mark.parametrize("snapshot_base", [OTHER_BASE, NO_BASE])
+def test_records_beside_a_snapshot_that_they_do_not_follow_are_refused(snapshot_base: str) -> None:
+    """Records that follow another snapshot than the one that is there, or that is missing, are refused."""
+    error = not_accepted(snapshot_base, checkpoint_of(base_of(1, 1)), R0)
+    assert error.detail == "the snapshot beside it is not the one that it follows; put the right one back"
+
+
+def test_records_of_a_first_journal_beside_a_snapshot_are_refused() -> None:
+    """Records that follow no snapshot are refused where there is one."""
+    assert "is not the one that it follows" in not_accepted(BASE, R0, base=NO_BASE).detail
+
+
+@pytest.mark.parametrize("frames", [(), (checkpoint_of(OTHER_BASE),)], ids=["empty", "C"])
+def test_a_missing_snapshot_is_refused(frames: tuple[tuple[Kind, bytes], ...]) -> None:
+    """A snapshot that the journal names and that is not there is never taken for an empty state."""
+    error = not_accepted(NO_BASE, *frames)
+    assert error.detail == "the snapshot that it follows is missing; put it back"
+
+
+@pytest.mark.parametrize(
+    ("base", "frames"),
+    [(BASE, (F,)), (BASE, (R0, F)), (NO_BASE, (F, R0)), (ANY_BASE, (F, F)), (ANY_BASE, (F, R0, F))],
+    ids=["first", "later", "before records", "twice", "twice with records"],
+)
+def test_a_whole_state_in_the_wrong_place_is_refused(base: str, frames: tuple[tuple[Kind, bytes], ...]) -> None:
+    """A frame with the whole state is refused anywhere but first in a journal with the base `*`."""
+    error = not_accepted(BASE if base != NO_BASE else NO_BASE, *frames, base=base)
+    assert error.detail == "a frame with the whole state stands where none may; restore a copy"
+
+
+@pytest.mark.parametrize("base", [BASE, NO_BASE])
+def test_a_header_alone_is_a_clean_end(base: str) -> None:
+    """A journal that is a header alone is what a clean stop leaves."""
+    assert accepted(base, base=base) == Accepted(None, (), unclean=False)
+
+
+@pytest.mark.parametrize(
+    ("frames", "tail"), [((), b"\0"), ((checkpoint_of(BASE),), b""), ((R0,), b"x")], ids=["torn", "C", "R and torn"]
+)
+def test_anything_behind_the_header_is_an_unclean_end(frames: tuple[tuple[Kind, bytes], ...], tail: bytes) -> None:
+    """Any frame, and any torn tail, means that the last writer did not end with a checkpoint."""
+    assert accepted(BASE, *frames, tail=tail).unclean

@@ -1,0 +1,235 @@
+"""The package as a whole: its names, what importing it costs, and which way its imports go."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib
+import inspect
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import lab_state
+import lab_state.exceptions
+import lab_state.storage
+
+PACKAGE = Path(inspect.getfile(lab_state)).parent
+
+# From low to high; a module imports from its own layer and those below.
+LAYERS = (
+    ("exceptions", "config"),
+    ("_clock", "_journal", "_state"),
+    ("_values",),
+    ("_codec", "storage", "storage.*"),
+    ("_flusher",),
+    ("_calls",),
+    ("manager",),
+    ("_conformance", "testing"),
+    ("__init__",),
+)
+
+OPENS_AND_SYNCS = {
+    "open",
+    "fsync",
+    "fdatasync",
+    "replace",
+    "rename",
+    "renames",
+    "truncate",
+    "ftruncate",
+    "pwrite",
+    "write",
+}
+
+
+def module_names() -> list[str]:
+    """Every module, relative to the package: `storage._fs`; the package itself is `__init__`."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found.append(".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts))
+    return found
+
+
+MODULES = module_names()
+
+
+def source_of(module: str) -> str:
+    path = PACKAGE.joinpath(*module.split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+
+
+def imports_of(module: str) -> set[str]:
+    """The modules of the package that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source_of(module))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            # `from lab_state import _journal` means the module, not the package.
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            inside &= {f"lab_state.{name}" for name in MODULES}
+            found |= inside or {str(node.module)}
+    ours = {name for name in found if name.split(".")[0] == "lab_state"}
+    return {name.removeprefix("lab_state").removeprefix(".") or "__init__" for name in ours}
+
+
+def layer_of(module: str) -> int:
+    names = {module, f"{module.split('.')[0]}.*"} if "." in module else {module}
+    found = [number for number, layer in enumerate(LAYERS) if names & set(layer)]
+    assert found, f"{module} has no layer: give it one in LAYERS"
+    return found[0]
+
+
+def calls_in(module: str) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(ast.parse(source_of(module))) if isinstance(node, ast.Call))
+
+
+def run(code: str) -> Any:
+    """What a fresh interpreter prints, as JSON."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return json.loads(done.stdout)
+
+
+# Names
+
+
+@pytest.mark.parametrize("module", [lab_state, lab_state.storage], ids=lambda module: module.__name__)
+def test_all_names_are_exported(module: ModuleType) -> None:
+    """`__all__` has every public name, once, and nothing else."""
+    public = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and name != "annotations"
+    }
+    assert set(module.__all__) == public
+    assert len(module.__all__) == len(set(module.__all__))
+
+
+def test_all_errors_are_exported() -> None:
+    """Every class of `exceptions` can be had from the package."""
+    errors = {name for name, value in vars(lab_state.exceptions).items() if inspect.isclass(value)}
+    assert errors <= set(lab_state.__all__)
+    assert all(getattr(lab_state, name) is getattr(lab_state.exceptions, name) for name in errors)
+
+
+def test_exports_are_grouped_and_sorted() -> None:
+    """`__all__` is in groups, each under a comment and sorted."""
+    listed = source_of("__init__").split("__all__ = [", 1)[1]
+    groups = [re.findall(r'"(\w+)"', group) for group in re.split(r"\n    # [a-z ]+\n", listed)[1:]]
+    assert len(groups) >= 3
+    assert all(group == sorted(group) and group for group in groups)
+    assert list(itertools.chain(*groups)) == lab_state.__all__
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    """Everything that the package exports says what it is."""
+    assert [name for name in lab_state.__all__ if not getattr(lab_state, name).__doc__] == []
+
+
+def test_star_import() -> None:
+    """A star import gives every name of `__all__`, in a fresh interpreter, and no other."""
+    code = "from lab_state import *\nimport json\nprint(json.dumps([n for n in dir() if not n.startswith('_')]))"
+    assert sorted(run(code)) == sorted([*lab_state.__all__, "json"])
+
+
+# Imports
+
+
+def test_importing_imports_nothing_optional() -> None:
+    """`import lab_state` brings in no extra, no framework, and not what only tests need."""
+    loaded = run("import lab_state, json, sys\nprint(json.dumps(sorted(sys.modules)))")
+    assert "lab_state.manager" in loaded
+    optional = {
+        "aiobotocore",
+        "aiohttp",
+        "redis",
+        "fastapi",
+        "starlette",
+        "litestar",
+        "pydantic",
+        "anyio",
+        "attrs",
+        "pytest",
+    }
+    assert optional & {name.split(".")[0] for name in loaded} == set()
+    assert {"lab_state.testing", "lab_state._conformance"} & set(loaded) == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_can_be_imported_first(module: str) -> None:
+    """Each module can be imported, and says what it is."""
+    name = "lab_state" if module == "__init__" else f"lab_state.{module}"
+    assert importlib.import_module(name).__doc__
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module: str) -> None:
+    """A module imports from its own layer and from those below, never from above."""
+    above = {name for name in imports_of(module) if layer_of(name) > layer_of(module)}
+    assert above == set()
+
+
+def test_imports_have_no_cycle() -> None:
+    """Within a layer too, no module imports itself by way of another."""
+    order = list(graphlib.TopologicalSorter({module: imports_of(module) for module in MODULES}).static_order())
+    assert sorted(order) == sorted(MODULES)
+
+
+def test_the_layers_name_modules_that_exist() -> None:
+    """Every module of the layers is there."""
+    named = {name for layer in LAYERS for name in layer if not name.endswith("*")}
+    assert named <= set(MODULES)
+
+
+# Who may do what
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "storage._fs"])
+def test_only_fs_opens_and_syncs(module: str) -> None:
+    """Only `storage/_fs.py` opens, writes, syncs or renames a file."""
+    found = []
+    for call in calls_in(module):
+        match call.func:
+            case ast.Name("open"):
+                found.append("open")
+            case ast.Attribute(ast.Name("os" | "io" | "aiofiles" | "fcntl" as of), name) if (
+                of != "os" or name in OPENS_AND_SYNCS
+            ):
+                found.append(f"{of}.{name}")
+            case ast.Attribute(
+                _, "read_bytes" | "read_text" | "write_bytes" | "write_text" | "unlink" | "mkdir" as name
+            ):
+                found.append(name)
+            case _:
+                pass
+    for node in ast.walk(ast.parse(source_of(module))):
+        if isinstance(node, ast.ImportFrom) and node.module in {"os", "io", "aiofiles", "fcntl", "shutil"}:
+            found.extend(alias.name for alias in node.names)
+    assert found == []
+
+
+def test_fs_is_where_files_are_opened() -> None:
+    """`storage/_fs.py` does open, sync and rename, so that the rule above is about something."""
+    names = {call.func.attr for call in calls_in("storage._fs") if isinstance(call.func, ast.Attribute)}
+    assert names >= {"open", "fsync", "fdatasync", "replace", "flock"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [module for module in MODULES if not module.startswith("storage") and module not in {"testing", "_conformance"}],
+)
+def test_only_the_flusher_writes_to_a_session(module: str) -> None:
+    """Only `_flusher.py` commits and checkpoints, so that one commit and one checkpoint at most are under way."""
+    names = {call.func.attr for call in calls_in(module) if isinstance(call.func, ast.Attribute)}
+    assert names & {"commit", "checkpoint"} == ({"commit", "checkpoint"} if module == "_flusher" else set())
