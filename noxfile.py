@@ -15,7 +15,7 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 WHEEL_ONLY = {"PYTHONSAFEPATH": "1"}
 
 
-def _group(name: str) -> list[str]:
+def _group(name: str) -> tuple[str, ...]:
     return nox.project.dependency_groups(PROJECT, name)
 
 

@@ -233,7 +233,9 @@ class Calls:
         self._check_open()
         entries = self._core.state.entries
         wanted = [self._full(key) for key in _many(keys)]
-        return await self._deleted(self._core.state.delete_many([key if key in entries else check_key(key) for key in wanted]))
+        return await self._deleted(
+            self._core.state.delete_many([key if key in entries else check_key(key) for key in wanted])
+        )
 
     async def delete_all(self, prefix: str = "") -> int:
         """Delete every key that starts with `prefix`, as one change; returns how many.
@@ -274,7 +276,7 @@ class Calls:
     @overload
     async def update(self, key: str, fn: Callable[[Any], R], default: object = ...) -> R: ...
     async def update(self, key: str, fn: Callable[[Any], Any], default: object = MISSING, *, type: Any = Any) -> Any:
-        """Replace a value by what `fn` makes of it, atomically; returns the new value.
+        """Replace a value by what `fn` makes of it, atomically; returns what `fn` returned.
 
         Args:
             key: The key.
@@ -296,7 +298,8 @@ class Calls:
             raise InvalidValueError(
                 f"{_name(fn)} given to update() returned None; return the new value, or use delete() or set(key, None)"
             )
-        return await self._replaced(key, new, type)
+        await self._replaced(key, new, type)
+        return new
 
     @overload
     async def get_or_set(self, key: str, factory: Callable[[], T], *, type: type[T]) -> T: ...
@@ -355,7 +358,9 @@ class Calls:
                 raise InvalidValueError(f"incr() needs an int or a float as {name}, not {number.__class__.__name__}")
         old = self.get_nowait(key, default)
         if not _is_number(old):
-            raise TypeMismatchError(f"the stored value is not a number, but a {old.__class__.__name__}; incr() needs one")
+            raise TypeMismatchError(
+                f"the stored value is not a number, but a {old.__class__.__name__}; incr() needs one"
+            )
         new: float = old + delta
         await self.set(key, new)
         return new
@@ -448,5 +453,7 @@ def _result(call: str, fn: object, result: object) -> object:
     if inspect.isawaitable(result):
         if inspect.iscoroutine(result):
             result.close()
-        raise InvalidValueError(f"{_name(fn)} given to {call}() must be a plain function, not async: an await inside is not atomic")
+        raise InvalidValueError(
+            f"{_name(fn)} given to {call}() must be a plain function, not async: an await inside is not atomic"
+        )
     return result

@@ -12,7 +12,6 @@ Formats, version 1, both JSON:
 
 from __future__ import annotations
 
-import re
 import secrets
 import zlib
 from collections.abc import Iterable, Iterator
@@ -116,8 +115,8 @@ def _members(items: Iterable[tuple[str, Stored]], own: dict[str, Stored] | None 
     while part := dict(islice(items, most)):
         if own is not None:
             for key, stored in part.items():
-                if stored.__class__ is Raw:
-                    own[key] = stored.copy()  # type: ignore[union-attr]
+                if isinstance(stored, Raw):
+                    own[key] = stored.copy()
         data = comma + encode(part)[1:-1]
         comma = b","
         yield data
@@ -141,7 +140,9 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
             continue
         if record.start > revision:
             raise CorruptionError(
-                path, 0, f"the changes {revision + 1} to {record.start} are missing before record {number}; restore a copy"
+                path,
+                0,
+                f"the changes {revision + 1} to {record.start} are missing before record {number}; restore a copy",
             )
         if record.clear:
             entries = {}
@@ -224,13 +225,17 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
     for suspect in (next(reversed(entries.values()), Raw(b"null")), tail):
         if _looks_like_own(suspect):
             raise CorruptionError(
-                path, len(data) - len(tail), f"the member {RESERVED!r} is there, but its name is damaged; restore a copy"
+                path,
+                len(data) - len(tail),
+                f"the member {RESERVED!r} is there, but its name is damaged; restore a copy",
             )
     for key, value in entries.items():
         try:
             msgspec.json.decode(value)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise CorruptionError(path, 0, f"the value of {key!r} is not valid JSON in UTF-8; mend it by hand") from None
+            raise CorruptionError(
+                path, 0, f"the value of {key!r} is not valid JSON in UTF-8; mend it by hand"
+            ) from None
         if too_deep(bytes(value)):
             raise CorruptionError(path, 0, f"the value of {key!r} has more than {MAX_DEPTH} levels of nesting")
 

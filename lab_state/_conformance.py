@@ -56,7 +56,7 @@ class StorageConformance:
     async def test_records_come_back_in_order(self) -> None:
         """What `commit` returned for is there after the next open, in order."""
         written = await self._commit_some(5)
-        assert written == await self._recovered_records()
+        assert await self._recovered_records() == written
 
     async def test_records_survive_a_crash(self) -> None:
         """A session that never ends cleanly loses no record."""
@@ -182,7 +182,7 @@ class StorageConformance:
         session = await asyncio.create_task(self.make_storage().open(NAME))
         await asyncio.create_task(_discard(session.commit(b"1", _given(b"{}"))))
         await asyncio.create_task(session.aclose())
-        assert (b"1",) == await self._recovered_records()
+        assert await self._recovered_records() == (b"1",)
 
     # Cancellation
 

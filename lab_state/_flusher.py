@@ -21,7 +21,7 @@ import asyncio
 import copy
 import logging
 import math
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
 from lab_state._clock import Clock, Timer
@@ -91,7 +91,7 @@ class Flusher:
         self._task.add_done_callback(self._ended)
         self._arm()
 
-    async def stop(self, timeout: float) -> None:
+    async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- a bound on what it does, not on being awaited
         """Flush, checkpoint, close the session; not longer than `timeout` seconds.
 
         Raises:
@@ -102,7 +102,7 @@ class Flusher:
         if self._timer is not None:
             self._timer.cancel()
         expired = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_later(timeout, lambda: expired.done() or expired.set_result(None))
+        timer = self._clock.call_later(timeout, _resolver(expired))
         if self._task.done():  # cancelled, by whoever cancels all the tasks of a loop
             self._task = asyncio.create_task(self._finish())
         self._wake.set()
@@ -163,7 +163,9 @@ class Flusher:
     async def durable(self, revision: int) -> None:
         """Ask for a commit, and return when `revision` is durable."""
         if self._task.done():
-            raise UnavailableError(f"the flush task of {self._name!r} has ended with its event loop; only stop() flushes now")
+            raise UnavailableError(
+                f"the flush task of {self._name!r} has ended with its event loop; only stop() flushes now"
+            )
         future = asyncio.get_running_loop().create_future()
         if self._under_way is not None and revision <= self._under_way.end:
             self._riding.append((revision, future))
@@ -371,7 +373,7 @@ class Flusher:
 
     async def _fold(self, views: list[dict[str, Any]]) -> None:
         for view in views:
-            while self.state.fold(view, _FOLDED_AT_ONCE):
+            while self.state.fold(view, _FOLDED_AT_ONCE):  # noqa: ASYNC110 -- it is the loop that does the work
                 await asyncio.sleep(0)
 
     # The end
@@ -407,13 +409,17 @@ class Flusher:
 
     async def _sleep(self, seconds: float) -> None:
         woken = asyncio.get_running_loop().create_future()
-        self._clock.call_later(seconds, lambda: woken.done() or woken.set_result(None))
+        self._clock.call_later(seconds, _resolver(woken))
         await woken
+
+
+def _resolver(future: asyncio.Future[None]) -> Callable[[], None]:
+    return lambda: None if future.done() else future.set_result(None)
 
 
 def _settle(waiters: list[Waiter], durable: int) -> None:
     """Wake those whose revision is durable; the others stay."""
-    rest = []
+    rest: list[Waiter] = []
     for revision, future in waiters:
         if revision > durable:
             rest.append((revision, future))
@@ -440,8 +446,8 @@ def _not_durable(error: LabStateError) -> LabStateError:
     return told
 
 
-async def _joined(slices: Any) -> bytes:
-    parts = []
+async def _joined(slices: Iterable[bytes]) -> bytes:
+    parts: list[bytes] = []
     for part in slices:
         if parts:
             await asyncio.sleep(0)

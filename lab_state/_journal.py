@@ -1,8 +1,8 @@
-"""Journal, format 1: framing, checksums, and the scan that tells torn from damaged.
+r"""Journal, format 1: framing, checksums, and the scan that tells torn from damaged.
 
 Pure: bytes in, bytes or a verdict out. The journal is text, one frame a line::
 
-    <crc32, 8 hex digits> <payload length> <kind> <payload>\\n
+    <crc32, 8 hex digits> <payload length> <kind> <payload>\n
 
 The CRC-32 covers salt, length, kind and payload. The salt is drawn anew for each
 journal and stands in its header, so that nothing that was in the blocks of an older
@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 import secrets
 import zlib
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 import msgspec
@@ -37,7 +37,7 @@ NO_BASE = "none"
 """The base of a journal that follows no snapshot."""
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What a frame holds."""
 
     HEADER = "H"
@@ -116,7 +116,9 @@ def scan(data: bytes, name: str, path: str) -> Scan:
         position = following
     if (behind := _valid_frame_behind(data, position, head.salt)) is not None:
         raise CorruptionError(
-            path, position, f"a valid frame follows at byte {behind}, so what is damaged was acknowledged; restore a copy"
+            path,
+            position,
+            f"a valid frame follows at byte {behind}, so what is damaged was acknowledged; restore a copy",
         )
     if head.base == ANY_BASE and not (frames and frames[0].kind is Kind.FULL):
         raise CorruptionError(path, position, "the frame with the whole state, which must come first, is missing")
@@ -217,7 +219,9 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
     followed = {base.encode()} | {payload for kind, payload in frames if kind is Kind.CHECKPOINT}
     if snapshot_base.encode() not in followed:
         if records:
-            raise CorruptionError(path, 0, "the snapshot beside it is not the one that it follows; put the right one back")
+            raise CorruptionError(
+                path, 0, "the snapshot beside it is not the one that it follows; put the right one back"
+            )
         if snapshot_base == NO_BASE:
             raise CorruptionError(path, 0, "the snapshot that it follows is missing; put it back")
     return Accepted(None, records, unclean=bool(frames) or size > found.end)

@@ -32,7 +32,7 @@ class Absent(Enum):
 MISSING: Literal[Absent.MISSING] = Absent.MISSING
 DELETED: Literal[Absent.DELETED] = Absent.DELETED
 
-Stored: TypeAlias = str | int | float | bool | None | Raw
+Stored: TypeAlias = str | int | float | bool | Raw | None
 """A value as it is kept: a JSON scalar, or the JSON of anything else."""
 
 

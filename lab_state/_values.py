@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from functools import lru_cache
 from math import isfinite
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from msgspec import Raw
@@ -61,7 +61,7 @@ _INNERMOST = re.compile(rb"(?:\[\]|\{\})+")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def encode_value(value: object) -> Stored:
+def encode_value(value: object) -> Stored:  # noqa: C901 -- the hot path: a function for each step would cost more than the step
     """The stored form of a value.
 
     Raises:
@@ -168,7 +168,7 @@ def _check_digits(value: int) -> None:
 
 
 def _check_finite(value: object) -> None:
-    """msgspec writes NaN and infinity as `null`: look at the values behind every `null`."""
+    """NaN and infinity are written as `null`: look at the values behind every `null`."""
     stack: list[tuple[str, object]] = [("$", value)]
     while stack:
         path, item = stack.pop()
@@ -219,9 +219,11 @@ def _reason(value: object) -> str:
 def _children(value: object) -> Iterator[tuple[str, object]]:
     """The parts of a value, each with its step in the path."""
     if isinstance(value, dict):
-        yield from ((_step(key), child) for key, child in value.items())
+        members = cast("dict[object, object]", value)
+        yield from ((_step(key), child) for key, child in members.items())
     elif isinstance(value, list | tuple | set | frozenset):
-        yield from ((f"[{index}]", child) for index, child in enumerate(value))
+        items = cast("Iterable[object]", value)
+        yield from ((f"[{index}]", child) for index, child in enumerate(items))
     elif isinstance(value, Enum):
         yield "", value.value
     else:
@@ -258,14 +260,18 @@ def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
     name = _type_name(type_)
     if isinstance(error, msgspec.ValidationError) and (match := _EXPECTED.fullmatch(str(error))) is not None:
         path, detail = match[2] or "$", match[1]
-    elif callable(errors := getattr(error, "errors", None)) and hasattr(type_, "model_validate_json"):
-        first = errors(include_url=False, include_context=False, include_input=False)[0]
+    elif hasattr(type_, "model_validate_json") and hasattr(error, "errors"):
+        problems = cast("Any", error).errors(include_url=False, include_context=False, include_input=False)
+        first: dict[str, Any] = problems[0]
         path, detail = "$" + "".join(_pydantic_step(part) for part in first["loc"]), str(first["type"])
     elif isinstance(error, msgspec.ValidationError):
         match = _PATH.fullmatch(str(error))
         path, detail = match[1] if match is not None else "$", "it does not fit"
     else:
-        path, detail = "$", f"{type(error).__name__} while decoding; is it a type that msgspec decodes, or a Pydantic model?"
+        path, detail = (
+            "$",
+            f"{type(error).__name__} while decoding; is it a type that msgspec decodes, or a Pydantic model?",
+        )
     return TypeMismatchError(f"the stored value is not a {name}: {detail} - at `{path}`", path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Self
 
 import msgspec
 
@@ -122,7 +122,9 @@ class Manager(Calls):
             UnsupportedError: It cannot be read as it is: permissions, a newer format.
         """
         if self._phase not in ("new", "stopped"):
-            raise RuntimeError(f"start() of {self._config.name!r} while it is {self._phase}: start it once, then stop it")
+            raise RuntimeError(
+                f"start() of {self._config.name!r} while it is {self._phase}: start it once, then stop it"
+            )
         before, self._phase = self._phase, "starting"
         try:
             session = await self._storage.open(self._config.name)
@@ -182,7 +184,7 @@ class Manager(Calls):
             self._ended = msgspec.structs.replace(self._status_of(flusher), keys=0)
             self._flusher = None  # and with it the entries
 
-    async def __aenter__(self) -> Manager:
+    async def __aenter__(self) -> Self:
         """`start()`."""
         await self.start()
         return self
@@ -266,4 +268,3 @@ class Manager(Calls):
             snapshot_bytes=flusher.snapshot_bytes,
             journal_bytes=flusher.journal_bytes,
         )
-

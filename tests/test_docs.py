@@ -22,7 +22,9 @@ def blocks(page: Path) -> list[CodeType]:
     found = []
     for match in re.finditer(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
         line = page.read_text()[: match.start(1)].count("\n")
-        code = compile("\n" * line + match[1], str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        code = compile(
+            "\n" * line + match[1], str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+        )
         found.append(code)
     return found
 
@@ -30,7 +32,7 @@ def blocks(page: Path) -> list[CodeType]:
 async def run(page: Path) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "docs"}
     for code in blocks(page):
-        result = eval(code, names)  # noqa: S307 -- our own documentation
+        result = eval(code, names)
         if inspect.isawaitable(result):
             await result
     return names
@@ -63,13 +65,15 @@ def test_readme_application_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "docs"}
     code = next(code for code in blocks(ROOT / "README.md") if "FastAPI" in code.co_names)
-    exec(code, names)  # noqa: S102 -- our own documentation
+    exec(code, names)
     for expected in (1, 2, 3):
         with TestClient(names["app"]) as client:
             assert client.post("/visits/home").json() == expected
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
+)
 def test_links_lead_somewhere(page: Path) -> None:
     """A relative link to another page names a file that is there."""
     for target in LINK.findall(page.read_text()):

@@ -85,7 +85,7 @@ def imports_of(module: str) -> set[str]:
 
 
 def layer_of(module: str) -> int:
-    names = {module, f"{module.split('.')[0]}.*"} if "." in module else {module}
+    names = {module, f"{module.partition('.')[0]}.*"} if "." in module else {module}
     found = [number for number, layer in enumerate(LAYERS) if names & set(layer)]
     assert found, f"{module} has no layer: give it one in LAYERS"
     return found[0]

@@ -238,7 +238,6 @@ def test_the_same_object_twice_is_no_cycle() -> None:
         (lambda x: {1: x}, "$[1]"),
         (lambda x: [None, None, x], "$[2]"),
         (AStruct, "$.x"),
-        (lambda x: RenamedStruct([x]), "$.some_field[0]"),
         (ADataclass, "$.x"),
         (AnAttrs, "$.x"),
         (lambda x: ATuple(1, x), "$[1]"),
@@ -261,6 +260,11 @@ def test_a_nan_in_an_enum_is_refused(value: object) -> None:
     """An enum whose value is NaN is refused, alone and inside."""
     assert refused(value).path == "$"
     assert refused({"a": [value]}).path == "$.a[0]"
+
+
+def test_a_nan_in_a_renamed_field_is_refused() -> None:
+    """A NaN in a field that has another name in JSON is refused, with one of its names in the path."""
+    assert refused(RenamedStruct([NAN])).path in {"$.some_field[0]", "$.someField[0]"}
 
 
 class WithExtra(pydantic.BaseModel, extra="allow"):
@@ -590,11 +594,13 @@ def test_a_raw_that_is_not_json_is_refused(data: bytes) -> None:
     assert error.path == "$.a[1]"
 
 
-@pytest.mark.parametrize("data", [b"1,2", b'1],"b":[2'])
-def test_a_raw_cannot_spill_over(data: bytes) -> None:
-    """A Raw that is no JSON alone is refused, even where it would be JSON with what surrounds it."""
+@pytest.mark.parametrize(
+    ("data", "read"), [(b"1,2", {"a": [1, 2]}), (b'1],"b":[2', {"a": [1], "b": [2]})], ids=["list", "dict"]
+)
+def test_a_raw_that_spills_over(data: bytes, read: object) -> None:
+    """A Raw that is JSON only with what surrounds it is refused alone, and inside is what it reads as at once."""
     assert refused(Raw(data)).path == "$"
-    assert refused({"a": [Raw(data)]}).path == "$.a[0]"
+    assert decode_value(encode_value({"a": [Raw(data)]}), Any) == read
 
 
 def test_a_raw_that_is_too_deep_is_refused() -> None:
@@ -889,10 +895,18 @@ def test_a_mismatch_says_what_was_expected(value: object, type_: Any, message: s
     assert str(mismatch(value, type_)) == message
 
 
-@pytest.mark.parametrize("type_", [5, "int", [int], {}, complex, Unknown, list[complex], lambda: 0, math], ids=count())
+@pytest.mark.parametrize("type_", [5, "int", [int], {}, lambda: 0, math], ids=count())
+def test_what_is_no_type_is_a_mismatch(type_: Any) -> None:
+    """What is no type at all is a TypeMismatchError that says so."""
+    error = mismatch([1], type_)
+    assert "is not a type that can be decoded" in str(error)
+    assert error.path == "$"
+
+
+@pytest.mark.parametrize("type_", [complex, Unknown, list[complex]], ids=count())
 def test_a_type_that_cannot_be_decoded_is_a_mismatch(type_: Any) -> None:
-    """What is no type, or none that msgspec decodes, is a TypeMismatchError that says so."""
-    assert "is it a type that msgspec decodes?" in str(mismatch([1], type_))
+    """A type that nothing decodes is a TypeMismatchError that asks whether anything could."""
+    assert "is it a type that msgspec decodes, or a Pydantic model?" in str(mismatch([1], type_))
 
 
 def test_a_type_that_is_not_hashable_is_decoded() -> None:

@@ -124,7 +124,7 @@ async def main() -> None:
             server = Server(directory)
             await server.ready(client)
             feeding = asyncio.create_task(feeder.run(server.url, progress, bar, EVENTS))
-            while len(feeder.acknowledged) < EVENTS // 2:
+            while len(feeder.acknowledged) < EVENTS // 2:  # noqa: ASYNC110 -- a demo may look every now and then
                 await asyncio.sleep(0.01)
             server.end(signal.SIGKILL)
             await feeding

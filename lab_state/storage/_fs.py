@@ -16,8 +16,9 @@ import contextlib
 import errno
 import os
 import socket
+import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -26,10 +27,8 @@ import msgspec
 
 from lab_state.exceptions import FencedError, LockedError, StorageError, UnavailableError, UnsupportedError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # pragma: no cover -- Windows
-    fcntl = None  # type: ignore[assignment]
 
 _TO_BE_FIXED = {
     errno.EACCES: "give this user the permission",
@@ -45,7 +44,7 @@ _TO_BE_FIXED = {
 
 
 @contextlib.contextmanager
-def translated(what: str, path: Path) -> Iterator[None]:
+def translated(what: str, path: Path) -> Generator[None, None, None]:
     """Raise an `OSError` as the `StorageError` that says what to do about it."""
     try:
         yield
@@ -72,8 +71,10 @@ class Lock:
     """
 
     def __init__(self, path: Path) -> None:
-        if fcntl is None:  # pragma: no cover -- Windows
-            raise UnsupportedError("FileStorage needs flock, which this platform does not have; use MemoryStorage or S3Storage")
+        if sys.platform == "win32":  # pragma: no cover -- never run there
+            raise UnsupportedError(
+                "FileStorage needs flock, which this platform does not have; use MemoryStorage or S3Storage"
+            )
         self.path = path
         self._pid = os.getpid()
         with translated("opening", path):
@@ -112,9 +113,13 @@ class Lock:
             UnsupportedError: This is a child process, forked since.
         """
         if os.getpid() != self._pid:
-            raise UnsupportedError(f"{self.path} is locked by the parent of this forked process; start a manager of its own")
+            raise UnsupportedError(
+                f"{self.path} is locked by the parent of this forked process; start a manager of its own"
+            )
         if not is_file(self.path, self._fd):
-            raise FencedError(f"{self.path} was deleted or replaced, so another writer may own the state: restart this one")
+            raise FencedError(
+                f"{self.path} was deleted or replaced, so another writer may own the state: restart this one"
+            )
 
     def release(self) -> None:
         """Let go. Idempotent."""
@@ -280,17 +285,17 @@ def _write(fd: int, data: bytes, offset: int) -> None:
 
 
 def _sync(fd: int) -> None:
-    if hasattr(fcntl, "F_FULLFSYNC"):  # pragma: no cover -- macOS
+    if sys.platform == "darwin":  # pragma: no cover -- never run there
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
     else:
         os.fsync(fd)
 
 
 def _sync_data(fd: int) -> None:
-    if hasattr(os, "fdatasync"):
-        os.fdatasync(fd)
-    else:  # pragma: no cover -- macOS
+    if sys.platform == "darwin":  # pragma: no cover -- never run there
         _sync(fd)
+    else:
+        os.fdatasync(fd)
 
 
 def _sync_directory(path: Path) -> None:

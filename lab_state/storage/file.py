@@ -200,7 +200,9 @@ class _Writer:
         """Put the new snapshot in place of the old one and of the journal so far."""
         self._check()
         if self.need is _Need.FULL or generation != self.generation:
-            raise UnavailableError(f"{self.paths.journal} had to be replaced, so this checkpoint was abandoned; another is due")
+            raise UnavailableError(
+                f"{self.paths.journal} had to be replaced, so this checkpoint was abandoned; another is due"
+            )
         if self.need is _Need.NEW:
             self._create(self.base)
         self._append(Kind.CHECKPOINT, base.encode())
@@ -232,7 +234,10 @@ class _Writer:
 
     def _create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
         salt = journal.new_salt()
-        parts = [journal.header(self._name, salt, base), *(journal.frame(salt, kind, payload) for kind, payload in frames)]
+        parts = [
+            journal.header(self._name, salt, base),
+            *(journal.frame(salt, kind, payload) for kind, payload in frames),
+        ]
         if self.unsynced:
             fs.sync(self.paths.snapshot)
             fs.sync_directory(self.paths.snapshot.parent)
@@ -313,7 +318,8 @@ class FileSession:
         self._check_open()
         writer, thread = self._writer, self._checkpoints
         slices = snapshot()
-        writer.since = since = []
+        since: list[bytes] = []
+        writer.since = since
         new = fs.NewFile(writer.paths.new_snapshot)
         try:
             if writer.need is _Need.FULL:
@@ -374,5 +380,3 @@ class _Counted:
 
 async def _one(data: bytes) -> AsyncIterator[bytes]:
     yield data
-
-

@@ -89,7 +89,8 @@ class MemorySession:
         """Replace the snapshot and the journal at once; see `StorageSession.checkpoint`."""
         self._check_open()
         slices = snapshot()
-        self._since = since = []
+        since: list[bytes] = []
+        self._since = since
         try:
             data = b"".join([part async for part in slices])
         finally:

@@ -46,9 +46,7 @@ async def timed(work: Bench) -> float:
 
 async def compare(ours: Bench, theirs: Bench, rounds: int = ROUNDS) -> tuple[float, float, float]:
     """Median ratio, and the medians of both sides, in seconds."""
-    pairs = []
-    for _ in range(rounds):
-        pairs.append((await timed(ours), await timed(theirs)))
+    pairs = [(await timed(ours), await timed(theirs)) for _ in range(rounds)]
     ratio = statistics.median(a / b for a, b in pairs)
     return ratio, statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
@@ -92,7 +90,7 @@ async def hot_path(table: Table, directory: str) -> None:
     for when in ("set here", "reloaded"):
         async with Manager(config, FileStorage(directory)) as state:
             if when == "set here":
-                await state.set_many({key: 12345 for key in KEYS} | {key: VALUE for key in objects})
+                await state.set_many(dict.fromkeys(KEYS, 12345) | dict.fromkeys(objects, VALUE))
 
             async def our_get(keys: list[str]) -> None:
                 for _ in range(20):
@@ -121,11 +119,26 @@ async def hot_path(table: Table, directory: str) -> None:
 
             ns = 1e9 / 20 / len(KEYS)
             ratio, ours, theirs = await compare(lambda: our_get(KEYS), bare_get)
-            table.add(f"get of a scalar, {when} / awaited dict lookup", f"{ratio:.2f} ({ours * ns:.0f} / {theirs * ns:.0f} ns)", "<= 2", met=ratio <= 2)
+            table.add(
+                f"get of a scalar, {when} / awaited dict lookup",
+                f"{ratio:.2f} ({ours * ns:.0f} / {theirs * ns:.0f} ns)",
+                "<= 2",
+                met=ratio <= 2,
+            )
             ratio, ours, theirs = await compare(lambda: our_get(objects), bare_get_decoded)
-            table.add(f"get of 100 bytes, {when} / awaited msgspec decode", f"{ratio:.2f} ({ours * ns:.0f} / {theirs * ns:.0f} ns)", "<= 1.5", met=ratio <= 1.5)
+            table.add(
+                f"get of 100 bytes, {when} / awaited msgspec decode",
+                f"{ratio:.2f} ({ours * ns:.0f} / {theirs * ns:.0f} ns)",
+                "<= 1.5",
+                met=ratio <= 1.5,
+            )
             ratio, ours, theirs = await compare(our_set, bare_set)
-            table.add(f"set of 100 bytes, {when} / awaited encode + store", f"{ratio:.2f} ({ours * ns:.0f} / {theirs * ns:.0f} ns)", "<= 2", met=ratio <= 2)
+            table.add(
+                f"set of 100 bytes, {when} / awaited encode + store",
+                f"{ratio:.2f} ({ours * ns:.0f} / {theirs * ns:.0f} ns)",
+                "<= 2",
+                met=ratio <= 2,
+            )
 
 
 async def durable(table: Table, directory: str) -> None:
@@ -156,7 +169,12 @@ async def durable(table: Table, directory: str) -> None:
             await asyncio.gather(*(writer(number) for number in range(100)))
 
         ratio, mine, theirs = await compare(bare, ours)
-        table.add("durable writes a second, one writer / bare hop", f"{ratio:.2f} ({theirs * 1e4:.0f} / {mine * 1e4:.0f} us)", ">= 0.8", met=ratio >= 0.8)
+        table.add(
+            "durable writes a second, one writer / bare hop",
+            f"{ratio:.2f} ({theirs * 1e4:.0f} / {mine * 1e4:.0f} us)",
+            ">= 0.8",
+            met=ratio >= 0.8,
+        )
         seconds = statistics.median([await timed(hundred) for _ in range(5)])
         table.add("durable writes a second, 100 tasks", f"{5000 / seconds:,.0f}", "", met=True)
     os.close(fd)
@@ -189,7 +207,7 @@ async def large(table: Table, directory: str, count: int) -> None:
     small, big = Config(name="small", flush_interval=None), Config(name="big", flush_interval=None)
     storage = FileStorage(directory)
     values = {f"key-{number:07}": VALUE for number in range(count)}
-    whole = {key: VALUE for key in values}
+    whole = dict.fromkeys(values, VALUE)
     async with Manager(small, storage) as one, Manager(big, storage) as other:
         await one.set_many(dict.fromkeys(KEYS, VALUE))
         await other.set_many(values)
@@ -203,11 +221,21 @@ async def large(table: Table, directory: str, count: int) -> None:
                 await state.flush()
 
         ratio, ours, theirs = await compare(lambda: change(other, "key-0000007"), lambda: change(one, KEYS[7]))
-        table.add(f"one durable change in {count:,} keys / in 1 k keys", f"{ratio:.2f} ({ours * 5e4:.0f} / {theirs * 5e4:.0f} us)", "<= 2", met=ratio <= 2)
+        table.add(
+            f"one durable change in {count:,} keys / in 1 k keys",
+            f"{ratio:.2f} ({ours * 5e4:.0f} / {theirs * 5e4:.0f} us)",
+            "<= 2",
+            met=ratio <= 2,
+        )
         for name, dump, bound in (("orjson", orjson.dumps, 300), ("json", lambda m: json.dumps(m).encode(), 3000)):
             seconds = statistics.median([dumped(whole, dump, directory) for _ in range(3)])
             faster = seconds / (ours / 20)
-            table.add(f"... faster than dumping the whole map with {name}", f"{faster:,.0f} x ({seconds * 1e3:.0f} ms)", f">= {bound * count // 1_000_000}", met=faster >= bound * count / 1_000_000)
+            table.add(
+                f"... faster than dumping the whole map with {name}",
+                f"{faster:,.0f} x ({seconds * 1e3:.0f} ms)",
+                f">= {bound * count // 1_000_000}",
+                met=faster >= bound * count / 1_000_000,
+            )
         idle = min([await stall(asyncio.sleep(0.3)) for _ in range(3)])
         gap = statistics.median([await stall(change(other, "key-0000007")) - idle for _ in range(5)])
         table.add("loop stall meanwhile", f"{gap * 1e3:.1f} ms", "<= 2 ms", met=gap <= 0.002)
@@ -215,9 +243,11 @@ async def large(table: Table, directory: str, count: int) -> None:
         for _ in range(3):
             await other.set("key-0000007", VALUE)
             await other.flush()
-            gaps.append(await stall(other._core.running._checkpoint(wait=True)) - idle)  # noqa: SLF001 -- no call asks for one
+            gaps.append(await stall(other._core.running._checkpoint(wait=True)) - idle)
         gap = statistics.median(gaps)
-        table.add(f"loop stall during a checkpoint of {count:,} keys", f"{gap * 1e3:.1f} ms", "<= 10 ms", met=gap <= 0.010)
+        table.add(
+            f"loop stall during a checkpoint of {count:,} keys", f"{gap * 1e3:.1f} ms", "<= 10 ms", met=gap <= 0.010
+        )
     data = (Path(directory) / "big.json").read_bytes()
     del values, whole
     await starts(table, big, storage, data, count)
@@ -256,7 +286,12 @@ async def starts(table: Table, config: Config, storage: FileStorage, data: bytes
                 await last.stop()
             del last
     mine, bare, loads = (statistics.median(times[name]) for name in ("ours", "raw", "plain"))
-    table.add(f"start() on {count:,} keys / msgspec decode to dict[str, Raw]", f"{mine / bare:.2f} ({mine:.2f} / {bare:.2f} s)", "<= 1.3", met=mine / bare <= 1.3)
+    table.add(
+        f"start() on {count:,} keys / msgspec decode to dict[str, Raw]",
+        f"{mine / bare:.2f} ({mine:.2f} / {bare:.2f} s)",
+        "<= 1.3",
+        met=mine / bare <= 1.3,
+    )
     table.add("... faster than json.loads", f"{loads / mine:.1f} x ({loads:.2f} s)", ">= 4", met=loads / mine >= 4)
 
 
@@ -268,7 +303,9 @@ def imports(table: Table) -> None:
 
     pairs = [(run("import lab_state"), run("import asyncio, msgspec, aiofiles")) for _ in range(15)]
     ratio = statistics.median(a / b for a, b in pairs)
-    table.add("import lab_state / import asyncio, msgspec, aiofiles (processes)", f"{ratio:.2f}", "<= 1.3", met=ratio <= 1.3)
+    table.add(
+        "import lab_state / import asyncio, msgspec, aiofiles (processes)", f"{ratio:.2f}", "<= 1.3", met=ratio <= 1.3
+    )
 
 
 def memory(table: Table, directory: str, count: int) -> None:
@@ -288,7 +325,9 @@ def memory(table: Table, directory: str, count: int) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     ratio = float(done.stdout)
-    table.add(f"memory of {count:,} unflushed keys / the size of their JSON", f"{ratio:.1f}", "<= 3.5", met=ratio <= 3.5)
+    table.add(
+        f"memory of {count:,} unflushed keys / the size of their JSON", f"{ratio:.1f}", "<= 3.5", met=ratio <= 3.5
+    )
 
 
 async def main(count: int) -> None:
