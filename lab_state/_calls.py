@@ -16,7 +16,7 @@ from msgspec import Raw
 from lab_state._codec import check_key
 from lab_state._flusher import Flusher
 from lab_state._state import MISSING, State, Stored
-from lab_state._values import decode_value, encode_value
+from lab_state._values import NULL, SHALLOW, checked, decode_value, encode, encode_value
 from lab_state.exceptions import ClosedError, InvalidKeyError, InvalidValueError, KeyNotFoundError, TypeMismatchError
 
 T = TypeVar("T")
@@ -176,7 +176,7 @@ class Calls:
         return key in self or bool(self._missing(key, default=False))
 
     async def keys(self, prefix: str = "") -> list[str]:
-        """Every key that starts with `prefix`, oldest first; costs what the number of all keys costs."""
+        """Every key that starts with `prefix`, in no particular order; costs what the number of all keys costs."""
         return self._keys(prefix)
 
     # Writing
@@ -187,18 +187,36 @@ class Calls:
         Args:
             key: The key.
             value: Anything that msgspec encodes as JSON, or a Pydantic model. It is
-                encoded now: a later change of the object changes nothing.
+                encoded now: a later change of the object changes nothing. (A
+                `msgspec.Raw` inside a dict or list is trusted until the next flush,
+                which deletes the key, loudly, if it is not JSON.)
 
         Raises:
             InvalidValueError: JSON cannot hold the value; the error says where in it.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
+        # `encode_value` and `State.set` are written out here: two calls would cost a quarter of a set.
+        kind = value.__class__
+        if kind is dict or kind is list:
+            try:
+                data = encode(value)
+            except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
+                stored: Stored = encode_value(value)
+            else:
+                quick = len(data) < SHALLOW and not data.rpartition(NULL)[1]
+                stored = Raw(data) if quick else checked(value, data)
+        else:
+            stored = encode_value(value)
+        try:
+            full = self._prefix + key
+        except TypeError:
+            full = self._full(key)
         core = self._core
-        stored = encode_value(value)
-        full = self._prefix + key if key.__class__ is str else self._full(key)
-        if full not in core.state.entries:
-            self._admit(full)
-        revision = core.state.set(full, stored)
+        state = core.state
+        if full not in state.changes:
+            self._begin(full)
+        state.entries[full] = state.changes[full] = stored
+        state.revision = revision = state.revision + 1
         if core.write_through:
             await core.running.durable(revision)
         return revision
@@ -393,10 +411,13 @@ class Calls:
         except InvalidValueError as error:
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
 
-    def _admit(self, full: str) -> None:
-        """A key that is not there yet."""
-        self._check_open()
-        check_key(full)
+    def _begin(self, full: str) -> None:
+        """The first change of a key since the last commit."""
+        state = self._core.state
+        if full not in state.entries:
+            self._check_open()
+            check_key(full)
+        state.begin()
 
     def _check_open(self) -> None:
         _ = self._core.running

@@ -12,6 +12,7 @@ Formats, version 1, both JSON:
 
 from __future__ import annotations
 
+import codecs
 import secrets
 import zlib
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._state import DELETED, Changes, Stored
-from lab_state._values import MAX_DEPTH, encode, too_deep
+from lab_state._values import MAX_DEPTH, encode, too_deep, valid
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
 FORMAT = 1
@@ -95,11 +96,15 @@ def check_key(key: object) -> str:
 
 
 def encode_record(taken: Changes) -> Iterator[bytes]:
-    """The record of what a commit took, in slices small enough to give the loop back between two."""
+    """The record of what a commit took, in slices small enough to give the loop back between two.
+
+    Raises:
+        PoisonedError: From a slice; the record cannot be made with these keys.
+    """
     clear = b"true" if taken.cleared else b"false"
     yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)
     stored = ((key, value) for key, value in taken.changes.items() if value is not DELETED)
-    yield from _members(stored)
+    yield from _members(_checked(_slices(stored)))
     yield b'},"delete":['
     deleted = (key for key, value in taken.changes.items() if value is DELETED)
     comma = b""
@@ -109,19 +114,52 @@ def encode_record(taken: Changes) -> Iterator[bytes]:
     yield b'],"expires":{}}'
 
 
-def _members(items: Iterable[tuple[str, Stored]], own: dict[str, Stored] | None = None) -> Iterator[bytes]:
-    """The members of an object, without its braces, in slices."""
-    items, most, comma = iter(items), 100, b""
-    while part := dict(islice(items, most)):
-        if own is not None:
-            for key, stored in part.items():
-                if isinstance(stored, Raw):
-                    own[key] = stored.copy()
-        data = comma + encode(part)[1:-1]
+class PoisonedError(Exception):
+    """Values that are not JSON: a `msgspec.Raw` inside a dict or a list, which `set` does not look into."""
+
+    def __init__(self, keys: list[str]) -> None:
+        super().__init__(keys)
+        self.keys = keys
+
+
+def _slices(items: Iterable[tuple[str, Stored]]) -> Iterator[dict[str, Stored]]:
+    """Parts with a bounded number of keys, and of bytes unless one value alone has more."""
+    part: dict[str, Stored] = {}
+    size = 0
+    for key, stored in items:
+        part[key] = stored
+        if isinstance(stored, Raw):
+            size += memoryview(stored).nbytes
+        elif isinstance(stored, str):
+            size += len(stored)
+        if size >= _SLICE_BYTES or len(part) >= _MOST_AT_ONCE:
+            yield part
+            part, size = {}, 0
+    if part:
+        yield part
+
+
+def _members(parts: Iterable[dict[str, Stored]]) -> Iterator[bytes]:
+    """The members of an object, without its braces."""
+    comma = b""
+    for part in parts:
+        yield comma + encode(part)[1:-1]
         comma = b","
-        yield data
-        # Slices of about the same size in bytes, whatever the size of the values.
-        most = min(_MOST_AT_ONCE, max(1, most * _SLICE_BYTES // len(data)))
+
+
+def _checked(parts: Iterable[dict[str, Stored]]) -> Iterator[dict[str, Stored]]:
+    for part in parts:
+        if not valid(part):
+            raise PoisonedError([key for key, stored in part.items() if not valid(stored)])
+        yield part
+
+
+def _owned(parts: Iterable[dict[str, Stored]], view: dict[str, Stored]) -> Iterator[dict[str, Stored]]:
+    for part in parts:
+        for key, stored in part.items():
+            if isinstance(stored, Raw):
+                view[key] = stored.copy()
+        yield part
 
 
 def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
@@ -144,6 +182,7 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
                 0,
                 f"the changes {revision + 1} to {record.start} are missing before record {number}; restore a copy",
             )
+        _check_no_expiries(record.expires, path)
         if record.clear:
             entries = {}
         entries.update(record.set)
@@ -163,7 +202,8 @@ def encode_snapshot(view: dict[str, Stored], revision: int, *, own: bool) -> Ite
             from which they were loaded.
     """
     opening, crc = b"{", 0
-    for part in _members(view.items(), view if own else None):
+    parts = _slices(view.items())
+    for part in _members(_owned(parts, view) if own else parts):
         data = opening + part
         opening, crc = b"", zlib.crc32(data, crc)
         yield data
@@ -208,7 +248,16 @@ def _check_own(data: bytes, own: Raw, path: str) -> Meta:
     crc = b"%08x" % zlib.crc32(memoryview(data)[: max(cut, 0)])
     if data[cut:] != _CRC + crc + b'"}}' or meta.crc32.encode() != crc or meta.format != FORMAT or meta.revision < 0:
         _refuse_own(path, "its checksum does not match its contents")
+    _check_no_expiries(meta.expires, path)
     return meta
+
+
+def _check_no_expiries(expires: dict[str, int], path: str) -> None:
+    """They are in the format, but dropping them would make keys immortal."""
+    if expires:
+        raise UnsupportedError(
+            f"{path} has expiry times, which this version of lab_state cannot keep: use a newer version"
+        )
 
 
 def _refuse_own(path: str, what: str) -> NoReturn:
@@ -249,6 +298,8 @@ def _looks_like_own(value: Raw | bytes) -> bool:
 
 
 def _not_an_object(data: bytes, error: Exception) -> str:
+    if data.startswith(codecs.BOM_UTF8):
+        return "it begins with a byte order mark, which JSON must not have; save it without"
     if not data.strip():
         return "it is empty, which no state is; restore a copy, or delete the file to start with an empty state"
     if data.lstrip()[:1] != b"{":

@@ -25,10 +25,17 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
 from lab_state._clock import Clock, Timer
-from lab_state._codec import encode_record, encode_snapshot
+from lab_state._codec import PoisonedError, encode_record, encode_snapshot
 from lab_state._state import Changes, State
 from lab_state.config import Config
-from lab_state.exceptions import ClosedError, FencedError, LabStateError, StorageError, UnavailableError
+from lab_state.exceptions import (
+    ClosedError,
+    FencedError,
+    InvalidValueError,
+    LabStateError,
+    StorageError,
+    UnavailableError,
+)
 from lab_state.storage._protocol import StorageSession
 
 _FIRST_PAUSE = 0.1
@@ -248,6 +255,10 @@ class Flusher:
             self.state.put_back(taken)
             self._failed(error)
             return error
+        except PoisonedError as poisoned:
+            self.state.put_back(taken)
+            self._refuse(poisoned.keys)
+            return None
         except BaseException:  # the loop cancels all its tasks
             self.state.put_back(taken)
             raise
@@ -257,6 +268,14 @@ class Flusher:
         self._succeeded(taken.end, self._clock.monotonic() - started)
         self._checkpoint_due = self._checkpoint_due or due
         return None
+
+    def _refuse(self, keys: list[str]) -> None:
+        """Values that are not JSON must not make the state unreadable: delete them, loudly, and go on."""
+        self.state.delete_many(keys)
+        error = InvalidValueError(f"a msgspec.Raw inside a dict or a list was not JSON; deleted the keys {keys}")
+        self._logger.error("%s: %s", self._name, error)
+        _fail(self._riding, error)
+        self._wake_up()
 
     def _succeeded(self, revision: int, seconds: float) -> None:
         if self._failed_in_a_row:

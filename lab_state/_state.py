@@ -100,8 +100,8 @@ class Overlay:
 
     def fold(self, most: int) -> bool:
         """Move up to `most` writes into the base; False once none is left."""
-        for key in [key for key, _ in zip(self.top, range(most), strict=False)]:
-            value = self.top.pop(key)
+        for _ in range(min(most, len(self.top))):
+            key, value = self.top.popitem()
             if value is DELETED:
                 self.base.pop(key, None)
             else:
@@ -140,14 +140,14 @@ class State:
         self.cleared = False
         self.revision = self.taken = revision
 
+    def begin(self) -> None:
+        """Before a change: note the time, if it is the first that was not taken."""
+        if self.revision == self.taken:
+            self.since = self._monotonic()
+
     def set(self, key: str, stored: Stored) -> int:
         """Store one value; returns the new revision."""
-        revision = self.revision
-        if revision == self.taken:
-            self.since = self._monotonic()
-        self.entries[key] = self.changes[key] = stored
-        self.revision = revision = revision + 1
-        return revision
+        return self.set_many({key: stored})
 
     def settle(self, key: str, scalar: Stored) -> None:
         """Keep a value as the scalar that it was found to be; no change."""
@@ -156,7 +156,8 @@ class State:
 
     def set_many(self, values: Mapping[str, Stored]) -> int:
         """Store all of them as one change; returns the new revision."""
-        self._change()
+        self.begin()
+        self.revision += 1
         for key, stored in values.items():
             self.entries[key] = self.changes[key] = stored
         return self.revision
@@ -165,7 +166,8 @@ class State:
         """Delete those of them that are there, as one change; returns how many."""
         found = {key for key in keys if key in self.entries}
         if found:
-            self._change()
+            self.begin()
+            self.revision += 1
         for key in found:
             del self.entries[key]
             self.changes[key] = DELETED
@@ -175,7 +177,8 @@ class State:
         """Delete everything; returns how many. Costs the same for any size."""
         count = len(self.entries)
         if count:
-            self._change()
+            self.begin()
+            self.revision += 1
             self.entries = {}
             self.changes = {}
             self.cleared = True
@@ -214,8 +217,3 @@ class State:
                 return True
             self.entries = view
         return False
-
-    def _change(self) -> None:
-        if self.revision == self.taken:
-            self.since = self._monotonic()
-        self.revision += 1

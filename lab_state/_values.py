@@ -24,7 +24,10 @@ from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 MAX_DEPTH = 128
 
-_SHALLOW = 2 * MAX_DEPTH + 1
+NULL = b"null"
+"""What msgspec writes for None, and for NaN and infinity."""
+
+SHALLOW = 2 * MAX_DEPTH + 1
 """Fewer bytes than this cannot be nested deeper than `MAX_DEPTH`."""
 
 _MAX_PATH = 200
@@ -55,42 +58,55 @@ def _decode_other(type_: type[Any], value: object) -> object:
 encode = msgspec.json.Encoder(enc_hook=_encode_other).encode
 _decode_any = msgspec.json.Decoder().decode
 _validate = msgspec.json.Decoder(Raw).decode
-_find_null = re.compile(rb"null").search
-_find_strings = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_find_strings = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 _INNERMOST = re.compile(rb"(?:\[\]|\{\})+")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def encode_value(value: object) -> Stored:  # noqa: C901 -- the hot path: a function for each step would cost more than the step
+def encode_value(value: object) -> Stored:
     """The stored form of a value.
 
     Raises:
         InvalidValueError: JSON cannot hold it; the error says where in the value.
     """
-    kind = value.__class__
-    if kind in _SCALARS:
-        if kind is str:
-            if not value.isascii():  # type: ignore[attr-defined]
-                _check_text(value)  # type: ignore[arg-type]
-        elif kind is int:
-            if not _MIN_INT <= value <= _MAX_INT:  # type: ignore[operator]
-                _check_digits(value)  # type: ignore[arg-type]
-        elif kind is float and not isfinite(value):  # type: ignore[arg-type]
-            raise InvalidValueError(_NOT_FINITE)
-        return value  # type: ignore[return-value]
+    if value.__class__ in _SCALARS:
+        _check_scalar(cast("str | float | None", value))
+        return cast("Stored", value)
     try:
         data = encode(value)
         # A msgspec.Raw, or a model's own serializer, may have put anything there.
-        stored = _validate(data)
+        _validate(data)
+        if value.__class__ is Raw:
+            _decode_any(data)  # numbers out of range
+        elif not data.isascii():
+            data.decode()
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 -- a serializer of the caller's may raise anything, and quote the value
         raise _refusal(value) from None
-    if _find_null(data) is not None:
-        _check_finite(value)
-    if len(data) >= _SHALLOW and too_deep(data):
+    return checked(value, data)
+
+
+def checked(value: object, data: bytes) -> Raw:
+    """What was encoded, if what msgspec lets pass is good too.
+
+    Raises:
+        InvalidValueError: It is not.
+    """
+    if NULL in data:
+        _check_finite(value, data)
+    if len(data) >= SHALLOW and too_deep(data):
         raise _refusal(value)
-    return stored
+    return Raw(data)
+
+
+def valid(stored: object) -> bool:
+    """Whether a stored value is JSON."""
+    try:
+        _validate(encode(stored))
+    except msgspec.DecodeError:
+        return False
+    return True
 
 
 def decode_value(stored: Stored, type_: Any) -> Any:
@@ -102,7 +118,12 @@ def decode_value(stored: Stored, type_: Any) -> Any:
     if stored.__class__ is Raw:
         data: Any = stored
         if type_ is Any:
-            return _decode_any(data)
+            try:
+                return _decode_any(data)
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                raise TypeMismatchError(
+                    "the stored value is a msgspec.Raw that is not valid JSON; set it anew"
+                ) from None
     elif type_ is Any or stored.__class__ is type_:
         return stored
     else:
@@ -152,24 +173,40 @@ def _decoder_for(type_: Any) -> Callable[[Any], Any]:
         raise TypeMismatchError(f"{_type_name(type_)} is not a type that can be decoded: {error}") from None
 
 
-def _check_text(value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InvalidValueError(_LONE_SURROGATE) from None
+def _check_scalar(value: str | float | None) -> None:
+    if isinstance(value, str):
+        if not value.isascii():
+            _check_encodes(value, _LONE_SURROGATE)
+    elif isinstance(value, float):
+        if not isfinite(value):
+            raise InvalidValueError(_NOT_FINITE)
+    elif value is not None and not _MIN_INT <= value <= _MAX_INT:
+        _check_encodes(value, _TOO_MANY_DIGITS)  # Python itself limits the digits of an int in text
 
 
-def _check_digits(value: int) -> None:
-    """Python itself limits the digits of an int in text."""
+def _check_encodes(value: object, why_not: str) -> None:
     try:
         encode(value)
     except ValueError:
-        raise InvalidValueError(_TOO_MANY_DIGITS) from None
+        raise InvalidValueError(why_not) from None
 
 
-def _check_finite(value: object) -> None:
+def _as_written(value: object) -> object:
+    """What `to_builtins` leaves to us, as what its JSON holds, NaN and all."""
+    if isinstance(value, Raw):
+        return _decode_any(value)
+    return cast("Any", value).model_dump(by_alias=True, round_trip=True)
+
+
+def _check_finite(value: object, data: bytes) -> None:
     """NaN and infinity are written as `null`: look at the values behind every `null`."""
-    stack: list[tuple[str, object]] = [("$", value)]
+    try:
+        tree = msgspec.to_builtins(value, enc_hook=_as_written)
+        if tree == _decode_any(data):  # the usual case: every null is a None
+            return
+    except Exception:  # noqa: BLE001 -- as in encode_value
+        raise _refusal(value) from None
+    stack: list[tuple[str, object]] = [("$", tree)]
     while stack:
         path, item = stack.pop()
         if isinstance(item, float) and not isfinite(item):
@@ -195,18 +232,28 @@ def _refusal(value: object) -> InvalidValueError:
 def _refused(value: object, levels: int) -> bool:
     try:
         data = encode(value)
-        _validate(data)
+        _decode_any(data)
     except Exception:  # noqa: BLE001 -- whatever it is, this is the part that cannot be encoded
         return True
     return _deeper(data, levels)
 
 
-def _reason(value: object) -> str:
-    if isinstance(value, str):
+def _reason(value: object) -> str:  # noqa: PLR0911 -- a list of reasons
+    try:
+        encode(value)
+    except RecursionError:
+        return "so deep in calls, Python's recursion limit leaves no room for its nesting; it cannot be kept from here"
+    except Exception:  # noqa: BLE001, S110 -- why it failed is told below
+        pass
+    if type(value) is str:
         return _LONE_SURROGATE
-    if isinstance(value, int):
+    if type(value) is int:
         return _TOO_MANY_DIGITS
+    if hasattr(type(value), "model_dump_json"):
+        return f"a model of the class {type(value).__qualname__} cannot be kept: its own serializer failed"
     if isinstance(value, Raw):
+        if not _refused(value, MAX_DEPTH):
+            return f"more than {MAX_DEPTH} levels of nesting cannot be kept"
         return "a msgspec.Raw that is not valid JSON cannot be kept"
     if isinstance(value, dict):
         return "a dict with keys that JSON cannot hold cannot be kept"
@@ -258,14 +305,15 @@ _PATH = re.compile(r".* - at `(.*)`", re.DOTALL)
 def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
     """The error without the value, which msgspec's and Pydantic's own messages quote."""
     name = _type_name(type_)
-    if isinstance(error, msgspec.ValidationError) and (match := _EXPECTED.fullmatch(str(error))) is not None:
+    own = isinstance(error, msgspec.ValidationError) and error.__cause__ is None
+    if own and (match := _EXPECTED.fullmatch(str(error))) is not None:
         path, detail = match[2] or "$", match[1]
     elif hasattr(type_, "model_validate_json") and hasattr(error, "errors"):
         problems = cast("Any", error).errors(include_url=False, include_context=False, include_input=False)
         first: dict[str, Any] = problems[0]
         path, detail = "$" + "".join(_pydantic_step(part) for part in first["loc"]), str(first["type"])
     elif isinstance(error, msgspec.ValidationError):
-        match = _PATH.fullmatch(str(error))
+        match = _PATH.fullmatch(str(error).removeprefix(str(error.__cause__)))
         path, detail = match[1] if match is not None else "$", "it does not fit"
     else:
         path, detail = (
@@ -276,7 +324,7 @@ def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
 
 
 def _type_name(type_: Any) -> str:
-    return getattr(type_, "__qualname__", None) or repr(type_)
+    return type_.__qualname__ if isinstance(type_, type) else repr(type_)
 
 
 def _pydantic_step(part: object) -> str:

@@ -57,5 +57,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def _check_seconds(field: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"Config.{field} must be a number of seconds, not {type(value).__name__}")
-    if not math.isfinite(value) or value < 0:
+    try:
+        good = math.isfinite(value) and value >= 0
+    except OverflowError:
+        good = False
+    if not good:
         raise ValueError(f"Config.{field} must be a finite number of seconds, 0 or more")

@@ -7,12 +7,14 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
+import msgspec
 import pytest
 
 from lab_state import (
     ClosedError,
     Config,
     FencedError,
+    InvalidValueError,
     Manager,
     MemoryStorage,
     Recovery,
@@ -619,3 +621,18 @@ class TestBrokenPromises:
         await manager.stop()
         async with Manager("test", memory) as state:
             assert await state.get("a") == 1
+
+    async def test_a_raw_that_is_not_json_cannot_poison_a_flush(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A Raw inside a dict is looked at when it is flushed: its key is deleted, loudly, and all else is written."""
+        async with running(storage, clock, None) as state:
+            await state.set("good", 1)
+            await state.set("bad", {"raw": msgspec.Raw(b'"not JSON')})
+            with pytest.raises(InvalidValueError, match=r"deleted the keys \['bad'\]"):
+                await state.flush()
+            assert await state.keys() == ["good"]
+            await state.set("worse", [msgspec.Raw(b"}")])
+        assert caplog.text.count("deleted the keys") == 2
+        async with Manager("test", memory) as state:
+            assert await state.get_all() == {"good": 1}

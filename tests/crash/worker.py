@@ -29,8 +29,7 @@ import msgspec
 from lab_state import Config, FileStorage, Manager
 
 NAME = "state"
-LARGE = 200_000
-_STAYING, _GOING = 400, 30
+_LARGE, _STAYING, _GOING = 200_000, 400, 30
 
 
 class Change(NamedTuple):
@@ -67,23 +66,25 @@ class Model:
 
     def _choose(self, dice: random.Random, cycle: int, revision: int) -> Change:
         value = {"cycle": cycle, "revision": revision}
+        going = tuple(key for key in self.entries if key.startswith("going/"))
         draw = dice.random()
         if self.entries and draw < 0.2:
-            return Change("delete", (dice.choice(sorted(self.entries)),), {})
-        if draw < 0.23:
-            going = tuple(key for key in self.entries if key.startswith("going/"))
-            if going:
-                return Change("delete_all going/", going, {})
-        if self.entries and draw < 0.232:
-            return Change("delete_all", tuple(self.entries), {})
-        if draw < 0.4:
+            change = Change("delete", (dice.choice(sorted(self.entries)),), {})
+        elif going and draw < 0.23:
+            change = Change("delete_all going/", going, {})
+        elif self.entries and draw < 0.232:
+            change = Change("delete_all", tuple(self.entries), {})
+        elif draw < 0.4:
             keys = [f"staying/{dice.randrange(_STAYING)}" for _ in range(dice.randrange(1, 12))]
-            return Change("set_many", (), dict.fromkeys(keys, value))
-        if draw < 0.43:
-            return Change("set", (), {f"large/{dice.randrange(4)}": f"{cycle} {revision} " + "x" * dice.randrange(LARGE)})
-        if draw < 0.7:
-            return Change("set", (), {f"going/{dice.randrange(_GOING)}": value})
-        return Change("set", (), {f"staying/{dice.randrange(_STAYING)}": revision})
+            change = Change("set_many", (), dict.fromkeys(keys, value))
+        elif draw < 0.43:
+            large = f"{cycle} {revision} " + "x" * dice.randrange(_LARGE)
+            change = Change("set", (), {f"large/{dice.randrange(4)}": large})
+        elif draw < 0.7:
+            change = Change("set", (), {f"going/{dice.randrange(_GOING)}": value})
+        else:
+            change = Change("set", (), {f"staying/{dice.randrange(_STAYING)}": revision})
+        return change
 
 
 def digest(entries: dict[str, Any]) -> str:
