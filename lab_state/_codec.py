@@ -13,7 +13,7 @@ Formats, version 1, both JSON:
 from __future__ import annotations
 
 import codecs
-import secrets
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._state import DELETED, Changes, Stored
-from lab_state._values import MAX_DEPTH, encode, too_deep, valid
+from lab_state._values import MAX_DEPTH, encode, is_json, too_deep
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
 FORMAT = 1
@@ -104,7 +104,7 @@ def encode_record(taken: Changes) -> Iterator[bytes]:
     clear = b"true" if taken.cleared else b"false"
     yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)
     stored = ((key, value) for key, value in taken.changes.items() if value is not DELETED)
-    yield from _members(_checked(_slices(stored)))
+    yield from _members(_slices(stored), check=True)
     yield b'},"delete":['
     deleted = (key for key, value in taken.changes.items() if value is DELETED)
     comma = b""
@@ -139,19 +139,15 @@ def _slices(items: Iterable[tuple[str, Stored]]) -> Iterator[dict[str, Stored]]:
         yield part
 
 
-def _members(parts: Iterable[dict[str, Stored]]) -> Iterator[bytes]:
+def _members(parts: Iterable[dict[str, Stored]], *, check: bool) -> Iterator[bytes]:
     """The members of an object, without its braces."""
     comma = b""
     for part in parts:
-        yield comma + encode(part)[1:-1]
+        data = encode(part)
+        if check and not is_json(data):
+            raise PoisonedError([key for key, stored in part.items() if not is_json(encode(stored))])
+        yield comma + data[1:-1]
         comma = b","
-
-
-def _checked(parts: Iterable[dict[str, Stored]]) -> Iterator[dict[str, Stored]]:
-    for part in parts:
-        if not valid(part):
-            raise PoisonedError([key for key, stored in part.items() if not valid(stored)])
-        yield part
 
 
 def _owned(parts: Iterable[dict[str, Stored]], view: dict[str, Stored]) -> Iterator[dict[str, Stored]]:
@@ -203,12 +199,12 @@ def encode_snapshot(view: dict[str, Stored], revision: int, *, own: bool) -> Ite
     """
     opening, crc = b"{", 0
     parts = _slices(view.items())
-    for part in _members(_owned(parts, view) if own else parts):
+    for part in _members(_owned(parts, view) if own else parts, check=False):
         data = opening + part
         opening, crc = b"", zlib.crc32(data, crc)
         yield data
     opening = opening or b","
-    member = encode({"format": FORMAT, "revision": revision, "id": secrets.token_hex(8)})
+    member = encode({"format": FORMAT, "revision": revision, "id": os.urandom(8).hex()})
     head = opening + encode(RESERVED) + b":" + member[:-1]
     yield b'%s%s%08x"}}' % (head, _CRC, zlib.crc32(head, crc))
 

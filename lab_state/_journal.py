@@ -18,8 +18,8 @@ cannot always tell the two apart.
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 import zlib
 from enum import StrEnum
 from typing import NamedTuple
@@ -77,7 +77,7 @@ _NEWLINE = 0x0A
 
 def new_salt() -> str:
     """16 random hex digits."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def base_of(size: int, crc: int) -> str:

@@ -8,7 +8,6 @@ differs by version and by the caller's stack), lone surrogates, unknown classes.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
@@ -100,10 +99,10 @@ def checked(value: object, data: bytes) -> Raw:
     return Raw(data)
 
 
-def valid(stored: object) -> bool:
-    """Whether a stored value is JSON."""
+def is_json(data: bytes) -> bool:
+    """Whether what was encoded is JSON, in spite of what a `msgspec.Raw` in it may hold."""
     try:
-        _validate(encode(stored))
+        _validate(data)
     except msgspec.DecodeError:
         return False
     return True
@@ -282,8 +281,8 @@ def _field_names(value: object) -> Iterator[str]:
     kind = type(value)
     if isinstance(value, msgspec.Struct):
         yield from kind.__struct_fields__  # type: ignore[attr-defined]
-    elif dataclasses.is_dataclass(value):
-        yield from (field.name for field in dataclasses.fields(value))
+    elif (fields := getattr(kind, "__dataclass_fields__", None)) is not None:
+        yield from fields
     elif (attributes := getattr(kind, "__attrs_attrs__", None)) is not None:
         yield from (attribute.name for attribute in attributes)
     else:

@@ -49,10 +49,14 @@ def translated(what: str, path: Path) -> Generator[None, None, None]:
     try:
         yield
     except OSError as error:
-        message = f"{what} {path} failed: {error.strerror or error}"
-        if error.errno in _TO_BE_FIXED:
-            raise UnsupportedError(f"{message}; {_TO_BE_FIXED[error.errno]}") from error
-        raise UnavailableError(message) from error
+        raise _storage_error(what, path, error) from error
+
+
+def _storage_error(what: str, path: Path, error: OSError) -> StorageError:
+    message = f"{what} {path} failed: {error.strerror or error}"
+    if error.errno in _TO_BE_FIXED:
+        return UnsupportedError(f"{message}; {_TO_BE_FIXED[error.errno]}")
+    return UnavailableError(message)
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -253,28 +257,30 @@ def discard(path: Path) -> None:
 class TornWriteError(Exception):
     """A failed append could not be undone, or its sync failed: the file must never be written again."""
 
+    def __init__(self, error: StorageError) -> None:
+        super().__init__(error)
+        self.error = error
+
 
 def append(fd: int, path: Path, data: bytes, offset: int) -> None:
     """Write at the end of a file, and sync.
 
     Raises:
         StorageError: The write failed and was undone.
-        TornWriteError: `from` the `StorageError`: the end of the file is unknown.
+        TornWriteError: With the `StorageError`: the end of the file is unknown.
     """
     try:
-        with translated("writing", path):
-            _write(fd, data, offset)
-    except StorageError as error:
+        _write(fd, data, offset)
+    except OSError as error:
         try:
             os.ftruncate(fd, offset)
         except OSError:
-            raise TornWriteError from error
-        raise
+            raise TornWriteError(_storage_error("writing", path, error)) from error
+        raise _storage_error("writing", path, error) from error
     try:
-        with translated("syncing", path):
-            _sync_data(fd)
-    except StorageError as error:
-        raise TornWriteError from error
+        _sync_data(fd)
+    except OSError as error:
+        raise TornWriteError(_storage_error("syncing", path, error)) from error
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:

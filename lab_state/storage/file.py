@@ -265,7 +265,7 @@ class _Writer:
             fs.append(self._fd, self.paths.journal, data, self.end)
         except fs.TornWriteError as torn:
             self._poison()
-            raise torn.__cause__ from torn.__cause__.__cause__  # type: ignore[misc,union-attr]  # a StorageError from an OSError
+            raise torn.error from torn.__cause__
         self.end += len(data)
 
     def _poison(self) -> None:
