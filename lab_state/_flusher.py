@@ -84,14 +84,14 @@ class Flusher:
         self._stopping = self._abandoned = False
         self._deadline = math.inf
         self._stop_error: StorageError | None = None
-        first = session.recovery.checkpoint_first
-        self._checkpoint_first = self._checkpoint_due = first
-        self.durable_revision = 0 if first else state.revision
+        self._unsettled = session.recovery.unsettled
+        self.durable_revision = 0 if self._unsettled else state.revision
         # The revision that the last snapshot has reached, as far as that is known.
-        self._checkpointed = 0 if first or session.recovery.records else state.revision
+        self._checkpointed = 0 if self._unsettled or session.recovery.records else state.revision
+        self._checkpoint_due = False
         self._wake = asyncio.Event()
-        if first:
-            self._wake.set()
+        if self._unsettled:
+            self._wake_up()
         self._checkpointing: asyncio.Task[None] | None = None
         self._timer: Timer | None = None
         self._task = asyncio.create_task(self._run(), name=f"lab_state {self._name} flusher")
@@ -135,7 +135,7 @@ class Flusher:
     def _abandon(self, timeout: float) -> None:
         """Leave a storage call that hangs to itself; the session is closed when it ends."""
         self._abandoned = True
-        if self._checkpoint_first or self.durable_revision < self.state.revision:
+        if self._unsettled or self.durable_revision < self.state.revision:
             self._stop_error = UnavailableError(
                 f"stop() ran out of its {timeout} s while the storage was at work: {self.unflushed_keys} changed keys of "
                 f"{self._name!r} may not be durable; the state stays locked until the storage answers"
@@ -164,7 +164,7 @@ class Flusher:
 
     async def flush(self) -> None:
         """Return when everything so far is durable."""
-        if self._checkpoint_first or self.durable_revision < self.state.revision:
+        if self._unsettled or self.durable_revision < self.state.revision:
             await self.durable(self.state.revision)
 
     async def durable(self, revision: int) -> None:
@@ -183,7 +183,7 @@ class Flusher:
 
     async def wait_durable(self, revision: int) -> None:
         """Return when `revision` is durable; ask for nothing."""
-        if self._checkpoint_first or self.durable_revision < revision:
+        if self._unsettled or self.durable_revision < revision:
             future = asyncio.get_running_loop().create_future()
             self._patient.append((revision, future))
             await future
@@ -217,17 +217,17 @@ class Flusher:
         """The size of the journal."""
         return self._session.journal_bytes
 
+    @property
+    def _unflushed(self) -> bool:
+        """Whether a commit has anything to do; one under way does not count."""
+        return self._unsettled or self.state.revision > self.state.taken
+
     # The task
 
     async def _run(self) -> None:
         while not self._stopping:
             await self._wake.wait()
             self._wake.clear()
-            if self._checkpoint_first:
-                if self._next or self._clock.monotonic() >= self._checkpoint_not_before:
-                    await self._first_checkpoint()
-                if self._checkpoint_first:
-                    continue
             await self._commit_all()
             if self._checkpoint_due and self._clock.monotonic() >= self._checkpoint_not_before:
                 self._start_checkpoint()
@@ -236,7 +236,7 @@ class Flusher:
     async def _commit_all(self) -> None:
         while self._next or (self._due and self._clock.monotonic() >= self._not_before):
             self._due = False
-            if self.state.revision > self.state.taken:
+            if self._unflushed:
                 await self._commit()
             else:  # what they wait for was committed with others
                 self._settle_all()
@@ -265,6 +265,7 @@ class Flusher:
         finally:
             self._under_way = None
             await self._fold(views)
+        self._unsettled = False
         self._succeeded(taken.end, self._clock.monotonic() - started)
         self._checkpoint_due = self._checkpoint_due or due
         return None
@@ -298,7 +299,7 @@ class Flusher:
         if isinstance(error, FencedError):
             self._not_before = math.inf
             _fail(self._patient, error)
-        elif self._interval is not None and not self._stopping:
+        elif (self._interval is not None or self._unsettled) and not self._stopping:
             pause = self._pause(self._failed_in_a_row)
             self._not_before = self._clock.monotonic() + pause
             self._clock.call_later(pause, self._wake_up)
@@ -326,21 +327,6 @@ class Flusher:
         self._wake.set()
 
     # Checkpoints
-
-    async def _first_checkpoint(self) -> StorageError | None:
-        """Before the first commit, where what was recovered may not be durable."""
-        self._riding, self._next = self._next, []
-        revision = self.state.revision
-        error = await self._checkpoint(wait=False)
-        if error is None:
-            self._checkpoint_first = False
-            self.durable_revision = revision
-            self._next = self._riding + self._next  # those above this revision need a commit
-            self._riding = []
-            self._settle_all()
-        else:
-            _fail(self._riding, error)
-        return error
 
     def _start_checkpoint(self) -> None:
         if self._checkpointing is None or self._checkpointing.done():
@@ -417,10 +403,10 @@ class Flusher:
 
     async def _last_flush(self) -> StorageError | None:
         error: StorageError | None = None
-        while not self._abandoned and (self._checkpoint_first or self.state.revision > self.state.taken):
-            error = await (self._first_checkpoint() if self._checkpoint_first else self._commit())
+        while not self._abandoned and self._unflushed:
+            error = await self._commit()
             if error is not None:
-                pause = self._pause(max(self._failed_in_a_row, self._checkpoints_failed_in_a_row))
+                pause = self._pause(self._failed_in_a_row)
                 if not isinstance(error, UnavailableError) or self._clock.monotonic() + pause >= self._deadline:
                     break
                 await self._sleep(pause)

@@ -395,16 +395,17 @@ class TestCheckpoint:
 
 
 class _UncleanSession:
-    """As a storage whose last writer was killed: a checkpoint comes first."""
+    """As a storage whose last writer was killed: what it recovered may not be durable."""
 
     def __init__(self, inner: StorageSession) -> None:
         self._inner = inner
-        self.recovery: Recovery = inner.recovery._replace(checkpoint_first=True)
+        self.recovery: Recovery = inner.recovery._replace(unsettled=True)
         self.path = inner.path
         self.snapshot_bytes = self.journal_bytes = 0
 
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
-        return await self._inner.commit(record, snapshot)
+        await self._inner.commit(record, snapshot)
+        return True
 
     async def checkpoint(self, snapshot: Snapshot) -> None:
         await self._inner.checkpoint(snapshot)
@@ -428,27 +429,25 @@ class TestUnclean:
             await state.set("old", 1)
         return FaultyStorage(_Unclean(memory))
 
-    async def test_the_first_act_is_a_checkpoint(self, storage: FaultyStorage, clock: ManualClock) -> None:
-        """Nothing is durable and nothing committed before it; reads work at once."""
-        storage.hang("checkpoint")
-        async with running(storage, clock, 0) as state:
+    async def test_the_first_act_is_a_commit(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """Nothing is durable before it, though nothing changed; reads work at once."""
+        storage.hang("commit")
+        async with running(storage, clock, None) as state:
             assert (await state.get("old"), state.revision, state.durable_revision) == (1, 1, 0)
-            await until(lambda: "checkpoint" in storage.calls)
-            flushing, writing = asyncio.create_task(state.flush()), asyncio.create_task(state.set("new", 2))
-            waiting = asyncio.create_task(state.wait_durable())
+            await until(lambda: commits(storage) == 1)
+            flushing, waiting = asyncio.create_task(state.flush()), asyncio.create_task(state.wait_durable())
             await idle()
             assert not flushing.done()
-            assert commits(storage) == 0
             storage.resume()
-            await asyncio.gather(flushing, writing, waiting)
-            assert state.durable_revision == 2
+            await asyncio.gather(flushing, waiting)
+            assert state.durable_revision == 1
             assert commits(storage) == 1
 
     async def test_when_it_fails_flush_says_so_and_it_is_tried_again(
         self, storage: FaultyStorage, clock: ManualClock
     ) -> None:
         """start() succeeds, reads work, flush() raises until the storage is well."""
-        storage.fail("checkpoint", times=3)
+        storage.fail("commit", times=3)
         async with running(storage, clock, 1.0) as state:
             await until(lambda: state.status().flush_failures == 1)
             with pytest.raises(UnavailableError):
@@ -465,13 +464,12 @@ class TestUnclean:
     async def test_stop_makes_it_durable_at_the_latest(
         self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
     ) -> None:
-        """The last flush includes the checkpoint that had to come first."""
-        storage.fail("checkpoint")
+        """The last flush includes what was recovered, changed or not."""
+        storage.fail("commit")
         async with running(storage, clock, None) as state:
             await until(lambda: state.status().flush_failures == 1)
-            await state.set("new", 2)
-        async with Manager("test", memory) as state:
-            assert await state.get_all() == {"old": 1, "new": 2}
+        assert commits(storage) == 2
+        assert memory.places["test"].snapshot is not None
 
 
 class TestStop:

@@ -95,9 +95,9 @@ class Lock:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise LockedError(self._who()) from None
-            holder = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, msgspec.json.encode(holder) + b"\n", 0)
+        holder = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        with contextlib.suppress(OSError):  # a full disk: who is refused is told less, but the lock is a lock
+            os.ftruncate(self._fd, os.pwrite(self._fd, msgspec.json.encode(holder) + b"\n", 0))
 
     def _who(self) -> str:
         try:
@@ -108,18 +108,24 @@ class Lock:
             who = f"pid {holder.pid} on {holder.host}, since {holder.started}"
         return f"{self.path} is locked by {who}: stop it first, or use another name; a state has one writer"
 
-    def check(self) -> None:
-        """Whether this is still the lock, and this still the process that took it.
+    def check_process(self) -> None:
+        """Whether this is still the process that took the lock; does not block.
 
         Raises:
-            FencedError: The file was deleted or replaced, so another process can own
-                the state by now.
-            UnsupportedError: This is a child process, forked since.
+            UnsupportedError: It is a child, forked since: it has no threads to write with.
         """
         if os.getpid() != self._pid:
             raise UnsupportedError(
                 f"{self.path} is locked by the parent of this forked process; start a manager of its own"
             )
+
+    def check(self) -> None:
+        """Whether this is still the lock.
+
+        Raises:
+            FencedError: The file was deleted or replaced, so another process can own
+                the state by now.
+        """
         if not is_file(self.path, self._fd):
             raise FencedError(
                 f"{self.path} was deleted or replaced, so another writer may own the state: restart this one"
@@ -129,23 +135,28 @@ class Lock:
         """Let go. Idempotent."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            try:
+                if os.getpid() == self._pid:  # closing alone would leave it to the children forked since
+                    fcntl.flock(fd, fcntl.LOCK_UN)
+            finally:
+                os.close(fd)
 
 
 def is_file(path: Path, fd: int) -> bool:
     """Whether the path still names the open file."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(fd))
-    except FileNotFoundError:
-        return False
+    with translated("looking up", path):
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(fd))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
 
 def make_directory(path: Path) -> None:
     """Make a directory that only this user can enter, with those above it, durably."""
-    missing = [path]
-    while not missing[-1].parent.exists():
-        missing.append(missing[-1].parent)
     with translated("making the directory", path):
+        missing = [path]
+        while not missing[-1].parent.exists():
+            missing.append(missing[-1].parent)
         for directory in reversed(missing):
             try:
                 directory.mkdir(0o700)
@@ -202,12 +213,13 @@ class NewFile:
     async def write(self, slices: AsyncIterator[bytes], executor: Executor) -> None:
         """Write the slices, in the threads of the executor."""
         with translated("writing", self.path):
-            # The descriptor stays ours: a file object of aiofiles' own would leak when its opening is cancelled.
-            async with aiofiles.open(self._fd, "wb", buffering=0, closefd=False, executor=executor) as file:
-                async for part in slices:
-                    rest = memoryview(part)
-                    while rest:
-                        rest = rest[await file.write(rest) :]
+            # The descriptor stays ours: a file object of aiofiles' own would leak when its opening is cancelled,
+            # and its context manager closes it in the event loop's own threads, whatever the executor.
+            file = await aiofiles.open(self._fd, "wb", buffering=0, closefd=False, executor=executor)
+            async for part in slices:
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[await file.write(rest) :]
 
     def finish(self) -> None:
         """Sync and close."""

@@ -27,14 +27,15 @@ class Recovery(NamedTuple):
         snapshot: The bytes of the snapshot; `None` when there never was one.
         records: The records committed after it, oldest first. Records that the
             snapshot holds already may be among them.
-        checkpoint_first: Whether nothing may be committed before a checkpoint. What
-            was recovered may not be durable until then.
+        unsettled: Whether what was recovered may not be durable: the last writer did
+            not end cleanly, and what is read may be in a cache alone. The first
+            commit, which comes at once then, even without a change, makes it durable.
         dropped_bytes: The size of a torn tail that was dropped: never acknowledged.
     """
 
     snapshot: bytes | None
     records: tuple[bytes, ...]
-    checkpoint_first: bool
+    unsettled: bool
     dropped_bytes: int
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable
@@ -137,7 +138,8 @@ def _give_up(opening: Future[tuple[_Writer, Recovery]]) -> None:
 
 def _keep_torn(path: Path, tail: bytes) -> None:
     """Put a torn tail aside, for whoever wants to look; the newest few are kept."""
-    older = sorted(path.parent.glob(f"{path.name}.torn-*"))
+    torn = re.compile(re.escape(f"{path.name}.torn-") + r"\d+")  # digits to the end: no state has such a file
+    older = sorted(file for file in path.parent.iterdir() if torn.fullmatch(file.name))
     for old in older[: -(_TORN_KEPT - 1)]:
         fs.discard(old)
     copy = path.with_name(f"{path.name}.torn-{time.time_ns() // 1_000_000}")
@@ -173,7 +175,7 @@ class _Writer:
         self.generation = 0  # counts the journals given up because of an error
         self.since: list[bytes] | None = None  # records committed since the view of a checkpoint
         self._name = name
-        self._lock = lock
+        self.lock = lock
         self._fd = -1
         self._salt = ""
 
@@ -183,7 +185,7 @@ class _Writer:
         if self.need is _Need.FULL:
             if full is None:
                 raise _FullNeededError
-            self.start_over(full)
+            self._create(ANY_BASE, (Kind.FULL, full))
         elif self.need is _Need.NEW:
             self._create(self.base, (Kind.RECORD, record))
         else:
@@ -191,18 +193,18 @@ class _Writer:
         if self.since is not None:
             self.since.append(record)
 
-    def start_over(self, full: bytes) -> None:
-        """A new journal that begins with the whole state: nothing older counts any more."""
+    def repair(self, full: bytes, generation: int) -> None:
+        """A new journal that begins with the whole state, unless a commit made one since the view was taken."""
         self._check()
+        if self.need is not _Need.FULL or generation != self.generation:
+            raise self._abandoned()
         self._create(ANY_BASE, (Kind.FULL, full))
 
     def publish(self, base: str, size: int, since: list[bytes], generation: int) -> None:
         """Put the new snapshot in place of the old one and of the journal so far."""
         self._check()
         if self.need is _Need.FULL or generation != self.generation:
-            raise UnavailableError(
-                f"{self.paths.journal} had to be replaced, so this checkpoint was abandoned; another is due"
-            )
+            raise self._abandoned()
         if self.need is _Need.NEW:
             self._create(self.base)
         self._append(Kind.CHECKPOINT, base.encode())
@@ -215,6 +217,11 @@ class _Writer:
         self.base, self.snapshot_bytes, self.unsynced = base, size, False
         self._create(base, *((Kind.RECORD, record) for record in since))
 
+    def _abandoned(self) -> UnavailableError:
+        return UnavailableError(
+            f"{self.paths.journal} was replaced meanwhile, so this checkpoint was abandoned; another is due"
+        )
+
     @property
     def checkpoint_due(self) -> bool:
         """Whether the journal has grown so much that a byte changed costs about three written."""
@@ -223,11 +230,11 @@ class _Writer:
     def close(self) -> None:
         """Let go of the journal, then of the lock."""
         self._close_journal()
-        self._lock.release()
+        self.lock.release()
 
     def _check(self) -> None:
         """Nobody else writes here, and what is written here can be found again."""
-        self._lock.check()
+        self.lock.check()
         if self.need is _Need.NOTHING and not fs.is_file(self.paths.journal, self._fd):
             _logger.error("%s was deleted or replaced while in use: writing it anew", self.paths.journal)
             self._poison()
@@ -322,11 +329,11 @@ class FileSession:
         writer.since = since
         new = fs.NewFile(writer.paths.new_snapshot)
         try:
+            generation = writer.generation
             if writer.need is _Need.FULL:
                 full = b"".join([part async for part in slices])
-                await self._run(self._commits, writer.start_over, full)
-                slices = _one(full)
-            generation = writer.generation
+                await self._run(self._commits, writer.repair, full, generation)
+                generation, slices = writer.generation, _one(full)
             counted = _Counted(slices)
             await self._run(thread, new.open)
             await new.write(counted.slices(), thread)
@@ -355,6 +362,7 @@ class FileSession:
             self._checkpoints.shutdown(wait=False)
 
     def _check_open(self) -> None:
+        self._writer.lock.check_process()
         if self._closing is not None:
             raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
 

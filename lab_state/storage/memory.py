@@ -64,7 +64,7 @@ class MemorySession:
         elif torn:
             del place.journal[-torn:]
         self._journal = place.journal
-        self.recovery = Recovery(place.snapshot, accepted.records, checkpoint_first=False, dropped_bytes=torn)
+        self.recovery = Recovery(place.snapshot, accepted.records, unsettled=False, dropped_bytes=torn)
         place.session = self
 
     @property

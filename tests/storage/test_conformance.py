@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -49,7 +50,7 @@ class TestFileStorage(StorageConformance):
 
     async def crash(self, session: StorageSession) -> None:
         assert isinstance(session, FileSession)
-        session._writer._lock.release()
+        await asyncio.get_running_loop().run_in_executor(None, session._writer.lock.release)
         session._closing = Future()
         session._closing.set_result(None)
 

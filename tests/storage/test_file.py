@@ -876,6 +876,10 @@ async def test_a_commit_beside_the_repair_of_a_poisoned_journal_survives(tmp_pat
     await state.flush()
     acknowledged = await state.get_all()
     try:
+        assert await found(tmp_path) == acknowledged
+        await until(lambda: state.status().flush_failures == 2)  # the checkpoint gives way to the commit
+        assert await found(tmp_path) == acknowledged
+        clock.advance(1)
         await gate.entered()
         assert await found(tmp_path) == acknowledged
         await state.set("later", 3)
