@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lab_state._clock import Clock
+from lab_state._clock import Clock, Timer
 from lab_state.config import Config
 from lab_state.exceptions import (
     ClosedError,
@@ -28,6 +28,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Config",
     "Manager",
     "Status",
+    "Timer",
     # where states are kept
     "FileStorage",
     "MemoryStorage",

@@ -27,14 +27,16 @@ class Core:
     """What a manager and its handles share.
 
     Attributes:
+        name: The name of the state.
         state: The state; a closed, empty one before `start()` and from `stop()` on. A
             call that finds its key there so knows that the manager is running.
         write_through: Whether a write returns only when it is durable.
     """
 
-    __slots__ = ("_flusher", "state", "write_through")
+    __slots__ = ("_flusher", "name", "state", "write_through")
 
-    def __init__(self, closed: State) -> None:
+    def __init__(self, name: str, closed: State) -> None:
+        self.name = name
         self.state = closed
         self.write_through = False
         self._flusher: Flusher | None = None
@@ -58,7 +60,9 @@ class Core:
             ClosedError: The manager is not running.
         """
         if self._flusher is None:
-            raise ClosedError("the manager is not running: use it between start() and stop(), or inside `async with`")
+            raise ClosedError(
+                f"the manager of {self.name!r} is not running: use it between start() and stop(), or inside `async with`"
+            )
         return self._flusher
 
 
@@ -73,7 +77,8 @@ class Calls:
 
     Every call raises `ClosedError` before `start()` and after `stop()`, and
     `InvalidKeyError` for a key that is not a `str` of 1 to 1,024 characters without
-    NUL and lone surrogates, and not `$lab_state`.
+    NUL and lone surrogates, and not `$lab_state`; only `in` says no to such a key. A
+    write on another event loop than that of `start()` raises `RuntimeError`.
     """
 
     __slots__ = ("_core", "_prefix")
@@ -188,8 +193,8 @@ class Calls:
             key: The key.
             value: Anything that msgspec encodes as JSON, or a Pydantic model. It is
                 encoded now: a later change of the object changes nothing. (A
-                `msgspec.Raw` inside a dict or list is trusted until the next flush,
-                which deletes the key, loudly, if it is not JSON.)
+                `msgspec.Raw` inside a dict or a list is trusted until the next flush,
+                which deletes the key and logs an error if it is not JSON.)
 
         Raises:
             InvalidValueError: JSON cannot hold the value; the error says where in it.
@@ -228,7 +233,9 @@ class Calls:
             InvalidValueError: One of the values cannot be kept; none was stored.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        self._check_open()
+        self._check_writable()
+        if not isinstance(values, Mapping):
+            raise InvalidValueError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
         stored = {check_key(self._full(key)): self._encode(key, value) for key, value in values.items()}
         if not stored:
             return self._core.state.revision
@@ -248,7 +255,7 @@ class Calls:
         Raises:
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        self._check_open()
+        self._check_writable()
         entries = self._core.state.entries
         wanted = [self._full(key) for key in _many(keys)]
         return await self._deleted(
@@ -262,8 +269,8 @@ class Calls:
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
         keys = self._keys(prefix) if self._prefix or prefix else None
+        self._check_writable()
         if keys is None:
-            self._check_open()
             return await self._deleted(self._core.state.clear())
         return await self._deleted(self._core.state.delete_many([self._prefix + key for key in keys]))
 
@@ -351,6 +358,7 @@ class Calls:
         stored = encode_value(value)
         if key in self:
             return False
+        self._check_writable()
         await self._written(self._core.state.set(check_key(self._full(key)), stored))
         return True
 
@@ -379,7 +387,10 @@ class Calls:
             raise TypeMismatchError(
                 f"the stored value is not a number, but a {old.__class__.__name__}; incr() needs one"
             )
-        new: float = old + delta
+        try:
+            new: float = old + delta
+        except OverflowError:
+            raise InvalidValueError("the sum is too large for a float") from None
         await self.set(key, new)
         return new
 
@@ -400,10 +411,19 @@ class Calls:
         return default
 
     def _decode(self, key: str, stored: Stored, type_: Any) -> Any:
-        value = decode_value(stored, type_)
+        try:
+            value = decode_value(stored, type_)
+        except TypeMismatchError as error:
+            raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
         if stored.__class__ is Raw and type_ is Any and value.__class__ in _SCALARS:
             self._core.state.settle(self._prefix + key, value)
         return value
+
+    def _decode_new(self, key: str, stored: Stored, type_: Any) -> Any:
+        try:
+            return decode_value(stored, type_)
+        except TypeMismatchError as error:
+            raise TypeMismatchError(f"the new value of {key!r}: {error}", error.path) from None
 
     def _encode(self, key: str, value: object) -> Stored:
         try:
@@ -413,14 +433,17 @@ class Calls:
 
     def _begin(self, full: str) -> None:
         """The first change of a key since the last commit."""
+        self._check_writable()
         state = self._core.state
         if full not in state.entries:
-            self._check_open()
             check_key(full)
         state.begin()
 
     def _check_open(self) -> None:
         _ = self._core.running
+
+    def _check_writable(self) -> None:
+        self._core.running.check_loop()
 
     def _keys(self, prefix: str) -> list[str]:
         self._check_open()
@@ -444,8 +467,8 @@ class Calls:
     async def _replaced(self, key: str, value: object, type_: Any) -> Any:
         """Store a value that must be a `type_`, and return it as a read would."""
         stored = encode_value(value)
-        fresh = decode_value(stored, type_)
-        self._check_open()
+        fresh = self._decode_new(key, stored, type_)
+        self._check_writable()
         await self._written(self._core.state.set(check_key(self._full(key)), stored))
         return fresh
 

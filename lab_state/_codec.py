@@ -297,7 +297,7 @@ def _not_an_object(data: bytes, error: Exception) -> str:
     if data.startswith(codecs.BOM_UTF8):
         return "it begins with a byte order mark, which JSON must not have; save it without"
     if not data.strip():
-        return "it is empty, which no state is; restore a copy, or delete the file to start with an empty state"
+        return "it is empty, which no state is; restore a copy, or delete it and the journal beside it to start anew"
     if data.lstrip()[:1] != b"{":
         return "it is not a JSON object; a state is one object, with a member for each key"
     # msgspec's errors about syntax hold no values, and say at which byte.

@@ -31,7 +31,6 @@ from lab_state.config import Config
 from lab_state.exceptions import (
     ClosedError,
     FencedError,
-    InvalidValueError,
     LabStateError,
     StorageError,
     UnavailableError,
@@ -89,6 +88,7 @@ class Flusher:
         # The revision that the last snapshot has reached, as far as that is known.
         self._checkpointed = 0 if self._unsettled or session.recovery.records else state.revision
         self._checkpoint_due = False
+        self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         if self._unsettled:
             self._wake_up()
@@ -104,6 +104,7 @@ class Flusher:
         Raises:
             StorageError: What kept the last flush from succeeding.
         """
+        self.check_loop()
         self._stopping = True
         self._deadline = self._clock.monotonic() + timeout
         if self._timer is not None:
@@ -158,7 +159,7 @@ class Flusher:
     def _release_waiters(self, error: LabStateError) -> None:
         self._settle_all()
         for waiters in (self._next, self._riding, self._patient):
-            _fail(waiters, error)
+            _fail(waiters, error, "not durable")
 
     # Waiting for durability
 
@@ -169,10 +170,7 @@ class Flusher:
 
     async def durable(self, revision: int) -> None:
         """Ask for a commit, and return when `revision` is durable."""
-        if self._task.done():
-            raise UnavailableError(
-                f"the flush task of {self._name!r} has ended with its event loop; only stop() flushes now"
-            )
+        self._check_alive()
         future = asyncio.get_running_loop().create_future()
         if self._under_way is not None and revision <= self._under_way.end:
             self._riding.append((revision, future))
@@ -183,10 +181,32 @@ class Flusher:
 
     async def wait_durable(self, revision: int) -> None:
         """Return when `revision` is durable; ask for nothing."""
+        self._check_alive()
         if self._unsettled or self.durable_revision < revision:
             future = asyncio.get_running_loop().create_future()
             self._patient.append((revision, future))
             await future
+
+    def check_loop(self) -> None:
+        """Whether this is the event loop that the manager was started on.
+
+        Raises:
+            RuntimeError: It is another one, or another thread's.
+        """
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                f"the manager of {self._name!r} belongs to the event loop that start() ran on; "
+                "use it there, or stop it there and start it here"
+            )
+
+    def _check_alive(self) -> None:
+        self.check_loop()
+        if isinstance(self.last_error, FencedError):
+            raise copy.copy(self.last_error)
+        if self._task.done():
+            raise UnavailableError(
+                f"the flush task of {self._name!r} has ended with its event loop; only stop() flushes now"
+            )
 
     # Numbers
 
@@ -244,21 +264,18 @@ class Flusher:
 
     async def _commit(self) -> StorageError | None:
         """One commit of all that is unflushed."""
-        taken = self._under_way = self.state.take()
         self._riding, self._next = self._next, []
+        taken = self._under_way = self.state.take()
         views: list[dict[str, Any]] = []
         started = self._clock.monotonic()
         try:
-            record = await _joined(encode_record(taken))
+            while (record := await self._record(taken)) is None:
+                taken = self._under_way = self.state.take()
             due = await _only_storage_errors(self._session.commit(record, lambda: self._view(views, wait=False)))
         except StorageError as error:
             self.state.put_back(taken)
             self._failed(error)
             return error
-        except PoisonedError as poisoned:
-            self.state.put_back(taken)
-            self._refuse(poisoned.keys)
-            return None
         except BaseException:  # the loop cancels all its tasks
             self.state.put_back(taken)
             raise
@@ -270,13 +287,17 @@ class Flusher:
         self._checkpoint_due = self._checkpoint_due or due
         return None
 
-    def _refuse(self, keys: list[str]) -> None:
-        """Values that are not JSON must not make the state unreadable: delete them, loudly, and go on."""
-        self.state.delete_many(keys)
-        error = InvalidValueError(f"a msgspec.Raw inside a dict or a list was not JSON; deleted the keys {keys}")
-        self._logger.error("%s: %s", self._name, error)
-        _fail(self._riding, error)
-        self._wake_up()
+    async def _record(self, taken: Changes) -> bytes | None:
+        """The record; `None` if it would have made the state unreadable, and the changes were put back without that."""
+        try:
+            return await _joined(encode_record(taken))
+        except PoisonedError as poisoned:
+            self.state.put_back(taken)
+            self.state.delete_many(poisoned.keys)
+            self._logger.error(  # noqa: TRY400 -- the traceback would tell nothing
+                "%s: deleted the keys %s: they held a msgspec.Raw that is not JSON", self._name, poisoned.keys
+            )
+            return None
 
     def _succeeded(self, revision: int, seconds: float) -> None:
         if self._failed_in_a_row:
@@ -293,12 +314,18 @@ class Flusher:
         self.failures += 1
         self.last_error = error
         self._failed_in_a_row += 1
-        retried = "it is retried" if self._interval is not None else "the next flush() retries it"
-        self._logger.error("%s: a flush failed, the changes stay in memory and %s: %s", self._name, retried, error)
-        _fail(self._riding, error)
-        if isinstance(error, FencedError):
+        fenced = isinstance(error, FencedError)
+        if fenced or self._stopping:
+            stay = "not durable"
+        elif self._interval is None and not self._unsettled:
+            stay = "not durable yet: the changes stay in memory, and the next flush() tries again"
+        else:
+            stay = "not durable yet: the changes stay in memory, and it is tried again"
+        self._logger.error("%s: a flush failed; %s: %s", self._name, stay, error)
+        _fail(self._riding, error, stay)
+        if fenced:
             self._not_before = math.inf
-            _fail(self._patient, error)
+            _fail(self._patient, error, stay)
         elif (self._interval is not None or self._unsettled) and not self._stopping:
             pause = self._pause(self._failed_in_a_row)
             self._not_before = self._clock.monotonic() + pause
@@ -433,22 +460,17 @@ def _settle(waiters: list[Waiter], durable: int) -> None:
     waiters[:] = rest
 
 
-def _fail(waiters: list[Waiter], error: LabStateError) -> None:
+def _fail(waiters: list[Waiter], error: LabStateError, stay: str) -> None:
     for _, future in waiters:
         if not future.done():
             # One each: a raised exception carries the traceback of who raised it.
-            future.set_exception(_not_durable(error))
+            told = copy.copy(error)
+            if len(error.args) == 1:
+                told.args = (f"{error} ({stay})",)
+            told.__cause__ = error.__cause__
+            future.set_exception(told)
             future.exception()  # a waiter that is cancelled right now will not look
     waiters.clear()
-
-
-def _not_durable(error: LabStateError) -> LabStateError:
-    """The error as a waiter should see it: nothing was undone."""
-    told = copy.copy(error)
-    if len(error.args) == 1:
-        told.args = (f"{error}; not durable yet: the changes are in memory",)
-    told.__cause__ = error.__cause__
-    return told
 
 
 async def _joined(slices: Iterable[bytes]) -> bytes:

@@ -220,8 +220,15 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
     if snapshot_base.encode() not in followed:
         if records:
             raise CorruptionError(
-                path, 0, "the snapshot beside it is not the one that it follows; put the right one back"
+                path,
+                0,
+                "the snapshot beside it is not the one that it follows; put that back, or delete this journal to go on "
+                "from the snapshot without the changes in it",
             )
         if snapshot_base == NO_BASE:
-            raise CorruptionError(path, 0, "the snapshot that it follows is missing; put it back")
+            raise CorruptionError(
+                path,
+                0,
+                "the snapshot that it follows is missing; put it back, or delete this journal too to start anew",
+            )
     return Accepted(None, records, unclean=bool(frames) or size > found.end)

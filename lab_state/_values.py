@@ -120,9 +120,7 @@ def decode_value(stored: Stored, type_: Any) -> Any:
             try:
                 return _decode_any(data)
             except (msgspec.MsgspecError, UnicodeDecodeError):
-                raise TypeMismatchError(
-                    "the stored value is a msgspec.Raw that is not valid JSON; set it anew"
-                ) from None
+                raise TypeMismatchError("a msgspec.Raw that is not valid JSON; set it anew") from None
     elif type_ is Any or stored.__class__ is type_:
         return stored
     else:
@@ -319,7 +317,7 @@ def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
             "$",
             f"{type(error).__name__} while decoding; is it a type that msgspec decodes, or a Pydantic model?",
         )
-    return TypeMismatchError(f"the stored value is not a {name}: {detail} - at `{path}`", path)
+    return TypeMismatchError(f"not a `{name}`: {detail} - at `{path}`", path)
 
 
 def _type_name(type_: Any) -> str:

@@ -28,7 +28,7 @@ class KeyNotFoundError(LabStateError, KeyError):
 
 
 class InvalidNameError(LabStateError, ValueError):
-    """The name of a state, or another field of `Config`, is out of bounds: fix the argument."""
+    """The name of a state is out of bounds: fix the argument."""
 
 
 class InvalidKeyError(LabStateError, ValueError):
@@ -77,7 +77,12 @@ class StorageError(LabStateError):
 
 
 class UnavailableError(StorageError):
-    """The storage failed this time: nothing to do, the changes are in memory and the write is retried."""
+    """The storage failed this time.
+
+    From a write, a flush or the background: nothing to do, the changes are in memory and
+    the write is tried again. From `start()`: start again. From `stop()`: the changes
+    above `durable_revision` are lost.
+    """
 
 
 class UnsupportedError(StorageError):
@@ -109,4 +114,4 @@ class CorruptionError(StorageError):
 
     def __str__(self) -> str:
         """Where, then what."""
-        return f"{self.path} is damaged at byte {self.offset}: {self.detail}"
+        return f"{self.path} cannot be loaded (byte {self.offset}): {self.detail}"

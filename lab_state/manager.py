@@ -85,8 +85,13 @@ class Manager(Calls):
 
         Raises:
             InvalidNameError: The name is out of bounds.
+            TypeError: An argument is not what it should be.
         """
         self._config = Config(name=config) if isinstance(config, str) else config
+        if not isinstance(self._config, Config):
+            raise TypeError(f"config must be a Config or a str, the name of the state; not {type(config).__name__}")
+        if isinstance(storage, type) or not callable(getattr(storage, "open", None)):
+            raise TypeError(f"storage must be an object such as FileStorage('directory'), not {storage!r}")
         self._storage = storage
         self._logger = logging.getLogger("lab_state") if logger is None else logger
         self._clock: Clock = SystemClock() if clock is None else clock
@@ -94,7 +99,7 @@ class Manager(Calls):
         self._flusher: Flusher | None = None
         self._ended = Status(phase="new", keys=0, revision=0, durable_revision=0)
         self._stopping: asyncio.Task[None] | None = None
-        super().__init__(Core(State(self._clock.monotonic)), "")
+        super().__init__(Core(self._config.name, State(self._clock.monotonic)), "")
 
     def __repr__(self) -> str:
         """Name, phase and storage."""
@@ -122,9 +127,7 @@ class Manager(Calls):
             UnsupportedError: It cannot be read as it is: permissions, a newer format.
         """
         if self._phase not in ("new", "stopped"):
-            raise RuntimeError(
-                f"start() of {self._config.name!r} while it is {self._phase}: start it once, then stop it"
-            )
+            raise RuntimeError(f"start() of {self._config.name!r} while it is {self._phase}: await stop() first")
         before, self._phase = self._phase, "starting"
         try:
             session = await self._storage.open(self._config.name)
@@ -173,7 +176,7 @@ class Manager(Calls):
             # Calls see an empty, closed state from here on; what is under way keeps the old one.
             flusher = self._core.close(State(self._clock.monotonic))
             self._stopping = asyncio.create_task(self._stop(flusher), name=f"lab_state {self._config.name} stop")
-        if self._stopping is not None:
+        if self._stopping is not None and self._phase == "stopping":
             await asyncio.shield(self._stopping)
 
     async def _stop(self, flusher: Flusher) -> None:
@@ -214,8 +217,8 @@ class Manager(Calls):
                 by the next flush, in the background too unless `flush_interval` is
                 `None`.
             ClosedError: The manager is not running.
+            RuntimeError: This is not the event loop of `start()`.
         """
-        self._check_open()
         await self._core.running.flush()
 
     async def wait_durable(self, revision: int | None = None) -> None:
@@ -226,12 +229,15 @@ class Manager(Calls):
 
         Raises:
             ValueError: There is no such revision yet.
+            RuntimeError: This is not the event loop of `start()`.
             FencedError: It will never be durable: a newer writer owns the state.
             StorageError: The manager was stopped, and its last flush failed.
             ClosedError: The manager is not running.
         """
         self._check_open()
         last = self._core.state.revision
+        if revision is not None and (isinstance(revision, bool) or not isinstance(revision, int)):
+            raise TypeError(f"a revision is an int, such as a write returns; not {type(revision).__name__}")
         if revision is not None and revision > last:
             raise ValueError(f"there is no revision {revision} yet: the last one is {last}")
         await self._core.running.wait_durable(last if revision is None else revision)

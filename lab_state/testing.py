@@ -12,7 +12,7 @@ import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, TypeVar, get_args, runtime_checkable
 
 from lab_state._conformance import StorageConformance
 from lab_state.exceptions import StorageError, UnavailableError
@@ -118,15 +118,31 @@ class FaultyStorage:
                 was lost.
             times: How many calls, 1 or more.
             error: What to raise; an `UnavailableError` when not given.
+
+        `aclose` lets go of the state in either case, as every storage must.
+
+        Raises:
+            ValueError: An argument is out of bounds; a test that never fails proves
+                nothing.
         """
-        fault = _Fault(moment, error or UnavailableError(f"{operation} failed on demand"))
+        self._check(operation)
+        if moment not in ("before", "after") or times < 1:
+            raise ValueError("a fault comes 'before' or 'after' the operation, once or more")
+        fault = _Fault(
+            "after" if operation == "aclose" else moment, error or UnavailableError(f"{operation} failed on demand")
+        )
         self._faults.setdefault(operation, deque()).extend([fault] * times)
 
     def hang(self, operation: Operation) -> None:
         """Make the next call of an operation wait for `resume()` before it begins."""
+        self._check(operation)
         self._resumed.clear()
         fault = _Fault("hang", UnavailableError("never raised"))
         self._faults.setdefault(operation, deque()).append(fault)
+
+    def _check(self, operation: Operation) -> None:
+        if operation not in get_args(Operation):
+            raise ValueError(f"there is no operation {operation!r}: use one of {get_args(Operation)}")
 
     def resume(self) -> None:
         """Let the calls that hang go on."""

@@ -444,8 +444,11 @@ def test_a_newer_format_is_refused() -> None:
 @pytest.mark.parametrize(
     ("data", "detail"),
     [
-        (b"", "it is empty, which no state is; restore a copy, or delete the file to start with an empty state"),
-        (b" \n\t", "it is empty, which no state is; restore a copy, or delete the file to start with an empty state"),
+        (b"", "it is empty, which no state is; restore a copy, or delete it and the journal beside it to start anew"),
+        (
+            b" \n\t",
+            "it is empty, which no state is; restore a copy, or delete it and the journal beside it to start anew",
+        ),
         (b"[]", "it is not a JSON object; a state is one object, with a member for each key"),
         (b'"a"', "it is not a JSON object; a state is one object, with a member for each key"),
         (b"null", "it is not a JSON object; a state is one object, with a member for each key"),

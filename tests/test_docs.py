@@ -54,7 +54,7 @@ async def test_readme_prints_what_it_says(
     assert capsys.readouterr().out.splitlines() == [
         "{'text': 'hi', 'to': ['world']}",
         "2026 None",
-        "the stored value is not a User: Object missing required field `seen` - at `$`",
+        "key 'ann': not a `User`: Object missing required field `seen` - at `$`",
     ]
     content = (tmp_path / "state/modules/my-module.json").read_text()
     assert content.startswith('{"greeting":{"text":"hi","to":["world"]},"visits":1,"$lab_state":{')

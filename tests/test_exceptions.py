@@ -136,5 +136,5 @@ def test_a_type_mismatch_says_its_message() -> None:
 def test_corruption_says_where_and_what() -> None:
     """CorruptionError says which file, at which byte, and what is wrong."""
     error = CorruptionError("/state/a.json", 12, "a frame is missing")
-    assert str(error) == "/state/a.json is damaged at byte 12: a frame is missing"
+    assert str(error) == "/state/a.json cannot be loaded (byte 12): a frame is missing"
     assert (error.path, error.offset, error.detail) == ("/state/a.json", 12, "a frame is missing")

@@ -14,7 +14,6 @@ from lab_state import (
     ClosedError,
     Config,
     FencedError,
-    InvalidValueError,
     Manager,
     MemoryStorage,
     Recovery,
@@ -627,8 +626,7 @@ class TestBrokenPromises:
         async with running(storage, clock, None) as state:
             await state.set("good", 1)
             await state.set("bad", {"raw": msgspec.Raw(b'"not JSON')})
-            with pytest.raises(InvalidValueError, match=r"deleted the keys \['bad'\]"):
-                await state.flush()
+            await state.flush()
             assert await state.keys() == ["good"]
             await state.set("worse", [msgspec.Raw(b"}")])
         assert caplog.text.count("deleted the keys") == 2

@@ -902,14 +902,14 @@ def test_a_mismatch_has_the_path_and_not_the_value(value: object, type_: Any, pa
 @pytest.mark.parametrize(
     ("value", "type_", "message"),
     [
-        ("a", int, "the stored value is not a int: Expected `int`, got `str` - at `$`"),
-        ({}, AStruct, "the stored value is not a AStruct: Object missing required field `x` - at `$`"),
-        ({}, Model, "the stored value is not a Model: missing - at `$.x`"),
-        ([1, "a"], list[int], "the stored value is not a list[int]: Expected `int`, got `str` - at `$[1]`"),
+        ("a", int, "not a `int`: Expected `int`, got `str` - at `$`"),
+        ({}, AStruct, "not a `AStruct`: Object missing required field `x` - at `$`"),
+        ({}, Model, "not a `Model`: missing - at `$.x`"),
+        ([1, "a"], list[int], "not a `list[int]`: Expected `int`, got `str` - at `$[1]`"),
         (
             1,
             Annotated[int, msgspec.Meta(gt=5)],
-            "the stored value is not a typing.Annotated[int, msgspec.Meta(gt=5)]: Expected `int` >= 6 - at `$`",
+            "not a `typing.Annotated[int, msgspec.Meta(gt=5)]`: Expected `int` >= 6 - at `$`",
         ),
     ],
 )

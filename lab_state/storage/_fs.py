@@ -76,9 +76,7 @@ class Lock:
 
     def __init__(self, path: Path) -> None:
         if sys.platform == "win32":  # pragma: no cover -- never run there
-            raise UnsupportedError(
-                "FileStorage needs flock, which this platform does not have; use MemoryStorage or S3Storage"
-            )
+            raise UnsupportedError("FileStorage needs flock, which this platform does not have")
         self.path = path
         self._pid = os.getpid()
         with translated("opening", path):
@@ -106,6 +104,8 @@ class Lock:
             who = "another writer"
         else:
             who = f"pid {holder.pid} on {holder.host}, since {holder.started}"
+            if (holder.pid, holder.host) == (self._pid, socket.gethostname()):
+                who = f"{who}, another manager in this process (was its stop() forgotten?)"
         return f"{self.path} is locked by {who}: stop it first, or use another name; a state has one writer"
 
     def check_process(self) -> None:

@@ -60,7 +60,12 @@ class FileStorage:
         Args:
             directory: Where the files are. It is made when it is missing, with those
                 above it, for this user alone (mode 0700, files 0600).
+
+        Raises:
+            ValueError: It has a NUL character.
         """
+        if "\0" in os.fspath(directory):
+            raise ValueError("the path of a directory cannot hold a NUL character")
         self._directory = Path(directory)
 
     def __repr__(self) -> str:
