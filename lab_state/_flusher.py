@@ -85,8 +85,7 @@ class Flusher:
         self._stop_error: StorageError | None = None
         self._unsettled = session.recovery.unsettled
         self.durable_revision = 0 if self._unsettled else state.revision
-        # The revision that the last snapshot has reached, as far as that is known.
-        self._checkpointed = 0 if self._unsettled or session.recovery.records else state.revision
+        self._records = len(session.recovery.records) + self._unsettled  # behind the last snapshot
         self._checkpoint_due = False
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
@@ -283,6 +282,7 @@ class Flusher:
             self._under_way = None
             await self._fold(views)
         self._unsettled = False
+        self._records += 1
         self._succeeded(taken.end, self._clock.monotonic() - started)
         self._checkpoint_due = self._checkpoint_due or due
         return None
@@ -363,28 +363,36 @@ class Flusher:
     async def _checkpoint_beside(self) -> None:
         await self._checkpoint(wait=True)
 
-    async def _checkpoint(self, *, wait: bool) -> StorageError | None:
+    async def _checkpoint(self, *, wait: bool) -> None:
         self._checkpoint_due = False
         views: list[dict[str, Any]] = []
-        revision = self.state.revision
+        before = self._records
+
+        def snapshot() -> AsyncIterator[bytes]:
+            nonlocal before
+            before = self._records  # what is committed from here on stays behind the snapshot
+            return self._view(views, wait=wait)
+
         try:
-            await _only_storage_errors(self._session.checkpoint(lambda: self._view(views, wait=wait)))
+            await _only_storage_errors(self._session.checkpoint(snapshot))
         except StorageError as error:
-            self.failures += 1
-            self.last_error = error
-            self._checkpoints_failed_in_a_row += 1
-            self._checkpoint_due = True
-            pause = self._pause(self._checkpoints_failed_in_a_row)
-            self._checkpoint_not_before = self._clock.monotonic() + pause
-            self._logger.warning("%s: a checkpoint failed; nothing is lost, it is tried again: %s", self._name, error)
-            if not self._stopping:
-                self._clock.call_later(pause, self._wake.set)
-            return error
+            self._checkpoint_failed(error)
+        else:
+            self._records -= before
+            self._checkpoints_failed_in_a_row = 0
         finally:
             await self._fold(views)
-        self._checkpoints_failed_in_a_row = 0
-        self._checkpointed = max(self._checkpointed, revision)
-        return None
+
+    def _checkpoint_failed(self, error: StorageError) -> None:
+        self.failures += 1
+        self.last_error = error
+        self._checkpoints_failed_in_a_row += 1
+        self._checkpoint_due = True
+        pause = self._pause(self._checkpoints_failed_in_a_row)
+        self._checkpoint_not_before = self._clock.monotonic() + pause
+        self._logger.warning("%s: a checkpoint failed; nothing is lost, the journal goes on: %s", self._name, error)
+        if not self._stopping:
+            self._clock.call_later(pause, self._wake.set)
 
     def _view(self, views: list[dict[str, Any]], *, wait: bool) -> AsyncIterator[bytes]:
         """A view of the state at this moment, as a snapshot in slices."""
@@ -415,7 +423,7 @@ class Flusher:
         try:
             self._stop_error = await self._last_flush()
             await self._checkpoint_ended()
-            if self._stop_error is None and self._checkpointed < self.durable_revision and not self._abandoned:
+            if self._stop_error is None and self._records and not self._abandoned:
                 await self._checkpoint(wait=False)
         finally:
             await self._checkpoint_ended()

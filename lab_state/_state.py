@@ -129,7 +129,6 @@ class State:
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
-        self.since = 0.0
         self.load({}, 0)
 
     def load(self, entries: dict[str, Stored], revision: int) -> None:
@@ -139,6 +138,7 @@ class State:
         self.changes: dict[str, Stored | Literal[Absent.DELETED]] = {}
         self.cleared = False
         self.revision = self.taken = revision
+        self.since = self._monotonic()
 
     def begin(self) -> None:
         """Before a change: note the time, if it is the first that was not taken."""
