@@ -16,7 +16,7 @@ from msgspec import Raw
 from lab_state._codec import check_key
 from lab_state._flusher import Flusher
 from lab_state._state import MISSING, State, Stored
-from lab_state._values import NULL, SHALLOW, checked, decode_value, encode, encode_value
+from lab_state._values import NULL, SHALLOW, check_encoded, decode_value, encode, encode_value, skip
 from lab_state.exceptions import ClosedError, InvalidKeyError, InvalidValueError, KeyNotFoundError, TypeMismatchError
 
 T = TypeVar("T")
@@ -192,9 +192,7 @@ class Calls:
         Args:
             key: The key.
             value: Anything that msgspec encodes as JSON, or a Pydantic model. It is
-                encoded now: a later change of the object changes nothing. (A
-                `msgspec.Raw` inside a dict or a list is trusted until the next flush,
-                which deletes the key and logs an error if it is not JSON.)
+                encoded now: a later change of the object changes nothing.
 
         Raises:
             InvalidValueError: JSON cannot hold the value; the error says where in it.
@@ -204,12 +202,12 @@ class Calls:
         kind = value.__class__
         if kind is dict or kind is list:
             try:
-                data = encode(value)
+                stored: Stored = skip(data := encode(value))
             except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
-                stored: Stored = encode_value(value)
+                stored = encode_value(value)
             else:
-                quick = len(data) < SHALLOW and not data.rpartition(NULL)[1]
-                stored = Raw(data) if quick else checked(value, data)
+                if len(data) >= SHALLOW or not data.isascii() or data.rpartition(NULL)[1]:
+                    check_encoded(value, data)
         else:
             stored = encode_value(value)
         try:

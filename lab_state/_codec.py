@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._state import DELETED, Changes, Stored
-from lab_state._values import MAX_DEPTH, encode, is_json, too_deep
+from lab_state._values import MAX_DEPTH, encode, too_deep
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
 FORMAT = 1
@@ -96,15 +96,11 @@ def check_key(key: object) -> str:
 
 
 def encode_record(taken: Changes) -> Iterator[bytes]:
-    """The record of what a commit took, in slices small enough to give the loop back between two.
-
-    Raises:
-        PoisonedError: From a slice; the record cannot be made with these keys.
-    """
+    """The record of what a commit took, in slices small enough to give the loop back between two."""
     clear = b"true" if taken.cleared else b"false"
     yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)
     stored = ((key, value) for key, value in taken.changes.items() if value is not DELETED)
-    yield from _members(_slices(stored), check=True)
+    yield from _members(_slices(stored))
     yield b'},"delete":['
     deleted = (key for key, value in taken.changes.items() if value is DELETED)
     comma = b""
@@ -112,14 +108,6 @@ def encode_record(taken: Changes) -> Iterator[bytes]:
         yield comma + encode(part)[1:-1]
         comma = b","
     yield b'],"expires":{}}'
-
-
-class PoisonedError(Exception):
-    """Values that are not JSON: a `msgspec.Raw` inside a dict or a list, which `set` does not look into."""
-
-    def __init__(self, keys: list[str]) -> None:
-        super().__init__(keys)
-        self.keys = keys
 
 
 def _slices(items: Iterable[tuple[str, Stored]]) -> Iterator[dict[str, Stored]]:
@@ -139,14 +127,11 @@ def _slices(items: Iterable[tuple[str, Stored]]) -> Iterator[dict[str, Stored]]:
         yield part
 
 
-def _members(parts: Iterable[dict[str, Stored]], *, check: bool) -> Iterator[bytes]:
+def _members(parts: Iterable[dict[str, Stored]]) -> Iterator[bytes]:
     """The members of an object, without its braces."""
     comma = b""
     for part in parts:
-        data = encode(part)
-        if check and not is_json(data):
-            raise PoisonedError([key for key, stored in part.items() if not is_json(encode(stored))])
-        yield comma + data[1:-1]
+        yield comma + encode(part)[1:-1]
         comma = b","
 
 
@@ -199,7 +184,7 @@ def encode_snapshot(view: dict[str, Stored], revision: int, *, own: bool) -> Ite
     """
     opening, crc = b"{", 0
     parts = _slices(view.items())
-    for part in _members(_owned(parts, view) if own else parts, check=False):
+    for part in _members(_owned(parts, view) if own else parts):
         data = opening + part
         opening, crc = b"", zlib.crc32(data, crc)
         yield data

@@ -18,18 +18,17 @@ the others.
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
 from lab_state._clock import Clock, Timer
-from lab_state._codec import PoisonedError, encode_record, encode_snapshot
+from lab_state._codec import encode_record, encode_snapshot
 from lab_state._state import Changes, State
+from lab_state._waiters import Waiters, copied
 from lab_state.config import Config
 from lab_state.exceptions import (
-    ClosedError,
     FencedError,
     LabStateError,
     StorageError,
@@ -40,8 +39,6 @@ from lab_state.storage._protocol import StorageSession
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 _FOLDED_AT_ONCE = 1000
-
-Waiter = tuple[int, "asyncio.Future[None]"]
 
 
 class Flusher:
@@ -73,16 +70,16 @@ class Flusher:
         self._name = config.name
         self._clock = clock
         self._logger = logger
-        self._next: list[Waiter] = []  # wait for the next commit
-        self._riding: list[Waiter] = []  # wait for the commit under way
-        self._patient: list[Waiter] = []  # wait for whichever commit it will be
+        self._waiters = Waiters()
         self._under_way: Changes | None = None
         self._due = False  # a background flush is
         self._failed_in_a_row = self._checkpoints_failed_in_a_row = 0
         self._not_before = self._checkpoint_not_before = 0.0
         self._stopping = self._abandoned = False
         self._deadline = math.inf
+        self._flushed_last = False  # stop() has made its last attempt
         self._stop_error: StorageError | None = None
+        self._fenced: FencedError | None = None
         self._unsettled = session.recovery.unsettled
         self.durable_revision = 0 if self._unsettled else state.revision
         self._records = len(session.recovery.records) + self._unsettled  # behind the last snapshot
@@ -93,8 +90,7 @@ class Flusher:
             self._wake_up()
         self._checkpointing: asyncio.Task[None] | None = None
         self._timer: Timer | None = None
-        self._task = asyncio.create_task(self._run(), name=f"lab_state {self._name} flusher")
-        self._task.add_done_callback(self._ended)
+        self._begin(self._run())
         self._arm()
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- a bound on what it does, not on being awaited
@@ -103,7 +99,6 @@ class Flusher:
         Raises:
             StorageError: What kept the last flush from succeeding.
         """
-        self.check_loop()
         self._stopping = True
         self._deadline = self._clock.monotonic() + timeout
         if self._timer is not None:
@@ -111,14 +106,13 @@ class Flusher:
         expired = asyncio.get_running_loop().create_future()
         timer = self._clock.call_later(timeout, _resolver(expired))
         if self._task.done():  # cancelled, by whoever cancels all the tasks of a loop
-            self._task = asyncio.create_task(self._finish())
+            self._begin(self._finish())
         self._wake.set()
         await asyncio.wait({self._task, expired}, return_when=asyncio.FIRST_COMPLETED)
         timer.cancel()
         expired.cancel()
         if not self._task.done():
             self._abandon(timeout)
-        self._release_waiters(self._stop_error or ClosedError(f"{self._name!r} was stopped before this became durable"))
         if self._stop_error is not None:
             raise self._stop_error
 
@@ -132,59 +126,70 @@ class Flusher:
                 task.cancel()
         return self._session
 
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        self._task = asyncio.create_task(work, name=f"lab_state {self._name} flusher")
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Nobody may wait for a task that is gone; what it should have made durable decides."""
+        problem = None if task.cancelled() else task.exception()
+        what = "was cancelled" if task.cancelled() else f"failed: {problem!r}" if problem is not None else "ended"
+        error: LabStateError = UnavailableError(f"the flush task of {self._name!r} {what}")
+        if not self._stopping:
+            self._logger.error("%s: the flush task %s; only stop() flushes now", self._name, what)
+        elif not self._all_durable:
+            self._stop_error = self._stop_error or UnavailableError(f"the last flush of {self._name!r} {what}")
+            error = self._stop_error
+        self._waiters.settle(self._settled_revision)
+        self._waiters.fail(error, "not durable", everyone=True)
+
     def _abandon(self, timeout: float) -> None:
         """Leave a storage call that hangs to itself; the session is closed when it ends."""
         self._abandoned = True
-        if self._unsettled or self.durable_revision < self.state.revision:
-            self._stop_error = UnavailableError(
-                f"stop() ran out of its {timeout} s while the storage was at work: {self.unflushed_keys} changed keys of "
-                f"{self._name!r} may not be durable; the state stays locked until the storage answers"
-            )
-        else:
+        if self._all_durable:
             self._logger.warning(
                 "%s: everything is durable, but stop() ran out of its %s s during the checkpoint; "
                 "the state stays locked until the storage answers",
                 self._name,
                 timeout,
             )
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """Nobody may wait for a task that is gone."""
-        if not self._stopping or task.cancelled() or task.exception() is not None:
-            what = "was cancelled with its event loop" if task.cancelled() else f"failed: {task.exception()!r}"
-            self._logger.error("%s: the flush task %s; stop() still flushes", self._name, what)
-            self._release_waiters(UnavailableError(f"the flush task of {self._name!r} {what}; stop() still flushes"))
-
-    def _release_waiters(self, error: LabStateError) -> None:
-        self._settle_all()
-        for waiters in (self._next, self._riding, self._patient):
-            _fail(waiters, error, "not durable")
+            return
+        self._stop_error = UnavailableError(
+            f"stop() ran out of its {timeout} s while the storage was at work: {self.unflushed_keys} changed keys of "
+            f"{self._name!r} may not be durable; the state stays locked until the storage answers"
+        )
+        self._waiters.fail(self._stop_error, "not durable", everyone=True)
 
     # Waiting for durability
 
     async def flush(self) -> None:
         """Return when everything so far is durable."""
-        if self._unsettled or self.durable_revision < self.state.revision:
-            await self.durable(self.state.revision)
+        await self.durable(self.state.revision)
 
     async def durable(self, revision: int) -> None:
         """Ask for a commit, and return when `revision` is durable."""
-        self._check_alive()
-        future = asyncio.get_running_loop().create_future()
-        if self._under_way is not None and revision <= self._under_way.end:
-            self._riding.append((revision, future))
-        else:
-            self._next.append((revision, future))
-            self._wake.set()
-        await future
+        if self._must_wait(revision):
+            if self._under_way is not None and revision <= self._under_way.end:
+                await self._waiters.wait(self._waiters.riding, revision)
+            else:
+                self._wake.set()
+                await self._waiters.wait(self._waiters.next, revision)
 
     async def wait_durable(self, revision: int) -> None:
         """Return when `revision` is durable; ask for nothing."""
-        self._check_alive()
-        if self._unsettled or self.durable_revision < revision:
-            future = asyncio.get_running_loop().create_future()
-            self._patient.append((revision, future))
-            await future
+        if self._must_wait(revision):
+            await self._waiters.wait(self._waiters.patient, revision)
+
+    def _must_wait(self, revision: int) -> bool:
+        """Whether a revision is not durable yet; raises if it never will be."""
+        self.check_loop()
+        if revision <= self._settled_revision and not self._unsettled:
+            return False
+        if self._fenced is not None:
+            raise copied(self._fenced, "not durable")
+        if self._task.done() or self._flushed_last:
+            raise UnavailableError(f"nobody flushes {self._name!r} any more; stop() does, if it was not called yet")
+        return True
 
     def check_loop(self) -> None:
         """Whether this is the event loop that the manager was started on.
@@ -198,14 +203,15 @@ class Flusher:
                 "use it there, or stop it there and start it here"
             )
 
-    def _check_alive(self) -> None:
+    def move(self) -> None:
+        """Let this event loop do the stop, if the one of the start is closed; what ran there has ended.
+
+        Raises:
+            RuntimeError: It is not closed.
+        """
+        if self._loop.is_closed():
+            self._loop, self._checkpointing = asyncio.get_running_loop(), None
         self.check_loop()
-        if isinstance(self.last_error, FencedError):
-            raise copy.copy(self.last_error)
-        if self._task.done():
-            raise UnavailableError(
-                f"the flush task of {self._name!r} has ended with its event loop; only stop() flushes now"
-            )
 
     # Numbers
 
@@ -241,6 +247,15 @@ class Flusher:
         """Whether a commit has anything to do; one under way does not count."""
         return self._unsettled or self.state.revision > self.state.taken
 
+    @property
+    def _settled_revision(self) -> int:
+        """The durable revision, as far as anyone can rely on it."""
+        return -1 if self._unsettled else self.durable_revision
+
+    @property
+    def _all_durable(self) -> bool:
+        return self._settled_revision >= self.state.revision
+
     # The task
 
     async def _run(self) -> None:
@@ -253,87 +268,81 @@ class Flusher:
         await self._finish()
 
     async def _commit_all(self) -> None:
-        while self._next or (self._due and self._clock.monotonic() >= self._not_before):
+        while self._waiters.next or (self._due and self._clock.monotonic() >= self._not_before):
             self._due = False
-            if self._unflushed:
-                await self._commit()
-            else:  # what they wait for was committed with others
-                self._settle_all()
+            if not self._unflushed:  # what they wait for was committed with others
+                self._waiters.settle(self._settled_revision)
                 return
+            await self._commit()
 
     async def _commit(self) -> StorageError | None:
         """One commit of all that is unflushed."""
-        self._riding, self._next = self._next, []
+        self._waiters.board()
         taken = self._under_way = self.state.take()
         views: list[dict[str, Any]] = []
         started = self._clock.monotonic()
         try:
-            while (record := await self._record(taken)) is None:
-                taken = self._under_way = self.state.take()
-            due = await _only_storage_errors(self._session.commit(record, lambda: self._view(views, wait=False)))
+            due = await _only_storage_errors(self._write(taken, views))
         except StorageError as error:
             self.state.put_back(taken)
+            self._under_way = None
             self._failed(error)
             return error
         except BaseException:  # the loop cancels all its tasks
             self.state.put_back(taken)
-            raise
-        finally:
             self._under_way = None
-            await self._fold(views)
-        self._unsettled = False
-        self._records += 1
-        self._succeeded(taken.end, self._clock.monotonic() - started)
-        self._checkpoint_due = self._checkpoint_due or due
-        return None
-
-    async def _record(self, taken: Changes) -> bytes | None:
-        """The record; `None` if it would have made the state unreadable, and the changes were put back without that."""
-        try:
-            return await _joined(encode_record(taken))
-        except PoisonedError as poisoned:
-            self.state.put_back(taken)
-            self.state.delete_many(poisoned.keys)
-            self._logger.error(  # noqa: TRY400 -- the traceback would tell nothing
-                "%s: deleted the keys %s: they held a msgspec.Raw that is not JSON", self._name, poisoned.keys
-            )
+            raise
+        else:
+            self._under_way = None
+            self._succeeded(taken.end, self._clock.monotonic() - started)
+            self._checkpoint_due = due
             return None
+        finally:
+            await self._fold(views)
+
+    async def _write(self, taken: Changes, views: list[dict[str, Any]]) -> bool:
+        record = await _joined(encode_record(taken))
+        return await self._session.commit(record, lambda: self._view(views, wait=False))
 
     def _succeeded(self, revision: int, seconds: float) -> None:
         if self._failed_in_a_row:
             self._logger.info("%s: flushed again after %d failures", self._name, self._failed_in_a_row)
-        self.durable_revision = max(self.durable_revision, revision)
+        self._unsettled = False
+        self._records += 1
+        self.durable_revision = revision
         self.flushes += 1
         self.last_error = None
         self.last_flush_at = self._clock.time()
         self.last_flush_seconds = seconds
         self._failed_in_a_row = 0
-        self._settle_all()
+        self._waiters.settle(revision)
 
     def _failed(self, error: StorageError) -> None:
         self.failures += 1
         self.last_error = error
         self._failed_in_a_row += 1
-        fenced = isinstance(error, FencedError)
-        if fenced or self._stopping:
+        retried = self._interval is not None or self._unsettled
+        if self._stopping or isinstance(error, FencedError):
             stay = "not durable"
-        elif self._interval is None and not self._unsettled:
-            stay = "not durable yet: the changes stay in memory, and the next flush() tries again"
-        else:
+        elif retried:
             stay = "not durable yet: the changes stay in memory, and it is tried again"
+        else:
+            stay = "not durable yet: the changes stay in memory, and the next flush() tries again"
         self._logger.error("%s: a flush failed; %s: %s", self._name, stay, error)
-        _fail(self._riding, error, stay)
-        if fenced:
-            self._not_before = math.inf
-            _fail(self._patient, error, stay)
-        elif (self._interval is not None or self._unsettled) and not self._stopping:
-            pause = self._pause(self._failed_in_a_row)
-            self._not_before = self._clock.monotonic() + pause
-            self._clock.call_later(pause, self._wake_up)
+        if isinstance(error, FencedError):
+            self._fence(error)
+        else:
+            self._waiters.fail(error, stay, everyone=False)
+            if retried and not self._stopping:
+                pause = self._pause(self._failed_in_a_row)
+                self._not_before = self._clock.monotonic() + pause
+                self._clock.call_later(pause, self._wake_up)
 
-    def _settle_all(self) -> None:
-        for waiters in (self._riding, self._next, self._patient):
-            _settle(waiters, self.durable_revision)
+    def _fence(self, error: FencedError) -> None:
+        """For good: a newer writer owns the state."""
+        self._fenced = error
+        self._not_before = self._checkpoint_not_before = math.inf
+        self._waiters.fail(error, "not durable", everyone=True)
 
     def _pause(self, failures: int) -> float:
         longest = max(self._interval or 0.0, _LONGEST_PAUSE)
@@ -379,6 +388,7 @@ class Flusher:
             self._checkpoint_failed(error)
         else:
             self._records -= before
+            self._checkpoint_due = False  # what commits said meanwhile was about the journal that is gone
             self._checkpoints_failed_in_a_row = 0
         finally:
             await self._fold(views)
@@ -391,7 +401,9 @@ class Flusher:
         pause = self._pause(self._checkpoints_failed_in_a_row)
         self._checkpoint_not_before = self._clock.monotonic() + pause
         self._logger.warning("%s: a checkpoint failed; nothing is lost, the journal goes on: %s", self._name, error)
-        if not self._stopping:
+        if isinstance(error, FencedError):
+            self._fence(error)
+        elif not self._stopping:
             self._clock.call_later(pause, self._wake.set)
 
     def _view(self, views: list[dict[str, Any]], *, wait: bool) -> AsyncIterator[bytes]:
@@ -407,23 +419,35 @@ class Flusher:
                 yield last
                 await asyncio.sleep(0)
             last = part
-        if wait and self.durable_revision < revision:
+        if wait:
             await self.durable(revision)
         yield last
 
     async def _fold(self, views: list[dict[str, Any]]) -> None:
+        """Bring home what was written beside the views, faster than more can come."""
+        most = _FOLDED_AT_ONCE
         for view in views:
-            while self.state.fold(view, _FOLDED_AT_ONCE):  # noqa: ASYNC110 -- it is the loop that does the work
-                await asyncio.sleep(0)
+            try:
+                while self.state.fold(view, most):
+                    most *= 2
+                    await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                while self.state.fold(view, most):
+                    pass
+                raise
 
     # The end
 
     async def _finish(self) -> None:
         """The last flush, a checkpoint as far as time allows, and the end of the session."""
         try:
-            self._stop_error = await self._last_flush()
+            error = await self._last_flush()
+            self._flushed_last = True
+            self._stop_error = self._stop_error or error
+            if error is not None:
+                self._waiters.fail(error, "not durable", everyone=True)
             await self._checkpoint_ended()
-            if self._stop_error is None and self._records and not self._abandoned:
+            if error is None and self._records and not self._abandoned:
                 await self._checkpoint(wait=False)
         finally:
             await self._checkpoint_ended()
@@ -457,30 +481,6 @@ def _resolver(future: asyncio.Future[None]) -> Callable[[], None]:
     return lambda: None if future.done() else future.set_result(None)
 
 
-def _settle(waiters: list[Waiter], durable: int) -> None:
-    """Wake those whose revision is durable; the others stay."""
-    rest: list[Waiter] = []
-    for revision, future in waiters:
-        if revision > durable:
-            rest.append((revision, future))
-        elif not future.done():
-            future.set_result(None)
-    waiters[:] = rest
-
-
-def _fail(waiters: list[Waiter], error: LabStateError, stay: str) -> None:
-    for _, future in waiters:
-        if not future.done():
-            # One each: a raised exception carries the traceback of who raised it.
-            told = copy.copy(error)
-            if len(error.args) == 1:
-                told.args = (f"{error} ({stay})",)
-            told.__cause__ = error.__cause__
-            future.set_exception(told)
-            future.exception()  # a waiter that is cancelled right now will not look
-    waiters.clear()
-
-
 async def _joined(slices: Iterable[bytes]) -> bytes:
     parts: list[bytes] = []
     for part in slices:
@@ -491,10 +491,10 @@ async def _joined(slices: Iterable[bytes]) -> bytes:
 
 
 async def _only_storage_errors(call: Coroutine[Any, Any, Any]) -> Any:
-    """A storage that breaks its promise must not end the task."""
+    """A storage that breaks its promise, or memory that runs out, must not end the task."""
     try:
         return await call
     except StorageError:
         raise
     except Exception as error:
-        raise UnavailableError(f"the storage raised {type(error).__name__}, which no storage should") from error
+        raise UnavailableError(f"the write ended with {type(error).__name__}, which no storage should raise") from error

@@ -56,7 +56,8 @@ def _decode_other(type_: type[Any], value: object) -> object:
 
 encode = msgspec.json.Encoder(enc_hook=_encode_other).encode
 _decode_any = msgspec.json.Decoder().decode
-_validate = msgspec.json.Decoder(Raw).decode
+skip = msgspec.json.Decoder(Raw).decode
+"""JSON as a `Raw`; raises `msgspec.DecodeError` for what is none."""
 _find_strings = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 _INNERMOST = re.compile(rb"(?:\[\]|\{\})+")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -72,40 +73,33 @@ def encode_value(value: object) -> Stored:
         _check_scalar(cast("str | float | None", value))
         return cast("Stored", value)
     try:
-        data = encode(value)
         # A msgspec.Raw, or a model's own serializer, may have put anything there.
-        _validate(data)
+        stored = skip(data := encode(value))
         if value.__class__ is Raw:
             _decode_any(data)  # numbers out of range
-        elif not data.isascii():
-            data.decode()
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 -- a serializer of the caller's may raise anything, and quote the value
         raise _refusal(value) from None
-    return checked(value, data)
+    check_encoded(value, data)
+    return stored
 
 
-def checked(value: object, data: bytes) -> Raw:
-    """What was encoded, if what msgspec lets pass is good too.
+def check_encoded(value: object, data: bytes) -> None:
+    """Whether what msgspec lets pass is good too; short ASCII without `null` always is.
 
     Raises:
         InvalidValueError: It is not.
     """
+    try:
+        if not data.isascii():
+            data.decode()  # a Raw may hold anything
+    except UnicodeDecodeError:
+        raise _refusal(value) from None
     if NULL in data:
         _check_finite(value, data)
     if len(data) >= SHALLOW and too_deep(data):
         raise _refusal(value)
-    return Raw(data)
-
-
-def is_json(data: bytes) -> bool:
-    """Whether what was encoded is JSON, in spite of what a `msgspec.Raw` in it may hold."""
-    try:
-        _validate(data)
-    except msgspec.DecodeError:
-        return False
-    return True
 
 
 def decode_value(stored: Stored, type_: Any) -> Any:

@@ -167,11 +167,13 @@ class Manager(Calls):
         Raises:
             StorageError: What kept the last flush from succeeding. Everything was let
                 go all the same; the changes since `durable_revision` are lost.
-            RuntimeError: `start()` is still under way; cancel that instead.
+            RuntimeError: `start()` is still under way; cancel that instead. Or this is
+                another event loop than that of `start()`, which is not closed.
         """
         if self._phase == "starting":
             raise RuntimeError(f"stop() of {self._config.name!r} while it is starting: cancel start() instead")
         if self._phase == "running":
+            self._core.running.move()
             self._phase = "stopping"
             # Calls see an empty, closed state from here on; what is under way keeps the old one.
             flusher = self._core.close(State(self._clock.monotonic))

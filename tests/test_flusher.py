@@ -7,7 +7,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
-import msgspec
 import pytest
 
 from lab_state import (
@@ -327,8 +326,9 @@ class TestFenced:
                 clock.advance(100)
                 await idle()
                 assert commits(storage) == 1
-                with pytest.raises(FencedError):
-                    await state.flush()
+                for call in (state.flush, state.wait_durable):
+                    with pytest.raises(FencedError):
+                        await call()
 
 
 class TestCheckpoint:
@@ -593,7 +593,7 @@ class TestBrokenPromises:
         async with running(storage, clock, None) as state:
             storage.fail("commit", error=OSError("disk"))  # type: ignore[arg-type]
             await state.set("a", 1)
-            with pytest.raises(UnavailableError, match="raised OSError") as error:
+            with pytest.raises(UnavailableError, match="ended with OSError") as error:
                 await state.flush()
             assert isinstance(error.value.__cause__, OSError)
             await state.flush()
@@ -609,26 +609,74 @@ class TestBrokenPromises:
         flushing = asyncio.create_task(manager.flush())
         await until(lambda: commits(storage) == 1)
         manager._core.running._task.cancel()
-        with pytest.raises(UnavailableError, match="cancelled with its event loop"):
+        with pytest.raises(UnavailableError, match="was cancelled"):
             await flushing
-        assert "still flushes" in caplog.text
-        with pytest.raises(StorageError, match="only stop"):
+        assert "only stop() flushes now" in caplog.text
+        with pytest.raises(StorageError, match="nobody flushes"):
             await manager.flush()
         storage.resume()
         await manager.stop()
         async with Manager("test", memory) as state:
             assert await state.get("a") == 1
 
-    async def test_a_raw_that_is_not_json_cannot_poison_a_flush(
-        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage, caplog: pytest.LogCaptureFixture
+    async def test_an_error_with_a_constructor_of_its_own(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
     ) -> None:
-        """A Raw inside a dict is looked at when it is flushed: its key is deleted, loudly, and all else is written."""
+        """A storage's own StorageError reaches each waiter, whatever its constructor takes."""
+
+        class OwnError(UnavailableError):
+            def __init__(self, *, code: int) -> None:
+                super().__init__(f"code {code}")
+                self.code = code
+
         async with running(storage, clock, None) as state:
-            await state.set("good", 1)
-            await state.set("bad", {"raw": msgspec.Raw(b'"not JSON')})
+            storage.fail("commit", error=OwnError(code=7))
+            await state.set("a", 1)
+            errors = await asyncio.gather(state.flush(), state.flush(), return_exceptions=True)
+            assert [error.code for error in errors if isinstance(error, OwnError)] == [7, 7]
             await state.flush()
-            assert await state.keys() == ["good"]
-            await state.set("worse", [msgspec.Raw(b"}")])
-        assert caplog.text.count("deleted the keys") == 2
-        async with Manager("test", memory) as state:
-            assert await state.get_all() == {"good": 1}
+
+    async def test_the_task_is_cancelled_in_the_last_flush(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """stop() never returns as if all were well when its last flush did not happen."""
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+        await manager.start()
+        await manager.set("a", 1)
+        waiting = asyncio.create_task(manager.wait_durable())
+        storage.hang("commit")
+        stopping = asyncio.create_task(manager.stop())
+        await until(lambda: commits(storage) == 1)
+        task = manager._flusher._task if manager._flusher is not None else stopping
+        task.cancel()
+        for each in (stopping, waiting):
+            with pytest.raises(UnavailableError, match="last flush of 'test' was cancelled"):
+                await each
+        assert memory.places["test"].session is None
+
+    def test_stop_on_another_loop(self, memory: MemoryStorage) -> None:
+        """Where the loop of start() is open, it is refused and nothing happens; where it is closed, stop() still flushes."""
+        manager = Manager(Config(name="test", flush_interval=None), memory)
+
+        async def begin() -> None:
+            await manager.start()
+            await manager.set("a", 1)
+
+        first = asyncio.new_event_loop()
+        first.run_until_complete(begin())
+        for call in (manager.stop, manager.flush, manager.wait_durable, lambda: manager.set("b", 2)):
+            with pytest.raises(RuntimeError, match="belongs to the event loop"):
+                asyncio.run(call())
+        assert manager.status().phase == "running"
+        first.run_until_complete(asyncio.sleep(0))
+        manager._core.running._task.cancel()
+        first.run_until_complete(asyncio.sleep(0))
+        first.close()
+        asyncio.run(manager.stop())
+        assert memory.places["test"].session is None
+
+        async def read() -> object:
+            async with manager:
+                return await manager.get_all()
+
+        assert asyncio.run(read()) == {"a": 1}

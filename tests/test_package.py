@@ -27,7 +27,7 @@ PACKAGE = Path(inspect.getfile(lab_state)).parent
 # From low to high; a module imports from its own layer and those below.
 LAYERS = (
     ("exceptions", "config"),
-    ("_clock", "_journal", "_state"),
+    ("_clock", "_journal", "_state", "_waiters"),
     ("_values",),
     ("_codec", "storage", "storage.*"),
     ("_flusher",),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import sys
 import time
@@ -84,7 +85,7 @@ class Lock:
         try:
             self._acquire()
         except BaseException:
-            os.close(self._fd)
+            close(self._fd)
             raise
 
     def _acquire(self) -> None:
@@ -139,7 +140,7 @@ class Lock:
                 if os.getpid() == self._pid:  # closing alone would leave it to the children forked since
                     fcntl.flock(fd, fcntl.LOCK_UN)
             finally:
-                os.close(fd)
+                close(fd)
 
 
 def is_file(path: Path, fd: int) -> bool:
@@ -179,7 +180,6 @@ def read(path: Path) -> bytes | None:
 def create(path: Path, *parts: bytes) -> int:
     """A new file with these bytes, synced; returns its descriptor. Leaves nothing behind when it fails."""
     with translated("writing", path):
-        path.unlink(missing_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             offset = 0
@@ -188,10 +188,16 @@ def create(path: Path, *parts: bytes) -> int:
                 offset += len(part)
             _sync(fd)
         except BaseException:
-            os.close(fd)
+            close(fd)
             discard(path)
             raise
     return fd
+
+
+def close(fd: int) -> None:
+    """Close a file whose bytes were synced, or given up: an error now has nothing to say."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 class NewFile:
@@ -206,9 +212,9 @@ class NewFile:
         self._fd = -1
 
     def open(self) -> None:
-        """Begin, in place of what an earlier attempt left."""
+        """Begin."""
         with translated("opening", self.path):
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     async def write(self, slices: AsyncIterator[bytes], executor: Executor) -> None:
         """Write the slices, in the threads of the executor."""
@@ -235,7 +241,7 @@ class NewFile:
     def _close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            close(fd)
 
 
 def sync(path: Path) -> None:
@@ -258,6 +264,19 @@ def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     with translated("syncing the directory", path):
         _sync_directory(path)
+
+
+def temporary(path: Path) -> Path:
+    """A name for a file that is to take the place of `path`; no other attempt, and no other writer, has it."""
+    return path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
+
+
+def discard_temporaries(path: Path) -> None:
+    """Delete what attempts that did not get to their end have left."""
+    left = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.tmp")
+    for file in path.parent.iterdir():
+        if left.fullmatch(file.name):
+            discard(file)
 
 
 def discard(path: Path) -> None:

@@ -91,13 +91,10 @@ class _Paths(NamedTuple):
     snapshot: Path
     journal: Path
     lock: Path
-    new_snapshot: Path
-    new_journal: Path
 
     @classmethod
     def of(cls, directory: Path, name: str) -> _Paths:
-        suffixes = (".json", ".journal", ".lock", ".json.tmp", ".journal.tmp")
-        return cls(*(directory / f"{name}{suffix}" for suffix in suffixes))
+        return cls(*(directory / f"{name}{suffix}" for suffix in (".json", ".journal", ".lock")))
 
 
 def _open(directory: Path, name: str) -> tuple[_Writer, Recovery]:
@@ -111,8 +108,8 @@ def _open(directory: Path, name: str) -> tuple[_Writer, Recovery]:
     except BaseException:
         lock.release()
         raise
-    fs.discard(paths.new_snapshot)
-    fs.discard(paths.new_journal)
+    fs.discard_temporaries(paths.snapshot)
+    fs.discard_temporaries(paths.journal)
     return loaded
 
 
@@ -149,7 +146,7 @@ def _keep_torn(path: Path, tail: bytes) -> None:
         fs.discard(old)
     copy = path.with_name(f"{path.name}.torn-{time.time_ns() // 1_000_000}")
     try:
-        os.close(fs.create(copy, tail))
+        fs.close(fs.create(copy, tail))
     except StorageError as error:
         _logger.warning("the torn tail of %s could not be put aside: %s", path, error)
 
@@ -205,15 +202,15 @@ class _Writer:
             raise self._abandoned()
         self._create(ANY_BASE, (Kind.FULL, full))
 
-    def publish(self, base: str, size: int, since: list[bytes], generation: int) -> None:
-        """Put the new snapshot in place of the old one and of the journal so far."""
+    def publish(self, new: Path, base: str, size: int, since: list[bytes], generation: int) -> None:
+        """Put a new snapshot in place of the old one and of the journal so far."""
         self._check()
         if self.need is _Need.FULL or generation != self.generation:
             raise self._abandoned()
         if self.need is _Need.NEW:
             self._create(self.base)
         self._append(Kind.CHECKPOINT, base.encode())
-        fs.rename(self.paths.new_snapshot, self.paths.snapshot)
+        fs.rename(new, self.paths.snapshot)
         try:
             fs.sync_directory(self.paths.snapshot.parent)
         except StorageError:
@@ -234,7 +231,7 @@ class _Writer:
 
     def close(self) -> None:
         """Let go of the journal, then of the lock."""
-        self._close_journal()
+        self._use(-1)
         self.lock.release()
 
     def _check(self) -> None:
@@ -250,22 +247,22 @@ class _Writer:
             journal.header(self._name, salt, base),
             *(journal.frame(salt, kind, payload) for kind, payload in frames),
         ]
-        if self.unsynced:
-            fs.sync(self.paths.snapshot)
-            fs.sync_directory(self.paths.snapshot.parent)
-            self.unsynced = False
+        if self.unsynced and base != ANY_BASE:
+            self._sync_snapshot()
         # Until the rename, whatever was in use stays in use.
-        fd = fs.create(self.paths.new_journal, *parts)
+        new = fs.temporary(self.paths.journal)
+        fd = fs.create(new, *parts)
         try:
-            fs.rename(self.paths.new_journal, self.paths.journal)
+            fs.rename(new, self.paths.journal)
             fs.sync_directory(self.paths.journal.parent)
         except StorageError:
             # Which of the two files a crash leaves is unknown: neither may be written.
-            os.close(fd)
+            fs.close(fd)
+            fs.discard(new)
             self._poison()
             raise
-        self._close_journal()
-        self._fd, self._salt, self.end = fd, salt, sum(map(len, parts))
+        self._salt, self.end = salt, sum(map(len, parts))
+        self._use(fd)
         self.starts_full = base == ANY_BASE
         if self.starts_full:
             self.generation += 1
@@ -280,15 +277,26 @@ class _Writer:
             raise torn.error from torn.__cause__
         self.end += len(data)
 
+    def _sync_snapshot(self) -> None:
+        """Before a journal relies on a snapshot that was put there by hand; a failed sync is not repeated."""
+        self.unsynced = False
+        try:
+            fs.sync(self.paths.snapshot)
+            fs.sync_directory(self.paths.snapshot.parent)
+        except StorageError:
+            self._poison()
+            raise
+
     def _poison(self) -> None:
-        self._close_journal()
         self.need = _Need.FULL
         self.generation += 1
+        self._use(-1)
 
-    def _close_journal(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+    def _use(self, fd: int) -> None:
+        """Another journal, or none, in place of the one that was open."""
+        old, self._fd = self._fd, fd
+        if old >= 0:
+            fs.close(old)
 
 
 class FileSession:
@@ -332,7 +340,7 @@ class FileSession:
         slices = snapshot()
         since: list[bytes] = []
         writer.since = since
-        new = fs.NewFile(writer.paths.new_snapshot)
+        new = fs.NewFile(fs.temporary(writer.paths.snapshot))
         try:
             generation = writer.generation
             if writer.need is _Need.FULL:
@@ -340,11 +348,12 @@ class FileSession:
                 await self._run(self._commits, writer.repair, full, generation)
                 generation, slices = writer.generation, _one(full)
             counted = _Counted(slices)
+            await self._run(thread, writer.lock.check)
             await self._run(thread, new.open)
             await new.write(counted.slices(), thread)
             await self._run(thread, new.finish)
             base = journal.base_of(counted.size, counted.crc)
-            await self._run(self._commits, writer.publish, base, counted.size, since, generation)
+            await self._run(self._commits, writer.publish, new.path, base, counted.size, since, generation)
         except BaseException:
             if self._closing is None:
                 thread.submit(new.discard)
