@@ -305,8 +305,6 @@ class StorageConformance:
         """A part that was cut to nothing is damage, not an empty state."""
         await self._stopped_manager({"a": 1})
         for part, data in self.read_raw(NAME).items():
-            if not data:
-                continue
             self.write_raw(NAME, part, b"")
             await _raises(CorruptionError, Manager(NAME, self.make_storage()).start())
             self.write_raw(NAME, part, data)
@@ -332,7 +330,7 @@ class StorageConformance:
             await state.set_many(values)
 
     async def _crashed_manager(self, values: dict[str, Any]) -> None:
-        manager = Manager(Config(name=NAME, flush_interval=None), self.make_storage())
+        manager = Manager(Config(name=NAME, flush_interval=3600), self.make_storage())
         await manager.start()
         for key, value in values.items():
             await manager.set(key, value)
@@ -427,21 +425,11 @@ async def _until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
 @types.coroutine
 def _cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, Any, R | None]:
     """Run a coroutine, and cancel it at one of its awaits as `Task.cancel` would; `None` if that hit it."""
-    for _ in range(number):
-        try:
-            waiting = call.send(None)
-        except StopIteration as end:
-            result: R = end.value
-            return result
-        yield waiting
     try:
-        waiting = call.send(None)
-    except StopIteration as end:
-        result = end.value
-        return result
-    if waiting is not None:
-        waiting.cancel()
-    try:
+        for _ in range(number):
+            yield call.send(None)
+        waiting: Any = call.send(None)
+        _ = asyncio.isfuture(waiting) and waiting.cancel()
         waiting = call.throw(asyncio.CancelledError())
         while True:  # what the call still awaits to clean up
             yield waiting
@@ -449,5 +437,5 @@ def _cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, A
     except asyncio.CancelledError:
         return None
     except StopIteration as end:
-        result = end.value
+        result: R = end.value
         return result

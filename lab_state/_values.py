@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from enum import Enum
 from functools import lru_cache
 from math import isfinite
 from typing import Any, cast
@@ -196,7 +195,7 @@ def _check_finite(value: object, data: bytes) -> None:
         if tree == _decode_any(data):  # the usual case: every null is a None
             return
     except Exception:  # noqa: BLE001 -- as in encode_value
-        raise _refusal(value) from None
+        raise InvalidValueError("a model cannot be kept: its own serializer failed") from None
     stack: list[tuple[str, object]] = [("$", tree)]
     while stack:
         path, item = stack.pop()
@@ -262,8 +261,6 @@ def _children(value: object) -> Iterator[tuple[str, object]]:
     elif isinstance(value, list | tuple | set | frozenset):
         items = cast("Iterable[object]", value)
         yield from ((f"[{index}]", child) for index, child in enumerate(items))
-    elif isinstance(value, Enum):
-        yield "", value.value
     else:
         for name in _field_names(value):
             yield f".{name}", getattr(value, name, None)

@@ -563,3 +563,19 @@ def test_a_foreign_value_that_is_too_deep_is_refused(levels: int, message: str) 
 def test_a_foreign_key_out_of_bounds_is_kept(key: str) -> None:
     """A key that could not be set is loaded all the same, so that nothing in the file is lost."""
     assert plain(decode_snapshot(json.dumps({"good": 1, key: 2}).encode(), PATH).entries) == {"good": 1, key: 2}
+
+
+def test_a_byte_order_mark_is_named() -> None:
+    """A file that an editor put a mark into is refused with the word for it."""
+    assert "byte order mark" in corruption(b'\xef\xbb\xbf{"a":1}').detail
+
+
+def test_expiry_times_are_not_dropped() -> None:
+    """They are in the format, but this version would forget them at its next checkpoint."""
+    data = b'{"a":1,"$lab_state":{"format":1,"revision":1,"id":"0","expires":{"a":1700000000000}'
+    data += b',"crc32":"%08x"}}' % zlib.crc32(data)
+    with pytest.raises(UnsupportedError, match="expiry times"):
+        decode_snapshot(data, "lab.json")
+    record = b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":{"a":5}}'
+    with pytest.raises(UnsupportedError, match="expiry times"):
+        replay(Snapshot({}, 0), [record], "lab.journal")

@@ -392,6 +392,49 @@ class TestCheckpoint:
             await until(lambda: state.status().snapshot_bytes > 0)
             assert state.durable_revision == 2
 
+    async def test_a_fence_found_by_a_checkpoint_ends_all(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """Who waits is told, whichever storage call found out first; no snapshot is written again and again."""
+        with pytest.raises(FencedError):
+            async with running(storage, clock, 1.0) as state:
+                storage.fail("checkpoint", error=FencedError("a newer writer owns it"))
+                await state.set("large", "x" * 100_000)
+                await state.flush()
+                await until(lambda: state.status().flush_failures == 1)
+                await state.wait_durable()
+                await state.set("a", 1)
+                with pytest.raises(FencedError):
+                    await state.wait_durable()
+                clock.advance(1000)
+                await idle()
+                assert storage.calls.count("checkpoint") == 1
+                storage.fail("commit", error=FencedError("a newer writer owns it"))
+
+    async def test_what_was_written_beside_a_checkpoint_comes_home(
+        self, storage: FaultyStorage, clock: ManualClock
+    ) -> None:
+        """Thousands of changes during a checkpoint, folded in steps, even if its task is cancelled on the way."""
+        async with running(storage, clock, None) as state:
+            for cancel in (False, True):
+                storage.hang("checkpoint")
+                await state.set("large", "x" * 200_000)
+                await state.flush()
+                await until(lambda: state._core.running._checkpointing is not None)
+                task = state._core.running._checkpointing
+                assert task is not None
+                await idle()
+                view = state._core.state.freeze()
+                await state.set_many({f"key {number}": number for number in range(5000)})
+                folding = asyncio.create_task(state._core.running._fold([view]))
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                if cancel:
+                    folding.cancel()
+                await asyncio.gather(folding, return_exceptions=True)
+                assert state._core.state.entries is view
+                assert len(view) == 5001
+                storage.resume()
+                await task
+
 
 class _UncleanSession:
     """As a storage whose last writer was killed: what it recovered may not be durable."""

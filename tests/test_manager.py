@@ -26,6 +26,7 @@ from lab_state import (
     TypeMismatchError,
     UnavailableError,
 )
+from lab_state._calls import Calls
 from lab_state.testing import FaultyStorage
 
 BAD_KEYS = ["", "x" * 1025, "a\0b", "\ud800", "$lab_state", 5, None, b"bytes"]
@@ -477,3 +478,68 @@ class TestLife:
 
 async def _set(manager: Manager) -> None:
     await manager.set("a", 1)
+
+
+class TestPrefix:
+    @pytest.fixture
+    async def users(self, state: Manager) -> Calls:
+        await state.set_many({"users/ann": 1, "users/bob": 2, "other": 3, "users": 4})
+        return Calls(state._core, "users/")
+
+    async def test_every_call_stays_under_the_prefix(self, state: Manager, users: Calls) -> None:
+        """Keys are given and returned without it, and nothing outside is seen or touched."""
+        assert len(users) == 2
+        assert "ann" in users
+        assert "other" not in users
+        assert await users.get_all() == {"ann": 1, "bob": 2}
+        assert await users.keys("b") == ["bob"]
+        assert await users.get_many(["ann", "other"]) == {"ann": 1}
+        await users.set("eve", {"age": 5})
+        await users.set_many({"x": 1, "y": 2})
+        assert await users.incr("x") == 2
+        assert await users.update("y", lambda value: value + 5) == 7
+        assert await users.pop("eve") == {"age": 5}
+        assert await users.delete("x") is True
+        with pytest.raises(KeyNotFoundError, match="no key 'x'"):
+            await users.get("x")
+        assert await users.delete_all() == 3
+        assert await state.get_all() == {"other": 3, "users": 4}
+
+    async def test_bounds_are_those_of_the_whole_key(self, users: Calls) -> None:
+        """A key that is too long with its prefix is refused."""
+        await users.set("x" * 1018, 1)
+        with pytest.raises(InvalidKeyError):
+            await users.set("x" * 1019, 1)
+
+
+class TestArguments:
+    async def test_what_is_no_mapping_no_revision_and_no_sum(self, state: Manager) -> None:
+        """Each is a clear error, and nothing changes."""
+        with pytest.raises(InvalidValueError, match="needs a mapping"):
+            await state.set_many([("a", 1)])  # type: ignore[arg-type]
+        for revision in ("5", 1.5, True):
+            with pytest.raises(TypeError, match="a revision is an int"):
+                await state.wait_durable(revision)  # type: ignore[arg-type]
+        await state.set("huge", 10**400)
+        with pytest.raises(InvalidValueError, match="too large"):
+            await state.incr("huge", 1.5)
+        assert state.revision == 1
+
+    async def test_a_mismatch_names_the_key(self, state: Manager) -> None:
+        """Among many keys, the error says which one it is about."""
+        await state.set_many({"a": 1, "b": "x"})
+        with pytest.raises(TypeMismatchError, match="key 'b': not a `int`"):
+            await state.get_all(type=int)
+        with pytest.raises(TypeMismatchError, match="the new value of 'a': not a `int`"):
+            await state.update("a", lambda _: "x", type=int)  # type: ignore[arg-type,return-value]
+
+    async def test_stop_that_failed_is_told_once(self) -> None:
+        """A second stop() has nothing to stop."""
+        storage = FaultyStorage(MemoryStorage())
+        manager = Manager(Config(name="test", flush_interval=None, stop_timeout=0.05), storage)
+        await manager.start()
+        await manager.set("a", 1)
+        storage.fail("commit", times=9)
+        with pytest.raises(UnavailableError, match="failed on demand"):
+            await manager.stop()
+        await manager.stop()

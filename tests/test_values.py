@@ -956,3 +956,29 @@ def test_what_is_not_about_the_type_goes_through(type_: Any, expected: type[Base
     """A lack of memory or of stack while decoding is not turned into a mismatch."""
     with pytest.raises(expected):
         decode_value(encode_value([1]), type_)
+
+
+class Strange:
+    """As a model, by its methods, whose two serializers disagree."""
+
+    def __init__(self, error: type[Exception], written: str | None) -> None:
+        self.error = error
+        self.written = written
+
+    def model_dump_json(self, **_: object) -> str:
+        if self.written is None:
+            raise self.error
+        return self.written
+
+    def model_dump(self, **_: object) -> object:
+        raise self.error
+
+
+def test_a_model_that_cannot_be_looked_into_is_refused() -> None:
+    """Where `null` may stand for a NaN, the model itself must be able to tell."""
+    assert "serializer failed" in str(refused({"a": Strange(ValueError, "null")}))
+
+
+def test_no_room_for_recursion_is_told_as_that() -> None:
+    """Deep in calls Python's own limit may leave no room: that is no fault of the value."""
+    assert "recursion limit" in str(refused(Strange(RecursionError, None)))

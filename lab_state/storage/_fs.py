@@ -28,7 +28,7 @@ import msgspec
 
 from lab_state.exceptions import FencedError, LockedError, StorageError, UnavailableError, UnsupportedError
 
-if sys.platform != "win32":
+if sys.platform != "win32":  # pragma: no branch -- never run there
     import fcntl
 
 _TO_BE_FIXED = {
@@ -76,7 +76,7 @@ class Lock:
     """
 
     def __init__(self, path: Path) -> None:
-        if sys.platform == "win32":  # pragma: no cover -- never run there
+        if sys.platform == "win32":  # pragma: no cover -- likewise
             raise UnsupportedError("FileStorage needs flock, which this platform does not have")
         self.path = path
         self._pid = os.getpid()
@@ -137,7 +137,8 @@ class Lock:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             try:
-                if os.getpid() == self._pid:  # closing alone would leave it to the children forked since
+                # Closing alone would leave it to the children forked since.
+                if os.getpid() == self._pid:  # pragma: no branch -- a child's coverage is not collected
                     fcntl.flock(fd, fcntl.LOCK_UN)
             finally:
                 close(fd)

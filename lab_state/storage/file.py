@@ -308,6 +308,7 @@ class FileSession:
         self._commits = commits
         self._checkpoints = ThreadPoolExecutor(1, thread_name_prefix=f"{writer.paths.snapshot.name} checkpoints")
         self._closing: Future[None] | None = None
+        self._new: fs.NewFile | None = None
 
     @property
     def path(self) -> str:
@@ -340,7 +341,7 @@ class FileSession:
         slices = snapshot()
         since: list[bytes] = []
         writer.since = since
-        new = fs.NewFile(fs.temporary(writer.paths.snapshot))
+        self._new = new = fs.NewFile(fs.temporary(writer.paths.snapshot))
         try:
             generation = writer.generation
             if writer.need is _Need.FULL:
@@ -355,7 +356,7 @@ class FileSession:
             base = journal.base_of(counted.size, counted.crc)
             await self._run(self._commits, writer.publish, new.path, base, counted.size, since, generation)
         except BaseException:
-            if self._closing is None:
+            if self._closing is None:  # else it does that too
                 thread.submit(new.discard)
             raise
         finally:
@@ -370,6 +371,8 @@ class FileSession:
 
     def _close(self) -> None:
         try:
+            if self._new is not None:
+                self._new.discard()
             self._commits.submit(self._writer.close).result()
         finally:
             self._commits.shutdown(wait=False)

@@ -1608,3 +1608,58 @@ async def test_group_commit_writes_one_frame(tmp_path: Path, disk: Disk) -> None
     assert [call.function for call in disk.calls] == ["pwrite", "fdatasync"]
     assert kinds(tmp_path) == "RRR"
     await state.stop()
+
+
+async def test_a_failed_sync_of_a_restored_snapshot_is_not_repeated(tmp_path: Path, disk: Disk) -> None:
+    """What the kernel said it could not write is never relied on: the next journal holds everything itself."""
+    (tmp_path / "lab.json").write_bytes(b'{"a":1}')
+    state = manager(tmp_path)
+    await state.start()
+    await state.set("b", 2)
+    disk.fail("fsync", "lab.json")
+    with pytest.raises(UnavailableError, match="Input/output error"):
+        await state.flush()
+    checkpoint = disk.hold("open", "lab.json.tmp")
+    disk.calls.clear()
+    await state.flush()
+    assert kinds(tmp_path) == "F"
+    assert "lab.json" not in [Path(call.path).name for call in disk.calls if call.function == "fsync"]
+    assert await found(tmp_path) == {"a": 1, "b": 2}
+    checkpoint.open()
+    await state.stop()
+
+
+async def test_a_checkpoint_repairs_a_poisoned_journal_by_itself(tmp_path: Path, disk: Disk) -> None:
+    """When the last checkpoint failed behind the rename and nothing changed since, stop() still leaves one clean file."""
+    state = manager(tmp_path, clock=ManualClock())
+    await state.start()
+    await state.set("large", "x" * 2 * MIB)
+    disk.fail("fsync", "directory", skip=1)  # behind the rename of the snapshot
+    await state.flush()
+    await until(lambda: state.status().flush_failures == 1)
+    await state.stop()
+    assert kinds(tmp_path) == ""
+    assert await found(tmp_path) == {"large": "x" * 2 * MIB}
+
+
+async def test_a_session_closed_under_a_checkpoint_leaves_no_file(tmp_path: Path) -> None:
+    """What the checkpoint had begun to write is gone, and its caller is told."""
+    session = await FileStorage(tmp_path).open("lab")
+
+    async def closing() -> AsyncIterator[bytes]:
+        yield b"{"
+        await session.aclose()
+
+    with pytest.raises(UnsupportedError, match="is closed"):
+        await session.checkpoint(closing)
+    await session.aclose()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_lock_is_released_once(tmp_path: Path) -> None:
+    """A second release does not close what another file got as its number."""
+    lock = _fs.Lock(tmp_path / "lab.lock")
+    lock.release()
+    with (tmp_path / "other").open("w") as other:
+        lock.release()
+        other.write("still open")
