@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
@@ -432,8 +433,7 @@ class Flusher:
                     most *= 2
                     await asyncio.sleep(0)
             except asyncio.CancelledError:
-                while self.state.fold(view, most):
-                    pass
+                self.state.fold(view, sys.maxsize)
                 raise
 
     # The end

@@ -115,7 +115,7 @@ class Lock:
         Raises:
             UnsupportedError: It is a child, forked since: it has no threads to write with.
         """
-        if os.getpid() != self._pid:
+        if os.getpid() != self._pid:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(
                 f"{self.path} is locked by the parent of this forked process; start a manager of its own"
             )
