@@ -36,9 +36,9 @@ class Core:
     __slots__ = ("_flusher", "name", "state", "write_through")
 
     def __init__(self, name: str, closed: State) -> None:
-        self.name = name
-        self.state = closed
-        self.write_through = False
+        self.name: str = name
+        self.state: State = closed
+        self.write_through: bool = False
         self._flusher: Flusher | None = None
 
     def open(self, state: State, flusher: Flusher) -> None:

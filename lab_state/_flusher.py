@@ -60,9 +60,10 @@ class Flusher:
         self, state: State, session: StorageSession, config: Config, clock: Clock, logger: logging.Logger
     ) -> None:
         """Begin at once; the running loop is the one that everything else must be called on."""
-        self.state = state
-        self.write_through = config.flush_interval == 0
-        self.flushes = self.failures = 0
+        self.state: State = state
+        self.write_through: bool = config.flush_interval == 0
+        self.flushes: int = 0
+        self.failures: int = 0
         self.last_error: StorageError | None = None
         self.last_flush_at: float | None = None
         self.last_flush_seconds: float | None = None
@@ -82,7 +83,7 @@ class Flusher:
         self._stop_error: StorageError | None = None
         self._fenced: FencedError | None = None
         self._unsettled = session.recovery.unsettled
-        self.durable_revision = 0 if self._unsettled else state.revision
+        self.durable_revision: int = 0 if self._unsettled else state.revision
         self._records = len(session.recovery.records) + self._unsettled  # behind the last snapshot
         self._checkpoint_due = False
         self._loop = asyncio.get_running_loop()

@@ -52,7 +52,7 @@ class Overlay:
     __slots__ = ("_size", "base", "top")
 
     def __init__(self, base: dict[str, Stored]) -> None:
-        self.base = base
+        self.base: dict[str, Stored] = base
         self.top: dict[str, Stored | Literal[Absent.DELETED]] = {}
         self._size = len(base)
 
@@ -134,11 +134,12 @@ class State:
     def load(self, entries: dict[str, Stored], revision: int) -> None:
         """Begin with these entries, all of them taken."""
         self.entries: dict[str, Stored] | Overlay = entries
-        self.borrowed = bool(entries)
+        self.borrowed: bool = bool(entries)
         self.changes: dict[str, Stored | Literal[Absent.DELETED]] = {}
-        self.cleared = False
-        self.revision = self.taken = revision
-        self.since = self._monotonic()
+        self.cleared: bool = False
+        self.revision: int = revision
+        self.taken: int = revision
+        self.since: float = self._monotonic()
 
     def begin(self) -> None:
         """Before a change: note the time, if it is the first that was not taken."""

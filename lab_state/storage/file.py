@@ -168,13 +168,13 @@ class _Writer:
 
     def __init__(self, name: str, paths: _Paths, lock: fs.Lock) -> None:
         self.paths = paths
-        self.base = NO_BASE
-        self.need = _Need.NEW
-        self.unsynced = False
-        self.snapshot_bytes = 0
-        self.end = 0
-        self.starts_full = False
-        self.generation = 0  # counts the journals given up because of an error
+        self.base: str = NO_BASE
+        self.need: _Need = _Need.NEW
+        self.unsynced: bool = False
+        self.snapshot_bytes: int = 0
+        self.end: int = 0
+        self.starts_full: bool = False
+        self.generation: int = 0  # counts the journals given up because of an error
         self.since: list[bytes] | None = None  # records committed since the view of a checkpoint
         self._name = name
         self.lock = lock

@@ -51,7 +51,7 @@ class MemorySession:
         self._name = name
         self._place = place
         self._since: list[bytes] | None = None
-        self.path = f"memory:{name}"
+        self.path: str = f"memory:{name}"
         base = _base(place.snapshot)
         data = bytes(place.journal or b"")
         scan = None if place.journal is None else journal.scan(data, name, self.path)
@@ -64,7 +64,7 @@ class MemorySession:
         elif torn:
             del place.journal[-torn:]
         self._journal = place.journal
-        self.recovery = Recovery(place.snapshot, accepted.records, unsettled=False, dropped_bytes=torn)
+        self.recovery: Recovery = Recovery(place.snapshot, accepted.records, unsettled=False, dropped_bytes=torn)
         place.session = self
 
     @property
