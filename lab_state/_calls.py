@@ -16,7 +16,7 @@ from msgspec import Raw
 from lab_state._codec import check_key
 from lab_state._flusher import Flusher
 from lab_state._state import MISSING, State, Stored
-from lab_state._values import NULL, SHALLOW, check_encoded, decode_value, encode, encode_value, skip
+from lab_state._values import NULL, SHALLOW, check_encoded, decode_value, encode, encode_value
 from lab_state.exceptions import ClosedError, InvalidKeyError, InvalidValueError, KeyNotFoundError, TypeMismatchError
 
 T = TypeVar("T")
@@ -192,7 +192,10 @@ class Calls:
         Args:
             key: The key.
             value: Anything that msgspec encodes as JSON, or a Pydantic model. It is
-                encoded now: a later change of the object changes nothing.
+                encoded now: a later change of the object changes nothing. (A
+                `msgspec.Raw` inside a dict or a list is trusted to be JSON. One that is
+                not is never written: reading it raises `TypeMismatchError`, the next
+                flush logs an error, and a restart finds the key deleted.)
 
         Raises:
             InvalidValueError: JSON cannot hold the value; the error says where in it.
@@ -202,12 +205,13 @@ class Calls:
         kind = value.__class__
         if kind is dict or kind is list:
             try:
-                stored: Stored = skip(data := encode(value))
+                data = encode(value)
             except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
-                stored = encode_value(value)
+                stored: Stored = encode_value(value)
             else:
-                if len(data) >= SHALLOW or not data.isascii() or data.rpartition(NULL)[1]:
+                if data.rpartition(NULL)[1] or len(data) >= SHALLOW:
                     check_encoded(value, data)
+                stored = Raw(data)
         else:
             stored = encode_value(value)
         try:

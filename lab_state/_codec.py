@@ -16,14 +16,14 @@ import codecs
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import Raw
 
 from lab_state._state import DELETED, Changes, Stored
-from lab_state._values import MAX_DEPTH, encode, too_deep
+from lab_state._values import MAX_DEPTH, encode, is_json, too_deep
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
 FORMAT = 1
@@ -95,14 +95,19 @@ def check_key(key: object) -> str:
     return str.__str__(key)
 
 
-def encode_record(taken: Changes) -> Iterator[bytes]:
-    """The record of what a commit took, in slices small enough to give the loop back between two."""
+def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
+    """The record of what a commit took, in slices small enough to give the loop back between two.
+
+    Args:
+        taken: The changes.
+        refused: Takes the keys whose values are not JSON, because of a `msgspec.Raw`;
+            they are recorded as deleted.
+    """
     clear = b"true" if taken.cleared else b"false"
     yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)
-    stored = ((key, value) for key, value in taken.changes.items() if value is not DELETED)
-    yield from _members(_slices(stored))
+    yield from _members(_slices((key, value) for key, value in taken.changes.items() if value is not DELETED), refused)
     yield b'},"delete":['
-    deleted = (key for key, value in taken.changes.items() if value is DELETED)
+    deleted = chain((key for key, value in taken.changes.items() if value is DELETED), refused)
     comma = b""
     while part := list(islice(deleted, _MOST_AT_ONCE)):
         yield comma + encode(part)[1:-1]
@@ -127,12 +132,18 @@ def _slices(items: Iterable[tuple[str, Stored]]) -> Iterator[dict[str, Stored]]:
         yield part
 
 
-def _members(parts: Iterable[dict[str, Stored]]) -> Iterator[bytes]:
-    """The members of an object, without its braces."""
+def _members(parts: Iterable[dict[str, Stored]], refused: list[str]) -> Iterator[bytes]:
+    """The members of an object, without its braces and without what is not JSON."""
     comma = b""
     for part in parts:
-        yield comma + encode(part)[1:-1]
-        comma = b","
+        data = encode(part)
+        if not is_json(data):
+            bad = {key for key, stored in part.items() if not is_json(encode(stored))}
+            refused.extend(bad)
+            data = encode({key: stored for key, stored in part.items() if key not in bad})
+        if members := data[1:-1]:
+            yield comma + members
+            comma = b","
 
 
 def _owned(parts: Iterable[dict[str, Stored]], view: dict[str, Stored]) -> Iterator[dict[str, Stored]]:
@@ -176,6 +187,8 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
 def encode_snapshot(view: dict[str, Stored], revision: int, *, own: bool) -> Iterator[bytes]:
     """The snapshot of a view, in slices small enough to give the loop back between two.
 
+    A value that is not JSON, because of a `msgspec.Raw`, is left out.
+
     Args:
         view: The entries; nobody else changes them meanwhile.
         revision: The revision of the view.
@@ -184,7 +197,7 @@ def encode_snapshot(view: dict[str, Stored], revision: int, *, own: bool) -> Ite
     """
     opening, crc = b"{", 0
     parts = _slices(view.items())
-    for part in _members(_owned(parts, view) if own else parts):
+    for part in _members(_owned(parts, view) if own else parts, []):
         data = opening + part
         opening, crc = b"", zlib.crc32(data, crc)
         yield data

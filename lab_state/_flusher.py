@@ -303,7 +303,10 @@ class Flusher:
             await self._fold(views)
 
     async def _write(self, taken: Changes, views: list[dict[str, Any]]) -> bool:
-        record = await _joined(encode_record(taken))
+        refused: list[str] = []
+        record = await _joined(encode_record(taken, refused))
+        if refused:
+            self._logger.error("%s: not written, for a msgspec.Raw that is not JSON: the keys %s", self._name, refused)
         return await self._session.commit(record, lambda: self._view(views, wait=False))
 
     def _succeeded(self, revision: int, seconds: float) -> None:

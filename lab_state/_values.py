@@ -55,8 +55,7 @@ def _decode_other(type_: type[Any], value: object) -> object:
 
 encode = msgspec.json.Encoder(enc_hook=_encode_other).encode
 _decode_any = msgspec.json.Decoder().decode
-skip = msgspec.json.Decoder(Raw).decode
-"""JSON as a `Raw`; raises `msgspec.DecodeError` for what is none."""
+_skip = msgspec.json.Decoder(Raw).decode
 _find_strings = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 _INNERMOST = re.compile(rb"(?:\[\]|\{\})+")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -73,7 +72,7 @@ def encode_value(value: object) -> Stored:
         return cast("Stored", value)
     try:
         # A msgspec.Raw, or a model's own serializer, may have put anything there.
-        stored = skip(data := encode(value))
+        stored = _skip(data := encode(value))
         if value.__class__ is Raw:
             _decode_any(data)  # numbers out of range
     except MemoryError:
@@ -99,6 +98,16 @@ def check_encoded(value: object, data: bytes) -> None:
         _check_finite(value, data)
     if len(data) >= SHALLOW and too_deep(data):
         raise _refusal(value)
+
+
+def is_json(data: bytes) -> bool:
+    """Whether what was encoded is JSON, in spite of what a `msgspec.Raw` in it may hold."""
+    try:
+        _skip(data)
+        data.decode()
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def decode_value(stored: Stored, type_: Any) -> Any:

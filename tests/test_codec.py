@@ -62,7 +62,7 @@ def changes(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = 
 
 
 def record(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = False) -> bytes:
-    return b"".join(encode_record(changes(values, start, end, cleared=cleared)))
+    return b"".join(encode_record(changes(values, start, end, cleared=cleared), []))
 
 
 def corruption(data: bytes) -> CorruptionError:
@@ -160,7 +160,7 @@ def test_a_record_is_one_json_object() -> None:
 def test_a_large_record_comes_back() -> None:
     """A record of thousands of keys is made in many slices, and comes back."""
     values = {f"key {number}": [number] if number % 2 else DELETED for number in range(7_001)}
-    slices = list(encode_record(changes(values, 0, 1)))
+    slices = list(encode_record(changes(values, 0, 1), []))
     assert len(slices) >= 15
     after = replay(Snapshot(stored(dict.fromkeys(values, 0)), 0), [b"".join(slices)], PATH)
     assert plain(after.entries) == {key: value for key, value in values.items() if value is not DELETED}
@@ -175,7 +175,7 @@ def test_large_values_come_in_small_slices(what: str) -> None:
     """No slice is much larger than one value or 128 KiB, from the first slice on."""
     values = large_values()
     slices = list(
-        encode_record(changes(values, 0, 1)) if what == "record" else encode_snapshot(stored(values), 1, own=False)
+        encode_record(changes(values, 0, 1), []) if what == "record" else encode_snapshot(stored(values), 1, own=False)
     )
     assert len(b"".join(slices)) > 150 * 64_000
     assert max(map(len, slices)) < 8 * SLICE_BYTES

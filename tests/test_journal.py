@@ -41,7 +41,7 @@ FULL = b'{"a":1}'
 def record(start: int, *values: object) -> bytes:
     """The record of one commit of one revision; a value for each key, `...` deletes."""
     changes = {f"key {n}": DELETED if value is ... else encode_value(value) for n, value in enumerate(values)}
-    return b"".join(encode_record(Changes(start, start + 1, False, changes, 0.0)))
+    return b"".join(encode_record(Changes(start, start + 1, False, changes, 0.0), []))
 
 
 RECORDS = (

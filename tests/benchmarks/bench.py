@@ -310,17 +310,18 @@ def imports(table: Table) -> None:
 
 def memory(table: Table, directory: str, count: int) -> None:
     code = (
-        "import asyncio, resource, sys\n"
+        "import asyncio\n"
+        "from pathlib import Path\n"
         "from lab_state import Config, FileStorage, Manager\n"
         "async def main():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "    before = int(Path('/proc/self/statm').read_text().split()[1])\n"
         f"    state = Manager(Config(name='memory', flush_interval=None), FileStorage({directory!r}))\n"
         "    await state.start()\n"
         f"    value = {'x' * 98!r}\n"
         f"    for number in range({count}):\n"
         "        await state.set(f'key-{number:07}', [value])\n"
-        "    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"    print((after - before) * 1024 / ({count} * 115))\n"
+        "    after = int(Path('/proc/self/statm').read_text().split()[1])\n"
+        f"    print((after - before) * 4096 / ({count} * 115))\n"
         "asyncio.run(main())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
