@@ -202,8 +202,7 @@ class Calls:
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
         # `encode_value` and `State.set` are written out here: two calls would cost a quarter of a set.
-        kind = value.__class__
-        if kind is dict or kind is list:
+        if value.__class__ is dict or value.__class__ is list:
             try:
                 data = encode(value)
             except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
@@ -220,9 +219,10 @@ class Calls:
             full = self._full(key)
         core = self._core
         state = core.state
-        if full not in state.changes:
+        changes = state.changes
+        if full not in changes:
             self._begin(full)
-        state.entries[full] = state.changes[full] = stored
+        state.entries[full] = changes[full] = stored
         state.revision = revision = state.revision + 1
         if core.write_through:
             await core.running.durable(revision)

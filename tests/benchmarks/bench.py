@@ -278,7 +278,7 @@ async def starts(table: Table, config: Config, storage: FileStorage, data: bytes
 
     started: list[Any] = []
     times: dict[str, list[float]] = {}
-    for _ in range(5):
+    for _ in range(7):
         for work in (ours, raw, plain):
             times.setdefault(work.__name__, []).append(await timed(work))
             last = started.pop()
