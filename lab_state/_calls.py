@@ -129,7 +129,7 @@ class Calls:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
             return self._missing(key, default)
-        if type is Any and stored.__class__ is not Raw:
+        if type is Any and stored.__class__ is not bytes and stored.__class__ is not Raw:
             return stored
         return self._decode(key, stored, type)
 
@@ -204,13 +204,12 @@ class Calls:
         # `encode_value` and `State.set` are written out here: two calls would cost a quarter of a set.
         if value.__class__ is dict or value.__class__ is list:
             try:
-                data = encode(value)
+                stored: Any = encode(value)
             except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
-                stored: Stored = encode_value(value)
+                stored = encode_value(value)
             else:
-                if data.rpartition(NULL)[1] or len(data) >= SHALLOW:
-                    check_encoded(value, data)
-                stored = Raw(data)
+                if stored.rpartition(NULL)[1] or len(stored) >= SHALLOW:
+                    check_encoded(value, stored)
         else:
             stored = encode_value(value)
         try:

@@ -116,12 +116,15 @@ def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
 
 
 def _slices(items: Iterable[tuple[str, Stored]]) -> Iterator[dict[str, Stored]]:
-    """Parts with a bounded number of keys, and of bytes unless one value alone has more."""
+    """Parts as `encode` takes them, with a bounded number of keys, and of bytes unless one value alone has more."""
     part: dict[str, Stored] = {}
     size = 0
     for key, stored in items:
         part[key] = stored
-        if isinstance(stored, Raw):
+        if isinstance(stored, bytes):
+            part[key] = Raw(stored)
+            size += len(stored)
+        elif isinstance(stored, Raw):
             size += memoryview(stored).nbytes
         elif isinstance(stored, str):
             size += len(stored)
@@ -148,9 +151,9 @@ def _members(parts: Iterable[dict[str, Stored]], refused: list[str]) -> Iterator
 
 def _owned(parts: Iterable[dict[str, Stored]], view: dict[str, Stored]) -> Iterator[dict[str, Stored]]:
     for part in parts:
-        for key, stored in part.items():
-            if isinstance(stored, Raw):
-                view[key] = stored.copy()
+        for key in part:
+            if isinstance(stored := view[key], Raw):
+                view[key] = bytes(stored)
         yield part
 
 

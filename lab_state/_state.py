@@ -1,8 +1,7 @@
 """The map in memory: entries, unflushed changes, revisions. Pure and synchronous.
 
 Theory of operation. `entries` maps keys to stored values. A scalar is stored as it
-is; everything else as `msgspec.Raw`, its JSON, so that no caller's object is ever
-shared. `changes` holds what was changed since the last commit took the changes
+is; everything else as its JSON, so that no caller's object is ever shared. `changes` holds what was changed since the last commit took the changes
 away, key to stored value or `Absent.DELETED`; `cleared` says that everything older
 was deleted first. A commit takes the changes by swapping in an empty dict (`take`);
 a commit that failed puts them back under what came since (`put_back`).
@@ -32,8 +31,11 @@ class Absent(Enum):
 MISSING: Literal[Absent.MISSING] = Absent.MISSING
 DELETED: Literal[Absent.DELETED] = Absent.DELETED
 
-Stored: TypeAlias = str | int | float | bool | Raw | None
-"""A value as it is kept: a JSON scalar, or the JSON of anything else."""
+Stored: TypeAlias = str | int | float | bool | bytes | Raw | None
+"""A value as it is kept: a JSON scalar, or the JSON of anything else.
+
+That is `bytes` where it was set, and a `Raw` where it was loaded: a view of the buffer.
+"""
 
 
 class Changes(NamedTuple):

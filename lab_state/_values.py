@@ -1,6 +1,6 @@
 """One value to JSON and back, and what is refused. Pure.
 
-A scalar is stored as it is, anything else as `msgspec.Raw`, its JSON. Refused is what
+A scalar is stored as it is, anything else as its JSON. Refused is what
 JSON cannot hold, or what would not be read back everywhere: NaN and infinity (msgspec
 writes them as `null`), cycles, more than 128 levels of nesting (Python's own limit
 differs by version and by the caller's stack), lone surrogates, unknown classes.
@@ -72,7 +72,7 @@ def encode_value(value: object) -> Stored:
         return cast("Stored", value)
     try:
         # A msgspec.Raw, or a model's own serializer, may have put anything there.
-        stored = _skip(data := encode(value))
+        _skip(data := encode(value))
         if value.__class__ is Raw:
             _decode_any(data)  # numbers out of range
     except MemoryError:
@@ -80,7 +80,7 @@ def encode_value(value: object) -> Stored:
     except Exception:  # noqa: BLE001 -- a serializer of the caller's may raise anything, and quote the value
         raise _refusal(value) from None
     check_encoded(value, data)
-    return stored
+    return data
 
 
 def check_encoded(value: object, data: bytes) -> None:
@@ -116,7 +116,7 @@ def decode_value(stored: Stored, type_: Any) -> Any:
     Raises:
         TypeMismatchError: The stored value is not one, or the type is none that can be decoded.
     """
-    if stored.__class__ is Raw:
+    if stored.__class__ is bytes or stored.__class__ is Raw:
         data: Any = stored
         if type_ is Any:
             try:

@@ -320,14 +320,14 @@ def test_values_are_owned_after_a_snapshot() -> None:
     assert all(value.copy() is not value for value in raws(loaded))
     before = plain(loaded)
     list(encode_snapshot(loaded, 1, own=True))
-    assert all(value.copy() is value for value in raws(loaded))
+    assert not list(raws(loaded))
     assert plain(loaded) == before
 
 
 def test_values_are_left_alone_when_they_are_owned() -> None:
     """`own=False` leaves the view as it is, and `own=True` copies nothing that is owned."""
     borrowed = decode_snapshot(snapshot(SAMPLE), PATH).entries
-    owned: dict[str, Stored] = {"a": 1, "b": Raw(b"[1]")}
+    owned: dict[str, Stored] = {"a": 1, "b": b"[1]"}
     for entries, own in ((borrowed, False), (owned, True)):
         before = dict(entries)
         list(encode_snapshot(entries, 1, own=own))

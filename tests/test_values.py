@@ -167,10 +167,8 @@ def test_a_scalar_is_kept_as_it_is(value: Any) -> None:
     ids=count(),
 )
 def test_anything_else_is_kept_as_its_json(value: Any, data: bytes) -> None:
-    """What is no scalar is stored as a Raw, its JSON."""
-    stored = encode_value(value)
-    assert isinstance(stored, Raw)
-    assert bytes(stored) == data
+    """What is no scalar is stored as bytes, its JSON."""
+    assert encode_value(value) == data
 
 
 JSON = st.recursive(
@@ -624,7 +622,7 @@ def test_a_raw_that_spills_over(data: bytes, read: object) -> None:
 
 def test_a_raw_that_is_too_deep_is_refused() -> None:
     """The levels of nesting in a Raw count too."""
-    assert isinstance(encode_value(Raw(b"[" * 128 + b"]" * 128)), Raw)
+    assert encode_value(Raw(b"[" * 128 + b"]" * 128)) == b"[" * 128 + b"]" * 128
     assert "more than 128 levels" in str(refused([Raw(b"[" * 128 + b"]" * 128)]))
     assert "cannot be kept" in str(refused(Raw(b"[" * 129 + b"]" * 129)))
 
