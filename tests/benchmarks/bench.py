@@ -236,11 +236,12 @@ async def large(table: Table, directory: str, count: int) -> None:
                 f">= {bound * count // 1_000_000}",
                 met=faster >= bound * count / 1_000_000,
             )
+        gc.freeze()  # the maps of the other side are not to be blamed on this one
         idle = min([await stall(asyncio.sleep(0.3)) for _ in range(3)])
         gap = statistics.median([await stall(change(other, "key-0000007")) - idle for _ in range(5)])
         table.add("loop stall meanwhile", f"{gap * 1e3:.1f} ms", "<= 2 ms", met=gap <= 0.002)
         gaps = []
-        for _ in range(3):
+        for _ in range(5):
             await other.set("key-0000007", VALUE)
             await other.flush()
             gaps.append(await stall(other._core.running._checkpoint(wait=True)) - idle)
