@@ -1,8 +1,9 @@
-"""The clock of a manager: an argument, so that tests need not sleep."""
+"""The clock of a manager, an argument so that tests need not sleep; and pauses measured by it."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -45,3 +46,39 @@ class SystemClock:
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
         """The event loop's own timer."""
         return asyncio.get_running_loop().call_later(delay, callback)
+
+
+class Pauses:
+    """Growing pauses between attempts that fail.
+
+    Attributes:
+        failures: How many failed since the last success.
+        until: When the pause is over, in seconds of `monotonic`.
+    """
+
+    def __init__(self, clock: Clock, first: float, longest: float) -> None:
+        self._clock = clock
+        self._first = first
+        self._longest = longest
+        self.failures: int = 0
+        self.until: float = 0.0
+
+    @property
+    def over(self) -> bool:
+        """Whether it is time for another attempt."""
+        return self._clock.monotonic() >= self.until
+
+    def begin(self) -> float:
+        """After a failure: a pause twice as long as the one before; returns its seconds."""
+        self.failures += 1
+        pause = min(self._longest, self._first * 2.0 ** min(self.failures - 1, 30))
+        self.until = self._clock.monotonic() + pause
+        return pause
+
+    def end(self) -> None:
+        """After a success."""
+        self.failures, self.until = 0, 0.0
+
+    def never_over(self) -> None:
+        """After a failure that is final."""
+        self.until = math.inf

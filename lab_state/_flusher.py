@@ -20,27 +20,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-from lab_state._clock import Clock, Timer
-from lab_state._codec import encode_record, encode_snapshot
+from lab_state._clock import Clock, Pauses, Timer
+from lab_state._codec import encode_record
 from lab_state._state import Changes, State
+from lab_state._views import Views, joined
 from lab_state._waiters import Waiters, copied
 from lab_state.config import Config
-from lab_state.exceptions import (
-    FencedError,
-    LabStateError,
-    StorageError,
-    UnavailableError,
-)
+from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
 from lab_state.storage._protocol import StorageSession
 
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
-_FOLDED_AT_ONCE = 1000
-_QUICK_BYTES = 4096
 
 
 class Flusher:
@@ -76,8 +69,9 @@ class Flusher:
         self._waiters = Waiters()
         self._under_way: Changes | None = None
         self._due = False  # a background flush is
-        self._failed_in_a_row = self._checkpoints_failed_in_a_row = 0
-        self._not_before = self._checkpoint_not_before = 0.0
+        longest = max(self._interval or 0.0, _LONGEST_PAUSE)
+        self._pauses = Pauses(clock, _FIRST_PAUSE, longest)
+        self._checkpoint_pauses = Pauses(clock, _FIRST_PAUSE, longest)
         self._stopping = self._abandoned = False
         self._deadline = math.inf
         self._flushed_last = False  # stop() has made its last attempt
@@ -266,12 +260,12 @@ class Flusher:
             await self._wake.wait()
             self._wake.clear()
             await self._commit_all()
-            if self._checkpoint_due and self._clock.monotonic() >= self._checkpoint_not_before:
+            if self._checkpoint_due and self._checkpoint_pauses.over:
                 self._start_checkpoint()
         await self._finish()
 
     async def _commit_all(self) -> None:
-        while self._waiters.next or (self._due and self._clock.monotonic() >= self._not_before):
+        while self._waiters.next or (self._due and self._pauses.over):
             self._due = False
             if not self._unflushed:  # what they wait for was committed with others
                 self._waiters.settle(self._settled_revision)
@@ -282,7 +276,7 @@ class Flusher:
         """One commit of all that is unflushed."""
         self._waiters.board()
         taken = self._under_way = self.state.take()
-        views: list[dict[str, Any]] = []
+        views = Views(self.state)
         started = self._clock.monotonic()
         try:
             due = await _only_storage_errors(self._write(taken, views))
@@ -301,18 +295,18 @@ class Flusher:
             self._checkpoint_due = due
             return None
         finally:
-            await self._fold(views)
+            await views.fold()
 
-    async def _write(self, taken: Changes, views: list[dict[str, Any]]) -> bool:
+    async def _write(self, taken: Changes, views: Views) -> bool:
         refused: list[str] = []
-        record = await _joined(encode_record(taken, refused))
+        record = await joined(encode_record(taken, refused))
         if refused:
             self._logger.error("%s: not written, for a msgspec.Raw that is not JSON: the keys %s", self._name, refused)
-        return await self._session.commit(record, lambda: self._view(views, wait=False))
+        return await self._session.commit(record, views.take)
 
     def _succeeded(self, revision: int, seconds: float) -> None:
-        if self._failed_in_a_row:
-            self._logger.info("%s: flushed again after %d failures", self._name, self._failed_in_a_row)
+        if self._pauses.failures:
+            self._logger.info("%s: flushed again after %d failures", self._name, self._pauses.failures)
         self._unsettled = False
         self._records += 1
         self.durable_revision = revision
@@ -320,13 +314,13 @@ class Flusher:
         self.last_error = None
         self.last_flush_at = self._clock.time()
         self.last_flush_seconds = seconds
-        self._failed_in_a_row = 0
+        self._pauses.end()
         self._waiters.settle(revision)
 
     def _failed(self, error: StorageError) -> None:
         self.failures += 1
         self.last_error = error
-        self._failed_in_a_row += 1
+        pause = self._pauses.begin()
         retried = self._interval is not None or self._unsettled
         if self._stopping or isinstance(error, FencedError):
             stay = "not durable"
@@ -340,19 +334,14 @@ class Flusher:
         else:
             self._waiters.fail(error, stay, everyone=False)
             if retried and not self._stopping:
-                pause = self._pause(self._failed_in_a_row)
-                self._not_before = self._clock.monotonic() + pause
                 self._clock.call_later(pause, self._wake_up)
 
     def _fence(self, error: FencedError) -> None:
         """For good: a newer writer owns the state."""
         self._fenced = error
-        self._not_before = self._checkpoint_not_before = math.inf
+        self._pauses.never_over()
+        self._checkpoint_pauses.never_over()
         self._waiters.fail(error, "not durable", everyone=True)
-
-    def _pause(self, failures: int) -> float:
-        longest = max(self._interval or 0.0, _LONGEST_PAUSE)
-        return min(longest, _FIRST_PAUSE * 2.0 ** min(failures - 1, 30))
 
     # Timers
 
@@ -380,13 +369,13 @@ class Flusher:
 
     async def _checkpoint(self, *, wait: bool) -> None:
         self._checkpoint_due = False
-        views: list[dict[str, Any]] = []
+        views = Views(self.state, self.durable if wait else None)
         before = self._records
 
         def snapshot() -> AsyncIterator[bytes]:
             nonlocal before
             before = self._records  # what is committed from here on stays behind the snapshot
-            return self._view(views, wait=wait)
+            return views.take()
 
         try:
             await _only_storage_errors(self._session.checkpoint(snapshot))
@@ -395,51 +384,20 @@ class Flusher:
         else:
             self._records -= before
             self._checkpoint_due = False  # what commits said meanwhile was about the journal that is gone
-            self._checkpoints_failed_in_a_row = 0
+            self._checkpoint_pauses.end()
         finally:
-            await self._fold(views)
+            await views.fold()
 
     def _checkpoint_failed(self, error: StorageError) -> None:
         self.failures += 1
         self.last_error = error
-        self._checkpoints_failed_in_a_row += 1
         self._checkpoint_due = True
-        pause = self._pause(self._checkpoints_failed_in_a_row)
-        self._checkpoint_not_before = self._clock.monotonic() + pause
+        pause = self._checkpoint_pauses.begin()
         self._logger.warning("%s: a checkpoint failed; nothing is lost, the journal goes on: %s", self._name, error)
         if isinstance(error, FencedError):
             self._fence(error)
         elif not self._stopping:
             self._clock.call_later(pause, self._wake.set)
-
-    def _view(self, views: list[dict[str, Any]], *, wait: bool) -> AsyncIterator[bytes]:
-        """A view of the state at this moment, as a snapshot in slices."""
-        view = self.state.freeze()
-        views.append(view)
-        return self._slices(view, self.state.revision, wait=wait)
-
-    async def _slices(self, view: dict[str, Any], revision: int, *, wait: bool) -> AsyncIterator[bytes]:
-        last = b""
-        for part in encode_snapshot(view, revision, own=self.state.borrowed):
-            if last:
-                yield last
-                await asyncio.sleep(0)
-            last = part
-        if wait:
-            await self.durable(revision)
-        yield last
-
-    async def _fold(self, views: list[dict[str, Any]]) -> None:
-        """Bring home what was written beside the views, faster than more can come."""
-        most = _FOLDED_AT_ONCE
-        for view in views:
-            try:
-                while self.state.fold(view, most):
-                    most *= 2
-                    await asyncio.sleep(0)
-            except asyncio.CancelledError:
-                self.state.fold(view, sys.maxsize)
-                raise
 
     # The end
 
@@ -470,10 +428,9 @@ class Flusher:
         while not self._abandoned and self._unflushed:
             error = await self._commit()
             if error is not None:
-                pause = self._pause(self._failed_in_a_row)
-                if not isinstance(error, UnavailableError) or self._clock.monotonic() + pause >= self._deadline:
+                if not isinstance(error, UnavailableError) or self._pauses.until >= self._deadline:
                     break
-                await self._sleep(pause)
+                await self._sleep(self._pauses.until - self._clock.monotonic())
         return error
 
     async def _sleep(self, seconds: float) -> None:
@@ -484,16 +441,6 @@ class Flusher:
 
 def _resolver(future: asyncio.Future[None]) -> Callable[[], None]:
     return lambda: None if future.done() else future.set_result(None)
-
-
-async def _joined(slices: Iterable[bytes]) -> bytes:
-    """All of it; the loop runs between two slices that took any time to make."""
-    parts: list[bytes] = []
-    for part in slices:
-        parts.append(part)
-        if len(part) > _QUICK_BYTES:
-            await asyncio.sleep(0)
-    return b"".join(parts)
 
 
 async def _only_storage_errors(call: Coroutine[Any, Any, Any]) -> Any:

@@ -212,6 +212,11 @@ class State:
         self.entries = Overlay(view)
         return view
 
+    def owned(self, view: dict[str, Stored]) -> None:
+        """Every value of a view was replaced by one of its own; note it, if that is the view that comes home."""
+        if isinstance(self.entries, Overlay) and self.entries.base is view:
+            self.borrowed = False
+
     def fold(self, view: dict[str, Stored], most: int) -> bool:
         """Give a view back, up to `most` writes at a time; False once that is done."""
         entries = self.entries

@@ -9,10 +9,11 @@ from typing import Literal, Self
 
 import msgspec
 
-from lab_state._calls import Calls, Core
+from lab_state._calls import Calls
 from lab_state._clock import Clock, SystemClock
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._flusher import Flusher
+from lab_state._reads import Core
 from lab_state._state import State
 from lab_state.config import Config
 from lab_state.storage._protocol import Storage, StorageSession

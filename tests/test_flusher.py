@@ -24,6 +24,8 @@ from lab_state import (
     UnavailableError,
     UnsupportedError,
 )
+from lab_state._state import Overlay
+from lab_state._views import Views
 from lab_state.storage import Snapshot
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -425,9 +427,13 @@ class TestCheckpoint:
                 task = state._core.running._checkpointing
                 assert task is not None
                 await idle()
-                view = state._core.state.freeze()
+                views = Views(state._core.state)
+                views.take()
+                overlay = state._core.state.entries
+                assert isinstance(overlay, Overlay)
+                view = overlay.base
                 await state.set_many({f"key {number}": number for number in range(5000)})
-                folding = asyncio.create_task(state._core.running._fold([view]))
+                folding = asyncio.create_task(views.fold())
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
                 if cancel:

@@ -1,0 +1,219 @@
+"""Every reading call, once, under a prefix; and what a manager and its handles share.
+
+`get` is the hot path: one Python frame where the key is there and the value is a scalar.
+What is rare (a missing key, a closed manager, a typed read) is in functions of its own
+behind one test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar, overload
+
+from msgspec import Raw
+
+from lab_state._codec import check_key
+from lab_state._flusher import Flusher
+from lab_state._state import MISSING, State, Stored
+from lab_state._values import decode_value
+from lab_state.exceptions import ClosedError, InvalidKeyError, KeyNotFoundError, TypeMismatchError
+
+T = TypeVar("T")
+
+
+class Core:
+    """What a manager and its handles share.
+
+    Attributes:
+        name: The name of the state.
+        state: The state; a closed, empty one before `start()` and from `stop()` on. A
+            call that finds its key there so knows that the manager is running.
+        write_through: Whether a write returns only when it is durable.
+    """
+
+    __slots__ = ("_flusher", "name", "state", "write_through")
+
+    def __init__(self, name: str, closed: State) -> None:
+        self.name: str = name
+        self.state: State = closed
+        self.write_through: bool = False
+        self._flusher: Flusher | None = None
+
+    def open(self, state: State, flusher: Flusher) -> None:
+        """Let the calls in."""
+        self.state = state
+        self.write_through = flusher.write_through
+        self._flusher = flusher
+
+    def close(self, closed: State) -> Flusher:
+        """Keep the calls out; returns the flusher, which keeps the state."""
+        self.state, flusher, self._flusher = closed, self.running, None
+        return flusher
+
+    @property
+    def running(self) -> Flusher:
+        """The flusher.
+
+        Raises:
+            ClosedError: The manager is not running.
+        """
+        if self._flusher is None:
+            raise ClosedError(
+                f"the manager of {self.name!r} is not running: use it between start() and stop(), or inside `async with`"
+            )
+        return self._flusher
+
+
+class Reads:
+    """The calls that change nothing."""
+
+    __slots__ = ("_core", "_prefix")
+
+    def __init__(self, core: Core, prefix: str) -> None:
+        self._core = core
+        self._prefix = prefix
+
+    def __len__(self) -> int:
+        """How many keys there are. O(1)."""
+        self._check_open()
+        if not self._prefix:
+            return len(self._core.state.entries)
+        return sum(1 for _ in self._keys(""))
+
+    def __bool__(self) -> Literal[True]:
+        """An empty state is still a state."""
+        return True
+
+    def __contains__(self, key: object) -> bool:
+        self._check_open()
+        return isinstance(key, str) and self._prefix + key in self._core.state.entries
+
+    @overload
+    async def get(self, key: str, *, type: type[T]) -> T: ...
+    @overload
+    async def get(self, key: str, default: None, *, type: type[T]) -> T | None: ...
+    @overload
+    async def get(self, key: str, default: T, *, type: type[T]) -> T: ...
+    @overload
+    async def get(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
+    async def get(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
+        """The value of a key.
+
+        Args:
+            key: The key.
+            default: What to return, as it is, when the key is missing.
+            type: What to decode the value as: any type that msgspec decodes, or a
+                Pydantic model.
+
+        Raises:
+            KeyNotFoundError: The key is missing, and there is no default.
+            TypeMismatchError: The stored value is not a `type`; the error says where.
+        """
+        try:
+            stored = self._core.state.entries[self._prefix + key]
+        except (KeyError, TypeError):
+            return self._missing(key, default)
+        if type is Any and stored.__class__ is not bytes and stored.__class__ is not Raw:
+            return stored
+        return self._decode(key, stored, type)
+
+    @overload
+    def get_nowait(self, key: str, *, type: type[T]) -> T: ...
+    @overload
+    def get_nowait(self, key: str, default: None, *, type: type[T]) -> T | None: ...
+    @overload
+    def get_nowait(self, key: str, default: T, *, type: type[T]) -> T: ...
+    @overload
+    def get_nowait(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
+    def get_nowait(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
+        """`get`, as a plain call, for callbacks and other synchronous code on the loop."""
+        try:
+            stored = self._core.state.entries[self._prefix + key]
+        except (KeyError, TypeError):
+            return self._missing(key, default)
+        return self._decode(key, stored, type)
+
+    @overload
+    async def get_many(self, keys: Iterable[str], *, type: type[T]) -> dict[str, T]: ...
+    @overload
+    async def get_many(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
+    async def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
+        """The values of those of the keys that exist, in the order asked for.
+
+        Raises:
+            TypeMismatchError: One of the values is not a `type`.
+        """
+        found = {key: self.get_nowait(key, MISSING_VALUE, type=type) for key in many_keys(keys)}
+        return {key: value for key, value in found.items() if value is not MISSING_VALUE}
+
+    @overload
+    async def get_all(self, prefix: str = ..., *, type: type[T]) -> dict[str, T]: ...
+    @overload
+    async def get_all(self, prefix: str = ..., *, type: Any = ...) -> dict[str, Any]: ...
+    async def get_all(self, prefix: str = "", *, type: Any = Any) -> dict[str, Any]:
+        """Every key that starts with `prefix`, with its value: one consistent picture.
+
+        Costs what the number of all keys costs, on the event loop.
+
+        Raises:
+            TypeMismatchError: One of the values is not a `type`.
+        """
+        return {key: self.get_nowait(key, type=type) for key in self._keys(prefix)}
+
+    async def exists(self, key: str) -> bool:
+        """Whether the key is there."""
+        return key in self or bool(self._missing(key, default=False))
+
+    async def keys(self, prefix: str = "") -> list[str]:
+        """Every key that starts with `prefix`, in no particular order; costs what the number of all keys costs."""
+        return self._keys(prefix)
+
+    # What is rare on the hot path, and what the calls share
+
+    def _full(self, key: object) -> str:
+        """The key under the prefix; `check_key` has the bounds."""
+        if not isinstance(key, str):
+            raise InvalidKeyError(f"a key must be a str, not {key.__class__.__name__}")
+        return self._prefix + str.__str__(key)
+
+    def _missing(self, key: object, default: object) -> Any:
+        """What a read gives for a key that was not found."""
+        self._check_open()
+        check_key(self._full(key))
+        if default is MISSING:
+            raise KeyNotFoundError(str(key))
+        return default
+
+    def _decode(self, key: str, stored: Stored, type_: Any) -> Any:
+        try:
+            value = decode_value(stored, type_)
+        except TypeMismatchError as error:
+            raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
+        if stored.__class__ is Raw and type_ is Any and value.__class__ in _SCALARS:
+            self._core.state.settle(self._prefix + key, value)
+        return value
+
+    def _check_open(self) -> None:
+        _ = self._core.running
+
+    def _keys(self, prefix: str) -> list[str]:
+        self._check_open()
+        if not isinstance(prefix, str):
+            raise InvalidKeyError(f"a prefix must be a str, not {prefix.__class__.__name__}")
+        full, cut = self._prefix + prefix, len(self._prefix)
+        if not full:
+            return list(self._core.state.entries)
+        return [key[cut:] for key in self._core.state.entries if key.startswith(full)]
+
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
+MISSING_VALUE = object()
+"""A default that no caller can have passed."""
+
+
+def many_keys(keys: Iterable[str]) -> Iterable[str]:
+    """The keys; one `str` is a mistake."""
+    if isinstance(keys, str):
+        raise InvalidKeyError("many keys were expected, not one str; pass a list")
+    return keys

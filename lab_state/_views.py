@@ -1,0 +1,64 @@
+"""Views of the state for a storage: taken, given in slices, and folded back."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+from lab_state._codec import encode_snapshot
+from lab_state._state import State, Stored
+
+_FOLDED_AT_ONCE = 1000
+_QUICK_BYTES = 4096
+
+
+class Views:
+    """The views that one storage call takes of a state."""
+
+    def __init__(self, state: State, durable: Callable[[int], Awaitable[None]] | None = None) -> None:
+        """`durable`, if given, is awaited with the revision of a view before its last slice is given."""
+        self._state = state
+        self._durable = durable
+        self._taken: list[dict[str, Stored]] = []
+
+    def take(self) -> AsyncIterator[bytes]:
+        """A view of the state at this moment, as a snapshot in slices."""
+        view = self._state.freeze()
+        self._taken.append(view)
+        return self._slices(view, self._state.revision)
+
+    async def _slices(self, view: dict[str, Stored], revision: int) -> AsyncIterator[bytes]:
+        last, own = b"", self._state.borrowed
+        for part in encode_snapshot(view, revision, own=own):
+            if last:
+                yield last
+                await asyncio.sleep(0)
+            last = part
+        if own:
+            self._state.owned(view)
+        if self._durable is not None:
+            await self._durable(revision)
+        yield last
+
+    async def fold(self) -> None:
+        """Bring home what was written beside the views, faster than more can come."""
+        most = _FOLDED_AT_ONCE
+        for view in self._taken:
+            try:
+                while self._state.fold(view, most):
+                    most *= 2
+                    await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                self._state.fold(view, sys.maxsize)
+                raise
+
+
+async def joined(slices: Iterable[bytes]) -> bytes:
+    """All of it; the loop runs between two slices that took any time to make."""
+    parts: list[bytes] = []
+    for part in slices:
+        parts.append(part)
+        if len(part) > _QUICK_BYTES:
+            await asyncio.sleep(0)
+    return b"".join(parts)
