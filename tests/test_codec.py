@@ -579,3 +579,11 @@ def test_expiry_times_are_not_dropped() -> None:
     record = b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":{"a":5}}'
     with pytest.raises(UnsupportedError, match="expiry times"):
         replay(Snapshot({}, 0), [record], "lab.journal")
+
+
+def test_a_record_of_nothing_but_what_is_not_json() -> None:
+    """It is a record all the same: of a deletion."""
+    refused: list[str] = []
+    data = b"".join(encode_record(Changes(0, 1, False, {"bad": b"'not JSON'"}, 0.0), refused))
+    assert refused == ["bad"]
+    assert replay(Snapshot({"bad": 1}, 0), [data], PATH) == Snapshot({}, 1)
