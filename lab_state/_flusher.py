@@ -102,7 +102,7 @@ class Flusher:
             self._timer.cancel()
         expired = asyncio.get_running_loop().create_future()
         timer = self._clock.call_later(timeout, _resolver(expired))
-        if self._task.done():  # cancelled, by whoever cancels all the tasks of a loop
+        if self._task.done() or self._task.get_loop() is not self._loop:  # its loop was torn down before
             self._begin(self._finish())
         self._wake.set()
         await asyncio.wait({self._task, expired}, return_when=asyncio.FIRST_COMPLETED)
@@ -208,6 +208,9 @@ class Flusher:
         """
         if self._loop.is_closed():
             self._loop, self._checkpointing = asyncio.get_running_loop(), None
+            if (taken := self._under_way) is not None:  # closed over it, without a cancellation
+                self.state.put_back(taken)
+                self._under_way = None
         self.check_loop()
 
     # Numbers

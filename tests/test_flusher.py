@@ -754,3 +754,20 @@ class TestBrokenPromises:
         json.loads(snapshot)
         async with Manager("test", memory) as state:
             assert await state.get_all() == {"good": 1, "healed": "good"}
+
+    def test_stop_after_a_loop_that_was_closed_over_a_commit(
+        self, storage: FaultyStorage, memory: MemoryStorage, clock: ManualClock
+    ) -> None:
+        """A commit that never came back, and was never cancelled, is made again."""
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+        first = asyncio.new_event_loop()
+        first.run_until_complete(manager.start())
+        storage.hang("commit")
+        first.run_until_complete(manager.set("a", 1))
+        flushing = first.create_task(manager.flush())
+        first.run_until_complete(until(lambda: commits(storage) == 1))
+        first.close()
+        asyncio.run(manager.stop())
+        assert (manager.durable_revision, commits(storage)) == (1, 2)
+        assert memory.places["test"].session is None
+        assert not flushing.done()
