@@ -534,3 +534,17 @@ class Model(RuleBasedStateMachine):
 
 TestStateMachine = Model.TestCase
 TestStateMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_owned_values_are_noted_for_the_view_that_comes_home() -> None:
+    """A second view at the same time is a copy: what was done to that says nothing of the entries."""
+    state = State(lambda: 0.0)
+    state.load({"a": 1}, 1)
+    view, copy = state.freeze(), state.freeze()
+    state.owned(copy)
+    assert state.borrowed
+    state.owned(view)
+    assert not state.borrowed
+    state.fold(view, 1)
+    state.owned(view)
+    assert not state.borrowed
