@@ -53,7 +53,7 @@ class Calls(Reads):
             InvalidValueError: JSON cannot hold the value; the error says where in it.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        # `encode_value` and `State.set` are written out here: two calls would cost a quarter of a set.
+        # `encode_value` and `State.set` are written out here: the calls alone show in the bench.
         if value.__class__ is dict or value.__class__ is list:
             try:
                 stored: Any = encode(value)

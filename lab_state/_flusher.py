@@ -180,7 +180,7 @@ class Flusher:
     def _must_wait(self, revision: int) -> bool:
         """Whether a revision is not durable yet; raises if it never will be."""
         self.check_loop()
-        if revision <= self._settled_revision and not self._unsettled:
+        if revision <= self._settled_revision:
             return False
         if self._fenced is not None:
             raise copied(self._fenced, "not durable")
@@ -365,10 +365,7 @@ class Flusher:
     def _start_checkpoint(self) -> None:
         if self._checkpointing is None or self._checkpointing.done():
             name = f"lab_state {self._name} checkpoint"
-            self._checkpointing = asyncio.create_task(self._checkpoint_beside(), name=name)
-
-    async def _checkpoint_beside(self) -> None:
-        await self._checkpoint(wait=True)
+            self._checkpointing = asyncio.create_task(self._checkpoint(wait=True), name=name)
 
     async def _checkpoint(self, *, wait: bool) -> None:
         self._checkpoint_due = False

@@ -15,7 +15,7 @@ from msgspec import Raw
 from lab_state._codec import check_key
 from lab_state._flusher import Flusher
 from lab_state._state import MISSING, State, Stored
-from lab_state._values import decode_value
+from lab_state._values import SCALARS, decode_value
 from lab_state.exceptions import ClosedError, InvalidKeyError, KeyNotFoundError, TypeMismatchError
 
 T = TypeVar("T")
@@ -189,7 +189,7 @@ class Reads:
             value = decode_value(stored, type_)
         except TypeMismatchError as error:
             raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
-        if stored.__class__ is Raw and type_ is Any and value.__class__ in _SCALARS:
+        if stored.__class__ is Raw and type_ is Any and value.__class__ in SCALARS:
             self._core.state.settle(self._prefix + key, value)
         return value
 
@@ -205,8 +205,6 @@ class Reads:
             return list(self._core.state.entries)
         return [key[cut:] for key in self._core.state.entries if key.startswith(full)]
 
-
-_SCALARS = frozenset({str, int, float, bool, type(None)})
 
 MISSING_VALUE = object()
 """A default that no caller can have passed."""

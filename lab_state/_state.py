@@ -1,10 +1,11 @@
 """The map in memory: entries, unflushed changes, revisions. Pure and synchronous.
 
 Theory of operation. `entries` maps keys to stored values. A scalar is stored as it
-is; everything else as its JSON, so that no caller's object is ever shared. `changes` holds what was changed since the last commit took the changes
-away, key to stored value or `Absent.DELETED`; `cleared` says that everything older
-was deleted first. A commit takes the changes by swapping in an empty dict (`take`);
-a commit that failed puts them back under what came since (`put_back`).
+is; everything else as its JSON, so that no caller's object is ever shared. `changes`
+holds what was changed since the last commit took the changes away, key to stored value
+or `Absent.DELETED`; `cleared` says that everything older was deleted first. A commit
+takes the changes by swapping in an empty dict (`take`); a commit that failed puts them
+back under what came since (`put_back`).
 
 A snapshot needs a view that stands still while writers go on. `freeze` gives the
 dict itself as that view and puts an `Overlay` over it that takes the writes; `fold`

@@ -30,7 +30,9 @@ SHALLOW = 2 * MAX_DEPTH + 1
 
 _MAX_PATH = 200
 
-_SCALARS = frozenset({str, int, float, bool, type(None)})
+SCALARS = frozenset({str, int, float, bool, type(None)})
+"""What is stored as it is."""
+
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 
 _NOT_FINITE = "NaN and infinity cannot be kept: JSON has no such numbers"
@@ -67,7 +69,7 @@ def encode_value(value: object) -> Stored:
     Raises:
         InvalidValueError: JSON cannot hold it; the error says where in the value.
     """
-    if value.__class__ in _SCALARS:
+    if value.__class__ in SCALARS:
         _check_scalar(cast("str | float | None", value))
         return cast("Stored", value)
     try:
