@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from lab_state._clock import Clock, Timer
+from lab_state._watch import Change
+from lab_state.blocking import Blocking
 from lab_state.config import Config
 from lab_state.exceptions import (
     ClosedError,
@@ -19,6 +21,7 @@ from lab_state.exceptions import (
     UnavailableError,
     UnsupportedError,
 )
+from lab_state.handles import Entry, Namespace, Transaction
 from lab_state.manager import Manager, Status
 from lab_state.storage import FileStorage, MemoryStorage, Recovery, Storage, StorageSession
 
@@ -29,6 +32,12 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Manager",
     "Status",
     "Timer",
+    # its handles
+    "Blocking",
+    "Change",
+    "Entry",
+    "Namespace",
+    "Transaction",
     # where states are kept
     "FileStorage",
     "MemoryStorage",

@@ -50,11 +50,21 @@ class Flusher:
         last_flush_seconds: How long it took.
     """
 
-    def __init__(
-        self, state: State, session: StorageSession, config: Config, clock: Clock, logger: logging.Logger
+    def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
+        self,
+        state: State,
+        session: StorageSession,
+        config: Config,
+        clock: Clock,
+        logger: logging.Logger,
+        committed: Callable[[Changes], None],
     ) -> None:
-        """Begin at once; the running loop is the one that everything else must be called on."""
+        """Begin at once; the running loop is the one that everything else must be called on.
+
+        `committed` is called with what has become durable.
+        """
         self.state: State = state
+        self._committed = committed
         self.write_through: bool = config.flush_interval == 0
         self.flushes: int = 0
         self.failures: int = 0
@@ -112,6 +122,11 @@ class Flusher:
             self._abandon(timeout)
         if self._stop_error is not None:
             raise self._stop_error
+
+    def nudge(self) -> None:
+        """A change that nobody waits for was made: flush, if that is what each write does."""
+        if self.write_through:
+            self._wake_up()
 
     def abort(self) -> StorageSession:
         """End without writing anything, as a crash would; for tests of crashes. Returns the session, open."""
@@ -213,6 +228,11 @@ class Flusher:
                 self._under_way = None
         self.check_loop()
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that everything runs on."""
+        return self._loop
+
     # Numbers
 
     @property
@@ -295,6 +315,7 @@ class Flusher:
         else:
             self._under_way = None
             self._succeeded(taken.end, self._clock.monotonic() - started)
+            self._committed(taken)
             self._checkpoint_due = due
             return None
         finally:

@@ -26,11 +26,11 @@ class Views:
         """A view of the state at this moment, as a snapshot in slices."""
         view = self._state.freeze()
         self._taken.append(view)
-        return self._slices(view, self._state.revision)
+        return self._slices(view, self._state.revision, self._state.now())
 
-    async def _slices(self, view: dict[str, Stored], revision: int) -> AsyncIterator[bytes]:
+    async def _slices(self, view: dict[str, Stored], revision: int, time: int) -> AsyncIterator[bytes]:
         last, own = b"", self._state.borrowed
-        for part in encode_snapshot(view, revision, own=own):
+        for part in encode_snapshot(view, revision, time, own=own):
             if last:
                 yield last
                 await asyncio.sleep(0)

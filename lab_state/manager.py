@@ -9,13 +9,15 @@ from typing import Literal, Self
 
 import msgspec
 
-from lab_state._calls import Calls
 from lab_state._clock import Clock, SystemClock
 from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state._core import Core
 from lab_state._flusher import Flusher
-from lab_state._reads import Core
 from lab_state._state import State
+from lab_state._sweeper import Sweeper
+from lab_state._watch import Watchers
 from lab_state.config import Config
+from lab_state.handles import Scope
 from lab_state.storage._protocol import Storage, StorageSession
 
 Phase = Literal["new", "starting", "running", "stopping", "stopped"]
@@ -57,14 +59,14 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     journal_bytes: int = 0
 
 
-class Manager(Calls):
+class Manager(Scope):
     """A map from string keys to JSON values: in memory, and durable.
 
     One manager is the only writer of its state. It belongs to the event loop that
     `start()` runs on, until `stop()`.
     """
 
-    __slots__ = ("_clock", "_config", "_ended", "_flusher", "_logger", "_phase", "_stopping", "_storage")
+    __slots__ = ("_clock", "_config", "_ended", "_flusher", "_logger", "_phase", "_stopping", "_storage", "_sweeper")
 
     def __init__(
         self,
@@ -134,8 +136,7 @@ class Manager(Calls):
             session = await self._storage.open(self._config.name)
             try:
                 state = self._load(session)
-                self._flusher = Flusher(state, session, self._config, self._clock, self._logger)
-                self._core.open(state, self._flusher)
+                self._run(state, session)
             except BaseException:
                 await session.aclose()
                 raise
@@ -145,6 +146,13 @@ class Manager(Calls):
         self._stopping = None
         self._phase = "running"
 
+    def _run(self, state: State, session: StorageSession) -> None:
+        watchers = Watchers(state)
+        flusher = Flusher(state, session, self._config, self._clock, self._logger, watchers.committed)
+        self._flusher = flusher
+        self._core.open(state, flusher, watchers)
+        self._sweeper = Sweeper(state, self._clock, lambda: self._core.held is not None, flusher.nudge)
+
     def _load(self, session: StorageSession) -> State:
         snapshot, records, _, dropped = session.recovery
         if dropped:
@@ -153,8 +161,15 @@ class Manager(Calls):
             )
         loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path)
         loaded = replay(loaded, records, session.path)
-        state = State(self._clock.monotonic)
-        state.load(loaded.entries, loaded.revision)
+        wall = self._clock.time()
+        if loaded.time > wall * 1000:
+            self._logger.warning(
+                "%s: the wall clock is %.0f s behind what was written; keys expire as if it were that time",
+                session.path,
+                loaded.time / 1000 - wall,
+            )
+        state = State(self._clock.monotonic, max(wall, loaded.time / 1000))
+        state.load(loaded.entries, loaded.revision, loaded.expires)
         return state
 
     async def stop(self) -> None:
@@ -177,15 +192,18 @@ class Manager(Calls):
             self._core.running.move()
             self._phase = "stopping"
             # Calls see an empty, closed state from here on; what is under way keeps the old one.
-            flusher = self._core.close(State(self._clock.monotonic))
-            self._stopping = asyncio.create_task(self._stop(flusher), name=f"lab_state {self._config.name} stop")
+            self._sweeper.stop()
+            flusher, watchers = self._core.close(State(self._clock.monotonic))
+            name = f"lab_state {self._config.name} stop"
+            self._stopping = asyncio.create_task(self._stop(flusher, watchers), name=name)
         if self._stopping is not None and self._phase == "stopping":
             await asyncio.shield(self._stopping)
 
-    async def _stop(self, flusher: Flusher) -> None:
+    async def _stop(self, flusher: Flusher, watchers: Watchers) -> None:
         try:
             await flusher.stop(self._config.stop_timeout)
         finally:
+            watchers.close()
             self._phase = "stopped"
             self._ended = msgspec.structs.replace(self._status_of(flusher), keys=0)
             self._flusher = None  # and with it the entries
@@ -209,42 +227,6 @@ class Manager(Calls):
 
     # Durability
 
-    async def flush(self) -> None:
-        """Return when every change made so far is durable.
-
-        Writes nothing if nothing changed. Callers at the same time share one write.
-        Cancelling the caller does not cancel the write.
-
-        Raises:
-            StorageError: The write failed; the changes stay in memory, and are retried
-                by the next flush, in the background too unless `flush_interval` is
-                `None`.
-            ClosedError: The manager is not running.
-            RuntimeError: This is not the event loop of `start()`.
-        """
-        await self._core.running.flush()
-
-    async def wait_durable(self, revision: int | None = None) -> None:
-        """Return when a revision is durable; unlike `flush()`, start nothing.
-
-        Args:
-            revision: What a write returned; the last change when not given.
-
-        Raises:
-            ValueError: There is no such revision yet.
-            RuntimeError: This is not the event loop of `start()`.
-            FencedError: It will never be durable: a newer writer owns the state.
-            StorageError: The manager was stopped, and its last flush failed.
-            ClosedError: The manager is not running.
-        """
-        self._check_open()
-        last = self._core.state.revision
-        if revision is not None and (isinstance(revision, bool) or not isinstance(revision, int)):
-            raise TypeError(f"a revision is an int, such as a write returns; not {type(revision).__name__}")
-        if revision is not None and revision > last:
-            raise ValueError(f"there is no revision {revision} yet: the last one is {last}")
-        await self._core.running.wait_durable(last if revision is None else revision)
-
     @property
     def revision(self) -> int:
         """The number of the last change; 0 for a new state. Goes on over restarts."""
@@ -264,7 +246,7 @@ class Manager(Calls):
     def _status_of(self, flusher: Flusher) -> Status:
         return Status(
             phase=self._phase,
-            keys=len(flusher.state.entries),
+            keys=len(flusher.state.entries) - len(flusher.state.expired()),
             revision=flusher.state.revision,
             durable_revision=flusher.durable_revision,
             unflushed_keys=flusher.unflushed_keys,

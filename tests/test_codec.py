@@ -52,7 +52,7 @@ def plain(entries: Mapping[str, Stored]) -> dict[str, Any]:
 
 
 def snapshot(values: Mapping[str, Any], revision: int = 42) -> bytes:
-    return b"".join(encode_snapshot(stored(values), revision, own=False))
+    return b"".join(encode_snapshot(stored(values), revision, 0, own=False))
 
 
 def changes(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = False) -> Changes:
@@ -175,7 +175,9 @@ def test_large_values_come_in_small_slices(what: str) -> None:
     """No slice is much larger than one value or 128 KiB, from the first slice on."""
     values = large_values()
     slices = list(
-        encode_record(changes(values, 0, 1), []) if what == "record" else encode_snapshot(stored(values), 1, own=False)
+        encode_record(changes(values, 0, 1), [])
+        if what == "record"
+        else encode_snapshot(stored(values), 1, 0, own=False)
     )
     assert len(b"".join(slices)) > 150 * 64_000
     assert max(map(len, slices)) < 8 * SLICE_BYTES
@@ -184,7 +186,7 @@ def test_large_values_come_in_small_slices(what: str) -> None:
 def test_large_values_after_small_ones_come_in_small_slices() -> None:
     """Large values behind thousands of small ones come in small slices too."""
     values = {f"small {number}": number for number in range(2_000)} | large_values()
-    assert max(map(len, encode_snapshot(stored(values), 1, own=False))) < 8 * SLICE_BYTES
+    assert max(map(len, encode_snapshot(stored(values), 1, 0, own=False))) < 8 * SLICE_BYTES
 
 
 def test_large_values_come_back() -> None:
@@ -263,7 +265,7 @@ def test_records_and_snapshots_agree(before: dict[str, Any], commits: list[tuple
     loaded = replay(decode_snapshot(snapshot(before, 0), PATH), records, PATH)
     assert plain(loaded.entries) == expected
     assert loaded.revision == len(commits)
-    again = decode_snapshot(b"".join(encode_snapshot(loaded.entries, 7, own=True)), PATH)
+    again = decode_snapshot(b"".join(encode_snapshot(loaded.entries, 7, 0, own=True)), PATH)
     assert plain(again.entries) == expected
 
 
@@ -278,7 +280,7 @@ def test_records_and_snapshots_agree(before: dict[str, Any], commits: list[tuple
 @pytest.mark.parametrize("own", [False, True])
 def test_a_snapshot_comes_back(values: dict[str, Any], own: bool) -> None:  # noqa: FBT001
     """A snapshot comes back with the same entries, in the same order, and the same revision."""
-    data = b"".join(encode_snapshot(stored(values), 2**40, own=own))
+    data = b"".join(encode_snapshot(stored(values), 2**40, 0, own=own))
     loaded = decode_snapshot(data, PATH)
     assert plain(loaded.entries) == values
     assert list(loaded.entries) == list(values)
@@ -300,7 +302,7 @@ def test_a_snapshot_is_one_json_object() -> None:
 
 def test_a_large_snapshot_comes_in_slices() -> None:
     """A snapshot of 5,000 keys is made in many slices."""
-    assert len(list(encode_snapshot(stored({f"key {n}": n for n in range(5_000)}), 1, own=False))) >= 10
+    assert len(list(encode_snapshot(stored({f"key {n}": n for n in range(5_000)}), 1, 0, own=False))) >= 10
 
 
 def test_no_two_snapshots_are_equal() -> None:
@@ -319,7 +321,7 @@ def test_values_are_owned_after_a_snapshot() -> None:
     loaded = decode_snapshot(snapshot(SAMPLE | {f"key {n}": [n] for n in range(1_000)}), PATH).entries
     assert all(value.copy() is not value for value in raws(loaded))
     before = plain(loaded)
-    list(encode_snapshot(loaded, 1, own=True))
+    list(encode_snapshot(loaded, 1, 0, own=True))
     assert not list(raws(loaded))
     assert plain(loaded) == before
 
@@ -330,7 +332,7 @@ def test_values_are_left_alone_when_they_are_owned() -> None:
     owned: dict[str, Stored] = {"a": 1, "b": b"[1]"}
     for entries, own in ((borrowed, False), (owned, True)):
         before = dict(entries)
-        list(encode_snapshot(entries, 1, own=own))
+        list(encode_snapshot(entries, 1, 0, own=own))
         assert all(entries[key] is value for key, value in before.items())
 
 

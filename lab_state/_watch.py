@@ -1,0 +1,204 @@
+"""Who watches which keys, and what they have not been told yet.
+
+Theory of operation. A change is noted, and what was noted in one turn of the event loop
+is handed out in the next, so that a write costs the same however many watch. Each
+watcher keeps the last change of each key that it was not told, and above a bound only
+that there were many. Which watchers a key concerns is looked up by the key's beginnings,
+not asked of each. What is durable is told from the commits, which say the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Literal, Self, TypeAlias
+
+import msgspec
+
+from lab_state._state import DELETED, EXPIRED, Changed, Changes, State
+
+MOST_PENDING = 10_000
+
+Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
+
+
+class Change(msgspec.Struct, frozen=True):
+    """What became of a key.
+
+    Attributes:
+        key: The key, as the handle that is watched names it; empty for `resync`.
+        kind: `set`, `delete`, `expire`; or `resync`: there were more changes than are
+            kept for a reader, or everything was deleted at once, so read again.
+        revision: The revision that the state had reached. The change is in it.
+    """
+
+    key: str
+    kind: Kind
+    revision: int
+
+
+def _kind(changed: Changed) -> Kind:
+    if changed is DELETED:
+        return "delete"
+    return "expire" if changed is EXPIRED else "set"
+
+
+class Watcher:
+    """What one reader has not been told yet."""
+
+    def __init__(self, prefix: str, cut: int, since: int, *, durable: bool) -> None:
+        """`cut` characters of a key are not shown; changes up to revision `since` are not told."""
+        self.prefix: str = prefix
+        self.durable: bool = durable
+        self._cut = cut
+        self._since = since
+        self._pending: OrderedDict[str, Change] = OrderedDict()
+        self._resync: Change | None = None
+        self._closed = False
+        self._waiting: asyncio.Future[None] | None = None
+
+    def tell(self, key: str, kind: Kind, revision: int) -> None:
+        """A key changed."""
+        if revision <= self._since:
+            return
+        if self._resync is not None or (len(self._pending) >= MOST_PENDING and key not in self._pending):
+            self.resync(revision)
+            return
+        self._pending[key] = Change(key[self._cut :], kind, revision)
+        self._pending.move_to_end(key)
+        self._wake()
+
+    def resync(self, revision: int) -> None:
+        """Everything may have changed."""
+        self._pending.clear()
+        self._resync = Change("", "resync", revision)
+        self._wake()
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._closed = True
+        self._wake()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Change:
+        """What the reader was not told yet, the oldest first."""
+        if self._waiting is not None:
+            raise RuntimeError("two tasks read one watch: open one for each")
+        while self._resync is None and not self._pending:
+            if self._closed:
+                raise StopAsyncIteration
+            self._waiting = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
+        if self._resync is not None:
+            change, self._resync = self._resync, None
+            return change
+        return self._pending.popitem(last=False)[1]
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+
+class _Group:
+    """Watchers by their prefix, and prefixes by their length."""
+
+    def __init__(self) -> None:
+        self._by_length: dict[int, dict[str, dict[Watcher, None]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._by_length)
+
+    def __iter__(self) -> Iterator[Watcher]:
+        for prefixes in self._by_length.values():
+            for watchers in prefixes.values():
+                yield from watchers
+
+    def add(self, watcher: Watcher) -> None:
+        prefixes = self._by_length.setdefault(len(watcher.prefix), {})
+        prefixes.setdefault(watcher.prefix, {})[watcher] = None
+
+    def remove(self, watcher: Watcher) -> None:
+        prefixes = self._by_length[len(watcher.prefix)]
+        watchers = prefixes[watcher.prefix]
+        del watchers[watcher]
+        if not watchers:
+            del prefixes[watcher.prefix]
+        if not prefixes:
+            del self._by_length[len(watcher.prefix)]
+
+    def tell(self, key: str, kind: Kind, revision: int) -> None:
+        for length, prefixes in self._by_length.items():
+            for watcher in prefixes.get(key[:length], ()):
+                watcher.tell(key, kind, revision)
+
+    def resync(self, revision: int) -> None:
+        for watcher in self:
+            watcher.resync(revision)
+
+
+class Watchers:
+    """Those who watch one state, from a start to a stop."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._live = _Group()
+        self._durable = _Group()
+        self._turn: dict[str, tuple[Kind, int]] = {}
+        self._flooded: int | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._live) or bool(self._durable)
+
+    def add(self, watcher: Watcher) -> None:
+        """Tell this one from now on."""
+        (self._durable if watcher.durable else self._live).add(watcher)
+        self._state.note = self.note
+
+    def remove(self, watcher: Watcher) -> None:
+        """Do not tell this one any more."""
+        (self._durable if watcher.durable else self._live).remove(watcher)
+        if not self:
+            self._state.note = None
+
+    def note(self, changes: Mapping[str, Changed], revision: int, cleared: bool) -> None:  # noqa: FBT001 -- `Note`
+        """These changes were made; they are handed out in the next turn of the loop."""
+        if not self._live:
+            return
+        if not self._turn and self._flooded is None:
+            asyncio.get_running_loop().call_soon(self._hand_out)
+        if not cleared and len(changes) <= MOST_PENDING:
+            for key, changed in changes.items():
+                self._turn.pop(key, None)
+                self._turn[key] = (_kind(changed), revision)
+        if cleared or len(changes) > MOST_PENDING or len(self._turn) > MOST_PENDING:
+            self._flooded = revision
+            self._turn.clear()
+
+    def committed(self, taken: Changes) -> None:
+        """These changes are durable."""
+        if taken.cleared or len(taken.changes) > MOST_PENDING:
+            self._durable.resync(taken.end)
+        elif self._durable:
+            for key, changed in taken.changes.items():
+                self._durable.tell(key, _kind(changed), taken.end)
+
+    def close(self) -> None:
+        """The end: who reads is told the rest, and that it is over."""
+        self._hand_out()
+        for group in (self._live, self._durable):
+            for watcher in group:
+                watcher.close()
+
+    def _hand_out(self) -> None:
+        turn, self._turn = self._turn, {}
+        flooded, self._flooded = self._flooded, None
+        if flooded is not None:
+            self._live.resync(flooded)
+        for key, (kind, revision) in turn.items():
+            self._live.tell(key, kind, revision)

@@ -1,0 +1,73 @@
+"""`Blocking`: the calls of a manager, for other threads."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+from collections.abc import Coroutine
+from typing import Any, TypeVar, final
+
+from lab_state._calls import Calls
+from lab_state._plain import Plain, plain
+from lab_state.exceptions import ClosedError
+
+R = TypeVar("R")
+
+_LOOK_AGAIN = 1.0
+_ENDED = "the event loop of the manager ended; stop the threads that use `blocking` before it"
+
+
+@final
+class Blocking(Plain):
+    """The calls without `await`, for threads other than the event loop's.
+
+    For FastAPI's `def` endpoints, `asyncio.to_thread`, and threads of your own, any
+    number at once. Each call runs on the manager's event loop and returns or raises
+    what the call itself would; so a function given to `update` runs there, too. A
+    thread that is interrupted while it waits leaves its call to go on.
+
+    On top of what the call itself raises, each raises `RuntimeError` on the event
+    loop that it would wait for, where the call of the manager is to be awaited
+    instead; and `ClosedError` when that loop ends, within a second.
+    """
+
+    __slots__ = ()
+
+    def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
+        future: concurrent.futures.Future[R] | None = None
+        try:
+            loop = self._loop()
+            future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+            while not future.done():
+                concurrent.futures.wait([future], _LOOK_AGAIN)
+                if not loop.is_running() and not future.done():
+                    future.cancel()
+        finally:
+            if (future is None or future.cancelled()) and inspect.getcoroutinestate(coroutine) == "CORO_CREATED":
+                coroutine.close()
+        if future.cancelled():
+            raise ClosedError(_ENDED)
+        return future.result()
+
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        core = self._calls._core  # noqa: SLF001 -- the calls' other face
+        loop = core.running.loop
+        if _running_loop() is loop:
+            raise RuntimeError(
+                f"a call through `blocking` of {core.name!r} would wait for the event loop that it was made on: "
+                "await the call of the manager itself"
+            )
+        if not loop.is_running():
+            raise ClosedError(_ENDED)
+        return loop
+
+    flush = plain(Calls.flush)
+    wait_durable = plain(Calls.wait_durable)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
