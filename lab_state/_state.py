@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias, cast
 
 from lab_state._expiry import Expiries, Expiring, Value
 
@@ -193,7 +193,7 @@ class State:
         self.load({}, 0)
 
     def load(self, entries: dict[str, Stored], revision: int, expires: Mapping[str, int] | None = None) -> None:
-        """Begin with these entries, all of them taken; `expires` has times in milliseconds."""
+        """Begin with these values, all of them taken; `expires` has times in milliseconds."""
         self.entries: dict[str, Stored] | Layer = entries
         self.borrowed: bool = bool(entries)
         self.changes: dict[str, Changed] = {}
@@ -203,9 +203,8 @@ class State:
         self.since: float = self.monotonic()
         self.expiries: Expiries = Expiries(self.now())
         for key, at in (expires or {}).items():
-            if not isinstance(value := entries[key], Expiring):
-                entries[key] = Expiring(value, at)
-                self.expiries.add(key, at)
+            entries[key] = Expiring(cast("Value", entries[key]), at)
+            self.expiries.add(key, at)
 
     # Time
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from msgspec import Raw
 
-from lab_state._state import DELETED, Changes, Overlay, State, Stored
+from lab_state._state import DELETED, Absent, Changes, Overlay, State, Stored
 
 
 class Ticks:
@@ -39,7 +39,7 @@ def applied(before: Mapping[str, Stored], taken: Changes) -> dict[str, Stored]:
     """What a storage holds after this commit."""
     after = {} if taken.cleared else dict(before)
     for key, value in taken.changes.items():
-        if value is DELETED:
+        if isinstance(value, Absent):
             after.pop(key, None)
         else:
             after[key] = value
@@ -453,7 +453,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(keys=st.lists(KEYS, min_size=1))
     def set_many(self, keys: list[str]) -> None:
-        values: dict[str, Stored] = {key: next(self.numbers) for key in keys}
+        values = {key: next(self.numbers) for key in keys}
         self.expected.update(values)
         self.revision += 1
         assert self.state.set_many(values) == self.revision
