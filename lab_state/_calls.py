@@ -39,7 +39,7 @@ class Calls(Reads):
 
     __slots__ = ()
 
-    async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:
+    async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:  # noqa: C901 -- the hot path, written out
         """Store a value; returns the revision.
 
         Args:
@@ -83,8 +83,9 @@ class Calls(Reads):
         state.revision = revision = state.revision + 1
         if core.after:
             if state.note is not None:
-                state.note({full: stored}, revision, False)
-            await self._written(revision)
+                state.note(full, stored, revision)
+            if core.write_through:
+                await core.running.durable(revision)
         return revision
 
     async def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> int:

@@ -14,7 +14,7 @@ from msgspec import Raw
 
 from lab_state._codec import check_key
 from lab_state._core import Core
-from lab_state._expiry import Expiring, Value
+from lab_state._expiry import Expiring
 from lab_state._state import MISSING, Stored
 from lab_state._values import SCALARS, decode_value
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
@@ -72,7 +72,12 @@ class Reads:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
             return self._missing(key, default)
-        if type is Any and stored.__class__ in SCALARS:
+        if (
+            type is Any
+            and stored.__class__ is not bytes
+            and stored.__class__ is not Raw
+            and stored.__class__ is not Expiring
+        ):
             return stored
         return self._decode(key, stored, default, type)
 
@@ -157,25 +162,22 @@ class Reads:
 
     def _decode(self, key: str, stored: Stored, default: object, type_: Any) -> Any:
         if isinstance(stored, Expiring):
-            found = self._core.state.alive(stored)
-            if found is MISSING:
+            alive = self._core.state.alive(stored)
+            if alive is MISSING:
                 return self._missing(key, default)
-            return self._decode_value(key, found, type_)
-        value = self._decode_value(key, stored, type_)
+            stored = alive
+        try:
+            value = decode_value(stored, type_)
+        except TypeMismatchError as error:
+            raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
         if stored.__class__ is Raw and type_ is Any and value.__class__ in SCALARS:
-            self._core.state.settle(self._prefix + key, value)
+            self._core.state.settle(self._prefix + key, stored, value)
         return value
 
     def _expiry(self, key: str) -> int | None:
         """When a key that is there expires, in milliseconds."""
         stored = self._core.state.entries[self._prefix + key]
         return stored.at if isinstance(stored, Expiring) else None
-
-    def _decode_value(self, key: str, stored: Value, type_: Any) -> Any:
-        try:
-            return decode_value(stored, type_)
-        except TypeMismatchError as error:
-            raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
 
     def _check_open(self) -> None:
         _ = self._core.running

@@ -43,8 +43,8 @@ Stored: TypeAlias = Value | Expiring
 Changed: TypeAlias = Stored | Literal[Absent.DELETED, Absent.EXPIRED]
 """What became of a key."""
 
-Note: TypeAlias = Callable[[Mapping[str, Changed], int, bool], None]
-"""Is told of changes, the revision that they made, and whether everything else was deleted."""
+Note: TypeAlias = Callable[[str | None, Changed, int], None]
+"""Is told a key, what became of it, and the revision; `None` when everything was deleted at once."""
 
 WATCHED_CLEAR = 10_000
 """Up to so many keys are deleted one by one, where someone watches, instead of all at once."""
@@ -235,8 +235,10 @@ class State:
 
     def sweep(self, most: int) -> int:
         """Take away keys that are due, as one change; returns how many were looked at, up to `most`."""
-        keys = self.expiries.take(self.now(), most)
-        self._drop([key for key in keys if key in self.entries and not self._lives(key)], EXPIRED)
+        now, entries = self.now(), self.entries
+        keys = self.expiries.take(now, most)
+        found = [key for key in keys if key in entries and getattr(entries[key], "at", now + 1) <= now]
+        self._drop(found, EXPIRED)
         return len(keys)
 
     # Changes
@@ -250,9 +252,10 @@ class State:
         """Store one value; returns the new revision."""
         return self.apply({key: stored}, cleared=False)
 
-    def settle(self, key: str, scalar: Value) -> None:
-        """Keep a value as the scalar that it was found to be; no change."""
-        if self.entries.__class__ is dict:  # an overlay would take it for a write
+    def settle(self, key: str, stored: Stored, scalar: Value) -> None:
+        """Keep a stored value as the scalar that it was found to be; no change."""
+        # An overlay would take it for a write; one that expires is kept within.
+        if self.entries.__class__ is dict and self.entries[key] is stored:
             self.entries[key] = scalar
 
     def set_many(self, values: Mapping[str, Value]) -> int:
@@ -305,7 +308,10 @@ class State:
                 entries[key] = stored
             mine[key] = stored
         if self.note is not None:
-            self.note(changes, self.revision, cleared)
+            if cleared:
+                self.note(None, DELETED, self.revision)
+            for key, stored in changes.items():
+                self.note(key, stored, self.revision)
         return self.revision
 
     def _empty(self) -> None:

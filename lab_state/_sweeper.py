@@ -8,7 +8,7 @@ from lab_state._clock import Clock, Timer
 from lab_state._state import State
 
 _PERIOD = 1.0
-_AT_ONCE = 1000
+_AT_ONCE = 500
 
 
 class Sweeper:

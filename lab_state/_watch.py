@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import Literal, Self, TypeAlias
 
 import msgspec
@@ -71,6 +72,8 @@ class Watcher:
 
     def resync(self, revision: int) -> None:
         """Everything may have changed."""
+        if revision <= self._since:
+            return
         self._pending.clear()
         self._resync = Change("", "resync", revision)
         self._wake()
@@ -132,10 +135,18 @@ class _Group:
         if not prefixes:
             del self._by_length[len(watcher.prefix)]
 
-    def tell(self, key: str, kind: Kind, revision: int) -> None:
-        for length, prefixes in self._by_length.items():
-            for watcher in prefixes.get(key[:length], ()):
-                watcher.tell(key, kind, revision)
+    def tell(self, changes: Mapping[str, tuple[Changed, int]]) -> None:
+        """Tell the watchers of each key, in the order of the revisions."""
+        lengths = list(self._by_length.items())
+        concerned = [
+            (revision, key, changed, watchers)
+            for key, (changed, revision) in changes.items()
+            for length, prefixes in lengths
+            if (watchers := prefixes.get(key[:length])) is not None
+        ]
+        for revision, key, changed, watchers in sorted(concerned, key=itemgetter(0)):
+            for watcher in watchers:
+                watcher.tell(key, _kind(changed), revision)
 
     def resync(self, revision: int) -> None:
         for watcher in self:
@@ -149,8 +160,8 @@ class Watchers:
         self._state = state
         self._live = _Group()
         self._durable = _Group()
-        self._turn: dict[str, tuple[Kind, int]] = {}
-        self._flooded: int | None = None
+        self._turn: dict[str, tuple[Changed, int]] = {}
+        self._everything = 0  # the revision at which all was deleted in this turn
 
     def __bool__(self) -> bool:
         return bool(self._live) or bool(self._durable)
@@ -166,27 +177,22 @@ class Watchers:
         if not self:
             self._state.note = None
 
-    def note(self, changes: Mapping[str, Changed], revision: int, cleared: bool) -> None:  # noqa: FBT001 -- `Note`
-        """These changes were made; they are handed out in the next turn of the loop."""
-        if not self._live:
-            return
-        if not self._turn and self._flooded is None:
+    def note(self, key: str | None, changed: Changed, revision: int) -> None:
+        """A key changed, or everything; it is handed out in the next turn of the loop."""
+        turn = self._turn
+        if not turn and not self._everything:
             asyncio.get_running_loop().call_soon(self._hand_out)
-        if not cleared and len(changes) <= MOST_PENDING:
-            for key, changed in changes.items():
-                self._turn.pop(key, None)
-                self._turn[key] = (_kind(changed), revision)
-        if cleared or len(changes) > MOST_PENDING or len(self._turn) > MOST_PENDING:
-            self._flooded = revision
-            self._turn.clear()
+        if key is None:
+            self._everything = revision
+        else:
+            turn[key] = (changed, revision)
 
     def committed(self, taken: Changes) -> None:
         """These changes are durable."""
         if taken.cleared or len(taken.changes) > MOST_PENDING:
             self._durable.resync(taken.end)
         elif self._durable:
-            for key, changed in taken.changes.items():
-                self._durable.tell(key, _kind(changed), taken.end)
+            self._durable.tell({key: (changed, taken.end) for key, changed in taken.changes.items()})
 
     def close(self) -> None:
         """The end: who reads is told the rest, and that it is over."""
@@ -197,8 +203,8 @@ class Watchers:
 
     def _hand_out(self) -> None:
         turn, self._turn = self._turn, {}
-        flooded, self._flooded = self._flooded, None
-        if flooded is not None:
-            self._live.resync(flooded)
-        for key, (kind, revision) in turn.items():
-            self._live.tell(key, kind, revision)
+        everything, self._everything = self._everything, 0
+        if everything or len(turn) > MOST_PENDING:
+            self._live.resync(max([everything, *(revision for _, revision in turn.values())]))
+        else:
+            self._live.tell(turn)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Generic, TypeVar, cast, final, overload
 
@@ -13,7 +13,7 @@ from lab_state._draft import Draft
 from lab_state._expiry import Seconds
 from lab_state._flusher import Flusher
 from lab_state._plain import Plain
-from lab_state._state import MISSING, State
+from lab_state._state import MISSING, Changed, State
 from lab_state._values import encode_trusting
 from lab_state._watch import Change, Watcher
 from lab_state.blocking import Blocking
@@ -131,7 +131,7 @@ class Scope(Calls):
         await core.acquire(draft)
         try:
             draft.begin()
-            yield Transaction(Calls(draft, self._prefix))
+            yield Transaction(draft, self._prefix)
             revision = draft.merge()
         finally:
             draft.end()
@@ -180,13 +180,22 @@ class Namespace(Scope):
 
 
 class _DraftCore(Core):
-    """What the calls of a transaction share."""
+    """What the calls of a transaction share.
 
-    __slots__ = ("_core",)
+    Attributes:
+        changes: The changes of the draft; empty, and nobody's, when it is over.
+        known: Keys that need not be looked at.
+        revision: What `merge` makes it.
+    """
+
+    __slots__ = ("_core", "changes", "known", "revision")
 
     def __init__(self, core: Core) -> None:
         super().__init__(core.name, State(float))
         self._core = core
+        self.changes: dict[str, Changed] = {}
+        self.known: Container[str] = ()
+        self.revision: int = 0
 
     @property
     def running(self) -> Flusher:
@@ -196,7 +205,11 @@ class _DraftCore(Core):
         return self._core.running
 
     def begin(self) -> None:
-        self.state = Draft(self._core.state)
+        draft = Draft(self._core.state)
+        self.state = draft
+        self.changes = draft.changes
+        self.known = draft.base.entries
+        self.revision = draft.revision
 
     def merge(self) -> int | None:
         self.running.check_loop()
@@ -205,6 +218,7 @@ class _DraftCore(Core):
 
     def end(self) -> None:
         self.state = State(float)
+        self.changes, self.known = {}, ()
 
 
 @final
@@ -219,7 +233,12 @@ class Transaction(Plain):
         RuntimeError: From every call: the transaction is over.
     """
 
-    __slots__ = ()
+    __slots__ = ("_core", "_prefix")
+
+    def __init__(self, core: _DraftCore, prefix: str) -> None:
+        super().__init__(Calls(core, prefix))
+        self._core = core
+        self._prefix = prefix
 
     def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
         try:
@@ -235,17 +254,20 @@ class Transaction(Plain):
             return self._run(self._calls.set(key, value, ttl=ttl))
         # Written out: the way through a coroutine costs more than the work.
         stored = encode_trusting(value)
-        calls = self._calls
-        full = calls._full(key)  # noqa: SLF001 -- the calls' other face
-        draft = calls._core.state  # noqa: SLF001 -- likewise
-        if full not in draft.changes and (draft.__class__ is not Draft or full not in draft.base.entries):
-            calls._begin(full)  # noqa: SLF001 -- likewise
-        draft.changes[full] = stored
-        return draft.revision
+        try:
+            full = self._prefix + key
+        except TypeError:
+            full = self._calls._full(key)  # noqa: SLF001 -- the calls' other face
+        core = self._core
+        changes = core.changes
+        if full not in changes and full not in core.known:
+            self._calls._begin(full)  # noqa: SLF001 -- likewise
+        changes[full] = stored
+        return core.revision
 
     def namespace(self, name: str) -> Transaction:
         """The same transaction, for the keys that begin with `name` and a slash; see `Scope.namespace`."""
-        return Transaction(Calls(self._calls._core, self._calls._nested(name)))  # noqa: SLF001 -- one level further down
+        return Transaction(self._core, self._calls._nested(name))  # noqa: SLF001 -- likewise
 
     def __len__(self) -> int:
         """How many keys there are."""

@@ -172,7 +172,7 @@ def test_since_is_when_the_oldest_change_was_made() -> None:
 def test_settling_is_no_change() -> None:
     """A value that was found to be a scalar is kept as one, which changes nothing."""
     state = state_of(a=Raw(b"1"))
-    state.settle("a", 1)
+    state.settle("a", state.entries["a"], 1)
     assert entries_of(state) == {"a": 1}
     assert (state.revision, state.changes) == (10, {})
 
@@ -182,7 +182,7 @@ def test_settling_leaves_a_view_alone() -> None:
     value = Raw(b"1")
     state = state_of(a=value)
     view = state.freeze()
-    state.settle("a", 1)
+    state.settle("a", state.entries["a"], 1)
     assert view["a"] is value
     assert state.entries["a"] is value
     assert folded(state, view) == 1
