@@ -151,7 +151,8 @@ class Scope(Calls):
 
         Args:
             prefix: Which keys: those that begin with it.
-            durable: Whether to tell changes only when they are durable.
+            durable: Whether to tell changes only when they are durable; those that
+                were made, but not durable, before the watch was opened are told too.
 
         Raises:
             InvalidKeyError: The prefix is not a `str`.
