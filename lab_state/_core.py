@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -65,7 +65,7 @@ class Core:
     # Watching
 
     @contextmanager
-    def watching(self, watcher: Watcher) -> Iterator[Watcher]:
+    def watching(self, watcher: Watcher) -> Generator[Watcher]:
         """Tell a watcher what changes, meanwhile."""
         self.running.check_loop()
         watchers = self._watchers

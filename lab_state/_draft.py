@@ -58,15 +58,7 @@ class Draft(State):
         self._only_values = True
         super().__init__(base.monotonic)
         self.entries = _Entries(_Live(base), self.changes)
-
-    @property
-    def revision(self) -> int:
-        """What a merge makes it."""
-        return self.base.revision + 1
-
-    @revision.setter
-    def revision(self, _: int) -> None:
-        """However many the changes, they make one."""
+        self.revision = base.revision + 1
 
     def now(self) -> int:
         """The time of the state beneath."""
@@ -83,7 +75,7 @@ class Draft(State):
 
     def merge(self) -> int | None:
         """Make it all one change of the state beneath; returns its revision, `None` if it changed nothing."""
-        changes = self.changes
+        changes: dict[str, Changed] = self.changes
         if self._only_values:
             return self.base.set_many(cast("dict[str, Value]", changes)) if changes else None
         gone: Container[str] = () if self.cleared else self.base.entries
@@ -93,9 +85,11 @@ class Draft(State):
         return self.base.apply(changes, cleared=self.cleared)
 
     def apply(self, changes: Mapping[str, Changed], *, cleared: bool) -> int:
-        """Make them in the draft."""
+        """Make them in the draft; however many, they are one change."""
         self._only_values = False
-        return super().apply(changes, cleared=cleared)
+        super().apply(changes, cleared=cleared)
+        self.revision = self.base.revision + 1
+        return self.revision
 
     def _empty(self) -> None:
         self.changes.clear()

@@ -303,7 +303,7 @@ class State:
                 del entries[key]
                 expiries.discard(key)
             else:
-                if stored.__class__ is Expiring:
+                if isinstance(stored, Expiring):
                     expiries.add(key, stored.at)
                 entries[key] = stored
             mine[key] = stored

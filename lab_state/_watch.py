@@ -138,7 +138,7 @@ class _Group:
     def tell(self, changes: Mapping[str, tuple[Changed, int]]) -> None:
         """Tell the watchers of each key, in the order of the revisions."""
         lengths = list(self._by_length.items())
-        concerned = [
+        concerned: list[tuple[int, str, Changed, dict[Watcher, None]]] = [
             (revision, key, changed, watchers)
             for key, (changed, revision) in changes.items()
             for length, prefixes in lengths

@@ -35,20 +35,21 @@ class Blocking(Plain):
     __slots__ = ()
 
     def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        future: concurrent.futures.Future[R] | None = None
         try:
             loop = self._loop()
-            future = asyncio.run_coroutine_threadsafe(coroutine, loop)
-            while not future.done():
-                concurrent.futures.wait([future], _LOOK_AGAIN)
-                if not loop.is_running() and not future.done():
-                    future.cancel()
-        finally:
-            if (future is None or future.cancelled()) and inspect.getcoroutinestate(coroutine) == "CORO_CREATED":
-                coroutine.close()
-        if future.cancelled():
-            raise ClosedError(_ENDED)
-        return future.result()
+            future = _submit(coroutine, loop)
+        except BaseException:
+            coroutine.close()
+            raise
+        while not future.done():
+            concurrent.futures.wait([future], _LOOK_AGAIN)
+            if not loop.is_running():
+                future.cancel()
+        if not future.cancelled():
+            return future.result()
+        if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+            coroutine.close()
+        raise ClosedError(_ENDED)
 
     def _loop(self) -> asyncio.AbstractEventLoop:
         core = self._calls._core  # noqa: SLF001 -- the calls' other face
@@ -64,6 +65,13 @@ class Blocking(Plain):
 
     flush = plain(Calls.flush)
     wait_durable = plain(Calls.wait_durable)
+
+
+def _submit(coroutine: Coroutine[Any, Any, R], loop: asyncio.AbstractEventLoop) -> concurrent.futures.Future[R]:
+    try:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
+    except RuntimeError:  # closed since it was looked at
+        raise ClosedError(_ENDED) from None
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
