@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lab_state._clock import Clock, Timer
+from lab_state._metrics import Metrics
 from lab_state._watch import Change
 from lab_state.blocking import Blocking
 from lab_state.config import Config
@@ -30,6 +31,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Clock",
     "Config",
     "Manager",
+    "Metrics",
     "Status",
     "Timer",
     # its handles

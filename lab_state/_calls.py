@@ -59,18 +59,22 @@ class Calls(Reads):
         """
         core = self._core
         if ttl is not None or core.held is not None:
-            return await self._put(key, encode_trusting(value), ttl)
+            return await self._put(key, value, ttl)
         # `encode_trusting` and `State.apply` are written out here: the calls alone show in the bench.
-        if value.__class__ is dict or value.__class__ is list:
-            try:
-                stored: Any = encode(value)
-            except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
-                stored = encode_value(value)
+        try:
+            if value.__class__ is dict or value.__class__ is list:
+                try:
+                    stored: Any = encode(value)
+                except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
+                    stored = encode_value(value)
+                else:
+                    if stored.rpartition(NULL)[1] or len(stored) >= SHALLOW:
+                        check_encoded(value, stored)
             else:
-                if stored.rpartition(NULL)[1] or len(stored) >= SHALLOW:
-                    check_encoded(value, stored)
-        else:
-            stored = encode_value(value)
+                stored = encode_value(value)
+        except InvalidValueError:
+            core.counters.set_errors += 1
+            raise
         try:
             full = self._prefix + key
         except TypeError:
@@ -104,7 +108,7 @@ class Calls(Reads):
         self._check_writable()
         if not isinstance(values, Mapping):
             raise InvalidValueError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
-        encoded = {check_key(self._full(key)): self._encode(key, value) for key, value in values.items()}
+        encoded = {check_key(self._full(key)): self._encode_one(key, value) for key, value in values.items()}
         lifetime = None if ttl is None else milliseconds(ttl)
         if self._core.held is not None:
             await self._turn()
@@ -251,7 +255,7 @@ class Calls(Reads):
             InvalidValueError: JSON cannot hold the value, or `ttl` is out of bounds.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        stored = encode_value(value)
+        stored = self._encode(value)
         lifetime = None if ttl is None else milliseconds(ttl)
         await self._turn()
         if key in self:
@@ -295,7 +299,7 @@ class Calls(Reads):
             new: float = old + delta
         except OverflowError:
             raise InvalidValueError("the sum is too large for a float") from None
-        await self._store(key, encode_value(new), at)
+        await self._store(key, self._encode(new), at)
         return new
 
     # Durability
@@ -338,12 +342,13 @@ class Calls(Reads):
 
     # What the calls share
 
-    async def _put(self, key: str, value: Value, ttl: Seconds | None) -> int:
+    async def _put(self, key: str, value: object, ttl: Seconds | None) -> int:
         """`set` where it has more to do."""
+        stored = self._encode(value, encode_trusting)
         lifetime = None if ttl is None else milliseconds(ttl)
         check_key(self._full(key))
         await self._turn()
-        return await self._store(key, value, self._at(lifetime))
+        return await self._store(key, stored, self._at(lifetime))
 
     async def _store(self, key: str, value: Value, at: int | None) -> int:
         """Store one value, the caller's turn being now; `at` is when it expires, in milliseconds."""
@@ -352,7 +357,7 @@ class Calls(Reads):
 
     async def _replaced(self, key: str, value: object, type_: Any, at: int | None) -> Any:
         """Store a value that must be a `type_`, and return it as a read would."""
-        stored = encode_value(value)
+        stored = self._encode(value)
         try:
             fresh = decode_value(stored, type_)
         except TypeMismatchError as error:
@@ -368,9 +373,17 @@ class Calls(Reads):
         """When the value expires that a new one takes the place of."""
         return self._expiry(key) if key in self else None
 
-    def _encode(self, key: str, value: object) -> Value:
+    def _encode(self, value: object, encode: Callable[[object], Value] = encode_value) -> Value:
         try:
-            return encode_value(value)
+            return encode(value)
+        except InvalidValueError:
+            self._core.counters.set_errors += 1
+            raise
+
+    def _encode_one(self, key: str, value: object) -> Value:
+        """One of many values: the error says which."""
+        try:
+            return self._encode(value)
         except InvalidValueError as error:
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
 

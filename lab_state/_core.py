@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 
 from lab_state._flusher import Flusher
+from lab_state._metrics import Counters
 from lab_state._state import State
 from lab_state._watch import Watcher, Watchers
 from lab_state.exceptions import ClosedError
@@ -25,13 +27,15 @@ class Core:
             call that finds its key there so knows that the manager is running.
         held: The transaction that is open: writers wait for it. A writer that finds
             none need not take the lock, since it does not await before it is done.
+        counters: What is counted here, and what the states of earlier starts counted.
         after: Whether a write has something to do when it is done: tell those who
             watch, or wait until it is durable.
     """
 
-    __slots__ = ("_flusher", "_lock", "_watchers", "after", "held", "name", "state", "write_through")
+    __slots__ = ("_flusher", "_lock", "_watchers", "after", "counters", "held", "name", "state", "write_through")
 
     def __init__(self, name: str, closed: State) -> None:
+        self.counters: Counters = Counters()
         self.name: str = name
         self.state: State = closed
         self.held: object | None = None
@@ -52,11 +56,21 @@ class Core:
 
     def close(self, closed: State) -> tuple[Flusher, Watchers]:
         """Keep the calls out; returns what still has to be stopped."""
-        self.state, flusher, self._flusher = closed, self.running, None
+        flusher = self.running
+        self.counters = self.counted()
+        self.state, self._flusher = closed, None
         self.write_through = False
         self.set_after()
         self.release(self.held)  # who waits for a transaction is told that it is over
         return flusher, self._watchers
+
+    def counted(self) -> Counters:
+        """What was counted up to now, over restarts."""
+        total, state = copy(self.counters), self.state
+        total.sets += state.stored
+        total.deletes += state.deleted
+        total.expiries += state.swept
+        return total
 
     def set_after(self) -> None:
         """Whether a write has something to do when it is done may have changed."""

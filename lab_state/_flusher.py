@@ -25,6 +25,7 @@ from typing import Any
 
 from lab_state._clock import Clock, Pauses, Timer
 from lab_state._codec import encode_record
+from lab_state._metrics import FlushTimes
 from lab_state._state import Changes, State
 from lab_state._views import Views, joined
 from lab_state._waiters import Waiters, copied
@@ -58,12 +59,14 @@ class Flusher:
         clock: Clock,
         logger: logging.Logger,
         committed: Callable[[Changes], None],
+        times: FlushTimes,
     ) -> None:
         """Begin at once; the running loop is the one that everything else must be called on.
 
-        `committed` is called with what has become durable.
+        `committed` is called with what has become durable; `times` takes how long it took.
         """
         self.state: State = state
+        self._times = times
         self._committed = committed
         self.write_through: bool = config.flush_interval == 0
         self.flushes: int = 0
@@ -338,11 +341,13 @@ class Flusher:
         self.last_error = None
         self.last_flush_at = self._clock.time()
         self.last_flush_seconds = seconds
+        self._times.add(seconds)
         self._pauses.end()
         self._waiters.settle(revision)
 
     def _failed(self, error: StorageError) -> None:
         self.failures += 1
+        self._times.failures += 1
         self.last_error = error
         pause = self._pauses.begin()
         retried = self._interval is not None or self._unsettled

@@ -72,12 +72,7 @@ class Reads:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
             return self._missing(key, default)
-        if (
-            type is Any
-            and stored.__class__ is not bytes
-            and stored.__class__ is not Raw
-            and stored.__class__ is not Expiring
-        ):
+        if type is Any and (kind := stored.__class__) is not bytes and kind is not Raw and kind is not Expiring:
             return stored
         return self._decode(key, stored, default, type)
 
@@ -157,11 +152,12 @@ class Reads:
         self._check_open()
         check_key(self._full(key))
         if default is MISSING:
+            self._core.counters.get_errors += 1
             raise KeyNotFoundError(str(key))
         return default
 
     def _decode(self, key: str, stored: Stored, default: object, type_: Any) -> Any:
-        if isinstance(stored, Expiring):
+        if stored.__class__ is not bytes and isinstance(stored, Expiring):
             alive = self._core.state.alive(stored)
             if alive is MISSING:
                 return self._missing(key, default)
@@ -169,6 +165,7 @@ class Reads:
         try:
             value = decode_value(stored, type_)
         except TypeMismatchError as error:
+            self._core.counters.get_errors += 1
             raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
         if stored.__class__ is Raw and type_ is Any and value.__class__ in SCALARS:
             self._core.state.settle(self._prefix + key, stored, value)

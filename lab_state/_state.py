@@ -164,6 +164,8 @@ class State:
         taken: The revision up to which changes were taken.
         since: When the oldest change that was not taken was made, in seconds of
             `monotonic`.
+        deleted: How many keys were deleted, since the state was loaded.
+        swept: How many had expired.
         expiries: Finds the keys that are due.
         monotonic: The clock that is never set.
         note: Called after each change, where someone watches; `set` of `Calls` does so itself.
@@ -173,15 +175,19 @@ class State:
 
     __slots__ = (
         "_epoch",
+        "_first",
+        "_more",
         "borrowed",
         "changes",
         "cleared",
+        "deleted",
         "entries",
         "expiries",
         "monotonic",
         "note",
         "revision",
         "since",
+        "swept",
         "taken",
     )
 
@@ -201,10 +207,19 @@ class State:
         self.revision: int = revision
         self.taken: int = revision
         self.since: float = self.monotonic()
+        self.deleted: int = 0
+        self.swept: int = 0
+        self._first = revision
+        self._more = 0
         self.expiries: Expiries = Expiries(self.now())
         for key, at in (expires or {}).items():
             entries[key] = Expiring(cast("Value", entries[key]), at)
             self.expiries.add(key, at)
+
+    @property
+    def stored(self) -> int:
+        """How many values were stored since the state was loaded: one for each `set`, and so not counted there."""
+        return self.revision - self._first + self._more
 
     # Time
 
@@ -239,6 +254,8 @@ class State:
         keys = self.expiries.take(now, most)
         found = [key for key in keys if key in entries and getattr(entries[key], "at", now + 1) <= now]
         self._drop(found, EXPIRED)
+        self.deleted -= len(found)
+        self.swept += len(found)
         return len(keys)
 
     # Changes
@@ -267,6 +284,7 @@ class State:
         self.revision += 1
         entries.update(values)
         self.changes.update(values)
+        self._more += len(values) - 1
         return self.revision
 
     def delete_many(self, keys: Iterable[str]) -> int:
@@ -296,17 +314,22 @@ class State:
         self.begin()
         self.revision += 1
         if cleared:
+            self.deleted += len(self.entries)
             self._empty()
+        absent = 0
         entries, mine, expiries = self.entries, self.changes, self.expiries
         for key, stored in changes.items():
             if isinstance(stored, Absent):
                 del entries[key]
                 expiries.discard(key)
+                absent += 1
             else:
                 if isinstance(stored, Expiring):
                     expiries.add(key, stored.at)
                 entries[key] = stored
             mine[key] = stored
+        self.deleted += absent
+        self._more += len(changes) - absent - 1
         if self.note is not None:
             if cleared:
                 self.note(None, DELETED, self.revision)

@@ -194,6 +194,7 @@ class _DraftCore(Core):
     def __init__(self, core: Core) -> None:
         super().__init__(core.name, State(float))
         self._core = core
+        self.counters = core.counters
         self.changes: dict[str, Changed] = {}
         self.known: Container[str] = ()
         self.revision: int = 0
@@ -254,11 +255,11 @@ class Transaction(Plain):
         if ttl is not None:
             return self._run(self._calls.set(key, value, ttl=ttl))
         # Written out: the way through a coroutine costs more than the work.
-        stored = encode_trusting(value)
+        stored = self._calls._encode(value, encode_trusting)  # noqa: SLF001 -- the calls' other face
         try:
             full = self._prefix + key
         except TypeError:
-            full = self._calls._full(key)  # noqa: SLF001 -- the calls' other face
+            full = self._calls._full(key)  # noqa: SLF001 -- likewise
         core = self._core
         changes = core.changes
         if full not in changes and full not in core.known:

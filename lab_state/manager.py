@@ -13,6 +13,7 @@ from lab_state._clock import Clock, SystemClock
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._core import Core
 from lab_state._flusher import Flusher
+from lab_state._metrics import FlushTimes, Metrics, metrics
 from lab_state._state import State
 from lab_state._sweeper import Sweeper
 from lab_state._watch import Watchers
@@ -66,7 +67,18 @@ class Manager(Scope):
     `start()` runs on, until `stop()`.
     """
 
-    __slots__ = ("_clock", "_config", "_ended", "_flusher", "_logger", "_phase", "_stopping", "_storage", "_sweeper")
+    __slots__ = (
+        "_clock",
+        "_config",
+        "_ended",
+        "_flusher",
+        "_logger",
+        "_phase",
+        "_stopping",
+        "_storage",
+        "_sweeper",
+        "_times",
+    )
 
     def __init__(
         self,
@@ -101,6 +113,7 @@ class Manager(Scope):
         self._phase: Phase = "new"
         self._flusher: Flusher | None = None
         self._ended = Status(phase="new", keys=0, revision=0, durable_revision=0)
+        self._times = FlushTimes()
         self._stopping: asyncio.Task[None] | None = None
         super().__init__(Core(self._config.name, State(self._clock.monotonic)), "")
 
@@ -148,7 +161,7 @@ class Manager(Scope):
 
     def _run(self, state: State, session: StorageSession) -> None:
         watchers = Watchers(state)
-        flusher = Flusher(state, session, self._config, self._clock, self._logger, watchers.committed)
+        flusher = Flusher(state, session, self._config, self._clock, self._logger, watchers.committed, self._times)
         self._flusher = flusher
         self._core.open(state, flusher, watchers)
         self._sweeper = Sweeper(state, self._clock, lambda: self._core.held is not None, flusher.nudge)
@@ -242,6 +255,10 @@ class Manager(Scope):
         if self._flusher is None:
             return msgspec.structs.replace(self._ended, phase=self._phase)
         return self._status_of(self._flusher)
+
+    def metrics(self) -> Metrics:
+        """Counts for a monitoring system. Works in every phase, and from any thread."""
+        return metrics(self._core.counted(), self._times)
 
     def _status_of(self, flusher: Flusher) -> Status:
         return Status(

@@ -27,7 +27,7 @@ PACKAGE = Path(inspect.getfile(lab_state)).parent
 # From low to high; a module imports from its own layer and those below.
 LAYERS = (
     ("exceptions", "config"),
-    ("_clock", "_expiry", "_journal", "_waiters"),
+    ("_clock", "_expiry", "_journal", "_metrics", "_waiters"),
     ("_state", "_values"),
     ("_draft", "_sweeper", "_watch", "_codec", "storage", "storage.*"),
     ("_views",),
