@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -591,6 +591,19 @@ def test_a_sweeper_of_what_was_loaded() -> None:
     swept.clock.advance(1)
     assert not len(swept.state.entries)
     assert swept.told == [11, 12]
+
+
+def test_one_timer_after_all_keys_went() -> None:
+    """A state that is emptied and filled again before the timer rings still has one timer, and is swept."""
+    swept = Swept([START + 500])
+    emptied: list[Callable[[], int]] = [lambda: swept.state.delete_many(["0"]), swept.state.clear]
+    for empty in emptied:
+        assert empty() == 1
+        assert not swept.state.expiries
+        swept.state.set("0", Expiring(1, START + 500))
+        assert swept.timers == 1
+    swept.clock.advance(1)
+    assert (len(swept.state.entries), swept.timers) == (0, 0)
 
 
 def test_a_key_that_stays_stops_the_sweeper_at_its_old_time() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import logging
 import math
@@ -193,6 +194,21 @@ class TestSetting:
             assert ("soon" in tx, "b" in tx, len(tx), tx.delete("soon")) == (False, False, 1, False)
         assert await state.get_all() == {"a": 1}
         assert await state.expires_in("a") == 9.5
+
+    async def test_beside_a_transaction(self, state: Manager, clock: ManualClock) -> None:
+        """A write with a ttl that waits for a transaction lives as long as it was told from when it was stored."""
+        async with state.transaction() as tx:
+            outside = contextvars.Context()
+            writing = [
+                outside.run(asyncio.ensure_future, state.set("a", 1, ttl=10)),
+                outside.run(asyncio.ensure_future, state.set_many({"b": 1}, ttl=10)),
+                outside.run(asyncio.ensure_future, state.set_if_absent("c", 1, ttl=10)),
+            ]
+            await asyncio.sleep(0)
+            clock.advance(8)
+            assert tx.keys() == []
+        await asyncio.gather(*writing)
+        assert [await state.expires_in(key) for key in "abc"] == [10.0, 10.0, 10.0]
 
     async def test_namespaces(self, state: Manager, clock: ManualClock) -> None:
         """A namespace has the same calls, for its own keys, and leaves the others alone."""
