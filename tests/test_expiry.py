@@ -650,11 +650,11 @@ def test_a_sweeper_waits_while_someone_is_busy() -> None:
     assert (len(swept.state.entries), swept.timers, swept.told) == (0, 0, [11])
 
 
-def test_a_sweeper_that_was_stopped() -> None:
-    """After a stop nothing is swept, no timer is left, and new keys start none; also when it rested."""
-    swept = Swept([START + 500])
+@pytest.mark.parametrize("expires", [[], [START + 500]], ids=["resting", "armed"])
+def test_a_sweeper_that_was_stopped(expires: list[int]) -> None:
+    """After a stop nothing is swept, no timer is left, and new keys start none; whether it rested or not."""
+    swept = Swept(expires)
     swept.sweeper.stop()
-    swept.state.set("a", Expiring(1, START + 500))
     swept.state.clear()
     swept.state.set("a", Expiring(1, START + 500))
     assert swept.timers == 0
