@@ -438,13 +438,23 @@ class TestLoopEnded:
         with pytest.raises(ClosedError, match=self.ENDED):
             state.blocking.set("a", 2)
 
-    def test_that_pauses(self, loop: asyncio.AbstractEventLoop, storage: FaultyStorage, clock: ManualClock) -> None:
-        """A loop that does not run answers nobody; when it runs again, the manager goes on."""
+    def test_that_pauses(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        storage: FaultyStorage,
+        clock: ManualClock,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A loop that does not run answers nobody, nor is it asked; when it runs again, the manager goes on."""
         state = started(loop, storage, clock)
         call = thread(lambda: _when_running(loop, lambda: state.blocking.set("a", 1)))
         loop.run_until_complete(committing(storage))
         with pytest.raises(ClosedError, match=self.ENDED):
             call.result()
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "run_coroutine_threadsafe", lambda *_: pytest.fail("it was asked"))
+            with pytest.raises(ClosedError, match=self.ENDED):
+                state.blocking.set("a", 9)
         storage.resume()
         loop.run_until_complete(state.wait_durable(1))
         call = thread(lambda: _when_running(loop, lambda: state.blocking.set("a", 2)))

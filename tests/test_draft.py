@@ -128,8 +128,9 @@ def test_a_clear_is_merged_as_a_clear() -> None:
     assert draft.clear() == 3
     assert (entries_of(draft), len(draft.entries)) == ({}, 0)
     draft.set("b", 5)
-    draft.set("e", 6)
-    draft.delete_many(["e"])
+    draft.set("a", 6)
+    draft.set("e", 7)
+    assert draft.delete_many(["a", "e"]) == 2
     assert draft.merge() == 12
     assert (entries_of(base), base.changes, base.cleared) == ({"b": 5}, {"b": 5}, True)
 

@@ -31,6 +31,7 @@ from lab_state import (
     UnavailableError,
 )
 from lab_state._calls import Calls
+from lab_state._core import _INSIDE
 from lab_state._plain import Plain
 from lab_state._reads import Reads
 from lab_state._state import Overlay
@@ -749,24 +750,23 @@ async def test_a_stop_ends_an_open_transaction(
     clock: ManualClock,
     inside: bool,  # noqa: FBT001 -- a parameter
 ) -> None:
-    """Leaving it raises ClosedError and changes nothing; so do those who wait, and none of them hangs."""
-    tasks: list[asyncio.Task[object]] = []
+    """Leaving it raises ClosedError and changes nothing; so do those who wait, at once, and none of them hangs."""
 
     async def body() -> None:
         async with state.transaction() as tx:
             tx.set("a", 2)
-            tasks.extend(
-                outside(WAYS[way](state)) for way in ("set", "a transaction", "incr in a thread", "a transaction")
-            )
+            tasks = [outside(WAYS[way](state)) for way in ("set", "a transaction", "incr in a thread", "a transaction")]
             await until(lambda: waiters(state) == 4)
             await (state.stop() if inside else outside(state.stop()))
             for call in (lambda: tx.get("nope"), lambda: tx.set("new", 1), lambda: tx.delete("a"), lambda: len(tx)):
                 with pytest.raises(ClosedError):
                     call()
+            results.extend(await asyncio.gather(*tasks, return_exceptions=True))
+        raise AssertionError
 
+    results: list[object] = []
     with pytest.raises(ClosedError):
         await body()
-    results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(result) for result in results] == [ClosedError] * 4
     assert "was stopped while a transaction waited for another" in str(results[1])
     async with running(memory, clock) as again:
@@ -796,21 +796,43 @@ async def test_a_transaction_of_an_earlier_start_does_not_touch_the_next_one(sta
 
 def test_a_transaction_belongs_to_the_loop_of_the_start(memory: MemoryStorage, clock: ManualClock) -> None:
     """Entering on another event loop is RuntimeError, and so is writing in another thread."""
+    state, entered = Manager("test", memory, clock=clock), list[Transaction]()
+
+    async def enter() -> None:
+        async with state.transaction() as tx:
+            entered.append(tx)
+            with pytest.raises(RuntimeError):
+                await asyncio.to_thread(tx.set, "new", 1)
+
     with asyncio.Runner() as runner, asyncio.Runner() as other:
-        state = Manager("test", memory, clock=clock)
         runner.run(state.start())
-        with pytest.raises(RuntimeError, match="belongs to the event loop that start\\(\\) ran on"):
-            other.run(transact(state))
-        runner.run(transact(state))
-
-        async def in_another_thread() -> None:
-            async with state.transaction() as tx:
-                with pytest.raises(RuntimeError):
-                    await asyncio.to_thread(tx.set, "new", 1)
-
-        runner.run(in_another_thread())
-        assert state.revision == 1
+        with pytest.raises(RuntimeError, match=r"belongs to the event loop that start\(\) ran on"):
+            other.run(enter())
+        assert not entered
+        runner.run(enter())
+        assert len(entered) == 1
+        assert state.revision == 0
         runner.run(state.stop())
+
+
+def test_each_start_has_a_lock_of_its_own(memory: MemoryStorage, clock: ManualClock) -> None:
+    """Transactions wait for one another on whichever event loop the manager was started last."""
+    state = Manager("test", memory, clock=clock)
+
+    async def life() -> None:
+        async with state:
+            await asyncio.gather(*(_count(state) for _ in range(3)))
+
+    for _ in range(2):
+        asyncio.run(life())
+    assert state.revision == 6
+
+
+async def test_nothing_is_kept_of_a_transaction_that_is_over(state: Manager) -> None:
+    """A task that has made many is inside of none."""
+    async with state.transaction():
+        assert len(_INSIDE.get()) == 1
+    assert _INSIDE.get() == ()
 
 
 # Durability
@@ -837,6 +859,7 @@ async def test_leaving_returns_when_it_is_durable(storage: FaultyStorage, clock:
 async def _count(state: Manager) -> None:
     async with state.transaction() as tx:
         tx.incr("n")
+        await asyncio.sleep(0)
 
 
 async def test_reading_alone_waits_for_no_write(storage: FaultyStorage, clock: ManualClock) -> None:
