@@ -19,7 +19,8 @@ from lab_state import (
     UnavailableError,
     UnsupportedError,
 )
-from lab_state._watch import MOST_PENDING, Watcher
+from lab_state._state import State
+from lab_state._watch import MOST_PENDING, Watcher, Watchers
 from lab_state.testing import FaultyStorage, ManualClock
 
 Changes = AsyncIterator[Change]
@@ -405,7 +406,16 @@ class TestSlowReaders:
             calls.append(revision)
             tell(self, key, kind, revision)
 
+        turns = 0
+        hand_out = Watchers._hand_out
+
+        def counted_turn(self: Watchers) -> None:
+            nonlocal turns
+            turns += 1
+            hand_out(self)
+
         monkeypatch.setattr(Watcher, "tell", counted)
+        monkeypatch.setattr(Watchers, "_hand_out", counted_turn)
         async with state.watch():
             for number in range(100):
                 await state.set("a", number)
@@ -418,6 +428,7 @@ class TestSlowReaders:
             await state.set("a", 1)
             await asyncio.sleep(0)
             assert calls == [101, 102]
+            assert turns == 2
 
     async def test_more_than_are_kept(self, state: Manager) -> None:
         """10,000 keys are kept for a reader; one more, and all of them are one resync, with the last revision."""
@@ -481,7 +492,7 @@ class TestSlowReaders:
             assert {change.revision for change in found} == {2}
             await state.set_many(many(MOST_PENDING + 1))
             await state.flush()
-            await idle()
+            assert await told(changes) == [Change("", "resync", 3)]
             assert await state.delete_all() == MOST_PENDING + 1
             await state.set("a", 1)
             await state.flush()
@@ -619,6 +630,19 @@ class TestTheEnd:
         assert is_off(state)
         await state.stop()
 
+    async def test_an_end_in_the_turn_of_a_change(self) -> None:
+        """What changed in the very turn in which the end comes is told, too, and once."""
+        state = State(float)
+        watchers = Watchers(state)
+        watcher = Watcher("", 0, 0, durable=False)
+        watchers.add(watcher)
+        state.set("a", 1)
+        watchers.close()
+        assert [change async for change in watcher] == [Change("a", "set", 1)]
+        await idle()
+        with pytest.raises(StopAsyncIteration):
+            await anext(watcher)
+
     async def test_leaving_ends_it(self, state: Manager) -> None:
         """Who reads in another task is told the rest and that it is over, when the block is left."""
         async with state.watch() as changes:
@@ -737,9 +761,9 @@ class TestReaders:
         async with state.watch() as changes:
             reading = asyncio.ensure_future(anext(changes))
             await idle()
-            await state.set_many({"a": 1, "b": 1})
+            await state.set_many({"a": 1, "b": 1, "c": 1})
             assert await reading == Change("a", "set", 1)
-            assert await told(changes) == [Change("b", "set", 1)]
+            assert await told(changes) == [Change("b", "set", 1), Change("c", "set", 1)]
 
     async def test_not_running(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """Before start() and after stop() it is ClosedError, when the block is entered."""
