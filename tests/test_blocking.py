@@ -100,7 +100,7 @@ def thread(function: Callable[[], R]) -> Future[R]:
         except BaseException as error:  # noqa: BLE001 -- the caller's
             future.set_exception(error)
 
-    threading.Thread(target=run).start()
+    threading.Thread(target=run, daemon=True).start()  # a test that fails leaves none to wait for
     return future
 
 
