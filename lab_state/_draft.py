@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import cast
 
 from lab_state._expiry import Value
@@ -22,9 +22,6 @@ class _Live:
 
     def __contains__(self, key: object) -> bool:
         return key in self._state.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state.entries)
 
     def items(self) -> Iterable[tuple[str, Stored]]:
         return self._state.entries.items()
