@@ -674,6 +674,7 @@ class TestSweeping:
         await state.start()
         await state.set("a", 1, ttl=5)
         await state.stop()
+        assert not any(timer.callback for _, _, timer in clock._timers)
         clock.advance(100)
         assert state.revision == 1
         await state.start()
