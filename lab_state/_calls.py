@@ -151,7 +151,11 @@ class Calls(Reads):
         await self._turn()
         keys = self._keys(prefix) if self._prefix or prefix else None
         if keys is None:
-            return await self._deleted(self._core.state.clear())
+            state = self._core.state
+            before, count = state.revision, state.clear()
+            if state.revision > before:  # also where all of it had expired
+                await self._written(state.revision)
+            return count
         return await self._deleted(self._core.state.delete_many([self._prefix + key for key in keys]))
 
     @overload
@@ -200,14 +204,14 @@ class Calls(Reads):
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
         await self._turn()
-        old = self.get_nowait(key, default, type=type)
+        old, at = self._replaceable(key, default, type)
         was_none = old is None
         new = _result("update", fn, fn(old))
         if new is None and not was_none:
             raise InvalidValueError(
                 f"{_name(fn)} given to update() returned None; return the new value, or use delete() or set(key, None)"
             )
-        await self._replaced(key, new, type, self._kept(key))
+        await self._replaced(key, new, type, at)
         return new
 
     @overload
@@ -237,9 +241,9 @@ class Calls(Reads):
         """
         lifetime = None if ttl is None else milliseconds(ttl)
         await self._turn()
-        if key in self:
-            return self.get_nowait(key, type=type)
-        check_key(self._full(key))
+        found = self.get_nowait(key, MISSING_VALUE, type=type)
+        if found is not MISSING_VALUE:
+            return found
         made = _result("get_or_set", factory, factory())
         return await self._replaced(key, made, type, self._at(lifetime))
 
@@ -288,9 +292,9 @@ class Calls(Reads):
                 raise InvalidValueError(f"incr() needs an int or a float as {name}, not {number.__class__.__name__}")
         lifetime = None if ttl is None else milliseconds(ttl)
         await self._turn()
-        old = self.get_nowait(key, MISSING_VALUE)
-        at = self._at(lifetime) if old is MISSING_VALUE else self._kept(key)
-        old = default if old is MISSING_VALUE else old
+        old, at = self._replaceable(key, MISSING_VALUE, Any)
+        if old is MISSING_VALUE:
+            old, at = default, self._at(lifetime)
         if not _is_number(old):
             raise TypeMismatchError(
                 f"the stored value is not a number, but a {old.__class__.__name__}; incr() needs one"
@@ -369,9 +373,12 @@ class Calls(Reads):
         """When something expires that lives so many milliseconds from now."""
         return None if lifetime is None else self._core.state.now() + lifetime
 
-    def _kept(self, key: str) -> int | None:
-        """When the value expires that a new one takes the place of."""
-        return self._expiry(key) if key in self else None
+    def _replaceable(self, key: str, default: object, type_: Any) -> tuple[Any, int | None]:
+        """What a new value takes the place of, or `default`; and when it expires, whatever the time is by then."""
+        old = self.get_nowait(key, MISSING_VALUE, type=type_)
+        if old is MISSING_VALUE:
+            return self._missing(key, default), None
+        return old, self._expiry(key)
 
     def _encode(self, value: object, encode: Callable[[object], Value] = encode_value) -> Value:
         try:

@@ -10,8 +10,8 @@ Formats, version 1, both JSON:
   as the values. `id` is new for each snapshot, so no two are byte-equal.
 
 `expires` has the times of those keys that have one, in milliseconds since 1970. Where it
-is not empty, `time` beside it says when that was written, so that a machine whose clock
-starts in the past does not count from there.
+is not empty, `time` beside it says when that was written, and `wall` what the wall clock
+showed: the next start goes on from `time`, with what the wall clock has gone on since.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     crc32: str
     expires: dict[str, int] = {}
     time: int = 0
+    wall: int = 0
     seq: int | None = None
     fence: int | None = None
 
@@ -64,6 +65,7 @@ class Snapshot(NamedTuple):
     revision: int
     expires: Mapping[str, int] = {}
     time: int = 0
+    wall: int = 0
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"start": "from", "end": "to"}):
@@ -76,6 +78,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"s
     delete: list[str]
     expires: dict[str, int] = {}
     time: int = 0
+    wall: int = 0
 
 
 _decode_entries = msgspec.json.Decoder(dict[str, Raw]).decode
@@ -123,20 +126,26 @@ def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
     while part := list(islice(deleted, _MOST_AT_ONCE)):
         yield comma + encode(part)[1:-1]
         comma = b","
-    yield b'],"expires":{'
-    yield from _times(expires, refused)
-    yield b'},"time":%d}' % taken.time if expires else b"}}"
+    yield b"]"
+    if not expires:
+        yield b',"expires":{}'
+    yield from _times(expires, refused, taken.time, taken.wall)
+    yield b"}"
 
 
-def _times(expires: dict[str, int], refused: Iterable[str]) -> Iterator[bytes]:
-    """The members of `expires`."""
+def _times(expires: dict[str, int], refused: Iterable[str], time: int, wall: int) -> Iterator[bytes]:
+    """The members `expires`, `time` and `wall`, where a key expires."""
     for key in refused:
         expires.pop(key, None)
+    if not expires:
+        return
+    yield b',"expires":{'
     times = iter(expires.items())
     comma = b""
     while part := dict(islice(times, _MOST_AT_ONCE)):
         yield comma + encode(part)[1:-1]
         comma = b","
+    yield b'},"time":%d,"wall":%d' % (time, wall)
 
 
 def _slices(items: Iterable[tuple[str, Stored]], expires: dict[str, int]) -> Iterator[dict[str, Value]]:
@@ -196,7 +205,7 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
     Raises:
         CorruptionError: A record is not one, or one is missing between two others.
     """
-    entries, revision, times, time = snapshot
+    entries, revision, times, time, wall = snapshot
     expires = dict(times)
     for number, data in enumerate(records, 1):
         try:
@@ -211,7 +220,7 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
                 0,
                 f"the changes {revision + 1} to {record.start} are missing before record {number}; restore a copy",
             )
-        _check_times(record.expires, record.set, path)
+        _check_times(record.expires, record.set.keys() - record.delete if record.expires else (), path)
         if record.clear:
             entries, expires = {}, {}
         entries.update(record.set)
@@ -221,11 +230,13 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
             for key in chain(record.set, record.delete):
                 expires.pop(key, None)
         expires.update(record.expires)
-        revision, time = record.end, max(time, record.time)
-    return Snapshot(entries, revision, expires, time)
+        if record.expires:
+            time, wall = record.time, record.wall
+        revision = record.end
+    return Snapshot(entries, revision, expires, time, wall)
 
 
-def encode_snapshot(view: dict[str, Stored], revision: int, time: int, *, own: bool) -> Iterator[bytes]:
+def encode_snapshot(view: dict[str, Stored], revision: int, time: int, *, own: bool, wall: int = 0) -> Iterator[bytes]:
     """The snapshot of a view, in slices small enough to give the loop back between two.
 
     A value that is not JSON, because of a `msgspec.Raw`, is left out.
@@ -234,17 +245,18 @@ def encode_snapshot(view: dict[str, Stored], revision: int, time: int, *, own: b
         view: The entries; nobody else changes them meanwhile.
         revision: The revision of the view.
         time: The time of the view, in milliseconds since 1970.
+        wall: What the wall clock showed, likewise.
         own: Whether to replace values in the view that keep alive the large buffer
             from which they were loaded.
     """
     crc = 0
-    for data in _uncovered(view, revision, time, own=own):
+    for data in _uncovered(view, revision, time, wall, own=own):
         crc = zlib.crc32(data, crc)
         yield data
     yield b'%s%08x"}}' % (_CRC, crc)
 
 
-def _uncovered(view: dict[str, Stored], revision: int, time: int, *, own: bool) -> Iterator[bytes]:
+def _uncovered(view: dict[str, Stored], revision: int, time: int, wall: int, *, own: bool) -> Iterator[bytes]:
     """All that the checksum covers."""
     opening = b"{"
     refused: list[str] = []
@@ -255,10 +267,7 @@ def _uncovered(view: dict[str, Stored], revision: int, time: int, *, own: bool) 
         opening = b""
     member = encode({"format": FORMAT, "revision": revision, "id": os.urandom(8).hex()})
     yield (opening or b",") + encode(RESERVED) + b":" + member[:-1]
-    if expires:
-        yield b',"expires":{'
-        yield from _times(expires, refused)
-        yield b'},"time":%d' % time
+    yield from _times(expires, refused, time, wall)
 
 
 def decode_snapshot(data: bytes, path: str) -> Snapshot:
@@ -278,7 +287,7 @@ def decode_snapshot(data: bytes, path: str) -> Snapshot:
         return Snapshot(entries, 0)
     meta = _check_own(data, own, path)
     _check_times(meta.expires, entries, path)
-    return Snapshot(entries, meta.revision, meta.expires, meta.time)
+    return Snapshot(entries, meta.revision, meta.expires, meta.time, meta.wall)
 
 
 def _check_own(data: bytes, own: Raw, path: str) -> Meta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from copy import copy
 
@@ -119,8 +119,9 @@ class Core:
             RuntimeError: The caller is inside that transaction, and would wait for itself.
         """
         self._check_outside()
+        flusher = self.running
         async with self._lock:
-            pass
+            self._check_still(flusher)
 
     async def acquire(self, holder: object) -> None:
         """Let a transaction hold the lock; what it is done with is `release` and `leave`."""
@@ -128,9 +129,11 @@ class Core:
         flusher, lock = self.running, self._lock
         flusher.check_loop()
         await lock.acquire()
-        if self._flusher is not flusher:
+        try:
+            self._check_still(flusher)
+        except ClosedError:
             lock.release()
-            raise ClosedError(f"the manager of {self.name!r} was stopped while a transaction waited for another")
+            raise
         self.held = holder
         _INSIDE.set((*_INSIDE.get(), holder))
 
@@ -138,12 +141,17 @@ class Core:
         """Let go of the lock, if this is who holds it."""
         if holder is not None and self.held is holder:
             self.held = None
-            self._lock.release()
+            with suppress(RuntimeError):  # who waits for it does so on a loop that is closed
+                self._lock.release()
 
     @staticmethod
     def leave(holder: object) -> None:
         """The caller is inside no more. By value: who leaves may not be the task that entered."""
         _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not holder))
+
+    def _check_still(self, flusher: Flusher) -> None:
+        if self._flusher is not flusher:
+            raise ClosedError(f"the manager of {self.name!r} was stopped while this waited for a transaction")
 
     def _check_outside(self) -> None:
         if self.held is not None and self.held in _INSIDE.get():

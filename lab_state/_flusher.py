@@ -229,6 +229,7 @@ class Flusher:
             if (taken := self._under_way) is not None:  # closed over it, without a cancellation
                 self.state.put_back(taken)
                 self._under_way = None
+            self._wake, self._waiters = asyncio.Event(), Waiters()  # who waited for these has ended
         self.check_loop()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
 
 from lab_state._calls import Calls
 
@@ -36,19 +36,18 @@ class Plain:
         """An empty state is still a state."""
         return True
 
-    get = plain(Calls.get)
-    get_many = plain(Calls.get_many)
-    get_all = plain(Calls.get_all)
-    exists = plain(Calls.exists)
-    keys = plain(Calls.keys)
-    expires_in = plain(Calls.expires_in)
-    set = plain(Calls.set)
-    set_many = plain(Calls.set_many)
-    delete = plain(Calls.delete)
-    delete_many = plain(Calls.delete_many)
-    delete_all = plain(Calls.delete_all)
-    pop = plain(Calls.pop)
-    update = plain(Calls.update)
-    get_or_set = plain(Calls.get_or_set)
-    set_if_absent = plain(Calls.set_if_absent)
-    incr = plain(Calls.incr)
+    get: Final = plain(Calls.get)
+    get_many: Final = plain(Calls.get_many)
+    get_all: Final = plain(Calls.get_all)
+    exists: Final = plain(Calls.exists)
+    keys: Final = plain(Calls.keys)
+    expires_in: Final = plain(Calls.expires_in)
+    set_many: Final = plain(Calls.set_many)
+    delete: Final = plain(Calls.delete)
+    delete_many: Final = plain(Calls.delete_many)
+    delete_all: Final = plain(Calls.delete_all)
+    pop: Final = plain(Calls.pop)
+    update: Final = plain(Calls.update)
+    get_or_set: Final = plain(Calls.get_or_set)
+    set_if_absent: Final = plain(Calls.set_if_absent)
+    incr: Final = plain(Calls.incr)

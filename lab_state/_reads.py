@@ -32,7 +32,7 @@ class Reads:
         self._prefix = prefix
 
     def __len__(self) -> int:
-        """How many keys there are. O(1), but not in a namespace."""
+        """How many keys there are. O(1), but for keys that expire this second, and in a namespace."""
         self._check_open()
         if not self._prefix:
             state = self._core.state
@@ -102,6 +102,7 @@ class Reads:
         Raises:
             TypeMismatchError: One of the values is not a `type`.
         """
+        self._check_open()
         found = {key: self.get_nowait(key, MISSING_VALUE, type=type) for key in many_keys(keys)}
         return {key: value for key, value in found.items() if value is not MISSING_VALUE}
 
@@ -163,7 +164,7 @@ class Reads:
                 return self._missing(key, default)
             stored = alive
         try:
-            value = decode_value(stored, type_)
+            value = decode_value(stored, type_)  # pyright: ignore[reportArgumentType] -- none that expires any more
         except TypeMismatchError as error:
             self._core.counters.get_errors += 1
             raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None

@@ -53,8 +53,8 @@ WATCHED_CLEAR = 10_000
 class Changes(NamedTuple):
     """What one commit makes durable: everything above revision `start` up to `end`.
 
-    `since` is when the oldest of it was made, in seconds of `monotonic`; `time` is when
-    it was taken, in milliseconds of `State.now`.
+    `since` is when the oldest of it was made, in seconds of `monotonic`; `time` and
+    `wall` are when it was taken, in milliseconds of `State.now` and of the wall clock.
     """
 
     start: int
@@ -63,6 +63,7 @@ class Changes(NamedTuple):
     changes: dict[str, Changed]
     since: float
     time: int = 0
+    wall: int = 0
 
 
 class Readable(Protocol):
@@ -176,6 +177,7 @@ class State:
         "_epoch",
         "_first",
         "_more",
+        "_wall_clock",
         "borrowed",
         "changes",
         "cleared",
@@ -190,10 +192,13 @@ class State:
         "taken",
     )
 
-    def __init__(self, monotonic: Callable[[], float], wall: float = 0.0) -> None:
-        """Nothing in it; the time is `wall`, in seconds since 1970."""
+    def __init__(
+        self, monotonic: Callable[[], float], start: float = 0.0, wall_clock: Callable[[], float] = float
+    ) -> None:
+        """Nothing in it; the time is `start`, and the wall clock beside it shows its own, in seconds since 1970."""
         self.monotonic: Callable[[], float] = monotonic
-        self._epoch = wall - monotonic()
+        self._wall_clock = wall_clock
+        self._epoch = start - monotonic()
         self.note: Note | None = None
         self.load({}, 0)
 
@@ -226,6 +231,10 @@ class State:
         """Milliseconds since 1970: the wall clock at the start, and what has passed since."""
         return int((self._epoch + self.monotonic()) * 1000)
 
+    def wall(self) -> int:
+        """Milliseconds since 1970, as the wall clock has it now; for the next start to count from."""
+        return int(self._wall_clock() * 1000)
+
     def alive(self, expiring: Expiring) -> Value | Literal[Absent.MISSING]:
         """The value, if its time has not come."""
         return expiring.value if expiring.at > self.now() else MISSING
@@ -241,17 +250,20 @@ class State:
         return not isinstance(stored, Expiring) or self.alive(stored) is not MISSING
 
     def expired(self) -> set[str]:
-        """The keys that are in `entries` although their time has come; few, and none where nothing expires."""
+        """The keys that are in `entries` although their time has come: few, and none where nothing expires.
+
+        Costs what the number of keys costs that expire in the second that is passing.
+        """
         if not self.expiries:
             return set()
-        found = [key for bucket in self.expiries.passed(self.now()) for key in bucket]
-        return {key for key in found if key in self.entries and not self._lives(key)}
+        now, entries = self.now(), self.entries
+        return {key for bucket in self.expiries.passed(now) for key in bucket if _is_due(entries, key, now)}
 
     def sweep(self, most: int) -> int:
         """Take away keys that are due, as one change; returns how many were looked at, up to `most`."""
         now, entries = self.now(), self.entries
         keys = self.expiries.take(now, most)
-        found = [key for key in keys if key in entries and getattr(entries[key], "at", now + 1) <= now]
+        found = [key for key in keys if _is_due(entries, key, now)]
         self._drop(found, EXPIRED)
         self.deleted -= len(found)
         self.swept += len(found)
@@ -344,7 +356,7 @@ class State:
 
     def take(self) -> Changes:
         """Take the changes away for a commit."""
-        taken = Changes(self.taken, self.revision, self.cleared, self.changes, self.since, self.now())
+        taken = Changes(self.taken, self.revision, self.cleared, self.changes, self.since, self.now(), self.wall())
         self.changes, self.cleared, self.taken = {}, False, self.revision
         return taken
 
@@ -381,3 +393,11 @@ class State:
                 return True
             self.entries = view
         return False
+
+
+def _is_due(entries: dict[str, Stored] | Layer, key: str, now: int) -> bool:
+    """Whether the entry of a key, which the index may name in vain, has expired."""
+    if key not in entries:
+        return False
+    stored = entries[key]
+    return isinstance(stored, Expiring) and stored.at <= now

@@ -10,9 +10,9 @@ not asked of each. What is durable is told from the commits, which say the same.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from operator import itemgetter
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Literal, Self, TypeAlias
 
 import msgspec
@@ -20,8 +20,13 @@ import msgspec
 from lab_state._state import DELETED, EXPIRED, Changed, Changes, State
 
 MOST_PENDING = 10_000
+_TOLD_AT_ONCE = 1_000
 
 Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
+
+
+Told: TypeAlias = tuple[str, Changed, int]
+"""A key, what became of it, and the revision."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -104,7 +109,7 @@ class Watcher:
         return self._pending.popitem(last=False)[1]
 
     def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
+        if self._waiting is not None and not self._waiting.done() and not self._waiting.get_loop().is_closed():
             self._waiting.set_result(None)
 
 
@@ -135,18 +140,13 @@ class _Group:
         if not prefixes:
             del self._by_length[len(watcher.prefix)]
 
-    def tell(self, changes: Mapping[str, tuple[Changed, int]]) -> None:
-        """Tell the watchers of each key, in the order of the revisions."""
+    def tell(self, changes: Iterable[Told]) -> None:
+        """Tell the watchers of each key."""
         lengths = list(self._by_length.items())
-        concerned: list[tuple[int, str, Changed, dict[Watcher, None]]] = [
-            (revision, key, changed, watchers)
-            for key, (changed, revision) in changes.items()
-            for length, prefixes in lengths
-            if (watchers := prefixes.get(key[:length])) is not None
-        ]
-        for revision, key, changed, watchers in sorted(concerned, key=itemgetter(0)):
-            for watcher in watchers:
-                watcher.tell(key, _kind(changed), revision)
+        for key, changed, revision in changes:
+            for length, prefixes in lengths:
+                for watcher in prefixes.get(key[:length], ()):
+                    watcher.tell(key, _kind(changed), revision)
 
     def resync(self, revision: int) -> None:
         for watcher in self:
@@ -162,6 +162,7 @@ class Watchers:
         self._durable = _Group()
         self._turn: dict[str, tuple[Changed, int]] = {}
         self._everything = 0  # the revision at which all was deleted in this turn
+        self._queue: deque[tuple[_Group, Iterator[Told] | int]] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._live) or bool(self._durable)
@@ -183,20 +184,26 @@ class Watchers:
         if not turn and not self._everything:
             asyncio.get_running_loop().call_soon(self._hand_out)
         if key is None:
+            turn.clear()
             self._everything = revision
         else:
+            turn.pop(key, None)  # so that they are told in the order of their revisions
             turn[key] = (changed, revision)
 
     def committed(self, taken: Changes) -> None:
         """These changes are durable."""
-        if taken.cleared or len(taken.changes) > MOST_PENDING:
-            self._durable.resync(taken.end)
-        elif self._durable:
-            self._durable.tell({key: (changed, taken.end) for key, changed in taken.changes.items()})
+        if self._durable:
+            if taken.cleared:
+                self._queue.append((self._durable, taken.end))
+            durable: Iterator[Told] = ((key, changed, taken.end) for key, changed in taken.changes.items())
+            self._queue.append((self._durable, durable))
+            self._tell()
 
     def close(self) -> None:
         """The end: who reads is told the rest, and that it is over."""
         self._hand_out()
+        while self._queue:
+            self._step()
         for group in (self._live, self._durable):
             for watcher in group:
                 watcher.close()
@@ -204,7 +211,28 @@ class Watchers:
     def _hand_out(self) -> None:
         turn, self._turn = self._turn, {}
         everything, self._everything = self._everything, 0
-        if everything or len(turn) > MOST_PENDING:
-            self._live.resync(max([everything, *(revision for _, revision in turn.values())]))
-        else:
-            self._live.tell(turn)
+        if everything:
+            self._queue.append((self._live, everything))
+        live: Iterator[Told] = ((key, changed, revision) for key, (changed, revision) in turn.items())
+        self._queue.append((self._live, live))
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell what is queued, as much in one turn of the loop as does not hold it up."""
+        self._step()
+        if self._queue:
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def _step(self) -> None:
+        left = _TOLD_AT_ONCE
+        while self._queue and left:
+            group, told = self._queue[0]
+            if isinstance(told, int):
+                group.resync(told)
+                self._queue.popleft()
+                continue
+            part = list(islice(told, left))
+            group.tell(part)
+            if len(part) < left:
+                self._queue.popleft()
+            left -= len(part)

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import inspect
 from collections.abc import Coroutine
-from typing import Any, TypeVar, final
+from typing import Any, Final, TypeVar, final
 
 from lab_state._calls import Calls
 from lab_state._plain import Plain, plain
@@ -43,9 +43,11 @@ class Blocking(Plain):
             raise
         while not future.done():
             concurrent.futures.wait([future], _LOOK_AGAIN)
+            if loop.is_closed():  # nobody is left to tell of a cancellation
+                break
             if not loop.is_running():
                 future.cancel()
-        if not future.cancelled():
+        if future.done() and not future.cancelled():
             return future.result()
         if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
             coroutine.close()
@@ -63,8 +65,9 @@ class Blocking(Plain):
             raise ClosedError(_ENDED)
         return loop
 
-    flush = plain(Calls.flush)
-    wait_durable = plain(Calls.wait_durable)
+    set: Final = plain(Calls.set)
+    flush: Final = plain(Calls.flush)
+    wait_durable: Final = plain(Calls.wait_durable)
 
 
 def _submit(coroutine: Coroutine[Any, Any, R], loop: asyncio.AbstractEventLoop) -> concurrent.futures.Future[R]:

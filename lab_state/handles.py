@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from copy import deepcopy
 from typing import Any, Generic, TypeVar, cast, final, overload
 
 from lab_state._calls import Calls
@@ -12,11 +13,14 @@ from lab_state._core import Core
 from lab_state._draft import Draft
 from lab_state._expiry import Seconds
 from lab_state._flusher import Flusher
+from lab_state._metrics import Counters
 from lab_state._plain import Plain
+from lab_state._reads import MISSING_VALUE
 from lab_state._state import MISSING, Changed, State
 from lab_state._values import encode_trusting
 from lab_state._watch import Change, Watcher
 from lab_state.blocking import Blocking
+from lab_state.exceptions import ClosedError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,7 +31,8 @@ class Entry(Generic[T]):
     """One key and its type.
 
     The calls are those of the same name of the manager, with the same guarantees and
-    errors. Where the key is missing, `get` and `update` use the default, if there is one.
+    errors. Where the key is missing, `get` and `update` use the default, if there is one:
+    a copy, so that changing it changes nothing else.
     """
 
     __slots__ = ("_calls", "_default", "_key", "_type")
@@ -44,7 +49,10 @@ class Entry(Generic[T]):
 
     async def get(self) -> T:
         """The value, or the default."""
-        return cast("T", await self._calls.get(self._key, self._default, type=self._type))
+        value = await self._calls.get(
+            self._key, MISSING if self._default is MISSING else MISSING_VALUE, type=self._type
+        )
+        return cast("T", deepcopy(self._default) if value is MISSING_VALUE else value)
 
     async def set(self, value: T, *, ttl: Seconds | None = None) -> int:
         """Store a value; returns the revision."""
@@ -52,7 +60,8 @@ class Entry(Generic[T]):
 
     async def update(self, fn: Callable[[T], T]) -> T:
         """Replace the value by what `fn` makes of it, atomically; returns the new value."""
-        return await self._calls.update(self._key, fn, cast("T", self._default), type=cast("type[T]", self._type))
+        default = cast("T", deepcopy(self._default))  # the one that is not there stays itself
+        return await self._calls.update(self._key, fn, default, type=cast("type[T]", self._type))
 
     async def delete(self) -> bool:
         """Delete the key; returns whether it was there."""
@@ -111,8 +120,8 @@ class Scope(Calls):
 
         Inside, call the transaction, without `await`. Leaving makes all its changes at
         once, as one revision; an exception or a cancellation drops them. One is open at
-        a time: another one, and writers, wait for it, in the order in which they came.
-        Readers never wait, and see what was before.
+        a time: another one, and writers, wait for it. Readers never wait, and see what
+        was before.
 
         Raises:
             RuntimeError: At entering, and from every call of the manager that writes:
@@ -194,7 +203,7 @@ class _DraftCore(Core):
     def __init__(self, core: Core) -> None:
         super().__init__(core.name, State(float))
         self._core = core
-        self.counters = core.counters
+        self.counters: Counters = core.counters
         self.changes: dict[str, Changed] = {}
         self.known: Container[str] = ()
         self.revision: int = 0
@@ -208,12 +217,16 @@ class _DraftCore(Core):
 
     def begin(self) -> None:
         draft = Draft(self._core.state)
-        self.state = draft
+        self.state: State = draft
         self.changes = draft.changes
         self.known = draft.base.entries
         self.revision = draft.revision
 
     def merge(self) -> int | None:
+        if self._core.held is not self:
+            raise ClosedError(
+                f"the manager of {self.name!r} was stopped while this transaction was open: nothing changed"
+            )
         self.running.check_loop()
         assert isinstance(self.state, Draft)  # between begin and end
         return self.state.merge()
@@ -229,7 +242,8 @@ class Transaction(Plain):
 
     They have the guarantees and errors of the calls of the same name of the manager,
     see the changes made in the transaction so far, and never wait. The revision that
-    `set` and `set_many` return is the one that the whole transaction makes.
+    `set` and `set_many` return is the one that the whole transaction makes, if in the
+    end it changes anything.
 
     Raises:
         RuntimeError: From every call: the transaction is over.

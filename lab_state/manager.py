@@ -174,16 +174,24 @@ class Manager(Scope):
             )
         loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path)
         loaded = replay(loaded, records, session.path)
-        wall = self._clock.time()
-        if loaded.time > wall * 1000:
-            self._logger.warning(
-                "%s: the wall clock is %.0f s behind what was written; keys expire as if it were that time",
-                session.path,
-                loaded.time / 1000 - wall,
-            )
-        state = State(self._clock.monotonic, max(wall, loaded.time / 1000))
+        state = State(self._clock.monotonic, self._time(loaded, session.path), self._clock.time)
         state.load(loaded.entries, loaded.revision, loaded.expires)
         return state
+
+    def _time(self, loaded: Snapshot, path: str) -> float:
+        """What time it is for what expires, in seconds since 1970."""
+        wall = self._clock.time()
+        if not loaded.expires:
+            return wall
+        # By the wall clock; by the state's own, where that one was wrong when this was written.
+        passed = wall - max(loaded.wall, loaded.time) / 1000
+        if passed < 0:
+            self._logger.warning(
+                "%s: the wall clock is %.0f s behind what was written; keys live that much longer",
+                path,
+                -passed,
+            )
+        return loaded.time / 1000 + max(0.0, passed)
 
     async def stop(self) -> None:
         """Flush, write a checkpoint as far as time allows, and let go of the state.

@@ -358,3 +358,25 @@ class TestNamespace:
         """Whatever a function needs of a manager, a namespace does as well."""
         for name in ("get", "set", "transaction", "entry"):
             assert inspect.signature(getattr(Namespace, name)) == inspect.signature(getattr(Manager, name))
+
+
+async def test_a_default_is_not_shared() -> None:
+    """Changing the default that an entry gave, or was updated from, changes nothing else."""
+    async with Manager("name", MemoryStorage()) as state:
+        entry = state.entry("list", list[int], default=[])
+        (await entry.get()).append(1)
+        assert await entry.get() == []
+
+        def spoil(value: list[int]) -> list[int]:
+            value.append(1)
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await entry.update(spoil)
+        assert await entry.get() == []
+
+
+async def test_many_of_nothing_needs_a_running_manager() -> None:
+    """Reading no keys of a manager that does not run is ClosedError, too."""
+    with pytest.raises(ClosedError):
+        await Manager("name", MemoryStorage()).get_many([])

@@ -488,9 +488,9 @@ class TestRestarts:
             clock.advance(1.5)
         read = json.loads(path.read_bytes())
         assert (read["stays"], read["a"]) == (1, [1])
-        assert list(read["$lab_state"]) == ["format", "revision", "id", "expires", "time", "crc32"]
+        assert list(read["$lab_state"]) == ["format", "revision", "id", "expires", "time", "wall", "crc32"]
         assert read["$lab_state"]["expires"] == {"a": 1_700_000_010_000}
-        assert read["$lab_state"]["time"] == 1_700_000_001_500
+        assert read["$lab_state"]["time"] == read["$lab_state"]["wall"] == 1_700_000_001_500
         async with manager(FileStorage(tmp_path), clock) as state:
             clock.advance(20)
             await state.set("b", 1)
@@ -528,7 +528,7 @@ class TestClocks:
         behind = ManualClock(1_700_000_000.0 - 365 * DAY)
         async with manager(storage, behind) as state:
             assert [(record.levelno, record.name) for record in caplog.records] == [(logging.WARNING, "lab_state")]
-            expected = "the wall clock is 31536004 s behind what was written; keys expire as if it were that time"
+            expected = "the wall clock is 31536004 s behind what was written; keys live that much longer"
             assert caplog.records[0].getMessage().endswith(expected)
             assert (await state.expires_in("a"), await state.expires_in("b")) == (6.0, 10.0)
             await state.set("new", 1, ttl=60)
@@ -699,3 +699,68 @@ class TestSweeping:
         entries = state._core.state.entries
         assert isinstance(entries["a"], Expiring)
         assert entries["b"] == 1
+
+
+class TickingClock(ManualClock):
+    """A clock that goes on by `step` whenever it is asked, as a real one does."""
+
+    step = 0.0
+
+    def monotonic(self) -> float:
+        self.advance(self.step)
+        return super().monotonic()
+
+
+class TestWhileTheTimeComes:
+    async def test_update(self, clock: ManualClock) -> None:
+        """A key whose time comes while its update runs is gone afterwards, and not there for good."""
+        async with manager(MemoryStorage(), clock) as state:
+            await state.set("a", 1, ttl=0.5)
+
+            def slow(value: int) -> int:
+                clock.advance(0.5)
+                return value + 1
+
+            assert await state.update("a", slow) == 2
+            assert await state.get("a", "gone") == "gone"
+
+    @pytest.mark.parametrize("steps", range(1, 8))
+    async def test_incr(self, steps: int) -> None:
+        """A counter whose time comes while incr looks at it never becomes one that stays."""
+        clock = TickingClock()
+        async with manager(MemoryStorage(), clock) as state:
+            await state.set("a", 1, ttl=steps / 1000)
+            clock.step = 0.001
+            await state.incr("a", ttl=1)
+            clock.step = 0.0
+            clock.advance(10)
+            assert "a" not in state
+
+    @pytest.mark.parametrize("steps", range(1, 8))
+    async def test_get_or_set(self, steps: int) -> None:
+        """get_or_set gives the old value or the new one, and never KeyNotFoundError."""
+        clock = TickingClock()
+        async with manager(MemoryStorage(), clock) as state:
+            await state.set("a", "old", ttl=steps / 1000)
+            clock.step = 0.001
+            assert await state.get_or_set("a", lambda: "new") in ("old", "new")
+
+
+async def test_delete_all_of_what_expired_is_durable(clock: ManualClock) -> None:
+    """With a flush_interval of 0, what delete_all changed is durable when it returns, also when it counts nothing."""
+    async with Manager(Config(name="test", flush_interval=0), MemoryStorage(), clock=clock) as state:
+        await state.set("a", 1, ttl=0.5)
+        clock.advance(0.5)
+        assert await state.delete_all() == 0
+        assert state.durable_revision == state.revision == 2
+
+
+async def test_a_restart_after_a_forward_correction() -> None:
+    """A clock that started in 1970 and was set right while the manager ran expires nothing at the next start."""
+    clock, storage = ManualClock(0.0), MemoryStorage()
+    async with manager(storage, clock) as state:
+        await state.set("a", 1, ttl=60)
+        clock.jump(1_700_000_000)
+        clock.advance(5)
+    async with manager(storage, clock) as state:
+        assert await state.expires_in("a") == 55

@@ -59,12 +59,13 @@ async def state(storage: FaultyStorage, clock: ManualClock) -> AsyncIterator[Man
 
 
 async def idle() -> None:
-    for _ in range(10):
+    for _ in range(15):
         await asyncio.sleep(0)
 
 
 async def told(changes: Changes) -> list[Change]:
     """All that is told if nothing more happens."""
+    await idle()
     found: list[Change] = []
     while True:
         reading = asyncio.ensure_future(anext(changes))
@@ -793,3 +794,58 @@ class TestReaders:
             loop.run_until_complete(state.stop())
         finally:
             loop.close()
+
+
+async def test_a_flood_then_a_watch_then_a_change(state: Manager) -> None:
+    """A watch that is opened after a flood, in the same turn, is told what comes after that, and no resync."""
+    async with state.watch():
+        await state.set_many(many(MOST_PENDING + 1))
+        async with state.watch() as changes:
+            await state.set("a", 1)
+            assert await told(changes) == [Change("a", "set", 2)]
+
+
+@EACH_WAY
+async def test_a_flood_elsewhere(state: Manager, *, durable: bool) -> None:
+    """More than 10,000 changes under another prefix are no resync for who does not watch that."""
+    async with state.watch("quiet/", durable=durable) as changes:
+        await state.set_many(many(MOST_PENDING + 1))
+        await state.set("quiet/a", 1)
+        await state.flush()
+        assert await told(changes) == [Change("quiet/a", "set", 2)]
+
+
+async def test_a_flood_is_told_in_steps(state: Manager) -> None:
+    """Many changes are told over several turns of the loop, so that no turn is long; a stop tells the rest at once."""
+    async with state.watch() as changes:
+        await state.set_many(many(3_500))
+        await asyncio.sleep(0)
+        assert (await anext(changes)).kind == "set"
+        assert state._core._watchers._queue
+        await state.stop()
+        assert len([change async for change in changes]) == 3_499
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_stop_after_a_loop_that_was_closed_over_a_reader(*, durable: bool) -> None:
+    """A reader that waited on an event loop that is closed does not keep stop() from its end."""
+    state = Manager(Config(name="test", flush_interval=None), MemoryStorage())
+    loop = asyncio.new_event_loop()
+    readers = []
+
+    async def read() -> None:
+        async with state.watch(durable=durable) as changes:
+            async for _ in changes:
+                pass
+
+    async def begin() -> None:
+        await state.start()
+        readers.append(asyncio.create_task(read()))
+        await idle()
+        await state.set("a", 1)
+
+    loop.run_until_complete(begin())
+    loop.close()
+    asyncio.run(state.stop())
+    assert (state.status().phase, state.durable_revision) == ("stopped", 1)
