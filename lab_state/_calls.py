@@ -34,7 +34,8 @@ class Calls(Reads):
     Every call raises `ClosedError` before `start()` and after `stop()`, and
     `InvalidKeyError` for a key that is not a `str` of 1 to 1,024 characters without
     NUL and lone surrogates, and not `$lab_state`; only `in` says no to such a key. A
-    write on another event loop than that of `start()` raises `RuntimeError`.
+    write on another event loop than that of `start()` raises `RuntimeError`, as far as
+    it is noticed: `set` of a key that is about to be flushed anyway does not look.
     """
 
     __slots__ = ()
@@ -109,7 +110,7 @@ class Calls(Reads):
         if not isinstance(values, Mapping):
             raise InvalidValueError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
         encoded = {check_key(self._full(key)): self._encode_one(key, value) for key, value in values.items()}
-        lifetime = None if ttl is None else milliseconds(ttl)
+        lifetime = self._lifetime(ttl)
         if self._core.held is not None:
             await self._turn()
         state = self._core.state
@@ -135,9 +136,10 @@ class Calls(Reads):
         Raises:
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
+        self._check_open()
+        wanted = [self._full(key) for key in many_keys(keys)]
         await self._turn()
         entries = self._core.state.entries
-        wanted = [self._full(key) for key in many_keys(keys)]
         return await self._deleted(
             self._core.state.delete_many([key if key in entries else check_key(key) for key in wanted])
         )
@@ -239,7 +241,7 @@ class Calls(Reads):
                 is out of bounds.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        lifetime = None if ttl is None else milliseconds(ttl)
+        lifetime = self._lifetime(ttl)
         await self._turn()
         found = self.get_nowait(key, MISSING_VALUE, type=type)
         if found is not MISSING_VALUE:
@@ -260,7 +262,7 @@ class Calls(Reads):
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
         stored = self._encode(value)
-        lifetime = None if ttl is None else milliseconds(ttl)
+        lifetime = self._lifetime(ttl)
         await self._turn()
         if key in self:
             return False
@@ -290,7 +292,7 @@ class Calls(Reads):
         for name, number in (("delta", delta), ("default", default)):
             if not _is_number(number):
                 raise InvalidValueError(f"incr() needs an int or a float as {name}, not {number.__class__.__name__}")
-        lifetime = None if ttl is None else milliseconds(ttl)
+        lifetime = self._lifetime(ttl)
         await self._turn()
         old, at = self._replaceable(key, MISSING_VALUE, Any)
         if old is MISSING_VALUE:
@@ -349,7 +351,7 @@ class Calls(Reads):
     async def _put(self, key: str, value: object, ttl: Seconds | None) -> int:
         """`set` where it has more to do."""
         stored = self._encode(value, encode_trusting)
-        lifetime = None if ttl is None else milliseconds(ttl)
+        lifetime = self._lifetime(ttl)
         check_key(self._full(key))
         await self._turn()
         return await self._store(key, stored, self._at(lifetime))
@@ -368,6 +370,13 @@ class Calls(Reads):
             raise TypeMismatchError(f"the new value of {key!r}: {error}", error.path) from None
         await self._store(key, stored, at)
         return fresh
+
+    def _lifetime(self, ttl: Seconds | None) -> int | None:
+        try:
+            return None if ttl is None else milliseconds(ttl)
+        except InvalidValueError:
+            self._core.counters.set_errors += 1
+            raise
 
     def _at(self, lifetime: int | None) -> int | None:
         """When something expires that lives so many milliseconds from now."""

@@ -9,8 +9,8 @@ Formats, version 1, both JSON:
   The CRC-32 covers every byte before `,"crc32":"`, so the rest of the member as well
   as the values. `id` is new for each snapshot, so no two are byte-equal.
 
-`expires` has the times of those keys that have one, in milliseconds since 1970. Where it
-is not empty, `time` beside it says when that was written, and `wall` what the wall clock
+`expires` has the times of those keys that have one, in milliseconds since 1970. As long
+as a key has one, `time` says when that was written, and `wall` what the wall clock
 showed: the next start goes on from `time`, with what the wall clock has gone on since.
 """
 
@@ -127,25 +127,21 @@ def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
         yield comma + encode(part)[1:-1]
         comma = b","
     yield b"]"
-    if not expires:
-        yield b',"expires":{}'
     yield from _times(expires, refused, taken.time, taken.wall)
     yield b"}"
 
 
 def _times(expires: dict[str, int], refused: Iterable[str], time: int, wall: int) -> Iterator[bytes]:
-    """The members `expires`, `time` and `wall`, where a key expires."""
+    """The members `expires`, and `time` and `wall` if something in the state expires."""
     for key in refused:
         expires.pop(key, None)
-    if not expires:
-        return
     yield b',"expires":{'
     times = iter(expires.items())
     comma = b""
     while part := dict(islice(times, _MOST_AT_ONCE)):
         yield comma + encode(part)[1:-1]
         comma = b","
-    yield b'},"time":%d,"wall":%d' % (time, wall)
+    yield b'},"time":%d,"wall":%d' % (time, wall) if time else b"}"
 
 
 def _slices(items: Iterable[tuple[str, Stored]], expires: dict[str, int]) -> Iterator[dict[str, Value]]:
@@ -230,7 +226,7 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
             for key in chain(record.set, record.delete):
                 expires.pop(key, None)
         expires.update(record.expires)
-        if record.expires:
+        if record.time:
             time, wall = record.time, record.wall
         revision = record.end
     return Snapshot(entries, revision, expires, time, wall)
@@ -267,7 +263,8 @@ def _uncovered(view: dict[str, Stored], revision: int, time: int, wall: int, *, 
         opening = b""
     member = encode({"format": FORMAT, "revision": revision, "id": os.urandom(8).hex()})
     yield (opening or b",") + encode(RESERVED) + b":" + member[:-1]
-    yield from _times(expires, refused, time, wall)
+    if expires:
+        yield from _times(expires, refused, time, wall)
 
 
 def decode_snapshot(data: bytes, path: str) -> Snapshot:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from copy import copy
+from typing import Protocol
 
 from lab_state._flusher import Flusher
 from lab_state._metrics import Counters
@@ -14,7 +15,17 @@ from lab_state._state import State
 from lab_state._watch import Watcher, Watchers
 from lab_state.exceptions import ClosedError
 
-_INSIDE: ContextVar[tuple[object, ...]] = ContextVar("lab_state transactions", default=())
+
+class Holder(Protocol):
+    """A transaction."""
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is open."""
+        ...
+
+
+_INSIDE: ContextVar[tuple[Holder, ...]] = ContextVar("lab_state transactions", default=())
 """The transactions that this task, or the one that it comes from, is inside of."""
 
 
@@ -32,22 +43,35 @@ class Core:
             watch, or wait until it is durable.
     """
 
-    __slots__ = ("_flusher", "_lock", "_watchers", "after", "counters", "held", "name", "state", "write_through")
+    __slots__ = (
+        "_flusher",
+        "_lock",
+        "_released",
+        "_watchers",
+        "after",
+        "counters",
+        "held",
+        "name",
+        "state",
+        "write_through",
+    )
 
     def __init__(self, name: str, closed: State) -> None:
         self.counters: Counters = Counters()
         self.name: str = name
         self.state: State = closed
-        self.held: object | None = None
+        self.held: Holder | None = None
         self.after: bool = False
         self.write_through: bool = False
         self._watchers = Watchers(closed)
         self._lock = asyncio.Lock()
         self._flusher: Flusher | None = None
+        self._released: Callable[[], None] = _nothing
 
-    def open(self, state: State, flusher: Flusher, watchers: Watchers) -> None:
-        """Let the calls in."""
+    def open(self, state: State, flusher: Flusher, watchers: Watchers, released: Callable[[], None]) -> None:
+        """Let the calls in; `released` is called when a transaction is over."""
         self.state = state
+        self._released = released
         self.write_through = flusher.write_through
         self._watchers = watchers
         self._lock = asyncio.Lock()
@@ -123,7 +147,7 @@ class Core:
         async with self._lock:
             self._check_still(flusher)
 
-    async def acquire(self, holder: object) -> None:
+    async def acquire(self, holder: Holder) -> None:
         """Let a transaction hold the lock; what it is done with is `release` and `leave`."""
         self._check_outside()
         flusher, lock = self.running, self._lock
@@ -135,17 +159,19 @@ class Core:
             lock.release()
             raise
         self.held = holder
-        _INSIDE.set((*_INSIDE.get(), holder))
+        _INSIDE.set((*(other for other in _INSIDE.get() if other.is_held), holder))
 
-    def release(self, holder: object | None) -> None:
+    def release(self, holder: Holder | None) -> None:
         """Let go of the lock, if this is who holds it."""
         if holder is not None and self.held is holder:
             self.held = None
             with suppress(RuntimeError):  # who waits for it does so on a loop that is closed
                 self._lock.release()
+            if self.is_open:
+                self._released()
 
     @staticmethod
-    def leave(holder: object) -> None:
+    def leave(holder: Holder) -> None:
         """The caller is inside no more. By value: who leaves may not be the task that entered."""
         _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not holder))
 
@@ -158,3 +184,6 @@ class Core:
             raise RuntimeError(
                 f"a transaction of {self.name!r} is open here: call the transaction itself, or leave it first"
             )
+
+
+def _nothing() -> None: ...

@@ -108,16 +108,16 @@ class Expiries:
         return (self._buckets[second] for second in seconds)
 
     def take(self, now: int, most: int) -> list[str]:
-        """Up to `most` keys whose second is over, oldest first; they are in the index no more."""
+        """Up to `most` keys whose second is over, those of the oldest first; they are in the index no more."""
         over = now // 1000 * 1000 - 1
         taken: list[str] = []
         for bucket in self.passed(over):
-            for key in bucket:
-                if len(taken) == most:
-                    break
-                taken.append(key)
+            while bucket and len(taken) < most:
+                taken.append(bucket.popitem()[0])
         for key in taken:
-            self.discard(key)
+            second = self._second.pop(key)
+            if not self._buckets.get(second, True):
+                del self._buckets[second]
         if len(taken) < most:
-            self._next = max(self._next, over // 1000 + 1)
+            self._next = over // 1000 + 1
         return taken

@@ -26,7 +26,7 @@ from typing import Any
 from lab_state._clock import Clock, Pauses, Timer
 from lab_state._codec import encode_record
 from lab_state._metrics import FlushTimes
-from lab_state._state import Changes, State
+from lab_state._state import DELETED, Changes, State
 from lab_state._views import Views, joined
 from lab_state._waiters import Waiters, copied
 from lab_state.config import Config
@@ -304,9 +304,10 @@ class Flusher:
         self._waiters.board()
         taken = self._under_way = self.state.take()
         views = Views(self.state)
+        refused: list[str] = []
         started = self._clock.monotonic()
         try:
-            due = await _only_storage_errors(self._write(taken, views))
+            due = await _only_storage_errors(self._write(taken, refused, views))
         except StorageError as error:
             self.state.put_back(taken)
             self._under_way = None
@@ -319,14 +320,14 @@ class Flusher:
         else:
             self._under_way = None
             self._succeeded(taken.end, self._clock.monotonic() - started)
+            taken.changes.update(dict.fromkeys(refused, DELETED))  # as the record says
             self._committed(taken)
             self._checkpoint_due = due
             return None
         finally:
             await views.fold()
 
-    async def _write(self, taken: Changes, views: Views) -> bool:
-        refused: list[str] = []
+    async def _write(self, taken: Changes, refused: list[str], views: Views) -> bool:
         record = await joined(encode_record(taken, refused))
         if refused:
             self._logger.error("%s: not written, for a msgspec.Raw that is not JSON: the keys %s", self._name, refused)

@@ -54,7 +54,8 @@ class Changes(NamedTuple):
     """What one commit makes durable: everything above revision `start` up to `end`.
 
     `since` is when the oldest of it was made, in seconds of `monotonic`; `time` and
-    `wall` are when it was taken, in milliseconds of `State.now` and of the wall clock.
+    `wall` are when it was taken, in milliseconds of `State.now` and of the wall clock; 0
+    where nothing expires.
     """
 
     start: int
@@ -215,7 +216,7 @@ class State:
         self.swept: int = 0
         self._first = revision
         self._more = 0
-        self.expiries: Expiries = Expiries(self.now())
+        self.expiries: Expiries = Expiries(0 if expires else self.now())  # what is overdue keeps its second
         for key, at in (expires or {}).items():
             entries[key] = Expiring(cast("Value", entries[key]), at)
             self.expiries.add(key, at)
@@ -356,7 +357,8 @@ class State:
 
     def take(self) -> Changes:
         """Take the changes away for a commit."""
-        taken = Changes(self.taken, self.revision, self.cleared, self.changes, self.since, self.now(), self.wall())
+        time, wall = (self.now(), self.wall()) if self.expiries else (0, 0)
+        taken = Changes(self.taken, self.revision, self.cleared, self.changes, self.since, time, wall)
         self.changes, self.cleared, self.taken = {}, False, self.revision
         return taken
 

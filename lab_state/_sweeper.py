@@ -21,6 +21,7 @@ class Sweeper:
         self._busy = busy
         self._swept = swept
         self._timer: Timer | None = None
+        self._put_off = False
         state.expiries.first = self._arm
         if state.expiries:
             self._arm()
@@ -28,17 +29,23 @@ class Sweeper:
     def stop(self) -> None:
         """Sweep no more."""
         self._state.expiries.first = None
+        self._put_off = False
         if self._timer is not None:
             self._timer.cancel()
 
+    def resume(self) -> None:
+        """A transaction is over: do at once what was put off for it, or they could follow each other for ever."""
+        if self._put_off:
+            self._tick()
+
     def _arm(self, delay: float = _PERIOD) -> None:
-        if self._timer is None:
+        if self._timer is None and not self._put_off:
             self._timer = self._clock.call_later(delay, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
-        if self._busy():
-            self._arm()
+        self._put_off = self._busy()
+        if self._put_off:
             return
         before = self._state.revision
         more = self._state.sweep(_AT_ONCE) == _AT_ONCE

@@ -15,7 +15,7 @@ from lab_state.exceptions import ClosedError
 R = TypeVar("R")
 
 _LOOK_AGAIN = 1.0
-_ENDED = "the event loop of the manager ended; stop the threads that use `blocking` before it"
+_ENDED = "the event loop of the manager does not run; let the threads that use `blocking` end before it"
 
 
 @final
@@ -48,7 +48,10 @@ class Blocking(Plain):
             if not loop.is_running():
                 future.cancel()
         if future.done() and not future.cancelled():
-            return future.result()
+            try:
+                return future.result()
+            finally:
+                del future  # it holds the error, and that this frame
         if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
             coroutine.close()
         raise ClosedError(_ENDED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import deepcopy
-from typing import Any, Generic, TypeVar, cast, final, overload
+from typing import Any, Generic, Optional, TypeVar, cast, final, overload
 
 from lab_state._calls import Calls
 from lab_state._codec import check_key
@@ -92,12 +92,13 @@ class Scope(Calls):
             key: The key.
             type: What its value is; see `get`.
             default: What `get` returns, and `update` starts from, when the key is missing.
+                Where it is `None`, the value may be `None`, too.
 
         Raises:
             InvalidKeyError: The key is out of bounds.
         """
         check_key(self._full(key))
-        return Entry(self, key, type, default)
+        return Entry(self, key, Optional[type] if default is None else type, default)  # noqa: UP045 -- at run time
 
     def namespace(self, name: str) -> Namespace:
         """A handle for the keys that begin with `name` and a slash; it may be made before `start()`, and kept.
@@ -155,8 +156,8 @@ class Scope(Calls):
         Open it first, then read: what changes after that is told. A reader that is slow
         is told the last change of each key only; with more than 10,000 keys to tell, or
         when everything was deleted at once, it is told one `resync` instead: read again.
-        The iteration ends when the manager stops, after what was left to tell, and when
-        the block is left. One task reads it.
+        The iteration ends when the manager stops or the block is left, after what was
+        left to tell. One task reads it.
 
         Args:
             prefix: Which keys: those that begin with it.
@@ -211,9 +212,14 @@ class _DraftCore(Core):
     @property
     def running(self) -> Flusher:
         """The manager's own flusher; nobody's when the transaction is over."""
-        if self._core.held is not self and self._core.is_open:
+        if not self.is_held and self._core.is_open:
             raise RuntimeError(f"this transaction of {self.name!r} is over: begin another one")
         return self._core.running
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the transaction is open."""
+        return self._core.held is self
 
     def begin(self) -> None:
         draft = Draft(self._core.state)
@@ -223,7 +229,7 @@ class _DraftCore(Core):
         self.revision = draft.revision
 
     def merge(self) -> int | None:
-        if self._core.held is not self:
+        if not self.is_held:
             raise ClosedError(
                 f"the manager of {self.name!r} was stopped while this transaction was open: nothing changed"
             )

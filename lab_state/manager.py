@@ -21,6 +21,8 @@ from lab_state.config import Config
 from lab_state.handles import Scope
 from lab_state.storage._protocol import Storage, StorageSession
 
+_SWEPT_AT_START = 100_000
+
 Phase = Literal["new", "starting", "running", "stopping", "stopped"]
 
 
@@ -163,8 +165,11 @@ class Manager(Scope):
         watchers = Watchers(state)
         flusher = Flusher(state, session, self._config, self._clock, self._logger, watchers.committed, self._times)
         self._flusher = flusher
-        self._core.open(state, flusher, watchers)
+        # What expired while nothing ran may be much, and loading is where it may take its time.
+        while state.sweep(_SWEPT_AT_START):
+            flusher.nudge()
         self._sweeper = Sweeper(state, self._clock, lambda: self._core.held is not None, flusher.nudge)
+        self._core.open(state, flusher, watchers, self._sweeper.resume)
 
     def _load(self, session: StorageSession) -> State:
         snapshot, records, _, dropped = session.recovery

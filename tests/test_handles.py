@@ -112,13 +112,20 @@ class TestEntry:
         assert (await entry.get(), await state.get("n")) == (6, 6)
 
     async def test_none_is_a_default(self, state: Manager) -> None:
-        """It is not the same as no default, nor as a stored None."""
+        """It is not the same as no default; and where it is the default, a stored None is a value of the type."""
         entry = state.entry("n", int, default=None)
         assert await entry.get() is None
         assert await state.entry("x", int, default=None).update(lambda old: 1 if old is None else old) == 1
-        await state.set("n", None)
+        await entry.set(None)
+        assert await entry.get() is None
+        await state.set("n", "text")
         with pytest.raises(TypeMismatchError):
             await entry.get()
+        model = state.entry("model", Model, default=None)
+        await model.set(Model(tags=["x"]))
+        assert await model.get() == Model(tags=["x"])
+        await model.set(None)
+        assert await model.get() is None
 
     async def test_a_value_of_another_type_is_never_the_default(self, state: Manager) -> None:
         """TypeMismatchError with the path, from get and update, and the value stays."""

@@ -764,3 +764,48 @@ async def test_a_restart_after_a_forward_correction() -> None:
         clock.advance(5)
     async with manager(storage, clock) as state:
         assert await state.expires_in("a") == 55
+
+
+async def test_a_sweep_between_transactions(clock: ManualClock) -> None:
+    """Transactions that follow each other do not keep expired keys in memory."""
+    async with manager(MemoryStorage(), clock) as state:
+        await state.set("a", 1, ttl=1)
+        async with state.transaction():
+            clock.advance(10)
+            assert len(state._core.state.entries) == 1
+        assert len(state._core.state.entries) == 0
+
+
+async def test_what_expired_while_nothing_ran_is_swept_at_the_start(clock: ManualClock) -> None:
+    """However many expired: the start deletes them, durably, before anybody reads."""
+    storage = MemoryStorage()
+    async with manager(storage, clock) as state:
+        await state.set_many({f"{number}": 1 for number in range(5_000)}, ttl=5)
+        await state.set("stays", 1)
+    clock.advance(60)
+    async with Manager(Config(name="test", flush_interval=0), storage, clock=clock) as state:
+        assert len(state._core.state.entries) == 1
+        await state.flush()
+        assert state.durable_revision == state.revision == 3
+
+
+async def test_a_time_goes_with_every_commit(clock: ManualClock) -> None:
+    """The next start goes on from the last commit, whatever was in it, as long as something expires."""
+    storage = MemoryStorage()
+    async with crashing(storage, clock) as state:
+        await state.set("a", 1, ttl=20)
+        await state.flush()
+        clock.advance(10)
+        await state.set("b", 1)
+        await state.flush()
+    clock.jump(-1_000_000)
+    async with manager(storage, clock) as state:
+        assert await state.expires_in("a") == 10
+
+
+async def test_a_ttl_that_is_refused_counts(clock: ManualClock) -> None:
+    """A ttl out of bounds is a set that failed."""
+    async with manager(MemoryStorage(), clock) as state:
+        with pytest.raises(InvalidValueError):
+            await state.set("a", 1, ttl=0)
+        assert state.metrics().operations["set", "error"] == 1

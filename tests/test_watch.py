@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
+import msgspec
 import pytest
 
 from lab_state import (
@@ -849,3 +850,11 @@ def test_stop_after_a_loop_that_was_closed_over_a_reader(*, durable: bool) -> No
     loop.close()
     asyncio.run(state.stop())
     assert (state.status().phase, state.durable_revision) == ("stopped", 1)
+
+
+async def test_a_value_that_is_not_json_is_told_as_deleted(state: Manager) -> None:
+    """Who watches what is durable is told what the record says of a `msgspec.Raw` that is not JSON."""
+    async with state.watch(durable=True) as changes:
+        await state.set("bad", [msgspec.Raw(b"nope")])
+        await state.flush()
+        assert await told(changes) == [Change("bad", "delete", 1)]
