@@ -404,8 +404,6 @@ class TestRestarts:
         clock.advance(DAY)
         async with manager(storage, clock) as state:
             assert await state.get_all() == {"stays": None}
-            assert held(state) == {"short", "b", "long", "stays"}
-            clock.advance(1)
             assert held(state) == {"stays"}
         async with manager(storage, clock) as state:
             assert held(state) == {"stays"}
@@ -669,7 +667,7 @@ class TestSweeping:
         assert held(state) == set()
 
     async def test_nothing_is_swept_after_a_stop(self, storage: Storage, clock: ManualClock) -> None:
-        """A stop ends the sweeper; a later start has its own."""
+        """A stop ends the sweeper; a later start sweeps what expired meanwhile."""
         state = manager(storage, clock)
         await state.start()
         await state.set("a", 1, ttl=5)
@@ -678,8 +676,6 @@ class TestSweeping:
         clock.advance(100)
         assert state.revision == 1
         await state.start()
-        assert held(state) == {"a"}
-        clock.advance(1)
         assert held(state) == set()
         await state.stop()
         assert state.revision == 2
