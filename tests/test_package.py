@@ -41,6 +41,7 @@ LAYERS = (
     ("manager",),
     ("_conformance", "testing"),
     ("__init__",),
+    ("integrations", "integrations.*"),
 )
 
 OPENS_AND_SYNCS = {
@@ -163,6 +164,8 @@ def test_importing_imports_nothing_optional() -> None:
         "fastapi",
         "starlette",
         "litestar",
+        "key_value",
+        "prometheus_client",
         "pydantic",
         "anyio",
         "attrs",
@@ -184,6 +187,17 @@ def test_imports_go_one_way(module: str) -> None:
     """A module imports from its own layer and from those below, never from above."""
     above = {name for name in imports_of(module) if layer_of(name) > layer_of(module)}
     assert above == set()
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("integrations.")])
+def test_an_integration_imports_its_own_framework_alone(module: str) -> None:
+    """Importing the module for one framework does not need another one."""
+    frameworks = {"aiohttp", "fastapi", "key_value", "litestar", "prometheus_client", "starlette"}
+    own = {module.removeprefix("integrations."), *{"fastapi": ["starlette"]}.get(module.removeprefix("integrations."), [])}
+    own |= {"prometheus_client"} if module.endswith("prometheus") else set()
+    blocked = sorted(frameworks - own)
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport lab_state.{module}\nprint('true')"
+    assert run(code)
 
 
 def test_imports_have_no_cycle() -> None:

@@ -1,0 +1,99 @@
+"""For aiohttp's server: managers that run while an application does, and a health handler."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+
+from aiohttp import web
+
+from lab_state.integrations._serving import add, by_name, check_bound, choose, health_of, running
+from lab_state.manager import Manager
+
+__all__ = ["MANAGERS", "health", "manager", "setup"]
+
+MANAGERS: web.AppKey[Mapping[str, Manager]] = web.AppKey("lab_state.managers", Mapping)
+"""Where an application holds its managers, by name."""
+
+
+def setup(app: web.Application, *managers: Manager) -> None:
+    """Let managers run while an application does.
+
+    Adds to its `cleanup_ctx`: they are started in the order given, with what was added
+    before them, and stopped in reverse order. When one cannot be started, those before
+    it are stopped, and `web.run_app` ends with its error.
+
+    Handlers find them with `manager`, those of sub-applications too. May be called
+    again, and for sub-applications with managers of their own.
+
+    Args:
+        app: The application, not yet running.
+        managers: One or more, each with a name of its own.
+
+    Raises:
+        ValueError: No manager was given, or two have the same name.
+        TypeError: One of them is not a manager.
+    """
+    named = by_name(managers)
+    known = _own(app)
+    for one in named.values():
+        add(known, one)
+    app[MANAGERS] = known
+
+    async def lab_state(_: web.Application) -> AsyncGenerator[None]:
+        async with running(named.values()):
+            yield
+
+    app.cleanup_ctx.append(lab_state)
+
+
+def _own(app: web.Application) -> dict[str, Manager]:
+    managers: Mapping[str, Manager] | None = app.get(MANAGERS)
+    return dict(managers or {})
+
+
+def _managers_of(source: web.Request | web.Application) -> Mapping[str, Manager]:
+    apps = source.match_info.apps if isinstance(source, web.Request) else (source,)
+    # A sub-application comes after its parent, and its own managers before those.
+    return {name: one for app in apps for name, one in _own(app).items()}
+
+
+def manager(source: web.Request | web.Application, name: str | None = None) -> Manager:
+    """A manager of an application.
+
+    Args:
+        source: A request: the managers of the application that handles it and of those
+            that it is part of. Or an application: its own managers, since it does not
+            know whose part it is.
+        name: The manager's name; may be left out where there is only one.
+
+    Raises:
+        LookupError: There is no such manager; the message names those there are.
+    """
+    return choose(_managers_of(source), name)
+
+
+def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """A handler for a load balancer.
+
+    `app.router.add_get("/health", health())`.
+
+    Answers 200 while every manager that `manager` would find runs and writes, and 503
+    otherwise, with the status of each as JSON. No key and no value is in it; paths of
+    files are, in error messages: keep it off the public internet.
+
+    Args:
+        max_unflushed_age: For how long changes may fail to become durable, in seconds
+            above 0; more than every `flush_interval`. `None`: for any time, as for
+            managers whose `flush_interval` is `None`.
+
+    Raises:
+        ValueError: The bound is not above 0.
+        TypeError: It is not a number.
+    """
+    bound = check_bound(max_unflushed_age)
+
+    async def health(request: web.Request) -> web.Response:
+        status, body = health_of(_managers_of(request), bound)
+        return web.Response(body=body, status=status, content_type="application/json")
+
+    return health

@@ -1,0 +1,79 @@
+"""For FastAPI: the lifespan and the health route of Starlette, and dependencies."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, overload
+
+from fastapi.requests import HTTPConnection
+
+from lab_state._codec import check_key
+from lab_state._state import MISSING
+from lab_state.handles import Entry
+from lab_state.integrations.starlette import health, lifespan
+from lab_state.integrations.starlette import manager as manager_of
+from lab_state.manager import Manager
+
+__all__ = ["entry", "health", "lifespan", "manager"]
+
+T = TypeVar("T")
+
+
+def manager(name: str | None = None) -> Callable[[HTTPConnection], Awaitable[Manager]]:
+    """A dependency: `Annotated[Manager, Depends(manager("my-module"))]`.
+
+    Works in endpoints, `def` ones too (there, use `.blocking`), in WebSockets, and in
+    mounted applications, which find their parent's managers. It costs no thread.
+
+    Args:
+        name: The manager's name, any that a manager may have; may be left out where the
+            application has only one.
+
+    Raises:
+        LookupError: From a request: there is no such manager, the message names those
+            there are; or the lifespan did not run.
+    """
+
+    async def manager(connection: HTTPConnection) -> Manager:
+        return manager_of(connection, name)
+
+    return manager
+
+
+@overload
+def entry(key: str, type: type[T], *, manager: str | None = ...) -> Callable[[HTTPConnection], Awaitable[Entry[T]]]: ...
+@overload
+def entry(
+    key: str, type: type[T], *, default: None, manager: str | None = ...
+) -> Callable[[HTTPConnection], Awaitable[Entry[T | None]]]: ...
+@overload
+def entry(
+    key: str, type: type[T], *, default: T, manager: str | None = ...
+) -> Callable[[HTTPConnection], Awaitable[Entry[T]]]: ...
+@overload
+def entry(
+    key: str, type: Any, *, default: Any = ..., manager: str | None = ...
+) -> Callable[[HTTPConnection], Awaitable[Entry[Any]]]: ...
+def entry(
+    key: str, type: Any, *, default: Any = MISSING, manager: str | None = None
+) -> Callable[[HTTPConnection], Awaitable[Entry[Any]]]:
+    """A dependency for one typed key: `Annotated[Entry[int], Depends(entry("visits", int, default=0))]`.
+
+    Args:
+        key: The key.
+        type: What its value is; see `Manager.entry`.
+        default: What `get` returns, and `update` starts from, when the key is missing.
+        manager: The manager's name; may be left out where the application has only one.
+
+    Raises:
+        InvalidKeyError: The key is out of bounds.
+        LookupError: From a request: there is no such manager, the message names those
+            there are; or the lifespan did not run.
+    """
+    check_key(key)
+
+    async def entry(connection: HTTPConnection) -> Entry[Any]:
+        found: Entry[Any] = manager_of(connection, manager).entry(key, type, default=default)
+        return found
+
+    return entry

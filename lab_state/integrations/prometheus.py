@@ -1,0 +1,148 @@
+"""For Prometheus: a collector that reads managers when it is scraped, from any thread."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import math
+from collections.abc import Callable, Generator, Iterator
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lab_state._metrics import Metrics
+from lab_state.exceptions import ClosedError
+from lab_state.integrations._serving import by_name
+from lab_state.manager import Manager, Status
+
+__all__ = ["LabStateCollector"]
+
+_PATIENCE = 5.0
+"""Seconds that a scrape waits for an event loop; Prometheus itself gives up after 10."""
+
+_GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
+    ("lab_state_keys", "Keys in the state.", lambda status: status.keys),
+    ("lab_state_revision", "The number of the last change.", lambda status: status.revision),
+    (
+        "lab_state_durable_revision",
+        "Everything up to this revision is durable.",
+        lambda status: status.durable_revision,
+    ),
+    ("lab_state_unflushed_keys", "Keys with changes that are not durable.", lambda status: status.unflushed_keys),
+    (
+        "lab_state_unflushed_age_seconds",
+        "Age of the oldest change that is not durable: what a crash would lose now.",
+        lambda status: status.unflushed_age,
+    ),
+    (
+        "lab_state_last_flush_timestamp_seconds",
+        "When the last flush that wrote something succeeded, in seconds since 1970; absent before the first.",
+        lambda status: status.last_flush_at,
+    ),
+    ("lab_state_snapshot_bytes", "Size of the snapshot.", lambda status: status.snapshot_bytes),
+    ("lab_state_journal_bytes", "Size of the journal behind the snapshot.", lambda status: status.journal_bytes),
+)
+
+
+class LabStateCollector(Collector):
+    """Metrics of managers: `REGISTRY.register(LabStateCollector(state))`.
+
+    Each has a label `name`. Everything is read when it is scraped; between scrapes it
+    costs nothing. A scrape reads on the manager's event loop, from whatever thread it
+    comes. A loop that does not answer within 5 seconds is told as `lab_state_up` 0, and
+    so is a manager that does not run; the latter's counts are told all the same.
+    """
+
+    def __init__(self, *managers: Manager) -> None:
+        """Managers need not be running yet.
+
+        Args:
+            managers: One or more, each with a name of its own.
+
+        Raises:
+            ValueError: No manager was given, or two have the same name.
+            TypeError: One of them is not a manager.
+        """
+        self._managers = by_name(managers)
+
+    def describe(self) -> Iterator[Metric]:
+        """The metrics without their values: registering must not wait for an event loop."""
+        return iter(_Families())
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics as they are now; safe in any thread."""
+        families = _Families()
+        for name, manager in self._managers.items():
+            families.add(name, _read(manager))
+        return iter(families)
+
+
+def _read(manager: Manager) -> tuple[Status, Metrics] | None:
+    """What a manager tells; `None` when its event loop does not answer."""
+
+    def read() -> tuple[Status, Metrics]:
+        return manager.status(), manager.metrics()
+
+    try:
+        loop = manager._core.running.loop  # noqa: SLF001 -- as `blocking` does
+    except ClosedError:
+        return read()  # nothing changes it
+    if loop is _running_loop() or not loop.is_running():
+        return read()
+    answer: concurrent.futures.Future[tuple[Status, Metrics]] = concurrent.futures.Future()
+    try:
+        loop.call_soon_threadsafe(lambda: answer.set_result(read()))
+        return answer.result(_PATIENCE)
+    except (RuntimeError, TimeoutError):  # the loop was closed just now; or is held up
+        return None
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+class _Families:
+    """The metrics, to be filled."""
+
+    def __init__(self) -> None:
+        self._up = GaugeMetricFamily("lab_state_up", "Whether the manager is running, and answers.", labels=["name"])
+        self._gauges = [GaugeMetricFamily(name, text, labels=["name"]) for name, text, _ in _GAUGES]
+        self._failures = CounterMetricFamily(
+            "lab_state_flush_failures", "Flushes and checkpoints that failed since the last start.", labels=["name"]
+        )
+        self._operations = CounterMetricFamily(
+            "lab_state_operations",
+            "Operations by status; of `get` only those that failed.",
+            labels=["name", "operation", "status"],
+        )
+        self._durations = HistogramMetricFamily(
+            "lab_state_operation_duration_seconds", "How long flushes took.", labels=["name", "operation"]
+        )
+
+    def __iter__(self) -> Generator[Metric]:
+        yield self._up
+        yield from self._gauges
+        yield self._failures
+        yield self._operations
+        yield self._durations
+
+    def add(self, name: str, answer: tuple[Status, Metrics] | None) -> None:
+        self._up.add_metric([name], answer is not None and answer[0].phase == "running")
+        if answer is None:
+            return
+        status, metrics = answer
+        for family, (_, _, read) in zip(self._gauges, _GAUGES, strict=True):
+            value = read(status)
+            if value is not None:
+                family.add_metric([name], value)
+        self._failures.add_metric([name], status.flush_failures)
+        for (operation, result), count in metrics.operations.items():
+            self._operations.add_metric([name, operation, result], count)
+        self._durations.add_metric(
+            [name, "flush"],
+            buckets=[("+Inf" if bound == math.inf else str(bound), count) for bound, count in metrics.flush_buckets],
+            sum_value=metrics.flush_seconds,
+        )
