@@ -1,0 +1,49 @@
+"""A FastAPI application that counts visits, each durable before it is answered.
+
+Run it with `uvicorn fastapi_app:app`; the state is in `$STATE_DIRECTORY`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, WebSocket
+
+from lab_state import Config, Entry, FileStorage, Manager
+from lab_state.integrations.fastapi import entry, health, lifespan, manager
+
+# flush_interval=0: a write returns when it is durable; concurrent requests share the syncs.
+visits = Manager(
+    Config(name="visits", flush_interval=0),
+    FileStorage(os.environ.get("STATE_DIRECTORY", "state/modules")),
+)
+app = FastAPI(lifespan=lifespan(visits))
+app.add_api_route("/health", health())
+
+Visits = Annotated[Manager, Depends(manager("visits"))]
+Total = Annotated[Entry[int], Depends(entry("total", int, default=0))]
+
+
+@app.post("/visits/{page}")
+async def visit(page: str, state: Visits) -> int:
+    return await state.incr(f"page/{page}")
+
+
+@app.get("/visits")
+def pages(state: Visits) -> dict[str, int]:  # a plain function runs in a thread: `blocking`
+    return state.blocking.get_all("page/", type=int)
+
+
+@app.post("/total")
+async def count(total: Total) -> int:
+    return await total.update(lambda n: n + 1)
+
+
+@app.websocket("/changes")
+async def changes(websocket: WebSocket, state: Visits) -> None:
+    await websocket.accept()
+    async with state.watch("page/", durable=True) as told:
+        await websocket.send_text("watching")
+        async for change in told:
+            await websocket.send_text(change.key)
