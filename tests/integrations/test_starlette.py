@@ -1,0 +1,343 @@
+"""Starlette: the lifespan, where managers are found, and the health route."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocket
+
+from lab_state import Config, LockedError, Manager, MemoryStorage, UnavailableError
+from lab_state.integrations.starlette import health, lifespan, manager
+from lab_state.testing import FaultyStorage, ManualClock
+
+
+def make(name: str, storage: MemoryStorage | FaultyStorage | None = None, **options: Any) -> Manager:
+    return Manager(Config(name=name, **options), storage or MemoryStorage())
+
+
+async def visit(request: Request) -> JSONResponse:
+    return JSONResponse(await manager(request, request.query_params.get("name")).incr("visits"))
+
+
+async def socket(websocket: WebSocket) -> None:
+    await websocket.accept()
+    await websocket.send_json(await manager(websocket).incr("visits"))
+    await websocket.close()
+
+
+ROUTES = [
+    Route("/", visit),
+    WebSocketRoute("/socket", socket),
+    Mount("/sub", app=Starlette(routes=[Route("/", visit)])),
+    Route("/health", health(max_unflushed_age=10)),
+]
+
+
+def application(*managers: Manager, inner: Callable[..., Any] | None = None) -> Starlette:
+    return Starlette(routes=ROUTES, lifespan=lifespan(*managers, inner=inner))
+
+
+# The lifespan
+
+
+def test_requests_sockets_and_mounted_applications_find_the_manager() -> None:
+    """A request, a WebSocket and a request to a mounted application use the same manager."""
+    with TestClient(application(make("my-module"))) as client:
+        assert client.get("/").json() == 1
+        with client.websocket_connect("/socket") as connected:
+            assert connected.receive_json() == 2
+        assert client.get("/sub/").json() == 3
+
+
+def test_managers_live_as_long_as_the_application_and_can_be_started_again() -> None:
+    """Leaving the client stops the manager; entering again finds what was written."""
+    state = make("my-module")
+    app = application(state)
+    for expected in (1, 2):
+        with TestClient(app) as client:
+            assert state.status().phase == "running"
+            assert client.get("/").json() == expected
+        assert state.status().phase == "stopped"
+
+
+def test_two_applications_share_nothing() -> None:
+    """Each application in one process has its own managers, of the same name or not."""
+    with TestClient(application(make("a"))) as one, TestClient(application(make("a"))) as other:
+        assert [one.get("/").json(), one.get("/").json(), other.get("/").json()] == [1, 2, 1]
+
+
+async def test_started_in_order_and_stopped_in_reverse() -> None:
+    """The first manager is the first to start and the last to stop, and the inner lifespan is inside all."""
+    first, second = make("first"), make("second")
+    seen = []
+
+    @asynccontextmanager
+    async def inner(app: object) -> AsyncGenerator[None]:
+        seen.append((app, first.status().phase, second.status().phase))
+        yield
+        seen.append((app, first.status().phase, second.status().phase))
+
+    class Watched(Manager):
+        async def start(self) -> None:
+            await super().start()
+            seen.append(self.config.name)
+
+        async def stop(self) -> None:
+            seen.append(f"{self.config.name} stops")
+            await super().stop()
+
+    third = Watched("third", MemoryStorage())
+    fourth = Watched("fourth", MemoryStorage())
+    async with lifespan(first, third, second, fourth, inner=inner)("app") as given:
+        assert list(given) == ["lab_state"]
+        assert list(given["lab_state"]) == ["first", "third", "second", "fourth"]
+    running = ("app", "running", "running")
+    assert seen == ["third", "fourth", running, running, "fourth stops", "third stops"]
+
+
+async def test_what_had_started_is_stopped_when_a_later_one_fails() -> None:
+    """A manager that cannot be started stops those before it, and its error is the lifespan's."""
+    faulty = FaultyStorage(MemoryStorage())
+    faulty.fail("open", error=UnavailableError("no disk"))
+    first, second, third = make("first"), make("second", faulty), make("third")
+    with pytest.raises(UnavailableError, match="no disk"):
+        await lifespan(first, second, third)(None).__aenter__()
+    assert [one.status().phase for one in (first, second, third)] == ["stopped", "new", "new"]
+
+
+async def test_an_inner_lifespan_that_fails_stops_the_managers() -> None:
+    """An error of the inner lifespan, at its start or its end, leaves no manager running."""
+    state = make("my-module")
+
+    @asynccontextmanager
+    async def at_start(_: object) -> AsyncGenerator[None]:
+        raise ZeroDivisionError
+        yield
+
+    @asynccontextmanager
+    async def at_end(_: object) -> AsyncGenerator[None]:
+        yield
+        raise ZeroDivisionError
+
+    for inner in (at_start, at_end):
+        with pytest.raises(ZeroDivisionError):
+            async with lifespan(state, inner=inner)(None):
+                await state.set("key", 1)
+        assert state.status().phase == "stopped"
+
+
+async def test_a_stop_that_fails_does_not_keep_the_others_from_stopping() -> None:
+    """Every manager is stopped, and the error of the one that failed is raised."""
+    faulty = FaultyStorage(MemoryStorage())
+    first, second = make("first"), make("second", faulty, flush_interval=None, stop_timeout=0.01)
+    with pytest.raises(UnavailableError):
+        async with lifespan(first, second)(None):
+            await second.set("key", 1)
+            faulty.fail("commit", times=1000)
+    assert [one.status().phase for one in (first, second)] == ["stopped", "stopped"]
+
+
+async def test_started_in_one_task_and_stopped_in_another() -> None:
+    """A server, or a fixture of pytest-asyncio, may leave the lifespan in another task than it entered it."""
+    state = make("my-module")
+    running = lifespan(state)(None)
+    await asyncio.create_task(running.__aenter__())  # type: ignore[arg-type]
+    assert state.status().phase == "running"
+    await asyncio.create_task(running.__aexit__(None, None, None))  # type: ignore[arg-type]
+    assert state.status().phase == "stopped"
+
+
+def test_the_state_of_the_inner_lifespan_is_merged() -> None:
+    """What the inner lifespan yields is in `request.state` beside the managers, and it may use them."""
+    state = make("my-module")
+
+    @asynccontextmanager
+    async def inner(_: Starlette) -> AsyncGenerator[dict[str, Any]]:
+        yield {"answer": await state.incr("answer", 42)}
+
+    async def answer(request: Request) -> JSONResponse:
+        return JSONResponse([request.state.answer, list(request.state.lab_state)])
+
+    app = Starlette(routes=[Route("/", answer)], lifespan=lifespan(state, inner=inner))
+    with TestClient(app) as client:
+        assert client.get("/").json() == [42, ["my-module"]]
+
+
+async def test_an_inner_lifespan_with_managers_of_its_own_is_refused() -> None:
+    """Two lifespans of lab_state one in the other would hide managers: an error at startup, and all are stopped."""
+    outer, within = make("outer"), make("within")
+    with pytest.raises(RuntimeError, match="give all managers to one lifespan"):
+        await lifespan(outer, inner=lifespan(within))(None).__aenter__()
+    assert [one.status().phase for one in (outer, within)] == ["stopped", "stopped"]
+
+
+def test_arguments_are_checked_at_once() -> None:
+    """No manager, two of one name, and what is not a manager, are errors where the lifespan is made."""
+    with pytest.raises(ValueError, match="one or more"):
+        lifespan()
+    with pytest.raises(ValueError, match="two managers are named 'a'"):
+        lifespan(make("a"), make("a"))
+    with pytest.raises(TypeError, match=r"lab_state\.Manager was expected, not 'a'"):
+        lifespan("a")  # type: ignore[arg-type]
+
+
+# Finding a manager
+
+
+def test_a_manager_that_is_not_there() -> None:
+    """The error names the managers that there are; without a name there must be one alone."""
+    with TestClient(application(make("a"), make("b-c"))) as client:
+        assert client.get("/?name=b-c").json() == 1
+        with pytest.raises(LookupError, match="there is no manager 'd'; this application has 'a', 'b-c'"):
+            client.get("/?name=d")
+        with pytest.raises(LookupError, match="a name is needed; this application has 'a', 'b-c'"):
+            client.get("/")
+
+
+def test_a_lifespan_that_did_not_run() -> None:
+    """A client that is not entered runs no startup, and the error says so."""
+    client = TestClient(application(make("a")))
+    with pytest.raises(LookupError, match="see that the server runs its startup"):
+        client.get("/")
+
+
+# The health route
+
+
+def test_health_tells_the_status_and_no_value() -> None:
+    """200, with the status of each manager under its name; no value is in it."""
+    state = make("a")
+    with TestClient(application(state, make("b"))) as client:
+        assert client.portal is not None
+        client.portal.call(state.set, "key", "a secret")
+        answer = client.get("/health")
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "application/json"
+        told = answer.json()
+        assert (told["healthy"], told["problems"]) == (True, [])
+        assert (told["managers"]["a"]["keys"], told["managers"]["b"]["phase"]) == (1, "running")
+        assert "secret" not in answer.text
+
+
+def test_health_turns_when_writes_are_not_durable_for_long() -> None:
+    """503 when the oldest change that is not durable is older than the bound, and 200 when it is durable again."""
+    clock = ManualClock()
+    storage = FaultyStorage(MemoryStorage())
+    state = Manager(Config(name="a", flush_interval=1), storage, clock=clock)
+    storage.fail("commit", times=100, error=UnavailableError("no disk"))
+    with TestClient(application(state)) as client:
+        portal = client.portal
+        assert portal is not None
+        portal.call(state.set, "key", "value")
+        portal.call(clock.advance, 10.0)
+        assert client.get("/health").status_code == 200
+        portal.call(clock.advance, 0.5)
+        answer = client.get("/health")
+        assert answer.status_code == 503
+        assert answer.json()["problems"] == ["a has had changes that are not durable for 10.5 s"]
+        while state.status().unflushed_keys:
+            try:
+                portal.call(state.flush)
+            except UnavailableError:
+                continue
+        assert client.get("/health").status_code == 200
+
+
+async def test_health_when_a_manager_does_not_run() -> None:
+    """503 when a manager was stopped, or the lifespan did not run."""
+    state = make("a")
+    endpoint = health()
+    async with lifespan(state)(None) as given:
+        await state.stop()
+        answer = await endpoint(Request({"type": "http", "state": dict(given)}))
+    assert answer.status_code == 503
+    assert json.loads(bytes(answer.body))["problems"] == ["a is stopped"]
+    answer = await endpoint(Request({"type": "http"}))
+    assert answer.status_code == 503
+    assert json.loads(bytes(answer.body))["problems"] == ["no manager was started"]
+
+
+@pytest.mark.parametrize("bound", [0, -1, float("nan")])
+def test_the_bound_must_be_above_0(bound: float) -> None:
+    """A bound of 0 seconds, or none that is a number, is an error at once."""
+    with pytest.raises(ValueError, match="above 0 seconds"):
+        health(max_unflushed_age=bound)
+
+
+@pytest.mark.parametrize("bound", [True, "10"])
+def test_the_bound_must_be_a_number(bound: Any) -> None:
+    """A bound that is no number is an error at once."""
+    with pytest.raises(TypeError, match="a number of seconds or None"):
+        health(max_unflushed_age=bound)
+
+
+async def test_without_a_bound_only_the_phase_counts() -> None:
+    """With `None`, changes may wait for ever, as with a `flush_interval` of `None`."""
+    clock = ManualClock()
+    state = Manager(Config(name="a", flush_interval=None), MemoryStorage(), clock=clock)
+    async with lifespan(state)(None) as given:
+        await state.set("key", 1)
+        clock.advance(10**6)
+        answer = await health(max_unflushed_age=None)(Request({"type": "http", "state": dict(given)}))
+    assert answer.status_code == 200
+
+
+# What uvicorn prints
+
+
+@pytest.fixture
+def uvicorn_logger() -> logging.Logger:
+    return logging.getLogger("uvicorn.error")
+
+
+async def refused() -> None:
+    storage = MemoryStorage()
+    async with Manager("a", storage):
+        with pytest.raises(LockedError):
+            await lifespan(Manager("a", storage))(None).__aenter__()
+
+
+async def test_the_last_line_of_uvicorn_is_completed_once(
+    uvicorn_logger: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The line that comes after the traceback is given the reason; no other line, and not twice."""
+    await refused()
+    uvicorn_logger.error("a traceback")
+    uvicorn_logger.error("Application startup failed. Exiting.")
+    uvicorn_logger.error("Application startup failed. Exiting.")
+    traceback, last, again = (record.getMessage() for record in caplog.records)
+    assert traceback == "a traceback"
+    assert last.startswith("Application startup failed. Exiting. LockedError: ")
+    assert last.endswith("run it with one worker (see `Workers` in the documentation)")
+    assert again == "Application startup failed. Exiting."
+    assert uvicorn_logger.filters == []
+
+
+async def test_a_later_start_forgets_the_reason(
+    uvicorn_logger: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start that failed is not told by a server that is started afterwards in the same process."""
+    await refused()
+    uvicorn_logger.error(100)  # type: ignore[arg-type]
+    async with lifespan(make("a"))(None):
+        uvicorn_logger.error("Application startup failed. Exiting.")
+    assert [record.getMessage() for record in caplog.records] == ["100", "Application startup failed. Exiting."]
+
+
+async def test_an_error_while_serving_is_not_the_reason_of_a_start(uvicorn_logger: logging.Logger) -> None:
+    """An error at shutdown leaves the logger of uvicorn as it was."""
+    with pytest.raises(ZeroDivisionError):
+        async with lifespan(make("a"))(None):
+            raise ZeroDivisionError
+    assert uvicorn_logger.filters == []
