@@ -9,7 +9,9 @@ import os
 from typing import Any
 
 from litestar import Litestar, Request, get, post
+from litestar.di import NamedDependency
 from litestar.middleware.session.server_side import ServerSideSessionConfig
+from litestar.params import FromPath
 from litestar.stores.registry import StoreRegistry
 
 from lab_state import Config, FileStorage, Manager
@@ -23,12 +25,12 @@ manager = Manager(
 
 
 @post("/visits/{page:str}", status_code=200)
-async def visit(page: str, visits: Manager) -> int:
+async def visit(page: FromPath[str], visits: NamedDependency[Manager]) -> int:
     return await visits.incr(f"page/{page}")
 
 
 @get("/visits")
-async def pages(visits: Manager) -> dict[str, int]:
+async def pages(visits: NamedDependency[Manager]) -> dict[str, int]:
     return await visits.get_all("page/", type=int)
 
 

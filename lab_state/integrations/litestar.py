@@ -30,7 +30,7 @@ __all__ = ["LabStatePlugin", "LabStateStore", "health"]
 class LabStatePlugin(InitPlugin):
     """Runs managers, and injects them: `Litestar(plugins=[LabStatePlugin(notes=Manager("notes", storage))])`.
 
-    A handler that has a parameter `notes: Manager` is given that manager. Elsewhere they
+    A handler with a parameter `notes: NamedDependency[Manager]` is given that manager. Elsewhere they
     are in `app.state.lab_state`, by the managers' own names. They are started before
     everything else in the application's lifespan, in the order given, and stopped after
     it in reverse order; when one cannot be started, those before it are stopped, and the

@@ -1,0 +1,42 @@
+"""Any string as one part of a key."""
+
+from __future__ import annotations
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lab_state._codec import check_key
+from lab_state.integrations._parts import LONGEST, escape, is_hash, part, unescape
+
+texts = st.text(st.characters(exclude_categories=()), max_size=300)
+
+
+@given(texts)
+@example("")
+@example("%")
+@example("%~")
+@example("%2F/")
+@example("\0\ud83d\ude00\udc00")
+@example("/" * 1000)
+def test_a_text_survives(text: str) -> None:
+    """What was escaped is told back, and a part is a key: no slash, within bounds."""
+    assert unescape(escape(text)) == text
+    found = part(text)
+    check_key(found)
+    assert "/" not in found
+    assert len(found) <= LONGEST
+    assert is_hash(found) == (len(escape(text)) > LONGEST)
+
+
+@given(texts, texts)
+@example("", "%")
+@example("/", "%2F")
+@example("a" * 257, "a" * 258)
+def test_different_texts_are_different_parts(one: str, other: str) -> None:
+    """No two texts share a part."""
+    assert (part(one) == part(other)) == (one == other)
+
+
+def test_what_is_readable_stays_readable() -> None:
+    """Only what cannot be in a part is escaped."""
+    assert part("GET https://example.com/a b?ü=1%") == "GET https:%2F%2Fexample.com%2Fa b?ü=1%25"
