@@ -62,7 +62,9 @@ async def test_handlers_and_sub_applications_find_managers() -> None:
             assert await connected.receive_json() == 3
         assert await json_of(client, "/sub/?name=shared") == 1
         assert await json_of(client, "/?name=shared") == 1
-        assert await json_of(client, "/?name=sub") == "there is no manager 'sub'; this application has 'parent', 'shared'"
+        assert (
+            await json_of(client, "/?name=sub") == "there is no manager 'sub'; this application has 'parent', 'shared'"
+        )
 
 
 async def test_a_manager_of_an_application() -> None:
@@ -128,7 +130,8 @@ async def test_two_managers_of_one_name_are_an_error_at_once() -> None:
     setup(app, make("a"))
     with pytest.raises(ValueError, match="two managers are named 'a'"):
         setup(app, make("b"), make("a"))
-    assert list(app[MANAGERS]) == ["a"]
+    managers = app[MANAGERS]
+    assert list(managers) == ["a"]
     assert len(app.cleanup_ctx) == 1 + len(web.Application().cleanup_ctx)
 
 

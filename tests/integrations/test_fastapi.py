@@ -122,7 +122,7 @@ def test_the_only_manager_needs_no_name() -> None:
         assert client.get("/only").json() == "alone"
     with (
         TestClient(both()) as client,
-        pytest.raises(LookupError, match="a name is needed; this application has 'my-module', 'other.module'"),
+        pytest.raises(LookupError, match=r"a name is needed; this application has 'my-module', 'other\.module'"),
     ):
         client.get("/only")
 
@@ -131,7 +131,7 @@ def test_a_manager_that_the_application_does_not_have() -> None:
     """The error names the managers that there are."""
     with (
         TestClient(both()) as client,
-        pytest.raises(LookupError, match="no manager 'nowhere'; this application has 'my-module', 'other.module'"),
+        pytest.raises(LookupError, match=r"no manager 'nowhere'; this application has 'my-module', 'other\.module'"),
     ):
         client.get("/missing")
 
@@ -164,7 +164,7 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
     async with app.router.lifespan_context(app) as given:
 
         async def with_state(scope: Any, receive: Any, send: Any) -> None:
-            await app({**scope, "state": dict(given)}, receive, send)
+            await app({**scope, "state": dict(given or {})}, receive, send)
 
         async with httpx.AsyncClient(transport=httpx.ASGITransport(with_state), base_url="http://test") as client:
             yield client

@@ -80,7 +80,7 @@ def test_two_applications_share_nothing() -> None:
 async def test_started_in_order_and_stopped_in_reverse() -> None:
     """The first manager is the first to start and the last to stop, and the inner lifespan is inside all."""
     first, second = make("first"), make("second")
-    seen = []
+    seen: list[Any] = []
 
     @asynccontextmanager
     async def inner(app: object) -> AsyncGenerator[None]:
@@ -152,9 +152,9 @@ async def test_started_in_one_task_and_stopped_in_another() -> None:
     """A server, or a fixture of pytest-asyncio, may leave the lifespan in another task than it entered it."""
     state = make("my-module")
     running = lifespan(state)(None)
-    await asyncio.create_task(running.__aenter__())  # type: ignore[arg-type]
+    await asyncio.create_task(running.__aenter__())
     assert state.status().phase == "running"
-    await asyncio.create_task(running.__aexit__(None, None, None))  # type: ignore[arg-type]
+    await asyncio.create_task(running.__aexit__(None, None, None))
     assert state.status().phase == "stopped"
 
 
@@ -329,7 +329,7 @@ async def test_a_later_start_forgets_the_reason(
 ) -> None:
     """A start that failed is not told by a server that is started afterwards in the same process."""
     await refused()
-    uvicorn_logger.error(100)  # type: ignore[arg-type]
+    uvicorn_logger.error(100)
     async with lifespan(make("a"))(None):
         uvicorn_logger.error("Application startup failed. Exiting.")
     assert [record.getMessage() for record in caplog.records] == ["100", "Application startup failed. Exiting."]
