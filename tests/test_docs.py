@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ from fastapi.testclient import TestClient
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(page for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if "```python" in page.read_text())
+# An import reads files: not on the event loop that the blocks run on.
+for integration in ("aiohttp", "fastapi", "key_value", "litestar", "prometheus", "starlette"):
+    importlib.import_module(f"lab_state.integrations.{integration}")
 LINK = re.compile(r"\]\(([^)#]+\.md)[^)]*\)")
 
 
@@ -29,13 +34,14 @@ def blocks(page: Path) -> list[CodeType]:
     return found
 
 
-async def run(page: Path) -> dict[str, Any]:
-    names: dict[str, Any] = {"__name__": "docs"}
-    for code in blocks(page):
-        result = eval(code, names)
-        if inspect.isawaitable(result):
-            await result
-    return names
+async def run(page: Path) -> None:
+    module = ModuleType("docs")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, "docs", module)  # where Litestar looks up what annotations name
+        for code in blocks(page):
+            result = eval(code, vars(module))
+            if inspect.isawaitable(result):
+                await result
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
