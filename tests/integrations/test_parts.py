@@ -18,11 +18,12 @@ texts = st.text(st.characters(exclude_categories=()), max_size=300)
 @example("%2F/")
 @example("\0\ud83d\ude00\udc00")
 @example("/" * 1000)
+@example("$lab_state")
 def test_a_text_survives(text: str) -> None:
-    """What was escaped is told back, and a part is a key: no slash, within bounds."""
+    """What was escaped is told back, and a part can follow a namespace: no slash, within bounds."""
     assert unescape(escape(text)) == text
     found = part(text)
-    check_key(found)
+    check_key(f"namespace/{found}")
     assert "/" not in found
     assert len(found) <= LONGEST
     assert is_hash(found) == (len(escape(text)) > LONGEST)
