@@ -193,7 +193,10 @@ def test_imports_go_one_way(module: str) -> None:
 def test_an_integration_imports_its_own_framework_alone(module: str) -> None:
     """Importing the module for one framework does not need another one."""
     frameworks = {"aiohttp", "fastapi", "key_value", "litestar", "prometheus_client", "starlette"}
-    own = {module.removeprefix("integrations."), *{"fastapi": ["starlette"]}.get(module.removeprefix("integrations."), [])}
+    own = {
+        module.removeprefix("integrations."),
+        *{"fastapi": ["starlette"]}.get(module.removeprefix("integrations."), []),
+    }
     own |= {"prometheus_client"} if module.endswith("prometheus") else set()
     blocked = sorted(frameworks - own)
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport lab_state.{module}\nprint('true')"
