@@ -858,3 +858,25 @@ async def test_a_value_that_is_not_json_is_told_as_deleted(state: Manager) -> No
         await state.set("bad", [msgspec.Raw(b"nope")])
         await state.flush()
         assert await told(changes) == [Change("bad", "delete", 1)]
+
+
+async def test_a_watch_opened_after_a_large_delete_all(state: Manager) -> None:
+    """A watch that is opened in the turn in which everything was deleted, but after that, is told nothing."""
+    await state.set_many(many(MOST_PENDING + 1))
+    async with state.watch() as before:
+        await state.delete_all()
+        async with state.watch() as after:
+            assert await told(after) == []
+        assert await told(before) == [Change("", "resync", 2)]
+
+
+async def test_the_end_tells_everything_at_once() -> None:
+    """What was not handed out when it ends, is: however much."""
+    watchers = Watchers(State(float))
+    watcher = Watcher("", 0, 0, durable=False)
+    watchers.add(watcher)
+    for number in range(3_500):
+        watchers.note(f"{number}", 1, number + 1)
+    watchers.close()
+    assert len([change async for change in watcher]) == 3_500
+    await idle()
