@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import fcntl
 import io
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -37,3 +38,14 @@ def _no_blocking() -> Iterator[None]:
             function.activate()
             stack.callback(function.deactivate)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A framework that sets up logging for its whole process does so for one test."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
+    for handler in logging.root.handlers[:]:
+        if not type(handler).__module__.startswith("_pytest"):
+            logging.root.removeHandler(handler)
