@@ -267,6 +267,11 @@ class Flusher:
         return self._session.journal_bytes
 
     @property
+    def fenced(self) -> bool:
+        """Whether a newer writer owns the state."""
+        return self._fenced is not None
+
+    @property
     def _unflushed(self) -> bool:
         """Whether a commit has anything to do; one under way does not count."""
         return self._unsettled or self.state.revision > self.state.taken

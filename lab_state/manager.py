@@ -45,6 +45,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         last_error: What the last attempt failed with, `None` when it succeeded.
         snapshot_bytes: The size of the snapshot.
         journal_bytes: The size of the journal behind it.
+        fenced: Whether a newer writer owns the state; nothing is durable any more, stop.
     """
 
     phase: Phase
@@ -60,6 +61,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str | None = None
     snapshot_bytes: int = 0
     journal_bytes: int = 0
+    fenced: bool = False
 
 
 class Manager(Scope):
@@ -288,4 +290,5 @@ class Manager(Scope):
             last_error=None if flusher.last_error is None else str(flusher.last_error),
             snapshot_bytes=flusher.snapshot_bytes,
             journal_bytes=flusher.journal_bytes,
+            fenced=flusher.fenced,
         )

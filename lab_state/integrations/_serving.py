@@ -147,6 +147,8 @@ def health_of(managers: Mapping[str, Manager] | None, bound: float) -> tuple[int
     for name, status in found.items():
         if status.phase != "running":
             problems.append(f"{name} is {status.phase}")
+        elif status.fenced:
+            problems.append(f"{name} is fenced: a newer writer owns it")
         elif status.unflushed_age > bound:
             problems.append(f"{name} has had changes that are not durable for {status.unflushed_age:.1f} s")
     body: dict[str, Any] = {"healthy": not problems, "problems": problems, "managers": found}

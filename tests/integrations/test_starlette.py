@@ -17,7 +17,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket
 
-from lab_state import Config, LockedError, Manager, MemoryStorage, UnavailableError
+from lab_state import Config, FencedError, LockedError, Manager, MemoryStorage, UnavailableError
 from lab_state.integrations.starlette import health, lifespan, manager
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -252,6 +252,23 @@ def test_health_turns_when_writes_are_not_durable_for_long() -> None:
             except UnavailableError:
                 continue
         assert client.get("/health").status_code == 200
+
+
+def test_health_when_a_newer_writer_owns_the_state() -> None:
+    """503 as soon as a manager has found out, also when nothing is left to be made durable."""
+    storage = FaultyStorage(MemoryStorage())
+    state = Manager(Config(name="a", flush_interval=None), storage, clock=ManualClock())
+    with pytest.raises(FencedError), TestClient(application(state)) as client:
+        portal = client.portal
+        assert portal is not None
+        storage.fail("commit", times=9, error=FencedError("a newer writer owns it"))
+        portal.call(state.set, "key", "value")
+        with pytest.raises(FencedError):
+            portal.call(state.flush)
+        answer = client.get("/health")
+        assert answer.status_code == 503
+        assert answer.json()["problems"] == ["a is fenced: a newer writer owns it"]
+        assert state.status().fenced
 
 
 async def test_health_when_a_manager_does_not_run() -> None:
