@@ -122,6 +122,30 @@ class Calls(Reads):
         expiring = {key: Expiring(value, at) for key, value in encoded.items()}
         return await self._written(state.apply(expiring, cleared=False))
 
+    async def touch(self, key: str, ttl: Seconds | None) -> bool:
+        """Give a key another time to live, and leave its value; returns whether it was there.
+
+        For sessions that live as long as they are used.
+
+        Args:
+            key: The key.
+            ttl: How long it lives from now on, in seconds or as a `timedelta`, above 0;
+                `None` for good.
+
+        Raises:
+            InvalidValueError: `ttl` is out of bounds.
+            StorageError: Only with a `flush_interval` of 0: not durable yet.
+        """
+        lifetime = self._lifetime(ttl)
+        await self._turn()
+        state, full = self._core.state, check_key(self._full(key))
+        if not state.has(full):
+            return False
+        stored = state.entries[full]
+        value = stored.value if isinstance(stored, Expiring) else stored
+        await self._store(key, value, self._at(lifetime))
+        return True
+
     async def delete(self, key: str) -> bool:
         """Delete a key; returns whether it was there.
 
@@ -205,6 +229,7 @@ class Calls(Reads):
                 `None` where the old one was not: a forgotten `return`.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
+        _check_callable("update", fn)
         await self._turn()
         old, at = self._replaceable(key, default, type)
         was_none = old is None
@@ -241,6 +266,7 @@ class Calls(Reads):
                 is out of bounds.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
+        _check_callable("get_or_set", factory)
         lifetime = self._lifetime(ttl)
         await self._turn()
         found = self.get_nowait(key, MISSING_VALUE, type=type)
@@ -434,6 +460,13 @@ class Calls(Reads):
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_callable(call: str, fn: object) -> None:
+    if not callable(fn):
+        raise InvalidValueError(
+            f"{call}() needs a function, not {type(fn).__name__}; to store a value as it is use set() or set_if_absent()"
+        )
 
 
 def _name(fn: object) -> str:

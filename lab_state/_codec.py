@@ -316,7 +316,7 @@ def _refuse_own(path: str, what: str) -> NoReturn:
     raise CorruptionError(
         path,
         0,
-        f"{what}. If it was edited by hand, delete the member {RESERVED!r} and start again; otherwise restore a copy",
+        f"{what}. If it was edited by hand, delete the member {RESERVED!r}, and with it every expiry time, and start again; otherwise restore a copy",
     )
 
 

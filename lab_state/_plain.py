@@ -43,6 +43,7 @@ class Plain:
     keys: Final = plain(Calls.keys)
     expires_in: Final = plain(Calls.expires_in)
     set_many: Final = plain(Calls.set_many)
+    touch: Final = plain(Calls.touch)
     delete: Final = plain(Calls.delete)
     delete_many: Final = plain(Calls.delete_many)
     delete_all: Final = plain(Calls.delete_all)

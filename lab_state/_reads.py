@@ -189,8 +189,8 @@ class Reads:
     def _nested(self, name: str) -> str:
         """The prefix of a namespace."""
         prefix = check_key(f"{self._under(name)}/")
-        if not name:
-            raise InvalidKeyError("a namespace needs a name of 1 character or more")
+        if not name or name.endswith("/"):
+            raise InvalidKeyError("a namespace needs a name of 1 character or more, without a slash at its end")
         return prefix
 
     def _keys(self, prefix: str) -> list[str]:

@@ -104,7 +104,7 @@ class Scope(Calls):
         """A handle for the keys that begin with `name` and a slash; it may be made before `start()`, and kept.
 
         Args:
-            name: 1 character or more; namespaces can be nested.
+            name: 1 character or more, no slash at its end; namespaces can be nested.
 
         Raises:
             InvalidKeyError: The name is out of bounds for the beginning of a key.

@@ -147,6 +147,7 @@ SAME: dict[str, list[Callable[[Any], Any]]] = {
         lambda calls: calls.set_many({"a": 9, "bad": [object()]}),
     ],
     "delete": [lambda calls: calls.delete("a"), lambda calls: calls.delete("nope")],
+    "touch": [lambda calls: calls.touch("a", 5), lambda calls: calls.touch("nope", None)],
     "delete_many": [lambda calls: calls.delete_many(["a", "nope", "n"])],
     "delete_all": [lambda calls: calls.delete_all(), lambda calls: calls.delete_all("users/")],
     "pop": [lambda calls: calls.pop("b"), lambda calls: calls.pop("nope")],

@@ -397,8 +397,8 @@ def test_a_value_that_was_swapped_is_noticed() -> None:
     """A value edited by hand is refused, and the message says how to edit."""
     error = corruption(snapshot(SAMPLE).replace(b"some-value", b"same-value"))
     assert error.detail == (
-        "its checksum does not match its contents. If it was edited by hand, delete the member '$lab_state' and start "
-        "again; otherwise restore a copy"
+        "its checksum does not match its contents. If it was edited by hand, delete the member '$lab_state', and "
+        "with it every expiry time, and start again; otherwise restore a copy"
     )
 
 

@@ -305,7 +305,7 @@ class TestNamespace:
         assert await state.namespace("a").get_all() == {"b/c/x": 1}
         assert await state.namespace("a").keys("b/") == ["b/c/x"]
 
-    @pytest.mark.parametrize("name", ["", "x" * 1024, "a\0b", "\ud800", 5, None, b"bytes"])
+    @pytest.mark.parametrize("name", ["", "users/", "x" * 1024, "a\0b", "\ud800", 5, None, b"bytes"])
     def test_a_name_out_of_bounds_is_refused(self, manager: Manager, name: Any) -> None:
         """InvalidKeyError when it is made, nested too."""
         for scope in (manager, manager.namespace("a")):

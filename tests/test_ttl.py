@@ -805,3 +805,56 @@ async def test_a_ttl_that_is_refused_counts(clock: ManualClock) -> None:
         with pytest.raises(InvalidValueError):
             await state.set("a", 1, ttl=0)
         assert state.metrics().operations["set", "error"] == 1
+
+
+class TestTouch:
+    async def test_it_changes_the_time_alone(self, clock: ManualClock) -> None:
+        """A key that is touched lives that long from then on, with the value that it has; durably."""
+        storage = MemoryStorage()
+        async with crashing(storage, clock) as state:
+            await state.set("a", {"x": 1}, ttl=10)
+            await state.set("b", [2])
+            clock.advance(9)
+            assert await state.touch("a", 10) is True
+            assert await state.touch("b", timedelta(seconds=5)) is True
+            assert state.revision == 4
+            await state.flush()
+        async with manager(storage, clock) as state:
+            clock.advance(4)
+            assert await state.get_all() == {"a": {"x": 1}, "b": [2]}
+            clock.advance(1)
+            assert await state.get_all() == {"a": {"x": 1}}
+            assert await state.touch("a", None) is True
+            assert await state.expires_in("a") is None
+
+    async def test_what_is_not_there(self, clock: ManualClock) -> None:
+        """A key that is missing or has expired is not brought back, and nothing changes."""
+        async with manager(MemoryStorage(), clock) as state:
+            await state.set("a", 1, ttl=1)
+            clock.advance(1)
+            assert await state.touch("a", 10) is False
+            assert await state.touch("nobody", None) is False
+            assert state.revision == 1
+            for ttl in (0, -1, float("nan")):
+                with pytest.raises(InvalidValueError):
+                    await state.touch("a", ttl)
+            with pytest.raises(InvalidKeyError):
+                await state.touch("", 1)
+
+    async def test_in_a_transaction(self, clock: ManualClock) -> None:
+        """It is a part of a transaction as every other change."""
+        async with manager(MemoryStorage(), clock) as state:
+            await state.set("users/a", 1)
+            async with state.namespace("users").transaction() as tx:
+                assert tx.touch("a", 5) is True
+                assert await state.expires_in("users/a") is None
+            assert await state.expires_in("users/a") == 5
+
+
+@pytest.mark.parametrize("name", ["update", "get_or_set"])
+async def test_what_is_no_function(name: str, clock: ManualClock) -> None:
+    """A value where a function is needed is refused, with the calls that take a value."""
+    async with manager(MemoryStorage(), clock) as state:
+        await state.set("a", 1)
+        with pytest.raises(InvalidValueError, match="needs a function, not int; to store a value as it is use set"):
+            await getattr(state, name)("a", 5)
