@@ -20,7 +20,7 @@ from lab_state.exceptions import (
     UnsupportedError,
 )
 from lab_state.manager import Manager, Status
-from lab_state.storage import FileStorage, MemoryStorage, Recovery, Storage, StorageSession
+from lab_state.storage import FileStorage, MemoryStorage, Recovery, S3Storage, Storage, StorageSession
 
 __all__ = [  # noqa: RUF022 -- in groups, each sorted
     # the manager
@@ -33,6 +33,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "FileStorage",
     "MemoryStorage",
     "Recovery",
+    "S3Storage",
     "Storage",
     "StorageSession",
     # errors
