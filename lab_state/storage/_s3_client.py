@@ -6,6 +6,7 @@ The only module that imports aiobotocore; it is imported when a state is opened.
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import logging
 import socket
@@ -120,18 +121,31 @@ def client_config(given: Any, thread: ThreadPoolExecutor, *, custom_endpoint: bo
     return config.merge(needed)
 
 
+@functools.cache
+def _loader() -> Any:
+    """botocore's description of S3, read once: it takes 0.1 s."""
+    return get_session().get_component("data_loader")
+
+
+def _new_session() -> Any:
+    session = get_session()
+    session.register_component("data_loader", _loader())
+    return session
+
+
 async def connect(
     session: Any, config: Any, endpoint_url: str | None, region_name: str | None, thread: ThreadPoolExecutor
 ) -> Client:
     """A client, made without holding up the event loop."""
     settings = client_config(config, thread, custom_endpoint=endpoint_url is not None)
 
-    new = get_session() if session is None else session
+    loop = asyncio.get_running_loop()
+    new = await loop.run_in_executor(thread, _new_session) if session is None else session
     context = new.create_client("s3", region_name=region_name, endpoint_url=endpoint_url, config=settings)
     if session is None:
         # In a thread, with a loop of its own: botocore reads a dozen files. The client
         # meets the event loop that it is used on with its first request.
-        made = await asyncio.get_running_loop().run_in_executor(thread, asyncio.run, context.__aenter__())
+        made = await loop.run_in_executor(thread, asyncio.run, context.__aenter__())
     else:
         made = await context.__aenter__()
     made.meta.events.register("before-call.s3.PutObject", _expect_nothing)

@@ -119,11 +119,12 @@ class S3Storage:
         opening = asyncio.create_task(self._open(names, claim))
         try:
             return await asyncio.shield(opening)
-        except asyncio.CancelledError:
+        except BaseException:
             opening.cancel()
             await asyncio.wait({opening})
             if not opening.cancelled() and opening.exception() is None:
                 await opening.result().aclose()
+            claim.release()
             raise
 
     async def _open(self, names: Names, claim: _Claim) -> S3Session:
@@ -138,7 +139,7 @@ class S3Storage:
             await asyncio.get_running_loop().run_in_executor(thread, _import)
             return await self._open_with(names, thread, let_go)
         except BaseException:
-            let_go()
+            thread.shutdown(wait=False)
             raise
 
     async def _open_with(self, names: Names, thread: ThreadPoolExecutor, let_go: Any) -> S3Session:
