@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import os
-import warnings
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,14 +30,23 @@ def endpoint() -> str:
     os.environ.setdefault("AWS_ACCESS_KEY_ID", "testaccess")
     os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testsecret")
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # moto's own imports
-        from moto.server import ThreadedMotoServer  # noqa: PLC0415 -- only where it is the store
+    # In a process of its own, which ends when this one does and its pipe is closed.
+    code = (
+        "import sys; from moto.server import ThreadedMotoServer as S; s = S(ip_address='127.0.0.1', port=0, verbose=False);"
+        "s.start(); print(s.get_host_and_port()[1], flush=True); sys.stdin.read()"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    atexit.register(_end, server)
+    assert server.stdout is not None
+    return f"http://127.0.0.1:{int(server.stdout.readline())}"
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    return f"http://{host}:{port}"
+
+def _end(server: subprocess.Popen[str]) -> None:
+    server.kill()
+    server.communicate()
 
 
 @functools.cache
