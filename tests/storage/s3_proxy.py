@@ -49,6 +49,7 @@ def answers(status: int, code: str = "Code") -> Action:
     async def action(request: Request, forward: Forward) -> Response | None:
         return error(status, code)
 
+    action.__name__ = f"answers {status} {code}"
     return action
 
 
@@ -59,6 +60,7 @@ def done_but_answers(status: int, code: str = "InternalError") -> Action:
         await forward(request)
         return error(status, code)
 
+    action.__name__ = f"done but answers {status} {code}"
     return action
 
 

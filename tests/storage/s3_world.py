@@ -110,10 +110,9 @@ class Bucket:
         sizes = {**self.keys(f"state/modules/{name}.json"), **self.keys(f"state/modules/{name}.journal/")}
         found = {}
         for key, size in sizes.items():
-            data, metadata = self.get(key)
-            self._metadata[key, data] = metadata
             if size or key.endswith(".json"):
-                found[key] = data
+                found[key], metadata = self.get(key)
+                self._metadata[key, found[key]] = metadata
         return found
 
     def write_raw(self, part: str, data: bytes | None) -> None:
