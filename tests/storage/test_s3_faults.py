@@ -152,7 +152,7 @@ async def test_pauses_grow_and_end(bucket: Bucket, proxy: Proxy) -> None:
     with pytest.raises(UnavailableError, match="503 SlowDown") as caught:
         await session.commit(b"1", VIEW)
     slept = time_of(storage).slept
-    assert sum(slept) == pytest.approx(30)
+    assert 30 <= sum(slept) < 31
     assert max(slept) <= 2
     assert slept[0] <= 0.1
     assert caught.value.__cause__ is not None
@@ -484,7 +484,8 @@ async def test_a_store_that_compares_unquoted(bucket: Bucket, proxy: Proxy, head
 
     async def bare(request: Request, forward: Forward) -> Response | None:
         response = await forward(request)
-        response.headers["etag"] = response.headers["etag"].strip('"')
+        if "etag" in response.headers:
+            response.headers["etag"] = response.headers["etag"].strip('"')
         return response
 
     proxy.plan("PUT", SNAPSHOT, picky, times=FOREVER)
