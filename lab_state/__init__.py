@@ -20,7 +20,7 @@ from lab_state.exceptions import (
     UnsupportedError,
 )
 from lab_state.manager import Manager, Status
-from lab_state.storage import FileStorage, MemoryStorage, Recovery, S3Storage, Storage, StorageSession
+from lab_state.storage import FileStorage, MemoryStorage, Recovery, S3Storage, Storage, StorageSession, copy_state
 
 __all__ = [  # noqa: RUF022 -- in groups, each sorted
     # the manager
@@ -36,6 +36,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "S3Storage",
     "Storage",
     "StorageSession",
+    "copy_state",
     # errors
     "ClosedError",
     "CorruptionError",

@@ -139,15 +139,12 @@ async def connect(
     """A client, made without holding up the event loop."""
     settings = client_config(config, thread, custom_endpoint=endpoint_url is not None)
 
+    # In a thread, with a loop of its own: botocore reads a dozen files. The client meets
+    # the event loop that it is used on with its first request.
     loop = asyncio.get_running_loop()
     new = await loop.run_in_executor(thread, _new_session) if session is None else session
     context = new.create_client("s3", region_name=region_name, endpoint_url=endpoint_url, config=settings)
-    if session is None:
-        # In a thread, with a loop of its own: botocore reads a dozen files. The client
-        # meets the event loop that it is used on with its first request.
-        made = await loop.run_in_executor(thread, asyncio.run, context.__aenter__())
-    else:
-        made = await context.__aenter__()
+    made = await loop.run_in_executor(thread, asyncio.run, context.__aenter__())
     made.meta.events.register("before-call.s3.PutObject", _expect_nothing)
     return cast("Client", made)
 

@@ -32,7 +32,8 @@ class Response:
         if method != "HEAD":
             headers["content-length"] = str(len(self.body))
         lines = [f"HTTP/1.1 {self.status} Whatever", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-        return "\r\n".join(lines).encode() + (self.body if self.sent is None else self.body[: self.sent])
+        body = b"" if method == "HEAD" else self.body[: self.sent]
+        return "\r\n".join(lines).encode() + body
 
 
 Forward = Callable[[Request], Awaitable[Response]]
