@@ -44,7 +44,11 @@ def all_pythons(session: nox.Session) -> None:
 def s3_real(session: nox.Session) -> None:
     """The tests of `S3Storage` on a real store: Ceph's gateway, on loopback; skipped where it is not installed."""
     session.install(".", *_group("test"))
-    tests = session.posargs or ["tests/storage/test_s3_conformance.py", "tests/storage/test_s3.py", "tests/storage/test_s3_faults.py"]
+    tests = session.posargs or [
+        "tests/storage/test_s3_conformance.py",
+        "tests/storage/test_s3.py",
+        "tests/storage/test_s3_faults.py",
+    ]
     session.run("python", "tests/servers/rgw.py", "python", "-m", "pytest", *tests, env=WHEEL_ONLY)
 
 

@@ -8,4 +8,13 @@ from lab_state.storage.file import FileStorage
 from lab_state.storage.memory import MemoryStorage
 from lab_state.storage.s3 import S3Storage
 
-__all__ = ["FileStorage", "MemoryStorage", "Recovery", "S3Storage", "Snapshot", "Storage", "StorageSession", "copy_state"]
+__all__ = [
+    "FileStorage",
+    "MemoryStorage",
+    "Recovery",
+    "S3Storage",
+    "Snapshot",
+    "Storage",
+    "StorageSession",
+    "copy_state",
+]

@@ -3,6 +3,10 @@
 The only module that imports aiobotocore; it is imported when a state is opened.
 """
 
+# aiobotocore and botocore have no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import asyncio
@@ -104,7 +108,7 @@ class Resolver(AbstractResolver):
 def client_config(given: Any, thread: ThreadPoolExecutor, *, custom_endpoint: bool) -> Any:
     """The client's settings: the caller's before our defaults, and over both what the protocol needs."""
     ours = AioConfig(connect_timeout=5, read_timeout=STANDSTILL, max_pool_connections=16)
-    config = ours if given is None else ours.merge(given)
+    config: Any = ours if given is None else ours.merge(given)
     # A signed Content-MD5 covers each body. Signing a hash as well would read 100 MB on the event loop.
     s3: dict[str, Any] = {"payload_signing_enabled": False}
     if custom_endpoint:
@@ -123,7 +127,7 @@ def client_config(given: Any, thread: ThreadPoolExecutor, *, custom_endpoint: bo
 
 @functools.cache
 def _loader() -> Any:
-    """botocore's description of S3, read once: it takes 0.1 s."""
+    """Botocore's description of S3, read once: it takes 0.1 s."""
     return get_session().get_component("data_loader")
 
 
@@ -257,15 +261,15 @@ class Requests:
 
         return await self._read(once, self.tries("reading", key))
 
-    async def list(self, prefix: str, after: str) -> dict[str, int]:
+    async def sizes(self, prefix: str, after: str) -> dict[str, int]:
         """The keys with a prefix that come after another, with their sizes."""
         sizes: dict[str, int] = {}
         token: str | None = None
         tries = self.tries("listing", prefix)
         while True:
-            where = {"StartAfter": after} if token is None else {"ContinuationToken": token}
+            where: dict[str, Any] = {"StartAfter": after} if token is None else {"ContinuationToken": token}
 
-            async def once(client: Client, _: Limit, where: dict[str, str] = where) -> dict[str, Any]:
+            async def once(client: Client, _: Limit, where: dict[str, Any] = where) -> dict[str, Any]:
                 return await client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, **where)
 
             page = await self._read(once, tries)
@@ -391,7 +395,9 @@ class Requests:
 
             done = await self._read(once, self.tries("deleting", part[0])) or {}
             for error in done.get("Errors", ()):
-                raise UnavailableError(f"deleting s3://{self._bucket}/{error.get('Key')} failed with {error.get('Code')}")
+                raise UnavailableError(
+                    f"deleting s3://{self._bucket}/{error.get('Key')} failed with {error.get('Code')}"
+                )
 
 
 def _parts(keys: list[str]) -> Iterator[list[str]]:

@@ -119,7 +119,7 @@ async def _covered(store: Requests, names: Names) -> int:
 
 async def numbers(store: Requests, names: Names, after: int) -> dict[int, int]:
     """The numbers of records and fences above one, in order, with their sizes; a fence has none."""
-    listed = await store.list(names.journal, names.record(after))
+    listed = await store.sizes(names.journal, names.record(after))
     found = {number: size for key, size in listed.items() if (number := names.number(key)) is not None}
     return {number: found[number] for number in sorted(found) if number > after}
 
@@ -156,7 +156,9 @@ def _stamp(got: tuple[Found, bytes] | None, path: str) -> Stamp | None:
     found, data = got
     inside, outside = stamp_in_body(data, path), stamp_in_metadata(found.metadata, path)
     if inside is not None and outside is not None and inside != outside:
-        raise CorruptionError(path, 0, "its metadata is another snapshot's; restore a copy, with its metadata or without any")
+        raise CorruptionError(
+            path, 0, "its metadata is another snapshot's; restore a copy, with its metadata or without any"
+        )
     return outside or inside
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, NamedTuple, NoReturn
 
 from lab_state.exceptions import FencedError, StorageError, UnsupportedError
@@ -127,20 +127,24 @@ class S3Session:
         slices, stamp = snapshot(), Stamp(self._seq, self._fence)
         spool = Spool(self._store.thread)
         try:
-            last = b""
-            async for part in slices:
-                await spool.add(last)
-                last = part
-            await spool.add(stamped(last, stamp))
-            body = await spool.body()
-            self._check()
-            if body.size > _MOST_SNAPSHOT_BYTES:
-                raise UnsupportedError(f"the snapshot of {self.path} has more than 5 GiB, the most that one PUT can send")
+            body = await self._spooled(spool, slices, stamp)
         except BaseException:
             spool.discard()
             raise
         self._publishing = _begin(self._publish(body, stamp, spool))
         await asyncio.shield(self._publishing)
+
+    async def _spooled(self, spool: Spool, slices: AsyncIterator[bytes], stamp: Stamp) -> Body:
+        last = b""
+        async for part in slices:
+            await spool.add(last)
+            last = part
+        await spool.add(stamped(last, stamp))
+        body = await spool.body()
+        self._check()
+        if body.size > _MOST_SNAPSHOT_BYTES:
+            raise UnsupportedError(f"the snapshot of {self.path} has more than 5 GiB, the most that one PUT can send")
+        return body
 
     async def _publish(self, body: Body, stamp: Stamp, spool: Spool) -> None:
         try:
@@ -204,7 +208,9 @@ class S3Session:
 
     def _check(self) -> None:
         if os.getpid() != self._pid:  # pragma: no cover -- a child's coverage is not collected
-            raise UnsupportedError(f"{self.path} belongs to the parent of this forked process; start a manager of its own")
+            raise UnsupportedError(
+                f"{self.path} belongs to the parent of this forked process; start a manager of its own"
+            )
         if self._closing is not None:
             raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
         if self._deposed is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from types import TracebackType
+from typing import Self
 
 from lab_state._clock import Clock, Timer
 
@@ -58,7 +59,7 @@ class Limit:
         self._expired = True
         self._task.cancel()
 
-    async def __aenter__(self) -> Limit:
+    async def __aenter__(self) -> Self:
         task = asyncio.current_task()
         assert task is not None, "a coroutine that awaits runs in a task"
         self._task = task

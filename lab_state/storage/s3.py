@@ -26,7 +26,6 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{1,2046}[A-Za-z0-9]")
 _MOST_PREFIX_BYTES = 512
 
 
-
 class _Claim:
     """One state, open in this process until `release`."""
 
@@ -34,9 +33,9 @@ class _Claim:
 
     def __init__(self, endpoint_url: str | None, names: Names) -> None:
         self._key = (endpoint_url or "", names.bucket, names.snapshot)
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         holder = self._held.get(self._key)
-        if holder is not None and holder._pid == self._pid:  # a forked child inherits what is not its own
+        if holder is not None and holder.pid == self.pid:  # a forked child inherits what is not its own
             raise LockedError(
                 f"{names.url(names.snapshot)} is open in this process already: stop its manager first; "
                 "a state has one writer"
@@ -167,7 +166,7 @@ def _import() -> None:
 
 
 def _checked_bucket(bucket: str) -> str:
-    if not isinstance(bucket, str) or not _BUCKET.fullmatch(bucket):
+    if not _BUCKET.fullmatch(str(bucket)):
         raise ValueError(f"{bucket!r} is not the name of a bucket: letters, digits, dots and hyphens, 3 to 63 of them")
     return bucket
 
@@ -175,7 +174,9 @@ def _checked_bucket(bucket: str) -> str:
 def _checked_prefix(prefix: str) -> str:
     parts = prefix.split("/")
     if prefix and ("" in parts or "." in parts or ".." in parts or not prefix.isprintable()):
-        raise ValueError(f"the prefix {prefix!r} must be like 'state/modules': no slash at either end, no part empty or dots")
+        raise ValueError(
+            f"the prefix {prefix!r} must be like 'state/modules': no slash at either end, no part empty or dots"
+        )
     if len(prefix.encode()) > _MOST_PREFIX_BYTES:
         raise ValueError(f"the prefix must have at most {_MOST_PREFIX_BYTES} bytes")
     return prefix

@@ -91,9 +91,7 @@ class Cluster:
 
     def start(self) -> str:
         fsid, osd, mon_port = str(uuid.uuid4()), str(uuid.uuid4()), free_port()
-        self.config.write_text(
-            CONFIG.format(fsid=fsid, mon_port=mon_port, port=self.port, directory=self.directory)
-        )
+        self.config.write_text(CONFIG.format(fsid=fsid, mon_port=mon_port, port=self.port, directory=self.directory))
         monmap = str(self.directory / "monmap")
         self.run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{mon_port}]", monmap)
         self.run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Self
 from urllib.parse import urlsplit
 
 
@@ -150,7 +151,7 @@ class Proxy:
     def end_plans(self) -> None:
         self._plans.clear()
 
-    async def __aenter__(self) -> Proxy:
+    async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**20)
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
@@ -206,7 +207,9 @@ class Proxy:
             writer.write("\r\n".join(lines).encode("latin-1") + request.body)
             head = await reader.readuntil(b"\r\n\r\n")
             line, *rest = head.decode("latin-1").strip().split("\r\n")
-            received = {name.strip().lower(): value.strip() for name, _, value in (each.partition(":") for each in rest)}
+            received = {
+                name.strip().lower(): value.strip() for name, _, value in (each.partition(":") for each in rest)
+            }
             received.pop("connection", None)
             body = await _body(reader, received) if request.method != "HEAD" else b""
             return Response(int(line.split(" ")[1]), received, body)
@@ -216,7 +219,11 @@ class Proxy:
 
 async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
     if headers.get("transfer-encoding") != "chunked":
-        return await reader.read() if "content-length" not in headers else await reader.readexactly(int(headers["content-length"]))
+        return (
+            await reader.read()
+            if "content-length" not in headers
+            else await reader.readexactly(int(headers["content-length"]))
+        )
     parts = []
     while size := int((await reader.readline()).split(b";")[0], 16):
         parts.append(await reader.readexactly(size))

@@ -56,7 +56,9 @@ def client(url: str | None = None) -> Any:
     from botocore.config import Config  # noqa: PLC0415
 
     url = url or endpoint()
-    return boto3.client("s3", endpoint_url=url, config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 0}))
+    return boto3.client(
+        "s3", endpoint_url=url, config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 0})
+    )
 
 
 class QuickTime(Time):

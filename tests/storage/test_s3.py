@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_proxy import Hang, Proxy, answers, lost
+from s3_proxy import Hang, Proxy, Response, answers, lost
 from s3_world import Bucket, endpoint
 
 from lab_state import (
@@ -36,6 +36,7 @@ from lab_state import (
 from lab_state.storage import s3 as module
 from lab_state.storage._protocol import Snapshot
 from lab_state.storage._s3_body import Upload
+from lab_state.storage._s3_format import Names
 
 NAME = "peculiar"
 JOURNAL = f"state/modules/{NAME}.journal/"
@@ -67,7 +68,7 @@ async def proxy() -> AsyncIterator[Proxy]:
 # Arguments
 
 
-@pytest.mark.parametrize("bucket", ["", "a", "a/../b c", "with space", "-a-", "ä-bucket", None, 7, "x" * 3000])
+@pytest.mark.parametrize("bucket", ["", "a", "a/../b c", "with space", "-a-", "ä-bucket", 7, "x" * 3000])
 def test_a_bad_bucket(bucket: Any) -> None:
     """What cannot be the name of a bucket is refused before anything is asked."""
     with pytest.raises(ValueError, match="is not the name of a bucket"):
@@ -172,7 +173,7 @@ async def test_host_names_are_looked_up_in_a_thread_of_its_own(bucket: Bucket) -
 
     config = AioConfig(connector_args={"keepalive_timeout": 0.0, "use_dns_cache": False})
     session = await bucket.storage(url, config=config).open(NAME)
-    loop.run_in_executor = watched  # type: ignore[method-assign]
+    loop.run_in_executor = watched  # type: ignore[assignment,method-assign]
     await session.commit(b"1", VIEW)
     await session.checkpoint(given(b"x" * 3_000_000))
     await session.aclose()
@@ -242,8 +243,8 @@ async def test_a_store_that_ignores_conditions(bucket: Bucket, proxy: Proxy, hea
     """A store that writes although the condition does not hold is refused before anything else is written."""
 
     async def ignore(request: Any, forward: Any) -> Any:
-        request.headers.pop(header, None)
-        return await forward(request)
+        response = await forward(request)
+        return Response(200, {"etag": '"written"'}) if header in request.headers else response
 
     proxy.plan("PUT", "/", ignore, times=float("inf"))
     with pytest.raises(UnsupportedError, match="ignores"):
@@ -260,7 +261,16 @@ def rclone(directory: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (directory / "bucket").mkdir()
-    command = [binary, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", "testaccess,testsecret", str(directory)]
+    command = [
+        binary,
+        "serve",
+        "s3",
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--auth-key",
+        "testaccess,testsecret",
+        str(directory),
+    ]
     quiet = subprocess.DEVNULL
     with subprocess.Popen(command, stdout=quiet, stderr=quiet) as server:
         try:
@@ -278,9 +288,8 @@ async def test_rclone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A real server that ignores conditions is refused."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testaccess")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
-    with rclone(tmp_path) as url:
-        with pytest.raises(UnsupportedError, match="ignores"):
-            await S3Storage("bucket", endpoint_url=url, region_name="us-east-1").open(NAME)
+    with rclone(tmp_path) as url, pytest.raises(UnsupportedError, match="ignores"):
+        await S3Storage("bucket", endpoint_url=url, region_name="us-east-1").open(NAME)
     assert not (tmp_path / "bucket" / SNAPSHOT).exists()
 
 
@@ -321,7 +330,7 @@ async def test_without_a_prefix(bucket: Bucket) -> None:
     """With an empty prefix the keys begin with the name."""
     async with Manager(NAME, bucket.storage(prefix="")) as state:
         await state.set("a", 1)
-    assert f"{NAME}.json" in bucket.keys()
+    assert f"{NAME}.json" in set(bucket.keys())
 
 
 PLAIN = b'{"visits": 3, "user": {"name": "ann"}}'
@@ -430,9 +439,9 @@ async def test_another_address_is_another_claim(bucket: Bucket, proxy: Proxy) ->
 
 async def test_a_claim_of_a_parent_is_not_held(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forked child does not hold what its parent has open."""
-    names = module.Names.of(bucket.name, "", NAME)
+    names = Names.of(bucket.name, "", NAME)
     claim = module._Claim(None, names)
-    monkeypatch.setattr(claim, "_pid", -1)
+    monkeypatch.setattr(claim, "pid", -1)
     child = module._Claim(None, names)
     claim.release()
     with pytest.raises(LockedError):
@@ -604,5 +613,3 @@ async def test_a_copy_is_read_back(tmp_path: Path) -> None:
         await state.set("a", 1)
     with pytest.raises(StorageError, match="no good"):
         await copy_state(NAME, source, Forgetful())
-
-

@@ -17,7 +17,17 @@ from lab_state.storage._s3_format import (
     stamped,
     unframe,
 )
-from lab_state.storage._s3_outcomes import WRITE_ID, Failure, Found, Next, Verdict, advice, after_look, unquoted, verdict
+from lab_state.storage._s3_outcomes import (
+    WRITE_ID,
+    Failure,
+    Found,
+    Next,
+    Verdict,
+    advice,
+    after_look,
+    unquoted,
+    verdict,
+)
 
 OURS, THEIRS = "ours", "theirs"
 
@@ -143,7 +153,9 @@ def test_names() -> None:
     assert names.snapshot == "some/prefix/name.json"
     assert names.record(42) == "some/prefix/name.journal/00000000000000000042"
     assert names.number(names.record(42)) == 42
-    assert [names.number(key) for key in (names.journal + "readme", names.snapshot, names.journal + "1" * 21)] == [None] * 3
+    assert [names.number(key) for key in (names.journal + "readme", names.snapshot, names.journal + "1" * 21)] == [
+        None
+    ] * 3
     assert Names.of("bucket", "", "name").url("name.json") == "s3://bucket/name.json"
 
 
@@ -188,6 +200,10 @@ def test_stamp_in_metadata() -> None:
     """The metadata tells the stamp, or that there is none; half of one is damage."""
     assert stamp_in_metadata(Stamp(3, 2).metadata(), "path") == Stamp(3, 2)
     assert stamp_in_metadata({"other": "1"}, "path") is None
-    for metadata in ({"labstateseq": "3"}, {"labstateseq": "x", "labstatefence": "2"}, {"labstateseq": "-1", "labstatefence": "2"}):
+    for metadata in (
+        {"labstateseq": "3"},
+        {"labstateseq": "x", "labstatefence": "2"},
+        {"labstateseq": "-1", "labstatefence": "2"},
+    ):
         with pytest.raises(CorruptionError, match="metadata"):
             stamp_in_metadata(metadata, "path")
