@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import io
-import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,8 +42,6 @@ from lab_state.storage._s3_time import Limit, Time
 
 R = TypeVar("R")
 
-_logger = logging.getLogger("lab_state")
-
 STANDSTILL = 15.0
 """How many seconds a request may stand still, waiting for a connection included."""
 
@@ -52,6 +50,7 @@ DEADLINE = 30.0
 
 SLOWEST = 256 * 1024
 
+_ENDPOINT_VARIABLES = frozenset({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
 _CHUNK = 1024 * 1024
@@ -141,7 +140,8 @@ async def connect(
     session: Any, config: Any, endpoint_url: str | None, region_name: str | None, thread: ThreadPoolExecutor
 ) -> Client:
     """A client, made without holding up the event loop."""
-    settings = client_config(config, thread, custom_endpoint=endpoint_url is not None)
+    custom = endpoint_url is not None or not _ENDPOINT_VARIABLES.isdisjoint(os.environ)
+    settings = client_config(config, thread, custom_endpoint=custom)
 
     # In a thread, with a loop of its own: botocore reads a dozen files. The client meets
     # the event loop that it is used on with its first request.
