@@ -17,6 +17,7 @@ LONG = 256 * 1024
 
 _IN_MEMORY = 8 * 1024 * 1024
 _BATCH = 1024 * 1024
+_SENT_AT_ONCE = 64 * 1024
 
 
 class Body(NamedTuple):
@@ -77,14 +78,14 @@ class Spool:
             fs.add_to_spool(self._file, batch)
 
     async def read(self, position: int) -> bytes:
-        """About a megabyte from there on; nothing at the end."""
+        """Some bytes from there on, few enough to send without holding up the event loop; nothing at the end."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, position)
 
     def _read(self, position: int) -> bytes:
         with self._lock:
             assert self._file is not None, "a spool is read after it was written"
             self._file.seek(position)
-            return self._file.read(_BATCH // 4)
+            return self._file.read(_SENT_AT_ONCE)
 
     def discard(self) -> None:
         """Let go of the file, when whatever is at work in a thread has ended."""

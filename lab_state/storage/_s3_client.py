@@ -254,10 +254,7 @@ class Requests:
                 async for part in body.iter_chunks(_CHUNK):
                     parts.append(part)
                     limit.moved()
-            found, data = _found(response), b"".join(parts)
-            if len(data) != found.size:
-                raise aiohttp.ClientPayloadError("the body was cut")
-            return found, data
+            return _found(response), b"".join(parts)
 
         return await self._read(once, self.tries("reading", key))
 

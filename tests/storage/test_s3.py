@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from lab_state.storage import s3 as module
 from lab_state.storage._protocol import Snapshot
 from lab_state.storage._s3_body import Upload
 from lab_state.storage._s3_format import Names
+from lab_state.storage._s3_time import Time
+from lab_state.testing import ManualClock
 
 NAME = "peculiar"
 JOURNAL = f"state/modules/{NAME}.journal/"
@@ -156,6 +159,44 @@ async def test_a_session_of_the_callers(bucket: Bucket) -> None:
     assert (settings.read_timeout, settings.retries["total_max_attempts"]) == (3, 1)
     assert settings.connector_args["keepalive_timeout"] == 1
     await opened.aclose()
+
+
+async def test_bad_settings_of_the_environment(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What keeps a client from being made is told, and leaves nothing open."""
+    storage = bucket.storage()
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_PROFILE", "no-such-profile")
+        with pytest.raises(UnsupportedError, match="no usable credentials"):
+            await storage.open(NAME)
+    session = await storage.open(NAME)
+    await session.aclose()
+
+
+def test_the_path_has_the_bucket_at_custom_endpoints_only() -> None:
+    """On AWS, botocore's own way of addressing is kept; bodies are never read to sign them."""
+    from lab_state.storage._s3_client import client_config  # noqa: PLC0415
+
+    with ThreadPoolExecutor(1) as thread:
+
+        async def configs() -> list[Any]:
+            return [client_config(None, thread, custom_endpoint=custom).s3 for custom in (False, True)]
+
+        aws, custom = asyncio.run(configs())
+    assert aws == {"payload_signing_enabled": False}
+    assert custom == {"payload_signing_enabled": False, "addressing_style": "path"}
+
+
+async def test_a_pause_is_by_the_clock() -> None:
+    """A pause ends when the clock says so; one that is cancelled leaves no timer behind."""
+    clock = ManualClock()
+    pauses = [asyncio.create_task(Time(clock).sleep(seconds)) for seconds in (1.0, 2.0)]
+    await asyncio.sleep(0)
+    pauses[1].cancel()
+    clock.advance(1)
+    await pauses[0]
+    with pytest.raises(asyncio.CancelledError):
+        await pauses[1]
+    clock.advance(10)
 
 
 async def test_host_names_are_looked_up_in_a_thread_of_its_own(bucket: Bucket) -> None:

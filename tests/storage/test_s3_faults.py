@@ -615,8 +615,8 @@ async def test_loading_is_repeated(bucket: Bucket, proxy: Proxy, fault: object) 
     await session.aclose()
 
 
-async def test_a_short_answer_is_not_the_whole(bucket: Bucket, proxy: Proxy) -> None:
-    """A body that is not as long as the store says the object is, is asked for again."""
+async def test_an_answer_that_hangs_while_loading_is_given_up(bucket: Bucket, proxy: Proxy) -> None:
+    """A record that does not come within a quarter of a minute is asked for again."""
     first = await bucket.storage().open(NAME)
     await first.commit(b"1", VIEW)
     await first.aclose()
