@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from lab_state._clock import Clock, Timer
+from lab_state._metrics import Metrics
+from lab_state._watch import Change
+from lab_state.blocking import Blocking
 from lab_state.config import Config
 from lab_state.exceptions import (
     ClosedError,
@@ -19,6 +22,7 @@ from lab_state.exceptions import (
     UnavailableError,
     UnsupportedError,
 )
+from lab_state.handles import Entry, Namespace, Transaction
 from lab_state.manager import Manager, Status
 from lab_state.storage import FileStorage, MemoryStorage, Recovery, S3Storage, Storage, StorageSession, copy_state
 
@@ -27,8 +31,15 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Clock",
     "Config",
     "Manager",
+    "Metrics",
     "Status",
     "Timer",
+    # its handles
+    "Blocking",
+    "Change",
+    "Entry",
+    "Namespace",
+    "Transaction",
     # where states are kept
     "FileStorage",
     "MemoryStorage",

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 from lab_state._codec import check_key
-from lab_state._reads import Reads, many_keys
-from lab_state._state import MISSING, Stored
-from lab_state._values import NULL, SHALLOW, check_encoded, decode_value, encode, encode_value
+from lab_state._expiry import Expiring, Seconds, Value, milliseconds
+from lab_state._reads import MISSING_VALUE, Reads, many_keys
+from lab_state._state import MISSING
+from lab_state._values import NULL, SHALLOW, check_encoded, decode_value, encode, encode_trusting, encode_value
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 T = TypeVar("T")
@@ -33,12 +34,13 @@ class Calls(Reads):
     Every call raises `ClosedError` before `start()` and after `stop()`, and
     `InvalidKeyError` for a key that is not a `str` of 1 to 1,024 characters without
     NUL and lone surrogates, and not `$lab_state`; only `in` says no to such a key. A
-    write on another event loop than that of `start()` raises `RuntimeError`.
+    write on another event loop than that of `start()` raises `RuntimeError`, as far as
+    it is noticed: `set` of a key that is about to be flushed anyway does not look.
     """
 
     __slots__ = ()
 
-    async def set(self, key: str, value: object) -> int:
+    async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:  # noqa: C901 -- the hot path, written out
         """Store a value; returns the revision.
 
         Args:
@@ -48,51 +50,77 @@ class Calls(Reads):
                 `msgspec.Raw` inside a dict or a list is trusted to be JSON. One that is
                 not is never written: reading it raises `TypeMismatchError`, the next
                 flush logs an error, and a restart finds the key deleted.)
+            ttl: How long the key lives, in seconds or as a `timedelta`, above 0; for
+                good when not given, whatever was there before.
 
         Raises:
             InvalidValueError: JSON cannot hold the value; the error says where in it.
+                Or `ttl` is out of bounds.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        # `encode_value` and `State.set` are written out here: the calls alone show in the bench.
-        if value.__class__ is dict or value.__class__ is list:
-            try:
-                stored: Any = encode(value)
-            except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
-                stored = encode_value(value)
+        core = self._core
+        if ttl is not None or core.held is not None:
+            return await self._put(key, value, ttl)
+        # `encode_trusting` and `State.apply` are written out here: the calls alone show in the bench.
+        try:
+            if value.__class__ is dict or value.__class__ is list:
+                try:
+                    stored: Any = encode(value)
+                except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
+                    stored = encode_value(value)
+                else:
+                    if stored.rpartition(NULL)[1] or len(stored) >= SHALLOW:
+                        check_encoded(value, stored)
             else:
-                if stored.rpartition(NULL)[1] or len(stored) >= SHALLOW:
-                    check_encoded(value, stored)
-        else:
-            stored = encode_value(value)
+                stored = encode_value(value)
+        except InvalidValueError:
+            core.counters.set_errors += 1
+            raise
         try:
             full = self._prefix + key
         except TypeError:
             full = self._full(key)
-        core = self._core
         state = core.state
         changes = state.changes
         if full not in changes:
             self._begin(full)
         state.entries[full] = changes[full] = stored
         state.revision = revision = state.revision + 1
-        if core.write_through:
-            await core.running.durable(revision)
+        if core.after:
+            if state.note is not None:
+                state.note(full, stored, revision)
+            if core.write_through:
+                await core.running.durable(revision)
         return revision
 
-    async def set_many(self, values: Mapping[str, object]) -> int:
+    async def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> int:
         """Store all of them as one change, all or nothing also across a crash; returns the revision.
 
+        Args:
+            values: The keys and their values.
+            ttl: How long they live, in seconds or as a `timedelta`, above 0; for good
+                when not given.
+
         Raises:
-            InvalidValueError: One of the values cannot be kept; none was stored.
+            InvalidValueError: One of the values cannot be kept, or `ttl` is out of
+                bounds; none was stored.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
         self._check_writable()
         if not isinstance(values, Mapping):
             raise InvalidValueError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
-        stored = {check_key(self._full(key)): self._encode(key, value) for key, value in values.items()}
-        if not stored:
-            return self._core.state.revision
-        return await self._written(self._core.state.set_many(stored))
+        encoded = {check_key(self._full(key)): self._encode_one(key, value) for key, value in values.items()}
+        lifetime = self._lifetime(ttl)
+        if self._core.held is not None:
+            await self._turn()
+        state = self._core.state
+        if not encoded:
+            return state.revision
+        if lifetime is None:
+            return await self._written(state.set_many(encoded))
+        at = state.now() + lifetime
+        expiring = {key: Expiring(value, at) for key, value in encoded.items()}
+        return await self._written(state.apply(expiring, cleared=False))
 
     async def delete(self, key: str) -> bool:
         """Delete a key; returns whether it was there.
@@ -108,9 +136,10 @@ class Calls(Reads):
         Raises:
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        self._check_writable()
-        entries = self._core.state.entries
+        self._check_open()
         wanted = [self._full(key) for key in many_keys(keys)]
+        await self._turn()
+        entries = self._core.state.entries
         return await self._deleted(
             self._core.state.delete_many([key if key in entries else check_key(key) for key in wanted])
         )
@@ -121,10 +150,14 @@ class Calls(Reads):
         Raises:
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
+        await self._turn()
         keys = self._keys(prefix) if self._prefix or prefix else None
-        self._check_writable()
         if keys is None:
-            return await self._deleted(self._core.state.clear())
+            state = self._core.state
+            before, count = state.revision, state.clear()
+            if state.revision > before:  # also where all of it had expired
+                await self._written(state.revision)
+            return count
         return await self._deleted(self._core.state.delete_many([self._prefix + key for key in keys]))
 
     @overload
@@ -143,6 +176,7 @@ class Calls(Reads):
             TypeMismatchError: The stored value is not a `type`; it was not deleted.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
+        await self._turn()
         value = self.get_nowait(key, default, type=type)
         await self.delete_many((key,))
         return value
@@ -162,6 +196,8 @@ class Calls(Reads):
             default: What `fn` is given when the key is missing.
             type: What to decode the value as; the new value must be one too.
 
+        A key that expires still expires when it would have.
+
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored or the new value is not a `type`.
@@ -169,73 +205,98 @@ class Calls(Reads):
                 `None` where the old one was not: a forgotten `return`.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        old = self.get_nowait(key, default, type=type)
+        await self._turn()
+        old, at = self._replaceable(key, default, type)
         was_none = old is None
         new = _result("update", fn, fn(old))
         if new is None and not was_none:
             raise InvalidValueError(
                 f"{_name(fn)} given to update() returned None; return the new value, or use delete() or set(key, None)"
             )
-        await self._replaced(key, new, type)
+        await self._replaced(key, new, type, at)
         return new
 
     @overload
-    async def get_or_set(self, key: str, factory: Callable[[], T], *, type: type[T]) -> T: ...
+    async def get_or_set(
+        self, key: str, factory: Callable[[], T], *, type: type[T], ttl: Seconds | None = ...
+    ) -> T: ...
     @overload
-    async def get_or_set(self, key: str, factory: Callable[[], object], *, type: Any = ...) -> Any: ...
-    async def get_or_set(self, key: str, factory: Callable[[], object], *, type: Any = Any) -> Any:
+    async def get_or_set(
+        self, key: str, factory: Callable[[], object], *, type: Any = ..., ttl: Seconds | None = ...
+    ) -> Any: ...
+    async def get_or_set(
+        self, key: str, factory: Callable[[], object], *, type: Any = Any, ttl: Seconds | None = None
+    ) -> Any:
         """The value of a key; where it is missing, what `factory` makes is stored first.
 
         Args:
             key: The key.
             factory: A plain function, called only when the key is missing.
             type: What to decode the value as; what `factory` makes must be one too.
+            ttl: How long what `factory` made lives; see `set`.
 
         Raises:
             TypeMismatchError: The stored or the new value is not a `type`.
-            InvalidValueError: The new value cannot be kept, or is an awaitable.
+            InvalidValueError: The new value cannot be kept, or is an awaitable; or `ttl`
+                is out of bounds.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        if key in self:
-            return self.get_nowait(key, type=type)
-        self._missing(key, None)
-        return await self._replaced(key, _result("get_or_set", factory, factory()), type)
+        lifetime = self._lifetime(ttl)
+        await self._turn()
+        found = self.get_nowait(key, MISSING_VALUE, type=type)
+        if found is not MISSING_VALUE:
+            return found
+        made = _result("get_or_set", factory, factory())
+        return await self._replaced(key, made, type, self._at(lifetime))
 
-    async def set_if_absent(self, key: str, value: object) -> bool:
+    async def set_if_absent(self, key: str, value: object, *, ttl: Seconds | None = None) -> bool:
         """Store a value if the key is missing; returns whether it did.
 
+        Args:
+            key: The key.
+            value: The value; see `set`.
+            ttl: How long it lives; see `set`.
+
         Raises:
-            InvalidValueError: JSON cannot hold the value.
+            InvalidValueError: JSON cannot hold the value, or `ttl` is out of bounds.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        stored = encode_value(value)
+        stored = self._encode(value)
+        lifetime = self._lifetime(ttl)
+        await self._turn()
         if key in self:
             return False
-        self._check_writable()
-        await self._written(self._core.state.set(check_key(self._full(key)), stored))
+        await self._store(key, stored, self._at(lifetime))
         return True
 
     @overload
-    async def incr(self, key: str, delta: int = ..., *, default: int = ...) -> int: ...
+    async def incr(self, key: str, delta: int = ..., *, default: int = ..., ttl: Seconds | None = ...) -> int: ...
     @overload
-    async def incr(self, key: str, delta: float = ..., *, default: float = ...) -> float: ...
-    async def incr(self, key: str, delta: float = 1, *, default: float = 0) -> float:
+    async def incr(self, key: str, delta: float = ..., *, default: float = ..., ttl: Seconds | None = ...) -> float: ...
+    async def incr(self, key: str, delta: float = 1, *, default: float = 0, ttl: Seconds | None = None) -> float:
         """Add to a number, atomically; returns the new number.
 
         Args:
             key: The key.
             delta: What to add; may be negative.
             default: The number to start from when the key is missing.
+            ttl: How long a number lives that starts here; see `set`. One that is there
+                keeps the time that it has: a counter for each window of time.
 
         Raises:
             TypeMismatchError: The stored value is not a number.
-            InvalidValueError: `delta`, `default` or the sum is not a finite number.
+            InvalidValueError: `delta`, `default` or the sum is not a finite number; or
+                `ttl` is out of bounds.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
         for name, number in (("delta", delta), ("default", default)):
             if not _is_number(number):
                 raise InvalidValueError(f"incr() needs an int or a float as {name}, not {number.__class__.__name__}")
-        old = self.get_nowait(key, default)
+        lifetime = self._lifetime(ttl)
+        await self._turn()
+        old, at = self._replaceable(key, MISSING_VALUE, Any)
+        if old is MISSING_VALUE:
+            old, at = default, self._at(lifetime)
         if not _is_number(old):
             raise TypeMismatchError(
                 f"the stored value is not a number, but a {old.__class__.__name__}; incr() needs one"
@@ -244,20 +305,101 @@ class Calls(Reads):
             new: float = old + delta
         except OverflowError:
             raise InvalidValueError("the sum is too large for a float") from None
-        await self.set(key, new)
+        await self._store(key, self._encode(new), at)
         return new
+
+    # Durability
+
+    async def flush(self) -> None:
+        """Return when every change made so far is durable.
+
+        Writes nothing if nothing changed. Callers at the same time share one write.
+        Cancelling the caller does not cancel the write.
+
+        Raises:
+            StorageError: The write failed; the changes stay in memory, and are retried
+                by the next flush, in the background too unless `flush_interval` is
+                `None`.
+            ClosedError: The manager is not running.
+            RuntimeError: This is not the event loop of `start()`.
+        """
+        await self._core.running.flush()
+
+    async def wait_durable(self, revision: int | None = None) -> None:
+        """Return when a revision is durable; unlike `flush()`, start nothing.
+
+        Args:
+            revision: What a write returned; the last change when not given.
+
+        Raises:
+            ValueError: There is no such revision yet.
+            RuntimeError: This is not the event loop of `start()`.
+            FencedError: It will never be durable: a newer writer owns the state.
+            StorageError: The manager was stopped, and its last flush failed.
+            ClosedError: The manager is not running.
+        """
+        self._check_open()
+        last = self._core.state.revision
+        if revision is not None and (isinstance(revision, bool) or not isinstance(revision, int)):
+            raise TypeError(f"a revision is an int, such as a write returns; not {type(revision).__name__}")
+        if revision is not None and revision > last:
+            raise ValueError(f"there is no revision {revision} yet: the last one is {last}")
+        await self._core.running.wait_durable(last if revision is None else revision)
 
     # What the calls share
 
-    def _decode_new(self, key: str, stored: Stored, type_: Any) -> Any:
+    async def _put(self, key: str, value: object, ttl: Seconds | None) -> int:
+        """`set` where it has more to do."""
+        stored = self._encode(value, encode_trusting)
+        lifetime = self._lifetime(ttl)
+        check_key(self._full(key))
+        await self._turn()
+        return await self._store(key, stored, self._at(lifetime))
+
+    async def _store(self, key: str, value: Value, at: int | None) -> int:
+        """Store one value, the caller's turn being now; `at` is when it expires, in milliseconds."""
+        full = check_key(self._full(key))
+        return await self._written(self._core.state.set(full, value if at is None else Expiring(value, at)))
+
+    async def _replaced(self, key: str, value: object, type_: Any, at: int | None) -> Any:
+        """Store a value that must be a `type_`, and return it as a read would."""
+        stored = self._encode(value)
         try:
-            return decode_value(stored, type_)
+            fresh = decode_value(stored, type_)
         except TypeMismatchError as error:
             raise TypeMismatchError(f"the new value of {key!r}: {error}", error.path) from None
+        await self._store(key, stored, at)
+        return fresh
 
-    def _encode(self, key: str, value: object) -> Stored:
+    def _lifetime(self, ttl: Seconds | None) -> int | None:
         try:
-            return encode_value(value)
+            return None if ttl is None else milliseconds(ttl)
+        except InvalidValueError:
+            self._core.counters.set_errors += 1
+            raise
+
+    def _at(self, lifetime: int | None) -> int | None:
+        """When something expires that lives so many milliseconds from now."""
+        return None if lifetime is None else self._core.state.now() + lifetime
+
+    def _replaceable(self, key: str, default: object, type_: Any) -> tuple[Any, int | None]:
+        """What a new value takes the place of, or `default`; and when it expires, whatever the time is by then."""
+        old = self.get_nowait(key, MISSING_VALUE, type=type_)
+        if old is MISSING_VALUE:
+            return self._missing(key, default), None
+        return old, self._expiry(key)
+
+    def _encode(self, value: object, encode: Callable[[object], Value] = encode_value) -> Value:
+        try:
+            return encode(value)
+        except InvalidValueError:
+            self._core.counters.set_errors += 1
+            raise
+
+    def _encode_one(self, key: str, value: object) -> Value:
+        """One of many values: the error says which."""
+        try:
+            return self._encode(value)
         except InvalidValueError as error:
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
 
@@ -272,6 +414,13 @@ class Calls(Reads):
     def _check_writable(self) -> None:
         self._core.running.check_loop()
 
+    async def _turn(self) -> None:
+        """Return when the caller may write, and what it does before it awaits again is its own."""
+        self._check_writable()
+        if self._core.held is not None:
+            await self._core.turn()
+            self._check_writable()
+
     async def _written(self, revision: int) -> int:
         if self._core.write_through:
             await self._core.running.durable(revision)
@@ -281,14 +430,6 @@ class Calls(Reads):
         if count:
             await self._written(self._core.state.revision)
         return count
-
-    async def _replaced(self, key: str, value: object, type_: Any) -> Any:
-        """Store a value that must be a `type_`, and return it as a read would."""
-        stored = encode_value(value)
-        fresh = self._decode_new(key, stored, type_)
-        self._check_writable()
-        await self._written(self._core.state.set(check_key(self._full(key)), stored))
-        return fresh
 
 
 def _is_number(value: object) -> bool:

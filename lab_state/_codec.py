@@ -8,6 +8,10 @@ Formats, version 1, both JSON:
   `"$lab_state":{"format":1,"revision":42,"id":"...","expires":{...},"crc32":"9ae0daaf"}`.
   The CRC-32 covers every byte before `,"crc32":"`, so the rest of the member as well
   as the values. `id` is new for each snapshot, so no two are byte-equal.
+
+`expires` has the times of those keys that have one, in milliseconds since 1970. As long
+as a key has one, `time` says when that was written, and `wall` what the wall clock
+showed: the next start goes on from `time`, with what the wall clock has gone on since.
 """
 
 from __future__ import annotations
@@ -15,14 +19,15 @@ from __future__ import annotations
 import codecs
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import Raw
 
-from lab_state._state import DELETED, Changes, Stored
+from lab_state._expiry import Expiring, Value
+from lab_state._state import Absent, Changes, Stored
 from lab_state._values import MAX_DEPTH, encode, is_json, too_deep
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
@@ -43,6 +48,8 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     crc32: str
     expires: dict[str, int] = {}
+    time: int = 0
+    wall: int = 0
     seq: int | None = None
     fence: int | None = None
 
@@ -52,10 +59,13 @@ class _AnyFormat(msgspec.Struct, frozen=True):
 
 
 class Snapshot(NamedTuple):
-    """A whole state as it was loaded."""
+    """A whole state as it was loaded; times are in milliseconds since 1970."""
 
     entries: dict[str, Stored]
     revision: int
+    expires: Mapping[str, int] = {}
+    time: int = 0
+    wall: int = 0
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"start": "from", "end": "to"}):
@@ -67,6 +77,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"s
     set: dict[str, Raw]
     delete: list[str]
     expires: dict[str, int] = {}
+    time: int = 0
+    wall: int = 0
 
 
 _decode_entries = msgspec.json.Decoder(dict[str, Raw]).decode
@@ -104,30 +116,53 @@ def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
             they are recorded as deleted.
     """
     clear = b"true" if taken.cleared else b"false"
+    expires: dict[str, int] = {}
     yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)
-    yield from _members(_slices((key, value) for key, value in taken.changes.items() if value is not DELETED), refused)
+    kept = ((key, stored) for key, stored in taken.changes.items() if not isinstance(stored, Absent))
+    yield from _members(_slices(kept, expires), refused)
     yield b'},"delete":['
-    deleted = chain((key for key, value in taken.changes.items() if value is DELETED), refused)
+    deleted = chain((key for key, stored in taken.changes.items() if isinstance(stored, Absent)), refused)
     comma = b""
     while part := list(islice(deleted, _MOST_AT_ONCE)):
         yield comma + encode(part)[1:-1]
         comma = b","
-    yield b'],"expires":{}}'
+    yield b"]"
+    yield from _times(expires, refused, taken.time, taken.wall)
+    yield b"}"
 
 
-def _slices(items: Iterable[tuple[str, Stored]]) -> Iterator[dict[str, Stored]]:
-    """Parts as `encode` takes them, with a bounded number of keys, and of bytes unless one value alone has more."""
-    part: dict[str, Stored] = {}
+def _times(expires: dict[str, int], refused: Iterable[str], time: int, wall: int) -> Iterator[bytes]:
+    """The members `expires`, and `time` and `wall` if something in the state expires."""
+    for key in refused:
+        expires.pop(key, None)
+    yield b',"expires":{'
+    times = iter(expires.items())
+    comma = b""
+    while part := dict(islice(times, _MOST_AT_ONCE)):
+        yield comma + encode(part)[1:-1]
+        comma = b","
+    yield b'},"time":%d,"wall":%d' % (time, wall) if time else b"}"
+
+
+def _slices(items: Iterable[tuple[str, Stored]], expires: dict[str, int]) -> Iterator[dict[str, Value]]:
+    """Parts as `encode` takes them, with a bounded number of keys, and of bytes unless one value alone has more.
+
+    `expires` takes the times.
+    """
+    part: dict[str, Value] = {}
     size = 0
     for key, stored in items:
-        part[key] = stored
+        if isinstance(stored, Expiring):
+            stored, expires[key] = stored
         if isinstance(stored, bytes):
             part[key] = Raw(stored)
             size += len(stored)
-        elif isinstance(stored, Raw):
-            size += memoryview(stored).nbytes
-        elif isinstance(stored, str):
-            size += len(stored)
+        else:
+            part[key] = stored
+            if isinstance(stored, Raw):
+                size += memoryview(stored).nbytes
+            elif isinstance(stored, str):
+                size += len(stored)
         if size >= _SLICE_BYTES or len(part) >= _MOST_AT_ONCE:
             yield part
             part, size = {}, 0
@@ -135,7 +170,7 @@ def _slices(items: Iterable[tuple[str, Stored]]) -> Iterator[dict[str, Stored]]:
         yield part
 
 
-def _members(parts: Iterable[dict[str, Stored]], refused: list[str]) -> Iterator[bytes]:
+def _members(parts: Iterable[dict[str, Value]], refused: list[str]) -> Iterator[bytes]:
     """The members of an object, without its braces and without what is not JSON."""
     comma = b""
     for part in parts:
@@ -149,11 +184,14 @@ def _members(parts: Iterable[dict[str, Stored]], refused: list[str]) -> Iterator
             comma = b","
 
 
-def _owned(parts: Iterable[dict[str, Stored]], view: dict[str, Stored]) -> Iterator[dict[str, Stored]]:
+def _owned(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterator[dict[str, Value]]:
     for part in parts:
         for key in part:
-            if isinstance(stored := view[key], Raw):
+            stored = view[key]
+            if isinstance(stored, Raw):
                 view[key] = bytes(stored)
+            elif isinstance(stored, Expiring) and isinstance(stored.value, Raw):
+                view[key] = Expiring(bytes(stored.value), stored.at)
         yield part
 
 
@@ -163,7 +201,8 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
     Raises:
         CorruptionError: A record is not one, or one is missing between two others.
     """
-    entries, revision = snapshot
+    entries, revision, times, time, wall = snapshot
+    expires = dict(times)
     for number, data in enumerate(records, 1):
         try:
             record = _decode_record(data)
@@ -177,17 +216,23 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
                 0,
                 f"the changes {revision + 1} to {record.start} are missing before record {number}; restore a copy",
             )
-        _check_no_expiries(record.expires, path)
+        _check_times(record.expires, record.set.keys() - record.delete if record.expires else (), path)
         if record.clear:
-            entries = {}
+            entries, expires = {}, {}
         entries.update(record.set)
         for key in record.delete:
             entries.pop(key, None)
+        if expires:
+            for key in chain(record.set, record.delete):
+                expires.pop(key, None)
+        expires.update(record.expires)
+        if record.time:
+            time, wall = record.time, record.wall
         revision = record.end
-    return Snapshot(entries, revision)
+    return Snapshot(entries, revision, expires, time, wall)
 
 
-def encode_snapshot(view: dict[str, Stored], revision: int, *, own: bool) -> Iterator[bytes]:
+def encode_snapshot(view: dict[str, Stored], revision: int, time: int, *, own: bool, wall: int = 0) -> Iterator[bytes]:
     """The snapshot of a view, in slices small enough to give the loop back between two.
 
     A value that is not JSON, because of a `msgspec.Raw`, is left out.
@@ -195,19 +240,31 @@ def encode_snapshot(view: dict[str, Stored], revision: int, *, own: bool) -> Ite
     Args:
         view: The entries; nobody else changes them meanwhile.
         revision: The revision of the view.
+        time: The time of the view, in milliseconds since 1970.
+        wall: What the wall clock showed, likewise.
         own: Whether to replace values in the view that keep alive the large buffer
             from which they were loaded.
     """
-    opening, crc = b"{", 0
-    parts = _slices(view.items())
-    for part in _members(_owned(parts, view) if own else parts, []):
-        data = opening + part
-        opening, crc = b"", zlib.crc32(data, crc)
+    crc = 0
+    for data in _uncovered(view, revision, time, wall, own=own):
+        crc = zlib.crc32(data, crc)
         yield data
-    opening = opening or b","
+    yield b'%s%08x"}}' % (_CRC, crc)
+
+
+def _uncovered(view: dict[str, Stored], revision: int, time: int, wall: int, *, own: bool) -> Iterator[bytes]:
+    """All that the checksum covers."""
+    opening = b"{"
+    refused: list[str] = []
+    expires: dict[str, int] = {}
+    parts = _slices(view.items(), expires)
+    for part in _members(_owned(parts, view) if own else parts, refused):
+        yield opening + part
+        opening = b""
     member = encode({"format": FORMAT, "revision": revision, "id": os.urandom(8).hex()})
-    head = opening + encode(RESERVED) + b":" + member[:-1]
-    yield b'%s%s%08x"}}' % (head, _CRC, zlib.crc32(head, crc))
+    yield (opening or b",") + encode(RESERVED) + b":" + member[:-1]
+    if expires:
+        yield from _times(expires, refused, time, wall)
 
 
 def decode_snapshot(data: bytes, path: str) -> Snapshot:
@@ -226,7 +283,8 @@ def decode_snapshot(data: bytes, path: str) -> Snapshot:
         _check_foreign(data, entries, path)
         return Snapshot(entries, 0)
     meta = _check_own(data, own, path)
-    return Snapshot(entries, meta.revision)
+    _check_times(meta.expires, entries, path)
+    return Snapshot(entries, meta.revision, meta.expires, meta.time, meta.wall)
 
 
 def _check_own(data: bytes, own: Raw, path: str) -> Meta:
@@ -245,16 +303,13 @@ def _check_own(data: bytes, own: Raw, path: str) -> Meta:
     crc = b"%08x" % zlib.crc32(memoryview(data)[: max(cut, 0)])
     if data[cut:] != _CRC + crc + b'"}}' or meta.crc32.encode() != crc or meta.format != FORMAT or meta.revision < 0:
         _refuse_own(path, "its checksum does not match its contents")
-    _check_no_expiries(meta.expires, path)
     return meta
 
 
-def _check_no_expiries(expires: dict[str, int], path: str) -> None:
-    """They are in the format, but dropping them would make keys immortal."""
-    if expires:
-        raise UnsupportedError(
-            f"{path} has expiry times, which this version of lab_state cannot keep: use a newer version"
-        )
+def _check_times(expires: Mapping[str, int], entries: Container[str], path: str) -> None:
+    for key in expires:
+        if key not in entries:
+            raise CorruptionError(path, 0, f"{key!r} has an expiry time, but no value; restore a copy")
 
 
 def _refuse_own(path: str, what: str) -> NoReturn:

@@ -25,7 +25,8 @@ from typing import Any
 
 from lab_state._clock import Clock, Pauses, Timer
 from lab_state._codec import encode_record
-from lab_state._state import Changes, State
+from lab_state._metrics import FlushTimes
+from lab_state._state import DELETED, Changes, State
 from lab_state._views import Views, joined
 from lab_state._waiters import Waiters, copied
 from lab_state.config import Config
@@ -50,11 +51,23 @@ class Flusher:
         last_flush_seconds: How long it took.
     """
 
-    def __init__(
-        self, state: State, session: StorageSession, config: Config, clock: Clock, logger: logging.Logger
+    def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
+        self,
+        state: State,
+        session: StorageSession,
+        config: Config,
+        clock: Clock,
+        logger: logging.Logger,
+        committed: Callable[[Changes], None],
+        times: FlushTimes,
     ) -> None:
-        """Begin at once; the running loop is the one that everything else must be called on."""
+        """Begin at once; the running loop is the one that everything else must be called on.
+
+        `committed` is called with what has become durable; `times` takes how long it took.
+        """
         self.state: State = state
+        self._times = times
+        self._committed = committed
         self.write_through: bool = config.flush_interval == 0
         self.flushes: int = 0
         self.failures: int = 0
@@ -112,6 +125,11 @@ class Flusher:
             self._abandon(timeout)
         if self._stop_error is not None:
             raise self._stop_error
+
+    def nudge(self) -> None:
+        """A change that nobody waits for was made: flush, if that is what each write does."""
+        if self.write_through:
+            self._wake_up()
 
     def abort(self) -> StorageSession:
         """End without writing anything, as a crash would; for tests of crashes. Returns the session, open."""
@@ -211,7 +229,13 @@ class Flusher:
             if (taken := self._under_way) is not None:  # closed over it, without a cancellation
                 self.state.put_back(taken)
                 self._under_way = None
+            self._wake, self._waiters = asyncio.Event(), Waiters()  # who waited for these has ended
         self.check_loop()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that everything runs on."""
+        return self._loop
 
     # Numbers
 
@@ -280,9 +304,10 @@ class Flusher:
         self._waiters.board()
         taken = self._under_way = self.state.take()
         views = Views(self.state)
+        refused: list[str] = []
         started = self._clock.monotonic()
         try:
-            due = await _only_storage_errors(self._write(taken, views))
+            due = await _only_storage_errors(self._write(taken, refused, views))
         except StorageError as error:
             self.state.put_back(taken)
             self._under_way = None
@@ -295,13 +320,14 @@ class Flusher:
         else:
             self._under_way = None
             self._succeeded(taken.end, self._clock.monotonic() - started)
+            taken.changes.update(dict.fromkeys(refused, DELETED))  # as the record says
+            self._committed(taken)
             self._checkpoint_due = due
             return None
         finally:
             await views.fold()
 
-    async def _write(self, taken: Changes, views: Views) -> bool:
-        refused: list[str] = []
+    async def _write(self, taken: Changes, refused: list[str], views: Views) -> bool:
         record = await joined(encode_record(taken, refused))
         if refused:
             self._logger.error("%s: not written, for a msgspec.Raw that is not JSON: the keys %s", self._name, refused)
@@ -317,11 +343,13 @@ class Flusher:
         self.last_error = None
         self.last_flush_at = self._clock.time()
         self.last_flush_seconds = seconds
+        self._times.add(seconds)
         self._pauses.end()
         self._waiters.settle(revision)
 
     def _failed(self, error: StorageError) -> None:
         self.failures += 1
+        self._times.failures += 1
         self.last_error = error
         pause = self._pauses.begin()
         retried = self._interval is not None or self._unsettled

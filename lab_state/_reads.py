@@ -1,4 +1,4 @@
-"""Every reading call, once, under a prefix; and what a manager and its handles share.
+"""Every reading call, once, under a prefix.
 
 `get` is the hot path: one Python frame where the key is there and the value is a scalar.
 What is rare (a missing key, a closed manager, a typed read) is in functions of its own
@@ -13,55 +13,13 @@ from typing import Any, Literal, TypeVar, overload
 from msgspec import Raw
 
 from lab_state._codec import check_key
-from lab_state._flusher import Flusher
-from lab_state._state import MISSING, State, Stored
+from lab_state._core import Core
+from lab_state._expiry import Expiring
+from lab_state._state import MISSING, Stored
 from lab_state._values import SCALARS, decode_value
-from lab_state.exceptions import ClosedError, InvalidKeyError, KeyNotFoundError, TypeMismatchError
+from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
 
 T = TypeVar("T")
-
-
-class Core:
-    """What a manager and its handles share.
-
-    Attributes:
-        name: The name of the state.
-        state: The state; a closed, empty one before `start()` and from `stop()` on. A
-            call that finds its key there so knows that the manager is running.
-        write_through: Whether a write returns only when it is durable.
-    """
-
-    __slots__ = ("_flusher", "name", "state", "write_through")
-
-    def __init__(self, name: str, closed: State) -> None:
-        self.name: str = name
-        self.state: State = closed
-        self.write_through: bool = False
-        self._flusher: Flusher | None = None
-
-    def open(self, state: State, flusher: Flusher) -> None:
-        """Let the calls in."""
-        self.state = state
-        self.write_through = flusher.write_through
-        self._flusher = flusher
-
-    def close(self, closed: State) -> Flusher:
-        """Keep the calls out; returns the flusher, which keeps the state."""
-        self.state, flusher, self._flusher = closed, self.running, None
-        return flusher
-
-    @property
-    def running(self) -> Flusher:
-        """The flusher.
-
-        Raises:
-            ClosedError: The manager is not running.
-        """
-        if self._flusher is None:
-            raise ClosedError(
-                f"the manager of {self.name!r} is not running: use it between start() and stop(), or inside `async with`"
-            )
-        return self._flusher
 
 
 class Reads:
@@ -74,11 +32,12 @@ class Reads:
         self._prefix = prefix
 
     def __len__(self) -> int:
-        """How many keys there are. O(1)."""
+        """How many keys there are. O(1), but for keys that expire this second, and in a namespace."""
         self._check_open()
         if not self._prefix:
-            return len(self._core.state.entries)
-        return sum(1 for _ in self._keys(""))
+            state = self._core.state
+            return len(state.entries) - len(state.expired())
+        return len(self._keys(""))
 
     def __bool__(self) -> Literal[True]:
         """An empty state is still a state."""
@@ -86,7 +45,7 @@ class Reads:
 
     def __contains__(self, key: object) -> bool:
         self._check_open()
-        return isinstance(key, str) and self._prefix + key in self._core.state.entries
+        return isinstance(key, str) and self._core.state.has(self._prefix + key)
 
     @overload
     async def get(self, key: str, *, type: type[T]) -> T: ...
@@ -113,9 +72,9 @@ class Reads:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
             return self._missing(key, default)
-        if type is Any and stored.__class__ is not bytes and stored.__class__ is not Raw:
+        if type is Any and (kind := stored.__class__) is not bytes and kind is not Raw and kind is not Expiring:
             return stored
-        return self._decode(key, stored, type)
+        return self._decode(key, stored, default, type)
 
     @overload
     def get_nowait(self, key: str, *, type: type[T]) -> T: ...
@@ -131,7 +90,7 @@ class Reads:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
             return self._missing(key, default)
-        return self._decode(key, stored, type)
+        return self._decode(key, stored, default, type)
 
     @overload
     async def get_many(self, keys: Iterable[str], *, type: type[T]) -> dict[str, T]: ...
@@ -143,6 +102,7 @@ class Reads:
         Raises:
             TypeMismatchError: One of the values is not a `type`.
         """
+        self._check_open()
         found = {key: self.get_nowait(key, MISSING_VALUE, type=type) for key in many_keys(keys)}
         return {key: value for key, value in found.items() if value is not MISSING_VALUE}
 
@@ -158,7 +118,8 @@ class Reads:
         Raises:
             TypeMismatchError: One of the values is not a `type`.
         """
-        return {key: self.get_nowait(key, type=type) for key in self._keys(prefix)}
+        found = {key: self.get_nowait(key, MISSING_VALUE, type=type) for key in self._keys(prefix)}
+        return {key: value for key, value in found.items() if value is not MISSING_VALUE}
 
     async def exists(self, key: str) -> bool:
         """Whether the key is there."""
@@ -167,6 +128,17 @@ class Reads:
     async def keys(self, prefix: str = "") -> list[str]:
         """Every key that starts with `prefix`, in no particular order; costs what the number of all keys costs."""
         return self._keys(prefix)
+
+    async def expires_in(self, key: str) -> float | None:
+        """The seconds until a key expires; `None` if it never does.
+
+        Raises:
+            KeyNotFoundError: The key is missing.
+        """
+        if key not in self:
+            self._missing(key, MISSING)
+        at = self._expiry(key)
+        return None if at is None else max(1, at - self._core.state.now()) / 1000
 
     # What is rare on the hot path, and what the calls share
 
@@ -181,29 +153,54 @@ class Reads:
         self._check_open()
         check_key(self._full(key))
         if default is MISSING:
+            self._core.counters.get_errors += 1
             raise KeyNotFoundError(str(key))
         return default
 
-    def _decode(self, key: str, stored: Stored, type_: Any) -> Any:
+    def _decode(self, key: str, stored: Stored, default: object, type_: Any) -> Any:
+        if stored.__class__ is not bytes and isinstance(stored, Expiring):
+            alive = self._core.state.alive(stored)
+            if alive is MISSING:
+                return self._missing(key, default)
+            stored = alive
         try:
-            value = decode_value(stored, type_)
+            value = decode_value(stored, type_)  # pyright: ignore[reportArgumentType] -- none that expires any more
         except TypeMismatchError as error:
+            self._core.counters.get_errors += 1
             raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
         if stored.__class__ is Raw and type_ is Any and value.__class__ in SCALARS:
-            self._core.state.settle(self._prefix + key, value)
+            self._core.state.settle(self._prefix + key, stored, value)
         return value
+
+    def _expiry(self, key: str) -> int | None:
+        """When a key that is there expires, in milliseconds."""
+        stored = self._core.state.entries[self._prefix + key]
+        return stored.at if isinstance(stored, Expiring) else None
 
     def _check_open(self) -> None:
         _ = self._core.running
 
-    def _keys(self, prefix: str) -> list[str]:
-        self._check_open()
+    def _under(self, prefix: object) -> str:
+        """A prefix under this one."""
         if not isinstance(prefix, str):
             raise InvalidKeyError(f"a prefix must be a str, not {prefix.__class__.__name__}")
-        full, cut = self._prefix + prefix, len(self._prefix)
-        if not full:
-            return list(self._core.state.entries)
-        return [key[cut:] for key in self._core.state.entries if key.startswith(full)]
+        return self._prefix + prefix
+
+    def _nested(self, name: str) -> str:
+        """The prefix of a namespace."""
+        prefix = check_key(f"{self._under(name)}/")
+        if not name:
+            raise InvalidKeyError("a namespace needs a name of 1 character or more")
+        return prefix
+
+    def _keys(self, prefix: str) -> list[str]:
+        self._check_open()
+        full, cut = self._under(prefix), len(self._prefix)
+        state = self._core.state
+        expired = state.expired()
+        if not full and not expired:
+            return list(state.entries)
+        return [key[cut:] for key in state.entries if key.startswith(full) and key not in expired]
 
 
 MISSING_VALUE = object()

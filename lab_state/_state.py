@@ -11,84 +11,127 @@ A snapshot needs a view that stands still while writers go on. `freeze` gives th
 dict itself as that view and puts an `Overlay` over it that takes the writes; `fold`
 brings them home in small steps afterwards. So neither step costs what the size of
 the state costs. Whoever reads or writes `entries` cannot tell the two apart.
+
+A value that expires is in `entries` until a sweep finds it, so whoever reads one asks
+`alive`, and whoever lists keys leaves out `expired`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias, cast
 
-from msgspec import Raw
+from lab_state._expiry import Expiries, Expiring, Value
 
 
 class Absent(Enum):
-    """The two ways of not being there."""
+    """The ways of not being there."""
 
     MISSING = "missing"
     DELETED = "deleted"
+    EXPIRED = "expired"
 
 
 MISSING: Literal[Absent.MISSING] = Absent.MISSING
 DELETED: Literal[Absent.DELETED] = Absent.DELETED
+EXPIRED: Literal[Absent.EXPIRED] = Absent.EXPIRED
 
-Stored: TypeAlias = str | int | float | bool | bytes | Raw | None
-"""A value as it is kept: a JSON scalar, or the JSON of anything else.
+Stored: TypeAlias = Value | Expiring
+"""A value as it is kept."""
 
-That is `bytes` where it was set, and a `Raw` where it was loaded: a view of the buffer.
-"""
+Changed: TypeAlias = Stored | Literal[Absent.DELETED, Absent.EXPIRED]
+"""What became of a key."""
+
+Note: TypeAlias = Callable[[str | None, Changed, int], None]
+"""Is told a key, what became of it, and the revision; `None` when everything was deleted at once."""
+
+WATCHED_CLEAR = 10_000
+"""Up to so many keys are deleted one by one, where someone watches, instead of all at once."""
 
 
 class Changes(NamedTuple):
-    """What one commit makes durable: everything above revision `start` up to `end`."""
+    """What one commit makes durable: everything above revision `start` up to `end`.
+
+    `since` is when the oldest of it was made, in seconds of `monotonic`; `time` and
+    `wall` are when it was taken, in milliseconds of `State.now` and of the wall clock; 0
+    where nothing expires.
+    """
 
     start: int
     end: int
     cleared: bool
-    changes: dict[str, Stored | Literal[Absent.DELETED]]
+    changes: dict[str, Changed]
     since: float
+    time: int = 0
+    wall: int = 0
 
 
-class Overlay:
-    """Takes the writes while the dict beneath, `base`, stands still as a view."""
+class Readable(Protocol):
+    """What can lie beneath a layer."""
 
-    __slots__ = ("_size", "base", "top")
+    def __getitem__(self, key: str, /) -> Stored: ...
+    def __contains__(self, key: object, /) -> bool: ...
+    def __len__(self) -> int: ...
+    def items(self) -> Iterable[tuple[str, Stored]]: ...
 
-    def __init__(self, base: dict[str, Stored]) -> None:
-        self.base: dict[str, Stored] = base
-        self.top: dict[str, Stored | Literal[Absent.DELETED]] = {}
-        self._size = len(base)
+
+class Layer:
+    """Takes the writes, in `top`, while the map beneath, `base`, stays as it is."""
+
+    __slots__ = ("base", "top")
+
+    def __init__(self, base: Readable, top: dict[str, Changed]) -> None:
+        self.base: Readable = base
+        self.top: dict[str, Changed] = top
 
     def __getitem__(self, key: str) -> Stored:
         value = self.top.get(key, MISSING)
         if value is MISSING:
             return self.base[key]
-        if value is DELETED:
+        if isinstance(value, Absent):
             raise KeyError(key)
         return value
 
     def __len__(self) -> int:
-        return self._size
+        raise NotImplementedError
 
     def __contains__(self, key: object) -> bool:
         value = self.top.get(key, MISSING)  # type: ignore[call-overload]  # any object may be looked up
         return key in self.base if value is MISSING else value is not DELETED
 
     def __iter__(self) -> Iterator[str]:
-        for key in self.base:
-            if key not in self.top:
-                yield key
-        for key, value in self.top.items():
-            if value is not DELETED:
-                yield key
+        return (key for key, _ in self.items())
 
     def items(self) -> Iterator[tuple[str, Stored]]:
         for key, stored in self.base.items():
             if key not in self.top:
                 yield key, stored
         for key, value in self.top.items():
-            if value is not DELETED:
+            if not isinstance(value, Absent):
                 yield key, value
+
+    def __setitem__(self, key: str, stored: Stored) -> None:
+        self.top[key] = stored
+
+    def __delitem__(self, key: str) -> None:
+        if key not in self:
+            raise KeyError(key)
+        self.top[key] = DELETED
+
+
+class Overlay(Layer):
+    """A layer over a view that is folded into it in the end."""
+
+    __slots__ = ("_size", "view")
+
+    def __init__(self, view: dict[str, Stored]) -> None:
+        super().__init__(view, {})
+        self.view: dict[str, Stored] = view
+        self._size = len(view)
+
+    def __len__(self) -> int:
+        return self._size
 
     def __setitem__(self, key: str, stored: Stored) -> None:
         if key not in self:
@@ -96,19 +139,17 @@ class Overlay:
         self.top[key] = stored
 
     def __delitem__(self, key: str) -> None:
-        if key not in self:
-            raise KeyError(key)
+        super().__delitem__(key)
         self._size -= 1
-        self.top[key] = DELETED
 
     def fold(self, most: int) -> bool:
-        """Move up to `most` writes into the base; False once none is left."""
+        """Move up to `most` writes into the view; False once none is left."""
         for _ in range(min(most, len(self.top))):
             key, value = self.top.popitem()
-            if value is DELETED:
-                self.base.pop(key, None)
+            if isinstance(value, Absent):
+                self.view.pop(key, None)
             else:
-                self.base[key] = value
+                self.view[key] = value
         return bool(self.top)
 
 
@@ -124,73 +165,200 @@ class State:
         taken: The revision up to which changes were taken.
         since: When the oldest change that was not taken was made, in seconds of
             `monotonic`.
+        deleted: How many keys were deleted, since the state was loaded.
+        swept: How many had expired.
+        expiries: Finds the keys that are due.
+        monotonic: The clock that is never set.
+        note: Called after each change, where someone watches; `set` of `Calls` does so itself.
         borrowed: Whether entries may be views that keep the buffer alive that they
             were loaded from.
     """
 
-    __slots__ = ("_monotonic", "borrowed", "changes", "cleared", "entries", "revision", "since", "taken")
+    __slots__ = (
+        "_epoch",
+        "_first",
+        "_more",
+        "_wall_clock",
+        "borrowed",
+        "changes",
+        "cleared",
+        "deleted",
+        "entries",
+        "expiries",
+        "monotonic",
+        "note",
+        "revision",
+        "since",
+        "swept",
+        "taken",
+    )
 
-    def __init__(self, monotonic: Callable[[], float]) -> None:
-        self._monotonic = monotonic
+    def __init__(
+        self, monotonic: Callable[[], float], start: float = 0.0, wall_clock: Callable[[], float] = float
+    ) -> None:
+        """Nothing in it; the time is `start`, and the wall clock beside it shows its own, in seconds since 1970."""
+        self.monotonic: Callable[[], float] = monotonic
+        self._wall_clock = wall_clock
+        self._epoch = start - monotonic()
+        self.note: Note | None = None
         self.load({}, 0)
 
-    def load(self, entries: dict[str, Stored], revision: int) -> None:
-        """Begin with these entries, all of them taken."""
-        self.entries: dict[str, Stored] | Overlay = entries
+    def load(self, entries: dict[str, Stored], revision: int, expires: Mapping[str, int] | None = None) -> None:
+        """Begin with these values, all of them taken; `expires` has times in milliseconds."""
+        self.entries: dict[str, Stored] | Layer = entries
         self.borrowed: bool = bool(entries)
-        self.changes: dict[str, Stored | Literal[Absent.DELETED]] = {}
+        self.changes: dict[str, Changed] = {}
         self.cleared: bool = False
         self.revision: int = revision
         self.taken: int = revision
-        self.since: float = self._monotonic()
+        self.since: float = self.monotonic()
+        self.deleted: int = 0
+        self.swept: int = 0
+        self._first = revision
+        self._more = 0
+        self.expiries: Expiries = Expiries(0 if expires else self.now())  # what is overdue keeps its second
+        for key, at in (expires or {}).items():
+            entries[key] = Expiring(cast("Value", entries[key]), at)
+            self.expiries.add(key, at)
+
+    @property
+    def stored(self) -> int:
+        """How many values were stored since the state was loaded: one for each `set`, and so not counted there."""
+        return self.revision - self._first + self._more
+
+    # Time
+
+    def now(self) -> int:
+        """Milliseconds since 1970: the wall clock at the start, and what has passed since."""
+        return int((self._epoch + self.monotonic()) * 1000)
+
+    def wall(self) -> int:
+        """Milliseconds since 1970, as the wall clock has it now; for the next start to count from."""
+        return int(self._wall_clock() * 1000)
+
+    def alive(self, expiring: Expiring) -> Value | Literal[Absent.MISSING]:
+        """The value, if its time has not come."""
+        return expiring.value if expiring.at > self.now() else MISSING
+
+    def has(self, key: str) -> bool:
+        """Whether a key is there."""
+        if key not in self.entries:
+            return False
+        return not self.expiries or self._lives(key)
+
+    def _lives(self, key: str) -> bool:
+        stored = self.entries[key]
+        return not isinstance(stored, Expiring) or self.alive(stored) is not MISSING
+
+    def expired(self) -> set[str]:
+        """The keys that are in `entries` although their time has come: few, and none where nothing expires.
+
+        Costs what the number of keys costs that expire in the second that is passing.
+        """
+        if not self.expiries:
+            return set()
+        now, entries = self.now(), self.entries
+        return {key for bucket in self.expiries.passed(now) for key in bucket if _is_due(entries, key, now)}
+
+    def sweep(self, most: int) -> int:
+        """Take away keys that are due, as one change; returns how many were looked at, up to `most`."""
+        now, entries = self.now(), self.entries
+        keys = self.expiries.take(now, most)
+        found = [key for key in keys if _is_due(entries, key, now)]
+        self._drop(found, EXPIRED)
+        self.deleted -= len(found)
+        self.swept += len(found)
+        return len(keys)
+
+    # Changes
 
     def begin(self) -> None:
         """Before a change: note the time, if it is the first that was not taken."""
         if self.revision == self.taken:
-            self.since = self._monotonic()
+            self.since = self.monotonic()
 
     def set(self, key: str, stored: Stored) -> int:
         """Store one value; returns the new revision."""
-        return self.set_many({key: stored})
+        return self.apply({key: stored}, cleared=False)
 
-    def settle(self, key: str, scalar: Stored) -> None:
-        """Keep a value as the scalar that it was found to be; no change."""
-        if self.entries.__class__ is dict:  # an overlay would take it for a write
+    def settle(self, key: str, stored: Stored, scalar: Value) -> None:
+        """Keep a stored value as the scalar that it was found to be; no change."""
+        # An overlay would take it for a write; one that expires is kept within.
+        if self.entries.__class__ is dict and self.entries[key] is stored:
             self.entries[key] = scalar
 
-    def set_many(self, values: Mapping[str, Stored]) -> int:
-        """Store all of them as one change; returns the new revision."""
+    def set_many(self, values: Mapping[str, Value]) -> int:
+        """Store all of them, which do not expire, as one change; returns the new revision."""
+        entries = self.entries
+        if not isinstance(entries, dict) or self.note is not None:
+            return self.apply(values, cleared=False)
         self.begin()
         self.revision += 1
-        for key, stored in values.items():
-            self.entries[key] = self.changes[key] = stored
+        entries.update(values)
+        self.changes.update(values)
+        self._more += len(values) - 1
         return self.revision
 
     def delete_many(self, keys: Iterable[str]) -> int:
         """Delete those of them that are there, as one change; returns how many."""
-        found = {key for key in keys if key in self.entries}
-        if found:
-            self.begin()
-            self.revision += 1
-        for key in found:
-            del self.entries[key]
-            self.changes[key] = DELETED
+        found = {key for key in keys if self.has(key)}
+        self._drop(found, DELETED)
         return len(found)
+
+    def _drop(self, keys: Iterable[str], how: Literal[Absent.DELETED, Absent.EXPIRED]) -> None:
+        if keys:
+            self.apply(dict.fromkeys(keys, how), cleared=False)
 
     def clear(self) -> int:
         """Delete everything; returns how many. Costs the same for any size."""
-        count = len(self.entries)
-        if count:
-            self.begin()
-            self.revision += 1
-            self.entries = {}
-            self.changes = {}
-            self.cleared = True
+        count = len(self.entries) - len(self.expired())
+        if len(self.entries):
+            self.apply({}, cleared=True)
         return count
+
+    def apply(self, changes: Mapping[str, Changed], *, cleared: bool) -> int:
+        """Make all of them as one change, on an empty map if `cleared`; returns the new revision.
+
+        What is deleted must be there.
+        """
+        if cleared and self.note is not None and len(self.entries) <= WATCHED_CLEAR:
+            changes, cleared = {**dict.fromkeys(self.entries, DELETED), **changes}, False
+        self.begin()
+        self.revision += 1
+        if cleared:
+            self.deleted += len(self.entries)
+            self._empty()
+        absent = 0
+        entries, mine, expiries = self.entries, self.changes, self.expiries
+        for key, stored in changes.items():
+            if isinstance(stored, Absent):
+                del entries[key]
+                expiries.discard(key)
+                absent += 1
+            else:
+                if isinstance(stored, Expiring):
+                    expiries.add(key, stored.at)
+                entries[key] = stored
+            mine[key] = stored
+        self.deleted += absent
+        self._more += len(changes) - absent - 1
+        if self.note is not None:
+            if cleared:
+                self.note(None, DELETED, self.revision)
+            for key, stored in changes.items():
+                self.note(key, stored, self.revision)
+        return self.revision
+
+    def _empty(self) -> None:
+        self.entries = {}
+        self.changes = {}
+        self.cleared = True
+        self.expiries.clear()
 
     def take(self) -> Changes:
         """Take the changes away for a commit."""
-        taken = Changes(self.taken, self.revision, self.cleared, self.changes, self.since)
+        time, wall = (self.now(), self.wall()) if self.expiries else (0, 0)
+        taken = Changes(self.taken, self.revision, self.cleared, self.changes, self.since, time, wall)
         self.changes, self.cleared, self.taken = {}, False, self.revision
         return taken
 
@@ -210,19 +378,28 @@ class State:
         if isinstance(self.entries, Overlay):
             return dict(self.entries.items())
         view = self.entries
+        assert isinstance(view, dict)  # a draft is never frozen
         self.entries = Overlay(view)
         return view
 
     def owned(self, view: dict[str, Stored]) -> None:
         """Every value of a view was replaced by one of its own; note it, if that is the view that comes home."""
-        if isinstance(self.entries, Overlay) and self.entries.base is view:
+        if isinstance(self.entries, Overlay) and self.entries.view is view:
             self.borrowed = False
 
     def fold(self, view: dict[str, Stored], most: int) -> bool:
         """Give a view back, up to `most` writes at a time; False once that is done."""
         entries = self.entries
-        if isinstance(entries, Overlay) and entries.base is view:
+        if isinstance(entries, Overlay) and entries.view is view:
             if entries.fold(most):
                 return True
             self.entries = view
         return False
+
+
+def _is_due(entries: dict[str, Stored] | Layer, key: str, now: int) -> bool:
+    """Whether the entry of a key, which the index may name in vain, has expired."""
+    if key not in entries:
+        return False
+    stored = entries[key]
+    return isinstance(stored, Expiring) and stored.at <= now

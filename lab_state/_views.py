@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 
 from lab_state._codec import encode_snapshot
 from lab_state._state import State, Stored
@@ -26,11 +26,14 @@ class Views:
         """A view of the state at this moment, as a snapshot in slices."""
         view = self._state.freeze()
         self._taken.append(view)
-        return self._slices(view, self._state.revision)
+        slices = encode_snapshot(
+            view, self._state.revision, self._state.now(), own=self._state.borrowed, wall=self._state.wall()
+        )
+        return self._given(slices, view, self._state.revision)
 
-    async def _slices(self, view: dict[str, Stored], revision: int) -> AsyncIterator[bytes]:
+    async def _given(self, slices: Iterator[bytes], view: dict[str, Stored], revision: int) -> AsyncIterator[bytes]:
         last, own = b"", self._state.borrowed
-        for part in encode_snapshot(view, revision, own=own):
+        for part in slices:
             if last:
                 yield last
                 await asyncio.sleep(0)

@@ -9,14 +9,19 @@ from typing import Literal, Self
 
 import msgspec
 
-from lab_state._calls import Calls
 from lab_state._clock import Clock, SystemClock
 from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state._core import Core
 from lab_state._flusher import Flusher
-from lab_state._reads import Core
+from lab_state._metrics import FlushTimes, Metrics, metrics
 from lab_state._state import State
+from lab_state._sweeper import Sweeper
+from lab_state._watch import Watchers
 from lab_state.config import Config
+from lab_state.handles import Scope
 from lab_state.storage._protocol import Storage, StorageSession
+
+_SWEPT_AT_START = 100_000
 
 Phase = Literal["new", "starting", "running", "stopping", "stopped"]
 
@@ -57,14 +62,25 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     journal_bytes: int = 0
 
 
-class Manager(Calls):
+class Manager(Scope):
     """A map from string keys to JSON values: in memory, and durable.
 
     One manager is the only writer of its state. It belongs to the event loop that
     `start()` runs on, until `stop()`.
     """
 
-    __slots__ = ("_clock", "_config", "_ended", "_flusher", "_logger", "_phase", "_stopping", "_storage")
+    __slots__ = (
+        "_clock",
+        "_config",
+        "_ended",
+        "_flusher",
+        "_logger",
+        "_phase",
+        "_stopping",
+        "_storage",
+        "_sweeper",
+        "_times",
+    )
 
     def __init__(
         self,
@@ -99,6 +115,7 @@ class Manager(Calls):
         self._phase: Phase = "new"
         self._flusher: Flusher | None = None
         self._ended = Status(phase="new", keys=0, revision=0, durable_revision=0)
+        self._times = FlushTimes()
         self._stopping: asyncio.Task[None] | None = None
         super().__init__(Core(self._config.name, State(self._clock.monotonic)), "")
 
@@ -134,8 +151,7 @@ class Manager(Calls):
             session = await self._storage.open(self._config.name)
             try:
                 state = self._load(session)
-                self._flusher = Flusher(state, session, self._config, self._clock, self._logger)
-                self._core.open(state, self._flusher)
+                self._run(state, session)
             except BaseException:
                 await session.aclose()
                 raise
@@ -145,6 +161,16 @@ class Manager(Calls):
         self._stopping = None
         self._phase = "running"
 
+    def _run(self, state: State, session: StorageSession) -> None:
+        watchers = Watchers(state)
+        flusher = Flusher(state, session, self._config, self._clock, self._logger, watchers.committed, self._times)
+        self._flusher = flusher
+        # What expired while nothing ran may be much, and loading is where it may take its time.
+        while state.sweep(_SWEPT_AT_START):
+            flusher.nudge()
+        self._sweeper = Sweeper(state, self._clock, lambda: self._core.held is not None, flusher.nudge)
+        self._core.open(state, flusher, watchers, self._sweeper.resume)
+
     def _load(self, session: StorageSession) -> State:
         snapshot, records, _, dropped = session.recovery
         if dropped:
@@ -153,9 +179,24 @@ class Manager(Calls):
             )
         loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path)
         loaded = replay(loaded, records, session.path)
-        state = State(self._clock.monotonic)
-        state.load(loaded.entries, loaded.revision)
+        state = State(self._clock.monotonic, self._time(loaded, session.path), self._clock.time)
+        state.load(loaded.entries, loaded.revision, loaded.expires)
         return state
+
+    def _time(self, loaded: Snapshot, path: str) -> float:
+        """What time it is for what expires, in seconds since 1970."""
+        wall = self._clock.time()
+        if not loaded.expires:
+            return wall
+        # By the wall clock; by the state's own, where that one was wrong when this was written.
+        passed = wall - max(loaded.wall, loaded.time) / 1000
+        if passed < 0:
+            self._logger.warning(
+                "%s: the wall clock is %.0f s behind what was written; keys live that much longer",
+                path,
+                -passed,
+            )
+        return loaded.time / 1000 + max(0.0, passed)
 
     async def stop(self) -> None:
         """Flush, write a checkpoint as far as time allows, and let go of the state.
@@ -177,15 +218,18 @@ class Manager(Calls):
             self._core.running.move()
             self._phase = "stopping"
             # Calls see an empty, closed state from here on; what is under way keeps the old one.
-            flusher = self._core.close(State(self._clock.monotonic))
-            self._stopping = asyncio.create_task(self._stop(flusher), name=f"lab_state {self._config.name} stop")
+            self._sweeper.stop()
+            flusher, watchers = self._core.close(State(self._clock.monotonic))
+            name = f"lab_state {self._config.name} stop"
+            self._stopping = asyncio.create_task(self._stop(flusher, watchers), name=name)
         if self._stopping is not None and self._phase == "stopping":
             await asyncio.shield(self._stopping)
 
-    async def _stop(self, flusher: Flusher) -> None:
+    async def _stop(self, flusher: Flusher, watchers: Watchers) -> None:
         try:
             await flusher.stop(self._config.stop_timeout)
         finally:
+            watchers.close()
             self._phase = "stopped"
             self._ended = msgspec.structs.replace(self._status_of(flusher), keys=0)
             self._flusher = None  # and with it the entries
@@ -209,42 +253,6 @@ class Manager(Calls):
 
     # Durability
 
-    async def flush(self) -> None:
-        """Return when every change made so far is durable.
-
-        Writes nothing if nothing changed. Callers at the same time share one write.
-        Cancelling the caller does not cancel the write.
-
-        Raises:
-            StorageError: The write failed; the changes stay in memory, and are retried
-                by the next flush, in the background too unless `flush_interval` is
-                `None`.
-            ClosedError: The manager is not running.
-            RuntimeError: This is not the event loop of `start()`.
-        """
-        await self._core.running.flush()
-
-    async def wait_durable(self, revision: int | None = None) -> None:
-        """Return when a revision is durable; unlike `flush()`, start nothing.
-
-        Args:
-            revision: What a write returned; the last change when not given.
-
-        Raises:
-            ValueError: There is no such revision yet.
-            RuntimeError: This is not the event loop of `start()`.
-            FencedError: It will never be durable: a newer writer owns the state.
-            StorageError: The manager was stopped, and its last flush failed.
-            ClosedError: The manager is not running.
-        """
-        self._check_open()
-        last = self._core.state.revision
-        if revision is not None and (isinstance(revision, bool) or not isinstance(revision, int)):
-            raise TypeError(f"a revision is an int, such as a write returns; not {type(revision).__name__}")
-        if revision is not None and revision > last:
-            raise ValueError(f"there is no revision {revision} yet: the last one is {last}")
-        await self._core.running.wait_durable(last if revision is None else revision)
-
     @property
     def revision(self) -> int:
         """The number of the last change; 0 for a new state. Goes on over restarts."""
@@ -261,10 +269,14 @@ class Manager(Calls):
             return msgspec.structs.replace(self._ended, phase=self._phase)
         return self._status_of(self._flusher)
 
+    def metrics(self) -> Metrics:
+        """Counts for a monitoring system. Works in every phase, and from any thread."""
+        return metrics(self._core.counted(), self._times)
+
     def _status_of(self, flusher: Flusher) -> Status:
         return Status(
             phase=self._phase,
-            keys=len(flusher.state.entries),
+            keys=len(flusher.state.entries) - len(flusher.state.expired()),
             revision=flusher.state.revision,
             durable_revision=flusher.durable_revision,
             unflushed_keys=flusher.unflushed_keys,

@@ -23,7 +23,8 @@ from lab_state._codec import (
     encode_snapshot,
     replay,
 )
-from lab_state._state import DELETED, Absent, Changes, Stored
+from lab_state._expiry import Expiring
+from lab_state._state import DELETED, EXPIRED, Absent, Changed, Changes, Stored
 from lab_state._values import decode_value, encode_value
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
@@ -48,11 +49,13 @@ def stored(values: Mapping[str, Any]) -> dict[str, Stored]:
 
 
 def plain(entries: Mapping[str, Stored]) -> dict[str, Any]:
-    return {key: decode_value(value, Any) for key, value in entries.items()}
+    """The values, none of which may be wrapped with a time."""
+    assert not any(isinstance(value, Expiring) for value in entries.values())
+    return {key: decode_value(value, Any) for key, value in entries.items() if not isinstance(value, Expiring)}
 
 
 def snapshot(values: Mapping[str, Any], revision: int = 42) -> bytes:
-    return b"".join(encode_snapshot(stored(values), revision, own=False))
+    return b"".join(encode_snapshot(stored(values), revision, 0, own=False))
 
 
 def changes(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = False) -> Changes:
@@ -175,7 +178,9 @@ def test_large_values_come_in_small_slices(what: str) -> None:
     """No slice is much larger than one value or 128 KiB, from the first slice on."""
     values = large_values()
     slices = list(
-        encode_record(changes(values, 0, 1), []) if what == "record" else encode_snapshot(stored(values), 1, own=False)
+        encode_record(changes(values, 0, 1), [])
+        if what == "record"
+        else encode_snapshot(stored(values), 1, 0, own=False)
     )
     assert len(b"".join(slices)) > 150 * 64_000
     assert max(map(len, slices)) < 8 * SLICE_BYTES
@@ -184,7 +189,7 @@ def test_large_values_come_in_small_slices(what: str) -> None:
 def test_large_values_after_small_ones_come_in_small_slices() -> None:
     """Large values behind thousands of small ones come in small slices too."""
     values = {f"small {number}": number for number in range(2_000)} | large_values()
-    assert max(map(len, encode_snapshot(stored(values), 1, own=False))) < 8 * SLICE_BYTES
+    assert max(map(len, encode_snapshot(stored(values), 1, 0, own=False))) < 8 * SLICE_BYTES
 
 
 def test_large_values_come_back() -> None:
@@ -263,7 +268,7 @@ def test_records_and_snapshots_agree(before: dict[str, Any], commits: list[tuple
     loaded = replay(decode_snapshot(snapshot(before, 0), PATH), records, PATH)
     assert plain(loaded.entries) == expected
     assert loaded.revision == len(commits)
-    again = decode_snapshot(b"".join(encode_snapshot(loaded.entries, 7, own=True)), PATH)
+    again = decode_snapshot(b"".join(encode_snapshot(loaded.entries, 7, 0, own=True)), PATH)
     assert plain(again.entries) == expected
 
 
@@ -278,7 +283,7 @@ def test_records_and_snapshots_agree(before: dict[str, Any], commits: list[tuple
 @pytest.mark.parametrize("own", [False, True])
 def test_a_snapshot_comes_back(values: dict[str, Any], own: bool) -> None:  # noqa: FBT001
     """A snapshot comes back with the same entries, in the same order, and the same revision."""
-    data = b"".join(encode_snapshot(stored(values), 2**40, own=own))
+    data = b"".join(encode_snapshot(stored(values), 2**40, 0, own=own))
     loaded = decode_snapshot(data, PATH)
     assert plain(loaded.entries) == values
     assert list(loaded.entries) == list(values)
@@ -300,7 +305,7 @@ def test_a_snapshot_is_one_json_object() -> None:
 
 def test_a_large_snapshot_comes_in_slices() -> None:
     """A snapshot of 5,000 keys is made in many slices."""
-    assert len(list(encode_snapshot(stored({f"key {n}": n for n in range(5_000)}), 1, own=False))) >= 10
+    assert len(list(encode_snapshot(stored({f"key {n}": n for n in range(5_000)}), 1, 0, own=False))) >= 10
 
 
 def test_no_two_snapshots_are_equal() -> None:
@@ -319,7 +324,7 @@ def test_values_are_owned_after_a_snapshot() -> None:
     loaded = decode_snapshot(snapshot(SAMPLE | {f"key {n}": [n] for n in range(1_000)}), PATH).entries
     assert all(value.copy() is not value for value in raws(loaded))
     before = plain(loaded)
-    list(encode_snapshot(loaded, 1, own=True))
+    list(encode_snapshot(loaded, 1, 0, own=True))
     assert not list(raws(loaded))
     assert plain(loaded) == before
 
@@ -330,7 +335,7 @@ def test_values_are_left_alone_when_they_are_owned() -> None:
     owned: dict[str, Stored] = {"a": 1, "b": b"[1]"}
     for entries, own in ((borrowed, False), (owned, True)):
         before = dict(entries)
-        list(encode_snapshot(entries, 1, own=own))
+        list(encode_snapshot(entries, 1, 0, own=own))
         assert all(entries[key] is value for key, value in before.items())
 
 
@@ -570,15 +575,232 @@ def test_a_byte_order_mark_is_named() -> None:
     assert "byte order mark" in corruption(b'\xef\xbb\xbf{"a":1}').detail
 
 
-def test_expiry_times_are_not_dropped() -> None:
-    """They are in the format, but this version would forget them at its next checkpoint."""
-    data = b'{"a":1,"$lab_state":{"format":1,"revision":1,"id":"0","expires":{"a":1700000000000}'
-    data += b',"crc32":"%08x"}}' % zlib.crc32(data)
-    with pytest.raises(UnsupportedError, match="expiry times"):
-        decode_snapshot(data, "lab.json")
-    record = b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":{"a":5}}'
-    with pytest.raises(UnsupportedError, match="expiry times"):
-        replay(Snapshot({}, 0), [record], "lab.journal")
+# What expires
+
+
+def expiring(values: Mapping[str, Any], at: int = 5_000) -> dict[str, Stored]:
+    """Values that expire one millisecond after another."""
+    encoded = {key: encode_value(value) for key, value in values.items()}
+    return {key: Expiring(value, at + number) for number, (key, value) in enumerate(encoded.items())}
+
+
+def times_of(values: Mapping[str, Stored]) -> dict[str, int]:
+    return {key: value.at for key, value in values.items() if isinstance(value, Expiring)}
+
+
+def record_at(values: Mapping[str, Changed], start: int, end: int, time: int = 0, *, cleared: bool = False) -> bytes:
+    return b"".join(encode_record(Changes(start, end, cleared, dict(values), 0.0, time), []))
+
+
+def test_a_record_of_what_expires() -> None:
+    """A record has the times of the keys that have one, and the time at which it was taken."""
+    data = record_at({"stays": 1, **expiring({"a": [1], "b": "x"}), "gone": EXPIRED, "deleted": DELETED}, 1, 2, 4_000)
+    assert json.loads(data) == {
+        "from": 1,
+        "to": 2,
+        "clear": False,
+        "set": {"stays": 1, "a": [1], "b": "x"},
+        "delete": ["gone", "deleted"],
+        "expires": {"a": 5_000, "b": 5_001},
+        "time": 4_000,
+        "wall": 0,
+    }
+    after = replay(Snapshot({"gone": 1, "kept": 1}, 1), [data], PATH)
+    assert plain(after.entries) == {"kept": 1, "stays": 1, "a": [1], "b": "x"}
+    assert (after.revision, after.expires, after.time) == (2, {"a": 5_000, "b": 5_001}, 4_000)
+
+
+def test_a_snapshot_of_what_expires() -> None:
+    """A snapshot has the times and its own time in the reserved member, and they come back beside plain values."""
+    view = stored({"stays": 1}) | expiring({"a": [1], "é": "x"})
+    data = b"".join(encode_snapshot(view, 7, 4_000, own=False))
+    read = json.loads(data)
+    member = read.pop("$lab_state")
+    assert read == {"stays": 1, "a": [1], "é": "x"}
+    assert list(member) == ["format", "revision", "id", "expires", "time", "wall", "crc32"]
+    assert (member["expires"], member["time"]) == ({"a": 5_000, "é": 5_001}, 4_000)
+    loaded = decode_snapshot(data, PATH)
+    assert plain(loaded.entries) == {"stays": 1, "a": [1], "é": "x"}
+    assert (loaded.revision, loaded.expires, loaded.time) == (7, {"a": 5_000, "é": 5_001}, 4_000)
+
+
+def test_where_nothing_expires_no_time_is_written() -> None:
+    """`time` stands beside `expires` alone."""
+    assert b"time" not in record_at({"a": 1, "b": EXPIRED}, 0, 1)
+    data = b"".join(encode_snapshot(stored({"a": 1}), 1, 4_000, own=False))
+    assert b"time" not in data
+    assert b"expires" not in data
+    assert (decode_snapshot(data, PATH).expires, decode_snapshot(data, PATH).time) == ({}, 0)
+
+
+@pytest.mark.parametrize("size", [1, 499, 500, 501, 7_001])
+def test_many_that_expire_come_back(size: int) -> None:
+    """Thousands of times are made in many slices, in a record and in a snapshot, and all come back."""
+    values = expiring({f"key {number}": [number] for number in range(size)}, 10**12)
+    record_slices = list(encode_record(Changes(0, 1, False, dict(values), 0.0, 5), []))
+    snapshot_slices = list(encode_snapshot(values, 1, 5, own=False))
+    for slices in (record_slices, snapshot_slices):
+        assert len(slices) >= 2 * (size // 500)
+        assert max(map(len, slices)) < 500 * 32
+    assert times_of(values) == replay(Snapshot({}, 0), [b"".join(record_slices)], PATH).expires
+    loaded = decode_snapshot(b"".join(snapshot_slices), PATH)
+    assert (loaded.expires, len(loaded.entries)) == (times_of(values), size)
+
+
+def test_large_values_that_expire_come_in_small_slices() -> None:
+    """What expires is measured for slices like what stays."""
+    values = expiring(large_values())
+    assert max(map(len, encode_snapshot(values, 1, 0, own=False))) < 8 * SLICE_BYTES
+    assert max(map(len, encode_record(Changes(0, 1, False, dict(values), 0.0), []))) < 8 * SLICE_BYTES
+
+
+NOT_JSON = Expiring(b"'not JSON'", 9_000)
+
+
+@pytest.mark.parametrize("others", [{}, {"good": Expiring(1, 5_000)}], ids=["alone", "beside another"])
+def test_what_is_not_json_leaves_no_time_behind(others: dict[str, Stored]) -> None:
+    """A key that is refused is recorded as deleted, without a time, and is not in a snapshot at all."""
+    refused: list[str] = []
+    data = b"".join(encode_record(Changes(0, 1, False, {**others, "bad": NOT_JSON}, 0.0, 4_000), refused))
+    assert refused == ["bad"]
+    after = replay(Snapshot({"bad": 1}, 0, {"bad": 6_000}), [data], PATH)
+    assert (plain(after.entries), after.expires) == (dict.fromkeys(others, 1), times_of(others))
+    loaded = decode_snapshot(b"".join(encode_snapshot({**others, "bad": NOT_JSON}, 1, 4_000, own=False)), PATH)
+    assert (plain(loaded.entries), loaded.expires) == (dict.fromkeys(others, 1), times_of(others))
+
+
+@pytest.mark.parametrize("values", [b'{"b":1}', b'{"b":1,"A":{"a":1}}'])
+def test_a_time_without_a_value_is_damage(values: bytes) -> None:
+    """A snapshot or a record with a time for a key that it does not set is CorruptionError, with the key."""
+    member = {"format": 1, "revision": 1, "id": "0", "expires": {"a": 5_000}, "time": 1}
+    data = with_member(values, member)
+    expected = "'a' has an expiry time, but no value; restore a copy"
+    assert corruption(data).detail == expected
+    wrong = b'{"from":0,"to":1,"clear":false,"set":%s,"delete":[],"expires":{"a":5},"time":1}' % values
+    with pytest.raises(CorruptionError) as caught:
+        replay(Snapshot({"a": 1}, 0, {"a": 5}), [wrong], PATH)
+    assert (caught.value.path, caught.value.detail) == (PATH, expected)
+
+
+@pytest.mark.parametrize("times", [b'{"a":1.5}', b'{"a":"5"}', b'{"a":null}', b"[]", b"5"])
+def test_a_time_that_is_no_integer_is_damage(times: bytes) -> None:
+    """A time is an integer, in a record and in a snapshot."""
+    data = b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":%s}' % times
+    with pytest.raises(CorruptionError, match="is not a record"):
+        replay(Snapshot({}, 0), [data], PATH)
+    head = b'{"a":1,"$lab_state":{"format":1,"revision":1,"id":"0","expires":%s' % times
+    corruption(head + b',"crc32":"%08x"}}' % zlib.crc32(head))
+
+
+def test_every_flipped_bit_of_a_time_is_noticed() -> None:
+    """A single flipped bit in a snapshot with times is an error, never another time."""
+    assert_every_flip_is_noticed(b"".join(encode_snapshot(expiring({"a": 1, "b": [2]}), 1, 4_000, own=False)))
+
+
+BEFORE: dict[str, int] = {"a": 5_000, "b": 6_000}
+
+
+@pytest.mark.parametrize(
+    ("changed", "cleared", "expected"),
+    [
+        ({"c": 1}, False, {"a": 5_000, "b": 6_000}),
+        ({"a": 2}, False, {"b": 6_000}),
+        ({"a": DELETED}, False, {"b": 6_000}),
+        ({"a": EXPIRED, "b": 1}, False, {}),
+        ({"a": Expiring(1, 7_000)}, False, {"a": 7_000, "b": 6_000}),
+        ({"a": Expiring(1, 4_000), "c": Expiring(1, 1)}, False, {"a": 4_000, "b": 6_000, "c": 1}),
+        ({}, True, {}),
+        ({"a": 1}, True, {}),
+        ({"b": Expiring(1, 9_000)}, True, {"b": 9_000}),
+    ],
+)
+def test_replay_keeps_the_times(changed: dict[str, Changed], cleared: bool, expected: dict[str, int]) -> None:  # noqa: FBT001
+    """A set without a time, a delete and a clear take the time away; a set with one brings it; others keep theirs."""
+    before = Snapshot({"a": 1, "b": 1, "stays": 1}, 1, BEFORE, 100)
+    after = replay(before, [record_at(changed, 1, 2, cleared=cleared)], PATH)
+    assert after.expires == expected
+    assert after.expires.keys() <= after.entries.keys()
+    assert BEFORE == {"a": 5_000, "b": 6_000}
+
+
+def test_a_deleted_key_that_is_set_again_has_no_old_time() -> None:
+    """Record by record: what was deleted or cleared and comes again comes without the time it had."""
+    records = [
+        record_at(expiring({"a": 1, "b": 1}), 0, 1),
+        record_at({"a": DELETED}, 1, 2),
+        record_at({"a": 2}, 2, 3),
+        record_at({}, 3, 4, cleared=True),
+        record_at({"b": 3}, 4, 5),
+    ]
+    assert replay(Snapshot({}, 0), records[:1], PATH).expires == {"a": 5_000, "b": 5_001}
+    assert replay(Snapshot({}, 0), records[:3], PATH).expires == {"b": 5_001}
+    after = replay(Snapshot({}, 0), records, PATH)
+    assert (plain(after.entries), after.expires) == ({"b": 3}, {})
+
+
+@pytest.mark.parametrize("before", [0, 2_500, 9_000])
+def test_the_time_of_a_replay_is_the_last(before: int) -> None:
+    """The time of what was written is that of the last record that has one."""
+    records = [
+        record_at(expiring({"a": 1}), 1, 2, 3_000),
+        record_at(expiring({"b": 1}), 2, 3, 2_000),
+        record_at({"c": 1}, 3, 4),  # nothing expires in the state: it has no time
+    ]
+    assert replay(Snapshot({}, 1, {}, before), records, PATH).time == 2_000
+
+
+def test_a_stale_record_brings_no_time() -> None:
+    """A record that the snapshot holds already changes neither the times nor the time."""
+    stale = record_at(expiring({"a": 1}), 0, 1, 9_000)
+    assert replay(Snapshot({"a": 2}, 1, {}, 100), [stale], PATH) == Snapshot({"a": 2}, 1, {}, 100)
+
+
+def test_values_that_expire_are_owned_after_a_snapshot() -> None:
+    """`own=True` replaces what keeps the file's buffer alive within what expires, too, and changes no value or time."""
+    data = b"".join(encode_snapshot(expiring({"a": [1], "b": {"c": 2}, "d": "x"}), 1, 0, own=False))
+    loaded = decode_snapshot(data, PATH)
+    view: dict[str, Stored] = {
+        key: Expiring(value, loaded.expires[key])
+        for key, value in loaded.entries.items()
+        if not isinstance(value, Expiring)
+    }
+    assert [type(value.value) for value in view.values() if isinstance(value, Expiring)] == [Raw, Raw, Raw]
+    untouched = dict(view)
+    list(encode_snapshot(view, 1, 0, own=False))
+    assert all(view[key] is value for key, value in untouched.items())
+    again = b"".join(encode_snapshot(view, 1, 0, own=True))
+    assert view == {"a": Expiring(b"[1]", 5_000), "b": Expiring(b'{"c":2}', 5_001), "d": Expiring(b'"x"', 5_002)}
+    assert decode_snapshot(again, PATH) == loaded
+    owned = dict(view)
+    list(encode_snapshot(view, 1, 0, own=True))
+    assert all(view[key] is value for key, value in owned.items())
+
+
+EXPIRING_VALUES = st.builds(lambda value, at: Expiring(encode_value(value), at), VALUES, st.integers(0, 10**13))
+CHANGED = EXPIRING_VALUES | VALUES.map(encode_value) | st.sampled_from([DELETED, EXPIRED])
+
+
+@given(st.lists(st.tuples(st.booleans(), st.dictionaries(st.sampled_from("abcd"), CHANGED, max_size=4)), max_size=6))
+def test_times_against_a_dict(commits: list[tuple[bool, dict[str, Any]]]) -> None:
+    """Whatever is set, deleted, expired and cleared, a replay ends with the values and times of the last changes."""
+    expected: dict[str, Any] = {}
+    records = []
+    for revision, (cleared, changed) in enumerate(commits, 1):
+        records.append(record_at(changed, revision - 1, revision, cleared=cleared))
+        expected = {} if cleared else expected
+        expected.update(changed)
+        expected = {key: value for key, value in expected.items() if not isinstance(value, Absent)}
+    for cut in {0, len(records) // 2}:
+        first = replay(Snapshot({}, 0), records[:cut], PATH)
+        view: dict[str, Stored] = {
+            key: Expiring(value, first.expires[key]) if key in first.expires else value  # type: ignore[arg-type]
+            for key, value in first.entries.items()
+        }
+        middle = decode_snapshot(b"".join(encode_snapshot(view, cut, 1, own=True)), PATH)
+        last = replay(middle, records[cut:], PATH)
+        assert last.expires == times_of(expected)
+        values = {key: value.value if isinstance(value, Expiring) else value for key, value in expected.items()}
+        assert plain(last.entries) == plain(values)
 
 
 def test_a_record_of_nothing_but_what_is_not_json() -> None:
@@ -587,3 +809,20 @@ def test_a_record_of_nothing_but_what_is_not_json() -> None:
     data = b"".join(encode_record(Changes(0, 1, False, {"bad": b"'not JSON'"}, 0.0), refused))
     assert refused == ["bad"]
     assert replay(Snapshot({"bad": 1}, 0), [data], PATH) == Snapshot({}, 1)
+
+
+def test_a_record_that_sets_and_deletes_a_key_with_a_time() -> None:
+    """A time for a key that the same record deletes is CorruptionError."""
+    data = b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":["a"],"expires":{"a":5},"time":1}'
+    with pytest.raises(CorruptionError, match="has an expiry time, but no value"):
+        replay(Snapshot({}, 0), [data], PATH)
+
+
+def test_the_wall_clock_is_kept_beside_the_time() -> None:
+    """What the wall clock showed is kept, in a snapshot and in a record, where something expires."""
+    data = b"".join(encode_snapshot(expiring({"a": 1}), 1, 2_000, own=False, wall=7_000))
+    loaded = decode_snapshot(data, PATH)
+    assert (loaded.time, loaded.wall) == (2_000, 7_000)
+    changed = Changes(1, 2, False, dict(expiring({"b": 1})), 0.0, 3_000, 8_000)
+    after = replay(loaded, [b"".join(encode_record(changed, []))], PATH)
+    assert (after.time, after.wall) == (3_000, 8_000)

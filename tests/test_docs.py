@@ -59,6 +59,7 @@ async def test_readme_prints_what_it_says(
         "{'text': 'hi', 'to': ['world']}",
         "2026 None",
         "key 'ann': not a `User`: Object missing required field `seen` - at `$`",
+        "Change(key='ann', kind='set', revision=4)",
     ]
     content = (tmp_path / "state/modules/my-module.json").read_text()
     assert content.startswith('{"greeting":{"text":"hi","to":["world"]},"visits":1,"$lab_state":{')

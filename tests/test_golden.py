@@ -50,7 +50,8 @@ def read(name: str) -> bytes:
 
 
 def content(loaded: Snapshot) -> tuple[dict[str, Any], int]:
-    return {key: decode_value(stored, Any) for key, stored in loaded.entries.items()}, loaded.revision
+    entries: dict[str, Any] = dict(loaded.entries)
+    return {key: decode_value(stored, Any) for key, stored in entries.items()}, loaded.revision
 
 
 def load(journal: str, snapshot: str | None) -> tuple[Accepted, int, Snapshot]:

@@ -26,7 +26,7 @@ from lab_state._journal import (
     new_salt,
     scan,
 )
-from lab_state._state import DELETED, Changes
+from lab_state._state import DELETED, Changed, Changes
 from lab_state._values import encode_value
 from lab_state.exceptions import CorruptionError, UnsupportedError
 
@@ -40,7 +40,9 @@ FULL = b'{"a":1}'
 
 def record(start: int, *values: object) -> bytes:
     """The record of one commit of one revision; a value for each key, `...` deletes."""
-    changes = {f"key {n}": DELETED if value is ... else encode_value(value) for n, value in enumerate(values)}
+    changes: dict[str, Changed] = {
+        f"key {n}": DELETED if value is ... else encode_value(value) for n, value in enumerate(values)
+    }
     return b"".join(encode_record(Changes(start, start + 1, False, changes, 0.0), []))
 
 

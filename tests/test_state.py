@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from msgspec import Raw
 
-from lab_state._state import DELETED, Changes, Overlay, State, Stored
+from lab_state._state import DELETED, Absent, Changes, Overlay, State, Stored
 
 
 class Ticks:
@@ -39,7 +39,7 @@ def applied(before: Mapping[str, Stored], taken: Changes) -> dict[str, Stored]:
     """What a storage holds after this commit."""
     after = {} if taken.cleared else dict(before)
     for key, value in taken.changes.items():
-        if value is DELETED:
+        if isinstance(value, Absent):
             after.pop(key, None)
         else:
             after[key] = value
@@ -172,7 +172,7 @@ def test_since_is_when_the_oldest_change_was_made() -> None:
 def test_settling_is_no_change() -> None:
     """A value that was found to be a scalar is kept as one, which changes nothing."""
     state = state_of(a=Raw(b"1"))
-    state.settle("a", 1)
+    state.settle("a", state.entries["a"], 1)
     assert entries_of(state) == {"a": 1}
     assert (state.revision, state.changes) == (10, {})
 
@@ -182,7 +182,7 @@ def test_settling_leaves_a_view_alone() -> None:
     value = Raw(b"1")
     state = state_of(a=value)
     view = state.freeze()
-    state.settle("a", 1)
+    state.settle("a", state.entries["a"], 1)
     assert view["a"] is value
     assert state.entries["a"] is value
     assert folded(state, view) == 1
@@ -451,7 +451,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(keys=st.lists(KEYS, min_size=1))
     def set_many(self, keys: list[str]) -> None:
-        values: dict[str, Stored] = {key: next(self.numbers) for key in keys}
+        values = {key: next(self.numbers) for key in keys}
         self.expected.update(values)
         self.revision += 1
         assert self.state.set_many(values) == self.revision

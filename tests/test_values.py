@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from lab_state._values import MAX_DEPTH, decode_value, encode_value, too_deep
+from lab_state._values import MAX_DEPTH, decode_value, encode_trusting, encode_value, too_deep
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 NAN = math.nan
@@ -980,3 +980,21 @@ def test_a_model_that_cannot_be_looked_into_is_refused() -> None:
 def test_no_room_for_recursion_is_told_as_that() -> None:
     """Deep in calls Python's own limit may leave no room: that is no fault of the value."""
     assert "recursion limit" in str(refused(Strange(RecursionError, None)))
+
+
+@pytest.mark.parametrize(
+    "value", [1, "a", None, [1, {"a": None}], {"a": [True]}, {"a": "x" * 1_000}, (1, 2), {"a": Raw(b"[1]")}]
+)
+def test_encoding_on_trust_is_encoding(value: object) -> None:
+    """What `set` does where it is not written out gives what a careful encoding gives."""
+    assert encode_trusting(value) == encode_value(value)
+
+
+@pytest.mark.parametrize("value", [{"a": object()}, [math.nan], {"a": ["\ud800"]}, math.inf, object()])
+def test_what_is_not_taken_on_trust(value: object) -> None:
+    """What a careful encoding refuses is refused with the same words."""
+    with pytest.raises(InvalidValueError) as careful:
+        encode_value(value)
+    with pytest.raises(InvalidValueError) as trusting:
+        encode_trusting(value)
+    assert (str(trusting.value), trusting.value.path) == (str(careful.value), careful.value.path)

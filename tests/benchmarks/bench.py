@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import gc
 import json
 import os
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,84 @@ async def hot_path(table: Table, directory: str) -> None:
                 "<= 2",
                 met=ratio <= 2,
             )
+
+
+async def handles(table: Table, directory: str) -> None:
+    """Transactions, watching, other threads, expiry."""
+    keys = KEYS[:100]
+    async with Manager(Config(name="handles", flush_interval=None), FileStorage(directory)) as state:
+        await state.set_many(dict.fromkeys(KEYS, VALUE))
+
+        async def transaction() -> None:
+            for _ in range(20):
+                async with state.transaction() as tx:
+                    for key in keys:
+                        tx.set(key, VALUE)
+
+        async def sets() -> None:
+            for _ in range(20):
+                for key in keys:
+                    await state.set(key, VALUE)
+
+        async def sets_and_turns() -> None:
+            for _ in range(20):
+                for key in keys:
+                    await state.set(key, VALUE)
+                await asyncio.sleep(0)
+
+        us = 1e6 / 20 / len(keys)
+        ratio, ours, theirs = await compare(transaction, sets)
+        table.add(
+            "transaction of 100 sets / 100 sets",
+            f"{ratio:.2f} ({ours * us:.2f} / {theirs * us:.2f} us)",
+            "<= 1.3",
+            met=ratio <= 1.3,
+        )
+        alone = [await timed(sets_and_turns) for _ in range(ROUNDS)]
+        async with AsyncExitStack() as stack:
+            for number in range(1000):
+                watch = await stack.enter_async_context(state.watch(f"someone else's {number}"))
+                stack.callback(asyncio.ensure_future(anext(watch)).cancel)
+            await asyncio.sleep(0)
+            watched = [await timed(sets_and_turns) for _ in range(ROUNDS)]
+        await asyncio.sleep(0)
+        ratio = statistics.median(watched) / statistics.median(alone)
+        table.add("set with 1,000 idle watchers / without", f"{ratio:.2f}", "<= 2", met=ratio <= 2)
+        ratio, ours, theirs = await compare(
+            lambda: asyncio.to_thread(many, lambda: state.blocking.get(KEYS[0])),
+            lambda: asyncio.to_thread(many, functools.partial(bare_round_trip, asyncio.get_running_loop())),
+        )
+        table.add(
+            "blocking.get / bare run_coroutine_threadsafe",
+            f"{ratio:.2f} ({ours * 5e3:.0f} / {theirs * 5e3:.0f} us)",
+            "<= 3",
+            met=ratio <= 3,
+        )
+        gc.freeze()
+        idle = min([await stall(asyncio.sleep(0.3)) for _ in range(3)])
+        gaps = []
+        for _ in range(3):
+            await state.set_many({f"expiring {number}": number for number in range(100_000)}, ttl=0.01)
+            gaps.append(await stall(swept(state)) - idle)
+        gap = statistics.median(gaps)
+        table.add("loop stall while 100,000 keys are swept", f"{gap * 1e3:.1f} ms", "<= 5 ms", met=gap <= 0.005)
+
+
+def many(call: Callable[[], object]) -> None:
+    for _ in range(200):
+        call()
+
+
+async def nothing() -> None: ...
+
+
+def bare_round_trip(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.run_coroutine_threadsafe(nothing(), loop).result()
+
+
+async def swept(state: Manager) -> None:
+    while len(state._core.state.entries) > len(KEYS):  # noqa: ASYNC110 -- `state` itself hides them at once
+        await asyncio.sleep(0.01)
 
 
 async def durable(table: Table, directory: str) -> None:
@@ -337,6 +417,7 @@ async def main(count: int) -> None:
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores\n")
     with tempfile.TemporaryDirectory() as directory:
         await hot_path(table, directory)
+        await handles(table, directory)
         await durable(table, directory)
         await large(table, directory, count)
         memory(table, directory, count)

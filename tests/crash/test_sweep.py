@@ -164,7 +164,7 @@ def load(directory: Path) -> tuple[int, Any]:
     writer, recovery = _open(directory, NAME)
     try:
         snapshot = Snapshot({}, 0) if recovery.snapshot is None else decode_snapshot(recovery.snapshot, path)
-        entries, revision = replay(snapshot, recovery.records, path)
+        entries, revision, *_ = replay(snapshot, recovery.records, path)
         return revision, msgspec.json.decode(msgspec.json.encode(entries))
     finally:
         writer.close()

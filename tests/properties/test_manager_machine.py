@@ -1,10 +1,11 @@
-"""The manager against a dict, through failed flushes, crashes and restarts, on each storage of this machine."""
+"""The manager against a dict: transactions, expiry, failed flushes, crashes and restarts, on both local storages."""
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,11 @@ from lab_state import (
     MemoryStorage,
     Storage,
     StorageSession,
+    Transaction,
     UnavailableError,
 )
 from lab_state.storage.file import FileSession
-from lab_state.testing import FaultyStorage
+from lab_state.testing import FaultyStorage, ManualClock
 
 PREFIXES = ("", "a", "a/", "none")
 COUNTERS = ("n", "a/n")
@@ -35,12 +37,61 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
+TTLS = st.integers(1, 40)
+OPERATIONS = st.one_of(
+    st.tuples(st.just("set"), st.sampled_from(KEYS), VALUES),
+    st.tuples(st.just("expiring"), st.sampled_from(KEYS), TTLS),
+    st.tuples(st.just("incr"), st.sampled_from(COUNTERS), st.integers()),
+    st.tuples(st.just("delete"), ANY_KEYS, st.none()),
+    st.tuples(st.just("delete_all"), st.sampled_from(PREFIXES), st.none()),
+)
 MOMENTS = st.sampled_from(["before", "after"])
 Moment = Literal["before", "after"]
 
 
 class StopItError(Exception):
-    """What a function given to `update` raises."""
+    """What a function given to `update`, or the body of a transaction, raises."""
+
+
+class Model(dict[str, Any]):
+    """What the state must hold.
+
+    Attributes:
+        expires: When a key expires, in milliseconds.
+    """
+
+    def __init__(self, values: dict[str, Any], expires: dict[str, int]) -> None:
+        super().__init__(values)
+        self.expires = dict(expires)
+
+    def twin(self) -> Model:
+        return Model(self, self.expires)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """As `set` does it: for good."""
+        super().__setitem__(key, value)
+        self.expires.pop(key, None)
+
+    def replace(self, key: str, value: Any) -> None:
+        """As `update` does it: an expiry stays."""
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.expires.pop(key, None)
+
+    def remove_keys(self, keys: list[str]) -> set[str]:
+        """Remove those that are there."""
+        found = {key for key in keys if key in self}
+        for key in found:
+            del self[key]
+        return found
+
+    def live(self, now: int) -> Model:
+        return Model(
+            {key: value for key, value in self.items() if self.expires.get(key, now + 1) > now},
+            {key: at for key, at in self.expires.items() if at > now},
+        )
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -67,9 +118,10 @@ class ManagerMachine(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.storage = FaultyStorage(self.make_storage())
-        self.model: dict[str, Any] = {}
+        self.clock = ManualClock()
+        self.model = Model({}, {})
         self.revision = self.acknowledged = 0
-        self.history: dict[int, dict[str, Any]] = {0: {}}
+        self.history: dict[int, Model] = {0: self.model.twin()}
         self.start()
 
     def teardown(self) -> None:
@@ -77,13 +129,21 @@ class ManagerMachine(RuleBasedStateMachine):
         self.runner.close()
 
     def start(self) -> None:
-        self.state = Manager(Config(name="state", flush_interval=None), self.storage)
+        config = Config(name="state", flush_interval=None, stop_timeout=1e9)
+        self.state = Manager(config, self.storage, clock=self.clock)
         self.runner.run(self.state.start())
+
+    def now(self) -> int:
+        return self.state._core.state.now()
+
+    def began_again(self) -> None:
+        """After a start: what the wall clock says is over is gone."""
+        self.model = self.model.live(self.now())
 
     def changed(self, *, whether: bool = True) -> None:
         """A call came back: one more revision, if it changed anything."""
         self.revision += whether
-        self.history[self.revision] = dict(self.model)
+        self.history[self.revision] = self.model.twin()
 
     async def _crash(self) -> StorageSession:
         flusher = self.state._core.running
@@ -105,40 +165,39 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(values=st.dictionaries(st.sampled_from(KEYS), VALUES))
     def set_many(self, values: dict[str, Any]) -> None:
-        self.model.update(values)
+        for key, value in values.items():
+            self.model[key] = value
         self.changed(whether=bool(values))
         assert self.runner.run(self.state.set_many(values)) == self.revision
 
     @rule(key=ANY_KEYS)
     def delete(self, key: str) -> None:
-        was_there = key in self.model
-        self.model.pop(key, None)
+        was_there = bool(self.model.remove_keys([key]))
         assert self.runner.run(self.state.delete(key)) is was_there
         self.changed(whether=was_there)
 
     @rule(keys=st.lists(ANY_KEYS, max_size=5))
     def delete_many(self, keys: list[str]) -> None:
-        found = {key for key in keys if self.model.pop(key, self) is not self}
+        found = self.model.remove_keys(keys)
         assert self.runner.run(self.state.delete_many(keys)) == len(found)
         self.changed(whether=bool(found))
 
     @rule(prefix=st.sampled_from(PREFIXES))
     def delete_all(self, prefix: str) -> None:
-        found = [key for key in self.model if key.startswith(prefix)]
-        for key in found:
-            del self.model[key]
+        found = self.model.remove_keys([key for key in self.model if key.startswith(prefix)])
         assert self.runner.run(self.state.delete_all(prefix)) == len(found)
         self.changed(whether=bool(found))
 
     @rule(key=ANY_KEYS)
     def pop(self, key: str) -> None:
-        was_there = key in self.model
-        assert self.runner.run(self.state.pop(key, None)) == self.model.pop(key, None)
+        expected = self.model.get(key)
+        was_there = bool(self.model.remove_keys([key]))
+        assert self.runner.run(self.state.pop(key, None)) == expected
         self.changed(whether=was_there)
 
     @rule(key=st.sampled_from(KEYS), value=VALUES)
     def update(self, key: str, value: Any) -> None:
-        self.model[key] = [self.model.get(key), value]
+        self.model.replace(key, [self.model.get(key), value])
         assert self.runner.run(self.state.update(key, lambda old: [old, value], None)) == self.model[key]
         self.changed()
 
@@ -152,22 +211,96 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(COUNTERS), delta=st.integers(-(2**70), 2**70))
     def incr(self, key: str, delta: int) -> None:
-        self.model[key] = self.model.get(key, 0) + delta
+        self.model.replace(key, self.model.get(key, 0) + delta)
         assert self.runner.run(self.state.incr(key, delta)) == self.model[key]
         self.changed()
 
     @rule(key=st.sampled_from(KEYS), value=VALUES)
     def set_if_absent(self, key: str, value: Any) -> None:
         absent = key not in self.model
-        self.model.setdefault(key, value)
+        if absent:
+            self.model[key] = value
         assert self.runner.run(self.state.set_if_absent(key, value)) is absent
         self.changed(whether=absent)
 
     @rule(key=st.sampled_from(KEYS), value=VALUES)
     def get_or_set(self, key: str, value: Any) -> None:
         absent = key not in self.model
-        assert self.runner.run(self.state.get_or_set(key, lambda: value)) == self.model.setdefault(key, value)
+        if absent:
+            self.model[key] = value
+        assert self.runner.run(self.state.get_or_set(key, lambda: value)) == self.model[key]
         self.changed(whether=absent)
+
+    # Transactions
+
+    @rule(operations=st.lists(OPERATIONS, max_size=6), commit=st.booleans())
+    def transaction(self, operations: list[tuple[str, str, Any]], *, commit: bool) -> None:
+        """All of it or nothing, as one revision if it changed anything."""
+        draft = self.model.twin()
+        touched = self.runner.run(self._transaction(operations, draft, commit=commit))
+        if commit:
+            self.model = draft
+            # What was only ever in the draft may be gone again, and nothing changed.
+            self.changed(whether=touched and self.state.revision > self.revision)
+
+    async def _transaction(self, operations: list[tuple[str, str, Any]], draft: Model, *, commit: bool) -> bool:
+        before = dict(draft)
+        touched = False
+        with suppress(StopItError):
+            async with self.state.transaction() as tx:
+                for what, key, argument in operations:
+                    touched |= self._apply(tx, draft, what, key, argument)
+                    assert tx.get_all() == draft
+                    assert len(tx) == len(draft)
+                    assert await self.state.get_all() == before
+                if not commit:
+                    raise StopItError
+        return touched
+
+    def _apply(self, tx: Transaction, draft: Model, what: str, key: str, argument: Any) -> bool:
+        """Do one of `OPERATIONS` in a transaction and its model; returns whether it changed anything."""
+        match what:
+            case "set":
+                draft[key] = argument
+                assert tx.set(key, argument) == self.revision + 1
+            case "expiring":
+                draft[key] = argument
+                draft.expires[key] = self.now() + argument * 1000
+                assert tx.set(key, argument, ttl=argument) == self.revision + 1
+            case "incr":
+                draft.replace(key, draft.get(key, 0) + argument)
+                assert tx.incr(key, argument) == draft[key]
+            case "delete":
+                was_there = bool(draft.remove_keys([key]))
+                assert tx.delete(key) is was_there
+                return was_there
+            case _:
+                found = draft.remove_keys([each for each in draft if each.startswith(key)])
+                assert tx.delete_all(key) == len(found)
+                return bool(found)
+        return True
+
+    # Expiry
+
+    @rule(key=st.sampled_from(KEYS), ttl=TTLS)
+    def set_expiring(self, key: str, ttl: int) -> None:
+        self.model[key] = ttl
+        self.model.expires[key] = self.now() + ttl * 1000
+        self.changed()
+        assert self.runner.run(self.state.set(key, ttl, ttl=ttl)) == self.revision
+
+    @rule(seconds=st.integers(1, 60))
+    def advance(self, seconds: int) -> None:
+        """What expires is gone at once; a sweep, which is a change, may come later."""
+        self.clock.advance(seconds)
+        self.model = self.model.live(self.now())
+        while self.revision < self.state.revision:
+            self.changed()
+
+    @rule(seconds=st.integers(-100_000, 100_000))
+    def jump(self, seconds: int) -> None:
+        """A wall clock that is set expires nothing before the next start."""
+        self.clock.jump(seconds)
 
     # Durability
 
@@ -197,10 +330,14 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         """A clean stop, and a start."""
+        before, expires = self.now(), bool(self.model.expires)
         self.runner.run(self.state.stop())
         self.acknowledged = self.revision
         self.start()
         assert self.state.durable_revision == self.revision
+        assert self.now() <= max(before, int(self.clock.time() * 1000))
+        assert self.now() >= before or not expires
+        self.began_again()
 
     @rule(moment=MOMENTS)
     def restart_without_checkpoint(self, moment: Moment) -> None:
@@ -210,6 +347,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.runner.run(self.state.stop())
         self.storage._faults.clear()
         self.start()
+        self.began_again()
 
     @rule()
     def crash_and_reopen(self) -> None:
@@ -218,8 +356,9 @@ class ManagerMachine(RuleBasedStateMachine):
         self.start()
         found = self.state.revision
         assert self.acknowledged <= found <= self.revision
-        self.model, self.revision, self.acknowledged = dict(self.history[found]), found, found
-        self.history = {found: dict(self.model)}
+        self.model, self.revision, self.acknowledged = self.history[found].twin(), found, found
+        self.history = {found: self.model.twin()}
+        self.began_again()
 
     @rule()
     def flush_and_crash(self) -> None:
@@ -231,6 +370,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @invariant()
     def is_the_model(self) -> None:
         assert self.runner.run(self.state.get_all()) == self.model
+        assert {key for key in self.model if self.runner.run(self.state.expires_in(key))} == set(self.model.expires)
         assert (self.state.revision, len(self.state)) == (self.revision, len(self.model))
         assert self.state.durable_revision <= self.revision
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, assert_type
+from datetime import timedelta
+from typing import Any, Literal, assert_type
 
 from pydantic import BaseModel
 
-from lab_state import Config, FileStorage, Manager, MemoryStorage, Recovery, Status, Storage, StorageSession
+from lab_state import (
+    Blocking,
+    Change,
+    Config,
+    Entry,
+    FileStorage,
+    Manager,
+    MemoryStorage,
+    Namespace,
+    Recovery,
+    Status,
+    Storage,
+    StorageSession,
+    Transaction,
+)
 from lab_state.testing import FaultyStorage, ManualClock
 
 
@@ -34,6 +50,7 @@ async def reading(state: Manager) -> None:
     assert_type(await state.get_all(type=int), dict[str, int])
     assert_type(await state.keys(), list[str])
     assert_type(await state.exists("key"), bool)
+    assert_type(await state.expires_in("key"), float | None)
     assert_type(len(state), int)
     assert_type("key" in state, bool)
 
@@ -53,6 +70,159 @@ async def writing(state: Manager) -> None:
     assert_type(await state.set_if_absent("key", 1), bool)
     assert_type(await state.get_or_set("key", lambda: User("Ann"), type=User), User)
     assert_type(await state.get_or_set("key", dict), Any)
+
+
+async def expiring(state: Manager, ttl: timedelta) -> None:
+    assert_type(await state.set("key", 1, ttl=5), int)
+    assert_type(await state.set("key", 1, ttl=ttl), int)
+    assert_type(await state.set("key", 1, ttl=None), int)
+    assert_type(await state.set_many({"key": 1}, ttl=0.5), int)
+    assert_type(await state.set_if_absent("key", 1, ttl=ttl), bool)
+    assert_type(await state.incr("key", ttl=5), int)
+    assert_type(await state.incr("key", 0.5, ttl=ttl), float)
+    assert_type(await state.get_or_set("key", lambda: User("Ann"), type=User, ttl=5), User)
+    assert_type(await state.get_or_set("key", dict, ttl=ttl), Any)
+
+
+async def namespaces(state: Manager) -> None:
+    users = state.namespace("users")
+    assert_type(users, Namespace)
+    assert_type(users.namespace("deep"), Namespace)
+    assert_type(users.blocking, Blocking)
+    assert_type(users.transaction(), AbstractAsyncContextManager[Transaction])
+    assert_type(await users.get("key"), Any)
+    assert_type(await users.get("key", type=User), User)
+    assert_type(await users.get("key", None, type=User), User | None)
+    assert_type(users.get_nowait("key", 0, type=int), int)
+    assert_type(await users.get_many(["a"], type=int), dict[str, int])
+    assert_type(await users.get_all("a", type=User), dict[str, User])
+    assert_type(await users.keys(), list[str])
+    assert_type(await users.exists("key"), bool)
+    assert_type(await users.expires_in("key"), float | None)
+    assert_type(len(users), int)
+    assert_type("key" in users, bool)
+    assert_type(await users.set("key", 1, ttl=5), int)
+    assert_type(await users.set_many({"key": 1}), int)
+    assert_type(await users.delete("key"), bool)
+    assert_type(await users.delete_many(["key"]), int)
+    assert_type(await users.delete_all(), int)
+    assert_type(await users.pop("key", type=User), User)
+    assert_type(await users.update("key", lambda n: n + 1, 0, type=int), int)
+    assert_type(await users.get_or_set("key", dict), Any)
+    assert_type(await users.set_if_absent("key", 1), bool)
+    assert_type(await users.incr("key"), int)
+    await users.flush()
+    await users.wait_durable(5)
+
+
+async def entries(state: Manager, ttl: timedelta) -> None:
+    counter = state.entry("counter", int)
+    assert_type(counter, Entry[int])
+    assert_type(state.entry("counter", int, default=0), Entry[int])
+    assert_type(state.entry("user", User, default=None), Entry[User | None])
+    assert_type(state.entry("numbers", list[int]), Entry[list[int]])
+    assert_type(state.entry("anything", int | None), Entry[Any])
+    assert_type(state.entry("anything", Literal["a", "b"], default="a"), Entry[Any])
+    assert_type(state.namespace("users").entry("ann", User), Entry[User])
+    declared: Entry[Literal["a", "b"]] = state.entry("anything", Literal["a", "b"])
+    assert_type(await declared.get(), Literal["a", "b"])
+    assert_type(await counter.get(), int)
+    assert_type(await state.entry("user", User, default=None).get(), User | None)
+    assert_type(await counter.set(1), int)
+    assert_type(await counter.set(1, ttl=ttl), int)
+    assert_type(await counter.update(lambda n: n + 1), int)
+    assert_type(await counter.delete(), bool)
+    assert_type(await counter.exists(), bool)
+    await counter.set("text")  # type: ignore[arg-type]
+    await counter.update(lambda _: "text")  # type: ignore[arg-type,return-value]
+
+
+async def transactions(state: Manager) -> None:
+    async with state.transaction() as tx:
+        assert_type(tx, Transaction)
+        assert_type(tx.namespace("users"), Transaction)
+        assert_type(tx.get("key"), Any)
+        assert_type(tx.get("key", 0), Any)
+        assert_type(tx.get("key", type=User), User)
+        assert_type(tx.get("key", None, type=User), User | None)
+        assert_type(tx.get("key", User("Ann"), type=User), User)
+        assert_type(tx.get_many(["a"]), dict[str, Any])
+        assert_type(tx.get_many(["a"], type=User), dict[str, User])
+        assert_type(tx.get_all(), dict[str, Any])
+        assert_type(tx.get_all("a", type=int), dict[str, int])
+        assert_type(tx.exists("key"), bool)
+        assert_type(tx.keys("a"), list[str])
+        assert_type(tx.expires_in("key"), float | None)
+        assert_type(len(tx), int)
+        assert_type("key" in tx, bool)
+        assert_type(tx.set("key", User("Ann")), int)
+        assert_type(tx.set("key", 1, ttl=timedelta(hours=1)), int)
+        assert_type(tx.set_many({"key": 1}, ttl=5), int)
+        assert_type(tx.delete("key"), bool)
+        assert_type(tx.delete_many(["key"]), int)
+        assert_type(tx.delete_all("a"), int)
+        assert_type(tx.pop("key"), Any)
+        assert_type(tx.pop("key", type=User), User)
+        assert_type(tx.pop("key", None, type=User), User | None)
+        assert_type(tx.update("key", lambda n: n + 1, 0, type=int), int)
+        assert_type(tx.update("key", lambda user: user, type=User), User)
+        assert_type(tx.update("key", lambda _: "text"), str)
+        assert_type(tx.get_or_set("key", lambda: User("Ann"), type=User), User)
+        assert_type(tx.get_or_set("key", dict, ttl=5), Any)
+        assert_type(tx.set_if_absent("key", 1, ttl=5), bool)
+        assert_type(tx.incr("key"), int)
+        assert_type(tx.incr("key", 0.5, ttl=5), float)
+        tx.set(5, 1)  # type: ignore[arg-type]
+        tx.get()  # type: ignore[call-overload]
+
+
+def threads(state: Manager) -> None:
+    calls = state.blocking
+    assert_type(calls, Blocking)
+    assert_type(calls.get("key"), Any)
+    assert_type(calls.get("key", 0), Any)
+    assert_type(calls.get("key", type=User), User)
+    assert_type(calls.get("key", None, type=User), User | None)
+    assert_type(calls.get("key", User("Ann"), type=User), User)
+    assert_type(calls.get_many(["a"]), dict[str, Any])
+    assert_type(calls.get_many(["a"], type=User), dict[str, User])
+    assert_type(calls.get_all(), dict[str, Any])
+    assert_type(calls.get_all("a", type=int), dict[str, int])
+    assert_type(calls.exists("key"), bool)
+    assert_type(calls.keys("a"), list[str])
+    assert_type(calls.expires_in("key"), float | None)
+    assert_type(calls.set("key", User("Ann")), int)
+    assert_type(calls.set("key", 1, ttl=timedelta(hours=1)), int)
+    assert_type(calls.set_many({"key": 1}, ttl=5), int)
+    assert_type(calls.delete("key"), bool)
+    assert_type(calls.delete_many(["key"]), int)
+    assert_type(calls.delete_all("a"), int)
+    assert_type(calls.pop("key"), Any)
+    assert_type(calls.pop("key", type=User), User)
+    assert_type(calls.pop("key", None, type=User), User | None)
+    assert_type(calls.update("key", lambda n: n + 1, 0, type=int), int)
+    assert_type(calls.update("key", lambda user: user, type=User), User)
+    assert_type(calls.update("key", lambda _: "text"), str)
+    assert_type(calls.get_or_set("key", lambda: User("Ann"), type=User), User)
+    assert_type(calls.get_or_set("key", dict, ttl=5), Any)
+    assert_type(calls.set_if_absent("key", 1, ttl=5), bool)
+    assert_type(calls.incr("key"), int)
+    assert_type(calls.incr("key", 0.5, ttl=5), float)
+    calls.flush()
+    calls.wait_durable(5)
+    calls.set(5, 1)  # type: ignore[arg-type]
+    calls.get()  # type: ignore[call-overload]
+
+
+async def watching(state: Manager) -> None:
+    async with state.watch("a", durable=True) as changes:
+        async for change in changes:
+            assert_type(change, Change)
+            assert_type(change.key, str)
+            assert_type(change.kind, Literal["set", "delete", "expire", "resync"])
+            assert_type(change.revision, int)
+    async with state.namespace("users").watch() as changes:
+        assert_type(await anext(changes), Change)
 
 
 async def life(state: Manager) -> None:

@@ -1,0 +1,189 @@
+"""What a manager and its handles share; and whose turn it is to write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from copy import copy
+from typing import Protocol
+
+from lab_state._flusher import Flusher
+from lab_state._metrics import Counters
+from lab_state._state import State
+from lab_state._watch import Watcher, Watchers
+from lab_state.exceptions import ClosedError
+
+
+class Holder(Protocol):
+    """A transaction."""
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is open."""
+        ...
+
+
+_INSIDE: ContextVar[tuple[Holder, ...]] = ContextVar("lab_state transactions", default=())
+"""The transactions that this task, or the one that it comes from, is inside of."""
+
+
+class Core:
+    """What a manager and its handles share.
+
+    Attributes:
+        name: The name of the state.
+        state: The state; a closed, empty one before `start()` and from `stop()` on. A
+            call that finds its key there so knows that the manager is running.
+        held: The transaction that is open: writers wait for it. A writer that finds
+            none need not take the lock, since it does not await before it is done.
+        counters: What is counted here, and what the states of earlier starts counted.
+        after: Whether a write has something to do when it is done: tell those who
+            watch, or wait until it is durable.
+    """
+
+    __slots__ = (
+        "_flusher",
+        "_lock",
+        "_released",
+        "_watchers",
+        "after",
+        "counters",
+        "held",
+        "name",
+        "state",
+        "write_through",
+    )
+
+    def __init__(self, name: str, closed: State) -> None:
+        self.counters: Counters = Counters()
+        self.name: str = name
+        self.state: State = closed
+        self.held: Holder | None = None
+        self.after: bool = False
+        self.write_through: bool = False
+        self._watchers = Watchers(closed)
+        self._lock = asyncio.Lock()
+        self._flusher: Flusher | None = None
+        self._released: Callable[[], None] = _nothing
+
+    def open(self, state: State, flusher: Flusher, watchers: Watchers, released: Callable[[], None]) -> None:
+        """Let the calls in; `released` is called when a transaction is over."""
+        self.state = state
+        self._released = released
+        self.write_through = flusher.write_through
+        self._watchers = watchers
+        self._lock = asyncio.Lock()
+        self._flusher = flusher
+        self.set_after()
+
+    def close(self, closed: State) -> tuple[Flusher, Watchers]:
+        """Keep the calls out; returns what still has to be stopped."""
+        flusher = self.running
+        self.counters = self.counted()
+        self.state, self._flusher = closed, None
+        self.write_through = False
+        self.set_after()
+        self.release(self.held)  # who waits for a transaction is told that it is over
+        return flusher, self._watchers
+
+    def counted(self) -> Counters:
+        """What was counted up to now, over restarts."""
+        total, state = copy(self.counters), self.state
+        total.sets += state.stored
+        total.deletes += state.deleted
+        total.expiries += state.swept
+        return total
+
+    def set_after(self) -> None:
+        """Whether a write has something to do when it is done may have changed."""
+        self.after = self.write_through or self.state.note is not None
+
+    # Watching
+
+    @contextmanager
+    def watching(self, watcher: Watcher) -> Generator[Watcher]:
+        """Tell a watcher what changes, meanwhile."""
+        self.running.check_loop()
+        watchers = self._watchers
+        watchers.add(watcher)
+        self.set_after()
+        try:
+            yield watcher
+        finally:
+            watchers.remove(watcher)
+            watcher.close()
+            self.set_after()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the manager is running."""
+        return self._flusher is not None
+
+    @property
+    def running(self) -> Flusher:
+        """The flusher.
+
+        Raises:
+            ClosedError: The manager is not running.
+        """
+        if self._flusher is None:
+            raise ClosedError(
+                f"the manager of {self.name!r} is not running: use it between start() and stop(), or inside `async with`"
+            )
+        return self._flusher
+
+    # Transactions
+
+    async def turn(self) -> None:
+        """Return when no transaction is open; what the caller does before it awaits again is its own.
+
+        Raises:
+            RuntimeError: The caller is inside that transaction, and would wait for itself.
+        """
+        self._check_outside()
+        flusher = self.running
+        async with self._lock:
+            self._check_still(flusher)
+
+    async def acquire(self, holder: Holder) -> None:
+        """Let a transaction hold the lock; what it is done with is `release` and `leave`."""
+        self._check_outside()
+        flusher, lock = self.running, self._lock
+        flusher.check_loop()
+        await lock.acquire()
+        try:
+            self._check_still(flusher)
+        except ClosedError:
+            lock.release()
+            raise
+        self.held = holder
+        _INSIDE.set((*(other for other in _INSIDE.get() if other.is_held), holder))
+
+    def release(self, holder: Holder | None) -> None:
+        """Let go of the lock, if this is who holds it."""
+        if holder is not None and self.held is holder:
+            self.held = None
+            with suppress(RuntimeError):  # who waits for it does so on a loop that is closed
+                self._lock.release()
+            if self.is_open:
+                self._released()
+
+    @staticmethod
+    def leave(holder: Holder) -> None:
+        """The caller is inside no more. By value: who leaves may not be the task that entered."""
+        _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not holder))
+
+    def _check_still(self, flusher: Flusher) -> None:
+        if self._flusher is not flusher:
+            raise ClosedError(f"the manager of {self.name!r} was stopped while this waited for a transaction")
+
+    def _check_outside(self) -> None:
+        if self.held is not None and self.held in _INSIDE.get():
+            raise RuntimeError(
+                f"a transaction of {self.name!r} is open here: call the transaction itself, or leave it first"
+            )
+
+
+def _nothing() -> None: ...

@@ -1,0 +1,123 @@
+"""What expires when. Pure and synchronous.
+
+Theory of operation. A value that expires is kept wrapped, with the time, so that a view
+of the entries holds the times too and nothing else is asked when a value is read. The
+index beside it, `Expiries`, only finds what is due: a bucket of keys for each second, so
+that a sweep looks at the seconds that passed since the last one and at nothing else. It
+may name keys whose value was replaced by one that stays; the entry decides.
+
+Time here is the state's own (`State.now`): it starts from the wall clock, and then counts
+the seconds that pass, so a wall clock that is set while the manager runs expires nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import NamedTuple, TypeAlias
+
+from msgspec import Raw
+
+from lab_state.exceptions import InvalidValueError
+
+Value: TypeAlias = str | int | float | bool | bytes | Raw | None
+"""A JSON scalar, or the JSON of anything else.
+
+That is `bytes` where it was set, and a `Raw` where it was loaded: a view of the buffer.
+"""
+
+Seconds: TypeAlias = float | timedelta
+
+LONGEST_TTL = 10_000_000_000
+"""Seconds, about 317 years: with it, a time in milliseconds is still exact in every JSON reader."""
+
+
+class Expiring(NamedTuple):
+    """A value that is gone from `at` on, in milliseconds since 1970."""
+
+    value: Value
+    at: int
+
+
+def milliseconds(ttl: Seconds) -> int:
+    """A time to live in whole milliseconds, rounded up.
+
+    Raises:
+        InvalidValueError: It is not a time, or out of bounds.
+    """
+    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise InvalidValueError(f"ttl must be a number of seconds or a timedelta, not {type(ttl).__name__}")
+    if not 0 < seconds <= LONGEST_TTL:
+        raise InvalidValueError(
+            f"ttl must be above 0 and at most {LONGEST_TTL} seconds; to delete a key use delete(), "
+            "to keep it for good leave ttl out"
+        )
+    return math.ceil(seconds * 1000)
+
+
+class Expiries:
+    """Keys by the second in which they expire.
+
+    Attributes:
+        first: Called when the first key comes in.
+    """
+
+    __slots__ = ("_buckets", "_next", "_second", "first")
+
+    def __init__(self, now: int) -> None:
+        """No keys; what is due at `now` comes with the next sweep."""
+        self._second: dict[str, int] = {}
+        self._buckets: dict[int, dict[str, None]] = {}
+        self._next = now // 1000
+        self.first: Callable[[], object] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._second)
+
+    def add(self, key: str, at: int) -> None:
+        """A key expires at this time, in milliseconds, and at no other."""
+        if not self._second and self.first is not None:
+            self.first()
+        self.discard(key)
+        second = self._second[key] = max(at // 1000, self._next)
+        self._buckets.setdefault(second, {})[key] = None
+
+    def discard(self, key: str) -> None:
+        """A key is gone."""
+        second = self._second.pop(key, None)
+        if second is not None:
+            bucket = self._buckets[second]
+            del bucket[key]
+            if not bucket:
+                del self._buckets[second]
+
+    def clear(self) -> None:
+        """All keys are gone."""
+        self._second.clear()
+        self._buckets.clear()
+
+    def passed(self, now: int) -> Iterator[dict[str, None]]:
+        """The buckets that may hold keys that are due, in order of time."""
+        end = now // 1000 + 1
+        if end - self._next <= len(self._buckets):
+            seconds = [second for second in range(self._next, end) if second in self._buckets]
+        else:
+            seconds = sorted(second for second in self._buckets if second < end)
+        return (self._buckets[second] for second in seconds)
+
+    def take(self, now: int, most: int) -> list[str]:
+        """Up to `most` keys whose second is over, those of the oldest first; they are in the index no more."""
+        over = now // 1000 * 1000 - 1
+        taken: list[str] = []
+        for bucket in self.passed(over):
+            while bucket and len(taken) < most:
+                taken.append(bucket.popitem()[0])
+        for key in taken:
+            second = self._second.pop(key)
+            if not self._buckets.get(second, True):
+                del self._buckets[second]
+        if len(taken) < most:
+            self._next = over // 1000 + 1
+        return taken

@@ -1,0 +1,299 @@
+"""The handles: one typed key, a namespace, a transaction."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from copy import deepcopy
+from typing import Any, Generic, Optional, TypeVar, cast, final, overload
+
+from lab_state._calls import Calls
+from lab_state._codec import check_key
+from lab_state._core import Core
+from lab_state._draft import Draft
+from lab_state._expiry import Seconds
+from lab_state._flusher import Flusher
+from lab_state._metrics import Counters
+from lab_state._plain import Plain
+from lab_state._reads import MISSING_VALUE
+from lab_state._state import MISSING, Changed, State
+from lab_state._values import encode_trusting
+from lab_state._watch import Change, Watcher
+from lab_state.blocking import Blocking
+from lab_state.exceptions import ClosedError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@final
+class Entry(Generic[T]):
+    """One key and its type.
+
+    The calls are those of the same name of the manager, with the same guarantees and
+    errors. Where the key is missing, `get` and `update` use the default, if there is one:
+    a copy, so that changing it changes nothing else.
+    """
+
+    __slots__ = ("_calls", "_default", "_key", "_type")
+
+    def __init__(self, calls: Calls, key: str, type_: Any, default: Any) -> None:
+        self._calls = calls
+        self._key = key
+        self._type = type_
+        self._default = default
+
+    def __repr__(self) -> str:
+        """The key and the type."""
+        return f"<Entry {self._key!r} of {self._type!r}>"
+
+    async def get(self) -> T:
+        """The value, or the default."""
+        value = await self._calls.get(
+            self._key, MISSING if self._default is MISSING else MISSING_VALUE, type=self._type
+        )
+        return cast("T", deepcopy(self._default) if value is MISSING_VALUE else value)
+
+    async def set(self, value: T, *, ttl: Seconds | None = None) -> int:
+        """Store a value; returns the revision."""
+        return await self._calls.set(self._key, value, ttl=ttl)
+
+    async def update(self, fn: Callable[[T], T]) -> T:
+        """Replace the value by what `fn` makes of it, atomically; returns the new value."""
+        default = cast("T", deepcopy(self._default))  # the one that is not there stays itself
+        return await self._calls.update(self._key, fn, default, type=cast("type[T]", self._type))
+
+    async def delete(self) -> bool:
+        """Delete the key; returns whether it was there."""
+        return await self._calls.delete(self._key)
+
+    async def exists(self) -> bool:
+        """Whether the key is there."""
+        return await self._calls.exists(self._key)
+
+
+class Scope(Calls):
+    """The calls, and the handles that narrow them: what a manager and a namespace are."""
+
+    __slots__ = ()
+
+    @overload
+    def entry(self, key: str, type: type[T]) -> Entry[T]: ...
+    @overload
+    def entry(self, key: str, type: type[T], *, default: None) -> Entry[T | None]: ...
+    @overload
+    def entry(self, key: str, type: type[T], *, default: T) -> Entry[T]: ...
+    @overload
+    def entry(self, key: str, type: Any, *, default: Any = ...) -> Entry[Any]: ...
+    def entry(self, key: str, type: Any, *, default: Any = MISSING) -> Entry[Any]:
+        """A handle for one key; it may be made before `start()`, and kept.
+
+        Args:
+            key: The key.
+            type: What its value is; see `get`.
+            default: What `get` returns, and `update` starts from, when the key is missing.
+                Where it is `None`, the value may be `None`, too.
+
+        Raises:
+            InvalidKeyError: The key is out of bounds.
+        """
+        check_key(self._full(key))
+        return Entry(self, key, Optional[type] if default is None else type, default)  # noqa: UP045 -- at run time
+
+    def namespace(self, name: str) -> Namespace:
+        """A handle for the keys that begin with `name` and a slash; it may be made before `start()`, and kept.
+
+        Args:
+            name: 1 character or more; namespaces can be nested.
+
+        Raises:
+            InvalidKeyError: The name is out of bounds for the beginning of a key.
+        """
+        return Namespace(self._core, self._nested(name))
+
+    @property
+    def blocking(self) -> Blocking:
+        """The same calls without `await`, for other threads."""
+        return Blocking(self)
+
+    def transaction(self) -> AbstractAsyncContextManager[Transaction]:
+        """Several changes as one: all of them or none, in memory and after a crash.
+
+        Inside, call the transaction, without `await`. Leaving makes all its changes at
+        once, as one revision; an exception or a cancellation drops them. One is open at
+        a time: another one, and writers, wait for it. Readers never wait, and see what
+        was before.
+
+        Raises:
+            RuntimeError: At entering, and from every call of the manager that writes:
+                this task is inside a transaction of the same manager. It would wait
+                for itself.
+            ClosedError: At entering: the manager is not running. At leaving: it was
+                stopped meanwhile, and nothing was changed.
+            StorageError: At leaving, only with a `flush_interval` of 0: not durable yet.
+        """
+        return self._transaction()
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncGenerator[Transaction]:
+        core = self._core
+        draft = _DraftCore(core)
+        await core.acquire(draft)
+        try:
+            draft.begin()
+            yield Transaction(draft, self._prefix)
+            revision = draft.merge()
+        finally:
+            draft.end()
+            core.release(draft)
+            core.leave(draft)
+        if revision is not None:
+            await self._written(revision)
+
+    def watch(self, prefix: str = "", *, durable: bool = False) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+        """Be told which keys change, from now on.
+
+        Open it first, then read: what changes after that is told. A reader that is slow
+        is told the last change of each key only; with more than 10,000 keys to tell, or
+        when everything was deleted at once, it is told one `resync` instead: read again.
+        The iteration ends when the manager stops or the block is left, after what was
+        left to tell. One task reads it.
+
+        Args:
+            prefix: Which keys: those that begin with it.
+            durable: Whether to tell changes only when they are durable; those that
+                were made, but not durable, before the watch was opened are told too.
+
+        Raises:
+            InvalidKeyError: The prefix is not a `str`.
+            ClosedError: At entering: the manager is not running.
+            RuntimeError: At entering: this is not the event loop of `start()`.
+        """
+        return self._watch(prefix, durable=durable)
+
+    @asynccontextmanager
+    async def _watch(self, prefix: str, *, durable: bool) -> AsyncGenerator[AsyncIterator[Change]]:
+        since = 0 if durable else self._core.state.revision
+        watcher = Watcher(self._under(prefix), len(self._prefix), since, durable=durable)
+        with self._core.watching(watcher):
+            yield watcher
+
+
+@final
+class Namespace(Scope):
+    """The calls of the manager, for the keys under one prefix, which they leave out."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        """The name of the state and the prefix."""
+        return f"<Namespace {self._prefix!r} of {self._core.name!r}>"
+
+
+class _DraftCore(Core):
+    """What the calls of a transaction share.
+
+    Attributes:
+        changes: The changes of the draft; empty, and nobody's, when it is over.
+        known: Keys that need not be looked at.
+        revision: What `merge` makes it.
+    """
+
+    __slots__ = ("_core", "changes", "known", "revision")
+
+    def __init__(self, core: Core) -> None:
+        super().__init__(core.name, State(float))
+        self._core = core
+        self.counters: Counters = core.counters
+        self.changes: dict[str, Changed] = {}
+        self.known: Container[str] = ()
+        self.revision: int = 0
+
+    @property
+    def running(self) -> Flusher:
+        """The manager's own flusher; nobody's when the transaction is over."""
+        if not self.is_held and self._core.is_open:
+            raise RuntimeError(f"this transaction of {self.name!r} is over: begin another one")
+        return self._core.running
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the transaction is open."""
+        return self._core.held is self
+
+    def begin(self) -> None:
+        draft = Draft(self._core.state)
+        self.state: State = draft
+        self.changes = draft.changes
+        self.known = draft.base.entries
+        self.revision = draft.revision
+
+    def merge(self) -> int | None:
+        if not self.is_held:
+            raise ClosedError(
+                f"the manager of {self.name!r} was stopped while this transaction was open: nothing changed"
+            )
+        self.running.check_loop()
+        assert isinstance(self.state, Draft)  # between begin and end
+        return self.state.merge()
+
+    def end(self) -> None:
+        self.state = State(float)
+        self.changes, self.known = {}, ()
+
+
+@final
+class Transaction(Plain):
+    """The calls without `await`, on changes of their own that are not yet the state's.
+
+    They have the guarantees and errors of the calls of the same name of the manager,
+    see the changes made in the transaction so far, and never wait. The revision that
+    `set` and `set_many` return is the one that the whole transaction makes, if in the
+    end it changes anything.
+
+    Raises:
+        RuntimeError: From every call: the transaction is over.
+    """
+
+    __slots__ = ("_core", "_prefix")
+
+    def __init__(self, core: _DraftCore, prefix: str) -> None:
+        super().__init__(Calls(core, prefix))
+        self._core = core
+        self._prefix = prefix
+
+    def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
+        try:
+            coroutine.send(None)
+        except StopIteration as stop:
+            result: R = stop.value
+            return result
+        raise AssertionError("a call on a draft waited")
+
+    def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:
+        """Store a value; see `set` of the manager."""
+        if ttl is not None:
+            return self._run(self._calls.set(key, value, ttl=ttl))
+        # Written out: the way through a coroutine costs more than the work.
+        stored = self._calls._encode(value, encode_trusting)  # noqa: SLF001 -- the calls' other face
+        try:
+            full = self._prefix + key
+        except TypeError:
+            full = self._calls._full(key)  # noqa: SLF001 -- likewise
+        core = self._core
+        changes = core.changes
+        if full not in changes and full not in core.known:
+            self._calls._begin(full)  # noqa: SLF001 -- likewise
+        changes[full] = stored
+        return core.revision
+
+    def namespace(self, name: str) -> Transaction:
+        """The same transaction, for the keys that begin with `name` and a slash; see `Scope.namespace`."""
+        return Transaction(self._core, self._calls._nested(name))  # noqa: SLF001 -- likewise
+
+    def __len__(self) -> int:
+        """How many keys there are."""
+        return len(self._calls)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._calls
