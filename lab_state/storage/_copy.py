@@ -9,6 +9,8 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from lab_state._codec import Snapshot, decode_snapshot, encode_snapshot, replay
+from lab_state._expiry import Expiring
+from lab_state._state import Stored
 from lab_state._values import encode
 from lab_state.config import Config
 from lab_state.exceptions import StorageError, UnsupportedError
@@ -70,7 +72,8 @@ async def _loaded(session: StorageSession) -> Snapshot:
 async def _write(name: str, target: Storage, state: Snapshot, tell: Progress) -> None:
     async def slices() -> AsyncIterator[bytes]:
         written = 0
-        for part in encode_snapshot(dict(state.entries), state.revision, own=False):
+        view = {key: _with_time(state, key) for key in state.entries}
+        for part in encode_snapshot(view, state.revision, state.time, own=False, wall=state.wall):
             yield part
             written += len(part)
             tell("written", written)
@@ -89,7 +92,7 @@ async def _verify(name: str, target: Storage, state: Snapshot, tell: Progress) -
     session = await target.open(name)
     try:
         found = await _loaded(session)
-        same = found.revision == state.revision and found.entries.keys() == state.entries.keys()
+        same = found[1:] == state[1:] and found.entries.keys() == state.entries.keys()
         for keys in _some_at_a_time(list(state.entries)):
             same = same and all(_bytes(found, key) == _bytes(state, key) for key in keys)
             await asyncio.sleep(0)
@@ -98,6 +101,11 @@ async def _verify(name: str, target: Storage, state: Snapshot, tell: Progress) -
         tell("verified", _size(session.recovery))
     finally:
         await session.aclose()
+
+
+def _with_time(state: Snapshot, key: str) -> Stored:
+    value, at = state.entries[key], state.expires.get(key)
+    return value if at is None or isinstance(value, Expiring) else Expiring(value, at)
 
 
 def _bytes(state: Snapshot, key: str) -> bytes:

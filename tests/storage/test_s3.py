@@ -606,19 +606,21 @@ async def test_a_state_moves_from_disk_to_s3_and_back(bucket: Bucket, tmp_path: 
     for number in range(2500):
         await manager.set(f"key {number}", {"n": number})
     await manager.set("scalar", "x")
+    await manager.set("expiring", 1, ttl=1_000_000)
     await manager.stop()
     seen: list[tuple[str, int]] = []
-    assert await copy_state(NAME, disk, bucket.storage(), progress=lambda *step: seen.append(step)) == 2501
+    assert await copy_state(NAME, disk, bucket.storage(), progress=lambda *step: seen.append(step)) == 2502
     assert [step for step, _ in seen[:1] + seen[-2:]] == ["read", "written", "verified"]
     assert all(size > 0 for _, size in seen)
     session = await bucket.storage().open(NAME)  # with a record behind the snapshot
-    await session.commit(b'{"from":2501,"to":2502,"clear":false,"set":{"late":1},"delete":[],"expires":{}}', VIEW)
+    await session.commit(b'{"from":2502,"to":2503,"clear":false,"set":{"late":1},"delete":[],"expires":{}}', VIEW)
     await session.aclose()
-    assert await copy_state(NAME, bucket.storage(), back) == 2502
+    assert await copy_state(NAME, bucket.storage(), back) == 2503
     async with Manager(NAME, back) as state:
-        assert (await state.get("late"), await state.get("key 7"), state.revision) == (1, {"n": 7}, 2502)
+        assert (await state.get("late"), await state.get("key 7"), state.revision) == (1, {"n": 7}, 2503)
+        assert 999_000 < (await state.expires_in("expiring") or 0) <= 1_000_000
     async with Manager(NAME, disk) as state:
-        assert (len(state), state.revision) == (2501, 2501)
+        assert (len(state), state.revision) == (2502, 2502)
 
 
 async def test_a_copy_never_overwrites(tmp_path: Path) -> None:
