@@ -99,7 +99,7 @@ class S3Session:
 
     async def _settle(self, pending: _Pending) -> None:
         """Send a record until it is known to be there; whatever else happens, it stays pending."""
-        self._check()
+        self._check_deposed()
         number, body, metadata = pending
         try:
             await self._store.put(self._names.record(number), body, metadata, None)
@@ -213,6 +213,9 @@ class S3Session:
             )
         if self._closing is not None:
             raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
+        self._check_deposed()
+
+    def _check_deposed(self) -> None:
         if self._deposed is not None:
             raise FencedError(self._deposed)
 
