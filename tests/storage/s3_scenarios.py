@@ -37,6 +37,8 @@ from lab_state.storage._s3_format import FENCE, SEQ, Names, unframe
 from lab_state.storage._s3_session import S3Session
 from lab_state.testing import ManualClock
 
+Fate = Callable[[Request, Forward], Awaitable[Response | None]]
+
 PATIENCE = 60.0
 """Seconds of real time after which a scenario counts as stuck."""
 
@@ -145,7 +147,7 @@ class FaultyProxy(Proxy):
     async def _forward(self, request: Request) -> Response:
         return await self.writer.world.forward(self.writer, request, super()._forward)
 
-    def _planned(self, request: Request) -> Callable[[Request, Forward], Awaitable[Response | None]]:
+    def _planned(self, request: Request) -> Fate:
         writer = self.writer
         if writer.dead:
             return self.lost
@@ -159,14 +161,14 @@ class FaultyProxy(Proxy):
             writer.world.note(f"{writer}: {what}: {fate.__name__}")
         return fate
 
-    def fate(self, drawn: random.Random, *, writes: bool) -> Callable[[Request, Forward], Awaitable[Response | None]]:
+    def fate(self, drawn: random.Random, *, writes: bool) -> Fate:
         writer = self.writer
-        if writer.outage:
-            return self.lost_slowly
+        if writer.outage is not None:
+            return writer.outage if writes else self.lost_slowly
         chance = drawn.random()
         if (chance := chance - writer.holds) < 0:
             return drawn.choice((self.hold, self.hold, self.hold_after))
-        if (chance := chance - writer.faults) < 0:
+        if (chance := chance - writer.faults * (1.0 if writes else 0.4)) < 0:
             reads = (self.lost, self.reset, self.cut, self.answers, self.hangs, self.lost_slowly)
             wrote = (
                 self.answer_lost, self.answer_reset, self.done_but_answers, self.hangs_after, self.late, self.late,
@@ -188,6 +190,14 @@ class FaultyProxy(Proxy):
     async def lost_slowly(self, request: Request, forward: Forward) -> Response | None:
         self.writer.time.manual.advance(_SLOW_FAILURE)
         return None
+
+    async def lost_slowly_after(self, request: Request, forward: Forward) -> Response | None:
+        await forward(request)
+        return await self.lost_slowly(request, forward)
+
+    async def late_slowly(self, request: Request, forward: Forward) -> Response | None:
+        self.writer.world.late.append((self, request))
+        return await self.lost_slowly(request, forward)
 
     async def reset(self, request: Request, forward: Forward) -> Response | None:
         connection = self.ends[asyncio.current_task()][1].get_extra_info("socket")
@@ -301,7 +311,8 @@ class Writer:
         draw = world.random
         self.faults, self.holds = draw.choice((0.02, 0.1, 0.2)), draw.choice((0.0, 0.05, 0.12))
         self.deaths = 0.02
-        self.outage = self.dead = self.buried = self.deposed = self.closed = False
+        self.outage: Fate | None = None
+        self.dead = self.buried = self.deposed = self.closed = False
         self.held: list[Hold] = []
         self.stirred = asyncio.Event()
         self.running: dict[str, asyncio.Task[None]] = {}
@@ -706,23 +717,26 @@ class World:
         return writer
 
     async def _do(self, writer: Writer, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if not writer.clean and name != "open" and self.random.random() < 0.15:
+            proxy = writer.proxy
+            writer.outage = self.random.choice((proxy.lost_slowly, proxy.lost_slowly_after, proxy.late_slowly))
         writer.start(name, work())
         await self._settle(writer)
 
     async def _settle(self, writer: Writer) -> None:
         await writer.settle()
-        writer.outage = False
+        writer.outage = None
         if writer.dead:
             await writer.bury()
 
     async def _play(self) -> None:
         most = self.random.choice((2, 2, 3))
-        for _ in range(self.random.randrange(10, 22)):
+        for _ in range(self.random.randrange(6, 15)):
             if self.problems:
                 return
             living = [writer for writer in self.writers if not writer.dead and not writer.closed]
             living = [writer for writer in living if writer.base is not None or not writer.running["open"].done()]
-            if len(self.writers) < 5 and (not living or (len(living) < most and self.random.random() < 0.15)):
+            if len(self.writers) < 4 and (not living or (len(living) < most and self.random.random() < 0.2)):
                 await self._begin()
             elif self.late and self.random.random() < 0.15:
                 await self._deliver()
@@ -746,7 +760,6 @@ class World:
         elif "commit" in writer.idle:
             for _ in range(self.random.randrange(1, 4)):
                 writer.change()
-            writer.outage = self.random.random() < 0.05
             await self._do(writer, "commit", writer.commit)
 
     async def _deliver(self) -> None:
