@@ -55,7 +55,7 @@ def session_of_all() -> Any:
     return _s3_client._new_session()
 
 
-class Broken(AssertionError):
+class BrokenError(AssertionError):
     """What is in the store, or what was read from it, breaks the format's own rules."""
 
 
@@ -94,10 +94,12 @@ def decode_plain(data: bytes | None, records: Sequence[bytes]) -> list[str]:
         read = json.loads(each)
         start, more = read["from"], read["ids"]
         if start > len(ids):
-            raise Broken(f"a gap: revision {len(ids)}, and then a record from {start}")
+            raise BrokenError(f"a gap: revision {len(ids)}, and then a record from {start}")
         common = min(len(ids) - start, len(more))
         if ids[start : start + common] != more[:common]:
-            raise Broken(f"two records differ in what they say of revision {start + 1} on: {ids[start:]} and {more}")
+            raise BrokenError(
+                f"two records differ in what they say of revision {start + 1} on: {ids[start:]} and {more}"
+            )
         ids += more[common:]
     return ids
 
@@ -156,15 +158,19 @@ class FaultyProxy(Proxy):
         what = f"{request.method} {unquote(request.target).split('?')[0].rsplit('/', 1)[-1]}"
         self.came[what] += 1
         drawn = random.Random(f"{writer.world.seed} {writer.number} {what} {self.came[what]}")
-        fate = self.fate(drawn, writes=request.method in {"PUT", "POST"})
+        fate = self.fate(drawn, request)
         if fate != self.through:
             writer.world.note(f"{writer}: {what}: {fate.__name__}")
         return fate
 
-    def fate(self, drawn: random.Random, *, writes: bool) -> Fate:
+    def fate(self, drawn: random.Random, request: Request) -> Fate:
+        writes = request.method in {"PUT", "POST"}
         writer = self.writer
         if writer.outage is not None:
-            return writer.outage if writes else self.lost_slowly
+            if request.method == "PUT":
+                return writer.outage
+            if not writer.outage_of_writes:
+                return self.lost_slowly
         chance = drawn.random()
         if (chance := chance - writer.holds) < 0:
             return drawn.choice((self.hold, self.hold, self.hold_after))
@@ -312,6 +318,7 @@ class Writer:
         self.faults, self.holds = draw.choice((0.02, 0.1, 0.2)), draw.choice((0.0, 0.05, 0.12))
         self.deaths = 0.02
         self.outage: Fate | None = None
+        self.outage_of_writes = False
         self.dead = self.buried = self.deposed = self.closed = False
         self.held: list[Hold] = []
         self.stirred = asyncio.Event()
@@ -426,7 +433,7 @@ class Writer:
             self.world.fenced(self, name, fenced)
         except UnavailableError as unavailable:
             self.world.note(f"{self}: {name} failed: {unavailable}")
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001 -- named with its seed
             told = name == "checkpoint" and "close" in self.running and isinstance(problem, UnsupportedError)
             if not self.dead and not told:
                 self.world.problem(f"{self}: {name} raised {problem!r}")
@@ -640,7 +647,7 @@ class World:
         found = {number: key for key in self.objects if (number := self.names.number(key)) is not None}
         above = sorted(number for number in found if number > covered)
         if above != list(range(covered + 1, covered + 1 + len(above))):
-            raise Broken(f"the snapshot covers {covered}, and above it there are only {above}")
+            raise BrokenError(f"the snapshot covers {covered}, and above it there are only {above}")
         bodies = ((number, self.objects[found[number]].body) for number in above)
         records = [unframe(self.name, number, body, "the copy") for number, body in bodies if body]
         return self.decode(None if there is None else there.body, records)
@@ -719,6 +726,7 @@ class World:
     async def _do(self, writer: Writer, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         if not writer.clean and name != "open" and self.random.random() < 0.15:
             proxy = writer.proxy
+            writer.outage_of_writes = self.random.random() < 0.5
             writer.outage = self.random.choice((proxy.lost_slowly, proxy.lost_slowly_after, proxy.late_slowly))
         writer.start(name, work())
         await self._settle(writer)
@@ -770,14 +778,7 @@ class World:
 
     async def _end(self) -> None:
         """Everything arrives; who is not deposed can write; a new writer finds all, and can write too."""
-        for writer in self.writers:
-            writer.clean = True
-            while writer.held and not writer.dead:
-                writer.release()
-                await self._settle(writer)
-        for writer in self.writers:
-            while not writer.dead and any(not task.done() for task in writer.running.values()):
-                await asyncio.wait({task for task in writer.running.values() if not task.done()})
+        await self._calm()
         living = [writer for writer in self.writers if writer.usable and not writer.closed]
         for writer in living:
             if self.problems:
@@ -802,6 +803,17 @@ class World:
             if writer.base is not None and not self.problems:
                 self.check_found(writer)
 
+    async def _calm(self) -> None:
+        """The faults end, and what is under way with them."""
+        for writer in self.writers:
+            writer.clean = True
+            while writer.held and not writer.dead:
+                writer.release()
+                await self._settle(writer)
+        for writer in self.writers:
+            while not writer.dead and any(not task.done() for task in writer.running.values()):
+                await asyncio.wait({task for task in writer.running.values() if not task.done()})
+
     async def _commit_cleanly(self, writer: Writer) -> None:
         """Without faults a commit succeeds, or tells the truth."""
         owns = self.highest_fence() <= writer.fence
@@ -820,7 +832,7 @@ class Outcome(NamedTuple):
     """What came of some scenarios."""
 
     problems: dict[int, World]
-    count: Counter[str]
+    counted: Counter[str]
 
 
 @contextlib.contextmanager
