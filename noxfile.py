@@ -40,6 +40,32 @@ def all_pythons(session: nox.Session) -> None:
     _tests(session)
 
 
+@nox.session(name="s3-real")
+def s3_real(session: nox.Session) -> None:
+    """The tests of `S3Storage` on a real store: Ceph's gateway, on loopback; skipped where it is not installed."""
+    session.install(".", *_group("test"))
+    tests = session.posargs or [
+        "tests/storage/test_s3_conformance.py",
+        "tests/storage/test_s3.py",
+        "tests/storage/test_s3_faults.py",
+    ]
+    session.run("python", "tests/servers/rgw.py", "python", "-m", "pytest", *tests, env=WHEEL_ONLY)
+
+
+@nox.session(name="s3-scenarios")
+def s3_scenarios(session: nox.Session) -> None:
+    """Writers behind proxies with faults: 1,000 scenarios, or `-- --scenarios N`; on Ceph's gateway with `--real` too."""
+    arguments = list(session.posargs)
+    real = "--real" in arguments
+    number = arguments[arguments.index("--scenarios") + 1] if "--scenarios" in arguments else "1000"
+    session.install(".", *_group("test"))
+    session.run(
+        *(("python", "tests/servers/rgw.py") if real else ()),
+        "python", "-m", "pytest", "tests/storage/test_s3_scenarios.py", "-k", "test_scenarios",
+        env={**WHEEL_ONLY, "LAB_STATE_TEST_S3_SCENARIOS": number},
+    )  # fmt: skip
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, and the rules that tools can hold."""

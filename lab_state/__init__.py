@@ -24,7 +24,7 @@ from lab_state.exceptions import (
 )
 from lab_state.handles import Entry, Namespace, Transaction
 from lab_state.manager import Manager, Status
-from lab_state.storage import FileStorage, MemoryStorage, Recovery, Storage, StorageSession
+from lab_state.storage import FileStorage, MemoryStorage, Recovery, S3Storage, Storage, StorageSession, copy_state
 
 __all__ = [  # noqa: RUF022 -- in groups, each sorted
     # the manager
@@ -44,8 +44,10 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "FileStorage",
     "MemoryStorage",
     "Recovery",
+    "S3Storage",
     "Storage",
     "StorageSession",
+    "copy_state",
     # errors
     "ClosedError",
     "CorruptionError",

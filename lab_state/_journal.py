@@ -91,6 +91,14 @@ def frame(salt: str, kind: Kind, payload: bytes) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(body, zlib.crc32(salt.encode())), body)
 
 
+def payload(data: bytes, salt: str, kind: Kind) -> bytes | None:
+    """The payload, if `data` is one valid frame of this kind and nothing else."""
+    found = _frame_at(data, 0, salt)
+    if found is None or found[0] != kind.value.encode() or found[2] != len(data):
+        return None
+    return found[1]
+
+
 def header(name: str, salt: str, base: str) -> bytes:
     """The first line of a journal."""
     return frame(salt, Kind.HEADER, msgspec.json.encode(Header(FORMAT, name, salt, base)))

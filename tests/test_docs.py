@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from s3_world import client, endpoint
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(page for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if "```python" in page.read_text())
@@ -48,6 +49,9 @@ async def run(page: Path) -> None:
 async def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's blocks run one after the other in an empty directory, as a reader would run them."""
     monkeypatch.chdir(tmp_path)
+    if page.name == "s3.md":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint())
+        client().create_bucket(Bucket="my-bucket")
     await run(page)
 
 

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from lab_state.storage._copy import copy_state
 from lab_state.storage._protocol import Recovery, Snapshot, Storage, StorageSession
 from lab_state.storage.file import FileStorage
 from lab_state.storage.memory import MemoryStorage
+from lab_state.storage.s3 import S3Storage
 
-__all__ = ["FileStorage", "MemoryStorage", "Recovery", "Snapshot", "Storage", "StorageSession"]
+__all__ = [
+    "FileStorage",
+    "MemoryStorage",
+    "Recovery",
+    "S3Storage",
+    "Snapshot",
+    "Storage",
+    "StorageSession",
+    "copy_state",
+]

@@ -18,10 +18,12 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Generator
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import IO
 
 import aiofiles
 import msgspec
@@ -342,3 +344,18 @@ def _sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def spool(in_memory: int) -> IO[bytes]:
+    """A temporary file without a name, which is memory alone up to so many bytes."""
+    return tempfile.SpooledTemporaryFile(max_size=in_memory)
+
+
+def add_to_spool(file: IO[bytes], parts: list[bytes]) -> None:
+    """Write at the end of it.
+
+    Raises:
+        StorageError: There is no room, or no directory for temporary files.
+    """
+    with translated("writing a temporary file in", Path(tempfile.tempdir or "TMPDIR")):
+        file.writelines(parts)

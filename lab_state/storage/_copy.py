@@ -1,0 +1,129 @@
+"""Moving a state from one storage to another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from lab_state._codec import Snapshot, decode_snapshot, encode_snapshot, replay
+from lab_state._expiry import Expiring
+from lab_state._state import Stored
+from lab_state._values import encode
+from lab_state.config import Config
+from lab_state.exceptions import StorageError, UnsupportedError
+from lab_state.storage._protocol import Recovery, Storage, StorageSession
+
+Progress: TypeAlias = Callable[[Literal["read", "written", "verified"], int], object]
+"""Called with what was done and how many bytes it was so far."""
+
+_AT_ONCE = 1000
+
+
+async def copy_state(name: str, source: Storage, target: Storage, *, progress: Progress | None = None) -> int:
+    """Copy a state to another storage, and read it back before the source is let go.
+
+    The source is opened, so it has no other writer meanwhile; it is left as it was. When
+    this returns, the target holds the state, durably, at the same revision. If it
+    raises, the source is what it was; the target may hold a copy, which has to be
+    deleted before the next attempt.
+
+    The state is in memory twice while it is compared, and decoding it holds the event
+    loop up as `start()` does; so this is for a script, or before a service begins.
+
+    Args:
+        name: The name of the state, in both.
+        source: Where it is. No manager may have it open.
+        target: Where it goes. Nothing may be there under this name.
+        progress: Called with `"read"`, `"written"` or `"verified"`, and bytes so far.
+
+    Returns:
+        How many keys were copied.
+
+    Raises:
+        InvalidNameError: The name is out of bounds.
+        UnsupportedError: The target holds a state of this name, or the source holds none.
+        StorageError: Reading or writing failed; see `Storage.open` and `StorageSession`.
+    """
+    name = Config(name=name).name
+    tell = progress or _silent
+    reading = await source.open(name)
+    try:
+        if _is_empty(reading.recovery):
+            raise UnsupportedError(f"there is no state at {reading.path}: check the name and the storage")
+        state = await _loaded(reading)
+        tell("read", _size(reading.recovery))
+        await _write(name, target, state, tell)
+        await _verify(name, target, state, tell)
+    finally:
+        await reading.aclose()
+    return len(state.entries)
+
+
+async def _loaded(session: StorageSession) -> Snapshot:
+    snapshot, records = session.recovery[:2]
+    begin = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path)
+    await asyncio.sleep(0)
+    return replay(begin, records, session.path)
+
+
+async def _write(name: str, target: Storage, state: Snapshot, tell: Progress) -> None:
+    async def slices() -> AsyncIterator[bytes]:
+        written = 0
+        view = {key: _with_time(state, key) for key in state.entries}
+        for part in encode_snapshot(view, state.revision, state.time, own=False, wall=state.wall):
+            yield part
+            written += len(part)
+            tell("written", written)
+            await asyncio.sleep(0)
+
+    writing = await target.open(name)
+    try:
+        if not _is_empty(writing.recovery):
+            raise UnsupportedError(f"there is a state at {writing.path} already: delete it, or use another place")
+        await writing.checkpoint(slices)
+    finally:
+        await writing.aclose()
+
+
+async def _verify(name: str, target: Storage, state: Snapshot, tell: Progress) -> None:
+    session = await target.open(name)
+    try:
+        found = await _loaded(session)
+        same = found[1:] == state[1:] and found.entries.keys() == state.entries.keys()
+        for keys in _some_at_a_time(list(state.entries)):
+            same = same and all(_bytes(found, key) == _bytes(state, key) for key in keys)
+            await asyncio.sleep(0)
+        if not same:
+            raise StorageError(f"what was read back from {session.path} is not what was written: the copy is no good")
+        tell("verified", _size(session.recovery))
+    finally:
+        await session.aclose()
+
+
+def _with_time(state: Snapshot, key: str) -> Stored:
+    value, at = state.entries[key], state.expires.get(key)
+    return value if at is None or isinstance(value, Expiring) else Expiring(value, at)
+
+
+def _bytes(state: Snapshot, key: str) -> bytes:
+    value = state.entries[key]
+    return bytes(value) if isinstance(value, (bytes, msgspec.Raw)) else encode(value)
+
+
+def _some_at_a_time(keys: list[str]) -> Iterator[list[str]]:
+    return (keys[start : start + _AT_ONCE] for start in range(0, len(keys), _AT_ONCE))
+
+
+def _is_empty(recovery: Recovery) -> bool:
+    return recovery.snapshot is None and not recovery.records
+
+
+def _size(recovery: Recovery) -> int:
+    return len(recovery.snapshot or b"") + sum(map(len, recovery.records))
+
+
+def _silent(_: str, __: int) -> None:
+    """Nobody wants to know."""

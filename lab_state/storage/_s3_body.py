@@ -1,0 +1,121 @@
+"""What a PUT sends: a few bytes, or a snapshot spooled to a temporary file and streamed from there."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, NamedTuple
+
+from lab_state.storage import _fs as fs
+
+LONG = 256 * 1024
+"""From how many bytes on to hash, and to frame, in a thread."""
+
+_IN_MEMORY = 8 * 1024 * 1024
+_BATCH = 1024 * 1024
+_SENT_AT_ONCE = 64 * 1024
+
+
+class Body(NamedTuple):
+    """The body of a PUT, with the base64 of its MD5, which the store compares."""
+
+    content: bytes | Upload
+    size: int
+    md5: str
+
+    @classmethod
+    def of(cls, data: bytes) -> Body:
+        """Bytes; takes a millisecond for each MB."""
+        return cls(data, len(data), _base64(hashlib.md5(data, usedforsecurity=False)))
+
+
+def _base64(digest: hashlib._Hash) -> str:
+    return base64.b64encode(digest.digest()).decode()
+
+
+class Spool:
+    """Bytes on their way, kept in memory or, when there are many, in a temporary file.
+
+    What touches the file runs in a thread, a megabyte at a time.
+    """
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self._thread = thread
+        self._lock = threading.Lock()  # a thread that nobody waits for any more may still be at work
+        self._file: IO[bytes] | None = None
+        self._digest = hashlib.md5(usedforsecurity=False)
+        self._batch: list[bytes] = []
+        self._batched = 0
+        self.size: int = 0
+
+    async def add(self, part: bytes) -> None:
+        """At the end."""
+        self._batch.append(part)
+        self._batched += len(part)
+        if self._batched >= _BATCH:
+            await self._write()
+
+    async def body(self) -> Body:
+        """All that was added; nothing may be added any more."""
+        await self._write()
+        return Body(Upload(self), self.size, _base64(self._digest))
+
+    async def _write(self) -> None:
+        batch, self._batch, self._batched = self._batch, [], 0
+        self.size += sum(map(len, batch))
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._append, batch)
+
+    def _append(self, batch: list[bytes]) -> None:
+        with self._lock:
+            if self._file is None:
+                self._file = fs.spool(_IN_MEMORY)
+            for part in batch:
+                self._digest.update(part)
+            fs.add_to_spool(self._file, batch)
+
+    async def read(self, position: int) -> bytes:
+        """Some bytes from there on, few enough to send without holding up the event loop; nothing at the end."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, position)
+
+    def _read(self, position: int) -> bytes:
+        with self._lock:
+            assert self._file is not None, "a spool is read after it was written"
+            self._file.seek(position)
+            return self._file.read(_SENT_AT_ONCE)
+
+    def discard(self) -> None:
+        """Let go of the file, when whatever is at work in a thread has ended."""
+        self._thread.submit(self._close)
+
+    def _close(self) -> None:
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+
+
+class Upload:
+    """A spool as the body of a request, as often as it is sent."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self.moved: Callable[[], object] = lambda: None  # called for each part that goes out
+
+    def __len__(self) -> int:
+        """The size; botocore asks for it."""
+        return self._spool.size
+
+    def read(self) -> bytes:
+        """Only there for botocore, which takes what has it for a file; aiohttp iterates."""
+        raise NotImplementedError
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """From the beginning, a part at a time."""
+        position = 0
+        while part := await self._spool.read(position):
+            self.moved()
+            yield part
+            position += len(part)

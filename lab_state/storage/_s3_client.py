@@ -1,0 +1,406 @@
+"""Requests to an object store, each repeated until its outcome is known or its time is up.
+
+The only module that imports aiobotocore; it is imported when a state is opened.
+"""
+
+# aiobotocore and botocore have no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import io
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar, cast
+
+import aiohttp
+from aiobotocore.config import AioConfig
+from aiobotocore.session import get_session
+from aiohttp.abc import AbstractResolver, ResolveResult
+from botocore.exceptions import BotoCoreError, ClientError
+
+from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
+from lab_state.storage._s3_body import Body, Upload
+from lab_state.storage._s3_outcomes import (
+    WRITE_ID,
+    Failure,
+    Found,
+    Next,
+    NotOursError,
+    Verdict,
+    advice,
+    after_look,
+    unquoted,
+    verdict,
+)
+from lab_state.storage._s3_time import Limit, Time
+
+R = TypeVar("R")
+
+STANDSTILL = 15.0
+"""How many seconds a request may stand still, waiting for a connection included."""
+
+DEADLINE = 30.0
+"""For how many seconds a request is repeated, and a second more for each `SLOWEST` bytes."""
+
+SLOWEST = 256 * 1024
+
+_ENDPOINT_VARIABLES = frozenset({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 2.0
+_CHUNK = 1024 * 1024
+_MOST_DELETED_AT_ONCE = 1000
+_REPLACED = '"replaced"'
+
+FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSError)
+
+
+class Client(Protocol):
+    """What is used of an aiobotocore client."""
+
+    async def put_object(self, **parameters: Any) -> dict[str, Any]: ...
+    async def head_object(self, **parameters: Any) -> dict[str, Any]: ...
+    async def get_object(self, **parameters: Any) -> dict[str, Any]: ...
+    async def list_objects_v2(self, **parameters: Any) -> dict[str, Any]: ...
+    async def delete_objects(self, **parameters: Any) -> dict[str, Any]: ...
+    async def close(self) -> None: ...
+
+
+class Resolver(AbstractResolver):
+    """Looks up host names in a thread of our own.
+
+    aiohttp would do it in the event loop's own threads, all of which may be waiting for
+    the very write that needs the connection.
+    """
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self._thread = thread
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """All addresses of a host."""
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+        )
+        return [
+            ResolveResult(
+                hostname=host,
+                host=str(address[0]),
+                port=int(address[1]),
+                family=kind,
+                proto=protocol,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+            for kind, _, protocol, _, address in found
+        ]
+
+    async def close(self) -> None:
+        """Nothing to let go of; the thread belongs to the session."""
+
+
+def client_config(given: Any, thread: ThreadPoolExecutor, *, custom_endpoint: bool) -> Any:
+    """The client's settings: the caller's before our defaults, and over both what the protocol needs."""
+    ours = AioConfig(connect_timeout=5, read_timeout=STANDSTILL, max_pool_connections=16)
+    config: Any = ours if given is None else ours.merge(given)
+    # A signed Content-MD5 covers each body. Signing a hash as well would read 100 MB on the event loop.
+    s3: dict[str, Any] = {"payload_signing_enabled": False}
+    if custom_endpoint:
+        s3["addressing_style"] = "path"
+    needed = AioConfig(
+        s3={**s3, **(config.s3 or {})},
+        # One attempt: only the caller of `put` can tell whether the one before was done.
+        retries={"mode": "standard", "total_max_attempts": 1},
+        connector_args={"resolver": Resolver(thread), **config.connector_args},
+        warm_up_loader_caches=True,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return config.merge(needed)
+
+
+@functools.cache
+def _loader() -> Any:
+    """Botocore's description of S3, read once: it takes 0.1 s."""
+    return get_session().get_component("data_loader")
+
+
+def _new_session() -> Any:
+    session = get_session()
+    session.register_component("data_loader", _loader())
+    return session
+
+
+async def connect(
+    session: Any, config: Any, endpoint_url: str | None, region_name: str | None, thread: ThreadPoolExecutor
+) -> Client:
+    """A client, made without holding up the event loop."""
+    custom = endpoint_url is not None or not _ENDPOINT_VARIABLES.isdisjoint(os.environ)
+    settings = client_config(config, thread, custom_endpoint=custom)
+
+    # In a thread, with a loop of its own: botocore reads a dozen files. The client meets
+    # the event loop that it is used on with its first request.
+    loop = asyncio.get_running_loop()
+    new = await loop.run_in_executor(thread, _new_session) if session is None else session
+    context = new.create_client("s3", region_name=region_name, endpoint_url=endpoint_url, config=settings)
+    made = await loop.run_in_executor(thread, asyncio.run, context.__aenter__())
+    made.meta.events.register("before-call.s3.PutObject", _expect_nothing)
+    return cast("Client", made)
+
+
+def _expect_nothing(params: dict[str, Any], **_: object) -> None:
+    """To ask first whether a body is welcome costs more than a small body."""
+    if isinstance(params["body"], (bytes, io.BytesIO)):
+        params["headers"].pop("Expect", None)
+
+
+def failure_of(error: Exception) -> Failure:
+    """What an exception of the client says, and nothing of what the store was asked."""
+    if isinstance(error, ClientError):
+        response: dict[str, Any] = error.response
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return Failure(int(status), str(response.get("Error", {}).get("Code", "")))
+    return Failure(0, type(error).__name__)
+
+
+class Tries:
+    """How often, and for how long, one request is repeated."""
+
+    def __init__(self, time: Time, what: str, seconds: float) -> None:
+        self._time = time
+        self._what = what
+        self._seconds = seconds
+        self._end = time.clock.monotonic() + seconds
+        self._failed = 0
+
+    async def pause(self, error: Exception) -> None:
+        """After an attempt that failed: wait, or give up.
+
+        Raises:
+            UnavailableError: The time is up.
+        """
+        self._failed += 1
+        left = self._end - self._time.clock.monotonic()
+        if left <= 0:
+            raise UnavailableError(
+                f"{self._what} failed {self._failed} times in {self._seconds:.0f} s, last with {failure_of(error)}"
+            ) from error
+        longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failed - 1, 30))
+        await self._time.sleep(min(left, self._time.jitter(longest)))
+
+    def refuse(self, error: Exception) -> StorageError:
+        """The error for what no repetition mends."""
+        failure = failure_of(error)
+        return UnsupportedError(f"{self._what} failed with {failure}: {advice(failure)}")
+
+
+class Requests:
+    """One bucket, for one state.
+
+    Attributes:
+        thread: Where what would hold up the event loop is done.
+    """
+
+    def __init__(
+        self, bucket: str, connecting: Callable[[], Awaitable[Client]], thread: ThreadPoolExecutor, time: Time
+    ) -> None:
+        self.thread: ThreadPoolExecutor = thread
+        self.time: Time = time
+        self._bucket = bucket
+        self._connecting = connecting
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._unquoted = False
+
+    async def _client(self) -> Client:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # the first request, or the first after the loop was closed over a session
+            self._connected = await self._connecting()
+            self._loop = loop
+        return self._connected
+
+    async def aclose(self) -> None:
+        """Close the connections, if there are any."""
+        if self._loop is asyncio.get_running_loop():
+            await self._connected.close()
+
+    def tries(self, doing: str, key: str, size: int = 0) -> Tries:
+        """For a request with so many bytes."""
+        return Tries(self.time, f"{doing} s3://{self._bucket}/{key}", DEADLINE + size / SLOWEST)
+
+    # Reading
+
+    async def head(self, key: str) -> Found | None:
+        """What HEAD tells of an object; `None` for none."""
+        return await self._head(key, self.tries("looking at", key))
+
+    async def _head(self, key: str, tries: Tries) -> Found | None:
+        async def once(client: Client, _: Limit) -> Found:
+            return _found(await client.head_object(Bucket=self._bucket, Key=key))
+
+        return await self._read(once, tries)
+
+    async def get(self, key: str) -> tuple[Found, bytes] | None:
+        """An object with its body; `None` for none."""
+
+        async def once(client: Client, limit: Limit) -> tuple[Found, bytes]:
+            response = await client.get_object(Bucket=self._bucket, Key=key)
+            parts: list[bytes] = []
+            async with response["Body"] as body:
+                async for part in body.iter_chunks(_CHUNK):
+                    parts.append(part)
+                    limit.moved()
+            return _found(response), b"".join(parts)
+
+        return await self._read(once, self.tries("reading", key))
+
+    async def sizes(self, prefix: str, after: str) -> dict[str, int]:
+        """The keys with a prefix that come after another, with their sizes."""
+        sizes: dict[str, int] = {}
+        token: str | None = None
+        tries = self.tries("listing", prefix)
+        while True:
+            where: dict[str, Any] = {"StartAfter": after} if token is None else {"ContinuationToken": token}
+
+            async def once(client: Client, _: Limit, where: dict[str, Any] = where) -> dict[str, Any]:
+                return await client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, **where)
+
+            page = await self._read(once, tries)
+            if page is None:
+                raise UnsupportedError(f"listing s3://{self._bucket}/{prefix} failed with 404: there is no such bucket")
+            sizes.update((entry["Key"], entry["Size"]) for entry in page.get("Contents", ()))
+            token = page.get("NextContinuationToken") if page.get("IsTruncated") else None
+            if token is None:
+                return sizes
+
+    async def _read(self, once: Callable[[Client, Limit], Awaitable[R]], tries: Tries) -> R | None:
+        while True:
+            try:
+                async with self.time.limit(STANDSTILL) as limit:
+                    return await once(await self._client(), limit)
+            except FAILURES as error:
+                failure = failure_of(error)
+                meaning = verdict(failure)
+                if meaning is Verdict.REFUSED and failure.status == 404:  # noqa: PLR2004 -- 404 Not Found
+                    return None
+                if meaning not in {Verdict.UNKNOWN, Verdict.CONFLICT}:
+                    raise tries.refuse(error) from error
+                await tries.pause(error)
+
+    # Writing
+
+    async def put(self, key: str, body: Body, metadata: dict[str, str], if_match: str | None) -> str:
+        """Write an object if the one that is there has this ETag, or, with `None`, if none is there.
+
+        Args:
+            key: Its key.
+            body: Its bytes.
+            metadata: Its metadata, with an id of this write's own under `WRITE_ID`.
+            if_match: The ETag.
+
+        Returns:
+            The ETag of the object written.
+
+        Raises:
+            NotOursError: The condition did not hold.
+            UnavailableError: The outcome is unknown.
+            UnsupportedError: The store refuses such a request.
+        """
+        tries = self.tries("writing", key, body.size)
+        etag = None if if_match is None else unquoted(if_match) if self._unquoted else f'"{unquoted(if_match)}"'
+        while True:
+            try:
+                written = await self._put_once(key, body, metadata, etag)
+            except FAILURES as error:
+                meaning = verdict(failure_of(error))
+                if meaning not in {Verdict.REFUSED, Verdict.CONFLICT, Verdict.UNKNOWN}:
+                    raise tries.refuse(error) from error
+                found = await self._head(key, tries)
+                what = after_look(meaning, found, metadata[WRITE_ID], etag)
+                if what is Next.COMMITTED and found is not None:
+                    written = found.etag
+                elif what is Next.REPEAT:
+                    await tries.pause(error)
+                    continue
+                elif what is Next.UNQUOTE and etag is not None:
+                    etag = unquoted(etag)
+                    continue
+                else:
+                    raise NotOursError(found) from error
+            if etag is not None:
+                self._unquoted = etag == unquoted(etag)
+            return written or await self._etag(key, metadata[WRITE_ID], tries)
+
+    async def put_anyhow(self, key: str, metadata: dict[str, str], if_match: str | None) -> bool:
+        """Write an empty object under a condition, once; whether the store said that it did.
+
+        For finding out whether it honours conditions: what is there afterwards does not matter.
+        """
+        tries = self.tries("writing", key)
+        while True:
+            try:
+                await self._put_once(key, Body.of(b""), metadata, if_match)
+            except FAILURES as error:
+                meaning = verdict(failure_of(error))
+                if meaning in {Verdict.REFUSED, Verdict.CONFLICT}:
+                    return False
+                if meaning is not Verdict.UNKNOWN:
+                    raise tries.refuse(error) from error
+                await tries.pause(error)
+            else:
+                return True
+
+    async def _put_once(self, key: str, body: Body, metadata: dict[str, str], etag: str | None) -> str:
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+        async with self.time.limit(STANDSTILL) as limit:
+            client = await self._client()
+            if isinstance(body.content, Upload):
+                body.content.moved = limit.moved
+            response = await client.put_object(
+                Bucket=self._bucket,
+                Key=key,
+                Body=body.content,
+                ContentLength=body.size,
+                ContentMD5=body.md5,
+                ContentType="application/json",
+                Metadata=metadata,
+                **condition,
+            )
+        return str(response.get("ETag") or "")
+
+    async def _etag(self, key: str, write_id: str, tries: Tries) -> str:
+        """For a store that does not tell the ETag of what was written."""
+        found = await self._head(key, tries)
+        ours = found is not None and found.metadata.get(WRITE_ID) == write_id
+        return found.etag if found is not None and ours else _REPLACED
+
+    async def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; one that is not there is no error.
+
+        Raises:
+            StorageError: Some may still be there.
+        """
+        for part in _parts(list(keys)):
+
+            async def once(client: Client, _: Limit, part: list[str] = part) -> dict[str, Any]:
+                doomed = {"Objects": [{"Key": key} for key in part], "Quiet": True}
+                return await client.delete_objects(Bucket=self._bucket, Delete=doomed)
+
+            done = await self._read(once, self.tries("deleting", part[0])) or {}
+            for error in done.get("Errors", ()):
+                raise UnavailableError(
+                    f"deleting s3://{self._bucket}/{error.get('Key')} failed with {error.get('Code')}"
+                )
+
+
+def _parts(keys: list[str]) -> Iterator[list[str]]:
+    return (keys[start : start + _MOST_DELETED_AT_ONCE] for start in range(0, len(keys), _MOST_DELETED_AT_ONCE))
+
+
+def _found(response: dict[str, Any]) -> Found:
+    metadata = {str(key).lower(): str(value) for key, value in response.get("Metadata", {}).items()}
+    return Found(str(response.get("ETag", "")), metadata, int(response["ContentLength"]))

@@ -1,0 +1,237 @@
+"""One state in S3, owned until `aclose`.
+
+* A commit creates one record object at the next number. If its outcome is unknown, it
+  stays pending, with its number, its bytes and its id, and is settled before anything
+  else is written.
+* A checkpoint notes the number that its view covers at the moment of the view, spools
+  the snapshot, and puts it in place of the one that was there. Only then are the
+  records that it covers deleted; fences never are.
+* Whoever finds a newer writer's fence, or its snapshot, is deposed for good.
+
+Each PUT runs in a task of its own, so a caller that is cancelled tears nothing; the next
+call, and `aclose`, wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, NamedTuple, NoReturn
+
+from lab_state.exceptions import FencedError, StorageError, UnsupportedError
+from lab_state.storage._protocol import Snapshot
+from lab_state.storage._s3_body import LONG, Body, Spool
+from lab_state.storage._s3_client import Requests
+from lab_state.storage._s3_format import OWNER, Names, Stamp, frame, stamp_in_metadata, stamped
+from lab_state.storage._s3_open import Opened, new_write_id, numbers
+from lab_state.storage._s3_outcomes import WRITE_ID, Found, NotOursError
+
+_logger = logging.getLogger("lab_state")
+
+_MOST_RECORDS = 64
+_MIN_CHECKPOINT_BYTES = 1024 * 1024
+_MOST_SNAPSHOT_BYTES = 5 * 1024**3
+
+
+class _Pending(NamedTuple):
+    """A record that is about to be there, or may be."""
+
+    number: int
+    body: Body
+    metadata: dict[str, str]
+
+
+class S3Session:
+    """A state in S3; see `StorageSession`."""
+
+    def __init__(self, store: Requests, names: Names, opened: Opened, let_go: Callable[[], None]) -> None:
+        """`let_go` is called when the session has ended."""
+        self.recovery = opened.recovery
+        self.path: str = names.url(names.snapshot)
+        self.snapshot_bytes: int = opened.snapshot_bytes
+        self._store = store
+        self._names = names
+        self._fence = opened.fence
+        self._etag = opened.etag
+        self._seq = opened.fence
+        self._records = dict(opened.records)  # sizes, by number, of what the snapshot does not cover
+        self._cleaned = 0
+        self._pending: _Pending | None = None
+        self._deposed: str | None = None
+        self._let_go = let_go
+        self._pid = os.getpid()
+        self._committing: asyncio.Task[None] | None = None
+        self._publishing: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def journal_bytes(self) -> int:
+        """The size of the records that the snapshot does not cover."""
+        return sum(self._records.values())
+
+    # Commits
+
+    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:  # noqa: ARG002 -- there is always room for a number
+        """Create one record object, after the one whose outcome is unknown; see `StorageSession.commit`."""
+        self._check()
+        self._committing = _begin(self._commit(record, self._committing))
+        await asyncio.shield(self._committing)
+        journal = self.journal_bytes
+        return len(self._records) >= _MOST_RECORDS or journal > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
+
+    async def _commit(self, record: bytes, before: asyncio.Task[None] | None) -> None:
+        await _ended(before)
+        if self._pending is not None:
+            await self._settle(self._pending)
+        number = self._seq + 1
+        body = await self._framed(number, record)
+        self._pending = _Pending(number, body, {WRITE_ID: new_write_id()})
+        await self._settle(self._pending)
+
+    async def _framed(self, number: int, record: bytes) -> Body:
+        name = self._names.name
+        if len(record) < LONG:
+            return Body.of(frame(name, number, record))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._store.thread, lambda: Body.of(frame(name, number, record)))
+
+    async def _settle(self, pending: _Pending) -> None:
+        """Send a record until it is known to be there; whatever else happens, it stays pending."""
+        self._check_deposed()
+        number, body, metadata = pending
+        try:
+            await self._store.put(self._names.record(number), body, metadata, None)
+        except NotOursError as refused:
+            self._depose(f"record {number} is", refused.found)
+        self._seq, self._pending = number, None
+        self._records[number] = body.size
+
+    def _depose(self, what: str, found: Found | None) -> NoReturn:
+        owner = "" if found is None else found.metadata.get(OWNER, "")
+        by = f" ({owner})" if owner else ""
+        self._deposed = (
+            f"a newer writer{by} owns {self.path}: {what} not ours. Stop this manager; its changes above the durable "
+            "revision are not in the state"
+        )
+        raise FencedError(self._deposed) from None
+
+    # Checkpoints
+
+    async def checkpoint(self, snapshot: Snapshot) -> None:
+        """Spool the snapshot, then put it in place of the old one; see `StorageSession.checkpoint`."""
+        self._check()
+        await _ended(self._publishing)
+        self._check()
+        slices, stamp = snapshot(), Stamp(self._seq, self._fence)
+        spool = Spool(self._store.thread)
+        try:
+            body = await self._spooled(spool, slices, stamp)
+        except BaseException:
+            spool.discard()
+            raise
+        self._publishing = _begin(self._publish(body, stamp, spool))
+        await asyncio.shield(self._publishing)
+
+    async def _spooled(self, spool: Spool, slices: AsyncIterator[bytes], stamp: Stamp) -> Body:
+        last = b""
+        async for part in slices:
+            await spool.add(last)
+            last = part
+        await spool.add(stamped(last, stamp))
+        body = await spool.body()
+        self._check()
+        if body.size > _MOST_SNAPSHOT_BYTES:
+            raise UnsupportedError(f"the snapshot of {self.path} has more than 5 GiB, the most that one PUT can send")
+        return body
+
+    async def _publish(self, body: Body, stamp: Stamp, spool: Spool) -> None:
+        try:
+            covered = await self._replace(body, stamp)
+        finally:
+            spool.discard()
+        for number in [number for number in self._records if number <= covered]:
+            del self._records[number]
+        await self._clean(covered)
+
+    async def _replace(self, body: Body, stamp: Stamp) -> int:
+        """Put a snapshot in place; returns the number that the one in place covers."""
+        metadata = {WRITE_ID: new_write_id(), **stamp.metadata()}
+        while True:
+            try:
+                self._etag = await self._store.put(self._names.snapshot, body, metadata, self._etag)
+            except NotOursError as refused:
+                found = refused.found
+            else:
+                self.snapshot_bytes = body.size
+                return stamp.seq
+            there = None if found is None else stamp_in_metadata(found.metadata, self.path)
+            if found is None:
+                _logger.error("%s was deleted while in use: writing it anew", self.path)
+                self._etag = None
+            elif there is None or there.fence > self._fence:
+                self._depose("the snapshot is", found)
+            else:
+                # An attempt of ours that arrived late, or one of a writer before us.
+                self._etag = found.etag
+                if there.fence == self._fence and there.seq >= stamp.seq:
+                    self.snapshot_bytes = found.size
+                    return there.seq
+
+    async def _clean(self, covered: int) -> None:
+        """Delete the records that the snapshot covers, those that a crash left behind included, but no fence."""
+        try:
+            listed = await numbers(self._store, self._names, self._cleaned)
+            doomed = [number for number, size in listed.items() if size and number <= covered]
+            await self._store.delete(map(self._names.record, doomed))
+        except StorageError as error:
+            _logger.warning("%s: what it covers stays until the next checkpoint: %s", self.path, error)
+        else:
+            self._cleaned = covered
+
+    # The end
+
+    async def aclose(self) -> None:
+        """Wait for what is under way, then let go; see `StorageSession.aclose`."""
+        if self._closing is None or not _lives(self._closing):
+            self._closing = _begin(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        try:
+            await _ended(self._committing)
+            await _ended(self._publishing)
+            await self._store.aclose()
+        finally:
+            self._let_go()
+
+    def _check(self) -> None:
+        if os.getpid() != self._pid:  # pragma: no cover -- a child's coverage is not collected
+            raise UnsupportedError(
+                f"{self.path} belongs to the parent of this forked process; start a manager of its own"
+            )
+        if self._closing is not None:
+            raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
+        self._check_deposed()
+
+    def _check_deposed(self) -> None:
+        if self._deposed is not None:
+            raise FencedError(self._deposed)
+
+
+def _begin(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())  # whoever waits hears of it
+    return task
+
+
+async def _ended(task: asyncio.Task[None] | None) -> None:
+    """Wait for the end of what was left behind."""
+    if task is not None and _lives(task):
+        await asyncio.wait({task})
+
+
+def _lives(task: asyncio.Task[None]) -> bool:
+    """Whether it was begun on this event loop; one on a loop that was closed will never end."""
+    return task.get_loop() is asyncio.get_running_loop()

@@ -1,0 +1,198 @@
+"""`S3Storage`: states in an object store, each a snapshot and the records after it.
+
+The steps are in `_s3_open.py` and `_s3_session.py`, the names and bytes in
+`_s3_format.py`, what each answer means in `_s3_outcomes.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
+
+from lab_state._clock import SystemClock
+from lab_state.exceptions import LockedError, UnsupportedError
+from lab_state.storage._s3_format import Names
+from lab_state.storage._s3_time import Time
+
+if TYPE_CHECKING:
+    from lab_state.storage._s3_session import S3Session
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{1,2046}[A-Za-z0-9]")
+_MOST_PREFIX_BYTES = 512
+
+
+class _Claim:
+    """One state, open in this process until `release`."""
+
+    _held: ClassVar[dict[tuple[str, ...], _Claim]] = {}
+
+    def __init__(self, endpoint_url: str | None, names: Names) -> None:
+        self._key = (endpoint_url or "", names.bucket, names.snapshot)
+        self.pid = os.getpid()
+        holder = self._held.get(self._key)
+        if holder is not None and holder.pid == self.pid:  # a forked child inherits what is not its own
+            raise LockedError(
+                f"{names.url(names.snapshot)} is open in this process already: stop its manager first; "
+                "a state has one writer"
+            )
+        self._held[self._key] = self
+
+    def release(self) -> None:
+        """Idempotent, and no harm to a later claim."""
+        if self._held.get(self._key) is self:
+            del self._held[self._key]
+
+
+class S3Storage:
+    """States in a bucket of S3, or of a store that speaks its language and honours conditional writes.
+
+    Durable means: the store acknowledged it, so it survives the loss of this machine.
+    There is no lock: who opens a state owns it, and a writer in another process is
+    deposed; its next write raises `FencedError`. Within one process, opening what is
+    open raises `LockedError`.
+
+    Needs the extra: `pip install 'lab-state[s3]'`.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        *,
+        prefix: str = "state/modules",
+        endpoint_url: str | None = None,
+        region_name: str | None = None,
+        session: Any = None,
+        config: Any = None,
+    ) -> None:
+        """Nothing is imported and nobody is asked before a manager starts.
+
+        Args:
+            bucket: The bucket; it must exist.
+            prefix: What comes before the name of a state in its keys, without a slash at
+                either end, at most 512 bytes; it may be empty.
+            endpoint_url: Where the store is, such as `https://minio.example:9000`; `None`
+                for what botocore finds in the environment, or AWS. Then the bucket is
+                addressed in the path, unless `config` says otherwise.
+            region_name: The bucket's region; `None` for what botocore finds.
+            session: An aiobotocore session to take the credentials from; `None` for
+                botocore's usual chain.
+            config: An aiobotocore `AioConfig`, for timeouts, proxies and the like.
+                Retries are always this library's own.
+
+        Raises:
+            ValueError: An argument is out of bounds.
+        """
+        self._bucket = _checked_bucket(bucket)
+        self._prefix = _checked_prefix(prefix)
+        self._endpoint_url = None if endpoint_url is None else _checked_endpoint(endpoint_url)
+        self._region_name = region_name
+        self._session = session
+        self._config = config
+        self._time = Time(SystemClock())
+
+    def __repr__(self) -> str:
+        """Where it is; there is nothing secret in it."""
+        endpoint = "" if self._endpoint_url is None else f", endpoint_url={self._endpoint_url!r}"
+        return f"S3Storage({self._bucket!r}, prefix={self._prefix!r}{endpoint})"
+
+    async def open(self, name: str) -> S3Session:
+        """Depose whoever writes the state, and load it; see `Storage.open`.
+
+        A caller that is cancelled leaves nothing open. A state open in this process is
+        refused.
+
+        Raises:
+            LockedError: This process has it open.
+            CorruptionError: What is stored is damaged; it was left untouched.
+            UnavailableError: The store did not answer for half a minute.
+            UnsupportedError: The extra is not installed, the store ignores conditions, the
+                bucket is missing, or a permission is; the message says which.
+        """
+        names = Names.of(self._bucket, self._prefix, name)
+        claim = _Claim(self._endpoint_url, names)
+        opening = asyncio.create_task(self._open(names, claim))
+        try:
+            return await asyncio.shield(opening)
+        except BaseException:
+            opening.cancel()
+            await asyncio.wait({opening})
+            if not opening.cancelled() and opening.exception() is None:
+                await opening.result().aclose()
+            claim.release()
+            raise
+
+    async def _open(self, names: Names, claim: _Claim) -> S3Session:
+        # Two threads: looking up a host name, which can take long, beside writing a spool.
+        thread = ThreadPoolExecutor(2, thread_name_prefix=f"lab_state {names.name}")
+
+        def let_go() -> None:
+            thread.shutdown(wait=False)
+            claim.release()
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(thread, _import)
+            return await self._open_with(names, thread, let_go)
+        except BaseException:
+            thread.shutdown(wait=False)
+            raise
+
+    async def _open_with(self, names: Names, thread: ThreadPoolExecutor, let_go: Any) -> S3Session:
+        from lab_state.storage._s3_client import Requests, connect  # noqa: PLC0415 -- see _import
+        from lab_state.storage._s3_open import open_state  # noqa: PLC0415
+        from lab_state.storage._s3_session import S3Session  # noqa: PLC0415
+
+        def connecting() -> Any:
+            return connect(self._session, self._config, self._endpoint_url, self._region_name, thread)
+
+        store = Requests(self._bucket, connecting, thread, self._time)
+        try:
+            return S3Session(store, names, await open_state(store, names), let_go)
+        except BaseException:
+            await store.aclose()
+            raise
+
+
+def _import() -> None:
+    """In a thread, and not before it is needed: it takes 0.3 s."""
+    try:
+        importlib.import_module("lab_state.storage._s3_client")
+    except ImportError as error:
+        raise UnsupportedError(f"S3Storage needs the extra s3: pip install 'lab-state[s3]' ({error})") from error
+
+
+def _checked_bucket(bucket: str) -> str:
+    if not _BUCKET.fullmatch(str(bucket)):
+        raise ValueError(f"{bucket!r} is not the name of a bucket: letters, digits, dots and hyphens, 3 to 63 of them")
+    return bucket
+
+
+def _checked_prefix(prefix: str) -> str:
+    parts = prefix.split("/")
+    if prefix and ("" in parts or "." in parts or ".." in parts or not prefix.isprintable()):
+        raise ValueError(
+            f"the prefix {prefix!r} must be like 'state/modules': no slash at either end, no part empty or dots"
+        )
+    if len(prefix.encode()) > _MOST_PREFIX_BYTES:
+        raise ValueError(f"the prefix must have at most {_MOST_PREFIX_BYTES} bytes")
+    return prefix
+
+
+def _checked_endpoint(url: str) -> str:
+    wanted = "endpoint_url must be like 'https://s3.example:9000'"
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise ValueError(f"{wanted}: this one cannot be parsed") from None
+    if "@" in parts.netloc:
+        raise ValueError(f"{wanted}, without credentials in it: give those as to any AWS client")
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError(f"{wanted}: with http or https, and a host")
+    if parts.query or parts.fragment:
+        raise ValueError(f"{wanted}, without a query or a fragment")
+    return url

@@ -1,0 +1,131 @@
+"""A store to test against, and ways to look at it behind the storage's back."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from lab_state import S3Storage
+from lab_state._clock import Clock
+from lab_state.storage._s3_time import Time
+from lab_state.testing import ManualClock
+
+ENDPOINT = "LAB_STATE_TEST_S3_ENDPOINT"
+"""Set by `nox -s s3-real`: a real store, with the credentials of the environment."""
+
+_numbers = itertools.count()
+
+
+@functools.cache
+def endpoint() -> str:
+    """The store of this test run; moto's, in a thread of this process, if no other is given."""
+    if ENDPOINT in os.environ:
+        return os.environ[ENDPOINT]
+    os.environ.setdefault("AWS_ACCESS_KEY_ID", "testaccess")
+    os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testsecret")
+    os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
+    # In a process of its own, which ends when this one does and its pipe is closed. Moto asks the file system
+    # about each of its 170 directories at every request, a third of its time; here it does so once.
+    code = (
+        "import sys; from moto import backends as b; from moto.server import ThreadedMotoServer as S;"
+        "names = list(b.list_of_moto_modules()); b.list_of_moto_modules = lambda: names;"
+        "s = S(ip_address='127.0.0.1', port=0, verbose=False);"
+        "s.start(); print(s.get_host_and_port()[1], flush=True); sys.stdin.read()"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    atexit.register(_end, server)
+    assert server.stdout is not None
+    return f"http://127.0.0.1:{int(server.stdout.readline())}"
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    server.kill()
+    server.communicate()
+
+
+@functools.cache
+def client(url: str | None = None) -> Any:
+    """A blocking client, to look behind the storage's back."""
+    import boto3  # noqa: PLC0415 -- 0.3 s
+    from botocore.config import Config  # noqa: PLC0415
+
+    url = url or endpoint()
+    return boto3.client(
+        "s3", endpoint_url=url, config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 0})
+    )
+
+
+class QuickTime(Time):
+    """Pauses take no time, but count as if they did; a limit expires when the clock is told to move."""
+
+    def __init__(self) -> None:
+        self.manual = ManualClock()
+        clock: Clock = self.manual
+        super().__init__(clock)
+        self.slept: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.manual.advance(seconds)
+
+
+class Bucket:
+    """A fresh bucket, and what is in it."""
+
+    def __init__(self, *, versioned: bool = False) -> None:
+        self.name = f"bucket-{os.getpid()}-{next(_numbers)}"
+        self.s3 = client()
+        self.s3.create_bucket(Bucket=self.name)
+        if versioned:
+            self.s3.put_bucket_versioning(Bucket=self.name, VersioningConfiguration={"Status": "Enabled"})
+        self._metadata: dict[tuple[str, bytes], dict[str, str]] = {}
+
+    def storage(self, url: str | None = None, **arguments: Any) -> S3Storage:
+        storage = S3Storage(self.name, endpoint_url=url or endpoint(), region_name="us-east-1", **arguments)
+        storage._time = QuickTime()
+        return storage
+
+    def keys(self, prefix: str = "") -> dict[str, int]:
+        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+        return {entry["Key"]: entry["Size"] for page in pages for entry in page.get("Contents", ())}
+
+    def get(self, key: str) -> tuple[bytes, dict[str, str]]:
+        found = self.s3.get_object(Bucket=self.name, Key=key)
+        return found["Body"].read(), found["Metadata"]
+
+    def put(self, key: str, data: bytes, metadata: Mapping[str, str] | None = None) -> None:
+        self.s3.put_object(Bucket=self.name, Key=key, Body=data, Metadata=dict(metadata or {}))
+
+    def delete(self, key: str) -> None:
+        self.s3.delete_object(Bucket=self.name, Key=key)
+
+    # The hooks of the conformance suite
+
+    def read_raw(self, name: str) -> dict[str, bytes]:
+        """The snapshot and the records; fences and the probe hold nothing."""
+        sizes = {**self.keys(f"state/modules/{name}.json"), **self.keys(f"state/modules/{name}.journal/")}
+        found = {}
+        for key, size in sizes.items():
+            if size or key.endswith(".json"):
+                found[key], metadata = self.get(key)
+                self._metadata[key, found[key]] = metadata
+        return found
+
+    def write_raw(self, part: str, data: bytes | None) -> None:
+        """Damage keeps the metadata; what is put back has those that it had."""
+        if data is None:
+            self.delete(part)
+            return
+        metadata = self._metadata.get((part, data))
+        if metadata is None:
+            metadata = self.s3.head_object(Bucket=self.name, Key=part)["Metadata"]
+        self.put(part, data, metadata)

@@ -1,0 +1,714 @@
+"""`S3Storage` behind a proxy that loses, cuts, delays and invents answers; two writers; what a crash leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import pytest
+from s3_proxy import (
+    Before,
+    Forward,
+    Hang,
+    Proxy,
+    Request,
+    Response,
+    answer_lost,
+    answers,
+    cut,
+    done_but_answers,
+    error,
+    lost,
+    without_etag,
+)
+from s3_world import Bucket, QuickTime, endpoint
+
+from lab_state import (
+    Config,
+    CorruptionError,
+    FencedError,
+    Manager,
+    S3Storage,
+    StorageSession,
+    UnavailableError,
+    UnsupportedError,
+)
+from lab_state.storage._protocol import Snapshot
+from lab_state.storage._s3_outcomes import WRITE_ID
+
+NAME = "faults"
+JOURNAL = f"state/modules/{NAME}.journal/"
+SNAPSHOT = f"state/modules/{NAME}.json"
+FOREVER = float("inf")
+
+
+def given(*slices: bytes) -> Snapshot:
+    async def view() -> AsyncIterator[bytes]:
+        for part in slices:
+            yield part
+
+    return view
+
+
+VIEW = given(b"{}")
+
+
+@pytest.fixture
+def bucket() -> Bucket:
+    return Bucket()
+
+
+@pytest.fixture
+async def proxy() -> AsyncIterator[Proxy]:
+    async with Proxy(endpoint()) as proxy:
+        yield proxy
+
+
+def time_of(storage: S3Storage) -> QuickTime:
+    assert isinstance(storage._time, QuickTime)
+    return storage._time
+
+
+async def records(bucket: Bucket) -> tuple[bytes, ...]:
+    """What a new writer finds; the registry of the process does not see past the proxy's address."""
+    session = await bucket.storage().open(NAME)
+    await session.aclose()
+    return session.recovery.records
+
+
+# A commit
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        answer_lost,
+        lost,
+        done_but_answers(500),
+        done_but_answers(409, "ConditionalRequestConflict"),
+        done_but_answers(412, "PreconditionFailed"),
+        done_but_answers(304),
+        done_but_answers(404, "NoSuchKey"),
+        answers(500, "InternalError"),
+        answers(502),
+        answers(503, "SlowDown"),
+        answers(504),
+        answers(429, "TooManyRequests"),
+        answers(409, "ConditionalRequestConflict"),
+        answers(409, "ConcurrentModification"),
+        answers(400, "RequestTimeout"),
+        answers(400, "BadDigest"),
+        without_etag,
+    ],
+)
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_commit_gets_through(bucket: Bucket, proxy: Proxy, fault: object, times: int) -> None:
+    """Whatever happens to a commit's request or its answer, it is there once when `commit` returns, at its number."""
+    session = await bucket.storage(proxy.url).open(NAME)
+    await session.commit(b"before", VIEW)
+    proxy.plan("PUT", JOURNAL, fault, times=times)  # type: ignore[arg-type]
+    await session.commit(b"1", VIEW)
+    await session.commit(b"2", VIEW)
+    await session.aclose()
+    assert len(bucket.keys(JOURNAL)) == 4
+    assert await records(bucket) == (b"before", b"1", b"2")
+
+
+async def test_a_look_that_fails_decides_nothing(bucket: Bucket, proxy: Proxy) -> None:
+    """When the answer is lost and HEAD fails too, HEAD is repeated; the commit is neither lost nor doubled."""
+    session = await bucket.storage(proxy.url).open(NAME)
+    proxy.plan("PUT", JOURNAL, done_but_answers(503), times=1)
+    proxy.plan("HEAD", JOURNAL, answers(500), times=3)
+    await session.commit(b"1", VIEW)
+    await session.aclose()
+    assert await records(bucket) == (b"1",)
+
+
+@pytest.mark.parametrize("after", [False, True])
+async def test_a_request_that_hangs_is_given_up(bucket: Bucket, proxy: Proxy, *, after: bool) -> None:
+    """A request that stands still for a quarter of a minute is repeated; one that arrives late does no harm."""
+    storage = bucket.storage(proxy.url)
+    session = await storage.open(NAME)
+    proxy.plan("PUT", JOURNAL, hang := Hang(after=after))
+    committing = asyncio.create_task(session.commit(b"1", VIEW))
+    await hang.reached.wait()
+    time_of(storage).manual.advance(15)
+    await committing
+    hang.released.set()
+    await session.commit(b"2", VIEW)
+    await session.aclose()
+    assert await records(bucket) == (b"1", b"2")
+
+
+@pytest.mark.parametrize("fault", [lost, answer_lost, answers(503), done_but_answers(500)])
+async def test_an_unknown_outcome_is_settled_first(bucket: Bucket, proxy: Proxy, fault: object) -> None:
+    """A record whose outcome is unknown keeps its number and bytes; the next commit settles it, then writes its own."""
+    session = await bucket.storage(proxy.url).open(NAME)
+    proxy.plan("PUT", JOURNAL, fault, times=FOREVER)  # type: ignore[arg-type]
+    proxy.plan("HEAD", JOURNAL, lost, times=FOREVER)
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match=r"failed \d+ times"):
+            await session.commit(b"1", VIEW)
+    proxy.end_plans()
+    await session.commit(b"1 and 2", VIEW)
+    await session.aclose()
+    assert await records(bucket) == (b"1", b"1 and 2")
+    assert set(bucket.keys(JOURNAL)) == {f"{JOURNAL}{number:020d}" for number in range(1, 5)}
+
+
+async def test_pauses_grow_and_end(bucket: Bucket, proxy: Proxy) -> None:
+    """Attempts are repeated after random pauses of at most 2 s, for half a minute."""
+    storage = bucket.storage(proxy.url)
+    session = await storage.open(NAME)
+    proxy.plan("PUT", JOURNAL, answers(503, "SlowDown"), times=FOREVER)
+    with pytest.raises(UnavailableError, match="503 SlowDown") as caught:
+        await session.commit(b"1", VIEW)
+    slept = time_of(storage).slept
+    assert 30 <= sum(slept) < 31
+    assert max(slept) <= 2
+    assert slept[0] <= 0.1
+    assert caught.value.__cause__ is not None
+    await session.aclose()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (403, "AccessDenied", "s3:PutObject"),
+        (403, "RequestTimeTooSkewed", "clock"),
+        (501, "NotImplemented", "conditional writes"),
+        (400, "InvalidArgument", "refuses"),
+    ],
+)
+async def test_what_cannot_succeed_is_not_repeated(
+    bucket: Bucket, proxy: Proxy, status: int, code: str, words: str
+) -> None:
+    """A refusal that has nothing to do with the condition is told at once, and the record stays pending."""
+    session = await bucket.storage(proxy.url).open(NAME)
+    proxy.plan("PUT", JOURNAL, answers(status, code))
+    with pytest.raises(UnsupportedError, match=words):
+        await session.commit(b"1", VIEW)
+    await session.commit(b"2", VIEW)
+    await session.aclose()
+    assert await records(bucket) == (b"1", b"2")
+
+
+async def test_a_large_record_is_hashed_in_a_thread(bucket: Bucket, proxy: Proxy) -> None:
+    """A record of megabytes comes back whole, and repeating it sends the same bytes."""
+    record = b"x" * 3_000_000
+    session = await bucket.storage(proxy.url).open(NAME)
+    proxy.plan("PUT", JOURNAL, answer_lost, times=2)
+    assert await session.commit(record, VIEW)
+    await session.aclose()
+    assert await records(bucket) == (record,)
+
+
+async def test_a_commit_sends_one_small_object(bucket: Bucket, proxy: Proxy) -> None:
+    """A commit is one request, of hardly more bytes than its record."""
+    session = await bucket.storage(proxy.url).open(NAME)
+    await session.checkpoint(given(b"x" * 3_000_000))
+    seen = len(proxy.seen)
+    await session.commit(b"r" * 100, VIEW)
+    assert [line.split("?")[0] for line in proxy.seen[seen:]] == [f"PUT /{bucket.name}/{JOURNAL}{2:020d}"]
+    assert proxy.sizes[-1] < 150
+    await session.aclose()
+
+
+# Two writers
+
+
+async def deposed(session: StorageSession) -> None:
+    for _ in range(2):
+        with pytest.raises(FencedError, match="newer writer"):
+            await session.commit(b"late", VIEW)
+    with pytest.raises(FencedError, match="newer writer"):
+        await session.checkpoint(VIEW)
+    await session.aclose()
+
+
+async def test_a_deposed_writer_hears_of_it_at_its_next_commit(bucket: Bucket, proxy: Proxy) -> None:
+    """After another opened the state, the first one's next commit fails, as does every later call, without a request."""
+    old = await bucket.storage(proxy.url).open(NAME)
+    await old.commit(b"1", VIEW)
+    new = await bucket.storage().open(NAME)
+    assert new.recovery.records == (b"1",)
+    with pytest.raises(FencedError, match=r"newer writer \(.* pid \d+\)"):
+        await old.commit(b"2", VIEW)
+    seen = len(proxy.seen)
+    await deposed(old)
+    assert len(proxy.seen) == seen
+    await new.commit(b"3", VIEW)
+    await new.aclose()
+    assert await records(bucket) == (b"1", b"3")
+
+
+async def test_a_writer_that_sleeps_over_a_checkpoint_is_deposed_all_the_same(bucket: Bucket, proxy: Proxy) -> None:
+    """A number is never free again: the fence stays when the records around it are deleted."""
+    old = await bucket.storage(proxy.url).open(NAME)
+    await old.commit(b"1", VIEW)
+    new = await bucket.storage().open(NAME)
+    for number in range(5):
+        await new.commit(b"%d" % number, VIEW)
+    await new.checkpoint(VIEW)
+    assert list(bucket.keys(JOURNAL).values()) == [0, 0]
+    await new.aclose()
+    await deposed(old)
+
+
+async def test_a_pending_record_of_a_deposed_writer(bucket: Bucket, proxy: Proxy) -> None:
+    """A record that never arrived finds its number taken by the successor's fence."""
+    old = await bucket.storage(proxy.url).open(NAME)
+    proxy.plan("PUT", JOURNAL, lost, times=FOREVER)
+    with pytest.raises(UnavailableError):
+        await old.commit(b"1", VIEW)
+    proxy.end_plans()
+    new = await bucket.storage().open(NAME)
+    await new.aclose()
+    await deposed(old)
+    assert await records(bucket) == ()
+
+
+async def test_a_pending_record_that_the_successor_saw(bucket: Bucket, proxy: Proxy) -> None:
+    """A record that did arrive is acknowledged late, also when the successor's checkpoint covered and deleted it."""
+    old = await bucket.storage(proxy.url).open(NAME)
+    proxy.plan("PUT", JOURNAL, answer_lost, times=FOREVER)
+    proxy.plan("HEAD", JOURNAL, lost, times=FOREVER)
+    with pytest.raises(UnavailableError):
+        await old.commit(b"1", VIEW)
+    proxy.end_plans()
+    new = await bucket.storage().open(NAME)
+    assert new.recovery.records == (b"1",)
+    await new.checkpoint(VIEW)
+    proxy.plan("PUT", JOURNAL, answers(412, "PreconditionFailed"))
+    with pytest.raises(FencedError):  # it settled the first record, and found the fence with the second
+        await old.commit(b"2", VIEW)
+    assert f"PUT /{bucket.name}/{JOURNAL}{3:020d}" in proxy.seen[-2]
+    await old.aclose()
+    await new.aclose()
+    assert await records(bucket) == ()
+
+
+async def test_an_opener_that_loses_the_race_begins_again(bucket: Bucket, proxy: Proxy) -> None:
+    """Whose fence finds another in its place looks again, and opens above it."""
+    rival = bucket.storage()
+    sessions: list[StorageSession] = []
+
+    async def overtake() -> None:
+        sessions.append(await rival.open(NAME))
+        await sessions[0].commit(b"1", VIEW)
+
+    proxy.plan("PUT", JOURNAL, Before(overtake))
+    session = await bucket.storage(proxy.url).open(NAME)
+    assert session.recovery.records == (b"1",)
+    await deposed(sessions[0])
+    await session.aclose()
+
+
+async def test_an_opener_that_is_overtaken_while_it_loads_begins_again(bucket: Bucket, proxy: Proxy) -> None:
+    """What someone newer wrote above our fence is never loaded under it."""
+    rival = bucket.storage()
+    sessions: list[StorageSession] = []
+
+    async def overtake() -> None:
+        sessions.append(await rival.open(NAME))
+        await sessions[0].commit(b"1", VIEW)
+
+    proxy.plan("GET", SNAPSHOT, Before(overtake))
+    session = await bucket.storage(proxy.url).open(NAME)
+    assert session.recovery.records == (b"1",)
+    await deposed(sessions[0])
+    await session.aclose()
+
+
+async def test_a_fence_at_a_used_number_is_void(bucket: Bucket, proxy: Proxy) -> None:
+    """A fence whose number the snapshot covers keeps nobody out, so the opener begins again."""
+    other = await bucket.storage().open(NAME)
+
+    async def cover() -> None:
+        await other.commit(b"1", VIEW)
+        await other.checkpoint(given(b"covered"))  # 2 is deleted
+        await other.aclose()
+
+    proxy.plan("PUT", f"{JOURNAL}{2:020d}", Before(cover))
+    session = await bucket.storage(proxy.url).open(NAME)
+    assert session._fence == 3
+    assert session.recovery.snapshot == b"covered"
+    await session.commit(b"2", VIEW)
+    await session.aclose()
+    assert await records(bucket) == (b"2",)
+
+
+async def test_a_checkpoint_while_loading_is_noticed(bucket: Bucket, proxy: Proxy) -> None:
+    """Records that a late checkpoint deletes under an opener are found in the new snapshot."""
+    old = await bucket.storage().open(NAME)
+    await old.commit(b"1", VIEW)
+    proxy.plan("GET", f"{JOURNAL}{2:020d}", Before(lambda: old.checkpoint(given(b"late"))))
+    session = await bucket.storage(proxy.url).open(NAME)
+    assert session.recovery == (b"late", (), False, 0)
+    await session.aclose()
+    await old.aclose()
+
+
+async def test_a_checkpoint_between_two_looks_is_noticed(bucket: Bucket, proxy: Proxy) -> None:
+    """A snapshot read before a checkpoint, with a list made after it, is not taken for damage."""
+    old = await bucket.storage().open(NAME)
+    await old.commit(b"1", VIEW)
+
+    async def fenced_and_late(request: Request, forward: Forward) -> Response | None:
+        response = await forward(request)
+        await old.checkpoint(given(b"late"))
+        return response
+
+    proxy.plan("GET", SNAPSHOT, fenced_and_late)
+    session = await bucket.storage(proxy.url).open(NAME)
+    assert session.recovery == (b"late", (), False, 0)
+    await session.commit(b"2", VIEW)
+    await session.checkpoint(given(b"after"))  # the snapshot that it replaces is the old writer's
+    await session.aclose()
+    await old.aclose()
+    assert bucket.get(SNAPSHOT)[0] == b"after"
+
+
+async def test_opening_gives_up_when_others_never_stop(bucket: Bucket, proxy: Proxy) -> None:
+    """An opener that is overtaken again and again says so after half a minute."""
+
+    async def overtake(request: Request, forward: Forward) -> Response | None:
+        key = request.target.partition("?")[0].removeprefix(f"/{bucket.name}/")
+        bucket.put(key, b"", {WRITE_ID: "theirs"})
+        return await forward(request)
+
+    proxy.plan("PUT", JOURNAL, overtake, times=FOREVER)
+    with pytest.raises(UnavailableError, match="opening"):
+        await bucket.storage(proxy.url).open(NAME)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        answer_lost,
+        lost,
+        done_but_answers(500),
+        done_but_answers(412, "PreconditionFailed"),
+        answers(503, "SlowDown"),
+        answers(409, "ConditionalRequestConflict"),
+        without_etag,
+    ],
+)
+@pytest.mark.parametrize("before", [0, 1])
+async def test_a_checkpoint_gets_through(bucket: Bucket, proxy: Proxy, fault: object, before: int) -> None:
+    """Whatever happens to its request, the snapshot is there when `checkpoint` returns, and the next one follows it."""
+    session = await bucket.storage(proxy.url).open(NAME)
+    for number in range(before):
+        await session.checkpoint(given(b"before %d" % number))
+    await session.commit(b"1", VIEW)
+    proxy.plan("PUT", SNAPSHOT, fault, times=2)  # type: ignore[arg-type]
+    await session.checkpoint(given(b"first"))
+    await session.checkpoint(given(b"second"))
+    await session.aclose()
+    assert bucket.get(SNAPSHOT)[0] == b"second"
+    assert await records(bucket) == ()
+
+
+@pytest.mark.parametrize("fault", [answer_lost, lost])
+async def test_a_checkpoint_of_unknown_outcome_deletes_nothing(bucket: Bucket, proxy: Proxy, fault: object) -> None:
+    """When the outcome stays unknown the records stay, and the next checkpoint goes on from whatever is there."""
+    session = await bucket.storage(proxy.url).open(NAME)
+    await session.checkpoint(given(b"before"))
+    await session.commit(b"1", VIEW)
+    proxy.plan("PUT", SNAPSHOT, fault, times=FOREVER)  # type: ignore[arg-type]
+    proxy.plan("HEAD", SNAPSHOT, lost, times=FOREVER)
+    with pytest.raises(UnavailableError):
+        await session.checkpoint(given(b"unknown"))
+    proxy.end_plans()
+    assert len([size for size in bucket.keys(JOURNAL).values() if size]) == 1
+    await session.commit(b"2", VIEW)
+    await session.checkpoint(given(b"known"))
+    await session.aclose()
+    assert bucket.get(SNAPSHOT)[0] == b"known"
+
+
+async def test_a_late_snapshot_that_covers_as_much_is_adopted(bucket: Bucket, proxy: Proxy) -> None:
+    """An attempt that failed and arrived all the same is as good as the one that finds it."""
+    session = await bucket.storage(proxy.url).open(NAME)
+    await session.commit(b"1", VIEW)
+    proxy.plan("PUT", SNAPSHOT, answer_lost, times=FOREVER)
+    proxy.plan("HEAD", SNAPSHOT, lost, times=FOREVER)
+    with pytest.raises(UnavailableError):
+        await session.checkpoint(given(b"arrived late"))
+    proxy.end_plans()
+    await session.checkpoint(given(b"{}"))
+    assert session.snapshot_bytes == len(b"arrived late")
+    assert session.journal_bytes == 0
+    await session.aclose()
+    assert bucket.get(SNAPSHOT)[0] == b"arrived late"
+
+
+async def test_a_successors_snapshot_deposes(bucket: Bucket, proxy: Proxy) -> None:
+    """A writer that finds a snapshot of a higher fence in the way of its own is deposed."""
+    old = await bucket.storage(proxy.url).open(NAME)
+    new = await bucket.storage().open(NAME)
+    await new.checkpoint(given(b"new"))
+    await new.aclose()
+    with pytest.raises(FencedError, match="newer writer"):
+        await old.checkpoint(given(b"old"))
+    await deposed(old)
+    assert bucket.get(SNAPSHOT)[0] == b"new"
+
+
+async def test_a_snapshot_that_someone_put_there_is_not_overwritten(bucket: Bucket) -> None:
+    """A file put in place of the snapshot while the manager runs stays, and the manager stops writing."""
+    session = await bucket.storage().open(NAME)
+    bucket.put(SNAPSHOT, b'{"by":"hand"}')
+    with pytest.raises(FencedError):
+        await session.checkpoint(VIEW)
+    await session.aclose()
+    assert bucket.get(SNAPSHOT)[0] == b'{"by":"hand"}'
+
+
+async def test_a_snapshot_that_was_deleted_is_written_anew(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
+    """A deleted snapshot is logged as an error, and mended by the next checkpoint."""
+    session = await bucket.storage().open(NAME)
+    await session.checkpoint(given(b"1"))
+    bucket.delete(SNAPSHOT)
+    await session.checkpoint(given(b"2"))
+    await session.aclose()
+    assert bucket.get(SNAPSHOT)[0] == b"2"
+    assert "was deleted while in use" in caplog.text
+
+
+@pytest.mark.parametrize("head_quotes", [True, False])
+async def test_a_store_that_compares_unquoted(bucket: Bucket, proxy: Proxy, *, head_quotes: bool) -> None:
+    """Where the right ETag is refused in quotes, it is sent without, and so from then on."""
+    asked: list[str] = []
+
+    async def picky(request: Request, forward: Forward) -> Response | None:
+        etag = request.headers.get("if-match")
+        if etag is not None:
+            asked.append(etag)
+            if '"' in etag:
+                return error(412, "PreconditionFailed")
+        return await forward(request)
+
+    async def bare(request: Request, forward: Forward) -> Response | None:
+        response = await forward(request)
+        if "etag" in response.headers:
+            response.headers["etag"] = response.headers["etag"].strip('"')
+        return response
+
+    proxy.plan("PUT", SNAPSHOT, picky, times=FOREVER)
+    if not head_quotes:
+        proxy.plan("HEAD", SNAPSHOT, bare, times=FOREVER)
+    session = await bucket.storage(proxy.url).open(NAME)
+    for number in range(4):
+        await session.checkpoint(given(b"%d" % number))
+    await session.aclose()
+    assert [etag.startswith('"') for etag in asked] == [True, False, False, False]
+    assert bucket.get(SNAPSHOT)[0] == b"3"
+
+
+async def test_a_failed_deletion_is_made_up_for(bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    """What a checkpoint could not delete is logged, does no harm, and goes with the next one."""
+    session = await bucket.storage(proxy.url).open(NAME)
+    await session.commit(b"1", VIEW)
+    proxy.plan("POST", "?delete", answers(403, "AccessDenied"))
+    await session.checkpoint(given(b"a"))
+    assert "stays until the next checkpoint" in caplog.text
+    assert session.journal_bytes == 0
+    assert sum(bucket.keys(JOURNAL).values()) > 0
+    await session.checkpoint(given(b"b"))
+    assert sum(bucket.keys(JOURNAL).values()) == 0
+    await session.aclose()
+
+
+async def test_a_deletion_that_fails_in_part_is_noticed(
+    bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The answer to a deletion of many says which of them failed."""
+
+    async def denied(request: Request, forward: Forward) -> Response | None:
+        body = b"<DeleteResult><Error><Key>k</Key><Code>AccessDenied</Code></Error></DeleteResult>"
+        return Response(200, {"content-type": "application/xml"}, body)
+
+    session = await bucket.storage(proxy.url).open(NAME)
+    await session.commit(b"1", VIEW)
+    proxy.plan("POST", "?delete", denied)
+    await session.checkpoint(given(b"a"))
+    assert "AccessDenied" in caplog.text
+    await session.aclose()
+
+
+async def test_what_a_crash_left_behind_is_cleaned(bucket: Bucket, proxy: Proxy) -> None:
+    """Records that a killed writer had no time to delete go with the successor's first checkpoint; fences stay."""
+    old = await bucket.storage(proxy.url).open(NAME)
+    await old.commit(b"1", VIEW)
+    proxy.plan("POST", "?delete", answers(403, "AccessDenied"))
+    await old.checkpoint(given(b"a"))
+    new = await bucket.storage().open(NAME)
+    assert new.recovery == (b"a", (), False, 0)
+    await new.checkpoint(given(b"b"))
+    assert list(bucket.keys(JOURNAL).values()) == [0, 0]
+    await new.aclose()
+    await old.aclose()
+
+
+async def test_checkpoints_become_due(bucket: Bucket) -> None:
+    """A checkpoint is due after 64 records, or when they have as many bytes as the snapshot, from a megabyte on."""
+    session = await bucket.storage().open(NAME)
+    due = [await session.commit(b"%d" % number, VIEW) for number in range(64)]
+    assert due == [False] * 63 + [True]
+    await session.checkpoint(given(b"x" * 2_000_000))
+    assert [await session.commit(b"r" * 1_500_000, VIEW) for _ in range(2)] == [False, True]
+    await session.aclose()
+    again = await bucket.storage().open(NAME)
+    assert again.journal_bytes > 3_000_000
+    assert await again.commit(b"small", VIEW)
+    await again.aclose()
+
+
+async def test_a_large_snapshot_goes_through_a_file(bucket: Bucket, proxy: Proxy) -> None:
+    """A snapshot of 20 MB is spooled, streamed, and streamed again from its beginning when that fails."""
+    data = b"0123456789abcdef" * 64 * 1024
+    session = await bucket.storage(proxy.url).open(NAME)
+    proxy.plan("PUT", SNAPSHOT, answers(500))
+    proxy.plan("PUT", SNAPSHOT, lost)
+    await session.checkpoint(given(*[data] * 20))
+    assert session.snapshot_bytes == 20 * len(data)
+    await session.aclose()
+    assert bucket.get(SNAPSHOT)[0] == data * 20
+
+
+async def test_a_second_page_of_the_list_is_read(bucket: Bucket, proxy: Proxy) -> None:
+    """Numbers beyond the first page of a list count."""
+    session = await bucket.storage().open(NAME)
+    for number in range(1, 1003):
+        if number > 1:
+            bucket.put(f"{JOURNAL}{number:020d}", b"", {WRITE_ID: "theirs"})
+    with pytest.raises(FencedError):
+        await session.commit(b"1", VIEW)
+    await session.aclose()
+    again = await bucket.storage(proxy.url).open(NAME)
+    assert again._fence == 1003
+    assert any("continuation-token" in line for line in proxy.seen)
+    await again.aclose()
+
+
+# Opening
+
+
+@pytest.mark.parametrize("fault", [cut, answer_lost, answers(503), answers(500)])
+async def test_loading_is_repeated(bucket: Bucket, proxy: Proxy, fault: object) -> None:
+    """Answers that are cut or lost while loading are asked for again; half an object is never taken for the whole."""
+    first = await bucket.storage().open(NAME)
+    await first.checkpoint(given(b"snapshot"))
+    await first.commit(b"1", VIEW)
+    await first.commit(b"2", VIEW)
+    await first.aclose()
+    for part in (SNAPSHOT, JOURNAL, "list-type"):
+        proxy.plan("GET", part, fault)  # type: ignore[arg-type]
+    proxy.plan("HEAD", SNAPSHOT, lost)
+    session = await bucket.storage(proxy.url).open(NAME)
+    assert session.recovery == (b"snapshot", (b"1", b"2"), False, 0)
+    await session.aclose()
+
+
+async def test_an_answer_that_hangs_while_loading_is_given_up(bucket: Bucket, proxy: Proxy) -> None:
+    """A record that does not come within a quarter of a minute is asked for again."""
+    first = await bucket.storage().open(NAME)
+    await first.commit(b"1", VIEW)
+    await first.aclose()
+    hangs = [Hang(after=True)]
+    proxy.plan("GET", JOURNAL + "0", hangs[0])
+    storage = bucket.storage(proxy.url)
+    opening = asyncio.create_task(storage.open(NAME))
+    await hangs[0].reached.wait()
+    time_of(storage).manual.advance(15)
+    session = await opening
+    assert session.recovery.records == (b"1",)
+    await session.aclose()
+
+
+async def test_a_missing_record_is_damage(bucket: Bucket) -> None:
+    """A record object missing in the middle is refused, and nothing is deleted or skipped."""
+    first = await bucket.storage().open(NAME)
+    for number in range(3):
+        await first.commit(b"%d" % number, VIEW)
+    await first.aclose()
+    gone = f"{JOURNAL}{3:020d}"
+    data, metadata = bucket.get(gone)
+    bucket.delete(gone)
+    for _ in range(2):
+        with pytest.raises(CorruptionError, match="missing"):
+            await bucket.storage().open(NAME)
+    bucket.put(gone, data, metadata)
+    assert await records(bucket) == (b"0", b"1", b"2")
+
+
+async def test_a_record_that_vanishes_while_it_is_loaded_is_damage(bucket: Bucket, proxy: Proxy) -> None:
+    """A record that is listed but cannot be read, while the snapshot stays the same, is refused."""
+    first = await bucket.storage().open(NAME)
+    await first.commit(b"1", VIEW)
+    await first.aclose()
+    proxy.plan("GET", f"{JOURNAL}{2:020d}", answers(404, "NoSuchKey"), times=FOREVER)
+    with pytest.raises(CorruptionError, match="missing"):
+        await bucket.storage(proxy.url).open(NAME)
+
+
+async def test_other_objects_below_the_journal_are_ignored(bucket: Bucket) -> None:
+    """A key that is no number is someone else's."""
+    bucket.put(f"{JOURNAL}readme", b"hello")
+    assert await records(bucket) == ()
+
+
+# A manager
+
+
+async def test_a_manager_survives_an_outage(bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    """While the store is away the changes stay in memory, and are written when it is back, without being asked."""
+    async with Manager(Config(name=NAME, flush_interval=0.01), bucket.storage(proxy.url)) as state:
+        await state.set("a", 1)
+        await state.flush()
+        proxy.plan("PUT", JOURNAL, lost, times=FOREVER)
+        await state.set("b", 2)
+        with pytest.raises(UnavailableError, match="not durable yet"):
+            await state.flush()
+        assert await state.get("b") == 2
+        proxy.end_plans()
+        await state.wait_durable()
+    async with Manager(NAME, bucket.storage()) as state:
+        assert await state.get_all() == {"a": 1, "b": 2}
+
+
+async def test_a_rolling_deployment(bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    """The new manager has everything that the old one acknowledged; the old one's next flush and its stop say so."""
+    old = Manager(Config(name=NAME, flush_interval=None), bucket.storage(proxy.url))
+    await old.start()
+    await old.set("a", 1)
+    await old.flush()
+    async with Manager(NAME, bucket.storage()) as new:
+        assert await new.get_all() == {"a": 1}
+        await old.set("b", 2)
+        with pytest.raises(FencedError, match="newer writer"):
+            await old.flush()
+        with pytest.raises(FencedError):
+            await old.stop()
+        await new.set("c", 3)
+    async with Manager(NAME, bucket.storage()) as state:
+        assert await state.get_all() == {"a": 1, "c": 3}
+
+
+async def test_nothing_secret_is_logged(
+    bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No key, value or credential is in a log line or an error."""
+    caplog.set_level(logging.DEBUG, "lab_state")
+    proxy.plan("PUT", JOURNAL, answers(403, "SignatureDoesNotMatch"))
+    storage = bucket.storage(proxy.url)
+    with pytest.raises(UnsupportedError) as caught:
+        await storage.open(NAME)
+    text = repr(storage) + str(caught.value) + "".join(r.getMessage() for r in caplog.records if r.name == "lab_state")
+    assert "testsecret" not in text
+    assert "testaccess" not in text

@@ -1,0 +1,132 @@
+"""Two and three writers of one state, behind proxies with faults: nothing acknowledged is lost, nobody is fenced falsely.
+
+And with a bug put into the storage, the same scenarios fail.
+"""
+
+from __future__ import annotations
+import __future__
+
+import contextlib
+import inspect
+import logging
+import os
+import textwrap
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import s3_scenarios
+from s3_world import Bucket, endpoint
+
+from lab_state import UnavailableError
+from lab_state.storage import _s3_client, _s3_open, _s3_outcomes, _s3_session
+from lab_state.storage._s3_session import S3Session
+
+ORDINARY = 200
+SCENARIOS = int(os.environ.get("LAB_STATE_TEST_S3_SCENARIOS", ORDINARY))
+"""How many; more with `nox -s s3-scenarios`."""
+
+BLOCK = 20
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "lab_state")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("first", range(0, SCENARIOS, BLOCK))
+async def test_scenarios(first: int) -> None:
+    """No acknowledged change is lost, no number goes back, and nobody is told falsely that it is deposed."""
+    seeds = range(first, min(first + BLOCK, SCENARIOS))
+    outcome = await s3_scenarios.play(seeds, Bucket().name, endpoint())
+    assert not outcome.problems, s3_scenarios.told(outcome)
+    assert outcome.counted["scenarios"] == len(seeds)
+
+
+# A harness that passes everything proves nothing
+
+Change = tuple[ModuleType | type, str, str, str]
+"""Where a function is, its name, some text of it, and what takes its place."""
+
+BUGS: dict[str, list[Change]] = {
+    "fences are deleted with the records": [
+        (S3Session, "_clean", "if size and number <= covered", "if number <= covered"),
+    ],
+    "the write id is not looked at after a refusal": [
+        (_s3_outcomes, "after_look", "if found is not None and", "if answer is not Verdict.REFUSED and found is not None and"),
+    ],
+    "a record of unknown outcome counts as failed, and its number is used for another": [
+        (S3Session, "_settle", "        except NotOursError as refused:", "        except UnavailableError:\n            self._pending = None\n            raise\n        except NotOursError as refused:"),
+    ],
+    "a record of unknown outcome is packed anew under the next number": [
+        (S3Session, "_settle", "        except NotOursError as refused:", "        except UnavailableError:\n            self._pending, self._seq = None, number\n            raise\n        except NotOursError as refused:"),
+    ],
+    "a record of unknown outcome counts as committed": [
+        (S3Session, "_settle", "        except NotOursError as refused:", "        except UnavailableError:\n            pass\n        except NotOursError as refused:"),
+    ],
+    "a checkpoint is not conditional": [
+        (S3Session, "_replace", "        while True:\n", "        while True:\n            there = await self._store.head(self._names.snapshot)\n            self._etag = None if there is None else there.etag\n"),
+    ],
+    "a newer writer's snapshot is overwritten": [
+        (S3Session, "_replace", "there is None or there.fence > self._fence", "there is None"),
+        (S3Session, "_replace", "there.fence == self._fence and there.seq >= stamp.seq", "False"),
+    ],
+    "what was committed beside a checkpoint is deleted with what it covers": [
+        (S3Session, "_publish", "await self._clean(covered)", "await self._clean(self._seq)"),
+    ],
+    "what a snapshot covers is deleted before it is in place": [
+        (S3Session, "_publish", "        try:\n", "        await self._clean(stamp.seq)\n        try:\n"),
+    ],
+    "a snapshot of unknown outcome counts as in place": [
+        (S3Session, "_replace", "            except NotOursError as refused:", "            except UnavailableError:\n                return stamp.seq\n            except NotOursError as refused:"),
+    ],
+    "a gap is not noticed while loading": [
+        (_s3_open, "_whole", "return len(wanted)", "return True or len(wanted)"),
+        (_s3_open, "_records", "            if gone or got is None:\n                gone = True\n                return", "            if got is None:\n                continue"),
+        (_s3_open, "_records", "tuple(found[number] for number in wanted)", "tuple(found[number] for number in sorted(found))"),
+    ],
+    "a fence at a number that was used and deleted counts": [
+        (_s3_open, "_fence", "if await _covered(store, names) < fence else None", ""),
+        (_s3_open, "_load", "covered >= fence or", ""),
+        (_s3_open, "_whole", "return len(wanted)", "return covered >= fence or len(wanted)"),
+    ],
+    "a fence is created at the next number without looking again": [
+        (_s3_open, "_fence", "        return None\n", "        return fence + 1\n"),
+    ],
+    "what comes after the fence is loaded too, and then owned": [
+        (_s3_open, "_load", "covered >= fence or max(listed, default=0) > fence", "covered >= fence"),
+        (_s3_open, "_fence", 'await store.put(names.record(fence), Body.of(b""), metadata, None)', "pass"),
+    ],
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def put_in(changes: list[Change]) -> Iterator[None]:
+    """Replace functions by what they would be with another text."""
+    with contextlib.ExitStack() as stack:
+        sources: dict[tuple[Any, str], str] = {}
+        for owner, name, old, new in changes:
+            source = sources.get((owner, name)) or inspect.getsource(getattr(owner, name))
+            assert source.count(old) == 1, f"{old!r} is in {name} {source.count(old)} times: tell the bug anew"
+            sources[owner, name] = source.replace(old, new)
+        for (owner, name), source in sources.items():
+            module = inspect.getmodule(getattr(owner, name))
+            assert module is not None
+            names: dict[str, Any] = {**vars(module), "UnavailableError": UnavailableError}
+            flags = __future__.annotations.compiler_flag
+            exec(compile(textwrap.dedent(source), f"<{name}, with a bug>", "exec", flags), names)
+            for user in (_s3_client, _s3_open, _s3_outcomes, _s3_session) if owner is module else (owner,):
+                if hasattr(user, name):
+                    stack.enter_context(s3_scenarios.replaced(user, name, names[name]))
+        yield
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("bug", BUGS)
+async def test_bugs_are_caught(bug: str) -> None:
+    """With a bug in the storage, some scenario of the ordinary number fails."""
+    with put_in(BUGS[bug]):
+        outcome = await s3_scenarios.play(range(ORDINARY), Bucket().name, endpoint(), stop=True)
+    assert outcome.problems
