@@ -24,9 +24,13 @@ class Views:
 
     def take(self) -> AsyncIterator[bytes]:
         """A view of the state at this moment, as a snapshot in slices."""
+        return self._slices(self.freeze(), self._state.revision, self._state.now())
+
+    def freeze(self) -> dict[str, Stored]:
+        """A view of the state at this moment, as it is."""
         view = self._state.freeze()
         self._taken.append(view)
-        return self._slices(view, self._state.revision, self._state.now())
+        return view
 
     async def _slices(self, view: dict[str, Stored], revision: int, time: int) -> AsyncIterator[bytes]:
         last, own = b"", self._state.borrowed
