@@ -38,6 +38,9 @@ BEAT_SECONDS = 2.0
 """How often an idle writer looks after its copy, and says that it lives."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_REST_SECONDS = 0.002
+"""Between two steps: a writer that flushes all the time has the loop to itself meanwhile, and more is coalesced."""
+
 _MERGED_AT_ONCE = 1000
 _KEPT_SECONDS = 10.0
 _TOLD_SECONDS = 5.0
@@ -183,6 +186,7 @@ class Mirror:
         if done:
             self.revision = taken.end
             self._counts.steps += 1
+            await asyncio.sleep(_REST_SECONDS)
         else:
             self._pending.put_back(taken)
             await self._recognise(session)

@@ -29,8 +29,8 @@ FORMAT = 1
 HEAD = RESERVED
 """The field that says whose the hash is. No key can have its name."""
 
-_MOST_KEYS = 250
-_MOST_BYTES = 64 * 1024
+_MOST_KEYS = 100
+_MOST_BYTES = 32 * 1024
 
 
 class Keys:

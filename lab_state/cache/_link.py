@@ -8,6 +8,7 @@ No message of redis-py's is passed on: an answer may quote what it was sent.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -60,10 +61,11 @@ class Dialer:
             ) from None
         self._make: Any = pool.connection_class
         given: dict[str, Any] = pool.connection_kwargs
+        # One timeout for all the answers of a round trip; redis-py would set one for each.
+        self._timeout: float = given.get("socket_timeout") or _TIMEOUT
         self._options: dict[str, Any] = {
-            "socket_timeout": _TIMEOUT,
-            "socket_connect_timeout": _TIMEOUT,
             **given,
+            "socket_timeout": None,
             "decode_responses": False,
             "protocol": 2,
         }
@@ -77,17 +79,18 @@ class Dialer:
             else "Redis by Sentinel"
         )
 
-    async def connect(self, *, patient: bool = False) -> Link:
-        """A new connection; `patient`: its answers may take any time.
+    async def connect(self) -> Link:
+        """A new connection.
 
         Raises:
             StorageError: There is none to be had.
         """
-        connection = self._make(**{**self._options, **({"socket_timeout": None} if patient else {})})
-        link = Link(connection, self.path)
+        connection = self._make(**self._options)
+        link = Link(connection, self.path, self._timeout)
         with link.translated():
             try:
-                await connection.connect()
+                async with asyncio.timeout(self._timeout):
+                    await connection.connect()
             except BaseException:
                 await connection.disconnect(nowait=True)
                 raise
@@ -97,18 +100,27 @@ class Dialer:
 class Link:
     """One connection."""
 
-    def __init__(self, connection: Any, path: str) -> None:
+    def __init__(self, connection: Any, path: str, timeout: float) -> None:
+        """`timeout`: how long the answers of one round trip may take, in seconds."""
         self._connection = connection
         self._path = path
+        self._timeout = timeout
 
     async def send(self, data: bytes) -> None:
         """Send commands."""
         with self.translated():
             self._check_connected()
-            await self._connection.send_packed_command(data, check_health=False)
+            async with asyncio.timeout(self._timeout):
+                await self._connection.send_packed_command(data, check_health=False)
+
+    async def answers(self, count: int) -> list[Any]:
+        """The next answers."""
+        with self.translated():
+            async with asyncio.timeout(self._timeout):
+                return [await self.read() for _ in range(count)]
 
     async def read(self) -> Any:
-        """The next answer; an error that is the answer to a command is returned."""
+        """The next answer, however long it takes; an error that is the answer to a command is returned."""
         with self.translated():
             self._check_connected()
             try:
@@ -119,7 +131,7 @@ class Link:
     async def call(self, *commands: bytes) -> list[Any]:
         """Send commands together; their answers."""
         await self.send(b"".join(commands))
-        return [await self.read() for _ in commands]
+        return await self.answers(len(commands))
 
     async def transaction(self, *commands: bytes) -> list[Any]:
         """The answers of commands that are carried out in one moment."""

@@ -54,7 +54,7 @@ class RedisSource:
 
     async def subscribe(self) -> RedisSubscription:
         """Subscribe on a connection of its own; see `Source.subscribe`."""
-        link = await self._dialer.connect(patient=True)
+        link = await self._dialer.connect()
         try:
             link.good(await link.call(command(b"SUBSCRIBE", self._keys.channel)))
         except BaseException:

@@ -100,12 +100,14 @@ class RedisSession:
             command(b"WATCH", keys.values, keys.expires),
             command(b"HGET", keys.values, _HEAD),
             command(b"HGET", keys.expires, _HEAD),
-            command(b"HLEN", keys.expires),
         ]
+        self._count = command(b"HLEN", keys.expires)
 
     async def look(self) -> Seen:
         """Whose copy it is; see `CacheSession.look`."""
-        await self._link.send(b"".join(self._watch))
+        await self._link.send(b"".join([self._count, *self._watch]))
+        [count] = await self._link.answers(1)
+        self._expiring = not isinstance(count, int) or count > 1
         await self._read_watch()
         seen = self._seen
         if seen.writer == self._writer:
@@ -134,7 +136,7 @@ class RedisSession:
             await self._executed(unanswered.popleft())
         whole = [command(b"HGET", key, _HEAD) for key in there]
         await self._link.send(b"".join([command(b"WATCH", *there), *whole, *self._watch]))
-        _, *found = [await self._link.read() for _ in range(3)]
+        _, *found = await self._link.answers(3)
         await self._read_watch()
         if found != [mark, mark] or self._seen != over:
             await self._link.call(command(b"UNLINK", *there))
@@ -162,11 +164,12 @@ class RedisSession:
         count, told, before = 0, 0, None
         link, clear = self._link, step.cleared
         async for part in slices:
-            commands += self._members(keys.values, keys.expires, part, replace=True)
-            if before is not None and told <= _MOST_TOLD:
-                data = message(step.start, step.end, self._writer, before, clear=clear, more=True)
-                commands.append(command(b"PUBLISH", keys.channel, data))
-                told, clear = told + len(data), False
+            if before is not None:
+                commands += self._members(keys.values, keys.expires, before, replace=True)
+                if told <= _MOST_TOLD:
+                    data = message(step.start, step.end, self._writer, before, clear=clear, more=True)
+                    commands.append(command(b"PUBLISH", keys.channel, data))
+                    told, clear = told + len(data), False
             before = part
             if sum(map(len, commands)) >= _SENT_AT_ONCE:
                 await link.send(b"".join(commands))
@@ -177,8 +180,10 @@ class RedisSession:
             if told <= _MOST_TOLD
             else resync(step.start, step.end, self._writer)
         )
-        mark = {HEAD: head(step.end, self._writer)}
-        commands += [self._hset(keys.values, mark), self._hset(keys.expires, mark)]
+        mark = head(step.end, self._writer)
+        last = before._replace(values={**before.values, HEAD: mark})
+        commands += self._members(keys.values, keys.expires, last, replace=True)
+        commands.append(self._hset(keys.expires, {HEAD: mark}))
         commands.append(command(b"PUBLISH", keys.channel, data))
         return await self._execute(commands, count)
 
@@ -209,14 +214,13 @@ class RedisSession:
 
     async def _executed(self, count: int) -> bool:
         """Read the answers of a transaction of so many commands; False if what it watched was touched."""
-        answers = [await self._link.read() for _ in range(count)]
+        answers = await self._link.answers(count)
         self._link.good(answers)
         self._link.good(answers[-1] or ())
         return answers[-1] is not None
 
     async def _read_watch(self) -> None:
-        _, one, two, count = [await self._link.read() for _ in self._watch]
-        self._expiring = not isinstance(count, int) or count > 1
+        _, one, two = await self._link.answers(len(self._watch))
         for answer in (one, two):
             if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
                 raise self._link.problem(answer)
