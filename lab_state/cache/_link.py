@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import redis
 import redis.exceptions as problems
 from redis.asyncio import ConnectionPool
 
@@ -60,7 +61,8 @@ class Dialer:
                 "not a URL of Redis: it begins with redis://, rediss:// or unix://, and its options are redis-py's"
             ) from None
         self._make: Any = pool.connection_class
-        given: dict[str, Any] = pool.connection_kwargs
+        # Without what redis-py 8 adds for RESP3.
+        given: dict[str, Any] = {k: v for k, v in pool.connection_kwargs.items() if not k.startswith(("maint", "orig"))}
         # One timeout for all the answers of a round trip; redis-py would set one for each.
         self._timeout: float = given.get("socket_timeout") or _TIMEOUT
         self._options: dict[str, Any] = {
@@ -69,6 +71,9 @@ class Dialer:
             "decode_responses": False,
             "protocol": 2,
         }
+        if (driver := getattr(redis, "DriverInfo", None)) is not None and "driver_info" not in given:
+            # Else redis-py asks the file system for its version, at each connection.
+            self._options["driver_info"] = driver(lib_version=redis.__version__)
         self.path: str = (
             f"unix:{given['path']}"
             if "path" in given
