@@ -89,7 +89,7 @@ class Feed:
         work = [self._receive(subscription), self._listen(subscription), self._begin()]
         if self._local is not None:
             self._stale.set()
-            work.append(self._keep_loaded(self._local))
+            work.append(self._keep_loaded(self._local, subscription))
         tasks = {asyncio.ensure_future(each) for each in work}
         try:
             while True:
@@ -164,13 +164,13 @@ class Feed:
 
     # The local copy
 
-    async def _keep_loaded(self, local: Local) -> None:
+    async def _keep_loaded(self, local: Local, subscription: Subscription) -> None:
         pauses = Pauses(self._clock, _FIRST_PAUSE, _LONGEST_PAUSE)
         while True:
             await self._stale.wait()
             self._stale.clear()
             try:
-                loaded = await self._load(local)
+                loaded = await self._load(local, subscription)
             except StorageError:  # who reads is told
                 loaded = False
             if loaded:
@@ -180,16 +180,15 @@ class Feed:
                 self._stale.set()
                 await self._sleep(pauses.begin())
 
-    async def _load(self, local: Local) -> bool:
+    async def _load(self, local: Local, subscription: Subscription) -> bool:
         local.begin()
         if local.read_from(await self._head()):
             async for found in self._source.scan():
                 local.add(found)
                 await asyncio.sleep(0)
         last = await self._head()
-        while (arrived := local.arrive(last)) is None:
-            await asyncio.shield(self._moved)
-        return arrived
+        await subscription.ping()  # and so what was told before the second head has come
+        return local.arrive(last)
 
     async def _sleep(self, seconds: float) -> None:
         woken = asyncio.get_running_loop().create_future()

@@ -3,7 +3,8 @@
 Theory of operation. Messages are kept from the moment of subscribing. Then the head is
 noted, everything is read in steps, and the head is noted again. What was read may be of
 any revision between the two; but the messages from the first head on say every key that
-changed since, and lead to one revision exactly, at or above the second head. From then
+changed since, and lead to one revision exactly, at or above the second head. A ping on the subscription, after the
+second head, makes sure that they are all there. From then
 on each message leads to the next. One that does not begin where the copy is means that
 something was lost, and then nothing is shown until it is loaded again.
 """
@@ -77,17 +78,19 @@ class Local:
                 value = entries[key]
                 entries[key] = Expiring(value.value if isinstance(value, Expiring) else value, int(at))
 
-    def arrive(self, last: Head) -> bool | None:
-        """After the second head: True when the copy may be read, `None` to wait for more, False to begin anew."""
-        kept, self._kept = self._kept, []
-        if kept is None or self.head is None or last.writer != self.head.writer:
+    def arrive(self, last: Head) -> bool:
+        """After the second head, and every message up to it: whether the copy may be read; if not, begin anew.
+
+        A fill meanwhile, even at the same revision, may mean that what was read was half of something.
+        """
+        kept, self._kept = self._kept, None
+        if kept is None or self.head is None or any(step[-1].resync for step in kept):
             return False
-        for step in kept:
-            if step[-1].end > self.head.revision and not self._apply(step):
-                return False
-        if self.head.revision < last.revision:
-            return None
-        self.fresh, self.shown, self._kept = True, self._entries, None
+        if not all(self._apply(step) for step in kept if step[-1].end > self.head.revision):
+            return False
+        if last.writer != self.head.writer or last.revision > self.head.revision:
+            return False
+        self.fresh, self.shown = True, self._entries
         return True
 
     def _apply(self, step: Sequence[Message]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ class RedisSubscription:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._pong = asyncio.Event()
+        self._pings: deque[asyncio.Future[None]] = deque()
 
     async def receive(self) -> bytes:
         """The next message; see `Subscription.receive`."""
@@ -104,15 +105,18 @@ class RedisSubscription:
             if answer[0] == b"message":
                 data: bytes = answer[2]
                 return data
-            self._pong.set()
+            pong = self._pings.popleft()
+            if not pong.done():
+                pong.set_result(None)
 
     async def ping(self) -> None:
         """Ask, and wait for the answer; see `Subscription.ping`."""
-        self._pong.clear()
+        pong = asyncio.get_running_loop().create_future()
+        self._pings.append(pong)
         await self._link.send(command(b"PING"))
         try:
             async with asyncio.timeout(_PING_SECONDS):
-                await self._pong.wait()
+                await pong
         except TimeoutError:
             raise UnavailableError("the subscription does not answer") from None
 

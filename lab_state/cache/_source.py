@@ -35,7 +35,10 @@ class Subscription(Protocol):
         ...
 
     async def ping(self) -> None:
-        """Make sure that the subscription is not lost; returns when `receive`, which is under way, was answered.
+        """Make sure that the subscription is not lost.
+
+        Returns when `receive`, which somebody goes on calling, has given every message that
+        was sent before the call.
 
         Raises:
             StorageError: It is lost.

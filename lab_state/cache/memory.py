@@ -151,19 +151,23 @@ class MemorySubscription:
     """Follows a copy; see `Subscription`."""
 
     def __init__(self, place: Place) -> None:
-        self.queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.queue: asyncio.Queue[bytes | asyncio.Event | None] = asyncio.Queue()
         self._place = place
         place.followers[self] = None
 
     async def receive(self) -> bytes:
         """The next message; see `Subscription.receive`."""
-        data = await self.queue.get()
+        while isinstance(data := await self.queue.get(), asyncio.Event):
+            data.set()
         if data is None:
             raise UnavailableError("the subscription was cut")
         return data
 
     async def ping(self) -> None:
-        """Nothing lies between."""
+        """Wait for what is in the queue; see `Subscription.ping`."""
+        pong = asyncio.Event()
+        self.queue.put_nowait(pong)
+        await pong.wait()
 
     def cut(self) -> None:
         """Lose the connection; for tests."""
