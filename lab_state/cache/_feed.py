@@ -34,6 +34,7 @@ class Feed:
     Attributes:
         revision: The last one that was told of, while the subscription is whole; else -1.
         watchers: Who is told which keys have changed.
+        moved: Set when something is heard after this was asked for; ask anew each time.
     """
 
     def __init__(self, source: Source, local: Local | None, clock: Clock, head: Callable[[], Awaitable[Head]]) -> None:
@@ -47,15 +48,11 @@ class Feed:
         self._parts: list[Message] = []
         self._heard = clock.monotonic()
         self._stale = asyncio.Event()
-        self._moved: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._filled = asyncio.Event()
+        self.moved: asyncio.Event = asyncio.Event()
         self._pauses = Pauses(clock, _FIRST_PAUSE, _LONGEST_PAUSE)
         self._told = False  # that the subscription is lost
         self._task = asyncio.create_task(self._run(), name="lab_state reader")
-
-    @property
-    def moved(self) -> asyncio.Future[None]:
-        """Done when something was heard after this was asked for. To be waited for, never cancelled."""
-        return self._moved
 
     async def aclose(self) -> None:
         """The end: who watches is told the rest, and that it is over."""
@@ -135,6 +132,8 @@ class Feed:
     def _step(self, step: list[Message]) -> None:
         last = step[-1]
         self.revision = last.end
+        if last.resync:
+            self._filled.set()
         if self._local is not None and not self._local.tell(step):
             self._local.lose()
             self._stale.set()
@@ -148,9 +147,8 @@ class Feed:
         self._notify()
 
     def _notify(self) -> None:
-        moved, self._moved = self._moved, asyncio.get_running_loop().create_future()
-        if not moved.done():
-            moved.set_result(None)
+        self.moved.set()
+        self.moved = asyncio.Event()
 
     async def _listen(self, subscription: Subscription) -> None:
         """Ask a subscription that is silent; a writer may have died, but then nothing has changed either."""
@@ -169,6 +167,7 @@ class Feed:
         while True:
             await self._stale.wait()
             self._stale.clear()
+            self._filled.clear()
             try:
                 loaded = await self._load(local, subscription)
             except StorageError:  # who reads is told
@@ -178,7 +177,7 @@ class Feed:
                 self._notify()
             else:
                 self._stale.set()
-                await self._sleep(pauses.begin())
+                await either(self._filled, self._clock, pauses.begin())
 
     async def _load(self, local: Local, subscription: Subscription) -> bool:
         local.begin()
@@ -191,9 +190,17 @@ class Feed:
         return local.arrive(last)
 
     async def _sleep(self, seconds: float) -> None:
-        woken = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_later(seconds, resolver(woken))
-        try:
-            await woken
-        finally:
-            timer.cancel()
+        await either(asyncio.Event(), self._clock, seconds)
+
+
+async def either(event: asyncio.Event, clock: Clock, seconds: float) -> bool:
+    """Wait for an event, so many seconds at most; returns whether it came."""
+    over = asyncio.get_running_loop().create_future()
+    timer = clock.call_later(seconds, resolver(over))
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({waiting, over}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        timer.cancel()
+        waiting.cancel()
+    return event.is_set()

