@@ -29,7 +29,7 @@ FORMAT = 1
 HEAD = RESERVED
 """The field that says whose the hash is. No key can have its name."""
 
-_MOST_KEYS = 100
+_MOST_KEYS = 50
 _MOST_BYTES = 32 * 1024
 
 

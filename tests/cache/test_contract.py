@@ -148,7 +148,9 @@ async def test_those_who_follow_are_told(cache: Any, until: Any) -> None:
         session = await filled(cache)
         await reader.wait_revision(5)
         await until(lambda: reader._local.fresh)
-        assert await session.apply(Step(5, 6, cleared=False), parts(values(c=b"{}"), Slice({"d": b"1"}, {"d": 1}, ["a"])))
+        assert await session.apply(
+            Step(5, 6, cleared=False), parts(values(c=b"{}"), Slice({"d": b"1"}, {"d": 1}, ["a"]))
+        )
         await reader.wait_revision(6)
         assert await reader.get_all() == {"b": "x", "c": {}}
         assert await session.apply(Step(6, 7, cleared=True), parts(values(e=b"null")))

@@ -170,7 +170,9 @@ class Troubles:
         self._proxy.delay = 0.0
 
 
-async def one_round(cycle: int, dice: random.Random, witness: Witness, writers: Zygote, troubles: Troubles, reader: Reader, url: str) -> bool:
+async def one_round(
+    cycle: int, dice: random.Random, witness: Witness, writers: Zygote, troubles: Troubles, reader: Reader, url: str
+) -> bool:
     """A writer's life, with troubles; returns whether it came to rest before it was killed."""
     rests = dice.random() < 0.6
     writers.bear(cycle, dice.choice((3, 30, 100)), url)
@@ -222,7 +224,11 @@ async def test_nobody_reads_what_is_not_durable(tmp_path: Path, own_redis: Any, 
     cache = RedisCache(proxy.url)
     troubles = Troubles(dice, redis, proxy)
     rests = 0
-    async with zygote(directory) as writers, cache.reader(worker.NAME) as one, cache.reader(worker.NAME, local=True) as two:
+    async with (
+        zygote(directory) as writers,
+        cache.reader(worker.NAME) as one,
+        cache.reader(worker.NAME, local=True) as two,
+    ):
         readers = [asyncio.create_task(watch(reader, witness)) for reader in (one, two)]
         for cycle in range(1, ROUNDS + 1):
             if dice.random() < 0.2:  # both are killed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import re
 import shutil
@@ -34,6 +35,10 @@ async def test_the_page_runs(redis_server: Any, tmp_path: Path, monkeypatch: pyt
     await _import_runner().run(PAGE)
 
 
+def output(command: str) -> str:
+    return subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+
+
 async def test_redis_cli_reads_it(redis_server: Any, until: Any) -> None:
     """The page's commands give what it says."""
     beside = Path(redis_server.executable).with_name("redis-cli")
@@ -48,7 +53,7 @@ async def test_redis_cli_reads_it(redis_server: Any, until: Any) -> None:
         said = []
         for line in commands[1].splitlines():
             command = line.replace("redis-cli", f"{cli} -p {redis_server.port}")
-            said.append(subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout)
+            said.append(await asyncio.to_thread(output, command))
     assert said[0] == '{"state":"waiting"}\n'
     assert said[1].startswith('{"format":1,"revision":1,"writer":"')
     assert said[2].splitlines()[0] == said[1].splitlines()[0]

@@ -25,7 +25,7 @@ import zlib
 from typing import Any
 
 import msgspec
-import redis.asyncio  # so that no child has to
+import redis.asyncio  # noqa: F401 -- so that no child has to
 
 from lab_state import Config, FileStorage, Manager, RedisCache
 
