@@ -215,10 +215,10 @@ class Flusher:
             FencedError: Somebody does.
             StorageError: The commit failed.
         """
-        if self._must_wait(-1, even_durable=True):
-            self._wanted = self._begun + 1
-            self._wake_up()
-            await self._confirming.wait(self._confirming.next, self._wanted)
+        self._must_wait(-1, even_durable=True)
+        self._wanted = self._begun + 1
+        self._wake_up()
+        await self._confirming.wait(self._confirming.next, self._wanted)
 
     @property
     def fenced(self) -> bool:

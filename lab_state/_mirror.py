@@ -76,15 +76,13 @@ class Mirror:
         self._is_owner = True  # the storage has just said so
         self._idle = False  # nothing was brought since the last beat
         self._stopping = False
-        self._timer: Timer | None = None
-        self._task: asyncio.Task[None] | None = None
 
     def begin(self, flusher: Flusher) -> None:
         """Bring the state of this flusher."""
         self._flusher = flusher
-        self._task = asyncio.create_task(self._run(), name=f"lab_state {self._name} mirror")
-        self._wake.set()
         self._arm()
+        self._wake.set()
+        self._task = asyncio.create_task(self._run(), name=f"lab_state {self._name} mirror")
 
     def committed(self, taken: Changes) -> None:
         """These changes are durable."""
@@ -95,10 +93,9 @@ class Mirror:
     async def stop(self) -> None:
         """Bring what is left, for a second at most; what was not brought is by the next start."""
         self._stopping = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         task = self._task
-        if task is None or task.get_loop() is not asyncio.get_running_loop():
+        if task.get_loop() is not asyncio.get_running_loop():
             return  # its loop was closed over it
         self._wake.set()
         over = asyncio.get_running_loop().create_future()
@@ -120,8 +117,7 @@ class Mirror:
                 while self._may_try and await self._attempt():
                     pass
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            self._timer.cancel()
             self.up = False
             await self._close()
 
@@ -249,9 +245,7 @@ class Mirror:
             )
         self.up, self.last_error = False, error
         await self._close()
-        pause = self._pauses.begin()
-        if not self._stopping:
-            self._clock.call_later(pause, self._wake.set)
+        self._clock.call_later(self._pauses.begin(), self._wake.set)
 
     def _back(self) -> None:
         self._pauses.end()
@@ -268,7 +262,7 @@ class Mirror:
     # Beats
 
     def _arm(self) -> None:
-        self._timer = self._clock.call_later(BEAT_SECONDS, self._beat)
+        self._timer: Timer = self._clock.call_later(BEAT_SECONDS, self._beat)
 
     def _beat(self) -> None:
         self._arm()

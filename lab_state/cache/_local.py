@@ -38,6 +38,7 @@ class Local:
         self.fresh: bool = False
         self.head: Head | None = None
         self._entries: dict[str, Stored] = {}
+        self._whole = False  # whether that is all there is at `head`; no load that broke off left it so
         self._kept: list[Sequence[Message]] | None = None
 
     def lose(self) -> None:
@@ -63,9 +64,9 @@ class Local:
 
     def read_from(self, head: Head) -> bool:
         """The first head; False if nothing need be read: the copy is at it already."""
-        if head == self.head:
+        if self._whole and head == self.head:
             return False
-        self.head, self._entries = head, {}
+        self.head, self._entries, self._whole = head, {}, False
         return True
 
     def add(self, found: Found) -> None:
@@ -90,7 +91,7 @@ class Local:
             return False
         if last.writer != self.head.writer or last.revision > self.head.revision:
             return False
-        self.fresh, self.shown = True, self._entries
+        self.fresh, self.shown, self._whole = True, self._entries, True
         return True
 
     def _apply(self, step: Sequence[Message]) -> bool:

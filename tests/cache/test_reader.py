@@ -387,6 +387,22 @@ def test_more_messages_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not local.arrive(head)
 
 
+def test_a_load_that_broke_off() -> None:
+    """What was read in part is not taken for the whole when the copy is still where it was."""
+    from lab_state.cache._format import Head  # noqa: PLC0415
+
+    local, head = Local(), Head(1, 5, "w")
+    for _ in range(2):
+        local.begin()
+        assert local.read_from(head)
+    local.add(Found(None, None, {"a": b"1"}, {}))
+    assert local.arrive(head)
+    local.begin()
+    assert not local.read_from(head)
+    assert local.arrive(head)
+    assert local.shown == {"a": 1}
+
+
 @pytest.mark.parametrize(
     ("told", "last", "good"),
     [

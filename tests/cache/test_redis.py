@@ -159,6 +159,12 @@ async def test_more_readers_than_connections_are_kept(redis_server: Any, monkeyp
         assert len(reader._source._free) == 2  # type: ignore[attr-defined]
 
 
+async def test_an_older_redis_py(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before redis-py 7 there was nothing to say about the driver."""
+    monkeypatch.delattr("redis.DriverInfo")
+    assert "driver_info" not in RedisCache(redis_server.url)._dialer._options
+
+
 # Failures
 
 
@@ -349,3 +355,37 @@ async def test_old_connections_of_a_reader(own_redis: Any) -> None:
         redis.kill()
         with pytest.raises(UnavailableError, match=f"127.0.0.1:{redis.port}: ConnectionError"):
             await reader.get("a")
+
+
+async def test_a_session_after_its_connection(redis_server: Any) -> None:
+    """A session never connects anew by itself: it would forget what it watched."""
+    session = await RedisCache(redis_server.url).open("name", "one")
+    await session.aclose()
+    with pytest.raises(UnavailableError, match="the connection was lost"):
+        await session.look()
+
+
+async def test_a_user_who_may_not_look(own_redis: Any) -> None:
+    """Whoever may not read or subscribe is told so."""
+    redis = own_redis()
+    redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all", "-hget", "-subscribe")
+    cache = RedisCache(f"redis://poor:word@127.0.0.1:{redis.port}")
+    session = await cache.open("name", "one")
+    with pytest.raises(UnsupportedError, match="NoPermissionError"):
+        await session.look()
+    await session.aclose()
+    with pytest.raises(UnsupportedError, match="NoPermissionError"):
+        await cache.reader("name")._source.subscribe()
+
+
+async def test_an_answer_that_nobody_waits_for(redis_server: Any) -> None:
+    """A ping whose caller has gone is answered all the same."""
+    subscription = await RedisCache(redis_server.url).reader("name")._source.subscribe()
+    receiving = asyncio.create_task(subscription.receive())
+    pinging = asyncio.create_task(subscription.ping())
+    await asyncio.sleep(0)
+    pinging.cancel()
+    await subscription.ping()
+    redis_server.call("PUBLISH", "lab_state:{name}:changes", "x")
+    assert await receiving == b"x"
+    await subscription.aclose()
