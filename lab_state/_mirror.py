@@ -31,7 +31,7 @@ from lab_state._state import Changes
 from lab_state._views import Views
 from lab_state.cache._format import slices
 from lab_state.cache._protocol import Cache, CacheSession, Slice, Step
-from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
+from lab_state.exceptions import FencedError, StorageError, UnavailableError
 
 STOP_SECONDS = 1.0
 BEAT_SECONDS = 2.0
@@ -256,7 +256,7 @@ class Mirror:
     async def _close(self) -> None:
         session, self._session = self._session, None
         if session is not None:
-            with contextlib.suppress(LabStateError):
+            with contextlib.suppress(Exception):  # as little as anything else may end the mirror
                 await session.aclose()
 
     # Beats

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import lab_state
+import lab_state.cache
 import lab_state.exceptions
 import lab_state.storage
 
@@ -112,7 +113,7 @@ def run(code: str) -> Any:
 # Names
 
 
-@pytest.mark.parametrize("module", [lab_state, lab_state.storage], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [lab_state, lab_state.cache, lab_state.storage], ids=lambda module: module.__name__)
 def test_all_names_are_exported(module: ModuleType) -> None:
     """`__all__` has every public name, once, and nothing else."""
     public = {

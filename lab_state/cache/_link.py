@@ -9,6 +9,7 @@ No message of redis-py's is passed on: an answer may quote what it was sent.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -97,7 +98,7 @@ class Dialer:
                 async with asyncio.timeout(self._timeout):
                     await connection.connect()
             except BaseException:
-                await connection.disconnect(nowait=True)
+                await link.aclose()
                 raise
         return link
 
@@ -158,7 +159,8 @@ class Link:
 
     async def aclose(self) -> None:
         """End the connection, whatever is under way."""
-        await self._connection.disconnect(nowait=True)
+        with contextlib.suppress(Exception):  # it ends either way
+            await self._connection.disconnect(nowait=True)
 
     def _check_connected(self) -> None:
         if not self._connection.is_connected:  # redis-py would connect anew, and forget what it watched

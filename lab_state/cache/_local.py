@@ -31,12 +31,14 @@ class Local:
         shown: What may be read; empty while it is not known to be all there is.
         fresh: Whether it is.
         head: Whose copy it is, and at which revision; `None` before the first load.
+        highest: The highest revision that could be read here.
     """
 
     def __init__(self) -> None:
         self.shown: dict[str, Stored] = {}
         self.fresh: bool = False
         self.head: Head | None = None
+        self.highest: int = 0
         self._entries: dict[str, Stored] = {}
         self._whole = False  # whether that is all there is at `head`; no load that broke off left it so
         self._kept: list[Sequence[Message]] | None = None
@@ -92,6 +94,7 @@ class Local:
         if last.writer != self.head.writer or last.revision > self.head.revision:
             return False
         self.fresh, self.shown, self._whole = True, self._entries, True
+        self.highest = max(self.highest, self.head.revision)
         return True
 
     def _apply(self, step: Sequence[Message]) -> bool:
@@ -106,6 +109,8 @@ class Local:
         for message in step:
             self._change(message)
         self.head = Head(head.format, end.end, head.writer)
+        if self.fresh:
+            self.highest = end.end
         return True
 
     def _change(self, message: Message) -> None:

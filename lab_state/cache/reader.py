@@ -84,6 +84,7 @@ class Reader:
         """Let go of all connections; who watches is told that it is over. Idempotent."""
         feed, self._feed = self._feed, None
         self._local.lose()
+        self._seen = self._floor
         if feed is not None:
             await feed.aclose()
         await self._source.aclose()
@@ -178,7 +179,7 @@ class Reader:
             UnavailableError: See the class.
         """
         if self._local.fresh:
-            return self._note_local()
+            return self._local.highest
         return (await self._head()).revision
 
     async def wait_revision(self, revision: int, timeout: float = 5.0) -> None:  # noqa: ASYNC109 -- told as a StorageError
@@ -246,10 +247,9 @@ class Reader:
         """Those of the keys that are there; they may have expired."""
         _ = self._open
         if self._local.fresh:
-            self._note_local()
             entries = self._local.shown
             return {key: entries[key] for key in keys if key in entries}
-        seen = self._seen
+        seen = self._floor
         found = await self._source.fetch(keys)
         self._check(found, seen)
         return _stored(found)
@@ -258,22 +258,20 @@ class Reader:
         _ = self._open
         prefix = _checked(prefix)
         if self._local.fresh:
-            self._note_local()
             return {key: value for key, value in self._local.shown.items() if key.startswith(prefix)}
-        seen = self._seen
+        seen = self._floor
         found = await self._source.fetch_all()
         self._check(found, seen)
         return {key: value for key, value in _stored(found).items() if key.startswith(prefix)}
 
     async def _head(self) -> Head:
-        seen = self._seen
+        seen = self._floor
         return self._check(await self._source.fetch([]), seen)
 
-    def _note_local(self) -> int:
-        head = self._local.head
-        assert head is not None  # what is fresh has one
-        self._seen = max(self._seen, head.revision)
-        return head.revision
+    @property
+    def _floor(self) -> int:
+        """No read that begins now may give a lower revision."""
+        return max(self._seen, self._local.highest)
 
     def _check(self, found: Found, seen: int) -> Head:
         """Whether what was read may be shown; `seen` is what had been seen before."""

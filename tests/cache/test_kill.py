@@ -176,10 +176,11 @@ async def one_round(  # noqa: PLR0917 -- a round has many parts
     """A writer's life, with troubles; returns whether it came to rest before it was killed."""
     rests = dice.random() < 0.6
     writers.bear(cycle, dice.choice((3, 30, 100)), url)
-    deadline = None if rests else time.monotonic() + dice.uniform(0.01, 0.3)
+    life = dice.uniform(0.01, 0.3)
+    deadline: float | None = None
     trouble = asyncio.create_task(troubles.some())
-    pid, rested, dead = 0, False, False
-    while not dead:
+    pid, rested = 0, False
+    while True:
         try:
             async with asyncio.timeout(None if deadline is None else max(0, deadline - time.monotonic())):
                 word, *rest = await writers.words()
@@ -188,7 +189,7 @@ async def one_round(  # noqa: PLR0917 -- a round has many parts
             os.kill(pid, signal.SIGKILL)
             continue
         if word == "PID":
-            pid = int(rest[0])
+            pid, deadline = int(rest[0]), None if rests else time.monotonic() + life
         elif word == "AT":
             witness.found(cycle, int(rest[0]), rest[1])
         elif word == "TRY":
@@ -197,15 +198,14 @@ async def one_round(  # noqa: PLR0917 -- a round has many parts
             witness.acknowledged = int(rest[0])
         elif word == "DEAD":
             assert int(rest[0]) == -signal.SIGKILL, "the writer died of something else; see its standard error"
-            dead = True
-        elif deadline is None and not rested and rests:
+            await trouble
+            return rested
+        elif word == "REST" and rests:
             await trouble
             await troubles.none()
             await at_rest(reader, int(rest[0]), witness)
             rested = True
             os.kill(pid, signal.SIGKILL)
-    await trouble
-    return rested
 
 
 async def at_rest(reader: Reader, revision: int, witness: Witness) -> None:

@@ -156,6 +156,25 @@ async def test_a_reader_never_goes_back(until: Any) -> None:
         assert await reader.get("a") == 2
 
 
+async def test_a_local_reader_does_not_go_back_either(until: Any) -> None:
+    """What was read from memory counts when Redis, asked instead of it, comes with old data."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache, clock) as state, cache.reader("name", local=True, clock=clock) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: reader._local.fresh)
+        place = cache.places["name"]
+        old = dict(place.values), dict(place.expires)
+        await state.set("a", 2)
+        await until(lambda: reader._local.shown["a"] == 2)
+        assert await reader.get("a") == 2
+        place.values, place.expires = old
+        [subscription] = place.followers
+        subscription.cut()
+        await until(lambda: not reader._local.fresh)
+        with pytest.raises(UnavailableError, match="is at revision 1, and 2 was read before"):
+            await reader.get("a")
+
+
 async def test_a_slow_read_may_be_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read that was under way when another one saw more is not going back."""
     cache = MemoryCache()
@@ -435,3 +454,22 @@ def test_types() -> None:
     """A reader is what `reader()` gives."""
     assert isinstance(MemoryCache().reader("name"), Reader)
     assert repr(MemoryCache()) == "<MemoryCache []>"
+
+
+async def test_an_outage_is_told_once(
+    caplog: pytest.LogCaptureFixture, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that fails to subscribe again and again says so once."""
+    clock, reader, tried = ManualClock(), MemoryCache().reader("name", clock=None), [0]
+    reader._clock = clock
+
+    async def subscribe() -> Any:
+        tried[0] += 1
+        raise UnavailableError("gone")
+
+    monkeypatch.setattr(reader._source, "subscribe", subscribe)
+    async with reader:
+        for number in range(1, 4):
+            await until(lambda number=number: tried[0] == number)
+            clock.advance(5)
+    assert [record.message[:25] for record in caplog.records] == ["a reader does not hear of"]
