@@ -141,11 +141,9 @@ class Mirror:
             problem.__cause__ = error
             await self._failed(problem)
             return False
-        if self.revision is None:
-            return True
-        if not self.up:
+        if self.revision is not None and not self.up:
             self._back()
-        return bool(self._pending) or self._pending.overflowed
+        return self.revision is None or bool(self._pending) or self._pending.overflowed
 
     async def _act(self) -> None:
         if self._session is None:
@@ -204,10 +202,11 @@ class Mirror:
         finally:
             await parts.aclose()
             await views.fold()
-        if done:
-            self.revision = revision
-            self._counts.fills += 1
         self._tried = None
+        if not done:
+            raise UnavailableError("the copy was changed by somebody else while it was filled")
+        self.revision = revision
+        self._counts.fills += 1
 
     async def _whole(self, views: Views, revision: int) -> AsyncGenerator[Slice]:
         """A view of the state, in parts; the last one comes when all of it is durable."""

@@ -101,12 +101,14 @@ class RedisSession:
             command(b"HGET", keys.values, _HEAD),
             command(b"HGET", keys.expires, _HEAD),
         ]
+        self._unwatch = command(b"UNWATCH")
         self._count = command(b"HLEN", keys.expires)
 
     async def look(self) -> Seen:
         """Whose copy it is; see `CacheSession.look`."""
-        await self._link.send(b"".join([self._count, *self._watch]))
-        [count] = await self._link.answers(1)
+        # What was watched before may have been touched, and would be held against the next step.
+        await self._link.send(b"".join([self._unwatch, self._count, *self._watch]))
+        _, count = await self._link.answers(2)
         self._expiring = not isinstance(count, int) or count > 1
         await self._read_watch()
         seen = self._seen
@@ -123,6 +125,7 @@ class RedisSession:
         # Written once: if it is not there in the end, Redis has forgotten a part in the middle.
         marks = [self._hset(key, {HEAD: mark}) for key in there]
         keep = [command(b"EXPIRE", key, b"%d" % _FILL_SECONDS) for key in there]
+        await self._link.call(self._unwatch)  # what is written beside the copy depends on nothing
         unanswered: deque[int] = deque()
         async for part in slices:
             # In one moment, so that nothing is ever there without a time to live, whatever is cut.
@@ -139,7 +142,7 @@ class RedisSession:
         _, *found = await self._link.answers(3)
         await self._read_watch()
         if found != [mark, mark] or self._seen != over:
-            await self._link.call(command(b"UNLINK", *there))
+            await self._link.call(self._unwatch, command(b"UNLINK", *there))
             return False
         return await self._execute(
             [

@@ -375,6 +375,27 @@ async def test_a_confirmation_that_fails(faulty: FaultyCache, clock: ManualClock
         await until(lambda: faulty.revision == 0)
 
 
+async def test_a_fill_that_is_not_made(
+    faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is changed while it is filled is filled again, after a pause."""
+    hold = lab_state._mirror.slices
+
+    def disturbed(items: Any) -> Any:
+        monkeypatch.setattr(lab_state._mirror, "slices", hold)
+        place = faulty.inner.places["name"]
+        place.values["$lab_state"] = place.expires["$lab_state"] = b'{"format":1,"revision":1,"writer":"x"}'
+        return hold(items)
+
+    monkeypatch.setattr(lab_state._mirror, "slices", disturbed)
+    async with manager(faulty, clock) as state:
+        await until(lambda: state.status().mirror_error is not None)
+        assert state.status().mirror_error == "the copy was changed by somebody else while it was filled"
+        assert faulty.calls.count("fill") == 1
+        clock.advance(1)
+        await until(lambda: state.status().mirror_up)
+
+
 # The end
 
 

@@ -131,8 +131,12 @@ async def test_a_fill_that_redis_forgot_in_the_middle(redis_server: Any) -> None
         await asyncio.to_thread(redis_server.call, "FLUSHALL")
         yield Slice({"b": b"1"}, {}, [])
 
+    async def quick() -> Any:
+        yield Slice({"a": b"1"}, {}, [])
+
     assert not await session.fill(1, slow(), Seen(None, 0))
     assert redis_server.call("KEYS", "*") == []
+    assert await session.fill(1, quick(), await session.look())  # and nothing of that is held against the next
     await session.aclose()
 
 
