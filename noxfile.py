@@ -91,6 +91,19 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def cache(session: nox.Session) -> None:
+    """SIGKILL of the writer, of Redis and of both, with a network that cuts and delays: 200 seeded rounds."""
+    session.install(".", *_group("test"))
+    session.run(
+        "pytest",
+        "-s",
+        "tests/cache/test_kill.py",
+        *session.posargs,
+        env={**WHEEL_ONLY, "LAB_STATE_CACHE_ROUNDS": "200"},
+    )
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """A real application, killed in the middle: nothing that it acknowledged is lost. Under 30 s."""
     session.install("-q", ".", *_group("demo"))

@@ -6,6 +6,7 @@ from lab_state._clock import Clock, Timer
 from lab_state._metrics import Metrics
 from lab_state._watch import Change
 from lab_state.blocking import Blocking
+from lab_state.cache import Cache, CacheSession, MemoryCache, Reader, RedisCache
 from lab_state.config import Config
 from lab_state.exceptions import (
     ClosedError,
@@ -48,6 +49,12 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Storage",
     "StorageSession",
     "copy_state",
+    # what others read
+    "Cache",
+    "CacheSession",
+    "MemoryCache",
+    "Reader",
+    "RedisCache",
     # errors
     "ClosedError",
     "CorruptionError",

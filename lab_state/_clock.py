@@ -48,6 +48,11 @@ class SystemClock:
         return asyncio.get_running_loop().call_later(delay, callback)
 
 
+def resolver(future: asyncio.Future[None]) -> Callable[[], None]:
+    """Sets the result of a future that nobody may have cancelled."""
+    return lambda: None if future.done() else future.set_result(None)
+
+
 class Pauses:
     """Growing pauses between attempts that fail.
 

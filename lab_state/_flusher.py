@@ -23,7 +23,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-from lab_state._clock import Clock, Pauses, Timer
+from lab_state._clock import Clock, Pauses, Timer, resolver
 from lab_state._codec import encode_record
 from lab_state._metrics import FlushTimes
 from lab_state._state import DELETED, Changes, State
@@ -80,6 +80,8 @@ class Flusher:
         self._clock = clock
         self._logger = logger
         self._waiters = Waiters()
+        self._confirming = Waiters()
+        self._begun = self._wanted = 0  # commits: how many, and up to which one somebody wants
         self._under_way: Changes | None = None
         self._due = False  # a background flush is
         longest = max(self._interval or 0.0, _LONGEST_PAUSE)
@@ -114,7 +116,7 @@ class Flusher:
         if self._timer is not None:
             self._timer.cancel()
         expired = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_later(timeout, _resolver(expired))
+        timer = self._clock.call_later(timeout, resolver(expired))
         if self._task.done() or self._task.get_loop() is not self._loop:  # its loop was torn down before
             self._begin(self._finish())
         self._wake.set()
@@ -156,7 +158,12 @@ class Flusher:
             self._stop_error = self._stop_error or UnavailableError(f"the last flush of {self._name!r} {what}")
             error = self._stop_error
         self._waiters.settle(self._settled_revision)
+        self._give_up(error)
+
+    def _give_up(self, error: LabStateError) -> None:
+        """Nobody has anything to wait for any more."""
         self._waiters.fail(error, "not durable", everyone=True)
+        self._confirming.fail(error, "not confirmed", everyone=True)
 
     def _abandon(self, timeout: float) -> None:
         """Leave a storage call that hangs to itself; the session is closed when it ends."""
@@ -173,7 +180,7 @@ class Flusher:
             f"stop() ran out of its {timeout} s while the storage was at work: {self.unflushed_keys} changed keys of "
             f"{self._name!r} may not be durable; the state stays locked until the storage answers"
         )
-        self._waiters.fail(self._stop_error, "not durable", everyone=True)
+        self._give_up(self._stop_error)
 
     # Waiting for durability
 
@@ -195,10 +202,33 @@ class Flusher:
         if self._must_wait(revision):
             await self._waiters.wait(self._waiters.patient, revision)
 
-    def _must_wait(self, revision: int) -> bool:
+    async def settled(self, revision: int) -> None:
+        """Return when `revision` is durable; asks for a commit where the background makes them anyway."""
+        await (self.wait_durable if self._interval is None else self.durable)(revision)
+
+    async def confirm(self) -> None:
+        """Return when a commit that began after the call has succeeded: nobody else owns the state.
+
+        It is made even if nothing changed.
+
+        Raises:
+            FencedError: Somebody does.
+            StorageError: The commit failed.
+        """
+        self._must_wait(-1, even_durable=True)
+        self._wanted = self._begun + 1
+        self._wake_up()
+        await self._confirming.wait(self._confirming.next, self._wanted)
+
+    @property
+    def fenced(self) -> bool:
+        """Whether a newer writer owns the state."""
+        return self._fenced is not None
+
+    def _must_wait(self, revision: int, *, even_durable: bool = False) -> bool:
         """Whether a revision is not durable yet; raises if it never will be."""
         self.check_loop()
-        if revision <= self._settled_revision:
+        if revision <= self._settled_revision and not even_durable:
             return False
         if self._fenced is not None:
             raise copied(self._fenced, "not durable")
@@ -229,7 +259,8 @@ class Flusher:
             if (taken := self._under_way) is not None:  # closed over it, without a cancellation
                 self.state.put_back(taken)
                 self._under_way = None
-            self._wake, self._waiters = asyncio.Event(), Waiters()  # who waited for these has ended
+            self._wake = asyncio.Event()  # who waited for these has ended
+            self._waiters, self._confirming = Waiters(), Waiters()
         self.check_loop()
 
     @property
@@ -267,14 +298,9 @@ class Flusher:
         return self._session.journal_bytes
 
     @property
-    def fenced(self) -> bool:
-        """Whether a newer writer owns the state."""
-        return self._fenced is not None
-
-    @property
     def _unflushed(self) -> bool:
         """Whether a commit has anything to do; one under way does not count."""
-        return self._unsettled or self.state.revision > self.state.taken
+        return self._unsettled or self._wanted > self._begun or self.state.revision > self.state.taken
 
     @property
     def _settled_revision(self) -> int:
@@ -292,7 +318,8 @@ class Flusher:
             await self._wake.wait()
             self._wake.clear()
             await self._commit_all()
-            if self._checkpoint_due and self._checkpoint_pauses.over:
+            # While the mirror is filled, a view is out, and another one would be a copy.
+            if self._checkpoint_due and self._checkpoint_pauses.over and not self.state.frozen:
                 self._start_checkpoint()
         await self._finish()
 
@@ -307,6 +334,8 @@ class Flusher:
     async def _commit(self) -> StorageError | None:
         """One commit of all that is unflushed."""
         self._waiters.board()
+        self._begun += 1
+        number = self._begun
         taken = self._under_way = self.state.take()
         views = Views(self.state)
         refused: list[str] = []
@@ -326,6 +355,7 @@ class Flusher:
             self._under_way = None
             self._succeeded(taken.end, self._clock.monotonic() - started)
             taken.changes.update(dict.fromkeys(refused, DELETED))  # as the record says
+            self._confirming.settle(number)
             self._committed(taken)
             self._checkpoint_due = due
             return None
@@ -365,6 +395,7 @@ class Flusher:
         else:
             stay = "not durable yet: the changes stay in memory, and the next flush() tries again"
         self._logger.error("%s: a flush failed; %s: %s", self._name, stay, error)
+        self._confirming.fail(error, stay, everyone=True)
         if isinstance(error, FencedError):
             self._fence(error)
         else:
@@ -377,7 +408,7 @@ class Flusher:
         self._fenced = error
         self._pauses.never_over()
         self._checkpoint_pauses.never_over()
-        self._waiters.fail(error, "not durable", everyone=True)
+        self._give_up(error)
 
     # Timers
 
@@ -441,18 +472,19 @@ class Flusher:
             self._flushed_last = True
             self._stop_error = self._stop_error or error
             if error is not None:
-                self._waiters.fail(error, "not durable", everyone=True)
-            await self._checkpoint_ended()
+                self._give_up(error)
+            await self.checkpoint_ended()
             if error is None and self._records and not self._abandoned:
                 await self._checkpoint(wait=False)
         finally:
-            await self._checkpoint_ended()
+            await self.checkpoint_ended()
             try:
                 await _only_storage_errors(self._session.aclose())
             except StorageError as error:
                 self._logger.warning("%s: letting go of the storage failed: %s", self._name, error)
 
-    async def _checkpoint_ended(self) -> None:
+    async def checkpoint_ended(self) -> None:
+        """Return when no checkpoint is under way."""
         if self._checkpointing is not None:
             await asyncio.wait({self._checkpointing})
 
@@ -468,12 +500,8 @@ class Flusher:
 
     async def _sleep(self, seconds: float) -> None:
         woken = asyncio.get_running_loop().create_future()
-        self._clock.call_later(seconds, _resolver(woken))
+        self._clock.call_later(seconds, resolver(woken))
         await woken
-
-
-def _resolver(future: asyncio.Future[None]) -> Callable[[], None]:
-    return lambda: None if future.done() else future.set_result(None)
 
 
 async def _only_storage_errors(call: Coroutine[Any, Any, Any]) -> Any:

@@ -19,7 +19,9 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
             values stored, and those refused. `get`: only those that failed, since the
             key was missing, without a default, or the value of another type; to count
             the others would cost as much as they do. `delete`: keys deleted.
-            `expire`: keys swept after their time. `flush`: commits, and those that failed.
+            `expire`: keys swept after their time. `flush`: commits, and those that failed. With
+            a cache, `mirror`: steps brought to it, and attempts that failed; `fill`: how often
+            it was filled anew.
         flush_seconds: How long all commits that succeeded took, together.
         flush_buckets: How many of them took up to so many seconds: bound and count,
             each count with those before it; the last bound is infinity.
@@ -41,6 +43,15 @@ class Counters:
         self.expiries: int = 0
         self.get_errors: int = 0
         self.set_errors: int = 0
+
+
+class MirrorCounts:
+    """What was brought to a cache, and how often it failed."""
+
+    def __init__(self) -> None:
+        self.steps: int = 0
+        self.fills: int = 0
+        self.failures: int = 0
 
 
 class FlushTimes:
@@ -67,8 +78,9 @@ class FlushTimes:
         return tuple(zip(_BOUNDS, itertools.accumulate(self._counts), strict=True))
 
 
-def metrics(counters: Counters, flushes: FlushTimes) -> Metrics:
+def metrics(counters: Counters, flushes: FlushTimes, mirror: MirrorCounts | None) -> Metrics:
     """What there is to tell."""
+    mirrored = {} if mirror is None else _mirrored(mirror)
     return Metrics(
         operations={
             ("get", "error"): counters.get_errors,
@@ -78,7 +90,16 @@ def metrics(counters: Counters, flushes: FlushTimes) -> Metrics:
             ("expire", "success"): counters.expiries,
             ("flush", "success"): flushes.successes,
             ("flush", "error"): flushes.failures,
+            **mirrored,
         },
         flush_seconds=flushes.seconds,
         flush_buckets=flushes.buckets,
     )
+
+
+def _mirrored(counts: MirrorCounts) -> dict[tuple[str, str], int]:
+    return {
+        ("mirror", "success"): counts.steps,
+        ("mirror", "error"): counts.failures,
+        ("fill", "success"): counts.fills,
+    }

@@ -382,6 +382,11 @@ class State:
         self.entries = Overlay(view)
         return view
 
+    @property
+    def frozen(self) -> bool:
+        """Whether a view stands still, so that another one would be a copy."""
+        return isinstance(self.entries, Overlay)
+
     def owned(self, view: dict[str, Stored]) -> None:
         """Every value of a view was replaced by one of its own; note it, if that is the view that comes home."""
         if isinstance(self.entries, Overlay) and self.entries.view is view:

@@ -24,12 +24,15 @@ class Views:
 
     def take(self) -> AsyncIterator[bytes]:
         """A view of the state at this moment, as a snapshot in slices."""
+        view, state = self.freeze(), self._state
+        slices = encode_snapshot(view, state.revision, state.now(), own=state.borrowed, wall=state.wall())
+        return self._given(slices, view, state.revision)
+
+    def freeze(self) -> dict[str, Stored]:
+        """A view of the state at this moment, as it is."""
         view = self._state.freeze()
         self._taken.append(view)
-        slices = encode_snapshot(
-            view, self._state.revision, self._state.now(), own=self._state.borrowed, wall=self._state.wall()
-        )
-        return self._given(slices, view, self._state.revision)
+        return view
 
     async def _given(self, slices: Iterator[bytes], view: dict[str, Stored], revision: int) -> AsyncIterator[bytes]:
         last, own = b"", self._state.borrowed

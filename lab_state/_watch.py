@@ -113,7 +113,7 @@ class Watcher:
             self._waiting.set_result(None)
 
 
-class _Group:
+class Group:
     """Watchers by their prefix, and prefixes by their length."""
 
     def __init__(self) -> None:
@@ -158,8 +158,8 @@ class Watchers:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._live = _Group()
-        self._durable = _Group()
+        self._live = Group()
+        self._durable = Group()
         self._turn: dict[str, tuple[Changed, int]] = {}
         self._everything = 0  # the revision at which all was deleted in this turn
         self._queue: deque[tuple[_Group, Iterator[Told] | int]] = deque()

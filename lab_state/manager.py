@@ -13,10 +13,12 @@ from lab_state._clock import Clock, SystemClock
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._core import Core
 from lab_state._flusher import Flusher
-from lab_state._metrics import FlushTimes, Metrics, metrics
-from lab_state._state import State
+from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
+from lab_state._mirror import Mirror
+from lab_state._state import Changes, State
 from lab_state._sweeper import Sweeper
 from lab_state._watch import Watchers
+from lab_state.cache._protocol import Cache
 from lab_state.config import Config
 from lab_state.handles import Scope
 from lab_state.storage._protocol import Storage, StorageSession
@@ -46,6 +48,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         snapshot_bytes: The size of the snapshot.
         journal_bytes: The size of the journal behind it.
         fenced: Whether a newer writer owns the state; nothing is durable any more, stop.
+        mirror_up: Whether the cache answers and is kept up to date; `None` without one.
+        mirror_revision: The revision that it was brought to; `None` while that is not
+            known.
+        mirror_error: What the last attempt failed with, `None` when it succeeded.
     """
 
     phase: Phase
@@ -62,6 +68,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_bytes: int = 0
     journal_bytes: int = 0
     fenced: bool = False
+    mirror_up: bool | None = None
+    mirror_revision: int | None = None
+    mirror_error: str | None = None
 
 
 class Manager(Scope):
@@ -72,11 +81,14 @@ class Manager(Scope):
     """
 
     __slots__ = (
+        "_cache",
         "_clock",
         "_config",
         "_ended",
         "_flusher",
         "_logger",
+        "_mirror",
+        "_mirrored",
         "_phase",
         "_stopping",
         "_storage",
@@ -88,6 +100,7 @@ class Manager(Scope):
         self,
         config: Config | str,
         storage: Storage,
+        cache: Cache | None = None,
         *,
         logger: logging.Logger | None = None,
         clock: Clock | None = None,
@@ -98,6 +111,9 @@ class Manager(Scope):
             config: The settings, or just the name of the state.
             storage: Where the state is kept. One object may serve any number of
                 managers, each with a name of its own.
+            cache: Where a copy is kept that other processes read, such as
+                `RedisCache(url)`. No call ever waits for it or fails because of it; see
+                `status()`.
             logger: Where failures are told; `logging.getLogger("lab_state")` when
                 not given. No value is ever logged.
             clock: For tests; the machine's own when not given.
@@ -111,7 +127,12 @@ class Manager(Scope):
             raise TypeError(f"config must be a Config or a str, the name of the state; not {type(config).__name__}")
         if isinstance(storage, type) or not callable(getattr(storage, "open", None)):
             raise TypeError(f"storage must be an object such as FileStorage('directory'), not {storage!r}")
+        if cache is not None and (isinstance(cache, type) or not callable(getattr(cache, "open", None))):
+            raise TypeError(f"cache must be an object such as RedisCache('redis://host'), not {type(cache).__name__}")
         self._storage = storage
+        self._cache = cache
+        self._mirror: Mirror | None = None
+        self._mirrored = None if cache is None else MirrorCounts()
         self._logger = logging.getLogger("lab_state") if logger is None else logger
         self._clock: Clock = SystemClock() if clock is None else clock
         self._phase: Phase = "new"
@@ -165,11 +186,22 @@ class Manager(Scope):
 
     def _run(self, state: State, session: StorageSession) -> None:
         watchers = Watchers(state)
-        flusher = Flusher(state, session, self._config, self._clock, self._logger, watchers.committed, self._times)
+        committed = watchers.committed
+        if self._cache is not None and self._mirrored is not None:
+            mirror = Mirror(self._config.name, self._cache, self._clock, self._logger, self._mirrored)
+            self._mirror = mirror
+
+            def committed(taken: Changes) -> None:
+                watchers.committed(taken)
+                mirror.committed(taken)
+
+        flusher = Flusher(state, session, self._config, self._clock, self._logger, committed, self._times)
         self._flusher = flusher
         # What expired while nothing ran may be much, and loading is where it may take its time.
         while state.sweep(_SWEPT_AT_START):
             flusher.nudge()
+        if self._mirror is not None:
+            self._mirror.begin(flusher)
         self._sweeper = Sweeper(state, self._clock, lambda: self._core.held is not None, flusher.nudge)
         self._core.open(state, flusher, watchers, self._sweeper.resume)
 
@@ -205,7 +237,8 @@ class Manager(Scope):
 
         Takes `Config.stop_timeout` seconds at most. A flush that fails is tried again
         until then. A storage call that still hangs is left to itself, and the state
-        stays locked until it ends. A second call waits for the first; a call before
+        stays locked until it ends. The cache gets what it has not got yet, for one second
+        more at most. A second call waits for the first; a call before
         `start()` does nothing. Cancelling the caller does not cancel the stop.
 
         Raises:
@@ -229,11 +262,16 @@ class Manager(Scope):
 
     async def _stop(self, flusher: Flusher, watchers: Watchers) -> None:
         try:
-            await flusher.stop(self._config.stop_timeout)
+            try:
+                await flusher.stop(self._config.stop_timeout)
+            finally:
+                if self._mirror is not None:
+                    await self._mirror.stop()
         finally:
             watchers.close()
             self._phase = "stopped"
             self._ended = msgspec.structs.replace(self._status_of(flusher), keys=0)
+            self._mirror = None
             self._flusher = None  # and with it the entries
 
     async def __aenter__(self) -> Self:
@@ -273,9 +311,10 @@ class Manager(Scope):
 
     def metrics(self) -> Metrics:
         """Counts for a monitoring system. Works in every phase, and from any thread."""
-        return metrics(self._core.counted(), self._times)
+        return metrics(self._core.counted(), self._times, self._mirrored)
 
     def _status_of(self, flusher: Flusher) -> Status:
+        mirror = self._mirror
         return Status(
             phase=self._phase,
             keys=len(flusher.state.entries) - len(flusher.state.expired()),
@@ -291,4 +330,7 @@ class Manager(Scope):
             snapshot_bytes=flusher.snapshot_bytes,
             journal_bytes=flusher.journal_bytes,
             fenced=flusher.fenced,
+            mirror_up=None if mirror is None else mirror.up,
+            mirror_revision=None if mirror is None else mirror.revision,
+            mirror_error=None if mirror is None or mirror.last_error is None else str(mirror.last_error),
         )

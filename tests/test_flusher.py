@@ -771,3 +771,53 @@ class TestBrokenPromises:
         assert (manager.durable_revision, commits(storage)) == (1, 2)
         assert memory.places["test"].session is None
         assert not flushing.done()
+
+
+class TestConfirm:
+    """Whether this is still the writer: only a commit that began after the question tells."""
+
+    async def test_a_commit_is_made_even_without_a_change(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """It commits an empty record, which a restart reads over."""
+        async with running(storage, clock, None) as state:
+            await state.set("a", 1)
+            await state.flush()
+            await state._core.running.confirm()
+            assert commits(storage) == 2
+            await state.flush()
+            assert commits(storage) == 2
+        async with running(storage, clock, None) as state:
+            assert await state.get_all() == {"a": 1}
+            assert state.revision == 1
+
+    async def test_one_that_is_under_way_does_not_count(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """A commit that began before the question may have been before somebody else came."""
+        async with running(storage, clock, 0) as state:
+            storage.hang("commit")
+            setting = asyncio.create_task(state.set("a", 1))
+            await until(lambda: commits(storage) == 1)
+            confirming = asyncio.create_task(state._core.running.confirm())
+            await idle()
+            storage.resume()
+            await setting
+            await confirming
+            assert commits(storage) == 2
+
+    @pytest.mark.parametrize("interval", [None, 0, 1.0])
+    async def test_a_failure_is_told(self, storage: FaultyStorage, clock: ManualClock, interval: float | None) -> None:
+        """Whoever asked is told that the commit failed, and may ask again."""
+        async with running(storage, clock, interval) as state:
+            storage.fail("commit")
+            with pytest.raises(UnavailableError):
+                await state._core.running.confirm()
+            clock.advance(1)
+            await state._core.running.confirm()
+            assert not state._core.running.fenced
+
+    async def test_somebody_else_owns_it(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """A fenced writer is told so, now and later."""
+        async with running(storage, clock, None) as state:
+            storage.fail("commit", error=FencedError("a newer writer"), times=2)
+            for _ in range(2):
+                with pytest.raises(FencedError):
+                    await state._core.running.confirm()
+            assert state._core.running.fenced

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import lab_state
+import lab_state.cache
 import lab_state.exceptions
 import lab_state.storage
 
@@ -30,10 +31,12 @@ LAYERS = (
     ("_clock", "_expiry", "_journal", "_metrics", "_waiters"),
     ("_state", "_values"),
     ("_draft", "_sweeper", "_watch", "_codec", "storage", "storage.*"),
-    ("_views",),
+    ("_views", "_pending"),
     ("_flusher",),
     ("_core",),
     ("_reads",),
+    ("cache", "cache.*"),
+    ("_mirror",),
     ("_calls",),
     ("_plain",),
     ("blocking",),
@@ -111,7 +114,7 @@ def run(code: str) -> Any:
 # Names
 
 
-@pytest.mark.parametrize("module", [lab_state, lab_state.storage], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [lab_state, lab_state.cache, lab_state.storage], ids=lambda module: module.__name__)
 def test_all_names_are_exported(module: ModuleType) -> None:
     """`__all__` has every public name, once, and nothing else."""
     public = {

@@ -11,14 +11,18 @@ from pydantic import BaseModel
 
 from lab_state import (
     Blocking,
+    Cache,
     Change,
     Config,
     Entry,
     FileStorage,
     Manager,
+    MemoryCache,
     MemoryStorage,
     Namespace,
+    Reader,
     Recovery,
+    RedisCache,
     Status,
     Storage,
     StorageSession,
@@ -236,6 +240,27 @@ async def life(state: Manager) -> None:
     assert_type(state.revision, int)
     await state.flush()
     await state.wait_durable(5)
+
+
+async def mirror(cache: RedisCache, memory: MemoryCache) -> None:
+    for each in (cache, memory):
+        kept: Cache = each
+        Manager("name", MemoryStorage(), kept)
+    async with cache.reader("name", local=True) as reader:
+        assert_type(reader, Reader)
+        assert_type(await reader.get("key"), Any)
+        assert_type(await reader.get("key", type=User), User)
+        assert_type(await reader.get("key", None, type=Model), Model | None)
+        assert_type(await reader.get("key", 0, type=int), int)
+        assert_type(await reader.get_many(["a"], type=User), dict[str, User])
+        assert_type(await reader.get_all(type=int), dict[str, int])
+        assert_type(await reader.keys("a"), list[str])
+        assert_type(await reader.exists("key"), bool)
+        assert_type(await reader.revision(), int)
+        await reader.wait_revision(5, timeout=1)
+        async with reader.watch("a") as changes:
+            async for change in changes:
+                assert_type(change, Change)
 
 
 async def storages(file: FileStorage, memory: MemoryStorage, faulty: FaultyStorage, clock: ManualClock) -> None:

@@ -1,0 +1,275 @@
+"""The one task that feeds a cache.
+
+Theory of operation. The flusher tells what it has made durable; the task brings it to
+the cache, one step at a time, and what becomes durable meanwhile is merged for the next
+step. A copy that is not this writer's, or not at the revision where this writer left it,
+is replaced in full; the view for that is the state's own, and the copy is put in place
+only when all of the view is durable. So a reader never sees what a crash could take back.
+
+Nobody waits for this task, and nothing that goes wrong here is anybody else's problem:
+it is logged once, shown in `status()`, tried again after growing pauses, and mended.
+
+A copy of another writer is one of an earlier life of this state, or of a newer writer
+that this one does not know of yet. The storage knows: a commit that succeeds says that
+nobody else owns the state, so one is made before the other's copy is replaced. Right
+after the start the storage has just said so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncGenerator
+
+from lab_state._clock import Clock, Pauses, Timer, resolver
+from lab_state._flusher import Flusher
+from lab_state._metrics import MirrorCounts
+from lab_state._pending import Pending
+from lab_state._state import Changes
+from lab_state._views import Views
+from lab_state.cache._format import slices
+from lab_state.cache._protocol import Cache, CacheSession, Slice, Step
+from lab_state.exceptions import FencedError, StorageError, UnavailableError
+
+STOP_SECONDS = 1.0
+BEAT_SECONDS = 2.0
+"""How often an idle writer looks after its copy, and says that it lives."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_REST_SECONDS = 0.002
+"""Between two steps: a writer that flushes all the time has the loop to itself meanwhile, and more is coalesced."""
+
+_MERGED_AT_ONCE = 1000
+_KEPT_SECONDS = 10.0
+_TOLD_SECONDS = 5.0
+_LARGE = 100_000
+
+
+class Mirror:
+    """Keeps the copy of one state, from a start to a stop.
+
+    Attributes:
+        revision: The revision of the copy; `None` while there is none, or it is not
+            known which.
+        up: Whether the last attempt succeeded.
+        last_error: What it failed with.
+    """
+
+    def __init__(self, name: str, cache: Cache, clock: Clock, logger: logging.Logger, counts: MirrorCounts) -> None:
+        """Nothing happens before `begin`; what `committed` is told is kept."""
+        self.revision: int | None = None
+        self.up: bool = False
+        self.last_error: StorageError | None = None
+        self._name = name
+        self._cache = cache
+        self._clock = clock
+        self._logger = logger
+        self._counts = counts
+        self._writer = os.urandom(8).hex()
+        self._pending = Pending()
+        self._wake = asyncio.Event()
+        self._pauses = Pauses(clock, _FIRST_PAUSE, _LONGEST_PAUSE)
+        self._session: CacheSession | None = None
+        self._tried: int | None = None  # the revision of a step whose outcome is unknown
+        self._is_owner = True  # the storage has just said so
+        self._idle = False  # nothing was brought since the last beat
+        self._stopping = False
+
+    def begin(self, flusher: Flusher) -> None:
+        """Bring the state of this flusher."""
+        self._flusher = flusher
+        self._arm()
+        self._wake.set()
+        self._task = asyncio.create_task(self._run(), name=f"lab_state {self._name} mirror")
+
+    def committed(self, taken: Changes) -> None:
+        """These changes are durable."""
+        if taken.end > taken.start:
+            self._pending.add(taken)
+            self._wake.set()
+
+    async def stop(self) -> None:
+        """Bring what is left, for a second at most; what was not brought is by the next start."""
+        self._stopping = True
+        self._timer.cancel()
+        task = self._task
+        if task.get_loop() is not asyncio.get_running_loop():
+            return  # its loop was closed over it
+        self._wake.set()
+        over = asyncio.get_running_loop().create_future()
+        timer = self._clock.call_later(STOP_SECONDS, resolver(over))
+        await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
+        timer.cancel()
+        over.cancel()
+        task.cancel()
+        await asyncio.wait({task})
+
+    # The task
+
+    async def _run(self) -> None:
+        try:
+            while not (self._stopping or self._flusher.fenced):
+                await self._wake.wait()
+                self._wake.clear()
+                await self._merge()
+                while self._may_try and await self._attempt():
+                    pass
+        finally:
+            self._timer.cancel()
+            self.up = False
+            await self._close()
+
+    @property
+    def _may_try(self) -> bool:
+        return self._pauses.over and not self._flusher.fenced
+
+    async def _merge(self) -> None:
+        while self._pending.merge(_MERGED_AT_ONCE):  # noqa: ASYNC110 -- it is not waited for, it is done
+            await asyncio.sleep(0)
+
+    async def _attempt(self) -> bool:
+        """Do the next thing; returns whether there is more to do."""
+        try:
+            await self._act()
+        except StorageError as error:
+            await self._failed(error)
+            return False
+        except Exception as error:  # noqa: BLE001 -- a cache that breaks its promise must not end the mirror in silence
+            problem = UnavailableError(f"the cache failed with {type(error).__name__}, which none should raise")
+            problem.__cause__ = error
+            await self._failed(problem)
+            return False
+        if self.revision is not None and not self.up:
+            self._back()
+        return self.revision is None or bool(self._pending) or self._pending.overflowed
+
+    async def _act(self) -> None:
+        if self._session is None:
+            self._session = await self._cache.open(self._name, self._writer)
+            await self._recognise(self._session)
+        elif self._idle:
+            await self._recognise(self._session)
+        self._idle = False
+        await self._merge()
+        if self._pending.overflowed:
+            self.revision = None
+        if self.revision is None:
+            await self._fill(self._session)
+        elif self._pending.end > self.revision:
+            await self._step(self._session, self.revision)
+        else:
+            self._pending.clear()
+
+    async def _recognise(self, session: CacheSession) -> None:
+        """Whether the copy is where it was left, or where a step that got no answer took it."""
+        seen = await session.look()
+        ours = seen.writer == self._writer and seen.revision in {self.revision, self._tried}
+        self.revision = seen.revision if ours else None
+        self._tried = None
+
+    async def _step(self, session: CacheSession, start: int) -> None:
+        taken = self._pending.take(start)
+        self._tried = taken.end
+        try:
+            done = await session.apply(Step(start, taken.end, taken.cleared), _yielding(taken))
+        except BaseException:
+            self._pending.put_back(taken)
+            raise
+        if done:
+            self.revision = taken.end
+            self._counts.steps += 1
+            await asyncio.sleep(_REST_SECONDS)
+        else:
+            self._pending.put_back(taken)
+            await self._recognise(session)
+        self._tried = None
+
+    async def _fill(self, session: CacheSession) -> None:
+        seen = await session.look()
+        if seen.writer not in {None, self._writer} and not self._is_owner:
+            await self._flusher.confirm()
+        self._is_owner = False
+        await self._flusher.checkpoint_ended()  # two views at a time would be a copy
+        self._pending.clear()
+        state = self._flusher.state
+        views, revision = Views(state), state.revision
+        self._tried = revision
+        parts = self._whole(views, revision)
+        try:
+            done = await session.fill(revision, parts, seen)
+        finally:
+            await parts.aclose()
+            await views.fold()
+        self._tried = None
+        if not done:
+            raise UnavailableError("the copy was changed by somebody else while it was filled")
+        self.revision = revision
+        self._counts.fills += 1
+
+    async def _whole(self, views: Views, revision: int) -> AsyncGenerator[Slice]:
+        """A view of the state, in parts; the last one comes when all of it is durable."""
+        view = views.freeze()
+        total, brought, told = len(view), 0, self._clock.monotonic()
+        for part in slices(view.items()):
+            yield part
+            await asyncio.sleep(0)
+            brought += len(part.values)
+            if total >= _LARGE and self._clock.monotonic() - told >= _TOLD_SECONDS:
+                told = self._clock.monotonic()
+                self._logger.info("%s: filling the mirror, %d of %d keys", self._name, brought, total)
+        del view
+        await views.fold()
+        durable = asyncio.ensure_future(self._flusher.settled(revision))
+        try:
+            while not (await asyncio.wait({durable}, timeout=_KEPT_SECONDS))[0]:
+                yield Slice({}, {}, [])
+            await durable
+        finally:
+            durable.cancel()
+        if total >= _LARGE:
+            self._logger.info("%s: filled the mirror with %d keys", self._name, total)
+
+    # Failures
+
+    async def _failed(self, error: StorageError) -> None:
+        self._counts.failures += 1
+        if self.last_error is None and not self._stopping and not isinstance(error, FencedError):
+            self._logger.warning(
+                "%s: the mirror is behind, and others read what is old or nothing; nothing is lost, it is tried "
+                "again: %s",
+                self._name,
+                error,
+            )
+        self.up, self.last_error = False, error
+        await self._close()
+        self._clock.call_later(self._pauses.begin(), self._wake.set)
+
+    def _back(self) -> None:
+        self._pauses.end()
+        if self.last_error is not None:
+            self._logger.info("%s: the mirror is back, at revision %s", self._name, self.revision)
+        self.up, self.last_error = True, None
+
+    async def _close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            with contextlib.suppress(Exception):  # as little as anything else may end the mirror
+                await session.aclose()
+
+    # Beats
+
+    def _arm(self) -> None:
+        self._timer: Timer = self._clock.call_later(BEAT_SECONDS, self._beat)
+
+    def _beat(self) -> None:
+        self._arm()
+        self._idle = True
+        self._wake.set()
+
+
+async def _yielding(taken: Changes) -> AsyncGenerator[Slice]:
+    for part in slices(taken.changes.items()):
+        yield part
+        await asyncio.sleep(0)

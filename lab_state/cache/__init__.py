@@ -1,0 +1,10 @@
+"""Where copies of states are kept that other processes read."""
+
+from __future__ import annotations
+
+from lab_state.cache._protocol import Cache, CacheSession, Seen, Slice, Step
+from lab_state.cache.memory import MemoryCache
+from lab_state.cache.reader import Reader
+from lab_state.cache.redis import RedisCache
+
+__all__ = ["Cache", "CacheSession", "MemoryCache", "Reader", "RedisCache", "Seen", "Slice", "Step"]

@@ -1,0 +1,154 @@
+"""What is kept and told, as bytes. Pure.
+
+Each of the two hashes of a state, values and expiry times, has one more field,
+`$lab_state`, with the same JSON: format, revision and writer. So a hash that is gone,
+evicted or of another time is noticed by whoever reads, and never passes for an empty one.
+
+A message on the channel is a step: `{"from":41,"to":42,"set":{...},"delete":[...],
+"expires":{...}}`. `clear`: what was there before was deleted first. `more`: the step has
+another message. `resync`: it is not told; read again. Where `from` equals `to`, the
+writer says that it lives.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+import msgspec
+from msgspec import Raw
+
+from lab_state._codec import RESERVED
+from lab_state._expiry import Expiring, Value
+from lab_state._state import Absent, Changed
+from lab_state._values import encode, is_json
+from lab_state.cache._protocol import Slice
+from lab_state.exceptions import UnsupportedError
+
+FORMAT = 1
+HEAD = RESERVED
+"""The field that says whose the hash is. No key can have its name."""
+
+_MOST_KEYS = 50
+_MOST_BYTES = 32 * 1024
+
+
+class Keys:
+    """The names of what is kept for one state."""
+
+    def __init__(self, prefix: str, name: str) -> None:
+        self.values: bytes = f"{prefix}{{{name}}}".encode()
+        self.expires: bytes = self.values + b":expires"
+        self.channel: bytes = self.values + b":changes"
+
+    def fill(self) -> tuple[bytes, bytes]:
+        """Where a fill goes meanwhile. New each time: nothing that comes late can get in."""
+        values = self.values + b":fill:" + os.urandom(8).hex().encode()
+        return values, values + b":expires"
+
+
+class Head(msgspec.Struct, frozen=True):
+    """What `$lab_state` holds."""
+
+    format: int
+    revision: int
+    writer: str
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"start": "from", "end": "to"}):
+    """A step, or a part of one."""
+
+    start: int
+    end: int
+    writer: str
+    set: dict[str, Raw] = {}
+    delete: list[str] = []
+    expires: dict[str, int] = {}
+    clear: bool = False
+    more: bool = False
+    resync: bool = False
+
+
+decode_message = msgspec.json.Decoder(Message).decode
+_decode_head = msgspec.json.Decoder(Head).decode
+
+
+def head(revision: int, writer: str) -> bytes:
+    """The field of both hashes."""
+    return encode(Head(FORMAT, revision, writer))
+
+
+def parse_head(data: bytes) -> Head | None:
+    """What the field says; `None` if it is none of ours.
+
+    Raises:
+        UnsupportedError: A newer version of lab_state wrote it.
+    """
+    try:
+        found = _decode_head(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    if found.format > FORMAT:
+        raise UnsupportedError(
+            f"the mirror has format {found.format}, this version of lab_state knows {FORMAT}: use the version that wrote it"
+        )
+    return found
+
+
+def message(start: int, end: int, writer: str, part: Slice, *, clear: bool = False, more: bool = False) -> bytes:
+    """One message of a step."""
+    values = {key: Raw(data) for key, data in part.values.items()}
+    return encode(
+        Message(
+            start=start,
+            end=end,
+            writer=writer,
+            set=values,
+            delete=part.deleted,
+            expires=part.expires,
+            clear=clear,
+            more=more,
+        )
+    )
+
+
+def resync(start: int, end: int, writer: str) -> bytes:
+    """The message of a step that is not told."""
+    return encode(Message(start=start, end=end, writer=writer, resync=True))
+
+
+def slices(items: Iterable[tuple[str, Changed]]) -> Iterator[Slice]:
+    """All of it in parts; what is not JSON, because of a `msgspec.Raw`, counts as deleted, as in the journal."""
+    values: dict[str, bytes] = {}
+    expires: dict[str, int] = {}
+    deleted: list[str] = []
+    size = 0
+    for key, stored in items:
+        if isinstance(stored, Absent):
+            deleted.append(key)
+        else:
+            if isinstance(stored, Expiring):
+                stored, expires[key] = stored
+            values[key] = data = _json(stored)
+            size += len(data)
+        if size >= _MOST_BYTES or len(values) + len(deleted) >= _MOST_KEYS:
+            yield _good(Slice(values, expires, deleted))
+            values, expires, deleted, size = {}, {}, [], 0
+    yield _good(Slice(values, expires, deleted))
+
+
+def _json(stored: Value) -> bytes:
+    if isinstance(stored, Raw):
+        return bytes(stored)
+    return stored if isinstance(stored, bytes) else encode(stored)
+
+
+def _good(part: Slice) -> Slice:
+    values = part.values
+    # As members of an object, so that no two halves of bad JSON pass for one good value.
+    if values and not is_json(b'{"":%b}' % b',"":'.join(values.values())):
+        for key in [key for key, data in values.items() if not is_json(data)]:
+            del values[key]
+            part.expires.pop(key, None)
+            part.deleted.append(key)
+    return part

@@ -1,0 +1,194 @@
+"""One connection to Redis, made by redis-py: TLS, ACL, sockets and Sentinel are its business.
+
+Commands are written and answers read one by one, since a step of many keys is sent in
+slices between which the event loop runs; redis-py's pipelines pack all of it at once.
+
+No message of redis-py's is passed on: an answer may quote what it was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import redis
+import redis.exceptions as problems
+from redis.asyncio import ConnectionPool
+
+from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
+
+_TIMEOUT = 5.0
+
+_ADVICE: dict[str, str] = {
+    "AuthenticationError": "it refuses the user or the password; see the URL and the server's ACL",
+    "AuthorizationError": "it refuses the user or the password; see the URL and the server's ACL",
+    "NoPermissionError": "the user may not do that; docs/cache.md has the commands that are needed",
+    "ReadOnlyError": "it is a read-only replica; use the URL of the primary, or Sentinel",
+    "OutOfMemoryError": "it is out of memory; raise maxmemory",
+    "MovedError": "it is a cluster, and the state is on another node; use the URL of that node",
+    "TimeoutError": "it does not answer in time",
+    "BusyLoadingError": "it is loading its data",
+}
+
+
+def command(*args: bytes) -> bytes:
+    """A command as it is sent."""
+    return b"*%d\r\n" % len(args) + b"".join([b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in args])
+
+
+def hset(key: bytes, members: Mapping[str, bytes]) -> bytes:
+    """`HSET` with all of them."""
+    fields = [(name.encode(), value) for name, value in members.items()]
+    body = [b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(value), value) for name, value in fields]
+    return b"*%d\r\n$4\r\nHSET\r\n$%d\r\n%b\r\n" % (2 + 2 * len(body), len(key), key) + b"".join(body)
+
+
+class Dialer:
+    """Makes connections to one server, or to whichever one Sentinel names."""
+
+    def __init__(self, url: str | ConnectionPool) -> None:
+        """As redis-py reads it.
+
+        Raises:
+            ValueError: It is no URL of Redis.
+        """
+        try:
+            pool = cast("Any", ConnectionPool).from_url(url) if isinstance(url, str) else url
+        except ValueError:
+            raise ValueError(
+                "not a URL of Redis: it begins with redis://, rediss:// or unix://, and its options are redis-py's"
+            ) from None
+        self._make: Any = pool.connection_class
+        # Without what redis-py 8 adds for RESP3.
+        given: dict[str, Any] = {k: v for k, v in pool.connection_kwargs.items() if not k.startswith(("maint", "orig"))}
+        # One timeout for all the answers of a round trip; redis-py would set one for each.
+        self._timeout: float = given.get("socket_timeout") or _TIMEOUT
+        self._options: dict[str, Any] = {
+            **given,
+            "socket_timeout": None,
+            "decode_responses": False,
+            "protocol": 2,
+        }
+        if (driver := getattr(redis, "DriverInfo", None)) is not None and "driver_info" not in given:
+            # Else redis-py asks the file system for its version, at each connection.
+            self._options["driver_info"] = driver(lib_version=redis.__version__)
+        self.path: str = (
+            f"unix:{given['path']}"
+            if "path" in given
+            else f"{given['host']}:{given.get('port', 6379)}"
+            if "host" in given
+            else "localhost:6379"
+            if isinstance(url, str)
+            else "Redis by Sentinel"
+        )
+
+    async def connect(self) -> Link:
+        """A new connection.
+
+        Raises:
+            StorageError: There is none to be had.
+        """
+        connection = self._make(**self._options)
+        link = Link(connection, self.path, self._timeout)
+        with link.translated():
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await connection.connect()
+            except BaseException:
+                await link.aclose()
+                raise
+        return link
+
+
+class Link:
+    """One connection."""
+
+    def __init__(self, connection: Any, path: str, timeout: float) -> None:
+        """`timeout`: how long the answers of one round trip may take, in seconds."""
+        self._connection = connection
+        self._path = path
+        self._timeout = timeout
+
+    async def send(self, data: bytes) -> None:
+        """Send commands."""
+        with self.translated():
+            self._check_connected()
+            async with asyncio.timeout(self._timeout):
+                await self._connection.send_packed_command(data, check_health=False)
+
+    async def answers(self, count: int) -> list[Any]:
+        """The next answers."""
+        with self.translated():
+            async with asyncio.timeout(self._timeout):
+                return [await self.read() for _ in range(count)]
+
+    async def read(self) -> Any:
+        """The next answer, however long it takes; an error that is the answer to a command is returned."""
+        with self.translated():
+            self._check_connected()
+            try:
+                return await self._connection.read_response(disable_decoding=True)
+            except problems.ResponseError as error:
+                return error
+
+    async def call(self, *commands: bytes) -> list[Any]:
+        """Send commands together; their answers."""
+        await self.send(b"".join(commands))
+        return await self.answers(len(commands))
+
+    async def transaction(self, *commands: bytes) -> list[Any]:
+        """The answers of commands that are carried out in one moment."""
+        answers = await self.call(MULTI, *commands, EXEC)
+        self.good(answers)
+        executed: list[Any] = answers[-1]
+        self.good(executed)
+        return executed
+
+    def good(self, answers: Iterable[Any]) -> None:
+        """Make sure that none of the answers is an error.
+
+        Raises:
+            StorageError: One is.
+        """
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise self.problem(answer)
+
+    async def aclose(self) -> None:
+        """End the connection, whatever is under way."""
+        with contextlib.suppress(Exception):  # it ends either way
+            await self._connection.disconnect(nowait=True)
+
+    def _check_connected(self) -> None:
+        if not self._connection.is_connected:  # redis-py would connect anew, and forget what it watched
+            raise UnavailableError(f"{self._path}: the connection was lost")
+
+    def problem(self, error: BaseException) -> StorageError:
+        """What to tell of an error."""
+        name = type(error).__name__
+        code = str(error).partition(" ")[0]
+        if name == "ResponseError" and code.isupper() and code.isalpha():
+            name = code  # the first word is the server's code; what follows may quote
+        kind = (
+            UnsupportedError
+            if isinstance(
+                error, problems.AuthenticationError | problems.AuthorizationError | problems.NoPermissionError
+            )
+            else UnavailableError
+        )
+        advice = next((text for what, text in _ADVICE.items() if what in {c.__name__ for c in type(error).__mro__}), "")
+        return kind(f"{self._path}: {name}{advice and ', '}{advice}")
+
+    @contextmanager
+    def translated(self) -> Generator[None]:
+        """Errors of redis-py and of the network are told as ours."""
+        try:
+            yield
+        except (problems.RedisError, OSError, EOFError, AttributeError) as error:
+            raise self.problem(error) from None
+
+
+MULTI, EXEC = command(b"MULTI"), command(b"EXEC")

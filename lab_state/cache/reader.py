@@ -1,0 +1,330 @@
+"""`Reader`: reads the copy of a state, in any process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar, overload
+
+from lab_state._clock import Clock, SystemClock
+from lab_state._codec import check_key
+from lab_state._expiry import Expiring
+from lab_state._reads import many_keys
+from lab_state._state import MISSING, Stored
+from lab_state._values import decode_value
+from lab_state._watch import Watcher
+from lab_state.cache._feed import Feed, either
+from lab_state.cache._format import Head, parse_head
+from lab_state.cache._local import Local
+from lab_state.cache._source import Found, Source
+from lab_state.exceptions import (
+    ClosedError,
+    InvalidKeyError,
+    KeyNotFoundError,
+    TypeMismatchError,
+    UnavailableError,
+)
+
+T = TypeVar("T")
+
+_LOOK_AGAIN_SECONDS = 1.0
+
+
+class Reader:
+    """Reads the copy of a state that its manager keeps in a cache; changes nothing.
+
+    Use it with `async with`, which waits for nobody: a worker may start before the writer,
+    or before Redis. Each read gives keys, expiry and revision of one moment, and only
+    what is durable. No read gives a revision below one that an earlier read has given.
+
+    A read raises `UnavailableError` while there is no copy, or one that is older than what
+    this reader has seen; never is a key called missing for that. The message says what to
+    do; for a web application it is a 503, since the writer mends it by itself. It raises
+    `UnsupportedError` when the server refuses the user, or the copy has a newer format,
+    `ClosedError` outside `async with`, and `InvalidKeyError` for a key that no state can have.
+
+    With `local=True` a read is one of memory, and costs no round trip. The copy is loaded
+    in the background; before that, and whenever its subscription is lost, reads go to the
+    cache itself.
+    """
+
+    def __init__(self, name: str, source: Source, *, local: bool, clock: Clock | None) -> None:
+        self._name = name
+        self._source = source
+        self._is_local = local
+        self._clock: Clock = SystemClock() if clock is None else clock
+        self._local = Local()
+        self._feed: Feed | None = None
+        self._seen = 0  # no read may give a lower revision
+
+    def __repr__(self) -> str:
+        """Which copy, and where."""
+        return f"<Reader {self._name!r} at {self._source.path}{', local' if self._is_local else ''}>"
+
+    async def __aenter__(self) -> Self:
+        """Begin to follow the changes, in the background.
+
+        Raises:
+            RuntimeError: It is open already.
+        """
+        if self._feed is not None:
+            raise RuntimeError(f"the reader of {self._name!r} is open already")
+        self._local = Local()
+        self._feed = Feed(self._source, self._local if self._is_local else None, self._clock, self._head)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Let go of all connections."""
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Let go of all connections; who watches is told that it is over. Idempotent."""
+        feed, self._feed = self._feed, None
+        self._local.lose()
+        self._seen = self._floor
+        if feed is not None:
+            await feed.aclose()
+        await self._source.aclose()
+
+    # Reading
+
+    @overload
+    async def get(self, key: str, *, type: type[T]) -> T: ...
+    @overload
+    async def get(self, key: str, default: None, *, type: type[T]) -> T | None: ...
+    @overload
+    async def get(self, key: str, default: T, *, type: type[T]) -> T: ...
+    @overload
+    async def get(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
+    async def get(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
+        """The value of a key.
+
+        Args:
+            key: The key.
+            default: What to return, as it is, when the key is missing.
+            type: What to decode the value as: any type that msgspec decodes, or a
+                Pydantic model.
+
+        Raises:
+            KeyNotFoundError: The key is missing, and there is no default.
+            TypeMismatchError: The stored value is not a `type`; the error says where.
+            UnavailableError: See the class.
+        """
+        try:
+            stored = self._local.shown[key]
+        except (KeyError, TypeError):
+            found = await self._some([check_key(key)])
+            if key not in found:
+                return self._missing(key, default)
+            stored = found[key]
+        if type is Any and (kind := stored.__class__) is not bytes and kind is not Expiring:
+            return stored
+        return self._decoded(key, stored, default, type)
+
+    @overload
+    async def get_many(self, keys: Iterable[str], *, type: type[T]) -> dict[str, T]: ...
+    @overload
+    async def get_many(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
+    async def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
+        """The values of those of the keys that exist, in the order asked for, of one moment.
+
+        Raises:
+            TypeMismatchError: One of the values is not a `type`.
+            UnavailableError: See the class.
+        """
+        wanted = [check_key(key) for key in many_keys(keys)]
+        return self._all_decoded(await self._some(wanted), type)
+
+    @overload
+    async def get_all(self, prefix: str = ..., *, type: type[T]) -> dict[str, T]: ...
+    @overload
+    async def get_all(self, prefix: str = ..., *, type: Any = ...) -> dict[str, Any]: ...
+    async def get_all(self, prefix: str = "", *, type: Any = Any) -> dict[str, Any]:
+        """Every key that starts with `prefix`, with its value, of one moment.
+
+        Costs what the number of all keys costs: on the event loop, and without `local`
+        in Redis too, which answers nobody else meanwhile.
+
+        Raises:
+            TypeMismatchError: One of the values is not a `type`.
+            UnavailableError: See the class.
+        """
+        return self._all_decoded(await self._every(prefix), type)
+
+    async def exists(self, key: str) -> bool:
+        """Whether the key is there.
+
+        Raises:
+            UnavailableError: See the class.
+        """
+        return bool(self._alive(await self._some([check_key(key)])))
+
+    async def keys(self, prefix: str = "") -> list[str]:
+        """Every key that starts with `prefix`, in no particular order; costs what `get_all` costs.
+
+        Raises:
+            UnavailableError: See the class.
+        """
+        return list(self._alive(await self._every(prefix)))
+
+    # Revisions
+
+    async def revision(self) -> int:
+        """The revision that a read would give now.
+
+        Raises:
+            UnavailableError: See the class.
+        """
+        if self._local.fresh:
+            return self._local.highest
+        return (await self._head()).revision
+
+    async def wait_revision(self, revision: int, timeout: float = 5.0) -> None:  # noqa: ASYNC109 -- told as a StorageError
+        """Return when reads give this revision or a later one: so a caller reads what it has written.
+
+        The writer gives the revision: `set()` returns it. With its `flush_interval` at 0 it
+        is durable by then, and here within milliseconds; otherwise after the next flush.
+
+        Args:
+            revision: The revision.
+            timeout: How long to wait, in seconds.
+
+        Raises:
+            UnavailableError: It was not reached in time.
+        """
+        deadline = self._clock.monotonic() + timeout
+        while True:
+            moved = self._open.moved
+            try:
+                reached = await self.revision()
+                problem = f"it is at {reached}"
+            except UnavailableError as error:
+                reached, problem = -1, str(error)
+            if reached >= revision:
+                return
+            while self._open.revision < revision or self._is_local:
+                left = deadline - self._clock.monotonic()
+                if left <= 0:
+                    raise UnavailableError(
+                        f"the copy of {self._name!r} has not reached revision {revision} within {timeout} s: {problem}"
+                    )
+                if not await either(moved, self._clock, min(left, _LOOK_AGAIN_SECONDS)) or self._is_local:
+                    break
+                moved = self._open.moved
+
+    @asynccontextmanager
+    async def watch(self, prefix: str = "") -> AsyncGenerator[Watcher]:
+        """Tell which keys change, as `Manager.watch` does: `async for change in changes`.
+
+        Open it, then read. Only what is durable is told, and the revision is that of the
+        step that brought it. An expiry is told as `delete`. After a lost subscription, and
+        at the beginning, there is a `resync`: read again.
+
+        Args:
+            prefix: Only keys that start with it.
+        """
+        watcher = Watcher(_checked(prefix), 0, -1, durable=True)
+        watchers = self._open.watchers
+        watchers.add(watcher)
+        try:
+            yield watcher
+        finally:
+            watchers.remove(watcher)
+            watcher.close()
+
+    # What the calls share
+
+    @property
+    def _open(self) -> Feed:
+        if self._feed is None:
+            raise ClosedError(f"the reader of {self._name!r} is not open: use it inside `async with`")
+        return self._feed
+
+    async def _some(self, keys: Sequence[str]) -> dict[str, Stored]:
+        """Those of the keys that are there; they may have expired."""
+        _ = self._open
+        if self._local.fresh:
+            entries = self._local.shown
+            return {key: entries[key] for key in keys if key in entries}
+        seen = self._floor
+        found = await self._source.fetch(keys)
+        self._check(found, seen)
+        return _stored(found)
+
+    async def _every(self, prefix: str) -> dict[str, Stored]:
+        _ = self._open
+        prefix = _checked(prefix)
+        if self._local.fresh:
+            return {key: value for key, value in self._local.shown.items() if key.startswith(prefix)}
+        seen = self._floor
+        found = await self._source.fetch_all()
+        self._check(found, seen)
+        return {key: value for key, value in _stored(found).items() if key.startswith(prefix)}
+
+    async def _head(self) -> Head:
+        seen = self._floor
+        return self._check(await self._source.fetch([]), seen)
+
+    @property
+    def _floor(self) -> int:
+        """No read that begins now may give a lower revision."""
+        return max(self._seen, self._local.highest)
+
+    def _check(self, found: Found, seen: int) -> Head:
+        """Whether what was read may be shown; `seen` is what had been seen before."""
+        if found.head is None and found.head_of_expires is None:
+            raise UnavailableError(
+                f"there is no copy of {self._name!r} at {self._source.path}: start its manager with this cache; "
+                "if it runs, it fills it within seconds"
+            )
+        head = parse_head(found.head or b"") if found.head == found.head_of_expires else None
+        if head is None:
+            raise UnavailableError(
+                f"half of the copy of {self._name!r} at {self._source.path} is gone or not lab_state's: the manager fills "
+                "it anew within seconds; if Redis evicts keys, set maxmemory-policy to noeviction"
+            )
+        if head.revision < seen:
+            raise UnavailableError(
+                f"the copy of {self._name!r} at {self._source.path} is at revision {head.revision}, and {seen} was "
+                "read before: Redis came back with old data, and the manager fills it anew within seconds; if the "
+                "state itself was restored from a backup, open a new reader"
+            )
+        self._seen = max(self._seen, head.revision)
+        return head
+
+    def _alive(self, entries: dict[str, Stored]) -> dict[str, Stored]:
+        """Those whose time has not come."""
+        now = self._clock.time() * 1000
+        return {key: stored for key, stored in entries.items() if not isinstance(stored, Expiring) or stored.at > now}
+
+    def _missing(self, key: str, default: object) -> Any:
+        if default is MISSING:
+            raise KeyNotFoundError(key)
+        return default
+
+    def _decoded(self, key: str, stored: Stored, default: object, type_: Any) -> Any:
+        if isinstance(stored, Expiring):
+            if stored.at <= self._clock.time() * 1000:
+                return self._missing(key, default)
+            stored = stored.value
+        try:
+            return decode_value(stored, type_)
+        except TypeMismatchError as error:
+            raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
+
+    def _all_decoded(self, entries: dict[str, Stored], type_: Any) -> dict[str, Any]:
+        return {key: self._decoded(key, stored, MISSING, type_) for key, stored in self._alive(entries).items()}
+
+
+def _stored(found: Found) -> dict[str, Stored]:
+    expires = found.expires
+    return {key: Expiring(data, int(expires[key])) if key in expires else data for key, data in found.values.items()}
+
+
+def _checked(prefix: object) -> str:
+    if not isinstance(prefix, str):
+        raise InvalidKeyError(f"a prefix must be a str, not {prefix.__class__.__name__}")
+    return prefix

@@ -1,0 +1,231 @@
+"""`RedisCache`: a copy of a state in Redis or Valkey.
+
+Three keys for a state, with a hash tag, so that a cluster keeps them together:
+
+    lab_state:{name}            hash: field = key, value = JSON; and `$lab_state`
+    lab_state:{name}:expires    hash: field = key, value = Unix milliseconds; and `$lab_state`
+    lab_state:{name}:changes    channel
+
+Every step is one MULTI on a connection that watches the first of them: whatever else
+touched it since it was last looked at, the step is not carried out. What an older
+connection sent and the network delivers late is not carried out for the same reason.
+
+A fill goes to two keys with names of its own, which Redis forgets after a minute in
+which nothing came, and is renamed into place in one MULTI.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from lab_state._clock import Clock
+from lab_state.cache._format import HEAD, Keys, head, message, parse_head, resync
+from lab_state.cache._protocol import Seen, Slice, Step
+from lab_state.cache.reader import Reader
+
+if TYPE_CHECKING:
+    from redis.asyncio import ConnectionPool
+
+    from lab_state.cache._link import Link
+
+_FILL_SECONDS = 60
+_SENT_AT_ONCE = 64 * 1024
+_MOST_TOLD = 4 * 1024 * 1024
+_UNANSWERED = 8
+_HEAD = HEAD.encode()
+
+
+class RedisCache:
+    """Copies of states in Redis 6.2 or newer, or Valkey."""
+
+    def __init__(self, url: str | ConnectionPool, *, prefix: str = "lab_state:") -> None:
+        """Nothing is connected before it is needed.
+
+        Args:
+            url: As redis-py takes it: `redis://`, `rediss://` or `unix://`, with user,
+                password, database and options. Or a pool of redis-py's, for what a URL
+                cannot say: `Sentinel(...).master_for("name").connection_pool`. Only its
+                settings are used.
+            prefix: What the names of all keys begin with.
+
+        Raises:
+            ImportError: redis-py is missing: `pip install 'lab-state[redis]'`.
+            ValueError: The URL is none of Redis.
+        """
+        try:
+            from lab_state.cache._link import Dialer  # noqa: PLC0415 -- an extra
+        except ImportError as error:
+            raise ImportError("RedisCache needs redis-py: pip install 'lab-state[redis]'") from error
+        self._dialer = Dialer(url)
+        self._prefix = prefix
+
+    def __repr__(self) -> str:
+        """Where it is, without credentials."""
+        return f"<RedisCache {self._dialer.path}>"
+
+    async def open(self, name: str, writer: str) -> RedisSession:
+        """Connect; see `Cache.open`."""
+        return RedisSession(await self._dialer.connect(), Keys(self._prefix, name), writer)
+
+    def reader(self, name: str, *, local: bool = False, clock: Clock | None = None) -> Reader:
+        """Read the copy of a state, in any process; use it with `async with`.
+
+        Args:
+            name: The name of the state.
+            local: Whether to keep a copy in this process, so that a read is one of
+                memory. It costs the memory of the state, and loading it.
+            clock: For tests; the machine's own when not given. Expiry goes by it.
+        """
+        from lab_state.cache._redis_source import RedisSource  # noqa: PLC0415 -- an extra
+
+        return Reader(name, RedisSource(self._dialer, Keys(self._prefix, name)), local=local, clock=clock)
+
+
+class RedisSession:
+    """One writer's hold on a copy; see `CacheSession`."""
+
+    def __init__(self, link: Link, keys: Keys, writer: str) -> None:
+        from lab_state.cache._link import EXEC, MULTI, command, hset  # noqa: PLC0415 -- an extra
+
+        self._command, self._hset = command, hset
+        self._multi, self._exec = MULTI, EXEC
+        self._link = link
+        self._keys = keys
+        self._writer = writer
+        self._seen = Seen(None, 0)  # what is there, as of the moment from which it is watched
+        self._expiring = True  # whether there may be expiry times
+        self._watch = [
+            command(b"WATCH", keys.values, keys.expires),
+            command(b"HGET", keys.values, _HEAD),
+            command(b"HGET", keys.expires, _HEAD),
+        ]
+        self._unwatch = command(b"UNWATCH")
+        self._count = command(b"HLEN", keys.expires)
+
+    async def look(self) -> Seen:
+        """Whose copy it is; see `CacheSession.look`."""
+        # What was watched before may have been touched, and would be held against the next step.
+        await self._link.send(b"".join([self._unwatch, self._count, *self._watch]))
+        _, count = await self._link.answers(2)
+        self._expiring = not isinstance(count, int) or count > 1
+        await self._read_watch()
+        seen = self._seen
+        if seen.writer == self._writer:
+            alive = message(seen.revision, seen.revision, self._writer, Slice({}, {}, []))
+            self._link.good(await self._link.call(self._command(b"PUBLISH", self._keys.channel, alive)))
+        return seen
+
+    async def fill(self, revision: int, slices: AsyncIterator[Slice], over: Seen) -> bool:
+        """Write all of it beside the copy, then put it in its place; see `CacheSession.fill`."""
+        command = self._command
+        keys, there = self._keys, self._keys.fill()
+        mark = head(revision, self._writer)
+        # Written once: if it is not there in the end, Redis has forgotten a part in the middle.
+        marks = [self._hset(key, {HEAD: mark}) for key in there]
+        keep = [command(b"EXPIRE", key, b"%d" % _FILL_SECONDS) for key in there]
+        await self._link.call(self._unwatch)  # what is written beside the copy depends on nothing
+        unanswered: deque[int] = deque()
+        async for part in slices:
+            # In one moment, so that nothing is ever there without a time to live, whatever is cut.
+            sent = [self._multi, *marks, *self._members(*there, part, replace=False), *keep, self._exec]
+            marks = []
+            await self._link.send(b"".join(sent))
+            unanswered.append(len(sent))
+            if len(unanswered) > _UNANSWERED:
+                await self._executed(unanswered.popleft())
+        while unanswered:
+            await self._executed(unanswered.popleft())
+        whole = [command(b"HGET", key, _HEAD) for key in there]
+        await self._link.send(b"".join([command(b"WATCH", *there), *whole, *self._watch]))
+        _, *found = await self._link.answers(3)
+        await self._read_watch()
+        if found != [mark, mark] or self._seen != over:
+            await self._link.call(self._unwatch, command(b"UNLINK", *there))
+            return False
+        return await self._execute(
+            [
+                self._multi,
+                # Renaming over a large hash would free it at once, with everybody waiting.
+                command(b"UNLINK", keys.values, keys.expires),
+                command(b"RENAME", there[0], keys.values),
+                command(b"RENAME", there[1], keys.expires),
+                command(b"PERSIST", keys.values),
+                command(b"PERSIST", keys.expires),
+                command(b"PUBLISH", keys.channel, resync(revision, revision, self._writer)),
+            ]
+        )
+
+    async def apply(self, step: Step, slices: AsyncIterator[Slice]) -> bool:
+        """Send all of it as one transaction, in slices; see `CacheSession.apply`."""
+        if self._seen != (self._writer, step.start):
+            return False
+        command, keys = self._command, self._keys
+        commands = [self._multi, *([command(b"UNLINK", keys.values, keys.expires)] if step.cleared else [])]
+        self._expiring = self._expiring and not step.cleared
+        count, told, before = 0, 0, None
+        link, clear = self._link, step.cleared
+        async for part in slices:
+            if before is not None:
+                commands += self._members(keys.values, keys.expires, before, replace=True)
+                if told <= _MOST_TOLD:
+                    data = message(step.start, step.end, self._writer, before, clear=clear, more=True)
+                    commands.append(command(b"PUBLISH", keys.channel, data))
+                    told, clear = told + len(data), False
+            before = part
+            if sum(map(len, commands)) >= _SENT_AT_ONCE:
+                await link.send(b"".join(commands))
+                count, commands = count + len(commands), []
+        assert before is not None  # there is a part of everything
+        data = (
+            message(step.start, step.end, self._writer, before, clear=clear)
+            if told <= _MOST_TOLD
+            else resync(step.start, step.end, self._writer)
+        )
+        mark = head(step.end, self._writer)
+        last = before._replace(values={**before.values, HEAD: mark})
+        commands += self._members(keys.values, keys.expires, last, replace=True)
+        commands.append(self._hset(keys.expires, {HEAD: mark}))
+        commands.append(command(b"PUBLISH", keys.channel, data))
+        return await self._execute(commands, count)
+
+    async def aclose(self) -> None:
+        """End the connection; see `CacheSession.aclose`."""
+        await self._link.aclose()
+
+    def _members(self, values: bytes, expires: bytes, part: Slice, *, replace: bool) -> list[bytes]:
+        """The commands that put a part into two hashes; `replace`: where there may be something."""
+        commands = [self._hset(values, part.values)] if part.values else []
+        if part.deleted:
+            commands.append(self._command(b"HDEL", values, *map(str.encode, part.deleted)))
+        if part.expires:
+            commands.append(self._hset(expires, {key: b"%d" % at for key, at in part.expires.items()}))
+        if replace and self._expiring:
+            stay = [key.encode() for key in (*part.values, *part.deleted) if key not in part.expires]
+            commands += [self._command(b"HDEL", expires, *stay)] if stay else []
+        self._expiring = self._expiring or bool(part.expires)
+        return commands
+
+    async def _execute(self, commands: list[bytes], before: int = 0) -> bool:
+        """The rest of a transaction, of which `before` commands were sent; watch anew in the same round trip."""
+        sent = [*commands, self._exec, *self._watch]
+        await self._link.send(b"".join(sent))
+        done = await self._executed(before + len(sent) - len(self._watch))
+        await self._read_watch()
+        return done
+
+    async def _executed(self, count: int) -> bool:
+        """Read the answers of a transaction of so many commands; False if what it watched was touched."""
+        answers = await self._link.answers(count)
+        self._link.good(answers)
+        self._link.good(answers[-1] or ())
+        return answers[-1] is not None
+
+    async def _read_watch(self) -> None:
+        _, one, two = await self._link.answers(len(self._watch))
+        for answer in (one, two):
+            if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
+                raise self._link.problem(answer)
+        own = parse_head(one) if isinstance(one, bytes) and one == two else None
+        self._seen = Seen(None, 0) if own is None else Seen(own.writer, own.revision)

@@ -1,0 +1,481 @@
+"""The mirror beside a manager: what it brings, when, and what it does when a cache fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+
+import lab_state._mirror
+import lab_state._pending
+from lab_state import (
+    Config,
+    FencedError,
+    Manager,
+    MemoryCache,
+    MemoryStorage,
+    UnavailableError,
+    UnsupportedError,
+)
+from lab_state.cache import Seen, Slice, Step
+from lab_state.testing import FaultyStorage, ManualClock
+
+
+class FaultyCache:
+    """A `MemoryCache` that fails, hangs, or does and then fails, on demand."""
+
+    def __init__(self) -> None:
+        self.inner = MemoryCache()
+        self.calls: list[str] = []
+        self.faults: dict[str, list[Exception | str]] = {}
+        self.going = asyncio.Event()
+        self.going.set()
+
+    def fail(self, call: str, *faults: Exception | str) -> None:
+        self.faults.setdefault(call, []).extend(faults)
+
+    async def _fault(self, call: str) -> str:
+        self.calls.append(call)
+        await self.going.wait()
+        fault = self.faults[call].pop(0) if self.faults.get(call) else ""
+        if isinstance(fault, Exception):
+            raise fault
+        return fault
+
+    async def open(self, name: str, writer: str) -> FaultySession:
+        await self._fault("open")
+        return FaultySession(self, await self.inner.open(name, writer))
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """What is shown, without the head."""
+        values = self.inner.places["name"].values if self.inner.places else {}
+        return {key: msgspec.json.decode(data) for key, data in values.items() if key != "$lab_state"}
+
+    @property
+    def revision(self) -> int:
+        return self.inner.places["name"].seen().revision if self.inner.places else -1
+
+
+class FaultySession:
+    def __init__(self, cache: FaultyCache, inner: Any) -> None:
+        self._cache = cache
+        self._inner = inner
+
+    async def look(self) -> Seen:
+        await self._cache._fault("look")
+        seen: Seen = await self._inner.look()
+        return seen
+
+    async def fill(self, revision: int, slices: AsyncIterator[Slice], over: Seen) -> bool:
+        fault = await self._cache._fault("fill")
+        done: bool = await self._inner.fill(revision, slices, over)
+        if fault == "after":
+            raise UnavailableError("no answer")
+        return done
+
+    async def apply(self, step: Step, slices: AsyncIterator[Slice]) -> bool:
+        fault = await self._cache._fault("apply")
+        done: bool = await self._inner.apply(step, slices)
+        if fault == "after":
+            raise UnavailableError("no answer")
+        return done
+
+    async def aclose(self) -> None:
+        self._cache.calls.append("aclose")
+        raise UnavailableError("so what")
+
+
+@pytest.fixture
+def faulty() -> FaultyCache:
+    return FaultyCache()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+def manager(cache: Any, clock: ManualClock, storage: Any = None, interval: float | None = 0) -> Manager:
+    return Manager(Config(name="name", flush_interval=interval), storage or MemoryStorage(), cache, clock=clock)
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "lab_state"]
+
+
+# What is brought
+
+
+async def test_what_is_durable_is_brought(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """A flushed change is mirrored; one that is not flushed is not."""
+    async with manager(faulty, clock, interval=None) as state:
+        await until(lambda: faulty.revision == 0)
+        await state.set("a", 1)
+        await state.flush()
+        await until(lambda: faulty.entries == {"a": 1})
+        assert state.status().mirror_revision == 1
+        assert state.status().mirror_up
+        await state.set("a", 2)
+        clock.advance(60)
+        await until(lambda: faulty.calls.count("look") > 2)  # a beat
+        assert faulty.entries == {"a": 1}
+    assert faulty.entries == {"a": 2}  # the last flush
+    assert state.metrics().operations["mirror", "success"] == 2
+    assert state.metrics().operations["fill", "success"] == 1
+    assert not state.status().mirror_up
+
+
+async def test_a_manager_without_a_cache_has_no_mirror(clock: ManualClock) -> None:
+    """Nothing is said of a mirror where there is none."""
+    async with manager(None, clock) as state:
+        assert state.status().mirror_up is None
+        assert ("fill", "success") not in state.metrics().operations
+
+
+@pytest.mark.parametrize("cache", [MemoryCache, "redis://host", 1])
+def test_a_cache_is_an_object(cache: Any) -> None:
+    """A class, or a URL, is no cache."""
+    with pytest.raises(TypeError, match="RedisCache"):
+        Manager("name", MemoryStorage(), cache)
+
+
+async def test_a_start_fills_with_what_was_recovered(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """The copy of an earlier life is replaced, without a commit to ask whose the state is."""
+    storage = MemoryStorage()
+    async with manager(faulty, clock, storage) as state:
+        await state.set("a", [1], ttl=100)
+        await state.set("b", 2)
+    faulty.inner.places["name"].values["a"] = b"spoilt"
+    async with manager(faulty, clock, storage) as state:
+        await until(lambda: state.status().mirror_up)
+        assert faulty.entries == {"a": [1], "b": 2}
+        assert state.status().flushes == 0
+        assert faulty.inner.places["name"].expires["a"] == b"1700000100000"
+
+
+async def test_steps_are_coalesced(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """What becomes durable while a step is under way goes in one step, and so do deletions and clears."""
+    async with manager(faulty, clock) as state:
+        await until(lambda: faulty.revision == 0)
+        faulty.going.clear()
+        await state.set("first", 0)
+        await until(lambda: faulty.calls[-1] == "apply")
+        for number in range(5):
+            await state.set("a", number)
+        await state.delete_all()
+        await state.set_many({"b": 1, "c": None, "d": "x"})
+        await state.set("c", None)
+        await state.delete("b")
+        faulty.going.set()
+        await until(lambda: faulty.revision == state.revision)
+        assert faulty.entries == {"c": None, "d": "x"}
+    assert faulty.calls.count("apply") == 2
+
+
+async def test_a_view_is_shown_only_when_it_is_durable(
+    faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fill waits for the commit of what it holds, however long, and is kept alive meanwhile."""
+    monkeypatch.setattr(lab_state._mirror, "_KEPT_SECONDS", 0.001)
+    storage = FaultyStorage(MemoryStorage())
+    async with manager(faulty, clock, storage, interval=None) as state:
+        await until(lambda: faulty.revision == 0)
+        await state.set("a", 1)
+        storage.hang("commit")
+        del faulty.inner.places["name"].values["$lab_state"]
+        clock.advance(2)
+        await until(lambda: faulty.calls.count("fill") == 2)
+        flushing = asyncio.create_task(state.flush())
+        await until(lambda: storage.calls.count("commit") == 1)
+        assert faulty.entries == {}
+        storage.resume()
+        await flushing
+        await until(lambda: faulty.entries == {"a": 1})
+
+
+async def test_a_raw_that_is_no_json_is_not_shown(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """What the journal refuses is deleted in the mirror as well."""
+    async with manager(faulty, clock) as state:
+        await until(lambda: faulty.revision == 0)
+        await state.set("a", 1)
+        await state.set("a", [msgspec.Raw(b"}")], ttl=5)
+        await state.set("b", 1)
+        await until(lambda: faulty.revision == 3)
+        assert faulty.entries == {"b": 1}
+
+
+async def test_the_sweep_is_mirrored(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """A key that expires goes."""
+    async with manager(faulty, clock) as state:
+        await state.set("a", 1, ttl=1)
+        await until(lambda: faulty.entries == {"a": 1})
+        clock.advance(3)
+        await until(lambda: faulty.entries == {})
+
+
+# Failures
+
+
+async def test_an_outage_is_told_once_and_mended(
+    faulty: FaultyCache, clock: ManualClock, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line when it goes, one when it is back; writes and flushes go on; no refill when nothing was lost."""
+    caplog.set_level(logging.INFO)
+    async with manager(faulty, clock) as state:
+        await until(lambda: state.status().mirror_up)
+        faulty.fail("apply", UnavailableError("gone"))
+        faulty.fail("open", *[UnavailableError("gone")] * 3)
+        await state.set("a", "secret")
+        await until(lambda: state.status().mirror_error == "gone")
+        for _ in range(3):
+            await state.set("b", 1)
+            opened = faulty.calls.count("open")
+            await state.set("c", 1)
+            assert faulty.calls.count("open") == opened  # not before the pause is over
+            clock.advance(5)
+            await until(lambda opened=opened: faulty.calls.count("open") > opened)
+        await until(lambda: not faulty.faults["open"])
+        clock.advance(5)
+        await until(lambda: faulty.revision == state.revision)
+        await until(lambda: state.status().mirror_up)
+        assert state.status().mirror_error is None
+        assert faulty.entries == {"a": "secret", "b": 1, "c": 1}
+        assert faulty.calls.count("fill") == 1
+    assert [line.partition(":")[2][:25] for line in lines(caplog)] == [
+        " the mirror is behind, an",
+        " the mirror is back, at r",
+    ]
+    assert "secret" not in caplog.text
+    assert state.metrics().operations["mirror", "error"] == 4
+
+
+@pytest.mark.parametrize("call", ["apply", "fill"])
+async def test_an_answer_that_was_lost(faulty: FaultyCache, clock: ManualClock, until: Any, call: str) -> None:
+    """What was carried out without an answer is recognised, and not brought again in full."""
+    if call == "fill":
+        faulty.fail("fill", "after")
+    async with manager(faulty, clock) as state:
+        await until(lambda: faulty.revision == 0)
+        faulty.fail("apply", *(["after"] if call == "apply" else []))
+        await state.set("a", 1)
+        await until(lambda: faulty.calls[-1] == "aclose" or state.status().mirror_revision == 1)
+        await state.set("b", 1)
+        clock.advance(1)
+        await until(lambda: faulty.entries == {"a": 1, "b": 1})
+    assert faulty.calls.count("fill") == 1
+
+
+async def test_a_cache_that_breaks_its_promise(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """Whatever a cache raises, it is tried again."""
+    faulty.fail("open", ZeroDivisionError("with a secret"))
+    async with manager(faulty, clock) as state:
+        await until(lambda: state.status().mirror_error is not None)
+        assert state.status().mirror_error == "the cache failed with ZeroDivisionError, which none should raise"
+        clock.advance(1)
+        await until(lambda: state.status().mirror_up)
+
+
+async def test_more_than_is_kept(
+    faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the bound the whole state is brought, once."""
+    monkeypatch.setattr(lab_state._pending, "MOST_KEYS", 10)
+    async with manager(faulty, clock) as state:
+        await until(lambda: state.status().mirror_up)
+        faulty.fail("apply", UnavailableError("gone"))
+        await state.set("a", 1)
+        await until(lambda: state.status().mirror_error is not None)
+        for number in range(30):
+            await state.set(str(number), number)
+        clock.advance(1)
+        await until(lambda: faulty.revision == state.revision)
+        assert len(faulty.entries) == 31
+    assert faulty.calls.count("fill") == 2
+
+
+async def test_a_copy_that_is_lost_is_filled(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """A beat, or the next step, finds that the copy is gone or old, and fills it."""
+    async with manager(faulty, clock) as state:
+        await state.set("a", 1)
+        await until(lambda: faulty.revision == 1)
+        faulty.inner.places["name"].values.clear()
+        clock.advance(2)
+        await until(lambda: faulty.entries == {"a": 1})
+        old = dict(faulty.inner.places["name"].values)
+        await state.set("b", 1)
+        await until(lambda: faulty.revision == 2)
+        faulty.inner.places["name"].values = old
+        await state.set("c", 1)
+        await until(lambda: faulty.revision == 3)
+        assert faulty.entries == {"a": 1, "b": 1, "c": 1}
+
+
+async def test_a_fill_that_somebody_was_faster_than(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """A fill that was not made is tried again, after a commit has shown whose the state is."""
+    storage = FaultyStorage(MemoryStorage())
+    async with manager(faulty, clock, storage) as state:
+        await until(lambda: state.status().mirror_up)
+        other = await faulty.inner.open("name", "other")
+        assert await other.fill(9, _nothing(), await other.look())
+        clock.advance(2)
+        await until(lambda: faulty.revision == 0)
+        assert storage.calls.count("commit") == 1
+        assert state.status().flushes == 1
+        assert await other.fill(9, _nothing(), await other.look())
+        await state.set("a", 1)  # a step finds it as well
+        await until(lambda: faulty.entries == {"a": 1})
+
+
+async def _nothing() -> AsyncIterator[Slice]:
+    yield Slice({}, {}, [])
+
+
+async def test_a_fenced_writer_gives_way(
+    faulty: FaultyCache, clock: ManualClock, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A writer that finds another one's copy, and then that it was fenced, never touches it again."""
+    storage = FaultyStorage(MemoryStorage())
+    state = manager(faulty, clock, storage)
+    await state.start()
+    await until(lambda: state.status().mirror_up)
+    storage.fail("commit", error=FencedError("a newer writer"), times=9)
+    other = await faulty.inner.open("name", "other")
+    assert await other.fill(9, _nothing(), await other.look())
+    clock.advance(2)
+    await until(lambda: state._mirror is not None and state._mirror._task.done())
+    assert faulty.inner.places["name"].seen() == ("other", 9)
+    assert not state.status().mirror_up
+    assert [line for line in lines(caplog) if "the mirror" in line] == []
+    calls = len(faulty.calls)
+    clock.advance(10)
+    with pytest.raises(FencedError):
+        await state.set("a", 1)
+    with pytest.raises(FencedError):
+        await state.stop()
+    assert len(faulty.calls) == calls
+
+
+async def test_a_confirmation_that_fails(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """While the storage cannot say whose the state is, another's copy stays."""
+    storage = FaultyStorage(MemoryStorage())
+    async with manager(faulty, clock, storage) as state:
+        await until(lambda: state.status().mirror_up)
+        storage.fail("commit")
+        other = await faulty.inner.open("name", "other")
+        assert await other.fill(9, _nothing(), await other.look())
+        clock.advance(2)
+        await until(lambda: state.status().mirror_error is not None)
+        assert faulty.inner.places["name"].seen() == ("other", 9)
+        clock.advance(1)
+        await until(lambda: faulty.revision == 0)
+
+
+async def test_a_fill_that_is_not_made(
+    faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is changed while it is filled is filled again, after a pause."""
+    hold = lab_state._mirror.slices
+
+    def disturbed(items: Any) -> Any:
+        monkeypatch.setattr(lab_state._mirror, "slices", hold)
+        place = faulty.inner.places["name"]
+        place.values["$lab_state"] = place.expires["$lab_state"] = b'{"format":1,"revision":1,"writer":"x"}'
+        return hold(items)
+
+    monkeypatch.setattr(lab_state._mirror, "slices", disturbed)
+    async with manager(faulty, clock) as state:
+        await until(lambda: state.status().mirror_error is not None)
+        assert state.status().mirror_error == "the copy was changed by somebody else while it was filled"
+        assert faulty.calls.count("fill") == 1
+        clock.advance(1)
+        await until(lambda: state.status().mirror_up)
+
+
+# The end
+
+
+async def test_a_stop_waits_a_second_at_most(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """A cache that hangs holds `stop()` up for one second."""
+    state = manager(faulty, clock)
+    await state.start()
+    await until(lambda: state.status().mirror_up)
+    faulty.going.clear()
+    await state.set("a", 1)
+    stopping = asyncio.create_task(state.stop())
+    await until(lambda: state._mirror is not None and state._mirror._stopping)
+    clock.advance(0.9)
+    await asyncio.sleep(0)
+    assert not stopping.done()
+    clock.advance(0.2)
+    await stopping
+    assert faulty.calls[-1] == "aclose"
+
+
+async def test_a_stop_brings_what_is_left(faulty: FaultyCache, clock: ManualClock) -> None:
+    """A short life leaves its copy behind."""
+    async with manager(faulty, clock, interval=None) as state:
+        await state.set("a", 1)
+    assert faulty.entries == {"a": 1}
+
+
+async def test_a_stop_does_not_try_what_fails(
+    faulty: FaultyCache, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a cache that is away a stop is over at once."""
+    faulty.fail("open", *[UnsupportedError("no")] * 9)
+    async with manager(faulty, clock) as state:
+        await state.set("a", 1)
+    assert state.status().mirror_error == "no"
+
+
+def test_a_stop_on_another_loop(clock: ManualClock) -> None:
+    """A mirror whose loop was closed over it has ended; the state is stopped all the same."""
+    faulty = MemoryCache()
+    state = Manager(Config(name="name", flush_interval=None), MemoryStorage(), faulty, clock=clock)
+
+    async def begin() -> None:
+        await state.start()
+        await state.set("a", 1)
+
+    asyncio.run(begin())
+    asyncio.run(state.stop())
+    assert state.status().phase == "stopped"
+
+
+async def test_a_large_fill_is_told(
+    clock: ManualClock, until: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large state says how far its fill is."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(lab_state._mirror, "_LARGE", 10)
+    monkeypatch.setattr(lab_state._mirror, "_TOLD_SECONDS", 0.0)
+    storage = MemoryStorage()
+    async with manager(None, clock, storage) as state:
+        await state.set_many({str(number): number for number in range(120)})
+    async with manager(MemoryCache(), clock, storage) as state:
+        await until(lambda: state.status().mirror_up)
+    assert lines(caplog) == [
+        "name: filling the mirror, 50 of 120 keys",
+        "name: filling the mirror, 100 of 120 keys",
+        "name: filling the mirror, 120 of 120 keys",
+        "name: filled the mirror with 120 keys",
+    ]
+
+
+async def test_a_checkpoint_waits_for_a_fill(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """Two views at a time would be a copy of the whole state."""
+    storage = FaultyStorage(MemoryStorage())
+
+    async with manager(faulty, clock, storage) as state:
+        await until(lambda: state.status().mirror_up)
+        view = state._core.state.freeze()
+        await state.set("a", "x" * 100_000)
+        assert "checkpoint" not in storage.calls
+        state._core.state.fold(view, 10)
+        await state.set("b", 1)
+        await until(lambda: "checkpoint" in storage.calls)

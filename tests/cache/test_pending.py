@@ -1,0 +1,90 @@
+"""What has become durable and is not in the mirror: merged as a dict would be, within bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab_state import _pending
+from lab_state._expiry import Expiring
+from lab_state._pending import Pending
+from lab_state._state import DELETED, Changes
+
+KEYS = st.sampled_from("abc")
+CHANGES = st.dictionaries(KEYS, st.none() | st.integers() | st.just(DELETED))
+
+
+def changes(start: int, end: int, what: dict[str, Any], *, cleared: bool = False) -> Changes:
+    return Changes(start, end, cleared, what, 0.0)
+
+
+def applied(before: dict[str, Any], taken: Changes) -> dict[str, Any]:
+    after = {} if taken.cleared else dict(before)
+    for key, value in taken.changes.items():
+        if value is DELETED:
+            after.pop(key, None)
+        else:
+            after[key] = value
+    return after
+
+
+@given(st.lists(st.tuples(st.booleans(), CHANGES, st.booleans())), st.integers(1, 3))
+def test_merged_is_the_same_as_one_by_one(commits: list[tuple[bool, dict[str, Any], bool]], most: int) -> None:
+    """However commits are merged, taken and put back, the outcome is that of all of them in order."""
+    model: dict[str, Any] = {}
+    mirror: dict[str, Any] = {}
+    pending = Pending()
+    for number, (cleared, what, taken_back) in enumerate(commits, 1):
+        commit = changes(number - 1, number, what, cleared=cleared)
+        model = applied(model, commit)
+        pending.add(commit)
+        if taken_back:
+            while pending.merge(most):
+                pass
+            pending.put_back(pending.take(0))
+    while pending.merge(most):
+        pass
+    assert bool(pending) is bool(commits)
+    assert applied(mirror, pending.take(0)) == model
+    assert not pending
+
+
+def test_too_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the bound nothing is kept, until it is cleared."""
+    monkeypatch.setattr(_pending, "MOST_KEYS", 3)
+    pending = Pending()
+    pending.add(changes(0, 1, {"a": 1, "b": 2}))
+    pending.merge(10)
+    taken = pending.take(0)
+    pending.add(changes(1, 2, {"c": 1, "d": 2}))
+    pending.put_back(taken)
+    assert pending.overflowed
+    assert pending.keys == 0
+    pending.add(changes(2, 3, {"a": 1}))
+    pending.put_back(taken)
+    assert pending.keys == 0
+    pending.clear()
+    pending.add(changes(3, 4, dict.fromkeys("abcd")))
+    assert pending.overflowed
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 60, b"x" * 60, msgspec.Raw(b"x" * 60), Expiring("x" * 60, 5)],
+    ids=["str", "bytes", "raw", "expiring"],
+)
+def test_too_many_bytes(monkeypatch: pytest.MonkeyPatch, value: Any) -> None:
+    """Bytes are counted as they are replaced."""
+    monkeypatch.setattr(_pending, "MOST_BYTES", 100)
+    pending = Pending()
+    for number in range(5):
+        pending.add(changes(number, number + 1, {"a": value}))
+        pending.merge(10)
+    assert not pending.overflowed
+    pending.add(changes(5, 6, {"b": value}))
+    pending.merge(10)
+    assert pending.overflowed

@@ -1,0 +1,475 @@
+"""Reading a copy: types, expiry, revisions that never go back, and waiting for one's own write."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lab_state import (
+    Change,
+    ClosedError,
+    Config,
+    InvalidKeyError,
+    KeyNotFoundError,
+    Manager,
+    MemoryCache,
+    MemoryStorage,
+    Reader,
+    TypeMismatchError,
+    UnavailableError,
+    UnsupportedError,
+)
+from lab_state.cache import Slice
+from lab_state.cache._format import message, resync
+from lab_state.cache._local import Local
+from lab_state.cache._source import Found
+from lab_state.testing import ManualClock
+
+HEAD = "$lab_state"
+
+
+@dataclass
+class User:
+    name: str
+
+
+def writer(cache: Any, clock: ManualClock | None = None) -> Manager:
+    return Manager(Config(name="name", flush_interval=0), MemoryStorage(), cache, clock=clock)
+
+
+@pytest.fixture(params=[False, True], ids=["remote", "local"])
+def local(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+async def test_typed_reads(cache: Any, local: Any, until: Any) -> None:
+    """Every call reads what the writer wrote, as the type asked for."""
+    async with writer(cache) as state, cache.reader("name", local=local) as reader:
+        values = {"u/ann": User("Ann"), "u/bob": {"name": 5}, "n": 1, "s": "x", "none": None, "list": [1]}
+        await reader.wait_revision(await state.set_many(values))
+        if local:
+            await until(lambda: reader._local.fresh)
+        assert await reader.get("u/ann", type=User) == User("Ann")
+        assert await reader.get("u/ann") == {"name": "Ann"}
+        assert [await reader.get(key) for key in ("n", "s", "none", "list")] == [1, "x", None, [1]]
+        assert await reader.get("missing", 7) == 7
+        assert await reader.get_many(["s", "missing", "n"]) == {"s": "x", "n": 1}
+        assert await reader.get_many(["n"], type=float) == {"n": 1.0}
+        assert await reader.get_all("u/a", type=User) == {"u/ann": User("Ann")}
+        assert len(await reader.get_all()) == 6
+        assert sorted(await reader.keys("u/")) == ["u/ann", "u/bob"]
+        assert await reader.exists("n")
+        assert not await reader.exists("missing")
+        assert await reader.revision() == state.revision
+        with pytest.raises(KeyNotFoundError):
+            await reader.get("missing")
+        with pytest.raises(TypeMismatchError, match="key 'u/bob': not a `User`") as caught:
+            await reader.get("u/bob", type=User)
+        assert caught.value.path == "$.name"
+        for call in (reader.get, reader.exists, reader.get_many):
+            with pytest.raises(InvalidKeyError):
+                await call("" if call != reader.get_many else "key")
+        with pytest.raises(InvalidKeyError):
+            await reader.get(["key"])
+        with pytest.raises(InvalidKeyError):
+            await reader.get(HEAD)
+        with pytest.raises(InvalidKeyError):
+            await reader.keys(5)
+        first = await reader.get("list")
+        first.append(2)
+        assert await reader.get("list") == [1]
+
+
+async def test_expiry(local: Any, until: Any) -> None:
+    """A key is gone when its time has come, whether or not the writer has swept it."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache, clock) as state, cache.reader("name", local=local, clock=clock) as reader:
+        await state.set("a", {}, ttl=10)
+        await state.set("b", 1, ttl=20)
+        await reader.wait_revision(await state.set("c", 1))
+        await until(lambda: not local or reader._local.fresh)
+        assert await reader.get_all() == {"a": {}, "b": 1, "c": 1}
+        clock._time += 10  # the reader's clock is ahead
+        assert await reader.get("a", None) is None
+        with pytest.raises(KeyNotFoundError):
+            await reader.get("a")
+        assert not await reader.exists("a")
+        assert await reader.get("b") == 1
+        assert await reader.get_many(["a", "b"]) == {"b": 1}
+        assert sorted(await reader.keys()) == ["b", "c"]
+
+
+async def test_no_copy_is_not_missing(cache: Any, local: Any) -> None:
+    """Where there is no copy, or half of one, no key is called missing."""
+    async with cache.reader("name", local=local) as reader:
+        for call in (reader.get("a", 1), reader.get_many(["a"]), reader.get_all(), reader.exists("a"), reader.keys()):
+            with pytest.raises(UnavailableError, match="no copy of 'name'"):
+                await call
+        with pytest.raises(UnavailableError, match=r"revision 3 within 0.01 s: there is no copy"):
+            await reader.wait_revision(3, timeout=0.01)
+
+
+@pytest.mark.parametrize("lost", [("values", None), ("expires", None), ("values", b"5"), ("expires", b"{}")])
+async def test_half_a_copy_is_not_read(lost: tuple[str, bytes | None]) -> None:
+    """A hash that was evicted, or is somebody else's, is noticed."""
+    cache = MemoryCache()
+    async with writer(cache) as state, cache.reader("name") as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        which = getattr(cache.places["name"], lost[0])
+        which.clear()
+        if lost[1] is not None:
+            which[HEAD] = lost[1]
+        with pytest.raises(UnavailableError, match="half of the copy"):
+            await reader.get("a")
+
+
+async def test_a_newer_format_is_refused() -> None:
+    """What a newer version wrote is not guessed at."""
+    cache = MemoryCache()
+    async with cache.reader("name") as reader:
+        place = cache.places["name"]
+        place.values[HEAD] = place.expires[HEAD] = b'{"format":2,"revision":1,"writer":"x"}'
+        with pytest.raises(UnsupportedError, match="format 2"):
+            await reader.get("a")
+
+
+async def test_a_reader_never_goes_back(until: Any) -> None:
+    """A copy that is older than what was read is not read, and mended by the writer's next beat."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache, clock) as state, cache.reader("name", clock=clock) as reader:
+        await state.set("a", 1)
+        await until(lambda: state.status().mirror_revision == 1)
+        place = cache.places["name"]
+        old = dict(place.values), dict(place.expires)
+        await reader.wait_revision(await state.set("a", 2))
+        place.values, place.expires = old
+        with pytest.raises(UnavailableError, match="is at revision 1, and 2 was read before"):
+            await reader.get("a")
+        async with cache.reader("name") as other:
+            assert await other.get("a") == 1  # this one has seen nothing
+        clock.advance(2)
+        await until(lambda: place.seen().revision == 2)
+        assert await reader.get("a") == 2
+
+
+async def test_a_local_reader_does_not_go_back_either(until: Any) -> None:
+    """What was read from memory counts when Redis, asked instead of it, comes with old data."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache, clock) as state, cache.reader("name", local=True, clock=clock) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: reader._local.fresh)
+        place = cache.places["name"]
+        old = dict(place.values), dict(place.expires)
+        await state.set("a", 2)
+        await until(lambda: reader._local.shown["a"] == 2)
+        assert await reader.get("a") == 2
+        place.values, place.expires = old
+        [subscription] = place.followers
+        subscription.cut()
+        await until(lambda: not reader._local.fresh)
+        with pytest.raises(UnavailableError, match="is at revision 1, and 2 was read before"):
+            await reader.get("a")
+
+
+async def test_a_slow_read_may_be_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that was under way when another one saw more is not going back."""
+    cache = MemoryCache()
+    async with writer(cache) as state, cache.reader("name") as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        fetch, going = reader._source.fetch, asyncio.Event()
+
+        async def slow(keys: Any) -> Found:
+            found = await fetch(keys)
+            await going.wait()
+            return found
+
+        monkeypatch.setattr(reader._source, "fetch", slow)
+        reading = asyncio.create_task(reader.get("a"))
+        await asyncio.sleep(0)
+        monkeypatch.setattr(reader._source, "fetch", fetch)
+        await reader.wait_revision(await state.set("a", 2))
+        assert await reader.get("a") == 2
+        going.set()
+        assert await reading == 1
+
+
+async def test_open_and_closed(cache: Any) -> None:
+    """A reader is used inside `async with`, once at a time, and may be used again."""
+    reader = cache.reader("name", local=True)
+    assert repr(reader).startswith("<Reader 'name' at ")
+    assert repr(reader).endswith(", local>")
+    with pytest.raises(ClosedError):
+        await reader.get("a")
+    async with writer(cache) as state:
+        for _ in range(2):
+            async with reader:
+                await reader.wait_revision(await state.set("a", 1))
+                assert await reader.get("a") == 1
+                with pytest.raises(RuntimeError, match="open already"):
+                    await reader.__aenter__()
+            await reader.aclose()
+            with pytest.raises(ClosedError):
+                await reader.get_all()
+            with pytest.raises(ClosedError):
+                await reader.wait_revision(1)
+
+
+# Waiting and watching
+
+
+async def test_waiting_for_a_revision(cache: Any, local: Any) -> None:
+    """A waiter is woken by the step that brings its revision, and many wait at once."""
+    async with writer(cache) as state, cache.reader("name", local=local) as reader:
+        waiting = [asyncio.create_task(reader.wait_revision(3)) for _ in range(3)]
+        for number in range(3):
+            assert not any(task.done() for task in waiting)
+            await reader.wait_revision(await state.set("a", number))
+        await asyncio.gather(*waiting)
+        assert await reader.get("a") == 2
+        with pytest.raises(UnavailableError, match=r"has not reached revision 99 within 0\.05 s: it is at 3"):
+            await reader.wait_revision(99, timeout=0.05)
+
+
+async def test_waiting_looks_again(until: Any) -> None:
+    """A waiter that hears nothing looks by itself."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache) as state, cache.reader("name", clock=clock) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        waiting = asyncio.create_task(reader.wait_revision(2))
+        await until(lambda: len(clock._timers) >= 2)
+        cache.places["name"].followers.clear()
+        await state.set("a", 2)
+        await until(lambda: state.status().mirror_revision == 2)
+        assert not waiting.done()
+        clock.advance(1)
+        await waiting
+
+
+async def test_watching(cache: Any) -> None:
+    """A watch begins with a resync and tells what each step changed, under its prefix."""
+    async with writer(cache) as state, cache.reader("name") as reader:
+        await reader.wait_revision(await state.set("x", 1))
+        async with reader.watch("a/") as changes, reader.watch() as everything:
+            await reader.wait_revision(await state.set_many({"a/1": 1, "b": 2}))
+            await reader.wait_revision(await state.delete("a/1") and state.revision)
+            found = [await anext(changes)]
+            if found[0].kind == "resync":
+                found.append(await anext(changes))
+            assert found[-1].key == "a/1"
+            assert found[-1].kind in {"set", "delete"}
+            await reader.wait_revision(await state.delete_all() and await state.set("a/2", 1))
+            while (change := await anext(changes)).revision < state.revision:
+                pass
+            assert change in {Change("", "resync", 5), Change("a/2", "set", 5)}
+            assert (await anext(everything)).revision >= 2
+        with pytest.raises(InvalidKeyError):
+            async with reader.watch(5):
+                pass
+
+
+async def test_a_watch_ends_with_its_reader() -> None:
+    """Who watches when the reader is closed is told that it is over."""
+    cache = MemoryCache()
+    async with cache.reader("name") as reader, reader.watch() as changes:
+        await reader.aclose()
+        assert [change async for change in changes] == []
+
+
+# Subscriptions that are lost
+
+
+async def test_a_lost_subscription(until: Any, caplog: pytest.LogCaptureFixture, local: Any) -> None:
+    """It is told once, made again after a pause, and everybody reads again."""
+    caplog.set_level(logging.INFO)
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache) as state, cache.reader("name", local=local, clock=clock) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: not local or reader._local.fresh)
+        async with reader.watch() as changes:
+            [subscription] = cache.places["name"].followers
+            subscription.cut()
+            await until(lambda: not cache.places["name"].followers)
+            assert not reader._local.fresh
+            await state.set("a", 2)
+            await until(lambda: state.status().mirror_revision == 2)
+            assert await reader.get("a") == 2  # from the cache itself
+            clock.advance(1)
+            await until(lambda: bool(cache.places["name"].followers))
+            while (await anext(changes)).kind != "resync":
+                pass
+            await state.set("a", 3)
+            assert (await anext(changes)).key == "a"
+            await until(lambda: not local or reader._local.fresh)
+            assert await reader.get("a") == 3
+    told = [record.message[:40] for record in caplog.records if "a reader" in record.message]
+    assert told == ["a reader does not hear of changes for th", "a reader hears of changes again"]
+
+
+async def test_a_message_of_somebody_else(until: Any) -> None:
+    """What is no message of ours ends the subscription, and begins a new one."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache) as state, cache.reader("name", local=True, clock=clock) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: reader._local.fresh)
+        cache.places["name"].publish([b"hello"])
+        await until(lambda: not reader._local.fresh)
+        clock.advance(1)
+        await until(lambda: reader._local.fresh)
+
+
+async def test_a_silent_subscription_is_asked(until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is silent, while the copy moves on, is lost; one where nothing changes is not."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache) as state, cache.reader("name", local=True, clock=clock) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: reader._local.fresh)
+        place = cache.places["name"]
+        [before] = place.followers
+        pings: list[int] = []
+        ping = before.ping
+
+        async def counted() -> None:
+            await ping()
+            pings.append(1)
+
+        monkeypatch.setattr(before, "ping", counted)
+        clock.advance(3)
+        place.publish([message(1, 1, place.seen().writer or "", Slice({}, {}, []))])
+        await until(before.queue.empty)
+        clock.advance(2)
+        await until(lambda: len(clock._timers) > 0)
+        assert not pings  # it was heard
+        clock.advance(5)
+        await until(lambda: bool(pings))
+        assert reader._local.fresh
+        place.followers.clear()  # the server forgot it, and tells nobody
+        await state.set("a", 2)
+        await until(lambda: state.status().mirror_revision == 2)
+        clock.advance(5)
+        await until(lambda: len(pings) == 2)
+        await until(lambda: not reader._local.fresh)
+        clock.advance(5)
+        await until(lambda: reader._local.fresh)
+        assert await reader.get("a") == 2
+
+
+async def test_a_copy_that_does_not_fit_is_loaded_again(until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of another writer, a gap, or a resync, is followed by a load."""
+    cache = MemoryCache()
+    async with writer(cache) as state, cache.reader("name", local=True) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: reader._local.fresh)
+        own = cache.places["name"].seen().writer or ""
+        nothing = Slice({}, {}, [])
+        begin, begun = reader._local.begin, [0]
+
+        def counted() -> None:
+            begun[0] += 1
+            begin()
+
+        monkeypatch.setattr(reader._local, "begin", counted)
+        for data in (message(1, 1, "other", nothing), message(5, 6, own, nothing), resync(1, 9, own)):
+            cache.places["name"].publish([data])
+            await until(lambda: begun[0] and reader._local.fresh)
+            begun[0] = 0
+            assert await reader.get("a") == 1
+
+
+async def test_a_load_that_fails_is_tried_again(until: Any) -> None:
+    """A local copy is loaded as soon as there is something to load."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with cache.reader("name", local=True, clock=clock) as reader:
+        await until(lambda: len(clock._timers) >= 2)
+        async with writer(cache) as state:
+            await state.set("a", 1)
+            await until(lambda: state.status().mirror_revision == 1)
+            clock.advance(1)
+            await until(lambda: reader._local.fresh)
+            assert await reader.get("a") == 1
+
+
+def test_more_messages_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load during which too much happened begins anew."""
+    from lab_state.cache import _local  # noqa: PLC0415 -- to be patched
+    from lab_state.cache._format import Head, decode_message  # noqa: PLC0415
+
+    monkeypatch.setattr(_local, "_MOST_KEPT", 2)
+    local, head = Local(), Head(1, 5, "w")
+    local.begin()
+    assert local.read_from(head)
+    step = [decode_message(message(5, 6, "w", Slice({}, {}, [])))]
+    assert [local.tell(step) for _ in range(4)] == [True] * 4
+    assert not local.arrive(head)
+
+
+def test_a_load_that_broke_off() -> None:
+    """What was read in part is not taken for the whole when the copy is still where it was."""
+    from lab_state.cache._format import Head  # noqa: PLC0415
+
+    local, head = Local(), Head(1, 5, "w")
+    for _ in range(2):
+        local.begin()
+        assert local.read_from(head)
+    local.add(Found(None, None, {"a": b"1"}, {}))
+    assert local.arrive(head)
+    local.begin()
+    assert not local.read_from(head)
+    assert local.arrive(head)
+    assert local.shown == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("told", "last", "good"),
+    [
+        ([(4, 5)], (6, "w"), False),  # something is missing
+        ([(5, 6)], (6, "w"), True),
+        ([(5, 6), (6, 8)], (6, "w"), True),
+        ([(6, 7)], (7, "w"), False),  # a gap
+        ([], (5, "v"), False),
+        ([], (5, "w"), True),
+    ],
+)
+def test_where_a_load_arrives(told: list[tuple[int, int]], last: tuple[int, str], good: Any) -> None:
+    """A load is good if the messages lead from the first head to the second one, or beyond."""
+    from lab_state.cache._format import Head, decode_message  # noqa: PLC0415
+
+    local = Local()
+    local.begin()
+    assert local.read_from(Head(1, 5, "w"))
+    local.add(Found(None, None, {"a": b"1", "b": b"{}"}, {"a": b"5", "gone": b"5"}))
+    local.add(Found(None, None, {}, {"a": b"7"}))
+    for start, end in told:
+        local.tell([decode_message(message(start, end, "w", Slice({"n": b"%d" % end}, {}, [])))])
+    assert local.arrive(Head(1, *last)) is good
+    assert local.fresh is good
+    assert local.shown.get("n") == (told[-1][1] if good and told else None)
+    assert local.shown.get("a") == ((1, 7) if good else None)
+
+
+def test_types() -> None:
+    """A reader is what `reader()` gives."""
+    assert isinstance(MemoryCache().reader("name"), Reader)
+    assert repr(MemoryCache()) == "<MemoryCache []>"
+
+
+async def test_an_outage_is_told_once(
+    caplog: pytest.LogCaptureFixture, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that fails to subscribe again and again says so once."""
+    clock, reader, tried = ManualClock(), MemoryCache().reader("name", clock=None), [0]
+    reader._clock = clock
+
+    async def subscribe() -> Any:
+        tried[0] += 1
+        raise UnavailableError("gone")
+
+    monkeypatch.setattr(reader._source, "subscribe", subscribe)
+    async with reader:
+        for number in range(1, 4):
+            await until(lambda number=number: tried[0] == number)
+            clock.advance(5)
+    assert [record.message[:25] for record in caplog.records] == ["a reader does not hear of"]

@@ -1,0 +1,395 @@
+"""A real redis-server: what is kept where, and every way in which it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from typing import Any
+
+import pytest
+from redis.asyncio import ConnectionPool
+
+import lab_state._mirror
+import lab_state.cache._feed
+import lab_state.cache._link
+import lab_state.cache._redis_source
+import lab_state.cache.redis
+from lab_state import Config, Manager, MemoryStorage, RedisCache, UnavailableError, UnsupportedError
+
+VALUES, EXPIRES = "lab_state:{name}", "lab_state:{name}:expires"
+
+
+def manager(url: str, name: str = "name") -> Manager:
+    return Manager(Config(name=name, flush_interval=0), MemoryStorage(), RedisCache(url))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats and pauses as short as a test can bear."""
+    monkeypatch.setattr(lab_state._mirror, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(lab_state._mirror, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(lab_state._mirror, "_LONGEST_PAUSE", 0.05)
+
+
+async def same(state: Manager, url: str) -> None:
+    """The mirror comes to be what the state is, and a new reader reads it."""
+    async with RedisCache(url).reader("name") as reader:
+        await reader.wait_revision(state.revision, timeout=20)
+        assert await reader.get_all() == await state.get_all()
+
+
+# What is kept where
+
+
+async def test_the_layout(redis_server: Any, until: Any) -> None:
+    """Two hashes, each with its head, and nothing else."""
+    async with manager(redis_server.url) as state:
+        await state.set("a", {"b": [1]})
+        await state.set("t", "x", ttl=1000)
+        await until(lambda: state.status().mirror_revision == 2)
+        values = redis_server.call("HGETALL", VALUES)
+        expires = redis_server.call("HGETALL", EXPIRES)
+        head = json.loads(values.pop(b"$lab_state"))
+        assert values == {b"a": b'{"b":[1]}', b"t": b'"x"'}
+        assert head == {"format": 1, "revision": 2, "writer": head["writer"]}
+        assert json.loads(expires.pop(b"$lab_state")) == head
+        assert expires.keys() == {b"t"}
+        assert {redis_server.call("TTL", key) for key in (VALUES, EXPIRES)} == {-1}
+        assert sorted(redis_server.call("KEYS", "*")) == [VALUES.encode(), EXPIRES.encode()]
+
+
+async def test_prefix_and_database(redis_server: Any) -> None:
+    """The prefix is a setting, and the database is the URL's."""
+    cache = RedisCache(f"{redis_server.url}/3?socket_timeout=2", prefix="other:")
+    async with Manager("name", MemoryStorage(), cache) as state, cache.reader("name") as reader:
+        await state.set("a", 1)
+        await state.flush()
+        await reader.wait_revision(1)
+        assert await reader.get("a") == 1
+    assert redis_server.call("KEYS", "*") == []
+    assert repr(cache) == f"<RedisCache 127.0.0.1:{redis_server.port}>"
+
+
+async def test_a_pool_of_redis_py(redis_server: Any) -> None:
+    """What a URL cannot say is said by a pool; its settings are used, and it is not."""
+    pool = ConnectionPool(host="127.0.0.1", port=redis_server.port, decode_responses=True)
+    async with Manager("name", MemoryStorage(), RedisCache(pool)) as state:
+        await state.set("a", 1)
+        await state.flush()
+        async with RedisCache(pool).reader("name") as reader:
+            await reader.wait_revision(1)
+    assert RedisCache(ConnectionPool())._dialer.path == "Redis by Sentinel"
+    assert RedisCache("unix:///a/socket")._dialer.path == "unix:/a/socket"
+    assert RedisCache("redis://")._dialer.path == "localhost:6379"
+
+
+def test_a_url_that_is_none() -> None:
+    """A URL is refused without being quoted."""
+    with pytest.raises(ValueError, match="not a URL of Redis") as caught:
+        RedisCache("http://user:password@host")
+    assert "password" not in str(caught.value)
+
+
+def test_without_redis_py(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra, the error says which one."""
+    monkeypatch.delitem(sys.modules, "lab_state.cache._link")
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(ImportError, match=r"lab-state\[redis\]"):
+        RedisCache("redis://host")
+
+
+async def test_a_fill_is_forgotten_if_it_is_never_finished(redis_server: Any) -> None:
+    """A writer that dies while it fills leaves nothing for ever."""
+    from lab_state.cache import Seen, Slice  # noqa: PLC0415
+
+    session = await RedisCache(redis_server.url).open("name", "one")
+
+    async def dying() -> Any:
+        for _ in range(20):
+            yield Slice({"a": b"1"}, {"a": 1}, [])
+        raise OSError("killed")
+
+    with pytest.raises(OSError, match="killed"):
+        await session.fill(1, dying(), Seen(None, 0))
+    await session.aclose()
+    left = redis_server.call("KEYS", "*")
+    assert len(left) == 2
+    assert all(0 < redis_server.call("TTL", key) <= 60 for key in left)
+
+
+async def test_a_fill_that_redis_forgot_in_the_middle(redis_server: Any) -> None:
+    """A fill of which Redis has forgotten a part is not put in place."""
+    from lab_state.cache import Seen, Slice  # noqa: PLC0415
+
+    session = await RedisCache(redis_server.url).open("name", "one")
+
+    async def slow() -> Any:
+        for _ in range(20):
+            yield Slice({"a": b"1"}, {}, [])
+        await asyncio.to_thread(redis_server.call, "FLUSHALL")
+        yield Slice({"b": b"1"}, {}, [])
+
+    async def quick() -> Any:
+        yield Slice({"a": b"1"}, {}, [])
+
+    assert not await session.fill(1, slow(), Seen(None, 0))
+    assert redis_server.call("KEYS", "*") == []
+    assert await session.fill(1, quick(), await session.look())  # and nothing of that is held against the next
+    await session.aclose()
+
+
+async def test_a_step_that_is_too_large_to_be_told(
+    redis_server: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who follow load it instead."""
+    monkeypatch.setattr(lab_state.cache.redis, "_MOST_TOLD", 1000)
+    cache = RedisCache(redis_server.url)
+    async with manager(redis_server.url) as state, cache.reader("name", local=True) as reader:
+        await reader.wait_revision(0)
+        revision = await state.set_many({str(number): "x" * 100 for number in range(1000)}, ttl=1000)
+        await reader.wait_revision(revision)
+        await until(lambda: reader._local.fresh)
+        assert await reader.get_all() == await state.get_all()
+
+
+async def test_more_readers_than_connections_are_kept(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read that is under way has a connection; few are kept."""
+    monkeypatch.setattr(lab_state.cache._redis_source, "_MOST_LINKS", 2)
+    async with manager(redis_server.url) as state, RedisCache(redis_server.url).reader("name") as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        assert await asyncio.gather(*(reader.get("a") for _ in range(10))) == [1] * 10
+        assert len(reader._source._free) == 2  # type: ignore[attr-defined]
+
+
+async def test_an_older_redis_py(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before redis-py 7 there was nothing to say about the driver."""
+    monkeypatch.delattr("redis.DriverInfo")
+    assert "driver_info" not in RedisCache(redis_server.url)._dialer._options
+
+
+# Failures
+
+
+async def test_redis_dies_and_comes_back(own_redis: Any, until: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Writes go on; one line when it goes, one when it is back; and it is filled."""
+    caplog.set_level(logging.INFO, "lab_state")
+    redis = own_redis()
+    async with manager(redis.url) as state:
+        await state.set("a", "secret")
+        await until(lambda: state.status().mirror_revision == 1)
+        redis.kill()
+        await until(lambda: state.status().mirror_error is not None)
+        for number in range(100):
+            await state.set("b", number)
+        assert not state.status().mirror_up
+        await asyncio.to_thread(redis.start)
+        await same(state, redis.url)
+        await until(lambda: state.status().mirror_up)
+    told = [record.message for record in caplog.records]
+    assert ["is behind" in line for line in told] == [True, False]
+    assert "is back" in told[1]
+    assert "secret" not in caplog.text
+
+
+async def test_redis_comes_back_with_old_data(own_redis: Any, until: Any) -> None:
+    """A reader that had seen more is told so, never given the old; the writer fills it anew."""
+    redis = own_redis()
+    async with manager(redis.url) as state, RedisCache(redis.url).reader("name") as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        redis.call("SAVE")
+        await reader.wait_revision(await state.set("a", 2))
+        await asyncio.to_thread(redis.restart)
+        while True:
+            try:
+                assert await reader.get("a") == 2
+            except UnavailableError:
+                await asyncio.sleep(0.001)
+            else:
+                break
+        await same(state, redis.url)
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [[("FLUSHALL",)], [("SET", VALUES, "x")], [("DEL", EXPIRES)], [("DEL", VALUES)], [("LPUSH", EXPIRES, "x")]],
+    ids=lambda commands: "-".join(map(str, commands[0])),
+)
+async def test_what_others_do_is_mended(redis_server: Any, until: Any, commands: list[tuple[str, ...]]) -> None:
+    """A flush, another type under our keys, or half of the copy gone, is noticed within a beat and filled."""
+    async with manager(redis_server.url) as state:
+        await state.set("a", 1)
+        await until(lambda: state.status().mirror_revision == 1)
+        if commands[0][0] in {"SET", "LPUSH"}:
+            redis_server.call("DEL", commands[0][1])
+        for command in commands:
+            redis_server.call(*command)
+        await same(state, redis_server.url)
+        redis_server.call(*(commands[0] if commands[0][0] != "LPUSH" else ("FLUSHALL",)))
+        await state.set("b", 2)  # a step finds it as well
+        await same(state, redis_server.url)
+
+
+async def test_a_read_only_replica(own_redis: Any, until: Any) -> None:
+    """A replica refuses; the status says what to do; a failover to it is followed."""
+    primary = own_redis()
+    replica = own_redis("--replicaof", "127.0.0.1", str(primary.port))
+    async with manager(replica.url) as state:
+        await state.set("a", 1)
+        await until(lambda: state.status().mirror_error is not None)
+        assert "read-only replica; use the URL of the primary" in str(state.status().mirror_error)
+        replica.call("REPLICAOF", "NO", "ONE")
+        await same(state, replica.url)
+
+
+async def test_out_of_memory(own_redis: Any, until: Any) -> None:
+    """A full Redis keeps the last revision that it could take, whole, and takes the rest when it has room."""
+    redis = own_redis("--maxmemory", "3mb")
+    async with manager(redis.url) as state, RedisCache(redis.url).reader("name") as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await state.set("large", "x" * 4_000_000)
+        await until(lambda: "OutOfMemoryError" in str(state.status().mirror_error))
+        assert "raise maxmemory" in str(state.status().mirror_error)
+        await state.set("a", 2)
+        assert await reader.get("a") == 1
+        redis.call("CONFIG", "SET", "maxmemory", "100mb")
+        await same(state, redis.url)
+
+
+async def test_wrong_password(own_redis: Any, until: Any) -> None:
+    """A refused password is told without being quoted; readers are told to mend the settings."""
+    redis = own_redis("--requirepass", "right-one")
+    right, wrong = (f"redis://:{word}-one@127.0.0.1:{redis.port}" for word in ("right", "wrong"))
+    async with manager(wrong) as state:
+        await until(lambda: state.status().mirror_error is not None)
+        assert "refuses the user or the password" in str(state.status().mirror_error)
+        assert "wrong-one" not in str(state.status().mirror_error)
+    async with RedisCache(wrong).reader("name") as reader:
+        with pytest.raises(UnsupportedError, match="refuses"):
+            await reader.get("a")
+    async with manager(right) as state:
+        await state.set("a", 1)
+        await same(state, right)
+
+
+async def test_a_user_who_may_not(own_redis: Any, until: Any) -> None:
+    """An ACL that lacks a command is told as such."""
+    redis = own_redis()
+    redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all", "-unlink")
+    async with manager(f"redis://poor:word@127.0.0.1:{redis.port}") as state:
+        await until(lambda: "NoPermissionError" in str(state.status().mirror_error))
+        redis.call("ACL", "SETUSER", "poor", "+@all")
+        await same(state, f"redis://poor:word@127.0.0.1:{redis.port}")
+
+
+async def test_a_network_that_cuts(redis_server: Any, proxy_to: Any, until: Any) -> None:
+    """A cut in the middle of a step loses nothing, doubles nothing, and needs no fill."""
+    proxy = await proxy_to(redis_server.port)
+    async with manager(proxy.url) as state:
+        await until(lambda: state.status().mirror_up)
+        for number in range(20):
+            await state.set(f"key {number}", number)
+            proxy.cut()
+            await asyncio.sleep(0.005)
+        await same(state, redis_server.url)
+
+
+async def test_what_arrives_late_does_nothing(
+    redis_server: Any, proxy_to: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that a network holds back, and delivers after newer ones, is not carried out."""
+    monkeypatch.setattr(lab_state.cache._link, "_TIMEOUT", 0.1)
+    proxy = await proxy_to(redis_server.port)
+    async with manager(proxy.url) as state:
+        await state.set("a", 1)
+        await until(lambda: state.status().mirror_revision == 1)
+        proxy.open.clear()
+        await state.set("a", 2)
+        await until(lambda: "does not answer in time" in str(state.status().mirror_error))
+        await state.set("a", 3)
+        proxy.open.set()
+        await same(state, redis_server.url)
+
+
+async def test_a_slow_network(redis_server: Any, proxy_to: Any) -> None:
+    """A flush does not wait for the mirror, however slow that is, and changes are coalesced."""
+    proxy = await proxy_to(redis_server.port)
+    async with manager(proxy.url) as state:
+        proxy.delay = 0.05
+        for number in range(200):
+            await state.set("a", number)
+        assert state.metrics().operations["mirror", "success"] < 50
+        proxy.delay = 0
+        await same(state, redis_server.url)
+
+
+async def test_a_subscription_that_does_not_answer(
+    redis_server: Any, proxy_to: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local copy behind a network that swallows everything is given up, and loaded when it answers again."""
+    monkeypatch.setattr(lab_state.cache._redis_source, "_PING_SECONDS", 0.05)
+    monkeypatch.setattr(lab_state.cache._feed, "SILENT_SECONDS", 0.05)
+    proxy = await proxy_to(redis_server.port)
+    async with manager(redis_server.url) as state, RedisCache(proxy.url).reader("name", local=True) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: reader._local.fresh)
+        proxy.open.clear()
+        await until(lambda: not reader._local.fresh)
+        await state.set("a", 2)
+        proxy.open.set()
+        await reader.wait_revision(2)
+        await until(lambda: reader._local.fresh)
+        assert await reader.get("a") == 2
+
+
+async def test_old_connections_of_a_reader(own_redis: Any) -> None:
+    """A read on a connection that has died meanwhile is made on a new one."""
+    redis = own_redis()
+    async with manager(redis.url) as state:
+        await same(state, redis.url)
+        await state.set("a", 1)
+        await same(state, redis.url)
+    async with RedisCache(redis.url).reader("name") as reader:
+        assert await asyncio.gather(*(reader.get("a") for _ in range(3))) == [1] * 3
+        redis.call("SAVE")
+        redis.kill()
+        await asyncio.to_thread(redis.start)
+        assert await reader.get("a") == 1
+        redis.kill()
+        with pytest.raises(UnavailableError, match=f"127.0.0.1:{redis.port}: ConnectionError"):
+            await reader.get("a")
+
+
+async def test_a_session_after_its_connection(redis_server: Any) -> None:
+    """A session never connects anew by itself: it would forget what it watched."""
+    session = await RedisCache(redis_server.url).open("name", "one")
+    await session.aclose()
+    with pytest.raises(UnavailableError, match="the connection was lost"):
+        await session.look()
+
+
+async def test_a_user_who_may_not_look(own_redis: Any) -> None:
+    """Whoever may not read or subscribe is told so."""
+    redis = own_redis()
+    redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all", "-hget", "-subscribe")
+    cache = RedisCache(f"redis://poor:word@127.0.0.1:{redis.port}")
+    session = await cache.open("name", "one")
+    with pytest.raises(UnsupportedError, match="NoPermissionError"):
+        await session.look()
+    await session.aclose()
+    with pytest.raises(UnsupportedError, match="NoPermissionError"):
+        await cache.reader("name")._source.subscribe()
+
+
+async def test_an_answer_that_nobody_waits_for(redis_server: Any) -> None:
+    """A ping whose caller has gone is answered all the same."""
+    subscription = await RedisCache(redis_server.url).reader("name")._source.subscribe()
+    receiving = asyncio.create_task(subscription.receive())
+    pinging = asyncio.create_task(subscription.ping())
+    await asyncio.sleep(0)
+    pinging.cancel()
+    await subscription.ping()
+    redis_server.call("PUBLISH", "lab_state:{name}:changes", "x")
+    assert await receiving == b"x"
+    await subscription.aclose()
