@@ -162,7 +162,7 @@ class Watchers:
         self._durable = Group()
         self._turn: dict[str, tuple[Changed, int]] = {}
         self._everything = 0  # the revision at which all was deleted in this turn
-        self._queue: deque[tuple[_Group, Iterator[Told] | int]] = deque()
+        self._queue: deque[tuple[Group, Iterator[Told] | int]] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._live) or bool(self._durable)

@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from lab_state._clock import Clock, Pauses, resolver
-from lab_state._state import DELETED, Changed
-from lab_state._watch import MOST_PENDING, Group
+from lab_state._state import DELETED
+from lab_state._watch import MOST_PENDING, Group, Told
 from lab_state.cache._format import Head, Message, decode_message
 from lab_state.cache._local import Local
 from lab_state.cache._source import Source, Subscription
@@ -141,9 +141,9 @@ class Feed:
             self.watchers.resync(last.end)
         elif self.watchers:
             for part in step:
-                changes: dict[str, tuple[Changed, int]] = dict.fromkeys(part.set, (None, last.end))
-                changes.update((key, (DELETED, last.end)) for key in part.delete)
-                self.watchers.tell(changes)
+                changed: list[Told] = [(key, None, last.end) for key in part.set]
+                changed += [(key, DELETED, last.end) for key in part.delete]
+                self.watchers.tell(changed)
         self._notify()
 
     def _notify(self) -> None:

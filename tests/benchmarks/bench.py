@@ -456,7 +456,7 @@ async def local_reads(table: Table, state: Manager, cache: RedisCache) -> None:
     await state.flush()
     async with cache.reader("local", local=True) as reader:
         await reader.wait_revision(state.revision)
-        while not reader._local.fresh:
+        while not reader._local.fresh:  # noqa: ASYNC110 -- there is nothing to wait on
             await asyncio.sleep(0.001)
 
         async def gets(which: Manager | Reader, prefix: str) -> None:

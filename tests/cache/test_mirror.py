@@ -12,6 +12,7 @@ import pytest
 
 import lab_state._mirror
 import lab_state._pending
+import lab_state.cache._format
 from lab_state import (
     Config,
     FencedError,
@@ -379,7 +380,7 @@ async def test_a_fill_that_is_not_made(
     faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy that is changed while it is filled is filled again, after a pause."""
-    hold = lab_state._mirror.slices
+    hold = lab_state.cache._format.slices
 
     def disturbed(items: Any) -> Any:
         monkeypatch.setattr(lab_state._mirror, "slices", hold)
