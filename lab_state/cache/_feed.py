@@ -142,8 +142,8 @@ class Feed:
         elif self.watchers:
             for part in step:
                 changed: list[Told] = [(key, None, last.end) for key in part.set]
-                changed += [(key, DELETED, last.end) for key in part.delete]
-                self.watchers.tell(changed)
+                deleted: list[Told] = [(key, DELETED, last.end) for key in part.delete]
+                self.watchers.tell(changed + deleted)
         self._notify()
 
     def _notify(self) -> None:
