@@ -172,7 +172,8 @@ class FaultyProxy(Proxy):
             if not writer.outage_of_writes:
                 return self.lost_slowly
         chance = drawn.random()
-        if (chance := chance - writer.holds) < 0:
+        # While an open waits between two of its requests, others do what it must notice.
+        if (chance := chance - (0.25 if writer.base is None and writer.rivals else writer.holds)) < 0:
             return drawn.choice((self.hold, self.hold, self.hold_after))
         if (chance := chance - writer.faults * (1.0 if writes else 0.4)) < 0:
             reads = (self.lost, self.reset, self.cut, self.answers, self.hangs, self.lost_slowly)
@@ -351,6 +352,10 @@ class Writer:
         """From here on nothing of it reaches the store, save what is on its way."""
         self.dead = True
         self.stirred.set()
+
+    @property
+    def rivals(self) -> list[Writer]:
+        return [writer for writer in self.world.writers if writer is not self and writer.usable]
 
     @property
     def idle(self) -> set[str]:
@@ -560,6 +565,7 @@ class World:
         self.prefix, self.name = f"scenarios/{seed}", "state"
         self.names = Names.of(bucket, self.prefix, self.name)
         self.managed = seed % 5 == 4
+        self.patient = seed % 3 == 0  # an open waits longer than others do
         self.decode = decode_managed if self.managed else decode_plain
         self.writers: list[Writer] = []
         self.late: list[tuple[FaultyProxy, Request]] = []
@@ -753,7 +759,8 @@ class World:
 
     async def _step(self, writer: Writer) -> None:
         draw = self.random.random()
-        if writer.held and (draw < 0.3 or not writer.usable):
+        opens = writer.base is None
+        if writer.held and (draw < (0.2 if self.patient else 0.6) if opens else draw < 0.3 or not writer.usable):
             writer.release()
             await self._settle(writer)
         elif draw < 0.35 or not writer.usable:
@@ -763,7 +770,7 @@ class World:
             while writer.held:
                 writer.release()
             await self._do(writer, "close", writer.close)
-        elif "checkpoint" in writer.idle and draw < 0.6:
+        elif "checkpoint" in writer.idle and draw < (0.8 if any(each.base is None for each in self.writers) else 0.6):
             await self._do(writer, "checkpoint", writer.checkpoint)
         elif "commit" in writer.idle:
             for _ in range(self.random.randrange(1, 4)):

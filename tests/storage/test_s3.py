@@ -531,6 +531,18 @@ async def test_closing_waits_for_what_is_under_way(bucket: Bucket, proxy: Proxy)
     await again.aclose()
 
 
+async def test_a_commit_begun_before_the_close_ends_well(bucket: Bucket) -> None:
+    """Closing waits for a commit that was asked for, even if nothing of it was sent yet."""
+    session = await bucket.storage().open(NAME)
+    committing = asyncio.create_task(session.commit(b"1" * 300_000, VIEW))  # long enough to be framed in a thread
+    await asyncio.sleep(0)
+    await session.aclose()
+    await committing
+    again = await bucket.storage().open(NAME)
+    await again.aclose()
+    assert again.recovery.records == (b"1" * 300_000,)
+
+
 async def test_an_open_that_is_cancelled_at_its_end(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancelled when the session is there already, it is closed before anyone is told."""
     storage = bucket.storage()
