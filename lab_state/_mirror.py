@@ -27,7 +27,7 @@ from lab_state._clock import Clock, Pauses, Timer, resolver
 from lab_state._flusher import Flusher
 from lab_state._metrics import MirrorCounts
 from lab_state._pending import Pending
-from lab_state._state import Changes
+from lab_state._state import Changes, Stored
 from lab_state._views import Views
 from lab_state.cache._format import slices
 from lab_state.cache._protocol import Cache, CacheSession, Slice, Step
@@ -196,7 +196,7 @@ class Mirror:
         state = self._flusher.state
         views, revision = Views(state), state.revision
         self._tried = revision
-        parts = self._whole(views, revision)
+        parts = self._whole(views, views.freeze(), revision)  # of this moment, whenever the first part is asked for
         try:
             done = await session.fill(revision, parts, seen)
         finally:
@@ -208,9 +208,8 @@ class Mirror:
         self.revision = revision
         self._counts.fills += 1
 
-    async def _whole(self, views: Views, revision: int) -> AsyncGenerator[Slice]:
+    async def _whole(self, views: Views, view: dict[str, Stored], revision: int) -> AsyncGenerator[Slice]:
         """A view of the state, in parts; the last one comes when all of it is durable."""
-        view = views.freeze()
         total, brought, told = len(view), 0, self._clock.monotonic()
         for part in slices(view.items()):
             yield part

@@ -12,7 +12,6 @@ import pytest
 
 import lab_state._mirror
 import lab_state._pending
-import lab_state.cache._format
 from lab_state import (
     Config,
     FencedError,
@@ -23,6 +22,7 @@ from lab_state import (
     UnsupportedError,
 )
 from lab_state.cache import Seen, Slice, Step
+from lab_state.cache._format import slices
 from lab_state.testing import FaultyStorage, ManualClock
 
 
@@ -33,6 +33,7 @@ class FaultyCache:
         self.inner = MemoryCache()
         self.calls: list[str] = []
         self.faults: dict[str, list[Exception | str]] = {}
+        self.held = ""  # all calls
         self.going = asyncio.Event()
         self.going.set()
 
@@ -41,7 +42,8 @@ class FaultyCache:
 
     async def _fault(self, call: str) -> str:
         self.calls.append(call)
-        await self.going.wait()
+        if self.held in {"", call}:
+            await self.going.wait()
         fault = self.faults[call].pop(0) if self.faults.get(call) else ""
         if isinstance(fault, Exception):
             raise fault
@@ -197,6 +199,18 @@ async def test_a_view_is_shown_only_when_it_is_durable(
         storage.resume()
         await flushing
         await until(lambda: faulty.entries == {"a": 1})
+
+
+async def test_a_view_is_of_the_moment_of_its_revision(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """What is changed while a cache has not asked for the first slice yet is not in the view."""
+    faulty.held = "fill"
+    faulty.going.clear()
+    async with manager(faulty, clock, interval=None) as state:
+        await until(lambda: faulty.calls[-1:] == ["fill"])
+        await state.set("a", 1)
+        faulty.going.set()
+        await until(lambda: faulty.revision == 0)
+        assert faulty.entries == {}
 
 
 async def test_a_raw_that_is_no_json_is_not_shown(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
@@ -380,13 +394,12 @@ async def test_a_fill_that_is_not_made(
     faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy that is changed while it is filled is filled again, after a pause."""
-    hold = lab_state.cache._format.slices
 
     def disturbed(items: Any) -> Any:
-        monkeypatch.setattr(lab_state._mirror, "slices", hold)
+        monkeypatch.undo()
         place = faulty.inner.places["name"]
         place.values["$lab_state"] = place.expires["$lab_state"] = b'{"format":1,"revision":1,"writer":"x"}'
-        return hold(items)
+        return slices(items)
 
     monkeypatch.setattr(lab_state._mirror, "slices", disturbed)
     async with manager(faulty, clock) as state:
