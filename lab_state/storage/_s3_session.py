@@ -63,6 +63,7 @@ class S3Session:
         self._let_go = let_go
         self._pid = os.getpid()
         self._committing: asyncio.Task[None] | None = None
+        self._spooling: asyncio.Future[None] | None = None
         self._publishing: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -126,11 +127,14 @@ class S3Session:
         self._check()
         slices, stamp = snapshot(), Stamp(self._seq, self._fence)
         spool = Spool(self._store.thread)
+        self._spooling = asyncio.get_running_loop().create_future()
         try:
             body = await self._spooled(spool, slices, stamp)
         except BaseException:
             spool.discard()
             raise
+        finally:
+            self._spooling.set_result(None)
         self._publishing = _begin(self._publish(body, stamp, spool))
         await asyncio.shield(self._publishing)
 
@@ -141,7 +145,7 @@ class S3Session:
             last = part
         await spool.add(stamped(last, stamp))
         body = await spool.body()
-        self._check()
+        self._check_deposed()
         if body.size > _MOST_SNAPSHOT_BYTES:
             raise UnsupportedError(f"the snapshot of {self.path} has more than 5 GiB, the most that one PUT can send")
         return body
@@ -201,6 +205,7 @@ class S3Session:
     async def _close(self) -> None:
         try:
             await _ended(self._committing)
+            await _ended(self._spooling)
             await _ended(self._publishing)
             await self._store.aclose()
         finally:
@@ -226,12 +231,12 @@ def _begin(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     return task
 
 
-async def _ended(task: asyncio.Task[None] | None) -> None:
+async def _ended(task: asyncio.Future[None] | None) -> None:
     """Wait for the end of what was left behind."""
     if task is not None and _lives(task):
         await asyncio.wait({task})
 
 
-def _lives(task: asyncio.Task[None]) -> bool:
+def _lives(task: asyncio.Future[None]) -> bool:
     """Whether it was begun on this event loop; one on a loop that was closed will never end."""
     return task.get_loop() is asyncio.get_running_loop()

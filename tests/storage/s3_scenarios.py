@@ -770,12 +770,17 @@ class World:
             while writer.held:
                 writer.release()
             await self._do(writer, "close", writer.close)
-        elif "checkpoint" in writer.idle and draw < (0.8 if any(each.base is None for each in self.writers) else 0.6):
+        elif "checkpoint" in writer.idle and draw < self._checkpoints(writer):
             await self._do(writer, "checkpoint", writer.checkpoint)
         elif "commit" in writer.idle:
             for _ in range(self.random.randrange(1, 4)):
                 writer.change()
             await self._do(writer, "commit", writer.commit)
+
+    def _checkpoints(self, writer: Writer) -> float:
+        """More while another opens, and of who is deposed and does not know it."""
+        unaware = writer.fence < self.highest_fence() and not writer.deposed
+        return 0.85 if unaware or any(each.base is None for each in self.writers) else 0.6
 
     async def _deliver(self) -> None:
         proxy, request = self.late.pop(self.random.randrange(len(self.late)))

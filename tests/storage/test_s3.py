@@ -543,6 +543,31 @@ async def test_a_commit_begun_before_the_close_ends_well(bucket: Bucket) -> None
     assert again.recovery.records == (b"1" * 300_000,)
 
 
+async def test_a_checkpoint_begun_before_the_close_ends_well(bucket: Bucket) -> None:
+    """Closing waits for a checkpoint whose view is still being spooled, and lets go after it."""
+    session = await bucket.storage().open(NAME)
+    reached, released = asyncio.Event(), asyncio.Event()
+
+    async def slices() -> AsyncIterator[bytes]:
+        yield b"{"
+        reached.set()
+        await released.wait()
+        yield b"}"
+
+    checkpointing = asyncio.create_task(session.checkpoint(slices))
+    await reached.wait()
+    closing = asyncio.create_task(session.aclose())
+    await asyncio.sleep(0)
+    with pytest.raises(LockedError):
+        await bucket.storage().open(NAME)
+    released.set()
+    await checkpointing
+    await closing
+    again = await bucket.storage().open(NAME)
+    await again.aclose()
+    assert again.recovery.snapshot == b"{}"
+
+
 async def test_an_open_that_is_cancelled_at_its_end(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancelled when the session is there already, it is closed before anyone is told."""
     storage = bucket.storage()
