@@ -61,7 +61,8 @@ class FaultyCache:
 
     @property
     def revision(self) -> int:
-        return self.inner.places["name"].seen().revision if self.inner.places else -1
+        seen = self.inner.places["name"].seen() if self.inner.places else Seen(None, 0)
+        return -1 if seen.writer is None else seen.revision
 
 
 class FaultySession:
