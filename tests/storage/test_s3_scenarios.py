@@ -48,6 +48,9 @@ async def test_scenarios(first: int) -> None:
 
 # A harness that passes everything proves nothing
 
+SOONER = (1, 2, 5, 19, 35, 37, 43, 51, 77, 105, 108, 166)
+"""Scenarios in which some bug showed; they come first."""
+
 Change = tuple[ModuleType | type, str, str, str]
 """Where a function is, its name, some text of it, and what takes its place."""
 
@@ -125,5 +128,6 @@ def put_in(changes: list[Change]) -> Iterator[None]:
 async def test_bugs_are_caught(bug: str) -> None:
     """With a bug in the storage, some scenario of the ordinary number fails."""
     with put_in(BUGS[bug]):
-        outcome = await s3_scenarios.play(range(ORDINARY), Bucket().name, endpoint(), stop=True)
+        seeds = [*SOONER, *(seed for seed in range(ORDINARY) if seed not in SOONER)]
+        outcome = await s3_scenarios.play(seeds, Bucket().name, endpoint(), stop=True)
     assert outcome.problems
