@@ -61,7 +61,7 @@ def s3_scenarios(session: nox.Session) -> None:
     session.install(".", *_group("test"))
     session.run(
         *(("python", "tests/servers/rgw.py") if real else ()),
-        "python", "-m", "pytest", "tests/storage/test_s3_scenarios.py", "-k", "test_scenarios",
+        "python", "-m", "pytest", "tests/storage/test_s3_scenarios.py",
         env={**WHEEL_ONLY, "LAB_STATE_TEST_S3_SCENARIOS": number},
     )  # fmt: skip
 

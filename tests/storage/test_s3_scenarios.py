@@ -23,7 +23,7 @@ from lab_state import UnavailableError
 from lab_state.storage import _s3_client, _s3_open, _s3_outcomes, _s3_session
 from lab_state.storage._s3_session import S3Session
 
-ORDINARY = 200
+ORDINARY = 100
 SCENARIOS = int(os.environ.get("LAB_STATE_TEST_S3_SCENARIOS", ORDINARY))
 """How many; more with `nox -s s3-scenarios`."""
 
@@ -123,11 +123,15 @@ def put_in(changes: list[Change]) -> Iterator[None]:
         yield
 
 
+# They take minutes: for `nox -s s3-scenarios`.
+BUGS_PLAYED = BUGS if SCENARIOS > ORDINARY else dict.fromkeys(["the write id is not looked at after a refusal"])
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", BUGS_PLAYED)
 async def test_bugs_are_caught(bug: str) -> None:
-    """With a bug in the storage, some scenario of the ordinary number fails."""
+    """With a bug in the storage, some scenario of the first 200 fails."""
     with put_in(BUGS[bug]):
-        seeds = [*SOONER, *(seed for seed in range(ORDINARY) if seed not in SOONER)]
+        seeds = [*SOONER, *(seed for seed in range(200) if seed not in SOONER)]
         outcome = await s3_scenarios.play(seeds, Bucket().name, endpoint(), stop=True)
     assert outcome.problems
