@@ -20,7 +20,7 @@ from lab_state._state import MISSING, Changed, State
 from lab_state._values import encode_trusting
 from lab_state._watch import Change, Watcher
 from lab_state.blocking import Blocking
-from lab_state.exceptions import ClosedError
+from lab_state.exceptions import ClosedError, InvalidValueError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -275,12 +275,16 @@ class Transaction(Plain):
         if ttl is not None:
             return self._run(self._calls.set(key, value, ttl=ttl))
         # Written out: the way through a coroutine costs more than the work.
-        stored = self._calls._encode(value, encode_trusting)  # noqa: SLF001 -- the calls' other face
+        core = self._core
+        try:
+            stored = encode_trusting(value)
+        except InvalidValueError:
+            core.counters.set_errors += 1
+            raise
         try:
             full = self._prefix + key
         except TypeError:
-            full = self._calls._full(key)  # noqa: SLF001 -- likewise
-        core = self._core
+            full = self._calls._full(key)  # noqa: SLF001 -- the calls' other face
         changes = core.changes
         if full not in changes and full not in core.known:
             self._calls._begin(full)  # noqa: SLF001 -- likewise
