@@ -1,4 +1,4 @@
-"""What every test runs under: nothing in the package blocks the event loop."""
+"""What every test runs under: nothing in the package blocks the event loop. And what many begin with."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from contextlib import ExitStack
 
 import pytest
 from blockbuster import BlockBusterFunction, blockbuster_ctx
+
+from lab_state import MemoryStorage
+from lab_state.testing import FaultyStorage, ManualClock
 
 # What blockbuster itself does not watch.
 ALSO_BLOCKING = (
@@ -49,3 +52,18 @@ def _own_logging() -> Iterator[None]:
     for handler in logging.root.handlers[:]:
         if not type(handler).__module__.startswith("_pytest"):
             logging.root.removeHandler(handler)
+
+
+@pytest.fixture
+def memory() -> MemoryStorage:
+    return MemoryStorage()
+
+
+@pytest.fixture
+def storage(memory: MemoryStorage) -> FaultyStorage:
+    return FaultyStorage(memory)
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()

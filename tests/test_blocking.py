@@ -25,6 +25,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from running import running, until
 
 from lab_state import (
     Blocking,
@@ -53,41 +54,10 @@ class User(msgspec.Struct):
 
 
 @pytest.fixture
-def memory() -> MemoryStorage:
-    return MemoryStorage()
-
-
-@pytest.fixture
-def storage(memory: MemoryStorage) -> FaultyStorage:
-    return FaultyStorage(memory)
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@asynccontextmanager
-async def running(
-    storage: FaultyStorage | MemoryStorage, clock: ManualClock, flush_interval: float | None = None
-) -> AsyncIterator[Manager]:
-    async with Manager(Config(name="test", flush_interval=flush_interval), storage, clock=clock) as manager:
-        yield manager
-
-
-@pytest.fixture
 async def state(memory: MemoryStorage, clock: ManualClock) -> AsyncIterator[Manager]:
     async with running(memory, clock) as manager:
         await manager.set_many(BEFORE)
         yield manager
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let the loop run until something happened in a thread; the test's own timeout bounds it."""
-    for _ in itertools.count():
-        if condition():
-            return
-        await asyncio.sleep(0)
 
 
 def thread(function: Callable[[], R]) -> Future[R]:

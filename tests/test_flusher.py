@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
+from running import idle, running, until
 
 from lab_state import (
     ClosedError,
@@ -28,44 +28,6 @@ from lab_state._state import Overlay
 from lab_state._views import Views
 from lab_state.storage import Snapshot
 from lab_state.testing import FaultyStorage, ManualClock
-
-
-@pytest.fixture
-def memory() -> MemoryStorage:
-    return MemoryStorage()
-
-
-@pytest.fixture
-def storage(memory: MemoryStorage) -> FaultyStorage:
-    return FaultyStorage(memory)
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until something happened that needs no time."""
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("it did not happen")
-
-
-async def idle() -> None:
-    for _ in range(50):
-        await asyncio.sleep(0)
-
-
-@contextlib.asynccontextmanager
-async def running(
-    storage: FaultyStorage, clock: ManualClock, flush_interval: float | None, stop_timeout: float = 8.0
-) -> AsyncIterator[Manager]:
-    config = Config(name="test", flush_interval=flush_interval, stop_timeout=stop_timeout)
-    async with Manager(config, storage, clock=clock) as manager:
-        yield manager
 
 
 def commits(storage: FaultyStorage) -> int:

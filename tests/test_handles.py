@@ -44,11 +44,6 @@ class Model(BaseModel):
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
 def manager(clock: ManualClock) -> Manager:
     return Manager(Config(name="test", flush_interval=None), MemoryStorage(), clock=clock)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
-import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from contextvars import Context
 from datetime import timedelta
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import pytest
+from running import idle, running, until
 
 from lab_state import (
     Change,
@@ -52,47 +52,11 @@ class StopItError(Exception):
 
 
 @pytest.fixture
-def memory() -> MemoryStorage:
-    return MemoryStorage()
-
-
-@pytest.fixture
-def storage(memory: MemoryStorage) -> FaultyStorage:
-    return FaultyStorage(memory)
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@asynccontextmanager
-async def running(
-    storage: FaultyStorage | MemoryStorage, clock: ManualClock, flush_interval: float | None = None
-) -> AsyncIterator[Manager]:
-    async with Manager(Config(name="test", flush_interval=flush_interval), storage, clock=clock) as manager:
-        yield manager
-
-
-@pytest.fixture
 async def state(storage: FaultyStorage, clock: ManualClock) -> AsyncIterator[Manager]:
     """A manager with something in it, at revision 1."""
     async with running(storage, clock) as manager:
         await manager.set_many(BEFORE)
         yield manager
-
-
-async def idle() -> None:
-    for _ in range(50):
-        await asyncio.sleep(0)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let the loop run until something happened, in a thread perhaps; the test's own timeout bounds it."""
-    for _ in itertools.count():
-        if condition():
-            return
-        await asyncio.sleep(0)
 
 
 def outside(call: Coroutine[Any, Any, R]) -> asyncio.Task[R]:

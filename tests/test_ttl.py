@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from running import until
 
 from lab_state import (
     Config,
@@ -38,11 +39,6 @@ DAY = 86_400.0
 
 class Model(BaseModel):
     name: str
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -74,15 +70,6 @@ async def crashing(storage: Storage, clock: ManualClock) -> AsyncIterator[Manage
         session._closing.set_result(None)
     else:
         await session.aclose()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until something happened that needs no time."""
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("it did not happen")
 
 
 def held(state: Manager) -> set[str]:

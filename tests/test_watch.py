@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from running import idle, running
 
 from lab_state import (
     Change,
@@ -32,37 +33,9 @@ EACH_WAY = pytest.mark.parametrize("durable", [False, True], ids=["live", "durab
 
 
 @pytest.fixture
-def memory() -> MemoryStorage:
-    return MemoryStorage()
-
-
-@pytest.fixture
-def storage(memory: MemoryStorage) -> FaultyStorage:
-    return FaultyStorage(memory)
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@asynccontextmanager
-async def running(
-    storage: FaultyStorage, clock: ManualClock, flush_interval: float | None = None
-) -> AsyncIterator[Manager]:
-    async with Manager(Config(name="test", flush_interval=flush_interval), storage, clock=clock) as state:
-        yield state
-
-
-@pytest.fixture
 async def state(storage: FaultyStorage, clock: ManualClock) -> AsyncIterator[Manager]:
     async with running(storage, clock) as state:
         yield state
-
-
-async def idle() -> None:
-    for _ in range(15):
-        await asyncio.sleep(0)
 
 
 async def told(changes: Changes) -> list[Change]:

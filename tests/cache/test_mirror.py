@@ -99,11 +99,6 @@ def faulty() -> FaultyCache:
     return FaultyCache()
 
 
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
 def manager(cache: Any, clock: ManualClock, storage: Any = None, interval: float | None = 0) -> Manager:
     return Manager(Config(name="name", flush_interval=interval), storage or MemoryStorage(), cache, clock=clock)
 

@@ -39,11 +39,6 @@ ONE, TWO = {"test": "test"}, {"test": "test_2"}
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
 async def state(clock: ManualClock) -> AsyncIterator[Manager]:
     async with Manager("kv", MemoryStorage(), clock=clock) as state:
         yield state

@@ -196,11 +196,6 @@ def test_sessions_rate_limits_and_cached_responses_outlive_the_process(tmp_path:
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
 async def state(clock: ManualClock) -> AsyncIterator[Manager]:
     async with Manager("web", MemoryStorage(), clock=clock) as state:
         yield state

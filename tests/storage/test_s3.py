@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from s3_proxy import Hang, Proxy, Response, answers, lost
-from s3_world import Bucket, endpoint
+from s3_world import VIEW, Bucket, endpoint, given
 
 from lab_state import (
     Config,
@@ -35,7 +35,6 @@ from lab_state import (
     copy_state,
 )
 from lab_state.storage import s3 as module
-from lab_state.storage._protocol import Snapshot
 from lab_state.storage._s3_body import Upload
 from lab_state.storage._s3_format import Names
 from lab_state.storage._s3_time import Time
@@ -44,28 +43,6 @@ from lab_state.testing import ManualClock
 NAME = "peculiar"
 JOURNAL = f"state/modules/{NAME}.journal/"
 SNAPSHOT = f"state/modules/{NAME}.json"
-
-
-def given(*slices: bytes) -> Snapshot:
-    async def view() -> AsyncIterator[bytes]:
-        for part in slices:
-            yield part
-
-    return view
-
-
-VIEW = given(b"{}")
-
-
-@pytest.fixture
-def bucket() -> Bucket:
-    return Bucket()
-
-
-@pytest.fixture
-async def proxy() -> AsyncIterator[Proxy]:
-    async with Proxy(endpoint()) as proxy:
-        yield proxy
 
 
 # Arguments

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 
 import pytest
 from s3_proxy import (
@@ -22,7 +21,7 @@ from s3_proxy import (
     lost,
     without_etag,
 )
-from s3_world import Bucket, QuickTime, endpoint
+from s3_world import VIEW, Bucket, QuickTime, given
 
 from lab_state import (
     Config,
@@ -34,35 +33,12 @@ from lab_state import (
     UnavailableError,
     UnsupportedError,
 )
-from lab_state.storage._protocol import Snapshot
 from lab_state.storage._s3_outcomes import WRITE_ID
 
 NAME = "faults"
 JOURNAL = f"state/modules/{NAME}.journal/"
 SNAPSHOT = f"state/modules/{NAME}.json"
 FOREVER = float("inf")
-
-
-def given(*slices: bytes) -> Snapshot:
-    async def view() -> AsyncIterator[bytes]:
-        for part in slices:
-            yield part
-
-    return view
-
-
-VIEW = given(b"{}")
-
-
-@pytest.fixture
-def bucket() -> Bucket:
-    return Bucket()
-
-
-@pytest.fixture
-async def proxy() -> AsyncIterator[Proxy]:
-    async with Proxy(endpoint()) as proxy:
-        yield proxy
 
 
 def time_of(storage: S3Storage) -> QuickTime:

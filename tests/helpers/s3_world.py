@@ -8,11 +8,12 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from lab_state import S3Storage
 from lab_state._clock import Clock
+from lab_state.storage._protocol import Snapshot
 from lab_state.storage._s3_time import Time
 from lab_state.testing import ManualClock
 
@@ -62,6 +63,19 @@ def client(url: str | None = None) -> Any:
     return boto3.client(
         "s3", endpoint_url=url, config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 0})
     )
+
+
+def given(*slices: bytes) -> Snapshot:
+    """A state, as a storage is given it."""
+
+    async def view() -> AsyncIterator[bytes]:
+        for part in slices:
+            yield part
+
+    return view
+
+
+VIEW = given(b"{}")
 
 
 class QuickTime(Time):
