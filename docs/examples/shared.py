@@ -15,6 +15,7 @@ import httpx2 as httpx
 from fastapi import FastAPI, Request, Response
 
 from lab_state import Config, FileStorage, Manager, RedisCache, UnavailableError
+from lab_state.integrations.fastapi import health, lifespan
 
 NAME = "shared"
 cache = RedisCache(os.environ.get("REDIS_URL", "redis://localhost"))
@@ -27,14 +28,7 @@ state = Manager(
     cache,
 )
 
-
-@asynccontextmanager
-async def writing(_: FastAPI) -> AsyncIterator[None]:
-    async with state:
-        yield
-
-
-writer = FastAPI(lifespan=writing)
+writer = FastAPI(lifespan=lifespan(state))
 
 
 @writer.put("/{key}")
@@ -50,12 +44,13 @@ writer_url = os.environ.get("WRITER_URL", "http://localhost:8001")
 
 @asynccontextmanager
 async def reading(app: FastAPI) -> AsyncIterator[None]:
-    async with reader, httpx.AsyncClient(base_url=writer_url) as client:
+    async with httpx.AsyncClient(base_url=writer_url) as client:
         app.state.client = client
         yield
 
 
-worker = FastAPI(lifespan=reading)
+worker = FastAPI(lifespan=lifespan(reader, inner=reading))
+worker.add_api_route("/health", health())
 
 
 @worker.exception_handler(UnavailableError)

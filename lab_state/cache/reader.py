@@ -62,6 +62,16 @@ class Reader:
         """Which copy, and where."""
         return f"<Reader {self._name!r} at {self._source.path}{', local' if self._is_local else ''}>"
 
+    @property
+    def name(self) -> str:
+        """The name of the state."""
+        return self._name
+
+    @property
+    def up(self) -> bool:
+        """Whether there is a copy, and it is told what changes in it; False outside `async with`."""
+        return self._feed is not None and self._feed.revision >= 0
+
     async def __aenter__(self) -> Self:
         """Begin to follow the changes, in the background.
 

@@ -1,4 +1,4 @@
-"""What the web frameworks share: managers by name, started and stopped together, found and looked after."""
+"""What the web frameworks share: managers and readers by name, begun and ended together, found and looked after."""
 
 from __future__ import annotations
 
@@ -6,58 +6,63 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
+from lab_state.cache import Reader
 from lab_state.exceptions import LockedError
-from lab_state.manager import Manager
+from lab_state.manager import Manager, Status
+
+Served: TypeAlias = Manager | Reader
+S = TypeVar("S", bound=Manager | Reader)
 
 KEY = "lab_state"
-"""Where a framework's own state holds the managers."""
+"""Where a framework's own state holds the managers and readers."""
 
 _OTHER_WORKER = "if that is another worker of this server, run it with one worker (see `Workers` in the documentation)"
 
 
-def by_name(managers: Iterable[Manager]) -> dict[str, Manager]:
-    """The managers by their names.
+def by_name(served: Iterable[S], kinds: tuple[type[Any], ...] = (Manager, Reader)) -> dict[str, S]:
+    """Managers, readers or both by their names.
 
     Raises:
-        TypeError: One of them is not a manager.
+        TypeError: One of them is of another kind.
         ValueError: There is none, or two have the same name.
     """
-    named: dict[str, Manager] = {}
-    for manager in managers:
-        if not isinstance(manager, Manager):
-            raise TypeError(f"a lab_state.Manager was expected, not {manager!r}")
-        add(named, manager)
+    named: dict[str, S] = {}
+    for one in served:
+        if not isinstance(one, kinds):
+            expected = " or ".join(f"a lab_state.{kind.__name__}" for kind in kinds)
+            raise TypeError(f"{expected} was expected, not {one!r}")
+        add(named, one)
     if not named:
-        raise ValueError("give the managers that the application uses, one or more")
+        raise ValueError(f"give the {' or '.join(map(_plural, kinds))} that the application uses, one or more")
     return named
 
 
-def add(named: dict[str, Manager], manager: Manager) -> None:
-    """Add a manager.
+def add(named: dict[str, S], one: S) -> None:
+    """Add a manager or a reader.
 
     Raises:
         ValueError: There is one of the same name.
     """
-    name = manager.config.name
+    name = one.config.name if isinstance(one, Manager) else one.name
     if name in named:
-        raise ValueError(f"two managers are named {name!r}; in one application each needs a name of its own")
-    named[name] = manager
+        raise ValueError(f"two are named {name!r}; in one application each manager and reader needs a name of its own")
+    named[name] = one
 
 
 @asynccontextmanager
-async def running(managers: Iterable[Manager]) -> AsyncGenerator[None]:
-    """Start the managers in order, and stop those that were started in reverse order, whatever happens.
+async def running(served: Iterable[Served]) -> AsyncGenerator[None]:
+    """Begin in order, and end in reverse order what was begun, whatever happens.
 
-    Starting and stopping may happen in different tasks.
+    Both may happen in different tasks.
     """
     async with AsyncExitStack() as stack:
-        for manager in managers:
+        for one in served:
             try:
-                await stack.enter_async_context(manager)
+                await stack.enter_async_context(one)
             except LockedError as error:
                 error.args = (f"{error}; {_OTHER_WORKER}",)  # in one line: the last one of a traceback
                 raise
@@ -86,13 +91,13 @@ class LastWord(logging.Filter):
 
     @classmethod
     @asynccontextmanager
-    async def told(cls, managers: Iterable[Manager]) -> AsyncGenerator[None]:
+    async def told(cls, served: Iterable[Served]) -> AsyncGenerator[None]:
         """`running`, for a server that is likely to be uvicorn."""
         started = False
         for old in [known for known in cls._LOGGER.filters if isinstance(known, cls)]:
             cls._LOGGER.removeFilter(old)  # of an attempt that something else reported
         try:
-            async with running(managers):
+            async with running(served):
                 started = True
                 yield
         except BaseException as error:
@@ -101,22 +106,27 @@ class LastWord(logging.Filter):
             raise
 
 
-def choose(managers: Mapping[str, Manager] | None, name: str | None) -> Manager:
-    """The manager of that name; the only one, without a name.
+def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None) -> S:
+    """The manager, or the reader, of that name; the only one, without a name.
 
     Raises:
         LookupError: There is none, or no name was given and there are several.
     """
-    if not managers:
+    found = {known: one for known, one in (served or {}).items() if isinstance(one, kind)}
+    if not found:
         raise LookupError(
-            "this application has no lab_state managers: give them to it, and see that the server runs its startup"
+            f"this application has no lab_state {_plural(kind)}: give them to it, and see that the server runs its startup"
         )
-    if name is None and len(managers) == 1:
-        return next(iter(managers.values()))
-    if name is None or name not in managers:
-        asked = "a name is needed" if name is None else f"there is no manager {name!r}"
-        raise LookupError(f"{asked}; this application has {', '.join(map(repr, managers))}")
-    return managers[name]
+    if name is None and len(found) == 1:
+        return next(iter(found.values()))
+    if name is None or name not in found:
+        asked = "a name is needed" if name is None else f"there is no {kind.__name__.lower()} {name!r}"
+        raise LookupError(f"{asked}; this application has {', '.join(map(repr, found))}")
+    return found[name]
+
+
+def _plural(kind: type[Any]) -> str:
+    return f"{kind.__name__.lower()}s"
 
 
 def check_bound(seconds: float | None) -> float:
@@ -135,21 +145,34 @@ def check_bound(seconds: float | None) -> float:
     return seconds
 
 
-def health_of(managers: Mapping[str, Manager] | None, bound: float) -> tuple[int, bytes]:
-    """An HTTP status and a JSON body: 200, or 503 where a manager does not run or cannot write.
+def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, bytes]:
+    """An HTTP status and a JSON body: 200, or 503 where a manager does not run or cannot write, or a reader is not up.
 
     Args:
-        managers: The managers, by name.
+        served: The managers and readers, by name.
         bound: How old a change may be that is not durable, in seconds.
     """
-    found = {name: manager.status() for name, manager in (managers or {}).items()}
-    problems = [] if found else ["no manager was started"]
-    for name, status in found.items():
-        if status.phase != "running":
-            problems.append(f"{name} is {status.phase}")
-        elif status.fenced:
-            problems.append(f"{name} is fenced: a newer writer owns it")
-        elif status.unflushed_age > bound:
-            problems.append(f"{name} has had changes that are not durable for {status.unflushed_age:.1f} s")
-    body: dict[str, Any] = {"healthy": not problems, "problems": problems, "managers": found}
+    problems = [] if served else ["no manager was started"]
+    managers: dict[str, Status] = {}
+    readers: dict[str, dict[str, bool]] = {}
+    for name, one in (served or {}).items():
+        if isinstance(one, Reader):
+            readers[name] = {"up": one.up}
+            problem = None if one.up else "hears of no changes: there is no copy, or no way to it"
+        else:
+            managers[name] = status = one.status()
+            problem = _problem(status, bound)
+        if problem is not None:
+            problems.append(f"{name} {problem}")
+    body: dict[str, Any] = {"healthy": not problems, "problems": problems, "managers": managers, "readers": readers}
     return 503 if problems else 200, msgspec.json.encode(body)
+
+
+def _problem(status: Status, bound: float) -> str | None:
+    if status.phase != "running":
+        return f"is {status.phase}"
+    if status.fenced:
+        return "is fenced: a newer writer owns it"
+    if status.unflushed_age > bound:
+        return f"has had changes that are not durable for {status.unflushed_age:.1f} s"
+    return None

@@ -1,4 +1,4 @@
-"""For aiohttp's server: managers that run while an application does, and a health handler."""
+"""For aiohttp's server: managers and readers that run while an application does, and a health handler."""
 
 from __future__ import annotations
 
@@ -6,38 +6,40 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from lab_state.integrations._serving import add, by_name, check_bound, choose, health_of, running
+from lab_state.cache import Reader
+from lab_state.integrations._serving import Served, add, by_name, check_bound, choose, health_of, running
 from lab_state.manager import Manager
 
-__all__ = ["MANAGERS", "health", "manager", "setup"]
+__all__ = ["SERVED", "health", "manager", "reader", "setup"]
 
-MANAGERS: web.AppKey[Mapping[str, Manager]] = web.AppKey("lab_state.managers", Mapping)
-"""Where an application holds its managers, by name."""
+SERVED: web.AppKey[Mapping[str, Manager | Reader]] = web.AppKey("lab_state.served", Mapping)
+"""Where an application holds its managers and readers, by name."""
 
 
-def setup(app: web.Application, *managers: Manager) -> None:
-    """Let managers run while an application does.
+def setup(app: web.Application, *served: Manager | Reader) -> None:
+    """Let managers and readers run while an application does.
 
     Adds to its `cleanup_ctx`: they are started in the order given, with what was added
     before them, and stopped in reverse order. When one cannot be started, those before
     it are stopped, and `web.run_app` ends with its error.
 
-    Handlers find them with `manager`, those of sub-applications too. May be called
-    again, and for sub-applications with managers of their own.
+    Handlers find them with `manager` and `reader`, those of sub-applications too. May be
+    called again, and for sub-applications with managers and readers of their own.
 
     Args:
         app: The application, not yet running.
-        managers: One or more, each with a name of its own.
+        served: Managers, and readers of other processes' states: one or more, each with
+            a name of its own.
 
     Raises:
-        ValueError: No manager was given, or two have the same name.
-        TypeError: One of them is not a manager.
+        ValueError: None was given, or two have the same name.
+        TypeError: One of them is neither.
     """
-    named = by_name(managers)
+    named = by_name(served)
     known = _own(app)
     for one in named.values():
         add(known, one)
-    app[MANAGERS] = known
+    app[SERVED] = known
 
     async def lab_state(_: web.Application) -> AsyncGenerator[None]:
         async with running(named.values()):
@@ -46,14 +48,14 @@ def setup(app: web.Application, *managers: Manager) -> None:
     app.cleanup_ctx.append(lab_state)
 
 
-def _own(app: web.Application) -> dict[str, Manager]:
-    managers: Mapping[str, Manager] | None = app.get(MANAGERS)
-    return dict(managers or {})
+def _own(app: web.Application) -> dict[str, Served]:
+    served: Mapping[str, Served] | None = app.get(SERVED)
+    return dict(served or {})
 
 
-def _managers_of(source: web.Request | web.Application) -> Mapping[str, Manager]:
+def _served(source: web.Request | web.Application) -> Mapping[str, Served]:
     apps = source.match_info.apps if isinstance(source, web.Request) else (source,)
-    # A sub-application comes after its parent, and its own managers before those.
+    # A sub-application comes after its parent, and what is its own before that.
     return {name: one for app in apps for name, one in _own(app).items()}
 
 
@@ -69,7 +71,21 @@ def manager(source: web.Request | web.Application, name: str | None = None) -> M
     Raises:
         LookupError: There is no such manager; the message names those there are.
     """
-    return choose(_managers_of(source), name)
+    return choose(_served(source), Manager, name)
+
+
+def reader(source: web.Request | web.Application, name: str | None = None) -> Reader:
+    """A reader of an application; found as `manager` finds managers.
+
+    Args:
+        source: A request or an application.
+        name: The name of the state that it reads; may be left out where there is only
+            one reader.
+
+    Raises:
+        LookupError: There is no such reader; the message names those there are.
+    """
+    return choose(_served(source), Reader, name)
 
 
 def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -77,8 +93,8 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
 
     `app.router.add_get("/health", health())`.
 
-    Answers 200 while every manager that `manager` would find runs and writes, and 503
-    otherwise, with the status of each as JSON. No key and no value is in it; paths of
+    Answers 200 while every manager that `manager` would find runs and writes, and every
+    reader is up, and 503 otherwise, with the status of each as JSON. No key and no value is in it; paths of
     files are, in error messages: keep it off the public internet.
 
     Args:
@@ -93,7 +109,7 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
     bound = check_bound(max_unflushed_age)
 
     async def health(request: web.Request) -> web.Response:
-        status, body = health_of(_managers_of(request), bound)
+        status, body = health_of(_served(request), bound)
         return web.Response(body=body, status=status, content_type="application/json")
 
     return health

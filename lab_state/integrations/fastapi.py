@@ -9,12 +9,14 @@ from fastapi.requests import HTTPConnection
 
 from lab_state._codec import check_key
 from lab_state._state import MISSING
+from lab_state.cache import Reader
 from lab_state.handles import Entry
 from lab_state.integrations.starlette import health, lifespan
 from lab_state.integrations.starlette import manager as manager_of
+from lab_state.integrations.starlette import reader as reader_of
 from lab_state.manager import Manager
 
-__all__ = ["entry", "health", "lifespan", "manager"]
+__all__ = ["entry", "health", "lifespan", "manager", "reader"]
 
 T = TypeVar("T")
 
@@ -38,6 +40,24 @@ def manager(name: str | None = None) -> Callable[[HTTPConnection], Awaitable[Man
         return manager_of(connection, name)
 
     return manager
+
+
+def reader(name: str | None = None) -> Callable[[HTTPConnection], Awaitable[Reader]]:
+    """A dependency: `Annotated[Reader, Depends(reader("my-module"))]`, where `manager` would give a manager.
+
+    Args:
+        name: The name of the state that it reads; may be left out where the application
+            has only one reader.
+
+    Raises:
+        LookupError: From a request: there is no such reader, the message names those
+            there are; or the lifespan did not run.
+    """
+
+    async def reader(connection: HTTPConnection) -> Reader:
+        return reader_of(connection, name)
+
+    return reader
 
 
 @overload

@@ -1,4 +1,4 @@
-"""For Litestar: a plugin that runs managers and injects them, a store, and a health route."""
+"""For Litestar: a plugin that runs managers and readers and injects them, a store, and a health route."""
 
 from __future__ import annotations
 
@@ -18,51 +18,53 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.plugins import InitPlugin
 from litestar.stores.base import NamespacedStore
 
+from lab_state.cache import Reader
 from lab_state.exceptions import KeyNotFoundError
 from lab_state.handles import Namespace
 from lab_state.integrations._parts import part
-from lab_state.integrations._serving import KEY, LastWord, by_name, check_bound, health_of
+from lab_state.integrations._serving import KEY, LastWord, Served, by_name, check_bound, health_of
 from lab_state.manager import Manager
 
 __all__ = ["LabStatePlugin", "LabStateStore", "health"]
 
 
 class LabStatePlugin(InitPlugin):
-    """Runs managers, and injects them: `Litestar(plugins=[LabStatePlugin(notes=Manager("notes", storage))])`.
+    """Runs managers and readers, and injects them: `Litestar(plugins=[LabStatePlugin(notes=Manager("notes", storage))])`.
 
     A handler with a parameter `notes: NamedDependency[Manager]` is given that manager. Elsewhere they
-    are in `app.state.lab_state`, by the managers' own names. They are started before
+    are in `app.state.lab_state`, by the names of their states. They are started before
     everything else in the application's lifespan, in the order given, and stopped after
     it in reverse order; when one cannot be started, those before it are stopped, and the
     server exits with its error. Under uvicorn, the last line that it prints says which.
     """
 
-    def __init__(self, **managers: Manager) -> None:
+    def __init__(self, **served: Manager | Reader) -> None:
         """Nothing is started before the application is.
 
         Args:
-            managers: By the parameter under which handlers ask for them.
+            served: Managers, and readers of other processes' states, by the parameter
+                under which handlers ask for them.
 
         Raises:
-            ValueError: No manager was given, two have the same name, or a parameter is
+            ValueError: None was given, two have the same name, or a parameter is
                 one that Litestar keeps for itself.
-            TypeError: One of them is not a manager.
+            TypeError: One of them is neither.
         """
-        if taken := RESERVED_KWARGS & managers.keys():
+        if taken := RESERVED_KWARGS & served.keys():
             raise ValueError(f"Litestar keeps the parameter {min(taken)!r} for itself; use another name")
-        self._parameters = managers
-        self._named = MappingProxyType(by_name(managers.values()))
+        self._parameters = served
+        self._named = MappingProxyType(by_name(served.values()))
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
-        """Add the managers to the application.
+        """Add them to the application.
 
         Raises:
             ValueError: It has a dependency of the same name already.
         """
-        for parameter, manager in self._parameters.items():
+        for parameter, one in self._parameters.items():
             if parameter in app_config.dependencies:
-                raise ValueError(f"there is a dependency {parameter!r} already; give the manager another parameter")
-            app_config.dependencies[parameter] = Provide(_always(manager), sync_to_thread=False)
+                raise ValueError(f"there is a dependency {parameter!r} already; choose another parameter")
+            app_config.dependencies[parameter] = Provide(_always(one), sync_to_thread=False)
         app_config.state[KEY] = self._named
         app_config.lifespan = [self._lifespan, *app_config.lifespan]  # pyright: ignore[reportUnknownMemberType] -- partly untyped
         return app_config
@@ -73,9 +75,9 @@ class LabStatePlugin(InitPlugin):
             yield
 
 
-def _always(manager: Manager) -> Callable[[], Manager]:
-    def provide() -> Manager:
-        return manager
+def _always(one: Served) -> Callable[[], Served]:
+    def provide() -> Served:
+        return one
 
     return provide
 
@@ -83,8 +85,8 @@ def _always(manager: Manager) -> Callable[[], Manager]:
 def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> HTTPRouteHandler:
     """A route for a load balancer: `Litestar([health()], plugins=[...])`.
 
-    Answers 200 while every manager of the plugin runs and writes, and 503 otherwise,
-    with the status of each as JSON. No key and no value is in it; paths of files are, in
+    Answers 200 while every manager of the plugin runs and writes and every reader is up,
+    and 503 otherwise, with the status of each as JSON. No key and no value is in it; paths of files are, in
     error messages: keep it off the public internet.
 
     Args:
@@ -101,8 +103,8 @@ def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> 
 
     @get(path, media_type="application/json", sync_to_thread=False)
     def lab_state_health(request: Request[Any, Any, Any]) -> Response[bytes]:
-        managers = cast("Mapping[str, Manager] | None", request.app.state.get(KEY))
-        status, body = health_of(managers, bound)
+        served = cast("Mapping[str, Served] | None", request.app.state.get(KEY))
+        status, body = health_of(served, bound)
         return Response(body, status_code=status, media_type="application/json")
 
     return lab_state_health

@@ -63,7 +63,7 @@ class LabStateCollector(Collector):
             ValueError: No manager was given, or two have the same name.
             TypeError: One of them is not a manager.
         """
-        self._managers = by_name(managers)
+        self._managers = by_name(managers, (Manager,))
 
     def describe(self) -> Iterator[Metric]:
         """The metrics without their values: registering must not wait for an event loop."""

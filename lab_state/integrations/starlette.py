@@ -1,4 +1,4 @@
-"""For Starlette: a lifespan that starts and stops managers, and a health route."""
+"""For Starlette: a lifespan that managers and readers run in, and a health route."""
 
 from __future__ import annotations
 
@@ -10,38 +10,41 @@ from typing import Any
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
-from lab_state.integrations._serving import KEY, LastWord, by_name, check_bound, choose, health_of
+from lab_state.cache import Reader
+from lab_state.integrations._serving import KEY, LastWord, Served, by_name, check_bound, choose, health_of
 from lab_state.manager import Manager
 
-__all__ = ["health", "lifespan", "manager"]
+__all__ = ["health", "lifespan", "manager", "reader"]
 
 
 def lifespan(
-    *managers: Manager, inner: Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]] | None = None
+    *served: Manager | Reader,
+    inner: Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]] | None = None,
 ) -> Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any]]]:
-    """A lifespan that runs managers: `Starlette(lifespan=lifespan(state))`.
+    """A lifespan that managers and readers run in: `Starlette(lifespan=lifespan(state))`.
 
-    The managers are started in the order given, and stopped in reverse order; when one
+    They are started in the order given, and stopped in reverse order; when one
     cannot be started, those before it are stopped, and the server exits with its error.
     Under uvicorn, the last line that it prints says which.
 
-    In `request.state.lab_state` requests find the managers by name, in WebSockets and in
-    mounted applications too; see `manager`. Nothing is global: several applications in
+    In `request.state.lab_state` requests find them by name, in WebSockets and in
+    mounted applications too; see `manager` and `reader`. Nothing is global: several applications in
     one process, and tests, have each their own.
 
     Args:
-        managers: One or more, each with a name of its own.
+        served: Managers, and readers of other processes' states: one or more, each with
+            a name of its own.
         inner: A lifespan of your own, a function with `@asynccontextmanager`. It runs
-            while the managers do, and so may use them. The state that it yields, if
+            while they do, and so may use them. The state that it yields, if
             any, is in `request.state` too.
 
     Raises:
-        ValueError: No manager was given, or two have the same name.
-        TypeError: One of them is not a manager.
+        ValueError: None was given, or two have the same name.
+        TypeError: One of them is neither.
         RuntimeError: At startup: `inner` yields a state named `lab_state`; or a manager
             runs already, in another application.
     """
-    named = MappingProxyType(by_name(managers))
+    named = MappingProxyType(by_name(served))
 
     @asynccontextmanager
     async def run(app: Any) -> AsyncGenerator[Mapping[str, Any]]:
@@ -51,15 +54,15 @@ def lifespan(
                 return
             async with inner(app) as state:
                 if state is not None and KEY in state:
-                    raise RuntimeError(f"the inner lifespan yields {KEY!r} too: give all managers to one lifespan()")
+                    raise RuntimeError(f"the inner lifespan yields {KEY!r} too: give all to one lifespan()")
                 yield {**(state or {}), KEY: named}
 
     return run
 
 
-def managers_of(connection: HTTPConnection) -> Mapping[str, Manager] | None:
-    """The managers of the application; `None` where its lifespan did not run."""
-    found: Mapping[str, Manager] | None = connection.scope.get("state", {}).get(KEY)
+def _served(connection: HTTPConnection) -> Mapping[str, Served] | None:
+    """What the application was given; `None` where its lifespan did not run."""
+    found: Mapping[str, Served] | None = connection.scope.get("state", {}).get(KEY)
     return found
 
 
@@ -74,7 +77,22 @@ def manager(connection: HTTPConnection, name: str | None = None) -> Manager:
         LookupError: There is no such manager, the message names those there are; or the
             lifespan did not run.
     """
-    return choose(managers_of(connection), name)
+    return choose(_served(connection), Manager, name)
+
+
+def reader(connection: HTTPConnection, name: str | None = None) -> Reader:
+    """A reader of the application that a request or a WebSocket came to.
+
+    Args:
+        connection: The request or the WebSocket.
+        name: The name of the state that it reads; may be left out where there is only
+            one reader.
+
+    Raises:
+        LookupError: There is no such reader, the message names those there are; or the
+            lifespan did not run.
+    """
+    return choose(_served(connection), Reader, name)
 
 
 def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awaitable[Response]]:
@@ -82,8 +100,8 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
 
     `Route("/health", health())`, or FastAPI's `app.add_api_route("/health", health())`.
 
-    Answers 200 while every manager of the application runs and writes, and 503
-    otherwise, with the status of each as JSON. No key and no value is in it; paths of
+    Answers 200 while every manager of the application runs and writes and every reader
+    is up, and 503 otherwise, with the status of each as JSON. No key and no value is in it; paths of
     files are, in error messages: keep it off the public internet.
 
     Args:
@@ -98,7 +116,7 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
     bound = check_bound(max_unflushed_age)
 
     async def health(request: Request) -> Response:
-        status, body = health_of(managers_of(request), bound)
+        status, body = health_of(_served(request), bound)
         return Response(body, status, media_type="application/json")
 
     return health

@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from lab_state import Config, Manager, MemoryStorage, UnavailableError
-from lab_state.integrations.aiohttp import MANAGERS, health, manager, setup
+from lab_state.integrations.aiohttp import SERVED, health, manager, setup
 from lab_state.testing import FaultyStorage, ManualClock
 
 
@@ -72,7 +72,7 @@ async def test_a_manager_of_an_application() -> None:
     app = web.Application()
     state = make("a")
     setup(app, state)
-    assert manager(app) is manager(app, "a") is app[MANAGERS]["a"] is state
+    assert manager(app) is manager(app, "a") is app[SERVED]["a"] is state
     with pytest.raises(LookupError, match="no lab_state managers"):
         manager(web.Application())
 
@@ -125,12 +125,12 @@ async def test_started_in_one_task_and_stopped_in_another() -> None:
 async def test_two_managers_of_one_name_are_an_error_at_once() -> None:
     """In one call or in two; the application is left as it was."""
     app = web.Application()
-    with pytest.raises(ValueError, match="two managers are named 'a'"):
+    with pytest.raises(ValueError, match="two are named 'a'"):
         setup(app, make("a"), make("a"))
     setup(app, make("a"))
-    with pytest.raises(ValueError, match="two managers are named 'a'"):
+    with pytest.raises(ValueError, match="two are named 'a'"):
         setup(app, make("b"), make("a"))
-    managers = app[MANAGERS]
+    managers = app[SERVED]
     assert list(managers) == ["a"]
     assert len(app.cleanup_ctx) == 1 + len(web.Application().cleanup_ctx)
 

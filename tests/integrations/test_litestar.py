@@ -108,9 +108,9 @@ def test_arguments_are_checked_at_once() -> None:
     state = Manager("a", MemoryStorage())
     with pytest.raises(ValueError, match="Litestar keeps the parameter 'state' for itself"):
         LabStatePlugin(state=state)
-    with pytest.raises(ValueError, match="two managers are named 'a'"):
+    with pytest.raises(ValueError, match="two are named 'a'"):
         LabStatePlugin(one=state, two=Manager("a", MemoryStorage()))
-    with pytest.raises(TypeError, match=r"a lab_state\.Manager was expected"):
+    with pytest.raises(TypeError, match=r"a lab_state\.Manager or a lab_state\.Reader was expected"):
         LabStatePlugin(one="a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="there is a dependency 'a' already"):
         Litestar(plugins=[LabStatePlugin(a=state)], dependencies={"a": Provide(lambda: 1, sync_to_thread=False)})

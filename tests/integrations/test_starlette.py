@@ -177,18 +177,18 @@ def test_the_state_of_the_inner_lifespan_is_merged() -> None:
 async def test_an_inner_lifespan_with_managers_of_its_own_is_refused() -> None:
     """Two lifespans of lab_state one in the other would hide managers: an error at startup, and all are stopped."""
     outer, within = make("outer"), make("within")
-    with pytest.raises(RuntimeError, match="give all managers to one lifespan"):
+    with pytest.raises(RuntimeError, match="give all to one lifespan"):
         await lifespan(outer, inner=lifespan(within))(None).__aenter__()
     assert [one.status().phase for one in (outer, within)] == ["stopped", "stopped"]
 
 
 def test_arguments_are_checked_at_once() -> None:
-    """No manager, two of one name, and what is not a manager, are errors where the lifespan is made."""
+    """Nothing, two of one name, and what is neither manager nor reader, are errors where the lifespan is made."""
     with pytest.raises(ValueError, match="one or more"):
         lifespan()
-    with pytest.raises(ValueError, match="two managers are named 'a'"):
+    with pytest.raises(ValueError, match="two are named 'a'"):
         lifespan(make("a"), make("a"))
-    with pytest.raises(TypeError, match=r"lab_state\.Manager was expected, not 'a'"):
+    with pytest.raises(TypeError, match=r"a lab_state\.Manager or a lab_state\.Reader was expected, not 'a'"):
         lifespan("a")  # type: ignore[arg-type]
 
 

@@ -14,25 +14,29 @@ from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.routing import Route
 
-from lab_state import Entry, Manager
+from lab_state import Entry, Manager, Reader
 from lab_state.integrations import aiohttp, fastapi, key_value, litestar, prometheus, starlette
 
 
-def lifespans(state: Manager) -> None:
-    Starlette(routes=[Route("/health", starlette.health())], lifespan=starlette.lifespan(state))
+def lifespans(state: Manager, copy: Reader) -> None:
+    Starlette(routes=[Route("/health", starlette.health())], lifespan=starlette.lifespan(state, copy))
     FastAPI(lifespan=fastapi.lifespan(state, state, inner=starlette.lifespan(state)))
 
 
 def dependencies(request: Request) -> None:
     assert_type(starlette.manager(request, "name"), Manager)
+    assert_type(starlette.reader(request), Reader)
+    assert_type(fastapi.reader("name"), Callable[[HTTPConnection], Awaitable[Reader]])
     assert_type(fastapi.manager("name"), Callable[[HTTPConnection], Awaitable[Manager]])
     assert_type(fastapi.entry("n", int, default=0), Callable[[HTTPConnection], Awaitable[Entry[int]]])
     assert_type(fastapi.entry("n", int, manager="name"), Callable[[HTTPConnection], Awaitable[Entry[int]]])
     assert_type(fastapi.entry("n", int, default=None), Callable[[HTTPConnection], Awaitable[Entry[int | None]]])
 
 
-def applications(app: web.Application, request: web.Request, state: Manager) -> None:
-    aiohttp.setup(app, state)
+def applications(app: web.Application, request: web.Request, state: Manager, copy: Reader) -> None:
+    aiohttp.setup(app, state, copy)
+    litestar.LabStatePlugin(notes=state, jobs=copy)
+    assert_type(aiohttp.reader(request, "jobs"), Reader)
     app.router.add_get("/health", aiohttp.health())
     assert_type(aiohttp.manager(request), Manager)
     assert_type(aiohttp.manager(app, "name"), Manager)
