@@ -56,14 +56,31 @@ def s3_real(session: nox.Session) -> None:
 def s3_scenarios(session: nox.Session) -> None:
     """Writers behind proxies with faults: 1,000 scenarios, or `-- --scenarios N`; on Ceph's gateway with `--real` too."""
     arguments = list(session.posargs)
-    real = "--real" in arguments
     number = arguments[arguments.index("--scenarios") + 1] if "--scenarios" in arguments else "1000"
     session.install(".", *_group("test"))
     session.run(
-        *(("python", "tests/servers/rgw.py") if real else ()),
-        "python", "-m", "pytest", "tests/storage/test_s3_scenarios.py",
+        *_real_store(arguments), "python", "-m", "pytest", "tests/storage/test_s3_scenarios.py",
         env={**WHEEL_ONLY, "LAB_STATE_TEST_S3_SCENARIOS": number},
     )  # fmt: skip
+
+
+@nox.session(name="s3-bench")
+def s3_bench(session: nox.Session) -> None:
+    """The figures of `S3Storage`; on Ceph's gateway with `-- --real`."""
+    arguments = list(session.posargs)
+    real = _real_store(arguments)
+    session.install(".", *_group("test"), *_group("bench"))
+    session.run(
+        *real, "python", "tests/benchmarks/s3.py", *arguments, env={**WHEEL_ONLY, "PYTHONPATH": "tests/helpers"}
+    )
+
+
+def _real_store(arguments: list[str]) -> tuple[str, ...]:
+    """What starts Ceph's gateway before a command, if `--real` is asked for; takes it out."""
+    if "--real" not in arguments:
+        return ()
+    arguments.remove("--real")
+    return ("python", "tests/servers/rgw.py")
 
 
 @nox.session
