@@ -39,7 +39,7 @@ from lab_state.testing import ManualClock
 
 Fate = Callable[[Request, Forward], Awaitable[Response | None]]
 
-PATIENCE = 60.0
+PATIENCE = 240.0
 """Seconds of real time after which a scenario counts as stuck."""
 
 _KEY = re.compile(rb"<Key>([^<]+)</Key>")
