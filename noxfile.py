@@ -11,6 +11,8 @@ nox.options.sessions = ["tests", "lint", "types", "docs"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13"]
+# As many processes as cores, each with servers of its own.
+AT_ONCE = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
 # Without this, `python -m pytest` would import the checkout instead of the wheel.
 WHEEL_ONLY = {"PYTHONSAFEPATH": "1"}
 
@@ -22,7 +24,7 @@ def _group(name: str) -> tuple[str, ...]:
 def _tests(session: nox.Session) -> None:
     session.install(".", *_group("test"))
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs, env=WHEEL_ONLY)
+    session.run("coverage", "run", "-m", "pytest", *AT_ONCE, *session.posargs, env=WHEEL_ONLY)
     session.run("coverage", "combine", "--quiet")
     if not session.posargs:
         session.run("coverage", "report")

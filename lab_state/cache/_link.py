@@ -61,6 +61,7 @@ class Dialer:
             raise ValueError(
                 "not a URL of Redis: it begins with redis://, rediss:// or unix://, and its options are redis-py's"
             ) from None
+        self._pool = pool  # a connection by Sentinel asks its pool where to go, and keeps no more than a weak reference
         self._make: Any = pool.connection_class
         # Without what redis-py 8 adds for RESP3.
         given: dict[str, Any] = {k: v for k, v in pool.connection_kwargs.items() if not k.startswith(("maint", "orig"))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import itertools
 import shutil
@@ -48,9 +49,7 @@ class RedisServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [self.executable, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        command += ["--dir", str(self.directory), *self.options]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen([self.executable, *self.arguments()], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 20
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)) as connection:
@@ -59,6 +58,10 @@ class RedisServer:
                     return
             assert time.monotonic() < deadline, "redis-server does not start"
             time.sleep(0.002)
+
+    def arguments(self) -> list[str]:
+        place = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory)]
+        return [*place, "--save", "", *self.options]
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         if self.process is not None:
@@ -76,6 +79,16 @@ class RedisServer:
 
         with redis.Redis(port=self.port) as client:
             return client.execute_command(*args)
+
+
+class SentinelServer(RedisServer):
+    """Watches another server; `options` are the lines of its settings."""
+
+    def arguments(self) -> list[str]:
+        settings = self.directory / "sentinel.conf"
+        lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {self.directory}", *self.options]
+        settings.write_text("\n".join(lines) + "\n")
+        return [str(settings), "--sentinel"]
 
 
 class Proxy:
@@ -170,16 +183,22 @@ def own_redis(shared_redis: RedisServer, tmp_path: Path) -> Iterator[Any]:
     """Makes servers for this test alone, to be killed."""
     servers: list[RedisServer] = []
 
-    def make(*options: str) -> RedisServer:
+    def make(*options: str, kind: type[RedisServer] = RedisServer) -> RedisServer:
         directory = tmp_path / f"redis-{next(_numbers)}"
         directory.mkdir()
-        servers.append(RedisServer(shared_redis.executable, directory, *options))
+        servers.append(kind(shared_redis.executable, directory, *options))
         servers[-1].start()
         return servers[-1]
 
     yield make
     for server in servers:
         server.kill()
+
+
+@pytest.fixture
+def own_sentinel(own_redis: Any) -> Any:
+    """Makes a Sentinel for this test alone."""
+    return functools.partial(own_redis, kind=SentinelServer)
 
 
 @pytest.fixture

@@ -28,11 +28,14 @@ def _import_runner() -> ModuleType:
     return module
 
 
+runner = _import_runner()  # not on the event loop: it reads files
+
+
 async def test_the_page_runs(redis_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's Python runs as it stands, with Redis where its environment says."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REDIS_URL", redis_server.url)
-    await _import_runner().run(PAGE)
+    await runner.run(PAGE)
 
 
 def output(command: str) -> str:
