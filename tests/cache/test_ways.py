@@ -134,7 +134,9 @@ async def test_a_failover(own_redis: Any, own_sentinel: Any, until: Any) -> None
         "sentinel failover-timeout here 2000",
     )
     await until(lambda: known(watching), PATIENCE)
-    sentinel = Sentinel([("127.0.0.1", watching.port)])
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        [("127.0.0.1", watching.port)]
+    )
     cache = RedisCache(sentinel.master_for("here").connection_pool)
     async with manager(cache) as state, cache.reader("jobs") as reader:
         await reader.wait_revision(await state.set("n", 1), timeout=PATIENCE)
