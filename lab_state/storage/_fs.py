@@ -44,6 +44,15 @@ _TO_BE_FIXED = {
     errno.EOPNOTSUPP: "the file system cannot do this; choose another one",
     errno.ENOLCK: "the file system cannot lock; choose another one",
 }
+_TO_BE_MENDED = {
+    errno.EIO: "look into the log of the kernel, the disk may be failing",
+    errno.ENOSPC: "free some",
+    errno.EDQUOT: "free some space, or have the quota raised",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EMFILE: "close some, or raise the limit on open files",
+    errno.ENFILE: "close some, or raise the limit on open files",
+}
+"""What a repetition may find mended, without a new start."""
 
 
 @contextlib.contextmanager
@@ -59,6 +68,8 @@ def _storage_error(what: str, path: Path, error: OSError) -> StorageError:
     message = f"{what} {path} failed: {error.strerror or error}"
     if error.errno in _TO_BE_FIXED:
         return UnsupportedError(f"{message}; {_TO_BE_FIXED[error.errno]}")
+    if error.errno in _TO_BE_MENDED:
+        return UnavailableError(f"{message}; {_TO_BE_MENDED[error.errno]}")
     return UnavailableError(message)
 
 

@@ -637,7 +637,7 @@ async def test_a_failed_write_is_undone(tmp_path: Path, disk: Disk) -> None:
     disk.fill("lab.journal")
     await state.set("b", 2)
     for _ in range(3):
-        with pytest.raises(UnavailableError, match=r"No space left on device \(not durable yet") as raised:
+        with pytest.raises(UnavailableError, match=r"No space left on device; free some \(not durable yet") as raised:
             await state.flush()
         assert isinstance(raised.value.__cause__, OSError)
     assert path.read_bytes() == before
@@ -1373,6 +1373,32 @@ async def test_a_torn_tail_that_cannot_be_put_aside(
         assert await state.get_all() == SERVED
     assert "the torn tail of" in caplog.text
     assert list(crashed.glob("lab.journal.torn-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EIO, "look into the log of the kernel"),
+        (errno.ENOSPC, "free some"),
+        (errno.EDQUOT, "have the quota raised"),
+        (errno.EFBIG, "raise the limit on the size of files"),
+        (errno.EMFILE, "raise the limit on open files"),
+        (errno.EIO + 1, "(not durable yet"),
+    ],
+)
+async def test_what_may_mend_itself_is_told_with_its_remedy(tmp_path: Path, disk: Disk, code: int, remedy: str) -> None:
+    """The error names the file, says why, and what to do; it is one that a repetition may find mended."""
+    state = manager(tmp_path)
+    await state.start()
+    await state.set("a", 1)
+    disk.fail("open", "lab.journal.tmp", code)
+    with pytest.raises(UnavailableError) as raised:
+        await state.flush()
+    assert re.search(
+        rf"lab\.journal\.\w+\.tmp failed: {re.escape(os.strerror(code))}.*{re.escape(remedy)}", str(raised.value)
+    )
+    await state.flush()
+    await state.stop()
 
 
 async def test_a_state_whose_name_looks_like_a_torn_tail(crashed: Path) -> None:
