@@ -288,9 +288,15 @@ def temporary(path: Path) -> Path:
 def discard_temporaries(path: Path) -> None:
     """Delete what attempts that did not get to their end have left."""
     left = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.tmp")
-    for file in path.parent.iterdir():
+    for file in files_in(path.parent):
         if left.fullmatch(file.name):
             discard(file)
+
+
+def files_in(path: Path) -> list[Path]:
+    """What is in a directory, in order."""
+    with translated("listing", path):
+        return sorted(path.iterdir())
 
 
 def discard(path: Path) -> None:

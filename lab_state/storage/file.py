@@ -108,8 +108,11 @@ def _open(directory: Path, name: str) -> tuple[_Writer, Recovery]:
     except BaseException:
         lock.release()
         raise
-    fs.discard_temporaries(paths.snapshot)
-    fs.discard_temporaries(paths.journal)
+    try:
+        fs.discard_temporaries(paths.snapshot)
+        fs.discard_temporaries(paths.journal)
+    except StorageError as error:
+        _logger.warning("temporary files beside %s stay until the next start: %s", paths.snapshot, error)
     return loaded
 
 
@@ -141,11 +144,11 @@ def _give_up(opening: Future[tuple[_Writer, Recovery]]) -> None:
 def _keep_torn(path: Path, tail: bytes) -> None:
     """Put a torn tail aside, for whoever wants to look; the newest few are kept."""
     torn = re.compile(re.escape(f"{path.name}.torn-") + r"\d+")  # digits to the end: no state has such a file
-    older = sorted(file for file in path.parent.iterdir() if torn.fullmatch(file.name))
-    for old in older[: -(_TORN_KEPT - 1)]:
-        fs.discard(old)
     copy = path.with_name(f"{path.name}.torn-{time.time_ns() // 1_000_000}")
     try:
+        older = [file for file in fs.files_in(path.parent) if torn.fullmatch(file.name)]
+        for old in older[: -(_TORN_KEPT - 1)]:
+            fs.discard(old)
         fs.close(fs.create(copy, tail))
     except StorageError as error:
         _logger.warning("the torn tail of %s could not be put aside: %s", path, error)

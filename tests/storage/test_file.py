@@ -1375,6 +1375,31 @@ async def test_a_torn_tail_that_cannot_be_put_aside(
     assert list(crashed.glob("lab.journal.torn-*")) == []
 
 
+async def test_a_directory_that_cannot_be_listed(
+    crashed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged that a torn tail and temporary files stay where they are; start, stop and the lock work."""
+    stale = crashed / "lab.journal.00000000.tmp"
+    stale.touch()
+    with (crashed / "lab.journal").open("ab") as file:
+        file.write(b"torn")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", denied)
+        async with manager(crashed) as state:
+            assert await state.get_all() == SERVED
+    assert f"listing {crashed} failed: Permission denied; give this user the permission" in caplog.text
+    assert "the torn tail of" in caplog.text
+    assert f"temporary files beside {crashed / 'lab.json'} stay until the next start" in caplog.text
+    assert stale.exists()
+    async with manager(crashed) as state:
+        assert await state.get_all() == SERVED
+    assert not stale.exists()
+
+
+def denied(*args: object) -> list[str]:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [
