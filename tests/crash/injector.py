@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import aiofiles.threadpool
 import msgspec
@@ -39,10 +39,10 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Kill(msgspec.Struct, frozen=True, kw_only=True):
-    """SIGKILL of this process at the n-th call, whatever its name."""
+    """SIGKILL of this process before the n-th call, whatever its name, or when half of it is written."""
 
     number: int
-    moment: Literal["before", "half", "after"]
+    half: bool = False
 
 
 class Injector:
@@ -59,7 +59,8 @@ class Injector:
         self._root = str(root)
         self._faults = faults
         self._numbers = [0] * len(faults)
-        self._kill = kill
+        self._killed_at = 0 if kill is None else kill.number
+        self._half = kill is not None and kill.half
         self._lock = threading.Lock()
 
     def install(self) -> None:
@@ -97,14 +98,11 @@ class Injector:
             if not path.startswith(self._root):
                 return real(file, *args, **kwargs)
             error, killing = self._next(call, path)
-            if killing and killing != "after":
+            if killing:
                 _die()
             if error is not None:
                 raise error
-            result = real(file, *args, **kwargs)
-            if killing:
-                _die()
-            return result
+            return real(file, *args, **kwargs)
 
         return stand_in
 
@@ -114,25 +112,20 @@ class Injector:
             if not path.startswith(self._root):
                 return real(fd, data, *args)
             error, killing = self._next("write", path)
-            if killing == "before":
-                _die()
-            if killing == "half" or (error is not None and error.errno in _HALF_WRITTEN):
+            if (killing and self._half) or (error is not None and error.errno in _HALF_WRITTEN):
                 real(fd, data[: len(data) // 2], *args)
-            if killing == "half":
+            if killing:
                 _die()
             if error is not None:
                 raise error
-            written = real(fd, data, *args)
-            if killing:
-                _die()
-            return written
+            return real(fd, data, *args)
 
         return write
 
-    def _next(self, call: str, path: str) -> tuple[OSError | None, str | None]:
+    def _next(self, call: str, path: str) -> tuple[OSError | None, bool]:
         with self._lock:
             self.calls.append(call)
-            killing = self._kill.moment if self._kill is not None and self._kill.number == len(self.calls) else None
+            killing = len(self.calls) == self._killed_at
             for number, fault in enumerate(self._faults):
                 if fault.call == call and path.endswith(fault.name):
                     self._numbers[number] += 1

@@ -16,7 +16,7 @@ from typing import Literal
 import pytest
 from application import Plan
 from injector import CALLS, Fault
-from lives import REMEDIES, Life, Zygote, check_death, zygote
+from lives import REMEDIES, Life, Zygote, check_death, in_memory, zygote
 
 ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES")
 POSITIONS = 8
@@ -27,7 +27,7 @@ RUNS = int(os.environ.get("LAB_STATE_FAULT_RUNS", "112"))
 BEFORE = {
     # Only what failed before is cut off, or deleted.
     "ftruncate": [Fault(call="write", name="/lab.journal", error="ENOSPC", first=3, every=2, times=12)],
-    "unlink": [Fault(call="fsync", error="EIO", first=3, every=4, times=8)],
+    "unlink": [Fault(call="fsync", name=".tmp", error="EIO", first=2, every=2, times=10)],
 }
 
 
@@ -78,21 +78,22 @@ def test_no_fault_loses_what_was_acknowledged(tmp_path: Path) -> None:
     assert len(REMEDIES) == len(ERRORS)
     heard: Counter[str] = Counter()
     ends: Counter[str] = Counter()
-    with zygote() as children:
-        totals = count(children, tmp_path / "state")
+    with in_memory(tmp_path) as directory, zygote() as children:
+        totals = count(children, directory / "state")
         assert min(totals.values()) >= POSITIONS, totals
         for call, error, position in spread(RUNS):
-            life = children.live(plan(tmp_path / "state", call, error, position, totals))
+            life = children.live(plan(directory / "state", call, error, position, totals))
             try:
                 check_death(life)
                 assert life.struck[call] >= 1
                 life.check()
+                life.check_what_is_left()
             except BaseException as problem:
                 problem.add_note(f"{call} {error} at position {position}: {life.plan}")
                 raise
             heard[call] += told(life)
             ends[life.plan.end] += 1
-            shutil.rmtree(tmp_path / "state")
+            shutil.rmtree(directory / "state")
     sys.stdout.write(f"{RUNS} of {ALL} runs, of {ends}; told of it: {dict(heard)}; calls in a life: {totals}\n")
     assert all(heard[call] for call in CALLS), heard
     assert abs(ends["kill"] - ends["stop"]) <= RUNS // 8
