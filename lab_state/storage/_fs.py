@@ -166,6 +166,16 @@ def is_file(path: Path, fd: int) -> bool:
             return False
 
 
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another one that takes its place; `None` when there is none."""
+    with translated("looking up", path):
+        try:
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_dev, found.st_ino, found.st_size
+
+
 def make_directory(path: Path) -> None:
     """Make a directory that only this user can enter, with those above it, durably."""
     with translated("making the directory", path):

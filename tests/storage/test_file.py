@@ -1042,6 +1042,49 @@ async def test_a_journal_that_disappears_before_a_checkpoint(tmp_path: Path) -> 
     assert await found(tmp_path) == {"a": 1, "b": 2}
 
 
+@pytest.mark.parametrize("moment", ["new journal", "old journal", "after a checkpoint"])
+@pytest.mark.parametrize("replaced", [None, b'{"other":1}'])
+async def test_a_snapshot_that_disappears_is_written_anew(
+    tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture, replaced: bytes | None, moment: str
+) -> None:
+    """A snapshot deleted or replaced under a running manager is noticed by the next commit, which holds everything."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+    state = manager(tmp_path)
+    await state.start()
+    if moment != "new journal":
+        await state.set("b", 2)
+        await state.flush()
+    if moment == "after a checkpoint":
+        await state._core.running._checkpoint(wait=False)
+    path = tmp_path / "lab.json"
+    path.unlink()
+    if replaced is not None:
+        path.write_bytes(replaced)
+    checkpoint = disk.hold("open", "lab.json.tmp")
+    await state.set("b", 3)
+    await state.flush()
+    assert [r.levelname for r in caplog.records if "lab.json was deleted or replaced" in r.message] == ["ERROR"]
+    assert kinds(tmp_path) == "F"
+    assert await found(tmp_path) == {"a": 1, "b": 3}
+    checkpoint.open()
+    await state.stop()
+    assert kinds(tmp_path) == ""
+    assert await found(tmp_path) == {"a": 1, "b": 3}
+
+
+async def test_a_snapshot_that_disappears_before_a_checkpoint(tmp_path: Path) -> None:
+    """A clean stop puts another one in its place, since all that it needs is in memory."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+    async with manager(tmp_path) as state:
+        await state.set("b", 2)
+        await state.flush()
+        (tmp_path / "lab.json").unlink()
+    assert kinds(tmp_path) == ""
+    assert await found(tmp_path) == {"a": 1, "b": 2}
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 async def test_a_lock_file_that_disappears_fences(tmp_path: Path, *, replaced: bool) -> None:
     """A writer whose lock file was deleted or replaced writes nothing more: another may own the state."""
