@@ -90,7 +90,7 @@ class Injector:
         def opened(fd: int, mode: str, **rest: Any) -> Written:
             return Written(fd, mode, closefd=rest["closefd"])
 
-        aiofiles.threadpool.sync_open = opened
+        vars(aiofiles.threadpool)["sync_open"] = opened
 
     def _standing_in(self, call: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def stand_in(file: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections import Counter
@@ -17,13 +16,10 @@ import pytest
 from application import Plan
 from injector import CALLS, Fault
 from lives import REMEDIES, Life, Zygote, check_death, in_memory, zygote
+from matrix import ALL, ERRORS, FOR_GOOD, POSITIONS, RUNS, Run, spread
 
-ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES")
-POSITIONS = 8
 End = Literal["kill", "stop"]
-Totals = dict[tuple[str, End], int]
-ALL = len(CALLS) * len(ERRORS) * POSITIONS
-RUNS = int(os.environ.get("LAB_STATE_FAULT_RUNS", "112"))
+Totals = dict[tuple[str, str], int]
 BEFORE = {
     # Only what failed before is cut off, or deleted.
     "ftruncate": [Fault(call="write", name="/lab.journal", error="ENOSPC", first=3, every=2, times=12)],
@@ -31,27 +27,16 @@ BEFORE = {
 }
 
 
-def plan(directory: Path, call: str, error: str, position: int, totals: Totals) -> Plan:
-    """The fault at one of eight positions among the calls of a life without it: once, three times, or for good."""
-    times = {3: 1_000_000, 5: 3, 6: 1_000_000}.get(position, 1)
-    other = position + ERRORS.index(error)
-    end: End = "kill" if other % 2 else "stop"
-    total = totals[call, end]
+def plan(directory: Path, run: Run, totals: Totals) -> Plan:
     # After other failures there are retries, whose number is a matter of time.
-    first = 1 + (position if call in BEFORE else position * (total - 1) // (POSITIONS - 1))
+    first = 1 + run.position if run.call in BEFORE else run.first(totals[run.call, run.end])
     return Plan(
         directory=str(directory),
-        interval=0 if other % 4 < 2 else None,
-        end=end,
-        faults=[*BEFORE.get(call, ()), Fault(call=call, error=error, first=first, times=times)],
-        heals=times < 1000 or call in BEFORE,
+        interval=run.interval,
+        end=run.end,
+        faults=[*BEFORE.get(run.call, ()), Fault(call=run.call, error=run.error, first=first, times=run.times)],
+        heals=run.times < FOR_GOOD or run.call in BEFORE,
     )
-
-
-def spread(runs: int) -> list[tuple[str, str, int]]:
-    """So many of all runs, evenly."""
-    every = list(product(CALLS, ERRORS, range(POSITIONS)))
-    return [every[number * len(every) // runs] for number in range(runs)]
 
 
 def count(children: Zygote, directory: Path) -> Totals:
@@ -81,17 +66,17 @@ def test_no_fault_loses_what_was_acknowledged(tmp_path: Path) -> None:
     with in_memory(tmp_path) as directory, zygote() as children:
         totals = count(children, directory / "state")
         assert min(totals.values()) >= POSITIONS, totals
-        for call, error, position in spread(RUNS):
-            life = children.live(plan(directory / "state", call, error, position, totals))
+        for run in spread(RUNS):
+            life = children.live(plan(directory / "state", run, totals))
             try:
                 check_death(life)
-                assert life.struck[call] >= 1
+                assert life.struck[run.call] >= 1
                 life.check()
                 life.check_what_is_left()
             except BaseException as problem:
-                problem.add_note(f"{call} {error} at position {position}: {life.plan}")
+                problem.add_note(f"{run}: {life.plan}")
                 raise
-            heard[call] += told(life)
+            heard[run.call] += told(life)
             ends[life.plan.end] += 1
             shutil.rmtree(directory / "state")
     sys.stdout.write(f"{RUNS} of {ALL} runs, of {ends}; told of it: {dict(heard)}; calls in a life: {totals}\n")

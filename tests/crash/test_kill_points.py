@@ -13,7 +13,6 @@ from application import Plan
 from injector import Kill
 from lives import Life, Zygote, check_death, in_memory, zygote
 
-
 RECORD = ("write", "fdatasync")
 
 
