@@ -378,6 +378,7 @@ class FileSession:
 
     async def aclose(self) -> None:
         """Wait for both threads, then let go of the lock; see `StorageSession.aclose`."""
+        self._writer.lock.check_process()  # the threads that would close it are the parent's
         if self._closing is None:
             # Behind whatever is queued in either thread, and whether anyone waits or not.
             self._closing = self._checkpoints.submit(self._close)

@@ -1245,6 +1245,21 @@ def test_a_forked_child_cannot_use_the_session(tmp_path: Path) -> None:
     assert asyncio.run(found(tmp_path / "state")) == {"parent": 2}
 
 
+def test_a_forked_child_cannot_use_the_manager(tmp_path: Path) -> None:
+    """A child process that flushes or stops the manager it inherited is told why at once, and the parent goes on."""
+    report = run_child("inherited", tmp_path / "state")
+    assert report["set"] == ["nothing was raised", ""]  # in its own memory
+    for call in ("flush", "stop"):
+        error, message = report[call]
+        assert (call, error) == (call, "UnsupportedError")
+        assert "is locked by the parent of this forked process; start a manager of its own" in message
+    error, message = report["start"]
+    assert error == "LockedError"
+    assert "is locked by pid" in message
+    assert report["parent"] == [2, 0]
+    assert asyncio.run(found(tmp_path / "state")) == {"parent": 2}
+
+
 def test_stop_releases_the_lock_from_a_forked_child(tmp_path: Path) -> None:
     """A child process that lives on does not keep the lock which it inherited, once the parent has stopped."""
     assert run_child("outlived", tmp_path / "state") == {"error": None, "message": ""}
