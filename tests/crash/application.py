@@ -26,6 +26,7 @@ import copy
 import itertools
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -44,6 +45,8 @@ from lab_state.storage import file as file_storage
 NAME = "lab"
 CHANGES = 22
 RESTARTED_AT = 11
+FULL = range(4, 17)
+"""While the state has one of these revisions, the disk is full, where a plan says so."""
 _MIN_CHECKPOINT_BYTES = 1500
 """Of the journal, in place of 1 MiB: several checkpoints in a short life."""
 _FASTER = 50
@@ -60,6 +63,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         faults: Which calls fail.
         kill: At which call it is killed, if it does not come to its end.
         heals: Whether the faults end, so that all is well some time.
+        limit: How large a file may grow while the disk is `FULL`.
+        ballast: A file that is deleted when it is not any more.
+        patient: Whether the application never calls `flush`, and leaves that to the background.
     """
 
     directory: str
@@ -68,6 +74,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     faults: list[injector.Fault] = []
     kill: injector.Kill | None = None
     heals: bool = True
+    limit: int | None = None
+    ballast: str | None = None
+    patient: bool = False
 
 
 class FastClock:
@@ -161,8 +170,10 @@ class Application:
                 if not await self._start():
                     return
             else:
+                self._fill(state.revision)
                 await self._change(state.revision + 1)
                 await self._checkpointed()
+        self._fill(CHANGES)
         await self._settle()
         if self._plan.end == "stop":
             await self._stop()
@@ -186,10 +197,18 @@ class Application:
         await self._told("change", change(self._state, revision))
         if self._state.revision != revision:
             raise RuntimeError("a change did not make one revision")
-        for _ in range(_TRIES):
+        for _ in range(0 if self._plan.patient else _TRIES):
             if await self._told("flush", self._state.flush()):
                 break
         say("durable", revision=self._state.durable_revision)
+
+    def _fill(self, revision: int) -> None:
+        """Or make room again."""
+        if self._plan.limit is not None:
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self._plan.limit if revision in FULL else most, most))
+        if self._plan.ballast is not None and revision >= FULL.stop:
+            Path(self._plan.ballast).unlink(missing_ok=True)
 
     async def _told(self, where: str, call: Any) -> bool:
         try:
@@ -226,9 +245,10 @@ class Application:
 
     async def _settle(self) -> None:
         for _ in range(500 if self._plan.heals else 2):
-            await self._told("flush", self._state.flush())
+            if not self._plan.patient:
+                await self._told("flush", self._state.flush())
             await self._checkpointed()
-            if self._state.status().last_error is None:
+            if self._state.status().last_error is None and self._state.status().unflushed_keys == 0:
                 break
             await asyncio.sleep(0.002)  # as long as a tenth of a second of the clock's
         status = self._state.status()

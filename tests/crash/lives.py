@@ -30,6 +30,7 @@ REMEDIES = {
     errno.EIO: ("UnavailableError", "Input/output error; look into the log of the kernel"),
     errno.ENOSPC: ("UnavailableError", "No space left on device; free some"),
     errno.EDQUOT: ("UnavailableError", "Disk quota exceeded; free some space"),
+    errno.EFBIG: ("UnavailableError", "File too large; raise the limit on the size of files"),
     errno.EROFS: ("UnsupportedError", "Read-only file system; the file system is read-only; mount it writable"),
     errno.EACCES: ("UnsupportedError", "Permission denied; give this user the permission"),
 }
