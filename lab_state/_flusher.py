@@ -449,6 +449,8 @@ class Flusher:
             self._records -= before
             self._checkpoint_due = False  # what commits said meanwhile was about the journal that is gone
             self._checkpoint_pauses.end()
+            if not self._pauses.failures:  # else a commit still fails, and the error is its
+                self.last_error = None
         finally:
             await views.fold()
 

@@ -342,6 +342,44 @@ class TestCheckpoint:
             await until(lambda: state.status().snapshot_bytes > 0)
         assert caplog.text.count("a checkpoint failed") == 2
 
+    async def test_one_that_succeeds_again_is_no_error_any_more(
+        self, storage: FaultyStorage, clock: ManualClock
+    ) -> None:
+        """status() tells of it until then, and no longer, though nothing more is committed."""
+        async with running(storage, clock, None) as state:
+            storage.fail("checkpoint", times=2)
+            await state.set("large", "x" * 100_000)
+            await state.flush()
+            await until(lambda: state.status().flush_failures == 1)
+            assert state.status().last_error == "checkpoint failed on demand"
+            clock.advance(0.1)
+            await until(lambda: state.status().flush_failures == 2)
+            await idle()
+            assert state.status().last_error == "checkpoint failed on demand"
+            clock.advance(0.2)
+            await until(lambda: state.status().snapshot_bytes > 0)
+            await idle()
+            assert state.status().last_error is None
+
+    async def test_the_error_of_a_commit_outlives_a_checkpoint(
+        self, storage: FaultyStorage, clock: ManualClock
+    ) -> None:
+        """A checkpoint that succeeds meanwhile does not hide that changes are not durable."""
+        async with running(storage, clock, None) as state:
+            await state.set_many({f"key {number}": "x" * 100 for number in range(20_000)})
+            await state.flush()
+            await until(lambda: state._core.state.frozen)
+            storage.fail("commit")
+            await state.set("a", 1)
+            with pytest.raises(UnavailableError, match="commit failed on demand"):
+                await state.flush()
+            assert state.status().snapshot_bytes == 0
+            await until(lambda: state.status().snapshot_bytes > 0)
+            await idle()
+            assert state.status().last_error == "commit failed on demand"
+            await state.flush()
+            assert state.status().last_error is None
+
     async def test_its_view_waits_until_it_is_committed(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """No snapshot is published with a change that no commit holds yet."""
         async with running(storage, clock, None) as state:

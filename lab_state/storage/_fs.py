@@ -44,6 +44,15 @@ _TO_BE_FIXED = {
     errno.EOPNOTSUPP: "the file system cannot do this; choose another one",
     errno.ENOLCK: "the file system cannot lock; choose another one",
 }
+_TO_BE_MENDED = {
+    errno.EIO: "look into the log of the kernel, the disk may be failing",
+    errno.ENOSPC: "free some",
+    errno.EDQUOT: "free some space, or have the quota raised",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EMFILE: "close some, or raise the limit on open files",
+    errno.ENFILE: "close some, or raise the limit on open files",
+}
+"""What a repetition may find mended, without a new start."""
 
 
 @contextlib.contextmanager
@@ -59,6 +68,8 @@ def _storage_error(what: str, path: Path, error: OSError) -> StorageError:
     message = f"{what} {path} failed: {error.strerror or error}"
     if error.errno in _TO_BE_FIXED:
         return UnsupportedError(f"{message}; {_TO_BE_FIXED[error.errno]}")
+    if error.errno in _TO_BE_MENDED:
+        return UnavailableError(f"{message}; {_TO_BE_MENDED[error.errno]}")
     return UnavailableError(message)
 
 
@@ -153,6 +164,16 @@ def is_file(path: Path, fd: int) -> bool:
             return os.path.samestat(os.stat(path), os.fstat(fd))
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another one that takes its place; `None` when there is none."""
+    with translated("looking up", path):
+        try:
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_dev, found.st_ino, found.st_size
 
 
 def make_directory(path: Path) -> None:
@@ -277,9 +298,15 @@ def temporary(path: Path) -> Path:
 def discard_temporaries(path: Path) -> None:
     """Delete what attempts that did not get to their end have left."""
     left = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.tmp")
-    for file in path.parent.iterdir():
+    for file in files_in(path.parent):
         if left.fullmatch(file.name):
             discard(file)
+
+
+def files_in(path: Path) -> list[Path]:
+    """What is in a directory, in order."""
+    with translated("listing", path):
+        return sorted(path.iterdir())
 
 
 def discard(path: Path) -> None:

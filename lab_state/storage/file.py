@@ -108,12 +108,16 @@ def _open(directory: Path, name: str) -> tuple[_Writer, Recovery]:
     except BaseException:
         lock.release()
         raise
-    fs.discard_temporaries(paths.snapshot)
-    fs.discard_temporaries(paths.journal)
+    try:
+        fs.discard_temporaries(paths.snapshot)
+        fs.discard_temporaries(paths.journal)
+    except StorageError as error:
+        _logger.warning("temporary files beside %s stay until the next start: %s", paths.snapshot, error)
     return loaded
 
 
 def _load(paths: _Paths, name: str, lock: fs.Lock) -> tuple[_Writer, Recovery]:
+    identity = fs.identity(paths.snapshot)
     snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
     base = NO_BASE if snapshot is None else journal.base_of(len(snapshot), zlib.crc32(snapshot))
     scan = None if data is None else journal.scan(data, name, str(paths.journal))
@@ -123,7 +127,7 @@ def _load(paths: _Paths, name: str, lock: fs.Lock) -> tuple[_Writer, Recovery]:
     if torn and data is not None:
         _keep_torn(paths.journal, data[-torn:])
     writer = _Writer(name, paths, lock)
-    writer.base = base
+    writer.base, writer.snapshot = base, identity
     writer.snapshot_bytes = len(snapshot or b"")
     writer.end = size
     writer.need = _Need.FULL if accepted.unclean else _Need.NEW
@@ -141,11 +145,11 @@ def _give_up(opening: Future[tuple[_Writer, Recovery]]) -> None:
 def _keep_torn(path: Path, tail: bytes) -> None:
     """Put a torn tail aside, for whoever wants to look; the newest few are kept."""
     torn = re.compile(re.escape(f"{path.name}.torn-") + r"\d+")  # digits to the end: no state has such a file
-    older = sorted(file for file in path.parent.iterdir() if torn.fullmatch(file.name))
-    for old in older[: -(_TORN_KEPT - 1)]:
-        fs.discard(old)
     copy = path.with_name(f"{path.name}.torn-{time.time_ns() // 1_000_000}")
     try:
+        older = [file for file in fs.files_in(path.parent) if torn.fullmatch(file.name)]
+        for old in older[: -(_TORN_KEPT - 1)]:
+            fs.discard(old)
         fs.close(fs.create(copy, tail))
     except StorageError as error:
         _logger.warning("the torn tail of %s could not be put aside: %s", path, error)
@@ -169,6 +173,7 @@ class _Writer:
     def __init__(self, name: str, paths: _Paths, lock: fs.Lock) -> None:
         self.paths = paths
         self.base: str = NO_BASE
+        self.snapshot: tuple[int, int, int] | None = None  # the file that the base names
         self.need: _Need = _Need.NEW
         self.unsynced: bool = False
         self.snapshot_bytes: int = 0
@@ -184,6 +189,7 @@ class _Writer:
     def commit(self, record: bytes, full: bytes | None) -> None:
         """Make a record durable, alone or in the whole state."""
         self._check()
+        self._check_snapshot()
         if self.need is _Need.FULL:
             if full is None:
                 raise _FullNeededError
@@ -210,13 +216,14 @@ class _Writer:
         if self.need is _Need.NEW:
             self._create(self.base)
         self._append(Kind.CHECKPOINT, base.encode())
+        snapshot = fs.identity(new)
         fs.rename(new, self.paths.snapshot)
         try:
             fs.sync_directory(self.paths.snapshot.parent)
         except StorageError:
             self._poison()
             raise
-        self.base, self.snapshot_bytes, self.unsynced = base, size, False
+        self.base, self.snapshot, self.snapshot_bytes, self.unsynced = base, snapshot, size, False
         self._create(base, *((Kind.RECORD, record) for record in since))
 
     def _abandoned(self) -> UnavailableError:
@@ -239,6 +246,13 @@ class _Writer:
         self.lock.check()
         if self.need is _Need.NOTHING and not fs.is_file(self.paths.journal, self._fd):
             _logger.error("%s was deleted or replaced while in use: writing it anew", self.paths.journal)
+            self._poison()
+
+    def _check_snapshot(self) -> None:
+        """Behind a snapshot that is gone, a record would be refused by the next start."""
+        relied_on = self.need is not _Need.FULL and not self.starts_full
+        if relied_on and fs.identity(self.paths.snapshot) != self.snapshot:
+            _logger.error("%s was deleted or replaced while in use: writing everything anew", self.paths.snapshot)
             self._poison()
 
     def _create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
@@ -364,6 +378,7 @@ class FileSession:
 
     async def aclose(self) -> None:
         """Wait for both threads, then let go of the lock; see `StorageSession.aclose`."""
+        self._writer.lock.check_process()  # the threads that would close it are the parent's
         if self._closing is None:
             # Behind whatever is queued in either thread, and whether anyone waits or not.
             self._closing = self._checkpoints.submit(self._close)

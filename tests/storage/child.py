@@ -139,6 +139,40 @@ def _attempts(session: StorageSession) -> dict[str, list[str]]:
     return answers
 
 
+def inherited(directory: str) -> None:
+    """Fork with a manager running; the child uses that manager, in the loop that it inherited, as if it were its own."""
+    with asyncio.Runner() as runner:
+        state = manager(directory)
+        runner.run(state.start())
+        runner.run(state.set("parent", 1))
+        runner.run(state.flush())
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            answers = {}
+            for name, call in (
+                ("set", lambda: state.set("child", 1)),
+                ("flush", state.flush),
+                ("stop", state.stop),
+                ("start", state.start),
+            ):
+                try:
+                    runner.run(call())
+                except Exception as error:  # noqa: BLE001 -- the test looks at the class
+                    answers[name] = [type(error).__name__, str(error)]
+                else:
+                    answers[name] = ["nothing was raised", ""]
+            os.write(writing, json.dumps(answers).encode())
+            os._exit(0)
+        os.waitpid(pid, 0)
+        answers = json.loads(os.read(reading, 10_000))
+        runner.run(state.set("parent", 2))
+        runner.run(state.flush())
+        status = state.status()
+        runner.run(state.stop())
+    say(**answers, parent=[status.durable_revision, status.flush_failures])
+
+
 def outlived(directory: str) -> None:
     """Fork a child that does nothing and lives on; then stop, and start again."""
     with asyncio.Runner() as runner:
@@ -163,7 +197,7 @@ def outlived(directory: str) -> None:
 
 
 COMMANDS: dict[str, Callable[[str], None]] = {
-    command.__name__: command for command in (serve, limited, refused, forked, outlived)
+    command.__name__: command for command in (serve, limited, refused, forked, inherited, outlived)
 }
 
 if __name__ == "__main__":

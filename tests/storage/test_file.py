@@ -637,7 +637,7 @@ async def test_a_failed_write_is_undone(tmp_path: Path, disk: Disk) -> None:
     disk.fill("lab.journal")
     await state.set("b", 2)
     for _ in range(3):
-        with pytest.raises(UnavailableError, match=r"No space left on device \(not durable yet") as raised:
+        with pytest.raises(UnavailableError, match=r"No space left on device; free some \(not durable yet") as raised:
             await state.flush()
         assert isinstance(raised.value.__cause__, OSError)
     assert path.read_bytes() == before
@@ -1042,6 +1042,49 @@ async def test_a_journal_that_disappears_before_a_checkpoint(tmp_path: Path) -> 
     assert await found(tmp_path) == {"a": 1, "b": 2}
 
 
+@pytest.mark.parametrize("moment", ["new journal", "old journal", "after a checkpoint"])
+@pytest.mark.parametrize("replaced", [None, b'{"other":1}'])
+async def test_a_snapshot_that_disappears_is_written_anew(
+    tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture, replaced: bytes | None, moment: str
+) -> None:
+    """A snapshot deleted or replaced under a running manager is noticed by the next commit, which holds everything."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+    state = manager(tmp_path)
+    await state.start()
+    if moment != "new journal":
+        await state.set("b", 2)
+        await state.flush()
+    if moment == "after a checkpoint":
+        await state._core.running._checkpoint(wait=False)
+    path = tmp_path / "lab.json"
+    path.unlink()
+    if replaced is not None:
+        path.write_bytes(replaced)
+    checkpoint = disk.hold("open", "lab.json.tmp")
+    await state.set("b", 3)
+    await state.flush()
+    assert [r.levelname for r in caplog.records if "lab.json was deleted or replaced" in r.message] == ["ERROR"]
+    assert kinds(tmp_path) == "F"
+    assert await found(tmp_path) == {"a": 1, "b": 3}
+    checkpoint.open()
+    await state.stop()
+    assert kinds(tmp_path) == ""
+    assert await found(tmp_path) == {"a": 1, "b": 3}
+
+
+async def test_a_snapshot_that_disappears_before_a_checkpoint(tmp_path: Path) -> None:
+    """A clean stop puts another one in its place, since all that it needs is in memory."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+    async with manager(tmp_path) as state:
+        await state.set("b", 2)
+        await state.flush()
+        (tmp_path / "lab.json").unlink()
+    assert kinds(tmp_path) == ""
+    assert await found(tmp_path) == {"a": 1, "b": 2}
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 async def test_a_lock_file_that_disappears_fences(tmp_path: Path, *, replaced: bool) -> None:
     """A writer whose lock file was deleted or replaced writes nothing more: another may own the state."""
@@ -1199,6 +1242,21 @@ def test_a_forked_child_cannot_use_the_session(tmp_path: Path) -> None:
         error, message = report[call]
         assert (call, error) == (call, "UnsupportedError")
         assert "fork" in message
+    assert asyncio.run(found(tmp_path / "state")) == {"parent": 2}
+
+
+def test_a_forked_child_cannot_use_the_manager(tmp_path: Path) -> None:
+    """A child process that flushes or stops the manager it inherited is told why at once, and the parent goes on."""
+    report = run_child("inherited", tmp_path / "state")
+    assert report["set"] == ["nothing was raised", ""]  # in its own memory
+    for call in ("flush", "stop"):
+        error, message = report[call]
+        assert (call, error) == (call, "UnsupportedError")
+        assert "is locked by the parent of this forked process; start a manager of its own" in message
+    error, message = report["start"]
+    assert error == "LockedError"
+    assert "is locked by pid" in message
+    assert report["parent"] == [2, 0]
     assert asyncio.run(found(tmp_path / "state")) == {"parent": 2}
 
 
@@ -1373,6 +1431,57 @@ async def test_a_torn_tail_that_cannot_be_put_aside(
         assert await state.get_all() == SERVED
     assert "the torn tail of" in caplog.text
     assert list(crashed.glob("lab.journal.torn-*")) == []
+
+
+async def test_a_directory_that_cannot_be_listed(
+    crashed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged that a torn tail and temporary files stay where they are; start, stop and the lock work."""
+    stale = crashed / "lab.journal.00000000.tmp"
+    stale.touch()
+    with (crashed / "lab.journal").open("ab") as file:
+        file.write(b"torn")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", denied)
+        async with manager(crashed) as state:
+            assert await state.get_all() == SERVED
+    assert f"listing {crashed} failed: Permission denied; give this user the permission" in caplog.text
+    assert "the torn tail of" in caplog.text
+    assert f"temporary files beside {crashed / 'lab.json'} stay until the next start" in caplog.text
+    assert stale.exists()
+    async with manager(crashed) as state:
+        assert await state.get_all() == SERVED
+    assert not stale.exists()
+
+
+def denied(*args: object) -> list[str]:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EIO, "look into the log of the kernel"),
+        (errno.ENOSPC, "free some"),
+        (errno.EDQUOT, "have the quota raised"),
+        (errno.EFBIG, "raise the limit on the size of files"),
+        (errno.EMFILE, "raise the limit on open files"),
+        (errno.EIO + 1, "(not durable yet"),
+    ],
+)
+async def test_what_may_mend_itself_is_told_with_its_remedy(tmp_path: Path, disk: Disk, code: int, remedy: str) -> None:
+    """The error names the file, says why, and what to do; it is one that a repetition may find mended."""
+    state = manager(tmp_path)
+    await state.start()
+    await state.set("a", 1)
+    disk.fail("open", "lab.journal.tmp", code)
+    with pytest.raises(UnavailableError) as raised:
+        await state.flush()
+    assert re.search(
+        rf"lab\.journal\.\w+\.tmp failed: {re.escape(os.strerror(code))}.*{re.escape(remedy)}", str(raised.value)
+    )
+    await state.flush()
+    await state.stop()
 
 
 async def test_a_state_whose_name_looks_like_a_torn_tail(crashed: Path) -> None:

@@ -1,0 +1,132 @@
+"""A real power cut of a real file system: it is shut down under the writer, its journal unwritten, and mounted again.
+
+With the environment variable `LAB_STATE_POWER_CUT=1`: needs root, loop devices, and the
+`mkfs` of the file systems. `LAB_STATE_POWER_CUT_CYCLES` cuts for each, 30 unless told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lives import in_memory
+from witness import Witness, zygote
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("LAB_STATE_POWER_CUT") != "1", reason="asked for with LAB_STATE_POWER_CUT=1, as nox -s crash does"
+)
+
+CYCLES = int(os.environ.get("LAB_STATE_POWER_CUT_CYCLES", "30"))
+FS_IOC_SHUTDOWN, NOLOGFLUSH = 0x8004587D, 2
+MKFS = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
+PACKAGES = {"ext4": "e2fsprogs", "xfs": "xfsprogs"}
+MIB = {"ext4": 64, "xfs": 320}
+OPTIONS = {"ext4": ["defaults", "commit=1", "commit=1000", "data=writeback", "data=journal"], "xfs": ["defaults"]}
+
+
+def run(why: str, *command: str | Path) -> None:
+    """Run a command that is asked for by name: where it cannot be, the test fails and says what is missing."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.fail(f"{why} ({' '.join(map(str, command))}): {done.stderr.strip() or done.stdout.strip()}")
+
+
+class Disk:
+    """A file system in a file, on a loop device."""
+
+    def __init__(self, kind: str, image: Path, point: Path) -> None:
+        if os.geteuid() != 0:
+            pytest.fail("LAB_STATE_POWER_CUT=1 asks for mounts, and only root may mount")
+        tool = MKFS[kind][0]
+        if shutil.which(tool) is None:
+            pytest.fail(f"LAB_STATE_POWER_CUT=1 asks for {tool}, which is missing: apt-get install {PACKAGES[kind]}")
+        if not Path("/dev/loop-control").exists():
+            pytest.fail("LAB_STATE_POWER_CUT=1 asks for loop devices, and there is no /dev/loop-control")
+        self.kind, self.image, self.point = kind, image, point
+        with image.open("wb") as file:
+            file.truncate(MIB[kind] << 20)
+        run(f"no {kind} could be made", *MKFS[kind], image)
+
+    def mount(self, options: str) -> None:
+        options = f"loop,{options}"
+        run(f"{self.kind} cannot be mounted here", "mount", "-t", self.kind, "-o", options, self.image, self.point)
+
+    def unmount(self) -> None:
+        run("it cannot be unmounted", "umount", self.point)
+
+    def cut(self) -> None:
+        """From this moment on nothing reaches the disk any more, and what the file system had not written is lost."""
+        point = os.open(self.point, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(point, FS_IOC_SHUTDOWN, struct.pack("I", NOLOGFLUSH))
+        except OSError as error:
+            pytest.fail(f"the kernel does not shut {self.kind} down (FS_IOC_SHUTDOWN): {error.strerror}")
+        finally:
+            os.close(point)
+
+
+@pytest.fixture(params=["ext4", "xfs"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
+    with in_memory(tmp_path) as memory, tempfile.TemporaryDirectory() as point:
+        made = Disk(request.param, memory / "image", Path(point))
+        yield made
+        if made.point.is_mount():
+            made.unmount()
+
+
+def test_a_cut_is_a_cut(disk: Disk) -> None:
+    """What was synced, name and bytes, is there after the cut; what was not is gone."""
+    disk.mount("defaults")
+    for name, synced in (("synced", True), ("unsynced", False)):
+        with (disk.point / name).open("wb") as file:
+            file.write(b"x" * 5000)
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
+    disk.cut()
+    disk.unmount()
+    disk.mount("defaults")
+    assert (disk.point / "synced").read_bytes() == b"x" * 5000
+    unsynced = disk.point / "unsynced"
+    assert not unsynced.exists() or unsynced.read_bytes() != b"x" * 5000
+
+
+@pytest.mark.timeout(60 + 10 * CYCLES)
+def test_nothing_acknowledged_is_lost(disk: Disk) -> None:
+    """After each cut the state is a prefix of what was tried, with everything that was acknowledged before the cut."""
+    dice, witness = random.Random(20_250_202), Witness()
+    directory = disk.point / "state"
+    with zygote(directory, subprocess.DEVNULL) as children:
+        for cycle in range(1, CYCLES + 1):
+            disk.mount(dice.choice(OPTIONS[disk.kind]))
+            witness.never_started += 1
+            evidence = True
+            for word, *rest in children.live(cycle, dice):
+                if word == "END":
+                    # Everything read so far was acknowledged before the cut. After it, a sync may return
+                    # without an error and without an effect: what is acknowledged then proves nothing.
+                    disk.cut()
+                    os.kill(int(rest[0]), signal.SIGKILL)
+                    evidence = False
+                elif word != "DEAD":
+                    witness.hear(cycle, word, *rest, evidence=evidence)
+            disk.unmount()
+    disk.mount("defaults")
+    asyncio.run(witness.check_the_end(directory))
+    sys.stdout.write(
+        f"{CYCLES} power cuts of {disk.kind}: {witness.all_acknowledged} changes acknowledged, none lost; "
+        f"{witness.all_lost} tried and gone; {witness.never_started} cut before they had started\n"
+    )
+    assert witness.all_acknowledged > CYCLES
+    assert witness.never_started < CYCLES
