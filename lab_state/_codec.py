@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import chain, islice
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeAlias
 
 import msgspec
 from msgspec import Raw
@@ -36,20 +37,25 @@ RESERVED = "$lab_state"
 MAX_KEY_LENGTH = 1024
 
 _CRC = b',"crc32":"'
+_OWN_END = re.compile(rb',"crc32":"[0-9a-f]{8}"\}\}\Z')
 _SLICE_BYTES = 128 * 1024
 _MOST_AT_ONCE = 500
+
+
+Int64: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""What a revision or a time can be; one that is larger cannot be counted with."""
 
 
 class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The reserved member of a snapshot. `seq` and `fence` are there on S3 only."""
 
     format: int
-    revision: int
+    revision: Int64
     id: str
     crc32: str
-    expires: dict[str, int] = {}
-    time: int = 0
-    wall: int = 0
+    expires: dict[str, Int64] = {}
+    time: Int64 = 0
+    wall: Int64 = 0
     seq: int | None = None
     fence: int | None = None
 
@@ -71,14 +77,14 @@ class Snapshot(NamedTuple):
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"start": "from", "end": "to"}):
     """The changes of one commit: everything above revision `start` up to `end`."""
 
-    start: int
-    end: int
+    start: Int64
+    end: Int64
     clear: bool
     set: dict[str, Raw]
     delete: list[str]
-    expires: dict[str, int] = {}
-    time: int = 0
-    wall: int = 0
+    expires: dict[str, Int64] = {}
+    time: Int64 = 0
+    wall: Int64 = 0
 
 
 _decode_entries = msgspec.json.Decoder(dict[str, Raw]).decode
@@ -330,6 +336,13 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
                 len(data) - len(tail),
                 f"the member {RESERVED!r} is there, but its name is damaged; restore a copy",
             )
+    if _OWN_END.search(data):
+        raise CorruptionError(
+            path,
+            len(data) - len(tail),
+            f"it ends as a state does, but the member {RESERVED!r} is not there, so bytes before the end are missing; "
+            "restore a copy. If another program wrote it, put a newline at its end",
+        )
     for key, value in entries.items():
         try:
             msgspec.json.decode(value)

@@ -826,3 +826,31 @@ def test_the_wall_clock_is_kept_beside_the_time() -> None:
     changed = Changes(1, 2, False, dict(expiring({"b": 1})), 0.0, 3_000, 8_000)
     after = replay(loaded, [b"".join(encode_record(changed, []))], PATH)
     assert (after.time, after.wall) == (3_000, 8_000)
+
+
+def test_bytes_lost_from_a_snapshot_make_no_other_state() -> None:
+    """What is left may be good JSON, without the member; but it ends as a state does, and so it is refused."""
+    data = b"".join(encode_snapshot({"a": b'{"text":"0123456789"}'}, 5, 0, own=False))
+    lost = data[: data.index(b"567")] + data[data.index(b'"id":"') + 6 :]
+    assert msgspec.json.decode(lost).keys() == {"a"}
+    with pytest.raises(CorruptionError, match="bytes before the end are missing"):
+        decode_snapshot(lost, "path")
+    assert decode_snapshot(lost + b"\n", "path").revision == 0
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**400])
+@pytest.mark.parametrize("where", ["revision", "time", "wall", "at"])
+def test_numbers_that_nobody_can_count_with(where: str, number: int) -> None:
+    """They are damage, whatever the checksum says: not an OverflowError at the start, or at a read."""
+    told = {"revision": 3, "time": 5, "wall": 5, "at": 7, where: number}
+    covered = b'{"a":1,"$lab_state":{"format":1,"revision":%d,"id":"x","expires":{"a":%d},"time":%d,"wall":%d' % (
+        told["revision"],
+        told["at"],
+        told["time"],
+        told["wall"],
+    )
+    with pytest.raises(CorruptionError):
+        decode_snapshot(b'%s,"crc32":"%08x"}}' % (covered, zlib.crc32(covered)), "path")
+    record = b'{"from":0,"to":%d,"clear":false,"set":{"a":1},"delete":[],"expires":{"a":%d},"time":%d,"wall":%d}'
+    with pytest.raises(CorruptionError):
+        replay(Snapshot({}, 0), [record % (told["revision"], told["at"], told["time"], told["wall"])], "path")

@@ -23,7 +23,7 @@ from lab_state._expiry import Expiring, Value
 from lab_state._state import Absent, Changed
 from lab_state._values import encode, is_json
 from lab_state.cache._protocol import Slice
-from lab_state.exceptions import UnsupportedError
+from lab_state.exceptions import UnavailableError, UnsupportedError
 
 FORMAT = 1
 HEAD = RESERVED
@@ -93,6 +93,21 @@ def parse_head(data: bytes) -> Head | None:
             f"the mirror has format {found.format}, this version of lab_state knows {FORMAT}: use the version that wrote it"
         )
     return found
+
+
+def parse_time(data: bytes) -> int:
+    """When a key expires, in milliseconds since 1970.
+
+    Raises:
+        UnavailableError: It is no time.
+    """
+    try:
+        return int(data)
+    except ValueError:
+        raise UnavailableError(
+            "a time in the copy is none of lab_state's: somebody else writes there; once they have stopped, delete both "
+            "hashes, and the manager fills them anew"
+        ) from None
 
 
 def message(start: int, end: int, writer: str, part: Slice, *, clear: bool = False, more: bool = False) -> bytes:

@@ -17,11 +17,11 @@ import msgspec
 
 from lab_state._expiry import Expiring, Value
 from lab_state._state import Stored
-from lab_state.cache._format import Head, Message
+from lab_state.cache._format import Head, Message, parse_time
 from lab_state.cache._source import Found
 
 _MOST_KEPT = 100_000
-_OBJECT_OR_ARRAY = b"{["
+_OBJECT_OR_ARRAY = (b"{", b"[")
 
 
 class Local:
@@ -79,7 +79,7 @@ class Local:
         for key, at in found.expires.items():
             if key in entries:
                 value = entries[key]
-                entries[key] = Expiring(value.value if isinstance(value, Expiring) else value, int(at))
+                entries[key] = Expiring(value.value if isinstance(value, Expiring) else value, parse_time(at))
 
     def arrive(self, last: Head) -> bool:
         """After the second head, and every message up to it: whether the copy may be read; if not, begin anew.
@@ -125,8 +125,11 @@ class Local:
 
 
 def _stored(data: bytes) -> Value:
-    """JSON as a manager keeps it: a scalar as it is."""
-    if data[0] in _OBJECT_OR_ARRAY:
+    """JSON as a manager keeps it: a scalar as it is. Who reads what is not JSON is told."""
+    if data[:1] in _OBJECT_OR_ARRAY:
         return data
-    value: Value = msgspec.json.decode(data)
+    try:
+        value: Value = msgspec.json.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return data
     return value

@@ -15,7 +15,7 @@ from lab_state._state import MISSING, Stored
 from lab_state._values import decode_value
 from lab_state._watch import Watcher
 from lab_state.cache._feed import Feed, either
-from lab_state.cache._format import Head, parse_head
+from lab_state.cache._format import Head, parse_head, parse_time
 from lab_state.cache._local import Local
 from lab_state.cache._source import Found, Source
 from lab_state.exceptions import (
@@ -331,7 +331,9 @@ class Reader:
 
 def _stored(found: Found) -> dict[str, Stored]:
     expires = found.expires
-    return {key: Expiring(data, int(expires[key])) if key in expires else data for key, data in found.values.items()}
+    return {
+        key: Expiring(data, parse_time(expires[key])) if key in expires else data for key, data in found.values.items()
+    }
 
 
 def _checked(prefix: object) -> str:

@@ -138,7 +138,7 @@ async def _load(store: Requests, names: Names, fence: int) -> Opened | None:
             return None
         sizes = {number: size for number, size in listed.items() if size}
         if _whole(listed, covered, fence, edited=data is not None and stamp is None and same >= _SAME_SNAPSHOT):
-            records = await _records(store, names, list(sizes))
+            records = await _records(store, names, [number for number in listed if number != fence])
             if records is not None:
                 recovery = Recovery(data, records, unsettled=False, dropped_bytes=0)
                 return Opened(fence, etag, len(data or b""), sizes, recovery)
@@ -172,8 +172,8 @@ def _whole(listed: dict[int, int], covered: int, fence: int, *, edited: bool) ->
 
 
 async def _records(store: Requests, names: Names, wanted: list[int]) -> tuple[bytes, ...] | None:
-    """These records, in order, fetched some at a time; `None` if one is gone."""
-    found: dict[int, bytes] = {}
+    """The records among these, in order, fetched some at a time; `None` if one, or a fence, is gone."""
+    found: dict[int, bytes | None] = {}
     left = iter(wanted)
     gone = False
 
@@ -184,7 +184,7 @@ async def _records(store: Requests, names: Names, wanted: list[int]) -> tuple[by
             if gone or got is None:
                 gone = True
                 return
-            found[number] = unframe(names.name, number, got[1], names.url(names.record(number)))
+            found[number] = _record(names, number, *got)
 
     fetching = [asyncio.create_task(fetch()) for _ in range(min(_AT_ONCE, len(wanted)))]
     try:
@@ -193,4 +193,14 @@ async def _records(store: Requests, names: Names, wanted: list[int]) -> tuple[by
         for task in fetching:
             task.cancel()
         await asyncio.gather(*fetching, return_exceptions=True)
-    return None if gone else tuple(found[number] for number in wanted)
+    return None if gone else tuple(record for number in wanted if (record := found[number]) is not None)
+
+
+def _record(names: Names, number: int, found: Found, body: bytes) -> bytes | None:
+    """The record; `None` for a fence. What is empty, and was written by us without an owner, was a record once."""
+    path = names.url(names.record(number))
+    if not body:
+        if WRITE_ID in found.metadata and OWNER not in found.metadata:
+            raise CorruptionError(path, 0, "it is empty, which no record is; restore a copy")
+        return None
+    return unframe(names.name, number, body, path)

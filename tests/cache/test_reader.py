@@ -473,3 +473,44 @@ async def test_an_outage_is_told_once(
             await until(lambda number=number: tried[0] == number)
             clock.advance(5)
     assert [record.message[:25] for record in caplog.records] == ["a reader does not hear of"]
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"nonsense", b'"\x89"', b"[1,", b"\xff"])
+async def test_a_value_that_somebody_else_spoilt(until: Any, spoilt: bytes) -> None:
+    """Reading it is a `TypeMismatchError`; every other key is read, by a local copy too."""
+    cache = MemoryCache()
+    async with writer(cache) as state:
+        await state.set_many({"a": 1, "b": 2})
+        async with cache.reader("name") as remote:
+            await remote.wait_revision(1)
+        cache.places["name"].values["a"] = spoilt
+        async with cache.reader("name", local=True) as local:
+            await until(lambda: local._local.fresh)
+            for reader in (local, await remote.__aenter__()):
+                with pytest.raises(TypeMismatchError, match="key 'a'"):
+                    await reader.get("a")
+                assert await reader.get("b") == 2
+            await remote.aclose()
+            await local.wait_revision(await state.set("a", 3))
+            assert await local.get("a") == 3
+
+
+async def test_a_time_that_somebody_else_spoilt(until: Any) -> None:
+    """It is `UnavailableError`, not a key without a time; a local copy is made once it is mended."""
+    cache, clock = MemoryCache(), ManualClock()
+    async with writer(cache, clock) as state:
+        await state.set("a", 1, ttl=1000)
+        async with cache.reader("name", clock=clock) as remote, cache.reader("name", local=True, clock=clock) as local:
+            await remote.wait_revision(1)
+            good = cache.places["name"].expires["a"]
+            cache.places["name"].expires["a"] = b"soon"
+            for _ in range(20):
+                await asyncio.sleep(0)
+                clock.advance(5)
+            for reader in (remote, local):
+                with pytest.raises(UnavailableError, match="a time in the copy is none of lab_state's"):
+                    await reader.get("a")
+            cache.places["name"].expires["a"] = good
+            clock.advance(10)
+            await until(lambda: local._local.fresh)
+            assert await local.get("a") == 1

@@ -1,4 +1,8 @@
-"""Every prefix and every single-bit flip of a real journal and a real snapshot: the right state, or a refusal."""
+"""Every bit, every length, every block of a real journal and a real snapshot damaged: the right state, or a refusal.
+
+The mass goes through the pure functions that a start is made of; of each kind of damage, some go through the files of
+a real storage too, and some through a whole manager. All must say the same.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ import errno
 import os
 import re
 import shutil
+import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +24,7 @@ import pytest
 from lab_state import Config, CorruptionError, FileStorage, Manager, StorageError, UnsupportedError
 from lab_state import _journal as journal
 from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state._journal import NO_BASE, Kind
 from lab_state.storage import _fs
 from lab_state.storage.file import _open
 
@@ -75,6 +82,11 @@ def manager(directory: Path) -> Manager:
     return Manager(Config(name=NAME, flush_interval=None), FileStorage(directory))
 
 
+async def everything(state: Manager) -> dict[str, Any]:
+    """Each key with its value, and whether it expires."""
+    return {key: [value, await state.expires_in(key) is not None] for key, value in (await state.get_all()).items()}
+
+
 class Author:
     """Writes a state, one flushed change after the other, and keeps its history."""
 
@@ -91,8 +103,11 @@ class Author:
         elif number == 4:
             await self.state.delete("key-3")
         else:
-            await self.state.set_many({f"key-{number}": {"n": [number, "ü"]}, "last": number})
-        self.history[self.state.revision] = await self.state.get_all()
+            value = {"n": [number, "ü"], "text": "0123456789abcdef" * 4}
+            async with self.state.transaction() as tx:
+                tx.set(f"key-{number}", value)
+                tx.set("last", number, ttl=3600)
+        self.history[self.state.revision] = await everything(self.state)
         if expect_failure:
             with pytest.raises(StorageError):
                 await self.state.flush()
@@ -147,10 +162,10 @@ async def stopped(tmp_path: Path) -> Case:
     """Stopped cleanly: a snapshot and a journal with its header alone."""
     author = Author(tmp_path / "stopped")
     async with author.state:
-        for _ in range(3):
+        for _ in range(6):
             await author.write()
     assert frames(author.directory) == ""
-    return Case(author.directory, author.history, [REFUSED, 3])
+    return Case(author.directory, author.history, [REFUSED, 6])
 
 
 def frames(directory: Path) -> str:
@@ -158,41 +173,95 @@ def frames(directory: Path) -> str:
     return "".join(frame.kind.value for frame in journal.scan(path.read_bytes(), NAME, str(path)).frames)
 
 
-def load(directory: Path) -> tuple[int, Any]:
-    """What a start would find: revision and state, without threads and a loop."""
-    path = str(directory / SNAPSHOT)
+Outcome = tuple[int, Any]
+
+
+def state_of(snapshot: bytes | None, records: tuple[bytes, ...]) -> Outcome:
+    begin = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, SNAPSHOT)
+    entries, revision, expires, *_ = replay(begin, records, SNAPSHOT)
+    values = msgspec.json.decode(msgspec.json.encode(entries))
+    return revision, {key: [value, key in expires] for key, value in values.items()}
+
+
+def read(snapshot: bytes | None, data: bytes | None) -> Outcome:
+    """What a start would find in these bytes: revision and state."""
+    base = NO_BASE if snapshot is None else journal.base_of(len(snapshot), zlib.crc32(snapshot))
+    scan = None if data is None else journal.scan(data, NAME, JOURNAL)
+    full, records, _ = journal.accept(scan, len(data or b""), base, JOURNAL)
+    return state_of(snapshot if full is None else full, records)
+
+
+def load(directory: Path) -> Outcome:
+    """The same from the files, without threads and a loop."""
     writer, recovery = _open(directory, NAME)
     try:
-        snapshot = Snapshot({}, 0) if recovery.snapshot is None else decode_snapshot(recovery.snapshot, path)
-        entries, revision, *_ = replay(snapshot, recovery.records, path)
-        return revision, msgspec.json.decode(msgspec.json.encode(entries))
+        return state_of(recovery.snapshot, recovery.records)
     finally:
         writer.close()
 
 
-async def start(directory: Path) -> tuple[int, Any]:
+async def start(directory: Path) -> Outcome:
     """The same through a manager, which goes on to write, stop and start again."""
     async with manager(directory) as state:
-        found = state.revision, await state.get_all()
+        found = state.revision, await everything(state)
         await state.set("more", 1)
         await state.flush()
     async with manager(directory) as state:
         assert await state.delete("more")
-        assert await state.get_all() == found[1]
+        assert await everything(state) == found[1]
     return found
 
 
-def outcome(call: Callable[[], tuple[int, Any]]) -> tuple[int, Any]:
+def outcome(call: Callable[[], Outcome]) -> Outcome:
     try:
         return call()
     except (CorruptionError, UnsupportedError):
         return REFUSED, None
 
 
-Damaged = Iterator[tuple[bytes, set[int]]]
+class Damage(NamedTuple):
+    """Bytes that are not what they were from `start` to `end`, in the places of the whole ones."""
+
+    data: bytes
+    start: int
+    end: int
 
 
-def sweep(case: Case, name: str, damaged: Damaged) -> int:
+def flips(data: bytes) -> Iterator[Damage]:
+    """Every way to flip one bit."""
+    for position in range(len(data)):
+        for bit in range(8):
+            damaged = bytearray(data)
+            damaged[position] ^= 1 << bit
+            yield Damage(bytes(damaged), position, position + 1)
+
+
+def cuts(data: bytes) -> Iterator[Damage]:
+    """Every shorter length."""
+    return (Damage(data[:length], length, len(data)) for length in range(len(data)))
+
+
+def blocks(data: bytes, size: int, instead: bytes = b"\0") -> Iterator[Damage]:
+    """A block of zeros, or of nothing, at every offset."""
+    for start in range(len(data)):
+        end = min(start + size, len(data))
+        yield Damage(data[:start] + instead * (end - start) + data[end:], start, end)
+
+
+def every_damage(data: bytes) -> Iterator[Damage]:
+    return chain(flips(data), cuts(data), blocks(data, 64), blocks(data, 512))
+
+
+def count_of(data: bytes) -> int:
+    """How many `every_damage` makes."""
+    return (8 + 1 + 1 + 1) * len(data)
+
+
+ON_DISK, MANAGED = 97, 1009
+"""Every so manieth case goes through the files, and through a manager."""
+
+
+def sweep(case: Case, name: str, damaged: Iterator[tuple[bytes, set[int]]]) -> int:
     """Look what becomes of each damaged version of a file; the second part says which revisions are right.
 
     Returns:
@@ -200,31 +269,27 @@ def sweep(case: Case, name: str, damaged: Damaged) -> int:
     """
     path = case.directory / name
     other = case.directory / (SNAPSHOT if name == JOURNAL else JOURNAL)
-    untouched = other.read_bytes() if other.exists() else None
+    beside = other.read_bytes() if other.exists() else None
     count = 0
     for count, (data, right) in enumerate(damaged, 1):
-        path.write_bytes(data)
-        revision, entries = outcome(lambda: load(case.directory))
-        assert revision in right, f"case {count}: revision {revision}, not one of {right}"
+        files = (beside, data) if name == JOURNAL else (data, beside)
+        found = outcome(lambda files=files: read(*files))  # type: ignore[misc]
+        revision, entries = found
+        assert revision in right, f"case {count}: revision {revision}, not one of {right}: {data!r}"
         assert entries == case.history.get(revision)
-        assert path.read_bytes() == data
-        assert (other.read_bytes() if other.exists() else None) == untouched
-        if count % 50 == 0:
+        if count % ON_DISK == 1:
+            path.write_bytes(data)
+            assert outcome(lambda: load(case.directory)) == found
+            assert path.read_bytes() == data
+            assert (other.read_bytes() if other.exists() else None) == beside
+        if count % MANAGED == 1:
             copy = shutil.copytree(case.directory, case.directory.with_name("copy"))
-            assert outcome(lambda copy=copy: asyncio.run(start(copy))) == (revision, entries)  # type: ignore[misc]
+            (copy / name).write_bytes(data)
+            assert outcome(lambda copy=copy: asyncio.run(start(copy))) == found  # type: ignore[misc]
             if revision == REFUSED:
                 assert (copy / name).read_bytes() == data
             shutil.rmtree(copy)
     return count
-
-
-def flips(data: bytes, start: int, end: int) -> Iterator[bytes]:
-    """Every way to flip one bit of the bytes from `start` to `end`."""
-    for position in range(start, end):
-        for bit in range(8):
-            damaged = bytearray(data)
-            damaged[position] ^= 1 << bit
-            yield bytes(damaged)
 
 
 def lines_of(case: Case) -> list[bytes]:
@@ -239,64 +304,92 @@ def journaled(request: pytest.FixtureRequest) -> Case:
     return case
 
 
-def test_every_prefix_of_a_journal(journaled: Case) -> None:
-    """A journal cut anywhere stands for its whole frames, or is refused where these do not fit the snapshot."""
+def test_every_bit_length_and_block_of_a_journal(journaled: Case) -> None:
+    """Damage that reaches the end leaves the frames before it, as a torn tail would; any other is refused."""
     lines = lines_of(journaled)
     data, ends = b"".join(lines), list(accumulate(map(len, lines)))
-    right = [journaled.lines[sum(end <= length for end in ends)] for length in range(len(data) + 1)]
-    assert (
-        sweep(journaled, JOURNAL, ((data[:length], {right[length]}) for length in range(len(data) + 1)))
-        == len(data) + 1
-    )
+
+    def right(damage: Damage) -> int:
+        whole = bisect_right(ends, damage.start)
+        behind = len(data) if damage.end == len(data) else ends[bisect_right(ends, damage.end - 1)]
+        return journaled.lines[whole] if behind == len(data) else REFUSED
+
+    judged = ((damage.data, {right(damage)}) for damage in every_damage(data))
+    assert sweep(journaled, JOURNAL, judged) == count_of(data) > 8_000
+    assert sweep(journaled, JOURNAL, iter([(data, {journaled.lines[-1]})])) == 1
 
 
-def test_every_bit_of_a_journal(journaled: Case) -> None:
-    """One flipped bit makes the last frame a torn tail, and every other journal damaged: never another state."""
+def test_bytes_that_were_never_written_behind_a_journal(journaled: Case) -> None:
+    """What a crash leaves behind the last frame, zeros or an older file's, is a torn tail: no frame is lost for it."""
     lines = lines_of(journaled)
-    data, last = b"".join(lines), len(lines[-1])
-    before = ((flipped, {REFUSED}) for flipped in flips(data, 0, len(data) - last))
-    behind = ((flipped, {journaled.lines[-2]}) for flipped in flips(data, len(data) - last, len(data)))
-    assert sweep(journaled, JOURNAL, before) == 8 * (len(data) - last)
-    assert sweep(journaled, JOURNAL, behind) == 8 * last
+    data = b"".join(lines)
+    stale = b"".join(journal.frame("another salt", Kind.RECORD, b'{"from":5,"to":6}') for _ in range(20))
+    behind = ((data + tail[:size], {journaled.lines[-1]}) for tail in (bytes(600), stale) for size in range(600))
+    assert sweep(journaled, JOURNAL, behind) == 1_200
+
+
+def test_bytes_lost_and_bytes_put_in(journaled: Case) -> None:
+    """Where bytes are missing or too many, whole frames are left, or it is refused: nothing is ever made up."""
+    lines = lines_of(journaled)
+    data, ends = b"".join(lines), list(accumulate(map(len, lines)))
+
+    def damaged() -> Iterator[tuple[bytes, set[int]]]:
+        for size in (1, 64, 512):
+            for damage in blocks(data, size, instead=b""):
+                whole = journaled.lines[bisect_right(ends, damage.start)]
+                aligned = damage.start in ends and damage.end in ends
+                reached = damage.end > ends[-2]
+                yield damage.data, {REFUSED, *([journaled.lines[-1]] if aligned else []), *([whole] if reached else [])}
+        for position in range(len(data)):
+            torn = {journaled.lines[-2]} if position > ends[-2] else {REFUSED}
+            yield data[:position] + b"\xff" + data[position:], torn
+
+    assert sweep(journaled, JOURNAL, damaged()) == 4 * len(data)
 
 
 def test_whole_frames_dropped_doubled_and_swapped(journaled: Case) -> None:
     """Frames lost, repeated or out of order are refused, or make no difference: the snapshot or a double holds them."""
     lines = lines_of(journaled)
+    number = len(lines)
 
-    def damaged() -> Damaged:
-        last = len(lines) - 1
+    def damaged() -> Iterator[tuple[bytes, set[int]]]:
         right = {journaled.lines[-1], REFUSED}
-        for index in range(len(lines)):
-            dropped = {journaled.lines[index]} if index == last else right
+        for index in range(number):
+            dropped = {journaled.lines[index]} if index == number - 1 else right
             yield b"".join(lines[:index] + lines[index + 1 :]), dropped
-            yield b"".join(lines[: index + 1] + lines[index:]), right
-            if index < last:
-                yield b"".join([*lines[:index], lines[index + 1], lines[index], *lines[index + 2 :]]), right
+            for place in range(number + 1):
+                yield b"".join([*lines[:place], lines[index], *lines[place:]]), right
+            for other in range(index):
+                swapped = list(lines)
+                swapped[index], swapped[other] = swapped[other], swapped[index]
+                yield b"".join(swapped), right
 
-    assert sweep(journaled, JOURNAL, damaged()) == 3 * len(lines) - 1
+    assert sweep(journaled, JOURNAL, damaged()) == number + number * (number + 1) + number * (number - 1) // 2
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_every_prefix_and_every_bit_of_a_snapshot(stopped: Case, *, alone: bool) -> None:
+def test_every_bit_length_and_block_of_a_snapshot(stopped: Case, *, alone: bool) -> None:
     """A damaged snapshot is refused, with its journal beside it and without: never taken for another state."""
     data = (stopped.directory / SNAPSHOT).read_bytes()
     if alone:
         (stopped.directory / JOURNAL).unlink()
-    assert sweep(stopped, SNAPSHOT, ((data[:length], {REFUSED}) for length in range(len(data)))) == len(data)
-    assert sweep(stopped, SNAPSHOT, ((flipped, {REFUSED}) for flipped in flips(data, 0, len(data)))) == 8 * len(data)
-    assert sweep(stopped, SNAPSHOT, iter([(data, {3})])) == 1
+    refused = ((damage.data, {REFUSED}) for damage in every_damage(data))
+    assert sweep(stopped, SNAPSHOT, refused) == count_of(data) > 3_500
+    kept = len(b',"crc32":"01234567"}}')  # what remains without it may be anybody's JSON
+    lost = [data[:start] + data[end:] for end in range(1, len(data) - kept + 1) for start in range(end)]
+    assert sweep(stopped, SNAPSHOT, ((damaged, {REFUSED}) for damaged in lost)) == len(lost) > 50_000
+    assert sweep(stopped, SNAPSHOT, ((data + bytes(size), {REFUSED}) for size in range(1, 600))) == 599
+    assert sweep(stopped, SNAPSHOT, iter([(data, {6})])) == 1
 
 
-def test_every_bit_of_a_snapshot_with_records_behind_it(checkpointed: Case) -> None:
-    """A snapshot with one flipped bit is not the one that the journal names, and is refused."""
+def test_every_damage_of_a_snapshot_with_records_behind_it(checkpointed: Case) -> None:
+    """A damaged snapshot is not the one that the journal names, and is refused."""
     data = (checkpointed.directory / SNAPSHOT).read_bytes()
-    assert sweep(checkpointed, SNAPSHOT, ((flipped, {REFUSED}) for flipped in flips(data, 0, len(data)))) == 8 * len(
-        data
-    )
+    refused = ((damage.data, {REFUSED}) for damage in every_damage(data))
+    assert sweep(checkpointed, SNAPSHOT, refused) == count_of(data) > 2_000
 
 
-def test_every_bit_of_a_snapshot_that_does_not_count(poisoned: Case) -> None:
+def test_every_damage_of_a_snapshot_that_does_not_count(poisoned: Case) -> None:
     """Beside a journal that begins with the whole state, the snapshot may be damaged in any way."""
     data = (poisoned.directory / SNAPSHOT).read_bytes()
-    assert sweep(poisoned, SNAPSHOT, ((flipped, {5}) for flipped in flips(data, 0, len(data)))) == 8 * len(data)
+    assert sweep(poisoned, SNAPSHOT, ((damage.data, {5}) for damage in every_damage(data))) == count_of(data)

@@ -33,6 +33,8 @@ from lab_state import (
     UnavailableError,
     UnsupportedError,
 )
+from lab_state.storage._s3_format import OWNER
+from lab_state.storage._s3_open import numbers
 from lab_state.storage._s3_outcomes import WRITE_ID
 
 NAME = "faults"
@@ -351,7 +353,7 @@ async def test_opening_gives_up_when_others_never_stop(bucket: Bucket, proxy: Pr
 
     async def overtake(request: Request, forward: Forward) -> Response | None:
         key = request.target.partition("?")[0].removeprefix(f"/{bucket.name}/")
-        bucket.put(key, b"", {WRITE_ID: "theirs"})
+        bucket.put(key, b"", {WRITE_ID: "theirs", OWNER: "theirs"})
         return await forward(request)
 
     proxy.plan("PUT", JOURNAL, overtake, times=FOREVER)
@@ -559,17 +561,14 @@ async def test_a_large_snapshot_goes_through_a_file(bucket: Bucket, proxy: Proxy
 
 async def test_a_second_page_of_the_list_is_read(bucket: Bucket, proxy: Proxy) -> None:
     """Numbers beyond the first page of a list count."""
-    session = await bucket.storage().open(NAME)
-    for number in range(1, 1003):
-        if number > 1:
-            bucket.put(f"{JOURNAL}{number:020d}", b"", {WRITE_ID: "theirs"})
-    with pytest.raises(FencedError):
+    session = await bucket.storage(proxy.url).open(NAME)
+    for number in range(2, 1003):
+        bucket.put(f"{JOURNAL}{number:020d}", b"", {WRITE_ID: "theirs", OWNER: "theirs"})
+    with pytest.raises(FencedError, match="theirs"):
         await session.commit(b"1", VIEW)
-    await session.aclose()
-    again = await bucket.storage(proxy.url).open(NAME)
-    assert again._fence == 1003
+    assert list(await numbers(session._store, session._names, 0)) == list(range(1, 1003))
     assert any("continuation-token" in line for line in proxy.seen)
-    await again.aclose()
+    await session.aclose()
 
 
 # Opening

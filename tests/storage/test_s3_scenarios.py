@@ -89,7 +89,7 @@ BUGS: dict[str, list[Change]] = {
     "a gap is not noticed while loading": [
         (_s3_open, "_whole", "return len(wanted)", "return True or len(wanted)"),
         (_s3_open, "_records", "            if gone or got is None:\n                gone = True\n                return", "            if got is None:\n                continue"),
-        (_s3_open, "_records", "tuple(found[number] for number in wanted)", "tuple(found[number] for number in sorted(found))"),
+        (_s3_open, "_records", "for number in wanted if (record", "for number in sorted(found) if (record"),
     ],
     "a fence at a number that was used and deleted counts": [
         (_s3_open, "_fence", "if await _covered(store, names) < fence else None", ""),
