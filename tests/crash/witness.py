@@ -20,7 +20,7 @@ from lab_state import Config, FileStorage, Manager
 
 WORKER = Path(__file__).with_name("worker.py")
 LONGEST_LIFE = 0.1
-"""Seconds from the fork of a child to its death; a start is the first 10 ms of it, so some die before they live."""
+"""Seconds from a child's start to its death; for every fourth, from its fork, so that some die before they live."""
 
 
 class Zygote:
@@ -37,11 +37,14 @@ class Zygote:
         self._stdin.write(b"%d %d\n" % (cycle, dice.randrange(2**32)))
         self._stdin.flush()
         deadline, pid = float("inf"), ""
+        since, life = "PID" if dice.random() < 0.25 else "AT", dice.uniform(0, LONGEST_LIFE)
         while True:
             for line in self._lines(deadline):
                 words = line.split()
+                if words[0] == since:
+                    deadline = time.monotonic() + life
                 if words[0] == "PID":
-                    pid, deadline = words[1], time.monotonic() + dice.uniform(0, LONGEST_LIFE)
+                    pid = words[1]
                 else:
                     yield words
                     if words[0] == "DEAD":
