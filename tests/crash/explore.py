@@ -14,7 +14,7 @@ from disk import Ack, Disk, Entry, Operation, State, Try
 from recorder import Faults, Recorder, determined, recording
 from recovery import _MEMORY, Recovery, ViolationError
 from workloads import Workload, next_life
-from world import DiedError, Version, World
+from world import Beside, DiedError, Version, World
 
 
 class Recording(NamedTuple):
@@ -47,6 +47,7 @@ def record(
     faults: Faults | None = None,
     *,
     restart: bool = False,
+    beside: Beside = Beside.HELD_UP,
     state: State | None = None,
     versions: list[Version] | None = None,
     stored: int = 0,
@@ -59,6 +60,7 @@ def record(
         seed: What it draws from.
         faults: Which calls fail.
         restart: Whether the process dies at the first failure, and another one goes on.
+        beside: When its checkpoints are made.
         state: What is on the disk; nothing if not given.
         versions: Every state that there ever was before.
         stored: Which of them `state` is.
@@ -72,7 +74,7 @@ def record(
             else:
                 (root / path).write_bytes(data)
         recorder = Recorder(root, faults)
-        world = World(root, recorder, seed, versions, now, dies=restart)
+        world = World(root, recorder, seed, versions, now, dies=restart, beside=beside)
         first = len(world.versions)
         with determined(seed), recording(recorder):
             asyncio.run(_live(workload, world))

@@ -50,7 +50,7 @@ class Recovery:
         whole: How many of them went the whole way too.
     """
 
-    def __init__(self, whole_every: int = 10) -> None:
+    def __init__(self, whole_every: int = 20) -> None:
         self.short = self.whole = 0
         self._whole_every = whole_every
         self._root = Path(tempfile.mkdtemp(prefix="lab_state-", dir=_MEMORY if _MEMORY.is_dir() else None))
@@ -105,9 +105,10 @@ class Recovery:
         """
         self.put(state)
         try:
-            answer = self._short()
-            if self._short() != answer:
+            found = self._open()
+            if self._open() != found:
                 raise ViolationError("the second recovery finds something else than the first one")
+            answer = _loaded(*found)
             number = _find(answer, versions)
             self.short += 1
             if self.short % self._whole_every == 0:
@@ -119,16 +120,11 @@ class Recovery:
             raise ViolationError(f"{type(error).__name__}: {error}") from error
         return number
 
-    def _short(self) -> Answer:
-        """What `FileStorage.open` and `Manager.start` do, without threads and a loop."""
+    def _open(self) -> tuple[bytes | None, tuple[bytes, ...]]:
+        """What `FileStorage.open` does, without threads and a loop."""
         writer, recovery = _open(self._directory, NAME)
-        try:
-            snapshot = Snapshot({}, 0) if recovery.snapshot is None else decode_snapshot(recovery.snapshot, "snapshot")
-            loaded = replay(snapshot, recovery.records, "journal")
-            values = msgspec.json.decode(msgspec.json.encode(loaded.entries)) if loaded.entries else {}
-            return Answer(loaded.revision, values, dict(loaded.expires))
-        finally:
-            writer.close()
+        writer.close()
+        return recovery.snapshot, recovery.records
 
     async def _whole(self, expected: Answer, now: int, turn: int) -> None:
         first = await self._start(expected, now)
@@ -162,6 +158,14 @@ class Recovery:
             await abort(manager)
             raise ViolationError(f"a manager finds {found} where the short way found {expected}")
         return manager
+
+
+def _loaded(snapshot: bytes | None, records: tuple[bytes, ...]) -> Answer:
+    """What `Manager.start` makes of it."""
+    loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, "snapshot")
+    loaded = replay(loaded, records, "journal")
+    values = msgspec.json.decode(msgspec.json.encode(loaded.entries)) if loaded.entries else {}
+    return Answer(loaded.revision, values, dict(loaded.expires))
 
 
 def _swept(answer: Answer, now: int) -> tuple[int, Contents]:

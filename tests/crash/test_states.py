@@ -109,6 +109,13 @@ def test_the_shares_make_the_whole() -> None:
     assert sum(share.states for share in shares) >= STATES
 
 
+@pytest.mark.parametrize("workload", workloads.WORKLOADS.values(), ids=lambda workload: workload.__name__)
+def test_a_workload_can_be_repeated(workload: Workload) -> None:
+    """The same seed makes the same operations, with the same bytes, in the same order; another seed makes others."""
+    assert record(workload, 1) == record(workload, 1)
+    assert record(workload, 1).entries != record(workload, 2).entries
+
+
 @pytest.mark.parametrize("share", PLAIN, ids=lambda share: share.workload.__name__)
 def test_a_crash(share: Share, explorer: Explorer, tally: Tally) -> None:
     """A crash at any point of any workload loses nothing that was acknowledged."""

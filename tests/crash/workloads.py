@@ -108,7 +108,6 @@ async def checkpoints_that_are_due(world: World) -> None:
         for number in range(10):
             await world.set(f"key-{number % 4}")
             await world.flush()
-            await world.checkpoints_ended()
         await world.crash()
 
 

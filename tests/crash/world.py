@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -48,6 +49,14 @@ class Clock(ManualClock):
         return super().call_later(delay, callback)
 
 
+class Beside(Enum):
+    """When a checkpoint is made, beside which something else is to happen."""
+
+    HELD_UP = "while it stands at one of its steps"
+    BEFORE = "before that begins"
+    FREELY = "whenever the threads get to it"
+
+
 class Marks(Protocol):
     """Where the application says what it tries and what was acknowledged."""
 
@@ -86,12 +95,15 @@ class World:
         now: int = 0,
         *,
         dies: bool = False,
+        beside: Beside = Beside.HELD_UP,
     ) -> None:
         """`dies` says whether the process dies when a call to the disk has failed."""
         self.root = root
         self.dice = random.Random(seed)
         self.versions = list(versions or [Version(0, {}, {})])
         self._dies = dies
+        self._beside = beside
+        self._is_beside = False
         self.failures = 0
         self.clock = Clock()
         self.clock.advance(now)
@@ -210,7 +222,8 @@ class World:
             async with self.state.transaction() as draft:
                 for key, value in put.items():
                     draft.set(key, value)
-                draft.delete_many(gone)
+                for key in gone:  # all at once, their order would be that of a set
+                    draft.delete(key)
                 if give_up:
                     raise ZeroDivisionError
 
@@ -262,7 +275,12 @@ class World:
     # Durability
 
     async def flush(self) -> None:
-        """Until it succeeds, three times at most."""
+        """Until it succeeds, three times at most; and until a checkpoint has ended that was due for it."""
+        await self._flush()
+        if not self._is_beside:
+            await self.checkpoints_ended()
+
+    async def _flush(self) -> None:
         for _ in range(3):
             try:
                 await self.state.flush()
@@ -291,23 +309,26 @@ class World:
 
     @asynccontextmanager
     async def held_up(self, work: Awaitable[None], function: str, suffix: str) -> AsyncIterator[None]:
-        """Within the block, the work stands at this call; without a recorder, or such a call, it is over."""
+        """Within the block, the work stands at this call; see `Beside`."""
         task = asyncio.ensure_future(work)
-        if self._recorder is None:
-            await asyncio.wait([task])
-            yield
-        else:
+        gate = None
+        if self._recorder is not None and self._beside is Beside.HELD_UP:
             gate = self._recorder.gate = Gate(function, suffix)
             entered = asyncio.ensure_future(gate.entered.wait())
             await asyncio.wait([task, entered], return_when=asyncio.FIRST_COMPLETED)
             entered.cancel()
-            try:
-                yield
-            finally:
+        elif self._beside is Beside.BEFORE:
+            await asyncio.wait([task])
+        self._is_beside = True
+        try:
+            yield
+        finally:
+            self._is_beside = False
+            if self._recorder is not None and gate is not None:
                 self._recorder.gate = None
                 gate.open()
-                await asyncio.wait([task])
-                task.exception()  # asked for: where the block fails, this is not what counts
+            await asyncio.wait([task])
+            task.exception()  # asked for: where the block fails, this is not what counts
         await task
 
 
