@@ -62,9 +62,9 @@ class Zygote:
 
 
 @contextmanager
-def zygote(directory: Path, stderr: int | None = None) -> Iterator[Zygote]:
+def zygote(directory: Path, stderr: int | None = None, script: Path = WORKER) -> Iterator[Zygote]:
     process = subprocess.Popen(
-        [sys.executable, WORKER, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, bufsize=0
+        [sys.executable, script, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, bufsize=0
     )
     with process:
         try:
