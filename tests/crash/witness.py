@@ -32,7 +32,7 @@ class Zygote:
         self._stdin, self._stdout = process.stdin, process.stdout.fileno()
         self._buffer = b""
 
-    def live(self, cycle: int, dice: random.Random) -> Iterator[list[str]]:
+    def live(self, cycle: int, dice: random.Random, longest: float = LONGEST_LIFE) -> Iterator[list[str]]:
         """The words of each line of a child until it is dead; in between, `END <pid>`: kill it now."""
         self._stdin.write(b"%d %d\n" % (cycle, dice.randrange(2**32)))
         self._stdin.flush()
@@ -41,7 +41,7 @@ class Zygote:
             for line in self._lines(deadline):
                 words = line.split()
                 if words[0] == "PID":
-                    pid, deadline = words[1], time.monotonic() + dice.uniform(0, LONGEST_LIFE)
+                    pid, deadline = words[1], time.monotonic() + dice.uniform(0, longest)
                 else:
                     yield words
                     if words[0] == "DEAD":
