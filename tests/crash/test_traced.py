@@ -33,7 +33,7 @@ KERNEL = {"write": ("pwrite64", "write")}
 TEMPORARIES = 100
 BEFORE = {
     # Only what failed before is cut off, or deleted. Each thread counts for itself.
-    "ftruncate": ["inject=pwrite64:error=ENOSPC:when=4..60+2"],
+    "ftruncate": ["inject=pwrite64:error=ENOSPC:when=3..30+3"],
     "unlink": ["inject=fsync:error=EIO:when=2..16+2"],
 }
 
@@ -93,7 +93,7 @@ def injections(run: Run, counts: dict[str, int]) -> list[str]:
     """The run in strace's language, for each name of its call."""
     found = list(BEFORE.get(run.call, ()))
     for name in KERNEL.get(run.call, (run.call,)):
-        first = 1 + run.position if run.call in BEFORE else run.first(counts[name])
+        first = 1 + run.position // 2 if run.call in BEFORE else run.first(counts[name])
         last = {1: str(first), 3: f"{first}..{first + 2}"}.get(run.times, f"{first}+")
         found.append(f"inject={name}:error={run.error}:when={last}")
     return found

@@ -32,12 +32,12 @@ class Zygote:
         self._stdin, self._stdout = process.stdin, process.stdout.fileno()
         self._buffer = b""
 
-    def live(self, cycle: int, dice: random.Random) -> Iterator[list[str]]:
+    def live(self, cycle: int, dice: random.Random, longest: float = LONGEST_LIFE) -> Iterator[list[str]]:
         """The words of each line of a child until it is dead; in between, `END <pid>`: kill it now."""
         self._stdin.write(b"%d %d\n" % (cycle, dice.randrange(2**32)))
         self._stdin.flush()
         deadline, pid = float("inf"), ""
-        since, life = "PID" if dice.random() < 0.25 else "AT", dice.uniform(0, LONGEST_LIFE)
+        since, life = "PID" if dice.random() < 0.25 else "AT", dice.uniform(0, longest)
         while True:
             for line in self._lines(deadline):
                 words = line.split()
@@ -65,9 +65,9 @@ class Zygote:
 
 
 @contextmanager
-def zygote(directory: Path, stderr: int | None = None) -> Iterator[Zygote]:
+def zygote(directory: Path, stderr: int | None = None, script: Path = WORKER) -> Iterator[Zygote]:
     process = subprocess.Popen(
-        [sys.executable, WORKER, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, bufsize=0
+        [sys.executable, script, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, bufsize=0
     )
     with process:
         try:
