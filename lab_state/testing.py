@@ -9,20 +9,24 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, TypeVar, get_args, runtime_checkable
+from typing import Literal, Protocol, Self, TypeAlias, TypeVar, get_args, runtime_checkable
 
 from lab_state._conformance import StorageConformance
 from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.storage._protocol import Recovery, Snapshot, Storage, StorageSession
 
-__all__ = ["FaultyStorage", "ManualClock", "Operation", "StorageConformance"]
+__all__ = ["FaultyStorage", "ManualClock", "Moment", "Operation", "StorageConformance"]
 
 R = TypeVar("R")
 
 Operation: TypeAlias = Literal["open", "commit", "checkpoint", "aclose"]
+
+Moment: TypeAlias = Literal["before", "torn", "after"]
+"""When a fault comes: before an operation did anything; when half of a commit was written; when all was done."""
 
 
 class _ManualTimer:
@@ -84,29 +88,66 @@ class ManualClock:
 
 @dataclass
 class _Fault:
-    kind: Literal["before", "after", "hang"]
+    kind: Literal["before", "torn", "after", "hang"]
     error: StorageError
+    cuts: bool = False
 
 
 class FaultyStorage:
     """Another storage, with faults on demand.
 
+    Faults asked for come one after the other, each at a call of its operation.
+
     Attributes:
         calls: The operations so far, in order.
+        faults: How many of them failed. A test in which none did proves nothing.
     """
 
     def __init__(self, inner: Storage) -> None:
         """Without a fault, `inner` answers."""
         self._inner = inner
-        self._faults: dict[Operation, deque[_Fault]] = {}
+        self._faults: dict[Operation, deque[_Fault | None]] = {}
+        self._random: Callable[[Operation], _Fault | None] = _none
         self._resumed = asyncio.Event()
+        self._sessions: list[_FaultySession] = []
+        self._cut: list[_FaultySession] = []
+        self._torn: dict[str, int] = {}  # bytes of half a record, by the name of the state
         self.calls: list[Operation] = []
+        self.faults: int = 0
+
+    @classmethod
+    def random(cls, inner: Storage, *, seed: int, rate: float) -> Self:
+        """A storage whose commits and checkpoints fail at random, before, torn or after.
+
+        Args:
+            inner: What answers otherwise.
+            seed: The same calls with the same seed have the same faults.
+            rate: How many of the calls fail: above 0, below 1.
+
+        Raises:
+            ValueError: `rate` is out of bounds.
+        """
+        if not 0 < rate < 1:
+            raise ValueError(f"rate must be above 0 and below 1, not {rate}: 0.1 is one call in ten")
+        storage = cls(inner)
+        numbers = random.Random(seed)  # noqa: S311 -- it must be the same each time
+
+        def drawn(operation: Operation) -> _Fault | None:
+            comes = numbers.random() < rate
+            moment: Moment = numbers.choice(get_args(Moment))
+            if operation not in ("commit", "checkpoint") or not comes:
+                return None
+            return _fault(operation, moment if operation == "commit" or moment == "after" else "before")
+
+        storage._random = drawn
+        return storage
 
     def fail(
         self,
         operation: Operation,
-        moment: Literal["before", "after"] = "before",
+        moment: Moment = "before",
         *,
+        skip: int = 0,
         times: int = 1,
         error: StorageError | None = None,
     ) -> None:
@@ -114,9 +155,11 @@ class FaultyStorage:
 
         Args:
             operation: Which one.
-            moment: `before` it did anything, or `after` it did everything: the answer
-                was lost.
-            times: How many calls, 1 or more.
+            moment: `before` it did anything; `after` it did everything: the answer was
+                lost. A commit that is `torn` wrote half of its record: it is not there
+                when the state is opened again, unless a later commit held it too.
+            skip: How many calls succeed first.
+            times: How many calls fail, 1 or more.
             error: What to raise; an `UnavailableError` when not given.
 
         `aclose` lets go of the state in either case, as every storage must.
@@ -125,47 +168,99 @@ class FaultyStorage:
             ValueError: An argument is out of bounds; a test that never fails proves
                 nothing.
         """
-        self._check(operation)
-        if moment not in ("before", "after") or times < 1:
-            raise ValueError("a fault comes 'before' or 'after' the operation, once or more")
-        fault = _Fault(
-            "after" if operation == "aclose" else moment, error or UnavailableError(f"{operation} failed on demand")
-        )
-        self._faults.setdefault(operation, deque()).extend([fault] * times)
+        if times < 1:
+            raise ValueError("a fault comes once or more")
+        self._ask(operation, [_fault(operation, moment, error)] * times, skip)
 
-    def hang(self, operation: Operation) -> None:
-        """Make the next call of an operation wait for `resume()` before it begins."""
-        self._check(operation)
+    def hang(self, operation: Operation, *, skip: int = 0) -> None:
+        """Make the next call of an operation, or one after `skip` more, wait for `resume()` before it begins."""
+        self._ask(operation, [_Fault("hang", UnavailableError("never raised"))], skip)
         self._resumed.clear()
-        fault = _Fault("hang", UnavailableError("never raised"))
-        self._faults.setdefault(operation, deque()).append(fault)
-
-    def _check(self, operation: Operation) -> None:
-        if operation not in get_args(Operation):
-            raise ValueError(f"there is no operation {operation!r}: use one of {get_args(Operation)}")
 
     def resume(self) -> None:
         """Let the calls that hang go on."""
         self._resumed.set()
 
+    def cut_power(self, during: Operation | None = None, moment: Moment = "before", *, skip: int = 0) -> None:
+        """Cut the power: whatever is open writes nothing any more, and every call of it raises `StorageError`.
+
+        The next manager on this object finds what was durable, as after a reboot. The one
+        that was cut off is to be stopped still; that raises, if it had anything to write.
+
+        Args:
+            during: Cut it at the next call of this operation; at once when not given.
+            moment: When in it; see `fail`.
+            skip: How many calls succeed first.
+
+        Raises:
+            ValueError: An argument is out of bounds.
+        """
+        if during is not None:
+            fault = _fault(during, moment, StorageError(_NO_POWER))
+            fault.cuts = True
+            self._ask(during, [fault], skip)
+            return
+        if skip or moment != "before":
+            raise ValueError("the power is cut at once: name the operation during which, to choose the moment")
+        for session in self._sessions:
+            session.has_power = False
+        self._cut += self._sessions
+        self._sessions = []
+
+    def _ask(self, operation: Operation, faults: list[_Fault], skip: int) -> None:
+        if operation not in get_args(Operation):
+            raise ValueError(f"there is no operation {operation!r}: use one of {get_args(Operation)}")
+        if skip < 0:
+            raise ValueError("skip is how many calls succeed first, 0 or more")
+        self._faults.setdefault(operation, deque()).extend([*[None] * skip, *faults])
+
     async def open(self, name: str) -> StorageSession:
         """Open the inner storage; see `Storage.open`."""
-        return _FaultySession(self, await self._faulty("open", lambda: self._inner.open(name)))
+        while self._cut:
+            await self._cut.pop()._inner.aclose()  # noqa: SLF001 -- what the reboot did
+        inner = await self._faulty("open", lambda: self._inner.open(name))
+        session = _FaultySession(self, inner, name, self._torn.pop(name, 0))
+        self._sessions.append(session)
+        return session
 
-    async def _faulty(self, operation: Operation, call: Callable[[], Awaitable[R]]) -> R:
+    async def _faulty(
+        self, operation: Operation, call: Callable[[], Awaitable[R]], tear: Callable[[], object] | None = None
+    ) -> R:
         self.calls.append(operation)
-        faults = self._faults.get(operation)
-        fault = faults.popleft() if faults else None
+        asked = self._faults.get(operation)
+        fault = asked.popleft() if asked else self._random(operation)
         if fault is None:
             return await call()
         if fault.kind == "hang":
             await self._resumed.wait()
             return await call()
+        self.faults += 1
         if fault.kind == "after":
             result = await call()
             if isinstance(result, _Closable):  # a session that nobody was given
                 await result.aclose()
+        if fault.kind == "torn" and tear is not None:
+            tear()
+        if fault.cuts:
+            self.cut_power()
         raise fault.error
+
+
+_NO_POWER = "the power was cut on demand; open the state again"
+
+
+def _none(_: Operation) -> None:
+    """No fault."""
+
+
+def _fault(operation: Operation, moment: Moment, error: StorageError | None = None) -> _Fault:
+    if moment not in get_args(Moment) or (moment == "torn" and operation != "commit"):
+        raise ValueError(
+            f"{operation!r} cannot fail {moment!r}: a fault comes 'before' or 'after' it; a commit can be 'torn'"
+        )
+    if operation == "aclose":
+        moment = "after"
+    return _Fault(moment, error or UnavailableError(f"{operation} failed on demand"))
 
 
 @runtime_checkable
@@ -174,13 +269,17 @@ class _Closable(Protocol):
 
 
 class _FaultySession:
-    def __init__(self, storage: FaultyStorage, inner: StorageSession) -> None:
+    def __init__(self, storage: FaultyStorage, inner: StorageSession, name: str, torn: int) -> None:
+        self.has_power: bool = True
         self._storage = storage
         self._inner = inner
+        self._name = name
+        self._found_torn = torn
 
     @property
     def recovery(self) -> Recovery:
-        return self._inner.recovery
+        found = self._inner.recovery
+        return found._replace(unsettled=True, dropped_bytes=self._found_torn) if self._found_torn else found
 
     @property
     def path(self) -> str:
@@ -195,10 +294,33 @@ class _FaultySession:
         return self._inner.journal_bytes
 
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
-        return await self._storage._faulty("commit", lambda: self._inner.commit(record, snapshot))  # noqa: SLF001
+        return await self._call("commit", lambda: self._inner.commit(record, snapshot), len(record))
 
     async def checkpoint(self, snapshot: Snapshot) -> None:
-        await self._storage._faulty("checkpoint", lambda: self._inner.checkpoint(snapshot))  # noqa: SLF001
+        await self._call("checkpoint", lambda: self._inner.checkpoint(snapshot))
 
     async def aclose(self) -> None:
-        await self._storage._faulty("aclose", self._inner.aclose)  # noqa: SLF001
+        if self in self._storage._sessions:  # noqa: SLF001 -- one class in two
+            self._storage._sessions.remove(self)  # noqa: SLF001 -- likewise
+        if not self.has_power:
+            await self._inner.aclose()
+            return
+        await self._storage._faulty("aclose", self._inner.aclose)  # noqa: SLF001 -- likewise
+
+    async def _call(self, operation: Operation, call: Callable[[], Awaitable[R]], size: int = 0) -> R:
+        torn = self._storage._torn  # noqa: SLF001 -- likewise
+
+        async def powered() -> R:
+            self._check_power()
+            result = await call()
+            torn.pop(self._name, None)  # written over
+            return result
+
+        self._check_power()
+        return await self._storage._faulty(  # noqa: SLF001 -- likewise
+            operation, powered, lambda: torn.update({self._name: max(1, size // 2)})
+        )
+
+    def _check_power(self) -> None:
+        if not self.has_power:
+            raise StorageError(_NO_POWER)

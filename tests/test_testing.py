@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
 import pytest
 
-from lab_state import Config, FileStorage, Manager, MemoryStorage, UnavailableError
+from lab_state import Config, FileStorage, Manager, MemoryStorage, Storage, StorageError, UnavailableError
 from lab_state.testing import FaultyStorage, ManualClock
 
 
@@ -30,18 +35,26 @@ def test_a_manual_clock_jumps_but_does_not_go_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "times"), [(("comit",), 1), (("commit", "befor"), 1), (("commit", "after"), 0), (("commit", ""), 1)]
+    ("ask", "message"),
+    [
+        (lambda storage: storage.fail("comit"), "no operation 'comit'"),
+        (lambda storage: storage.fail("commit", "befor"), "cannot fail 'befor'"),
+        (lambda storage: storage.fail("checkpoint", "torn"), "a commit can be 'torn'"),
+        (lambda storage: storage.fail("commit", times=0), "once or more"),
+        (lambda storage: storage.fail("commit", skip=-1), "0 or more"),
+        (lambda storage: storage.hang("comit"), "no operation 'comit'"),
+        (lambda storage: storage.cut_power("comit"), "no operation 'comit'"),
+        (lambda storage: storage.cut_power("open", "torn"), "a commit can be 'torn'"),
+        (lambda storage: storage.cut_power(skip=1), "name the operation"),
+        (lambda storage: storage.random(storage, seed=1, rate=0), "above 0 and below 1"),
+        (lambda storage: storage.random(storage, seed=1, rate=1), "above 0 and below 1"),
+    ],
+    ids=range(11),
 )
-def test_a_fault_that_would_never_come_is_refused(arguments: tuple[str, ...], times: int) -> None:
-    """A test with a misspelt fault would prove nothing."""
-    with pytest.raises(ValueError, match=r"no operation|once or more"):
-        FaultyStorage(MemoryStorage()).fail(*arguments, times=times)  # type: ignore[arg-type]
-
-
-def test_a_hang_that_would_never_come_is_refused() -> None:
-    """Likewise."""
-    with pytest.raises(ValueError, match="no operation 'comit'"):
-        FaultyStorage(MemoryStorage()).hang("comit")  # type: ignore[arg-type]
+def test_a_fault_that_would_never_come_is_refused(ask: Callable[[Any], object], message: str) -> None:
+    """A test with a misspelt fault would prove nothing; the message says what is right."""
+    with pytest.raises(ValueError, match=message):
+        ask(FaultyStorage(MemoryStorage()))
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -75,3 +88,117 @@ def test_what_is_no_argument_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="NUL"):
         FileStorage("a\0b")
     assert repr(FileStorage("state")) == "FileStorage('state')"
+
+
+def manager(storage: Storage) -> Manager:
+    return Manager(Config(name="test", flush_interval=None), storage)
+
+
+async def test_faults_come_in_the_order_in_which_they_were_asked_for() -> None:
+    """Two that succeed, one that fails, one whose answer is lost, and then no fault any more."""
+    storage = FaultyStorage(MemoryStorage())
+    storage.fail("commit", skip=2)
+    storage.fail("commit", "after", error=UnavailableError("lost"))
+    outcomes = []
+    async with manager(storage) as state:
+        for number in range(5):
+            await state.set("n", number)
+            try:
+                await state.flush()
+            except UnavailableError as error:
+                outcomes.append(str(error).split(" (")[0])
+            else:
+                outcomes.append("durable")
+    assert outcomes == ["durable", "durable", "commit failed on demand", "lost", "durable"]
+    assert storage.faults == 2
+    assert storage.calls == ["open", *["commit"] * 5, "checkpoint", "aclose"]
+
+
+@pytest.mark.parametrize(("moment", "found"), [("before", 1), ("torn", 1), ("after", 2)])
+async def test_the_power_is_cut_during_a_commit(moment: Any, found: int, caplog: pytest.LogCaptureFixture) -> None:
+    """What was acknowledged is there; what was not is there only if all of it was written; a torn record is told."""
+    storage = FaultyStorage(MemoryStorage())
+    storage.cut_power("commit", moment, skip=1)
+    state = manager(storage)
+    await state.start()
+    await state.set("n", 1)
+    await state.flush()
+    await state.set("n", 2)
+    with pytest.raises(StorageError, match="the power was cut on demand"):
+        await state.flush()
+    with pytest.raises(StorageError, match="the power was cut"):
+        await state.flush()
+    with pytest.raises(StorageError, match="the power was cut"):
+        await state.stop()
+    async with manager(storage) as state:
+        assert await state.get("n") == found
+        assert state.durable_revision == (0 if moment == "torn" else found)
+        await state.flush()
+        assert state.durable_revision == found
+    assert ("that a crash cut short" in caplog.text) == (moment == "torn")
+
+
+async def test_the_power_is_cut_at_once() -> None:
+    """Whatever is open is dead, also what hangs; the next manager need not wait until the old one was stopped."""
+    storage = FaultyStorage(MemoryStorage())
+    old = manager(storage)
+    await old.start()
+    await old.set("n", 1)
+    await old.flush()
+    await old.set("n", 2)
+    storage.hang("commit")
+    flushing = asyncio.create_task(old.flush())
+    await asyncio.sleep(0)
+    storage.cut_power()
+    async with manager(storage) as new:
+        assert await new.get("n") == 1
+        storage.resume()
+        with pytest.raises(StorageError, match="the power was cut"):
+            await flushing
+        with pytest.raises(StorageError, match="the power was cut"):
+            await old.stop()
+        await new.set("n", 3)
+        await new.flush()
+    async with manager(storage) as state:
+        assert await state.get("n") == 3
+
+
+async def test_a_torn_record_that_is_written_again_is_not_torn() -> None:
+    """As on a disk: the next commit holds its changes, and takes its place."""
+    storage = FaultyStorage(MemoryStorage())
+    storage.fail("commit", "torn")
+    async with manager(storage) as state:
+        await state.set("n", 1)
+        with pytest.raises(UnavailableError):
+            await state.flush()
+        await state.flush()
+    async with manager(storage) as state:
+        assert await state.get("n") == 1
+        assert state.durable_revision == 1
+
+
+async def test_faults_at_random_are_the_same_for_the_same_seed() -> None:
+    """Commits and checkpoints fail, before, torn and after; nothing that was acknowledged is lost."""
+
+    async def play(seed: int) -> list[str]:
+        storage, outcomes = FaultyStorage.random(MemoryStorage(), seed=seed, rate=0.4), []
+        acknowledged = 0
+        for _ in range(10):
+            state = manager(storage)
+            await state.start()
+            assert await state.get("n", 0) >= acknowledged
+            for _ in range(5):
+                number = await state.incr("n")
+                try:
+                    await state.flush()
+                    acknowledged = number
+                    outcomes.append("durable")
+                except UnavailableError as error:
+                    outcomes.append(str(error))
+            storage.cut_power()
+            with suppress(StorageError):
+                await state.stop()
+        assert 0 < storage.faults == len(outcomes) - outcomes.count("durable")
+        return outcomes
+
+    assert await play(1) == await play(1) != await play(2)
