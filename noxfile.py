@@ -15,6 +15,7 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 AT_ONCE = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
 # Without this, `python -m pytest` would import the checkout instead of the wheel.
 WHEEL_ONLY = {"PYTHONSAFEPATH": "1"}
+BENCHMARKS = {**WHEEL_ONLY, "PYTHONPATH": "tests/benchmarks"}
 
 
 def _group(name: str) -> tuple[str, ...]:
@@ -73,7 +74,11 @@ def s3_bench(session: nox.Session) -> None:
     real = _real_store(arguments)
     session.install(".", *_group("test"), *_group("bench"))
     session.run(
-        *real, "python", "tests/benchmarks/s3.py", *arguments, env={**WHEEL_ONLY, "PYTHONPATH": "tests/helpers"}
+        *real,
+        "python",
+        "tests/benchmarks/s3.py",
+        *arguments,
+        env={**WHEEL_ONLY, "PYTHONPATH": "tests/benchmarks:tests/helpers"},
     )
 
 
@@ -131,6 +136,13 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The figures, as ratios within one run."""
+    """The figures, as ratios within one run, beside what a user would pick instead; `-- --quick`, `--only`, `--docs`."""
     session.install(".", *_group("bench"))
-    session.run("python", "tests/benchmarks/bench.py", *session.posargs, env=WHEEL_ONLY)
+    session.run("python", "tests/benchmarks/bench.py", *session.posargs, env=BENCHMARKS)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """100 writers on a million keys for 30 minutes, or `-- --minutes N`: does anything grow?"""
+    session.install(".", *_group("bench"))
+    session.run("python", "tests/benchmarks/soak.py", *session.posargs, env=BENCHMARKS)

@@ -1,0 +1,170 @@
+"""How things are measured: in turns, medians, and what came out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+VALUE = {"id": 12345, "name": "some user's name", "tags": ["a", "b", "c"], "active": True, "score": 12.5, "note": "ok."}
+# SQLite does not write what is there already, so no key gets the value again that it has: 4093 is prime.
+VALUES = cycle([VALUE | {"id": 10000 + number} for number in range(4093)])
+KEYS = [f"key-{number}" for number in range(512)]
+ROUNDS = 15
+
+
+class Scale(NamedTuple):
+    """How much is measured: keys, rounds, seconds that one measurement takes, and the sizes of states."""
+
+    keys: int
+    rounds: int
+    seconds: float
+    sizes: tuple[int, ...]
+
+
+FULL = Scale(1_000_000, 5, 0.2, (1000, 10_000, 100_000, 1_000_000))
+QUICK = Scale(100_000, 3, 0.05, (1000, 10_000, 100_000))
+
+Bench = Callable[[], Awaitable[None]]
+Numbers = dict[str, Any]
+Call = Callable[[str], Awaitable[object]]
+
+encode = msgspec.json.Encoder().encode
+
+
+def key_of(number: int) -> str:
+    return f"key-{number:07}"
+
+
+async def timed(work: Bench) -> float:
+    gc.collect()
+    gc.disable()
+    begin = time.perf_counter()
+    await work()
+    seconds = time.perf_counter() - begin
+    gc.enable()
+    return seconds
+
+
+async def compare(ours: Bench, theirs: Bench, rounds: int = ROUNDS) -> tuple[float, float, float]:
+    """Median ratio, and the medians of both sides, in seconds."""
+    pairs = [(await timed(ours), await timed(theirs)) for _ in range(rounds)]
+    ratio = statistics.median(a / b for a, b in pairs)
+    return ratio, statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+async def each(call: Call, keys: list[str], seconds: float) -> float:
+    """What one call costs, in seconds, found in about so many seconds."""
+    count, chunk, number = 0, 1, len(keys)
+    begin = time.perf_counter()
+    while (passed := time.perf_counter() - begin) < seconds:
+        for offset in range(count, count + chunk):
+            await call(keys[offset % number])
+        count += chunk
+        if passed < seconds / 10:
+            chunk *= 2  # looking at the clock costs as much as a call
+    return passed / count
+
+
+async def together(call: Call, tasks: int, seconds: float) -> tuple[float, list[float]]:
+    """So many tasks, each calling again and again: calls a second, and how long each took."""
+    taken: list[float] = []
+    begin = time.perf_counter()
+    end = begin + seconds
+
+    async def caller(key: str) -> None:
+        now = time.perf_counter()
+        while now < end:
+            await call(key)
+            taken.append(-now + (now := time.perf_counter()))
+
+    await asyncio.gather(*(caller(f"task-{number}") for number in range(tasks)))
+    return len(taken) / (time.perf_counter() - begin), taken
+
+
+@asynccontextmanager
+async def heartbeat() -> AsyncIterator[list[float]]:
+    """The gaps of a 0.5 ms heartbeat while the block runs, in seconds."""
+    gaps, stop = [0.0], False
+
+    async def beating() -> None:
+        last = time.perf_counter()
+        while not stop:
+            await asyncio.sleep(0.0005)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    beat = asyncio.create_task(beating())
+    await asyncio.sleep(0.01)
+    yield gaps
+    await asyncio.sleep(0.002)
+    stop = True
+    await beat
+
+
+async def stall(work: Awaitable[Any]) -> float:
+    """The longest gap of the heartbeat while `work` runs."""
+    async with heartbeat() as gaps:
+        await work
+    return max(gaps)
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """The smallest value that is not below so many percent of them."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def resident(pid: int | str = "self") -> int:
+    """The memory of a process, in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def written(pid: int | str = "self") -> int:
+    """What a process has made the kernel write to disks, in bytes: whole pages of files, dirtied."""
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes"))
+
+
+def process(code: str, *arguments: str) -> float:
+    """How long a Python process takes that does this."""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+    return time.perf_counter() - begin
+
+
+class Results:
+    """Rows against their bounds, and numbers by part."""
+
+    def __init__(self) -> None:
+        self.checks: dict[str, list[Numbers]] = {}
+        self.numbers: dict[str, Any] = {}
+        self.part = ""
+
+    def add(self, work: str, reached: str, bound: str, *, met: bool) -> None:
+        row = {"work": work, "reached": reached, "bound": bound, "met": met}
+        self.checks.setdefault(self.part, []).append(row)
+        print(f"{work:<64} {reached:<34} {bound:<12} {'yes' if met else 'NO'}", flush=True)
+
+    def put(self, **numbers: Any) -> None:
+        self.numbers[self.part] = {**self.numbers.get(self.part, {}), **numbers}
+
+    def as_json(self) -> Numbers:
+        return {"checks": self.checks, "numbers": self.numbers}
+
+    def take(self, older: Mapping[str, Any]) -> None:
+        """Parts that were measured before, and not again now."""
+        self.checks = {**older["checks"], **self.checks}
+        self.numbers = {**older["numbers"], **self.numbers}

@@ -1,0 +1,207 @@
+"""lab_state beside what a user would pick instead: the same work, in turns, each with what its durability is worth."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from measure import (
+    KEYS,
+    VALUE,
+    VALUES,
+    Numbers,
+    Results,
+    Scale,
+    each,
+    encode,
+    heartbeat,
+    key_of,
+    percentile,
+    process,
+    stall,
+    together,
+)
+from peers import NOTHING, PEERS, LabState, Peer
+
+
+@asynccontextmanager
+async def opened(directory: str, kinds: Iterable[type[Peer]]) -> AsyncIterator[list[Peer]]:
+    """Each in a directory of its own, all at once: so that they can take turns."""
+    with tempfile.TemporaryDirectory(dir=directory) as own:
+        async with AsyncExitStack() as stack:
+            peers = [kind(Path(own)) for kind in kinds]
+            for peer in peers:
+                await peer.open()
+                stack.push_async_callback(peer.close)
+            yield peers
+
+
+async def in_turns(peers: list[Peer], rounds: int, work: Callable[[Peer], Awaitable[Numbers]]) -> dict[str, Numbers]:
+    """The median of each number of each peer."""
+    found: dict[str, list[Numbers]] = {}
+    for _ in range(rounds):
+        for peer in peers:
+            gc.collect()
+            gc.freeze()  # what one has in memory is not to be blamed on another
+            found.setdefault(peer.name, []).append(await work(peer))
+    return {
+        name: {number: statistics.median(one[number] for one in all_) for number in all_[0]}
+        for name, all_ in found.items()
+    }
+
+
+def described() -> list[Numbers]:
+    return [{"name": peer.name, "survives": peer.survives, "setup": peer.setup} for peer in PEERS]
+
+
+async def operations(results: Results, directory: str, loop: str, scale: Scale) -> None:
+    """`get` and `set` of one value, as the peer offers them, with 512 keys in it."""
+
+    async def work(peer: Peer) -> Numbers:
+        await each(peer.get, KEYS, scale.seconds / 4)
+        return {
+            "get": await each(peer.get, KEYS, scale.seconds / 2),
+            "set": await each(lambda key: peer.set(key, next(VALUES)), KEYS, scale.seconds / 2),
+        }
+
+    async with opened(directory, PEERS) as peers:
+        for peer in peers:
+            await peer.fill(dict.fromkeys(KEYS, VALUE))
+        results.put(**{loop: await in_turns(peers, scale.rounds, work)})
+
+
+async def writes(results: Results, directory: str, loop: str, scale: Scale) -> None:
+    """One change made durable: by one task, by 100 tasks, and what the event loop felt of it."""
+    kinds = [peer for peer in PEERS if peer.survives != NOTHING]
+
+    async def work(peer: Peer) -> Numbers:
+        def durable(key: str) -> Awaitable[None]:
+            return peer.durable(key, next(VALUES))
+
+        await each(durable, KEYS, scale.seconds / 4)
+        idle = await stall(asyncio.sleep(scale.seconds))
+        async with heartbeat() as gaps:
+            one = await each(durable, KEYS, scale.seconds)
+        rate, taken = await together(durable, 100, scale.seconds)
+        return {
+            "one": one,
+            "stall": max(0.0, max(gaps) - idle),
+            "hundred": rate,
+            "p50": percentile(taken, 50),
+            "p99": percentile(taken, 99),
+        }
+
+    async with opened(directory, kinds) as peers:
+        for peer in peers:
+            await peer.fill(dict.fromkeys(KEYS, VALUE))
+        numbers = await in_turns(peers, scale.rounds, work)
+        results.put(**{loop: numbers})
+    ours = numbers[LabState.name]["hundred"]
+    for name, bound in (("sqlite3", 12), ("LMDB", 10), ("Redis", 5)):
+        times = ours / numbers[name]["hundred"]
+        results.add(
+            f"durable writes a second, 100 tasks / {name} ({loop})",
+            f"{times:.1f} x ({ours:,.0f} / {numbers[name]['hundred']:,.0f})",
+            f">= {bound}",
+            met=times >= bound,
+        )
+
+
+async def sizes(results: Results, directory: str, scale: Scale) -> None:
+    """One change made durable in states of different sizes: how long, the loop's stall, bytes written; and a start."""
+    values = {key_of(number): VALUE for number in range(scale.sizes[-1])}
+    for count in scale.sizes:
+        kinds = [peer for peer in PEERS if peer.survives != NOTHING and peer.most >= count]
+        part = values if count == scale.sizes[-1] else {key_of(number): VALUE for number in range(count)}
+        keys = [key_of(number * count // 512) for number in range(512)]
+        async with opened(directory, kinds) as peers:
+            for peer in peers:
+                await peer.fill(part)
+
+            async def work(peer: Peer, keys: list[str] = keys) -> Numbers:
+                def durable(key: str) -> Awaitable[None]:
+                    return peer.durable(key, next(VALUES))
+
+                await durable(keys[0])
+                before, calls = peer.written(), 0
+                async with heartbeat() as gaps:
+                    begin = time.perf_counter()
+                    while (seconds := time.perf_counter() - begin) < scale.seconds and calls < 100:
+                        await durable(keys[calls])
+                        calls += 1
+                idle = await stall(asyncio.sleep(seconds))
+                changed = len(keys[0]) + len(encode(VALUE))
+                return {
+                    "change": seconds / calls,
+                    "stall": max(0.0, max(gaps) - idle),
+                    "written": (peer.written() - before) / calls / changed,
+                }
+
+            numbers = await in_turns(peers, min(scale.rounds, 3), work)
+            starts = await in_turns(peers, 2, partial(start, key=keys[7]))
+        results.put(**{str(count): {name: numbers[name] | starts[name] for name in numbers}})
+        print(f"{count:,} keys: done", flush=True)
+
+
+async def start(peer: Peer, key: str) -> Numbers:
+    """From nothing to the first value, after a clean end."""
+    await peer.close()
+    gc.collect()
+    gc.disable()
+    begin = time.perf_counter()
+    await peer.open()
+    await peer.get(key)
+    seconds = time.perf_counter() - begin
+    gc.enable()
+    return {"start": seconds}
+
+
+def footprint(results: Results, directory: str, scale: Scale) -> None:
+    """Memory of a state, in a process of its own, and what the import costs: above that of a bare interpreter."""
+    for number, peer in enumerate(PEERS):
+        keys = min(scale.keys // 10, peer.most)
+        command = [sys.executable, __file__, str(number), str(keys), directory]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        grown = int(done.stdout)
+        size = len(encode({key_of(number): VALUE for number in range(1000)})) * keys / 1000
+        results.put(**{peer.name: {"keys": keys, "bytes": grown, "ratio": grown / size}})
+    times: dict[str, list[float]] = {}
+    for _ in range(scale.rounds - 2):
+        bare = process("pass")
+        for peer in PEERS:
+            times.setdefault(peer.name, []).append(process(f"import {peer.module}") - bare)
+    for name, taken in times.items():
+        results.put(**{name: results.numbers[results.part][name] | {"import": statistics.median(taken)}})
+
+
+async def grown(peer: Peer, count: int) -> int:
+    """How much memory so many keys take, set one by one."""
+    await peer.open()
+    before = peer.resident()
+    value: Any = VALUE
+    for number in range(count):
+        # A value that is kept as an object is one of its own, as it would be with real ones.
+        await peer.set(key_of(number), value | {"tags": list(value["tags"])})
+    return peer.resident() - before
+
+
+async def _grown() -> None:
+    number, count, directory = sys.argv[1:]
+    with tempfile.TemporaryDirectory(dir=directory) as own:
+        peer = PEERS[int(number)](Path(own))
+        print(await grown(peer, int(count)))
+        await peer.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(_grown())
