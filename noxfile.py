@@ -114,6 +114,44 @@ def docs(session: nox.Session) -> None:
     session.run("sphinx-build", "-W", "-n", "-q", "-b", "html", "docs", "docs/_build/html")
 
 
+CRASH: dict[str, tuple[str, dict[str, str]]] = {
+    "states": (
+        "tests/crash/test_states.py tests/crash/test_seeded_bugs.py tests/crash/test_tracing.py",
+        {"LAB_STATE_CRASH_STATES": "300000", "LAB_STATE_CRASH_STRACE": "1"},
+    ),
+    "kills": ("tests/crash/test_kill.py", {"LAB_STATE_KILL_CYCLES": "10000"}),
+    "faults": (
+        "tests/crash/test_faults.py tests/crash/test_kill_points.py tests/crash/test_traced.py tests/crash/test_storm.py "
+        "tests/crash/test_lifecycle.py",
+        {"LAB_STATE_FAULT_RUNS": "280", "LAB_STATE_CRASH_STRACE": "1", "LAB_STATE_STORM_CYCLES": "300"},
+    ),
+    "disks": (
+        "tests/crash/test_power_cut.py tests/crash/test_full_disk.py",
+        {"LAB_STATE_POWER_CUT": "1", "LAB_STATE_POWER_CUT_CYCLES": "300", "LAB_STATE_FULL_TMPFS": "1"},
+    ),
+    "damage": ("tests/crash/test_sweep.py tests/storage/test_s3_sweep.py tests/fuzz tests/test_cancellation.py", {}),
+}
+EXECUTIONS = {"files": "600000", "s3": "300000", "cache": "200000"}
+
+
+@nox.session
+def crash(session: nox.Session) -> None:
+    """All that tries to make it lose something, at full length, an hour; or `-- states kills faults disks damage fuzz`.
+
+    `faults` and `states` need strace, `disks` root, loop devices and the mkfs of ext4 and xfs, `fuzz` atheris.
+    """
+    parts = session.posargs or [*CRASH, "fuzz"]
+    session.install(".", *_group("test"))
+    for part in parts:
+        if part != "fuzz":
+            paths, more = CRASH[part]
+            session.run("pytest", "-s", "--timeout", "7200", *paths.split(), env={**WHEEL_ONLY, **more})
+    if "fuzz" in parts:
+        session.install("atheris")
+        for target, number in EXECUTIONS.items():
+            session.run("python", "tests/fuzz/run.py", target, "--executions", number, env=WHEEL_ONLY)
+
+
 @nox.session
 def cache(session: nox.Session) -> None:
     """SIGKILL of the writer, of Redis and of both, with a network that cuts and delays: 200 seeded rounds."""

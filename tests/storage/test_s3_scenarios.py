@@ -23,7 +23,7 @@ from lab_state import UnavailableError
 from lab_state.storage import _s3_client, _s3_open, _s3_outcomes, _s3_session
 from lab_state.storage._s3_session import S3Session
 
-ORDINARY = 60
+ORDINARY = 200
 SCENARIOS = int(os.environ.get("LAB_STATE_TEST_S3_SCENARIOS", ORDINARY))
 """How many; more with `nox -s s3-scenarios`."""
 
