@@ -116,20 +116,22 @@ def docs(session: nox.Session) -> None:
 
 CRASH: dict[str, tuple[str, dict[str, str]]] = {
     "states": (
-        "tests/crash/test_states.py tests/crash/test_seeded_bugs.py tests/crash/test_tracing.py",
+        "crash/test_states.py crash/test_seeded_bugs.py crash/test_tracing.py",
         {"LAB_STATE_CRASH_STATES": "300000", "LAB_STATE_CRASH_STRACE": "1"},
     ),
-    "kills": ("tests/crash/test_kill.py", {"LAB_STATE_KILL_CYCLES": "10000"}),
+    "kills": (
+        "crash/test_kill.py crash/test_storm.py",
+        {"LAB_STATE_KILL_CYCLES": "10000", "LAB_STATE_STORM_CYCLES": "300"},
+    ),
     "faults": (
-        "tests/crash/test_faults.py tests/crash/test_kill_points.py tests/crash/test_traced.py tests/crash/test_storm.py "
-        "tests/crash/test_lifecycle.py",
-        {"LAB_STATE_FAULT_RUNS": "280", "LAB_STATE_CRASH_STRACE": "1", "LAB_STATE_STORM_CYCLES": "300"},
+        "crash/test_faults.py crash/test_kill_points.py crash/test_traced.py crash/test_lifecycle.py",
+        {"LAB_STATE_FAULT_RUNS": "280", "LAB_STATE_CRASH_STRACE": "1"},
     ),
     "disks": (
-        "tests/crash/test_power_cut.py tests/crash/test_full_disk.py",
+        "crash/test_power_cut.py crash/test_full_disk.py",
         {"LAB_STATE_POWER_CUT": "1", "LAB_STATE_POWER_CUT_CYCLES": "300", "LAB_STATE_FULL_TMPFS": "1"},
     ),
-    "damage": ("tests/crash/test_sweep.py tests/storage/test_s3_sweep.py tests/fuzz tests/test_cancellation.py", {}),
+    "damage": ("crash/test_sweep.py storage/test_s3_sweep.py fuzz test_cancellation.py", {}),
 }
 EXECUTIONS = {"files": "600000", "s3": "300000", "cache": "200000"}
 
@@ -145,7 +147,8 @@ def crash(session: nox.Session) -> None:
     for part in parts:
         if part != "fuzz":
             paths, more = CRASH[part]
-            session.run("pytest", "-s", "--timeout", "7200", *paths.split(), env={**WHEEL_ONLY, **more})
+            tests = [f"tests/{path}" for path in paths.split()]
+            session.run("pytest", "-s", "--timeout", "7200", *tests, env={**WHEEL_ONLY, **more})
     if "fuzz" in parts:
         session.install("atheris")
         for target, number in EXECUTIONS.items():
