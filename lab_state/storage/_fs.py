@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import socket
@@ -168,7 +169,34 @@ def make_directory(path: Path) -> None:
                 if not directory.is_dir():
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
             else:
-                _sync_directory(directory.parent)
+                try:
+                    _sync_directory(directory.parent)
+                except BaseException:
+                    # Not to be found by the next attempt, whose sync would return without having made it durable.
+                    with contextlib.suppress(OSError):
+                        directory.rmdir()
+                    raise
+
+
+def is_missing(path: Path) -> bool:
+    """Whether there is no such file."""
+    with translated("looking up", path):
+        return not path.exists()
+
+
+def sync_parents(path: Path) -> None:
+    """Make the name of a directory durable, and those of the directories above it.
+
+    Before anything in it is promised for the first time: it may be there only because
+    another process made it, and was killed before its sync. Nobody makes directories
+    across a mount point, or in one that cannot be read.
+    """
+    with translated("syncing the directories above", path):
+        device = os.stat(path).st_dev
+        for directory in itertools.takewhile(
+            lambda parent: os.stat(parent).st_dev == device and os.access(parent, os.R_OK), path.parents
+        ):
+            _sync_directory(directory)
 
 
 def read(path: Path) -> bytes | None:

@@ -102,6 +102,8 @@ def _open(directory: Path, name: str) -> tuple[_Writer, Recovery]:
     directory = directory.absolute()
     paths = _Paths.of(directory, name)
     fs.make_directory(directory)
+    if fs.is_missing(paths.journal):  # whoever made it did this before
+        fs.sync_parents(directory)
     lock = fs.Lock(paths.lock)
     try:
         loaded = _load(paths, name, lock)
