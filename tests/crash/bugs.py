@@ -1,0 +1,350 @@
+"""Bugs that are put into the library, one at a time, to prove that the exploration finds what it looks for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import workloads
+from explore import Recording, deaths, failing_syncs, full_disks
+from recorder import Faults
+from workloads import Workload
+
+from lab_state import StorageError, _codec, _journal
+from lab_state._journal import ANY_BASE, Accepted, Kind, Scan
+from lab_state._state import Changes, State
+from lab_state.storage import _fs, file
+from lab_state.storage._protocol import Recovery
+from lab_state.storage.file import _Need, _Paths, _Writer
+
+Patch = pytest.MonkeyPatch
+
+
+def _system() -> Any:
+    """What `_fs` takes for the module `os`."""
+    return _fs.os  # type: ignore[attr-defined]  # its own, not for export
+
+
+def no_faults(clean: Recording) -> Iterable[Faults]:
+    return (Faults(),)
+
+
+class Bug(NamedTuple):
+    """A bug, and where it shows.
+
+    Attributes:
+        apply: Puts it in.
+        workload: What finds it.
+        plans: With which calls failing.
+        restart: Whether another process goes on after the first failure.
+        first: Which of the plans is the first to be tried.
+    """
+
+    apply: Callable[[Patch], None]
+    workload: Workload = workloads.one_writer
+    plans: Callable[[Recording], Iterable[Faults]] = no_faults
+    restart: bool = False
+    first: int = 0
+
+
+# Syncs that are missing
+
+
+def no_sync_of_a_commit(patch: Patch) -> None:
+    """A frame is written, and that is all."""
+    patch.setattr(_fs, "_sync_data", lambda fd: None)
+
+
+def acknowledged_before_the_sync(patch: Patch) -> None:
+    """The sync of a frame comes with the next one."""
+
+    def append(fd: int, path: Path, data: bytes, offset: int) -> None:
+        _fs._sync_data(fd)
+        _fs._write(fd, data, offset)
+
+    patch.setattr(_fs, "append", append)
+
+
+def no_sync_of_a_snapshot(patch: Patch) -> None:
+    """A new snapshot is renamed with its bytes in the cache."""
+    patch.setattr(_fs.NewFile, "finish", lambda self: self._close())
+
+
+def no_sync_of_a_new_journal(patch: Patch) -> None:
+    """A new journal is renamed with its bytes in the cache."""
+
+    def create(path: Path, *parts: bytes) -> int:
+        fd: int = _system().open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        _fs._write(fd, b"".join(parts), 0)
+        return fd
+
+    patch.setattr(_fs, "create", create)
+
+
+def _no_directory_sync_behind(patch: Patch, suffix: str) -> None:
+    rename, sync, last = _fs.rename, _fs.sync_directory, [""]
+
+    def renamed(temporary: Path, path: Path) -> None:
+        last[0] = path.suffix
+        rename(temporary, path)
+
+    patch.setattr(_fs, "rename", renamed)
+    patch.setattr(_fs, "sync_directory", lambda path: None if last[0] == suffix else sync(path))
+
+
+def no_directory_sync_behind_a_snapshot(patch: Patch) -> None:
+    """The name of a new snapshot may be lost while the journal that follows it stays."""
+    _no_directory_sync_behind(patch, ".json")
+
+
+def no_directory_sync_behind_a_journal(patch: Patch) -> None:
+    """The name of a new journal may be lost."""
+    _no_directory_sync_behind(patch, ".journal")
+
+
+def no_sync_of_a_new_directory(patch: Patch) -> None:
+    """The directory itself may be lost."""
+    patch.setattr(_fs, "make_directory", lambda path: path.mkdir(parents=True, exist_ok=True))
+    patch.setattr(_fs, "sync_parents", lambda path: None)
+
+
+def directory_of_a_dead_process_trusted(patch: Patch) -> None:
+    """A directory that is there is taken for one whose name is durable."""
+    patch.setattr(_fs, "sync_parents", lambda path: None)
+
+
+# Failures
+
+
+def failed_sync_repeated(patch: Patch) -> None:
+    """The kernel says yes the second time, and has lost the data."""
+    sync = _fs._sync_data
+
+    def twice(fd: int) -> None:
+        try:
+            sync(fd)
+        except OSError:
+            sync(fd)
+
+    patch.setattr(_fs, "_sync_data", twice)
+
+
+def _failed_directory_sync(patch: Patch, failed: Callable[[_Writer], None]) -> None:
+    create = _Writer._create
+
+    def created(self: _Writer, base: str, *frames: tuple[Kind, bytes]) -> None:
+        self._poison = lambda: failed(self)  # type: ignore[method-assign]
+        try:
+            create(self, base, *frames)
+        finally:
+            del self._poison
+
+    patch.setattr(_Writer, "_create", created)
+    patch.setattr(_fs, "is_file", lambda path, fd: True)
+
+
+def old_journal_kept_after_a_failed_directory_sync(patch: Patch) -> None:
+    """Commits go on into a file whose name may be gone."""
+    _failed_directory_sync(patch, lambda writer: None)
+
+
+def new_journal_used_after_a_failed_directory_sync(patch: Patch) -> None:
+    """Commits go on into a file whose name may never come."""
+    sync = _fs.sync_directory
+
+    def synced(path: Path) -> None:
+        with contextlib.suppress(StorageError):
+            sync(path)
+
+    patch.setattr(_fs, "sync_directory", synced)
+
+
+def failed_changes_forgotten(patch: Patch) -> None:
+    """The next commit does not carry what the failed one carried."""
+
+    def forget(self: State, taken: Changes) -> None:
+        self.taken = taken.start
+
+    patch.setattr(State, "put_back", forget)
+
+
+def cut_short_write_left_in_place(patch: Patch) -> None:
+    """The next frame goes behind what is left of one that found no room."""
+
+    def append(fd: int, path: Path, data: bytes, offset: int) -> None:
+        with _fs.translated("writing", path):
+            _fs._write(fd, data, os.fstat(fd).st_size)
+            _fs._sync_data(fd)
+
+    patch.setattr(_fs, "append", append)
+
+
+# The order of a checkpoint
+
+
+def no_checkpoint_frame(patch: Patch) -> None:
+    """Nothing in the journal names the snapshot that is about to be renamed."""
+    append = _Writer._append
+    patch.setattr(
+        _Writer,
+        "_append",
+        lambda self, kind, payload: None if kind is Kind.CHECKPOINT else append(self, kind, payload),
+    )
+
+
+def journal_before_snapshot(patch: Patch) -> None:
+    """The new journal is there before the snapshot that it follows."""
+
+    def publish(self: _Writer, new: Path, base: str, size: int, since: list[bytes], *_: int) -> None:
+        self._create(base, *((Kind.RECORD, record) for record in since))
+        _fs.rename(new, self.paths.snapshot)
+        _fs.sync_directory(self.paths.snapshot.parent)
+        self.base, self.snapshot_bytes = base, size
+
+    patch.setattr(_Writer, "publish", publish)
+
+
+def journal_truncated_in_place(patch: Patch) -> None:
+    """A checkpoint empties the journal instead of replacing it."""
+    create = _Writer._create
+
+    def truncate(self: _Writer, base: str, *frames: tuple[Kind, bytes]) -> None:
+        if self.need is not _Need.NOTHING or base == ANY_BASE:
+            create(self, base, *frames)
+            return
+        self._salt = _journal.new_salt()
+        parts = [_journal.frame(self._salt, *frame) for frame in frames]
+        data = b"".join([_journal.header(self._name, self._salt, base), *parts])
+        _system().ftruncate(self._fd, 0)
+        _fs.append(self._fd, self.paths.journal, data, 0)
+        self.end = len(data)
+
+    patch.setattr(_Writer, "_create", truncate)
+
+
+def commits_beside_a_checkpoint_dropped(patch: Patch) -> None:
+    """The journal behind a new snapshot lacks what was committed while that was written."""
+    publish = _Writer.publish
+    patch.setattr(
+        _Writer,
+        "publish",
+        lambda self, new, base, size, since, generation: publish(self, new, base, size, [], generation),
+    )
+
+
+def expiry_left_out(patch: Patch) -> None:
+    """What expires comes back to stay."""
+
+    def nothing(*_: Any) -> Iterator[bytes]:
+        yield b""
+
+    patch.setattr(_codec, "_times", nothing)
+
+
+# Recovery
+
+
+def no_checksum(patch: Patch) -> None:
+    """A frame is whole if it has a head and ends with a newline."""
+
+    def frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int] | None:
+        match = _journal._FRAME.match(data, position)
+        if match is None:
+            return None
+        end = match.end() + int(match[3])
+        if end >= len(data) or data[end : end + 1] != b"\n":
+            return None
+        return match[4], data[match.end() : end], end + 1
+
+    patch.setattr(_journal, "_frame_at", frame_at)
+
+
+def torn_tail_taken_for_whole(patch: Patch) -> None:
+    """A frame that the end of the file cuts short counts."""
+    whole = _journal._frame_at
+
+    def frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int] | None:
+        match = _journal._FRAME.match(data, position)
+        if match is not None and match.end() + int(match[3]) >= len(data):
+            return match[4], data[match.end() :], len(data)
+        return whole(data, position, salt)
+
+    patch.setattr(_journal, "_frame_at", frame_at)
+
+
+def torn_tail_refused(patch: Patch) -> None:
+    """Bytes behind the last frame are taken for damage."""
+    patch.setattr(
+        _journal, "_valid_frame_behind", lambda data, position, salt: position if position < len(data) else None
+    )
+
+
+def inherited_journal_appended_to(patch: Patch) -> None:
+    """Commits go on behind frames that may be in the page cache alone."""
+    load = file._load
+
+    def loaded(paths: _Paths, name: str, lock: _fs.Lock) -> tuple[_Writer, Recovery]:
+        data = _fs.read(paths.journal)
+        writer, recovery = load(paths, name, lock)
+        if data is not None:
+            scan = _journal.scan(data, name, "journal")
+            writer._fd = _system().open(paths.journal, os.O_RDWR)
+            writer._salt, writer.end, writer.need = scan.header.salt, scan.end, _Need.NOTHING
+            if scan.end < len(data):
+                _system().ftruncate(writer._fd, scan.end)
+        return writer, recovery
+
+    patch.setattr(file, "_load", loaded)
+
+
+def no_full_journal_after_an_unclean_end(patch: Patch) -> None:
+    """A start after a crash goes on as after a clean stop."""
+    accept = _journal.accept
+
+    def accepted(found: Scan | None, size: int, base: str, path: str) -> Accepted:
+        return accept(found, size, base, path)._replace(unclean=False)
+
+    patch.setattr(_journal, "accept", accepted)
+
+
+def recovered_state_acknowledged_unwritten(patch: Patch) -> None:
+    """What was found counts as durable, although it may be in the page cache alone."""
+    load = file._load
+
+    def loaded(paths: _Paths, name: str, lock: _fs.Lock) -> tuple[_Writer, Recovery]:
+        writer, recovery = load(paths, name, lock)
+        return writer, recovery._replace(unsettled=False)
+
+    patch.setattr(file, "_load", loaded)
+
+
+BUGS = (
+    Bug(no_sync_of_a_commit),
+    Bug(acknowledged_before_the_sync),
+    Bug(no_sync_of_a_snapshot, workloads.checkpoints_beside_commits),
+    Bug(no_sync_of_a_new_journal),
+    Bug(no_directory_sync_behind_a_snapshot, workloads.checkpoints_beside_commits),
+    Bug(no_directory_sync_behind_a_journal),
+    Bug(no_sync_of_a_new_directory),
+    Bug(directory_of_a_dead_process_trusted, workloads.steps, deaths, restart=True, first=1),
+    Bug(failed_sync_repeated, workloads.steps, failing_syncs, first=6),
+    Bug(old_journal_kept_after_a_failed_directory_sync, workloads.steps, failing_syncs, first=12),
+    Bug(new_journal_used_after_a_failed_directory_sync, workloads.steps, failing_syncs, first=5),
+    Bug(failed_changes_forgotten, workloads.steps, full_disks),
+    Bug(cut_short_write_left_in_place, workloads.steps, full_disks, first=4),
+    Bug(no_checkpoint_frame, workloads.checkpoints_beside_commits),
+    Bug(journal_before_snapshot, workloads.checkpoints_beside_commits),
+    Bug(journal_truncated_in_place, workloads.checkpoints_beside_commits),
+    Bug(commits_beside_a_checkpoint_dropped, workloads.checkpoints_beside_commits),
+    Bug(expiry_left_out, workloads.expiring),
+    Bug(no_checksum),
+    Bug(torn_tail_taken_for_whole),
+    Bug(torn_tail_refused),
+    Bug(inherited_journal_appended_to, workloads.steps, failing_syncs, restart=True, first=5),
+    Bug(no_full_journal_after_an_unclean_end, workloads.unclean_ends),
+    Bug(recovered_state_acknowledged_unwritten, workloads.steps, failing_syncs, restart=True, first=6),
+)

@@ -1,0 +1,240 @@
+"""Every point of a recording at which the machine may crash; at each, the states that this may leave."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from disk import Ack, Disk, Entry, Operation, State, Try
+from recorder import Faults, Recorder, determined, recording
+from recovery import _MEMORY, Recovery, ViolationError
+from workloads import Workload, next_life
+from world import Beside, DiedError, Version, World
+
+
+class Recording(NamedTuple):
+    """What a workload did to a disk.
+
+    Attributes:
+        start: What was on the disk at the beginning.
+        entries: What happened since.
+        versions: Every state that there ever was.
+        stored: Which of them the start was.
+        first: Which of them was the first to be new.
+        now: The clock of the application at the end, in seconds since it began.
+        struck: How many entries there were when the first fault struck; 0 without one.
+        counts: How many calls, syncs and writes there were.
+    """
+
+    start: State
+    entries: list[Entry]
+    versions: list[Version]
+    stored: int = 0
+    first: int = 1
+    now: int = 0
+    struck: int = 0
+    counts: tuple[int, int, int] = (0, 0, 0)
+
+
+def record(
+    workload: Workload,
+    seed: int,
+    faults: Faults | None = None,
+    *,
+    restart: bool = False,
+    beside: Beside = Beside.HELD_UP,
+    state: State | None = None,
+    versions: list[Version] | None = None,
+    stored: int = 0,
+    now: int = 0,
+) -> Recording:
+    """Run a workload on the real library and a real directory.
+
+    Args:
+        workload: What to do.
+        seed: What it draws from.
+        faults: Which calls fail.
+        restart: Whether the process dies at the first failure, and another one goes on.
+        beside: When its checkpoints are made.
+        state: What is on the disk; nothing if not given.
+        versions: Every state that there ever was before.
+        stored: Which of them `state` is.
+        now: The clock, in seconds since the first application began.
+    """
+    with tempfile.TemporaryDirectory(prefix="lab_state-", dir=_MEMORY if _MEMORY.is_dir() else None) as name:
+        root = Path(name)
+        for path, data in (state or {}).items():
+            if data is None:
+                (root / path).mkdir()
+            else:
+                (root / path).write_bytes(data)
+        recorder = Recorder(root, faults)
+        world = World(root, recorder, seed, versions, now, dies=restart, beside=beside)
+        first = len(world.versions)
+        with determined(seed), recording(recorder):
+            asyncio.run(_live(workload, world))
+    return Recording(
+        recorder.start,
+        recorder.entries,
+        world.versions,
+        stored,
+        first,
+        int(world.clock.monotonic()),
+        recorder.struck or 0,
+        (recorder.calls, recorder.syncs, recorder.writes),
+    )
+
+
+async def _live(workload: Workload, world: World) -> None:
+    try:
+        await workload(world)
+    except DiedError:
+        await world.crash()
+        await next_life(world)
+
+
+class Result:
+    """What an exploration saw.
+
+    Attributes:
+        points: At how many points the machine crashed.
+        states: How many states it left, counted at each point.
+        distinct: How many of them nobody had seen before.
+        good: Some of those that were recovered, with the version found.
+        violations: What was wrong.
+    """
+
+    def __init__(self) -> None:
+        self.points = self.states = self.distinct = 0
+        self.good: list[tuple[State, int]] = []
+        self.violations: list[str] = []
+
+
+class Explorer:
+    """Crashes at every point, and recovers.
+
+    Attributes:
+        seen: The digests of all the states so far.
+    """
+
+    def __init__(self, recovery: Recovery, *, at_first: bool = False) -> None:
+        """`at_first` says whether to stop at the first violation."""
+        self.seen: set[bytes] = set()
+        self._recovery = recovery
+        self._at_first = at_first
+
+    def explore(self, recording: Recording, limit: int, seed: int, *, keep: int = 0) -> Result:
+        """Crash at each point.
+
+        Args:
+            recording: What was done.
+            limit: About how many states to look at, at each point.
+            seed: What the choice of them is drawn from, where there are more.
+            keep: How many good states to keep.
+        """
+        exploration = _Exploration(self.seen, self._recovery, recording, random.Random(seed), keep)
+        exploration.run(limit, at_first=self._at_first)
+        return exploration.result
+
+
+class _Exploration:
+    def __init__(
+        self, seen: set[bytes], recovery: Recovery, recording: Recording, dice: random.Random, keep: int
+    ) -> None:
+        self._seen, self._recovery, self._recording = seen, recovery, recording
+        self._dice, self._keep = dice, keep
+        self._found: dict[bytes, int | str] = {}
+        self.result = Result()
+
+    def run(self, limit: int, *, at_first: bool) -> None:
+        stored = self._recording.stored
+        disk, acked = Disk(self._recording.start), Ack(stored, self._recording.first)
+        tried = on_disk = stored
+        last: Operation | None = None
+        for position, entry in enumerate([*self._recording.entries, None]):
+            if isinstance(entry, Try):
+                tried = entry.version
+            elif isinstance(entry, Ack):
+                acked = entry
+            else:
+                # What was promised meanwhile holds already, and what was tried meanwhile is not there yet.
+                if position >= self._recording.struck:
+                    self._crash(disk.states(limit, self._dice), acked, on_disk, f"{position}: {last}")
+                    if at_first and self.result.violations:
+                        return
+                if entry is not None:
+                    disk.apply(entry)
+                last, on_disk = entry, tried
+
+    def _crash(self, states: Iterable[State], acked: Ack, tried: int, where: str) -> None:
+        """Look at what a crash leaves."""
+        result = self.result
+        result.points += 1
+        here = set()
+        for state in states:
+            key = _digest(state)
+            if key in here:
+                continue
+            here.add(key)
+            result.states += 1
+            found = self._found.get(key)
+            if found is None:
+                found = self._found[key] = self._recover(state, key)
+            if isinstance(found, str):
+                problem = found
+            elif found == acked.version or max(acked.version, acked.first) <= found <= tried:
+                continue
+            else:
+                problem = f"version {found} was found, but {acked} was promised and {tried} tried"
+            result.violations.append(f"crash behind {where[:200]}: {problem}; the disk: {_shown(state)}")
+
+    def _recover(self, state: State, key: bytes) -> int | str:
+        if key not in self._seen:
+            self._seen.add(key)
+            self.result.distinct += 1
+        try:
+            found = self._recovery.check(state, self._recording.versions, self._recording.now)
+        except ViolationError as error:
+            return str(error)
+        if len(self.result.good) < self._keep:
+            self.result.good.append((state, found))
+        elif self._keep and self._dice.random() < self._keep / len(self._found):
+            self.result.good[self._dice.randrange(self._keep)] = state, found
+        return found
+
+
+def _digest(state: State) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for path, data in state.items():
+        digest.update(f"{path} {-1 if data is None else len(data)} ".encode())
+        digest.update(data or b"")
+    return digest.digest()
+
+
+def _shown(state: State) -> dict[str, bytes | None]:
+    return {path: data if data is None else data[:2000] for path, data in state.items()}
+
+
+Plans = Callable[[Recording], Iterable[Faults]]
+
+
+def failing_syncs(clean: Recording) -> Iterable[Faults]:
+    """Each sync in turn."""
+    return (Faults(syncs=frozenset({number})) for number in range(1, clean.counts[1] + 1))
+
+
+def full_disks(clean: Recording) -> Iterable[Faults]:
+    """Each write in turn: cut in half, and with nothing of it written; every third time what would undo it fails too."""
+    for number in range(1, clean.counts[2] + 1):
+        for written in (0.5, 0.0):
+            yield Faults(write=number, written=written, truncate=number % 3 == 0)
+
+
+def deaths(clean: Recording) -> Iterable[Faults]:
+    """Each call in turn is the one before which the process dies."""
+    return (Faults(kill=number) for number in range(1, clean.counts[0] + 1))

@@ -1,0 +1,179 @@
+"""What the library makes of a state that a crash left: a version that there was, or a violation."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Self
+
+import msgspec
+import pytest
+from disk import State
+from recorder import DIRECTORY, NAME
+from world import QUIET, Clock, Contents, Version, abort, held, is_overdue
+
+from lab_state import Config, FileStorage, Manager
+from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state.storage import file
+from lab_state.storage.file import _open
+
+_MEMORY = Path("/dev/shm")
+
+
+class ViolationError(Exception):
+    """A state that the library refuses, or takes for something that never was."""
+
+
+class Recovery:
+    """Puts states into a directory and lets the library recover them.
+
+    Each is recovered twice the short way, which is what a start does before there is a
+    manager. Every `whole_every`-th goes the whole way too: a manager starts, is killed,
+    and another one starts.
+
+    Attributes:
+        short: How many states went the short way.
+        whole: How many of them went the whole way too.
+    """
+
+    def __init__(self, whole_every: int = 25) -> None:
+        self.short = self.whole = 0
+        self._whole_every = whole_every
+        self._root = Path(tempfile.mkdtemp(prefix="lab_state-", dir=_MEMORY if _MEMORY.is_dir() else None))
+        self._directory = self._root / DIRECTORY
+        self._runner = asyncio.Runner()
+        self._patch = pytest.MonkeyPatch()
+        # Two starts within one millisecond would put a torn tail aside under the same name.
+        self._patch.setattr(file, "time", SimpleNamespace(time_ns=itertools.count(10**18, 10**6).__next__))
+        self._known: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._patch.undo()
+        self._runner.close()
+        shutil.rmtree(self._root)
+
+    def put(self, state: State) -> Path:
+        """Make the directory what the state says; returns it."""
+        for path in self._known:
+            for name in os.listdir(f"{self._root}/{path}"):  # noqa: PTH208 -- ten times as fast as pathlib
+                if f"{path}/{name}" not in self._known:
+                    os.unlink(f"{self._root}/{path}/{name}")  # noqa: PTH108 -- likewise
+        directories = {path for path, data in state.items() if data is None}
+        if self._known - directories:
+            shutil.rmtree(self._root)
+            self._root.mkdir()
+            self._known = set()
+        for path, data in state.items():
+            if data is None:
+                if path not in self._known:
+                    (self._root / path).mkdir()
+                    self._known.add(path)
+            else:
+                fd = os.open(f"{self._root}/{path}", os.O_WRONLY | os.O_CREAT, 0o600)
+                os.write(fd, data)
+                os.close(fd)
+        self._known |= {"deep", DIRECTORY}  # the library makes them
+        return self._root
+
+    def check(self, state: State, versions: list[Version], now: int) -> int:
+        """Which version the library finds in a state.
+
+        Args:
+            state: What a crash left.
+            versions: Every state that there ever was.
+            now: When the recovery takes place, in seconds of the clock of `World`.
+
+        Raises:
+            ViolationError: None of them.
+        """
+        self.put(state)
+        try:
+            answer = self._twice()
+            number = _find(answer, versions)
+            self.short += 1
+            if self.short % self._whole_every == 0:
+                self.whole += 1
+                self._runner.run(self._whole(answer, now, self.whole % 3))
+        except ViolationError:
+            raise
+        except Exception as error:
+            raise ViolationError(f"{type(error).__name__}: {error}") from error
+        return number
+
+    def _twice(self) -> Version:
+        found = self._open()
+        if self._open() != found:
+            raise ViolationError("the second recovery finds something else than the first one")
+        return _loaded(*found)
+
+    def _open(self) -> tuple[bytes | None, tuple[bytes, ...]]:
+        """What `FileStorage.open` does, without threads and a loop."""
+        writer, recovery = _open(self._directory, NAME)
+        writer.close()
+        return recovery.snapshot, recovery.records
+
+    async def _whole(self, expected: Version, now: int, turn: int) -> None:
+        first = await self._start(expected, now)
+        if turn == 0:  # killed at once
+            await abort(first)
+            await abort(await self._start(expected, now))
+            return
+        await first.flush()
+        if turn == 1:
+            await abort(first)
+            await abort(await self._start(expected, now))
+            return
+        await first.set("one-more", turn)
+        await first.flush()
+        revision, (values, expires) = first.revision, held(first._core.state)
+        await abort(first)
+        second = await self._start(Version(revision, values, expires), now)
+        await second.stop()
+        await abort(await self._start(Version(revision, values, expires), now))
+
+    async def _start(self, expected: Version, now: int) -> Manager:
+        clock = Clock()
+        clock.advance(now)
+        manager = Manager(
+            Config(name=NAME, flush_interval=None), FileStorage(self._directory), clock=clock, logger=QUIET
+        )
+        await manager.start()
+        state = manager._core.state
+        found = manager.revision, held(state)
+        if found != _swept(expected, state.now()):
+            await abort(manager)
+            raise ViolationError(f"a manager finds {found} where the short way found {expected}")
+        return manager
+
+
+def _loaded(snapshot: bytes | None, records: tuple[bytes, ...]) -> Version:
+    """What `Manager.start` makes of it."""
+    loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, "snapshot")
+    loaded = replay(loaded, records, "journal")
+    values = msgspec.json.decode(msgspec.json.encode(loaded.entries)) if loaded.entries else {}
+    return Version(loaded.revision, values, dict(loaded.expires))
+
+
+def _swept(answer: Version, now: int) -> tuple[int, Contents]:
+    """What a start makes of it: keys that are overdue go, as one change."""
+    gone = {key for key, at in answer.expires.items() if is_overdue(at, now)}
+    values = {key: value for key, value in answer.values.items() if key not in gone}
+    expires = {key: at for key, at in answer.expires.items() if key not in gone}
+    return answer.revision + bool(gone), (values, expires)
+
+
+def _find(answer: Version, versions: list[Version]) -> int:
+    for number in reversed(range(len(versions))):
+        if versions[number] == answer:
+            return number
+    raise ViolationError(f"revision {answer.revision} never was like this: {str(answer)[:1000]}")

@@ -1,0 +1,47 @@
+"""The exploration of crash states proves itself: bugs that are put into the library are found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from bugs import BUGS, Bug
+from explore import Explorer, record
+from recovery import Recovery
+
+LIMIT = 16
+"""States at each point."""
+
+
+@pytest.fixture(autouse=True)
+def _no_blocking() -> None:
+    """Without the watch of the other tests: nearly all calls are made where no loop runs."""
+
+
+@pytest.fixture
+def recovery() -> Iterator[Recovery]:
+    with Recovery() as found:
+        yield found
+
+
+def violation(bug: Bug, recovery: Recovery) -> str | None:
+    """The first thing that goes wrong."""
+    clean = record(bug.workload, 1)
+    plans = list(bug.plans(clean))
+    for faults in plans[bug.first :] + plans[: bug.first]:
+        with pytest.MonkeyPatch.context() as patch:
+            bug.apply(patch)
+            try:
+                recording = record(bug.workload, 1, faults, restart=bug.restart)
+            except AssertionError as error:  # a process that goes on finds it already
+                return str(error)
+            found = Explorer(recovery, at_first=True).explore(recording, LIMIT, 1).violations
+        if found:
+            return found[0]
+    return None
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.apply.__name__)
+def test_a_bug_is_found(bug: Bug, recovery: Recovery) -> None:
+    """A workload that is made for it shows a crash after which something is lost, refused or never was."""
+    assert violation(bug, recovery) is not None

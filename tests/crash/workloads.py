@@ -1,0 +1,212 @@
+"""What an application does while its disk is recorded: the same, for the same seed, each time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from world import World, patched
+
+from lab_state.storage import file
+
+Workload = Callable[[World], Awaitable[None]]
+
+
+async def one_writer(world: World) -> None:
+    """Each kind of change, each flushed on its own; then some in one flush."""
+    await world.start()
+    for number in range(4):
+        await world.set(f"key-{number}")
+        await world.flush()
+    await world.set_many("key-1", "key-2", "more")
+    await world.flush()
+    await world.delete("key-3")
+    await world.flush()
+    await world.delete_all()
+    await world.set("again")
+    await world.flush()
+    await world.set("again")
+    await world.delete("again")
+    await world.set("never-flushed")
+    await world.crash()
+
+
+async def hundred_writers(world: World) -> None:
+    """Each waits until its change is durable; they share the writes."""
+    await world.start(write_through=True)
+    for turn in range(3):
+        await asyncio.gather(*(world.set(f"{number}", f"{turn} {number}") for number in range(100)))
+    await asyncio.gather(*(world.delete(f"{number}") for number in range(0, 100, 7)))
+    await world.crash()
+
+
+async def transactions(world: World) -> None:
+    """Several changes as one, whole or not at all."""
+    await world.start()
+    await world.transaction({f"key-{number}": world.value() for number in range(6)})
+    await world.flush()
+    await world.transaction({"key-0": world.value(), "key-9": world.value()}, gone=("key-1", "key-2"))
+    await world.transaction({"key-0": "never"}, give_up=True)
+    await world.set_many("key-3", "key-4", "key-5")
+    await world.flush()
+    await world.transaction({}, gone=("key-3", "key-4"))
+    await world.flush()
+    await world.transaction({f"key-{number}": world.value() for number in range(12)}, gone=("key-9",))
+    await world.crash()
+
+
+async def expiring(world: World) -> None:
+    """Keys that expire, sweeps that delete them, a restart in which more of them are due."""
+    await world.start()
+    for number in range(6):
+        await world.set(f"key-{number}", ttl=1 + number)
+    await world.flush()
+    world.pass_time(3)
+    await world.set("key-0", ttl=100)
+    await world.flush()
+    await world.set("key-5")
+    world.pass_time(2)
+    await world.flush()
+    await world.checkpoint()
+    await world.set("key-6", ttl=2)
+    await world.flush()
+    await world.crash()
+    world.clock.advance(5)
+    await world.start()
+    await world.set("key-7", ttl=2)
+    await world.flush()
+    world.pass_time(4)
+    await world.stop()
+
+
+async def checkpoints_beside_commits(world: World) -> None:
+    """A checkpoint that stands at each of its steps while commits go on."""
+    await world.start()
+    for number, step in enumerate([("open", ".json."), ("write", ".json."), ("sync", ".json."), ("rename", ".json.")]):
+        await world.set("before")
+        await world.flush()
+        await world.set("unflushed")
+        async with world.held_up(world.checkpoint(), *step):
+            if step[0] == "rename":  # the commits wait for it
+                await world.set(f"beside-{number}")
+                continue
+            await world.set(f"beside-{number}")
+            await world.flush()
+            await world.set_many("beside", "unflushed")
+            await world.flush()
+        await world.flush()
+    await world.checkpoint()
+    await world.set("behind")
+    await world.flush()
+    await world.crash()
+
+
+async def checkpoints_that_are_due(world: World) -> None:
+    """The journal outgrows the snapshot again and again."""
+    with patched(file, "_MIN_CHECKPOINT_BYTES", 400):
+        await world.start()
+        for number in range(10):
+            await world.set(f"key-{number % 4}")
+            await world.flush()
+        await world.crash()
+
+
+async def clean_stops(world: World) -> None:
+    """Stopped and started again, three times; once with nothing to do."""
+    for number in range(3):
+        await world.start()
+        await world.set("key")
+        await world.set(f"key-{number}")
+        await world.flush()
+        if number:
+            await world.set("last")
+        await world.stop()
+    await world.start()
+    await world.stop()
+
+
+async def unclean_ends(world: World) -> None:
+    """Killed and started again: after a commit, before one, and beside a snapshot."""
+    await world.start()
+    await world.set("key-0")
+    await world.flush()
+    await world.set("lost")
+    await world.crash()
+    await world.start()
+    await world.crash()
+    await world.start()
+    await world.set("key-1")
+    await world.flush()
+    await world.checkpoint()
+    await world.set("key-2")
+    await world.flush()
+    await world.crash()
+    await world.start()
+    await world.set("key-3")
+    await world.stop()
+
+
+async def large_values(world: World) -> None:
+    """Values of several 64 KiB, so that a snapshot is written in slices."""
+    await world.start()
+    for number in range(3):
+        await world.set(f"large-{number}", f"{number}" * (65_000 + world.dice.randrange(9_000)))
+        await world.flush()
+    async with world.held_up(world.checkpoint(), "write", ".json."):
+        await world.set("large-1", "small")
+        await world.flush()
+    await world.set("large-2", "z" * 70_000)
+    await world.flush()
+    await world.crash()
+
+
+async def steps(world: World) -> None:
+    """A little of everything, short: for runs that are repeated with a fault at each call."""
+    await world.start()
+    await world.set("key-0")
+    await world.flush()
+    await world.set_many("key-1", "key-2")
+    await world.flush()
+    async with world.held_up(world.checkpoint(), "sync", ".json."):
+        await world.set("key-3")
+        await world.flush()
+    await world.delete("key-1")
+    await world.flush()
+    await world.stop()
+    await world.start()
+    await world.set("key-4")
+    await world.flush()
+    await world.set("key-5")
+    await world.flush()
+    await world.crash()
+    await world.start()
+    await world.set("key-6")
+    await world.flush()
+    await world.stop()
+
+
+async def next_life(world: World) -> None:
+    """What a process does that finds what another one left: it starts, acknowledges more, and stops."""
+    await world.start()
+    await world.set("next-0")
+    await world.flush()
+    await world.set("next-1")
+    await world.flush()
+    await world.stop()
+
+
+WORKLOADS: dict[str, Workload] = {
+    workload.__name__: workload
+    for workload in (
+        one_writer,
+        hundred_writers,
+        transactions,
+        expiring,
+        checkpoints_beside_commits,
+        checkpoints_that_are_due,
+        clean_stops,
+        unclean_ends,
+        large_values,
+        steps,
+    )
+}

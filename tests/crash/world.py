@@ -1,0 +1,363 @@
+"""The application that uses a state while its disk is recorded, and the model of what it must find again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+from disk import Ack, Try
+from recorder import DIRECTORY, NAME, Gate, Recorder
+
+from lab_state import Config, FileStorage, Manager, StorageError
+from lab_state._expiry import Expiring
+from lab_state._state import State
+from lab_state._values import decode_value
+from lab_state.testing import ManualClock
+
+QUIET = logging.getLogger("lab_state.crash")
+QUIET.disabled = True
+
+Contents = tuple[dict[str, Any], dict[str, int]]
+"""Values, and when those expire that do, in milliseconds."""
+
+
+class DiedError(Exception):
+    """The process of the application is dead."""
+
+
+class Version(NamedTuple):
+    """What the state was at one revision, in one process: after a restart, a revision may come once more."""
+
+    revision: int
+    values: dict[str, Any]
+    expires: dict[str, int]
+
+
+class Clock(ManualClock):
+    """What is due at once is called at once; for all else the clock stands still."""
+
+    def call_later(self, delay: float, callback: Callable[[], object], /) -> Any:
+        if delay <= 0:
+            return asyncio.get_running_loop().call_soon(callback)
+        return super().call_later(delay, callback)
+
+
+class Beside(Enum):
+    """When a checkpoint is made, beside which something else is to happen."""
+
+    HELD_UP = "while it stands at one of its steps"
+    BEFORE = "before that begins"
+    FREELY = "whenever the threads get to it"
+
+
+class Marks(Protocol):
+    """Where the application says what it tries and what was acknowledged."""
+
+    def mark(self, entry: Try | Ack) -> None: ...
+
+
+def is_overdue(at: int, now: int) -> bool:
+    """Whether a sweep takes a key away: the second in which it expires is over."""
+    return at // 1000 < now // 1000
+
+
+def held(state: State) -> Contents:
+    """What is in memory, expired or not."""
+    values, expires = {}, {}
+    for key, stored in state.entries.items():
+        if isinstance(stored, Expiring):
+            stored, expires[key] = stored
+        values[key] = decode_value(stored, Any)
+    return values, expires
+
+
+class World:
+    """One state, the application that changes it, and its model.
+
+    Attributes:
+        versions: Every state that there ever was, by number; 0 is the empty one.
+        failures: How many calls raised a `StorageError`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        marks: Marks,
+        seed: int,
+        versions: list[Version] | None = None,
+        now: int = 0,
+        *,
+        dies: bool = False,
+        beside: Beside = Beside.HELD_UP,
+    ) -> None:
+        """`dies` says whether the process dies when a call to the disk has failed."""
+        self.root = root
+        self.dice = random.Random(seed)
+        self.versions = list(versions or [Version(0, {}, {})])
+        self._dies = dies
+        self._beside = beside
+        self._is_beside = False
+        self.failures = 0
+        self.clock = Clock()
+        self.clock.advance(now)
+        self._marks = marks
+        self._recorder = marks if isinstance(marks, Recorder) else None
+        self._first = len(self.versions)  # of this process
+        self._found = 0  # what it began with
+        self._state: Manager | None = None
+
+    @property
+    def state(self) -> Manager:
+        assert self._state is not None
+        return self._state
+
+    @property
+    def latest(self) -> int:
+        """The number of the version in memory."""
+        return len(self.versions) - 1 if len(self.versions) > self._first else self._found
+
+    # Lifecycle
+
+    async def start(self, *, write_through: bool = False) -> None:
+        """A process begins; the state that it finds must be one of the versions."""
+        self._check_alive()
+        config = Config(name=NAME, flush_interval=0 if write_through else None, stop_timeout=1e9)
+        manager = Manager(config, FileStorage(self.root / DIRECTORY), clock=self.clock, logger=QUIET)
+        try:
+            await manager.start()
+        except StorageError:
+            self.failures += 1
+            self._check_alive()
+            await manager.start()
+        self._state = manager
+        state = manager._core.state
+        self._begin(manager.revision - bool(state.swept), held(state), state.now())
+        await self.flush()
+
+    def _begin(self, revision: int, found: Contents, now: int) -> None:
+        self._first = len(self.versions)
+        for number in reversed(range(len(self.versions))):
+            version = self.versions[number]
+            kept = {key: at for key, at in version.expires.items() if not is_overdue(at, now)}
+            values = {key: version.values[key] for key in version.values if key in kept or key not in version.expires}
+            if version.revision == revision and (values, kept) == found:
+                self._found = number
+                if len(kept) < len(version.expires):
+                    self._add(values, kept)
+                return
+        raise AssertionError(f"a start found revision {revision}, which never was: {found}")
+
+    async def stop(self) -> None:
+        """A clean end."""
+        self._check_alive()
+        try:
+            await self.state.stop()
+        except StorageError:
+            self.failures += 1
+            self._check_alive()
+        else:
+            self._ack()
+        self._check_alive()
+
+    async def crash(self) -> None:
+        """The process dies. The page cache stays."""
+        if self._recorder is not None:
+            self._recorder.die()
+        if self._state is not None and self._state.status().phase == "running":
+            await abort(self._state)
+        self._state = None
+        if self._recorder is not None:
+            self._recorder.revive()
+
+    def _check_alive(self) -> None:
+        recorder = self._recorder
+        if recorder is not None and (recorder.is_dead or (self._dies and recorder.struck is not None)):
+            self._dies = False
+            recorder.die()
+            raise DiedError
+
+    # Changes
+
+    async def set(self, key: str, value: Any = None, ttl: float | None = None) -> None:
+        value = self.value() if value is None else value
+        values, expires = self._copy()
+        values[key] = value
+        expires.pop(key, None)
+        if ttl is not None:
+            expires[key] = self.state._core.state.now() + int(ttl * 1000)
+        await self._make(values, expires, self.state.set(key, value, ttl=ttl))
+
+    async def set_many(self, *keys: str) -> None:
+        values, expires = self._copy()
+        new = {key: self.value() for key in keys}
+        values.update(new)
+        for key in keys:
+            expires.pop(key, None)
+        await self._make(values, expires, self.state.set_many(new))
+
+    async def delete(self, key: str) -> None:
+        values, expires = self._copy()
+        del values[key]
+        expires.pop(key, None)
+        await self._make(values, expires, self.state.delete(key))
+
+    async def delete_all(self) -> None:
+        await self._make({}, {}, self.state.delete_all())
+
+    async def transaction(self, put: dict[str, Any], gone: tuple[str, ...] = (), *, give_up: bool = False) -> None:
+        """Several changes as one; given up, none."""
+        values, expires = self._copy()
+        values.update(put)
+        for key in gone:
+            del values[key]
+
+        async def make() -> None:
+            async with self.state.transaction() as draft:
+                for key, value in put.items():
+                    draft.set(key, value)
+                for key in gone:  # all at once, their order would be that of a set
+                    draft.delete(key)
+                if give_up:
+                    raise ZeroDivisionError
+
+        if give_up:
+            try:
+                await make()
+            except ZeroDivisionError:
+                return
+        await self._make(values, expires, make())
+
+    def pass_time(self, seconds: int) -> None:
+        """Second by second; a sweep that finds something is a change."""
+        for _ in range(seconds):
+            before = self.state.revision
+            self.clock.advance(1.0)
+            if self.state.revision > before:
+                values, expires = self._copy()
+                now = self.state._core.state.now()
+                gone = [key for key, at in expires.items() if is_overdue(at, now)]
+                for key in gone:
+                    del values[key], expires[key]
+                self._add(values, expires)
+
+    def value(self) -> Any:
+        """No other version has it."""
+        return [len(self.versions), "".join(self.dice.choices("abcdefgh", k=self.dice.randrange(120)))]
+
+    def _copy(self) -> Contents:
+        latest = self.versions[self.latest]
+        return dict(latest.values), dict(latest.expires)
+
+    def _add(self, values: dict[str, Any], expires: dict[str, int]) -> None:
+        revision = self.versions[self.latest].revision + 1
+        self.versions.append(Version(revision, values, expires))
+        self._marks.mark(Try(self.latest))
+
+    async def _make(self, values: dict[str, Any], expires: dict[str, int], call: Awaitable[Any]) -> None:
+        self._add(values, expires)
+        number = self.latest
+        try:
+            await call
+        except StorageError:
+            self.failures += 1
+        else:
+            if self.state._core.write_through:
+                self._marks.mark(Ack(number, self._first))
+        self._check_alive()
+
+    # Durability
+
+    async def flush(self) -> None:
+        """Until it succeeds, three times at most; and until a checkpoint has ended that was due for it."""
+        await self._flush()
+        if not self._is_beside:
+            await self.checkpoints_ended()
+
+    async def _flush(self) -> None:
+        for _ in range(3):
+            try:
+                await self.state.flush()
+            except StorageError:
+                self.failures += 1
+                self._check_alive()
+            else:
+                self._ack()
+                self._check_alive()
+                return
+
+    def _ack(self) -> None:
+        self._marks.mark(Ack(self.latest, self._first))
+
+    async def checkpoint(self) -> None:
+        """One of its own, behind one that is under way: the flusher has one at a time."""
+        flusher = self.state._core.running
+        await flusher.checkpoint_ended()
+        flusher._start_checkpoint()
+        await self.checkpoints_ended()
+
+    async def checkpoints_ended(self) -> None:
+        """Those that the flusher began by itself."""
+        await self.state._core.running.checkpoint_ended()
+        self._check_alive()
+
+    @asynccontextmanager
+    async def held_up(self, work: Awaitable[None], function: str, suffix: str) -> AsyncIterator[None]:
+        """Within the block, the work stands at this call; see `Beside`."""
+        task = asyncio.ensure_future(work)
+        gate = None
+        if self._recorder is not None and self._beside is Beside.HELD_UP:
+            gate = self._recorder.gate = Gate(function, suffix)
+            entered = asyncio.ensure_future(gate.entered.wait())
+            await asyncio.wait([task, entered], return_when=asyncio.FIRST_COMPLETED)
+            entered.cancel()
+        elif self._beside is Beside.BEFORE:
+            await asyncio.wait([task])
+        self._is_beside = True
+        try:
+            yield
+        finally:
+            self._is_beside = False
+            if self._recorder is not None and gate is not None:
+                self._recorder.gate = None
+                gate.open()
+            await asyncio.wait([task])
+            task.exception()  # asked for: where the block fails, this is not what counts
+        await task
+
+
+async def abort(manager: Manager) -> None:
+    """What a crash leaves of a manager: nothing more is written; the threads and the lock are gone."""
+    flusher = manager._core.running
+    session = flusher.abort()
+    await asyncio.wait([task for task in (flusher._task, flusher._checkpointing) if task is not None])
+    await session.aclose()
+
+
+def patched(module: Any, name: str, value: Any) -> Any:
+    """For the time of a block."""
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        before = getattr(module, name)
+        setattr(module, name, value)
+        try:
+            yield
+        finally:
+            setattr(module, name, before)
+
+    return block()
+
+
+def encoded(versions: list[Version]) -> bytes:
+    return msgspec.json.encode(versions)
+
+
+def decoded(data: bytes) -> list[Version]:
+    return msgspec.json.decode(data, type=list[Version])
