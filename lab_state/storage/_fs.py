@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import socket
@@ -213,9 +214,9 @@ def sync_parents(path: Path) -> None:
     """
     with translated("syncing the directories above", path):
         device = os.stat(path).st_dev
-        for directory in path.parents:
-            if os.stat(directory).st_dev != device or not os.access(directory, os.R_OK):
-                break
+        for directory in itertools.takewhile(
+            lambda parent: os.stat(parent).st_dev == device and os.access(parent, os.R_OK), path.parents
+        ):
             _sync_directory(directory)
 
 

@@ -24,6 +24,11 @@ from lab_state.storage.file import _Need, _Paths, _Writer
 Patch = pytest.MonkeyPatch
 
 
+def _system() -> Any:
+    """What `_fs` takes for the module `os`."""
+    return _fs.os  # type: ignore[attr-defined]  # its own, not for export
+
+
 def no_faults(clean: Recording) -> Iterable[Faults]:
     return (Faults(),)
 
@@ -73,7 +78,7 @@ def no_sync_of_a_new_journal(patch: Patch) -> None:
     """A new journal is renamed with its bytes in the cache."""
 
     def create(path: Path, *parts: bytes) -> int:
-        fd = _fs.os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fd: int = _system().open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         _fs._write(fd, b"".join(parts), 0)
         return fd
 
@@ -194,7 +199,7 @@ def no_checkpoint_frame(patch: Patch) -> None:
 def journal_before_snapshot(patch: Patch) -> None:
     """The new journal is there before the snapshot that it follows."""
 
-    def publish(self: _Writer, new: Path, base: str, size: int, since: list[bytes], generation: int) -> None:
+    def publish(self: _Writer, new: Path, base: str, size: int, since: list[bytes], *_: int) -> None:
         self._create(base, *((Kind.RECORD, record) for record in since))
         _fs.rename(new, self.paths.snapshot)
         _fs.sync_directory(self.paths.snapshot.parent)
@@ -214,7 +219,7 @@ def journal_truncated_in_place(patch: Patch) -> None:
         self._salt = _journal.new_salt()
         parts = [_journal.frame(self._salt, *frame) for frame in frames]
         data = b"".join([_journal.header(self._name, self._salt, base), *parts])
-        _fs.os.ftruncate(self._fd, 0)
+        _system().ftruncate(self._fd, 0)
         _fs.append(self._fd, self.paths.journal, data, 0)
         self.end = len(data)
 
@@ -287,10 +292,10 @@ def inherited_journal_appended_to(patch: Patch) -> None:
         writer, recovery = load(paths, name, lock)
         if data is not None:
             scan = _journal.scan(data, name, "journal")
-            writer._fd = _fs.os.open(paths.journal, os.O_RDWR)
+            writer._fd = _system().open(paths.journal, os.O_RDWR)
             writer._salt, writer.end, writer.need = scan.header.salt, scan.end, _Need.NOTHING
             if scan.end < len(data):
-                _fs.os.ftruncate(writer._fd, scan.end)
+                _system().ftruncate(writer._fd, scan.end)
         return writer, recovery
 
     patch.setattr(file, "_load", loaded)

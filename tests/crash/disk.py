@@ -278,8 +278,7 @@ class Disk:
             left -= min(share, contents.number)
             for files in contents.all() if contents.number <= share else contents.some(share, dice):
                 yield {
-                    path: None if inode in self._directories else files[inode]
-                    for path, inode in contents.names.items()
+                    path: None if inode in self._directories else files[inode] for path, inode in contents.names.items()
                 }
 
     def _all_names(self, dice: random.Random) -> Iterator[dict[str, int]]:
@@ -345,9 +344,7 @@ class _Contents:
         return files
 
 
-def _corners(
-    outcomes: Sequence[tuple[Outcome, ...]], limit: int, dice: random.Random
-) -> Iterator[Sequence[Outcome]]:
+def _corners(outcomes: Sequence[tuple[Outcome, ...]], limit: int, dice: random.Random) -> Iterator[Sequence[Outcome]]:
     """Up to `limit` combinations: all and nothing kept; prefixes and suffixes; one that differs; and at random."""
     width = len(outcomes)
     kept, lost = [Outcome.KEPT] * width, [Outcome.LOST] * width

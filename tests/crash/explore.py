@@ -137,28 +137,21 @@ class Explorer:
             seed: What the choice of them is drawn from, where there are more.
             keep: How many good states to keep.
         """
-        return _Exploration(self, self._recovery, recording, limit, seed, keep, at_first=self._at_first).run()
+        exploration = _Exploration(self.seen, self._recovery, recording, random.Random(seed), keep)
+        exploration.run(limit, at_first=self._at_first)
+        return exploration.result
 
 
 class _Exploration:
     def __init__(
-        self,
-        explorer: Explorer,
-        recovery: Recovery,
-        recording: Recording,
-        limit: int,
-        seed: int,
-        keep: int,
-        *,
-        at_first: bool,
+        self, seen: set[bytes], recovery: Recovery, recording: Recording, dice: random.Random, keep: int
     ) -> None:
-        self._explorer, self._recovery, self._recording = explorer, recovery, recording
-        self._limit, self._keep, self._at_first = limit, keep, at_first
-        self._dice = random.Random(seed)
+        self._seen, self._recovery, self._recording = seen, recovery, recording
+        self._dice, self._keep = dice, keep
         self._found: dict[bytes, int | str] = {}
-        self._result = Result()
+        self.result = Result()
 
-    def run(self) -> Result:
+    def run(self, limit: int, *, at_first: bool) -> None:
         stored = self._recording.stored
         disk, acked = Disk(self._recording.start), Ack(stored, self._recording.first)
         tried = on_disk = stored
@@ -170,19 +163,20 @@ class _Exploration:
                 acked = entry
             else:
                 # What was promised meanwhile holds already, and what was tried meanwhile is not there yet.
-                if position >= self._recording.struck and self._crash(disk, acked, on_disk, f"{position}: {last}"):
-                    break
+                if position >= self._recording.struck:
+                    self._crash(disk.states(limit, self._dice), acked, on_disk, f"{position}: {last}")
+                    if at_first and self.result.violations:
+                        return
                 if entry is not None:
                     disk.apply(entry)
                 last, on_disk = entry, tried
-        return self._result
 
-    def _crash(self, disk: Disk, acked: Ack, tried: int, where: str) -> bool:
-        """Look at what a crash leaves; returns whether that is enough."""
-        result = self._result
+    def _crash(self, states: Iterable[State], acked: Ack, tried: int, where: str) -> None:
+        """Look at what a crash leaves."""
+        result = self.result
         result.points += 1
         here = set()
-        for state in disk.states(self._limit, self._dice):
+        for state in states:
             key = _digest(state)
             if key in here:
                 continue
@@ -198,22 +192,19 @@ class _Exploration:
             else:
                 problem = f"version {found} was found, but {acked} was promised and {tried} tried"
             result.violations.append(f"crash behind {where[:200]}: {problem}; the disk: {_shown(state)}")
-            if self._at_first:
-                return True
-        return False
 
     def _recover(self, state: State, key: bytes) -> int | str:
-        if key not in self._explorer.seen:
-            self._explorer.seen.add(key)
-            self._result.distinct += 1
+        if key not in self._seen:
+            self._seen.add(key)
+            self.result.distinct += 1
         try:
             found = self._recovery.check(state, self._recording.versions, self._recording.now)
         except ViolationError as error:
             return str(error)
-        if len(self._result.good) < self._keep:
-            self._result.good.append((state, found))
+        if len(self.result.good) < self._keep:
+            self.result.good.append((state, found))
         elif self._keep and self._dice.random() < self._keep / len(self._found):
-            self._result.good[self._dice.randrange(self._keep)] = state, found
+            self.result.good[self._dice.randrange(self._keep)] = state, found
         return found
 
 

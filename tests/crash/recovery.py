@@ -7,10 +7,9 @@ import itertools
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import msgspec
 import pytest
@@ -23,19 +22,11 @@ from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state.storage import file
 from lab_state.storage.file import _open
 
-_MEMORY = Path("/dev/shm")  # noqa: S108 -- a directory of its own is made in it
+_MEMORY = Path("/dev/shm")
 
 
 class ViolationError(Exception):
     """A state that the library refuses, or takes for something that never was."""
-
-
-class Answer(NamedTuple):
-    """What was found."""
-
-    revision: int
-    values: dict[str, Any]
-    expires: dict[str, int]
 
 
 class Recovery:
@@ -50,7 +41,7 @@ class Recovery:
         whole: How many of them went the whole way too.
     """
 
-    def __init__(self, whole_every: int = 20) -> None:
+    def __init__(self, whole_every: int = 25) -> None:
         self.short = self.whole = 0
         self._whole_every = whole_every
         self._root = Path(tempfile.mkdtemp(prefix="lab_state-", dir=_MEMORY if _MEMORY.is_dir() else None))
@@ -64,7 +55,9 @@ class Recovery:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._patch.undo()
         self._runner.close()
         shutil.rmtree(self._root)
@@ -72,8 +65,8 @@ class Recovery:
     def put(self, state: State) -> Path:
         """Make the directory what the state says; returns it."""
         for path in self._known:
-            for name in os.listdir(self._root / path):  # noqa: PTH208 -- ten times as fast
-                with suppress(IsADirectoryError):
+            for name in os.listdir(f"{self._root}/{path}"):  # noqa: PTH208 -- ten times as fast as pathlib
+                if f"{path}/{name}" not in self._known:
                     os.unlink(f"{self._root}/{path}/{name}")  # noqa: PTH108 -- likewise
         directories = {path for path, data in state.items() if data is None}
         if self._known - directories:
@@ -105,10 +98,7 @@ class Recovery:
         """
         self.put(state)
         try:
-            found = self._open()
-            if self._open() != found:
-                raise ViolationError("the second recovery finds something else than the first one")
-            answer = _loaded(*found)
+            answer = self._twice()
             number = _find(answer, versions)
             self.short += 1
             if self.short % self._whole_every == 0:
@@ -120,13 +110,19 @@ class Recovery:
             raise ViolationError(f"{type(error).__name__}: {error}") from error
         return number
 
+    def _twice(self) -> Version:
+        found = self._open()
+        if self._open() != found:
+            raise ViolationError("the second recovery finds something else than the first one")
+        return _loaded(*found)
+
     def _open(self) -> tuple[bytes | None, tuple[bytes, ...]]:
         """What `FileStorage.open` does, without threads and a loop."""
         writer, recovery = _open(self._directory, NAME)
         writer.close()
         return recovery.snapshot, recovery.records
 
-    async def _whole(self, expected: Answer, now: int, turn: int) -> None:
+    async def _whole(self, expected: Version, now: int, turn: int) -> None:
         first = await self._start(expected, now)
         if turn == 0:  # killed at once
             await abort(first)
@@ -141,11 +137,11 @@ class Recovery:
         await first.flush()
         revision, (values, expires) = first.revision, held(first._core.state)
         await abort(first)
-        second = await self._start(Answer(revision, values, expires), now)
+        second = await self._start(Version(revision, values, expires), now)
         await second.stop()
-        await abort(await self._start(Answer(revision, values, expires), now))
+        await abort(await self._start(Version(revision, values, expires), now))
 
-    async def _start(self, expected: Answer, now: int) -> Manager:
+    async def _start(self, expected: Version, now: int) -> Manager:
         clock = Clock()
         clock.advance(now)
         manager = Manager(
@@ -160,15 +156,15 @@ class Recovery:
         return manager
 
 
-def _loaded(snapshot: bytes | None, records: tuple[bytes, ...]) -> Answer:
+def _loaded(snapshot: bytes | None, records: tuple[bytes, ...]) -> Version:
     """What `Manager.start` makes of it."""
     loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, "snapshot")
     loaded = replay(loaded, records, "journal")
     values = msgspec.json.decode(msgspec.json.encode(loaded.entries)) if loaded.entries else {}
-    return Answer(loaded.revision, values, dict(loaded.expires))
+    return Version(loaded.revision, values, dict(loaded.expires))
 
 
-def _swept(answer: Answer, now: int) -> tuple[int, Contents]:
+def _swept(answer: Version, now: int) -> tuple[int, Contents]:
     """What a start makes of it: keys that are overdue go, as one change."""
     gone = {key for key, at in answer.expires.items() if is_overdue(at, now)}
     values = {key: value for key, value in answer.values.items() if key not in gone}
@@ -176,7 +172,7 @@ def _swept(answer: Answer, now: int) -> tuple[int, Contents]:
     return answer.revision + bool(gone), (values, expires)
 
 
-def _find(answer: Answer, versions: list[Version]) -> int:
+def _find(answer: Version, versions: list[Version]) -> int:
     for number in reversed(range(len(versions))):
         if versions[number] == answer:
             return number

@@ -13,6 +13,11 @@ LIMIT = 16
 """States at each point."""
 
 
+@pytest.fixture(autouse=True)
+def _no_blocking() -> None:
+    """Without the watch of the other tests: nearly all calls are made where no loop runs."""
+
+
 @pytest.fixture
 def recovery() -> Iterator[Recovery]:
     with Recovery() as found:

@@ -60,6 +60,11 @@ FAULTS: list[tuple[Plans, bool, Share]] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_blocking() -> None:
+    """Without the watch of the other tests: a million calls are made here, nearly all of them where no loop runs."""
+
+
 @pytest.fixture(scope="module")
 def recovery() -> Iterator[Recovery]:
     with Recovery() as found:
@@ -166,9 +171,7 @@ def recoveries(recording: Recording, explorer: Explorer, seed: int, number: int)
     FAULTS,
     ids=[f"{plans.__name__}{'-restart' * restart}-{share.workload.__name__}" for plans, restart, share in FAULTS],
 )
-def test_a_crash_after_a_fault(
-    plans: Plans, *, restart: bool, share: Share, explorer: Explorer, tally: Tally
-) -> None:
+def test_a_crash_after_a_fault(plans: Plans, *, restart: bool, share: Share, explorer: Explorer, tally: Tally) -> None:
     """A crash after a call to the disk has failed loses nothing: the same process goes on, or another one.
 
     The other one finds in the page cache what will never reach the disk, and builds on it.

@@ -319,8 +319,53 @@ async def test_modes_and_nested_directories(tmp_path: Path, disk: Disk) -> None:
     files.append("lab.json")
     assert {path.name: mode(path) for path in directory.iterdir()} == dict.fromkeys(files, 0o600)
     assert (mode(tmp_path / "a"), mode(directory)) == (0o700, 0o700)
-    synced = [call.path for call in disk.calls if call.function == "fsync"]
-    assert synced[:2] == [str(tmp_path), str(tmp_path / "a")]
+    assert synced(disk)[:2] == [str(tmp_path), str(tmp_path / "a")]
+
+
+def synced(disk: Disk) -> list[str]:
+    return [call.path for call in disk.calls if call.function == "fsync"]
+
+
+async def test_a_directory_whose_sync_failed_is_made_again(tmp_path: Path, disk: Disk) -> None:
+    """The next start does not find it: a second sync would succeed although the name may never reach the disk."""
+    directory = tmp_path / "a" / "b"
+    disk.fail("fsync", "directory", skip=1)
+    state = manager(directory)
+    with pytest.raises(UnavailableError, match="making the directory"):
+        await state.start()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+    disk.calls.clear()
+    async with state:
+        assert synced(disk)[0] == str(tmp_path / "a")
+
+
+async def test_a_directory_that_a_dead_process_made(tmp_path: Path, disk: Disk) -> None:
+    """Killed behind its mkdir, it did not sync: a state without a journal syncs every name above it, once."""
+    directory = tmp_path / "a" / "b"
+    directory.mkdir(parents=True)
+    above = [str(tmp_path / "a"), str(tmp_path)]
+    async with manager(directory) as state:
+        assert synced(disk)[:2] == above
+        await state.set("key", 1)
+    disk.calls.clear()
+    async with manager(directory):
+        assert synced(disk) == []
+    async with manager(directory, "another"):
+        assert synced(disk)[:2] == above
+
+
+async def test_nothing_is_synced_across_a_mount_point(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No directory was ever made across one, and the file system on the other side may not be able to."""
+    directory = tmp_path / "a" / "b"
+    directory.mkdir(parents=True)
+    elsewhere = os.stat_result([0] * 10)
+    monkeypatch.setattr(
+        disk, "stat", lambda path: elsewhere if Path(path) == tmp_path else Path(path).stat(), raising=False
+    )
+    async with manager(directory):
+        assert synced(disk) == [str(tmp_path / "a")]
 
 
 async def test_an_existing_directory_keeps_its_mode(tmp_path: Path) -> None:
