@@ -7,6 +7,7 @@ the store and a whole manager. All must say the same.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -87,8 +88,12 @@ class Case(NamedTuple):
     records: dict[int, int]
 
 
-@pytest.fixture
-async def case() -> Case:
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return asyncio.run(written())
+
+
+async def written() -> Case:
     """A snapshot and its fence; then two lives that ended in a crash, with three and two records."""
     bucket = Bucket()
     history: dict[int, dict[str, Any]] = {0: {}}
