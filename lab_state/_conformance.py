@@ -345,7 +345,8 @@ class StorageConformance:
         """Flip single bits of each part; what loads must be one of the states allowed."""
         whole = dict(self.read_raw(NAME))
         for part, data in whole.items():
-            for offset in range(0, len(data), max(1, len(data) // self.sampled)):
+            step = max(1, len(data) // self.sampled)
+            for offset in range(step // 2, len(data), step):
                 damaged = bytearray(data)
                 damaged[offset] ^= 1 << offset % 8
                 self.write_raw(NAME, part, bytes(damaged))

@@ -11,13 +11,15 @@ import asyncio
 import copy
 import inspect
 import shutil
+import threading
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from s3_world import Bucket
 
 import lab_state
 from lab_state import (
@@ -36,42 +38,55 @@ from lab_state import (
     copy_state,
 )
 from lab_state.storage._protocol import Snapshot
+from lab_state.storage.s3 import _Claim
+
+R = TypeVar("R")
 
 NAME = "lab"
-MOST_WAITS = 40
+MOST_WAITS = 200
 LATE = pytest.mark.parametrize("late", [False, True], ids=["waiting", "woken"])
 
 # The driver
 
 
 @types.coroutine
-def _stepped(call: Coroutine[Any, Any, Any], number: int, *, late: bool) -> Generator[Any, Any, bool]:
-    """Run a coroutine, and cancel it the `number`-th time that it waits; whether it ended before."""
+def stepped(
+    call: Coroutine[Any, Any, R], at: Callable[[int], object], woken: int = 0
+) -> Generator[Any, Any, tuple[int, R]]:
+    """Run a coroutine, and call `at` each time that it waits; or cancel it when it is `woken` from such a wait.
+
+    Returns:
+        How often it waited, and what it returned.
+    """
     waits = 0
     try:
         waiting = call.send(None)
         while True:
             waits += 1
-            if waits == number and not late:
-                task = asyncio.current_task()
-                assert task is not None
-                asyncio.get_running_loop().call_soon(task.cancel)
+            at(waits)
             try:
                 yield waiting
             except BaseException as error:  # noqa: BLE001 -- whatever it is, it is the call's
                 waiting = call.throw(error)
             else:
-                cancelled = waits == number and late
-                waiting = call.throw(asyncio.CancelledError()) if cancelled else call.send(None)
-    except StopIteration:
-        return waits < number
+                waiting = call.throw(asyncio.CancelledError()) if waits == woken else call.send(None)
+    except StopIteration as stop:
+        return waits, stop.value
 
 
 async def cancelled_at(call: Coroutine[Any, Any, Any], number: int, *, late: bool) -> bool:
-    """The same in a task of its own; a call that is cancelled says so."""
+    """Run a coroutine, and cancel it the `number`-th time that it waits; whether it ended before.
+
+    Who is cancelled says so.
+    """
+
+    def cancel(waits: int) -> None:
+        if waits == number and not late:
+            asyncio.get_running_loop().call_soon(task.cancel)
 
     async def run() -> bool:
-        return await _stepped(call, number, late=late)
+        waits, _ = await stepped(call, cancel, number if late else 0)
+        return waits < number
 
     task = asyncio.create_task(run())
     async with asyncio.timeout(10):
@@ -507,6 +522,39 @@ async def test_a_copy_cancelled_wherever_it_waits(place: Place, *, late: bool) -
         return through
 
     assert await at_every_wait(run) > 5
+
+
+async def test_an_opening_in_s3_cancelled_at_every_request() -> None:
+    """Wherever its requests are, nothing is left: no task, no thread, no claim; and the state is what it was."""
+    bucket = Bucket()
+    async with manager(bucket.storage()) as state:
+        await state.set_many(FIRST)
+
+    async def run(number: int) -> bool:
+        storage = bucket.storage()
+        opening = storage._open
+
+        def cancel(waits: int) -> None:
+            if waits == number:
+                asyncio.get_running_loop().call_soon(task.cancel)
+
+        async def _open(names: Any, claim: Any) -> Any:
+            return (await stepped(opening(names, claim), cancel))[1]
+
+        storage._open = _open  # type: ignore[method-assign]
+        task = asyncio.create_task(storage.open(NAME))
+        await asyncio.wait({task}, timeout=10)
+        if not task.cancelled():
+            await task.result().aclose()
+        assert not _Claim._held
+        return not task.cancelled()
+
+    assert await at_every_wait(run) > 10
+    for thread in threading.enumerate():
+        if thread.name.startswith(f"lab_state {NAME}"):
+            thread.join(10)
+            assert not thread.is_alive()
+    assert await contents(bucket.storage()) == FIRST
 
 
 # Readers

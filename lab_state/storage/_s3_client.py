@@ -244,11 +244,12 @@ class Requests:
 
         return await self._read(once, tries)
 
-    async def get(self, key: str) -> tuple[Found, bytes] | None:
-        """An object with its body; `None` for none."""
+    async def get(self, key: str, last: int | None = None) -> tuple[Found, bytes] | None:
+        """An object with its body, or the last bytes of it; `None` for none."""
+        where = {} if last is None else {"Range": f"bytes=-{last}"}
 
         async def once(client: Client, limit: Limit) -> tuple[Found, bytes]:
-            response = await client.get_object(Bucket=self._bucket, Key=key)
+            response = await client.get_object(Bucket=self._bucket, Key=key, **where)
             parts: list[bytes] = []
             async with response["Body"] as body:
                 async for part in body.iter_chunks(_CHUNK):

@@ -26,6 +26,10 @@ OWNER = "labstateowner"
 _TAIL = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
 _STAMPED = re.compile(rb',"seq":(\d{1,20}),"fence":(\d{1,20}),"crc32":"([0-9a-f]{8})"\}\}\Z')
 _TAIL_BYTES = 96
+
+END_BYTES = 2 * _TAIL_BYTES
+"""How much of the end of a snapshot holds its stamp."""
+
 _NUMBER = re.compile(r"\d{20}")
 _METADATA_NUMBER = re.compile(r"[0-9]{1,20}")
 
@@ -118,13 +122,32 @@ def stamp_in_metadata(metadata: dict[str, str], path: str) -> Stamp | None:
     return Stamp(*map(int, numbers))
 
 
+def stamp_at_end(end: bytes) -> Stamp | None:
+    """The stamp in the last bytes of a snapshot, unproven."""
+    found = _STAMPED.search(end)
+    return None if found is None else Stamp(int(found[1]), int(found[2]))
+
+
+def same_stamp(inside: Stamp | None, outside: Stamp | None, path: str) -> Stamp | None:
+    """The stamp in a snapshot and the one in its metadata are one, where both are there.
+
+    Raises:
+        CorruptionError: They are not.
+    """
+    if inside is not None and outside is not None and inside != outside:
+        raise CorruptionError(
+            path, 0, "its metadata is another snapshot's; restore a copy, with its metadata or without any"
+        )
+    return outside or inside
+
+
 def stamp_in_body(data: bytes, path: str) -> Stamp | None:
     """The stamp in a snapshot itself, for a copy that lost its metadata; `None` when there is none.
 
     Raises:
         CorruptionError: The checksum beside it does not match.
     """
-    found = _STAMPED.search(data, max(0, len(data) - 2 * _TAIL_BYTES))
+    found = _STAMPED.search(data, max(0, len(data) - END_BYTES))
     if found is None:
         return None
     cut = len(data) - len(b',"crc32":"01234567"}}')

@@ -23,7 +23,17 @@ from lab_state.exceptions import CorruptionError, UnavailableError, UnsupportedE
 from lab_state.storage._protocol import Recovery
 from lab_state.storage._s3_body import Body
 from lab_state.storage._s3_client import Requests
-from lab_state.storage._s3_format import OWNER, Names, Stamp, stamp_in_body, stamp_in_metadata, unframe
+from lab_state.storage._s3_format import (
+    END_BYTES,
+    OWNER,
+    Names,
+    Stamp,
+    same_stamp,
+    stamp_at_end,
+    stamp_in_body,
+    stamp_in_metadata,
+    unframe,
+)
 from lab_state.storage._s3_outcomes import WRITE_ID, Found, NotOursError
 
 _AT_ONCE = 12
@@ -88,7 +98,7 @@ async def _probe(store: Requests, names: Names) -> None:
 
 async def _fence(store: Requests, names: Names) -> int | None:
     """A fence of ours above everything that is there; `None` if someone else came first."""
-    covered = await _covered(store, names)
+    covered = await _covered(store, names, proven=True)
     listed = await numbers(store, names, covered)
     fence = max([covered, *listed]) + 1
     metadata = {WRITE_ID: new_write_id(), OWNER: _owner()}
@@ -104,8 +114,12 @@ def _owner() -> str:
     return f"{host} pid {os.getpid()}"
 
 
-async def _covered(store: Requests, names: Names) -> int:
-    """The number of the last record that the snapshot covers."""
+async def _covered(store: Requests, names: Names, *, proven: bool = False) -> int:
+    """The number of the last record that the snapshot covers.
+
+    A fence beyond a number that was damaged would outlive the damage. So before there is
+    one, what the metadata say is `proven` by the end of the snapshot.
+    """
     found = await store.head(names.snapshot)
     if found is None:
         return 0
@@ -114,6 +128,8 @@ async def _covered(store: Requests, names: Names) -> int:
     if stamp is None:  # a copy, or someone else's: only its bytes can tell
         got = await store.get(names.snapshot)
         stamp = None if got is None else stamp_in_body(got[1], path)
+    elif proven and found.size and (got := await store.get(names.snapshot, END_BYTES)) is not None:
+        same_stamp(stamp_at_end(got[1]), stamp_in_metadata(got[0].metadata, path), path)
     return 0 if stamp is None else stamp.seq
 
 
@@ -154,12 +170,7 @@ def _stamp(got: tuple[Found, bytes] | None, path: str) -> Stamp | None:
     if got is None:
         return None
     found, data = got
-    inside, outside = stamp_in_body(data, path), stamp_in_metadata(found.metadata, path)
-    if inside is not None and outside is not None and inside != outside:
-        raise CorruptionError(
-            path, 0, "its metadata is another snapshot's; restore a copy, with its metadata or without any"
-        )
-    return outside or inside
+    return same_stamp(stamp_in_body(data, path), stamp_in_metadata(found.metadata, path), path)
 
 
 def _whole(listed: dict[int, int], covered: int, fence: int, *, edited: bool) -> bool:
