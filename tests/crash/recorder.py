@@ -221,7 +221,7 @@ class Recorder:
     def mkdir(self, path: Path, make: Callable[[], None]) -> None:
         name = self._name(path)
         with self._lock:
-            if name is None:
+            if name is None or name in self._inodes:
                 make()
                 return
             self._alive(counts=True)
