@@ -50,13 +50,15 @@ RECOVERIES = [
 ]
 Plans = Callable[[Recording], Iterable[Faults]]
 FAULTS: list[tuple[Plans, bool, Share]] = [
-    (failing_syncs, False, Share(workloads.steps, 90)),
+    (failing_syncs, False, Share(workloads.steps, 80)),
     (failing_syncs, False, Share(workloads.checkpoints_beside_commits, 30)),
-    (failing_syncs, True, Share(workloads.steps, 80)),
-    (full_disks, False, Share(workloads.steps, 60)),
-    (full_disks, True, Share(workloads.steps, 50)),
-    (deaths, True, Share(workloads.steps, 60)),
+    (failing_syncs, True, Share(workloads.steps, 70)),
+    (failing_syncs, True, Share(workloads.expiring, 20)),
+    (full_disks, False, Share(workloads.steps, 50)),
+    (full_disks, True, Share(workloads.steps, 40)),
+    (deaths, True, Share(workloads.steps, 50)),
     (deaths, True, Share(workloads.expiring, 30)),
+    (deaths, True, Share(workloads.checkpoints_beside_commits, 30)),
 ]
 
 

@@ -189,6 +189,9 @@ class World:
     async def stop(self) -> None:
         """A clean end."""
         self._check_alive()
+        if self._recorder is not None:  # a dead process does not try again until its time is over
+            loop, flusher = asyncio.get_running_loop(), self.state._core.running
+            self._recorder.at_death = lambda: loop.call_soon_threadsafe(flusher.abort)
         try:
             await self.state.stop()
         except StorageError:
