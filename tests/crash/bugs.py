@@ -117,6 +117,11 @@ def directory_of_a_dead_process_trusted(patch: Patch) -> None:
     patch.setattr(_fs, "sync_parents", lambda path: None)
 
 
+def no_sync_of_what_was_put_there(patch: Patch) -> None:
+    """A snapshot that somebody put there a moment ago is built upon as it is."""
+    patch.setattr(_Writer, "_sync_snapshot", lambda self: None)
+
+
 # Failures
 
 
@@ -331,6 +336,7 @@ BUGS = (
     Bug(no_directory_sync_behind_a_journal),
     Bug(no_sync_of_a_new_directory),
     Bug(directory_of_a_dead_process_trusted, workloads.steps, deaths, restart=True, first=1),
+    Bug(no_sync_of_what_was_put_there, workloads.put_by_hand),
     Bug(failed_sync_repeated, workloads.steps, failing_syncs, first=6),
     Bug(old_journal_kept_after_a_failed_directory_sync, workloads.steps, failing_syncs, first=12),
     Bug(new_journal_used_after_a_failed_directory_sync, workloads.steps, failing_syncs, first=5),

@@ -24,8 +24,6 @@ class Recording(NamedTuple):
         start: What was on the disk at the beginning.
         entries: What happened since.
         versions: Every state that there ever was.
-        stored: Which of them the start was.
-        first: Which of them was the first to be new.
         now: The clock of the application at the end, in seconds since it began.
         struck: How many entries there were when the first fault struck; 0 without one.
         counts: How many calls, syncs and writes there were.
@@ -34,8 +32,6 @@ class Recording(NamedTuple):
     start: State
     entries: list[Entry]
     versions: list[Version]
-    stored: int = 0
-    first: int = 1
     now: int = 0
     struck: int = 0
     counts: tuple[int, int, int] = (0, 0, 0)
@@ -74,16 +70,13 @@ def record(
             else:
                 (root / path).write_bytes(data)
         recorder = Recorder(root, faults)
-        world = World(root, recorder, seed, versions, now, dies=restart, beside=beside)
-        first = len(world.versions)
+        world = World(root, recorder, seed, versions, stored=stored, now=now, dies=restart, beside=beside)
         with determined(seed), recording(recorder):
             asyncio.run(_live(workload, world))
     return Recording(
         recorder.start,
         recorder.entries,
         world.versions,
-        stored,
-        first,
         int(world.clock.monotonic()),
         recorder.struck or 0,
         (recorder.calls, recorder.syncs, recorder.writes),
@@ -152,9 +145,9 @@ class _Exploration:
         self.result = Result()
 
     def run(self, limit: int, *, at_first: bool) -> None:
-        stored = self._recording.stored
-        disk, acked = Disk(self._recording.start), Ack(stored, self._recording.first)
-        tried = on_disk = stored
+        disk = Disk(self._recording.start)
+        acked: Ack | None = None  # and so nothing was promised
+        tried = on_disk = 0
         last: Operation | None = None
         for position, entry in enumerate([*self._recording.entries, None]):
             if isinstance(entry, Try):
@@ -163,7 +156,7 @@ class _Exploration:
                 acked = entry
             else:
                 # What was promised meanwhile holds already, and what was tried meanwhile is not there yet.
-                if position >= self._recording.struck:
+                if acked is not None and position >= self._recording.struck:
                     self._crash(disk.states(limit, self._dice), acked, on_disk, f"{position}: {last}")
                     if at_first and self.result.violations:
                         return

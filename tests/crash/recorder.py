@@ -80,6 +80,8 @@ class Recorder:
         calls: How many calls there were that can be killed at.
         syncs: How many of these were syncs.
         writes: How many of these were writes.
+        gate: Where the next thread that comes along stands still.
+        at_death: Called when the process dies.
     """
 
     def __init__(self, root: Path, faults: Faults | None = None) -> None:
@@ -89,6 +91,7 @@ class Recorder:
         self.struck: int | None = None
         self.calls = self.syncs = self.writes = 0
         self.gate: Gate | None = None
+        self.at_death: Callable[[], object] = lambda: None
         self._faults = faults or Faults()
         self._full = self._dead = False
         self._inodes = {path: inode for inode, path in enumerate(self.start)}
@@ -111,6 +114,7 @@ class Recorder:
     def revive(self) -> None:
         """The next process begins. What the dead one did is in the page cache."""
         self._dead = False
+        self.at_death = lambda: None
         self._full = False
 
     @property
@@ -221,7 +225,7 @@ class Recorder:
     def mkdir(self, path: Path, make: Callable[[], None]) -> None:
         name = self._name(path)
         with self._lock:
-            if name is None:
+            if name is None or name in self._inodes:
                 make()
                 return
             self._alive(counts=True)
@@ -265,6 +269,7 @@ class Recorder:
         if self.calls == self._faults.kill and not self._dead:
             self._dead = True
             self._strike()
+            self.at_death()
         if self._dead:
             _fail(errno.EIO)
 

@@ -38,7 +38,7 @@ class Share(NamedTuple):
         return -(-STATES * self.share // 1000)
 
 
-PLAIN = [Share(workload, 10 if workload is workloads.large_values else 44) for workload in workloads.WORKLOADS.values()]
+PLAIN = [Share(workload, 10 if workload is workloads.large_values else 40) for workload in workloads.WORKLOADS.values()]
 RECOVERIES = [
     Share(workload, 50)
     for workload in (
@@ -50,13 +50,15 @@ RECOVERIES = [
 ]
 Plans = Callable[[Recording], Iterable[Faults]]
 FAULTS: list[tuple[Plans, bool, Share]] = [
-    (failing_syncs, False, Share(workloads.steps, 90)),
+    (failing_syncs, False, Share(workloads.steps, 80)),
     (failing_syncs, False, Share(workloads.checkpoints_beside_commits, 30)),
-    (failing_syncs, True, Share(workloads.steps, 80)),
-    (full_disks, False, Share(workloads.steps, 60)),
-    (full_disks, True, Share(workloads.steps, 50)),
-    (deaths, True, Share(workloads.steps, 60)),
+    (failing_syncs, True, Share(workloads.steps, 70)),
+    (failing_syncs, True, Share(workloads.expiring, 20)),
+    (full_disks, False, Share(workloads.steps, 50)),
+    (full_disks, True, Share(workloads.steps, 40)),
+    (deaths, True, Share(workloads.steps, 50)),
     (deaths, True, Share(workloads.expiring, 30)),
+    (deaths, True, Share(workloads.checkpoints_beside_commits, 30)),
 ]
 
 
@@ -136,33 +138,35 @@ def test_a_crash_while_recovering(share: Share, explorer: Explorer, tally: Tally
     """A crash while the library recovers from a crash, or while it recovers from that one, loses nothing either."""
     for seed in itertools.count():
         first = record(share.workload, seed)
-        for second, found in recoveries(first, explorer, seed, 64):
+        for position, second in enumerate(recoveries(first, explorer, seed, 64)):
             tally.add(explorer.explore(second, 16, seed))
-            if found % 4 == 0:
-                for third, _ in recoveries(second, explorer, seed, 2):
+            if position % 4 == 0:
+                for third in recoveries(second, explorer, seed, 2):
                     tally.add(explorer.explore(third, 8, seed))
             if tally.distinct >= share.states:
                 tally.close(share.states)
                 return
 
 
-def recoveries(recording: Recording, explorer: Explorer, seed: int, number: int) -> Iterator[tuple[Recording, int]]:
-    """What a process does that starts on a state that a crash left, for some of these states."""
+def recoveries(recording: Recording, explorer: Explorer, seed: int, number: int) -> Iterator[Recording]:
+    """What a process does that starts on a state that a crash left, for some of these states.
+
+    In every third one a sync fails; in another third the process dies of it, and the next one goes on.
+    """
     result = explorer.explore(recording, 8, seed, keep=number)
     assert not result.violations, result.violations[0]
-    good = result.good
-    random.Random(seed).shuffle(good)
-    for position, (state, version) in enumerate(good):
-        yield (
-            record(
-                workloads.next_life,
-                seed * 1000 + position,
-                state=state,
-                versions=recording.versions,
-                stored=version,
-                now=recording.now,
-            ),
-            position,
+    dice = random.Random(seed)
+    dice.shuffle(result.good)
+    for position, (state, version) in enumerate(result.good):
+        yield record(
+            workloads.next_life,
+            seed * 1000 + position,
+            Faults(syncs=frozenset({dice.randrange(1, 16)})) if position % 3 else None,
+            restart=position % 3 == 2,
+            state=state,
+            versions=recording.versions,
+            stored=version,
+            now=recording.now,
         )
 
 

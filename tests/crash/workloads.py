@@ -146,6 +146,17 @@ async def unclean_ends(world: World) -> None:
     await world.stop()
 
 
+async def put_by_hand(world: World) -> None:
+    """A state that somebody brought along, in a directory that somebody made, a moment ago."""
+    world.put_by_hand({f"old-{number}": "x" * 50 for number in range(4)})
+    await world.start()
+    await world.set("new-0")
+    await world.flush()
+    await world.set("old-1")
+    await world.flush()
+    await world.stop()
+
+
 async def large_values(world: World) -> None:
     """Values of several 64 KiB, so that a snapshot is written in slices."""
     await world.start()
@@ -206,6 +217,7 @@ WORKLOADS: dict[str, Workload] = {
         checkpoints_that_are_due,
         clean_stops,
         unclean_ends,
+        put_by_hand,
         large_values,
         steps,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -19,6 +20,7 @@ from lab_state import Config, FileStorage, Manager, StorageError
 from lab_state._expiry import Expiring
 from lab_state._state import State
 from lab_state._values import decode_value
+from lab_state.storage import _fs
 from lab_state.testing import ManualClock
 
 QUIET = logging.getLogger("lab_state.crash")
@@ -92,12 +94,24 @@ class World:
         marks: Marks,
         seed: int,
         versions: list[Version] | None = None,
-        now: int = 0,
         *,
+        stored: int = 0,
+        now: int = 0,
         dies: bool = False,
         beside: Beside = Beside.HELD_UP,
     ) -> None:
-        """`dies` says whether the process dies when a call to the disk has failed."""
+        """Nothing is touched.
+
+        Args:
+            root: The storage's directory is made below it.
+            marks: Is told what is tried, and what is acknowledged.
+            seed: What the values are drawn from.
+            versions: Every state that there ever was; the empty one if not given.
+            stored: Which of them is on the disk, and was acknowledged.
+            now: The clock, in seconds since the first application began.
+            dies: Whether the process dies when a call to the disk has failed.
+            beside: When checkpoints are made.
+        """
         self.root = root
         self.dice = random.Random(seed)
         self.versions = list(versions or [Version(0, {}, {})])
@@ -110,7 +124,8 @@ class World:
         self._marks = marks
         self._recorder = marks if isinstance(marks, Recorder) else None
         self._first = len(self.versions)  # of this process
-        self._found = 0  # what it began with
+        self._found = stored  # what it began with
+        self._is_new = True
         self._state: Manager | None = None
 
     @property
@@ -128,6 +143,9 @@ class World:
     async def start(self, *, write_through: bool = False) -> None:
         """A process begins; the state that it finds must be one of the versions."""
         self._check_alive()
+        if self._is_new:
+            self._is_new = False
+            self._ack()
         config = Config(name=NAME, flush_interval=0 if write_through else None, stop_timeout=1e9)
         manager = Manager(config, FileStorage(self.root / DIRECTORY), clock=self.clock, logger=QUIET)
         try:
@@ -154,9 +172,26 @@ class World:
                 return
         raise AssertionError(f"a start found revision {revision}, which never was: {found}")
 
+    def put_by_hand(self, values: dict[str, Any]) -> None:
+        """What a user does that brings a state along: makes directories and a file, and syncs nothing.
+
+        Nothing is promised about it before a change on top of it is acknowledged.
+        """
+        self._is_new = False
+        self.versions[0] = Version(0, values, {})
+        for path in ("deep", DIRECTORY):
+            (self.root / path).mkdir()
+        system = vars(_fs)["os"]
+        fd = system.open(self.root / DIRECTORY / f"{NAME}.json", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        system.pwrite(fd, msgspec.json.encode(values), 0)
+        system.close(fd)
+
     async def stop(self) -> None:
         """A clean end."""
         self._check_alive()
+        if self._recorder is not None:  # a dead process does not try again until its time is over
+            loop, flusher = asyncio.get_running_loop(), self.state._core.running
+            self._recorder.at_death = lambda: loop.call_soon_threadsafe(flusher.abort)
         try:
             await self.state.stop()
         except StorageError:
@@ -293,6 +328,8 @@ class World:
                 return
 
     def _ack(self) -> None:
+        if self.latest == 0 and self.versions[0].values:
+            return  # put there by hand, and as it was
         self._marks.mark(Ack(self.latest, self._first))
 
     async def checkpoint(self) -> None:
