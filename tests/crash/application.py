@@ -51,6 +51,8 @@ _MIN_CHECKPOINT_BYTES = 1500
 """Of the journal, in place of 1 MiB: several checkpoints in a short life."""
 _FASTER = 50
 _TRIES = 3
+_LONGEST = 30
+"""Seconds of a life that comes to its end; whoever waits longer waits for ever."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -274,7 +276,7 @@ def follow(plan: Plan) -> None:
     calls = injector.Injector(Path(plan.directory), plan.faults, plan.kill)
     if plan.faults or plan.kill or sys.argv[1] == "zygote":
         calls.install()
-    asyncio.run(Application(plan).live())
+    asyncio.run(asyncio.wait_for(Application(plan).live(), _LONGEST))
     say("calls", calls=calls.calls, struck=calls.struck)
     if plan.end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
