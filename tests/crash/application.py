@@ -6,7 +6,7 @@ follows one plan by itself, for a tracer. Either writes events to its standard o
 one JSON object a line, each in one write, so none is torn by a kill:
 
     try         the change that makes this revision follows
-    durable     everything up to this revision is durable, says `durable_revision`
+    durable     everything up to this revision is durable, says a call that returned, or `durable_revision`
     error       a call raised this; with what `status()` says in the same turn of the loop
     checkpoint failed   with what `status()` says in the same turn
     started     with this revision
@@ -51,6 +51,8 @@ _MIN_CHECKPOINT_BYTES = 1500
 """Of the journal, in place of 1 MiB: several checkpoints in a short life."""
 _FASTER = 50
 _TRIES = 3
+_LONGEST = 30
+"""Seconds of a life that comes to its end; whoever waits longer waits for ever."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,11 +196,13 @@ class Application:
     async def _change(self, revision: int) -> None:
         """A change that fails is there all the same; that it is not durable yet is no reason to stop working."""
         say("try", revision=revision)
-        await self._told("change", change(self._state, revision))
+        if await self._told("change", change(self._state, revision)) and self._plan.interval == 0:
+            say("durable", revision=revision)
         if self._state.revision != revision:
             raise RuntimeError("a change did not make one revision")
         for _ in range(0 if self._plan.patient else _TRIES):
             if await self._told("flush", self._state.flush()):
+                say("durable", revision=revision)
                 break
         say("durable", revision=self._state.durable_revision)
 
@@ -274,7 +278,7 @@ def follow(plan: Plan) -> None:
     calls = injector.Injector(Path(plan.directory), plan.faults, plan.kill)
     if plan.faults or plan.kill or sys.argv[1] == "zygote":
         calls.install()
-    asyncio.run(Application(plan).live())
+    asyncio.run(asyncio.wait_for(Application(plan).live(), _LONGEST))
     say("calls", calls=calls.calls, struck=calls.struck)
     if plan.end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -164,11 +164,17 @@ class Zygote:
 @contextmanager
 def zygote() -> Iterator[Zygote]:
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, "zygote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
+        [sys.executable, SCRIPT, "zygote"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=ENVIRONMENT,
+        start_new_session=True,
     )
     with process:
-        yield Zygote(process)
-        process.stdin.close()  # type: ignore[union-attr]  # it ends at the end of its input
+        try:
+            yield Zygote(process)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # and the child that hangs, if that is why we are here
 
 
 def check_death(life: Life) -> None:

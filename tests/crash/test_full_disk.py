@@ -19,13 +19,15 @@ from pathlib import Path
 import pytest
 from application import Plan
 from lives import check_death, in_memory, zygote
+from matrix import ALL, RUNS
 
-LIMITS = range(60, 4000, 90)
+LIMITS = range(60, 4000, 30 if RUNS >= ALL else 180)
+"""Bytes. All of them with the whole fault matrix: `LAB_STATE_FAULT_RUNS=280`."""
 PAGE = 4096
 PAGES = 16
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(60 + 2 * len(LIMITS))
 @pytest.mark.parametrize("patient", [False, True])
 def test_a_limit_on_the_size_of_files(tmp_path: Path, *, patient: bool) -> None:
     """A real short write, then EFBIG, wherever the limit is; whoever waits, or flushes, has everything in the end."""

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -67,14 +68,18 @@ class Zygote:
 @contextmanager
 def zygote(directory: Path, stderr: int | None = None, script: Path = WORKER) -> Iterator[Zygote]:
     process = subprocess.Popen(
-        [sys.executable, script, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, bufsize=0
+        [sys.executable, script, directory],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        bufsize=0,
+        start_new_session=True,
     )
     with process:
         try:
             yield Zygote(process)
         finally:
-            process.stdout.close()  # type: ignore[union-attr]  # a child that still lives ends at its next line
-            process.stdin.close()  # type: ignore[union-attr]
+            os.killpg(process.pid, signal.SIGKILL)  # and the child that still lives, if that is why we are here
 
 
 class Witness:
