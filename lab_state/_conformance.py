@@ -192,7 +192,7 @@ class StorageConformance:
     async def test_open_can_be_cancelled_at_every_await(self) -> None:
         """A cancelled open lets go of the state."""
         await self._commit_some(1)
-        for number in range(100):
+        for number in range(200):
             opened = await _cancelled_at(number, self.make_storage().open(NAME))
             if opened is not None:
                 await opened.aclose()
@@ -419,8 +419,8 @@ async def _raises(kind: type[E], call: Awaitable[object]) -> E:
 
 
 async def _until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
-    """Cancel at the first await, the second, and so on, until the call gets through."""
-    for number in range(100):
+    """Cancel at the first await, the second, and so on, in both ways, until the call gets through."""
+    for number in range(200):
         if await run(number):
             return
     raise AssertionError("the call awaits more than a hundred times")
@@ -428,12 +428,19 @@ async def _until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
 
 @types.coroutine
 def _cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, Any, R | None]:
-    """Run a coroutine, and cancel it at one of its awaits as `Task.cancel` would; `None` if that hit it."""
+    """Run a coroutine, and cancel it at one of its awaits as `Task.cancel` would; `None` if that hit it.
+
+    An even number means while it waits, an odd one when it has been woken.
+    """
+    awaits, woken = divmod(number, 2)
     try:
-        for _ in range(number):
+        for _ in range(awaits):
             yield call.send(None)
         waiting: Any = call.send(None)
-        _ = asyncio.isfuture(waiting) and waiting.cancel()
+        if woken:
+            yield waiting
+        else:
+            _ = asyncio.isfuture(waiting) and waiting.cancel()
         waiting = call.throw(asyncio.CancelledError())
         while True:  # what the call still awaits to clean up
             yield waiting
