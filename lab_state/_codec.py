@@ -28,7 +28,7 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._expiry import Expiring, Value
-from lab_state._state import Absent, Changes, Stored
+from lab_state._state import Absent, Changed, Changes, Stored
 from lab_state._values import MAX_DEPTH, encode, is_json, too_deep
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
@@ -122,6 +122,14 @@ def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
             they are recorded as deleted.
     """
     clear = b"true" if taken.cleared else b"false"
+    if not taken.time and (values := _few(taken.changes)):
+        yield b'{"from":%d,"to":%d,"clear":%s,"set":%s,"delete":[],"expires":{}}' % (
+            taken.start,
+            taken.end,
+            clear,
+            values,
+        )
+        return
     expires: dict[str, int] = {}
     yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)
     kept = ((key, stored) for key, stored in taken.changes.items() if not isinstance(stored, Absent))
@@ -135,6 +143,29 @@ def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
     yield b"]"
     yield from _times(expires, refused, taken.time, taken.wall)
     yield b"}"
+
+
+def _few(changes: Mapping[str, Changed]) -> bytes | None:
+    """The object of the values, if they are few, and all is well with them: most commits have no other."""
+    if len(changes) > _MOST_AT_ONCE:
+        return None
+    part: dict[str, Value] = {}
+    size = 0
+    for key, stored in changes.items():
+        if isinstance(stored, bytes):
+            part[key] = Raw(stored)
+            size += len(stored)
+        elif isinstance(stored, str):
+            part[key] = stored
+            size += len(stored)
+        elif isinstance(stored, int | float | None):
+            part[key] = stored
+        else:
+            return None
+    if size >= _SLICE_BYTES:
+        return None
+    data = encode(part)
+    return data if is_json(data) else None
 
 
 def _times(expires: dict[str, int], refused: Iterable[str], time: int, wall: int) -> Iterator[bytes]:

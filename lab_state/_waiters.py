@@ -33,7 +33,7 @@ class Waiters:
         try:
             await future
         except asyncio.CancelledError:
-            self._forget_cancelled()
+            self.forget_cancelled()
             raise
 
     def board(self) -> None:
@@ -43,6 +43,8 @@ class Waiters:
     def settle(self, durable: int) -> None:
         """Wake all whose revision is durable."""
         for waiters in (self.next, self.riding, self.patient):
+            if not waiters:
+                continue
             rest: list[Waiter] = []
             for revision, future in waiters:
                 if revision > durable:
@@ -67,7 +69,8 @@ class Waiters:
                     future.exception()  # a waiter that is cancelled right now will not look
             waiters.clear()
 
-    def _forget_cancelled(self) -> None:
+    def forget_cancelled(self) -> None:
+        """Nobody waits for these any more."""
         for waiters in (self.next, self.riding, self.patient):
             waiters[:] = [waiter for waiter in waiters if not waiter[1].cancelled()]
 

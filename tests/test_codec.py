@@ -160,6 +160,20 @@ def test_a_record_is_one_json_object() -> None:
     }
 
 
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("values", [{"a": 1, "b": "text", "c": None, "d": [1.5, True], "é": {}}, {"a": {"b": [{}]}}])
+def test_a_record_of_few_values_is_what_a_larger_one_is(
+    values: dict[str, Any],
+    cleared: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is made in one piece, and has the same bytes."""
+    few = list(encode_record(changes(values, 41, 42, cleared=cleared), []))
+    monkeypatch.setattr("lab_state._codec._MOST_AT_ONCE", 0)
+    assert len(few) == 1
+    assert few[0] == b"".join(encode_record(changes(values, 41, 42, cleared=cleared), []))
+
+
 def test_a_large_record_comes_back() -> None:
     """A record of thousands of keys is made in many slices, and comes back."""
     values = {f"key {number}": [number] if number % 2 else DELETED for number in range(7_001)}

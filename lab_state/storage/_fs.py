@@ -24,7 +24,7 @@ import time
 from collections.abc import AsyncIterator, Generator
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 import aiofiles
 import msgspec
@@ -98,6 +98,7 @@ class Lock:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             self._acquire()
+            self._identity = identity(self._fd, path)
         except BaseException:
             close(self._fd)
             raise
@@ -141,14 +142,14 @@ class Lock:
             FencedError: The file was deleted or replaced, so another process can own
                 the state by now.
         """
-        if not is_file(self.path, self._fd):
+        if not is_file(self.path, self._identity):
             raise FencedError(
                 f"{self.path} was deleted or replaced, so another writer may own the state: restart this one"
             )
 
     def release(self) -> None:
         """Let go. Idempotent."""
-        fd, self._fd = self._fd, -1
+        fd, self._fd, self._identity = self._fd, -1, NO_FILE
         if fd >= 0:
             try:
                 # Closing alone would leave it to the children forked since.
@@ -158,13 +159,28 @@ class Lock:
                 close(fd)
 
 
-def is_file(path: Path, fd: int) -> bool:
-    """Whether the path still names the open file."""
+Identity: TypeAlias = tuple[int, int]
+"""Device and inode: what tells a file from all others, as long as it is open, since no other can get the number."""
+
+NO_FILE: Identity = (-1, -1)
+
+
+def identity(fd: int, path: Path) -> Identity:
+    """Which file this is."""
     with translated("looking up", path):
-        try:
-            return os.path.samestat(os.stat(path), os.fstat(fd))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+        found = os.fstat(fd)
+        return found.st_dev, found.st_ino
+
+
+def is_file(path: Path, which: Identity) -> bool:
+    """Whether the path still names a file that is open."""
+    try:  # not `translated`: each commit asks twice, and it would cost as much as the call
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _storage_error("looking up", path, error) from error
+    return (found.st_dev, found.st_ino) == which
 
 
 def identity(path: Path) -> tuple[int, int, int] | None:
@@ -373,9 +389,9 @@ def append(fd: int, path: Path, data: bytes, offset: int) -> None:
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:
-    with memoryview(data) as view:
-        written = 0
-        while written < len(data):
+    written = os.pwrite(fd, data, offset)
+    while written < len(data):
+        with memoryview(data) as view:
             written += os.pwrite(fd, view[written:], offset + written)
 
 

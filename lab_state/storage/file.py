@@ -37,6 +37,7 @@ from lab_state._journal import ANY_BASE, NO_BASE, Kind
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 from lab_state.storage import _fs as fs
 from lab_state.storage._protocol import Recovery, Snapshot
+from lab_state.storage._worker import Worker
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,7 +75,7 @@ class FileStorage:
 
     async def open(self, name: str) -> FileSession:
         """Lock the state and load it; see `Storage.open`."""
-        thread = ThreadPoolExecutor(1, thread_name_prefix=f"lab_state {name} commits")
+        thread = Worker(f"lab_state {name} commits")
         opening = thread.submit(_open, self._directory, name)
         try:
             writer, recovery = await asyncio.shield(asyncio.wrap_future(opening))
@@ -186,6 +187,7 @@ class _Writer:
         self._name = name
         self.lock = lock
         self._fd = -1
+        self._identity = fs.NO_FILE
         self._salt = ""
 
     def commit(self, record: bytes, full: bytes | None) -> None:
@@ -246,7 +248,7 @@ class _Writer:
     def _check(self) -> None:
         """Nobody else writes here, and what is written here can be found again."""
         self.lock.check()
-        if self.need is _Need.NOTHING and not fs.is_file(self.paths.journal, self._fd):
+        if self.need is _Need.NOTHING and not fs.is_file(self.paths.journal, self._identity):
             _logger.error("%s was deleted or replaced while in use: writing it anew", self.paths.journal)
             self._poison()
 
@@ -310,7 +312,8 @@ class _Writer:
 
     def _use(self, fd: int) -> None:
         """Another journal, or none, in place of the one that was open."""
-        old, self._fd = self._fd, fd
+        identity = fs.NO_FILE if fd < 0 else fs.identity(fd, self.paths.journal)
+        old, self._fd, self._identity = self._fd, fd, identity
         if old >= 0:
             fs.close(old)
 
@@ -318,7 +321,7 @@ class _Writer:
 class FileSession:
     """A state on disk, owned until `aclose`; see `StorageSession`."""
 
-    def __init__(self, writer: _Writer, recovery: Recovery, commits: ThreadPoolExecutor) -> None:
+    def __init__(self, writer: _Writer, recovery: Recovery, commits: Worker) -> None:
         self.recovery = recovery
         self._writer = writer
         self._commits = commits
@@ -343,11 +346,13 @@ class FileSession:
 
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
         """Append one frame and sync, in one hop; see `StorageSession.commit`."""
+        self._check_open()
         try:
-            await self._run(self._commits, self._writer.commit, record, None)
+            await self._commits.run(self._writer.commit, record, None)
         except _FullNeededError:
             full = b"".join([part async for part in snapshot()])
-            await self._run(self._commits, self._writer.commit, record, full)
+            self._check_open()
+            await self._commits.run(self._writer.commit, record, full)
         return self._writer.checkpoint_due
 
     async def checkpoint(self, snapshot: Snapshot) -> None:
@@ -400,7 +405,9 @@ class FileSession:
         if self._closing is not None:
             raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
 
-    async def _run(self, thread: ThreadPoolExecutor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def _run(
+        self, thread: Worker | ThreadPoolExecutor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
         self._check_open()
         return await asyncio.wrap_future(thread.submit(function, *args, **kwargs))
 

@@ -168,37 +168,50 @@ def colour(name: str) -> str:
     return svg.OURS if name == OURS else svg.DUMPS if name.startswith("dict") else svg.OTHERS
 
 
+def named(run: Numbers, name: str) -> str:
+    """The name, with a mark where a change that returned can still be lost."""
+    return name + ("" if survives(run)[name] == "power cut" else " *")
+
+
+MARK = "* survives SIGKILL, but not a power cut; all others survive both."
+
+
 def plots(run: Numbers) -> dict[str, str]:
     found: dict[str, str] = {}
     if "sizes" in run["numbers"]:
         by_size = run["numbers"]["sizes"]
         biggest = max(by_size, key=int)
         series = [
-            svg.Series(name, colour(name), {int(size): one[name]["change"] for size, one in by_size.items()})
+            svg.Series(
+                named(run, name), colour(name), {int(size): one[name]["change"] for size, one in by_size.items()}
+            )
             for name in sorted(by_size[biggest], key=lambda name: -by_size[biggest][name]["change"])
         ]
-        found["change"] = svg.lines("One durable change in a state of so many keys", "keys in the state", series)
+        found["change"] = svg.lines(
+            "One durable change in a state of so many keys", f"keys in the state; {MARK}", series
+        )
         stalls = sorted(((one["stall"], name) for name, one in by_size[biggest].items()))
         found["stall"] = svg.bars(
             f"How long the event loop stands still, one durable change in {short(int(biggest))} keys",
             "Logarithmic. Less is better. Longest gap of a 0.5 ms heartbeat, less that of an idle loop.",
-            [(name, colour(name), max(value, 1e-5), duration(max(value, 1e-5))) for value, name in stalls],
+            [(named(run, name), colour(name), *_stall(value)) for value, name in stalls],
             logarithmic=True,
         )
     if "writes" in run["numbers"]:
-        worth = survives(run)
         rates = sorted(
             ((one["hundred"], name) for name, one in run["numbers"]["writes"]["asyncio"].items()), reverse=True
         )
         found["writes"] = svg.bars(
             "Writes a second from 100 tasks, each waiting for its own",
-            "More is better. * survives SIGKILL, but not a power cut; all others survive both.",
-            [
-                (name + ("" if worth[name] == "power cut" else " *"), colour(name), rate, f"{_round(rate):,}")
-                for rate, name in rates
-            ],
+            f"More is better. {MARK}",
+            [(named(run, name), colour(name), rate, f"{_round(rate):,}") for rate, name in rates],
         )
     return found
+
+
+def _stall(seconds: float) -> tuple[float, str]:
+    """Below a tenth of a millisecond the heartbeat cannot tell."""
+    return (seconds, duration(seconds)) if seconds > 1e-4 else (1e-4, "< 0.1 ms")
 
 
 def _round(number: float) -> int:

@@ -100,6 +100,8 @@ class LabState(Peer):
     async def fill(self, values: Values) -> None:
         await self.manager.set_many(values)
         await self.manager.flush()
+        await asyncio.sleep(0.1)  # what follows from it is not a part of the next peer's figures
+        await self.manager._core.running.checkpoint_ended()
 
     async def get(self, key: str) -> Any:
         raise NotImplementedError

@@ -119,12 +119,12 @@ def main() -> None:
     steady = rows[len(rows) // 3 :]
     if len(steady) < 2:
         sys.exit("too short for a slope: at least three lines are needed")
-    hours = (steady[-1][0] - steady[0][0]) / (len(steady) - 1) / 60
-    print(f"slope, an hour, of the last {len(steady)} lines:")
+    minutes = (steady[-1][0] - steady[0][0]) / (len(steady) - 1)
+    print(f"slope, a minute, of the last {len(steady)} lines:")
     for number, name in list(enumerate(COLUMNS))[1:]:
         values = [row[number] for row in steady]
-        gain = slope(values) / hours
-        print(f"  {name:<12} {gain:+12,.1f} ({gain / (sum(values) / len(values) or 1):+.1%} of the mean)")
+        gain = slope(values) / minutes
+        print(f"  {name:<12} {gain:+12,.2f} ({gain / (sum(values) / len(values) or 1):+.1%} of the mean)")
 
 
 if __name__ == "__main__":

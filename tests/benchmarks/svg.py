@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-INK, FAINT = "#6e7781", "#6e778155"
+INK = "#6e7781"
 OURS, DUMPS, OTHERS = "#2f81f7", "#d9730d", "#8b949e"
 _FONT = "font-family:system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;font-size:13px"
 _LINE = 17
@@ -38,10 +38,11 @@ class Drawing:
             f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
         )
 
-    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float) -> None:
+    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float, opacity: float = 1) -> None:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         self._shapes.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-linejoin="round"/>'
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" '
+            f'stroke-opacity="{opacity}" stroke-linejoin="round"/>'
         )
 
     def dot(self, x: float, y: float, colour: str) -> None:
@@ -81,17 +82,21 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def _apart(wanted: list[float]) -> list[float]:
-    """Places for labels near where they belong, top down, none on another."""
+    """Places for labels near where they belong, none on another: who is too near gives way, both sides the same."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     places = list(wanted)
-    for before, after in pairwise(order):
-        places[after] = max(places[after], places[before] + _LINE)
+    for _ in range(200):
+        for before, after in pairwise(order):
+            too_near = _LINE - (places[after] - places[before])
+            if too_near > 0:
+                places[before] -= too_near / 2
+                places[after] += too_near / 2
     return places
 
 
 def lines(title: str, across: str, series: Sequence[Series]) -> str:
     """Durations over sizes, both logarithmic, each line with its name at its end."""
-    left, right, top, bottom, width, height = 70, 200, 40, 50, 760, 420
+    left, right, top, bottom, width, height = 70, 225, 40, 50, 780, 420
     ticks_x = sorted({x for one in series for x in one.values})
     values = [value for one in series for value in one.values.values()]
     ticks_y = _decades(min(values), max(values))
@@ -107,7 +112,7 @@ def lines(title: str, across: str, series: Sequence[Series]) -> str:
 
     for tick in ticks_y:
         y = at(ticks_x[0], tick)[1]
-        drawing.line([(left, y), (width - right, y)], FAINT, 1)
+        drawing.line([(left, y), (width - right, y)], INK, 1, 0.3)
         drawing.text(left - 8, y + 4, duration(tick), anchor="end")
     for tick in ticks_x:
         drawing.text(at(tick, ticks_y[0])[0], height - bottom + 20, short(tick), anchor="middle")

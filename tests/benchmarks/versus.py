@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +134,17 @@ async def sizes(results: Results, directory: str, scale: Scale) -> None:
                     return peer.durable(key, next(VALUES))
 
                 await durable(keys[0])
-                before, calls = peer.written(), 0
+                before, taken = peer.written(), [time.perf_counter()]
                 async with heartbeat() as gaps:
-                    begin = time.perf_counter()
-                    while (seconds := time.perf_counter() - begin) < scale.seconds and calls < 100:
-                        await durable(keys[calls])
-                        calls += 1
-                idle = await stall(asyncio.sleep(seconds))
+                    while taken[-1] - taken[0] < scale.seconds and len(taken) < 100:
+                        await durable(keys[len(taken)])
+                        taken.append(time.perf_counter())
+                idle = await stall(asyncio.sleep(taken[-1] - taken[0]))
                 changed = len(keys[0]) + len(encode(VALUE))
                 return {
-                    "change": seconds / calls,
+                    "change": statistics.median(after - one for one, after in pairwise(taken)),
                     "stall": max(0.0, max(gaps) - idle),
-                    "written": (peer.written() - before) / calls / changed,
+                    "written": (peer.written() - before) / (len(taken) - 1) / changed,
                 }
 
             numbers = await in_turns(peers, min(scale.rounds, 3), work)

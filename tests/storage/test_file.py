@@ -1029,7 +1029,7 @@ async def test_a_commit_before_a_cancelled_checkpoint_survives(tmp_path: Path, d
     commit = asyncio.create_task(session.commit(b"second", view(b"two")))
     await gate.entered()
     checkpoint = asyncio.create_task(session.checkpoint(view(b"one")))
-    await until(lambda: session._commits._work_queue.qsize() == 1)
+    await until(lambda: session._commits._queue.qsize() == 1)
     checkpoint.cancel()
     with pytest.raises(asyncio.CancelledError):
         await checkpoint
