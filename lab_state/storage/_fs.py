@@ -183,14 +183,19 @@ def is_file(path: Path, which: Identity) -> bool:
     return (found.st_dev, found.st_ino) == which
 
 
-def identity(path: Path) -> tuple[int, int, int] | None:
-    """What tells a file from another one that takes its place; `None` when there is none."""
-    with translated("looking up", path):
-        try:
-            found = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return found.st_dev, found.st_ino, found.st_size
+Fingerprint: TypeAlias = tuple[int, int, int, int]
+"""What tells a file from one that takes its place while it is not open: the inode's number alone may come again."""
+
+
+def fingerprint(path: Path) -> Fingerprint | None:
+    """That of a file; `None` when there is none."""
+    try:  # not `translated`: as above
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _storage_error("looking up", path, error) from error
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def make_directory(path: Path) -> None:

@@ -120,7 +120,7 @@ def _open(directory: Path, name: str) -> tuple[_Writer, Recovery]:
 
 
 def _load(paths: _Paths, name: str, lock: fs.Lock) -> tuple[_Writer, Recovery]:
-    identity = fs.identity(paths.snapshot)
+    fingerprint = fs.fingerprint(paths.snapshot)
     snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
     base = NO_BASE if snapshot is None else journal.base_of(len(snapshot), zlib.crc32(snapshot))
     scan = None if data is None else journal.scan(data, name, str(paths.journal))
@@ -130,7 +130,7 @@ def _load(paths: _Paths, name: str, lock: fs.Lock) -> tuple[_Writer, Recovery]:
     if torn and data is not None:
         _keep_torn(paths.journal, data[-torn:])
     writer = _Writer(name, paths, lock)
-    writer.base, writer.snapshot = base, identity
+    writer.base, writer.snapshot = base, fingerprint
     writer.snapshot_bytes = len(snapshot or b"")
     writer.end = size
     writer.need = _Need.FULL if accepted.unclean else _Need.NEW
@@ -176,7 +176,7 @@ class _Writer:
     def __init__(self, name: str, paths: _Paths, lock: fs.Lock) -> None:
         self.paths = paths
         self.base: str = NO_BASE
-        self.snapshot: tuple[int, int, int] | None = None  # the file that the base names
+        self.snapshot: fs.Fingerprint | None = None  # the file that the base names
         self.need: _Need = _Need.NEW
         self.unsynced: bool = False
         self.snapshot_bytes: int = 0
@@ -220,7 +220,7 @@ class _Writer:
         if self.need is _Need.NEW:
             self._create(self.base)
         self._append(Kind.CHECKPOINT, base.encode())
-        snapshot = fs.identity(new)
+        snapshot = fs.fingerprint(new)
         fs.rename(new, self.paths.snapshot)
         try:
             fs.sync_directory(self.paths.snapshot.parent)
@@ -255,7 +255,7 @@ class _Writer:
     def _check_snapshot(self) -> None:
         """Behind a snapshot that is gone, a record would be refused by the next start."""
         relied_on = self.need is not _Need.FULL and not self.starts_full
-        if relied_on and fs.identity(self.paths.snapshot) != self.snapshot:
+        if relied_on and fs.fingerprint(self.paths.snapshot) != self.snapshot:
             _logger.error("%s was deleted or replaced while in use: writing everything anew", self.paths.snapshot)
             self._poison()
 
