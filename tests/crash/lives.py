@@ -18,11 +18,12 @@ from typing import Any
 import application
 import msgspec
 from application import CHANGES, Plan
+from witness import UNMEASURED
 
 HERE = Path(__file__).parent
 SCRIPT = str(HERE / "application.py")
 ENVIRONMENT = {
-    **os.environ,
+    **UNMEASURED,
     "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))),
 }
 HISTORY = application.history()

@@ -23,6 +23,9 @@ WORKER = Path(__file__).with_name("worker.py")
 LONGEST_LIFE = 0.1
 """Seconds from a child's start to its death; for every fourth, from its fork, so that some die before they live."""
 
+UNMEASURED = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+"""The environment of processes that are killed: their coverage is never written, and measuring it costs time."""
+
 
 class Zygote:
     """The process that forks the children, and the pipe that they all write to."""
@@ -72,6 +75,7 @@ def zygote(directory: Path, stderr: int | None = None, script: Path = WORKER) ->
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
+        env=UNMEASURED,
         bufsize=0,
         start_new_session=True,
     )
