@@ -208,7 +208,7 @@ def journal_before_snapshot(patch: Patch) -> None:
         self._create(base, *((Kind.RECORD, record) for record in since))
         _fs.rename(new, self.paths.snapshot)
         _fs.sync_directory(self.paths.snapshot.parent)
-        self.base, self.snapshot_bytes = base, size
+        self.base, self.snapshot, self.snapshot_bytes = base, _fs.fingerprint(self.paths.snapshot), size
 
     patch.setattr(_Writer, "publish", publish)
 
