@@ -89,7 +89,7 @@ async def cancelled_at(call: Coroutine[Any, Any, Any], number: int, *, late: boo
         return waits < number
 
     task = asyncio.create_task(run())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await asyncio.wait({task})
     if task.cancelled():
         return False
@@ -254,7 +254,7 @@ async def running(storage: Any) -> AsyncIterator[Manager]:
 async def contents(storage: Storage) -> dict[str, Any]:
     """What the next manager finds. Who was cancelled while letting go may be gone before the lock is."""
     state = manager(storage)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while state.status().phase == "new":
             with suppress(LockedError):
                 await state.start()
@@ -269,7 +269,7 @@ async def check(state: Manager, storage: Any, allowed: list[dict[str, Any]]) -> 
     assert await state.get_all() in allowed
     assert state._core.held is None
     assert not state._core._lock.locked()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         async with state.transaction() as tx:
             tx.set("later", 1)
         await state.incr("ns/later")
@@ -499,7 +499,7 @@ async def test_a_block_cancelled_wherever_it_waits(place: Place, *, late: bool) 
 
         through = await cancelled_at(block(), number, late=late)
         if stopping := [task for task in asyncio.all_tasks() if task.get_name() == f"lab_state {NAME} stop"]:
-            await asyncio.wait(stopping, timeout=10)
+            await asyncio.wait(stopping, timeout=60)
         found = await contents(storage)
         assert acknowledged.items() <= found.items()
         return through
@@ -543,7 +543,7 @@ async def test_an_opening_in_s3_cancelled_at_every_request() -> None:
 
         storage._open = _open  # type: ignore[method-assign]
         task = asyncio.create_task(storage.open(NAME))
-        await asyncio.wait({task}, timeout=10)
+        await asyncio.wait({task}, timeout=60)
         if not task.cancelled():
             await task.result().aclose()
         assert not _Claim._held
@@ -552,7 +552,7 @@ async def test_an_opening_in_s3_cancelled_at_every_request() -> None:
     assert await at_every_wait(run) > 10
     for thread in threading.enumerate():
         if thread.name.startswith(f"lab_state {NAME}"):
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
     assert await contents(bucket.storage()) == FIRST
 

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", help="files, s3 or cache")
+    parser.add_argument("target", choices=sorted(path.name for path in (HERE / "corpus").iterdir()))
     parser.add_argument("--executions", type=int, default=0, help="stop after so many; 0 for never")
     parser.add_argument("--seconds", type=int, default=0, help="stop after so long; 0 for never")
     parser.add_argument("--new", type=Path, help="where new inputs go; a temporary directory when not given")
@@ -31,6 +31,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, str(HERE))
     if arguments.keep:
+        if arguments.new is None:
+            parser.error("--keep needs --new, the directory with the inputs to choose from")
         keep(arguments.target, arguments.new)
         return
     try:
