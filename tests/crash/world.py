@@ -6,8 +6,8 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -375,21 +375,6 @@ async def abort(manager: Manager) -> None:
     session = flusher.abort()
     await asyncio.wait([task for task in (flusher._task, flusher._checkpointing) if task is not None])
     await session.aclose()
-
-
-def patched(module: Any, name: str, value: Any) -> Any:
-    """For the time of a block."""
-
-    @contextmanager
-    def block() -> Iterator[None]:
-        before = getattr(module, name)
-        setattr(module, name, value)
-        try:
-            yield
-        finally:
-            setattr(module, name, before)
-
-    return block()
 
 
 def encoded(versions: list[Version]) -> bytes:
