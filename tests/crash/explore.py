@@ -39,7 +39,7 @@ class Recording(NamedTuple):
 
 def record(
     workload: Workload,
-    seed: int,
+    seed: int | str,
     faults: Faults | None = None,
     *,
     restart: bool = False,
