@@ -306,6 +306,18 @@ def inherited_journal_appended_to(patch: Patch) -> None:
     patch.setattr(file, "_load", loaded)
 
 
+def inherited_journal_deleted(patch: Patch) -> None:
+    """What was recovered is in memory alone until the new journal is written."""
+    load = file._load
+
+    def loaded(paths: _Paths, name: str, lock: _fs.Lock) -> tuple[_Writer, Recovery]:
+        found = load(paths, name, lock)
+        _fs.discard(paths.journal)
+        return found
+
+    patch.setattr(file, "_load", loaded)
+
+
 def no_full_journal_after_an_unclean_end(patch: Patch) -> None:
     """A start after a crash goes on as after a clean stop."""
     accept = _journal.accept
@@ -351,6 +363,7 @@ BUGS = (
     Bug(torn_tail_taken_for_whole),
     Bug(torn_tail_refused),
     Bug(inherited_journal_appended_to, workloads.steps, failing_syncs, restart=True, first=5),
+    Bug(inherited_journal_deleted, workloads.unclean_ends),
     Bug(no_full_journal_after_an_unclean_end, workloads.unclean_ends),
     Bug(recovered_state_acknowledged_unwritten, workloads.steps, failing_syncs, restart=True, first=6),
 )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from disk import Ack, Disk, Entry, Operation, State, Try
 from recorder import Faults, Recorder, determined, recording
-from recovery import _MEMORY, Recovery, ViolationError
+from recovery import MEMORY, Recovery, ViolationError
 from workloads import Workload, next_life
 from world import Beside, DiedError, Version, World
 
@@ -39,7 +39,7 @@ class Recording(NamedTuple):
 
 def record(
     workload: Workload,
-    seed: int,
+    seed: int | str,
     faults: Faults | None = None,
     *,
     restart: bool = False,
@@ -62,7 +62,7 @@ def record(
         stored: Which of them `state` is.
         now: The clock, in seconds since the first application began.
     """
-    with tempfile.TemporaryDirectory(prefix="lab_state-", dir=_MEMORY if _MEMORY.is_dir() else None) as name:
+    with tempfile.TemporaryDirectory(prefix="lab_state-", dir=MEMORY) as name:
         root = Path(name)
         for path, data in (state or {}).items():
             if data is None:

@@ -339,7 +339,7 @@ class _Seeded:
 
 
 @contextmanager
-def determined(seed: int) -> Iterator[None]:
+def determined(seed: int | str) -> Iterator[None]:
     """The library draws the same salts, names and numbers each time, and repeats what failed at once."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (_fs, _journal, _codec):

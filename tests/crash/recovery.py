@@ -22,7 +22,8 @@ from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state.storage import file
 from lab_state.storage.file import _open
 
-_MEMORY = Path("/dev/shm")
+MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+"""Where files cost least."""
 
 
 class ViolationError(Exception):
@@ -44,7 +45,7 @@ class Recovery:
     def __init__(self, whole_every: int = 25) -> None:
         self.short = self.whole = 0
         self._whole_every = whole_every
-        self._root = Path(tempfile.mkdtemp(prefix="lab_state-", dir=_MEMORY if _MEMORY.is_dir() else None))
+        self._root = Path(tempfile.mkdtemp(prefix="lab_state-", dir=MEMORY))
         self._directory = self._root / DIRECTORY
         self._runner = asyncio.Runner()
         self._patch = pytest.MonkeyPatch()

@@ -138,29 +138,29 @@ def test_a_crash_while_recovering(share: Share, explorer: Explorer, tally: Tally
     """A crash while the library recovers from a crash, or while it recovers from that one, loses nothing either."""
     for seed in itertools.count():
         first = record(share.workload, seed)
-        for position, second in enumerate(recoveries(first, explorer, seed, 64)):
+        for position, second in enumerate(recoveries(first, explorer, f"{seed}", 64)):
             tally.add(explorer.explore(second, 16, seed))
             if position % 4 == 0:
-                for third in recoveries(second, explorer, seed, 2):
+                for third in recoveries(second, explorer, f"{seed} {position}", 2):
                     tally.add(explorer.explore(third, 8, seed))
             if tally.distinct >= share.states:
                 tally.close(share.states)
                 return
 
 
-def recoveries(recording: Recording, explorer: Explorer, seed: int, number: int) -> Iterator[Recording]:
+def recoveries(recording: Recording, explorer: Explorer, seed: str, number: int) -> Iterator[Recording]:
     """What a process does that starts on a state that a crash left, for some of these states.
 
     In every third one a sync fails; in another third the process dies of it, and the next one goes on.
     """
-    result = explorer.explore(recording, 8, seed, keep=number)
+    result = explorer.explore(recording, 8, len(recording.entries), keep=number)
     assert not result.violations, result.violations[0]
     dice = random.Random(seed)
     dice.shuffle(result.good)
     for position, (state, version) in enumerate(result.good):
         yield record(
             workloads.next_life,
-            seed * 1000 + position,
+            f"{seed} {position}",  # no salt comes a second time
             Faults(syncs=frozenset({dice.randrange(1, 16)})) if position % 3 else None,
             restart=position % 3 == 2,
             state=state,
@@ -185,6 +185,7 @@ def test_a_crash_after_a_fault(plans: Plans, *, restart: bool, share: Share, exp
         random.Random(seed).shuffle(every)
         for number, faults in enumerate(every):
             recording = record(share.workload, seed, faults, restart=restart)
+            assert recording.struck
             tally.add(explorer.explore(recording, 32 if THOROUGH else 8, seed + number))
             if tally.distinct >= share.states and not (THOROUGH and seed == 0):
                 break

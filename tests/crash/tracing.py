@@ -52,7 +52,9 @@ def trace(workload: str, seed: int, beside: Beside) -> Recording:
         root.mkdir()
         command = ["strace", "-f", "-xx", "-s", "100000000", "-o", str(log), "-e", f"trace={_TRACED}"]
         script = [sys.executable, __file__, workload, str(seed), beside.name, str(root)]
-        child = subprocess.run([*command, *script], capture_output=True, check=False)
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        child = subprocess.run([*command, *script], env=environment, capture_output=True, check=False)
         if child.returncode != 0:
             raise RuntimeError(child.stderr.decode())
         calls = _Calls(root)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from world import World, patched
+import pytest
+from world import World
 
 from lab_state.storage import file
 
@@ -103,7 +104,8 @@ async def checkpoints_beside_commits(world: World) -> None:
 
 async def checkpoints_that_are_due(world: World) -> None:
     """The journal outgrows the snapshot again and again."""
-    with patched(file, "_MIN_CHECKPOINT_BYTES", 400):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file, "_MIN_CHECKPOINT_BYTES", 400)
         await world.start()
         for number in range(10):
             await world.set(f"key-{number % 4}")

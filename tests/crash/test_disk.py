@@ -1,0 +1,123 @@
+"""What the model of a disk lets a crash leave, and what not."""
+
+from __future__ import annotations
+
+import random
+
+from disk import CHUNK, Create, Disk, Operation, Rename, State, Sync, SyncDirectory, Truncate, Unlink, Write
+
+DIRECTORY: State = {"d": None}
+
+
+def left(*operations: Operation, start: State = DIRECTORY, limit: int = 10_000) -> list[State]:
+    """Every distinct state that a crash may leave behind these operations, without the directory."""
+    disk = Disk(start)
+    for operation in operations:
+        disk.apply(operation)
+    found: list[State] = []
+    for state in disk.states(limit, random.Random(1)):
+        files: State = {path: data for path, data in state.items() if data is not None}
+        if files not in found:
+            found.append(files)
+    return found
+
+
+def contents(*operations: Operation, start: State) -> set[bytes | None]:
+    return {state.get("d/f") for state in left(*operations, start=start)}
+
+
+def test_an_unsynced_write() -> None:
+    """It is kept, lost, torn in half, zeroed, or shows what the blocks had before."""
+    start = {"d": None, "d/f": b"old"}
+    assert contents(Write(1, 3, b"more"), start=start) == {
+        b"oldmore",
+        b"old",
+        b"oldmo",
+        b"old\0\0\0\0",
+        b"oldyyyy",
+    }
+    assert contents(Write(1, 0, b"NEW"), start=start) == {b"NEW", b"old", b"Nld", b"\0\0\0", b"yyy"}
+
+
+def test_chunks_are_independent() -> None:
+    """The second chunk may be there without the first one: 5 outcomes each."""
+    data = b"a" * CHUNK + b"b" * 10
+    start = {"d": None, "d/f": b""}
+    found = contents(Write(1, 0, data), start=start)
+    assert data in found
+    assert bytes(CHUNK) + b"b" * 10 in found
+    assert b"a" * CHUNK + bytes(10) in found
+    assert len(found) == 5 * 5 - 4  # below a second chunk, a lost one is a zeroed one
+
+
+def test_a_sync_makes_sure() -> None:
+    """Behind it there is one state; what is written later is in doubt again."""
+    start = {"d": None, "d/f": b""}
+    assert contents(Write(1, 0, b"abcd"), Sync(1, ok=True), start=start) == {b"abcd"}
+    assert b"abcd" in contents(Write(1, 0, b"abcd"), Sync(1, ok=True), Write(1, 4, b"e"), start=start)
+    assert b"" not in contents(Write(1, 0, b"abcd"), Sync(1, ok=True), Write(1, 4, b"e"), start=start)
+
+
+def test_a_failed_sync_dooms() -> None:
+    """What was pending then may never come, whatever later syncs say; what is written later is forced by them."""
+    found = contents(
+        Write(1, 0, b"abcd"), Sync(1, ok=False), Sync(1, ok=True), Write(1, 4, b"e"), Sync(1, ok=True),
+        start={"d": None, "d/f": b""},
+    )  # fmt: skip
+    assert found == {b"abcde", b"\0\0\0\0e", b"ab\0\0e", b"yyyye"}
+
+
+def test_a_truncation() -> None:
+    """It is kept or lost, and a sync forces it."""
+    start = {"d": None, "d/f": b"abcd"}
+    assert contents(Truncate(1, 1), start=start) == {b"a", b"abcd"}
+    assert contents(Truncate(1, 1), Sync(1, ok=True), start=start) == {b"a"}
+
+
+def test_a_sync_of_a_file_does_not_force_its_name() -> None:
+    """That of its directory does."""
+    made = (Create("d/f", 1), Write(1, 0, b"x"), Sync(1, ok=True))
+    assert left(*made) == [{"d/f": b"x"}, {}]
+    assert left(*made, SyncDirectory("d", ok=True)) == [{"d/f": b"x"}]
+    assert left(*made, SyncDirectory(".", ok=True)) == [{"d/f": b"x"}, {}]
+    assert left(*made, SyncDirectory("d", ok=False), SyncDirectory("d", ok=True)) == [{"d/f": b"x"}, {}]
+
+
+def test_a_rename_is_atomic() -> None:
+    """There is the old file or the new one, and with the old one the new one under its first name, or not."""
+    start = {"d": None, "d/f": b"old"}
+    replaced = (Create("d/t", 2), Write(2, 0, b"new"), Sync(2, ok=True), Rename("d/t", "d/f", 2))
+    found = left(*replaced, start=start)
+    assert {"d/f": b"new"} in found
+    assert {"d/f": b"old"} in found
+    assert {"d/f": b"old", "d/t": b"new"} in found
+    assert len(found) == 3
+    assert left(*replaced, SyncDirectory("d", ok=True), start=start) == [{"d/f": b"new"}]
+
+
+def test_a_removed_name_may_stay() -> None:
+    """Until its directory is synced."""
+    start = {"d": None, "d/f": b"x"}
+    assert left(Unlink("d/f"), start=start) == [{}, {"d/f": b"x"}]
+    assert left(Unlink("d/f"), SyncDirectory("d", ok=True), start=start) == [{}]
+
+
+def test_a_lost_directory_takes_all_with_it() -> None:
+    """A file whose name is synced is lost with a directory whose name is not."""
+    made = (
+        Create("d", 0, is_directory=True), Create("d/f", 1), Write(1, 0, b"x"), Sync(1, ok=True),
+        SyncDirectory("d", ok=True),
+    )  # fmt: skip
+    assert left(*made, start={}) == [{"d/f": b"x"}, {}]
+    assert left(*made, SyncDirectory(".", ok=True), start={}) == [{"d/f": b"x"}]
+
+
+def test_where_there_are_too_many_states() -> None:
+    """A choice of about as many as are asked for, all kept and all lost among them, the same for the same seed."""
+    data = bytes(range(256)) * 16
+    start = {"d": None, "d/f": b""}
+    found = left(Write(1, 0, data), start=start, limit=100)
+    assert 50 < len(found) <= 100
+    assert {"d/f": data} in found
+    assert {"d/f": b""} in found
+    assert found == left(Write(1, 0, data), start=start, limit=100)
