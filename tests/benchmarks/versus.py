@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import statistics
 import subprocess
 import sys
@@ -53,7 +54,8 @@ async def in_turns(peers: list[Peer], rounds: int, work: Callable[[Peer], Awaita
     for _ in range(rounds):
         for peer in peers:
             gc.collect()
-            gc.freeze()  # what one has in memory is not to be blamed on another
+            gc.freeze()  # what one has in memory is not to be blamed on another,
+            await asyncio.to_thread(os.sync)  # nor what it has left to the disk
             found.setdefault(peer.name, []).append(await work(peer))
     return {
         name: {number: statistics.median(one[number] for one in all_) for number in all_[0]}
