@@ -12,6 +12,7 @@ platter: `F_FULLFSYNC` does. Windows has no `fcntl`: importing works, opening do
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import itertools
@@ -33,6 +34,9 @@ from lab_state.exceptions import FencedError, LockedError, StorageError, Unavail
 
 if sys.platform != "win32":  # pragma: no branch -- never run there
     import fcntl
+
+_SYNCED_AT_ONCE = 1024 * 1024
+"""Of a large new file. A journal's sync has to wait for what the file system has taken in of it by then."""
 
 _TO_BE_FIXED = {
     errno.EACCES: "give this user the permission",
@@ -295,10 +299,15 @@ class NewFile:
             # The descriptor stays ours: a file object of aiofiles' own would leak when its opening is cancelled,
             # and its context manager closes it in the event loop's own threads, whatever the executor.
             file = await aiofiles.open(self._fd, "wb", buffering=0, closefd=False, executor=executor)
+            unsynced = 0
             async for part in slices:
                 rest = memoryview(part)
                 while rest:
                     rest = rest[await file.write(rest) :]
+                unsynced += len(part)
+                if unsynced >= _SYNCED_AT_ONCE:
+                    await asyncio.wrap_future(executor.submit(_sync_data, self._fd))
+                    unsynced = 0
 
     def finish(self) -> None:
         """Sync and close."""

@@ -30,13 +30,14 @@ class Hop:
     async def __call__(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self.thread, self.append)
 
-    async def median(self, times: int) -> float:
+    async def taken(self, times: int) -> tuple[float, float]:
+        """Its median, and its own 99th percentile: what the disk alone makes of it."""
         taken = []
         for _ in range(times):
             begin = time.perf_counter()
             await self()
             taken.append(time.perf_counter() - begin)
-        return statistics.median(taken)
+        return statistics.median(taken), percentile(taken, 99)
 
     def close(self) -> None:
         os.close(self.file)
@@ -78,11 +79,18 @@ async def hundred(results: Results, state: Manager, hop: Hop, rounds: int) -> No
     """A hundred tasks, each waiting for its own writes; hops before, since a disk drifts."""
     found = []
     for _ in range(rounds):
-        bare = await hop.median(200)
+        bare, worst = await hop.taken(200)
         rate, taken = await together(lambda key: state.set(key, next(VALUES)), 100, 0.5)
-        found.append((percentile(taken, 99) / bare, percentile(taken, 50) / bare, bare, rate))
-    tail, middle, bare, rate = (statistics.median(one) for one in zip(*found, strict=True))
-    add_tail(results, "p99 of a durable write among 100 tasks / median of a bare hop", tail, middle, bare)
+        found.append((percentile(taken, 99) / bare, percentile(taken, 50) / bare, bare, worst, rate))
+    tail, middle, bare, worst, rate = (statistics.median(one) for one in zip(*found, strict=True))
+    add_tail(
+        results,
+        "p99 of a durable write among 100 tasks / median of a bare hop",
+        tail=tail,
+        middle=middle,
+        bare=bare,
+        worst=worst,
+    )
     results.add("durable writes a second, 100 tasks", f"{rate:,.0f}", "", met=True)
 
 
@@ -90,22 +98,22 @@ async def during_checkpoints(results: Results, state: Manager, hop: Hop, rounds:
     """The same while checkpoints follow each other."""
     found = []
     for _ in range(rounds):
-        bare = await hop.median(200)
+        bare, worst = await hop.taken(200)
         checkpoint = asyncio.create_task(state._core.running._checkpoint(wait=True))
         taken: list[float] = []
         while not checkpoint.done():
             _, more = await together(lambda key: state.set(key, next(VALUES)), 100, 0.2)
             taken += more
         await checkpoint
-        found.append((percentile(taken, 99) / bare, percentile(taken, 50) / bare, bare))
-    tail, middle, bare = (statistics.median(one) for one in zip(*found, strict=True))
-    add_tail(results, f"... during a checkpoint of {count:,} keys", tail, middle, bare)
+        found.append((percentile(taken, 99) / bare, percentile(taken, 50) / bare, bare, worst))
+    tail, middle, bare, worst = (statistics.median(one) for one in zip(*found, strict=True))
+    add_tail(results, f"... during a checkpoint of {count:,} keys", tail=tail, middle=middle, bare=bare, worst=worst)
 
 
-def add_tail(results: Results, work: str, tail: float, middle: float, bare: float) -> None:
+def add_tail(results: Results, work: str, *, tail: float, middle: float, bare: float, worst: float) -> None:
     results.add(
         work,
-        f"{tail:.1f} ({tail * bare * 1e3:.1f} ms; median {middle * bare * 1e3:.1f}, hop {bare * 1e3:.2f})",
+        f"{tail:.1f} ({tail * bare * 1e3:.1f} ms; median {middle * bare * 1e3:.1f}; hop {bare * 1e3:.2f}, its p99 {worst * 1e3:.1f})",
         "<= 6",
         met=tail <= 6,
     )

@@ -77,6 +77,17 @@ async def each(call: Call, keys: list[str], seconds: float) -> float:
     return passed / count
 
 
+async def one_by_one(call: Call, keys: list[str], seconds: float) -> list[float]:
+    """How long each call took, for about so many seconds or up to 100; the loop runs between two, as it would."""
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(taken) < 100 and (begin := time.perf_counter()) < end:
+        await call(keys[len(taken)])
+        taken.append(time.perf_counter() - begin)
+        await asyncio.sleep(0)  # what never waits would hold it up for all of them, not for one
+    return taken
+
+
 async def together(call: Call, tasks: int, seconds: float) -> tuple[float, list[float]]:
     """So many tasks, each calling again and again: calls a second, and how long each took."""
     taken: list[float] = []

@@ -32,7 +32,12 @@ def beside(seconds: float, ours: float) -> str:
 
 
 def _times(ratio: float) -> str:
-    return f"{float(f'{ratio:.2g}'):,g} x"
+    return f"{figures(ratio)} x"
+
+
+def figures(number: float) -> str:
+    """The two that mean something."""
+    return f"{float(f'{number:.2g}'):,g}" if number < 1000 else f"{_round(number):,}"
 
 
 def checks(run: Numbers) -> str:
@@ -74,7 +79,7 @@ def writes(run: Numbers) -> str:
             beside(one["one"], base[OURS]["one"]),
             f"{one['hundred']:,.0f}",
             duration(one["p99"]),
-            duration(one["stall"]),
+            stood(one["stall"]),
             duration(loops["uvloop"][name]["one"]),
             f"{loops['uvloop'][name]['hundred']:,.0f}",
         )
@@ -108,7 +113,16 @@ def _alone(found: Mapping[str, Numbers], name: str, number: str) -> str:
 
 
 def _factor(found: Mapping[str, Numbers], name: str, number: str) -> str:
-    return f"{float(f'{found[name][number]:.2g}'):,g}"
+    return figures(found[name][number])
+
+
+def _gap(found: Mapping[str, Numbers], name: str, number: str) -> str:
+    return stood(found[name][number])
+
+
+def stood(seconds: float) -> str:
+    """Below a tenth of a millisecond the heartbeat cannot tell."""
+    return duration(seconds) if seconds > 1e-4 else "< 0.1 ms"
 
 
 def footprint(run: Numbers) -> str:
@@ -143,7 +157,7 @@ TABLES = {
     "operations": operations,
     "writes": writes,
     "sizes": sizes("change", _beside),
-    "stalls": sizes("stall", _alone),
+    "stalls": sizes("stall", _gap),
     "written": sizes("written", _factor),
     "starts": sizes("start", _alone),
     "footprint": footprint,
@@ -194,7 +208,7 @@ def plots(run: Numbers) -> dict[str, str]:
         found["stall"] = svg.bars(
             f"How long the event loop stands still, one durable change in {short(int(biggest))} keys",
             "Logarithmic. Less is better. Longest gap of a 0.5 ms heartbeat, less that of an idle loop.",
-            [(named(run, name), colour(name), *_stall(value)) for value, name in stalls],
+            [(named(run, name), colour(name), max(value, 1e-4), stood(value)) for value, name in stalls],
             logarithmic=True,
         )
     if "writes" in run["numbers"]:
@@ -209,11 +223,6 @@ def plots(run: Numbers) -> dict[str, str]:
     return found
 
 
-def _stall(seconds: float) -> tuple[float, str]:
-    """Below a tenth of a millisecond the heartbeat cannot tell."""
-    return (seconds, duration(seconds)) if seconds > 1e-4 else (1e-4, "< 0.1 ms")
-
-
 def _round(number: float) -> int:
     """Two digits that mean something."""
     return int(round(number, 1 - math.floor(math.log10(number))))
@@ -226,7 +235,7 @@ def draw(run: Numbers) -> None:
         place = re.search(_BLOCK.format(name=name), page, re.DOTALL)
         if place is None:
             raise SystemExit(f"{PAGE} has no place for the table {name!r}: <!-- bench: {name} --> ... <!-- end -->")
-        page = page[: place.end(1)] + text + page[place.start(2) :]
+        page = f"{page[: place.end(1)]}\n{text}\n{page[place.start(2) :]}"
     PAGE.write_text(page)
     IMAGES.mkdir(exist_ok=True)
     for name, picture in plots(run).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import statistics
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from measure import (
     KEYS,
     VALUE,
     VALUES,
+    Call,
     Numbers,
     Results,
     Scale,
@@ -27,6 +28,7 @@ from measure import (
     encode,
     heartbeat,
     key_of,
+    one_by_one,
     percentile,
     process,
     stall,
@@ -53,7 +55,8 @@ async def in_turns(peers: list[Peer], rounds: int, work: Callable[[Peer], Awaita
     for _ in range(rounds):
         for peer in peers:
             gc.collect()
-            gc.freeze()  # what one has in memory is not to be blamed on another
+            gc.freeze()  # what one has in memory is not to be blamed on another,
+            await asyncio.to_thread(os.sync)  # nor what it has left to the disk
             found.setdefault(peer.name, []).append(await work(peer))
     return {
         name: {number: statistics.median(one[number] for one in all_) for number in all_[0]}
@@ -81,6 +84,12 @@ async def operations(results: Results, directory: str, loop: str, scale: Scale) 
         results.put(**{loop: await in_turns(peers, scale.rounds, work)})
 
 
+async def longest_stall(call: Call, keys: list[str], scale: Scale) -> float:
+    """The longest gap of the heartbeat while one call follows the other, less an idle loop's."""
+    idle = await stall(asyncio.sleep(scale.seconds))
+    return max(0.0, await stall(one_by_one(call, keys, scale.seconds)) - idle)
+
+
 async def writes(results: Results, directory: str, loop: str, scale: Scale) -> None:
     """One change made durable: by one task, by 100 tasks, and what the event loop felt of it."""
     kinds = [peer for peer in PEERS if peer.survives != NOTHING]
@@ -90,13 +99,12 @@ async def writes(results: Results, directory: str, loop: str, scale: Scale) -> N
             return peer.durable(key, next(VALUES))
 
         await each(durable, KEYS, scale.seconds / 4)
-        idle = await stall(asyncio.sleep(scale.seconds))
-        async with heartbeat() as gaps:
-            one = await each(durable, KEYS, scale.seconds)
+        one = await each(durable, KEYS, scale.seconds)
+        longest = await longest_stall(durable, KEYS, scale)
         rate, taken = await together(durable, 100, scale.seconds)
         return {
             "one": one,
-            "stall": max(0.0, max(gaps) - idle),
+            "stall": longest,
             "hundred": rate,
             "p50": percentile(taken, 50),
             "p99": percentile(taken, 99),
@@ -134,17 +142,15 @@ async def sizes(results: Results, directory: str, scale: Scale) -> None:
                     return peer.durable(key, next(VALUES))
 
                 await durable(keys[0])
-                before, taken = peer.written(), [time.perf_counter()]
+                before = peer.written()
                 async with heartbeat() as gaps:
-                    while taken[-1] - taken[0] < scale.seconds and len(taken) < 100:
-                        await durable(keys[len(taken)])
-                        taken.append(time.perf_counter())
-                idle = await stall(asyncio.sleep(taken[-1] - taken[0]))
+                    taken = await one_by_one(durable, keys, scale.seconds)
+                idle = await stall(asyncio.sleep(sum(taken)))
                 changed = len(keys[0]) + len(encode(VALUE))
                 return {
-                    "change": statistics.median(after - one for one, after in pairwise(taken)),
+                    "change": statistics.median(taken),
                     "stall": max(0.0, max(gaps) - idle),
-                    "written": (peer.written() - before) / (len(taken) - 1) / changed,
+                    "written": (peer.written() - before) / len(taken) / changed,
                 }
 
             numbers = await in_turns(peers, min(scale.rounds, 3), work)

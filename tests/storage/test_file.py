@@ -890,7 +890,9 @@ async def test_a_failed_rename_of_a_snapshot_leaves_the_journal_in_use(tmp_path:
     await state.stop()
 
 
-@pytest.mark.parametrize(("function", "name"), [("open", "lab.json.tmp"), ("fsync", "lab.json.tmp")])
+@pytest.mark.parametrize(
+    ("function", "name"), [("open", "lab.json.tmp"), ("fdatasync", "lab.json.tmp"), ("fsync", "lab.json.tmp")]
+)
 async def test_a_failing_checkpoint_leaves_commits_working(
     tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture, function: str, name: str
 ) -> None:
@@ -946,6 +948,20 @@ async def test_a_commit_beside_the_repair_of_a_poisoned_journal_survives(tmp_pat
 
 
 # Checkpoints
+
+
+async def test_a_large_snapshot_is_synced_as_it_grows(tmp_path: Path, disk: Disk) -> None:
+    """A mebibyte at a time, so that no commit beside it waits for the sync of all of it."""
+
+    async def slices() -> AsyncIterator[bytes]:
+        for _ in range(10):
+            yield b"x" * (MIB // 4)
+
+    session = await FileStorage(tmp_path).open("lab")
+    await session.checkpoint(slices)
+    await session.aclose()
+    syncs = [call.function for call in disk.calls if "lab.json" in call.path and "sync" in call.function]
+    assert syncs == ["fdatasync", "fdatasync", "fsync"]
 
 
 async def test_a_checkpoint_is_due_after_a_mebibyte(tmp_path: Path) -> None:
