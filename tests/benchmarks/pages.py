@@ -201,9 +201,8 @@ def plots(run: Numbers) -> dict[str, str]:
             )
             for name in sorted(by_size[biggest], key=lambda name: -by_size[biggest][name]["change"])
         ]
-        found["change"] = svg.lines(
-            "One durable change in a state of so many keys", f"keys in the state; {MARK}", series
-        )
+        across = f"keys in the state; {MARK}" if any("*" in one.name for one in series) else "keys in the state"
+        found["change"] = svg.lines("One durable change in a state of so many keys", across, series)
         stalls = sorted(((one["stall"], name) for name, one in by_size[biggest].items()))
         found["stall"] = svg.bars(
             f"How long the event loop stands still, one durable change in {short(int(biggest))} keys",

@@ -13,8 +13,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -30,56 +29,13 @@ from key_value.aio.stores.disk import DiskStore
 from key_value.aio.stores.memory import MemoryStore
 from litestar.stores.file import FileStore
 from measure import encode, resident, written
+from peer import KILL, NOTHING, POWER, Peer, Values
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from lab_state import Config, FileStorage, Manager
 
-Values = dict[str, Any]
 decode = msgspec.json.decode
-
-POWER, KILL, NOTHING = "power cut", "SIGKILL", "nothing"
-
-
-class Peer(ABC):
-    """One of them, in a directory of its own."""
-
-    name: ClassVar[str]
-    survives: ClassVar[str]
-    setup: ClassVar[str]
-    module: ClassVar[str]
-    most: ClassVar[int] = 10_000_000
-    """So many keys are filled in at the most: more would take minutes."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / type(self).__name__
-        self.path.mkdir()
-
-    @abstractmethod
-    async def open(self) -> None: ...
-
-    @abstractmethod
-    async def close(self) -> None: ...
-
-    async def fill(self, values: Values) -> None:
-        for key, value in values.items():
-            await self.set(key, value)
-
-    @abstractmethod
-    async def get(self, key: str) -> Any: ...
-
-    @abstractmethod
-    async def set(self, key: str, value: Any) -> None: ...
-
-    async def durable(self, key: str, value: Any) -> None:
-        await self.set(key, value)
-
-    def written(self) -> int:
-        """Bytes that it made the kernel write to disks, so far."""
-        return written()
-
-    def resident(self) -> int:
-        return resident()
 
 
 class LabState(Peer):
@@ -438,8 +394,3 @@ PEERS: tuple[type[Peer], ...] = (
     KeyValueMemory,
     LitestarFile,
 )
-
-
-def all_peers(directory: Path) -> Iterator[Peer]:
-    for peer in PEERS:
-        yield peer(directory)

@@ -34,7 +34,8 @@ from measure import (
     stall,
     together,
 )
-from peers import NOTHING, PEERS, LabState, Peer
+from peer import NOTHING, Peer
+from peers import PEERS, LabState
 
 
 @asynccontextmanager
