@@ -224,12 +224,6 @@ def make_directory(path: Path) -> None:
                     raise
 
 
-def is_missing(path: Path) -> bool:
-    """Whether there is no such file."""
-    with translated("looking up", path):
-        return not path.exists()
-
-
 def sync_parents(path: Path) -> None:
     """Make the name of a directory durable, and those of the directories above it.
 

@@ -103,8 +103,6 @@ def _open(directory: Path, name: str) -> tuple[_Writer, Recovery]:
     directory = directory.absolute()
     paths = _Paths.of(directory, name)
     fs.make_directory(directory)
-    if fs.is_missing(paths.journal):  # whoever made it did this before
-        fs.sync_parents(directory)
     lock = fs.Lock(paths.lock)
     try:
         loaded = _load(paths, name, lock)
@@ -122,6 +120,8 @@ def _open(directory: Path, name: str) -> tuple[_Writer, Recovery]:
 def _load(paths: _Paths, name: str, lock: fs.Lock) -> tuple[_Writer, Recovery]:
     fingerprint = fs.fingerprint(paths.snapshot)
     snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
+    if data is None:  # whoever made one did this before
+        fs.sync_parents(paths.journal.parent)
     base = NO_BASE if snapshot is None else journal.base_of(len(snapshot), zlib.crc32(snapshot))
     scan = None if data is None else journal.scan(data, name, str(paths.journal))
     size = len(data or b"")

@@ -27,6 +27,7 @@ class Recording(NamedTuple):
         now: The clock of the application at the end, in seconds since it began.
         struck: How many entries there were when the first fault struck; 0 without one.
         counts: How many calls, syncs and writes there were.
+        about: How to record it again.
     """
 
     start: State
@@ -35,6 +36,7 @@ class Recording(NamedTuple):
     now: int = 0
     struck: int = 0
     counts: tuple[int, int, int] = (0, 0, 0)
+    about: str = ""
 
 
 def record(
@@ -80,6 +82,7 @@ def record(
         int(world.clock.monotonic()),
         recorder.struck or 0,
         (recorder.calls, recorder.syncs, recorder.writes),
+        f"{workload.__name__}, seed {seed}, {faults}, restart={restart}",
     )
 
 
@@ -184,7 +187,8 @@ class _Exploration:
                 continue
             else:
                 problem = f"version {found} was found, but {acked} was promised and {tried} tried"
-            result.violations.append(f"crash behind {where[:200]}: {problem}; the disk: {_shown(state)}")
+            about = f"{self._recording.about}: crash behind {where[:200]}"
+            result.violations.append(f"{about}: {problem}; the disk: {_shown(state)}")
 
     def _recover(self, state: State, key: bytes) -> int | str:
         if key not in self._seen:

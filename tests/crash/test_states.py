@@ -26,6 +26,8 @@ STATES = int(os.environ.get("LAB_STATE_CRASH_STATES", "10000"))
 THOROUGH = STATES >= 100_000
 """Whether there is time for every plan, not only for as many as make the states."""
 
+pytestmark = pytest.mark.timeout(3600 if THOROUGH else 120)
+
 
 class Share(NamedTuple):
     """One exploration, and its share of the states, in thousandths."""
