@@ -12,7 +12,6 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import urlsplit
 
 from lab_state._clock import SystemClock
 from lab_state.exceptions import LockedError, UnsupportedError
@@ -183,6 +182,8 @@ def _checked_prefix(prefix: str) -> str:
 
 
 def _checked_endpoint(url: str) -> str:
+    from urllib.parse import urlsplit  # noqa: PLC0415 -- a fiftieth of `import lab_state`, for few
+
     wanted = "endpoint_url must be like 'https://s3.example:9000'"
     try:
         parts = urlsplit(url)
