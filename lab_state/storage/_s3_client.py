@@ -148,7 +148,8 @@ async def connect(
     loop = asyncio.get_running_loop()
     new = await loop.run_in_executor(thread, _new_session) if session is None else session
     context = new.create_client("s3", region_name=region_name, endpoint_url=endpoint_url, config=settings)
-    made = await loop.run_in_executor(thread, asyncio.run, context.__aenter__())
+    # The coroutine is made there, too: cancelled before the thread's turn, there is none.
+    made = await loop.run_in_executor(thread, lambda: asyncio.run(context.__aenter__()))
     made.meta.events.register("before-call.s3.PutObject", _expect_nothing)
     return cast("Client", made)
 
