@@ -143,15 +143,25 @@ async def connect(
     custom = endpoint_url is not None or not _ENDPOINT_VARIABLES.isdisjoint(os.environ)
     settings = client_config(config, thread, custom_endpoint=custom)
 
-    # In a thread, with a loop of its own: botocore reads a dozen files. The client meets
-    # the event loop that it is used on with its first request.
     loop = asyncio.get_running_loop()
     new = await loop.run_in_executor(thread, _new_session) if session is None else session
-    context = new.create_client("s3", region_name=region_name, endpoint_url=endpoint_url, config=settings)
-    # The coroutine is made there, too: cancelled before the thread's turn, there is none.
-    made = await loop.run_in_executor(thread, lambda: asyncio.run(context.__aenter__()))
+    made = await loop.run_in_executor(thread, _made, new, region_name, endpoint_url, settings)
     made.meta.events.register("before-call.s3.PutObject", _expect_nothing)
     return cast("Client", made)
+
+
+def _made(session: Any, region_name: str | None, endpoint_url: str | None, settings: Any) -> Any:
+    """Blocking: botocore reads a dozen files.
+
+    On a loop of its own, which ends; the client meets the event loop that it is used on
+    with its first request.
+    """
+
+    async def make() -> Any:
+        context = session.create_client("s3", region_name=region_name, endpoint_url=endpoint_url, config=settings)
+        return await context.__aenter__()
+
+    return asyncio.run(make())
 
 
 def _expect_nothing(params: dict[str, Any], **_: object) -> None:
