@@ -3,7 +3,7 @@
 A zygote like `worker.py`'s, with other lines. Nothing that a task wrote in an earlier
 life is in its way: keys name the life and the task.
 
-    AT <revision> <everything, JSON>    it has started, and this is what it found
+    AT <revision>                       it has started; what it found is in the file `found`, as JSON
     TRY <task> <call>                   the task begins
     ACK <task> <call> <revision>        its call returned
     GONE <task> <call>                  it was cancelled before its call returned
@@ -17,6 +17,7 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -24,6 +25,7 @@ from lab_state import Config, FileStorage, Manager
 from lab_state.storage import file as file_storage
 
 NAME = "storm"
+FOUND = "found"
 TASKS = 200
 CALLS = ("set", "incr", "transaction", "update", "flush", "wait")
 _MIN_CHECKPOINT_BYTES = 20_000
@@ -104,7 +106,9 @@ async def live(directory: str, cycle: int, dice: random.Random) -> None:
     file_storage._MIN_CHECKPOINT_BYTES = _MIN_CHECKPOINT_BYTES
     state = Manager(Config(name=NAME, flush_interval=0), FileStorage(directory))
     await state.start()
-    say(f"AT {state.revision} {msgspec.json.encode(await state.get_all()).decode()}")
+    everything = msgspec.json.encode(await state.get_all())
+    Path(directory, FOUND).write_bytes(everything)  # a line of that length would be torn by a kill
+    say(f"AT {state.revision}")
     await Storm(state, cycle, dice).blow()
 
 

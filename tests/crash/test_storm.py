@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from lives import in_memory
+from storm import FOUND
 from witness import zygote
 
 from lab_state import FileStorage, Manager
@@ -26,7 +27,9 @@ CYCLES = int(os.environ.get("LAB_STATE_STORM_CYCLES", "30"))
 class Ledger:
     """What the tasks said, and what that means for what the next process finds."""
 
-    def __init__(self) -> None:
+    def __init__(self, found: Path) -> None:
+        """`found`: where a process puts what its start found."""
+        self._found = found
         self.told: Counter[str] = Counter()
         self._revision = 0
         self._kept: dict[str, str] = {}
@@ -37,7 +40,7 @@ class Ledger:
         self.told[word] += 1
         assert word != "LOST", rest
         if word == "AT":
-            self.check(int(rest[0]), json.loads(" ".join(rest[1:])))
+            self.check(int(rest[0]), json.loads(self._found.read_bytes()))
         elif word == "TRY":
             self._tried.add(rest[0])
             self._counts[1] += rest[1] == "incr"
@@ -78,8 +81,9 @@ async def left(directory: Path) -> tuple[int, dict[str, Any]]:
 @pytest.mark.timeout(60 + 5 * CYCLES)
 def test_a_storm_of_cancellations(tmp_path: Path) -> None:
     """Every change whose call returned is there after the kill, transactions are whole, and no revision goes back."""
-    dice, ledger = random.Random(20_250_303), Ledger()
+    dice = random.Random(20_250_303)
     with in_memory(tmp_path) as directory, zygote(directory, script=STORM) as children:
+        ledger = Ledger(directory / FOUND)
         for cycle in range(1, CYCLES + 1):
             for word, *rest in children.live(cycle, dice, LONGEST_LIFE):
                 if word == "END":
