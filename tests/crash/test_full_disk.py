@@ -50,7 +50,9 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path, *, patient: bool) -> None:
             errors["checkpoint"] += len(life.of("checkpoint failed"))
             shutil.rmtree(directory / "state")
     sys.stdout.write(f"{len(LIMITS)} limits: {dict(errors)}\n")
-    assert min(errors["change" if patient else "flush"], errors["checkpoint"]) > 0
+    assert errors["change" if patient else "flush"] > 0
+    if RUNS >= ALL:  # a few limits strike few checkpoints, or none
+        assert errors["checkpoint"] > 0
 
 
 @contextmanager
