@@ -7,6 +7,7 @@ from __future__ import annotations
 import __future__
 
 import contextlib
+import gc
 import inspect
 import logging
 import os
@@ -30,10 +31,16 @@ SCENARIOS = int(os.environ.get("LAB_STATE_TEST_S3_SCENARIOS", ORDINARY))
 BLOCK = 20
 
 
+# What a writer that died was spooling is found by the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:Unclosed file <tempfile.SpooledTemporaryFile:ResourceWarning")
+
+
 @pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     s3_scenarios.session_of_all()  # made outside the event loop, for it reads files
     caplog.set_level(logging.CRITICAL, "lab_state")
+    yield
+    gc.collect()
 
 
 @pytest.mark.timeout(600)
