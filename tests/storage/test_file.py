@@ -1833,3 +1833,13 @@ def test_a_lock_is_released_once(tmp_path: Path) -> None:
     with (tmp_path / "other").open("w") as other:
         lock.release()
         other.write("still open")
+
+
+def test_a_file_that_cannot_be_looked_up_is_not_one_that_is_gone() -> None:
+    """What keeps a lookup from being answered is told; only "no such file" means that there is none."""
+    longer = Path("x" * 300)
+    for look_up in (_fs.fingerprint, lambda path: _fs.is_file(path, _fs.NO_FILE)):
+        with pytest.raises(UnsupportedError, match=r"looking up x+ failed: File name too long; the path is too long"):
+            look_up(longer)
+    assert _fs.fingerprint(Path("nowhere/at/all")) is None
+    assert not _fs.is_file(Path("nowhere/at/all"), _fs.NO_FILE)
