@@ -38,8 +38,13 @@ BEAT_SECONDS = 2.0
 """How often an idle writer looks after its copy, and says that it lives."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-_REST_SECONDS = 0.002
-"""Between two steps: a writer that flushes all the time has the loop to itself meanwhile, and more is coalesced."""
+_REST_SECONDS = 0.006
+"""After a step: a writer that flushes has the loop to itself meanwhile, and more is coalesced."""
+
+_LONG_REST_SECONDS = 0.02
+"""After a step that held more than `_MANY` commits: that writer flushes all the time."""
+
+_MANY = 5
 
 _MERGED_AT_ONCE = 1000
 _KEPT_SECONDS = 10.0
@@ -81,6 +86,7 @@ class Mirror:
         """Bring the state of this flusher."""
         self._flusher = flusher
         self._arm()
+        self._commits = 0  # since the last step was begun
         self._wake.set()
         self._task = asyncio.create_task(self._run(), name=f"lab_state {self._name} mirror")
 
@@ -88,6 +94,7 @@ class Mirror:
         """These changes are durable."""
         if taken.end > taken.start:
             self._pending.add(taken)
+            self._commits += 1
             self._wake.set()
 
     async def stop(self) -> None:
@@ -171,6 +178,7 @@ class Mirror:
 
     async def _step(self, session: CacheSession, start: int) -> None:
         taken = self._pending.take(start)
+        commits, self._commits = self._commits, 0
         self._tried = taken.end
         try:
             done = await session.apply(Step(start, taken.end, taken.cleared), _yielding(taken))
@@ -180,7 +188,7 @@ class Mirror:
         if done:
             self.revision = taken.end
             self._counts.steps += 1
-            await asyncio.sleep(_REST_SECONDS)
+            await asyncio.sleep(_LONG_REST_SECONDS if commits > _MANY else _REST_SECONDS)
         else:
             self._pending.put_back(taken)
             await self._recognise(session)

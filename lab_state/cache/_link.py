@@ -124,16 +124,19 @@ class Link:
         """The next answers."""
         with self.translated():
             async with asyncio.timeout(self._timeout):
-                return [await self.read() for _ in range(count)]
+                return [await self._next() for _ in range(count)]
 
     async def read(self) -> Any:
         """The next answer, however long it takes; an error that is the answer to a command is returned."""
         with self.translated():
-            self._check_connected()
-            try:
-                return await self._connection.read_response(disable_decoding=True)
-            except problems.ResponseError as error:
-                return error
+            return await self._next()
+
+    async def _next(self) -> Any:
+        self._check_connected()
+        try:
+            return await self._connection.read_response(disable_decoding=True)
+        except problems.ResponseError as error:
+            return error
 
     async def call(self, *commands: bytes) -> list[Any]:
         """Send commands together; their answers."""
