@@ -101,7 +101,7 @@ def machine(directory: str, *, quick: bool) -> Numbers:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer keys and rounds: two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer keys and rounds")
     parser.add_argument("--only", action="append", choices=PARTS, metavar="PART", help=f"of: {', '.join(PARTS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the run; parts not measured now stay as in it")
     parser.add_argument("--docs", action="store_true", help="draw the tables and plots of the documentation")
