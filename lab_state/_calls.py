@@ -90,7 +90,7 @@ class Calls(Reads):
             if state.note is not None:
                 state.note(full, stored, revision)
             if core.write_through:
-                await core.running.durable(revision)
+                await core.running.written(revision)
         return revision
 
     async def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> int:
@@ -349,7 +349,7 @@ class Calls(Reads):
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
         """
-        await self._core.running.flush()
+        await self._core.running.durable(self._core.state.revision)
 
     async def wait_durable(self, revision: int | None = None) -> None:
         """Return when a revision is durable; unlike `flush()`, start nothing.
@@ -431,8 +431,9 @@ class Calls(Reads):
 
     def _begin(self, full: str) -> None:
         """The first change of a key since the last commit."""
-        self._check_writable()
-        state = self._core.state
+        core = self._core
+        core.running.check_loop()
+        state = core.state
         if full not in state.entries:
             check_key(full)
         state.begin()
@@ -449,7 +450,7 @@ class Calls(Reads):
 
     async def _written(self, revision: int) -> int:
         if self._core.write_through:
-            await self._core.running.durable(revision)
+            await self._core.running.written(revision)
         return revision
 
     async def _deleted(self, count: int) -> int:

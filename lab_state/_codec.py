@@ -38,7 +38,8 @@ MAX_KEY_LENGTH = 1024
 
 _CRC = b',"crc32":"'
 _OWN_END = re.compile(rb',"crc32":"[0-9a-f]{8}"\}\}\Z')
-_SLICE_BYTES = 128 * 1024
+_SLICE_BYTES = 64 * 1024
+_KEY_BYTES = 128  # a key takes time, however small its value
 _MOST_AT_ONCE = 500
 
 
@@ -131,18 +132,27 @@ def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
         )
         return
     expires: dict[str, int] = {}
+    deleted: list[str] = []
     yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)
-    kept = ((key, stored) for key, stored in taken.changes.items() if not isinstance(stored, Absent))
-    yield from _members(_slices(kept, expires), refused)
+    yield from _members(_slices(_kept(taken.changes, deleted), expires), refused)
     yield b'},"delete":['
-    deleted = chain((key for key, stored in taken.changes.items() if isinstance(stored, Absent)), refused)
+    keys = chain(deleted, refused)
     comma = b""
-    while part := list(islice(deleted, _MOST_AT_ONCE)):
+    while part := list(islice(keys, _MOST_AT_ONCE)):
         yield comma + encode(part)[1:-1]
         comma = b","
     yield b"]"
     yield from _times(expires, refused, taken.time, taken.wall)
     yield b"}"
+
+
+def _kept(changes: Mapping[str, Changed], deleted: list[str]) -> Iterator[tuple[str, Stored]]:
+    """What was stored; `deleted` takes the other keys. A second look at all of them would be one long step."""
+    for key, changed in changes.items():
+        if isinstance(changed, Absent):
+            deleted.append(key)
+        else:
+            yield key, changed
 
 
 def _few(changes: Mapping[str, Changed]) -> bytes | None:
@@ -182,7 +192,7 @@ def _times(expires: dict[str, int], refused: Iterable[str], time: int, wall: int
 
 
 def _slices(items: Iterable[tuple[str, Stored]], expires: dict[str, int]) -> Iterator[dict[str, Value]]:
-    """Parts as `encode` takes them, with a bounded number of keys, and of bytes unless one value alone has more.
+    """Parts as `encode` takes them, each of so many bytes that the loop can wait for it, or of one value that has more.
 
     `expires` takes the times.
     """
@@ -200,7 +210,8 @@ def _slices(items: Iterable[tuple[str, Stored]], expires: dict[str, int]) -> Ite
                 size += memoryview(stored).nbytes
             elif isinstance(stored, str):
                 size += len(stored)
-        if size >= _SLICE_BYTES or len(part) >= _MOST_AT_ONCE:
+        size += _KEY_BYTES
+        if size >= _SLICE_BYTES:
             yield part
             part, size = {}, 0
     if part:

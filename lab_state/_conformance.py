@@ -144,7 +144,7 @@ class StorageConformance:
         """A journal that only grows asks for a checkpoint, and no longer once it had one."""
         async with _open(self.make_storage()) as session:
             assert not await session.commit(b"small", _given(b"{}"))
-            assert await session.commit(b"r" * 2_000_000, _given(b"{}"))
+            assert await session.commit(b"r" * 8_000_000, _given(b"{}"))
             await session.checkpoint(_given(b"{}"))
             assert not await session.commit(b"small", _given(b"{}"))
 

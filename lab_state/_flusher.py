@@ -27,8 +27,9 @@ from lab_state._clock import Clock, Pauses, Timer, resolver
 from lab_state._codec import encode_record
 from lab_state._metrics import FlushTimes
 from lab_state._state import DELETED, Changes, State
-from lab_state._views import Views, joined
+from lab_state._views import Views
 from lab_state._waiters import Waiters, copied
+from lab_state._whole import joined
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
 from lab_state.storage._protocol import StorageSession
@@ -184,27 +185,28 @@ class Flusher:
 
     # Waiting for durability
 
-    async def flush(self) -> None:
-        """Return when everything so far is durable."""
-        await self.durable(self.state.revision)
-
     async def durable(self, revision: int) -> None:
         """Ask for a commit, and return when `revision` is durable."""
         if self._must_wait(revision):
-            waiters = self._waiters
-            if (taken := self._under_way) is not None and revision <= taken.end:
-                mine = waiters.riding
+            taken, waiters = self._under_way, self._waiters
+            if taken is not None and revision <= taken.end:
+                await waiters.wait(waiters.riding, revision)
             else:
                 self._wake.set()
-                mine = waiters.next
-            # `Waiters.wait`, written out: a coroutine less for each of a hundred writers.
-            future: asyncio.Future[None] = self._loop.create_future()
-            mine.append((revision, future))
-            try:
-                await future
-            except asyncio.CancelledError:
-                waiters.forget_cancelled()
-                raise
+                await waiters.wait(waiters.next, revision)
+
+    async def written(self, revision: int) -> None:
+        """`durable`, for a change that the caller has just made: on this event loop, and in no commit yet."""
+        self._check_going()
+        self._wake.set()
+        # `Waiters.wait`, written out: a coroutine less for each of a hundred writers.
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.next.append((revision, future))
+        try:
+            await future
+        except asyncio.CancelledError:
+            self._waiters.forget_cancelled()
+            raise
 
     async def wait_durable(self, revision: int) -> None:
         """Return when `revision` is durable; ask for nothing."""
@@ -239,11 +241,15 @@ class Flusher:
         self.check_loop()
         if revision <= self._settled_revision and not even_durable:
             return False
+        self._check_going()
+        return True
+
+    def _check_going(self) -> None:
+        """Whether anything will be durable that is not; raises if not."""
         if self._fenced is not None:
             raise copied(self._fenced, "not durable")
         if self._task.done() or self._flushed_last:
             raise UnavailableError(f"nobody flushes {self._name!r} any more; stop() does, if it was not called yet")
-        return True
 
     def check_loop(self) -> None:
         """Whether this is the event loop that the manager was started on.

@@ -46,6 +46,9 @@ class Kind(StrEnum):
     FULL = "F"
 
 
+_LETTERS = {kind: kind.value.encode() for kind in Kind}
+
+
 class Header(msgspec.Struct, frozen=True):
     """The first line: which state this is, and which snapshot it follows."""
 
@@ -87,8 +90,14 @@ def base_of(size: int, crc: int) -> str:
 
 def frame(salt: str, kind: Kind, payload: bytes) -> bytes:
     """One line of the journal."""
-    body = b"%d %s %s" % (len(payload), kind.value.encode(), payload)
-    return b"%08x %s\n" % (zlib.crc32(body, zlib.crc32(salt.encode())), body)
+    return b"".join(frame_parts(salt, kind, payload))
+
+
+def frame_parts(salt: str, kind: Kind, payload: bytes) -> tuple[bytes, bytes, bytes]:
+    """One line of the journal, in parts: a copy of a payload of megabytes would hold up every other thread."""
+    head = b"%d %s " % (len(payload), _LETTERS[kind])
+    crc = zlib.crc32(payload, zlib.crc32(head, zlib.crc32(salt.encode())))
+    return b"%08x %s" % (crc, head), payload, b"\n"
 
 
 def payload(data: bytes, salt: str, kind: Kind) -> bytes | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 from lab_state._codec import encode_snapshot
 from lab_state._state import State, Stored
 
 _FOLDED_AT_ONCE = 1000
-_QUICK_BYTES = 4096
 
 
 class Views:
@@ -58,13 +57,3 @@ class Views:
             except asyncio.CancelledError:
                 self._state.fold(view, sys.maxsize)
                 raise
-
-
-async def joined(slices: Iterable[bytes]) -> bytes:
-    """All of it; the loop runs between two slices that took any time to make."""
-    parts: list[bytes] = []
-    for part in slices:
-        parts.append(part)
-        if len(part) > _QUICK_BYTES:
-            await asyncio.sleep(0)
-    return b"".join(parts)

@@ -6,6 +6,7 @@ import zlib
 
 from lab_state import _journal as journal
 from lab_state._journal import NO_BASE, Kind
+from lab_state._whole import collected
 from lab_state.exceptions import LockedError, UnsupportedError
 from lab_state.storage._protocol import Recovery, Snapshot
 
@@ -92,7 +93,7 @@ class MemorySession:
         since: list[bytes] = []
         self._since = since
         try:
-            data = b"".join([part async for part in slices])
+            data = await collected(slices)
         finally:
             self._since = None
         self._check_open()

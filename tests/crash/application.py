@@ -39,8 +39,7 @@ import injector
 import msgspec
 
 from lab_state import Config, FileStorage, LockedError, Manager, StorageError
-from lab_state.storage import _fs
-from lab_state.storage import file as file_storage
+from lab_state.storage import _file_writer, _fs
 
 NAME = "lab"
 CHANGES = 22
@@ -274,7 +273,7 @@ class Application:
 def follow(plan: Plan) -> None:
     """Live, say what the calls were, and die."""
     logging.disable()  # what is logged is in the errors too
-    file_storage._MIN_CHECKPOINT_BYTES = _MIN_CHECKPOINT_BYTES
+    _file_writer._MIN_CHECKPOINT_BYTES = _MIN_CHECKPOINT_BYTES
     calls = injector.Injector(Path(plan.directory), plan.faults, plan.kill)
     if plan.faults or plan.kill or sys.argv[1] == "zygote":
         calls.install()
@@ -287,7 +286,7 @@ def follow(plan: Plan) -> None:
 def once(plan: Plan) -> None:
     """For a tracer, which must know the names of all files beforehand."""
     numbers = itertools.count()
-    _fs.temporary = lambda path: path.with_name(f"{path.name}.{next(numbers):08x}.tmp")
+    _fs.temporary = lambda path: f"{path}.{next(numbers):08x}.tmp"
     follow(plan)
 
 

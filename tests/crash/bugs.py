@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ from workloads import Workload
 from lab_state import StorageError, _codec, _journal
 from lab_state._journal import ANY_BASE, Accepted, Kind, Scan
 from lab_state._state import Changes, State
-from lab_state.storage import _fs, file
+from lab_state.storage import _file_writer, _fs
+from lab_state.storage._file_writer import Need, NewJournal, Paths, Writer
 from lab_state.storage._protocol import Recovery
-from lab_state.storage.file import _Need, _Paths, _Writer
 
 Patch = pytest.MonkeyPatch
 
@@ -62,9 +62,9 @@ def no_sync_of_a_commit(patch: Patch) -> None:
 def acknowledged_before_the_sync(patch: Patch) -> None:
     """The sync of a frame comes with the next one."""
 
-    def append(fd: int, path: Path, data: bytes, offset: int) -> None:
+    def append(fd: int, path: str, parts: Sequence[bytes], offset: int) -> None:
         _fs._sync_data(fd)
-        _fs._write(fd, data, offset)
+        _fs._write(fd, parts, offset)
 
     patch.setattr(_fs, "append", append)
 
@@ -77,9 +77,9 @@ def no_sync_of_a_snapshot(patch: Patch) -> None:
 def no_sync_of_a_new_journal(patch: Patch) -> None:
     """A new journal is renamed with its bytes in the cache."""
 
-    def create(path: Path, *parts: bytes) -> int:
+    def create(path: str, parts: Sequence[bytes]) -> int:
         fd: int = _system().open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        _fs._write(fd, b"".join(parts), 0)
+        _fs._write(fd, parts, 0)
         return fd
 
     patch.setattr(_fs, "create", create)
@@ -88,8 +88,8 @@ def no_sync_of_a_new_journal(patch: Patch) -> None:
 def _no_directory_sync_behind(patch: Patch, suffix: str) -> None:
     rename, sync, last = _fs.rename, _fs.sync_directory, [""]
 
-    def renamed(temporary: Path, path: Path) -> None:
-        last[0] = path.suffix
+    def renamed(temporary: str, path: str) -> None:
+        last[0] = Path(path).suffix
         rename(temporary, path)
 
     patch.setattr(_fs, "rename", renamed)
@@ -108,7 +108,7 @@ def no_directory_sync_behind_a_journal(patch: Patch) -> None:
 
 def no_sync_of_a_new_directory(patch: Patch) -> None:
     """The directory itself may be lost."""
-    patch.setattr(_fs, "make_directory", lambda path: path.mkdir(parents=True, exist_ok=True))
+    patch.setattr(_fs, "make_directory", lambda path: Path(path).mkdir(parents=True, exist_ok=True))
     patch.setattr(_fs, "sync_parents", lambda path: None)
 
 
@@ -119,7 +119,7 @@ def directory_of_a_dead_process_trusted(patch: Patch) -> None:
 
 def no_sync_of_what_was_put_there(patch: Patch) -> None:
     """A snapshot that somebody put there a moment ago is built upon as it is."""
-    patch.setattr(_Writer, "_sync_snapshot", lambda self: None)
+    patch.setattr(Writer, "_sync_snapshot", lambda self: None)
 
 
 # Failures
@@ -138,17 +138,17 @@ def failed_sync_repeated(patch: Patch) -> None:
     patch.setattr(_fs, "_sync_data", twice)
 
 
-def _failed_directory_sync(patch: Patch, failed: Callable[[_Writer], None]) -> None:
-    create = _Writer._create
+def _failed_directory_sync(patch: Patch, failed: Callable[[Writer], None]) -> None:
+    put_in_place = Writer._put_in_place
 
-    def created(self: _Writer, base: str, *frames: tuple[Kind, bytes]) -> None:
+    def put(self: Writer, new: NewJournal, *replaced: list[int]) -> None:
         self._poison = lambda: failed(self)  # type: ignore[method-assign]
         try:
-            create(self, base, *frames)
+            put_in_place(self, new, *replaced)
         finally:
             del self._poison
 
-    patch.setattr(_Writer, "_create", created)
+    patch.setattr(Writer, "_put_in_place", put)
     patch.setattr(_fs, "is_file", lambda path, fd: True)
 
 
@@ -161,7 +161,7 @@ def new_journal_used_after_a_failed_directory_sync(patch: Patch) -> None:
     """Commits go on into a file whose name may never come."""
     sync = _fs.sync_directory
 
-    def synced(path: Path) -> None:
+    def synced(path: str) -> None:
         with contextlib.suppress(StorageError):
             sync(path)
 
@@ -180,9 +180,9 @@ def failed_changes_forgotten(patch: Patch) -> None:
 def cut_short_write_left_in_place(patch: Patch) -> None:
     """The next frame goes behind what is left of one that found no room."""
 
-    def append(fd: int, path: Path, data: bytes, offset: int) -> None:
+    def append(fd: int, path: str, parts: Sequence[bytes], offset: int) -> None:
         with _fs.translated("writing", path):
-            _fs._write(fd, data, os.fstat(fd).st_size)
+            _fs._write(fd, parts, os.fstat(fd).st_size)
             _fs._sync_data(fd)
 
     patch.setattr(_fs, "append", append)
@@ -193,9 +193,9 @@ def cut_short_write_left_in_place(patch: Patch) -> None:
 
 def no_checkpoint_frame(patch: Patch) -> None:
     """Nothing in the journal names the snapshot that is about to be renamed."""
-    append = _Writer._append
+    append = Writer._append
     patch.setattr(
-        _Writer,
+        Writer,
         "_append",
         lambda self, kind, payload: None if kind is Kind.CHECKPOINT else append(self, kind, payload),
     )
@@ -204,41 +204,56 @@ def no_checkpoint_frame(patch: Patch) -> None:
 def journal_before_snapshot(patch: Patch) -> None:
     """The new journal is there before the snapshot that it follows."""
 
-    def publish(self: _Writer, new: Path, base: str, size: int, since: list[bytes], *_: int) -> None:
-        self._create(base, *((Kind.RECORD, record) for record in since))
+    def publish(self: Writer, new: str, upcoming: NewJournal, size: int, since: list[bytes], _: int) -> None:
+        upcoming.add(since[upcoming.records :])
+        self._put_in_place(upcoming)
         _fs.rename(new, self.paths.snapshot)
-        _fs.sync_directory(self.paths.snapshot.parent)
-        self.base, self.snapshot, self.snapshot_bytes = base, _fs.fingerprint(self.paths.snapshot), size
+        _fs.sync_directory(self.paths.directory)
+        self.base, self.snapshot, self.snapshot_bytes = upcoming.base, _fs.fingerprint(self.paths.snapshot), size
 
-    patch.setattr(_Writer, "publish", publish)
+    patch.setattr(Writer, "publish", publish)
 
 
 def journal_truncated_in_place(patch: Patch) -> None:
     """A checkpoint empties the journal instead of replacing it."""
-    create = _Writer._create
+    put_in_place = Writer._put_in_place
 
-    def truncate(self: _Writer, base: str, *frames: tuple[Kind, bytes]) -> None:
-        if self.need is not _Need.NOTHING or base == ANY_BASE:
-            create(self, base, *frames)
+    def truncate(self: Writer, new: NewJournal, *replaced: list[int]) -> None:
+        if self.need is not Need.NOTHING or new.base == ANY_BASE:
+            put_in_place(self, new, *replaced)
             return
-        self._salt = _journal.new_salt()
-        parts = [_journal.frame(self._salt, *frame) for frame in frames]
-        data = b"".join([_journal.header(self._name, self._salt, base), *parts])
+        data = os.pread(new.fd, new.end, 0)
+        self._salt, self.end = new.salt, new.end
         _system().ftruncate(self._fd, 0)
-        _fs.append(self._fd, self.paths.journal, data, 0)
-        self.end = len(data)
+        _fs.append(self._fd, self.paths.journal, [data], 0)
 
-    patch.setattr(_Writer, "_create", truncate)
+    patch.setattr(Writer, "_put_in_place", truncate)
 
 
 def commits_beside_a_checkpoint_dropped(patch: Patch) -> None:
     """The journal behind a new snapshot lacks what was committed while that was written."""
-    publish = _Writer.publish
-    patch.setattr(
-        _Writer,
-        "publish",
-        lambda self, new, base, size, since, generation: publish(self, new, base, size, [], generation),
-    )
+    patch.setattr(NewJournal, "add", lambda self, records: None)
+
+
+def last_commits_beside_a_checkpoint_not_synced(patch: Patch) -> None:
+    """The journal behind a new snapshot is renamed with what was added last in the cache."""
+
+    def add(self: NewJournal, records: list[bytes]) -> None:
+        parts = self._framed((Kind.RECORD, record) for record in records)
+        _fs._write(self.fd, parts, self.end)
+        self.end += sum(map(len, parts))
+
+    patch.setattr(NewJournal, "add", add)
+
+
+def records_counted_that_were_not_written(patch: Patch) -> None:
+    """What was committed before the next journal was begun is taken for a part of it."""
+
+    def prepare(self: Writer, upcoming: NewJournal, base: str, since: list[bytes]) -> None:
+        upcoming.create(base)
+        upcoming.records = len(since)
+
+    patch.setattr(Writer, "prepare", prepare)
 
 
 def expiry_left_out(patch: Patch) -> None:
@@ -290,32 +305,32 @@ def torn_tail_refused(patch: Patch) -> None:
 
 def inherited_journal_appended_to(patch: Patch) -> None:
     """Commits go on behind frames that may be in the page cache alone."""
-    load = file._load
+    load = _file_writer._load
 
-    def loaded(paths: _Paths, name: str, lock: _fs.Lock) -> tuple[_Writer, Recovery]:
+    def loaded(paths: Paths, name: str, lock: _fs.Lock) -> tuple[Writer, Recovery]:
         data = _fs.read(paths.journal)
         writer, recovery = load(paths, name, lock)
         if data is not None:
             scan = _journal.scan(data, name, "journal")
             writer._use(_system().open(paths.journal, os.O_RDWR))
-            writer._salt, writer.end, writer.need = scan.header.salt, scan.end, _Need.NOTHING
+            writer._salt, writer.end, writer.need = scan.header.salt, scan.end, Need.NOTHING
             if scan.end < len(data):
                 _system().ftruncate(writer._fd, scan.end)
         return writer, recovery
 
-    patch.setattr(file, "_load", loaded)
+    patch.setattr(_file_writer, "_load", loaded)
 
 
 def inherited_journal_deleted(patch: Patch) -> None:
     """What was recovered is in memory alone until the new journal is written."""
-    load = file._load
+    load = _file_writer._load
 
-    def loaded(paths: _Paths, name: str, lock: _fs.Lock) -> tuple[_Writer, Recovery]:
+    def loaded(paths: Paths, name: str, lock: _fs.Lock) -> tuple[Writer, Recovery]:
         found = load(paths, name, lock)
         _fs.discard(paths.journal)
         return found
 
-    patch.setattr(file, "_load", loaded)
+    patch.setattr(_file_writer, "_load", loaded)
 
 
 def no_full_journal_after_an_unclean_end(patch: Patch) -> None:
@@ -330,13 +345,13 @@ def no_full_journal_after_an_unclean_end(patch: Patch) -> None:
 
 def recovered_state_acknowledged_unwritten(patch: Patch) -> None:
     """What was found counts as durable, although it may be in the page cache alone."""
-    load = file._load
+    load = _file_writer._load
 
-    def loaded(paths: _Paths, name: str, lock: _fs.Lock) -> tuple[_Writer, Recovery]:
+    def loaded(paths: Paths, name: str, lock: _fs.Lock) -> tuple[Writer, Recovery]:
         writer, recovery = load(paths, name, lock)
         return writer, recovery._replace(unsettled=False)
 
-    patch.setattr(file, "_load", loaded)
+    patch.setattr(_file_writer, "_load", loaded)
 
 
 BUGS = (
@@ -358,6 +373,8 @@ BUGS = (
     Bug(journal_before_snapshot, workloads.checkpoints_beside_commits),
     Bug(journal_truncated_in_place, workloads.checkpoints_beside_commits),
     Bug(commits_beside_a_checkpoint_dropped, workloads.checkpoints_beside_commits),
+    Bug(last_commits_beside_a_checkpoint_not_synced, workloads.checkpoints_beside_commits),
+    Bug(records_counted_that_were_not_written, workloads.journals_written_beside_commits),
     Bug(expiry_left_out, workloads.expiring),
     Bug(no_checksum),
     Bug(torn_tail_taken_for_whole),

@@ -26,7 +26,7 @@ import pytest
 from disk import Ack, Create, Entry, Rename, State, Sync, SyncDirectory, Truncate, Try, Unlink, Write
 
 from lab_state import _codec, _flusher, _journal
-from lab_state.storage import _fs, file
+from lab_state.storage import _file_writer, _fs
 
 NAME = "lab"
 DIRECTORY = "deep/states"
@@ -123,7 +123,7 @@ class Recorder:
 
     # What `_fs` calls
 
-    def open(self, path: Path, flags: int, mode: int = 0o777) -> int:
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
         name = self._name(path)
         if name is not None:
             self._wait("open", name)
@@ -209,7 +209,7 @@ class Recorder:
             if not ok:
                 _fail(errno.EIO)
 
-    def replace(self, source: Path, target: Path) -> None:
+    def replace(self, source: str, target: str) -> None:
         old, new = self._name(source), self._name(target)
         assert old is not None
         assert new is not None
@@ -220,39 +220,40 @@ class Recorder:
             self._inodes[new] = self._inodes.pop(old)
             self.entries.append(Rename(old, new, self._inodes[new]))
 
-    # What `_fs` does through a `Path`
-
-    def mkdir(self, path: Path, make: Callable[[], None]) -> None:
+    def mkdir(self, path: str, mode: int = 0o777) -> None:
         name = self._name(path)
         with self._lock:
             if name is None or name in self._inodes:
-                make()
+                os.mkdir(path, mode)  # noqa: PTH102 -- likewise
                 return
             self._alive(counts=True)
-            make()
+            os.mkdir(path, mode)  # noqa: PTH102 -- likewise
             self._create(name, is_directory=True)
 
-    def rmdir(self, path: Path, remove: Callable[[], None]) -> None:
-        self.unlink(path, remove)
+    def rmdir(self, path: str) -> None:
+        self._remove(path, os.rmdir)
 
-    def unlink(self, path: Path, remove: Callable[[], None]) -> None:
+    def unlink(self, path: str) -> None:
+        self._remove(path, os.unlink)
+
+    def _remove(self, path: str, remove: Callable[[str], None]) -> None:
         name = self._name(path)
         with self._lock:
             if name is None or name not in self._inodes:
-                remove()
+                remove(path)
                 return
             self._alive(counts=True)
-            remove()
+            remove(path)
             del self._inodes[name]
             self.entries.append(Unlink(name))
 
     # What they share
 
-    def _name(self, path: Path) -> str | None:
+    def _name(self, path: str) -> str | None:
         """Relative to the root. Nothing that the lock file holds or loses matters: `_fs.Lock` makes it anew."""
-        if path.suffix == ".lock" or not path.is_relative_to(self.root):
+        if path.endswith(".lock") or not Path(path).is_relative_to(self.root):
             return None
-        return str(path.relative_to(self.root))
+        return str(Path(path).relative_to(self.root))
 
     def _path(self, opened: str | int) -> str:
         if isinstance(opened, str):
@@ -316,14 +317,10 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
     async def opened(fd: int, *_: Any, executor: Any, **__: Any) -> _Opened:
         return _Opened(recorder, fd, executor)
 
-    mkdir, unlink, rmdir = Path.mkdir, Path.unlink, Path.rmdir
     with pytest.MonkeyPatch.context() as patch:
         recorder.urandom = _fs.os.urandom  # type: ignore[attr-defined]
         patch.setattr(_fs, "os", recorder)
         patch.setattr(_fs, "aiofiles", SimpleNamespace(open=opened))
-        patch.setattr(Path, "mkdir", lambda path, *a, **k: recorder.mkdir(path, lambda: mkdir(path, *a, **k)))
-        patch.setattr(Path, "unlink", lambda path, *a, **k: recorder.unlink(path, lambda: unlink(path, *a, **k)))
-        patch.setattr(Path, "rmdir", lambda path: recorder.rmdir(path, lambda: rmdir(path)))
         yield recorder
 
 
@@ -345,7 +342,7 @@ def determined(seed: int | str) -> Iterator[None]:
         for module in (_fs, _journal, _codec):
             patch.setattr(module, "os", _Seeded(os, urandom=random.Random(f"{module.__name__} {seed}").randbytes))
         numbers = iter(range(10**12, 10**13))
-        patch.setattr(file, "time", SimpleNamespace(time_ns=lambda: next(numbers) * 1_000_000))
+        patch.setattr(_file_writer, "time", SimpleNamespace(time_ns=lambda: next(numbers) * 1_000_000))
         patch.setattr(_flusher, "_FIRST_PAUSE", 0.0)
         patch.setattr(_flusher, "_LONGEST_PAUSE", 0.0)
         yield

@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from lab_state import Config, FileStorage, Manager
-from lab_state.storage import file as file_storage
+from lab_state.storage import _file_writer
 
 NAME = "storm"
 FOUND = "found"
@@ -103,7 +103,7 @@ class Storm:
 
 
 async def live(directory: str, cycle: int, dice: random.Random) -> None:
-    file_storage._MIN_CHECKPOINT_BYTES = _MIN_CHECKPOINT_BYTES
+    _file_writer._MIN_CHECKPOINT_BYTES = _MIN_CHECKPOINT_BYTES
     state = Manager(Config(name=NAME, flush_interval=0), FileStorage(directory))
     await state.start()
     everything = msgspec.json.encode(await state.get_all())

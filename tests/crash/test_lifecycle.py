@@ -121,7 +121,7 @@ async def test_a_stop_during_a_flush_during_a_checkpoint(
     state = manager(tmp_path)
     await state.start()
     gates.hold("checkpoint")
-    await state.set("large", "x" * 2_000_000)
+    await state.set("large", "x" * 5_000_000)
     await asyncio.sleep(0)
     first = asyncio.create_task(state.flush())
     await gates.reached("checkpoint")
@@ -151,7 +151,7 @@ async def test_a_stop_during_a_flush_during_a_checkpoint(
             await flush
     await asyncio.gather(flush, patient, state.stop())
     assert state.durable_revision == state.revision == 3
-    assert on_disk(tmp_path) == {"large": "x" * 2_000_000, "a": 1, "b": 2}
+    assert on_disk(tmp_path) == {"large": "x" * 5_000_000, "a": 1, "b": 2}
 
 
 async def test_a_stop_that_runs_out_of_time_says_what_is_not_durable(tmp_path: Path, gates: Gates) -> None:

@@ -21,12 +21,20 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from lab_state import Config, CorruptionError, FileStorage, Manager, StorageError, UnsupportedError
+from lab_state import (
+    Config,
+    CorruptionError,
+    FileStorage,
+    Manager,
+    StorageError,
+    UnavailableError,
+    UnsupportedError,
+)
 from lab_state import _journal as journal
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._journal import NO_BASE, Kind
 from lab_state.storage import _fs
-from lab_state.storage.file import _open
+from lab_state.storage._file_writer import NewJournal, open_writer
 
 NAME = "lab"
 SNAPSHOT, JOURNAL = f"{NAME}.json", f"{NAME}.journal"
@@ -43,8 +51,8 @@ class Broken:
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
 
-    def open(self, path: Path, flags: int, mode: int = 0o777) -> int:
-        self._check("open", str(path))
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
+        self._check("open", path)
         return os.open(path, flags, mode)
 
     def fdatasync(self, fd: int) -> None:
@@ -115,8 +123,12 @@ class Author:
             await self.state.flush()
 
 
+def no_room(self: NewJournal, records: list[bytes]) -> None:
+    raise UnavailableError("no room for the end of a new journal")
+
+
 @pytest.fixture
-async def checkpointed(tmp_path: Path, broken: Broken) -> Case:
+async def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Killed between the rename of a snapshot and its journal: header, two records, frame C, two records."""
     author = Author(tmp_path / "source")
     async with author.state:
@@ -124,13 +136,13 @@ async def checkpointed(tmp_path: Path, broken: Broken) -> Case:
     await author.state.start()
     await author.write()
     await author.write()
-    broken.calls.add(("open", ".journal.tmp"))
+    monkeypatch.setattr(NewJournal, "add", no_room)
     await author.state._core.running._checkpoint(wait=False)
     assert author.state.status().flush_failures == 1
     await author.write()
     await author.write()
     directory = shutil.copytree(author.directory, tmp_path / "checkpointed")
-    broken.calls.clear()
+    monkeypatch.undo()
     await author.state.stop()
     assert frames(directory) == "RRCRR"
     return Case(directory, author.history, [REFUSED, 3, REFUSED, REFUSED, 3, 4, 5])
@@ -193,7 +205,7 @@ def read(snapshot: bytes | None, data: bytes | None) -> Outcome:
 
 def load(directory: Path) -> Outcome:
     """The same from the files, without threads and a loop."""
-    writer, recovery = _open(directory, NAME)
+    writer, recovery = open_writer(str(directory), NAME)
     try:
         return state_of(recovery.snapshot, recovery.records)
     finally:

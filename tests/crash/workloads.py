@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from world import World
 
-from lab_state.storage import file
+from lab_state.storage import _file_writer
 
 Workload = Callable[[World], Awaitable[None]]
 
@@ -102,10 +102,28 @@ async def checkpoints_beside_commits(world: World) -> None:
     await world.crash()
 
 
+async def journals_written_beside_commits(world: World) -> None:
+    """A checkpoint whose next journal is written while commits go on, some of them meanwhile, some at its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_file_writer, "_LEFT_TO_PUBLISH", 0)
+        await world.start()
+        await world.set("before")
+        await world.flush()
+        for number, step in enumerate([("sync", ".json."), ("sync", ".journal."), ("rename", ".json.")]):
+            async with world.held_up(world.checkpoint(), *step):
+                await world.set(f"beside-{number}")
+                if step[0] == "sync":  # else the commits wait for it
+                    await world.flush()
+                    await world.set_many("beside", "before")
+                    await world.flush()
+            await world.flush()
+        await world.crash()
+
+
 async def checkpoints_that_are_due(world: World) -> None:
     """The journal outgrows the snapshot again and again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file, "_MIN_CHECKPOINT_BYTES", 400)
+        patch.setattr(_file_writer, "_MIN_CHECKPOINT_BYTES", 400)
         await world.start()
         for number in range(10):
             await world.set(f"key-{number % 4}")
@@ -216,6 +234,7 @@ WORKLOADS: dict[str, Workload] = {
         transactions,
         expiring,
         checkpoints_beside_commits,
+        journals_written_beside_commits,
         checkpoints_that_are_due,
         clean_stops,
         unclean_ends,

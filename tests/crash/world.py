@@ -176,10 +176,10 @@ class World:
         """
         self._is_new = False
         self.versions[0] = Version(0, values, {})
-        for path in ("deep", DIRECTORY):
-            (self.root / path).mkdir()
         system = vars(_fs)["os"]
-        fd = system.open(self.root / DIRECTORY / f"{NAME}.json", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        for path in ("deep", DIRECTORY):
+            system.mkdir(str(self.root / path))
+        fd = system.open(str(self.root / DIRECTORY / f"{NAME}.json"), os.O_RDWR | os.O_CREAT | os.O_EXCL)
         system.pwrite(fd, msgspec.json.encode(values), 0)
         system.close(fd)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import json
 import logging
 import os
@@ -45,6 +46,8 @@ from lab_state.testing import ManualClock
 CHILD = Path(__file__).with_name("child.py")
 COPY = "copy-of-what-is-on-disk"
 MIB = 1024 * 1024
+DUE = 4 * MIB
+"""In a value: the journal is large enough for a checkpoint."""
 SERVED = {f"key-{number}": number for number in range(5)}
 
 
@@ -133,7 +136,7 @@ class Disk:
     def written_inodes(self) -> set[int]:
         return {call.inode for call in self.calls if call.function == "pwrite"}
 
-    def open(self, path: Path, flags: int, mode: int = 0o777) -> int:
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
         self._called("open", Path(path))
         return os.open(path, flags, mode)
 
@@ -158,7 +161,7 @@ class Disk:
         self._called("fdatasync", fd)
         os.fdatasync(fd)
 
-    def replace(self, source: Path, target: Path) -> None:
+    def replace(self, source: str, target: str) -> None:
         self._called("replace", Path(target))
         os.replace(source, target)  # noqa: PTH105 -- the call that `_fs` makes
 
@@ -557,15 +560,15 @@ async def test_a_read_only_file_system(tmp_path: Path, disk: Disk) -> None:
 async def test_an_unreadable_disk_is_not_an_empty_state(crashed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An I/O error while loading fails the start and releases the lock."""
 
-    class Unreadable:
-        """`Path.read_bytes` of a bad sector."""
+    class Unreadable(io.BytesIO):
+        """A file with a bad sector."""
 
-        def __call__(self) -> bytes:
+        def read(self, _: int | None = -1) -> bytes:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     before = contents(crashed)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", Unreadable())
+        patch.setattr(_fs, "open", lambda *_: Unreadable(), raising=False)
         with pytest.raises(UnavailableError, match=r"reading .*lab\.json failed: Input/output error"):
             await manager(crashed).start()
     assert contents(crashed) == before
@@ -797,21 +800,44 @@ async def test_a_failed_name_of_the_first_journal_poisons(tmp_path: Path, disk: 
     await check_written_anew(state, tmp_path, disk, kept)
 
 
+async def test_a_failed_sync_of_what_came_last_leaves_the_old_journal_in_use(tmp_path: Path, disk: Disk) -> None:
+    """The end of a new journal is written when the snapshot is in its place: if that fails, the old one names both."""
+    clock = ManualClock()
+    state = manager(tmp_path, clock=clock)
+    await state.start()
+    await state.set("a", "x" * DUE)
+    await state.flush()
+    gate = disk.hold("fsync", "lab.journal.tmp")
+    disk.fail("fdatasync", "lab.journal.tmp")
+    await gate.entered()
+    inode = (tmp_path / "lab.journal").stat().st_ino
+    await state.set("beside", 1)
+    await state.flush()
+    gate.open()
+    await until(lambda: state.status().flush_failures == 1)
+    await state.set("b", 2)
+    await state.flush()
+    assert ((tmp_path / "lab.journal").stat().st_ino, kinds(tmp_path)) == (inode, "RRCR")
+    await until(lambda: not list(tmp_path.glob("*.tmp")))
+    assert await found(tmp_path) == {"a": "x" * DUE, "beside": 1, "b": 2}
+    await state.stop()
+
+
 async def test_a_failed_fsync_of_a_new_journal_leaves_the_old_one_in_use(tmp_path: Path, disk: Disk) -> None:
     """What fails before the rename of a new journal is thrown away, and is no reason to give up the old one."""
     clock = ManualClock()
     state = manager(tmp_path, clock=clock)
     await state.start()
-    await state.set("a", "x" * MIB)
+    await state.set("a", "x" * DUE)
     disk.fail("fsync", "lab.journal.tmp", skip=1)
     await state.flush()
     inode = (tmp_path / "lab.journal").stat().st_ino
     await until(lambda: state.status().flush_failures == 1)
     await state.set("b", 2)
     await state.flush()
-    assert ((tmp_path / "lab.journal").stat().st_ino, kinds(tmp_path)) == (inode, "RCR")
-    assert not list(tmp_path.glob("*.tmp"))
-    assert await found(tmp_path) == {"a": "x" * MIB, "b": 2}
+    assert ((tmp_path / "lab.journal").stat().st_ino, kinds(tmp_path)) == (inode, "RR")
+    await until(lambda: not list(tmp_path.glob("*.tmp")))
+    assert await found(tmp_path) == {"a": "x" * DUE, "b": 2}
     await state.stop()
 
 
@@ -830,7 +856,7 @@ async def test_a_checkpoint_that_fails_behind_its_rename_poisons(
     """From the frame C on, a failed sync or rename of the journal means a new journal with the whole state."""
     state = manager(tmp_path, clock=ManualClock())
     await state.start()
-    await state.set("a", "x" * MIB)
+    await state.set("a", "x" * DUE)
     disk.fail(function, name, skip=skip)
     gate = disk.hold("open", "lab.json.tmp")
     await state.flush()
@@ -839,7 +865,7 @@ async def test_a_checkpoint_that_fails_behind_its_rename_poisons(
     gate.open()
     await until(lambda: state.status().flush_failures == 1)
     kept.freeze()
-    assert await found(tmp_path) == {"a": "x" * MIB}
+    assert await found(tmp_path) == {"a": "x" * DUE}
     await state.set("b", 2)
     await check_written_anew(state, tmp_path, disk, kept)
 
@@ -874,7 +900,7 @@ async def test_a_failed_rename_of_a_snapshot_leaves_the_journal_in_use(tmp_path:
     clock = ManualClock()
     state = manager(tmp_path, clock=clock)
     await state.start()
-    await state.set("a", "x" * MIB)
+    await state.set("a", "x" * DUE)
     disk.fail("replace", "lab.json")
     await state.flush()
     inode = (tmp_path / "lab.journal").stat().st_ino
@@ -882,11 +908,11 @@ async def test_a_failed_rename_of_a_snapshot_leaves_the_journal_in_use(tmp_path:
     await state.set("b", 2)
     await state.flush()
     assert ((tmp_path / "lab.journal").stat().st_ino, kinds(tmp_path)) == (inode, "RCR")
-    assert await found(tmp_path) == {"a": "x" * MIB, "b": 2}
+    assert await found(tmp_path) == {"a": "x" * DUE, "b": 2}
     clock.advance(10)
     await until(lambda: (tmp_path / "lab.json").exists() and kinds(tmp_path) == "")
     assert not list(tmp_path.glob("*.tmp"))
-    assert await found(tmp_path) == {"a": "x" * MIB, "b": 2}
+    assert await found(tmp_path) == {"a": "x" * DUE, "b": 2}
     await state.stop()
 
 
@@ -900,13 +926,13 @@ async def test_a_failing_checkpoint_leaves_commits_working(
     clock = ManualClock()
     state = manager(tmp_path, clock=clock)
     await state.start()
-    await state.set("a", "x" * MIB)
+    await state.set("a", "x" * DUE)
     disk.fail(function, name, times=3)
     for number in range(3):
         await state.set("number", number)
         await state.flush()
         await until(lambda number=number: state.status().flush_failures == number + 1)  # type: ignore[misc]
-        assert await found(tmp_path) == {"a": "x" * MIB, "number": number}
+        assert await found(tmp_path) == {"a": "x" * DUE, "number": number}
         clock.advance(4 if number < 2 else 0)
     assert [record.levelname for record in caplog.records if "a checkpoint failed" in record.message] == ["WARNING"] * 3
     clock.advance(10)
@@ -920,7 +946,7 @@ async def test_a_commit_beside_the_repair_of_a_poisoned_journal_survives(tmp_pat
     state = manager(tmp_path, clock=clock)
     await state.start()
     for number in range(10):
-        await state.set(f"large-{number}", "x" * 150_000)
+        await state.set(f"large-{number}", "x" * 450_000)
     disk.fail("fsync", "directory", skip=1)  # in the checkpoint, which poisons the journal
     await state.flush()
     await until(lambda: state.status().flush_failures == 1)
@@ -964,20 +990,20 @@ async def test_a_large_snapshot_is_synced_as_it_grows(tmp_path: Path, disk: Disk
     assert syncs == ["fdatasync", "fdatasync", "fsync"]
 
 
-async def test_a_checkpoint_is_due_after_a_mebibyte(tmp_path: Path) -> None:
-    """A journal of up to 1 MiB is left to grow; above that a snapshot takes its place without anyone waiting."""
+async def test_a_checkpoint_is_due_after_four_mebibytes(tmp_path: Path) -> None:
+    """A journal of up to 4 MiB is left to grow; above that a snapshot takes its place without anyone waiting."""
     state = manager(tmp_path)
     await state.start()
     for number in range(3):
-        await state.set("key", "x" * 300_000 + str(number))
+        await state.set("key", "x" * 1_200_000 + str(number))
         await state.flush()
     assert kinds(tmp_path) == "RRR"
     assert flusher(state)._checkpointing is None
     assert not (tmp_path / "lab.json").exists()
-    await state.set("key", "x" * 300_000)
+    await state.set("key", "x" * 1_200_000)
     await state.flush()
     await until(lambda: (tmp_path / "lab.json").exists() and kinds(tmp_path) == "")
-    assert await found(tmp_path) == {"key": "x" * 300_000}
+    assert await found(tmp_path) == {"key": "x" * 1_200_000}
     assert mode(tmp_path / "lab.json") == mode(tmp_path / "lab.journal") == 0o600
     await state.stop()
 
@@ -986,7 +1012,7 @@ async def test_commits_go_on_beside_a_slow_snapshot(tmp_path: Path, disk: Disk) 
     """While a snapshot is being written, commits are acknowledged, survive a kill, and survive its publication."""
     state = manager(tmp_path)
     await state.start()
-    await state.set("large", "x" * MIB)
+    await state.set("large", "x" * DUE)
     await state.set("deleted", value=True)
     gate = disk.hold("fsync", "lab.json.tmp")
     await state.flush()
@@ -1016,7 +1042,7 @@ async def test_a_journal_poisoned_beside_a_slow_snapshot(tmp_path: Path, disk: D
     clock = ManualClock()
     state = manager(tmp_path, clock=clock)
     await state.start()
-    await state.set("large", "x" * MIB)
+    await state.set("large", "x" * DUE)
     gate = disk.hold("fsync", "lab.json.tmp")
     await state.flush()
     await gate.entered()
@@ -1033,7 +1059,7 @@ async def test_a_journal_poisoned_beside_a_slow_snapshot(tmp_path: Path, disk: D
     assert await found(tmp_path) == await state.get_all()
     clock.advance(10)
     await until(lambda: kinds(tmp_path) == "")
-    assert await found(tmp_path) == {"large": "x" * MIB, "beside": 1}
+    assert await found(tmp_path) == {"large": "x" * DUE, "beside": 1}
     await state.stop()
 
 
@@ -1503,7 +1529,7 @@ async def test_a_directory_that_cannot_be_listed(
     with (crashed / "lab.journal").open("ab") as file:
         file.write(b"torn")
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "iterdir", denied)
+        patched.setattr(os, "listdir", denied)
         async with manager(crashed) as state:
             assert await state.get_all() == SERVED
     assert f"listing {crashed} failed: Permission denied; give this user the permission" in caplog.text
@@ -1748,7 +1774,7 @@ async def test_threads_end_with_the_session(tmp_path: Path, caplog: pytest.LogCa
     for _ in range(2):  # the first round makes what the process keeps: the loop's own descriptors
         before = set(Path("/proc/self/fd").iterdir())
         async with manager(tmp_path, "good") as state:
-            await state.set("a", "x" * MIB)
+            await state.set("a", "x" * DUE)
             await state.flush()
         (tmp_path / "bad.json").write_bytes(b"bad")
         with pytest.raises(CorruptionError):
@@ -1803,13 +1829,13 @@ async def test_a_checkpoint_repairs_a_poisoned_journal_by_itself(tmp_path: Path,
     """When the last checkpoint failed behind the rename and nothing changed since, stop() still leaves one clean file."""
     state = manager(tmp_path, clock=ManualClock())
     await state.start()
-    await state.set("large", "x" * 2 * MIB)
+    await state.set("large", "x" * 2 * DUE)
     disk.fail("fsync", "directory", skip=1)  # behind the rename of the snapshot
     await state.flush()
     await until(lambda: state.status().flush_failures == 1)
     await state.stop()
     assert kinds(tmp_path) == ""
-    assert await found(tmp_path) == {"large": "x" * 2 * MIB}
+    assert await found(tmp_path) == {"large": "x" * 2 * DUE}
 
 
 async def test_a_session_closed_under_a_checkpoint_leaves_no_file(tmp_path: Path) -> None:
@@ -1828,7 +1854,7 @@ async def test_a_session_closed_under_a_checkpoint_leaves_no_file(tmp_path: Path
 
 def test_a_lock_is_released_once(tmp_path: Path) -> None:
     """A second release does not close what another file got as its number."""
-    lock = _fs.Lock(tmp_path / "lab.lock")
+    lock = _fs.Lock(str(tmp_path / "lab.lock"))
     lock.release()
     with (tmp_path / "other").open("w") as other:
         lock.release()
@@ -1837,9 +1863,9 @@ def test_a_lock_is_released_once(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_looked_up_is_not_one_that_is_gone() -> None:
     """What keeps a lookup from being answered is told; only "no such file" means that there is none."""
-    longer = Path("x" * 300)
+    longer = "x" * 300
     for look_up in (_fs.fingerprint, lambda path: _fs.is_file(path, _fs.NO_FILE)):
         with pytest.raises(UnsupportedError, match=r"looking up x+ failed: File name too long; the path is too long"):
             look_up(longer)
-    assert _fs.fingerprint(Path("nowhere/at/all")) is None
-    assert not _fs.is_file(Path("nowhere/at/all"), _fs.NO_FILE)
+    assert _fs.fingerprint("nowhere/at/all") is None
+    assert not _fs.is_file("nowhere/at/all", _fs.NO_FILE)

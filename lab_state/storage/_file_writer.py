@@ -1,0 +1,353 @@
+"""The journal of one state on disk: opening, appending, replacing it behind a checkpoint. Blocking.
+
+The rules, each with its reason, are in `docs/design/disk.md`. `Writer` is used from one
+thread, one function at a time, and keeps its own state there; so a caller that is
+cancelled tears nothing. What else the checkpoint's thread may do is said where it does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import zlib
+from collections.abc import Iterable
+from enum import Enum
+from typing import NamedTuple
+
+from lab_state import _journal as journal
+from lab_state._journal import ANY_BASE, NO_BASE, Kind
+from lab_state.exceptions import StorageError, UnavailableError
+from lab_state.storage import _fs as fs
+from lab_state.storage._protocol import Recovery
+
+_logger = logging.getLogger("lab_state")
+
+_MIN_CHECKPOINT_BYTES = 4 * 1024 * 1024
+_LEFT_TO_PUBLISH = 256 * 1024
+_MOST_ROUNDS = 8
+_TORN_KEPT = 5
+
+
+class Paths(NamedTuple):
+    """Where the files of a state are."""
+
+    directory: str
+    snapshot: str
+    journal: str
+    lock: str
+
+    @classmethod
+    def of(cls, directory: str, name: str) -> Paths:
+        """Those of the state of this name."""
+        path = os.path.join(directory, name)
+        return cls(directory, f"{path}.json", f"{path}.journal", f"{path}.lock")
+
+
+def open_writer(directory: str, name: str) -> tuple[Writer, Recovery]:
+    """Lock, read, decide."""
+    paths = Paths.of(fs.absolute(directory), name)
+    fs.make_directory(paths.directory)
+    lock = fs.Lock(paths.lock)
+    try:
+        loaded = _load(paths, name, lock)
+    except BaseException:
+        lock.release()
+        raise
+    try:
+        fs.discard_temporaries(paths.snapshot)
+        fs.discard_temporaries(paths.journal)
+    except StorageError as error:
+        _logger.warning("temporary files beside %s stay until the next start: %s", paths.snapshot, error)
+    return loaded
+
+
+def _load(paths: Paths, name: str, lock: fs.Lock) -> tuple[Writer, Recovery]:
+    fingerprint = fs.fingerprint(paths.snapshot)
+    snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
+    if data is None:  # whoever made one did this before
+        fs.sync_parents(paths.directory)
+    base = NO_BASE if snapshot is None else journal.base_of(len(snapshot), zlib.crc32(snapshot))
+    scan = None if data is None else journal.scan(data, name, paths.journal)
+    size = len(data or b"")
+    accepted = journal.accept(scan, size, base, paths.journal)
+    torn = size - scan.end if scan is not None else 0
+    if torn and data is not None:
+        _keep_torn(paths.journal, data[-torn:])
+    writer = Writer(name, paths, lock)
+    writer.base, writer.snapshot = base, fingerprint
+    writer.snapshot_bytes = len(snapshot or b"")
+    writer.end = size
+    writer.need = Need.FULL if accepted.unclean else Need.NEW
+    # A snapshot that no journal vouches for was put there by hand, maybe a moment ago.
+    writer.unsynced = snapshot is not None and (scan is None or scan.header.base != base)
+    loaded = snapshot if accepted.full is None else accepted.full
+    return writer, Recovery(loaded, accepted.records, accepted.unclean, torn)
+
+
+def _keep_torn(path: str, tail: bytes) -> None:
+    """Put a torn tail aside, for whoever wants to look; the newest few are kept."""
+    try:
+        older = fs.siblings(path, r"\.torn-\d+")  # digits to the end: no state has such a file
+        for old in older[: -(_TORN_KEPT - 1)]:
+            fs.discard(old)
+        fs.close(fs.create(f"{path}.torn-{time.time_ns() // 1_000_000}", [tail]))
+    except StorageError as error:
+        _logger.warning("the torn tail of %s could not be put aside: %s", path, error)
+
+
+class Need(Enum):
+    """What a commit has to do before it can append."""
+
+    NOTHING = "nothing"
+    NEW = "a new journal behind the snapshot"
+    FULL = "a new journal that begins with the whole state"
+
+
+class FullNeededError(Exception):
+    """The journal cannot be appended to, and the whole state was not at hand."""
+
+
+class NewJournal:
+    """A journal under a temporary name: nothing relies on it before `Writer` puts it in place.
+
+    Attributes:
+        path: The temporary name.
+        base: The snapshot that it follows.
+        salt: Of its frames.
+        fd: The file; -1 before `create`, and when it is in place or gone.
+        end: How many bytes there are, all of them synced.
+        records: How many records were added.
+    """
+
+    def __init__(self, path: str, name: str) -> None:
+        """For the state of this name, whose journal is at `path`. Nothing is touched."""
+        self.path: str = fs.temporary(path)
+        self.base: str = NO_BASE
+        self.salt: str = journal.new_salt()
+        self.fd: int = -1
+        self.end: int = 0
+        self.records: int = 0
+        self._name = name
+
+    def create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
+        """Make the file, with a header and these frames, and sync."""
+        self.base = base
+        parts = [journal.header(self._name, self.salt, base), *self._framed(frames)]
+        self.fd = fs.create(self.path, parts)
+        self.end = sum(map(len, parts))
+
+    def add(self, records: list[bytes]) -> None:
+        """Write them behind what is there, and sync."""
+        if not records:
+            return
+        parts = self._framed((Kind.RECORD, record) for record in records)
+        try:
+            fs.append(self.fd, self.path, parts, self.end)
+        except fs.TornWriteError as torn:
+            raise torn.error from torn.__cause__
+        self.end += sum(map(len, parts))
+        self.records += len(records)
+
+    def _framed(self, frames: Iterable[tuple[Kind, bytes]]) -> list[bytes]:
+        return [part for frame in frames for part in journal.frame_parts(self.salt, *frame)]
+
+    def discard(self) -> None:
+        """Close and delete it, unless it is in place."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            fs.close(fd)
+            fs.discard(self.path)
+
+
+class Writer:
+    """The journal of one state; used from one thread, but for reading its numbers.
+
+    Attributes:
+        name: The name of the state.
+        paths: Where the files are.
+        lock: The lock.
+        base: The snapshot that a new journal follows.
+        snapshot: The file that this names.
+        need: What the next commit has to do.
+        unsynced: Whether nobody knows if the snapshot is on the disk.
+        snapshot_bytes: Its size.
+        end: The size of the journal.
+        starts_full: Whether the journal begins with the whole state.
+        generation: Counts the journals given up because of an error.
+        since: The records committed since the view of a checkpoint, while there is one.
+        replaced: Files that have no name any more, for the checkpoint's thread to close.
+    """
+
+    def __init__(self, name: str, paths: Paths, lock: fs.Lock) -> None:
+        self.name: str = name
+        self.paths: Paths = paths
+        self.lock: fs.Lock = lock
+        self.base: str = NO_BASE
+        self.snapshot: fs.Fingerprint | None = None
+        self.need: Need = Need.NEW
+        self.unsynced: bool = False
+        self.snapshot_bytes: int = 0
+        self.end: int = 0
+        self.starts_full: bool = False
+        self.generation: int = 0
+        self.since: list[bytes] | None = None
+        self.replaced: list[int] = []
+        self._fd = -1
+        self._identity = fs.NO_FILE
+        self._salt = ""
+
+    # Commits
+
+    def commit(self, record: bytes, full: bytes | None) -> None:
+        """Make a record durable, alone or in the whole state."""
+        self._check()
+        self._check_snapshot()
+        if self.need is Need.FULL:
+            if full is None:
+                raise FullNeededError
+            self._create(ANY_BASE, (Kind.FULL, full))
+        elif self.need is Need.NEW:
+            self._create(self.base, (Kind.RECORD, record))
+        else:
+            self._append(Kind.RECORD, record)
+        if self.since is not None:
+            self.since.append(record)
+
+    def _append(self, kind: Kind, payload: bytes) -> None:
+        parts = journal.frame_parts(self._salt, kind, payload)
+        try:
+            fs.append(self._fd, self.paths.journal, parts, self.end)
+        except fs.TornWriteError as torn:
+            self._poison()
+            raise torn.error from torn.__cause__
+        self.end += sum(map(len, parts))
+
+    # Checkpoints
+
+    def repair(self, full: bytes, generation: int) -> None:
+        """A new journal that begins with the whole state, unless a commit made one since the view was taken."""
+        self._check()
+        if self.need is not Need.FULL or generation != self.generation:
+            raise self._abandoned()
+        self._create(ANY_BASE, (Kind.FULL, full))
+
+    def prepare(self, upcoming: NewJournal, base: str, since: list[bytes]) -> None:
+        """Write most of the journal that will follow a new snapshot, while commits go on and add to `since`.
+
+        In the checkpoint's thread; so `publish`, which commits wait for, has little left to do.
+        """
+        upcoming.create(base)
+        for _ in range(_MOST_ROUNDS):
+            more = since[upcoming.records :]
+            if sum(map(len, more)) <= _LEFT_TO_PUBLISH:
+                break
+            upcoming.add(more)
+        self.replaced.append(fs.hold(self.paths.snapshot))
+
+    def publish(self, new: str, upcoming: NewJournal, size: int, since: list[bytes], generation: int) -> None:
+        """Put a new snapshot in place of the old one, and the upcoming journal in place of the one so far."""
+        self._check()
+        if self.need is Need.FULL or generation != self.generation:
+            raise self._abandoned()
+        if self.need is Need.NEW:
+            self._create(self.base)
+        self._append(Kind.CHECKPOINT, upcoming.base.encode())
+        snapshot = fs.fingerprint(new)
+        fs.rename(new, self.paths.snapshot)
+        try:
+            fs.sync_directory(self.paths.directory)
+        except StorageError:
+            self._poison()
+            raise
+        self.base, self.snapshot, self.snapshot_bytes, self.unsynced = upcoming.base, snapshot, size, False
+        upcoming.add(since[upcoming.records :])
+        self._put_in_place(upcoming, self.replaced)
+
+    def _abandoned(self) -> UnavailableError:
+        return UnavailableError(
+            f"{self.paths.journal} was replaced meanwhile, so this checkpoint was abandoned; another is due"
+        )
+
+    def close_replaced(self) -> None:
+        """Close what has no name any more; in the checkpoint's thread, since the file system takes its time to free it."""
+        while self.replaced:
+            fs.close(self.replaced.pop())
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether the journal has grown so much that a byte changed costs about three written."""
+        return self.starts_full or self.end > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
+
+    def close(self) -> None:
+        """Let go of the journal, then of the lock."""
+        self._use(-1)
+        self.lock.release()
+
+    # What commits and checkpoints share
+
+    def _check(self) -> None:
+        """Nobody else writes here, and what is written here can be found again."""
+        self.lock.check()
+        if self.need is Need.NOTHING and not fs.is_file(self.paths.journal, self._identity):
+            _logger.error("%s was deleted or replaced while in use: writing it anew", self.paths.journal)
+            self._poison()
+
+    def _check_snapshot(self) -> None:
+        """Behind a snapshot that is gone, a record would be refused by the next start."""
+        relied_on = self.need is not Need.FULL and not self.starts_full
+        if relied_on and fs.fingerprint(self.paths.snapshot) != self.snapshot:
+            _logger.error("%s was deleted or replaced while in use: writing everything anew", self.paths.snapshot)
+            self._poison()
+
+    def _create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
+        if self.unsynced and base != ANY_BASE:
+            self._sync_snapshot()
+        new = NewJournal(self.paths.journal, self.name)
+        try:
+            new.create(base, *frames)
+            self._put_in_place(new)
+        finally:
+            new.discard()
+
+    def _put_in_place(self, new: NewJournal, replaced: list[int] | None = None) -> None:
+        """Until the rename, whatever was in use stays in use; its descriptor goes to `replaced`, or is closed."""
+        try:
+            fs.rename(new.path, self.paths.journal)
+            fs.sync_directory(self.paths.directory)
+        except StorageError:
+            # Which of the two files a crash leaves is unknown: neither may be written.
+            self._poison()
+            raise
+        fd, new.fd = new.fd, -1
+        if replaced is not None:
+            replaced.append(self._fd)
+            self._fd = -1
+        self._salt, self.end = new.salt, new.end
+        self._use(fd)
+        self.starts_full = new.base == ANY_BASE
+        if self.starts_full:
+            self.generation += 1
+        self.need = Need.NOTHING
+
+    def _sync_snapshot(self) -> None:
+        """Before a journal relies on a snapshot that was put there by hand; a failed sync is not repeated."""
+        self.unsynced = False
+        try:
+            fs.sync(self.paths.snapshot)
+            fs.sync_directory(self.paths.directory)
+        except StorageError:
+            self._poison()
+            raise
+
+    def _poison(self) -> None:
+        self.need = Need.FULL
+        self.generation += 1
+        self._use(-1)
+
+    def _use(self, fd: int) -> None:
+        """Another journal, or none, in place of the one that was open."""
+        identity = fs.NO_FILE if fd < 0 else fs.identity(fd, self.paths.journal)
+        old, self._fd, self._identity = self._fd, fd, identity
+        if old >= 0:
+            fs.close(old)
