@@ -37,7 +37,8 @@ RESERVED = "$lab_state"
 MAX_KEY_LENGTH = 1024
 
 _CRC = b',"crc32":"'
-_OWN_END = re.compile(rb',"crc32":"[0-9a-f]{8}"\}\}\Z')
+_OWN_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
+_END_BYTES = len(b',"crc32":"00000000"}}')
 _SLICE_BYTES = 64 * 1024
 _KEY_BYTES = 128  # a key takes time, however small its value
 _MOST_AT_ONCE = 500
@@ -315,8 +316,13 @@ def _uncovered(view: dict[str, Stored], revision: int, time: int, wall: int, *, 
         yield from _times(expires, refused, time, wall)
 
 
-def decode_snapshot(data: bytes, path: str) -> Snapshot:
+def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> Snapshot:
     """Read a snapshot, or import a plain JSON object that someone else wrote.
+
+    Args:
+        data: The bytes.
+        path: Where they are from, for messages.
+        crc: Their CRC-32, if it is known.
 
     Raises:
         CorruptionError: It is damaged, was edited, or is not a JSON object.
@@ -330,13 +336,13 @@ def decode_snapshot(data: bytes, path: str) -> Snapshot:
     if own is None:
         _check_foreign(data, entries, path)
         return Snapshot(entries, 0)
-    meta = _check_own(data, own, path)
+    meta = _check_own(data, own, path, zlib.crc32(data) if crc is None else crc)
     _check_times(meta.expires, entries, path)
     return Snapshot(entries, meta.revision, meta.expires, meta.time, meta.wall)
 
 
-def _check_own(data: bytes, own: Raw, path: str) -> Meta:
-    """The reserved member, if it matches the bytes."""
+def _check_own(data: bytes, own: Raw, path: str, crc: int) -> Meta:
+    """The reserved member, if it matches the bytes, of which `crc` is the checksum."""
     try:
         found = msgspec.json.decode(own, type=_AnyFormat).format
         if found > FORMAT:
@@ -347,9 +353,10 @@ def _check_own(data: bytes, own: Raw, path: str) -> Meta:
         meta = msgspec.json.decode(own, type=Meta)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         _refuse_own(path, "its member is damaged")
-    cut = data.rfind(_CRC)
-    crc = b"%08x" % zlib.crc32(memoryview(data)[: max(cut, 0)])
-    if data[cut:] != _CRC + crc + b'"}}' or meta.crc32.encode() != crc or meta.format != FORMAT or meta.revision < 0:
+    # Going on from the member's own checksum, of all before it, the end must lead to that of the whole.
+    end = _OWN_END.search(data, max(0, len(data) - _END_BYTES))
+    claimed = end is not None and end[1].decode() == meta.crc32 and zlib.crc32(end[0], int(end[1], 16)) == crc
+    if not claimed or meta.format != FORMAT or meta.revision < 0:
         _refuse_own(path, "its checksum does not match its contents")
     return meta
 

@@ -34,6 +34,7 @@ from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
 from lab_state.storage._protocol import StorageSession
 
+_FREED_AT_ONCE = 1000
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 
@@ -59,12 +60,13 @@ class Flusher:
         config: Config,
         clock: Clock,
         logger: logging.Logger,
-        committed: Callable[[Changes], None],
+        committed: Callable[[Changes], bool],
         times: FlushTimes,
     ) -> None:
         """Begin at once; the running loop is the one that everything else must be called on.
 
-        `committed` is called with what has become durable; `times` takes how long it took.
+        `committed` is called with what has become durable, and returns whether that is
+        looked at later; `times` takes how long it took.
         """
         self.state: State = state
         self._times = times
@@ -98,6 +100,7 @@ class Flusher:
         self._records = len(session.recovery.records) + self._unsettled  # behind the last snapshot
         self._checkpoint_due = False
         self._loop = asyncio.get_running_loop()
+        state.discard = self._discard
         self._wake = asyncio.Event()
         if self._unsettled:
             self._wake_up()
@@ -278,6 +281,19 @@ class Flusher:
             self._waiters, self._confirming = Waiters(), Waiters()
         self.check_loop()
 
+    def discard_entries(self) -> None:
+        """After `stop`: nobody reads them any more. But a storage call that hangs may ask for a view, later."""
+        self.state.discard = len  # not a cycle
+        if not self._abandoned and isinstance(self.state.entries, dict):
+            self._discard(self.state.entries)
+
+    def _discard(self, large: dict[str, Any]) -> None:
+        """Free a map in steps: a million values at once would hold up the event loop."""
+        for _ in range(min(len(large), _FREED_AT_ONCE)):
+            large.popitem()
+        if large:
+            self._loop.call_soon(self._discard, large)
+
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop that everything runs on."""
@@ -371,8 +387,9 @@ class Flusher:
             self._succeeded(taken.end, self._clock.monotonic() - started)
             taken.changes.update(dict.fromkeys(refused, DELETED))  # as the record says
             self._confirming.settle(number)
-            self._committed(taken)
             self._checkpoint_due = due
+            if not self._committed(taken):
+                self._discard(taken.changes)
             return None
         finally:
             await views.fold()

@@ -91,7 +91,7 @@ class Mirror:
         self._task = asyncio.create_task(self._run(), name=f"lab_state {self._name} mirror")
 
     def committed(self, taken: Changes) -> None:
-        """These changes are durable."""
+        """These changes are durable; they are looked at later."""
         if taken.end > taken.start:
             self._pending.add(taken)
             self._commits += 1

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from typing import Literal, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
 
 from lab_state._expiry import Expiries, Expiring, Value
 
@@ -170,6 +170,7 @@ class State:
         expiries: Finds the keys that are due.
         monotonic: The clock that is never set.
         note: Called after each change, where someone watches; `set` of `Calls` does so itself.
+        discard: Called with a map that nobody needs any more, and that may be large.
         borrowed: Whether entries may be views that keep the buffer alive that they
             were loaded from.
     """
@@ -183,6 +184,7 @@ class State:
         "changes",
         "cleared",
         "deleted",
+        "discard",
         "entries",
         "expiries",
         "monotonic",
@@ -201,6 +203,7 @@ class State:
         self._wall_clock = wall_clock
         self._epoch = start - monotonic()
         self.note: Note | None = None
+        self.discard: Callable[[dict[str, Any]], object] = len
         self.load({}, 0)
 
     def load(self, entries: dict[str, Stored], revision: int, expires: Mapping[str, int] | None = None) -> None:
@@ -281,11 +284,11 @@ class State:
         """Store one value; returns the new revision."""
         return self.apply({key: stored}, cleared=False)
 
-    def settle(self, key: str, stored: Stored, scalar: Value) -> None:
-        """Keep a stored value as the scalar that it was found to be; no change."""
+    def settle(self, key: str, stored: Stored, same: Value) -> None:
+        """Keep a stored value in another form, which is no change."""
         # An overlay would take it for a write; one that expires is kept within.
         if self.entries.__class__ is dict and self.entries[key] is stored:
-            self.entries[key] = scalar
+            self.entries[key] = same
 
     def set_many(self, values: Mapping[str, Value]) -> int:
         """Store all of them, which do not expire, as one change; returns the new revision."""
@@ -350,8 +353,10 @@ class State:
         return self.revision
 
     def _empty(self) -> None:
-        self.entries = {}
-        self.changes = {}
+        entries, changes = self.entries, self.changes
+        self.entries, self.changes = {}, {}
+        self.discard(entries if isinstance(entries, dict) else entries.top)  # a view is somebody's
+        self.discard(changes)
         self.cleared = True
         self.expiries.clear()
 
@@ -365,8 +370,8 @@ class State:
     def put_back(self, taken: Changes) -> None:
         """Put the changes of a failed commit back, under what came since."""
         if not self.cleared:
-            self.changes = {**taken.changes, **self.changes}
-            self.cleared = taken.cleared
+            taken.changes.update(self.changes)  # which is less, where commits fail again and again
+            self.changes, self.cleared = taken.changes, taken.cleared
         self.taken, self.since = taken.start, taken.since
 
     def freeze(self) -> dict[str, Stored]:

@@ -56,7 +56,12 @@ def _decode_other(type_: type[Any], value: object) -> object:
 
 
 encode = msgspec.json.Encoder(enc_hook=_encode_other).encode
-_decode_any = msgspec.json.Decoder().decode
+decode_json: Callable[[Any], Any] = msgspec.json.Decoder().decode
+"""JSON without a type; what it raises says nothing of where the value is from."""
+
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError)
+"""What reading JSON raises when it is none."""
+
 _skip = msgspec.json.Decoder(Raw).decode
 _find_strings = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 _INNERMOST = re.compile(rb"(?:\[\]|\{\})+")
@@ -76,7 +81,7 @@ def encode_value(value: object) -> Value:
         # A msgspec.Raw, or a model's own serializer, may have put anything there.
         _skip(data := encode(value))
         if value.__class__ is Raw:
-            _decode_any(data)  # numbers out of range
+            decode_json(data)  # numbers out of range
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 -- a serializer of the caller's may raise anything, and quote the value
@@ -139,8 +144,8 @@ def decode_value(stored: Value, type_: Any) -> Any:
         data: Any = stored
         if type_ is Any:
             try:
-                return _decode_any(data)
-            except (msgspec.MsgspecError, UnicodeDecodeError):
+                return decode_json(data)
+            except NOT_JSON:
                 raise TypeMismatchError("a msgspec.Raw that is not valid JSON; set it anew") from None
     elif type_ is Any or stored.__class__ is type_:
         return stored
@@ -212,7 +217,7 @@ def _check_encodes(value: object, why_not: str) -> None:
 def _as_written(value: object) -> object:
     """What `to_builtins` leaves to us, as what its JSON holds, NaN and all."""
     if isinstance(value, Raw):
-        return _decode_any(value)
+        return decode_json(value)
     return cast("Any", value).model_dump(by_alias=True, round_trip=True)
 
 
@@ -220,7 +225,7 @@ def _check_finite(value: object, data: bytes) -> None:
     """NaN and infinity are written as `null`: look at the values behind every `null`."""
     try:
         tree = msgspec.to_builtins(value, enc_hook=_as_written)
-        if tree == _decode_any(data):  # the usual case: every null is a None
+        if tree == decode_json(data):  # the usual case: every null is a None
             return
     except Exception:  # noqa: BLE001 -- as in encode_value
         raise InvalidValueError("a model cannot be kept: its own serializer failed") from None
@@ -250,7 +255,7 @@ def _refusal(value: object) -> InvalidValueError:
 def _refused(value: object, levels: int) -> bool:
     try:
         data = encode(value)
-        _decode_any(data)
+        decode_json(data)
     except Exception:  # noqa: BLE001 -- whatever it is, this is the part that cannot be encoded
         return True
     return _deeper(data, levels)

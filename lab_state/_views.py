@@ -47,9 +47,10 @@ class Views:
         yield last
 
     async def fold(self) -> None:
-        """Bring home what was written beside the views, faster than more can come."""
+        """Bring home what was written beside the views, faster than more can come; once for each."""
         most = _FOLDED_AT_ONCE
-        for view in self._taken:
+        while self._taken:
+            view = self._taken.pop()
             try:
                 while self._state.fold(view, most):
                     most *= 2
@@ -57,3 +58,5 @@ class Views:
             except asyncio.CancelledError:
                 self._state.fold(view, sys.maxsize)
                 raise
+            if self._state.entries is not view:  # a copy, or what was deleted meanwhile
+                self._state.discard(view)

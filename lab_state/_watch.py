@@ -190,14 +190,15 @@ class Watchers:
             turn.pop(key, None)  # so that they are told in the order of their revisions
             turn[key] = (changed, revision)
 
-    def committed(self, taken: Changes) -> None:
-        """These changes are durable."""
+    def committed(self, taken: Changes) -> bool:
+        """These changes are durable; returns whether they are looked at later."""
         if self._durable:
             if taken.cleared:
                 self._queue.append((self._durable, taken.end))
             durable: Iterator[Told] = ((key, changed, taken.end) for key, changed in taken.changes.items())
             self._queue.append((self._durable, durable))
             self._tell()
+        return bool(self._durable)
 
     def close(self) -> None:
         """The end: who reads is told the rest, and that it is over."""

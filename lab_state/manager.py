@@ -191,9 +191,10 @@ class Manager(Scope):
             mirror = Mirror(self._config.name, self._cache, self._clock, self._logger, self._mirrored)
             self._mirror = mirror
 
-            def committed(taken: Changes) -> None:
+            def committed(taken: Changes) -> bool:
                 watchers.committed(taken)
                 mirror.committed(taken)
+                return True
 
         flusher = Flusher(state, session, self._config, self._clock, self._logger, committed, self._times)
         self._flusher = flusher
@@ -206,12 +207,12 @@ class Manager(Scope):
         self._core.open(state, flusher, watchers, self._sweeper.resume)
 
     def _load(self, session: StorageSession) -> State:
-        snapshot, records, _, dropped = session.recovery
+        snapshot, records, _, dropped, crc = session.recovery
         if dropped:
             self._logger.warning(
                 "%s: dropped %d bytes that a crash cut short before they were acknowledged", session.path, dropped
             )
-        loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path)
+        loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path, crc)
         loaded = replay(loaded, records, session.path)
         state = State(self._clock.monotonic, self._time(loaded, session.path), self._clock.time)
         state.load(loaded.entries, loaded.revision, loaded.expires)
@@ -272,7 +273,8 @@ class Manager(Scope):
             self._phase = "stopped"
             self._ended = msgspec.structs.replace(self._status_of(flusher), keys=0)
             self._mirror = None
-            self._flusher = None  # and with it the entries
+            self._flusher = None
+            flusher.discard_entries()
 
     async def __aenter__(self) -> Self:
         """`start()`."""

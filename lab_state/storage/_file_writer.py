@@ -67,7 +67,8 @@ def _load(paths: Paths, name: str, lock: fs.Lock) -> tuple[Writer, Recovery]:
     snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
     if data is None:  # whoever made one did this before
         fs.sync_parents(paths.directory)
-    base = NO_BASE if snapshot is None else journal.base_of(len(snapshot), zlib.crc32(snapshot))
+    crc = None if snapshot is None else zlib.crc32(snapshot)
+    base = NO_BASE if snapshot is None or crc is None else journal.base_of(len(snapshot), crc)
     scan = None if data is None else journal.scan(data, name, paths.journal)
     size = len(data or b"")
     accepted = journal.accept(scan, size, base, paths.journal)
@@ -81,8 +82,9 @@ def _load(paths: Paths, name: str, lock: fs.Lock) -> tuple[Writer, Recovery]:
     writer.need = Need.FULL if accepted.unclean else Need.NEW
     # A snapshot that no journal vouches for was put there by hand, maybe a moment ago.
     writer.unsynced = snapshot is not None and (scan is None or scan.header.base != base)
-    loaded = snapshot if accepted.full is None else accepted.full
-    return writer, Recovery(loaded, accepted.records, accepted.unclean, torn)
+    if accepted.full is not None:
+        snapshot, crc = accepted.full, None
+    return writer, Recovery(snapshot, accepted.records, accepted.unclean, torn, crc)
 
 
 def _keep_torn(path: str, tail: bytes) -> None:

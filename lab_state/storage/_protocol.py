@@ -31,12 +31,15 @@ class Recovery(NamedTuple):
             not end cleanly, and what is read may be in a cache alone. The first
             commit, which comes at once then, even without a change, makes it durable.
         dropped_bytes: The size of a torn tail that was dropped: never acknowledged.
+        crc32: The CRC-32 of the snapshot, where the storage has it at hand: it need not
+            be computed again.
     """
 
     snapshot: bytes | None
     records: tuple[bytes, ...]
     unsettled: bool
     dropped_bytes: int
+    crc32: int | None = None
 
 
 class StorageSession(Protocol):
