@@ -2,17 +2,12 @@
 
 Theory of operation. Writers change the map and go on. The task wakes up once an
 interval, or when someone waits for durability, takes the changes away, and commits
-them as one record. Whoever asks while a commit is under way waits for the next one,
-unless the one under way holds all that it asks for; so all who wait share one write
-(group commit). A commit that fails puts the changes back under what came since, and
-is repeated after growing pauses.
+them as one record. A commit that fails puts the changes back under what came since,
+and is repeated after growing pauses. Who waits is in `_durability.py`.
 
 A checkpoint runs in a task of its own, beside the commits. The task that commits
 never cancels a storage call: at the deadline of `stop` it is left to end by itself,
 and the session is closed behind it, so no second writer can slip in meanwhile.
-
-Callers wait on futures of their own, so cancelling one touches neither the write nor
-the others.
 """
 
 from __future__ import annotations
@@ -25,27 +20,24 @@ from typing import Any
 
 from lab_state._clock import Clock, Pauses, Timer, resolver
 from lab_state._codec import encode_record
+from lab_state._durability import Durability
 from lab_state._metrics import FlushTimes
 from lab_state._state import DELETED, Changes, State
 from lab_state._views import Views
-from lab_state._waiters import Waiters, copied
 from lab_state._whole import joined
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
 from lab_state.storage._protocol import StorageSession
 
-_FREED_AT_ONCE = 1000
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 
 
-class Flusher:
+class Flusher(Durability):
     """Makes the changes of one state durable, from one start to one stop.
 
     Attributes:
-        state: The state, loaded.
         write_through: Whether a write returns only when it is durable.
-        durable_revision: Everything up to this revision is durable.
         flushes: How many commits succeeded.
         failures: How many commits and checkpoints failed.
         last_error: What the last attempt failed with; `None` when it succeeded.
@@ -68,7 +60,9 @@ class Flusher:
         `committed` is called with what has become durable, and returns whether that is
         looked at later; `times` takes how long it took.
         """
-        self.state: State = state
+        super().__init__(
+            config.name, state, clock, unsettled=session.recovery.unsettled, waits=config.flush_interval is None
+        )
         self._times = times
         self._committed = committed
         self.write_through: bool = config.flush_interval == 0
@@ -79,29 +73,15 @@ class Flusher:
         self.last_flush_seconds: float | None = None
         self._session = session
         self._interval = config.flush_interval
-        self._name = config.name
-        self._clock = clock
         self._logger = logger
-        self._waiters = Waiters()
-        self._confirming = Waiters()
-        self._begun = self._wanted = 0  # commits: how many, and up to which one somebody wants
-        self._under_way: Changes | None = None
-        self._due = False  # a background flush is
         longest = max(self._interval or 0.0, _LONGEST_PAUSE)
         self._pauses = Pauses(clock, _FIRST_PAUSE, longest)
         self._checkpoint_pauses = Pauses(clock, _FIRST_PAUSE, longest)
         self._stopping = self._abandoned = False
         self._deadline = math.inf
-        self._flushed_last = False  # stop() has made its last attempt
         self._stop_error: StorageError | None = None
-        self._fenced: FencedError | None = None
-        self._unsettled = session.recovery.unsettled
-        self.durable_revision: int = 0 if self._unsettled else state.revision
         self._records = len(session.recovery.records) + self._unsettled  # behind the last snapshot
         self._checkpoint_due = False
-        self._loop = asyncio.get_running_loop()
-        state.discard = self._discard
-        self._wake = asyncio.Event()
         if self._unsettled:
             self._wake_up()
         self._checkpointing: asyncio.Task[None] | None = None
@@ -121,7 +101,7 @@ class Flusher:
             self._timer.cancel()
         expired = asyncio.get_running_loop().create_future()
         timer = self._clock.call_later(timeout, resolver(expired))
-        if self._task.done() or self._task.get_loop() is not self._loop:  # its loop was torn down before
+        if self._task.done() or self._task.get_loop() is not self.loop:  # its loop was torn down before
             self._begin(self._finish())
         self._wake.set()
         await asyncio.wait({self._task, expired}, return_when=asyncio.FIRST_COMPLETED)
@@ -147,7 +127,20 @@ class Flusher:
                 task.cancel()
         return self._session
 
+    def move(self) -> None:
+        """See `Durability.move`."""
+        if self.loop.is_closed():
+            self._checkpointing = None
+        super().move()
+
+    def discard_entries(self) -> None:
+        """After `stop`: nobody reads them any more. But a storage call that hangs may ask for a view, later."""
+        self.state.discard = len  # not a cycle
+        if not self._abandoned and isinstance(self.state.entries, dict):
+            self._discard(self.state.entries)
+
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        self._over = self.fenced
         self._task = asyncio.create_task(work, name=f"lab_state {self._name} flusher")
         self._task.add_done_callback(self._ended)
 
@@ -163,11 +156,6 @@ class Flusher:
             error = self._stop_error
         self._waiters.settle(self._settled_revision)
         self._give_up(error)
-
-    def _give_up(self, error: LabStateError) -> None:
-        """Nobody has anything to wait for any more."""
-        self._waiters.fail(error, "not durable", everyone=True)
-        self._confirming.fail(error, "not confirmed", everyone=True)
 
     def _abandon(self, timeout: float) -> None:
         """Leave a storage call that hangs to itself; the session is closed when it ends."""
@@ -186,138 +174,6 @@ class Flusher:
         )
         self._give_up(self._stop_error)
 
-    # Waiting for durability
-
-    async def durable(self, revision: int) -> None:
-        """Ask for a commit, and return when `revision` is durable."""
-        if self._must_wait(revision):
-            taken, waiters = self._under_way, self._waiters
-            if taken is not None and revision <= taken.end:
-                await waiters.wait(waiters.riding, revision)
-            else:
-                self._wake.set()
-                await waiters.wait(waiters.next, revision)
-
-    async def written(self, revision: int) -> None:
-        """`durable`, for a change that the caller has just made: on this event loop, and in no commit yet."""
-        self._check_going()
-        self._wake.set()
-        # `Waiters.wait`, written out: a coroutine less for each of a hundred writers.
-        future: asyncio.Future[None] = self._loop.create_future()
-        self._waiters.next.append((revision, future))
-        try:
-            await future
-        except asyncio.CancelledError:
-            self._waiters.forget_cancelled()
-            raise
-
-    async def wait_durable(self, revision: int) -> None:
-        """Return when `revision` is durable; ask for nothing."""
-        if self._must_wait(revision):
-            await self._waiters.wait(self._waiters.patient, revision)
-
-    async def settled(self, revision: int) -> None:
-        """Return when `revision` is durable; asks for a commit where the background makes them anyway."""
-        await (self.wait_durable if self._interval is None else self.durable)(revision)
-
-    async def confirm(self) -> None:
-        """Return when a commit that began after the call has succeeded: nobody else owns the state.
-
-        It is made even if nothing changed.
-
-        Raises:
-            FencedError: Somebody does.
-            StorageError: The commit failed.
-        """
-        self._must_wait(-1, even_durable=True)
-        self._wanted = self._begun + 1
-        self._wake_up()
-        await self._confirming.wait(self._confirming.next, self._wanted)
-
-    @property
-    def fenced(self) -> bool:
-        """Whether a newer writer owns the state."""
-        return self._fenced is not None
-
-    def _must_wait(self, revision: int, *, even_durable: bool = False) -> bool:
-        """Whether a revision is not durable yet; raises if it never will be."""
-        self.check_loop()
-        if revision <= self._settled_revision and not even_durable:
-            return False
-        self._check_going()
-        return True
-
-    def _check_going(self) -> None:
-        """Whether anything will be durable that is not; raises if not."""
-        if self._fenced is not None:
-            raise copied(self._fenced, "not durable")
-        if self._task.done() or self._flushed_last:
-            raise UnavailableError(f"nobody flushes {self._name!r} any more; stop() does, if it was not called yet")
-
-    def check_loop(self) -> None:
-        """Whether this is the event loop that the manager was started on.
-
-        Raises:
-            RuntimeError: It is another one, or another thread's.
-        """
-        if asyncio.get_running_loop() is not self._loop:
-            raise RuntimeError(
-                f"the manager of {self._name!r} belongs to the event loop that start() ran on; "
-                "use it there, or stop it there and start it here"
-            )
-
-    def move(self) -> None:
-        """Let this event loop do the stop, if the one of the start is closed; what ran there has ended.
-
-        Raises:
-            RuntimeError: It is not closed.
-        """
-        if self._loop.is_closed():
-            self._loop, self._checkpointing = asyncio.get_running_loop(), None
-            if (taken := self._under_way) is not None:  # closed over it, without a cancellation
-                self.state.put_back(taken)
-                self._under_way = None
-            self._wake = asyncio.Event()  # who waited for these has ended
-            self._waiters, self._confirming = Waiters(), Waiters()
-        self.check_loop()
-
-    def discard_entries(self) -> None:
-        """After `stop`: nobody reads them any more. But a storage call that hangs may ask for a view, later."""
-        self.state.discard = len  # not a cycle
-        if not self._abandoned and isinstance(self.state.entries, dict):
-            self._discard(self.state.entries)
-
-    def _discard(self, large: dict[str, Any]) -> None:
-        """Free a map in steps: a million values at once would hold up the event loop."""
-        for _ in range(min(len(large), _FREED_AT_ONCE)):
-            large.popitem()
-        if large:
-            self._loop.call_soon(self._discard, large)
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that everything runs on."""
-        return self._loop
-
-    # Numbers
-
-    @property
-    def unflushed_keys(self) -> int:
-        """How many keys have changes that are not durable; a cleared state counts as one more."""
-        pending = len(self.state.changes) + self.state.cleared
-        if (taken := self._under_way) is not None:
-            pending += len(taken.changes) + taken.cleared
-        return pending
-
-    @property
-    def unflushed_age(self) -> float:
-        """How old the oldest change is that is not durable, in seconds; 0 when all is durable."""
-        if (taken := self._under_way) is not None:
-            return max(0.0, self._clock.monotonic() - taken.since)
-        if self.state.revision > self.state.taken:
-            return max(0.0, self._clock.monotonic() - self.state.since)
-        return 0.0
-
     @property
     def snapshot_bytes(self) -> int:
         """The size of the snapshot."""
@@ -327,20 +183,6 @@ class Flusher:
     def journal_bytes(self) -> int:
         """The size of the journal."""
         return self._session.journal_bytes
-
-    @property
-    def _unflushed(self) -> bool:
-        """Whether a commit has anything to do; one under way does not count."""
-        return self._unsettled or self._wanted > self._begun or self.state.revision > self.state.taken
-
-    @property
-    def _settled_revision(self) -> int:
-        """The durable revision, as far as anyone can rely on it."""
-        return -1 if self._unsettled else self.durable_revision
-
-    @property
-    def _all_durable(self) -> bool:
-        return self._settled_revision >= self.state.revision
 
     # The task
 
@@ -452,10 +294,6 @@ class Flusher:
         self._arm()
         self._wake_up()
 
-    def _wake_up(self) -> None:
-        self._due = True
-        self._wake.set()
-
     # Checkpoints
 
     def _start_checkpoint(self) -> None:
@@ -503,7 +341,7 @@ class Flusher:
         """The last flush, a checkpoint as far as time allows, and the end of the session."""
         try:
             error = await self._last_flush()
-            self._flushed_last = True
+            self._over = True
             self._stop_error = self._stop_error or error
             if error is not None:
                 self._give_up(error)

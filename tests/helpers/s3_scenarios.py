@@ -370,7 +370,7 @@ class Writer:
 
     async def open(self) -> None:
         self.session = await self.storage.open(self.world.name)
-        data, records, _, _ = self.session.recovery
+        data, records = self.session.recovery[:2]
         self.opened(self.session, decode_plain(data, records))
 
     def opened(self, session: S3Session, found: list[str]) -> None:

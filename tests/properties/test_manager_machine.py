@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from lab_state import (
     Config,
@@ -25,6 +25,7 @@ from lab_state import (
     Transaction,
     UnavailableError,
 )
+from lab_state.storage import _file_writer
 from lab_state.storage.file import FileSession
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -313,9 +314,11 @@ class ManagerMachine(RuleBasedStateMachine):
         assert self.state.durable_revision == self.revision
         assert self.state.status().unflushed_keys == 0
 
-    @precondition(lambda self: self.acknowledged < self.revision)
     @rule(moment=MOMENTS, times=st.integers(1, 3))
     def failed_flush(self, moment: Moment, times: int) -> None:
+        # No precondition, which must not depend on time: what the background wrote in the meantime, nobody knows.
+        if self.acknowledged == self.revision:
+            return
         self.storage.fail("commit", moment, times=times)
         for _ in range(times):
             # A commit that began in the background may still succeed, and take everything along.
@@ -390,7 +393,7 @@ class MemoryMachine(ManagerMachine):
 
 
 class FileMachine(ManagerMachine):
-    large = 600_000
+    large = 60_000
 
     def make_storage(self) -> Storage:
         self.directory = tempfile.TemporaryDirectory(prefix="lab_state-")
@@ -410,8 +413,11 @@ class FileMachine(ManagerMachine):
 
 
 @pytest.mark.parametrize(("machine", "examples"), [(MemoryMachine, 120), (FileMachine, 60)])
-def test_the_manager_is_a_durable_dict(machine: type[ManagerMachine], examples: int) -> None:
+def test_the_manager_is_a_durable_dict(
+    machine: type[ManagerMachine], examples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever is called in whatever order, the state is its model, and after a crash one that was acknowledged."""
+    monkeypatch.setattr(_file_writer, "_MIN_CHECKPOINT_BYTES", 100_000)
     run_state_machine_as_test(
         machine,
         settings=settings(

@@ -28,6 +28,7 @@ from lab_state import (
     LockedError,
     Manager,
     MemoryStorage,
+    Recovery,
     S3Storage,
     StorageError,
     UnavailableError,
@@ -324,7 +325,7 @@ async def test_a_versioned_bucket() -> None:
     await session.commit(b"2", VIEW)
     await session.aclose()
     again = await bucket.storage().open(NAME)
-    assert again.recovery == (b"snapshot", (b"2",), False, 0)
+    assert again.recovery == Recovery(b"snapshot", (b"2",), unsettled=False, dropped_bytes=0)
     await again.aclose()
 
 

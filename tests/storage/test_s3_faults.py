@@ -28,6 +28,7 @@ from lab_state import (
     CorruptionError,
     FencedError,
     Manager,
+    Recovery,
     S3Storage,
     StorageSession,
     UnavailableError,
@@ -323,7 +324,7 @@ async def test_a_checkpoint_while_loading_is_noticed(bucket: Bucket, proxy: Prox
     await old.commit(b"1", VIEW)
     proxy.plan("GET", f"{JOURNAL}{2:020d}", Before(lambda: old.checkpoint(given(b"late"))))
     session = await bucket.storage(proxy.url).open(NAME)
-    assert session.recovery == (b"late", (), False, 0)
+    assert session.recovery == Recovery(b"late", (), unsettled=False, dropped_bytes=0)
     await session.aclose()
     await old.aclose()
 
@@ -340,7 +341,7 @@ async def test_a_checkpoint_between_two_looks_is_noticed(bucket: Bucket, proxy: 
 
     proxy.plan("GET", SNAPSHOT, fenced_and_late)
     session = await bucket.storage(proxy.url).open(NAME)
-    assert session.recovery == (b"late", (), False, 0)
+    assert session.recovery == Recovery(b"late", (), unsettled=False, dropped_bytes=0)
     await session.commit(b"2", VIEW)
     await session.checkpoint(given(b"after"))  # the snapshot that it replaces is the old writer's
     await session.aclose()
@@ -526,7 +527,7 @@ async def test_what_a_crash_left_behind_is_cleaned(bucket: Bucket, proxy: Proxy)
     proxy.plan("POST", "?delete", answers(403, "AccessDenied"))
     await old.checkpoint(given(b"a"))
     new = await bucket.storage().open(NAME)
-    assert new.recovery == (b"a", (), False, 0)
+    assert new.recovery == Recovery(b"a", (), unsettled=False, dropped_bytes=0)
     await new.checkpoint(given(b"b"))
     assert list(bucket.keys(JOURNAL).values()) == [0, 0]
     await new.aclose()
@@ -586,7 +587,7 @@ async def test_loading_is_repeated(bucket: Bucket, proxy: Proxy, fault: object) 
         proxy.plan("GET", part, fault)  # type: ignore[arg-type]
     proxy.plan("HEAD", SNAPSHOT, lost)
     session = await bucket.storage(proxy.url).open(NAME)
-    assert session.recovery == (b"snapshot", (b"1", b"2"), False, 0)
+    assert session.recovery == Recovery(b"snapshot", (b"1", b"2"), unsettled=False, dropped_bytes=0)
     await session.aclose()
 
 

@@ -1,0 +1,199 @@
+"""What is durable of one state, and who waits for it.
+
+Theory of operation. Callers say up to which revision they wait, and for whom: the commit
+under way if it holds all of that, else the next one, which they ask for; or whichever
+commit it will be. So all who wait share one write (group commit). Each has a future of
+its own: cancelling one touches neither the write nor the others. Who commits is `Flusher`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from lab_state._clock import Clock
+from lab_state._state import Changes, State
+from lab_state._waiters import Waiters, copied
+from lab_state.exceptions import FencedError, LabStateError, UnavailableError
+
+_FREED_AT_ONCE = 1000
+
+
+class Durability:
+    """What is durable, seen from one event loop.
+
+    Attributes:
+        state: The state, loaded.
+        durable_revision: Everything up to this revision is durable.
+        loop: The event loop that everything runs on.
+    """
+
+    def __init__(self, name: str, state: State, clock: Clock, *, unsettled: bool, waits: bool) -> None:
+        """The running loop is the one that everything else must be called on.
+
+        `unsettled`: what was loaded may not be durable. `waits`: commits are made when
+        somebody asks for one, and never else.
+        """
+        self.state: State = state
+        self.durable_revision: int = 0 if unsettled else state.revision
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        state.discard = self._discard
+        self._name = name
+        self._clock = clock
+        self._unsettled = unsettled
+        self._waits = waits
+        self._waiters = Waiters()
+        self._confirming = Waiters()
+        self._begun = self._wanted = 0  # commits: how many, and up to which one somebody wants
+        self._under_way: Changes | None = None
+        self._wake = asyncio.Event()
+        self._due = False  # a background flush is
+        self._over = False  # nobody commits any more
+        self._fenced: FencedError | None = None
+
+    # Waiting
+
+    async def durable(self, revision: int) -> None:
+        """Ask for a commit, and return when `revision` is durable."""
+        if self._must_wait(revision):
+            taken, waiters = self._under_way, self._waiters
+            if taken is not None and revision <= taken.end:
+                await waiters.wait(waiters.riding, revision)
+            else:
+                self._wake.set()
+                await waiters.wait(waiters.next, revision)
+
+    async def written(self, revision: int) -> None:
+        """`durable`, for a change that the caller has just made: on this event loop, and in no commit yet."""
+        if self._over:
+            self._refuse()
+        self._wake.set()
+        # `Waiters.wait`, written out: a coroutine less for each of a hundred writers.
+        future: asyncio.Future[None] = self.loop.create_future()
+        self._waiters.next.append((revision, future))
+        try:
+            await future
+        except asyncio.CancelledError:
+            self._waiters.forget_cancelled()
+            raise
+
+    async def wait_durable(self, revision: int) -> None:
+        """Return when `revision` is durable; ask for nothing."""
+        if self._must_wait(revision):
+            await self._waiters.wait(self._waiters.patient, revision)
+
+    async def settled(self, revision: int) -> None:
+        """Return when `revision` is durable; asks for a commit where the background makes them anyway."""
+        await (self.wait_durable if self._waits else self.durable)(revision)
+
+    async def confirm(self) -> None:
+        """Return when a commit that began after the call has succeeded: nobody else owns the state.
+
+        It is made even if nothing changed.
+
+        Raises:
+            FencedError: Somebody does.
+            StorageError: The commit failed.
+        """
+        self._must_wait(-1, even_durable=True)
+        self._wanted = self._begun + 1
+        self._wake_up()
+        await self._confirming.wait(self._confirming.next, self._wanted)
+
+    def _must_wait(self, revision: int, *, even_durable: bool = False) -> bool:
+        """Whether a revision is not durable yet; raises if it never will be."""
+        self.check_loop()
+        if revision <= self._settled_revision and not even_durable:
+            return False
+        if self._over:
+            self._refuse()
+        return True
+
+    def _refuse(self) -> None:
+        if self._fenced is not None:
+            raise copied(self._fenced, "not durable")
+        raise UnavailableError(f"nobody flushes {self._name!r} any more; stop() does, if it was not called yet")
+
+    def _give_up(self, error: LabStateError) -> None:
+        """Nobody has anything to wait for any more."""
+        self._over = True
+        self._waiters.fail(error, "not durable", everyone=True)
+        self._confirming.fail(error, "not confirmed", everyone=True)
+
+    def _wake_up(self) -> None:
+        self._due = True
+        self._wake.set()
+
+    # The event loop
+
+    def check_loop(self) -> None:
+        """Whether this is the event loop that the manager was started on.
+
+        Raises:
+            RuntimeError: It is another one, or another thread's.
+        """
+        if asyncio.get_running_loop() is not self.loop:
+            raise RuntimeError(
+                f"the manager of {self._name!r} belongs to the event loop that start() ran on; "
+                "use it there, or stop it there and start it here"
+            )
+
+    def move(self) -> None:
+        """Let this event loop do the stop, if the one of the start is closed; what ran there has ended.
+
+        Raises:
+            RuntimeError: It is not closed.
+        """
+        if self.loop.is_closed():
+            self.loop = asyncio.get_running_loop()
+            if (taken := self._under_way) is not None:  # closed over it, without a cancellation
+                self.state.put_back(taken)
+                self._under_way = None
+            self._wake = asyncio.Event()  # who waited for these has ended
+            self._waiters, self._confirming = Waiters(), Waiters()
+        self.check_loop()
+
+    def _discard(self, large: dict[str, Any]) -> None:
+        """Free a map in steps: a million values at once would hold up the event loop."""
+        for _ in range(min(len(large), _FREED_AT_ONCE)):
+            large.popitem()
+        if large:
+            self.loop.call_soon(self._discard, large)
+
+    # Numbers
+
+    @property
+    def fenced(self) -> bool:
+        """Whether a newer writer owns the state."""
+        return self._fenced is not None
+
+    @property
+    def unflushed_keys(self) -> int:
+        """How many keys have changes that are not durable; a cleared state counts as one more."""
+        pending = len(self.state.changes) + self.state.cleared
+        if (taken := self._under_way) is not None:
+            pending += len(taken.changes) + taken.cleared
+        return pending
+
+    @property
+    def unflushed_age(self) -> float:
+        """How old the oldest change is that is not durable, in seconds; 0 when all is durable."""
+        if (taken := self._under_way) is not None:
+            return max(0.0, self._clock.monotonic() - taken.since)
+        if self.state.revision > self.state.taken:
+            return max(0.0, self._clock.monotonic() - self.state.since)
+        return 0.0
+
+    @property
+    def _unflushed(self) -> bool:
+        """Whether a commit has anything to do; one under way does not count."""
+        return self._unsettled or self._wanted > self._begun or self.state.revision > self.state.taken
+
+    @property
+    def _settled_revision(self) -> int:
+        """The durable revision, as far as anyone can rely on it."""
+        return -1 if self._unsettled else self.durable_revision
+
+    @property
+    def _all_durable(self) -> bool:
+        return self._settled_revision >= self.state.revision
