@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+from typing import Any
 
 import msgspec
 import pytest
@@ -443,6 +444,102 @@ class TestCheckpoint:
                 assert len(view) == 5001
                 storage.resume()
                 await task
+
+
+class TestFreeing:
+    """A map that nobody needs any more is freed in steps: a million values at once would hold up the event loop."""
+
+    KEYS = 3500
+
+    async def filled(self, state: Manager) -> dict[str, Any]:
+        await state.set_many({f"key {number}": number for number in range(self.KEYS)})
+        entries = state._core.state.entries
+        assert isinstance(entries, dict)
+        return entries
+
+    async def freed(self, large: dict[str, Any]) -> list[int]:
+        """How much is left after each turn of the loop."""
+        left = [len(large)]
+        while left[-1]:
+            await asyncio.sleep(0)
+            left.append(len(large))
+        return left
+
+    async def test_what_was_deleted(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """After delete_all(), a thousand keys go in each turn of the loop."""
+        async with running(storage, clock, None) as state:
+            entries = await self.filled(state)
+            await state.delete_all()
+            assert await self.freed(entries) == [2500, 1500, 500, 0]
+            assert await state.get_all() == {}
+
+    async def test_what_was_committed(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """After a commit, the map of its changes goes, and the values stay."""
+        async with running(storage, clock, None) as state:
+            await self.filled(state)
+            changes = state._core.state.changes
+            await state.flush()
+            assert (await self.freed(changes))[-1] == 0
+            assert len(await state.get_all()) == self.KEYS
+
+    async def test_what_is_still_to_be_told(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """The changes of a commit are whole as long as a reader of `watch(durable=True)` was not told all of them."""
+        async with running(storage, clock, None) as state, state.watch(durable=True) as changes:
+            await self.filled(state)
+            await state.flush()
+            assert {(await anext(changes)).key for _ in range(self.KEYS)} == (await state.get_all()).keys()
+
+    async def test_what_lay_beneath_a_checkpoint(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """A view whose keys were deleted meanwhile goes when the checkpoint has ended."""
+        async with running(storage, clock, None) as state:
+            await self.filled(state)
+            await state.flush()
+            await state.set("unflushed", 1)  # the checkpoint waits for its commit
+            storage.hang("commit")
+            checkpoint = asyncio.create_task(state._core.running._checkpoint(wait=True))
+            await until(lambda: isinstance(state._core.state.entries, Overlay))
+            overlay = state._core.state.entries
+            assert isinstance(overlay, Overlay)
+            await state.delete_all()
+            await idle()
+            assert len(overlay.view) == self.KEYS + 1
+            storage.resume()
+            await checkpoint
+            assert (await self.freed(overlay.view))[-1] == 0
+
+    async def test_what_a_stop_leaves(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """The entries go after stop(); but not while a storage call that hangs may still ask for them."""
+        async with running(storage, clock, None) as state:
+            entries = await self.filled(state)
+        assert (await self.freed(entries))[-1] == 0
+        state = Manager(Config(name="hangs", flush_interval=None), storage, clock=clock)
+        await state.start()
+        entries = await self.filled(state)
+        storage.hang("commit")
+        stopping = asyncio.create_task(state.stop())
+        await until(lambda: commits(storage) > 1)
+        clock.advance(10)
+        with pytest.raises(UnavailableError, match="ran out of its"):
+            await stopping
+        await idle()
+        assert len(entries) == self.KEYS
+        storage.resume()
+        await idle()
+
+
+async def test_views_are_folded_once(storage: FaultyStorage, clock: ManualClock) -> None:
+    """Whoever folds a second time does not fold the view that somebody else has taken since of the same map."""
+    async with running(storage, clock, None) as state:
+        await state.set("a", 1)
+        first, second = Views(state._core.state), Views(state._core.state)
+        first.freeze()
+        await first.fold()
+        view = second.freeze()
+        await state.set("a", 2)
+        await first.fold()
+        assert (view, state._core.state.frozen) == ({"a": 1}, True)
+        await second.fold()
+        assert await state.get("a") == 2
 
 
 class _UncleanSession:

@@ -22,6 +22,7 @@ from lab_state._journal import (
     accept,
     base_of,
     frame,
+    frame_parts,
     header,
     new_salt,
     scan,
@@ -91,6 +92,14 @@ def test_a_frame_is_one_line() -> None:
     body = b'9 R {"a":"b"}'
     assert frame(SALT, Kind.RECORD, b'{"a":"b"}') == b"%08x %s\n" % (zlib.crc32(SALT.encode() + body), body)
     assert frame(SALT, Kind.CHECKPOINT, b"").endswith(b" 0 C \n")
+
+
+def test_a_payload_is_not_copied() -> None:
+    """The parts of a frame are the frame, and the payload among them is the very object."""
+    record = b"x" * 100
+    parts = frame_parts(SALT, Kind.RECORD, record)
+    assert b"".join(parts) == frame(SALT, Kind.RECORD, record)
+    assert parts[1] is record
 
 
 def test_the_header_is_the_first_line() -> None:

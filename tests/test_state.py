@@ -240,6 +240,17 @@ def test_put_back_goes_under_newer_changes() -> None:
     assert entries_of(state) == {"a": 3, "c": 1, "d": 2}
 
 
+def test_put_back_costs_what_came_since() -> None:
+    """What a failed commit carried is not copied, however much it is."""
+    state = state_of(a=1)
+    state.set("a", 2)
+    taken = state.take()
+    state.set("b", 3)
+    state.put_back(taken)
+    assert state.changes is taken.changes
+    assert state.changes == {"a": 2, "b": 3}
+
+
 def test_put_back_goes_under_a_newer_clear() -> None:
     """A clear since the failed commit took everything of it away."""
     state = state_of(a=1)
@@ -326,6 +337,23 @@ def test_a_second_view_is_a_copy() -> None:
     assert folded(state, first) == 2
     assert (first, second) == ({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 2})
     assert state.entries is first
+
+
+def test_what_a_clear_leaves_is_handed_over() -> None:
+    """The entries and the unflushed changes of before are given to whoever frees them; of a view, what lay over it."""
+    state = state_of(a=1)
+    discarded: list[dict[str, Any]] = []
+    state.discard = discarded.append
+    state.set("b", 2)
+    state.clear()
+    assert discarded == [{"a": 1, "b": 2}, {"b": 2}]
+    state.set("c", 3)
+    view = state.freeze()
+    state.set("d", 4)
+    discarded.clear()
+    state.clear()
+    assert discarded == [{"d": 4}, {"c": 3, "d": 4}]
+    assert view == {"c": 3}
 
 
 def test_a_view_outlives_a_clear() -> None:

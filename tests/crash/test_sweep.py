@@ -188,8 +188,8 @@ def frames(directory: Path) -> str:
 Outcome = tuple[int, Any]
 
 
-def state_of(snapshot: bytes | None, records: tuple[bytes, ...]) -> Outcome:
-    begin = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, SNAPSHOT)
+def state_of(snapshot: bytes | None, records: tuple[bytes, ...], crc: int | None = None) -> Outcome:
+    begin = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, SNAPSHOT, crc)
     entries, revision, expires, *_ = replay(begin, records, SNAPSHOT)
     values = msgspec.json.decode(msgspec.json.encode(entries))
     return revision, {key: [value, key in expires] for key, value in values.items()}
@@ -207,7 +207,7 @@ def load(directory: Path) -> Outcome:
     """The same from the files, without threads and a loop."""
     writer, recovery = open_writer(str(directory), NAME)
     try:
-        return state_of(recovery.snapshot, recovery.records)
+        return state_of(recovery.snapshot, recovery.records, recovery.crc32)
     finally:
         writer.close()
 

@@ -357,6 +357,20 @@ async def test_a_directory_that_a_dead_process_made(tmp_path: Path, disk: Disk) 
         assert synced(disk)[:2] == above
 
 
+@pytest.mark.parametrize("ending", ["", "/", "//"])
+async def test_a_path_may_be_relative_and_end_with_a_slash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """The directory is found from where the process is at the start, and stays that one."""
+    monkeypatch.chdir(tmp_path)
+    async with Manager("lab", FileStorage(f"a/./b{ending}")) as state:
+        monkeypatch.chdir("/")
+        await state.set("key", 1)
+    assert (tmp_path / "a" / "b" / "lab.json").exists()
+    with pytest.raises(TypeError, match="must be a str, not bytes"):
+        FileStorage(b"a")  # type: ignore[arg-type]
+
+
 async def test_nothing_is_synced_across_a_mount_point(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1035,6 +1049,81 @@ async def test_commits_go_on_beside_a_slow_snapshot(tmp_path: Path, disk: Disk) 
     assert await found(tmp_path) == everything | {"after": 1}
     await state.stop()
     assert await found(tmp_path) == everything | {"after": 1}
+
+
+async def test_the_next_journal_is_written_beside_the_commits(tmp_path: Path, disk: Disk) -> None:
+    """What was committed beside a snapshot is in the next journal before commits have to wait for its publication."""
+    state = manager(tmp_path)
+    await state.start()
+    await state.set("large", "x" * DUE)
+    gate = disk.hold("fsync", "lab.json.tmp")
+    await state.flush()
+    await gate.entered()
+    for number in range(20):
+        await state.set(f"beside-{number}", "x" * 50_000)
+        await state.flush()
+    disk.calls.clear()
+    gate.open()
+    await until(lambda: kinds(tmp_path) == "R" * 20)
+    journals = [(call.function, plain(Path(call.path).name)) for call in disk.calls if ".journal" in call.path]
+    written = [name for function, name in journals if function == "pwrite"]
+    assert written.count("lab.journal.tmp") >= 3
+    assert written[-1] == "lab.journal"  # the frame that names the snapshot
+    assert ("fdatasync", "lab.journal.tmp") in journals[: journals.index(("pwrite", "lab.journal"))]
+    await state.stop()
+
+
+async def test_what_is_replaced_is_closed_behind_the_commits(tmp_path: Path, disk: Disk) -> None:
+    """What a checkpoint replaced has no name any more, and is freed by the checkpoint's thread; nothing stays open."""
+    session = await FileStorage(tmp_path).open("lab")
+    threads: list[str] = []
+    close = disk.close
+
+    def closed(fd: int) -> None:
+        if os.fstat(fd).st_nlink == 0:
+            threads.append(threading.current_thread().name)
+        close(fd)
+
+    disk.close = closed  # type: ignore[attr-defined]
+    await session.commit(b"before", slices_of(b"{}"))
+    await session.checkpoint(slices_of(b'{"a":1}'))
+    await until(lambda: len(threads) == 1)  # the first journal
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for number in range(3):
+        await session.commit(b"%d" % number, slices_of(b"{}"))
+        await session.checkpoint(slices_of(b'{"a":%d}' % number))
+    await until(lambda: len(threads) == 1 + 2 * 3)  # a journal and a snapshot each
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert all("checkpoints" in name for name in threads)
+    await session.aclose()
+
+
+async def test_a_snapshot_that_cannot_be_kept_open_is_replaced_all_the_same(tmp_path: Path, disk: Disk) -> None:
+    """Where no descriptor is left, the file system frees it while commits wait, and that is all."""
+    session = await FileStorage(tmp_path).open("lab")
+    await session.checkpoint(slices_of(b'{"a":1}'))
+    disk.fail("open", "lab.json", errno.EMFILE)
+    await session.checkpoint(slices_of(b'{"a":2}'))
+    await session.aclose()
+    assert (tmp_path / "lab.json").read_bytes() == b'{"a":2}'
+
+
+def slices_of(*parts: bytes) -> Callable[[], AsyncIterator[bytes]]:
+    async def slices() -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+
+    return slices
+
+
+def test_large_parts_are_written_as_they_are() -> None:
+    """Small parts are joined, to spare system calls; a large one is not copied."""
+    large = b"x" * 100_000
+    parts = [b"head", large, b"\n", *[b"y" * 1000] * 100]
+    batches = list(_fs._batched(parts))
+    assert b"".join(batches) == b"".join(parts)
+    assert [len(batch) for batch in batches] == [4, 100_000, 65_001, 35_000]
+    assert batches[1] is large
 
 
 async def test_a_journal_poisoned_beside_a_slow_snapshot(tmp_path: Path, disk: Disk) -> None:
