@@ -7,22 +7,22 @@ of its own behind one test.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 from lab_state._codec import check_key
-from lab_state._expiry import Expiring, Seconds, Value, milliseconds
-from lab_state._reads import MISSING_VALUE, Reads, many_keys
+from lab_state._expiry import Expiring, Seconds
+from lab_state._reads import MISSING_VALUE, many_keys
 from lab_state._state import MISSING
-from lab_state._values import NULL, SHALLOW, check_encoded, decode_value, encode, encode_trusting, encode_value
+from lab_state._values import NULL, SHALLOW, check_encoded, encode, encode_value
+from lab_state._writing import Writing, check_callable, name_of, plain_result
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Calls(Reads):
+class Calls(Writing):
     """Reading and writing.
 
     A read never waits; it sees every change made so far and gives a fresh value each
@@ -229,14 +229,14 @@ class Calls(Reads):
                 `None` where the old one was not: a forgotten `return`.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        _check_callable("update", fn)
+        check_callable("update", fn)
         await self._turn()
         old, at = self._replaceable(key, default, type)
         was_none = old is None
-        new = _result("update", fn, fn(old))
+        new = plain_result("update", fn, fn(old))
         if new is None and not was_none:
             raise InvalidValueError(
-                f"{_name(fn)} given to update() returned None; return the new value, or use delete() or set(key, None)"
+                f"{name_of(fn)} given to update() returned None; return the new value, or use delete() or set(key, None)"
             )
         await self._replaced(key, new, type, at)
         return new
@@ -266,13 +266,13 @@ class Calls(Reads):
                 is out of bounds.
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
-        _check_callable("get_or_set", factory)
+        check_callable("get_or_set", factory)
         lifetime = self._lifetime(ttl)
         await self._turn()
         found = self.get_nowait(key, MISSING_VALUE, type=type)
         if found is not MISSING_VALUE:
             return found
-        made = _result("get_or_set", factory, factory())
+        made = plain_result("get_or_set", factory, factory())
         return await self._replaced(key, made, type, self._at(lifetime))
 
     async def set_if_absent(self, key: str, value: object, *, ttl: Seconds | None = None) -> bool:
@@ -372,113 +372,6 @@ class Calls(Reads):
             raise ValueError(f"there is no revision {revision} yet: the last one is {last}")
         await self._core.running.wait_durable(last if revision is None else revision)
 
-    # What the calls share
-
-    async def _put(self, key: str, value: object, ttl: Seconds | None) -> int:
-        """`set` where it has more to do."""
-        stored = self._encode(value, encode_trusting)
-        lifetime = self._lifetime(ttl)
-        check_key(self._full(key))
-        await self._turn()
-        return await self._store(key, stored, self._at(lifetime))
-
-    async def _store(self, key: str, value: Value, at: int | None) -> int:
-        """Store one value, the caller's turn being now; `at` is when it expires, in milliseconds."""
-        full = check_key(self._full(key))
-        return await self._written(self._core.state.set(full, value if at is None else Expiring(value, at)))
-
-    async def _replaced(self, key: str, value: object, type_: Any, at: int | None) -> Any:
-        """Store a value that must be a `type_`, and return it as a read would."""
-        stored = self._encode(value)
-        try:
-            fresh = decode_value(stored, type_)
-        except TypeMismatchError as error:
-            raise TypeMismatchError(f"the new value of {key!r}: {error}", error.path) from None
-        await self._store(key, stored, at)
-        return fresh
-
-    def _lifetime(self, ttl: Seconds | None) -> int | None:
-        try:
-            return None if ttl is None else milliseconds(ttl)
-        except InvalidValueError:
-            self._core.counters.set_errors += 1
-            raise
-
-    def _at(self, lifetime: int | None) -> int | None:
-        """When something expires that lives so many milliseconds from now."""
-        return None if lifetime is None else self._core.state.now() + lifetime
-
-    def _replaceable(self, key: str, default: object, type_: Any) -> tuple[Any, int | None]:
-        """What a new value takes the place of, or `default`; and when it expires, whatever the time is by then."""
-        old = self.get_nowait(key, MISSING_VALUE, type=type_)
-        if old is MISSING_VALUE:
-            return self._missing(key, default), None
-        return old, self._expiry(key)
-
-    def _encode(self, value: object, encode: Callable[[object], Value] = encode_value) -> Value:
-        try:
-            return encode(value)
-        except InvalidValueError:
-            self._core.counters.set_errors += 1
-            raise
-
-    def _encode_one(self, key: str, value: object) -> Value:
-        """One of many values: the error says which."""
-        try:
-            return self._encode(value)
-        except InvalidValueError as error:
-            raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
-
-    def _begin(self, full: str) -> None:
-        """The first change of a key since the last commit."""
-        core = self._core
-        core.running.check_loop()
-        state = core.state
-        if full not in state.entries:
-            check_key(full)
-        state.begin()
-
-    def _check_writable(self) -> None:
-        self._core.running.check_loop()
-
-    async def _turn(self) -> None:
-        """Return when the caller may write, and what it does before it awaits again is its own."""
-        self._check_writable()
-        if self._core.held is not None:
-            await self._core.turn()
-            self._check_writable()
-
-    async def _written(self, revision: int) -> int:
-        if self._core.write_through:
-            await self._core.running.written(revision)
-        return revision
-
-    async def _deleted(self, count: int) -> int:
-        if count:
-            await self._written(self._core.state.revision)
-        return count
-
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_callable(call: str, fn: object) -> None:
-    if not callable(fn):
-        raise InvalidValueError(
-            f"{call}() needs a function, not {type(fn).__name__}; to store a value as it is use set() or set_if_absent()"
-        )
-
-
-def _name(fn: object) -> str:
-    return getattr(fn, "__qualname__", None) or repr(type(fn).__qualname__)
-
-
-def _result(call: str, fn: object, result: object) -> object:
-    if inspect.isawaitable(result):
-        if inspect.iscoroutine(result):
-            result.close()
-        raise InvalidValueError(
-            f"{_name(fn)} given to {call}() must be a plain function, not async: an await inside is not atomic"
-        )
-    return result

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
+from lab_state._conformance_tools import NAME, cancelled_at, discard, failing, given, opened, raises, true, until
 from lab_state.config import Config
 from lab_state.exceptions import CorruptionError, LockedError, StorageError, UnavailableError, UnsupportedError
 from lab_state.manager import Manager
-from lab_state.storage._protocol import Snapshot, Storage, StorageSession
-
-E = TypeVar("E", bound=BaseException)
-R = TypeVar("R")
-
-NAME = "conformance"
+from lab_state.storage._protocol import Storage, StorageSession
 
 
 class StorageConformance:
@@ -69,93 +64,93 @@ class StorageConformance:
     async def test_a_large_record_comes_back(self) -> None:
         """A record of 4 MiB is one record, and whatever is in it passes for nothing else."""
         large = b'00000000 5 R "x"\n' * (4 * 1024 * 1024 // 17)
-        async with _open(self.make_storage()) as session:
-            await session.commit(large, _given(b"{}"))
+        async with opened(self.make_storage()) as session:
+            await session.commit(large, given(b"{}"))
         assert (large,) == await self._recovered_records()
 
     async def test_a_checkpoint_takes_the_place_of_what_was_before(self) -> None:
         """After a checkpoint, the snapshot and the records committed since are recovered."""
-        async with _open(self.make_storage()) as session:
-            await session.commit(b"1", _given(b"{}"))
-            await session.checkpoint(_given(b'{"a":', b"1}"))
-            await session.commit(b"2", _given(b"{}"))
-        async with _open(self.make_storage()) as session:
+        async with opened(self.make_storage()) as session:
+            await session.commit(b"1", given(b"{}"))
+            await session.checkpoint(given(b'{"a":', b"1}"))
+            await session.commit(b"2", given(b"{}"))
+        async with opened(self.make_storage()) as session:
             assert session.recovery.snapshot == b'{"a":1}'
             assert session.recovery.records[-1:] == (b"2",)
 
     async def test_commits_beside_a_checkpoint_are_kept(self) -> None:
         """A record committed while the snapshot is being written is recovered behind it."""
-        async with _open(self.make_storage()) as session:
-            await session.commit(b"before", _given(b"{}"))
+        async with opened(self.make_storage()) as session:
+            await session.commit(b"before", given(b"{}"))
 
             async def slices() -> AsyncIterator[bytes]:
                 yield b"{"
-                await session.commit(b"beside", _given(b"{}"))
+                await session.commit(b"beside", given(b"{}"))
                 yield b"}"
 
             await session.checkpoint(slices)
-            await session.commit(b"after", _given(b"{}"))
+            await session.commit(b"after", given(b"{}"))
             await self.crash(session)
-        async with _open(self.make_storage()) as session:
+        async with opened(self.make_storage()) as session:
             assert session.recovery.snapshot == b"{}"
             assert session.recovery.records[-2:] == (b"beside", b"after")
 
     async def test_many_checkpoints_leave_one_snapshot(self) -> None:
         """The place does not grow with the number of checkpoints."""
-        async with _open(self.make_storage()) as session:
+        async with opened(self.make_storage()) as session:
             for number in range(10):
-                await session.commit(b"r" * 1000, _given(b"{}"))
-                await session.checkpoint(_given(b"%d" % number))
+                await session.commit(b"r" * 1000, given(b"{}"))
+                await session.checkpoint(given(b"%d" % number))
             assert session.snapshot_bytes == 1
             assert session.journal_bytes < 1000
         assert sum(map(len, self.read_raw(NAME).values())) < 2000
 
     async def test_a_checkpoint_that_fails_changes_nothing(self) -> None:
         """When the view cannot be finished, what was there stays, and commits go on."""
-        async with _open(self.make_storage()) as session:
-            await session.checkpoint(_given(b"old"))
-            await session.commit(b"1", _given(b"{}"))
-            await _raises(UnavailableError, session.checkpoint(_failing(b"ne")))
-            await session.commit(b"2", _given(b"{}"))
-        async with _open(self.make_storage()) as session:
+        async with opened(self.make_storage()) as session:
+            await session.checkpoint(given(b"old"))
+            await session.commit(b"1", given(b"{}"))
+            await raises(UnavailableError, session.checkpoint(failing(b"ne")))
+            await session.commit(b"2", given(b"{}"))
+        async with opened(self.make_storage()) as session:
             assert session.recovery.snapshot == b"old"
             assert session.recovery.records == (b"1", b"2")
 
     async def test_states_are_apart(self) -> None:
         """One storage serves many names, and none sees another's data."""
         storage = self.make_storage()
-        async with _open(storage, "one") as one, _open(storage, "two") as two:
-            await one.commit(b"1", _given(b"{}"))
-            await two.commit(b"2", _given(b"{}"))
-        async with _open(storage, "one") as one, _open(storage, "two") as two:
+        async with opened(storage, "one") as one, opened(storage, "two") as two:
+            await one.commit(b"1", given(b"{}"))
+            await two.commit(b"2", given(b"{}"))
+        async with opened(storage, "one") as one, opened(storage, "two") as two:
             assert (one.recovery.records, two.recovery.records) == ((b"1",), (b"2",))
 
     async def test_sizes_are_told(self) -> None:
         """The sizes in bytes grow with what is written."""
-        async with _open(self.make_storage()) as session:
-            await session.checkpoint(_given(b"x" * 500))
+        async with opened(self.make_storage()) as session:
+            await session.checkpoint(given(b"x" * 500))
             assert session.snapshot_bytes == 500
             before = session.journal_bytes
-            await session.commit(b"r" * 300, _given(b"{}"))
+            await session.commit(b"r" * 300, given(b"{}"))
             assert session.journal_bytes >= before + 300
             assert NAME in session.path
 
     async def test_a_checkpoint_becomes_due(self) -> None:
         """A journal that only grows asks for a checkpoint, and no longer once it had one."""
-        async with _open(self.make_storage()) as session:
-            assert not await session.commit(b"small", _given(b"{}"))
-            assert await session.commit(b"r" * 8_000_000, _given(b"{}"))
-            await session.checkpoint(_given(b"{}"))
-            assert not await session.commit(b"small", _given(b"{}"))
+        async with opened(self.make_storage()) as session:
+            assert not await session.commit(b"small", given(b"{}"))
+            assert await session.commit(b"r" * 8_000_000, given(b"{}"))
+            await session.checkpoint(given(b"{}"))
+            assert not await session.commit(b"small", given(b"{}"))
 
     # One writer
 
     async def test_a_second_writer_is_refused(self) -> None:
         """An open state is locked, for another storage on the same place too, until it is let go."""
         first = await self.make_storage().open(NAME)
-        error = await _raises(LockedError, self.make_storage().open(NAME))
+        error = await raises(LockedError, self.make_storage().open(NAME))
         assert NAME in str(error)
-        await first.commit(b"1", _given(b"{}"))
+        await first.commit(b"1", given(b"{}"))
         await first.aclose()
         second = await self.make_storage().open(NAME)
         assert second.recovery.records == (b"1",)
@@ -167,23 +162,23 @@ class StorageConformance:
         await first.aclose()
         second = await self.make_storage().open(NAME)
         await first.aclose()
-        await _raises(LockedError, self.make_storage().open(NAME))
+        await raises(LockedError, self.make_storage().open(NAME))
         await second.aclose()
 
     async def test_a_closed_session_writes_nothing(self) -> None:
         """After `aclose`, commit and checkpoint raise and change nothing."""
         session = await self.make_storage().open(NAME)
-        await session.commit(b"1", _given(b"{}"))
+        await session.commit(b"1", given(b"{}"))
         await session.aclose()
         before = self.read_raw(NAME)
-        await _raises(StorageError, session.commit(b"2", _given(b"{}")))
-        await _raises(StorageError, session.checkpoint(_given(b"{}")))
+        await raises(StorageError, session.commit(b"2", given(b"{}")))
+        await raises(StorageError, session.checkpoint(given(b"{}")))
         assert self.read_raw(NAME) == before
 
     async def test_opened_in_one_task_and_closed_in_another(self) -> None:
         """A session does not belong to the task that opened it."""
         session = await asyncio.create_task(self.make_storage().open(NAME))
-        await asyncio.create_task(_discard(session.commit(b"1", _given(b"{}"))))
+        await asyncio.create_task(discard(session.commit(b"1", given(b"{}"))))
         await asyncio.create_task(session.aclose())
         assert await self._recovered_records() == (b"1",)
 
@@ -193,11 +188,11 @@ class StorageConformance:
         """A cancelled open lets go of the state."""
         await self._commit_some(1)
         for number in range(200):
-            opened = await _cancelled_at(number, self.make_storage().open(NAME))
-            if opened is not None:
-                await opened.aclose()
+            session = await cancelled_at(number, self.make_storage().open(NAME))
+            if session is not None:
+                await session.aclose()
                 break
-            async with _open(self.make_storage()) as session:
+            async with opened(self.make_storage()) as session:
                 assert session.recovery.records == (b"record 0",)
         else:
             raise AssertionError("open() awaits more than a hundred times")
@@ -206,45 +201,45 @@ class StorageConformance:
         """A cancelled commit is there or not; what was acknowledged before and after it is there."""
 
         async def run(number: int) -> bool:
-            async with _open(self.make_storage(), f"{NAME}-{number}") as session:
-                await session.commit(b"before", _given(b"{}"))
-                done = await _cancelled_at(number, session.commit(b"cancelled", _given(b"{}"))) is not None
-                await session.commit(b"after", _given(b"{}"))
-            async with _open(self.make_storage(), f"{NAME}-{number}") as session:
+            async with opened(self.make_storage(), f"{NAME}-{number}") as session:
+                await session.commit(b"before", given(b"{}"))
+                done = await cancelled_at(number, session.commit(b"cancelled", given(b"{}"))) is not None
+                await session.commit(b"after", given(b"{}"))
+            async with opened(self.make_storage(), f"{NAME}-{number}") as session:
                 records = [record for record in session.recovery.records if record != b"cancelled"]
                 assert records == [b"before", b"after"]
             return done
 
-        await _until(run)
+        await until(run)
 
     async def test_checkpoint_can_be_cancelled_at_every_await(self) -> None:
         """A cancelled checkpoint leaves the old snapshot or the new one, and no record is lost."""
 
         async def run(number: int) -> bool:
-            async with _open(self.make_storage(), f"{NAME}-{number}") as session:
-                await session.commit(b"before", _given(b"{}"))
-                done = await _cancelled_at(number, _true(session.checkpoint(_given(b"new", b" snapshot")))) is not None
-                await session.commit(b"after", _given(b"{}"))
+            async with opened(self.make_storage(), f"{NAME}-{number}") as session:
+                await session.commit(b"before", given(b"{}"))
+                done = await cancelled_at(number, true(session.checkpoint(given(b"new", b" snapshot")))) is not None
+                await session.commit(b"after", given(b"{}"))
                 await self.crash(session)
-            async with _open(self.make_storage(), f"{NAME}-{number}") as session:
+            async with opened(self.make_storage(), f"{NAME}-{number}") as session:
                 snapshot, records = session.recovery[:2]
                 assert snapshot == b"new snapshot" or (snapshot is None and records[0] == b"before")
                 assert records[-1] == b"after"
             return done
 
-        await _until(run)
+        await until(run)
 
     async def test_close_can_be_cancelled_at_every_await(self) -> None:
         """A cancelled close lets go of the state all the same."""
 
         async def run(number: int) -> bool:
             session = await self.make_storage().open(NAME)
-            done = await _cancelled_at(number, _true(session.aclose())) is not None
+            done = await cancelled_at(number, true(session.aclose())) is not None
             await session.aclose()
-            async with _open(self.make_storage()):
+            async with opened(self.make_storage()):
                 return done
 
-        await _until(run)
+        await until(run)
 
     # Through a manager
 
@@ -273,7 +268,7 @@ class StorageConformance:
         """After `stop`, nothing need be replayed."""
         async with Manager(NAME, self.make_storage()) as state:
             await state.set("a", 1)
-        async with _open(self.make_storage()) as session:
+        async with opened(self.make_storage()) as session:
             assert session.recovery.snapshot is not None
             assert session.recovery.records == ()
 
@@ -301,7 +296,7 @@ class StorageConformance:
             await manager.set(f"key {number}", "value")
             await manager.flush()
             seen.append(await manager.get_all())
-        await _end(self, manager)
+        await self._end(manager)
         await self._flip_bits(*seen)
 
     async def test_empty_is_not_missing(self) -> None:
@@ -309,7 +304,7 @@ class StorageConformance:
         await self._stopped_manager({"a": 1})
         for part, data in self.read_raw(NAME).items():
             self.write_raw(NAME, part, b"")
-            await _raises(CorruptionError, Manager(NAME, self.make_storage()).start())
+            await raises(CorruptionError, Manager(NAME, self.make_storage()).start())
             self.write_raw(NAME, part, data)
         async with Manager(NAME, self.make_storage()) as state:
             assert await state.get_all() == {"a": 1}
@@ -320,12 +315,12 @@ class StorageConformance:
         records = tuple(b"record %d" % number for number in range(count))
         session = await self.make_storage().open(NAME)
         for record in records:
-            await session.commit(record, _given(b"{}"))
+            await session.commit(record, given(b"{}"))
         await (self.crash(session) if crash else session.aclose())
         return records
 
     async def _recovered_records(self) -> tuple[bytes, ...]:
-        async with _open(self.make_storage()) as session:
+        async with opened(self.make_storage()) as session:
             return session.recovery.records
 
     async def _stopped_manager(self, values: dict[str, Any]) -> None:
@@ -339,7 +334,13 @@ class StorageConformance:
             await manager.set(key, value)
             await manager.flush()
         await manager.set("not flushed", 1)
-        await _end(self, manager)
+        await self._end(manager)
+
+    async def _end(self, manager: Manager) -> None:
+        """End a manager as SIGKILL would."""
+        session = manager._core.running.abort()  # noqa: SLF001 -- no public call ends without writing
+        await asyncio.sleep(0)
+        await self.crash(session)
 
     async def _flip_bits(self, *allowed: dict[str, Any]) -> None:
         """Flip single bits of each part; what loads must be one of the states allowed."""
@@ -363,90 +364,3 @@ class StorageConformance:
                     self.write_raw(NAME, each, whole.get(each))
         async with Manager(NAME, self.make_storage()) as state:
             assert await state.get_all() == allowed[-1]
-
-
-class _open:  # noqa: N801 -- reads as a verb: async with _open(storage) as session
-    def __init__(self, storage: Storage, name: str = NAME) -> None:
-        self._opening = storage.open(name)
-
-    async def __aenter__(self) -> StorageSession:
-        self._session = await self._opening
-        return self._session
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._session.aclose()
-
-
-async def _end(suite: StorageConformance, manager: Manager) -> None:
-    """End a manager as SIGKILL would."""
-    session = manager._core.running.abort()  # noqa: SLF001 -- no public call ends without writing
-    await asyncio.sleep(0)
-    await suite.crash(session)
-
-
-def _given(*slices: bytes) -> Snapshot:
-    async def view() -> AsyncIterator[bytes]:
-        for part in slices:
-            yield part
-
-    return view
-
-
-def _failing(*slices: bytes) -> Snapshot:
-    async def view() -> AsyncIterator[bytes]:
-        for part in slices:
-            yield part
-        raise UnavailableError("the view cannot be finished")
-
-    return view
-
-
-async def _discard(call: Awaitable[object]) -> None:
-    await call
-
-
-async def _true(call: Awaitable[object]) -> bool:
-    await call
-    return True
-
-
-async def _raises(kind: type[E], call: Awaitable[object]) -> E:
-    try:
-        await call
-    except kind as error:
-        return error
-    raise AssertionError(f"{kind.__name__} was not raised")
-
-
-async def _until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
-    """Cancel at the first await, the second, and so on, in both ways, until the call gets through."""
-    for number in range(200):
-        if await run(number):
-            return
-    raise AssertionError("the call awaits more than a hundred times")
-
-
-@types.coroutine
-def _cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, Any, R | None]:
-    """Run a coroutine, and cancel it at one of its awaits as `Task.cancel` would; `None` if that hit it.
-
-    An even number means while it waits, an odd one when it has been woken.
-    """
-    awaits, woken = divmod(number, 2)
-    try:
-        for _ in range(awaits):
-            yield call.send(None)
-        waiting: Any = call.send(None)
-        if woken:
-            yield waiting
-        else:
-            _ = asyncio.isfuture(waiting) and waiting.cancel()
-        waiting = call.throw(asyncio.CancelledError())
-        while True:  # what the call still awaits to clean up
-            yield waiting
-            waiting = call.send(None)
-    except asyncio.CancelledError:
-        return None
-    except StopIteration as end:
-        result: R = end.value
-        return result

@@ -843,6 +843,8 @@ class TestBrokenPromises:
             for key in ("bad", "utf-8"):
                 with pytest.raises(TypeMismatchError):
                     await state.get(key)
+                with pytest.raises(TypeMismatchError):
+                    state.get_nowait(key)
             await state.set("healed", "good")
         assert caplog.text.count("a msgspec.Raw that is not JSON") == 1
         assert "not JSON'" not in caplog.text

@@ -22,14 +22,15 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import IO, TypeAlias
 
 import aiofiles
 import msgspec
 
-from lab_state.exceptions import FencedError, LockedError, StorageError, UnavailableError, UnsupportedError
+from lab_state.exceptions import FencedError, LockedError, StorageError, UnsupportedError
+from lab_state.storage._os_errors import storage_error, translated
 
 if sys.platform != "win32":  # pragma: no branch -- never run there
     import fcntl
@@ -39,45 +40,6 @@ _SYNCED_AT_ONCE = 1024 * 1024
 
 _COPIED = 64 * 1024
 """Up to so many bytes are copied to spare a system call; a copy of more would hold up every other thread."""
-
-_TO_BE_FIXED = {
-    errno.EACCES: "give this user the permission",
-    errno.EPERM: "give this user the permission",
-    errno.EROFS: "the file system is read-only; mount it writable",
-    errno.ENOTDIR: "a part of the path is a file; choose another directory",
-    errno.EISDIR: "a directory is in its place; move it away",
-    errno.ELOOP: "the path has a loop of symbolic links",
-    errno.ENAMETOOLONG: "the path is too long for the file system",
-    errno.EOPNOTSUPP: "the file system cannot do this; choose another one",
-    errno.ENOLCK: "the file system cannot lock; choose another one",
-}
-_TO_BE_MENDED = {
-    errno.EIO: "look into the log of the kernel, the disk may be failing",
-    errno.ENOSPC: "free some",
-    errno.EDQUOT: "free some space, or have the quota raised",
-    errno.EFBIG: "raise the limit on the size of files",
-    errno.EMFILE: "close some, or raise the limit on open files",
-    errno.ENFILE: "close some, or raise the limit on open files",
-}
-"""What a repetition may find mended, without a new start."""
-
-
-@contextlib.contextmanager
-def translated(what: str, path: str) -> Generator[None, None, None]:
-    """Raise an `OSError` as the `StorageError` that says what to do about it."""
-    try:
-        yield
-    except OSError as error:
-        raise _storage_error(what, path, error) from error
-
-
-def _storage_error(what: str, path: str, error: OSError) -> StorageError:
-    message = f"{what} {path} failed: {error.strerror or error}"
-    if error.errno in _TO_BE_FIXED:
-        return UnsupportedError(f"{message}; {_TO_BE_FIXED[error.errno]}")
-    if error.errno in _TO_BE_MENDED:
-        return UnavailableError(f"{message}; {_TO_BE_MENDED[error.errno]}")
-    return UnavailableError(message)
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -185,7 +147,7 @@ def is_file(path: str, which: Identity) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise _storage_error("looking up", path, error) from error
+        raise storage_error("looking up", path, error) from error
     return (found.st_dev, found.st_ino) == which
 
 
@@ -200,7 +162,7 @@ def fingerprint(path: str) -> Fingerprint | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise _storage_error("looking up", path, error) from error
+        raise storage_error("looking up", path, error) from error
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -409,12 +371,12 @@ def append(fd: int, path: str, parts: Sequence[bytes], offset: int) -> None:
         try:
             os.ftruncate(fd, offset)
         except OSError:
-            raise TornWriteError(_storage_error("writing", path, error)) from error
-        raise _storage_error("writing", path, error) from error
+            raise TornWriteError(storage_error("writing", path, error)) from error
+        raise storage_error("writing", path, error) from error
     try:
         _sync_data(fd)
     except OSError as error:
-        raise TornWriteError(_storage_error("syncing", path, error)) from error
+        raise TornWriteError(storage_error("syncing", path, error)) from error
 
 
 def _write(fd: int, parts: Sequence[bytes], offset: int) -> None:

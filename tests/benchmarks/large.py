@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 import orjson
-from measure import KEYS, VALUE, Results, compare, process, stall, timed
+from measure import KEYS, VALUE, Results, compare, process, stall, stopped, timed
 
 from lab_state import Config, FileStorage, Manager
 
@@ -103,7 +103,7 @@ async def starts(results: Results, config: Config, storage: FileStorage, data: b
             times.setdefault(work.__name__, []).append(await timed(work))
             last = started.pop()
             if isinstance(last, Manager):
-                await last.stop()
+                await stopped(last)
             del last
     mine, bare, loads = (statistics.median(times[name]) for name in ("ours", "raw", "plain"))
     results.add(

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from lab_state import Manager
+
 VALUE = {"id": 12345, "name": "some user's name", "tags": ["a", "b", "c"], "active": True, "score": 12.5, "note": "ok."}
 # SQLite does not write what is there already, so no key gets the value again that it has: 4093 is prime.
 VALUES = cycle([VALUE | {"id": 10000 + number} for number in range(4093)])
@@ -130,6 +132,14 @@ async def stall(work: Awaitable[Any]) -> float:
     async with heartbeat() as gaps:
         await work
     return max(gaps)
+
+
+async def stopped(manager: Manager) -> None:
+    """Stop it, and wait until its entries are freed, which happens in steps and is no part of what comes next."""
+    entries = manager._core.state.entries
+    await manager.stop()
+    while isinstance(entries, dict) and entries:  # noqa: ASYNC110 -- what is waited for sets no event
+        await asyncio.sleep(0)
 
 
 def percentile(values: list[float], percent: float) -> float:

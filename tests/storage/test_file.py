@@ -40,7 +40,7 @@ from lab_state import _journal as journal
 from lab_state._flusher import Flusher
 from lab_state._journal import Kind
 from lab_state._state import Overlay
-from lab_state.storage import _fs
+from lab_state.storage import _file_writer, _fs
 from lab_state.testing import ManualClock
 
 CHILD = Path(__file__).with_name("child.py")
@@ -1071,6 +1071,25 @@ async def test_the_next_journal_is_written_beside_the_commits(tmp_path: Path, di
     assert written[-1] == "lab.journal"  # the frame that names the snapshot
     assert ("fdatasync", "lab.journal.tmp") in journals[: journals.index(("pwrite", "lab.journal"))]
     await state.stop()
+
+
+def test_a_journal_is_not_prepared_for_ever(tmp_path: Path) -> None:
+    """Where more is committed while it is written than the end may hold, that is left to the end all the same."""
+    (tmp_path / "state").mkdir()
+    writer, _ = _file_writer.open_writer(str(tmp_path / "state"), "lab")
+    since: list[bytes] = []
+
+    class Upcoming(_file_writer.NewJournal):
+        def add(self, records: list[bytes]) -> None:
+            super().add(records)
+            since.append(b"x" * 300_000)
+
+    upcoming = Upcoming(writer.paths.journal, "lab")
+    since.append(b"x" * 300_000)
+    writer.prepare(upcoming, journal.NO_BASE, since)
+    assert len(since) == upcoming.records + 1 == 9
+    upcoming.discard()
+    writer.close()
 
 
 async def test_what_is_replaced_is_closed_behind_the_commits(tmp_path: Path, disk: Disk) -> None:

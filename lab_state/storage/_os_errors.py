@@ -1,0 +1,49 @@
+"""What an error of the operating system means for a storage, and what to do about it. Pure."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Generator
+
+from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
+
+_TO_BE_FIXED = {
+    errno.EACCES: "give this user the permission",
+    errno.EPERM: "give this user the permission",
+    errno.EROFS: "the file system is read-only; mount it writable",
+    errno.ENOTDIR: "a part of the path is a file; choose another directory",
+    errno.EISDIR: "a directory is in its place; move it away",
+    errno.ELOOP: "the path has a loop of symbolic links",
+    errno.ENAMETOOLONG: "the path is too long for the file system",
+    errno.EOPNOTSUPP: "the file system cannot do this; choose another one",
+    errno.ENOLCK: "the file system cannot lock; choose another one",
+}
+_TO_BE_MENDED = {
+    errno.EIO: "look into the log of the kernel, the disk may be failing",
+    errno.ENOSPC: "free some",
+    errno.EDQUOT: "free some space, or have the quota raised",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EMFILE: "close some, or raise the limit on open files",
+    errno.ENFILE: "close some, or raise the limit on open files",
+}
+"""What a repetition may find mended, without a new start."""
+
+
+@contextlib.contextmanager
+def translated(what: str, path: str) -> Generator[None, None, None]:
+    """Raise an `OSError` as the `StorageError` that says what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(what, path, error) from error
+
+
+def storage_error(what: str, path: str, error: OSError) -> StorageError:
+    """The error that says what failed, where, and what to do next."""
+    message = f"{what} {path} failed: {error.strerror or error}"
+    if error.errno in _TO_BE_FIXED:
+        return UnsupportedError(f"{message}; {_TO_BE_FIXED[error.errno]}")
+    if error.errno in _TO_BE_MENDED:
+        return UnavailableError(f"{message}; {_TO_BE_MENDED[error.errno]}")
+    return UnavailableError(message)
