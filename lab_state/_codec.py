@@ -29,7 +29,7 @@ from msgspec import Raw
 
 from lab_state._expiry import Expiring, Value
 from lab_state._state import Absent, Changed, Changes, Stored
-from lab_state._values import MAX_DEPTH, encode, is_json, too_deep
+from lab_state._values import MAX_DEPTH, encode, is_json, size_of, too_deep
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
 FORMAT = 1
@@ -200,17 +200,14 @@ def _slices(items: Iterable[tuple[str, Stored]], expires: dict[str, int]) -> Ite
     part: dict[str, Value] = {}
     size = 0
     for key, stored in items:
-        if isinstance(stored, Expiring):
-            stored, expires[key] = stored
-        if isinstance(stored, bytes):
+        if isinstance(stored, bytes):  # most are
             part[key] = Raw(stored)
             size += len(stored)
         else:
-            part[key] = stored
-            if isinstance(stored, Raw):
-                size += memoryview(stored).nbytes
-            elif isinstance(stored, str):
-                size += len(stored)
+            if isinstance(stored, Expiring):
+                stored, expires[key] = stored
+            part[key] = Raw(stored) if isinstance(stored, bytes) else stored
+            size += size_of(stored)
         size += _KEY_BYTES
         if size >= _SLICE_BYTES:
             yield part

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from msgspec import Raw
-
 from lab_state._expiry import Expiring
-from lab_state._state import MISSING, Changed, Changes
+from lab_state._state import MISSING, Absent, Changed, Changes
+from lab_state._values import size_of
 
 MOST_KEYS = 100_000
 MOST_BYTES = 32 * 1024 * 1024
@@ -108,6 +107,4 @@ class Pending:
 def _size(changed: Changed) -> int:
     if isinstance(changed, Expiring):
         changed = changed.value
-    if isinstance(changed, Raw):
-        return memoryview(changed).nbytes
-    return len(changed) if isinstance(changed, bytes | str) else 8
+    return 8 if isinstance(changed, Absent) else size_of(changed)

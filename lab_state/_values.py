@@ -160,6 +160,13 @@ def decode_value(stored: Value, type_: Any) -> Any:
         raise _mismatch(type_, error) from None
 
 
+def size_of(stored: Value) -> int:
+    """About how many bytes of JSON it is."""
+    if isinstance(stored, Raw):
+        return memoryview(stored).nbytes
+    return len(stored) if isinstance(stored, bytes | str) else 8
+
+
 def too_deep(data: bytes) -> bool:
     """Whether JSON has more than `MAX_DEPTH` levels of nesting."""
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:

@@ -25,8 +25,8 @@ _TOLD_AT_ONCE = 1_000
 Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
 
 
-Told: TypeAlias = tuple[str, Changed, int]
-"""A key, what became of it, and the revision."""
+Told: TypeAlias = tuple[str, tuple[Changed, int]]
+"""A key; what became of it, and the revision."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -143,10 +143,11 @@ class Group:
     def tell(self, changes: Iterable[Told]) -> None:
         """Tell the watchers of each key."""
         lengths = list(self._by_length.items())
-        for key, changed, revision in changes:
+        for key, (changed, revision) in changes:
             for length, prefixes in lengths:
-                for watcher in prefixes.get(key[:length], ()):
-                    watcher.tell(key, _kind(changed), revision)
+                if watchers := prefixes.get(key[:length]):
+                    for watcher in watchers:
+                        watcher.tell(key, _kind(changed), revision)
 
     def resync(self, revision: int) -> None:
         for watcher in self:
@@ -187,7 +188,8 @@ class Watchers:
             turn.clear()
             self._everything = revision
         else:
-            turn.pop(key, None)  # so that they are told in the order of their revisions
+            if key in turn:  # they are told in the order of their revisions
+                del turn[key]
             turn[key] = (changed, revision)
 
     def committed(self, taken: Changes) -> bool:
@@ -195,7 +197,7 @@ class Watchers:
         if self._durable:
             if taken.cleared:
                 self._queue.append((self._durable, taken.end))
-            durable: Iterator[Told] = ((key, changed, taken.end) for key, changed in taken.changes.items())
+            durable: Iterator[Told] = ((key, (changed, taken.end)) for key, changed in taken.changes.items())
             self._queue.append((self._durable, durable))
             self._tell()
         return bool(self._durable)
@@ -214,8 +216,7 @@ class Watchers:
         everything, self._everything = self._everything, 0
         if everything:
             self._queue.append((self._live, everything))
-        live: Iterator[Told] = ((key, changed, revision) for key, (changed, revision) in turn.items())
-        self._queue.append((self._live, live))
+        self._queue.append((self._live, iter(turn.items())))
         self._tell()
 
     def _tell(self) -> None:

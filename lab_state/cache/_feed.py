@@ -141,8 +141,8 @@ class Feed:
             self.watchers.resync(last.end)
         elif self.watchers:
             for part in step:
-                changed: list[Told] = [(key, None, last.end) for key in part.set]
-                deleted: list[Told] = [(key, DELETED, last.end) for key in part.delete]
+                changed: list[Told] = [(key, (None, last.end)) for key in part.set]
+                deleted: list[Told] = [(key, (DELETED, last.end)) for key in part.delete]
                 self.watchers.tell(changed + deleted)
         self._notify()
 
