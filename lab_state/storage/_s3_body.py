@@ -1,4 +1,4 @@
-"""What a PUT sends: a few bytes, or a snapshot spooled to a temporary file and streamed from there."""
+"""What a PUT sends: a few bytes; many, in parts; or a snapshot spooled to a temporary file and streamed from there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 from lab_state.storage import _fs as fs
 
 LONG = 256 * 1024
-"""From how many bytes on to hash, and to frame, in a thread."""
+"""From how many bytes on to hash and to frame in a thread, and to send in parts."""
 
 _IN_MEMORY = 8 * 1024 * 1024
 _BATCH = 1024 * 1024
@@ -30,7 +30,8 @@ class Body(NamedTuple):
     @classmethod
     def of(cls, data: bytes) -> Body:
         """Bytes; takes a millisecond for each MB."""
-        return cls(data, len(data), _base64(hashlib.md5(data, usedforsecurity=False)))
+        content = data if len(data) < LONG else Upload(_Bytes(data))
+        return cls(content, len(data), _base64(hashlib.md5(data, usedforsecurity=False)))
 
 
 def _base64(digest: hashlib._Hash) -> str:
@@ -97,10 +98,21 @@ class Spool:
                 self._file.close()
 
 
+class _Bytes:
+    """Bytes that are read as a spool is."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size: int = len(data)
+
+    async def read(self, position: int) -> bytes:
+        return self._data[position : position + _SENT_AT_ONCE]
+
+
 class Upload:
     """A spool as the body of a request, as often as it is sent."""
 
-    def __init__(self, spool: Spool) -> None:
+    def __init__(self, spool: Spool | _Bytes) -> None:
         self._spool = spool
         self.moved: Callable[[], object] = lambda: None  # called for each part that goes out
 

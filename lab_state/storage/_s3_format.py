@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from lab_state import _journal as journal
 from lab_state._journal import Kind
+from lab_state._whole import whole
 from lab_state.exceptions import CorruptionError
 
 SEQ = "labstateseq"
@@ -65,7 +66,7 @@ class Names(NamedTuple):
 
 def frame(name: str, number: int, record: bytes) -> bytes:
     """The body of a record object. Its checksum covers the state's name and the number too."""
-    return journal.frame(_salt(name, number), Kind.RECORD, record)
+    return whole(journal.frame_parts(_salt(name, number), Kind.RECORD, record))
 
 
 def unframe(name: str, number: int, body: bytes, path: str) -> bytes:
