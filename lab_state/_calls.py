@@ -324,9 +324,7 @@ class Calls(Writing):
         if old is MISSING_VALUE:
             old, at = default, self._at(lifetime)
         if not _is_number(old):
-            raise TypeMismatchError(
-                f"the stored value is not a number, but a {old.__class__.__name__}; incr() needs one"
-            )
+            raise TypeMismatchError(f"key {key!r}: the value is not a number, but a {old.__class__.__name__}")
         try:
             new: float = old + delta
         except OverflowError:

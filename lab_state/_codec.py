@@ -39,6 +39,7 @@ MAX_KEY_LENGTH = 1024
 _CRC = b',"crc32":"'
 _OWN_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
 _END_BYTES = len(b',"crc32":"00000000"}}')
+_BYTE = re.compile(r" \(byte (\d+)\)")
 _SLICE_BYTES = 64 * 1024
 _KEY_BYTES = 128  # a key takes time, however small its value
 _MOST_AT_ONCE = 500
@@ -328,7 +329,7 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> Snapshot:
     try:
         entries: dict[str, Any] = _decode_entries(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptionError(path, 0, _not_an_object(data, error)) from None
+        raise CorruptionError(path, *_not_an_object(data, error)) from None
     own = entries.pop(RESERVED, None)
     if own is None:
         _check_foreign(data, entries, path)
@@ -408,13 +409,15 @@ def _looks_like_own(value: Raw | bytes) -> bool:
     return members.keys() >= {"format", "revision", "id", "crc32"}
 
 
-def _not_an_object(data: bytes, error: Exception) -> str:
+def _not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
+    """At which byte, and what is wrong there."""
     if data.startswith(codecs.BOM_UTF8):
-        return "it begins with a byte order mark, which JSON must not have; save it without"
+        return 0, "it begins with a byte order mark, which JSON must not have; save it without"
     if not data.strip():
-        return "it is empty, which no state is; restore a copy, or delete it and the journal beside it to start anew"
+        return 0, "it is empty, which no state is; restore a copy, or delete it and the journal beside it to start anew"
     if data.lstrip()[:1] != b"{":
-        return "it is not a JSON object; a state is one object, with a member for each key"
-    # msgspec's errors about syntax hold no values, and say at which byte.
+        return 0, "it is not a JSON object; a state is one object, with a member for each key"
+    # msgspec's errors about syntax hold no values.
     where = str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
-    return f"it is not valid JSON ({where}); restore a copy"
+    byte = _BYTE.search(where)
+    return int(byte[1]) if byte else 0, f"it is not valid JSON ({_BYTE.sub('', where)}); mend it, or restore a copy"

@@ -135,7 +135,7 @@ class Durability:
         if asyncio.get_running_loop() is not self.loop:
             raise RuntimeError(
                 f"the manager of {self._name!r} belongs to the event loop that start() ran on; "
-                "use it there, or stop it there and start it here"
+                "use it there, or stop it there and start it here (a forked process needs a manager of its own)"
             )
 
     def move(self) -> None:

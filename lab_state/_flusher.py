@@ -24,6 +24,7 @@ from lab_state._durability import Durability
 from lab_state._metrics import FlushTimes
 from lab_state._state import DELETED, Changes, State
 from lab_state._views import Views
+from lab_state._waiters import copied
 from lab_state._whole import joined
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
@@ -31,6 +32,7 @@ from lab_state.storage._protocol import StorageSession
 
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
+_LAST_CHANCE = 0.5
 
 
 class Flusher(Durability):
@@ -150,7 +152,13 @@ class Flusher(Durability):
         what = "was cancelled" if task.cancelled() else f"failed: {problem!r}" if problem is not None else "ended"
         error: LabStateError = UnavailableError(f"the flush task of {self._name!r} {what}")
         if not self._stopping:
-            self._logger.error("%s: the flush task %s; only stop() flushes now", self._name, what)
+            self._logger.error(
+                "%s: the flush task %s: %d changed keys are not durable. Was stop() forgotten? It still flushes; "
+                "`async with` does not forget it",
+                self._name,
+                what,
+                self.unflushed_keys,
+            )
         elif not self._all_durable:
             self._stop_error = self._stop_error or UnavailableError(f"the last flush of {self._name!r} {what}")
             error = self._stop_error
@@ -342,9 +350,10 @@ class Flusher(Durability):
         try:
             error = await self._last_flush()
             self._over = True
-            self._stop_error = self._stop_error or error
             if error is not None:
                 self._give_up(error)
+                error = copied(error, f"stop() gave up: {self.unflushed_keys} changed keys are not durable, and lost")
+            self._stop_error = self._stop_error or error
             await self.checkpoint_ended()
             if error is None and self._records and not self._abandoned:
                 await self._checkpoint(wait=False)
@@ -365,9 +374,13 @@ class Flusher(Durability):
         while not self._abandoned and self._unflushed:
             error = await self._commit()
             if error is not None:
-                if not isinstance(error, UnavailableError) or self._pauses.until >= self._deadline:
+                until = self._pauses.until
+                if until >= self._deadline:
+                    until = self._deadline - _LAST_CHANCE  # one more, with the time that a commit takes
+                pause = until - self._clock.monotonic()
+                if not isinstance(error, UnavailableError) or pause <= 0:
                     break
-                await self._sleep(self._pauses.until - self._clock.monotonic())
+                await self._sleep(pause)
         return error
 
     async def _sleep(self, seconds: float) -> None:

@@ -72,7 +72,10 @@ class Reads:
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored value is not a `type`; the error says where.
+            TypeError: The default is a class, which was meant to be the type.
         """
+        if default is not MISSING and default is not None:
+            check_default(default)
         try:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
@@ -97,6 +100,8 @@ class Reads:
     def get_nowait(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
     def get_nowait(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
         """`get`, as a plain call, for callbacks and other synchronous code on the loop."""
+        if default is not MISSING and default is not None:
+            check_default(default)
         try:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
@@ -178,10 +183,13 @@ class Reads:
     def _missing(self, key: object, default: object) -> Any:
         """What a read gives for a key that was not found."""
         self._check_open()
-        check_key(self._full(key))
+        try:
+            check_key(self._full(key))
+        except InvalidKeyError as error:
+            raise error from None  # not from the dict's own
         if default is MISSING:
             self._core.counters.get_errors += 1
-            raise KeyNotFoundError(str(key))
+            raise KeyNotFoundError(str(key)) from None
         return default
 
     def _decode(self, key: str, stored: Stored, default: object, type_: Any) -> Any:
@@ -255,6 +263,16 @@ def _uncollected() -> Generator[None]:
 
 MISSING_VALUE = object()
 """A default that no caller can have passed."""
+
+
+def check_default(default: object) -> None:
+    """Refuse a class: `get(key, User)` would give plain JSON, or `User` itself.
+
+    Raises:
+        TypeError: It is one.
+    """
+    if isinstance(default, type):
+        raise TypeError(f"the default is a class; to have the value decoded as one, write type={default.__name__}")
 
 
 def many_keys(keys: Iterable[str]) -> Iterable[str]:

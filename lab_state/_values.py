@@ -30,6 +30,9 @@ SHALLOW = 2 * MAX_DEPTH + 1
 
 _MAX_PATH = 200
 
+_MASK = "**********"
+"""What Pydantic writes for a secret."""
+
 SCALARS = frozenset({str, int, float, bool, type(None)})
 """What is stored as it is."""
 
@@ -45,7 +48,15 @@ def _encode_other(value: object) -> Raw:
     dump = getattr(type(value), "model_dump_json", None)
     if dump is None:
         raise NotImplementedError
-    return Raw(dump(value, by_alias=True, round_trip=True).encode())
+    text: str = dump(value, by_alias=True, round_trip=True)
+    if _MASK in text and _has_secret(cast("Any", value).model_dump(round_trip=True)):
+        raise ValueError  # `_refusal` says why
+    return Raw(text.encode())
+
+
+def _has_secret(value: object) -> bool:
+    """Whether there is a `SecretStr` or the like, which Pydantic writes as asterisks: it would not be read back."""
+    return hasattr(value, "get_secret_value") or any(_has_secret(child) for _, child in _children(value))
 
 
 def _decode_other(type_: type[Any], value: object) -> object:
@@ -268,7 +279,7 @@ def _refused(value: object, levels: int) -> bool:
     return _deeper(data, levels)
 
 
-def _reason(value: object) -> str:  # noqa: PLR0911 -- a list of reasons
+def _reason(value: object) -> str:  # noqa: C901, PLR0911 -- a list of reasons
     try:
         encode(value)
     except RecursionError:
@@ -286,7 +297,12 @@ def _reason(value: object) -> str:  # noqa: PLR0911 -- a list of reasons
             return f"more than {MAX_DEPTH} levels of nesting cannot be kept"
         return "a msgspec.Raw that is not valid JSON cannot be kept"
     if isinstance(value, dict):
-        return "a dict with keys that JSON cannot hold cannot be kept"
+        return "a dict with keys that JSON cannot hold cannot be kept: use keys that are str, int or float"
+    if hasattr(value, "get_secret_value"):
+        return "a secret of Pydantic's would be kept as asterisks: give its field a serializer, or keep the text itself"
+    for plain in (str, int, float, bytes):
+        if isinstance(value, plain):
+            return f"an object of the class {type(value).__qualname__} cannot be kept: make it a plain {plain.__name__}"
     return (
         f"an object of the class {type(value).__qualname__} cannot be kept: use what msgspec encodes (built-in types, "
         "Struct, dataclass, attrs, enum, datetime, UUID, Decimal) or a Pydantic model"
@@ -332,23 +348,42 @@ _PATH = re.compile(r".* - at `(.*)`", re.DOTALL)
 
 def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
     """The error without the value, which msgspec's and Pydantic's own messages quote."""
-    name = _type_name(type_)
-    own = isinstance(error, msgspec.ValidationError) and error.__cause__ is None
-    if own and (match := _EXPECTED.fullmatch(str(error))) is not None:
-        path, detail = match[2] or "$", match[1]
-    elif hasattr(type_, "model_validate_json") and hasattr(error, "errors"):
-        problems = cast("Any", error).errors(include_url=False, include_context=False, include_input=False)
-        first: dict[str, Any] = problems[0]
-        path, detail = "$" + "".join(_pydantic_step(part) for part in first["loc"]), str(first["type"])
-    elif isinstance(error, msgspec.ValidationError):
-        match = _PATH.fullmatch(str(error).removeprefix(str(error.__cause__)))
-        path, detail = match[1] if match is not None else "$", "it does not fit"
+    name, path = _type_name(type_), "$"
+    cause = error.__cause__
+    if isinstance(error, msgspec.ValidationError) and cause is None:
+        match = _EXPECTED.fullmatch(str(error))
+        path, detail = (match[2] or "$", match[1]) if match is not None else (_path_in(str(error)), "it does not fit")
+    elif isinstance(error, msgspec.ValidationError):  # a validator of the caller's, within something of msgspec's
+        path, detail = _path_in(str(error).removeprefix(str(cause))), "it does not fit"
+        if hasattr(cause, "errors"):
+            inner, detail = _first_problem(cause)
+            path += inner.removeprefix("$")
+    elif hasattr(error, "errors"):
+        path, detail = _first_problem(error)
     else:
-        path, detail = (
-            "$",
-            f"{type(error).__name__} while decoding; is it a type that msgspec decodes, or a Pydantic model?",
-        )
+        detail = f"{type(error).__name__} while decoding; is it a type that msgspec decodes, or a Pydantic model?"
     return TypeMismatchError(f"not a `{name}`: {detail} - at `{path}`", path)
+
+
+def _path_in(message: str) -> str:
+    match = _PATH.fullmatch(message)
+    return "$" if match is None else match[1]
+
+
+_SAYS_NO_VALUE = re.compile(
+    r"missing|extra_forbidden|.*_type|(int|float|bool)_parsing|int_from_float|(greater|less)_than(_equal)?|finite_number|"
+    r"multiple_of|(string_)?too_(short|long)|string_pattern_mismatch|literal_error|enum|none_required"
+)
+"""Pydantic's kinds of problems whose messages say what was expected, never what was found."""
+
+
+def _first_problem(error: object) -> tuple[str, str]:
+    """Where Pydantic found the first problem, and what it was, as far as that cannot quote the value."""
+    problems = cast("Any", error).errors(include_url=False, include_context=False, include_input=False)
+    first: dict[str, Any] = problems[0]
+    kind = str(first["type"])
+    detail = str(first["msg"]) if _SAYS_NO_VALUE.fullmatch(kind) else kind
+    return "$" + "".join(_pydantic_step(part) for part in first["loc"]), detail
 
 
 def _type_name(type_: Any) -> str:

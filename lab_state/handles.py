@@ -295,6 +295,10 @@ class Transaction(Plain):
         """The same transaction, for the keys that begin with `name` and a slash; see `Scope.namespace`."""
         return Transaction(self._core, self._calls._nested(name))  # noqa: SLF001 -- likewise
 
+    def __repr__(self) -> str:
+        """The name of the state, and whether it is open."""
+        return f"<Transaction of {self._core.name!r}, {'open' if self._core.is_held else 'over'}>"
+
     def __len__(self) -> int:
         """How many keys there are."""
         return len(self._calls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from types import TracebackType
 from typing import Literal, Self
 
@@ -33,7 +34,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         phase: Where it is in its life.
-        keys: How many keys there are.
+        keys: How many keys there are; 0 after `stop()`, when they are no longer in memory.
         revision: The number of the last change.
         durable_revision: Everything up to this revision is durable.
         unflushed_keys: How many keys have changes that are not durable.
@@ -125,7 +126,8 @@ class Manager(Scope):
         self._config = Config(name=config) if isinstance(config, str) else config
         if not isinstance(self._config, Config):
             raise TypeError(f"config must be a Config or a str, the name of the state; not {type(config).__name__}")
-        if isinstance(storage, type) or not callable(getattr(storage, "open", None)):
+        # A path can be opened too, and would make a file of the state's name, or empty one.
+        if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "open", None)):
             raise TypeError(f"storage must be an object such as FileStorage('directory'), not {storage!r}")
         if cache is not None and (isinstance(cache, type) or not callable(getattr(cache, "open", None))):
             raise TypeError(f"cache must be an object such as RedisCache('redis://host'), not {type(cache).__name__}")
@@ -210,7 +212,9 @@ class Manager(Scope):
         snapshot, records, _, dropped, crc = session.recovery
         if dropped:
             self._logger.warning(
-                "%s: dropped %d bytes that a crash cut short before they were acknowledged", session.path, dropped
+                "%s: the last %d bytes of its journal were cut short by a crash before they were acknowledged; dropped",
+                session.path,
+                dropped,
             )
         loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path, crc)
         loaded = replay(loaded, records, session.path)

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -24,10 +25,18 @@ PAGES.remove(ROOT / "docs" / "cache.md")  # tests/cache runs it, where there is 
 LINK = re.compile(r"\]\(([^)#]+\.md)[^)]*\)")
 
 
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def sources(page: Path) -> list[str]:
+    """The blocks of a page, each with a blank line at its end."""
+    return [f"{source}\n" for source in BLOCK.findall(page.read_text())]
+
+
 def blocks(page: Path) -> list[CodeType]:
     """The blocks of a page, each compiled at its own line."""
     found = []
-    for match in re.finditer(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+    for match in BLOCK.finditer(page.read_text()):
         line = page.read_text()[: match.start(1)].count("\n")
         code = compile(
             "\n" * line + match[1], str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
@@ -70,6 +79,24 @@ async def test_readme_prints_what_it_says(
     ]
     content = (tmp_path / "state/modules/my-module.json").read_text()
     assert content.startswith('{"greeting":{"text":"hi","to":["world"]},"visits":1,"$lab_state":{')
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_blocks_can_be_pasted(page: str, tmp_path: Path) -> None:
+    """What a page says can be typed into `python -m asyncio` can: no blank line within a block, one behind it."""
+    text = "".join(source for source in sources(ROOT / page) if "FastAPI" not in source)
+    asked = subprocess.run(
+        [sys.executable, "-m", "asyncio"],
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert asked.returncode == 0
+    assert "Error" not in asked.stderr.replace("TypeMismatchError", "").replace("InvalidValueError", "")
+    assert "Traceback" not in asked.stderr
 
 
 def test_readme_application_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

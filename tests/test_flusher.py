@@ -637,6 +637,42 @@ class TestStop:
         async with Manager("test", memory) as state:
             assert await state.get("a") == 1
 
+    async def test_the_last_attempt_is_just_before_the_deadline(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """The pauses grow beyond it; half a second before it there is one more attempt, and a disk may be well again."""
+        manager = Manager(Config(name="test", flush_interval=None, stop_timeout=3.0), storage, clock=clock)
+        await manager.start()
+        await manager.set("a", 1)
+        storage.fail("commit", times=5)
+        begin = clock.monotonic()
+        stopping = asyncio.create_task(manager.stop())
+        for pause in (0.1, 0.2, 0.4, 0.8):
+            await idle()
+            clock.advance(pause)
+        await idle()
+        assert commits(storage) == 5
+        clock.advance(2.49 - (clock.monotonic() - begin))
+        await idle()
+        assert commits(storage) == 5
+        clock.advance(0.02)
+        await stopping
+        async with Manager("test", memory) as state:
+            assert await state.get("a") == 1
+
+    async def test_what_a_stop_that_failed_has_lost(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """The error says so; nobody has to find out that there is no retry behind it."""
+        manager = Manager(Config(name="test", flush_interval=None, stop_timeout=1.0), storage, clock=clock)
+        await manager.start()
+        await manager.set_many({"a": 1, "b": 2})
+        storage.fail("commit", times=100)
+        stopping = asyncio.create_task(manager.stop())
+        while not stopping.done():
+            await idle()
+            clock.advance(0.1)
+        with pytest.raises(UnavailableError, match=r"\(stop\(\) gave up: 2 changed keys are not durable, and lost\)$"):
+            await stopping
+
     async def test_what_cannot_be_retried_is_not(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """A read-only storage ends the stop at once, with its error; the lock is given back."""
         with pytest.raises(UnsupportedError, match="read-only"):
@@ -760,7 +796,7 @@ class TestBrokenPromises:
         manager._core.running._task.cancel()
         with pytest.raises(UnavailableError, match="was cancelled"):
             await flushing
-        assert "only stop() flushes now" in caplog.text
+        assert "was cancelled: 1 changed keys are not durable. Was stop() forgotten?" in caplog.text
         with pytest.raises(StorageError, match="nobody flushes"):
             await manager.flush()
         storage.resume()

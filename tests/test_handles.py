@@ -208,6 +208,12 @@ class TestEntry:
         entry: Entry[int] = manager.namespace("x").entry("n", int, default=5)
         assert repr(entry) == "<Entry 'n' of <class 'int'>>"
 
+    async def test_what_a_transaction_says_of_itself(self, state: Manager) -> None:
+        """The name of the state, and whether it is open."""
+        async with state.transaction() as tx:
+            assert repr(tx) == "<Transaction of 'test', open>"
+        assert repr(tx) == "<Transaction of 'test', over>"
+
 
 class TestNamespace:
     @pytest.fixture

@@ -21,6 +21,7 @@ from lab_state import (
     InvalidNameError,
     InvalidValueError,
     KeyNotFoundError,
+    LabStateError,
     LockedError,
     Manager,
     MemoryStorage,
@@ -81,6 +82,25 @@ class TestReading:
         default: list[int] = []
         assert await state.get("nope", default) is default
         assert state.get_nowait("nope", None) is None
+
+    async def test_a_class_is_no_default(self, state: Manager) -> None:
+        """It was meant to be the type; the plain JSON, or the class itself, would be a surprise later."""
+        await state.set("user", {"name": "Ann", "age": 30})
+        for key in ("user", "nope"):
+            for call in (state.get, state.pop):
+                with pytest.raises(TypeError, match=r"the default is a class; .* write type=User"):
+                    await call(key, User)
+            with pytest.raises(TypeError, match="write type=int"):
+                state.get_nowait(key, int)
+        assert await state.get("nope", "a default") == "a default"
+        assert await state.exists("user")
+
+    @pytest.mark.parametrize("key", ["nope", "", "$lab_state"])
+    async def test_an_error_is_not_shown_beside_the_dicts_own(self, state: Manager, key: str) -> None:
+        """A key that is missing or out of bounds is one error, without the `KeyError` beneath."""
+        with pytest.raises(LabStateError) as error:
+            state.get_nowait(key)
+        assert error.value.__suppress_context__
 
     async def test_null_is_not_missing(self, state: Manager) -> None:
         """A stored None is there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,11 +83,12 @@ def test_what_is_no_argument_is_refused_at_once() -> None:
     """A storage, a config or a directory of the wrong kind is a clear error where it is given."""
     with pytest.raises(TypeError, match="config must be a Config or a str"):
         Manager(5, MemoryStorage())  # type: ignore[arg-type]
-    for storage in ("state", MemoryStorage, None):
+    for storage in ("state", Path("state"), MemoryStorage, None):
         with pytest.raises(TypeError, match="storage must be an object"):
             Manager(Config(name="x"), storage)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="NUL"):
-        FileStorage("a\0b")
+    for directory, problem in (("a\0b", "NUL"), ("", "is empty; for the current directory"), ("~/a", "expanduser")):
+        with pytest.raises(ValueError, match=problem):
+            FileStorage(directory)
     assert repr(FileStorage("state")) == "FileStorage('state')"
 
 
@@ -135,7 +137,7 @@ async def test_the_power_is_cut_during_a_commit(moment: Any, found: int, caplog:
         assert state.durable_revision == (0 if moment == "torn" else found)
         await state.flush()
         assert state.durable_revision == found
-    assert ("that a crash cut short" in caplog.text) == (moment == "torn")
+    assert ("were cut short by a crash" in caplog.text) == (moment == "torn")
 
 
 async def test_the_power_is_cut_at_once() -> None:

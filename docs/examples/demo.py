@@ -140,7 +140,6 @@ async def main() -> None:
 
             await feeder.run(server.url, progress, bar, EVENTS)
             server.end(signal.SIGTERM)
-            progress.update(bar, completed=EVENTS, total=EVENTS)
         path = Path(directory) / "words.json"
         data = path.read_bytes()
         state = json.loads(data)
@@ -154,8 +153,9 @@ async def main() -> None:
     for key in list(state)[:3]:
         console.print(f"  {key}: {json.dumps(state[key])[:90]}", markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"{len(feeder.acknowledged)} of {len(feeder.tried)} changes acknowledged, {own['revision']} revisions, "
-        f"0 lost, in {time.monotonic() - begin:.1f} s"
+        f"{len(feeder.acknowledged)} changes acknowledged, 0 of them lost; "
+        f"{len(feeder.tried) - len(feeder.acknowledged)} were on their way at the SIGKILL, and never answered; "
+        f"{own['revision']} revisions, in {time.monotonic() - begin:.1f} s"
     )
 
 

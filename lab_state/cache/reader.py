@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar, overload
 from lab_state._clock import Clock, SystemClock
 from lab_state._codec import check_key
 from lab_state._expiry import Expiring
-from lab_state._reads import many_keys
+from lab_state._reads import check_default, many_keys
 from lab_state._state import MISSING, Stored
 from lab_state._values import decode_value
 from lab_state._watch import Watcher
@@ -121,8 +121,10 @@ class Reader:
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored value is not a `type`; the error says where.
+            TypeError: The default is a class, which was meant to be the type.
             UnavailableError: See the class.
         """
+        check_default(default)
         try:
             stored = self._local.shown[key]
         except (KeyError, TypeError):

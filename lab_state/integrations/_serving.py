@@ -20,7 +20,7 @@ S = TypeVar("S", bound=Manager | Reader)
 KEY = "lab_state"
 """Where a framework's own state holds the managers and readers."""
 
-_OTHER_WORKER = "if that is another worker of this server, run it with one worker (see `Workers` in the documentation)"
+_OTHER_WORKER = "if that is another worker of this server, run it with one worker (see docs/workers.md)"
 
 
 def by_name(served: Iterable[S], kinds: tuple[type[Any], ...] = (Manager, Reader)) -> dict[str, S]:
@@ -115,7 +115,8 @@ def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None)
     found = {known: one for known, one in (served or {}).items() if isinstance(one, kind)}
     if not found:
         raise LookupError(
-            f"this application has no lab_state {_plural(kind)}: give them to it, and see that the server runs its startup"
+            f"this application has no lab_state {_plural(kind)}: give them to it, and see that the server runs its startup; "
+            "a test client does when it is entered (`with TestClient(app) as client`)"
         )
     if name is None and len(found) == 1:
         return next(iter(found.values()))

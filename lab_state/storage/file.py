@@ -51,17 +51,22 @@ class FileStorage:
 
         Args:
             directory: Where the files are. It is made when it is missing, with those
-                above it, for this user alone (mode 0700, files 0600).
+                above it, for this user alone (mode 0700, files 0600). A relative path
+                begins where the process is at the start.
 
         Raises:
             TypeError: It is no path.
-            ValueError: It has a NUL character.
+            ValueError: It is empty, begins with `~`, or has a NUL character.
         """
         path = os.fspath(directory)
         if not isinstance(path, str):
             raise TypeError(f"the path of a directory must be a str, not {type(path).__name__}")
         if "\0" in path:
             raise ValueError("the path of a directory cannot hold a NUL character")
+        if not path:
+            raise ValueError("the path of a directory is empty; for the current directory write '.'")
+        if path.startswith("~"):
+            raise ValueError(f"{path!r} would be a directory of that name; use os.path.expanduser(), or write './~'")
         self._directory = path
 
     def __repr__(self) -> str:

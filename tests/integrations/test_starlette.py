@@ -336,7 +336,7 @@ async def test_the_last_line_of_uvicorn_is_completed_once(
     traceback, last, again = (record.getMessage() for record in caplog.records)
     assert traceback == "a traceback"
     assert last.startswith("Application startup failed. Exiting. LockedError: ")
-    assert last.endswith("run it with one worker (see `Workers` in the documentation)")
+    assert last.endswith("run it with one worker (see docs/workers.md)")
     assert again == "Application startup failed. Exiting."
     assert uvicorn_logger.filters == []
 
