@@ -40,7 +40,7 @@ class Calls(Writing):
 
     __slots__ = ()
 
-    async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:  # noqa: C901 -- the hot path, written out
+    async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:  # noqa: C901, PLR0912 -- the hot path, written out
         """Store a value; returns the revision.
 
         Args:
@@ -87,6 +87,8 @@ class Calls(Writing):
         state.entries[full] = changes[full] = stored
         state.revision = revision = state.revision + 1
         if core.after:
+            if core.timed:
+                state.expiries.discard(full)
             if state.note is not None:
                 state.note(full, stored, revision)
             if core.write_through:
@@ -269,7 +271,7 @@ class Calls(Writing):
         check_callable("get_or_set", factory)
         lifetime = self._lifetime(ttl)
         await self._turn()
-        found = self.get_nowait(key, MISSING_VALUE, type=type)
+        found = self._get(key, MISSING_VALUE, type)
         if found is not MISSING_VALUE:
             return found
         made = plain_result("get_or_set", factory, factory())

@@ -136,7 +136,7 @@ def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
     expires: dict[str, int] = {}
     deleted: list[str] = []
     yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)
-    yield from _members(_slices(_kept(taken.changes, deleted), expires), refused)
+    yield from _members(_slices(taken.changes.items(), expires, deleted), refused)
     yield b'},"delete":['
     keys = chain(deleted, refused)
     comma = b""
@@ -146,15 +146,6 @@ def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
     yield b"]"
     yield from _times(expires, refused, taken.time, taken.wall)
     yield b"}"
-
-
-def _kept(changes: Mapping[str, Changed], deleted: list[str]) -> Iterator[tuple[str, Stored]]:
-    """What was stored; `deleted` takes the other keys. A second look at all of them would be one long step."""
-    for key, changed in changes.items():
-        if isinstance(changed, Absent):
-            deleted.append(key)
-        else:
-            yield key, changed
 
 
 def _few(changes: Mapping[str, Changed]) -> bytes | None:
@@ -193,10 +184,12 @@ def _times(expires: dict[str, int], refused: Iterable[str], time: int, wall: int
     yield b'},"time":%d,"wall":%d' % (time, wall) if time else b"}"
 
 
-def _slices(items: Iterable[tuple[str, Stored]], expires: dict[str, int]) -> Iterator[dict[str, Value]]:
+def _slices(
+    items: Iterable[tuple[str, Changed]], expires: dict[str, int], deleted: list[str]
+) -> Iterator[dict[str, Value]]:
     """Parts as `encode` takes them, each of so many bytes that the loop can wait for it, or of one value that has more.
 
-    `expires` takes the times.
+    `expires` takes the times, `deleted` the keys that were; a part may be empty.
     """
     part: dict[str, Value] = {}
     size = 0
@@ -204,6 +197,8 @@ def _slices(items: Iterable[tuple[str, Stored]], expires: dict[str, int]) -> Ite
         if isinstance(stored, bytes):  # most are
             part[key] = Raw(stored)
             size += len(stored)
+        elif isinstance(stored, Absent):
+            deleted.append(key)
         else:
             if isinstance(stored, Expiring):
                 stored, expires[key] = stored
@@ -226,9 +221,9 @@ def _members(parts: Iterable[dict[str, Value]], refused: list[str]) -> Iterator[
             bad = {key for key, stored in part.items() if not is_json(encode(stored))}
             refused.extend(bad)
             data = encode({key: stored for key, stored in part.items() if key not in bad})
-        if members := data[1:-1]:
-            yield comma + members
-            comma = b","
+        members = data[1:-1]
+        yield comma + members if members else b""  # the loop may run
+        comma = b"," if members else comma
 
 
 def _owned(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterator[dict[str, Value]]:
@@ -304,8 +299,8 @@ def _uncovered(view: dict[str, Stored], revision: int, time: int, wall: int, *, 
     opening = b"{"
     refused: list[str] = []
     expires: dict[str, int] = {}
-    parts = _slices(view.items(), expires)
-    for part in _members(_owned(parts, view) if own else parts, refused):
+    parts = _slices(view.items(), expires, [])
+    for part in filter(None, _members(_owned(parts, view) if own else parts, refused)):
         yield opening + part
         opening = b""
     member = encode({"format": FORMAT, "revision": revision, "id": os.urandom(8).hex()})

@@ -24,6 +24,10 @@ class Holder(Protocol):
         """Whether it is open."""
         ...
 
+    def end(self) -> None:
+        """Show nothing more."""
+        ...
+
 
 _INSIDE: ContextVar[tuple[Holder, ...]] = ContextVar("lab_state transactions", default=())
 """The transactions that this task, or the one that it comes from, is inside of."""
@@ -40,7 +44,8 @@ class Core:
             none need not take the lock, since it does not await before it is done.
         counters: What is counted here, and what the states of earlier starts counted.
         after: Whether a write has something to do when it is done: tell those who
-            watch, or wait until it is durable.
+            watch, take the key's time away, or wait until it is durable.
+        timed: Whether keys may have a time at which they expire.
     """
 
     __slots__ = (
@@ -53,6 +58,7 @@ class Core:
         "held",
         "name",
         "state",
+        "timed",
         "write_through",
     )
 
@@ -62,6 +68,7 @@ class Core:
         self.state: State = closed
         self.held: Holder | None = None
         self.after: bool = False
+        self.timed: bool = False
         self.write_through: bool = False
         self._watchers = Watchers(closed)
         self._lock = asyncio.Lock()
@@ -85,6 +92,8 @@ class Core:
         self.state, self._flusher = closed, None
         self.write_through = False
         self.set_after()
+        if self.held is not None:
+            self.held.end()
         self.release(self.held)  # who waits for a transaction is told that it is over
         return flusher, self._watchers
 
@@ -98,7 +107,8 @@ class Core:
 
     def set_after(self) -> None:
         """Whether a write has something to do when it is done may have changed."""
-        self.after = self.write_through or self.state.note is not None
+        self.timed = self.state.expires
+        self.after = self.write_through or self.timed or self.state.note is not None
 
     # Watching
 

@@ -65,10 +65,14 @@ class Draft(State):
         """Whether a key is there."""
         return key in self.entries and self._lives(key)
 
-    def expired(self) -> set[str]:
-        """The keys in `entries` whose time has come; those of the state beneath too."""
-        keys = self.base.expired() | super().expired()
-        return {key for key in keys if key in self.entries and not self._lives(key)}
+    def count(self) -> int:
+        """How many keys there are."""
+        return len(self.names("")) if self.expires else len(self.entries)
+
+    @property
+    def expires(self) -> bool:
+        """Whether anything does, in the state beneath too."""
+        return bool(self.expiries) or bool(self.base.expiries)
 
     def merge(self) -> int | None:
         """Make it all one change of the state beneath; returns its revision, `None` if it changed nothing."""

@@ -9,14 +9,12 @@ its own: cancelling one touches neither the write nor the others. Who commits is
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from threading import get_ident
 
 from lab_state._clock import Clock
 from lab_state._state import Changes, State
 from lab_state._waiters import Waiters, copied
 from lab_state.exceptions import FencedError, LabStateError, UnavailableError
-
-_FREED_AT_ONCE = 1000
 
 
 class Durability:
@@ -28,20 +26,20 @@ class Durability:
         loop: The event loop that everything runs on.
     """
 
-    def __init__(self, name: str, state: State, clock: Clock, *, unsettled: bool, waits: bool) -> None:
+    def __init__(self, name: str, state: State, clock: Clock, *, unsettled: bool, only_when_asked: bool) -> None:
         """The running loop is the one that everything else must be called on.
 
-        `unsettled`: what was loaded may not be durable. `waits`: commits are made when
-        somebody asks for one, and never else.
+        `unsettled`: what was loaded may not be durable. `only_when_asked`: no commit is
+        made in the background.
         """
         self.state: State = state
         self.durable_revision: int = 0 if unsettled else state.revision
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        state.discard = self._discard
+        self._thread = get_ident()
         self._name = name
         self._clock = clock
         self._unsettled = unsettled
-        self._waits = waits
+        self._only_when_asked = only_when_asked
         self._waiters = Waiters()
         self._confirming = Waiters()
         self._begun = self._wanted = 0  # commits: how many, and up to which one somebody wants
@@ -65,6 +63,8 @@ class Durability:
 
     async def written(self, revision: int) -> None:
         """`durable`, for a change that the caller has just made: on this event loop, and in no commit yet."""
+        if get_ident() != self._thread or not self.loop.is_running():  # `check_loop` may be a system call
+            self.check_loop()
         if self._over:
             self._refuse()
         self._wake.set()
@@ -84,7 +84,7 @@ class Durability:
 
     async def settled(self, revision: int) -> None:
         """Return when `revision` is durable; asks for a commit where the background makes them anyway."""
-        await (self.wait_durable if self._waits else self.durable)(revision)
+        await (self.wait_durable if self._only_when_asked else self.durable)(revision)
 
     async def confirm(self) -> None:
         """Return when a commit that began after the call has succeeded: nobody else owns the state.
@@ -145,20 +145,13 @@ class Durability:
             RuntimeError: It is not closed.
         """
         if self.loop.is_closed():
-            self.loop = asyncio.get_running_loop()
+            self.loop, self._thread = asyncio.get_running_loop(), get_ident()
             if (taken := self._under_way) is not None:  # closed over it, without a cancellation
                 self.state.put_back(taken)
                 self._under_way = None
             self._wake = asyncio.Event()  # who waited for these has ended
             self._waiters, self._confirming = Waiters(), Waiters()
         self.check_loop()
-
-    def _discard(self, large: dict[str, Any]) -> None:
-        """Free a map in steps: a million values at once would hold up the event loop."""
-        for _ in range(min(len(large), _FREED_AT_ONCE)):
-            large.popitem()
-        if large:
-            self.loop.call_soon(self._discard, large)
 
     # Numbers
 

@@ -3,8 +3,8 @@
 Theory of operation. A value that expires is kept wrapped, with the time, so that a view
 of the entries holds the times too and nothing else is asked when a value is read. The
 index beside it, `Expiries`, only finds what is due: a bucket of keys for each second, so
-that a sweep looks at the seconds that passed since the last one and at nothing else. It
-may name keys whose value was replaced by one that stays; the entry decides.
+that a sweep looks at the seconds that passed since the last one and at nothing else, and
+what is due is counted without a look at each key.
 
 Time here is the state's own (`State.now`): it starts from the wall clock, and then counts
 the seconds that pass, so a wall clock that is set while the manager runs expires nothing.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from msgspec import Raw
 
@@ -57,11 +57,28 @@ def milliseconds(ttl: Seconds) -> int:
     return math.ceil(seconds * 1000)
 
 
+class Bucket(dict[str, int]):
+    """Keys that expire in the same second, with their times in milliseconds.
+
+    Attributes:
+        first: No time is before this one.
+        last: No time is behind this one.
+    """
+
+    __slots__ = ("first", "last")
+
+    def __init__(self, at: int) -> None:
+        """For keys of about this time."""
+        super().__init__()
+        self.first: int = at
+        self.last: int = at
+
+
 class Expiries:
     """Keys by the second in which they expire.
 
     Attributes:
-        first: Called when the first key comes in.
+        first: Called when the first key has come in.
     """
 
     __slots__ = ("_buckets", "_next", "_second", "first")
@@ -69,20 +86,28 @@ class Expiries:
     def __init__(self, now: int) -> None:
         """No keys; what is due at `now` comes with the next sweep."""
         self._second: dict[str, int] = {}
-        self._buckets: dict[int, dict[str, None]] = {}
+        self._buckets: dict[int, Bucket] = {}
         self._next = now // 1000
         self.first: Callable[[], object] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._second)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._second
+
     def add(self, key: str, at: int) -> None:
         """A key expires at this time, in milliseconds, and at no other."""
-        if not self._second and self.first is not None:
-            self.first()
+        is_first = not self._second
         self.discard(key)
         second = self._second[key] = max(at // 1000, self._next)
-        self._buckets.setdefault(second, {})[key] = None
+        bucket = self._buckets.get(second)
+        if bucket is None:
+            bucket = self._buckets[second] = Bucket(at)
+        bucket[key] = at
+        bucket.first, bucket.last = min(bucket.first, at), max(bucket.last, at)
+        if is_first and self.first is not None:
+            self.first()
 
     def discard(self, key: str) -> None:
         """A key is gone."""
@@ -93,12 +118,23 @@ class Expiries:
             if not bucket:
                 del self._buckets[second]
 
-    def clear(self) -> None:
-        """All keys are gone."""
-        self._second.clear()
-        self._buckets.clear()
+    def clear(self) -> tuple[dict[Any, Any], ...]:
+        """All keys are gone; returns the maps that held them."""
+        held = self._second, self._buckets
+        self._second, self._buckets = {}, {}
+        return held
 
-    def passed(self, now: int) -> Iterator[dict[str, None]]:
+    def due(self, now: int) -> int:
+        """How many keys are due. Looks at each of those that expire this very second, at most."""
+        total = 0
+        for bucket in self.passed(now):
+            if bucket.last <= now:
+                total += len(bucket)
+            elif bucket.first <= now:
+                total += sum(at <= now for at in bucket.values())
+        return total
+
+    def passed(self, now: int) -> Iterator[Bucket]:
         """The buckets that may hold keys that are due, in order of time."""
         end = now // 1000 + 1
         if end - self._next <= len(self._buckets):

@@ -30,6 +30,7 @@ from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
 from lab_state.storage._protocol import StorageSession
 
+_FREED_AT_ONCE = 1000
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 _LAST_CHANCE = 0.5
@@ -63,8 +64,13 @@ class Flusher(Durability):
         looked at later; `times` takes how long it took.
         """
         super().__init__(
-            config.name, state, clock, unsettled=session.recovery.unsettled, waits=config.flush_interval is None
+            config.name,
+            state,
+            clock,
+            unsettled=session.recovery.unsettled,
+            only_when_asked=config.flush_interval is None,
         )
+        state.discard = self._discard
         self._times = times
         self._committed = committed
         self.write_through: bool = config.flush_interval == 0
@@ -140,6 +146,13 @@ class Flusher(Durability):
         self.state.discard = len  # not a cycle
         if not self._abandoned and isinstance(self.state.entries, dict):
             self._discard(self.state.entries)
+
+    def _discard(self, large: dict[Any, Any]) -> None:
+        """Free a map in steps: a million values at once would hold up the event loop."""
+        for _ in range(min(len(large), _FREED_AT_ONCE)):
+            large.popitem()
+        if large:
+            self.loop.call_soon(self._discard, large)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         self._over = self.fenced

@@ -7,24 +7,19 @@ behind one test.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, cast, overload
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar, overload
 
 from msgspec import Raw
 
 from lab_state._codec import check_key
 from lab_state._core import Core
-from lab_state._expiry import Expiring, Value
+from lab_state._expiry import Expiring
 from lab_state._state import MISSING, Stored
 from lab_state._values import NOT_JSON, SCALARS, decode_json, decode_value
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
 
 T = TypeVar("T")
-
-_SMALL = 1024
-"""Bytes; above that, decoding takes so much longer than the way to it that a copy gains nothing."""
 
 
 class Reads:
@@ -40,8 +35,7 @@ class Reads:
         """How many keys there are. O(1), but for keys that expire this second, and in a namespace."""
         self._check_open()
         if not self._prefix:
-            state = self._core.state
-            return len(state.entries) - len(state.expired())
+            return self._core.state.count()
         return len(self._keys(""))
 
     def __bool__(self) -> Literal[True]:
@@ -76,18 +70,21 @@ class Reads:
         """
         if default is not MISSING and default is not None:
             check_default(default)
+        # `_get`, written out: the call alone shows in the bench.
         try:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
             return self._missing(key, default)
-        # `get_nowait`, written out: the call alone shows in the bench.
-        if type is Any and (kind := stored.__class__) is not Raw and kind is not Expiring:
-            if kind is not bytes:
+        if type is Any and (kind := stored.__class__) is not Expiring:
+            if kind is not bytes and kind is not Raw:
                 return stored
             try:
-                return decode_json(stored)
+                value = decode_json(stored)
             except NOT_JSON:
-                return self._decode(key, stored, default, type)  # it says so
+                return self._decode(key, stored, default, type)  # which says so
+            if kind is Raw and value.__class__ in SCALARS:
+                self._core.state.settle(self._prefix + key, stored, value)
+            return value
         return self._decode(key, stored, default, type)
 
     @overload
@@ -100,20 +97,8 @@ class Reads:
     def get_nowait(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
     def get_nowait(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
         """`get`, as a plain call, for callbacks and other synchronous code on the loop."""
-        if default is not MISSING and default is not None:
-            check_default(default)
-        try:
-            stored = self._core.state.entries[self._prefix + key]
-        except (KeyError, TypeError):
-            return self._missing(key, default)
-        if type is Any and (kind := stored.__class__) is not Raw and kind is not Expiring:
-            if kind is not bytes:
-                return stored
-            try:
-                return decode_json(stored)
-            except NOT_JSON:
-                return self._decode(key, stored, default, type)  # it says so
-        return self._decode(key, stored, default, type)
+        check_default(default)
+        return self._get(key, default, type)
 
     @overload
     async def get_many(self, keys: Iterable[str], *, type: type[T]) -> dict[str, T]: ...
@@ -126,8 +111,7 @@ class Reads:
             TypeMismatchError: One of the values is not a `type`.
         """
         self._check_open()
-        found = {key: self.get_nowait(key, MISSING_VALUE, type=type) for key in many_keys(keys)}
-        return {key: value for key, value in found.items() if value is not MISSING_VALUE}
+        return self._all(many_keys(keys), type)
 
     @overload
     async def get_all(self, prefix: str = ..., *, type: type[T]) -> dict[str, T]: ...
@@ -141,17 +125,7 @@ class Reads:
         Raises:
             TypeMismatchError: One of the values is not a `type`.
         """
-        self._check_open()
-        full, cut = self._under(prefix), len(self._prefix)
-        found: dict[str, Any] = {}
-        with _uncollected():
-            for name, stored in self._core.state.entries.items():
-                if name.startswith(full):
-                    key = name[cut:]
-                    value = self._decode(key, stored, MISSING_VALUE, type)
-                    if value is not MISSING_VALUE:
-                        found[key] = value
-        return found
+        return self._all(self._keys(prefix), type)
 
     async def exists(self, key: str) -> bool:
         """Whether the key is there."""
@@ -180,6 +154,33 @@ class Reads:
             raise InvalidKeyError(f"a key must be a str, not {key.__class__.__name__}")
         return self._prefix + str.__str__(key)
 
+    def _get(self, key: str, default: object, type_: Any) -> Any:
+        """The value of a key, or the default."""
+        try:
+            stored = self._core.state.entries[self._prefix + key]
+        except (KeyError, TypeError):
+            return self._missing(key, default)
+        if type_ is Any and (kind := stored.__class__) is not Expiring:
+            if kind is not bytes and kind is not Raw:
+                return stored
+            try:
+                value = decode_json(stored)
+            except NOT_JSON:
+                return self._decode(key, stored, default, type_)  # which says so
+            if kind is Raw and value.__class__ in SCALARS:
+                self._core.state.settle(self._prefix + key, stored, value)
+            return value
+        return self._decode(key, stored, default, type_)
+
+    def _all(self, keys: Iterable[str], type_: Any) -> dict[str, Any]:
+        """The values of those of the keys that are there."""
+        found: dict[str, Any] = {}
+        for key in keys:
+            value = self._get(key, MISSING_VALUE, type_)
+            if value is not MISSING_VALUE:
+                found[key] = value
+        return found
+
     def _missing(self, key: object, default: object) -> Any:
         """What a read gives for a key that was not found."""
         self._check_open()
@@ -203,16 +204,7 @@ class Reads:
         except TypeMismatchError as error:
             self._core.counters.get_errors += 1
             raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
-        if isinstance(stored, Raw):
-            self._settle(key, stored, value if type_ is Any else MISSING_VALUE)
         return value
-
-    def _settle(self, key: str, stored: Raw, value: object) -> None:
-        """Keep what was loaded as what was set is kept: the next read has a shorter way."""
-        if value.__class__ in SCALARS:
-            self._core.state.settle(self._prefix + key, stored, cast("Value", value))
-        elif memoryview(stored).nbytes <= _SMALL:
-            self._core.state.settle(self._prefix + key, stored, bytes(stored))
 
     def _expiry(self, key: str) -> int | None:
         """When a key that is there expires, in milliseconds."""
@@ -237,28 +229,8 @@ class Reads:
 
     def _keys(self, prefix: str) -> list[str]:
         self._check_open()
-        full, cut = self._under(prefix), len(self._prefix)
-        state = self._core.state
-        expired = state.expired()
-        if not full and not expired:
-            return list(state.entries)
-        return [key[cut:] for key in state.entries if key.startswith(full) and key not in expired]
-
-
-@contextmanager
-def _uncollected() -> Generator[None]:
-    """No cyclic garbage collection meanwhile.
-
-    What JSON becomes has no cycles, and looking for them again and again while a
-    million objects are made takes longer than making them.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+        names, cut = self._core.state.names(self._under(prefix)), len(self._prefix)
+        return [name[cut:] for name in names] if cut else names
 
 
 MISSING_VALUE = object()

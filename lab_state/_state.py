@@ -13,7 +13,7 @@ brings them home in small steps afterwards. So neither step costs what the size 
 the state costs. Whoever reads or writes `entries` cannot tell the two apart.
 
 A value that expires is in `entries` until a sweep finds it, so whoever reads one asks
-`alive`, and whoever lists keys leaves out `expired`.
+`alive`; `count` and `names` leave out what is due.
 """
 
 from __future__ import annotations
@@ -123,12 +123,13 @@ class Layer:
 class Overlay(Layer):
     """A layer over a view that is folded into it in the end."""
 
-    __slots__ = ("_size", "view")
+    __slots__ = ("_left", "_size", "view")
 
     def __init__(self, view: dict[str, Stored]) -> None:
         super().__init__(view, {})
         self.view: dict[str, Stored] = view
         self._size = len(view)
+        self._left: int | None = None
 
     def __len__(self) -> int:
         return self._size
@@ -143,13 +144,15 @@ class Overlay(Layer):
         self._size -= 1
 
     def fold(self, most: int) -> bool:
-        """Move up to `most` writes into the view; False once none is left."""
-        for _ in range(min(most, len(self.top))):
+        """Move up to `most` writes into the view, or as many as keep ahead of new ones; False once none is left."""
+        came = 0 if self._left is None else len(self.top) - self._left
+        for _ in range(min(max(most, 2 * came), len(self.top))):
             key, value = self.top.popitem()
             if isinstance(value, Absent):
                 self.view.pop(key, None)
             else:
                 self.view[key] = value
+        self._left = len(self.top)
         return bool(self.top)
 
 
@@ -203,7 +206,7 @@ class State:
         self._wall_clock = wall_clock
         self._epoch = start - monotonic()
         self.note: Note | None = None
-        self.discard: Callable[[dict[str, Any]], object] = len
+        self.discard: Callable[[dict[Any, Any]], object] = len
         self.load({}, 0)
 
     def load(self, entries: dict[str, Stored], revision: int, expires: Mapping[str, int] | None = None) -> None:
@@ -253,21 +256,33 @@ class State:
         stored = self.entries[key]
         return not isinstance(stored, Expiring) or self.alive(stored) is not MISSING
 
-    def expired(self) -> set[str]:
-        """The keys that are in `entries` although their time has come: few, and none where nothing expires.
+    def count(self) -> int:
+        """How many keys there are. Costs what the number of keys costs that expire in this very second, at most."""
+        return len(self.entries) - (self.expiries.due(self.now()) if self.expiries else 0)
 
-        Costs what the number of keys costs that expire in the second that is passing.
-        """
-        if not self.expiries:
-            return set()
-        now, entries = self.now(), self.entries
-        return {key for bucket in self.expiries.passed(now) for key in bucket if _is_due(entries, key, now)}
+    def names(self, prefix: str) -> list[str]:
+        """The keys that begin with it."""
+        if self.expires:
+            now = self.now()
+            return [
+                key
+                for key, stored in self.entries.items()
+                if key.startswith(prefix) and not (isinstance(stored, Expiring) and stored.at <= now)
+            ]
+        if prefix:
+            return [key for key in self.entries if key.startswith(prefix)]
+        return list(self.entries)
+
+    @property
+    def expires(self) -> bool:
+        """Whether anything does."""
+        return bool(self.expiries)
 
     def sweep(self, most: int) -> int:
-        """Take away keys that are due, as one change; returns how many were looked at, up to `most`."""
+        """Take away keys whose time is over, as one change; returns how many were looked at, up to `most`."""
         now, entries = self.now(), self.entries
         keys = self.expiries.take(now, most)
-        found = [key for key in keys if _is_due(entries, key, now)]
+        found = [key for key in keys if _is_due(entries, key, now)]  # whatever the index says
         self._drop(found, EXPIRED)
         self.deleted -= len(found)
         self.swept += len(found)
@@ -297,6 +312,9 @@ class State:
             return self.apply(values, cleared=False)
         self.begin()
         self.revision += 1
+        if self.expiries:
+            for key in values:
+                self.expiries.discard(key)
         entries.update(values)
         self.changes.update(values)
         self._more += len(values) - 1
@@ -314,7 +332,7 @@ class State:
 
     def clear(self) -> int:
         """Delete everything; returns how many. Costs the same for any size."""
-        count = len(self.entries) - len(self.expired())
+        count = self.count()
         if len(self.entries):
             self.apply({}, cleared=True)
         return count
@@ -341,6 +359,8 @@ class State:
             else:
                 if isinstance(stored, Expiring):
                     expiries.add(key, stored.at)
+                elif key in expiries:
+                    expiries.discard(key)
                 entries[key] = stored
             mine[key] = stored
         self.deleted += absent
@@ -355,10 +375,10 @@ class State:
     def _empty(self) -> None:
         entries, changes = self.entries, self.changes
         self.entries, self.changes = {}, {}
+        for unneeded in (changes, *self.expiries.clear()):
+            self.discard(unneeded)
         self.discard(entries if isinstance(entries, dict) else entries.top)  # a view is somebody's
-        self.discard(changes)
         self.cleared = True
-        self.expiries.clear()
 
     def take(self) -> Changes:
         """Take the changes away for a commit."""
@@ -370,8 +390,14 @@ class State:
     def put_back(self, taken: Changes) -> None:
         """Put the changes of a failed commit back, under what came since."""
         if not self.cleared:
-            taken.changes.update(self.changes)  # which is less, where commits fail again and again
-            self.changes, self.cleared = taken.changes, taken.cleared
+            older, newer = taken.changes, self.changes
+            if len(newer) <= len(older):  # the smaller one moves
+                older.update(newer)
+                self.changes = older
+            else:
+                for key, changed in older.items():
+                    newer.setdefault(key, changed)
+            self.cleared = taken.cleared
         self.taken, self.since = taken.start, taken.since
 
     def freeze(self) -> dict[str, Stored]:
@@ -398,7 +424,7 @@ class State:
             self.borrowed = False
 
     def fold(self, view: dict[str, Stored], most: int) -> bool:
-        """Give a view back, up to `most` writes at a time; False once that is done."""
+        """Give a view back, about `most` writes at a time; False once that is done."""
         entries = self.entries
         if isinstance(entries, Overlay) and entries.view is view:
             if entries.fold(most):
@@ -408,7 +434,7 @@ class State:
 
 
 def _is_due(entries: dict[str, Stored] | Layer, key: str, now: int) -> bool:
-    """Whether the entry of a key, which the index may name in vain, has expired."""
+    """Whether the entry of a key has expired."""
     if key not in entries:
         return False
     stored = entries[key]

@@ -14,15 +14,21 @@ _AT_ONCE = 500
 class Sweeper:
     """Sweeps one state once a second, as long as something in it expires."""
 
-    def __init__(self, state: State, clock: Clock, busy: Callable[[], bool], swept: Callable[[], None]) -> None:
-        """Begin; `busy` says whether a transaction is open, and `swept` is called after a change."""
+    def __init__(
+        self, state: State, clock: Clock, busy: Callable[[], bool], swept: Callable[[], None], begun: Callable[[], None]
+    ) -> None:
+        """Begin; `busy` says whether a transaction is open.
+
+        `swept` is called after a change, `begun` when a key expires where none did.
+        """
         self._state = state
         self._clock = clock
         self._busy = busy
         self._swept = swept
+        self._begun = begun
         self._timer: Timer | None = None
         self._put_off = False
-        state.expiries.first = self._arm
+        state.expiries.first = self._first
         if state.expiries:
             self._arm()
 
@@ -37,6 +43,10 @@ class Sweeper:
         """A transaction is over: do at once what was put off for it, or they could follow each other for ever."""
         if self._put_off:
             self._tick()
+
+    def _first(self) -> None:
+        self._begun()
+        self._arm()
 
     def _arm(self, delay: float = _PERIOD) -> None:
         if self._timer is None and not self._put_off:

@@ -24,8 +24,9 @@ class Views:
     def take(self) -> AsyncIterator[bytes]:
         """A view of the state at this moment, as a snapshot in slices."""
         view, state = self.freeze(), self._state
-        slices = encode_snapshot(view, state.revision, state.now(), own=state.borrowed, wall=state.wall())
-        return self._given(slices, view, state.revision)
+        own = state.borrowed
+        slices = encode_snapshot(view, state.revision, state.now(), own=own, wall=state.wall())
+        return self._given(slices, view, state.revision, own=own)
 
     def freeze(self) -> dict[str, Stored]:
         """A view of the state at this moment, as it is."""
@@ -33,8 +34,10 @@ class Views:
         self._taken.append(view)
         return view
 
-    async def _given(self, slices: Iterator[bytes], view: dict[str, Stored], revision: int) -> AsyncIterator[bytes]:
-        last, own = b"", self._state.borrowed
+    async def _given(
+        self, slices: Iterator[bytes], view: dict[str, Stored], revision: int, *, own: bool
+    ) -> AsyncIterator[bytes]:
+        last = b""
         for part in slices:
             if last:
                 yield last
@@ -48,12 +51,10 @@ class Views:
 
     async def fold(self) -> None:
         """Bring home what was written beside the views, faster than more can come; once for each."""
-        most = _FOLDED_AT_ONCE
         while self._taken:
             view = self._taken.pop()
             try:
-                while self._state.fold(view, most):
-                    most *= 2
+                while self._state.fold(view, _FOLDED_AT_ONCE):  # noqa: ASYNC110 -- others write meanwhile
                     await asyncio.sleep(0)
             except asyncio.CancelledError:
                 self._state.fold(view, sys.maxsize)

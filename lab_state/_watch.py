@@ -10,9 +10,9 @@ not asked of each. What is durable is told from the commits, which say the same.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Literal, Self, TypeAlias
 
 import msgspec
@@ -140,14 +140,20 @@ class Group:
         if not prefixes:
             del self._by_length[len(watcher.prefix)]
 
-    def tell(self, changes: Iterable[Told]) -> None:
-        """Tell the watchers of each key."""
+    def tell(self, changes: Iterable[Told], most: float = math.inf) -> int:
+        """Tell the watchers of each key, until that is about `most` steps; returns how many it was."""
         lengths = list(self._by_length.items())
+        steps = 0
         for key, (changed, revision) in changes:
             for length, prefixes in lengths:
                 if watchers := prefixes.get(key[:length]):
                     for watcher in watchers:
                         watcher.tell(key, _kind(changed), revision)
+                    steps += len(watchers)
+            steps += 1
+            if steps >= most:
+                break
+        return steps
 
     def resync(self, revision: int) -> None:
         for watcher in self:
@@ -227,14 +233,13 @@ class Watchers:
 
     def _step(self) -> None:
         left = _TOLD_AT_ONCE
-        while self._queue and left:
+        while self._queue and left > 0:
             group, told = self._queue[0]
             if isinstance(told, int):
                 group.resync(told)
                 self._queue.popleft()
                 continue
-            part = list(islice(told, left))
-            group.tell(part)
-            if len(part) < left:
+            steps = group.tell(told, left)
+            if steps < left:
                 self._queue.popleft()
-            left -= len(part)
+            left -= steps

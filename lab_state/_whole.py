@@ -1,8 +1,8 @@
 """Bytes put together from parts.
 
 `b"".join` of a hundred megabytes holds up every thread for as long as the copy takes. A
-`BytesIO` grows with its parts, by a call of the kernel that moves pages rather than
-bytes, and in CPython gives away its buffer as it is.
+`BytesIO` grows with its parts, mostly by moving pages rather than bytes, and in CPython
+gives away its buffer as it is.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def whole(parts: Iterable[bytes]) -> bytes:
 
 
 async def joined(parts: Iterable[bytes]) -> bytes:
-    """All of it; the loop runs between two parts that took any time to make."""
+    """All of it; the loop runs between two parts that took any time to make, and at an empty one."""
     together = io.BytesIO()
     for part in parts:
         together.write(part)
-        if len(part) > _QUICK_BYTES:
+        if not part or len(part) > _QUICK_BYTES:
             await asyncio.sleep(0)
     return together.getvalue()
 

@@ -54,7 +54,7 @@ class Writing(Reads):
 
     def _replaceable(self, key: str, default: object, type_: Any) -> tuple[Any, int | None]:
         """What a new value takes the place of, or `default`; and when it expires, whatever the time is by then."""
-        old = self.get_nowait(key, MISSING_VALUE, type=type_)
+        old = self._get(key, MISSING_VALUE, type_)
         if old is MISSING_VALUE:
             return self._missing(key, default), None
         return old, self._expiry(key)

@@ -205,7 +205,9 @@ class Manager(Scope):
             flusher.nudge()
         if self._mirror is not None:
             self._mirror.begin(flusher)
-        self._sweeper = Sweeper(state, self._clock, lambda: self._core.held is not None, flusher.nudge)
+        self._sweeper = Sweeper(
+            state, self._clock, lambda: self._core.held is not None, flusher.nudge, self._core.set_after
+        )
         self._core.open(state, flusher, watchers, self._sweeper.resume)
 
     def _load(self, session: StorageSession) -> State:
@@ -323,7 +325,7 @@ class Manager(Scope):
         mirror = self._mirror
         return Status(
             phase=self._phase,
-            keys=len(flusher.state.entries) - len(flusher.state.expired()),
+            keys=flusher.state.count(),
             revision=flusher.state.revision,
             durable_revision=flusher.durable_revision,
             unflushed_keys=flusher.unflushed_keys,

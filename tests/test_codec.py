@@ -70,6 +70,15 @@ def record(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = F
     return b"".join(encode_record(changes(values, start, end, cleared=cleared), []))
 
 
+def test_a_record_of_many_deletions_lets_the_loop_run() -> None:
+    """It comes in parts, empty ones where there is nothing to write yet; so one commit may delete a million keys."""
+    keys = [f"key {number}" for number in range(5000)]
+    parts = list(encode_record(changes(dict.fromkeys(keys, DELETED), 1, 2), []))
+    assert parts.count(b"") >= 8
+    assert max(map(len, parts)) < SLICE_BYTES
+    assert json.loads(b"".join(parts))["delete"] == keys
+
+
 def corruption(data: bytes) -> CorruptionError:
     with pytest.raises(CorruptionError) as caught:
         decode_snapshot(data, PATH)

@@ -201,14 +201,14 @@ def test_a_wide_gap_costs_nothing() -> None:
 
 
 def test_the_first_key_is_told() -> None:
-    """`first` is called when a key comes into an empty index, each time it was empty, and for no other key."""
+    """`first` is called when a key has come into an empty index, each time it was empty, and for no other key."""
     index = Expiries(NOW)
     calls: list[bool] = []
     index.first = lambda: calls.append(bool(index))
     index.add("a", 6_000)
     index.add("b", 6_000)
     index.add("a", 7_000)
-    assert calls == [False]
+    assert calls == [True]
     index.discard("a")
     index.discard("b")
     index.add("a", 6_000)
@@ -263,6 +263,7 @@ def test_an_index_against_a_dict(now: int, steps: list[tuple[str, str, int]]) ->
         found = keys_of(index.passed(now))
         assert found == [key for key in sorted(model, key=model.__getitem__) if model[key] <= now // 1000]
         assert {key for key in model if times[key] <= now} <= set(found)
+        assert index.due(now) == sum(times[key] <= now for key in model)
         assert bool(index) is bool(model)
     assert sorted(index.take(now + 10**13, 100)) == sorted(model)
     assert not index._buckets
@@ -322,6 +323,13 @@ def entries_of(state: State) -> dict[str, Stored]:
     return dict(state.entries.items())
 
 
+def expired(state: State) -> set[str]:
+    """What is in the entries although its time has come."""
+    names = state.names("")
+    assert state.count() == len(names)
+    return set(state.entries) - set(names)
+
+
 def test_the_time_of_a_state(ticks: Ticks) -> None:
     """A state begins with the wall clock, and counts the seconds that pass."""
     state = State(ticks, 1000.0)
@@ -364,7 +372,7 @@ def test_what_was_overdue_when_it_was_loaded(ticks: Ticks) -> None:
     """A key whose time had come before the start is not there, and is swept like another."""
     state = State(ticks, START / 1000)
     state.load({"a": 1, "b": 2}, 1, {"a": 5})
-    assert state.expired() == {"a"}
+    assert expired(state) == {"a"}
     assert [state.has(key) for key in "ab"] == [False, True]
     ticks.now += 1
     assert state.sweep(10) == 1
@@ -375,13 +383,13 @@ def test_has_and_expired(state: State, ticks: Ticks) -> None:
     """`has` is false and `expired` names a key from the millisecond on in which it expires; the others stay."""
     keys = ["stays", "list", "one", "two", "never there"]
     assert [state.has(key) for key in keys] == [True, True, True, True, False]
-    assert state.expired() == set()
+    assert expired(state) == set()
     ticks.now += 0.001
     assert [state.has(key) for key in keys] == [True, True, False, True, False]
-    assert state.expired() == {"one"}
+    assert expired(state) == {"one"}
     ticks.now = 102.0
     assert [state.has(key) for key in keys] == [True, True, False, False, False]
-    assert state.expired() == {"one", "two"}
+    assert expired(state) == {"one", "two"}
     assert len(state.entries) == 4
 
 
@@ -391,7 +399,7 @@ def test_without_times_nothing_is_looked_up(ticks: Ticks) -> None:
     state.load({"a": 1}, 1)
     ticks.now += 10**6
     assert state.has("a")
-    assert state.expired() == set()
+    assert expired(state) == set()
     assert state.sweep(10) == 0
 
 
@@ -404,7 +412,7 @@ def test_a_sweep_is_one_change(state: State, ticks: Ticks) -> None:
     assert (state.revision, state.changes) == (11, {"one": EXPIRED, "two": EXPIRED})
     assert notes.told == [("one", EXPIRED, 11), ("two", EXPIRED, 11)]
     assert not state.expiries
-    assert state.expired() == set()
+    assert expired(state) == set()
 
 
 def test_a_sweep_of_nothing_is_no_change(state: State, ticks: Ticks) -> None:
@@ -420,7 +428,7 @@ def test_a_sweep_in_steps(ticks: Ticks) -> None:
     for number in range(25):
         state.set(f"{number}", Expiring(number, START + 1000 + 100 * number))
     ticks.now += 10
-    assert len(state.expired()) == 25
+    assert len(expired(state)) == 25
     assert [state.sweep(10) for _ in range(3)] == [10, 10, 5]
     assert state.revision == 28
     assert entries_of(state) == {}
@@ -428,32 +436,35 @@ def test_a_sweep_in_steps(ticks: Ticks) -> None:
     state.set("b", Expiring(1, START))
     ticks.now += 1
     assert state.sweep(1) == 1
-    assert len(state.expired()) == 1
+    assert len(expired(state)) == 1
 
 
 def test_a_sweep_leaves_a_value_that_stays(state: State, ticks: Ticks) -> None:
     """A key that was set again, for good or for longer, is not swept at the old time, whichever call set it."""
     state.entries["one"] = state.changes["one"] = "stays"  # as `Calls.set` does
+    state.expiries.discard("one")
     state.set_many({"two": "stays too"})
     state.set("a", Expiring(1, START + 1000))
     state.set("a", Expiring(2, START + 60_000))
     ticks.now += 10
-    assert state.expired() == set()
-    assert state.sweep(10) == 2  # looked at
+    assert expired(state) == set()
+    assert state.sweep(10) == 0
     assert [state.has(key) for key in ("one", "two", "a")] == [True, True, True]
     ticks.now += 60
     assert state.sweep(10) == 1
     assert entries_of(state) == {"stays": 1, "list": Raw(b"[1]"), "one": "stays", "two": "stays too"}
 
 
-def test_a_sweep_passes_over_what_is_gone(state: State, ticks: Ticks) -> None:
-    """A key that is in the index but not in the map is no key."""
+def test_a_sweep_asks_the_entry(state: State, ticks: Ticks) -> None:
+    """Whatever the index says, what is not there and what stays is not swept."""
+    state.set("three", Expiring(3, START + 2000))
     del state.entries["one"]
+    state.entries["two"] = "stays"
     ticks.now += 10
-    assert state.expired() == {"two"}
     assert not state.has("one")
-    assert state.sweep(10) == 2
-    assert state.changes == {"two": EXPIRED}
+    assert state.sweep(10) == 3
+    assert state.changes == {"three": EXPIRED}
+    assert entries_of(state) == {"stays": 1, "list": Raw(b"[1]"), "two": "stays"}
 
 
 def test_delete_many_does_not_count_what_expired(state: State, ticks: Ticks) -> None:
@@ -488,11 +499,11 @@ def test_apply_keeps_the_index(state: State, ticks: Ticks, watched: bool) -> Non
     state.apply({"one": DELETED, "three": Expiring("x", START + 3000), "four": 4}, cleared=False)
     assert state.changes == {"one": DELETED, "three": Expiring("x", START + 3000), "four": 4}
     ticks.now += 3
-    assert state.expired() == {"two", "three"}
+    assert expired(state) == {"two", "three"}
     state.apply({"five": Expiring("y", START + 4000), "two": "stays"}, cleared=True)
-    assert state.expired() == set()
+    assert expired(state) == set()
     ticks.now += 1
-    assert state.expired() == {"five"}
+    assert expired(state) == {"five"}
     assert entries_of(state) == {"five": Expiring("y", START + 4000), "two": "stays"}
 
 
@@ -519,7 +530,7 @@ def test_a_view_has_the_times(state: State, ticks: Ticks) -> None:
     state.set("new", Expiring("x", START + 9000))
     state.set("stays", Expiring("no more", START + 1000))
     ticks.now += 3
-    assert state.expired() == {"one", "two", "stays"}
+    assert expired(state) == {"one", "two", "stays"}
     assert not state.has("one")
     assert state.sweep(10) == 3
     assert entries_of(state) == {"list": Raw(b"[1]"), "new": Expiring("x", START + 9000)}
@@ -544,7 +555,9 @@ class Swept:
         self.state.load(dict.fromkeys(times, 1), 10, times)
         self.busy = False
         self.told: list[int] = []
-        self.sweeper = Sweeper(self.state, self.clock, lambda: self.busy, lambda: self.told.append(self.state.revision))
+        self.sweeper = Sweeper(
+            self.state, self.clock, lambda: self.busy, lambda: self.told.append(self.state.revision), lambda: None
+        )
 
     @property
     def timers(self) -> int:

@@ -527,6 +527,20 @@ class TestFreeing:
         await idle()
 
 
+async def test_a_durable_write_in_another_thread_is_refused(storage: FaultyStorage, clock: ManualClock) -> None:
+    """Also of a key that is about to be flushed, where nothing looks before the change: nobody waits there for ever."""
+    async with running(storage, clock, 0) as state:
+        storage.hang("commit")
+        writing = [asyncio.create_task(state.set("a", 1))]
+        await until(lambda: commits(storage) == 1)
+        writing.append(asyncio.create_task(state.set("b", 2)))
+        await idle()
+        with pytest.raises(RuntimeError, match="belongs to the event loop that start"):
+            await asyncio.to_thread(lambda: asyncio.run(state.set("b", 3)))
+        storage.resume()
+        assert await asyncio.gather(*writing) == [1, 2]
+
+
 async def test_views_are_folded_once(storage: FaultyStorage, clock: ManualClock) -> None:
     """Whoever folds a second time does not fold the view that somebody else has taken since of the same map."""
     async with running(storage, clock, None) as state:

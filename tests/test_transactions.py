@@ -730,7 +730,14 @@ async def test_a_stop_ends_an_open_transaction(
             tasks = [outside(WAYS[way](state)) for way in ("set", "a transaction", "incr in a thread", "a transaction")]
             await until(lambda: waiters(state) == 4)
             await (state.stop() if inside else outside(state.stop()))
-            for call in (lambda: tx.get("nope"), lambda: tx.set("new", 1), lambda: tx.delete("a"), lambda: len(tx)):
+            for call in (
+                lambda: tx.get("a"),
+                lambda: tx.get("nope"),
+                lambda: tx.get_all(),
+                lambda: tx.set("new", 1),
+                lambda: tx.delete("a"),
+                lambda: len(tx),
+            ):
                 with pytest.raises(ClosedError):
                     call()
             results.extend(await asyncio.gather(*tasks, return_exceptions=True))

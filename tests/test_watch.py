@@ -801,6 +801,18 @@ async def test_a_flood_is_told_in_steps(state: Manager) -> None:
         assert len([change async for change in changes]) == 3_499
 
 
+async def test_many_watchers_of_many_keys_are_told_in_steps(state: Manager) -> None:
+    """What counts is how often somebody is told, not of how many keys: a turn tells a key to a thousand of them."""
+    async with AsyncExitStack() as stack:
+        watches = [await stack.enter_async_context(state.watch("some")) for _ in range(600)]
+        await state.set_many({f"some {number}": number for number in range(10)})
+        told = []
+        for _ in range(7):
+            await asyncio.sleep(0)
+            told.append(len(watches[-1]._pending))  # type: ignore[attr-defined]
+    assert told == [2, 4, 6, 8, 10, 10, 10]
+
+
 @pytest.mark.parametrize("durable", [False, True])
 @pytest.mark.filterwarnings("ignore")
 def test_stop_after_a_loop_that_was_closed_over_a_reader(*, durable: bool) -> None:

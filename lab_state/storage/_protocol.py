@@ -41,6 +41,10 @@ class Recovery(NamedTuple):
     dropped_bytes: int
     crc32: int | None = None
 
+    def used(self) -> Recovery:
+        """The same without the bytes."""
+        return self._replace(snapshot=None, records=())
+
 
 class StorageSession(Protocol):
     """One state, owned by this writer until `aclose`.
@@ -53,7 +57,11 @@ class StorageSession(Protocol):
 
     @property
     def recovery(self) -> Recovery:
-        """What was found when the state was opened."""
+        """What was found when the state was opened.
+
+        After the first checkpoint it may be without its bytes, `Recovery.used`: by then
+        they were read, and they are as large as the state.
+        """
         ...
 
     @property

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, NamedTuple, NoReturn
 
 from lab_state.exceptions import FencedError, StorageError, UnsupportedError
-from lab_state.storage._protocol import Snapshot
+from lab_state.storage._protocol import Recovery, Snapshot
 from lab_state.storage._s3_body import LONG, Body, Spool
 from lab_state.storage._s3_client import Requests
 from lab_state.storage._s3_format import OWNER, Names, Stamp, frame, stamp_in_metadata, stamped
@@ -48,7 +48,7 @@ class S3Session:
 
     def __init__(self, store: Requests, names: Names, opened: Opened, let_go: Callable[[], None]) -> None:
         """`let_go` is called when the session has ended."""
-        self.recovery = opened.recovery
+        self.recovery: Recovery = opened.recovery
         self.path: str = names.url(names.snapshot)
         self.snapshot_bytes: int = opened.snapshot_bytes
         self._store = store
@@ -137,6 +137,7 @@ class S3Session:
             self._spooling.set_result(None)
         self._publishing = _begin(self._publish(body, stamp, spool))
         await asyncio.shield(self._publishing)
+        self.recovery = self.recovery.used()
 
     async def _spooled(self, spool: Spool, slices: AsyncIterator[bytes], stamp: Stamp) -> Body:
         last = b""

@@ -97,7 +97,7 @@ class FileSession:
     """A state on disk, owned until `aclose`; see `StorageSession`."""
 
     def __init__(self, writer: Writer, recovery: Recovery, commits: Worker) -> None:
-        self.recovery = recovery
+        self.recovery: Recovery = recovery
         self._writer = writer
         self._commits = commits
         self._checkpoints = ThreadPoolExecutor(1, thread_name_prefix="lab_state checkpoints")
@@ -154,6 +154,7 @@ class FileSession:
             base = journal.base_of(counted.size, counted.crc)
             await self._run(thread, writer.prepare, upcoming, base, since)
             await self._run(self._commits, writer.publish, new.path, upcoming, counted.size, since, generation)
+            self.recovery = self.recovery.used()
         finally:
             writer.since = None
             if self._closing is None:  # else it does that too

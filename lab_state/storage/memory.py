@@ -100,6 +100,7 @@ class MemorySession:
         frames = b"".join(journal.frame(self._salt, Kind.RECORD, record) for record in since)
         self._journal[:] = journal.header(self._name, self._salt, _base(data)) + frames
         self._place.snapshot = data
+        self.recovery = self.recovery.used()
 
     async def aclose(self) -> None:
         """Let go; see `StorageSession.aclose`."""

@@ -1127,6 +1127,16 @@ async def test_a_snapshot_that_cannot_be_kept_open_is_replaced_all_the_same(tmp_
     assert (tmp_path / "lab.json").read_bytes() == b'{"a":2}'
 
 
+async def test_what_was_loaded_is_let_go_of(tmp_path: Path) -> None:
+    """The first checkpoint has made it needless; it is as large as the state."""
+    for number in range(2):
+        session = await FileStorage(tmp_path).open("lab")
+        assert session.recovery.snapshot == (b'{"a":1}' if number else None)
+        await session.checkpoint(slices_of(b'{"a":1}'))
+        assert (session.recovery.snapshot, session.recovery.records) == (None, ())
+        await session.aclose()
+
+
 def slices_of(*parts: bytes) -> Callable[[], AsyncIterator[bytes]]:
     async def slices() -> AsyncIterator[bytes]:
         for part in parts:
