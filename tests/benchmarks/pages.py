@@ -18,6 +18,7 @@ IMAGES = ROOT / "docs" / "images"
 _BLOCK = r"(<!-- bench: {name} -->\n).*?(<!-- end -->)"
 OURS = "lab_state"
 NONE = "-"
+STALL = 1e-3
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -134,8 +135,8 @@ def _gap(found: Mapping[str, Numbers], name: str, number: str) -> str:
 
 
 def stood(seconds: float) -> str:
-    """Below a tenth of a millisecond the heartbeat cannot tell."""
-    return duration(seconds) if seconds > 1e-4 else "< 0.1 ms"
+    """Below a millisecond the heartbeat cannot tell, nor from an idle loop."""
+    return duration(seconds) if seconds >= STALL else "< 1 ms"
 
 
 def footprint(run: Numbers) -> str:
@@ -156,7 +157,10 @@ def growth(run: Numbers) -> str:
 
 
 def machine(run: Numbers) -> str:
-    about = run["machine"]
+    return "".join(sorted({_machine(about) for about in run["machines"].values()}))
+
+
+def _machine(about: Numbers) -> str:
     quick = ", a small run (`--quick`)" if about["quick"] else ""
     return (
         f"Measured on {about['date']}{quick}: Python {about['python']}, {about['cores']} cores, {about['system']}, "
@@ -221,7 +225,7 @@ def plots(run: Numbers) -> dict[str, str]:
         found["stall"] = svg.bars(
             f"How long the event loop stands still, one durable change in {short(int(biggest))} keys",
             "Logarithmic. Less is better. Longest gap of a 0.5 ms heartbeat, less that of an idle loop.",
-            [(named(run, name), colour(name), max(value, 1e-4), stood(value)) for value, name in stalls],
+            [(named(run, name), colour(name), max(value, STALL), stood(value)) for value, name in stalls],
             logarithmic=True,
         )
     if "writes" in run["numbers"]:
@@ -238,11 +242,14 @@ def plots(run: Numbers) -> dict[str, str]:
 
 def _round(number: float) -> int:
     """Two digits that mean something."""
-    return int(round(number, 1 - math.floor(math.log10(number))))
+    return int(round(number, 1 - math.floor(math.log10(number)))) if number else 0
 
 
-def draw(run: Numbers) -> None:
+def draw(run: Numbers, parts: Iterable[str]) -> None:
     """Put the tables between their markers, and the plots beside the page."""
+    missing = set(parts) - run["machines"].keys()
+    if missing:
+        raise SystemExit(f"not measured: {', '.join(sorted(missing))}; the page is of all parts, or it says half")
     page = PAGE.read_text()
     for name, text in drawn(run).items():
         place = re.search(_BLOCK.format(name=name), page, re.DOTALL)

@@ -2,7 +2,8 @@
 
 `set` is what a peer offers for one value; `durable` makes one change as durable as this
 peer, set up this way, can make it, and returns when it is. `survives` says what that is
-worth. Values are JSON in all of them; where a peer takes bytes alone, msgspec makes them.
+worth. Values are JSON in all of them but diskcache, which pickles; where a peer takes
+bytes alone, msgspec makes them.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Dump(Peer):
     """A dict, written whole in a thread: to a new file, fsync, rename, fsync of the directory."""
 
     survives = POWER
-    setup = "the whole dict to a new file in a thread, fsync, rename, fsync of the directory"
+    setup = "the whole dict to a new file in a thread, fsync, rename, fsync of the directory; one after the other"
     dump: Callable[[Any], bytes]
     load: Callable[[bytes], Any]
 
@@ -200,10 +201,10 @@ class Diskcache(Peer):
 
     name = "diskcache"
     survives = KILL
-    setup = "as it comes (WAL, synchronous=NORMAL), in a thread"
+    setup = "nothing evicted, else as it comes (WAL, synchronous=NORMAL), in a thread; values are pickled"
     module = "diskcache"
     most = 100_000
-    settings: ClassVar[dict[str, int]] = {}
+    settings: ClassVar[dict[str, Any]] = {"eviction_policy": "none"}
 
     async def open(self) -> None:
         self.thread = ThreadPoolExecutor(1)
@@ -235,8 +236,8 @@ class Diskcache(Peer):
 class DiskcacheFull(Diskcache):
     name = "diskcache, FULL"
     survives = POWER
-    setup = "WAL, sqlite_synchronous=2 (FULL), in a thread"
-    settings: ClassVar[dict[str, int]] = {"sqlite_synchronous": 2}
+    setup = "the same with sqlite_synchronous=2 (FULL)"
+    settings: ClassVar[dict[str, Any]] = {"eviction_policy": "none", "sqlite_synchronous": 2}
 
 
 class Lmdb(Peer):
@@ -326,7 +327,7 @@ class LitestarFile(Peer):
 class RedisAlways(Peer):
     name = "Redis"
     survives = POWER
-    setup = "appendfsync always, no RDB; a Unix socket, redis-py with hiredis"
+    setup = "redis-server, appendfsync always, no RDB; a Unix socket, redis-py with hiredis"
     module = "redis.asyncio"
 
     async def open(self) -> None:

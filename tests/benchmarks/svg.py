@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
@@ -12,6 +12,8 @@ INK = "#6e7781"
 OURS, DUMPS, OTHERS = "#2f81f7", "#d9730d", "#8b949e"
 _FONT = "font-family:system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;font-size:13px"
 _LINE = 17
+_DASHES = ("", "7 3", "2 3", "7 3 2 3", "12 4", "4 2", "1 2", "12 3 3 3")
+"""What tells lines of one colour apart where they cross."""
 
 
 class Series(NamedTuple):
@@ -38,11 +40,14 @@ class Drawing:
             f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
         )
 
-    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float, opacity: float = 1) -> None:
+    def line(
+        self, points: Sequence[tuple[float, float]], colour: str, width: float, opacity: float = 1, dash: str = ""
+    ) -> None:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        dashed = f' stroke-dasharray="{dash}"' if dash else ""
         self._shapes.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" '
-            f'stroke-opacity="{opacity}" stroke-linejoin="round"/>'
+            f'stroke-opacity="{opacity}" stroke-linejoin="round"{dashed}/>'
         )
 
     def dot(self, x: float, y: float, colour: str) -> None:
@@ -71,10 +76,11 @@ def short(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    seconds = float(f"{seconds:.2g}")
     for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= unit * 0.9995:
-            return f"{float(f'{seconds / unit:.2g}'):g} {name}"
-    return f"{seconds * 1e9:.0f} ns"
+        if seconds >= unit:
+            return f"{seconds / unit:g} {name}"
+    return f"{seconds * 1e9:g} ns"
 
 
 def _decades(low: float, high: float) -> list[float]:
@@ -118,12 +124,14 @@ def lines(title: str, across: str, series: Sequence[Series]) -> str:
         drawing.text(at(tick, ticks_y[0])[0], height - bottom + 20, short(tick), anchor="middle")
     drawing.text((left + width - right) / 2, height - 8, across, anchor="middle")
     ends = [at(*max(one.values.items())) for one in series]
+    dashes = cycle(_DASHES)
     for one, end, y in zip(series, ends, _apart([end[1] for end in ends]), strict=True):
         bold = one.colour == OURS
-        drawing.line([at(*point) for point in sorted(one.values.items())], one.colour, 3.5 if bold else 2)
+        points = [at(*point) for point in sorted(one.values.items())]
+        drawing.line(points, one.colour, 3.5 if bold else 2, dash=next(dashes) if one.colour == OTHERS else "")
         drawing.dot(*end, one.colour)
         label = f"{one.name}, {duration(max(one.values.items())[1])}"
-        drawing.text(width - right + 14, y + 4, label, one.colour if one.colour != OTHERS else INK, bold=bold)
+        drawing.text(width - right + 14, y + 4, label, bold=bold)
     return str(drawing)
 
 
@@ -141,7 +149,7 @@ def bars(title: str, below: str, series: Sequence[tuple[str, str, float, str]], 
         if logarithmic:
             share = max(0.0, math.log10(max(value, ticks[0]) / ticks[0]) / math.log10(longest / ticks[0]))
         length = (width - left - right) * share
-        drawing.text(left - 10, y + 15, name, OURS if colour == OURS else INK, anchor="end", bold=colour == OURS)
+        drawing.text(left - 10, y + 15, name, anchor="end", bold=colour == OURS)
         drawing.bar(left, y + 3, length, 17, colour)
         drawing.text(left + max(length, 1) + 8, y + 16, written, bold=colour == OURS)
     drawing.text(12, height - 12, below)

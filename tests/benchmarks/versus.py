@@ -25,7 +25,6 @@ from measure import (
     Scale,
     each,
     encode,
-    heartbeat,
     key_of,
     one_by_one,
     percentile,
@@ -52,15 +51,17 @@ async def opened(directory: str, kinds: Iterable[type[Peer]]) -> AsyncIterator[l
 async def in_turns(peers: list[Peer], rounds: int, work: Callable[[Peer], Awaitable[Numbers]]) -> dict[str, Numbers]:
     """The median of each number of each peer."""
     found: dict[str, list[Numbers]] = {}
-    for _ in range(rounds):
-        for peer in peers:
+    for turn in range(rounds):
+        for peer in (*peers[turn % len(peers) :], *peers[: turn % len(peers)]):  # nobody is always the first
             gc.collect()
             gc.freeze()  # what one has in memory is not to be blamed on another,
             await asyncio.to_thread(os.sync)  # nor what it has left to the disk
             found.setdefault(peer.name, []).append(await work(peer))
     return {
-        name: {number: statistics.median(one[number] for one in all_) for number in all_[0]}
-        for name, all_ in found.items()
+        peer.name: {
+            number: statistics.median(one[number] for one in found[peer.name]) for number in found[peer.name][0]
+        }
+        for peer in peers
     }
 
 
@@ -79,20 +80,14 @@ async def operations(results: Results, directory: str, loop: str, scale: Scale) 
         return {
             "get": await each(peer.get, KEYS, scale.seconds / 2),
             "set": await each(put, KEYS, scale.seconds / 2),
-            "get stall": await longest_stall(one_by_one(peer.get, KEYS, scale.seconds), scale),
-            "set stall": await longest_stall(one_by_one(put, KEYS, scale.seconds), scale),
+            "get stall": await stall(one_by_one(peer.get, KEYS, scale.seconds)),
+            "set stall": await stall(one_by_one(put, KEYS, scale.seconds)),
         }
 
     async with opened(directory, PEERS) as peers:
         for peer in peers:
             await peer.fill(dict.fromkeys(KEYS, VALUE))
         results.put(**{loop: await in_turns(peers, scale.rounds, work)})
-
-
-async def longest_stall(work: Awaitable[object], scale: Scale) -> float:
-    """The longest gap of the heartbeat meanwhile, less an idle loop's."""
-    idle = await stall(asyncio.sleep(scale.seconds))
-    return max(0.0, await stall(work) - idle)
 
 
 async def writes(results: Results, directory: str, loop: str, scale: Scale) -> None:
@@ -109,8 +104,8 @@ async def writes(results: Results, directory: str, loop: str, scale: Scale) -> N
         return {
             "one": one,
             "hundred": rate,
-            "one stall": await longest_stall(one_by_one(durable, KEYS, scale.seconds), scale),
-            "hundred stall": await longest_stall(together(durable, 100, scale.seconds), scale),
+            "one stall": await stall(one_by_one(durable, KEYS, scale.seconds)),
+            "hundred stall": await stall(together(durable, 100, scale.seconds)),
             "p50": percentile(taken, 50),
             "p99": percentile(taken, 99),
         }
@@ -148,14 +143,12 @@ async def sizes(results: Results, directory: str, scale: Scale) -> None:
 
                 await durable(keys[0])
                 before = peer.written()
-                async with heartbeat() as gaps:
-                    taken = await one_by_one(durable, keys, scale.seconds)
-                idle = await stall(asyncio.sleep(sum(taken)))
+                taken = await one_by_one(durable, keys, scale.seconds)
                 changed = len(keys[0]) + len(encode(VALUE))
                 return {
                     "change": statistics.median(taken),
-                    "stall": max(0.0, max(gaps) - idle),
                     "written": (peer.written() - before) / len(taken) / changed,
+                    "stall": await stall(one_by_one(durable, keys, scale.seconds)),
                 }
 
             numbers = await in_turns(peers, min(scale.rounds, 3), work)
@@ -187,7 +180,7 @@ def footprint(results: Results, directory: str, scale: Scale) -> None:
         size = len(encode({key_of(number): VALUE for number in range(1000)})) * keys / 1000
         results.put(**{peer.name: {"keys": keys, "bytes": grown, "ratio": grown / size}})
     times: dict[str, list[float]] = {}
-    for _ in range(scale.rounds - 2):
+    for _ in range(3):
         bare = process("pass")
         for peer in PEERS:
             times.setdefault(peer.name, []).append(process(f"import {peer.module}") - bare)
