@@ -163,7 +163,7 @@ class FileSession:
     def _tidy(self, new: fs.NewFile, upcoming: NewJournal) -> None:
         """Let go of what a checkpoint has left; in its thread. What is in place stays."""
         new.discard()
-        self._commits.submit(upcoming.discard).result()  # behind whatever is there to put it in place
+        self._commits.submit(upcoming.discard)  # behind whatever is there to put it in place
         self._writer.close_replaced()
 
     async def aclose(self) -> None:
@@ -180,6 +180,7 @@ class FileSession:
                 self._tidy(*self._new)
             self._commits.submit(self._writer.close).result()
         finally:
+            self._writer.close_replaced()
             self._commits.shutdown(wait=False)
             self._checkpoints.shutdown(wait=False)
 
