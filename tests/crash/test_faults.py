@@ -23,7 +23,7 @@ Totals = dict[tuple[str, str], int]
 BEFORE = {
     # Only what failed before is cut off, or deleted.
     "ftruncate": [Fault(call="write", name="/lab.journal", error="ENOSPC", first=3, every=2, times=12)],
-    "unlink": [Fault(call="fsync", name=".tmp", error="EIO", first=2, every=2, times=10)],
+    "unlink": [Fault(call="fsync", name=".tmp", error="EIO", first=2, times=12)],
 }
 
 
