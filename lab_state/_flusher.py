@@ -85,7 +85,7 @@ class Flusher(Durability):
         longest = max(self._interval or 0.0, _LONGEST_PAUSE)
         self._pauses = Pauses(clock, _FIRST_PAUSE, longest)
         self._checkpoint_pauses = Pauses(clock, _FIRST_PAUSE, longest)
-        self._stopping = self._abandoned = False
+        self._stopping = self._abandoned = self._aborted = False
         self._deadline = math.inf
         self._stop_error: StorageError | None = None
         self._records = len(session.recovery.records) + self._unsettled  # behind the last snapshot
@@ -110,7 +110,7 @@ class Flusher(Durability):
         expired = asyncio.get_running_loop().create_future()
         timer = self._clock.call_later(timeout, resolver(expired))
         if self._task.done() or self._task.get_loop() is not self.loop:  # its loop was torn down before
-            self._begin(self._finish())
+            self._begin(self._run())
         self._wake.set()
         await asyncio.wait({self._task, expired}, return_when=asyncio.FIRST_COMPLETED)
         timer.cancel()
@@ -127,7 +127,7 @@ class Flusher(Durability):
 
     def abort(self) -> StorageSession:
         """End without writing anything, as a crash would; for tests of crashes. Returns the session, open."""
-        self._stopping = True
+        self._stopping = self._aborted = True
         if self._timer is not None:
             self._timer.cancel()
         for task in (self._task, self._checkpointing):
@@ -142,9 +142,9 @@ class Flusher(Durability):
         super().move()
 
     def discard_entries(self) -> None:
-        """After `stop`: nobody reads them any more. But a storage call that hangs may ask for a view, later."""
+        """After `stop`: nobody reads them any more, but for a storage call that is still under way, and its views."""
         self.state.discard = len  # not a cycle
-        if not self._abandoned and isinstance(self.state.entries, dict):
+        if self._task.done() and not self._abandoned and isinstance(self.state.entries, dict):
             self._discard(self.state.entries)
 
     def _discard(self, large: dict[Any, Any]) -> None:
@@ -173,6 +173,12 @@ class Flusher(Durability):
                 self.unflushed_keys,
             )
         elif not self._all_durable:
+            if task.cancelled() and not self._aborted:  # so may whoever stops be, and nobody else would tell
+                self._logger.error(
+                    "%s: the flush task was cancelled: %d changed keys are not durable, and lost",
+                    self._name,
+                    self.unflushed_keys,
+                )
             self._stop_error = self._stop_error or UnavailableError(f"the last flush of {self._name!r} {what}")
             error = self._stop_error
         self._waiters.settle(self._settled_revision)
@@ -208,14 +214,23 @@ class Flusher(Durability):
     # The task
 
     async def _run(self) -> None:
-        while not self._stopping:
-            await self._wake.wait()
-            self._wake.clear()
-            await self._commit_all()
-            # While the mirror is filled, a view is out, and another one would be a copy.
-            if self._checkpoint_due and self._checkpoint_pauses.over and not self.state.frozen:
-                self._start_checkpoint()
-        await self._finish()
+        try:
+            while not self._stopping:
+                await self._wake.wait()
+                self._wake.clear()
+                await self._commit_all()
+                # While the mirror is filled, a view is out, and another one would be a copy.
+                if self._checkpoint_due and self._checkpoint_pauses.over and not self.state.frozen:
+                    self._start_checkpoint()
+            await self._finish()
+        except GeneratorExit:  # its loop was closed under it: whoever stops has another task
+            raise
+        except BaseException as error:  # the loop cancels all its tasks
+            if self._stopping and not self._aborted:
+                await self._close(hurried=self._abandoned and isinstance(error, asyncio.CancelledError))
+            raise
+        else:
+            await self._close(hurried=False)
 
     async def _commit_all(self) -> None:
         while self._waiters.next or (self._due and self._pauses.over):
@@ -242,8 +257,9 @@ class Flusher(Durability):
             self._failed(error)
             return error
         except BaseException:  # the loop cancels all its tasks
-            self.state.put_back(taken)
-            self._under_way = None
+            if self._under_way is taken:  # else `move` has done it
+                self.state.put_back(taken)
+                self._under_way = None
             raise
         else:
             self._under_way = None
@@ -359,19 +375,32 @@ class Flusher(Durability):
     # The end
 
     async def _finish(self) -> None:
-        """The last flush, a checkpoint as far as time allows, and the end of the session."""
+        """The last flush, and a checkpoint as far as time allows."""
+        error = await self._last_flush()
+        self._over = True
+        if error is not None:
+            self._give_up(error)
+            error = copied(error, f"stop() gave up: {self.unflushed_keys} changed keys are not durable, and lost")
+        self._stop_error = self._stop_error or error
+        await self.checkpoint_ended()
+        if error is None and self._records and not self._abandoned:
+            await self._checkpoint(wait=False)
+
+    async def _close(self, *, hurried: bool) -> None:
+        """The end of the session. `hurried`: of the event loop as well, and `stop` has given the storage up."""
+        if not hurried:
+            await self._let_go()
+            return
+        letting_go = asyncio.create_task(self._let_go())
+        await asyncio.wait({letting_go}, timeout=_LAST_CHANCE)
+        for _ in range(2):  # out of the wait for a checkpoint, and of what that leads to: the session is told
+            letting_go.cancel()
+            await asyncio.sleep(0)
+
+    async def _let_go(self) -> None:
         try:
-            error = await self._last_flush()
-            self._over = True
-            if error is not None:
-                self._give_up(error)
-                error = copied(error, f"stop() gave up: {self.unflushed_keys} changed keys are not durable, and lost")
-            self._stop_error = self._stop_error or error
             await self.checkpoint_ended()
-            if error is None and self._records and not self._abandoned:
-                await self._checkpoint(wait=False)
         finally:
-            await self.checkpoint_ended()
             try:
                 await _only_storage_errors(self._session.aclose())
             except StorageError as error:

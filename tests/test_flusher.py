@@ -24,6 +24,7 @@ from lab_state import (
     TypeMismatchError,
     UnavailableError,
     UnsupportedError,
+    _flusher,
 )
 from lab_state._state import Overlay
 from lab_state._views import Views
@@ -852,6 +853,135 @@ class TestBrokenPromises:
             with pytest.raises(UnavailableError, match="last flush of 'test' was cancelled"):
                 await each
         assert memory.places["test"].session is None
+
+    async def test_all_tasks_are_cancelled_during_a_stop(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As at a second Ctrl-C: what was not durable is lost, and said to be; but the state does not stay locked."""
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+        await manager.start()
+        await manager.set("a", 1)
+        await manager.flush()
+        await manager.set("b", 2)
+        storage.hang("commit")
+        flushing = asyncio.create_task(manager.flush())
+        await until(lambda: commits(storage) == 2)
+        stopping = asyncio.create_task(manager.stop())
+        await idle()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.wait({flushing, stopping})
+        assert manager.status().phase == "stopped"
+        await until(lambda: memory.places["test"].session is None)
+        assert "the flush task was cancelled: 1 changed keys are not durable, and lost" in caplog.text
+        storage.resume()
+        async with manager:
+            assert await manager.get_all() == {"a": 1}
+
+    async def test_the_stop_is_cancelled_without_the_flush(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """What is still being written is not freed under it: the last flush and the checkpoint have everything."""
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+        await manager.start()
+        values = {f"key-{number}": number for number in range(3000)}
+        await manager.set_many(values)
+        await manager.flush()
+        await manager.set("last", 1)
+        storage.hang("commit")
+        stopping = asyncio.create_task(manager.stop())
+        await until(lambda: commits(storage) == 2)
+        (stop,) = (task for task in asyncio.all_tasks() if task.get_name() == "lab_state test stop")
+        stop.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        await idle()
+        storage.resume()
+        await until(lambda: memory.places["test"].session is None)
+        async with Manager("test", memory) as state:
+            assert await state.get_all() == {**values, "last": 1}
+
+    async def test_the_task_is_cancelled_twice(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """Even while it waits for a checkpoint, the session is let go of."""
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+        await manager.start()
+        storage.hang("checkpoint")
+        await manager.set("large", "x" * 100_000)
+        await manager.flush()
+        await until(lambda: "checkpoint" in storage.calls)
+        task = manager._core.running._task
+        stopping = asyncio.create_task(manager.stop())
+        await idle()
+        for _ in range(2):
+            task.cancel()
+            await idle()
+        assert memory.places["test"].session is None
+        storage.resume()
+        await stopping
+
+    @pytest.mark.parametrize("hanging", ["nothing", "aclose", "checkpoint"])
+    async def test_the_loop_ends_after_a_stop_that_gave_up(
+        self,
+        storage: FaultyStorage,
+        clock: ManualClock,
+        memory: MemoryStorage,
+        monkeypatch: pytest.MonkeyPatch,
+        hanging: Any,
+    ) -> None:
+        """The session is told to close; for what hangs there too, nobody waits."""
+        monkeypatch.setattr(_flusher, "_LAST_CHANCE", 0.01)
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+        await manager.start()
+        if hanging == "checkpoint":
+            storage.hang("checkpoint")
+            await manager.set("large", "x" * 100_000)
+            await manager.flush()
+            await until(lambda: "checkpoint" in storage.calls)
+        await manager.set("a", 1)
+        storage.hang("commit")
+        task, before = manager._core.running._task, commits(storage)
+        stopping = asyncio.create_task(manager.stop())
+        await until(lambda: commits(storage) > before)
+        clock.advance(8)
+        with pytest.raises(UnavailableError, match="ran out"):
+            await stopping
+        if hanging == "aclose":
+            storage.hang("aclose")
+        task.cancel()
+        await asyncio.wait({task})
+        assert "aclose" in storage.calls
+        assert (memory.places["test"].session is None) == (hanging != "aclose")
+        storage.resume()
+
+    def test_a_commit_left_in_a_closed_loop_is_put_back_once(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """What is left of the task may be collected at any time, in any thread, and does nothing then."""
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
+
+        async def begin() -> asyncio.Task[None]:
+            await manager.start()
+            await manager.set("a", 1)
+            storage.hang("commit")
+            waiting = asyncio.create_task(manager.flush())
+            await until(lambda: commits(storage) == 1)
+            return waiting
+
+        first = asyncio.new_event_loop()
+        waiting = first.run_until_complete(begin())
+        first.close()
+        flusher = manager._core.running
+        left = flusher._task
+        asyncio.run(manager.stop())
+        for task in (left, waiting):
+            coroutine = task.get_coro()
+            assert coroutine is not None
+            coroutine.close()
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        assert flusher.unflushed_keys == 0
+        assert (commits(storage), memory.places["test"].session) == (2, None)
 
     def test_stop_on_another_loop(self, memory: MemoryStorage) -> None:
         """Where the loop of start() is open, it is refused and nothing happens; where it is closed, stop() still flushes."""

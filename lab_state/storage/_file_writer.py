@@ -110,6 +110,10 @@ class FullNeededError(Exception):
     """The journal cannot be appended to, and the whole state was not at hand."""
 
 
+class AbandonedError(UnavailableError):
+    """The journal that a checkpoint began beside is not in use any more."""
+
+
 class NewJournal:
     """A journal under a temporary name: nothing relies on it before `Writer` puts it in place.
 
@@ -213,8 +217,8 @@ class Writer:
             self._create(self.base, (Kind.RECORD, record))
         else:
             self._append(Kind.RECORD, record)
-        if self.since is not None:
-            self.since.append(record)
+        if (since := self.since) is not None:  # the event loop may take it away meanwhile
+            since.append(record)
 
     def _append(self, kind: Kind, payload: bytes) -> None:
         parts = journal.frame_parts(self._salt, kind, payload)
@@ -266,8 +270,8 @@ class Writer:
         upcoming.add(since[upcoming.records :])
         self._put_in_place(upcoming, self.replaced)
 
-    def _abandoned(self) -> UnavailableError:
-        return UnavailableError(
+    def _abandoned(self) -> AbandonedError:
+        return AbandonedError(
             f"{self.paths.journal} was replaced meanwhile, so this checkpoint was abandoned; another is due"
         )
 
@@ -314,6 +318,7 @@ class Writer:
 
     def _put_in_place(self, new: NewJournal, replaced: list[int] | None = None) -> None:
         """Until the rename, whatever was in use stays in use; its descriptor goes to `replaced`, or is closed."""
+        identity = fs.identity(new.fd, new.path)
         try:
             fs.rename(new.path, self.paths.journal)
             fs.sync_directory(self.paths.directory)
@@ -326,7 +331,7 @@ class Writer:
             replaced.append(self._fd)
             self._fd = -1
         self._salt, self.end = new.salt, new.end
-        self._use(fd)
+        self._use(fd, identity)
         self.starts_full = new.base == ANY_BASE
         if self.starts_full:
             self.generation += 1
@@ -347,9 +352,8 @@ class Writer:
         self.generation += 1
         self._use(-1)
 
-    def _use(self, fd: int) -> None:
+    def _use(self, fd: int, identity: fs.Identity = fs.NO_FILE) -> None:
         """Another journal, or none, in place of the one that was open."""
-        identity = fs.NO_FILE if fd < 0 else fs.identity(fd, self.paths.journal)
         old, self._fd, self._identity = self._fd, fd, identity
         if old >= 0:
             fs.close(old)

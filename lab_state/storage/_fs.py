@@ -22,15 +22,16 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import IO, TypeAlias
+from typing import IO, TypeAlias, cast
 
 import aiofiles
 import msgspec
 
 from lab_state.exceptions import FencedError, LockedError, StorageError, UnsupportedError
 from lab_state.storage._os_errors import storage_error, translated
+from lab_state.storage._worker import Worker
 
 if sys.platform != "win32":  # pragma: no branch -- never run there
     import fcntl
@@ -259,20 +260,28 @@ class NewFile:
         with translated("opening", self.path):
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
-    async def write(self, slices: AsyncIterator[bytes], executor: Executor) -> None:
-        """Write the slices, in the threads of the executor."""
+    async def write(self, slices: AsyncIterator[bytes], thread: Worker, check: Callable[[], object]) -> None:
+        """Write the slices, in the thread.
+
+        `check` is called before each hop there, and raises once `discard` is on its way:
+        what came behind it would go to whatever file has the descriptor's number then.
+        """
+        executor = cast("Executor", thread)  # `submit` is all that asyncio needs of one
         with translated("writing", self.path):
             # The descriptor stays ours: a file object of aiofiles' own would leak when its opening is cancelled,
             # and its context manager closes it in the event loop's own threads, whatever the executor.
+            check()
             file = await aiofiles.open(self._fd, "wb", buffering=0, closefd=False, executor=executor)
             unsynced = 0
             async for part in slices:
                 rest = memoryview(part)
                 while rest:
+                    check()
                     rest = rest[await file.write(rest) :]
                 unsynced += len(part)
                 if unsynced >= _SYNCED_AT_ONCE:
-                    await asyncio.wrap_future(executor.submit(_sync_data, self._fd))
+                    check()
+                    await asyncio.wrap_future(thread.submit(_sync_data, self._fd))
                     unsynced = 0
 
     def finish(self) -> None:

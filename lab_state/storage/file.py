@@ -24,14 +24,14 @@ import asyncio
 import os
 import zlib
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
 from lab_state import _journal as journal
 from lab_state._whole import collected
 from lab_state.exceptions import UnsupportedError
 from lab_state.storage import _fs as fs
-from lab_state.storage._file_writer import FullNeededError, Need, NewJournal, Writer, open_writer
+from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, NewJournal, Writer, open_writer
 from lab_state.storage._protocol import Recovery, Snapshot
 from lab_state.storage._worker import Worker
 
@@ -100,7 +100,7 @@ class FileSession:
         self.recovery: Recovery = recovery
         self._writer = writer
         self._commits = commits
-        self._checkpoints = ThreadPoolExecutor(1, thread_name_prefix="lab_state checkpoints")
+        self._checkpoints = Worker(f"lab_state {writer.name} checkpoints")
         self._closing: Future[None] | None = None
         self._new: tuple[fs.NewFile, NewJournal] | None = None
 
@@ -132,6 +132,15 @@ class FileSession:
 
     async def checkpoint(self, snapshot: Snapshot) -> None:
         """Write the snapshot beside the commits, then publish it; see `StorageSession.checkpoint`."""
+        try:
+            await self._checkpoint(snapshot)
+        except AbandonedError:
+            if self._writer.need is not Need.FULL:
+                raise
+            # Where somebody has deleted the journal, what it held is in memory alone: not to be left at that.
+            await self._checkpoint(snapshot)
+
+    async def _checkpoint(self, snapshot: Snapshot) -> None:
         self._check_open()
         writer, thread = self._writer, self._checkpoints
         slices = snapshot()
@@ -149,7 +158,7 @@ class FileSession:
             counted = _Counted(slices)
             await self._run(thread, writer.lock.check)
             await self._run(thread, new.open)
-            await new.write(counted.slices(), thread)
+            await new.write(counted.slices(), thread, self._check_open)
             await self._run(thread, new.finish)
             base = journal.base_of(counted.size, counted.crc)
             await self._run(thread, writer.prepare, upcoming, base, since)
@@ -189,9 +198,7 @@ class FileSession:
         if self._closing is not None:
             raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
 
-    async def _run(
-        self, thread: Worker | ThreadPoolExecutor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> R:
+    async def _run(self, thread: Worker, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         self._check_open()
         return await asyncio.wrap_future(thread.submit(function, *args, **kwargs))
 

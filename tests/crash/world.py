@@ -186,8 +186,9 @@ class World:
     async def stop(self) -> None:
         """A clean end."""
         self._check_alive()
+        flusher, session = self.state._core.running, self.state._core.running._session
         if self._recorder is not None:  # a dead process does not try again until its time is over
-            loop, flusher = asyncio.get_running_loop(), self.state._core.running
+            loop = asyncio.get_running_loop()
             self._recorder.at_death = lambda: loop.call_soon_threadsafe(flusher.abort)
         try:
             await self.state.stop()
@@ -195,6 +196,8 @@ class World:
             self._check_alive()
         else:
             self._ack()
+        finally:
+            await session.aclose()  # idempotent; `abort` has left it open
         self._check_alive()
 
     async def crash(self) -> None:

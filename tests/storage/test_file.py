@@ -157,6 +157,10 @@ class Disk:
         self._called("fsync", fd)
         os.fsync(fd)
 
+    def fstat(self, fd: int) -> os.stat_result:
+        self._called("fstat", fd)
+        return os.fstat(fd)
+
     def fdatasync(self, fd: int) -> None:
         self._called("fdatasync", fd)
         os.fdatasync(fd)
@@ -1247,6 +1251,15 @@ async def test_a_journal_that_disappears_before_a_checkpoint(tmp_path: Path) -> 
     assert await found(tmp_path) == {"a": 1, "b": 2}
 
 
+async def test_a_journal_that_disappears_behind_the_last_flush(tmp_path: Path) -> None:
+    """What it held is in memory alone; a clean stop that has nothing to flush leaves everything all the same."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+        await state.flush()
+        (tmp_path / "lab.journal").unlink()
+    assert await found(tmp_path) == {"a": 1}
+
+
 @pytest.mark.parametrize("moment", ["new journal", "old journal", "after a checkpoint"])
 @pytest.mark.parametrize("replaced", [None, b'{"other":1}'])
 async def test_a_snapshot_that_disappears_is_written_anew(
@@ -1968,6 +1981,86 @@ async def test_a_session_closed_under_a_checkpoint_leaves_no_file(tmp_path: Path
         await session.checkpoint(closing)
     await session.aclose()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+async def test_a_session_closed_under_a_checkpoint_writes_into_no_other_file(tmp_path: Path) -> None:
+    """Where the close waits for a slow commit, slices that come meanwhile are refused: their descriptor is another's."""
+    session = await FileStorage(tmp_path).open("lab")
+    gate, other = threading.Event(), tmp_path / "other"
+    session._commits.submit(gate.wait)
+    closing: list[asyncio.Task[None]] = []
+    files: list[io.FileIO] = []
+
+    async def slices() -> AsyncIterator[bytes]:
+        yield b"{" * 2 * MIB
+        assert session._new is not None
+        new, _ = session._new
+        number = new._fd
+        closing.append(asyncio.create_task(session.aclose()))
+        await until(lambda: new._fd < 0)
+        files.append(await asyncio.to_thread(io.FileIO, other, "w"))
+        assert files[0].fileno() == number
+        await asyncio.to_thread(files[0].write, b"precious")
+        yield b"{" * 2 * MIB
+
+    checkpoint = asyncio.create_task(session.checkpoint(slices))
+    with pytest.raises(UnsupportedError, match="is closed"):
+        await checkpoint
+    gate.set()
+    await closing[0]
+    files[0].close()
+    assert other.read_bytes() == b"precious"
+
+
+async def test_a_journal_that_cannot_be_looked_up_leaves_no_descriptor(tmp_path: Path, disk: Disk) -> None:
+    """A new journal that is refused by `fstat` is closed and deleted, and the one before it stays in use."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        disk.fail("fstat", "lab.journal.tmp", errno.ESTALE, times=5)
+        for _ in range(5):
+            with pytest.raises(UnavailableError, match="looking up"):
+                await state.flush()
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+        assert not list(tmp_path.glob("*.tmp"))
+        await state.flush()
+    assert await found(tmp_path) == {"a": 1}
+
+
+HANGING = """
+import asyncio, sys, threading
+from lab_state import Config, FileStorage, Manager, UnavailableError
+from lab_state.storage import _fs
+
+async def main(directory, where, loop_is_closed):
+    state = Manager(Config(name="lab", flush_interval=None, stop_timeout=0.05), FileStorage(directory))
+    await state.start()
+    await state.set("a", 1)
+    await state.flush()
+    await state.set("b", 2)
+    if where == "commit":
+        _fs._sync_data = lambda fd: threading.Event().wait()
+    else:
+        await state.flush()
+        _fs._sync = lambda fd: threading.Event().wait()
+    try:
+        await state.stop()
+    except UnavailableError:
+        pass
+
+run = asyncio.run if sys.argv[3] == "cancelled" else asyncio.new_event_loop().run_until_complete
+run(main(*sys.argv[1:]))
+print("ended")
+"""
+
+
+@pytest.mark.parametrize("where", ["commit", "checkpoint"])
+@pytest.mark.parametrize("end", ["cancelled", "forgotten"])
+def test_a_disk_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path, where: str, end: str) -> None:
+    """Once stop() has given up, neither the end of the event loop nor that of the interpreter waits for the disk."""
+    command = [sys.executable, "-c", HANGING, str(tmp_path / "state"), where, end]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "ended\n"
 
 
 def test_a_lock_is_released_once(tmp_path: Path) -> None:
