@@ -313,7 +313,8 @@ def inherited_journal_appended_to(patch: Patch) -> None:
         writer, recovery = load(paths, name, lock)
         if data is not None:
             scan = _journal.scan(data, name, "journal")
-            writer._use(_system().open(paths.journal, os.O_RDWR))
+            fd = _system().open(paths.journal, os.O_RDWR)
+            writer._use(fd, _fs.identity(fd, paths.journal))
             writer._salt, writer.end, writer.need = scan.header.salt, scan.end, Need.NOTHING
             if scan.end < len(data):
                 _system().ftruncate(writer._fd, scan.end)
