@@ -129,7 +129,12 @@ CRASH: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "disks": (
         "crash/test_power_cut.py crash/test_full_disk.py",
-        {"LAB_STATE_POWER_CUT": "1", "LAB_STATE_POWER_CUT_CYCLES": "300", "LAB_STATE_FULL_TMPFS": "1"},
+        {
+            "LAB_STATE_FAULT_RUNS": "280",
+            "LAB_STATE_POWER_CUT": "1",
+            "LAB_STATE_POWER_CUT_CYCLES": "300",
+            "LAB_STATE_FULL_TMPFS": "1",
+        },
     ),
     "damage": ("crash/test_sweep.py storage/test_s3_sweep.py fuzz test_cancellation.py", {}),
 }
