@@ -186,7 +186,8 @@ class World:
     async def stop(self) -> None:
         """A clean end."""
         self._check_alive()
-        flusher, session = self.state._core.running, self.state._core.running._session
+        flusher = self.state._core.running
+        session = flusher._session
         if self._recorder is not None:  # a dead process does not try again until its time is over
             loop = asyncio.get_running_loop()
             self._recorder.at_death = lambda: loop.call_soon_threadsafe(flusher.abort)

@@ -2032,7 +2032,7 @@ import asyncio, sys, threading
 from lab_state import Config, FileStorage, Manager, UnavailableError
 from lab_state.storage import _fs
 
-async def main(directory, where, loop_is_closed):
+async def main(directory, where):
     state = Manager(Config(name="lab", flush_interval=None, stop_timeout=0.05), FileStorage(directory))
     await state.start()
     await state.set("a", 1)
@@ -2049,7 +2049,7 @@ async def main(directory, where, loop_is_closed):
         pass
 
 run = asyncio.run if sys.argv[3] == "cancelled" else asyncio.new_event_loop().run_until_complete
-run(main(*sys.argv[1:]))
+run(main(*sys.argv[1:3]))
 print("ended")
 """
 
