@@ -393,7 +393,8 @@ class Flusher(Durability):
             return
         letting_go = asyncio.create_task(self._let_go())
         await asyncio.wait({letting_go}, timeout=_LAST_CHANCE)
-        for _ in range(2):  # out of the wait for a checkpoint, into `aclose`, and out of that: what it has begun goes on
+        # Out of the wait for a checkpoint, into `aclose`, and out of that: what it has begun goes on.
+        for _ in range(2):
             letting_go.cancel()
             await asyncio.sleep(0)
 
