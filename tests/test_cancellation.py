@@ -223,7 +223,9 @@ class FilesStorage(FileStorage):
         self.directory = directory
 
     def crashed(self) -> Storage:
-        return FileStorage(shutil.copytree(self.directory, self.directory.with_name(f"{self.directory.name}-crashed")))
+        # Temporary files come and go in its threads, and no start reads them.
+        there = self.directory.with_name(f"{self.directory.name}-crashed")
+        return FileStorage(shutil.copytree(self.directory, there, ignore=shutil.ignore_patterns("*.tmp")))
 
 
 Place = Callable[[], Any]
