@@ -30,7 +30,7 @@ import aiofiles
 import msgspec
 
 from lab_state.exceptions import FencedError, LockedError, StorageError, UnsupportedError
-from lab_state.storage._os_errors import storage_error, translated
+from lab_state.storage._os_errors import check_regular, storage_error, translated
 from lab_state.storage._worker import Worker
 
 if sys.platform != "win32":  # pragma: no branch -- never run there
@@ -64,7 +64,7 @@ class Lock:
         self.path = path
         self._pid = os.getpid()
         with translated("opening", path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = open_regular(path, os.O_RDWR | os.O_CREAT)
         try:
             self._acquire()
             self._identity = identity(self._fd, path)
@@ -78,7 +78,7 @@ class Lock:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise LockedError(self._who()) from None
-        holder = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        holder = Holder(_host(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         with contextlib.suppress(OSError):  # a full disk: who is refused is told less, but the lock is a lock
             os.ftruncate(self._fd, os.pwrite(self._fd, msgspec.json.encode(holder) + b"\n", 0))
 
@@ -89,7 +89,7 @@ class Lock:
             who = "another writer"
         else:
             who = f"pid {holder.pid} on {holder.host}, since {holder.started}"
-            if (holder.pid, holder.host) == (self._pid, socket.gethostname()):
+            if (holder.pid, holder.host) == (self._pid, _host()):
                 who = f"{who}, another manager in this process (was its stop() forgotten?)"
         return f"{self.path} is locked by {who}: stop it first, or use another name; a state has one writer"
 
@@ -128,6 +128,11 @@ class Lock:
                 close(fd)
 
 
+def _host() -> str:
+    """Return the name of this host, fit for JSON: the kernel takes any bytes for one."""
+    return socket.gethostname().encode(errors="replace").decode()
+
+
 Identity: TypeAlias = tuple[int, int]
 """Device and inode: what tells a file from all others, as long as it is open, since no other can get the number."""
 
@@ -142,9 +147,9 @@ def identity(fd: int, path: str) -> Identity:
 
 
 def is_file(path: str, which: Identity) -> bool:
-    """Whether the path still names a file that is open."""
+    """Whether the path itself, and no link, still names a file that is open."""
     try:  # not `translated`: each commit asks twice, and it would cost as much as the call
-        found = os.stat(path)
+        found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
@@ -157,9 +162,9 @@ Fingerprint: TypeAlias = tuple[int, int, int, int]
 
 
 def fingerprint(path: str) -> Fingerprint | None:
-    """That of a file; `None` when there is none."""
+    """That of a file, or of a link in its place; `None` when there is none."""
     try:  # not `translated`: as above
-        found = os.stat(path)
+        found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -214,14 +219,47 @@ def _parents(path: str) -> Iterator[str]:
         path = parent
 
 
+def open_regular(path: str, flags: int) -> int:
+    """Open a regular file, and nothing else that may have its name.
+
+    The opening of a FIFO waits for its other end, and that of a device may do something. So
+    the name is looked up first. `O_NONBLOCK` and the second look are for what is put there
+    in between.
+
+    Raises:
+        OSError: What `os.open` raises.
+        UnsupportedError: It is a link, a FIFO, a socket or a device.
+    """
+    try:
+        check_regular(path, os.lstat(path).st_mode)
+    except FileNotFoundError:
+        if not flags & os.O_CREAT:
+            raise
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        check_regular(path, os.fstat(fd).st_mode)
+    except BaseException:
+        close(fd)
+        raise
+    return fd
+
+
 def read(path: str) -> bytes | None:
-    """The bytes of a file; `None` only when there is no such file."""
+    """Return the bytes of a regular file; `None` only when nothing has that name.
+
+    Raises:
+        StorageError: It cannot be read. A link that leads nowhere is no missing file.
+    """
     with translated("reading", path):
         try:
-            with open(path, "rb") as file:
-                return file.read()
+            fd = open_regular(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
+        try:
+            with open(fd, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            close(fd)
 
 
 def create(path: str, parts: Sequence[bytes]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import stat
 from collections.abc import Generator
 
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
@@ -47,3 +49,32 @@ def storage_error(what: str, path: str, error: OSError) -> StorageError:
     if error.errno in _TO_BE_MENDED:
         return UnavailableError(f"{message}; {_TO_BE_MENDED[error.errno]}")
     return UnavailableError(message)
+
+
+_NOT_REGULAR = {
+    stat.S_IFLNK: (
+        "a symbolic link: put the file itself there, or remove the link and "
+        "give FileStorage the directory that the file is in"
+    ),
+    stat.S_IFIFO: "a FIFO, not a file: move it away",
+    stat.S_IFSOCK: "a socket, not a file: move it away",
+    stat.S_IFCHR: "a device, not a file: move it away",
+    stat.S_IFBLK: "a device, not a file: move it away",
+}
+
+
+def check_regular(path: str, mode: int) -> None:
+    """Refuse what is not a regular file.
+
+    Args:
+        path: Where it is, for the message.
+        mode: Its `st_mode`, by `lstat`.
+
+    Raises:
+        UnsupportedError: It is a symbolic link, a FIFO, a socket or a device.
+        IsADirectoryError: It is a directory.
+    """
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if (what := _NOT_REGULAR.get(stat.S_IFMT(mode))) is not None:
+        raise UnsupportedError(f"{path} is {what}")

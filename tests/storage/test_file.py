@@ -586,8 +586,8 @@ async def test_an_unreadable_disk_is_not_an_empty_state(crashed: Path, monkeypat
 
     before = contents(crashed)
     with monkeypatch.context() as patch:
-        patch.setattr(_fs, "open", lambda *_: Unreadable(), raising=False)
-        with pytest.raises(UnavailableError, match=r"reading .*lab\.json failed: Input/output error"):
+        patch.setattr(_fs, "open", lambda *_, **__: Unreadable(), raising=False)
+        with pytest.raises(UnavailableError, match=r"reading .*lab\.journal failed: Input/output error"):
             await manager(crashed).start()
     assert contents(crashed) == before
     async with manager(crashed) as state:
