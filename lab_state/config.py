@@ -27,6 +27,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             `stop()` write.
         stop_timeout: Seconds that `stop()` may spend, above 0: on the last flush
             first, then on a checkpoint as far as time allows.
+        lock_timeout: Seconds for which `start()` tries again while another writer
+            holds the state, 0 or more; `None` for ever. `0`: it raises `LockedError`
+            at once. For servers that start the new process before the old one has
+            ended (a graceful reload): longer than the old one may take to end.
 
     Raises:
         InvalidNameError: The name is out of bounds; it is used as a file name, so
@@ -38,6 +42,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     name: str
     flush_interval: float | None = 1.0
     stop_timeout: float = 8.0
+    lock_timeout: float | None = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -52,6 +57,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         _check_seconds("stop_timeout", self.stop_timeout)
         if self.stop_timeout == 0:
             raise ValueError("Config.stop_timeout must be above 0 seconds, or nothing could be written at stop")
+        if self.lock_timeout is not None:
+            _check_seconds("lock_timeout", self.lock_timeout)
 
 
 def _check_seconds(field: str, value: float) -> None:

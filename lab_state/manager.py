@@ -16,6 +16,7 @@ from lab_state._core import Core
 from lab_state._flusher import Flusher
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
 from lab_state._mirror import Mirror
+from lab_state._opening import opened
 from lab_state._state import Changes, State
 from lab_state._sweeper import Sweeper
 from lab_state._watch import Watchers
@@ -162,9 +163,14 @@ class Manager(Scope):
         fails or is cancelled lets go of everything; it may be tried again. Starting
         again after `stop()` works, on another event loop too.
 
+        A state that another writer holds is tried again for `Config.lock_timeout`
+        seconds. The first refusal is logged as a WARNING that names the holder, then
+        one each 10 s.
+
         Raises:
             RuntimeError: It is running already, or another start or stop is under way.
-            LockedError: Someone else is the writer; the message says who.
+            LockedError: Another writer still holds the state after
+                `Config.lock_timeout` seconds; the message says who. Stop it first.
             CorruptionError: What is stored is damaged; it was left untouched.
             UnavailableError: It could not be read this time.
             UnsupportedError: It cannot be read as it is: permissions, a newer format.
@@ -173,7 +179,7 @@ class Manager(Scope):
             raise RuntimeError(f"start() of {self._config.name!r} while it is {self._phase}: await stop() first")
         before, self._phase = self._phase, "starting"
         try:
-            session = await self._storage.open(self._config.name)
+            session = await opened(self._storage, self._config, self._clock, self._logger)
             try:
                 state = self._load(session)
                 self._run(state, session)

@@ -15,9 +15,10 @@ def make(**fields: Any) -> Config:
 
 
 def test_the_defaults() -> None:
-    """A flush a second, and 8 seconds to stop."""
+    """A flush a second, 8 seconds to stop, and none to wait for a lock."""
     config = Config(name="my-module")
     assert (config.name, config.flush_interval, config.stop_timeout) == ("my-module", 1.0, 8.0)
+    assert config.lock_timeout == 0
 
 
 @pytest.mark.parametrize("name", ["a", "A", "0", "my-module", "a.b_c-d", "a..", "0-", "x" * 128, "con", "a.json"])
@@ -73,7 +74,13 @@ def test_a_stop_timeout_within_bounds(value: float) -> None:
     assert make(stop_timeout=value).stop_timeout == value
 
 
-@pytest.mark.parametrize("field", ["flush_interval", "stop_timeout"])
+@pytest.mark.parametrize("value", [0, 0.0, 0.001, 30, 1e9, None], ids=repr)
+def test_a_lock_timeout_within_bounds(value: float | None) -> None:
+    """A lock timeout is any finite number of seconds from 0 on, or None."""
+    assert make(lock_timeout=value).lock_timeout == value
+
+
+@pytest.mark.parametrize("field", ["flush_interval", "stop_timeout", "lock_timeout"])
 @pytest.mark.parametrize("value", [-1, -0.001, float("nan"), float("inf"), float("-inf"), 10**400], ids=range(6))
 def test_seconds_out_of_bounds(field: str, value: float) -> None:
     """Seconds that are negative or not finite are a ValueError that names the field."""
@@ -81,7 +88,7 @@ def test_seconds_out_of_bounds(field: str, value: float) -> None:
         make(**{field: value})
 
 
-@pytest.mark.parametrize("field", ["flush_interval", "stop_timeout"])
+@pytest.mark.parametrize("field", ["flush_interval", "stop_timeout", "lock_timeout"])
 @pytest.mark.parametrize("value", ["1", b"1", True, False, [1]], ids=repr)
 def test_seconds_of_another_type(field: str, value: Any) -> None:
     """Seconds that are no number are a TypeError that names the field; a bool is no number."""
@@ -141,6 +148,7 @@ def test_a_config_decodes_from_json() -> None:
         (b'{"name":"a","flush_interval":"1"}', "Expected `float | null`, got `str` - at `$.flush_interval`"),
         (b'{"name":"../a"}', "Config.name '../a' is out of bounds"),
         (b'{"name":"a","flush_interval":-1}', "Config.flush_interval must be a finite number of seconds, 0 or more"),
+        (b'{"name":"a","lock_timeout":-1}', "Config.lock_timeout must be a finite number of seconds, 0 or more"),
         (b'{"name":"a","stop_timeout":0}', "Config.stop_timeout must be above 0 seconds"),
     ],
 )

@@ -31,7 +31,7 @@ LAYERS = (
     ("_clock", "_expiry", "_journal", "_metrics", "_waiters", "_whole"),
     ("_state", "_values"),
     ("_draft", "_sweeper", "_watch", "_codec", "storage", "storage.*"),
-    ("_views", "_pending", "_durability"),
+    ("_views", "_pending", "_durability", "_opening"),
     ("_flusher",),
     ("_core",),
     ("_reads",),

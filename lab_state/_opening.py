@@ -1,0 +1,53 @@
+"""Opening a state that another writer may still hold: try again until it lets go, or the time is up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+
+from lab_state._clock import Clock, Pauses, resolver
+from lab_state.config import Config
+from lab_state.exceptions import LockedError
+from lab_state.storage._protocol import Storage, StorageSession
+
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 0.5
+_TOLD_EVERY = 10.0
+
+
+async def opened(storage: Storage, config: Config, clock: Clock, logger: logging.Logger) -> StorageSession:
+    """Open the state; while it is locked, try again for `Config.lock_timeout` seconds.
+
+    Cancelling the caller ends the wait. Nothing is held then.
+
+    Raises:
+        LockedError: The time is up, and another writer still holds the state.
+        StorageError: Any other error of `Storage.open`, at once.
+    """
+    seconds = config.lock_timeout
+    pauses = Pauses(clock, _FIRST_PAUSE, _LONGEST_PAUSE)
+    end = tell_at = -math.inf
+    while True:
+        try:
+            return await storage.open(config.name)
+        except LockedError as error:
+            now = clock.monotonic()
+            if not pauses.failures:  # the time counts from the first refusal
+                end = math.inf if seconds is None else now + seconds
+            if now >= end:
+                raise
+            if now >= tell_at:
+                bound = "until it is let go" if seconds is None else f"for {end - now:g} s more at most"
+                logger.warning("%s: start() waits %s: %s", config.name, bound, error)
+                tell_at = now + _TOLD_EVERY
+        await _sleep(clock, min(pauses.begin(), end - now))
+
+
+async def _sleep(clock: Clock, seconds: float) -> None:
+    woken = asyncio.get_running_loop().create_future()
+    timer = clock.call_later(seconds, resolver(woken))
+    try:
+        await woken
+    finally:
+        timer.cancel()

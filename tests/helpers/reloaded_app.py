@@ -1,0 +1,28 @@
+"""The application that the tests of a graceful reload serve: each visit is durable before it is answered."""
+
+from __future__ import annotations
+
+import os
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from lab_state import Config, FileStorage, Manager
+from lab_state.integrations.starlette import lifespan, manager
+
+state = Manager(
+    Config(name="visits", flush_interval=0, lock_timeout=float(os.environ.get("LOCK_TIMEOUT", "0"))),
+    FileStorage(os.environ["STATE_DIRECTORY"]),
+)
+
+
+async def visit(request: Request) -> JSONResponse:
+    """Count a visit, once the body has come: a client that withholds its end keeps the request under way."""
+    await request.body()
+    count = await manager(request, "visits").incr(request.path_params["page"])
+    return JSONResponse({"pid": os.getpid(), "count": count})
+
+
+app = Starlette(lifespan=lifespan(state), routes=[Route("/visits/{page}", visit, methods=["POST"])])
