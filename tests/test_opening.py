@@ -12,13 +12,15 @@ from running import idle, until
 from lab_state import Config, CorruptionError, FileStorage, LockedError, Manager, MemoryStorage, Storage
 from lab_state.testing import FaultyStorage, ManualClock
 
+Held = tuple[FaultyStorage, Manager]
+
 
 def make(storage: Storage, clock: ManualClock, lock_timeout: float | None) -> Manager:
     return Manager(Config(name="test", lock_timeout=lock_timeout), storage, clock=clock)
 
 
 @pytest.fixture
-async def holder() -> AsyncIterator[tuple[FaultyStorage, Manager]]:
+async def holder() -> AsyncIterator[Held]:
     """A storage that counts its calls, and the manager that holds the state."""
     storage = FaultyStorage(MemoryStorage())
     async with Manager("test", storage) as manager:
@@ -29,7 +31,9 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.levelname == "WARNING"]
 
 
-async def test_without_a_lock_timeout_a_start_is_refused_at_once(holder, caplog) -> None:
+async def test_without_a_lock_timeout_a_start_is_refused_at_once(
+    holder: Held, caplog: pytest.LogCaptureFixture
+) -> None:
     """With the default of 0, `start()` asks once, raises, and logs nothing."""
     storage, _ = holder
     with pytest.raises(LockedError):
@@ -38,7 +42,7 @@ async def test_without_a_lock_timeout_a_start_is_refused_at_once(holder, caplog)
     assert warnings(caplog) == []
 
 
-async def test_a_start_waits_until_the_state_is_let_go(holder, caplog) -> None:
+async def test_a_start_waits_until_the_state_is_let_go(holder: Held, caplog: pytest.LogCaptureFixture) -> None:
     """A start within its `lock_timeout` begins soon after the other writer has ended; one WARNING names the holder."""
     storage, manager = holder
     clock = ManualClock()
@@ -55,7 +59,7 @@ async def test_a_start_waits_until_the_state_is_let_go(holder, caplog) -> None:
     await second.stop()
 
 
-async def test_a_start_gives_up_after_its_lock_timeout(holder) -> None:
+async def test_a_start_gives_up_after_its_lock_timeout(holder: Held) -> None:
     """After `lock_timeout` seconds the error of the last attempt is raised; another start may follow."""
     storage, manager = holder
     clock = ManualClock()
@@ -75,7 +79,9 @@ async def test_a_start_gives_up_after_its_lock_timeout(holder) -> None:
     await second.stop()
 
 
-async def test_a_start_without_a_bound_is_told_of_every_ten_seconds(holder, caplog) -> None:
+async def test_a_start_without_a_bound_is_told_of_every_ten_seconds(
+    holder: Held, caplog: pytest.LogCaptureFixture
+) -> None:
     """With `None`, a start goes on for ever, asks at least twice a second, and warns at once and each 10 s."""
     storage, _ = holder
     clock = ManualClock()
@@ -93,7 +99,7 @@ async def test_a_start_without_a_bound_is_told_of_every_ten_seconds(holder, capl
         await starting
 
 
-async def test_a_start_that_waits_can_be_cancelled(holder) -> None:
+async def test_a_start_that_waits_can_be_cancelled(holder: Held) -> None:
     """A cancelled start asks no more, and the manager may be started again."""
     storage, manager = holder
     clock = ManualClock()
@@ -113,7 +119,7 @@ async def test_a_start_that_waits_can_be_cancelled(holder) -> None:
     await second.stop()
 
 
-async def test_another_error_ends_the_wait(holder) -> None:
+async def test_another_error_ends_the_wait(holder: Held) -> None:
     """Only `LockedError` is waited for: what is damaged is told at once."""
     storage, _ = holder
     clock = ManualClock()
