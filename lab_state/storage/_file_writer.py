@@ -25,6 +25,8 @@ _logger = logging.getLogger("lab_state")
 
 _MIN_CHECKPOINT_BYTES = 4 * 1024 * 1024
 _LEFT_TO_PUBLISH = 256 * 1024
+_LARGEST_READ_AGAIN = 16 * 1024 * 1024
+"""Of a journal: up to so many bytes, reading it costs less than writing the state anew."""
 _MOST_ROUNDS = 8
 _TORN_KEPT = 5
 
@@ -65,8 +67,6 @@ def open_writer(directory: str, name: str) -> tuple[Writer, Recovery]:
 def _load(paths: Paths, name: str, lock: fs.Lock) -> tuple[Writer, Recovery]:
     fingerprint = fs.fingerprint(paths.snapshot)
     snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
-    if data is None:  # whoever made one did this before
-        fs.sync_parents(paths.directory)
     crc = None if snapshot is None else zlib.crc32(snapshot)
     base = NO_BASE if snapshot is None or crc is None else journal.base_of(len(snapshot), crc)
     scan = None if data is None else journal.scan(data, name, paths.journal)
@@ -80,8 +80,6 @@ def _load(paths: Paths, name: str, lock: fs.Lock) -> tuple[Writer, Recovery]:
     writer.snapshot_bytes = len(snapshot or b"")
     writer.end = size
     writer.need = Need.FULL if accepted.unclean else Need.NEW
-    # A snapshot that no journal vouches for was put there by hand, maybe a moment ago.
-    writer.unsynced = snapshot is not None and (scan is None or scan.header.base != base)
     if accepted.full is not None:
         snapshot, crc = accepted.full, None
     return writer, Recovery(snapshot, accepted.records, accepted.unclean, torn, crc)
@@ -96,6 +94,12 @@ def _keep_torn(path: str, tail: bytes) -> None:
         fs.close(fs.create(f"{path}.torn-{time.time_ns() // 1_000_000}", [tail]))
     except StorageError as error:
         _logger.warning("the torn tail of %s could not be put aside: %s", path, error)
+
+
+def _spoiled(path: str) -> UnavailableError:
+    return UnavailableError(
+        f"{path} is not what was written: other code changed it, or closed its descriptor; the next attempt writes another"
+    )
 
 
 class Need(Enum):
@@ -155,6 +159,19 @@ class NewJournal:
         self.end += sum(map(len, parts))
         self.records += len(records)
 
+    def check(self) -> fs.Fingerprint:
+        """Return the fingerprint of the file, which must be what was written here.
+
+        Raises:
+            UnavailableError: Other code closed the descriptor, or changed the file.
+        """
+        opened, named = fs.fingerprint_of(self.fd, self.path), fs.fingerprint(self.path)
+        if not opened.is_same_file(named):
+            self.fd = -1  # the number is that of another file by now, which is not ours to close
+        if not opened.is_same_size(named) or opened.size != self.end:
+            raise _spoiled(self.path)
+        return opened
+
     def _framed(self, frames: Iterable[tuple[Kind, bytes]]) -> list[bytes]:
         return [part for frame in frames for part in journal.frame_parts(self.salt, *frame)]
 
@@ -176,7 +193,7 @@ class Writer:
         base: The snapshot that a new journal follows.
         snapshot: The file that this names.
         need: What the next commit has to do.
-        unsynced: Whether nobody knows if the snapshot is on the disk.
+        unsynced: Whether what was found at the start may be in the page cache alone.
         snapshot_bytes: Its size.
         end: The size of the journal.
         starts_full: Whether the journal begins with the whole state.
@@ -192,7 +209,7 @@ class Writer:
         self.base: str = NO_BASE
         self.snapshot: fs.Fingerprint | None = None
         self.need: Need = Need.NEW
-        self.unsynced: bool = False
+        self.unsynced: bool = True
         self.snapshot_bytes: int = 0
         self.end: int = 0
         self.starts_full: bool = False
@@ -200,7 +217,8 @@ class Writer:
         self.since: list[bytes] | None = None
         self.replaced: list[int] = []
         self._fd = -1
-        self._identity = fs.NO_FILE
+        self._left: fs.Fingerprint | None = None
+        self._is_timed = True
         self._salt = ""
 
     # Commits
@@ -227,7 +245,11 @@ class Writer:
         except fs.TornWriteError as torn:
             self._poison()
             raise torn.error from torn.__cause__
+        except StorageError:
+            self._left = self._opened()
+            raise
         self.end += sum(map(len, parts))
+        self._left = self._opened()
 
     # Checkpoints
 
@@ -260,6 +282,8 @@ class Writer:
             self._create(self.base)
         self._append(Kind.CHECKPOINT, upcoming.base.encode())
         snapshot = fs.fingerprint(new)
+        if snapshot is None or snapshot.size != size:
+            raise _spoiled(new)
         fs.rename(new, self.paths.snapshot)
         try:
             fs.sync_directory(self.paths.directory)
@@ -295,9 +319,49 @@ class Writer:
     def _check(self) -> None:
         """Nobody else writes here, and what is written here can be found again."""
         self.lock.check()
-        if self.need is Need.NOTHING and not fs.is_file(self.paths.journal, self._identity):
-            _logger.error("%s was deleted or replaced while in use: writing it anew", self.paths.journal)
-            self._poison()
+        if self.need is Need.NOTHING:
+            named, opened = fs.fingerprint(self.paths.journal), self._opened()
+            if not named == opened == self._left and (problem := self._problem(named, opened)):
+                _logger.error("%s %s: writing everything anew", self.paths.journal, problem)
+                self._poison()
+
+    def _opened(self) -> fs.Fingerprint | None:
+        """Look at the journal by its descriptor; `None` if that is not possible, and so it is to be given up."""
+        try:
+            return fs.fingerprint_of(self._fd, self.paths.journal)
+        except StorageError:
+            return None
+
+    def _problem(self, named: fs.Fingerprint | None, opened: fs.Fingerprint | None) -> str | None:
+        """Say what became of the journal since the last write; `None` if it holds what was written.
+
+        The time of a file may change although its bytes did not. Then the bytes are read, once:
+        from then on, the times of this journal say nothing.
+        """
+        left = self._left
+        if left is None or not left.is_same_file(opened):
+            self._fd = -1  # the number is that of another file by now, which is not ours to close
+            return "cannot be written: other code in this process closed its descriptor"
+        if not left.is_same_file(named):
+            return "was deleted or replaced while in use"
+        if not left.is_same_size(named):
+            return "was cut off or written to by other code while in use"
+        if self._is_timed and not self._is_intact():
+            return "was overwritten by other code while in use"
+        self._is_timed = False
+        return None
+
+    def _is_intact(self) -> bool:
+        """Read the journal and see whether every frame in it is ours; one that is too large counts as changed."""
+        if self.end > _LARGEST_READ_AGAIN:
+            return False
+        path = self.paths.journal
+        try:
+            data = fs.read(path) or b""
+            found = journal.scan(data, self.name, path)
+        except StorageError:
+            return False
+        return found.header.salt == self._salt and found.end == len(data) == self.end
 
     def _check_snapshot(self) -> None:
         """Behind a snapshot that is gone, a record would be refused by the next start."""
@@ -307,8 +371,8 @@ class Writer:
             self._poison()
 
     def _create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
-        if self.unsynced and base != ANY_BASE:
-            self._sync_snapshot()
+        if self.unsynced:
+            self._sync_found(snapshot=base not in (ANY_BASE, NO_BASE))
         new = NewJournal(self.paths.journal, self.name)
         try:
             new.create(base, *frames)
@@ -318,7 +382,7 @@ class Writer:
 
     def _put_in_place(self, new: NewJournal, replaced: list[int] | None = None) -> None:
         """Until the rename, whatever was in use stays in use; its descriptor goes to `replaced`, or is closed."""
-        identity = fs.identity(new.fd, new.path)
+        left = new.check()
         try:
             fs.rename(new.path, self.paths.journal)
             fs.sync_directory(self.paths.directory)
@@ -331,29 +395,34 @@ class Writer:
             replaced.append(self._fd)
             self._fd = -1
         self._salt, self.end = new.salt, new.end
-        self._use(fd, identity)
+        self._use(fd, left)
         self.starts_full = new.base == ANY_BASE
         if self.starts_full:
             self.generation += 1
         self.need = Need.NOTHING
 
-    def _sync_snapshot(self) -> None:
-        """Before a journal relies on a snapshot that was put there by hand; a failed sync is not repeated."""
+    def _sync_found(self, *, snapshot: bool) -> None:
+        """Sync what was found at the start, before the first journal relies on it: it may have been copied just now.
+
+        A failed sync of the snapshot is not repeated: the next journal holds everything instead.
+        """
+        fs.sync_parents(self.paths.directory)
         self.unsynced = False
-        try:
-            fs.sync(self.paths.snapshot)
-            fs.sync_directory(self.paths.directory)
-        except StorageError:
-            self._poison()
-            raise
+        if snapshot:
+            try:
+                fs.sync(self.paths.snapshot)
+                fs.sync_directory(self.paths.directory)
+            except StorageError:
+                self._poison()
+                raise
 
     def _poison(self) -> None:
         self.need = Need.FULL
         self.generation += 1
         self._use(-1)
 
-    def _use(self, fd: int, identity: fs.Identity = fs.NO_FILE) -> None:
+    def _use(self, fd: int, left: fs.Fingerprint | None = None) -> None:
         """Another journal, or none, in place of the one that was open."""
-        old, self._fd, self._identity = self._fd, fd, identity
+        old, self._fd, self._left, self._is_timed = self._fd, fd, left, True
         if old >= 0:
             fs.close(old)

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import IO, TypeAlias, cast
+from typing import IO, NamedTuple, TypeAlias, cast
 
 import aiofiles
 import msgspec
@@ -157,8 +157,25 @@ def is_file(path: str, which: Identity) -> bool:
     return (found.st_dev, found.st_ino) == which
 
 
-Fingerprint: TypeAlias = tuple[int, int, int, int]
-"""What tells a file from one that takes its place while it is not open: the inode's number alone may come again."""
+class Fingerprint(NamedTuple):
+    """What tells a file from another one of its name, and mostly from what it was before it was changed in place.
+
+    The size is exact. The time may be as coarse as the file system keeps it, and some file
+    systems set it once more later.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+    def is_same_file(self, other: Fingerprint | None) -> bool:
+        """Whether both are of one file, changed or not; while it is open, no other gets its number."""
+        return other is not None and self[:2] == other[:2]
+
+    def is_same_size(self, other: Fingerprint | None) -> bool:
+        """Whether both are of one file, of one size."""
+        return other is not None and self[:3] == other[:3]
 
 
 def fingerprint(path: str) -> Fingerprint | None:
@@ -169,7 +186,16 @@ def fingerprint(path: str) -> Fingerprint | None:
         return None
     except OSError as error:
         raise storage_error("looking up", path, error) from error
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return Fingerprint(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def fingerprint_of(fd: int, path: str) -> Fingerprint:
+    """Return the fingerprint of an open file; the path is for the message."""
+    try:  # not `translated`: as above
+        found = os.fstat(fd)
+    except OSError as error:
+        raise storage_error("looking up", path, error) from error
+    return Fingerprint(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def absolute(path: str) -> str:
@@ -200,9 +226,9 @@ def make_directory(path: str) -> None:
 def sync_parents(path: str) -> None:
     """Make the name of a directory durable, and those of the directories above it.
 
-    Before anything in it is promised for the first time: it may be there only because
-    another process made it, and was killed before its sync. Nobody makes directories
-    across a mount point, or in one that cannot be read.
+    The directory may be there only because another process made it, and was killed before
+    its sync, or because it was copied. Nothing above a mount point is synced, nor what is
+    in a directory that cannot be read: no name of ours was made there.
     """
     with translated("syncing the directories above", path):
         device = os.stat(path).st_dev
@@ -342,7 +368,7 @@ class NewFile:
 def sync(path: str) -> None:
     """Sync a file that is not open."""
     with translated("syncing", path):
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = open_regular(path, os.O_RDONLY)
         try:
             _sync(fd)
         finally:

@@ -19,6 +19,7 @@ from lab_state._journal import ANY_BASE, Accepted, Kind, Scan
 from lab_state._state import Changes, State
 from lab_state.storage import _file_writer, _fs
 from lab_state.storage._file_writer import Need, NewJournal, Paths, Writer
+from lab_state.storage._fs import Fingerprint
 from lab_state.storage._os_errors import translated
 from lab_state.storage._protocol import Recovery
 
@@ -120,7 +121,58 @@ def directory_of_a_dead_process_trusted(patch: Patch) -> None:
 
 def no_sync_of_what_was_put_there(patch: Patch) -> None:
     """A snapshot that somebody put there a moment ago is built upon as it is."""
-    patch.setattr(Writer, "_sync_snapshot", lambda self: None)
+    patch.setattr(Writer, "_sync_found", lambda self, *, snapshot: None)
+
+
+def snapshot_of_a_copied_directory_trusted(patch: Patch) -> None:
+    """A snapshot that the journal beside it names is taken for one that was synced."""
+    load, sync = _file_writer._load, Writer._sync_found
+
+    def loaded(paths: Paths, name: str, lock: _fs.Lock) -> tuple[Writer, Recovery]:
+        found = load(paths, name, lock)
+        vouched.append(not found[1].unsettled and Path(paths.journal).exists())
+        return found
+
+    def synced(self: Writer, *, snapshot: bool) -> None:
+        sync(self, snapshot=snapshot and not vouched[-1])
+
+    vouched: list[bool] = []
+    patch.setattr(_file_writer, "_load", loaded)
+    patch.setattr(Writer, "_sync_found", synced)
+
+
+def directories_above_a_journal_trusted(patch: Patch) -> None:
+    """Where there is a journal, a process is taken to have synced the names above it."""
+    sync = _fs.sync_parents
+    patch.setattr(_fs, "sync_parents", lambda path: None if any(Path(path).glob("*.journal")) else sync(path))
+
+
+# Files that change under a running manager
+
+
+def _problem_not_noticed(patch: Patch, told: str) -> None:
+    problem = Writer._problem
+
+    def noticed(self: Writer, named: Fingerprint | None, opened: Fingerprint | None) -> str | None:
+        found = problem(self, named, opened)
+        return None if found is None or told in found else found
+
+    patch.setattr(Writer, "_problem", noticed)
+
+
+def cut_off_journal_not_noticed(patch: Patch) -> None:
+    """A journal of its inode is taken for the one that was written, whatever its size."""
+    _problem_not_noticed(patch, "cut off")
+
+
+def overwritten_journal_not_noticed(patch: Patch) -> None:
+    """A journal of its inode and its size is taken for the one that was written."""
+    _problem_not_noticed(patch, "overwritten")
+
+
+def closed_descriptor_not_noticed(patch: Patch) -> None:
+    """Commits go on to the number that the journal had."""
+    patch.setattr(Writer, "_opened", lambda self: _fs.fingerprint(self.paths.journal))
 
 
 # Failures
@@ -150,7 +202,7 @@ def _failed_directory_sync(patch: Patch, failed: Callable[[Writer], None]) -> No
             del self._poison
 
     patch.setattr(Writer, "_put_in_place", put)
-    patch.setattr(_fs, "is_file", lambda path, fd: True)
+    patch.setattr(Writer, "_problem", lambda self, named, opened: None)
 
 
 def old_journal_kept_after_a_failed_directory_sync(patch: Patch) -> None:
@@ -314,7 +366,7 @@ def inherited_journal_appended_to(patch: Patch) -> None:
         if data is not None:
             scan = _journal.scan(data, name, "journal")
             fd = _system().open(paths.journal, os.O_RDWR)
-            writer._use(fd, _fs.identity(fd, paths.journal))
+            writer._use(fd, _fs.fingerprint_of(fd, paths.journal))
             writer._salt, writer.end, writer.need = scan.header.salt, scan.end, Need.NOTHING
             if scan.end < len(data):
                 _system().ftruncate(writer._fd, scan.end)
@@ -366,6 +418,11 @@ BUGS = (
     Bug(no_sync_of_a_new_directory),
     Bug(directory_of_a_dead_process_trusted, workloads.steps, deaths, restart=True, first=1),
     Bug(no_sync_of_what_was_put_there, workloads.put_by_hand),
+    Bug(snapshot_of_a_copied_directory_trusted, workloads.moved),
+    Bug(directories_above_a_journal_trusted, workloads.moved),
+    Bug(cut_off_journal_not_noticed, workloads.changed_in_place),
+    Bug(overwritten_journal_not_noticed, workloads.changed_in_place),
+    Bug(closed_descriptor_not_noticed, workloads.changed_in_place),
     Bug(failed_sync_repeated, workloads.steps, failing_syncs, first=6),
     Bug(old_journal_kept_after_a_failed_directory_sync, workloads.steps, failing_syncs, first=12),
     Bug(new_journal_used_after_a_failed_directory_sync, workloads.steps, failing_syncs, first=5),

@@ -88,8 +88,12 @@ class Ack(NamedTuple):
     first: int
 
 
+class Withdraw(NamedTuple):
+    """No operation: what was promised so far holds no more, since the user is about to change files."""
+
+
 Operation: TypeAlias = Create | Write | Truncate | Rename | Unlink | Sync | SyncDirectory
-Entry: TypeAlias = Operation | Try | Ack
+Entry: TypeAlias = Operation | Try | Ack | Withdraw
 
 
 class Fate(Enum):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from disk import Ack, Disk, Entry, Operation, State, Try
+from disk import Ack, Disk, Entry, Operation, State, Try, Withdraw
 from recorder import Faults, Recorder, determined, recording
 from recovery import MEMORY, Recovery, ViolationError
 from workloads import Workload, next_life
@@ -157,6 +157,8 @@ class _Exploration:
                 tried = entry.version
             elif isinstance(entry, Ack):
                 acked = entry
+            elif isinstance(entry, Withdraw):
+                acked = None
             else:
                 # What was promised meanwhile holds already, and what was tried meanwhile is not there yet.
                 if acked is not None and position >= self._recording.struck:

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
-from disk import Ack, Create, Entry, Rename, State, Sync, SyncDirectory, Truncate, Try, Unlink, Write
+from disk import Ack, Create, Entry, Rename, State, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
 
 from lab_state import _codec, _flusher, _journal
 from lab_state.storage import _file_writer, _fs
@@ -103,7 +103,7 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
 
-    def mark(self, entry: Try | Ack) -> None:
+    def mark(self, entry: Try | Ack | Withdraw) -> None:
         with self._lock:
             self.entries.append(entry)
 

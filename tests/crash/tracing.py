@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from disk import Ack, Create, Entry, Rename, Sync, SyncDirectory, Truncate, Try, Unlink, Write
+from disk import Ack, Create, Entry, Rename, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
 from explore import Recording
 from recorder import determined
 from workloads import WORKLOADS
@@ -75,6 +75,9 @@ def _whole_lines(log: str) -> Iterator[str]:
             yield begun.pop(thread) + line.split(" resumed>", 1)[1]
         else:
             yield line
+
+
+_MARKS: dict[str, Callable[..., Entry]] = {kind.__name__: kind for kind in (Try, Ack, Withdraw)}
 
 
 class _Calls:
@@ -145,6 +148,8 @@ class _Calls:
             if name not in self._inodes:
                 self._created(name, is_directory=False)
             self._open[fd], self._positions[fd] = self._inodes[name], 0
+        elif name in self._inodes:  # read, or synced
+            self._open[fd] = self._inodes[name]
 
     def _closed(self, fd: int) -> None:
         self._open.pop(fd, None)
@@ -155,7 +160,7 @@ class _Calls:
         what = self._open[fd]
         if what is None:
             kind, *numbers = data.decode().split()
-            self.entries.append(Try(*map(int, numbers)) if kind == "TRY" else Ack(*map(int, numbers)))
+            self.entries.append(_MARKS[kind](*map(int, numbers)))
             return
         assert isinstance(what, int)
         if offset is None:
@@ -195,9 +200,8 @@ class _Marks:
     def __init__(self) -> None:
         self._fd = os.open(MARKS, os.O_WRONLY)
 
-    def mark(self, entry: Try | Ack) -> None:
-        kind = "TRY" if isinstance(entry, Try) else "ACK"
-        os.write(self._fd, " ".join([kind, *map(str, entry)]).encode())
+    def mark(self, entry: Try | Ack | Withdraw) -> None:
+        os.write(self._fd, " ".join([type(entry).__name__, *map(str, entry)]).encode())
 
 
 def main() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 
 import pytest
+from recorder import DIRECTORY, NAME
 from world import World
 
 from lab_state.storage import _file_writer
@@ -177,6 +179,51 @@ async def put_by_hand(world: World) -> None:
     await world.stop()
 
 
+async def moved(world: World) -> None:
+    """A state that is copied to another directory, which nothing syncs: after a clean stop, and after a kill."""
+    await world.start()
+    await world.set("key-0")
+    await world.stop()
+    world.move_to_a_new_directory(stopped=True)
+    await world.start()
+    await world.set("key-1")
+    await world.flush()
+    await world.set("key-2")
+    await world.flush()
+    await world.crash()
+    world.move_to_a_new_directory(stopped=False)
+    await world.start()
+    await world.set("key-3")
+    await world.flush()
+    await world.stop()
+
+
+async def changed_in_place(world: World) -> None:
+    """A journal that is cut off, overwritten, or loses its descriptor, while the manager runs."""
+    await world.start()
+    await world.set("key-0")
+    await world.flush()
+    for number, (size, data) in enumerate([(0, b""), (50, b"x" * 50), (0, bytes(20))]):
+        await world.set("before")
+        await world.flush()
+        world.change_the_journal(size, data)
+        await world.set(f"behind-{number}")
+        await world.flush()
+    path = world.root / DIRECTORY / f"{NAME}.journal"
+    await world.set("before")
+    await world.flush()
+    world.change_the_journal(path.stat().st_size, bytes(path.stat().st_size))
+    await world.set("behind-3")
+    await world.flush()
+    fd = world.close_its_descriptor()
+    await world.set("behind-4")
+    await world.flush()
+    os.close(fd)
+    await world.set("behind-5")
+    await world.flush()
+    await world.crash()
+
+
 async def large_values(world: World) -> None:
     """Values of several 64 KiB, so that a snapshot is written in slices."""
     await world.start()
@@ -239,6 +286,8 @@ WORKLOADS: dict[str, Workload] = {
         clean_stops,
         unclean_ends,
         put_by_hand,
+        moved,
+        changed_in_place,
         large_values,
         steps,
     )

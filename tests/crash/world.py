@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
-from disk import Ack, Try
+from disk import Ack, Try, Withdraw
 from recorder import DIRECTORY, NAME, Gate, Recorder
 
 from lab_state import Config, FileStorage, Manager, StorageError
@@ -21,6 +21,7 @@ from lab_state._expiry import Expiring
 from lab_state._state import State
 from lab_state._values import decode_value
 from lab_state.storage import _fs
+from lab_state.storage.file import FileSession
 from lab_state.testing import ManualClock
 
 QUIET = logging.getLogger("lab_state.crash")
@@ -62,7 +63,7 @@ class Beside(Enum):
 class Marks(Protocol):
     """Where the application says what it tries and what was acknowledged."""
 
-    def mark(self, entry: Try | Ack) -> None: ...
+    def mark(self, entry: Try | Ack | Withdraw) -> None: ...
 
 
 def is_overdue(at: int, now: int) -> bool:
@@ -123,6 +124,7 @@ class World:
         self._recorder = marks if isinstance(marks, Recorder) else None
         self._first = len(self.versions)  # of this process
         self._found = stored  # what it began with
+        self._unpromised = -1  # the version that a user put there, and of which nothing was promised
         self._is_new = True
         self._state: Manager | None = None
 
@@ -175,13 +177,57 @@ class World:
         Nothing is promised about it before a change on top of it is acknowledged.
         """
         self._is_new = False
+        self._unpromised = 0
         self.versions[0] = Version(0, values, {})
+        self._put({f"{NAME}.json": msgspec.json.encode(values)})
+
+    def _put(self, files: dict[str, bytes]) -> None:
+        """Make the directories and these files."""
         system = vars(_fs)["os"]
         for path in ("deep", DIRECTORY):
             system.mkdir(str(self.root / path))
-        fd = system.open(str(self.root / DIRECTORY / f"{NAME}.json"), os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        system.pwrite(fd, msgspec.json.encode(values), 0)
+        for name, data in files.items():
+            fd = system.open(str(self.root / DIRECTORY / name), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            system.pwrite(fd, data, 0)
+            system.close(fd)
+
+    def move_to_a_new_directory(self, *, stopped: bool) -> None:
+        """What `cp -a`, `tar x` or `rsync` does: the directory is made anew with what was in it, and nothing is synced.
+
+        After a clean stop nothing is promised about it before a change on top of it is
+        acknowledged. What was left by a kill is promised once it was written anew.
+        """
+        self._marks.mark(Withdraw())
+        self._unpromised = self.latest if stopped else -1
+        directory = self.root / DIRECTORY
+        files = {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.suffix != ".lock"}
+        system = vars(_fs)["os"]
+        for path in sorted(directory.iterdir()):
+            system.unlink(str(path))
+        for path in (directory, directory.parent):
+            system.rmdir(str(path))
+        self._put(files)
+
+    def change_the_journal(self, size: int, data: bytes) -> None:
+        """What a user does who overwrites the journal of a running manager in its place."""
+        self._marks.mark(Withdraw())
+        path = self.root / DIRECTORY / f"{NAME}.journal"
+        system = vars(_fs)["os"]
+        fd = system.open(str(path), os.O_RDWR)
+        system.ftruncate(fd, size)
+        if data:
+            system.pwrite(fd, data, 0)
         system.close(fd)
+        os.utime(path, ns=(0, 0))  # however coarse the file system's clock is
+
+    def close_its_descriptor(self) -> int:
+        """What an application does that closes a descriptor twice and opens a file; returns the latter's."""
+        session = self.state._core.running._session
+        assert isinstance(session, FileSession)
+        system = vars(_fs)["os"]
+        system.close(session._writer._fd)
+        fd: int = system.open(str(self.root / DIRECTORY / "other"), os.O_RDWR | os.O_CREAT)
+        return fd
 
     async def stop(self) -> None:
         """A clean end."""
@@ -324,8 +370,8 @@ class World:
                 return
 
     def _ack(self) -> None:
-        if self.latest == 0 and self.versions[0].values:
-            return  # put there by hand, and as it was
+        if self.latest == self._unpromised:
+            return
         self._marks.mark(Ack(self.latest, self._first))
 
     async def checkpoint(self) -> None:

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import shutil
 import socket
 import stat
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lab_state import Config, FileStorage, LockedError, Manager, UnsupportedError
-from lab_state.storage import _fs, _os_errors
+from lab_state import Config, FileStorage, LockedError, Manager, UnavailableError, UnsupportedError
+from lab_state import _journal as journal
+from lab_state._journal import Kind
+from lab_state.storage import _file_writer, _fs, _os_errors
+from lab_state.storage._file_writer import NewJournal, Writer
+from lab_state.storage.file import FileSession
 
 FILES = ["lab.json", "lab.journal", "lab.lock"]
 
 
 def manager(directory: Path, name: str = "lab", **settings: Any) -> Manager:
     return Manager(Config(name=name, **{"flush_interval": 0, **settings}), FileStorage(directory))
+
+
+def session(state: Manager) -> FileSession:
+    found = state._core.running._session
+    assert isinstance(found, FileSession)
+    return found
+
+
+def writer(state: Manager) -> Writer:
+    return session(state)._writer
 
 
 # Names that are not those of regular files
@@ -55,7 +72,7 @@ async def test_a_fifo_that_takes_the_place_of_a_file_while_it_is_opened(
 ) -> None:
     """The file that was opened is looked at once more; a FIFO would read as an empty file."""
     os.mkfifo(tmp_path / name)
-    real = _fs.check_regular
+    real = _os_errors.check_regular
 
     def late(path: str, mode: int) -> None:
         if path.endswith(name) and not late_calls:
@@ -99,3 +116,297 @@ async def test_a_host_name_that_is_no_utf_8(tmp_path: Path, monkeypatch: pytest.
     async with manager(tmp_path):
         with pytest.raises(LockedError, match=r"on h\?, since"):
             await manager(tmp_path).start()
+
+
+# Files that were copied
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of what was synced, in order; temporary names without what makes them unique."""
+    paths: list[str] = []
+
+    def noting(real: Callable[[int], None]) -> Callable[[int], None]:
+        def sync(fd: int) -> None:
+            real(fd)
+            paths.append(re.sub(r"\.[0-9a-f]{8}\.tmp$", ".tmp", str(Path(f"/proc/self/fd/{fd}").readlink())))
+
+        return sync
+
+    monkeypatch.setattr(_fs.os, "fsync", noting(os.fsync))  # type: ignore[attr-defined]
+    return paths
+
+
+@pytest.mark.parametrize("how", ["moved", "restored"])
+async def test_a_copied_directory_is_synced_before_the_first_commit(
+    tmp_path: Path, synced: list[str], how: str
+) -> None:
+    """The snapshot, its directory and those above it, although the journal vouches for the snapshot."""
+    async with manager(tmp_path / "old") as state:
+        await state.set("a", 1)
+    directory = tmp_path / "new" / "state"
+    if how == "moved":
+        shutil.copytree(tmp_path / "old", directory)
+    else:
+        directory = tmp_path / "old"
+        (directory / "lab.json").write_bytes((directory / "lab.json").read_bytes())
+    async with manager(directory) as state:
+        synced.clear()
+        await state.set("b", 2)
+        snapshot = synced.index(str(directory / "lab.json"))
+        assert synced.index(str(directory.parent)) < snapshot
+        assert synced.index(str(tmp_path)) < snapshot
+        assert synced[snapshot + 1 :][:2] == [str(directory), str(directory / "lab.journal.tmp")]
+        synced.clear()
+        await state.set("c", 3)
+        assert synced == []
+
+
+async def test_a_copy_of_a_killed_state_is_synced_before_the_first_commit(tmp_path: Path, synced: list[str]) -> None:
+    """The directories above it are; its snapshot and its journal are relied on no more."""
+    state = manager(tmp_path / "old")
+    await state.start()
+    await state.set("a", 1)
+    directory = tmp_path / "new" / "state"
+    shutil.copytree(tmp_path / "old", directory)
+    await state.stop()
+    synced.clear()
+    async with manager(directory) as state:
+        await state.flush()
+        assert synced.index(str(directory.parent)) < synced.index(str(directory / "lab.journal.tmp"))
+        assert await state.get_all() == {"a": 1}
+
+
+async def test_a_snapshot_that_only_its_owner_may_write_is_synced(tmp_path: Path, synced: list[str]) -> None:
+    """Nothing is written to it, so that permission to read is enough."""
+    (tmp_path / "lab.json").write_bytes(b'{"a":1}')
+    opened: list[int] = []
+    real = os.open
+
+    def opening(path: str, flags: int, mode: int = 0o777) -> int:
+        if path == str(tmp_path / "lab.json"):
+            opened.append(flags & os.O_ACCMODE)
+        return real(path, flags, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fs.os, "open", opening)  # type: ignore[attr-defined]
+        async with manager(tmp_path) as state:
+            await state.set("b", 2)
+            assert opened == [os.O_RDONLY, os.O_RDONLY]
+    assert str(tmp_path / "lab.json") in synced
+
+
+# Files that change under a running manager
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Change bytes in place; the time of the file changes, however coarse the file system's clock is."""
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(0, 0))
+
+
+def truncated(path: Path, _: bytes) -> None:
+    os.truncate(path, 0)
+
+
+def shorter_copy(path: Path, older: bytes) -> None:
+    path.write_bytes(older)
+
+
+def longer(path: Path, _: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(b"more\n")
+
+
+def zeroed(path: Path, _: bytes) -> None:
+    overwrite(path, bytes(path.stat().st_size))
+
+
+def one_byte(path: Path, _: bytes) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    overwrite(path, bytes(data))
+
+
+def another_journal(path: Path, _: bytes) -> None:
+    """A journal of the same state and the same size, in which every frame is valid."""
+    salt = journal.new_salt()
+    size = path.stat().st_size
+    head = journal.header("lab", salt, "none")
+    record = b'{"from":0,"to":1,"clear":false,"set":{"a":"%s"},"delete":[],"expires":{}}'
+    rest = size - len(head) - len(journal.frame(salt, Kind.RECORD, record % (b"x" * 100))) + 100
+    data = head + journal.frame(salt, Kind.RECORD, record % (b"x" * rest))
+    assert len(data) == size
+    overwrite(path, data)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (truncated, "cut off or written to"),
+        (shorter_copy, "cut off or written to"),
+        (longer, "cut off or written to"),
+        (zeroed, "overwritten"),
+        (one_byte, "overwritten"),
+        (another_journal, "overwritten"),
+    ],
+)
+@pytest.mark.parametrize("then", ["commit", "checkpoint"])
+async def test_a_journal_that_is_changed_in_place(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[Path, bytes], None],
+    told: str,
+    then: str,
+) -> None:
+    """It is noticed before the next acknowledgement, logged, and everything is written anew."""
+    directory = tmp_path / "state"
+    path = directory / "lab.journal"
+    state = manager(directory)
+    await state.start()
+    await state.set("a", "x" * 200)
+    older = path.read_bytes()
+    await state.set("b", "x" * 200)
+    change(path, older)
+    expected: dict[str, object] = {"a": "x" * 200, "b": "x" * 200}
+    if then == "commit":
+        await state.set("c", 3)
+        expected["c"] = 3
+        copy = shutil.copytree(directory, tmp_path / "copy")
+        async with manager(copy) as killed:
+            assert await killed.get_all() == expected
+    await state.stop()
+    errors = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1
+    assert f"{path} was {told} by other code while in use: writing everything anew" in errors[0]
+    async with manager(directory) as state:
+        assert await state.get_all() == expected
+
+
+async def test_a_journal_whose_time_alone_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is read, once, and stays in use: some file systems set the time of a file long after a write."""
+    path = tmp_path / "lab.journal"
+    reads: list[str] = []
+    real = _fs.read
+
+    def read(path: str) -> bytes | None:
+        reads.append(path)
+        return real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        async with manager(tmp_path) as state:
+            await state.set("a", 1)
+            inode = path.stat().st_ino
+            patch.setattr(_fs, "read", read)
+            for number in range(5):
+                os.utime(path, ns=(number, number))
+                await state.set("a", number)
+            assert reads == [str(path)]
+            assert path.stat().st_ino == inode
+            await state._core.running._checkpoint(wait=False)
+            os.utime(path, ns=(0, 0))
+            await state.set("a", 6)
+            assert reads == [str(path)] * 2  # another journal, which is read once, too
+            truncated(path, b"")
+            await state.set("b", 7)  # the size is still compared
+            assert "cut off" in caplog.text
+    async with manager(tmp_path) as state:
+        assert await state.get_all() == {"a": 6, "b": 7}
+
+
+async def test_a_large_journal_whose_time_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written anew without being read, which would cost as much."""
+    monkeypatch.setattr(_file_writer, "_LARGEST_READ_AGAIN", 100)
+    path = tmp_path / "lab.journal"
+    async with manager(tmp_path) as state:
+        await state.set("a", "x" * 100)
+        inode = path.stat().st_ino
+        os.utime(path, ns=(0, 0))
+        await state.set("b", 1)
+        assert path.stat().st_ino != inode
+        assert len(state) == 2
+
+
+# Descriptors that other code closed
+
+
+@pytest.mark.parametrize("reused", [False, True])
+@pytest.mark.parametrize("then", ["commit", "checkpoint"])
+async def test_a_descriptor_that_the_application_closed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, then: str, *, reused: bool
+) -> None:
+    """Nothing is written to the file that has the number now, nor is that closed; everything is written anew."""
+    directory, other = tmp_path / "state", tmp_path / "other"
+    state = manager(directory)
+    await state.start()
+    await state.set("a", 1)
+    number = writer(state)._fd
+    os.close(number)
+    taken = os.open(other, os.O_RDWR | os.O_CREAT) if reused else -1
+    assert taken in (-1, number)
+    if then == "commit":
+        await state.set("b", 2)
+    await state.stop()
+    assert "lab.journal cannot be written: other code in this process closed its descriptor" in caplog.text
+    if reused:
+        os.write(taken, b"precious")
+        os.close(taken)
+        assert other.read_bytes() == b"precious"
+    async with manager(directory) as state:
+        assert await state.get_all() == {"a": 1} | ({"b": 2} if then == "commit" else {})
+
+
+@pytest.mark.parametrize("how", ["closed", "cut off", "replaced"])
+async def test_a_new_journal_that_is_not_what_was_written(tmp_path: Path, how: str) -> None:
+    """It is not put in place; the one before it stays in use, and the next attempt succeeds."""
+    other = tmp_path / "other"
+    taken: list[int] = []
+
+    def create(self: NewJournal, base: str, *frames: tuple[Kind, bytes]) -> None:
+        real(self, base, *frames)
+        if how == "closed":
+            os.close(self.fd)
+            taken.append(os.open(other, os.O_RDWR | os.O_CREAT))
+        elif how == "replaced":
+            Path(self.path).unlink()
+            Path(self.path).touch()
+        else:
+            os.truncate(self.path, 10)
+
+    async with manager(tmp_path / "state", flush_interval=None) as state:
+        await state.set("a", 1)
+        with pytest.MonkeyPatch.context() as patch:
+            real = NewJournal.create
+            patch.setattr(NewJournal, "create", create)
+            with pytest.raises(UnavailableError, match="is not what was written: other code changed it, or closed"):
+                await state.flush()
+        for fd in taken:
+            os.write(fd, b"precious")
+            os.close(fd)
+            assert other.read_bytes() == b"precious"
+        await state.flush()
+    async with manager(tmp_path / "state") as state:
+        assert await state.get_all() == {"a": 1}
+
+
+async def test_a_new_snapshot_that_is_not_what_was_written(tmp_path: Path) -> None:
+    """It is not put in place, and the next checkpoint writes another one."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+        with pytest.MonkeyPatch.context() as patch:
+            real = _fs.NewFile.finish
+
+            def finish(self: _fs.NewFile) -> None:
+                real(self)
+                os.truncate(self.path, 3)
+
+            async def slices() -> AsyncIterator[bytes]:
+                yield b'{"b":1}'
+
+            patch.setattr(_fs.NewFile, "finish", finish)
+            with pytest.raises(UnavailableError, match=r"json\.[0-9a-f]{8}\.tmp is not what was written"):
+                await session(state).checkpoint(slices)
+        await state.set("b", 2)
+    async with manager(tmp_path) as state:
+        assert await state.get_all() == {"a": 1, "b": 2}
