@@ -255,12 +255,11 @@ class Requests:
 
         return await self._read(once, tries)
 
-    async def get(self, key: str, last: int | None = None) -> tuple[Found, bytes] | None:
-        """An object with its body, or the last bytes of it; `None` for none."""
-        where = {} if last is None else {"Range": f"bytes=-{last}"}
+    async def get(self, key: str) -> tuple[Found, bytes] | None:
+        """An object with its body; `None` for none."""
 
         async def once(client: Client, limit: Limit) -> tuple[Found, bytes]:
-            response = await client.get_object(Bucket=self._bucket, Key=key, **where)
+            response = await client.get_object(Bucket=self._bucket, Key=key)
             parts: list[bytes] = []
             async with response["Body"] as body:
                 async for part in body.iter_chunks(_CHUNK):
@@ -415,4 +414,4 @@ def _parts(keys: list[str]) -> Iterator[list[str]]:
 
 def _found(response: dict[str, Any]) -> Found:
     metadata = {str(key).lower(): str(value) for key, value in response.get("Metadata", {}).items()}
-    return Found(str(response.get("ETag", "")), metadata, int(response["ContentLength"]))
+    return Found(unquoted(str(response.get("ETag", ""))), metadata, int(response["ContentLength"]))

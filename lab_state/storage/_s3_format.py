@@ -24,15 +24,27 @@ SEQ = "labstateseq"
 FENCE = "labstatefence"
 OWNER = "labstateowner"
 
+BASE = "labstatebase"
+"""The metadata key that says which snapshot a record follows.
+
+`OWN_BASE` for one that the storage wrote, whose stamp says the rest; `NO_BASE` for none;
+else the size and the CRC-32 of a file that somebody else put there.
+"""
+
+OWN_BASE = "own"
+
+MOST_NUMBER = 10**19 - 1
+"""The last number of a record or a fence. At a thousand records a second it takes 300 million years."""
+
 _TAIL = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
-_STAMPED = re.compile(rb',"seq":(\d{1,20}),"fence":(\d{1,20}),"crc32":"([0-9a-f]{8})"\}\}\Z')
+_STAMPED = re.compile(rb',"seq":(\d{1,19}),"fence":(\d{1,19}),"crc32":"([0-9a-f]{8})"\}\}\Z')
 _TAIL_BYTES = 96
 
-END_BYTES = 2 * _TAIL_BYTES
+_END_BYTES = 2 * _TAIL_BYTES
 """How much of the end of a snapshot holds its stamp."""
 
-_NUMBER = re.compile(r"\d{20}")
-_METADATA_NUMBER = re.compile(r"[0-9]{1,20}")
+_NUMBER = re.compile(r"[0-9]{20}")  # `\d` would take digits of other scripts, too
+_METADATA_NUMBER = re.compile(r"[0-9]{1,19}")
 
 
 class Names(NamedTuple):
@@ -123,12 +135,6 @@ def stamp_in_metadata(metadata: dict[str, str], path: str) -> Stamp | None:
     return Stamp(*map(int, numbers))
 
 
-def stamp_at_end(end: bytes) -> Stamp | None:
-    """The stamp in the last bytes of a snapshot, unproven."""
-    found = _STAMPED.search(end)
-    return None if found is None else Stamp(int(found[1]), int(found[2]))
-
-
 def same_stamp(inside: Stamp | None, outside: Stamp | None, path: str) -> Stamp | None:
     """The stamp in a snapshot and the one in its metadata are one, where both are there.
 
@@ -148,7 +154,7 @@ def stamp_in_body(data: bytes, path: str) -> Stamp | None:
     Raises:
         CorruptionError: The checksum beside it does not match.
     """
-    found = _STAMPED.search(data, max(0, len(data) - END_BYTES))
+    found = _STAMPED.search(data, max(0, len(data) - _END_BYTES))
     if found is None:
         return None
     cut = len(data) - len(b',"crc32":"01234567"}}')

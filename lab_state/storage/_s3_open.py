@@ -1,14 +1,15 @@
 """Becoming the only writer of a state in S3, and loading it.
 
 1. Show that the store honours conditions, on an object of its own.
-2. HEAD the snapshot, LIST what comes after the number it covers, and create a fence at
-   the next number. Whoever wrote there before finds it in the way of its next record.
-3. HEAD the snapshot again. If it covers the fence's number, the number had been used
-   and deleted: the fence keeps nobody out, begin again.
-4. GET the snapshot, LIST what comes after it. Something above the fence: someone newer
-   came, begin again. Else exactly the numbers up to the fence must be there. If one is
-   not, a checkpoint of the writer before may have deleted it meanwhile, which shows in
-   the snapshot's ETag: load again. If the snapshot stays the same, it is damage.
+2. Load: GET the snapshot, LIST what comes after the number it covers, GET the records.
+   No number may be missing. If one is, a checkpoint may have deleted it meanwhile, which
+   shows in the snapshot: load again. If the snapshot stays the same, it is damage, and
+   the start ends here. A fence above the damage would outlive it, and leave a gap for good.
+3. LIST again, and create a fence at the next number. An older writer finds it in the way
+   of its next record.
+4. Load again; only what changed is fetched. If the snapshot covers the fence's number, the
+   number had been used and deleted: the fence keeps nobody out, begin again. If something
+   is above the fence, a newer writer came: begin again.
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ import asyncio
 import os
 import socket
 import uuid
+import zlib
 from typing import NamedTuple
 
+from lab_state._journal import NO_BASE, base_of
 from lab_state.exceptions import CorruptionError, UnavailableError, UnsupportedError
 from lab_state.storage._protocol import Recovery
-from lab_state.storage._s3_body import Body
+from lab_state.storage._s3_body import LONG, Body
 from lab_state.storage._s3_client import Requests
 from lab_state.storage._s3_format import (
-    END_BYTES,
+    BASE,
+    MOST_NUMBER,
+    OWN_BASE,
     OWNER,
     Names,
     Stamp,
     same_stamp,
-    stamp_at_end,
     stamp_in_body,
     stamp_in_metadata,
     unframe,
@@ -41,22 +45,31 @@ _SAME_SNAPSHOT = 3
 _NO_ETAG = f'"{"0" * 32}"'
 
 
-class Opened(NamedTuple):
-    """A state that is ours, loaded.
+class Loaded(NamedTuple):
+    """A state at one moment.
 
     Attributes:
-        fence: The number of our fence.
         etag: The snapshot's ETag; `None` when there is none.
         snapshot_bytes: Its size.
+        base: What the next record says that it follows; see `BASE`.
+        covered: The number of the last record that the snapshot covers.
         records: The sizes of the records behind it, by number.
-        recovery: What was loaded.
+        recovery: Their bytes.
     """
 
-    fence: int
     etag: str | None
     snapshot_bytes: int
+    base: str
+    covered: int
     records: dict[int, int]
     recovery: Recovery
+
+
+class Opened(NamedTuple):
+    """A state that is ours, loaded. `fence` is the number of our fence."""
+
+    fence: int
+    loaded: Loaded
 
 
 def new_write_id() -> str:
@@ -72,12 +85,14 @@ async def open_state(store: Requests, names: Names) -> Opened:
     """
     await _probe(store, names)
     tries = store.tries("opening", names.snapshot)
+    loader = Loader(store, names)
     while True:
-        fence = await _fence(store, names)
+        before = await loader.load()
+        fence = await _fence(store, names, before.covered)
         if fence is not None:
-            opened = await _load(store, names, fence)
-            if opened is not None:
-                return opened
+            loaded = await loader.load_below(fence)
+            if loaded is not None:
+                return Opened(fence, loaded)
         await tries.pause(UnavailableError("others are opening it at the same time"))
 
 
@@ -96,17 +111,17 @@ async def _probe(store: Requests, names: Names) -> None:
         )
 
 
-async def _fence(store: Requests, names: Names) -> int | None:
-    """A fence of ours above everything that is there; `None` if someone else came first."""
-    covered = await _covered(store, names, proven=True)
+async def _fence(store: Requests, names: Names, covered: int) -> int | None:
+    """Create a fence of ours above everything that is there; `None` if another writer came first."""
     listed = await numbers(store, names, covered)
-    fence = max([covered, *listed]) + 1
-    metadata = {WRITE_ID: new_write_id(), OWNER: _owner()}
+    fence = covered + len(listed) + 1
+    if listed and max(listed) >= fence:  # a checkpoint deletes at this moment; the loader can tell it from damage
+        return None
     try:
-        await store.put(names.record(fence), Body.of(b""), metadata, None)
+        await store.put(names.record(fence), Body.of(b""), {WRITE_ID: new_write_id(), OWNER: _owner()}, None)
     except NotOursError:
         return None
-    return fence if await _covered(store, names) < fence else None
+    return fence
 
 
 def _owner() -> str:
@@ -114,56 +129,173 @@ def _owner() -> str:
     return f"{host} pid {os.getpid()}"
 
 
-async def _covered(store: Requests, names: Names, *, proven: bool = False) -> int:
-    """The number of the last record that the snapshot covers.
-
-    A fence beyond a number that was damaged would outlive the damage. So before there is
-    one, what the metadata say is `proven` by the end of the snapshot.
-    """
-    found = await store.head(names.snapshot)
-    if found is None:
-        return 0
-    path = names.url(names.snapshot)
-    stamp = stamp_in_metadata(found.metadata, path)
-    if stamp is None:  # a copy, or someone else's: only its bytes can tell
-        got = await store.get(names.snapshot)
-        stamp = None if got is None else stamp_in_body(got[1], path)
-    elif proven and found.size and (got := await store.get(names.snapshot, END_BYTES)) is not None:
-        same_stamp(stamp_at_end(got[1]), stamp_in_metadata(got[0].metadata, path), path)
-    return 0 if stamp is None else stamp.seq
-
-
 async def numbers(store: Requests, names: Names, after: int) -> dict[int, int]:
-    """The numbers of records and fences above one, in order, with their sizes; a fence has none."""
+    """Return the numbers of records and fences above one, in order, with their sizes; a fence has none.
+
+    Raises:
+        CorruptionError: A number is one that no writer reaches.
+    """
     listed = await store.sizes(names.journal, names.record(after))
     found = {number: size for key, size in listed.items() if (number := names.number(key)) is not None}
+    for number in found:
+        if number > MOST_NUMBER:
+            path = names.url(names.record(number))
+            raise CorruptionError(path, 0, "no writer reaches this number; delete this object, which is a stray one")
     return {number: found[number] for number in sorted(found) if number > after}
 
 
-async def _load(store: Requests, names: Names, fence: int) -> Opened | None:
-    """The snapshot and the records up to our fence; `None` if the fence does not hold."""
-    path = names.url(names.snapshot)
-    same = 0
-    while True:
-        got = await store.get(names.snapshot)
-        etag, data = (None, None) if got is None else (got[0].etag, got[1])
-        stamp = _stamp(got, path)
-        covered = 0 if stamp is None else stamp.seq
-        listed = await numbers(store, names, covered)
-        if covered >= fence or max(listed, default=0) > fence:
+class _Object(NamedTuple):
+    """What a number holds.
+
+    Attributes:
+        record: The record; `None` for a fence.
+        base: What it says that it follows; `None` if it says nothing.
+    """
+
+    record: bytes | None
+    base: str | None
+
+
+class Loader:
+    """Loads a state as often as needed; what is still the same is not fetched again."""
+
+    def __init__(self, store: Requests, names: Names) -> None:
+        """Nothing is fetched yet."""
+        self._store = store
+        self._names = names
+        self._path = names.url(names.snapshot)
+        self._looked = False
+        self._snapshot: tuple[Found, bytes] | None = None
+        self._stamp: Stamp | None = None
+        self._crc: int | None = None
+        self._base = NO_BASE
+        self._same = 0  # how often the snapshot was the same although something was wrong
+        self._objects: dict[int, _Object] = {}  # a number is never used twice
+
+    async def load(self) -> Loaded:
+        """Load what is there.
+
+        Raises:
+            CorruptionError: It is damaged.
+            StorageError: It could not be read.
+        """
+        loaded = await self._load(None)
+        assert loaded is not None, "there is no fence that could fail"
+        return loaded
+
+    async def load_below(self, fence: int) -> Loaded | None:
+        """Load what is below a fence of ours; `None` if the fence does not hold.
+
+        Raises:
+            CorruptionError: It is damaged.
+            StorageError: It could not be read.
+        """
+        return await self._load(fence)
+
+    async def _load(self, fence: int | None) -> Loaded | None:
+        store, names = self._store, self._names
+        tries = store.tries("loading", names.snapshot)
+        while True:
+            await self._look()
+            covered = 0 if self._stamp is None else self._stamp.seq
+            listed = await numbers(store, names, covered)
+            if fence is not None and (covered >= fence or max(listed, default=0) > fence):
+                return None
+            if self._snapshot is not None and self._stamp is None and self._same >= _SAME_SNAPSHOT:
+                # A file put there by hand does not say what it covers; the revisions in the records do.
+                last = max(listed, default=covered + 1)
+                covered = min((number for number, size in listed.items() if size), default=last) - 1
+                listed = {number: size for number, size in listed.items() if number > covered}
+            problem = gap(listed, covered, fence, names)
+            if problem is None and await self._fetch([number for number in listed if number != fence]):
+                problem = self._misfit(listed)
+                if problem is None:
+                    return self._loaded(covered, listed)
+            self._same += 1
+            if self._same > _SAME_SNAPSHOT:
+                raise CorruptionError(self._path, 0, problem or "a record that is listed is missing; restore it")
+            await tries.pause(UnavailableError("it changes while it is read"))
+
+    async def _look(self) -> None:
+        """Fetch the snapshot, if it is another one than before."""
+        if self._looked:
+            found = await self._store.head(self._names.snapshot)
+            if found == (None if self._snapshot is None else self._snapshot[0]):
+                return
+        self._snapshot = None  # it may be large, and so may the next one
+        self._same = 0
+        got = await self._store.get(self._names.snapshot)
+        self._stamp = _stamp(got, self._path)
+        self._crc = None
+        if got is None:
+            self._base = NO_BASE
+        elif self._stamp is not None:
+            self._base = OWN_BASE
+        else:
+            self._crc = await self._checksum(got[1])
+            self._base = base_of(len(got[1]), self._crc)
+        self._snapshot, self._looked = got, True
+
+    async def _checksum(self, data: bytes) -> int:
+        if len(data) < LONG:
+            return zlib.crc32(data)
+        return await asyncio.get_running_loop().run_in_executor(self._store.thread, zlib.crc32, data)
+
+    async def _fetch(self, wanted: list[int]) -> bool:
+        """Fetch the objects under these numbers, some at a time; False if one is gone."""
+        left = iter([number for number in wanted if number not in self._objects])
+        gone = False
+
+        async def fetch() -> None:
+            nonlocal gone
+            for number in left:
+                got = await self._store.get(self._names.record(number))
+                if gone or got is None:
+                    gone = True
+                    return
+                self._objects[number] = _object(self._names, number, *got)
+
+        fetching = [asyncio.create_task(fetch()) for _ in range(min(_AT_ONCE, len(wanted)))]
+        try:
+            await asyncio.gather(*fetching)
+        finally:
+            for task in fetching:
+                task.cancel()
+            await asyncio.gather(*fetching, return_exceptions=True)
+        return not gone
+
+    def _misfit(self, listed: dict[int, int]) -> str | None:
+        """Say which record follows another snapshot than the one that is there.
+
+        A snapshot with a stamp says itself which records come after it.
+        """
+        if self._stamp is not None:
             return None
-        sizes = {number: size for number, size in listed.items() if size}
-        if _whole(listed, covered, fence, edited=data is not None and stamp is None and same >= _SAME_SNAPSHOT):
-            records = await _records(store, names, [number for number in listed if number != fence])
-            if records is not None:
-                recovery = Recovery(data, records, unsettled=False, dropped_bytes=0)
-                return Opened(fence, etag, len(data or b""), sizes, recovery)
-        now = await store.head(names.snapshot)
-        same = same + 1 if (None if now is None else now.etag) == etag else 0
-        if same > _SAME_SNAPSHOT:
-            raise CorruptionError(
-                path, 0, f"records between {covered + 1} and {fence - 1} are missing from {names.journal}; restore them"
-            )
+        for number in listed:
+            found = self._objects.get(number)
+            if found is not None and found.record is not None and found.base not in {None, self._base}:
+                what = "is missing" if self._snapshot is None else "is not the one"
+                return (
+                    f"the snapshot that record {number} follows {what}; restore it. To begin with what is here, "
+                    f"delete everything under {self._names.journal}"
+                )
+        return None
+
+    def _loaded(self, covered: int, listed: dict[int, int]) -> Loaded:
+        found, data = (None, None) if self._snapshot is None else self._snapshot
+        records = tuple(
+            known.record
+            for number in listed
+            if (known := self._objects.get(number)) is not None and known.record is not None
+        )
+        return Loaded(
+            None if found is None else found.etag,
+            len(data or b""),
+            self._base,
+            covered,
+            {number: size for number, size in listed.items() if size},
+            Recovery(data, records, unsettled=False, dropped_bytes=0, crc32=self._crc),
+        )
 
 
 def _stamp(got: tuple[Found, bytes] | None, path: str) -> Stamp | None:
@@ -173,45 +305,26 @@ def _stamp(got: tuple[Found, bytes] | None, path: str) -> Stamp | None:
     return same_stamp(stamp_in_body(data, path), stamp_in_metadata(found.metadata, path), path)
 
 
-def _whole(listed: dict[int, int], covered: int, fence: int, *, edited: bool) -> bool:
-    """Whether nothing is missing between the snapshot and the fence."""
-    if edited:
-        # A file put there by hand does not say what it covers; the revisions in the records do.
-        covered = min((number for number, size in listed.items() if size), default=fence) - 1
-    wanted = range(covered + 1, fence + 1)
-    return len(wanted) <= len(listed) and all(number in listed for number in wanted)
+def gap(listed: dict[int, int], covered: int, fence: int | None, names: Names) -> str | None:
+    """Say which numbers are missing between the snapshot and the last one, or the fence; `None` for none."""
+    end = max(listed, default=covered) if fence is None else fence
+    if len(listed) == end - covered:
+        return None
+    first = next((number for number in range(covered + 1, end + 1) if number not in listed), end)
+    above = min((number for number in listed if number > first), default=None)
+    if above is None:
+        return f"the records from {first} on are missing from {names.journal}; restore them"
+    return (
+        f"the records {first} to {above - 1} are missing from {names.journal}; restore them, or, if "
+        f"{names.url(names.record(above))} and what comes after it are no part of this state, delete those"
+    )
 
 
-async def _records(store: Requests, names: Names, wanted: list[int]) -> tuple[bytes, ...] | None:
-    """The records among these, in order, fetched some at a time; `None` if one, or a fence, is gone."""
-    found: dict[int, bytes | None] = {}
-    left = iter(wanted)
-    gone = False
-
-    async def fetch() -> None:
-        nonlocal gone
-        for number in left:
-            got = await store.get(names.record(number))
-            if gone or got is None:
-                gone = True
-                return
-            found[number] = _record(names, number, *got)
-
-    fetching = [asyncio.create_task(fetch()) for _ in range(min(_AT_ONCE, len(wanted)))]
-    try:
-        await asyncio.gather(*fetching)
-    finally:
-        for task in fetching:
-            task.cancel()
-        await asyncio.gather(*fetching, return_exceptions=True)
-    return None if gone else tuple(record for number in wanted if (record := found[number]) is not None)
-
-
-def _record(names: Names, number: int, found: Found, body: bytes) -> bytes | None:
-    """The record; `None` for a fence. What is empty, and was written by us without an owner, was a record once."""
+def _object(names: Names, number: int, found: Found, body: bytes) -> _Object:
+    """Read an object. What is empty, and was written by us without an owner, was a record once."""
     path = names.url(names.record(number))
     if not body:
         if WRITE_ID in found.metadata and OWNER not in found.metadata:
             raise CorruptionError(path, 0, "it is empty, which no record is; restore a copy")
-        return None
-    return unframe(names.name, number, body, path)
+        return _Object(None, None)
+    return _Object(unframe(names.name, number, body, path), found.metadata.get(BASE))

@@ -24,7 +24,7 @@ from lab_state.exceptions import FencedError, StorageError, UnsupportedError
 from lab_state.storage._protocol import Recovery, Snapshot
 from lab_state.storage._s3_body import LONG, Body, Spool
 from lab_state.storage._s3_client import Requests
-from lab_state.storage._s3_format import OWNER, Names, Stamp, frame, stamp_in_metadata, stamped
+from lab_state.storage._s3_format import BASE, OWN_BASE, OWNER, Names, Stamp, frame, stamp_in_metadata, stamped
 from lab_state.storage._s3_open import Opened, new_write_id, numbers
 from lab_state.storage._s3_outcomes import WRITE_ID, Found, NotOursError
 
@@ -48,15 +48,17 @@ class S3Session:
 
     def __init__(self, store: Requests, names: Names, opened: Opened, let_go: Callable[[], None]) -> None:
         """`let_go` is called when the session has ended."""
-        self.recovery: Recovery = opened.recovery
+        fence, loaded = opened
+        self.recovery: Recovery = loaded.recovery
         self.path: str = names.url(names.snapshot)
-        self.snapshot_bytes: int = opened.snapshot_bytes
+        self.snapshot_bytes: int = loaded.snapshot_bytes
         self._store = store
         self._names = names
-        self._fence = opened.fence
-        self._etag = opened.etag
-        self._seq = opened.fence
-        self._records = dict(opened.records)  # sizes, by number, of what the snapshot does not cover
+        self._fence = fence
+        self._etag = loaded.etag
+        self._base = loaded.base
+        self._seq = fence
+        self._records = dict(loaded.records)  # sizes, by number, of what the snapshot does not cover
         self._cleaned = 0
         self._pending: _Pending | None = None
         self._deposed: str | None = None
@@ -88,7 +90,7 @@ class S3Session:
             await self._settle(self._pending)
         number = self._seq + 1
         body = await self._framed(number, record)
-        self._pending = _Pending(number, body, {WRITE_ID: new_write_id()})
+        self._pending = _Pending(number, body, {WRITE_ID: new_write_id(), BASE: self._base})
         await self._settle(self._pending)
 
     async def _framed(self, number: int, record: bytes) -> Body:
@@ -156,6 +158,7 @@ class S3Session:
             covered = await self._replace(body, stamp)
         finally:
             spool.discard()
+        self._base = OWN_BASE
         for number in [number for number in self._records if number <= covered]:
             del self._records[number]
         await self._clean(covered)

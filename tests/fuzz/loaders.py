@@ -37,8 +37,8 @@ from lab_state.cache._format import Head, Message, decode_message, parse_head
 from lab_state.cache._local import Local
 from lab_state.cache._source import Found as Fetched
 from lab_state.storage._protocol import Recovery
-from lab_state.storage._s3_format import frame, stamp_in_body, stamp_in_metadata, stamped, unframe
-from lab_state.storage._s3_open import _stamp, _whole
+from lab_state.storage._s3_format import Names, frame, stamp_in_body, stamp_in_metadata, stamped, unframe
+from lab_state.storage._s3_open import _stamp, gap
 from lab_state.storage._s3_outcomes import Found
 from lab_state.testing import ManualClock
 
@@ -143,7 +143,8 @@ def s3(data: bytes) -> None:
             again = stamped(snapshot, told)
             assert stamp_in_body(again, "p") == told
             assert raw(decode_snapshot(again, "p")) == raw(plain)
-        _whole({wanted: len(body)}, told.seq if told else 0, wanted + 1, edited=bool(mode & 4))
+        names = Names.of("b", "p", NAME)
+        gap({wanted: len(body)}, told.seq if told else 0, None if mode & 4 else wanted + 1, names)
     if mode & 8:
         body = frame(NAME, wanted, body)
     try:

@@ -390,14 +390,14 @@ async def test_a_file_edited_by_hand(bucket: Bucket) -> None:
 
 
 async def test_a_file_put_there_beside_records_that_are_not_its_own(bucket: Bucket) -> None:
-    """A hand-made snapshot beside records of the old one is refused: their revisions do not follow it."""
+    """A hand-made snapshot beside records of the old one is refused: they say that they follow another one."""
     async with Manager(NAME, bucket.storage()) as state:
         await state.set("a", 1)
     session = await bucket.storage().open(NAME)
     await session.commit(b'{"from":1,"to":2,"clear":false,"set":{"a":2},"delete":[],"expires":{}}', VIEW)
     await session.aclose()
     bucket.put(SNAPSHOT, PLAIN)
-    with pytest.raises(CorruptionError, match="missing"):
+    with pytest.raises(CorruptionError, match="follows is not the one"):
         await Manager(NAME, bucket.storage()).start()
 
 

@@ -293,11 +293,33 @@ async def test_an_opener_that_is_overtaken_while_it_loads_begins_again(bucket: B
         sessions.append(await rival.open(NAME))
         await sessions[0].commit(b"1", VIEW)
 
-    proxy.plan("GET", SNAPSHOT, Before(overtake))
+    proxy.plan("HEAD", SNAPSHOT, Before(overtake))  # it is looked at again behind the fence
     session = await bucket.storage(proxy.url).open(NAME)
     assert session.recovery.records == (b"1",)
+    assert session._fence == 4
     await deposed(sessions[0])
     await session.aclose()
+
+
+async def test_a_deletion_under_an_opener_is_not_damage(bucket: Bucket, proxy: Proxy) -> None:
+    """An opener that lists while a checkpoint deletes makes no fence above the gap; it loads again."""
+    old = await bucket.storage().open(NAME)
+    for number in range(3):
+        await old.commit(b"%d" % number, VIEW)
+
+    async def half_deleted() -> None:
+        await old.checkpoint(given(b"late"))
+        bucket.put(f"{JOURNAL}{4:020d}", b"about to be deleted")
+
+    async def loading(request: Request, forward: Forward) -> Response | None:
+        proxy.plan("GET", "list-type", Before(half_deleted))
+        return await forward(request)
+
+    proxy.plan("GET", "list-type", loading)
+    session = await bucket.storage(proxy.url).open(NAME)
+    assert session.recovery == Recovery(b"late", (), unsettled=False, dropped_bytes=0)
+    await session.aclose()
+    await old.aclose()
 
 
 async def test_a_fence_at_a_used_number_is_void(bucket: Bucket, proxy: Proxy) -> None:
@@ -621,6 +643,120 @@ async def test_a_missing_record_is_damage(bucket: Bucket) -> None:
             await bucket.storage().open(NAME)
     bucket.put(gone, data, metadata)
     assert await records(bucket) == (b"0", b"1", b"2")
+
+
+@pytest.mark.parametrize(
+    ("number", "body", "edited"),
+    [
+        (9_999, b"a copy under a wrong key", False),
+        (9_999, b"a copy under a wrong key", True),
+        (9_999, b"", False),
+        (3, b"a copy under a wrong key", False),
+        (3, b"", True),
+        (10**20 - 1, b"a copy under a wrong key", False),
+    ],
+)
+async def test_a_stray_object_leaves_nothing_behind(bucket: Bucket, number: int, body: bytes, *, edited: bool) -> None:
+    """A start that is refused for an object under a wrong number writes no fence: without the object, all is well."""
+    async with Manager(NAME, bucket.storage()) as state:
+        await state.set("a", 1)
+    if edited:
+        bucket.put(SNAPSHOT, b'{"a":1}')
+    before = bucket.keys()
+    stray = f"{JOURNAL}{number:020d}"
+    bucket.put(stray, body, {WRITE_ID: "copied"})
+    for _ in range(2):
+        with pytest.raises(CorruptionError):
+            await Manager(NAME, bucket.storage()).start()
+    bucket.delete(stray)
+    assert bucket.keys() == before
+    async with Manager(NAME, bucket.storage()) as state:
+        assert await state.get_all() == {"a": 1}
+
+
+async def test_a_gap_names_what_is_above_it(bucket: Bucket) -> None:
+    """Whether records are missing or one is too much, nobody can tell; so the error names both."""
+    stray = f"{JOURNAL}{9_999:020d}"
+    bucket.put(stray, b"x")
+    with pytest.raises(CorruptionError, match=rf"records 1 to 9998 are missing .*{stray} .*delete"):
+        await bucket.storage().open(NAME)
+
+
+async def test_a_fence_that_vanishes_is_damage(bucket: Bucket, proxy: Proxy) -> None:
+    """A fence that was deleted again, or that the store does not list, is refused."""
+
+    async def vanished(request: Request, forward: Forward) -> Response | None:
+        response = await forward(request)
+        bucket.delete(f"{JOURNAL}{1:020d}")
+        return response
+
+    proxy.plan("PUT", JOURNAL, vanished)
+    with pytest.raises(CorruptionError, match="records from 1 on are missing"):
+        await bucket.storage(proxy.url).open(NAME)
+
+
+async def test_digits_of_other_scripts_are_no_number(bucket: Bucket) -> None:
+    """A key whose name only looks like a number is someone else's."""
+    bucket.put(f"{JOURNAL}{'٣' * 20}", b"x")
+    assert await records(bucket) == ()
+
+
+# The snapshot that the records follow
+
+
+async def test_a_file_put_there_in_the_first_run(bucket: Bucket) -> None:
+    """A snapshot copied into place while the first manager runs is not merged: it deposes, and is refused beside records."""
+    session = await bucket.storage().open(NAME)
+    await session.commit(b"mine", VIEW)
+    bucket.put(SNAPSHOT, b'{"theirs": 1}')
+    with pytest.raises(FencedError, match="the snapshot is not ours"):
+        await session.checkpoint(VIEW)
+    await session.aclose()
+    with pytest.raises(CorruptionError, match="snapshot that record 2 follows is not the one"):
+        await Manager(NAME, bucket.storage()).start()
+    bucket.delete(SNAPSHOT)
+    assert await records(bucket) == (b"mine",)
+
+
+@pytest.mark.parametrize("there", [b'{"theirs": 2}', None])
+async def test_an_imported_file_that_is_exchanged(bucket: Bucket, there: bytes | None) -> None:
+    """Records on top of an imported file are refused beside another one, or none, and taken when it is back."""
+    bucket.put(SNAPSHOT, b'{"theirs": 1}')
+    session = await bucket.storage().open(NAME)
+    await session.commit(b"1", VIEW)
+    await session.aclose()
+    if there is None:
+        bucket.delete(SNAPSHOT)
+    else:
+        bucket.put(SNAPSHOT, there)
+    before = bucket.keys()
+    words = "is missing" if there is None else "is not the one"
+    with pytest.raises(CorruptionError, match=f"the snapshot that record 2 follows {words}"):
+        await bucket.storage().open(NAME)
+    assert bucket.keys() == before
+    bucket.put(SNAPSHOT, b'{"theirs": 1}')
+    assert await records(bucket) == (b"1",)
+
+
+async def test_a_large_imported_file(bucket: Bucket) -> None:
+    """The checksum of a file of megabytes is computed in a thread."""
+    data = b'{"a":"%s"}' % (b"x" * 3_000_000)
+    bucket.put(SNAPSHOT, data)
+    for _ in range(2):
+        session = await bucket.storage().open(NAME)
+        assert session.recovery.snapshot == data
+        await session.commit(b"1", VIEW)
+        await session.aclose()
+
+
+async def test_a_record_without_its_metadata(bucket: Bucket) -> None:
+    """A record restored without its metadata says nothing of a snapshot, and is taken."""
+    session = await bucket.storage().open(NAME)
+    await session.commit(b"1", VIEW)
+    await session.aclose()
+    key = f"{JOURNAL}{2:020d}"
+    bucket.put(key, bucket.get(key)[0])
+    assert await records(bucket) == (b"1",)
 
 
 async def test_a_record_that_vanishes_while_it_is_loaded_is_damage(bucket: Bucket, proxy: Proxy) -> None:

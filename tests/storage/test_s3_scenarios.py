@@ -22,6 +22,7 @@ from s3_world import Bucket, endpoint
 
 from lab_state import UnavailableError
 from lab_state.storage import _s3_client, _s3_open, _s3_outcomes, _s3_session
+from lab_state.storage._s3_open import Loader
 from lab_state.storage._s3_session import S3Session
 
 ORDINARY = 200
@@ -94,17 +95,19 @@ BUGS: dict[str, list[Change]] = {
         (S3Session, "_replace", "            except NotOursError as refused:", "            except UnavailableError:\n                return stamp.seq\n            except NotOursError as refused:"),
     ],
     "a gap is not noticed while loading": [
-        (_s3_open, "_whole", "return len(wanted)", "return True or len(wanted)"),
-        (_s3_open, "_records", "            if gone or got is None:\n                gone = True\n                return", "            if got is None:\n                continue"),
-        (_s3_open, "_records", "for number in wanted if (record", "for number in sorted(found) if (record"),
+        (_s3_open, "gap", "if len(listed) == end - covered", "if len(listed) <= end - covered"),
+        (Loader, "_fetch", "                if gone or got is None:\n                    gone = True\n                    return", "                if got is None:\n                    continue"),
+        (Loader, "_look", "        if self._looked:\n", "        if self._looked:\n            return\n"),
+    ],
+    "the snapshot is not looked at again behind the fence": [
+        (Loader, "_look", "        if self._looked:\n", "        if self._looked:\n            return\n"),
     ],
     "a fence at a number that was used and deleted counts": [
-        (_s3_open, "_fence", "if await _covered(store, names) < fence else None", ""),
-        (_s3_open, "_load", "covered >= fence or", ""),
-        (_s3_open, "_whole", "return len(wanted)", "return covered >= fence or len(wanted)"),
+        (Loader, "_load", "covered >= fence or ", ""),
+        (_s3_open, "gap", "if len(listed) == end - covered", "if covered >= end or len(listed) == end - covered"),
     ],
     "a fence is created at the next number without looking again": [
-        (_s3_open, "_fence", "        return None\n", "        return fence + 1\n"),
+        (_s3_open, "_fence", "    except NotOursError:\n        return None\n", "    except NotOursError:\n        return fence + 1\n"),
     ],
 }  # fmt: skip
 
