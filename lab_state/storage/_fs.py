@@ -108,18 +108,32 @@ class Lock:
         """Whether this is still the lock.
 
         Raises:
-            FencedError: The file was deleted or replaced, so another process can own
-                the state by now.
+            FencedError: The file was deleted or replaced, or other code in this process
+                closed its descriptor, and so the lock is gone. Another process can own the
+                state by now.
         """
         if not is_file(self.path, self._identity):
             raise FencedError(
                 f"{self.path} was deleted or replaced, so another writer may own the state: restart this one"
             )
+        if not self._is_open():
+            raise FencedError(
+                f"{self.path} is no longer locked: other code in this process closed its descriptor, "
+                "so another writer may own the state: restart this one"
+            )
+
+    def _is_open(self) -> bool:
+        """Return whether the descriptor is still that of the lock; else its number is none of ours."""
+        try:
+            return identity(self._fd, self.path) == self._identity
+        except StorageError:
+            return False
 
     def release(self) -> None:
-        """Let go. Idempotent."""
-        fd, self._fd, self._identity = self._fd, -1, NO_FILE
-        if fd >= 0:
+        """Let go. Idempotent. A descriptor that is another file's by now is left alone."""
+        fd, is_open = self._fd, self._is_open()
+        self._fd, self._identity = -1, NO_FILE
+        if is_open:
             try:
                 # Closing alone would leave it to the children forked since.
                 if os.getpid() == self._pid:  # pragma: no branch -- a child's coverage is not collected

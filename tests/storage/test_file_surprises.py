@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lab_state import Config, FileStorage, LockedError, Manager, UnavailableError, UnsupportedError
+from lab_state import Config, FencedError, FileStorage, LockedError, Manager, UnavailableError, UnsupportedError
 from lab_state import _journal as journal
 from lab_state._journal import Kind
 from lab_state.storage import _file_writer, _fs, _os_errors
@@ -355,6 +355,27 @@ async def test_a_descriptor_that_the_application_closed(
         assert other.read_bytes() == b"precious"
     async with manager(directory) as state:
         assert await state.get_all() == {"a": 1} | ({"b": 2} if then == "commit" else {})
+
+
+@pytest.mark.parametrize("reused", [False, True])
+async def test_a_lock_whose_descriptor_the_application_closed(tmp_path: Path, *, reused: bool) -> None:
+    """The lock is gone, and another writer may have it: nothing more is written, and no other file is closed."""
+    state = manager(tmp_path / "state")
+    await state.start()
+    await state.set("a", 1)
+    number = writer(state).lock._fd
+    os.close(number)
+    taken = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT) if reused else -1
+    assert taken in (-1, number)
+    with pytest.raises(FencedError, match=r"lab\.lock is no longer locked: other code in this process closed its"):
+        await state.set("b", 2)
+    async with manager(tmp_path / "state") as second:
+        with pytest.raises(FencedError):
+            await state.stop()
+        if reused:
+            os.write(taken, b"still open")
+            os.close(taken)
+        assert await second.get_all() == {"a": 1}
 
 
 @pytest.mark.parametrize("how", ["closed", "cut off", "replaced"])
