@@ -59,7 +59,7 @@ class Calls(Writing):
             StorageError: Only with a `flush_interval` of 0: not durable yet.
         """
         core = self._core
-        if ttl is not None or core.held is not None:
+        if ttl is not None or core.blocked:
             return await self._put(key, value, ttl)
         # `encode_trusting` and `State.apply` are written out here: the calls alone show in the bench.
         try:
@@ -113,7 +113,7 @@ class Calls(Writing):
             raise InvalidValueError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
         encoded = {check_key(self._full(key)): self._encode_one(key, value) for key, value in values.items()}
         lifetime = self._lifetime(ttl)
-        if self._core.held is not None:
+        if self._core.blocked:
             await self._turn()
         state = self._core.state
         if not encoded:

@@ -48,6 +48,54 @@ class SystemClock:
         return asyncio.get_running_loop().call_later(delay, callback)
 
 
+class GuardedClock:
+    """A clock of the application's. When it raises, its last time stands, and the event loop's timers are used.
+
+    Attributes:
+        strict: Whether what it raises is passed on instead, to who can mend it: during
+            `start()`.
+    """
+
+    def __init__(self, clock: Clock, failed: Callable[[Exception], object]) -> None:
+        """`failed` is called with the first error."""
+        self.strict: bool = True
+        self._clock = clock
+        self._failed: Callable[[Exception], object] | None = failed
+        self._time = clock.time()
+        self._monotonic = clock.monotonic()
+
+    def time(self) -> float:
+        """Seconds since 1970; may jump."""
+        try:
+            self._time = self._clock.time()
+        except Exception as error:  # noqa: BLE001 -- see the class
+            self._tell(error)
+        return self._time
+
+    def monotonic(self) -> float:
+        """Seconds since some moment; never goes back."""
+        try:
+            self._monotonic = self._clock.monotonic()
+        except Exception as error:  # noqa: BLE001 -- see the class
+            self._tell(error)
+        return self._monotonic
+
+    def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
+        """Call `callback` on the running event loop, `delay` seconds from now."""
+        try:
+            return self._clock.call_later(delay, callback)
+        except Exception as error:  # noqa: BLE001 -- see the class
+            self._tell(error)
+        return asyncio.get_running_loop().call_later(delay, callback)
+
+    def _tell(self, error: Exception) -> None:
+        if self.strict:
+            raise error
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            failed(error)
+
+
 def resolver(future: asyncio.Future[None]) -> Callable[[], None]:
     """Sets the result of a future that nobody may have cancelled."""
     return lambda: None if future.done() else future.set_result(None)

@@ -13,7 +13,7 @@ from lab_state._flusher import Flusher
 from lab_state._metrics import Counters
 from lab_state._state import State
 from lab_state._watch import Watcher, Watchers
-from lab_state.exceptions import ClosedError
+from lab_state.exceptions import ClosedError, LabStateError
 
 
 class Holder(Protocol):
@@ -40,8 +40,10 @@ class Core:
         name: The name of the state.
         state: The state; a closed, empty one before `start()` and from `stop()` on. A
             call that finds its key there so knows that the manager is running.
-        held: The transaction that is open: writers wait for it. A writer that finds
-            none need not take the lock, since it does not await before it is done.
+        held: The transaction that is open: writers wait for it.
+        blocked: Whether a writer must call `turn` first: a transaction is open, or no
+            change can become durable. Otherwise it need not take the lock, since it
+            does not await before it is done.
         counters: What is counted here, and what the states of earlier starts counted.
         after: Whether a write has something to do when it is done: tell those who
             watch, take the key's time away, or wait until it is durable.
@@ -54,6 +56,7 @@ class Core:
         "_released",
         "_watchers",
         "after",
+        "blocked",
         "counters",
         "held",
         "name",
@@ -67,6 +70,7 @@ class Core:
         self.name: str = name
         self.state: State = closed
         self.held: Holder | None = None
+        self.blocked: bool = False
         self.after: bool = False
         self.timed: bool = False
         self.write_through: bool = False
@@ -84,6 +88,8 @@ class Core:
         self._lock = asyncio.Lock()
         self._flusher = flusher
         self.set_after()
+        flusher.refused = self._set_blocked
+        self._set_blocked()
 
     def close(self, closed: State) -> tuple[Flusher, Watchers]:
         """Keep the calls out; returns what still has to be stopped."""
@@ -95,6 +101,7 @@ class Core:
         if self.held is not None:
             self.held.end()
         self.release(self.held)  # who waits for a transaction is told that it is over
+        self._set_blocked()
         return flusher, self._watchers
 
     def counted(self) -> Counters:
@@ -146,14 +153,20 @@ class Core:
 
     # Transactions
 
+    def _set_blocked(self) -> None:
+        """Whether a writer must call `turn` may have changed."""
+        self.blocked = self.held is not None or (self._flusher is not None and self._flusher.refusal is not None)
+
     async def turn(self) -> None:
-        """Return when no transaction is open; what the caller does before it awaits again is its own.
+        """Wait until no transaction is open. Until its next `await` the caller writes alone.
 
         Raises:
             RuntimeError: The caller is inside that transaction, and would wait for itself.
+            StorageError: No change can become durable; see `Durability.check_writable`.
         """
         self._check_outside()
         flusher = self.running
+        flusher.check_writable()
         async with self._lock:
             self._check_still(flusher)
 
@@ -162,19 +175,21 @@ class Core:
         self._check_outside()
         flusher, lock = self.running, self._lock
         flusher.check_loop()
+        flusher.check_writable()
         await lock.acquire()
         try:
             self._check_still(flusher)
-        except ClosedError:
+        except LabStateError:
             lock.release()
             raise
-        self.held = holder
+        self.held, self.blocked = holder, True
         _INSIDE.set((*(other for other in _INSIDE.get() if other.is_held), holder))
 
     def release(self, holder: Holder | None) -> None:
         """Let go of the lock, if this is who holds it."""
         if holder is not None and self.held is holder:
             self.held = None
+            self._set_blocked()
             with suppress(RuntimeError):  # who waits for it does so on a loop that is closed
                 self._lock.release()
             if self.is_open:
@@ -188,6 +203,7 @@ class Core:
     def _check_still(self, flusher: Flusher) -> None:
         if self._flusher is not flusher:
             raise ClosedError(f"the manager of {self.name!r} was stopped while this waited for a transaction")
+        flusher.check_writable()
 
     def _check_outside(self) -> None:
         if self.held is not None and self.held in _INSIDE.get():

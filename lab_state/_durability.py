@@ -9,6 +9,7 @@ its own: cancelling one touches neither the write nor the others. Who commits is
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from threading import get_ident
 
 from lab_state._clock import Clock
@@ -24,6 +25,8 @@ class Durability:
         state: The state, loaded.
         durable_revision: Everything up to this revision is durable.
         loop: The event loop that everything runs on.
+        refusal: Why no further change can become durable; `None` while one can.
+        refused: Called when `refusal` was set.
     """
 
     def __init__(self, name: str, state: State, clock: Clock, *, unsettled: bool, only_when_asked: bool) -> None:
@@ -47,7 +50,8 @@ class Durability:
         self._wake = asyncio.Event()
         self._due = False  # a background flush is
         self._over = False  # nobody commits any more
-        self._fenced: FencedError | None = None
+        self.refusal: LabStateError | None = None
+        self.refused: Callable[[], object] = _nothing
 
     # Waiting
 
@@ -109,9 +113,19 @@ class Durability:
             self._refuse()
         return True
 
+    def check_writable(self) -> None:
+        """Whether a change that is made now can become durable.
+
+        Raises:
+            FencedError: It cannot: a newer writer owns the state.
+            UnavailableError: It cannot before `stop()`: the flush task has ended.
+        """
+        if self.refusal is not None:
+            raise copied(self.refusal, "nothing was changed")
+
     def _refuse(self) -> None:
-        if self._fenced is not None:
-            raise copied(self._fenced, "not durable")
+        if self.refusal is not None:
+            raise copied(self.refusal, "not durable")
         raise UnavailableError(f"nobody flushes {self._name!r} any more; stop() does, if it was not called yet")
 
     def _give_up(self, error: LabStateError) -> None:
@@ -119,6 +133,18 @@ class Durability:
         self._over = True
         self._waiters.fail(error, "not durable", everyone=True)
         self._confirming.fail(error, "not confirmed", everyone=True)
+
+    def _refuse_from_now_on(self, error: LabStateError) -> None:
+        """No further change can become durable; all who wait, and all who write, are told."""
+        self.refusal = error
+        self._give_up(error)
+        self.refused()
+
+    def _put_back(self) -> None:
+        """The commit under way, if there is one, did not succeed: its changes are unflushed again."""
+        if (taken := self._under_way) is not None:
+            self.state.put_back(taken)
+            self._under_way = None
 
     def _wake_up(self) -> None:
         self._due = True
@@ -146,9 +172,7 @@ class Durability:
         """
         if self.loop.is_closed():
             self.loop, self._thread = asyncio.get_running_loop(), get_ident()
-            if (taken := self._under_way) is not None:  # closed over it, without a cancellation
-                self.state.put_back(taken)
-                self._under_way = None
+            self._put_back()  # closed over it, without a cancellation
             self._wake = asyncio.Event()  # who waited for these has ended
             self._waiters, self._confirming = Waiters(), Waiters()
         self.check_loop()
@@ -158,7 +182,12 @@ class Durability:
     @property
     def fenced(self) -> bool:
         """Whether a newer writer owns the state."""
-        return self._fenced is not None
+        return isinstance(self.refusal, FencedError)
+
+    @property
+    def task_failure(self) -> str | None:
+        """How the flush task has ended before `stop`, if it has."""
+        return None if self.refusal is None or self.fenced else str(self.refusal)
 
     @property
     def unflushed_keys(self) -> int:
@@ -190,3 +219,6 @@ class Durability:
     @property
     def _all_durable(self) -> bool:
         return self._settled_revision >= self.state.revision
+
+
+def _nothing() -> None: ...

@@ -13,7 +13,6 @@ and the session is closed behind it, so no second writer can slip in meanwhile.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
@@ -21,6 +20,8 @@ from typing import Any
 from lab_state._clock import Clock, Pauses, Timer, resolver
 from lab_state._codec import encode_record
 from lab_state._durability import Durability
+from lab_state._foreign import only_storage_errors, pass_on, storage_error, tell_fenced
+from lab_state._log import Log
 from lab_state._metrics import FlushTimes
 from lab_state._state import DELETED, Changes, State
 from lab_state._views import Views
@@ -54,14 +55,15 @@ class Flusher(Durability):
         session: StorageSession,
         config: Config,
         clock: Clock,
-        logger: logging.Logger,
+        logger: Log,
         committed: Callable[[Changes], bool],
         times: FlushTimes,
+        on_fenced: Callable[[FencedError], object] | None = None,
     ) -> None:
-        """Begin at once; the running loop is the one that everything else must be called on.
+        """Nothing happens before `begin`; the running loop is the one that everything else must be called on.
 
         `committed` is called with what has become durable, and returns whether that is
-        looked at later; `times` takes how long it took.
+        looked at later; `times` takes how long it took. `on_fenced` is the application's.
         """
         super().__init__(
             config.name,
@@ -82,20 +84,28 @@ class Flusher(Durability):
         self._session = session
         self._interval = config.flush_interval
         self._logger = logger
+        self._on_fenced = on_fenced
         longest = max(self._interval or 0.0, _LONGEST_PAUSE)
         self._pauses = Pauses(clock, _FIRST_PAUSE, longest)
         self._checkpoint_pauses = Pauses(clock, _FIRST_PAUSE, longest)
         self._stopping = self._abandoned = self._aborted = False
         self._deadline = math.inf
-        self._stop_error: StorageError | None = None
+        self._stop_error: LabStateError | None = None
         self._records = len(session.recovery.records) + self._unsettled  # behind the last snapshot
         self._checkpoint_due = False
         if self._unsettled:
             self._wake_up()
         self._checkpointing: asyncio.Task[None] | None = None
         self._timer: Timer | None = None
+
+    def begin(self) -> None:
+        """Begin to flush in the background; nothing has begun if it raises."""
         self._begin(self._run())
-        self._arm()
+        try:
+            self._arm()
+        except BaseException:
+            self.abort()
+            raise
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- a bound on what it does, not on being awaited
         """Flush, checkpoint, close the session; not longer than `timeout` seconds.
@@ -156,6 +166,8 @@ class Flusher(Durability):
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         self._over = self.fenced
+        if not self.fenced:
+            self.refusal = None
         self._task = asyncio.create_task(work, name=f"lab_state {self._name} flusher")
         self._task.add_done_callback(self._ended)
 
@@ -163,8 +175,13 @@ class Flusher(Durability):
         """Nobody may wait for a task that is gone; what it should have made durable decides."""
         problem = None if task.cancelled() else task.exception()
         what = "was cancelled" if task.cancelled() else f"failed: {problem!r}" if problem is not None else "ended"
-        error: LabStateError = UnavailableError(f"the flush task of {self._name!r} {what}")
+        # Who waits is told before foreign code is called: a logger.
+        self._waiters.settle(self._settled_revision)
         if not self._stopping:
+            self._refuse_from_now_on(
+                self.refusal
+                or UnavailableError(f"the flush task of {self._name!r} {what}: call stop(), which flushes what is left")
+            )
             self._logger.error(
                 "%s: the flush task %s: %d changed keys are not durable. Was stop() forgotten? It still flushes; "
                 "`async with` does not forget it",
@@ -172,17 +189,18 @@ class Flusher(Durability):
                 what,
                 self.unflushed_keys,
             )
-        elif not self._all_durable:
-            if task.cancelled() and not self._aborted:  # so may whoever stops be, and nobody else would tell
-                self._logger.error(
-                    "%s: the flush task was cancelled: %d changed keys are not durable, and lost",
-                    self._name,
-                    self.unflushed_keys,
-                )
-            self._stop_error = self._stop_error or UnavailableError(f"the last flush of {self._name!r} {what}")
-            error = self._stop_error
-        self._waiters.settle(self._settled_revision)
+            return
+        error: LabStateError = UnavailableError(f"the flush task of {self._name!r} {what}")
+        lost = not self._all_durable
+        if lost:
+            error = self._stop_error = self._stop_error or UnavailableError(f"the last flush of {self._name!r} {what}")
         self._give_up(error)
+        if lost and task.cancelled() and not self._aborted:  # so may whoever stops be, and nobody else would tell
+            self._logger.error(
+                "%s: the flush task was cancelled: %d changed keys are not durable, and lost",
+                self._name,
+                self.unflushed_keys,
+            )
 
     def _abandon(self, timeout: float) -> None:
         """Leave a storage call that hangs to itself; the session is closed when it ends."""
@@ -215,14 +233,14 @@ class Flusher(Durability):
 
     async def _run(self) -> None:
         try:
-            while not self._stopping:
-                await self._wake.wait()
-                self._wake.clear()
-                await self._commit_all()
-                # While the mirror is filled, a view is out, and another one would be a copy.
-                if self._checkpoint_due and self._checkpoint_pauses.over and not self.state.frozen:
-                    self._start_checkpoint()
-            await self._finish()
+            while True:
+                try:
+                    await self._work()
+                    break
+                except (KeyboardInterrupt, SystemExit) as interrupt:
+                    # It was sent to the program, and hit this task by chance: the loop gets it, and the work goes on.
+                    self._survive(interrupt)
+                    self.loop.call_soon(pass_on, interrupt)
         except GeneratorExit:  # its loop was closed under it: whoever stops has another task
             raise
         except BaseException as error:  # the loop cancels all its tasks
@@ -231,6 +249,26 @@ class Flusher(Durability):
             raise
         else:
             await self._close(hurried=False)
+
+    async def _work(self) -> None:
+        while not self._stopping:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._commit_all()
+                # While the mirror is filled, a view is out, and another one would be a copy.
+                if self._checkpoint_due and self._checkpoint_pauses.over and not self.state.frozen:
+                    self._start_checkpoint()
+            except Exception as problem:  # noqa: BLE001 -- all who write wait for this task
+                self._survive(problem)
+        await self._finish()
+
+    def _survive(self, problem: BaseException) -> None:
+        """Treat what was raised beside a storage call as a failed commit."""
+        self._put_back()
+        self._waiters.settle(self._settled_revision)
+        self._waiters.board()  # those too who came since: it is not known how far the commit got
+        self._failed(storage_error(problem))
 
     async def _commit_all(self) -> None:
         while self._waiters.next or (self._due and self._pauses.over):
@@ -242,56 +280,67 @@ class Flusher(Durability):
 
     async def _commit(self) -> StorageError | None:
         """One commit of all that is unflushed."""
-        self._waiters.board()
         self._begun += 1
         number = self._begun
-        taken = self._under_way = self.state.take()
         views = Views(self.state)
         refused: list[str] = []
-        started = self._clock.monotonic()
+        taken: Changes | None = None
         try:
-            due = await _only_storage_errors(self._write(taken, refused, views))
-        except StorageError as error:
-            self.state.put_back(taken)
-            self._under_way = None
+            self._waiters.board()
+            started = self._clock.monotonic()
+            # Noted before it is taken, and forgotten when it is durable: whatever interrupts this loses none of it.
+            taken = self._under_way = self.state.untaken()
+            self.state.take(taken)
+            due = await self._write(taken, refused, views)
+            self.durable_revision = taken.end
+        except Exception as problem:  # noqa: BLE001 -- whatever it is, the changes stay and who waits is told
+            self._put_back()
+            error = storage_error(problem)
             self._failed(error)
             return error
         except BaseException:  # the loop cancels all its tasks
             if self._under_way is taken:  # else `move` has done it
-                self.state.put_back(taken)
-                self._under_way = None
+                self._put_back()
             raise
         else:
+            self._succeeded(self._clock.monotonic() - started)
             self._under_way = None
-            self._succeeded(taken.end, self._clock.monotonic() - started)
             taken.changes.update(dict.fromkeys(refused, DELETED))  # as the record says
             self._confirming.settle(number)
             self._checkpoint_due = due
-            if not self._committed(taken):
+            if not self._hand_on(taken):
                 self._discard(taken.changes)
             return None
         finally:
             await views.fold()
 
+    def _hand_on(self, taken: Changes) -> bool:
+        """Tell what is durable to those who follow; returns whether it is looked at later."""
+        try:
+            return self._committed(taken)
+        except Exception as problem:  # noqa: BLE001 -- they must not end the task
+            self._logger.error("%s: those who follow could not be told of a commit: %r", self._name, problem)  # noqa: TRY400 -- one line
+            return True
+
     async def _write(self, taken: Changes, refused: list[str], views: Views) -> bool:
         record = await joined(encode_record(taken, refused))
         if refused:
             self._logger.error("%s: not written, for a msgspec.Raw that is not JSON: the keys %s", self._name, refused)
-        return await self._session.commit(record, views.take)
+        return await only_storage_errors(lambda: self._session.commit(record, views.take))
 
-    def _succeeded(self, revision: int, seconds: float) -> None:
-        if self._pauses.failures:
-            self._logger.info("%s: flushed again after %d failures", self._name, self._pauses.failures)
+    def _succeeded(self, seconds: float) -> None:
+        failures = self._pauses.failures
         self._unsettled = False
         self._records += 1
-        self.durable_revision = revision
         self.flushes += 1
         self.last_error = None
         self.last_flush_at = self._clock.time()
         self.last_flush_seconds = seconds
         self._times.add(seconds)
         self._pauses.end()
-        self._waiters.settle(revision)
+        self._waiters.settle(self.durable_revision)
+        if failures:
+            self._logger.info("%s: flushed again after %d failures", self._name, failures)
 
     def _failed(self, error: StorageError) -> None:
         self.failures += 1
@@ -305,21 +354,30 @@ class Flusher(Durability):
             stay = "not durable yet: the changes stay in memory, and it is tried again"
         else:
             stay = "not durable yet: the changes stay in memory, and the next flush() tries again"
-        self._logger.error("%s: a flush failed; %s: %s", self._name, stay, error)
+        # Who waits is told before foreign code is called: a logger, a clock.
         self._confirming.fail(error, stay, everyone=True)
         if isinstance(error, FencedError):
             self._fence(error)
-        else:
-            self._waiters.fail(error, stay, everyone=False)
-            if retried and not self._stopping:
-                self._clock.call_later(pause, self._wake_up)
+            return
+        self._waiters.fail(error, stay, everyone=False)
+        if not self._stopping:  # who asks `confirm()` waits for the end of the pause, whatever the interval
+            self._clock.call_later(pause, self._wake_up if retried else self._wake.set)
+        self._logger.error("%s: a flush failed; %s: %s", self._name, stay, error)
 
     def _fence(self, error: FencedError) -> None:
         """For good: a newer writer owns the state."""
-        self._fenced = error
+        if self.fenced:
+            return
         self._pauses.never_over()
         self._checkpoint_pauses.never_over()
-        self._give_up(error)
+        self._refuse_from_now_on(error)
+        self._logger.error(
+            "%s: fenced: nothing more becomes durable, and every write raises FencedError; end this process: %s",
+            self._name,
+            error,
+        )
+        if self._on_fenced is not None:
+            self.loop.call_soon(tell_fenced, self._on_fenced, error, self._name, self._logger)
 
     # Timers
 
@@ -337,6 +395,14 @@ class Flusher(Durability):
         if self._checkpointing is None or self._checkpointing.done():
             name = f"lab_state {self._name} checkpoint"
             self._checkpointing = asyncio.create_task(self._checkpoint(wait=True), name=name)
+            self._checkpointing.add_done_callback(self._checkpoint_over)
+
+    def _checkpoint_over(self, task: asyncio.Task[None]) -> None:
+        """The task ends by itself; if something else has ended it, the checkpoint is due again."""
+        if task.cancelled():
+            self._checkpoint_due = True
+        elif (problem := task.exception()) is not None:
+            self._checkpoint_failed(storage_error(problem))
 
     async def _checkpoint(self, *, wait: bool) -> None:
         self._checkpoint_due = False
@@ -349,7 +415,7 @@ class Flusher(Durability):
             return views.take()
 
         try:
-            await _only_storage_errors(self._session.checkpoint(snapshot))
+            await only_storage_errors(lambda: self._session.checkpoint(snapshot))
         except StorageError as error:
             self._checkpoint_failed(error)
         else:
@@ -366,11 +432,12 @@ class Flusher(Durability):
         self.last_error = error
         self._checkpoint_due = True
         pause = self._checkpoint_pauses.begin()
-        self._logger.warning("%s: a checkpoint failed; nothing is lost, the journal goes on: %s", self._name, error)
         if isinstance(error, FencedError):
             self._fence(error)
-        elif not self._stopping:
+            return
+        if not self._stopping:
             self._clock.call_later(pause, self._wake.set)
+        self._logger.warning("%s: a checkpoint failed; nothing is lost, the journal goes on: %s", self._name, error)
 
     # The end
 
@@ -383,8 +450,10 @@ class Flusher(Durability):
             error = copied(error, f"stop() gave up: {self.unflushed_keys} changed keys are not durable, and lost")
         self._stop_error = self._stop_error or error
         await self.checkpoint_ended()
-        if error is None and self._records and not self._abandoned:
+        if error is None and self._records and not (self._abandoned or self.fenced):
             await self._checkpoint(wait=False)
+        if self.refusal is not None and self.fenced and self._stop_error is None:
+            self._stop_error = copied(self.refusal, "nothing of this writer is lost: all of it was durable before")
 
     async def _close(self, *, hurried: bool) -> None:
         """The end of the session. `hurried`: of the event loop as well, and `stop` has given the storage up."""
@@ -403,7 +472,7 @@ class Flusher(Durability):
             await self.checkpoint_ended()
         finally:
             try:
-                await _only_storage_errors(self._session.aclose())
+                await only_storage_errors(self._session.aclose)
             except StorageError as error:
                 self._logger.warning("%s: letting go of the storage failed: %s", self._name, error)
 
@@ -430,13 +499,3 @@ class Flusher(Durability):
         woken = asyncio.get_running_loop().create_future()
         self._clock.call_later(seconds, resolver(woken))
         await woken
-
-
-async def _only_storage_errors(call: Coroutine[Any, Any, Any]) -> Any:
-    """A storage that breaks its promise, or memory that runs out, must not end the task."""
-    try:
-        return await call
-    except StorageError:
-        raise
-    except Exception as error:
-        raise UnavailableError(f"the write ended with {type(error).__name__}, which no storage should raise") from error

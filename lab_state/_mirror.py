@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 from collections.abc import AsyncGenerator
 
 from lab_state._clock import Clock, Pauses, Timer, resolver
 from lab_state._flusher import Flusher
+from lab_state._foreign import is_cancelled
+from lab_state._log import Log
 from lab_state._metrics import MirrorCounts
 from lab_state._pending import Pending
 from lab_state._state import Changes, Stored
@@ -60,13 +61,15 @@ class Mirror:
             known which.
         up: Whether the last attempt succeeded.
         last_error: What it failed with.
+        task_failure: How the task has ended before `stop`, if it has.
     """
 
-    def __init__(self, name: str, cache: Cache, clock: Clock, logger: logging.Logger, counts: MirrorCounts) -> None:
+    def __init__(self, name: str, cache: Cache, clock: Clock, logger: Log, counts: MirrorCounts) -> None:
         """Nothing happens before `begin`; what `committed` is told is kept."""
         self.revision: int | None = None
         self.up: bool = False
         self.last_error: StorageError | None = None
+        self.task_failure: str | None = None
         self._name = name
         self._cache = cache
         self._clock = clock
@@ -83,19 +86,35 @@ class Mirror:
         self._stopping = False
 
     def begin(self, flusher: Flusher) -> None:
-        """Bring the state of this flusher."""
+        """Bring the state of this flusher; nothing has begun if it raises."""
         self._flusher = flusher
         self._arm()
         self._commits = 0  # since the last step was begun
         self._wake.set()
-        self._task = asyncio.create_task(self._run(), name=f"lab_state {self._name} mirror")
+        try:
+            self._task = asyncio.create_task(self._run(), name=f"lab_state {self._name} mirror")
+        except BaseException:
+            self._timer.cancel()
+            raise
+        self._task.add_done_callback(self._ended)
+
+    def abort(self) -> None:
+        """End at once, and bring nothing more."""
+        self._stopping = True
+        self._timer.cancel()
+        self._task.cancel()
 
     def committed(self, taken: Changes) -> None:
         """These changes are durable; they are looked at later."""
         if taken.end > taken.start:
-            self._pending.add(taken)
-            self._commits += 1
-            self._wake.set()
+            try:
+                self._pending.add(taken)
+            except BaseException:
+                self._pending.overflowed = True  # a step without them would be wrong: everything is brought anew
+                raise
+            finally:
+                self._commits += 1
+                self._wake.set()
 
     async def stop(self) -> None:
         """Bring what is left, for a second at most; what was not brought is by the next start."""
@@ -133,8 +152,11 @@ class Mirror:
         return self._pauses.over and not self._flusher.fenced
 
     async def _merge(self) -> None:
-        while self._pending.merge(_MERGED_AT_ONCE):  # noqa: ASYNC110 -- it is not waited for, it is done
-            await asyncio.sleep(0)
+        try:
+            while self._pending.merge(_MERGED_AT_ONCE):  # noqa: ASYNC110 -- it is not waited for, it is done
+                await asyncio.sleep(0)
+        except Exception:  # noqa: BLE001 -- memory ran out halfway: everything is brought anew
+            self._pending.overflowed = True
 
     async def _attempt(self) -> bool:
         """Do the next thing; returns whether there is more to do."""
@@ -143,7 +165,9 @@ class Mirror:
         except StorageError as error:
             await self._failed(error)
             return False
-        except Exception as error:  # noqa: BLE001 -- a cache that breaks its promise must not end the mirror in silence
+        except (Exception, asyncio.CancelledError) as error:  # a cache that breaks its promise must not end the mirror
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
             problem = UnavailableError(f"the cache failed with {type(error).__name__}, which none should raise")
             problem.__cause__ = error
             await self._failed(problem)
@@ -239,6 +263,16 @@ class Mirror:
             self._logger.info("%s: filled the mirror with %d keys", self._name, total)
 
     # Failures
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """It ends with the manager, or once that is fenced; any other end is told."""
+        if not task.cancelled() and (problem := task.exception()) is not None:
+            what = f"failed: {problem!r}"
+        else:
+            what = "was cancelled"
+        if not (self._stopping or self._flusher.fenced):
+            self.task_failure = f"the mirror's task of {self._name!r} {what}: the cache is not kept up to date"
+            self._logger.error("%s", self.task_failure)
 
     async def _failed(self, error: StorageError) -> None:
         self._counts.failures += 1

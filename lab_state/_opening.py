@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 
 from lab_state._clock import Clock, Pauses, resolver
+from lab_state._log import Log
 from lab_state.config import Config
 from lab_state.exceptions import LockedError
 from lab_state.storage._protocol import Storage, StorageSession
@@ -16,7 +16,7 @@ _LONGEST_PAUSE = 0.5
 _TOLD_EVERY = 10.0
 
 
-async def opened(storage: Storage, config: Config, clock: Clock, logger: logging.Logger) -> StorageSession:
+async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) -> StorageSession:
     """Open the state; while it is locked, try again for `Config.lock_timeout` seconds.
 
     Cancelling the caller ends the wait. Nothing is held then.

@@ -380,15 +380,26 @@ class State:
         self.discard(entries if isinstance(entries, dict) else entries.top)  # a view is somebody's
         self.cleared = True
 
-    def take(self) -> Changes:
-        """Take the changes away for a commit."""
+    def untaken(self) -> Changes:
+        """What `take` would take away."""
         time, wall = (self.now(), self.wall()) if self.expiries else (0, 0)
-        taken = Changes(self.taken, self.revision, self.cleared, self.changes, self.since, time, wall)
-        self.changes, self.cleared, self.taken = {}, False, self.revision
+        return Changes(self.taken, self.revision, self.cleared, self.changes, self.since, time, wall)
+
+    def take(self, taken: Changes | None = None) -> Changes:
+        """Take the changes away for a commit.
+
+        Args:
+            taken: What `untaken` has just returned, for a caller that keeps it: whatever
+                interrupts this, `put_back` of it loses nothing.
+        """
+        if taken is None:
+            taken = self.untaken()
+        self.cleared = False  # before the changes go: `put_back` drops what is older than a clear
+        self.changes, self.taken = {}, self.revision
         return taken
 
     def put_back(self, taken: Changes) -> None:
-        """Put the changes of a failed commit back, under what came since."""
+        """Put the changes of a failed commit back, under what came since. A second time changes nothing."""
         if not self.cleared:
             older, newer = taken.changes, self.changes
             if len(newer) <= len(older):  # the smaller one moves

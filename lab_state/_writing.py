@@ -86,9 +86,9 @@ class Writing(Reads):
         self._core.running.check_loop()
 
     async def _turn(self) -> None:
-        """Return when the caller may write, and what it does before it awaits again is its own."""
+        """Wait until the caller may write. Until its next `await` it writes alone."""
         self._check_writable()
-        if self._core.held is not None:
+        if self._core.blocked:
             await self._core.turn()
             self._check_writable()
 

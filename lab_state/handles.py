@@ -130,6 +130,8 @@ class Scope(Calls):
                 for itself.
             ClosedError: At entering: the manager is not running. At leaving: it was
                 stopped meanwhile, and nothing was changed.
+            FencedError: At entering, and at leaving: a newer writer owns the state.
+                Nothing was changed.
             StorageError: At leaving, only with a `flush_interval` of 0: not durable yet.
         """
         return self._transaction()
@@ -234,6 +236,7 @@ class _DraftCore(Core):
                 f"the manager of {self.name!r} was stopped while this transaction was open: nothing changed"
             )
         self.running.check_loop()
+        self.running.check_writable()
         assert isinstance(self.state, Draft)  # between begin and end
         return self.state.merge()
 

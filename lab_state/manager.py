@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal, Self
 
 import msgspec
 
-from lab_state._clock import Clock, SystemClock
+from lab_state._clock import Clock, GuardedClock, SystemClock
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._core import Core
 from lab_state._flusher import Flusher
+from lab_state._foreign import check_on_fenced
+from lab_state._log import Log
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
 from lab_state._mirror import Mirror
 from lab_state._opening import opened
@@ -22,6 +26,7 @@ from lab_state._sweeper import Sweeper
 from lab_state._watch import Watchers
 from lab_state.cache._protocol import Cache
 from lab_state.config import Config
+from lab_state.exceptions import FencedError
 from lab_state.handles import Scope
 from lab_state.storage._protocol import Storage, StorageSession
 
@@ -49,7 +54,12 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         last_error: What the last attempt failed with, `None` when it succeeded.
         snapshot_bytes: The size of the snapshot.
         journal_bytes: The size of the journal behind it.
-        fenced: Whether a newer writer owns the state; nothing is durable any more, stop.
+        fenced: Whether a newer writer owns the state: nothing more becomes durable, and
+            every write raises `FencedError`. End the process.
+        task_failure: Which task of the manager has ended before `stop()`, and why;
+            `None` while all of them run. Without its flush task a manager refuses every
+            write with `UnavailableError`; `stop()` still flushes. Without the mirror's
+            task the cache is no longer kept up to date.
         mirror_up: Whether the cache answers and is kept up to date; `None` without one.
         mirror_revision: The revision that it was brought to; `None` while that is not
             known.
@@ -70,6 +80,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_bytes: int = 0
     journal_bytes: int = 0
     fenced: bool = False
+    task_failure: str | None = None
     mirror_up: bool | None = None
     mirror_revision: int | None = None
     mirror_error: str | None = None
@@ -91,11 +102,13 @@ class Manager(Scope):
         "_logger",
         "_mirror",
         "_mirrored",
+        "_on_fenced",
         "_phase",
         "_stopping",
         "_storage",
         "_sweeper",
         "_times",
+        "_watchers",
     )
 
     def __init__(
@@ -106,6 +119,7 @@ class Manager(Scope):
         *,
         logger: logging.Logger | None = None,
         clock: Clock | None = None,
+        on_fenced: Callable[[FencedError], object] | None = None,
     ) -> None:
         """Nothing is touched before `start()`.
 
@@ -117,8 +131,17 @@ class Manager(Scope):
                 `RedisCache(url)`. No call ever waits for it or fails because of it; see
                 `status()`.
             logger: Where failures are told; `logging.getLogger("lab_state")` when
-                not given. No value is ever logged.
-            clock: For tests; the machine's own when not given.
+                not given. No value is ever logged. What the logger itself raises is
+                swallowed; the message then goes to stderr.
+            clock: For tests; the machine's own when not given. What it raises reaches
+                the caller of `start()`. Later it is logged, once: the clock's last time
+                stands until it answers again.
+            on_fenced: A plain function that is called when the manager learns that a
+                newer writer owns the state: with the `FencedError`, on the event loop,
+                once for each `start()`, during `stop()` too. To end the process is what
+                it is for: `os.kill(os.getpid(), signal.SIGTERM)`. What it raises is
+                logged, but for `SystemExit` and `KeyboardInterrupt`, which end the event
+                loop. With and without it, one line is logged at level ERROR.
 
         Raises:
             InvalidNameError: The name is out of bounds.
@@ -132,12 +155,17 @@ class Manager(Scope):
             raise TypeError(f"storage must be an object such as FileStorage('directory'), not {storage!r}")
         if cache is not None and (isinstance(cache, type) or not callable(getattr(cache, "open", None))):
             raise TypeError(f"cache must be an object such as RedisCache('redis://host'), not {type(cache).__name__}")
+        if on_fenced is not None:
+            check_on_fenced(on_fenced)
         self._storage = storage
+        self._on_fenced = on_fenced
         self._cache = cache
         self._mirror: Mirror | None = None
         self._mirrored = None if cache is None else MirrorCounts()
-        self._logger = logging.getLogger("lab_state") if logger is None else logger
-        self._clock: Clock = SystemClock() if clock is None else clock
+        self._logger = Log(logging.getLogger("lab_state") if logger is None else logger)
+        self._clock: SystemClock | GuardedClock = (
+            SystemClock() if clock is None else GuardedClock(clock, self._clock_failed)
+        )
         self._phase: Phase = "new"
         self._flusher: Flusher | None = None
         self._ended = Status(phase="new", keys=0, revision=0, durable_revision=0)
@@ -178,6 +206,7 @@ class Manager(Scope):
         if self._phase not in ("new", "stopped"):
             raise RuntimeError(f"start() of {self._config.name!r} while it is {self._phase}: await stop() first")
         before, self._phase = self._phase, "starting"
+        self._set_strict(strict=True)
         try:
             session = await opened(self._storage, self._config, self._clock, self._logger)
             try:
@@ -189,32 +218,42 @@ class Manager(Scope):
         except BaseException:
             self._phase = before
             raise
+        finally:
+            self._set_strict(strict=False)
         self._stopping = None
         self._phase = "running"
 
     def _run(self, state: State, session: StorageSession) -> None:
+        """Begin; nothing has begun if it raises."""
         watchers = Watchers(state)
         committed = watchers.committed
+        mirror: Mirror | None = None
         if self._cache is not None and self._mirrored is not None:
-            mirror = Mirror(self._config.name, self._cache, self._clock, self._logger, self._mirrored)
-            self._mirror = mirror
+            mirror = follower = Mirror(self._config.name, self._cache, self._clock, self._logger, self._mirrored)
 
             def committed(taken: Changes) -> bool:
-                watchers.committed(taken)
-                mirror.committed(taken)
+                try:
+                    watchers.committed(taken)
+                finally:
+                    follower.committed(taken)
                 return True
 
-        flusher = Flusher(state, session, self._config, self._clock, self._logger, committed, self._times)
-        self._flusher = flusher
+        flusher = Flusher(
+            state, session, self._config, self._clock, self._logger, committed, self._times, self._on_fenced
+        )
         # What expired while nothing ran may be much, and loading is where it may take its time.
         while state.sweep(_SWEPT_AT_START):
             flusher.nudge()
-        if self._mirror is not None:
-            self._mirror.begin(flusher)
-        self._sweeper = Sweeper(
-            state, self._clock, lambda: self._core.held is not None, flusher.nudge, self._core.set_after
-        )
-        self._core.open(state, flusher, watchers, self._sweeper.resume)
+        with ExitStack() as undo:
+            if mirror is not None:
+                mirror.begin(flusher)
+                undo.callback(mirror.abort)
+            sweeper = Sweeper(state, self._clock, lambda: self._core.blocked, flusher.nudge, self._core.set_after)
+            undo.callback(sweeper.stop)
+            flusher.begin()
+            undo.pop_all()
+        self._flusher, self._mirror, self._sweeper = flusher, mirror, sweeper
+        self._core.open(state, flusher, watchers, sweeper.resume)
 
     def _load(self, session: StorageSession) -> State:
         snapshot, records, _, dropped, crc = session.recovery
@@ -267,26 +306,53 @@ class Manager(Scope):
             self._phase = "stopping"
             # Calls see an empty, closed state from here on; what is under way keeps the old one.
             self._sweeper.stop()
-            flusher, watchers = self._core.close(State(self._clock.monotonic))
-            name = f"lab_state {self._config.name} stop"
-            self._stopping = asyncio.create_task(self._stop(flusher, watchers), name=name)
+            flusher, self._watchers = self._core.close(State(self._clock.monotonic))
+            self._begin_stop(flusher)
+        elif self._stopping is not None and self._stopping.get_loop().is_closed() and self._flusher is not None:
+            self._flusher.move()  # the loop was closed under the stop: go on with it here
+            self._begin_stop(self._flusher)
         if self._stopping is not None and self._phase == "stopping":
             await asyncio.shield(self._stopping)
 
-    async def _stop(self, flusher: Flusher, watchers: Watchers) -> None:
+    def _begin_stop(self, flusher: Flusher) -> None:
+        name = f"lab_state {self._config.name} stop"
+        self._stopping = asyncio.create_task(self._stop(flusher), name=name)
+
+    async def _stop(self, flusher: Flusher) -> None:
         try:
-            try:
-                await flusher.stop(self._config.stop_timeout)
-            finally:
-                if self._mirror is not None:
-                    await self._mirror.stop()
+            await self._stop_tasks(flusher)
+        except GeneratorExit:  # its loop was closed under it: the next `stop()` goes on
+            raise
+        except BaseException:
+            self._stopped(flusher)
+            raise
+        self._stopped(flusher)
+
+    async def _stop_tasks(self, flusher: Flusher) -> None:
+        try:
+            await flusher.stop(self._config.stop_timeout)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            await self._stop_mirror()
+            raise
+        await self._stop_mirror()
+
+    async def _stop_mirror(self) -> None:
+        if self._mirror is not None:
+            await self._mirror.stop()
+
+    def _stopped(self, flusher: Flusher) -> None:
+        try:
+            self._watchers.close()
         finally:
-            watchers.close()
             self._phase = "stopped"
-            self._ended = msgspec.structs.replace(self._status_of(flusher), keys=0)
-            self._mirror = None
-            self._flusher = None
-            flusher.discard_entries()
+            try:
+                self._ended = msgspec.structs.replace(self._status_of(flusher), keys=0)
+            finally:
+                self._mirror = None
+                self._flusher = None
+                flusher.discard_entries()
 
     async def __aenter__(self) -> Self:
         """`start()`."""
@@ -305,23 +371,33 @@ class Manager(Scope):
             self._logger.error("%s: stop() failed as well: %s", self._config.name, problem)  # noqa: TRY400 -- the body's error goes on, with its own traceback
             error.add_note(f"lab_state: stop() of {self._config.name!r} failed as well: {problem}")
 
+    def _set_strict(self, *, strict: bool) -> None:
+        if isinstance(self._clock, GuardedClock):
+            self._clock.strict = strict
+
+    def _clock_failed(self, error: Exception) -> None:
+        self._logger.error("%s: the clock failed, and its last time stands: %r", self._config.name, error)
+
     # Durability
 
     @property
     def revision(self) -> int:
         """The number of the last change; 0 for a new state. Goes on over restarts."""
-        return self._ended.revision if self._flusher is None else self._flusher.state.revision
+        flusher = self._flusher  # once: another thread may read this while `stop()` ends
+        return self._ended.revision if flusher is None else flusher.state.revision
 
     @property
     def durable_revision(self) -> int:
         """Everything up to this revision is durable."""
-        return self._ended.durable_revision if self._flusher is None else self._flusher.durable_revision
+        flusher = self._flusher
+        return self._ended.durable_revision if flusher is None else flusher.durable_revision
 
     def status(self) -> Status:
         """What the manager looks like now. Works in every phase."""
-        if self._flusher is None:
+        flusher = self._flusher
+        if flusher is None:
             return msgspec.structs.replace(self._ended, phase=self._phase)
-        return self._status_of(self._flusher)
+        return self._status_of(flusher)
 
     def metrics(self) -> Metrics:
         """Counts for a monitoring system. Works in every phase, and from any thread."""
@@ -344,6 +420,7 @@ class Manager(Scope):
             snapshot_bytes=flusher.snapshot_bytes,
             journal_bytes=flusher.journal_bytes,
             fenced=flusher.fenced,
+            task_failure=flusher.task_failure or (None if mirror is None else mirror.task_failure),
             mirror_up=None if mirror is None else mirror.up,
             mirror_revision=None if mirror is None else mirror.revision,
             mirror_error=None if mirror is None or mirror.last_error is None else str(mirror.last_error),

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from lab_state._clock import Clock, Pauses, resolver
+from lab_state._log import Log
 from lab_state._state import DELETED
 from lab_state._watch import MOST_PENDING, Group, Told
 from lab_state.cache._format import Head, Message, decode_message
@@ -25,7 +26,7 @@ SILENT_SECONDS = 5.0
 """After so long without a message, which is more than two beats of a writer, the subscription is asked."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-_logger = logging.getLogger("lab_state")
+_logger = Log(logging.getLogger("lab_state"))
 
 
 class Feed:

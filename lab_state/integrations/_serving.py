@@ -174,6 +174,8 @@ def _problem(status: Status, bound: float) -> str | None:
         return f"is {status.phase}"
     if status.fenced:
         return "is fenced: a newer writer owns it"
+    if status.task_failure is not None:
+        return f"has lost a task: {status.task_failure}"
     if status.unflushed_age > bound:
         return f"has had changes that are not durable for {status.unflushed_age:.1f} s"
     return None

@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 from lab_state import _journal as journal
 from lab_state._journal import ANY_BASE, NO_BASE, Kind
+from lab_state._log import Log
 from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.storage import _fs as fs
 from lab_state.storage._protocol import Recovery
 
-_logger = logging.getLogger("lab_state")
+_logger = Log(logging.getLogger("lab_state"))
 
 _MIN_CHECKPOINT_BYTES = 4 * 1024 * 1024
 _LEFT_TO_PUBLISH = 256 * 1024

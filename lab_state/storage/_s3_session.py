@@ -20,6 +20,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, NamedTuple, NoReturn
 
+from lab_state._log import Log
 from lab_state.exceptions import FencedError, StorageError, UnsupportedError
 from lab_state.storage._protocol import Recovery, Snapshot
 from lab_state.storage._s3_body import LONG, Body, Spool
@@ -28,7 +29,7 @@ from lab_state.storage._s3_format import BASE, OWN_BASE, OWNER, Names, Stamp, fr
 from lab_state.storage._s3_open import Opened, new_write_id, numbers
 from lab_state.storage._s3_outcomes import WRITE_ID, Found, NotOursError
 
-_logger = logging.getLogger("lab_state")
+_logger = Log(logging.getLogger("lab_state"))
 
 _MOST_RECORDS = 64
 _MIN_CHECKPOINT_BYTES = 1024 * 1024

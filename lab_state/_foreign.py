@@ -1,0 +1,74 @@
+"""Calls of what is not ours, from a task that must go on: a storage, a function of the application."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn, TypeVar
+
+from lab_state._log import Log
+from lab_state.exceptions import FencedError, StorageError, UnavailableError
+
+R = TypeVar("R")
+
+
+async def only_storage_errors(call: Callable[[], Coroutine[Any, Any, R]]) -> R:
+    """Await a call of a storage. What it raises is a `StorageError`, whatever it raises.
+
+    Only a cancellation of the caller's own task, an interrupt and the end of the loop pass.
+    """
+    try:
+        return await call()
+    except StorageError:
+        raise
+    except asyncio.CancelledError as error:
+        if is_cancelled():
+            raise
+        raise storage_error(error) from error  # a cancellation inside the storage
+    except Exception as error:
+        raise storage_error(error) from error
+
+
+def is_cancelled() -> bool:
+    """Whether this task was asked to end; else a `CancelledError` comes from something that it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def storage_error(problem: BaseException) -> StorageError:
+    """The same, if it is a `StorageError`; else one that has it as its cause."""
+    if isinstance(problem, StorageError):
+        return problem
+    error = UnavailableError(f"the write ended with {type(problem).__name__}, which no storage should raise")
+    error.__cause__ = problem
+    return error
+
+
+def pass_on(interrupt: BaseException) -> NoReturn:
+    """Raise an interrupt in a callback, where it ends the event loop."""
+    raise interrupt
+
+
+def check_on_fenced(on_fenced: object) -> None:
+    """Refuse what cannot be called, or would have to be awaited.
+
+    Raises:
+        TypeError: It is such.
+    """
+    if not callable(on_fenced):
+        raise TypeError(f"on_fenced must be a function of one argument, the error; not {type(on_fenced).__name__}")
+    if inspect.iscoroutinefunction(on_fenced) or inspect.iscoroutinefunction(getattr(on_fenced, "__call__", None)):  # noqa: B004 -- not whether it can be called, but how
+        raise TypeError("on_fenced must be a plain function, not async: nothing would await it")
+
+
+def tell_fenced(on_fenced: Callable[[FencedError], object], error: FencedError, name: str, logger: Log) -> None:
+    """Call the function of the application, and log what it raises."""
+    try:
+        result = on_fenced(error)
+    except Exception as problem:  # noqa: BLE001 -- it is logged
+        logger.error("%s: on_fenced failed: %r", name, problem)  # noqa: TRY400 -- one line
+        return
+    if inspect.iscoroutine(result):
+        result.close()
+        logger.error("%s: on_fenced returned a coroutine, which nothing awaits: give a plain function", name)

@@ -1,0 +1,49 @@
+"""A logger that cannot fail its caller. Handlers, filters and formatters are the application's, and may raise."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+
+class Log:
+    """Passes messages on to a logger, and swallows what that raises.
+
+    A message that the logger refused goes to `logging.lastResort`: to stderr, from
+    WARNING on.
+    """
+
+    __slots__ = ("_logger",)
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger: Any = logger  # in truth whatever has the same methods
+
+    def info(self, message: str, *args: object) -> None:
+        """Log at level INFO."""
+        self._tell("info", message, args)
+
+    def warning(self, message: str, *args: object) -> None:
+        """Log at level WARNING."""
+        self._tell("warning", message, args)
+
+    def error(self, message: str, *args: object) -> None:
+        """Log at level ERROR."""
+        self._tell("error", message, args)
+
+    def _tell(self, level: str, message: str, args: tuple[object, ...]) -> None:
+        # A logger that is not one of `logging` may take other keyword arguments, or keep them.
+        caller = {"stacklevel": 3} if isinstance(self._logger, logging.Logger) else {}
+        try:
+            getattr(self._logger, level)(message, *args, **caller)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as problem:  # noqa: BLE001 -- whatever it is, it is not the caller's
+            with contextlib.suppress(Exception):
+                _last_resort(level, f"{message} (the logger raised {type(problem).__name__})", args)
+
+
+def _last_resort(level: str, message: str, args: tuple[object, ...]) -> None:
+    number = logging.getLevelNamesMapping()[level.upper()]
+    if logging.lastResort is not None and number >= logging.lastResort.level:
+        logging.lastResort.handle(logging.LogRecord("lab_state", number, __file__, 0, message, args, None))
