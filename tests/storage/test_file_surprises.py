@@ -369,12 +369,12 @@ async def test_a_lock_whose_descriptor_the_application_closed(tmp_path: Path, *,
     assert taken in (-1, number)
     with pytest.raises(FencedError, match=r"lab\.lock is no longer locked: other code in this process closed its"):
         await state.set("b", 2)
+    with pytest.raises(FencedError):
+        await state.stop()
+    if reused:
+        os.write(taken, b"still open")
+        os.close(taken)
     async with manager(tmp_path / "state") as second:
-        with pytest.raises(FencedError):
-            await state.stop()
-        if reused:
-            os.write(taken, b"still open")
-            os.close(taken)
         assert await second.get_all() == {"a": 1}
 
 
