@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -46,6 +47,20 @@ def hset(key: bytes, members: Mapping[str, bytes]) -> bytes:
     return b"*%d\r\n$4\r\nHSET\r\n$%d\r\n%b\r\n" % (2 + 2 * len(body), len(key), key) + b"".join(body)
 
 
+def _check_url(url: str) -> None:
+    """Refuse a URL in which the user or the password ends too early.
+
+    A part of the password would then pass for a port, a host or a path, which messages show.
+    """
+    scheme, _, rest = url.partition("://")
+    address = re.split("[/?#]", rest, maxsplit=1)[0]
+    behind = rest[len(address) :]
+    if "#" in behind or ("@" in behind and (address or scheme != "unix")):
+        raise ValueError(
+            "not a URL of Redis: in the user, the password and the options, write # as %23, / as %2F, ? as %3F and @ as %40"
+        )
+
+
 class Dialer:
     """Makes connections to one server, or to whichever one Sentinel names."""
 
@@ -55,6 +70,8 @@ class Dialer:
         Raises:
             ValueError: It is no URL of Redis.
         """
+        if isinstance(url, str):
+            _check_url(url)
         try:
             pool = cast("Any", ConnectionPool).from_url(url) if isinstance(url, str) else url
         except ValueError:

@@ -92,6 +92,32 @@ def test_a_url_that_is_none() -> None:
     assert "password" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://me:12345#rest@host",
+        "redis://me:12345#rest",
+        "redis://me:12345/rest@host",
+        "redis://me:12345?rest@host",
+        "redis://me:re@12345/st@host",
+        "rediss://me:re@12345?st@host",
+        "unix://me:re/12345@/a/socket",
+    ],
+)
+def test_a_password_that_ends_too_early(url: str) -> None:
+    """What would show a part of the password as a host, a port or a path is refused, without that part."""
+    with pytest.raises(ValueError, match="write # as %23") as caught:
+        RedisCache(url)
+    assert "12345" not in str(caught.value)
+
+
+def test_signs_in_a_url() -> None:
+    """A password may have any sign, if it is escaped; so may an option. A path may have an at sign."""
+    for url in ("redis://me:1%2323%2F4%3F5%40@host:7000/2?client_name=a%40b", "redis://me:12@host:7000"):
+        assert repr(RedisCache(url)) == "<RedisCache host:7000>"
+    assert repr(RedisCache("unix:///a/b@c.sock?db=1")) == "<RedisCache unix:/a/b@c.sock>"
+
+
 def test_without_redis_py(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the extra, the error says which one."""
     monkeypatch.delitem(sys.modules, "lab_state.cache._link")
