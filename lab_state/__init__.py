@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lab_state._clock import Clock, Timer
 from lab_state._metrics import Metrics
+from lab_state._state_view import StateView, read_state
 from lab_state._watch import Change
 from lab_state.blocking import Blocking
 from lab_state.cache import Cache, CacheSession, MemoryCache, Reader, RedisCache
@@ -25,7 +26,16 @@ from lab_state.exceptions import (
 )
 from lab_state.handles import Entry, Namespace, Transaction
 from lab_state.manager import Manager, Status
-from lab_state.storage import FileStorage, MemoryStorage, Recovery, S3Storage, Storage, StorageSession, copy_state
+from lab_state.storage import (
+    FileStorage,
+    MemoryStorage,
+    Reading,
+    Recovery,
+    S3Storage,
+    Storage,
+    StorageSession,
+    copy_state,
+)
 
 __all__ = [  # noqa: RUF022 -- in groups, each sorted
     # the manager
@@ -44,11 +54,14 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     # where states are kept
     "FileStorage",
     "MemoryStorage",
+    "Reading",
     "Recovery",
     "S3Storage",
+    "StateView",
     "Storage",
     "StorageSession",
     "copy_state",
+    "read_state",
     # what others read
     "Cache",
     "CacheSession",

@@ -237,15 +237,21 @@ def _owned(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterat
         yield part
 
 
-def replay(snapshot: Snapshot, records: Iterable[bytes], path: str) -> Snapshot:
+def replay(snapshot: Snapshot, records: Iterable[bytes], path: str, *, first: int = 1) -> Snapshot:
     """The state after these records; the snapshot's own entries are used up.
+
+    Args:
+        snapshot: The state before them.
+        records: The records.
+        path: Where they are from, for messages.
+        first: The number of the first of them, for messages.
 
     Raises:
         CorruptionError: A record is not one, or one is missing between two others.
     """
     entries, revision, times, time, wall = snapshot
     expires = dict(times)
-    for number, data in enumerate(records, 1):
+    for number, data in enumerate(records, first):
         try:
             record = _decode_record(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

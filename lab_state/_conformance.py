@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
+from lab_state._conformance_reading import ReadingConformance
 from lab_state._conformance_tools import NAME, awaited, cancelled_at, failing, given, got_through, opened, raises, until
 from lab_state.config import Config
 from lab_state.exceptions import CorruptionError, LockedError, StorageError, UnavailableError, UnsupportedError
 from lab_state.manager import Manager
-from lab_state.storage._protocol import Storage, StorageSession
 
 
-class StorageConformance:
+class StorageConformance(ReadingConformance):
     """A suite of tests for a storage; subclass it and fill in the four hooks.
 
     Each test method is a coroutine function without arguments, so any runner that runs
@@ -23,24 +23,6 @@ class StorageConformance:
 
     sampled: int = 50
     """In how many places, evenly spread, each part of what is stored is damaged; fewer where opening is slow."""
-
-    # The hooks
-
-    def make_storage(self) -> Storage:
-        """A storage on the place of this test; each call gives one on the same place."""
-        raise NotImplementedError
-
-    async def crash(self, session: StorageSession) -> None:
-        """End a session as SIGKILL would: what it holds is let go, nothing is written."""
-        raise NotImplementedError
-
-    def read_raw(self, name: str) -> Mapping[str, bytes]:
-        """Everything that is stored for a state, part by part, past the storage."""
-        raise NotImplementedError
-
-    def write_raw(self, name: str, part: str, data: bytes | None) -> None:
-        """Replace one of these parts, past the storage, or delete it."""
-        raise NotImplementedError
 
     # What comes back
 

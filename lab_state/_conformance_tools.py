@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import types
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -15,6 +15,26 @@ E = TypeVar("E", bound=BaseException)
 R = TypeVar("R")
 
 NAME = "conformance"
+
+
+class Hooks:
+    """What a suite has to be told about the storage under test."""
+
+    def make_storage(self) -> Storage:
+        """A storage on the place of this test; each call gives one on the same place."""
+        raise NotImplementedError
+
+    async def crash(self, session: StorageSession) -> None:
+        """End a session as SIGKILL would: what it holds is let go, nothing is written."""
+        raise NotImplementedError
+
+    def read_raw(self, name: str) -> Mapping[str, bytes]:
+        """Everything that is stored for a state, part by part, past the storage."""
+        raise NotImplementedError
+
+    def write_raw(self, name: str, part: str, data: bytes | None) -> None:
+        """Replace one of these parts, past the storage, or delete it."""
+        raise NotImplementedError
 
 
 @asynccontextmanager

@@ -151,6 +151,10 @@ class Core:
             )
         return self._flusher
 
+    def check_open(self) -> None:
+        """Raise a `ClosedError` unless the manager is running."""
+        _ = self.running
+
     # Transactions
 
     def _set_blocked(self) -> None:

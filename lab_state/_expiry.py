@@ -57,6 +57,24 @@ def milliseconds(ttl: Seconds) -> int:
     return math.ceil(seconds * 1000)
 
 
+def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
+    """Return what time it is for what expires, and by how much the wall clock is behind what was written.
+
+    It goes on from `time` with what the wall clock has gone on since. Where the wall clock was
+    wrong when this was written, or is behind, keys live longer.
+
+    Args:
+        time: The time of the state when it was written, in milliseconds since 1970.
+        wall: What the wall clock showed then, likewise.
+        now: What the wall clock shows now, in seconds since 1970.
+
+    Returns:
+        Both in seconds; the second is 0 where the wall clock is not behind.
+    """
+    passed = now - max(wall, time) / 1000
+    return time / 1000 + max(0.0, passed), max(0.0, -passed)
+
+
 class Bucket(dict[str, int]):
     """Keys that expire in the same second, with their times in milliseconds.
 

@@ -142,6 +142,16 @@ def scan(data: bytes, name: str, path: str) -> Scan:
     return Scan(head, tuple(frames), position)
 
 
+def read_header(data: bytes, name: str, path: str) -> Header:
+    """Read the first line of a journal, of which `data` holds at least that.
+
+    Raises:
+        CorruptionError: It is not a header, or another state's.
+        UnsupportedError: A newer version of lab_state wrote it.
+    """
+    return _read_header(data, name, path)[0]
+
+
 def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
     """The header and the offset behind it; its own payload holds the salt that proves it."""
     bad_line = CorruptionError(path, 0, "its first line is not a valid journal header; restore a copy")

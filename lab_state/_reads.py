@@ -212,7 +212,7 @@ class Reads:
         return stored.at if isinstance(stored, Expiring) else None
 
     def _check_open(self) -> None:
-        _ = self._core.running
+        self._core.check_open()
 
     def _under(self, prefix: object) -> str:
         """A prefix under this one."""

@@ -15,6 +15,7 @@ import msgspec
 from lab_state._clock import Clock, GuardedClock, SystemClock
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._core import Core
+from lab_state._expiry import resumed
 from lab_state._flusher import Flusher
 from lab_state._foreign import check_on_fenced
 from lab_state._log import Log
@@ -275,14 +276,12 @@ class Manager(Scope):
         if not loaded.expires:
             return wall
         # By the wall clock; by the state's own, where that one was wrong when this was written.
-        passed = wall - max(loaded.wall, loaded.time) / 1000
-        if passed < 0:
+        time, behind = resumed(loaded.time, loaded.wall, wall)
+        if behind:
             self._logger.warning(
-                "%s: the wall clock is %.0f s behind what was written; keys live that much longer",
-                path,
-                -passed,
+                "%s: the wall clock is %.0f s behind what was written; keys live that much longer", path, behind
             )
-        return loaded.time / 1000 + max(0.0, passed)
+        return time
 
     async def stop(self) -> None:
         """Flush, write a checkpoint as far as time allows, and let go of the state.

@@ -17,13 +17,13 @@ from typing import Literal, Protocol, Self, TypeAlias, TypeVar, get_args, runtim
 
 from lab_state._conformance import StorageConformance
 from lab_state.exceptions import StorageError, UnavailableError
-from lab_state.storage._protocol import Recovery, Snapshot, Storage, StorageSession
+from lab_state.storage._protocol import Reading, Recovery, Snapshot, Storage, StorageSession
 
 __all__ = ["FaultyStorage", "ManualClock", "Moment", "Operation", "StorageConformance"]
 
 R = TypeVar("R")
 
-Operation: TypeAlias = Literal["open", "commit", "checkpoint", "aclose"]
+Operation: TypeAlias = Literal["open", "commit", "checkpoint", "aclose", "read"]
 
 Moment: TypeAlias = Literal["before", "torn", "after"]
 """When a fault comes: before an operation did anything; when half of a commit was written; when all was done."""
@@ -216,12 +216,21 @@ class FaultyStorage:
 
     async def open(self, name: str) -> StorageSession:
         """Open the inner storage; see `Storage.open`."""
-        while self._cut:
-            await self._cut.pop()._inner.aclose()  # noqa: SLF001 -- what the reboot did
+        await self._reboot()
         inner = await self._faulty("open", lambda: self._inner.open(name))
         session = _FaultySession(self, inner, name, self._torn.pop(name, 0))
         self._sessions.append(session)
         return session
+
+    async def read(self, name: str) -> Reading:
+        """Read the inner storage; see `Storage.read`."""
+        await self._reboot()
+        return await self._faulty("read", lambda: self._inner.read(name))
+
+    async def _reboot(self) -> None:
+        """After the power was cut, let go of what was open."""
+        while self._cut:
+            await self._cut.pop()._inner.aclose()  # noqa: SLF001 -- one class in two
 
     async def _faulty(
         self, operation: Operation, call: Callable[[], Awaitable[R]], tear: Callable[[], object] | None = None

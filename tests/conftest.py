@@ -32,7 +32,7 @@ ALSO_BLOCKING = (
 IN_A_THREAD = ("lab_state/storage/_s3_client.py", "_made")
 
 # Its callers may block where the storage under test may not.
-TEST_CODE = ["lab_state.testing", "lab_state._conformance"]
+TEST_CODE = ["lab_state.testing", "lab_state._conformance", "lab_state._conformance_reading"]
 
 
 @pytest.fixture(autouse=True)

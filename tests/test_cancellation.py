@@ -32,10 +32,12 @@ from lab_state import (
     MemoryStorage,
     Namespace,
     Reader,
+    Reading,
     Recovery,
     Storage,
     StorageSession,
     copy_state,
+    read_state,
 )
 from lab_state.storage._protocol import Snapshot
 from lab_state.storage.s3 import _Claim
@@ -166,6 +168,12 @@ class WaitingStorage:
             await session.aclose()
             raise
         return WaitingSession(session)
+
+    async def read(self, name: str) -> Reading:
+        await asyncio.sleep(0)
+        reading = await self.inner.read(name)
+        await asyncio.sleep(0)
+        return reading
 
     def crashed(self) -> Storage:
         """What a crash would leave now."""
@@ -377,11 +385,13 @@ def test_no_public_call_is_forgotten() -> None:
         Entry: ENTRY_CALLS.keys(),
         Reader: READER_CALLS.keys() | {"__aenter__", "__aexit__", "aclose"},
         # Those of storages are the conformance suite's, and those of caches, which only the mirror calls, tests/cache's.
-        FileStorage: {"open"},
-        MemoryStorage: {"open"},
-        lab_state.S3Storage: {"open"},
+        FileStorage: {"open", "read"},
+        MemoryStorage: {"open", "read"},
+        lab_state.S3Storage: {"open", "read"},
         StorageSession: {"aclose", "checkpoint", "commit"},
-        lab_state.Storage: {"open"},
+        lab_state.Storage: {"open", "read"},
+        # It changes nothing, and never waits.
+        lab_state.StateView: READS,
         lab_state.MemoryCache: {"open"},
         lab_state.RedisCache: {"open"},
         lab_state.Cache: {"open"},
@@ -392,7 +402,7 @@ def test_no_public_call_is_forgotten() -> None:
         if inspect.isclass(there):
             assert waiting_calls(there) == covered.get(there, set()), name
         else:
-            assert not inspect.iscoroutinefunction(there) or there is copy_state
+            assert not inspect.iscoroutinefunction(there) or there in (copy_state, read_state)
 
 
 HANDLES: dict[str, Callable[[Manager], Any]] = {
@@ -524,6 +534,22 @@ async def test_a_copy_cancelled_wherever_it_waits(place: Place, *, late: bool) -
         return through
 
     assert await at_every_wait(run) > 5
+
+
+@LATE
+async def test_a_reading_cancelled_wherever_it_waits(place: Place, *, late: bool) -> None:
+    """Nothing is left behind, and the manager beside it notices nothing."""
+
+    async def run(number: int) -> bool:
+        storage = place()
+        async with running(storage) as state:
+            through = await cancelled_at(read_state(NAME, storage), number, late=late)
+            await state.set("after", number)
+            await state.flush()
+        assert (await contents(storage))["after"] == number
+        return through
+
+    assert await at_every_wait(run) >= 2
 
 
 async def test_an_opening_in_s3_cancelled_at_every_request() -> None:

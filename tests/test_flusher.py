@@ -18,6 +18,7 @@ from lab_state import (
     FencedError,
     Manager,
     MemoryStorage,
+    Reading,
     Recovery,
     StorageSession,
     TypeMismatchError,
@@ -590,6 +591,9 @@ class _Unclean:
 
     async def open(self, name: str) -> StorageSession:
         return _UncleanSession(await self._inner.open(name))
+
+    async def read(self, name: str) -> Reading:
+        return await self._inner.read(name)
 
 
 class TestUnclean:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lab_state.storage._copy import copy_state
-from lab_state.storage._protocol import Recovery, Snapshot, Storage, StorageSession
+from lab_state.storage._protocol import Reading, Recovery, Snapshot, Storage, StorageSession
 from lab_state.storage.file import FileStorage
 from lab_state.storage.memory import MemoryStorage
 from lab_state.storage.s3 import S3Storage
@@ -11,6 +11,7 @@ from lab_state.storage.s3 import S3Storage
 __all__ = [
     "FileStorage",
     "MemoryStorage",
+    "Reading",
     "Recovery",
     "S3Storage",
     "Snapshot",

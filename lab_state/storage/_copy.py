@@ -14,6 +14,7 @@ from lab_state._state import Stored
 from lab_state._values import encode
 from lab_state.config import Config
 from lab_state.exceptions import StorageError, UnsupportedError
+from lab_state.storage._loading import load
 from lab_state.storage._protocol import Recovery, Storage, StorageSession
 
 Progress: TypeAlias = Callable[[Literal["read", "written", "verified"], int], object]
@@ -23,19 +24,23 @@ _AT_ONCE = 1000
 
 
 async def copy_state(name: str, source: Storage, target: Storage, *, progress: Progress | None = None) -> int:
-    """Copy a state to another storage, and read it back before the source is let go.
+    """Copy a state to another storage, and read it back from there.
 
-    The source is opened, so it has no other writer meanwhile; it is left as it was. When
-    this returns, the target holds the state, durably, at the same revision. If it
-    raises, the source is what it was; the target may hold a copy, which has to be
-    deleted before the next attempt.
+    The source is read as `read_state` reads it: it is not opened, nothing is made or written
+    there, and a manager may be running on it. What is copied is the state at one moment
+    between call and return, with at least what was durable at the call. To move a state, stop
+    its manager first: what that changes later is not in the copy.
+
+    When this returns, the target holds the state, durably, at the same revision. If it
+    raises or is cancelled, the target may hold a copy, which has to be deleted before the
+    next attempt.
 
     The state is in memory twice while it is compared, and decoding it holds the event
     loop up as `start()` does; so this is for a script, or before a service begins.
 
     Args:
         name: The name of the state, in both.
-        source: Where it is. No manager may have it open.
+        source: Where it is. It needs the permission to read alone.
         target: Where it goes. Nothing may be there under this name.
         progress: Called with `"read"`, `"written"` or `"verified"`, and bytes so far.
 
@@ -44,22 +49,19 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
 
     Raises:
         InvalidNameError: The name is out of bounds.
+        TypeError: The source is no storage, or has no method `read`.
         UnsupportedError: The target holds a state of this name, or the source holds none.
-        StorageError: Reading or writing failed; see `Storage.open` and `StorageSession`.
+        StorageError: Reading or writing failed; see `Storage` and `StorageSession`.
     """
     name = Config(name=name).name
     tell = progress or _silent
-    reading = await source.open(name)
-    try:
-        if _is_empty(reading.recovery):
-            raise UnsupportedError(f"there is no state at {reading.path}: check the name and the storage")
-        state = await _loaded(reading)
-        tell("read", _size(reading.recovery))
-        await _write(name, target, state, tell)
-        await _verify(name, target, state, tell)
-    finally:
-        await reading.aclose()
-    return len(state.entries)
+    loaded = await load(name, source)
+    if not loaded.size:
+        raise UnsupportedError(f"there is no state at {loaded.path}: check the name and the storage")
+    tell("read", loaded.size)
+    await _write(name, target, loaded.state, tell)
+    await _verify(name, target, loaded.state, tell)
+    return len(loaded.state.entries)
 
 
 async def _loaded(session: StorageSession) -> Snapshot:

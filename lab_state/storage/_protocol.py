@@ -46,6 +46,29 @@ class Recovery(NamedTuple):
         return self._replace(snapshot=None, records=())
 
 
+class Reading(NamedTuple):
+    """A state as it was read without being opened.
+
+    Attributes:
+        snapshot: The bytes of the snapshot; `None` when there never was one.
+        records: The records after it, oldest first. Records that the snapshot holds
+            already may be among them.
+        durable: How many of these records, from the first, are durable for certain. The
+            snapshot is. The others may still be lost: a writer that runs may be about to
+            make the last one durable.
+        live: Whether a writer has the state open; `None` where that cannot be told.
+        path: Where the state is, for messages; without credentials.
+        crc32: The CRC-32 of the snapshot, where the storage has it at hand.
+    """
+
+    snapshot: bytes | None
+    records: tuple[bytes, ...]
+    durable: int
+    live: bool | None
+    path: str
+    crc32: int | None = None
+
+
 class StorageSession(Protocol):
     """One state, owned by this writer until `aclose`.
 
@@ -132,5 +155,21 @@ class Storage(Protocol):
             CorruptionError: What is stored is damaged; it was left untouched.
             UnavailableError: It could not be read this time.
             UnsupportedError: It cannot be read as it is: permissions, a newer format.
+        """
+        ...
+
+    async def read(self, name: str) -> Reading:
+        """Read a state that another writer may have open, and leave everything as it is.
+
+        Takes no lock, deposes no writer, writes and makes nothing; a writer that opens,
+        writes or closes the state meanwhile notices nothing. What is returned is the state
+        at one moment between call and return, and holds at least what was durable at the
+        call. A state that was opened and never written is empty.
+
+        Raises:
+            UnsupportedError: There is no state of this name; or it cannot be read as it is:
+                permissions, a newer format.
+            CorruptionError: What is stored is damaged.
+            UnavailableError: It could not be read this time.
         """
         ...

@@ -53,6 +53,7 @@ class Loaded(NamedTuple):
         snapshot_bytes: Its size.
         base: What the next record says that it follows; see `BASE`.
         covered: The number of the last record that the snapshot covers.
+        last: The highest number behind it, a fence's too; `covered` where there is none.
         records: The sizes of the records behind it, by number.
         recovery: Their bytes.
     """
@@ -61,6 +62,7 @@ class Loaded(NamedTuple):
     snapshot_bytes: int
     base: str
     covered: int
+    last: int
     records: dict[int, int]
     recovery: Recovery
 
@@ -293,6 +295,7 @@ class Loader:
             len(data or b""),
             self._base,
             covered,
+            max(listed, default=covered),
             {number: size for number, size in listed.items() if size},
             Recovery(data, records, unsettled=False, dropped_bytes=0, crc32=self._crc),
         )

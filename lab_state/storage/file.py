@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import zlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -31,8 +32,9 @@ from lab_state import _journal as journal
 from lab_state._whole import collected
 from lab_state.exceptions import UnsupportedError
 from lab_state.storage import _fs as fs
+from lab_state.storage._file_reader import read_files
 from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, NewJournal, Writer, open_writer
-from lab_state.storage._protocol import Recovery, Snapshot
+from lab_state.storage._protocol import Reading, Recovery, Snapshot
 from lab_state.storage._worker import Worker
 
 P = ParamSpec("P")
@@ -86,6 +88,27 @@ class FileStorage:
             await asyncio.shield(asyncio.wrap_future(giving_up))
             raise
         return FileSession(writer, recovery, thread)
+
+    async def read(self, name: str) -> Reading:
+        """Read the files beside the writer that may have them open; see `Storage.read`.
+
+        Needs the permission to read alone, and works on a file system that is mounted
+        read-only. A caller that is cancelled leaves nothing open.
+
+        Raises:
+            UnsupportedError: There is no state of this name in the directory; or a
+                permission is missing, or the format is newer.
+            CorruptionError: What is stored is damaged.
+            UnavailableError: It could not be read this time, or was replaced faster than it
+                could be read, for 5 s.
+        """
+        thread = Worker(f"lab_state {name} read")
+        given_up = threading.Event()
+        try:
+            return await thread.run(read_files, self._directory, name, given_up)
+        finally:
+            given_up.set()
+            thread.shutdown(wait=False)
 
 
 def _give_up(opening: Future[tuple[Writer, Recovery]]) -> None:

@@ -8,7 +8,7 @@ from lab_state import _journal as journal
 from lab_state._journal import NO_BASE, Kind
 from lab_state._whole import collected
 from lab_state.exceptions import LockedError, UnsupportedError
-from lab_state.storage._protocol import Recovery, Snapshot
+from lab_state.storage._protocol import Reading, Recovery, Snapshot
 
 _MIN_CHECKPOINT_BYTES = 64 * 1024
 
@@ -44,6 +44,16 @@ class MemoryStorage:
             raise LockedError(f"{name!r} is open in this {type(self).__name__} already: stop its manager first")
         return MemorySession(place, name)
 
+    async def read(self, name: str) -> Reading:
+        """Read the state beside its manager; see `Storage.read`. Every record is durable."""
+        path = _path(name)
+        if (place := self.places.get(name)) is None:
+            raise UnsupportedError(f"there is no state at {path}: check the name and the storage")
+        data = None if place.journal is None else bytes(place.journal)
+        scan = None if data is None else journal.scan(data, name, path)
+        records = journal.accept(scan, len(data or b""), _base(place.snapshot), path).records
+        return Reading(place.snapshot, records, len(records), place.session is not None, path)
+
 
 class MemorySession:
     """A state in memory, owned until `aclose`; see `StorageSession`."""
@@ -52,7 +62,7 @@ class MemorySession:
         self._name = name
         self._place = place
         self._since: list[bytes] | None = None
-        self.path: str = f"memory:{name}"
+        self.path: str = _path(name)
         base = _base(place.snapshot)
         data = bytes(place.journal or b"")
         scan = None if place.journal is None else journal.scan(data, name, self.path)
@@ -110,6 +120,10 @@ class MemorySession:
     def _check_open(self) -> None:
         if self._place.session is not self:
             raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
+
+
+def _path(name: str) -> str:
+    return f"memory:{name}"
 
 
 def _base(snapshot: bytes | None) -> str:

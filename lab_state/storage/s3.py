@@ -19,6 +19,8 @@ from lab_state.storage._s3_format import Names
 from lab_state.storage._s3_time import Time
 
 if TYPE_CHECKING:
+    from lab_state.storage._protocol import Reading
+    from lab_state.storage._s3_client import Requests
     from lab_state.storage._s3_session import S3Session
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{1,2046}[A-Za-z0-9]")
@@ -125,35 +127,68 @@ class S3Storage:
             claim.release()
             raise
 
+    async def read(self, name: str) -> Reading:
+        """Read the state beside its writer, which notices nothing; see `Storage.read`.
+
+        Needs the permissions `s3:GetObject` and `s3:ListBucket` alone. Whether a writer has
+        the state open cannot be told: there is no lock.
+
+        Raises:
+            CorruptionError: What is stored is damaged, or a record is missing.
+            UnavailableError: The store did not answer for half a minute, or the state was
+                replaced faster than it could be read.
+            UnsupportedError: There is no state of this name; or the extra is not installed,
+                the bucket is missing, or a permission is; the message says which.
+        """
+        names = Names.of(self._bucket, self._prefix, name)
+        thread = _threads(name)
+        try:
+            store = await self._requests(thread)
+            from lab_state.storage._s3_read import read_objects  # noqa: PLC0415 -- see _import
+
+            try:
+                return await read_objects(store, names)
+            finally:
+                await store.aclose()
+        finally:
+            thread.shutdown(wait=False)
+
     async def _open(self, names: Names, claim: _Claim) -> S3Session:
-        # Two threads: looking up a host name, which can take long, beside writing a spool.
-        thread = ThreadPoolExecutor(2, thread_name_prefix=f"lab_state {names.name}")
+        thread = _threads(names.name)
 
         def let_go() -> None:
             thread.shutdown(wait=False)
             claim.release()
 
         try:
-            await asyncio.get_running_loop().run_in_executor(thread, _import)
-            return await self._open_with(names, thread, let_go)
+            return await self._open_with(names, await self._requests(thread), let_go)
         except BaseException:
             thread.shutdown(wait=False)
             raise
 
-    async def _open_with(self, names: Names, thread: ThreadPoolExecutor, let_go: Any) -> S3Session:
-        from lab_state.storage._s3_client import Requests, connect  # noqa: PLC0415 -- see _import
-        from lab_state.storage._s3_open import open_state  # noqa: PLC0415
+    async def _open_with(self, names: Names, store: Requests, let_go: Any) -> S3Session:
+        from lab_state.storage._s3_open import open_state  # noqa: PLC0415 -- see _import
         from lab_state.storage._s3_session import S3Session  # noqa: PLC0415
 
-        def connecting() -> Any:
-            return connect(self._session, self._config, self._endpoint_url, self._region_name, thread)
-
-        store = Requests(self._bucket, connecting, thread, self._time)
         try:
             return S3Session(store, names, await open_state(store, names), let_go)
         except BaseException:
             await store.aclose()
             raise
+
+    async def _requests(self, thread: ThreadPoolExecutor) -> Requests:
+        await asyncio.get_running_loop().run_in_executor(thread, _import)
+        from lab_state.storage._s3_client import Requests, connect  # noqa: PLC0415 -- see _import
+
+        def connecting() -> Any:
+            return connect(self._session, self._config, self._endpoint_url, self._region_name, thread)
+
+        return Requests(self._bucket, connecting, thread, self._time)
+
+
+def _threads(name: str) -> ThreadPoolExecutor:
+    """Two: looking up a host name, which can take long, beside writing a spool."""
+    return ThreadPoolExecutor(2, thread_name_prefix=f"lab_state {name}")
 
 
 def _import() -> None:

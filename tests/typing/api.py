@@ -21,12 +21,15 @@ from lab_state import (
     MemoryStorage,
     Namespace,
     Reader,
+    Reading,
     Recovery,
     RedisCache,
+    StateView,
     Status,
     Storage,
     StorageSession,
     Transaction,
+    read_state,
 )
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -261,6 +264,18 @@ async def mirror(cache: RedisCache, memory: MemoryCache) -> None:
         async with reader.watch("a") as changes:
             async for change in changes:
                 assert_type(change, Change)
+
+
+async def view(storage: Storage) -> None:
+    read = await read_state("my-module", storage)
+    assert_type(read, StateView)
+    assert_type(await read.get("key", type=User), User)
+    assert_type(await read.get_all(), dict[str, Any])
+    assert_type(len(read), int)
+    assert_type(read.revision, int)
+    assert_type(read.wall, float | None)
+    assert_type(read.live, bool | None)
+    assert_type(await storage.read("my-module"), Reading)
 
 
 async def storages(file: FileStorage, memory: MemoryStorage, faulty: FaultyStorage, clock: ManualClock) -> None:

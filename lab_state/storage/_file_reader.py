@@ -1,0 +1,154 @@
+"""The files of one state, read beside the writer that has it open. Blocking.
+
+The steps, each with its reason, are in `docs/design/disk.md`, "Reading without the lock".
+Nothing is made, changed or locked, not even for a moment: a `start()` would be refused then.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable
+
+from lab_state import _journal as journal
+from lab_state._journal import NO_BASE
+from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
+from lab_state.storage import _fs as fs
+from lab_state.storage._file_writer import Paths
+from lab_state.storage._fs_read import OpenFile, has_moved, is_there, open_to_read
+from lab_state.storage._proc_locks import MOUNTS, find_holders, would_show
+from lab_state.storage._protocol import Reading
+from lab_state.storage._reading import Seen, is_answer, is_empty, judge, needs_snapshot
+
+_LONGEST = 5.0
+_PAUSE = 0.05
+_HEADER_BYTES = 4096
+"""More than any header has: a name has up to 128 characters."""
+
+
+def read_files(
+    directory: str, name: str, given_up: threading.Event, monotonic: Callable[[], float] = time.monotonic
+) -> Reading:
+    """Read a state; see `Storage.read`.
+
+    Args:
+        directory: Where the files are.
+        name: The name of the state.
+        given_up: Set when nothing waits for the answer any more. Then this ends soon.
+        monotonic: The clock for the 5 s after which this gives up.
+    """
+    paths = Paths.of(fs.absolute(directory), name)
+    end = monotonic() + _LONGEST
+    before: _Look | None = None
+    try:
+        while not given_up.is_set():
+            look = _Look(paths, name)
+            try:
+                if is_answer(before.seen if before else None, look.seen):
+                    return look.reading()
+            finally:
+                # Not before the comparison: as long as a file is open, no other one can get its inode number.
+                before, older = look, before
+                if older is not None:
+                    older.close()
+            if monotonic() >= end:
+                break
+            look.snapshot_bytes = None
+            if not look.has_moved():
+                given_up.wait(_PAUSE)
+    finally:
+        if before is not None:
+            before.close()
+    raise UnavailableError(
+        f"the files of {paths.snapshot} changed faster than they could be read, for {_LONGEST:.0f} s; read it again"
+    )
+
+
+class _Look:
+    """One reading; the files stay open until `close`."""
+
+    def __init__(self, paths: Paths, name: str) -> None:
+        self._paths = paths
+        self._name = name
+        self._snapshot: OpenFile | None = None
+        self.snapshot_bytes: bytes | None = None
+        self._crc: int | None = None
+        self._read_snapshot = False
+        self._journal = open_to_read(paths.journal)
+        try:
+            self.seen: Seen = self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> Seen:
+        name, path = self._name, self._paths.journal
+        base = NO_BASE
+        if self._journal is None or needs_snapshot(self._journal.read(_HEADER_BYTES), name, path):
+            self._read_snapshot = True
+            self._snapshot = open_to_read(self._paths.snapshot)
+            if self._snapshot is not None:
+                self.snapshot_bytes = self._snapshot.read()
+                self._crc = zlib.crc32(self.snapshot_bytes)
+                base = journal.base_of(len(self.snapshot_bytes), self._crc)
+        # Only now: whoever sees a new snapshot sees the frame that names it, too.
+        data = None if self._journal is None else self._journal.read()
+        return Seen(
+            None if self._journal is None else self._journal.identity,
+            None if self._snapshot is None else self._snapshot.identity,
+            base,
+            judge(data, base, name, path),
+        )
+
+    def has_moved(self) -> bool:
+        """Whether a name now leads to another file, or the snapshot was changed; then there is no use in waiting."""
+        if has_moved(self._paths.journal, self._journal, grows=True):
+            return True
+        return self._read_snapshot and has_moved(self._paths.snapshot, self._snapshot)
+
+    def reading(self) -> Reading:
+        """The answer.
+
+        Raises:
+            CorruptionError: The files are damaged, or do not belong together.
+            UnsupportedError: There are none, or a newer version wrote them.
+        """
+        accepted, error, durable, _ = self.seen.verdict
+        if accepted is None:
+            assert error is not None, "a verdict is one or the other"
+            raise error
+        if is_empty(self.seen) and not is_there(self._paths.lock):
+            raise UnsupportedError(f"there is no state at {self._paths.snapshot}: check the name and the directory")
+        snapshot, crc = self.snapshot_bytes, self._crc
+        if accepted.full is not None:
+            snapshot, crc = accepted.full, None
+        return Reading(snapshot, accepted.records, durable, is_held(self._paths.lock), self._paths.snapshot, crc)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in (self._journal, self._snapshot):
+            if file is not None:
+                file.close()
+
+
+def is_held(path: str) -> bool | None:
+    """Return whether a process holds the lock; `None` where that cannot be told without trying to take it."""
+    try:
+        lock = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False  # a writer whose lock file is gone is fenced
+    except OSError:
+        return None
+    holders = find_holders(lock.st_dev, lock.st_ino, fs.read)
+    if holders is None:
+        return None
+    if holders:
+        return True
+    try:
+        mounts, namespace = fs.read(MOUNTS), os.stat("/proc/self/ns/pid").st_ino
+    except (OSError, StorageError):
+        return None
+    shown = mounts is not None and would_show(mounts.decode(errors="replace"), lock.st_dev, namespace)
+    return False if shown else None

@@ -1,0 +1,115 @@
+"""Files of another process, opened for reading only, while that process replaces them.
+
+Nothing here makes, changes or locks a file. So it works without the permission to write,
+and on a file system that is mounted read-only.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import NamedTuple
+
+from lab_state.exceptions import UnsupportedError
+from lab_state.storage._os_errors import storage_error, translated
+
+
+class OpenFile(NamedTuple):
+    """A file that is open for reading; `status` is of the moment when it was opened.
+
+    As long as it is open, no other file can get its inode number.
+    """
+
+    fd: int
+    path: str
+    status: os.stat_result
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode."""
+        return self.status.st_dev, self.status.st_ino
+
+    def read(self, most: int | None = None) -> bytes:
+        """Return the bytes from the beginning to the end that the file has now, or the first `most` of them."""
+        with translated("reading", self.path):
+            left = os.fstat(self.fd).st_size
+            left = left if most is None else min(left, most)
+            parts: list[bytes] = []
+            offset = 0
+            # One call for all but huge files: then there is nothing to join.
+            while left > 0 and (part := os.pread(self.fd, left, offset)):
+                parts.append(part)
+                offset += len(part)
+                left -= len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self.fd)
+
+
+def open_to_read(path: str) -> OpenFile | None:
+    """Open a file; `None` only when nothing has that name. A symbolic link is followed.
+
+    Raises:
+        UnsupportedError: It is no regular file, or a link that leads nowhere.
+        StorageError: It cannot be opened.
+    """
+    try:
+        # To open a device may do something. So the name is looked up first, and again what was opened.
+        _check_regular(path, os.stat(path))
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise UnsupportedError(
+                f"{path} is a symbolic link to a file that is not there: put the file back, or delete the link"
+            ) from None
+        return None
+    except OSError as error:
+        raise storage_error("opening", path, error) from error
+    try:
+        with translated("looking up", path):
+            status = os.fstat(fd)
+        _check_regular(path, status)
+    except BaseException:
+        os.close(fd)
+        raise
+    return OpenFile(fd, path, status)
+
+
+def _check_regular(path: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise UnsupportedError(
+            f"{path} is not a regular file, but a directory, a FIFO, a socket or a device: move it away"
+        )
+
+
+def has_moved(path: str, opened: OpenFile | None, *, grows: bool = False) -> bool:
+    """Return whether a name leads to another file than it did, or to one that was changed.
+
+    Args:
+        path: The name.
+        opened: The file that it led to; `None` where there was none.
+        grows: Whether the file may have another size and be the same.
+    """
+    now = _status(path)
+    if now is None or opened is None:
+        return (now is None) != (opened is None)
+    then = opened.status
+    if (now.st_dev, now.st_ino) != opened.identity:
+        return True
+    return not grows and (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns)
+
+
+def is_there(path: str) -> bool:
+    """Return whether something has that name."""
+    return _status(path) is not None
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise storage_error("looking up", path, error) from error

@@ -1,0 +1,75 @@
+"""A state read without being opened, and decoded."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import NamedTuple, cast
+
+from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state.exceptions import CorruptionError, UnavailableError
+from lab_state.storage._protocol import Reading, Storage
+
+_MOST_READINGS = 10
+
+
+class Loaded(NamedTuple):
+    """A state as it was read.
+
+    Attributes:
+        state: What is in it.
+        durable_revision: Everything up to this revision is durable for certain.
+        live: Whether a writer has it open; `None` where that cannot be told.
+        path: Where it is, for messages.
+        size: How many bytes it has there.
+    """
+
+    state: Snapshot
+    durable_revision: int
+    live: bool | None
+    path: str
+    size: int
+
+
+async def load(name: str, storage: Storage) -> Loaded:
+    """Read a state beside the writer that may have it open; decoding holds up the event loop as `start()` does.
+
+    Raises:
+        TypeError: The storage is none, or cannot read.
+        StorageError: See `Storage.read`.
+    """
+    # Storages that others wrote may be older than this method.
+    read = getattr(storage, "read", None)
+    if isinstance(storage, type | os.PathLike) or not callable(read):
+        raise TypeError(
+            f"{type(storage).__name__} cannot be read without being opened: a storage needs "
+            "`async def read(self, name: str) -> Reading`; see lab_state.Storage"
+        )
+    before: tuple[Reading, str] | None = None
+    for _ in range(_MOST_READINGS):
+        reading = cast("Reading", await read(name))
+        try:
+            return await _decoded(reading)
+        except CorruptionError as error:
+            # Damage is there a second time; what a writer replaced meanwhile is not.
+            if before is not None and _is_the_same(before, (reading, str(error))):
+                raise
+            before = reading, str(error)
+    raise UnavailableError(f"{reading.path} changed each time that it was read; read it again")
+
+
+def _is_the_same(before: tuple[Reading, str], now: tuple[Reading, str]) -> bool:
+    """Whether two readings are of the same state, which may have grown, and have the same fault."""
+    (first, error), (second, again) = before, now
+    grown = first.snapshot == second.snapshot and first.records == second.records[: len(first.records)]
+    return error == again and grown
+
+
+async def _decoded(reading: Reading) -> Loaded:
+    snapshot, records, durable, live, path, crc = reading
+    begin = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, path, crc)
+    await asyncio.sleep(0)
+    settled = replay(begin, records[:durable], path)
+    whole = replay(settled, records[durable:], path, first=durable + 1)
+    size = len(snapshot or b"") + sum(map(len, records))
+    return Loaded(whole, settled.revision, live, path, size)

@@ -1,0 +1,139 @@
+"""Reading a state in S3 beside its writer."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_world import VIEW, Bucket, given
+
+from lab_state import (
+    Config,
+    CorruptionError,
+    FileStorage,
+    Manager,
+    MemoryStorage,
+    UnavailableError,
+    UnsupportedError,
+    copy_state,
+    read_state,
+)
+from lab_state._conformance_tools import opened
+from lab_state.storage._s3_client import Requests
+from lab_state.storage._s3_outcomes import Found
+
+NAME = "lab"
+
+
+async def test_a_running_state_is_read(bucket: Bucket) -> None:
+    """No fence, no probe: the bucket is as it was, and the writer goes on."""
+    async with Manager(Config(name=NAME, flush_interval=None), bucket.storage()) as state:
+        await state.set("a", 1)
+        await state.flush()
+        before = bucket.keys()
+        view = await read_state(NAME, bucket.storage())
+        assert bucket.keys() == before
+        assert (await view.get_all(), view.revision, view.durable_revision, view.live) == ({"a": 1}, 1, 1, None)
+        await state.set("b", 2)
+        await state.flush()
+        assert (await read_state(NAME, bucket.storage())).revision == 2
+    assert (await read_state(NAME, bucket.storage())).revision == 2
+
+
+async def test_a_mistyped_name_leaves_nothing_in_the_bucket(bucket: Bucket) -> None:
+    """It is an error, and nothing is written, by reading or by copying."""
+    for call in (read_state(NAME, bucket.storage()), copy_state(NAME, bucket.storage(), MemoryStorage())):
+        with pytest.raises(UnsupportedError, match=r"there is no state at s3://.*lab\.json: check the name"):
+            await call
+    assert bucket.keys() == {}
+
+
+async def test_a_copy_leaves_its_source_alone(bucket: Bucket, tmp_path: Path) -> None:
+    """A writer on the source is not deposed, no object comes or goes; a mistyped name on disk leaves no file."""
+    target = MemoryStorage()
+    async with Manager(Config(name=NAME, flush_interval=None), bucket.storage()) as state:
+        await state.set("a", 1)
+        await state.flush()
+        before = bucket.keys()
+        assert await copy_state(NAME, bucket.storage(), target) == 1
+        assert bucket.keys() == before
+        await state.set("b", 2)
+        await state.flush()
+    assert (await read_state(NAME, target)).revision == 1
+    with pytest.raises(UnsupportedError, match="there is no state"):
+        await copy_state("mistyped", FileStorage(tmp_path / "new"), target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def first(monkeypatch: pytest.MonkeyPatch, request: str, *, before: Any = None, after: Any = None) -> list[str]:
+    """Call something before or after the first such request; returns what was asked, as it comes."""
+    send, seen = getattr(Requests, request), list[str]()
+
+    async def sent(store: Requests, *where: str) -> Any:
+        seen.append(where[0])
+        is_first = len(seen) == 1
+        if is_first and before is not None:
+            await before()
+        found = await send(store, *where)
+        if is_first and after is not None:
+            await after()
+        return found
+
+    monkeypatch.setattr(Requests, request, sent)
+    return seen
+
+
+async def test_a_checkpoint_between_snapshot_and_list(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All records behind the old snapshot are gone from the list. The old snapshot alone would be a loss."""
+    async with opened(bucket.storage(), NAME) as session:
+        await session.checkpoint(given(b'{"old":1}'))
+        for number in range(3):
+            await session.commit(b"%d" % number, VIEW)
+        lists = first(monkeypatch, "sizes", before=lambda: session.checkpoint(given(b'{"new":1}')))
+        reading = await bucket.storage().read(NAME)
+        assert len(lists) == 3  # one is the checkpoint's own
+    assert (reading.snapshot, reading.records) == (b'{"new":1}', ())
+
+
+async def test_a_checkpoint_between_list_and_records(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records that are gone by the time they are fetched were covered; everything is read again."""
+    async with opened(bucket.storage(), NAME) as session:
+        await session.commit(b"1", VIEW)
+        first(monkeypatch, "sizes", after=lambda: session.checkpoint(given(b'{"new":1}')))
+        reading = await bucket.storage().read(NAME)
+    assert (reading.snapshot, reading.records) == (b'{"new":1}', ())
+
+
+async def test_a_missing_record_is_damage_for_a_reader(bucket: Bucket) -> None:
+    """While the snapshot stays the same, a gap is one; nothing is written for that."""
+    async with opened(bucket.storage(), NAME) as session:
+        for number in range(3):
+            await session.commit(b"%d" % number, VIEW)
+    keys = sorted(key for key, size in bucket.keys().items() if size)
+    bucket.delete(keys[1])
+    before = bucket.keys()
+    with pytest.raises(CorruptionError, match="missing"):
+        await bucket.storage().read(NAME)
+    assert bucket.keys() == before
+
+
+async def test_a_snapshot_replaced_again_and_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that never finds the snapshot that it has read gives up after half a minute."""
+    bucket.put(f"state/modules/{NAME}.json", b'{"a":1}')
+    etags = itertools.count()
+
+    async def headed(store: Requests, key: str) -> Any:
+        return Found(f'"{next(etags)}"', {}, 7)
+
+    monkeypatch.setattr(Requests, "head", headed)
+    with pytest.raises(UnavailableError, match=r"reading s3://.* failed \d+ times in 30 s"):
+        await bucket.storage().read(NAME)
+
+
+async def test_a_snapshot_put_there_by_hand_is_read(bucket: Bucket) -> None:
+    """It says neither what it covers nor at which revision it is."""
+    bucket.put(f"state/modules/{NAME}.json", b'{"a":1}')
+    view = await read_state(NAME, bucket.storage())
+    assert (await view.get_all(), view.revision) == ({"a": 1}, 0)
