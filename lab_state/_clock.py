@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 
@@ -99,6 +100,17 @@ class GuardedClock:
 def resolver(future: asyncio.Future[None]) -> Callable[[], None]:
     """Sets the result of a future that nobody may have cancelled."""
     return lambda: None if future.done() else future.set_result(None)
+
+
+@asynccontextmanager
+async def within(clock: Clock, seconds: float) -> AsyncGenerator[None]:
+    """`asyncio.timeout`, by a clock: raise `TimeoutError` after so many seconds."""
+    async with asyncio.timeout(None) as bound:
+        timer = clock.call_later(seconds, lambda: bound.reschedule(0.0))  # at once
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class Pauses:

@@ -8,6 +8,10 @@ only when all of the view is durable. So a reader never sees what a crash could 
 
 Nobody waits for this task, and nothing that goes wrong here is anybody else's problem:
 it is logged once, shown in `status()`, tried again after growing pauses, and mended.
+Whatever a cache, a logger or a clock raises, the task goes on.
+
+A copy that another client has written to is filled anew, like one that is gone: nothing
+says what was changed in it.
 
 A copy of another writer is one of an earlier life of this state, or of a newer writer
 that this one does not know of yet. The storage knows: a commit that succeeds says that
@@ -21,6 +25,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncGenerator
+from typing import Any
 
 from lab_state._clock import Clock, Pauses, Timer, resolver
 from lab_state._flusher import Flusher
@@ -31,7 +36,7 @@ from lab_state._pending import Pending
 from lab_state._state import Changes, Stored
 from lab_state._views import Views
 from lab_state.cache._format import slices
-from lab_state.cache._protocol import Cache, CacheSession, Slice, Step
+from lab_state.cache._protocol import SPOILT, Cache, CacheSession, Seen, Slice, Step
 from lab_state.exceptions import FencedError, StorageError, UnavailableError
 
 STOP_SECONDS = 1.0
@@ -39,6 +44,12 @@ BEAT_SECONDS = 2.0
 """How often an idle writer looks after its copy, and says that it lives."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_FIRST_SPOILT, _LONGEST_SPOILT = 1.0, 300.0
+"""Between two fills, where another client writes to the copy again and again."""
+
+_CALM_SECONDS = 60.0
+"""After so long without that, it is told again, and the next fill is not held up."""
+
 _REST_SECONDS = 0.006
 """After a step: a writer that flushes has the loop to itself meanwhile, and more is coalesced."""
 
@@ -79,7 +90,10 @@ class Mirror:
         self._pending = Pending()
         self._wake = asyncio.Event()
         self._pauses = Pauses(clock, _FIRST_PAUSE, _LONGEST_PAUSE)
+        self._spoilt = False  # the copy is this writer's, but another client has written to it
+        self._spoils = Pauses(clock, _FIRST_SPOILT, _LONGEST_SPOILT)
         self._session: CacheSession | None = None
+        self._seen: Seen | None = None  # what the last call of `look` saw, if nothing was done since
         self._tried: int | None = None  # the revision of a step whose outcome is unknown
         self._is_owner = True  # the storage has just said so
         self._idle = False  # nothing was brought since the last beat
@@ -90,6 +104,7 @@ class Mirror:
         self._flusher = flusher
         self._arm()
         self._commits = 0  # since the last step was begun
+        self._told = flusher.state.taken  # the revision up to which `committed` was told
         self._wake.set()
         try:
             self._task = asyncio.create_task(self._run(), name=f"lab_state {self._name} mirror")
@@ -108,11 +123,14 @@ class Mirror:
         """These changes are durable; they are looked at later."""
         if taken.end > taken.start:
             try:
+                if taken.start > self._told:  # what is between was not told, whatever failed there
+                    self._pending.overflow()
                 self._pending.add(taken)
             except BaseException:
-                self._pending.overflowed = True  # a step without them would be wrong: everything is brought anew
+                self._pending.overflow()  # a step without them would be wrong: everything is brought anew
                 raise
             finally:
+                self._told = taken.end
                 self._commits += 1
                 self._wake.set()
 
@@ -124,11 +142,7 @@ class Mirror:
         if task.get_loop() is not asyncio.get_running_loop():
             return  # its loop was closed over it
         self._wake.set()
-        over = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_later(STOP_SECONDS, resolver(over))
-        await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
-        timer.cancel()
-        over.cancel()
+        await self._wait(task, STOP_SECONDS)
         task.cancel()
         await asyncio.wait({task})
 
@@ -156,7 +170,7 @@ class Mirror:
             while self._pending.merge(_MERGED_AT_ONCE):  # noqa: ASYNC110 -- it is not waited for, it is done
                 await asyncio.sleep(0)
         except Exception:  # noqa: BLE001 -- memory ran out halfway: everything is brought anew
-            self._pending.overflowed = True
+            self._pending.overflow()
 
     async def _attempt(self) -> bool:
         """Do the next thing; returns whether there is more to do."""
@@ -195,15 +209,19 @@ class Mirror:
 
     async def _recognise(self, session: CacheSession) -> None:
         """Whether the copy is where it was left, or where a step that got no answer took it."""
-        seen = await session.look()
-        ours = seen.writer == self._writer and seen.revision in {self.revision, self._tried}
+        seen = self._seen = await session.look()
+        if seen == SPOILT:
+            self._spoil()
+        elif seen.writer != self._writer:
+            self._spoilt = False  # it is gone, or another writer's
+        ours = not self._spoilt and seen.writer == self._writer and seen.revision in {self.revision, self._tried}
         self.revision = seen.revision if ours else None
         self._tried = None
 
     async def _step(self, session: CacheSession, start: int) -> None:
         taken = self._pending.take(start)
         commits, self._commits = self._commits, 0
-        self._tried = taken.end
+        self._tried, self._seen = taken.end, None
         try:
             done = await session.apply(Step(start, taken.end, taken.cleared), _yielding(taken))
         except BaseException:
@@ -212,14 +230,24 @@ class Mirror:
         if done:
             self.revision = taken.end
             self._counts.steps += 1
+            # Of real time: it is for the loop, and a clock that stands would hold the next step up.
             await asyncio.sleep(_LONG_REST_SECONDS if commits > _MANY else _REST_SECONDS)
         else:
             self._pending.put_back(taken)
+            self._tried = None  # it was not made, so it is no revision that the copy may have
             await self._recognise(session)
+            if self.revision == start:  # it was touched, and is where it was left all the same
+                self._spoil()
+                self.revision = None
         self._tried = None
 
     async def _fill(self, session: CacheSession) -> None:
-        seen = await session.look()
+        if self._spoilt and not self._spoils.over:
+            raise UnavailableError(
+                "another client writes to the copy again and again, so it is filled anew after growing pauses; "
+                "give other clients other keys, or no right to write to these"
+            )
+        seen, self._seen = self._seen or await session.look(), None
         if seen.writer not in {None, self._writer} and not self._is_owner:
             await self._flusher.confirm()
         self._is_owner = False
@@ -239,6 +267,17 @@ class Mirror:
             raise UnavailableError("the copy was changed by somebody else while it was filled")
         self.revision = revision
         self._counts.fills += 1
+        if self._spoilt:
+            self._spoilt = False
+            self._spoils.begin()
+
+    def _spoil(self) -> None:
+        """Another client has written to the copy: it is to be filled anew."""
+        if self._clock.monotonic() >= self._spoils.until + _CALM_SECONDS:
+            self._spoils.end()
+        if not self._spoilt and not self._spoils.failures:
+            self._logger.warning("%s: another client has written to the copy; it is filled anew", self._name)
+        self._spoilt = True
 
     async def _whole(self, views: Views, view: dict[str, Stored], revision: int) -> AsyncGenerator[Slice]:
         """A view of the state, in parts; the last one comes when all of it is durable."""
@@ -254,8 +293,9 @@ class Mirror:
         await views.fold()
         durable = asyncio.ensure_future(self._flusher.settled(revision))
         try:
-            while not (await asyncio.wait({durable}, timeout=_KEPT_SECONDS))[0]:
-                yield Slice({}, {}, [])
+            while not durable.done():
+                if not await self._wait(durable, _KEPT_SECONDS):
+                    yield Slice({}, {}, [])
             await durable
         finally:
             durable.cancel()
@@ -308,6 +348,17 @@ class Mirror:
         self._arm()
         self._idle = True
         self._wake.set()
+
+    async def _wait(self, future: asyncio.Future[Any], seconds: float) -> bool:
+        """Wait for a future, so many seconds of the clock at most; returns whether it is done."""
+        over = asyncio.get_running_loop().create_future()
+        timer = self._clock.call_later(seconds, resolver(over))
+        try:
+            await asyncio.wait({future, over}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            timer.cancel()
+            over.cancel()
+        return future.done()
 
 
 async def _yielding(taken: Changes) -> AsyncGenerator[Slice]:

@@ -47,12 +47,17 @@ class Pending:
         """How many keys there are; those that are not merged count once for each commit."""
         return len(self._changes) + self._queued
 
+    def overflow(self) -> None:
+        """Something is missing, or too much was to be kept: nothing is, until `clear`."""
+        self.clear()
+        self.overflowed = True
+
     def add(self, taken: Changes) -> None:
         """A commit was made."""
         if self.overflowed:
             return
         if self.keys + len(taken.changes) > MOST_KEYS:
-            self._overflow()
+            self.overflow()
             return
         self._queue.append((taken, iter(taken.changes.items())))
         self._queued += len(taken.changes)
@@ -74,7 +79,7 @@ class Pending:
             else:
                 self._queue.popleft()
         if self._bytes > MOST_BYTES:
-            self._overflow()
+            self.overflow()
         return bool(self._queue)
 
     def take(self, start: int) -> Changes:
@@ -91,17 +96,13 @@ class Pending:
         self._queued += len(taken.changes)
         self.end = max(self.end, taken.end)
         if self.keys > MOST_KEYS:
-            self._overflow()
+            self.overflow()
 
     def _put(self, key: str, changed: Changed) -> None:
         if (before := self._changes.get(key, MISSING)) is not MISSING:
             self._bytes -= _size(before)
         self._changes[key] = changed
         self._bytes += _size(changed)
-
-    def _overflow(self) -> None:
-        self.clear()
-        self.overflowed = True
 
 
 def _size(changed: Changed) -> int:

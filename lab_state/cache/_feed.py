@@ -2,7 +2,10 @@
 
 A subscription that is lost is made again after growing pauses; one that is silent, which
 a living writer never leaves it, is asked whether it is there at all. Nothing is taken to
-be fresh in between.
+be fresh in between. The head of the copy is read every two seconds besides, so that a
+reader knows whether reads succeed, though nothing is read just then.
+
+Any client may send a message. One that is none of lab_state's is told once and left out.
 """
 
 from __future__ import annotations
@@ -11,22 +14,29 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-import msgspec
-
 from lab_state._clock import Clock, Pauses, resolver
 from lab_state._log import Log
 from lab_state._state import DELETED
 from lab_state._watch import MOST_PENDING, Group, Told
-from lab_state.cache._format import Head, Message, decode_message
+from lab_state.cache._format import Head, Message, parse_message
 from lab_state.cache._local import Local
 from lab_state.cache._source import Source, Subscription
 from lab_state.exceptions import StorageError, UnavailableError
+
+LOOK_SECONDS = 2.0
+"""How often the head is read."""
 
 SILENT_SECONDS = 5.0
 """After so long without a message, which is more than two beats of a writer, the subscription is asked."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-_logger = Log(logging.getLogger("lab_state"))
+_MOST_BYTES = 16 * 1024 * 1024
+"""Of the messages of one step; a writer sends up to 4 MiB, and then a resync."""
+
+_LONGEST_STEP = 1_000_000
+"""A message that tells of more revisions is no proof that the copy is there: it is read again."""
+
+logger = Log(logging.getLogger("lab_state"))
 
 
 class Feed:
@@ -47,12 +57,15 @@ class Feed:
         self._clock = clock
         self._head = head
         self._parts: list[Message] = []
+        self._bytes = 0  # of these parts
+        self._last: Message | None = None
         self._heard = clock.monotonic()
         self._stale = asyncio.Event()
         self._filled = asyncio.Event()
         self.moved: asyncio.Event = asyncio.Event()
         self._pauses = Pauses(clock, _FIRST_PAUSE, _LONGEST_PAUSE)
         self._told = False  # that the subscription is lost
+        self._told_strange = False  # that another client sends messages
         self._task = asyncio.create_task(self._run(), name="lab_state reader")
 
     async def aclose(self) -> None:
@@ -63,75 +76,138 @@ class Feed:
             watcher.close()
         self._notify()
 
+    def lives(self, writer: str, below: int) -> bool:
+        """Return whether this writer was heard of just now, and says itself that it is below a revision."""
+        last = self._last
+        silent = self._clock.monotonic() - self._heard >= SILENT_SECONDS
+        return last is not None and not silent and last.writer == writer and last.end < below
+
+    def begin_anew(self, revision: int) -> None:
+        """Go on from a lower revision; everything is read again."""
+        self.revision = revision
+        self._read_again()
+        self._filled.set()  # now, and not after the pause behind what had failed
+
+    def _read_again(self) -> None:
+        if self._local is not None:
+            self._local.lose()
+            self._stale.set()
+        self.watchers.resync(self.revision)
+        self._notify()
+
     async def _run(self) -> None:
         while True:
             try:
-                subscription = await self._source.subscribe()
-                try:
-                    await self._follow(subscription)
-                finally:
-                    self.revision = -1
-                    if self._local is not None:
-                        self._local.lose()
-                    self._notify()
-                    await subscription.aclose()
+                await self._once()
             except StorageError as error:
-                if not self._told:
-                    _logger.warning("a reader does not hear of changes for the moment, and tries again: %s", error)
-                    self._told = True
-                await self._sleep(self._pauses.begin())
+                problem = error
+            except Exception as error:  # noqa: BLE001 -- whatever a source raises, the reader goes on
+                problem = UnavailableError(f"{self._source.path}: {type(error).__name__}, which no source should raise")
+            if not self._told:
+                logger.warning("a reader does not hear of changes for the moment, and tries again: %s", problem)
+                self._told = True
+            await self._sleep(self._pauses.begin())
+
+    async def _once(self) -> None:
+        """Subscribe, and follow until the subscription is lost."""
+        subscription = await self._source.subscribe()
+        try:
+            await self._follow(subscription)
+        finally:
+            self.revision = -1
+            if self._local is not None:
+                self._local.lose()
+            self._notify()
+            await subscription.aclose()
 
     async def _follow(self, subscription: Subscription) -> None:
         """Until it is lost."""
-        self._parts, self._heard = [], self._clock.monotonic()
-        work = [self._receive(subscription), self._listen(subscription), self._begin()]
+        self._parts, self._bytes, self._heard = [], 0, self._clock.monotonic()
+        work = [self._receive(subscription), self._look(subscription)]
         if self._local is not None:
             self._stale.set()
             work.append(self._keep_loaded(self._local, subscription))
         tasks = {asyncio.ensure_future(each) for each in work}
         try:
-            while True:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-                tasks -= done
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _begin(self) -> None:
-        """What was missed before the subscription is to be read again."""
-        try:
-            head = await self._head()
-        except StorageError:
-            return  # there is nothing; when something is put there, that is a resync
-        self.revision = max(self.revision, head.revision)
-        self.watchers.resync(self.revision)
-        self._notify()
+    async def _look(self, subscription: Subscription) -> None:
+        """Read the head again and again; what was missed before the first time is to be read again."""
+        while True:
+            try:
+                head = await self._head()
+            except StorageError:
+                head = None  # who asks the reader is told; when something is put there, that is a resync
+            if head is not None and self.revision < head.revision:
+                begins = self.revision < 0
+                self.revision = head.revision
+                if begins:
+                    self.watchers.resync(self.revision)
+                self._notify()
+            await self._sleep(LOOK_SECONDS)
+            await self._listen(subscription)
+
+    async def _listen(self, subscription: Subscription) -> None:
+        """Ask a subscription that is silent; a writer may have died, but then nothing has changed either."""
+        if self._clock.monotonic() - self._heard < SILENT_SECONDS:
+            return
+        await subscription.ping()
+        if self._local is not None and self._local.fresh and await self._head() != self._local.head:
+            raise UnavailableError(f"{self._source.path}: the subscription is silent, but there are changes")
 
     # Messages
 
     async def _receive(self, subscription: Subscription) -> None:
         while True:
             data = await subscription.receive()
+            message = parse_message(data)
+            if message is None:
+                self._leave_out()
+                continue
             self._heard = self._clock.monotonic()
             if self._told:
-                _logger.info("a reader hears of changes again")
+                logger.info("a reader hears of changes again")
             self._told = False
             self._pauses.end()
-            try:
-                self._parts.append(decode_message(data))
-            except (msgspec.MsgspecError, UnicodeDecodeError):
-                raise UnavailableError(
-                    f"{self._source.path}: a message on the channel is none of lab_state's"
-                ) from None
-            if not self._parts[-1].more:
-                step, self._parts = self._parts, []
-                self._step(step)
+            self._take(message, len(data))
+
+    def _leave_out(self) -> None:
+        """A message that cannot be read: another client's. A newer writer's is one, too, so all is read again, once."""
+        if not self._told_strange:
+            self._told_strange = True
+            logger.warning(
+                "%s: a message on the channel is none of lab_state's, so another client sends there; such messages are "
+                "left out, and everything is read again once",
+                self._source.path,
+            )
+            self._read_again()
+
+    def _take(self, message: Message, size: int) -> None:
+        """A message, which may be a part of a step."""
+        first = self._parts[0] if self._parts else message
+        if (message.start, message.end, message.writer) != (first.start, first.end, first.writer):
+            self._parts, self._bytes = [], 0  # the end of that step never came
+            self._read_again()
+        self._parts.append(message)
+        self._bytes += size
+        if message.more:
+            if self._bytes > _MOST_BYTES:
+                self._parts, self._bytes = [], 0
+            return
+        step, self._parts, self._bytes = self._parts, [], 0
+        self._step(step)
 
     def _step(self, step: list[Message]) -> None:
-        last = step[-1]
+        last = self._last = step[-1]
+        if last.end - last.start > _LONGEST_STEP:
+            self._read_again()
+            return
         self.revision = last.end
         if last.resync:
             self._filled.set()
@@ -150,16 +226,6 @@ class Feed:
     def _notify(self) -> None:
         self.moved.set()
         self.moved = asyncio.Event()
-
-    async def _listen(self, subscription: Subscription) -> None:
-        """Ask a subscription that is silent; a writer may have died, but then nothing has changed either."""
-        while True:
-            await self._sleep(SILENT_SECONDS)
-            if self._clock.monotonic() - self._heard < SILENT_SECONDS:
-                continue
-            await subscription.ping()
-            if self._local is not None and self._local.fresh and await self._head() != self._local.head:
-                raise UnavailableError(f"{self._source.path}: the subscription is silent, but there are changes")
 
     # The local copy
 

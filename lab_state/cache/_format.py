@@ -1,8 +1,11 @@
 """What is kept and told, as bytes. Pure.
 
 Each of the two hashes of a state, values and expiry times, has one more field,
-`$lab_state`, with the same JSON: format, revision and writer. So a hash that is gone,
-evicted or of another time is noticed by whoever reads, and never passes for an empty one.
+`$lab_state`, with the same JSON: format, revision, writer, and which fill it was that put
+the copy there. So a hash that is gone, evicted or of another time is noticed by whoever
+reads, and never passes for an empty one.
+
+Any client may write here, so nothing that is read is trusted to be lab_state's.
 
 A message on the channel is a step: `{"from":41,"to":42,"set":{...},"delete":[...],
 "expires":{...}}`. `clear`: what was there before was deleted first. `more`: the step has
@@ -13,7 +16,8 @@ writer says that it lives.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -22,8 +26,10 @@ from lab_state._codec import RESERVED
 from lab_state._expiry import Expiring, Value
 from lab_state._state import Absent, Changed
 from lab_state._values import encode, is_json
-from lab_state.cache._protocol import Slice
+from lab_state.cache._protocol import Seen, Slice
 from lab_state.exceptions import UnavailableError, UnsupportedError
+
+T = TypeVar("T")
 
 FORMAT = 1
 HEAD = RESERVED
@@ -31,6 +37,9 @@ HEAD = RESERVED
 
 _MOST_KEYS = 50
 _MOST_BYTES = 32 * 1024
+
+Revision: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+"""What every JSON reader can hold exactly. A higher number is no revision of a state."""
 
 
 class Keys:
@@ -48,18 +57,19 @@ class Keys:
 
 
 class Head(msgspec.Struct, frozen=True):
-    """What `$lab_state` holds."""
+    """What `$lab_state` holds; `fill` is another one for each fill."""
 
     format: int
-    revision: int
+    revision: Revision
     writer: str
+    fill: str = ""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"start": "from", "end": "to"}):
     """A step, or a part of one."""
 
-    start: int
-    end: int
+    start: Revision
+    end: Revision
     writer: str
     set: dict[str, Raw] = {}
     delete: list[str] = []
@@ -69,13 +79,31 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ren
     resync: bool = False
 
 
-decode_message = msgspec.json.Decoder(Message).decode
+_decode_message = msgspec.json.Decoder(Message).decode
 _decode_head = msgspec.json.Decoder(Head).decode
 
 
-def head(revision: int, writer: str) -> bytes:
+def _read(decode: Callable[[bytes], T], data: bytes) -> T | None:
+    """Decode bytes that any client may have written; return `None` if they are none of lab_state's."""
+    try:
+        return decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # the last one for deep nesting
+        return None
+
+
+def parse_message(data: bytes) -> Message | None:
+    """Return what a message says; `None` if it is none of lab_state's."""
+    return _read(_decode_message, data)
+
+
+def new_fill() -> str:
+    """Return a name for a fill."""
+    return os.urandom(4).hex()
+
+
+def head(revision: int, writer: str, fill: str) -> bytes:
     """The field of both hashes."""
-    return encode(Head(FORMAT, revision, writer))
+    return encode(Head(FORMAT, revision, writer, fill))
 
 
 def parse_head(data: bytes) -> Head | None:
@@ -84,15 +112,21 @@ def parse_head(data: bytes) -> Head | None:
     Raises:
         UnsupportedError: A newer version of lab_state wrote it.
     """
-    try:
-        found = _decode_head(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return None
-    if found.format > FORMAT:
+    found = _read(_decode_head, data)
+    if found is not None and found.format > FORMAT:
         raise UnsupportedError(
             f"the mirror has format {found.format}, this version of lab_state knows {FORMAT}: use the version that wrote it"
         )
-    return found
+    return found if found is not None and found.format == FORMAT else None
+
+
+def seen_in(values: bytes | None, expires: bytes | None) -> tuple[Seen, str]:
+    """Return what a writer sees in the fields of both hashes: whose copy it is, and which fill put it there."""
+    found = None if values is None or values != expires else _read(_decode_head, values)
+    if found is None:
+        return Seen(None, 0), ""
+    # A copy of another format is another writer's, whatever it says: no writer is named "".
+    return Seen(found.writer if found.format == FORMAT else "", found.revision), found.fill
 
 
 def parse_time(data: bytes) -> int:
@@ -105,8 +139,8 @@ def parse_time(data: bytes) -> int:
         return int(data)
     except ValueError:
         raise UnavailableError(
-            "a time in the copy is none of lab_state's: somebody else writes there; once they have stopped, delete both "
-            "hashes, and the manager fills them anew"
+            "an expiry time in the copy is none of lab_state's: another client has written there; a manager that runs "
+            "fills the copy anew within seconds"
         ) from None
 
 

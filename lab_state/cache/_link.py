@@ -8,7 +8,6 @@ No message of redis-py's is passed on: an answer may quote what it was sent.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 from collections.abc import Generator, Iterable, Mapping
@@ -19,6 +18,7 @@ import redis
 import redis.exceptions as problems
 from redis.asyncio import ConnectionPool
 
+from lab_state._clock import Clock, within
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 
 _TIMEOUT = 5.0
@@ -103,17 +103,17 @@ class Dialer:
             else "Redis by Sentinel"
         )
 
-    async def connect(self) -> Link:
-        """A new connection.
+    async def connect(self, clock: Clock) -> Link:
+        """A new connection, whose timeouts go by this clock.
 
         Raises:
             StorageError: There is none to be had.
         """
         connection = self._make(**self._options)
-        link = Link(connection, self.path, self._timeout)
+        link = Link(connection, self.path, self._timeout, clock)
         with link.translated():
             try:
-                async with asyncio.timeout(self._timeout):
+                async with within(clock, self._timeout):
                     await connection.connect()
             except BaseException:
                 await link.aclose()
@@ -124,8 +124,9 @@ class Dialer:
 class Link:
     """One connection."""
 
-    def __init__(self, connection: Any, path: str, timeout: float) -> None:
-        """`timeout`: how long the answers of one round trip may take, in seconds."""
+    def __init__(self, connection: Any, path: str, timeout: float, clock: Clock) -> None:
+        """`timeout`: how long the answers of one round trip may take, in seconds of the clock."""
+        self.clock: Clock = clock
         self._connection = connection
         self._path = path
         self._timeout = timeout
@@ -134,13 +135,13 @@ class Link:
         """Send commands."""
         with self.translated():
             self._check_connected()
-            async with asyncio.timeout(self._timeout):
+            async with within(self.clock, self._timeout):
                 await self._connection.send_packed_command(data, check_health=False)
 
     async def answers(self, count: int) -> list[Any]:
         """The next answers."""
         with self.translated():
-            async with asyncio.timeout(self._timeout):
+            async with within(self.clock, self._timeout):
                 return [await self._next() for _ in range(count)]
 
     async def read(self) -> Any:
@@ -177,6 +178,21 @@ class Link:
         for answer in answers:
             if isinstance(answer, Exception):
                 raise self.problem(answer)
+
+    def watched(self, answer: Any) -> None:
+        """Make sure that `WATCH` was carried out.
+
+        Raises:
+            UnsupportedError: The server refuses it, to this user or to all.
+            StorageError: It failed.
+        """
+        if isinstance(answer, problems.NoPermissionError) or answer.__class__ is problems.ResponseError:
+            raise UnsupportedError(
+                f"{self._path}: it refuses WATCH, without which a writer that was replaced could overwrite its "
+                "successor's copy: give the user the right (ACL SETUSER <user> +watch), or use a server or a proxy that "
+                "has WATCH"
+            )
+        self.good([answer])
 
     async def aclose(self) -> None:
         """End the connection, whatever is under way."""

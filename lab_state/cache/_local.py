@@ -47,6 +47,11 @@ class Local:
         """Something may be missing."""
         self.fresh, self.shown, self._kept = False, {}, None
 
+    def forget(self) -> None:
+        """What was read here is not what the state was: no revision counts as read."""
+        self.lose()
+        self.highest, self._whole = 0, False
+
     def tell(self, step: Sequence[Message]) -> bool:
         """The messages of one step came; False if it does not fit, and the copy must be loaded."""
         if self.fresh:
@@ -91,7 +96,7 @@ class Local:
             return False
         if not all(self._apply(step) for step in kept if step[-1].end > self.head.revision):
             return False
-        if last.writer != self.head.writer or last.revision > self.head.revision:
+        if (last.writer, last.fill) != (self.head.writer, self.head.fill) or last.revision > self.head.revision:
             return False
         self.fresh, self.shown, self._whole = True, self._entries, True
         self.highest = max(self.highest, self.head.revision)
@@ -102,13 +107,13 @@ class Local:
         assert head is not None  # what is fresh has one
         if end.writer != head.writer or end.start > head.revision or end.end < head.revision:
             return False
+        if end.resync:  # a fill, at this revision too
+            return False
         if end.end == head.revision:
             return True
-        if end.resync:
-            return False
         for message in step:
             self._change(message)
-        self.head = Head(head.format, end.end, head.writer)
+        self.head = Head(head.format, end.end, head.writer, head.fill)
         if self.fresh:
             self.highest = end.end
         return True
@@ -130,6 +135,6 @@ def _stored(data: bytes) -> Value:
         return data
     try:
         value: Value = msgspec.json.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return data
     return value

@@ -40,6 +40,10 @@ class Seen(NamedTuple):
     revision: int
 
 
+SPOILT = Seen(None, -1)
+"""There is a copy of this writer's, but another client has written to it."""
+
+
 class CacheSession(Protocol):
     """One writer's hold on the copy of one state.
 
@@ -49,7 +53,12 @@ class CacheSession(Protocol):
     """
 
     async def look(self) -> Seen:
-        """Which copy is there; tells those who follow it that its writer lives, if that is this one."""
+        """Which copy is there.
+
+        If it was this writer's when the session looked, filled or applied last, and still
+        is, those who follow it are told that its writer lives. `SPOILT` if another client
+        has touched it since.
+        """
         ...
 
     async def fill(self, revision: int, slices: AsyncIterator[Slice], over: Seen) -> bool:
@@ -60,7 +69,7 @@ class CacheSession(Protocol):
             slices: The state. The last one comes when all of it is durable; empty ones
                 may come meanwhile, so that what was brought so far is kept.
             over: What `look` saw. If another writer has put something else there since,
-                nothing is done.
+                nothing is done. What this writer put there itself is replaced.
 
         Returns:
             Whether it was done.

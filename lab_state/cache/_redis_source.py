@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from lab_state._clock import Clock, within
+from lab_state.cache._feed import logger
 from lab_state.cache._format import HEAD, Keys
 from lab_state.cache._link import Dialer, Link, command
 from lab_state.cache._source import Found
@@ -21,8 +23,10 @@ _PING_SECONDS = 5.0
 class RedisSource:
     """One copy; see `Source`. A read takes a connection that is free, or makes one."""
 
-    def __init__(self, dialer: Dialer, keys: Keys) -> None:
+    def __init__(self, dialer: Dialer, keys: Keys, clock: Clock) -> None:
         self._dialer = dialer
+        self._clock = clock
+        self._told = False  # of fields that are another client's
         self._keys = keys
         self._free: list[Link] = []
         self.path: str = f"{dialer.path} {keys.values.decode()}"
@@ -40,7 +44,7 @@ class RedisSource:
         values, expires = await self._read(
             command(b"HGETALL", self._keys.values), command(b"HGETALL", self._keys.expires)
         )
-        return _found(_pairs(values), _pairs(expires))
+        return _found(self._pairs(values), self._pairs(expires))
 
     async def scan(self) -> AsyncIterator[Found]:
         """Every key, some hundreds at a time; see `Source.scan`."""
@@ -48,14 +52,14 @@ class RedisSource:
             cursor = b"0"
             while True:
                 [(cursor, flat)] = await self._read(command(b"HSCAN", name, cursor, b"COUNT", _SCANNED))
-                found = _pairs(flat)
+                found = self._pairs(flat)
                 yield _found({}, found) if of_expires else _found(found, {})
                 if cursor == b"0":
                     break
 
     async def subscribe(self) -> RedisSubscription:
         """Subscribe on a connection of its own; see `Source.subscribe`."""
-        link = await self._dialer.connect()
+        link = await self._dialer.connect(self._clock)
         try:
             link.good(await link.call(command(b"SUBSCRIBE", self._keys.channel)))
         except BaseException:
@@ -75,7 +79,7 @@ class RedisSource:
                 return await self._on(self._free.pop(), commands)
             except UnavailableError:
                 await self.aclose()  # the others are as old
-        return await self._on(await self._dialer.connect(), commands)
+        return await self._on(await self._dialer.connect(self._clock), commands)
 
     async def _on(self, link: Link, commands: Sequence[bytes]) -> list[Any]:
         try:
@@ -88,6 +92,23 @@ class RedisSource:
         else:
             await link.aclose()
         return answers
+
+    def _pairs(self, flat: Sequence[bytes]) -> dict[str, bytes]:
+        """The fields of a hash; what is no UTF-8 is no key of a state, so it is told once and left out."""
+        pairs: dict[str, bytes] = {}
+        members = iter(flat)
+        for field, value in zip(members, members, strict=True):
+            try:
+                pairs[field.decode()] = value
+            except UnicodeDecodeError:
+                if not self._told:
+                    self._told = True
+                    logger.warning(
+                        "%s: a field of the copy is none of lab_state's, so another client writes there; such fields "
+                        "are left out, and a manager that runs fills the copy anew within seconds",
+                        self.path,
+                    )
+        return pairs
 
 
 class RedisSubscription:
@@ -115,7 +136,7 @@ class RedisSubscription:
         self._pings.append(pong)
         await self._link.send(command(b"PING"))
         try:
-            async with asyncio.timeout(_PING_SECONDS):
+            async with within(self._link.clock, _PING_SECONDS):
                 await pong
         except TimeoutError:
             raise UnavailableError("the subscription does not answer") from None
@@ -127,11 +148,6 @@ class RedisSubscription:
 
 def _present(keys: Sequence[str], values: Sequence[bytes | None]) -> dict[str, bytes]:
     return {key: value for key, value in zip(keys, values, strict=True) if value is not None}
-
-
-def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
-    members = iter(flat)
-    return {field.decode(): value for field, value in zip(members, members, strict=True)}
 
 
 def _found(values: dict[str, bytes], expires: dict[str, bytes]) -> Found:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 from lab_state._clock import Clock
-from lab_state.cache._format import HEAD, head, message, parse_head, resync
+from lab_state.cache._format import HEAD, head, message, new_fill, resync, seen_in
 from lab_state.cache._protocol import Seen, Slice, Step
 from lab_state.cache._source import Found
 from lab_state.cache.reader import Reader
@@ -20,6 +20,7 @@ class Place:
         self.values: dict[str, bytes] = {}
         self.expires: dict[str, bytes] = {}
         self.followers: dict[MemorySubscription, None] = {}
+        self.fill: str = ""
 
     def publish(self, messages: Iterable[bytes]) -> None:
         """Tell all who follow."""
@@ -29,8 +30,7 @@ class Place:
 
     def seen(self) -> Seen:
         """Whose copy it is."""
-        own = parse_head(self.values.get(HEAD, b""))
-        return Seen(None, 0) if own is None else Seen(own.writer, own.revision)
+        return seen_in(self.values.get(HEAD), self.expires.get(HEAD))[0]
 
 
 class MemoryCache:
@@ -59,11 +59,13 @@ class MemoryCacheSession:
     def __init__(self, place: Place, writer: str) -> None:
         self._place = place
         self._writer = writer
+        self._seen = Seen(None, 0)
 
     async def look(self) -> Seen:
         """Whose copy it is; see `CacheSession.look`."""
-        seen = self._place.seen()
-        if seen.writer == self._writer:
+        before, seen = self._seen, self._place.seen()
+        self._seen = seen
+        if before == seen and seen.writer == self._writer:
             self._place.publish([message(seen.revision, seen.revision, self._writer, Slice({}, {}, []))])
         return seen
 
@@ -71,9 +73,11 @@ class MemoryCacheSession:
         """Replace the copy; see `CacheSession.fill`."""
         parts = [part async for part in slices]
         place = self._place
-        if place.seen() != over:
+        seen = place.seen()
+        if seen != over and seen.writer != self._writer:
             return False
         place.values, place.expires = {}, {}
+        place.fill = new_fill()
         for part in parts:
             self._put(part)
         self._mark(revision)
@@ -111,7 +115,8 @@ class MemoryCacheSession:
         place.expires.update((key, b"%d" % at) for key, at in part.expires.items())
 
     def _mark(self, revision: int) -> None:
-        self._place.values[HEAD] = self._place.expires[HEAD] = head(revision, self._writer)
+        place, self._seen = self._place, Seen(self._writer, revision)
+        place.values[HEAD] = place.expires[HEAD] = head(revision, self._writer, place.fill)
 
 
 class MemorySource:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from lab_state._clock import Clock, SystemClock
+from lab_state._clock import Clock, SystemClock, within
 from lab_state._codec import check_key
 from lab_state._expiry import Expiring
 from lab_state._reads import check_default, many_keys
 from lab_state._state import MISSING, Stored
 from lab_state._values import decode_value
 from lab_state._watch import Watcher
-from lab_state.cache._feed import Feed, either
-from lab_state.cache._format import Head, parse_head, parse_time
+from lab_state.cache._feed import Feed, either, logger
+from lab_state.cache._format import HEAD, Head, parse_head, parse_time
 from lab_state.cache._local import Local
 from lab_state.cache._source import Found, Source
 from lab_state.exceptions import (
     ClosedError,
     InvalidKeyError,
     KeyNotFoundError,
+    StorageError,
     TypeMismatchError,
     UnavailableError,
 )
@@ -30,13 +32,19 @@ T = TypeVar("T")
 
 _LOOK_AGAIN_SECONDS = 1.0
 
+_STANDS_SECONDS = 10.0
+"""A writer that lives and says for so long that it is at a lower revision than was read is right."""
+
 
 class Reader:
     """Reads the copy of a state that its manager keeps in a cache; changes nothing.
 
     Use it with `async with`, which waits for nobody: a worker may start before the writer,
     or before Redis. Each read gives keys, expiry and revision of one moment, and only
-    what is durable. No read gives a revision below one that an earlier read has given.
+    what is durable. No read gives a revision below one that an earlier read has given,
+    but for one case: the writer lives, and has said for ten seconds that it is at a lower
+    one. Then the state itself was put back, or what was read was never its own. Until
+    then reads raise `UnavailableError`; a WARNING says when they go on.
 
     A read raises `UnavailableError` while there is no copy, or one that is older than what
     this reader has seen; never is a key called missing for that. The message says what to
@@ -57,6 +65,8 @@ class Reader:
         self._local = Local()
         self._feed: Feed | None = None
         self._seen = 0  # no read may give a lower revision
+        self._readable = False  # whether the last read of the copy succeeded
+        self._lower: tuple[str, float] | None = None  # who says that it is at a lower revision, and since when
 
     def __repr__(self) -> str:
         """Which copy, and where."""
@@ -69,8 +79,13 @@ class Reader:
 
     @property
     def up(self) -> bool:
-        """Whether there is a copy, and it is told what changes in it; False outside `async with`."""
-        return self._feed is not None and self._feed.revision >= 0
+        """Whether reads succeed, and the reader hears of changes; False outside `async with`.
+
+        Without `local`, it is what the last read of the copy said. If nothing is read, the
+        reader reads its head every two seconds.
+        """
+        follows = self._feed is not None and self._feed.revision >= 0
+        return follows and (self._local.fresh or self._readable)
 
     async def __aenter__(self) -> Self:
         """Begin to follow the changes, in the background.
@@ -94,7 +109,7 @@ class Reader:
         """Let go of all connections; who watches is told that it is over. Idempotent."""
         feed, self._feed = self._feed, None
         self._local.lose()
-        self._seen = self._floor
+        self._seen, self._readable, self._lower = self._floor, False, None
         if feed is not None:
             await feed.aclose()
         await self._source.aclose()
@@ -128,9 +143,9 @@ class Reader:
         try:
             stored = self._local.shown[key]
         except (KeyError, TypeError):
-            found = await self._some([check_key(key)])
+            found = await self._some([_asked(key)])
             if key not in found:
-                return self._missing(key, default)
+                return self._missing(check_key(key), default)
             stored = found[key]
         if type is Any and (kind := stored.__class__) is not bytes and kind is not Expiring:
             return stored
@@ -147,8 +162,12 @@ class Reader:
             TypeMismatchError: One of the values is not a `type`.
             UnavailableError: See the class.
         """
-        wanted = [check_key(key) for key in many_keys(keys)]
-        return self._all_decoded(await self._some(wanted), type)
+        wanted = [_asked(key) for key in many_keys(keys)]
+        found = await self._some(wanted)
+        for key in wanted:
+            if key not in found:
+                check_key(key)
+        return self._all_decoded(found, type)
 
     @overload
     async def get_all(self, prefix: str = ..., *, type: type[T]) -> dict[str, T]: ...
@@ -172,7 +191,10 @@ class Reader:
         Raises:
             UnavailableError: See the class.
         """
-        return bool(self._alive(await self._some([check_key(key)])))
+        found = await self._some([_asked(key)])
+        if not found:
+            check_key(key)
+        return bool(self._alive(found))
 
     async def keys(self, prefix: str = "") -> list[str]:
         """Every key that starts with `prefix`, in no particular order; costs what `get_all` costs.
@@ -202,7 +224,7 @@ class Reader:
 
         Args:
             revision: The revision.
-            timeout: How long to wait, in seconds.
+            timeout: How long to wait, in seconds; a last read may take a second more.
 
         Raises:
             UnavailableError: It was not reached in time.
@@ -210,22 +232,33 @@ class Reader:
         deadline = self._clock.monotonic() + timeout
         while True:
             moved = self._open.moved
-            try:
-                reached = await self.revision()
-                problem = f"it is at {reached}"
-            except UnavailableError as error:
-                reached, problem = -1, str(error)
+            reached, problem = await self._reached(max(deadline - self._clock.monotonic(), _LOOK_AGAIN_SECONDS))
             if reached >= revision:
                 return
-            while self._open.revision < revision or self._is_local:
-                left = deadline - self._clock.monotonic()
-                if left <= 0:
-                    raise UnavailableError(
-                        f"the copy of {self._name!r} has not reached revision {revision} within {timeout} s: {problem}"
-                    )
-                if not await either(moved, self._clock, min(left, _LOOK_AGAIN_SECONDS)) or self._is_local:
-                    break
-                moved = self._open.moved
+            if not await self._worth_a_look(revision, moved, deadline):
+                raise UnavailableError(
+                    f"the copy of {self._name!r} has not reached revision {revision} within {timeout} s: {problem}"
+                )
+
+    async def _reached(self, seconds: float) -> tuple[int, str]:
+        """The revision that a read would give, -1 if it would fail; and the same in words."""
+        try:
+            async with within(self._clock, seconds):
+                reached = await self.revision()
+        except UnavailableError as error:
+            return -1, str(error)
+        except TimeoutError:
+            return -1, f"{self._source.path} does not answer"
+        return reached, f"it is at {reached}"
+
+    async def _worth_a_look(self, revision: int, moved: asyncio.Event, deadline: float) -> bool:
+        """Wait until the feed heard of the revision since `moved` was asked for, or a second; False at the deadline."""
+        while (left := deadline - self._clock.monotonic()) > 0:
+            heard = await either(moved, self._clock, min(left, _LOOK_AGAIN_SECONDS))
+            if not heard or self._is_local or self._open.revision >= revision:
+                return True
+            moved = self._open.moved
+        return False
 
     @asynccontextmanager
     async def watch(self, prefix: str = "") -> AsyncGenerator[Watcher]:
@@ -261,24 +294,30 @@ class Reader:
         if self._local.fresh:
             entries = self._local.shown
             return {key: entries[key] for key in keys if key in entries}
-        seen = self._floor
-        found = await self._source.fetch(keys)
-        self._check(found, seen)
-        return _stored(found)
+        return (await self._read(self._source.fetch(keys)))[1]
 
     async def _every(self, prefix: str) -> dict[str, Stored]:
         _ = self._open
         prefix = _checked(prefix)
         if self._local.fresh:
             return {key: value for key, value in self._local.shown.items() if key.startswith(prefix)}
-        seen = self._floor
-        found = await self._source.fetch_all()
-        self._check(found, seen)
-        return {key: value for key, value in _stored(found).items() if key.startswith(prefix)}
+        _, found = await self._read(self._source.fetch_all())
+        return {key: value for key, value in found.items() if key.startswith(prefix)}
 
     async def _head(self) -> Head:
+        return (await self._read(self._source.fetch([])))[0]
+
+    async def _read(self, fetching: Awaitable[Found]) -> tuple[Head, dict[str, Stored]]:
+        """Read the copy, if it may be shown, and note whether that succeeded."""
         seen = self._floor
-        return self._check(await self._source.fetch([]), seen)
+        try:
+            found = await fetching
+            head, stored = self._check(found, seen), _stored(found)
+        except StorageError:
+            self._readable = False
+            raise
+        self._readable = True
+        return head, stored
 
     @property
     def _floor(self) -> int:
@@ -298,14 +337,36 @@ class Reader:
                 f"half of the copy of {self._name!r} at {self._source.path} is gone or not lab_state's: the manager fills "
                 "it anew within seconds; if Redis evicts keys, set maxmemory-policy to noeviction"
             )
-        if head.revision < seen:
+        if head.revision < seen and not self._stands(head, seen):
             raise UnavailableError(
                 f"the copy of {self._name!r} at {self._source.path} is at revision {head.revision}, and {seen} was "
                 "read before: Redis came back with old data, and the manager fills it anew within seconds; if the "
-                "state itself was restored from a backup, open a new reader"
+                f"state itself was restored from a backup, its manager says so, and reads go on after {_STANDS_SECONDS:g} s"
             )
         self._seen = max(self._seen, head.revision)
+        self._lower = None
         return head
+
+    def _stands(self, head: Head, seen: int) -> bool:
+        """Whether a lower revision than was read is right: its writer lives, and has stood by it for long enough."""
+        now = self._clock.monotonic()
+        if self._feed is None or not self._feed.lives(head.writer, seen):
+            self._lower = None
+        elif self._lower is None or self._lower[0] != head.writer:
+            self._lower = head.writer, now
+        elif now - self._lower[1] >= _STANDS_SECONDS:
+            logger.warning(
+                "%s: revision %d was read before, but its manager is at %d: the state was restored from a backup, or "
+                "another client had written to the copy; reads go on from there",
+                self._source.path,
+                seen,
+                head.revision,
+            )
+            self._seen = 0
+            self._local.forget()
+            self._feed.begin_anew(head.revision)
+            return True
+        return False
 
     def _alive(self, entries: dict[str, Stored]) -> dict[str, Stored]:
         """Those whose time has not come."""
@@ -324,6 +385,8 @@ class Reader:
             stored = stored.value
         try:
             return decode_value(stored, type_)
+        except RecursionError:
+            raise TypeMismatchError(f"key {key!r}: its nesting is too deep to decode") from None
         except TypeMismatchError as error:
             raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
 
@@ -336,6 +399,21 @@ def _stored(found: Found) -> dict[str, Stored]:
     return {
         key: Expiring(data, parse_time(expires[key])) if key in expires else data for key, data in found.values.items()
     }
+
+
+def _asked(key: object) -> str:
+    """A key as a plain `str`, if a state may hold it: an imported one holds keys that nobody can write.
+
+    Raises:
+        InvalidKeyError: No state holds it.
+    """
+    if not isinstance(key, str) or key == HEAD:
+        return check_key(key)
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return check_key(key)
+    return str.__str__(key)
 
 
 def _checked(prefix: object) -> str:

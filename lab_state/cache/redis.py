@@ -6,9 +6,10 @@ Three keys for a state, with a hash tag, so that a cluster keeps them together:
     lab_state:{name}:expires    hash: field = key, value = Unix milliseconds; and `$lab_state`
     lab_state:{name}:changes    channel
 
-Every step is one MULTI on a connection that watches the first of them: whatever else
-touched it since it was last looked at, the step is not carried out. What an older
-connection sent and the network delivers late is not carried out for the same reason.
+Every step is one MULTI on a connection that watches the two hashes: whatever else
+touched them since they were last looked at, the step is not carried out. What an older
+connection sent and the network delivers late is not carried out for the same reason. A
+beat is such a MULTI too, so whatever another client writes is noticed within one beat.
 
 A fill goes to two keys with names of its own, which Redis forgets after a minute in
 which nothing came, and is renamed into place in one MULTI.
@@ -18,11 +19,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lab_state._clock import Clock
-from lab_state.cache._format import HEAD, Keys, head, message, parse_head, resync
-from lab_state.cache._protocol import Seen, Slice, Step
+from lab_state._clock import Clock, SystemClock
+from lab_state.cache._format import HEAD, Keys, head, message, new_fill, resync, seen_in
+from lab_state.cache._protocol import SPOILT, Seen, Slice, Step
 from lab_state.cache.reader import Reader
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _HEAD = HEAD.encode()
 class RedisCache:
     """Copies of states in Redis 6.2 or newer, or Valkey."""
 
-    def __init__(self, url: str | ConnectionPool, *, prefix: str = "lab_state:") -> None:
+    def __init__(self, url: str | ConnectionPool, *, prefix: str = "lab_state:", clock: Clock | None = None) -> None:
         """Nothing is connected before it is needed.
 
         Args:
@@ -49,6 +50,8 @@ class RedisCache:
                 cannot say: `Sentinel(...).master_for("name").connection_pool`. Only its
                 settings are used.
             prefix: What the names of all keys begin with.
+            clock: For tests; the machine's own when not given. The timeouts of the
+                writer's connections go by it, and the readers' if they have none.
 
         Raises:
             ImportError: redis-py is missing: `pip install 'lab-state[redis]'`.
@@ -60,6 +63,7 @@ class RedisCache:
             raise ImportError("RedisCache needs redis-py: pip install 'lab-state[redis]'") from error
         self._dialer = Dialer(url)
         self._prefix = prefix
+        self._clock: Clock = SystemClock() if clock is None else clock
 
     def __repr__(self) -> str:
         """Where it is, without credentials."""
@@ -67,7 +71,7 @@ class RedisCache:
 
     async def open(self, name: str, writer: str) -> RedisSession:
         """Connect; see `Cache.open`."""
-        return RedisSession(await self._dialer.connect(), Keys(self._prefix, name), writer)
+        return RedisSession(await self._dialer.connect(self._clock), Keys(self._prefix, name), writer)
 
     def reader(self, name: str, *, local: bool = False, clock: Clock | None = None) -> Reader:
         """Read the copy of a state, in any process; use it with `async with`.
@@ -76,11 +80,12 @@ class RedisCache:
             name: The name of the state.
             local: Whether to keep a copy in this process, so that a read is one of
                 memory. It costs the memory of the state, and loading it.
-            clock: For tests; the machine's own when not given. Expiry goes by it.
+            clock: For tests; the cache's when not given. Expiry and timeouts go by it.
         """
         from lab_state.cache._redis_source import RedisSource  # noqa: PLC0415 -- an extra
 
-        return Reader(name, RedisSource(self._dialer, Keys(self._prefix, name)), local=local, clock=clock)
+        clock = clock or self._clock
+        return Reader(name, RedisSource(self._dialer, Keys(self._prefix, name), clock), local=local, clock=clock)
 
 
 class RedisSession:
@@ -95,6 +100,7 @@ class RedisSession:
         self._keys = keys
         self._writer = writer
         self._seen = Seen(None, 0)  # what is there, as of the moment from which it is watched
+        self._filled = ""  # which fill put it there
         self._expiring = True  # whether there may be expiry times
         self._watch = [
             command(b"WATCH", keys.values, keys.expires),
@@ -105,27 +111,33 @@ class RedisSession:
         self._count = command(b"HLEN", keys.expires)
 
     async def look(self) -> Seen:
-        """Whose copy it is; see `CacheSession.look`."""
-        # What was watched before may have been touched, and would be held against the next step.
-        await self._link.send(b"".join([self._unwatch, self._count, *self._watch]))
-        _, count = await self._link.answers(2)
-        self._expiring = not isinstance(count, int) or count > 1
-        await self._read_watch()
-        seen = self._seen
-        if seen.writer == self._writer:
-            alive = message(seen.revision, seen.revision, self._writer, Slice({}, {}, []))
-            self._link.good(await self._link.call(self._command(b"PUBLISH", self._keys.channel, alive)))
-        return seen
+        """Whose copy it is, and a beat if it has been this one's; see `CacheSession.look`."""
+        before, link = self._seen, self._link
+        if before.writer != self._writer:
+            # What was watched before may have been touched, and would be held against the next step.
+            await link.send(b"".join([self._unwatch, self._count, *self._watch]))
+            unwatched, count = await link.answers(2)
+            link.good([unwatched])
+            self._expiring = not isinstance(count, int) or count > 1
+            await self._read_watch()
+            return self._seen
+        alive = message(before.revision, before.revision, self._writer, Slice({}, {}, []))
+        beat = [self._multi, self._command(b"PUBLISH", self._keys.channel, alive), self._count]
+        answers = await self._execute(beat)
+        if answers is None:
+            return SPOILT if self._seen == before else self._seen
+        self._expiring = answers[1] > 1
+        return self._seen
 
     async def fill(self, revision: int, slices: AsyncIterator[Slice], over: Seen) -> bool:
         """Write all of it beside the copy, then put it in its place; see `CacheSession.fill`."""
         command = self._command
         keys, there = self._keys, self._keys.fill()
-        mark = head(revision, self._writer)
+        mark = head(revision, self._writer, new_fill())
         # Written once: if it is not there in the end, Redis has forgotten a part in the middle.
         marks = [self._hset(key, {HEAD: mark}) for key in there]
         keep = [command(b"EXPIRE", key, b"%d" % _FILL_SECONDS) for key in there]
-        await self._link.call(self._unwatch)  # what is written beside the copy depends on nothing
+        self._link.good(await self._link.call(self._unwatch))  # what is written beside the copy depends on nothing
         unanswered: deque[int] = deque()
         async for part in slices:
             # In one moment, so that nothing is ever there without a time to live, whatever is cut.
@@ -139,12 +151,13 @@ class RedisSession:
             await self._executed(unanswered.popleft())
         whole = [command(b"HGET", key, _HEAD) for key in there]
         await self._link.send(b"".join([command(b"WATCH", *there), *whole, *self._watch]))
-        _, *found = await self._link.answers(3)
+        watched, *found = await self._link.answers(3)
+        self._link.watched(watched)
         await self._read_watch()
-        if found != [mark, mark] or self._seen != over:
-            await self._link.call(self._unwatch, command(b"UNLINK", *there))
+        if found != [mark, mark] or (self._seen != over and self._seen.writer != self._writer):
+            self._link.good(await self._link.call(self._unwatch, command(b"UNLINK", *there)))
             return False
-        return await self._execute(
+        done = await self._execute(
             [
                 self._multi,
                 # Renaming over a large hash would free it at once, with everybody waiting.
@@ -156,6 +169,7 @@ class RedisSession:
                 command(b"PUBLISH", keys.channel, resync(revision, revision, self._writer)),
             ]
         )
+        return done is not None
 
     async def apply(self, step: Step, slices: AsyncIterator[Slice]) -> bool:
         """Send all of it as one transaction, in slices; see `CacheSession.apply`."""
@@ -183,12 +197,12 @@ class RedisSession:
             if told <= _MOST_TOLD
             else resync(step.start, step.end, self._writer)
         )
-        mark = head(step.end, self._writer)
+        mark = head(step.end, self._writer, self._filled)
         last = before._replace(values={**before.values, HEAD: mark})
         commands += self._members(keys.values, keys.expires, last, replace=True)
         commands.append(self._hset(keys.expires, {HEAD: mark}))
         commands.append(command(b"PUBLISH", keys.channel, data))
-        return await self._execute(commands, count)
+        return await self._execute(commands, count) is not None
 
     async def aclose(self) -> None:
         """End the connection; see `CacheSession.aclose`."""
@@ -207,25 +221,30 @@ class RedisSession:
         self._expiring = self._expiring or bool(part.expires)
         return commands
 
-    async def _execute(self, commands: list[bytes], before: int = 0) -> bool:
-        """The rest of a transaction, of which `before` commands were sent; watch anew in the same round trip."""
+    async def _execute(self, commands: list[bytes], before: int = 0) -> list[Any] | None:
+        """The rest of a transaction, of which `before` commands were sent; watch anew in the same round trip.
+
+        Returns the answers; `None` if what it watched was touched, and nothing was done.
+        """
         sent = [*commands, self._exec, *self._watch]
         await self._link.send(b"".join(sent))
         done = await self._executed(before + len(sent) - len(self._watch))
         await self._read_watch()
         return done
 
-    async def _executed(self, count: int) -> bool:
-        """Read the answers of a transaction of so many commands; False if what it watched was touched."""
+    async def _executed(self, count: int) -> list[Any] | None:
+        """Read the answers of a transaction of so many commands; `None` if what it watched was touched."""
         answers = await self._link.answers(count)
         self._link.good(answers)
-        self._link.good(answers[-1] or ())
-        return answers[-1] is not None
+        executed: list[Any] | None = answers[-1]
+        self._link.good(executed or ())
+        return executed
 
     async def _read_watch(self) -> None:
-        _, one, two = await self._link.answers(len(self._watch))
+        watched, one, two = await self._link.answers(len(self._watch))
+        self._link.watched(watched)
         for answer in (one, two):
             if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
                 raise self._link.problem(answer)
-        own = parse_head(one) if isinstance(one, bytes) and one == two else None
-        self._seen = Seen(None, 0) if own is None else Seen(own.writer, own.revision)
+        heads = [answer if isinstance(answer, bytes) else None for answer in (one, two)]
+        self._seen, self._filled = seen_in(*heads)

@@ -53,7 +53,7 @@ async def test_the_layout(redis_server: Any, until: Any) -> None:
         expires = redis_server.call("HGETALL", EXPIRES)
         head = json.loads(values.pop(b"$lab_state"))
         assert values == {b"a": b'{"b":[1]}', b"t": b'"x"'}
-        assert head == {"format": 1, "revision": 2, "writer": head["writer"]}
+        assert head == {"format": 1, "revision": 2, "writer": head["writer"], "fill": head["fill"]}
         assert json.loads(expires.pop(b"$lab_state")) == head
         assert expires.keys() == {b"t"}
         assert {redis_server.call("TTL", key) for key in (VALUES, EXPIRES)} == {-1}

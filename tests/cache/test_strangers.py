@@ -1,0 +1,533 @@
+"""What other clients write to a copy, or send on its channel: it ends no reader and no mirror, and is mended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+import pytest
+from faulty_cache import lines
+
+import lab_state._mirror
+import lab_state.cache._feed
+import lab_state.cache.reader
+from lab_state import (
+    Config,
+    KeyNotFoundError,
+    Manager,
+    MemoryCache,
+    MemoryStorage,
+    RedisCache,
+    TypeMismatchError,
+    UnavailableError,
+    UnsupportedError,
+)
+from lab_state.cache import SPOILT, Seen, Slice, Step
+from lab_state.cache._format import head, message, resync
+from lab_state.testing import ManualClock
+
+VALUES, EXPIRES, CHANNEL = "lab_state:{name}", "lab_state:{name}:expires", "lab_state:{name}:changes"
+DEEP = b"[" * 100_000 + b"]" * 100_000
+NOTHING = Slice({}, {}, [])
+
+
+def writer(cache: Any, clock: ManualClock | None = None) -> Manager:
+    return Manager(Config(name="name", flush_interval=0), MemoryStorage(), cache, clock=clock)
+
+
+@pytest.fixture(params=[False, True], ids=["remote", "local"])
+def local(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def own(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> RedisCache:
+    """Copies on the real server, with beats and looks as short as a test can bear."""
+    monkeypatch.setattr(lab_state._mirror, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(lab_state.cache._feed, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(lab_state.cache.reader, "_STANDS_SECONDS", 0.1)
+    return RedisCache(redis_server.url)
+
+
+async def settle(clock: ManualClock, seconds: float, step: float = 1.0) -> None:
+    """Let so much time pass, and what it wakes run."""
+    for _ in range(int(seconds / step)):
+        clock.advance(step)
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"hello",
+        b"\xff",
+        b'{"from":1,"to":2,"writer":"q","set":{"a":%b}}' % DEEP,
+        b'{"from":1,"to":1e400,"writer":"q"}',
+        b'{"from":1,"to":%d,"writer":"q"}' % 10**30,
+        b'{"from":1,"to":%b,"writer":"q"}' % (b"9" * 5000),
+    ],
+    ids=["text", "bytes", "deep", "float", "huge", "digits"],
+)
+async def test_a_message_that_cannot_be_read_is_left_out(
+    until: Any, caplog: pytest.LogCaptureFixture, data: bytes, local: Any
+) -> None:
+    """It is told once, everything is read again once, and the same subscription goes on."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache) as state, cache.reader("name", local=local, clock=clock) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: not local or reader._local.fresh)
+        [subscription] = cache.places["name"].followers
+        async with reader.watch() as changes:
+            cache.places["name"].publish([data, data])
+            await until(lambda: "is none of lab_state's" in caplog.text)
+            assert (await anext(changes)).kind == "resync"
+            cache.places["name"].publish([data])
+            await reader.wait_revision(await state.set("a", 2))
+            assert (await anext(changes)).key == "a"
+        await until(lambda: not local or reader._local.fresh)
+        assert await reader.get("a") == 2
+        assert list(cache.places["name"].followers) == [subscription]
+        assert reader.up
+    assert len(lines(caplog)) == 1
+
+
+async def test_messages_that_cannot_be_read_are_not_a_sign_of_life(
+    until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A subscription on which nothing else comes is asked, as a silent one is, and what has changed is read."""
+    clock, cache = ManualClock(), MemoryCache()
+    session = await cache.open("name", "one")
+    assert await session.fill(1, parts(NOTHING), await session.look())
+    async with cache.reader("name", local=True, clock=clock) as reader:
+        place = cache.places["name"]
+        await until(lambda: reader._local.fresh)
+        place.publish([b"{}"])
+        await until(lambda: bool(lines(caplog)))
+        await until(lambda: reader._local.fresh)
+        [subscription] = place.followers
+        place.values["$lab_state"] = place.expires["$lab_state"] = head(2, "newer", "f")
+        for _ in range(6):
+            place.publish([b'{"version":2}'])
+            await settle(clock, 1)
+        await until(lambda: subscription not in place.followers)
+        clock.advance(1)
+        await until(lambda: reader._local.fresh)
+        assert await reader.revision() == 2
+
+
+async def test_a_step_that_is_never_ended(until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of a stranger are no parts of the next step, and are not kept for ever."""
+    monkeypatch.setattr(lab_state.cache._feed, "_MOST_BYTES", 1000)
+    cache = MemoryCache()
+    async with writer(cache) as state, cache.reader("name", local=True) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: reader._local.fresh)
+        place = cache.places["name"]
+        own = place.seen().writer or ""
+        strange = message(0, 1, own, Slice({"strange": b'"%b"' % (b"x" * 300)}, {}, []), more=True)
+        place.publish([strange])
+        await reader.wait_revision(await state.set("a", 2))
+        await until(lambda: reader._local.fresh)
+        assert await reader.get_all() == {"a": 2}
+        place.publish([strange] * 10)
+        await until(lambda: all(follower.queue.empty() for follower in place.followers))
+        assert reader._feed is not None
+        assert len(reader._feed._parts) < 5
+        await reader.wait_revision(await state.set("a", 3))
+        await until(lambda: reader._local.fresh)
+        assert await reader.get_all() == {"a": 3}
+
+
+async def test_a_step_that_is_too_long_to_be_true(until: Any) -> None:
+    """It is not applied, and no revision of it counts as read."""
+    cache = MemoryCache()
+    async with writer(cache) as state, cache.reader("name", local=True) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: reader._local.fresh)
+        place = cache.places["name"]
+        place.publish([message(1, 10_000_000, place.seen().writer or "", Slice({"a": b"666"}, {}, []))])
+        await until(lambda: all(follower.queue.empty() for follower in place.followers))
+        await until(lambda: reader._local.fresh)
+        assert await reader.get("a") == 1
+        assert await reader.revision() == 1
+
+
+async def test_whatever_a_source_raises_a_reader_goes_on(
+    until: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that no source should raise is told once, as a lost subscription is."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache) as state, cache.reader("name", local=True, clock=clock) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: reader._local.fresh)
+
+        async def broken() -> bytes:
+            raise ZeroDivisionError("a secret")
+
+        [subscription] = cache.places["name"].followers
+        monkeypatch.setattr(subscription, "receive", broken)
+        cache.places["name"].publish([b"wake up"])
+        subscription.queue.put_nowait(None)
+        await until(lambda: not cache.places["name"].followers)
+        clock.advance(1)
+        await until(lambda: reader._local.fresh)
+        assert await reader.get("a") == 1
+    assert "does not hear of changes" in lines(caplog)[0] or "ZeroDivisionError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("what", [b"hello", None], ids=["strange", "lost"])
+async def test_a_logger_that_raises_ends_no_reader(until: Any, what: bytes | None) -> None:
+    """A filter that fails on our lines, as one does that expects a web request, changes nothing."""
+
+    def failing(record: logging.LogRecord) -> bool:
+        return bool(record.request_id)  # type: ignore[attr-defined]
+
+    clock, cache, logger = ManualClock(), MemoryCache(), logging.getLogger("lab_state")
+    logger.addFilter(failing)
+    try:
+        async with writer(cache) as state, cache.reader("name", local=True, clock=clock) as reader:
+            await reader.wait_revision(await state.set("a", 1))
+            await until(lambda: reader._local.fresh)
+            [subscription] = cache.places["name"].followers
+            subscription.queue.put_nowait(what)
+            await until(subscription.queue.empty)
+            await settle(clock, 5)
+            await until(lambda: reader._local.fresh)
+            await reader.wait_revision(await state.set("a", 2))
+            assert await reader.get("a") == 2
+    finally:
+        logger.removeFilter(failing)
+
+
+# What is in the copy
+
+
+async def test_a_field_that_is_no_utf_8(
+    own: RedisCache, redis_server: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is no key of a state: each reader tells it once and leaves it out, and the writer fills the copy anew."""
+    async with writer(own) as state, own.reader("name") as remote, own.reader("name", local=True) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await remote.wait_revision(1)
+        await until(lambda: state.status().mirror_up)
+        fills = state.metrics().operations["fill", "success"]
+        redis_server.call("HSET", VALUES, b"\xff", b"1", b"\xfe", b"2")
+        redis_server.call("HSET", EXPIRES, b"\xff", b"1")
+        assert await remote.get_all() == {"a": 1}
+        assert await remote.keys() == ["a"]
+        await until(lambda: state.metrics().operations["fill", "success"] == fills + 1)
+        await until(lambda: reader._local.fresh)
+        assert await reader.get_all() == {"a": 1}
+        assert redis_server.call("HKEYS", VALUES) == [b"$lab_state", b"a"] or redis_server.call("HLEN", VALUES) == 2
+    told = lines(caplog)
+    assert sum("a field of the copy is none of lab_state's" in line for line in told) in {1, 2}
+    assert sum("another client has written to the copy" in line for line in told) == 1
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [("HSET", VALUES, "a", "666")],
+        [("HSET", VALUES, "a", DEEP), ("HSET", VALUES, "b", b" " + DEEP)],
+        [("HDEL", VALUES, "a")],
+        [("HSET", EXPIRES, "a", "soon")],
+        [
+            ("HSET", key, "$lab_state", b'{"format":1,"revision":1,"writer":"q","x":' + DEEP)
+            for key in (VALUES, EXPIRES)
+        ],
+        [("HSET", key, "$lab_state", b'{"format":2,"revision":1,"writer":"q"}') for key in (VALUES, EXPIRES)],
+        [("HSET", key, "$lab_state", b'{"format":0,"revision":1,"writer":"q"}') for key in (VALUES, EXPIRES)],
+        [("HSET", key, "$lab_state", b'{"format":1,"revision":1000000,"writer":"q"}') for key in (VALUES, EXPIRES)],
+    ],
+    ids=["value", "deep", "deleted", "time", "deep-head", "newer-format", "older-format", "other-head"],
+)
+@pytest.mark.parametrize("busy", [False, True], ids=["beat", "step"])
+async def test_what_another_client_writes_is_filled_anew(
+    own: RedisCache, redis_server: Any, until: Any, commands: list[tuple[Any, ...]], busy: Any
+) -> None:
+    """A beat of an idle writer, or its next step, finds it, and a new reader reads what the writer has."""
+    async with writer(own) as state:
+        await state.set_many({"a": 1, "b": 2})
+        await until(lambda: state.status().mirror_revision == 1)
+        for command in commands:
+            redis_server.call(*command)
+        if busy:
+            await state.set("b", 3)
+        everything = await state.get_all()
+        async with own.reader("name") as remote, own.reader("name", local=True) as reader:
+            for each in (remote, reader):
+                await until_read(each, everything)
+        assert state.status().mirror_error is None
+
+
+async def until_read(reader: Any, wanted: dict[str, Any]) -> None:
+    """Read until that is what is read."""
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(UnavailableError, UnsupportedError, TypeMismatchError):
+                if await reader.get_all() == wanted:
+                    return
+            await asyncio.sleep(0.005)
+
+
+async def test_a_local_copy_of_what_was_spoilt_is_loaded_anew(own: RedisCache, redis_server: Any, until: Any) -> None:
+    """A reader that loaded what another client had written has the fill that mends it, at the same revision."""
+    session = await own.open("name", "one")
+    assert await session.fill(1, parts(Slice({"a": b"1"}, {}, [])), await session.look())
+    redis_server.call("HSET", VALUES, "a", "666")
+    async with own.reader("name", local=True) as reader:
+        await until(lambda: reader._local.fresh)
+        assert await reader.get("a") == 666
+        assert await session.look() == SPOILT
+        assert await session.fill(1, parts(Slice({"a": b"1"}, {}, [])), SPOILT)
+        await until(lambda: reader._local.fresh and reader._local.shown["a"] == 1)
+        redis_server.call("CLIENT", "KILL", "TYPE", "pubsub")  # and it may miss what comes now
+        assert await session.fill(1, parts(Slice({"a": b"2"}, {}, [])), await session.look())
+        await until(lambda: reader._local.fresh and reader._local.shown["a"] == 2)
+    await session.aclose()
+
+
+async def parts(*slices: Slice) -> Any:
+    for part in slices:
+        yield part
+
+
+async def test_a_client_that_never_stops(
+    own: RedisCache, redis_server: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The copy is filled anew after growing pauses, so that nothing else is held up; the status says why."""
+    clock = ManualClock()
+    async with Manager(Config(name="name", flush_interval=0), MemoryStorage(), own, clock=clock) as state:
+        await state.set("a", 1)
+        await until(lambda: state.status().mirror_revision == 1)
+        fills = state.metrics().operations["fill", "success"]
+        for _ in range(60):
+            redis_server.call("HSET", VALUES, "a", "666")
+            clock.advance(1)
+            await asyncio.sleep(0.005)
+        assert 2 <= state.metrics().operations["fill", "success"] - fills < 10
+        await until(lambda: "another client writes to the copy again and again" in str(state.status().mirror_error))
+        clock.advance(300)
+        await until(lambda: state.status().mirror_up)
+        assert redis_server.call("HGET", VALUES, "a") == b"1"
+        clock.advance(400)
+        redis_server.call("HSET", VALUES, "a", "666")
+        clock.advance(2)
+        await until(lambda: redis_server.call("HGET", VALUES, "a") == b"1")
+    assert sum("another client has written" in line for line in lines(caplog)) == 2  # and once more after a calm
+
+
+async def test_a_value_that_is_nested_too_deeply(until: Any) -> None:
+    """Reading it is a `TypeMismatchError`; every other key is read."""
+    cache = MemoryCache()
+    async with writer(cache) as state:
+        await state.set_many({"a": 1, "b": 2})
+        await until(lambda: state.status().mirror_revision == 1)
+        for data in (DEEP, b" " + DEEP):
+            cache.places["name"].values["a"] = data
+            async with cache.reader("name") as remote, cache.reader("name", local=True) as reader:
+                await until(lambda reader=reader: reader._local.fresh)
+                for each in (remote, reader):
+                    with pytest.raises(TypeMismatchError, match="key 'a'"):
+                        await each.get("a")
+                    assert await each.get("b") == 2
+
+
+# Reading
+
+
+@pytest.mark.parametrize("lost", ["values", "both"])
+async def test_waiting_for_a_revision_that_is_gone(cache: Any, redis_server: Any, lost: str, until: Any) -> None:
+    """Where a copy is gone that was heard of, waiting for its revision ends in time, and the loop runs meanwhile."""
+    async with cache.reader("name") as reader:
+        session = await cache.open("name", "one")
+        assert await session.fill(3, parts(NOTHING), await session.look())
+        await reader.wait_revision(3)
+        if isinstance(cache, MemoryCache):
+            cache.places["name"].values.clear()
+            if lost == "both":
+                cache.places["name"].expires.clear()
+        else:
+            redis_server.call("DEL", VALUES, *([EXPIRES] if lost == "both" else []))
+        async with asyncio.timeout(5):
+            with pytest.raises(UnavailableError, match=r"has not reached revision 3 within 0\.2 s: (there is no|half)"):
+                await reader.wait_revision(3, timeout=0.2)
+        await session.aclose()
+
+
+async def test_waiting_by_a_clock_that_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that is gone, and one that does not answer, are waited for by the reader's clock."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with cache.reader("name", clock=clock) as reader:
+        waiting = asyncio.create_task(reader.wait_revision(3, timeout=7))
+        await asyncio.sleep(0)
+        await settle(clock, 6)
+        assert not waiting.done()
+        await settle(clock, 1)
+        with pytest.raises(UnavailableError, match="within 7 s: there is no copy"):
+            await waiting
+
+        async def hangs(_: Any) -> Any:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(reader._source, "fetch", hangs)
+        waiting = asyncio.create_task(reader.wait_revision(3, timeout=0.5))
+        await asyncio.sleep(0)
+        await settle(clock, 1)
+        with pytest.raises(UnavailableError, match=r"within 0\.5 s: memory:name does not answer"):
+            await waiting
+
+
+@pytest.mark.parametrize("kind", ["gone", "half", "newer", "lower"])
+async def test_a_reader_that_cannot_read_is_not_up(until: Any, kind: str, local: Any) -> None:
+    """Whatever makes reads fail turns `up`, and with it `/health`, within seconds, though nothing is read."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with cache.reader("name", local=local, clock=clock) as reader:
+        async with writer(cache) as state:
+            await reader.wait_revision(await state.set("a", 1))
+            await until(lambda: reader.up)
+        await until(lambda: not local or reader._local.fresh)
+        place = cache.places["name"]
+        before = dict(place.values), dict(place.expires)
+        if kind == "gone":
+            place.values, place.expires = {}, {}
+        elif kind == "half":
+            place.expires = {}
+        else:
+            data = b'{"format":2,"revision":1,"writer":"q"}' if kind == "newer" else head(0, "q", "")
+            place.values["$lab_state"] = place.expires["$lab_state"] = data
+        await settle(clock, 9)
+        assert not reader.up
+        with pytest.raises((UnavailableError, UnsupportedError)):
+            await reader.get("a")
+        place.values, place.expires = before
+        await settle(clock, 12)
+        await until(lambda: reader.up)
+        assert await reader.get("a") == 1
+
+
+async def test_a_revision_that_was_too_high(until: Any, local: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Seen once, it makes reads fail for ten seconds; the living writer is right, and reads go on from there."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache, clock) as state, cache.reader("name", local=local, clock=clock) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: not local or reader._local.fresh)
+        place = cache.places["name"]
+        if local:
+            place.publish([message(1, 900_000, place.seen().writer or "", Slice({"a": b"666"}, {}, []))])
+            await until(lambda: reader._local.highest == 900_000)
+        else:
+            before = dict(place.values), dict(place.expires)
+            place.values["$lab_state"] = place.expires["$lab_state"] = head(900_000, "staging", "")
+            assert await reader.revision() == 900_000
+            place.values, place.expires = before
+        await settle(clock, 8)
+        assert not reader.up
+        with pytest.raises(UnavailableError, match="is at revision 1, and 900000 was read before"):
+            await reader.get("a")
+        async with reader.watch() as changes:
+            await settle(clock, 8)
+            await until(lambda: reader.up)
+            assert (await anext(changes)).kind == "resync"
+        assert await reader.get("a") == 1
+        await until(lambda: not local or reader._local.fresh)
+        await reader.wait_revision(await state.set("a", 2))
+        assert await reader.get("a") == 2
+    assert sum("reads go on from there" in line for line in lines(caplog)) == 1
+
+
+async def test_a_lower_revision_of_a_writer_that_is_silent(until: Any) -> None:
+    """Old data, of a writer that does not say that it lives, or of two in turn, is never read."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with cache.reader("name", clock=clock) as reader:
+        session = await cache.open("name", "one")
+        assert await session.fill(9, parts(NOTHING), await session.look())
+        await reader.wait_revision(9)
+        assert await session.fill(5, parts(NOTHING), await session.look())
+        for _ in range(4):
+            await settle(clock, 9)
+            with pytest.raises(UnavailableError, match="is at revision 5, and 9 was read before"):
+                await reader.get("a")
+        place = cache.places["name"]
+        for number in range(12):
+            name = f"writer {number}"
+            place.values["$lab_state"] = place.expires["$lab_state"] = head(5, name, "")
+            place.publish([resync(5, 5, name)])
+            await settle(clock, 3)
+            with pytest.raises(UnavailableError, match="is at revision 5, and 9 was read before"):
+                await reader.get("a")
+
+
+async def test_keys_that_nobody_can_write_are_read(cache: Any, until: Any, local: Any) -> None:
+    """An imported state holds keys that `set` refuses: a reader reads them, as the manager does."""
+    strange = ["", "k" * 5000, "a\0b"]
+    session = await cache.open("name", "one")
+    values = {key: b"%d" % number for number, key in enumerate(strange)}
+    assert await session.fill(3, parts(Slice(values, {}, [])), await session.look())
+    async with cache.reader("name", local=local) as reader:
+        await reader.wait_revision(3)
+        await until(lambda: not local or reader._local.fresh)
+        assert [await reader.get(key) for key in strange] == [0, 1, 2]
+        assert await reader.get_many([*strange, "x"]) == dict(zip(strange, range(3), strict=True))
+        assert all([await reader.exists(key) for key in strange])
+        assert sorted(await reader.keys()) == sorted(strange)
+        with pytest.raises(KeyNotFoundError):
+            await reader.get("x")
+    await session.aclose()
+
+
+# Rights
+
+
+async def test_without_the_right_to_watch_nothing_is_brought(
+    own_redis: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user that may not `WATCH` is refused with the remedy: its steps could overwrite a successor's copy."""
+    monkeypatch.setattr(lab_state._mirror, "_LONGEST_PAUSE", 0.05)
+    redis = own_redis()
+    redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all", "-watch")
+    cache = RedisCache(f"redis://poor:word@127.0.0.1:{redis.port}")
+    async with writer(cache) as state:
+        await state.set("a", 1)
+        await until(lambda: state.status().mirror_error is not None)
+        assert "refuses WATCH" in str(state.status().mirror_error)
+        assert "ACL SETUSER <user> +watch" in str(state.status().mirror_error)
+        assert not state.status().mirror_up
+        assert redis.call("KEYS", "*") == []
+        redis.call("ACL", "SETUSER", "poor", "+watch")
+        await until(lambda: state.status().mirror_revision == 1)
+        assert redis.call("HGET", VALUES, "a") == b"1"
+
+
+@pytest.mark.parametrize("taken", ["watch", "unwatch"])
+async def test_a_right_that_is_taken_away_later(own_redis: Any, taken: str) -> None:
+    """Each answer to `WATCH` and `UNWATCH` is read: a session from which it is taken does no step more."""
+    redis = own_redis()
+    redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all")
+    cache = RedisCache(f"redis://poor:word@127.0.0.1:{redis.port}")
+    old = await cache.open("name", "old")
+    assert await old.fill(5, parts(NOTHING), await old.look())
+    new = await RedisCache(redis.url).open("name", "new")
+    redis.call("ACL", "SETUSER", "poor", f"-{taken}")
+    if taken == "watch":
+        with pytest.raises(UnsupportedError, match="refuses WATCH"):
+            await old.look()
+        another = await cache.open("name", "another")
+        with pytest.raises(UnsupportedError, match="refuses WATCH"):
+            await another.fill(7, parts(NOTHING), Seen("old", 5))
+        await another.aclose()
+    else:
+        with pytest.raises(UnsupportedError, match="NoPermissionError"):
+            await old.fill(6, parts(NOTHING), Seen("old", 5))
+    assert await new.fill(9, parts(NOTHING), await new.look())
+    assert await new.apply(Step(9, 10, cleared=False), parts(Slice({"a": b"1"}, {}, [])))
+    assert redis.call("HGET", VALUES, "a") == b"1"
+    await old.aclose()
+    await new.aclose()
