@@ -234,6 +234,23 @@ async def test_more_than_is_kept(
     assert faulty.calls.count("fill") == 2
 
 
+async def test_a_commit_that_was_not_told(
+    faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step without it would be wrong, so the whole state is brought."""
+    async with manager(faulty, clock) as state:
+        await until(lambda: state.status().mirror_up)
+        mirror = state._mirror
+        assert mirror is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(mirror, "committed", lambda _: None)
+            await state.set("a", 1)
+        await state.set("b", 2)
+        await until(lambda: faulty.entries == {"a": 1, "b": 2})
+        assert faulty.calls.count("apply") == 0
+        assert faulty.calls.count("fill") == 2
+
+
 async def test_a_copy_that_is_lost_is_filled(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
     """A beat, or the next step, finds that the copy is gone or old, and fills it."""
     async with manager(faulty, clock) as state:

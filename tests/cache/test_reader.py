@@ -24,7 +24,7 @@ from lab_state import (
     UnsupportedError,
 )
 from lab_state.cache import Slice
-from lab_state.cache._format import message, resync
+from lab_state.cache._format import Message, message, parse_message, resync
 from lab_state.cache._local import Local
 from lab_state.cache._source import Found
 from lab_state.testing import ManualClock
@@ -39,6 +39,12 @@ class User:
 
 def writer(cache: Any, clock: ManualClock | None = None) -> Manager:
     return Manager(Config(name="name", flush_interval=0), MemoryStorage(), cache, clock=clock)
+
+
+def parsed(data: bytes) -> Message:
+    found = parse_message(data)
+    assert found is not None
+    return found
 
 
 @pytest.fixture(params=[False, True], ids=["remote", "local"])
@@ -383,13 +389,13 @@ async def test_a_load_that_fails_is_tried_again(until: Any) -> None:
 def test_more_messages_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load during which too much happened begins anew."""
     from lab_state.cache import _local  # noqa: PLC0415 -- to be patched
-    from lab_state.cache._format import Head, parse_message  # noqa: PLC0415
+    from lab_state.cache._format import Head  # noqa: PLC0415
 
     monkeypatch.setattr(_local, "_MOST_KEPT", 2)
     local, head = Local(), Head(1, 5, "w")
     local.begin()
     assert local.read_from(head)
-    step = [parse_message(message(5, 6, "w", Slice({}, {}, [])))]
+    step = [parsed(message(5, 6, "w", Slice({}, {}, [])))]
     assert [local.tell(step) for _ in range(4)] == [True] * 4
     assert not local.arrive(head)
 
@@ -423,7 +429,7 @@ def test_a_load_that_broke_off() -> None:
 )
 def test_where_a_load_arrives(told: list[tuple[int, int]], last: tuple[int, str], good: Any) -> None:
     """A load is good if the messages lead from the first head to the second one, or beyond."""
-    from lab_state.cache._format import Head, parse_message  # noqa: PLC0415
+    from lab_state.cache._format import Head  # noqa: PLC0415
 
     local = Local()
     local.begin()
@@ -431,7 +437,7 @@ def test_where_a_load_arrives(told: list[tuple[int, int]], last: tuple[int, str]
     local.add(Found(None, None, {"a": b"1", "b": b"{}"}, {"a": b"5", "gone": b"5"}))
     local.add(Found(None, None, {}, {"a": b"7"}))
     for start, end in told:
-        local.tell([parse_message(message(start, end, "w", Slice({"n": b"%d" % end}, {}, [])))])
+        local.tell([parsed(message(start, end, "w", Slice({"n": b"%d" % end}, {}, [])))])
     assert local.arrive(Head(1, *last)) is good
     assert local.fresh is good
     assert local.shown.get("n") == (told[-1][1] if good and told else None)

@@ -15,6 +15,7 @@ import lab_state.cache._feed
 import lab_state.cache.reader
 from lab_state import (
     Config,
+    InvalidKeyError,
     KeyNotFoundError,
     Manager,
     MemoryCache,
@@ -480,6 +481,8 @@ async def test_keys_that_nobody_can_write_are_read(cache: Any, until: Any, local
         assert sorted(await reader.keys()) == sorted(strange)
         with pytest.raises(KeyNotFoundError):
             await reader.get("x")
+        with pytest.raises(InvalidKeyError, match="lone surrogate"):
+            await reader.get("\ud800")
     await session.aclose()
 
 

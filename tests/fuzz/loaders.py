@@ -33,7 +33,7 @@ from lab_state._expiry import Expiring
 from lab_state._journal import ANY_BASE, NO_BASE, Kind
 from lab_state._state import Changes, State
 from lab_state._values import decode_value
-from lab_state.cache._format import Head, Message, decode_message, parse_head
+from lab_state.cache._format import Head, Message, parse_head, parse_message
 from lab_state.cache._local import Local
 from lab_state.cache._source import Found as Fetched
 from lab_state.storage._protocol import Recovery
@@ -203,12 +203,10 @@ def cache(data: bytes) -> None:
 
 
 def message_of(data: bytes) -> Message | None:
-    try:
-        found = decode_message(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError):  # as the feed does
-        return None
-    with suppress(msgspec.MsgspecError, UnicodeDecodeError):
-        assert decode_message(msgspec.json.encode(found)) == found
+    found = parse_message(data)
+    if found is not None:
+        with suppress(msgspec.MsgspecError, UnicodeEncodeError):
+            assert parse_message(msgspec.json.encode(found)) in (found, None)
     return found
 
 
