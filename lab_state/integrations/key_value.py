@@ -15,7 +15,7 @@ from key_value.aio.errors import (
 )
 
 from lab_state._expiry import LONGEST_TTL
-from lab_state.exceptions import InvalidValueError, KeyNotFoundError, StorageError
+from lab_state.exceptions import FencedError, InvalidValueError, KeyNotFoundError, StorageError
 from lab_state.handles import Namespace
 from lab_state.integrations._parts import LONGEST, escape, is_hash, part, unescape
 
@@ -38,7 +38,9 @@ class LabStateStore:
     Every call raises `ClosedError` while the manager does not run, and `TypeError` for a
     key or a collection that is not a `str`. Each that writes raises
     `StoreConnectionError` with a `flush_interval` of 0: the storage failed, the change
-    is not durable yet, and it is tried again without the caller.
+    is not durable yet, and it is tried again without the caller. Once the manager is
+    fenced, each that writes raises an error that is a `StoreConnectionError` and a
+    `FencedError`, whatever the interval, and changes nothing.
     """
 
     def __init__(self, namespace: Namespace, *, default_collection: str = "default_collection") -> None:
@@ -277,6 +279,10 @@ def _limit(limit: int | None) -> int | None:
     return None if limit is None else max(0, limit)
 
 
+class _FencedStoreError(StoreConnectionError, FencedError):
+    """For callers that know py-key-value's errors, and for those that know ours."""
+
+
 @contextmanager
 def _errors() -> Generator[None]:
     """The errors of py-key-value, which its callers and wrappers know, in place of ours."""
@@ -284,5 +290,7 @@ def _errors() -> Generator[None]:
         yield
     except InvalidValueError as error:
         raise SerializationError(str(error)) from None
+    except FencedError as error:
+        raise _FencedStoreError(str(error)) from error
     except StorageError as error:
         raise StoreConnectionError(str(error)) from error
