@@ -94,7 +94,12 @@ class LockedError(StorageError):
 
 
 class FencedError(StorageError):
-    """A newer writer owns the state: stop this one."""
+    """A newer writer owns the state: end this process.
+
+    Once a manager knows it, every write, flush and transaction raises this and changes
+    nothing, whatever the `flush_interval` is. Reads go on. `on_fenced` of `Manager` is
+    called.
+    """
 
 
 class CorruptionError(StorageError):

@@ -54,7 +54,7 @@ class S3Storage:
 
     Durable means: the store acknowledged it, so it survives the loss of this machine.
     There is no lock: who opens a state owns it, and a writer in another process is
-    deposed; its next write raises `FencedError`. Within one process, opening what is
+    deposed: its next flush raises `FencedError`, and from then on so does every write. Within one process, opening what is
     open raises `LockedError`.
 
     Needs the extra: `pip install 'lab-state[s3]'`.

@@ -8,12 +8,14 @@ import os
 import re
 import signal
 import sys
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
+from s3_world import client, endpoint
 
 from lab_state import FileStorage, Manager
 
@@ -31,15 +33,23 @@ every_server = pytest.mark.parametrize("server", SERVERS)
 
 
 @asynccontextmanager
-async def started(server: str, directory: Path, *more: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def started(
+    server: str, directory: Path, *more: str, **environment: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """A server in a process of its own, which is gone at the end; it prints to its `stdout` alone."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *SERVERS[server],
+        *SERVERS.get(server, [*UVICORN, server]),
         *more,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        env={**os.environ, "STATE_DIRECTORY": str(directory), "PORT": "0", "PYTHONUNBUFFERED": "1"},
+        env={
+            **os.environ,
+            "STATE_DIRECTORY": str(directory),
+            "PORT": "0",
+            "PYTHONUNBUFFERED": "1",
+            **environment,
+        },
     )
     try:
         yield process
@@ -164,3 +174,27 @@ async def test_the_examples_serve(server: str, tmp_path: Path) -> None:
             assert health["managers"]["visits"]["durable_revision"] >= expected
             process.send_signal(signal.SIGTERM)
             await process.wait()
+
+
+async def test_a_deposed_process_ends_itself_and_loses_nothing(tmp_path: Path) -> None:
+    """On S3: it refuses with 503 and Retry-After, and ends gracefully; its successor has all that it answered."""
+    bucket = uuid.uuid4().hex
+    await asyncio.to_thread(lambda: client().create_bucket(Bucket=bucket))
+    place = {"BUCKET": bucket, "AWS_ENDPOINT_URL": endpoint()}
+    async with started("rolling_app:app", tmp_path, **place) as old:
+        async with aiohttp.ClientSession(await url_of(old)) as session:
+            for expected in (1, 2, 3):
+                async with session.post("/visits/home") as response:
+                    assert await response.json() == expected
+            async with (
+                started("rolling_app:app", tmp_path, **place) as new,
+                aiohttp.ClientSession(await url_of(new)) as other,
+            ):
+                async with session.post("/visits/home") as response:  # this write finds the fence
+                    assert (response.status, response.headers["Retry-After"]) == (503, "1")
+                said = "\n".join(await lines_of(old))
+                async with other.post("/visits/home") as response:
+                    assert await response.json() == 4
+    assert said.count("visits: fenced: ") == 1
+    assert "Waiting for application shutdown" in said
+    assert old.returncode == -signal.SIGTERM  # uvicorn passes the signal on when it has ended gracefully
