@@ -15,7 +15,7 @@ from lab_state import Config, FencedError, Manager, S3Storage, StorageError
 from lab_state.integrations.fastapi import health, lifespan
 
 
-def end_process(error: FencedError) -> None:
+def end_process(_: FencedError) -> None:
     os.kill(os.getpid(), signal.SIGTERM)  # as `kubectl delete pod` does: the server ends gracefully
 
 
@@ -30,7 +30,7 @@ app.add_api_route("/health", health())
 
 
 @app.exception_handler(StorageError)
-async def not_written(request: Request, error: StorageError) -> JSONResponse:
+async def not_written(_request: Request, _error: StorageError) -> JSONResponse:
     # Fenced: the same request will reach the new process. Unavailable: the storage may be well again by then.
     return JSONResponse({"detail": "try again"}, status_code=503, headers={"Retry-After": "1"})
 

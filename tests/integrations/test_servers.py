@@ -181,20 +181,22 @@ async def test_a_deposed_process_ends_itself_and_loses_nothing(tmp_path: Path) -
     bucket = uuid.uuid4().hex
     await asyncio.to_thread(lambda: client().create_bucket(Bucket=bucket))
     place = {"BUCKET": bucket, "AWS_ENDPOINT_URL": endpoint()}
-    async with started("rolling_app:app", tmp_path, **place) as old:
-        async with aiohttp.ClientSession(await url_of(old)) as session:
-            for expected in (1, 2, 3):
-                async with session.post("/visits/home") as response:
-                    assert await response.json() == expected
-            async with (
-                started("rolling_app:app", tmp_path, **place) as new,
-                aiohttp.ClientSession(await url_of(new)) as other,
-            ):
-                async with session.post("/visits/home") as response:  # this write finds the fence
-                    assert (response.status, response.headers["Retry-After"]) == (503, "1")
-                said = "\n".join(await lines_of(old))
-                async with other.post("/visits/home") as response:
-                    assert await response.json() == 4
+    async with (
+        started("rolling_app:app", tmp_path, **place) as old,
+        aiohttp.ClientSession(await url_of(old)) as session,
+    ):
+        for expected in (1, 2, 3):
+            async with session.post("/visits/home") as response:
+                assert await response.json() == expected
+        async with (
+            started("rolling_app:app", tmp_path, **place) as new,
+            aiohttp.ClientSession(await url_of(new)) as other,
+        ):
+            async with session.post("/visits/home") as response:  # this write finds the fence
+                assert (response.status, response.headers["Retry-After"]) == (503, "1")
+            said = "\n".join(await lines_of(old))
+            async with other.post("/visits/home") as response:
+                assert await response.json() == 4
     assert said.count("visits: fenced: ") == 1
     assert "Waiting for application shutdown" in said
     assert old.returncode == -signal.SIGTERM  # uvicorn passes the signal on when it has ended gracefully
