@@ -7,10 +7,11 @@ import base64
 import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import IO, NamedTuple
 
+from lab_state.exceptions import UnavailableError
 from lab_state.storage import _fs as fs
+from lab_state.storage._s3_threads import Threads
 
 LONG = 256 * 1024
 """From how many bytes on to hash and to frame in a thread, and to send in parts."""
@@ -44,7 +45,7 @@ class Spool:
     What touches the file runs in a thread, a megabyte at a time.
     """
 
-    def __init__(self, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, thread: Threads) -> None:
         self._thread = thread
         self._lock = threading.Lock()  # a thread that nobody waits for any more may still be at work
         self._file: IO[bytes] | None = None
@@ -90,7 +91,10 @@ class Spool:
 
     def discard(self) -> None:
         """Let go of the file, when whatever is at work in a thread has ended."""
-        self._thread.submit(self._close)
+        try:
+            self._thread.submit(self._close)
+        except UnavailableError:  # no thread is to be had
+            self._close()
 
     def _close(self) -> None:
         with self._lock:

@@ -15,7 +15,6 @@ import io
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar, cast
 
 import aiohttp
@@ -38,6 +37,7 @@ from lab_state.storage._s3_outcomes import (
     unquoted,
     verdict,
 )
+from lab_state.storage._s3_threads import Threads
 from lab_state.storage._s3_time import Limit, Time
 
 R = TypeVar("R")
@@ -78,7 +78,7 @@ class Resolver(AbstractResolver):
     the very write that needs the connection.
     """
 
-    def __init__(self, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, thread: Threads) -> None:
         self._thread = thread
 
     async def resolve(
@@ -104,7 +104,7 @@ class Resolver(AbstractResolver):
         """Nothing to let go of; the thread belongs to the session."""
 
 
-def client_config(given: Any, thread: ThreadPoolExecutor, *, custom_endpoint: bool) -> Any:
+def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
     """The client's settings: the caller's before our defaults, and over both what the protocol needs."""
     ours = AioConfig(connect_timeout=5, read_timeout=STANDSTILL, max_pool_connections=16)
     config: Any = ours if given is None else ours.merge(given)
@@ -137,7 +137,7 @@ def _new_session() -> Any:
 
 
 async def connect(
-    session: Any, config: Any, endpoint_url: str | None, region_name: str | None, thread: ThreadPoolExecutor
+    session: Any, config: Any, endpoint_url: str | None, region_name: str | None, thread: Threads
 ) -> Client:
     """A client, made without holding up the event loop."""
     custom = endpoint_url is not None or not _ENDPOINT_VARIABLES.isdisjoint(os.environ)
@@ -217,10 +217,8 @@ class Requests:
         thread: Where what would hold up the event loop is done.
     """
 
-    def __init__(
-        self, bucket: str, connecting: Callable[[], Awaitable[Client]], thread: ThreadPoolExecutor, time: Time
-    ) -> None:
-        self.thread: ThreadPoolExecutor = thread
+    def __init__(self, bucket: str, connecting: Callable[[], Awaitable[Client]], thread: Threads, time: Time) -> None:
+        self.thread: Threads = thread
         self.time: Time = time
         self._bucket = bucket
         self._connecting = connecting

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, NamedTuple, NoReturn
 
 from lab_state._log import Log
-from lab_state.exceptions import FencedError, StorageError, UnsupportedError
+from lab_state.exceptions import FencedError, StorageError, UnavailableError, UnsupportedError
 from lab_state.storage._protocol import Recovery, Snapshot
 from lab_state.storage._s3_body import LONG, Body, Spool
 from lab_state.storage._s3_client import Requests
@@ -33,6 +33,7 @@ _logger = Log(logging.getLogger("lab_state"))
 
 _MOST_RECORDS = 64
 _MIN_CHECKPOINT_BYTES = 1024 * 1024
+_MOST_REFUSALS = 4  # each sends the whole snapshot; more than late attempts of a writer can cause
 _MOST_SNAPSHOT_BYTES = 5 * 1024**3
 
 
@@ -132,13 +133,12 @@ class S3Session:
         spool = Spool(self._store.thread)
         self._spooling = asyncio.get_running_loop().create_future()
         try:
-            body = await self._spooled(spool, slices, stamp)
+            self._publishing = _begin(self._publish(await self._spooled(spool, slices, stamp), stamp, spool))
         except BaseException:
             spool.discard()
             raise
         finally:
             self._spooling.set_result(None)
-        self._publishing = _begin(self._publish(body, stamp, spool))
         await asyncio.shield(self._publishing)
         self.recovery = self.recovery.used()
 
@@ -167,7 +167,8 @@ class S3Session:
     async def _replace(self, body: Body, stamp: Stamp) -> int:
         """Put a snapshot in place; returns the number that the one in place covers."""
         metadata = {WRITE_ID: new_write_id(), **stamp.metadata()}
-        while True:
+        tries = self._store.tries("replacing", self._names.snapshot, body.size)
+        for _ in range(_MOST_REFUSALS):
             try:
                 self._etag = await self._store.put(self._names.snapshot, body, metadata, self._etag)
             except NotOursError as refused:
@@ -187,6 +188,11 @@ class S3Session:
                 if there.fence == self._fence and there.seq >= stamp.seq:
                     self.snapshot_bytes = found.size
                     return there.seq
+            await tries.pause(UnavailableError("it was refused"))
+        raise UnavailableError(
+            f"the store refused {_MOST_REFUSALS} times to replace {self.path}, although it showed each time that it "
+            "had not changed"
+        )
 
     async def _clean(self, covered: int) -> None:
         """Delete the records that the snapshot covers, those that a crash left behind included, but no fence."""
@@ -212,9 +218,11 @@ class S3Session:
             await _ended(self._committing)
             await _ended(self._spooling)
             await _ended(self._publishing)
-            await self._store.aclose()
         finally:
-            self._let_go()
+            try:
+                await self._store.aclose()
+            finally:
+                self._let_go()
 
     def _check(self) -> None:
         if os.getpid() != self._pid:  # pragma: no cover -- a child's coverage is not collected

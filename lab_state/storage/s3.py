@@ -10,12 +10,12 @@ import asyncio
 import importlib
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lab_state._clock import SystemClock
 from lab_state.exceptions import LockedError, UnsupportedError
 from lab_state.storage._s3_format import Names
+from lab_state.storage._s3_threads import Threads
 from lab_state.storage._s3_time import Time
 
 if TYPE_CHECKING:
@@ -114,17 +114,13 @@ class S3Storage:
             UnsupportedError: The extra is not installed, the store ignores conditions, the
                 bucket is missing, or a permission is; the message says which.
         """
-        names = Names.of(self._bucket, self._prefix, name)
-        claim = _Claim(self._endpoint_url, names)
-        opening = asyncio.create_task(self._open(names, claim))
+        # In a task of its own: however often the caller is cancelled, what was begun is undone to its end.
+        opening = asyncio.create_task(self._open(Names.of(self._bucket, self._prefix, name)))
         try:
             return await asyncio.shield(opening)
         except BaseException:
             opening.cancel()
-            await asyncio.wait({opening})
-            if not opening.cancelled() and opening.exception() is None:
-                await opening.result().aclose()
-            claim.release()
+            await asyncio.shield(asyncio.create_task(_let_go(opening)))
             raise
 
     async def read(self, name: str) -> Reading:
@@ -141,7 +137,7 @@ class S3Storage:
                 the bucket is missing, or a permission is; the message says which.
         """
         names = Names.of(self._bucket, self._prefix, name)
-        thread = _threads(name)
+        thread = Threads(name)
         try:
             store = await self._requests(thread)
             from lab_state.storage._s3_read import read_objects  # noqa: PLC0415 -- see _import
@@ -153,8 +149,16 @@ class S3Storage:
         finally:
             thread.shutdown(wait=False)
 
-    async def _open(self, names: Names, claim: _Claim) -> S3Session:
-        thread = _threads(names.name)
+    async def _open(self, names: Names) -> S3Session:
+        claim = _Claim(self._endpoint_url, names)
+        try:
+            return await self._open_claimed(names, claim)
+        except BaseException:
+            claim.release()
+            raise
+
+    async def _open_claimed(self, names: Names, claim: _Claim) -> S3Session:
+        thread = Threads(names.name)
 
         def let_go() -> None:
             thread.shutdown(wait=False)
@@ -176,7 +180,7 @@ class S3Storage:
             await store.aclose()
             raise
 
-    async def _requests(self, thread: ThreadPoolExecutor) -> Requests:
+    async def _requests(self, thread: Threads) -> Requests:
         await asyncio.get_running_loop().run_in_executor(thread, _import)
         from lab_state.storage._s3_client import Requests, connect  # noqa: PLC0415 -- see _import
 
@@ -186,9 +190,11 @@ class S3Storage:
         return Requests(self._bucket, connecting, thread, self._time)
 
 
-def _threads(name: str) -> ThreadPoolExecutor:
-    """Two: looking up a host name, which can take long, beside writing a spool."""
-    return ThreadPoolExecutor(2, thread_name_prefix=f"lab_state {name}")
+async def _let_go(opening: asyncio.Task[S3Session]) -> None:
+    """Wait until an opening that nobody wants has undone itself, and close what it gave all the same."""
+    await asyncio.wait({opening})
+    if not opening.cancelled() and opening.exception() is None:
+        await opening.result().aclose()
 
 
 def _import() -> None:

@@ -704,18 +704,22 @@ async def test_digits_of_other_scripts_are_no_number(bucket: Bucket) -> None:
 # The snapshot that the records follow
 
 
-async def test_a_file_put_there_in_the_first_run(bucket: Bucket) -> None:
+async def test_a_file_put_there_in_the_first_run(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
     """A snapshot copied into place while the first manager runs is not merged: it deposes, and is refused beside records."""
-    session = await bucket.storage().open(NAME)
-    await session.commit(b"mine", VIEW)
+    state = Manager(Config(name=NAME, flush_interval=0), bucket.storage())
+    await state.start()
+    await state.set("mine", 1)
     bucket.put(SNAPSHOT, b'{"theirs": 1}')
     with pytest.raises(FencedError, match="the snapshot is not ours"):
-        await session.checkpoint(VIEW)
-    await session.aclose()
+        await state.stop()
+    assert state.status().fenced
+    assert len(caplog.messages) == 1  # not one that says that nothing is lost, and one that it is
+    assert "fenced" in caplog.text
     with pytest.raises(CorruptionError, match="snapshot that record 2 follows is not the one"):
         await Manager(NAME, bucket.storage()).start()
     bucket.delete(SNAPSHOT)
-    assert await records(bucket) == (b"mine",)
+    async with Manager(NAME, bucket.storage()) as again:
+        assert await again.get_all() == {"mine": 1}
 
 
 @pytest.mark.parametrize("there", [b'{"theirs": 2}', None])

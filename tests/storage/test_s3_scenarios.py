@@ -79,7 +79,7 @@ BUGS: dict[str, list[Change]] = {
         (S3Session, "_settle", "        except NotOursError as refused:", "        except UnavailableError:\n            pass\n        except NotOursError as refused:"),
     ],
     "a checkpoint is not conditional": [
-        (S3Session, "_replace", "        while True:\n", "        while True:\n            there = await self._store.head(self._names.snapshot)\n            self._etag = None if there is None else there.etag\n"),
+        (S3Session, "_replace", "        for _ in range(_MOST_REFUSALS):\n", "        for _ in range(_MOST_REFUSALS):\n            there = await self._store.head(self._names.snapshot)\n            self._etag = None if there is None else there.etag\n"),
     ],
     "a newer writer's snapshot is overwritten": [
         (S3Session, "_replace", "there is None or there.fence > self._fence", "there is None"),
