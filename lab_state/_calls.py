@@ -14,7 +14,7 @@ from lab_state._codec import check_key
 from lab_state._expiry import Expiring, Seconds
 from lab_state._reads import MISSING_VALUE, many_keys
 from lab_state._state import MISSING
-from lab_state._values import NULL, SHALLOW, check_encoded, encode, encode_value
+from lab_state._values import NULL, SHALLOW, L, U, check_encoded, check_json, encode, encode_value
 from lab_state._writing import Writing, check_callable, name_of, plain_result
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
@@ -46,10 +46,7 @@ class Calls(Writing):
         Args:
             key: The key.
             value: Anything that msgspec encodes as JSON, or a Pydantic model. It is
-                encoded now: a later change of the object changes nothing. (A
-                `msgspec.Raw` inside a dict or a list is trusted to be JSON. One that is
-                not is never written: reading it raises `TypeMismatchError`, the next
-                flush logs an error, and a restart finds the key deleted.)
+                encoded now: a later change of the object changes nothing.
             ttl: How long the key lives, in seconds or as a `timedelta`, above 0; for
                 good when not given, whatever was there before.
 
@@ -61,15 +58,20 @@ class Calls(Writing):
         core = self._core
         if ttl is not None or core.blocked:
             return await self._put(key, value, ttl)
-        # `encode_trusting` and `State.apply` are written out here: the calls alone show in the bench.
+        # `encode_value` and `State.apply` are written out here: the calls alone show in the bench.
         try:
             if value.__class__ is dict or value.__class__ is list:
                 try:
                     stored: Any = encode(value)
+                    check_json(stored)  # a `msgspec.Raw` inside may hold anything
                 except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
                     stored = encode_value(value)
                 else:
-                    if stored.rpartition(NULL)[1] or len(stored) >= SHALLOW:
+                    if (
+                        len(stored) >= SHALLOW
+                        or (L in stored and U in stored and stored.rpartition(NULL)[1])
+                        or not stored.isascii()
+                    ):
                         check_encoded(value, stored)
             else:
                 stored = encode_value(value)

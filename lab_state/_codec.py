@@ -17,6 +17,7 @@ showed: the next start goes on from `time`, with what the wall clock has gone on
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import re
 import zlib
@@ -27,9 +28,9 @@ from typing import Annotated, Any, NamedTuple, NoReturn, TypeAlias
 import msgspec
 from msgspec import Raw
 
-from lab_state._expiry import Expiring, Value
+from lab_state._expiry import Expiring, Json, Value
 from lab_state._state import Absent, Changed, Changes, Stored
-from lab_state._values import MAX_DEPTH, encode, is_json, size_of, too_deep
+from lab_state._values import MAX_DEPTH, encode, size_of, too_deep
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
 FORMAT = 1
@@ -116,14 +117,8 @@ def check_key(key: object) -> str:
     return str.__str__(key)
 
 
-def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
-    """The record of what a commit took, in slices small enough to give the loop back between two.
-
-    Args:
-        taken: The changes.
-        refused: Takes the keys whose values are not JSON, because of a `msgspec.Raw`;
-            they are recorded as deleted.
-    """
+def encode_record(taken: Changes) -> Iterator[bytes]:
+    """The record of what a commit took, in slices small enough to give the loop back between two."""
     clear = b"true" if taken.cleared else b"false"
     if not taken.time and (values := _few(taken.changes)):
         yield b'{"from":%d,"to":%d,"clear":%s,"set":%s,"delete":[],"expires":{}}' % (
@@ -136,20 +131,20 @@ def encode_record(taken: Changes, refused: list[str]) -> Iterator[bytes]:
     expires: dict[str, int] = {}
     deleted: list[str] = []
     yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)
-    yield from _members(_slices(taken.changes.items(), expires, deleted), refused)
+    yield from _members(_parts(taken.changes.items(), expires, deleted))
     yield b'},"delete":['
-    keys = chain(deleted, refused)
+    keys = iter(deleted)
     comma = b""
     while part := list(islice(keys, _MOST_AT_ONCE)):
         yield comma + encode(part)[1:-1]
         comma = b","
     yield b"]"
-    yield from _times(expires, refused, taken.time, taken.wall)
+    yield from _times(expires, taken.time, taken.wall)
     yield b"}"
 
 
 def _few(changes: Mapping[str, Changed]) -> bytes | None:
-    """The object of the values, if they are few, and all is well with them: most commits have no other."""
+    """The object of the values, if they are few and small: most commits have no other."""
     if len(changes) > _MOST_AT_ONCE:
         return None
     part: dict[str, Value] = {}
@@ -165,16 +160,11 @@ def _few(changes: Mapping[str, Changed]) -> bytes | None:
             part[key] = stored
         else:
             return None
-    if size >= _SLICE_BYTES:
-        return None
-    data = encode(part)
-    return data if is_json(data) else None
+    return encode(part) if size < _SLICE_BYTES else None
 
 
-def _times(expires: dict[str, int], refused: Iterable[str], time: int, wall: int) -> Iterator[bytes]:
+def _times(expires: dict[str, int], time: int, wall: int) -> Iterator[bytes]:
     """The members `expires`, and `time` and `wall` if something in the state expires."""
-    for key in refused:
-        expires.pop(key, None)
     yield b',"expires":{'
     times = iter(expires.items())
     comma = b""
@@ -184,16 +174,18 @@ def _times(expires: dict[str, int], refused: Iterable[str], time: int, wall: int
     yield b'},"time":%d,"wall":%d' % (time, wall) if time else b"}"
 
 
-def _slices(
+def _parts(
     items: Iterable[tuple[str, Changed]], expires: dict[str, int], deleted: list[str]
 ) -> Iterator[dict[str, Value]]:
-    """Parts as `encode` takes them, each of so many bytes that the loop can wait for it, or of one value that has more.
+    """Parts as `encode` takes them, each of so many bytes that the loop can wait for it.
 
-    `expires` takes the times, `deleted` the keys that were; a part may be empty.
+    A large value has a part of its own. `expires` takes the times, `deleted` the keys that
+    were; a part may be empty.
     """
     part: dict[str, Value] = {}
     size = 0
     for key, stored in items:
+        before = size
         if isinstance(stored, bytes):  # most are
             part[key] = Raw(stored)
             size += len(stored)
@@ -204,6 +196,11 @@ def _slices(
                 stored, expires[key] = stored
             part[key] = Raw(stored) if isinstance(stored, bytes) else stored
             size += size_of(stored)
+        if size - before >= _SLICE_BYTES:
+            large = part.pop(key)
+            yield part
+            yield {key: large}
+            part, size = {}, 0
         size += _KEY_BYTES
         if size >= _SLICE_BYTES:
             yield part
@@ -212,28 +209,46 @@ def _slices(
         yield part
 
 
-def _members(parts: Iterable[dict[str, Value]], refused: list[str]) -> Iterator[bytes]:
-    """The members of an object, without its braces and without what is not JSON."""
+def _members(parts: Iterable[dict[str, Value]]) -> Iterator[bytes]:
+    """The members of an object, without its braces; an empty slice lets the loop run."""
     comma = b""
     for part in parts:
-        data = encode(part)
-        if not is_json(data):
-            bad = {key for key, stored in part.items() if not is_json(encode(stored))}
-            refused.extend(bad)
-            data = encode({key: stored for key, stored in part.items() if key not in bad})
-        members = data[1:-1]
-        yield comma + members if members else b""  # the loop may run
-        comma = b"," if members else comma
+        if len(part) == 1 and size_of(next(iter(part.values()))) >= _SLICE_BYTES:
+            ((key, large),) = part.items()
+            yield comma + encode(key) + b":"
+            yield from _pieces(large)
+        else:
+            members = encode(part)[1:-1]
+            yield comma + members if members else b""
+        comma = b"," if part else comma
+
+
+def _pieces(large: Value) -> Iterator[bytes]:
+    """The JSON of a large value, a piece at a time."""
+    if isinstance(large, str):
+        yield b'"'
+        for start in range(0, len(large), _SLICE_BYTES):
+            yield encode(large[start : start + _SLICE_BYTES])[1:-1]
+        yield b'"'
+    elif isinstance(large, bytes | Raw):
+        view = memoryview(large)
+        for start in range(0, len(view), _SLICE_BYTES):
+            yield bytes(view[start : start + _SLICE_BYTES])
 
 
 def _owned(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterator[dict[str, Value]]:
     for part in parts:
         for key in part:
             stored = view[key]
-            if isinstance(stored, Raw):
-                view[key] = bytes(stored)
-            elif isinstance(stored, Expiring) and isinstance(stored.value, Raw):
-                view[key] = Expiring(bytes(stored.value), stored.at)
+            value = stored.value if isinstance(stored, Expiring) else stored
+            if isinstance(value, Raw):
+                own = io.BytesIO()
+                for piece in _pieces(value):
+                    if own.tell():
+                        yield {}
+                    own.write(piece)
+                copy = Json(own.getvalue())
+                view[key] = Expiring(copy, stored.at) if isinstance(stored, Expiring) else copy
         yield part
 
 
@@ -281,9 +296,7 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str, *, first: in
 
 
 def encode_snapshot(view: dict[str, Stored], revision: int, time: int, *, own: bool, wall: int = 0) -> Iterator[bytes]:
-    """The snapshot of a view, in slices small enough to give the loop back between two.
-
-    A value that is not JSON, because of a `msgspec.Raw`, is left out.
+    """The snapshot of a view, in slices small enough to give the loop back between two; a slice may be empty.
 
     Args:
         view: The entries; nobody else changes them meanwhile.
@@ -303,16 +316,15 @@ def encode_snapshot(view: dict[str, Stored], revision: int, time: int, *, own: b
 def _uncovered(view: dict[str, Stored], revision: int, time: int, wall: int, *, own: bool) -> Iterator[bytes]:
     """All that the checksum covers."""
     opening = b"{"
-    refused: list[str] = []
     expires: dict[str, int] = {}
-    parts = _slices(view.items(), expires, [])
-    for part in filter(None, _members(_owned(parts, view) if own else parts, refused)):
-        yield opening + part
-        opening = b""
+    parts = _parts(view.items(), expires, [])
+    for part in _members(_owned(parts, view) if own else parts):
+        yield opening + part if part else b""
+        opening = b"" if part else opening
     member = encode({"format": FORMAT, "revision": revision, "id": os.urandom(8).hex()})
     yield (opening or b",") + encode(RESERVED) + b":" + member[:-1]
     if expires:
-        yield from _times(expires, refused, time, wall)
+        yield from _times(expires, time, wall)
 
 
 def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> Snapshot:

@@ -15,16 +15,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NewType, TypeAlias
 
 from msgspec import Raw
 
 from lab_state.exceptions import InvalidValueError
 
-Value: TypeAlias = str | int | float | bool | bytes | Raw | None
+Json = NewType("Json", bytes)
+"""The bytes of exactly one JSON value in UTF-8.
+
+Only code that checked the bytes makes one. So values put side by side are members of an
+object, never more members than values.
+"""
+
+Value: TypeAlias = str | int | float | bool | Json | Raw | None
 """A JSON scalar, or the JSON of anything else.
 
-That is `bytes` where it was set, and a `Raw` where it was loaded: a view of the buffer.
+That is a `Json` where it was set, and a `Raw` where it was loaded: a view of the buffer,
+of one value too, since the parser found where it ends.
 """
 
 Seconds: TypeAlias = float | timedelta

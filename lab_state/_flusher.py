@@ -23,7 +23,7 @@ from lab_state._durability import Durability
 from lab_state._foreign import only_storage_errors, pass_on, storage_error, tell_fenced
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
-from lab_state._state import DELETED, Changes, State
+from lab_state._state import Changes, State
 from lab_state._views import Views
 from lab_state._waiters import copied
 from lab_state._whole import joined
@@ -283,7 +283,6 @@ class Flusher(Durability):
         self._begun += 1
         number = self._begun
         views = Views(self.state)
-        refused: list[str] = []
         taken: Changes | None = None
         try:
             self._waiters.board()
@@ -291,7 +290,7 @@ class Flusher(Durability):
             # Noted before it is taken, and forgotten when it is durable: whatever interrupts this loses none of it.
             taken = self._under_way = self.state.untaken()
             self.state.take(taken)
-            due = await self._write(taken, refused, views)
+            due = await self._write(taken, views)
             self.durable_revision = taken.end
         except Exception as problem:  # noqa: BLE001 -- whatever it is, the changes stay and who waits is told
             self._put_back()
@@ -305,7 +304,6 @@ class Flusher(Durability):
         else:
             self._succeeded(self._clock.monotonic() - started)
             self._under_way = None
-            taken.changes.update(dict.fromkeys(refused, DELETED))  # as the record says
             self._confirming.settle(number)
             self._checkpoint_due = due
             if not self._hand_on(taken):
@@ -322,10 +320,8 @@ class Flusher(Durability):
             self._logger.error("%s: those who follow could not be told of a commit: %r", self._name, problem)  # noqa: TRY400 -- one line
             return True
 
-    async def _write(self, taken: Changes, refused: list[str], views: Views) -> bool:
-        record = await joined(encode_record(taken, refused))
-        if refused:
-            self._logger.error("%s: not written, for a msgspec.Raw that is not JSON: the keys %s", self._name, refused)
+    async def _write(self, taken: Changes, views: Views) -> bool:
+        record = await joined(encode_record(taken))
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
 
     def _succeeded(self, seconds: float) -> None:

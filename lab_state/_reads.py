@@ -194,7 +194,7 @@ class Reads:
         return default
 
     def _decode(self, key: str, stored: Stored, default: object, type_: Any) -> Any:
-        if stored.__class__ is not bytes and isinstance(stored, Expiring):
+        if stored.__class__ is not bytes and isinstance(stored, Expiring):  # type: ignore[redundant-expr]  # a Json is bytes
             alive = self._core.state.alive(stored)
             if alive is MISSING:
                 return self._missing(key, default)

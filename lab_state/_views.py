@@ -41,7 +41,7 @@ class Views:
         for part in slices:
             if last:
                 yield last
-                await asyncio.sleep(0)
+            await asyncio.sleep(0)
             last = part
         if own:
             self._state.owned(view)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from lab_state._codec import check_key
 from lab_state._expiry import Expiring, Seconds, Value, milliseconds
 from lab_state._reads import MISSING_VALUE, Reads
-from lab_state._values import decode_value, encode_trusting, encode_value
+from lab_state._values import decode_value, encode_value
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 
@@ -20,7 +19,7 @@ class Writing(Reads):
 
     async def _put(self, key: str, value: object, ttl: Seconds | None) -> int:
         """`set` where it has more to do."""
-        stored = self._encode(value, encode_trusting)
+        stored = self._encode(value)
         lifetime = self._lifetime(ttl)
         check_key(self._full(key))
         await self._turn()
@@ -59,9 +58,9 @@ class Writing(Reads):
             return self._missing(key, default), None
         return old, self._expiry(key)
 
-    def _encode(self, value: object, encode: Callable[[object], Value] = encode_value) -> Value:
+    def _encode(self, value: object) -> Value:
         try:
-            return encode(value)
+            return encode_value(value)
         except InvalidValueError:
             self._core.counters.set_errors += 1
             raise

@@ -17,7 +17,7 @@ from lab_state._metrics import Counters
 from lab_state._plain import Plain
 from lab_state._reads import MISSING_VALUE
 from lab_state._state import MISSING, Changed, State
-from lab_state._values import encode_trusting
+from lab_state._values import encode_value
 from lab_state._watch import Change, Watcher
 from lab_state.blocking import Blocking
 from lab_state.exceptions import ClosedError, InvalidValueError
@@ -280,7 +280,7 @@ class Transaction(Plain):
         # Written out: the way through a coroutine costs more than the work.
         core = self._core
         try:
-            stored = encode_trusting(value)
+            stored = encode_value(value)
         except InvalidValueError:
             core.counters.set_errors += 1
             raise

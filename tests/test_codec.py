@@ -6,8 +6,9 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -25,10 +26,12 @@ from lab_state._codec import (
     encode_snapshot,
     replay,
 )
-from lab_state._expiry import Expiring
+from lab_state._expiry import Expiring, Json, Value
 from lab_state._state import DELETED, EXPIRED, Absent, Changed, Changes, Stored
 from lab_state._values import decode_value, encode_value
-from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
+from lab_state.cache._format import message
+from lab_state.cache._format import slices as parts_for_the_mirror
+from lab_state.exceptions import CorruptionError, InvalidKeyError, InvalidValueError, UnsupportedError
 
 PATH = "/state/some.json"
 SLICE_BYTES = 128 * 1024
@@ -67,13 +70,13 @@ def changes(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = 
 
 
 def record(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = False) -> bytes:
-    return b"".join(encode_record(changes(values, start, end, cleared=cleared), []))
+    return b"".join(encode_record(changes(values, start, end, cleared=cleared)))
 
 
 def test_a_record_of_many_deletions_lets_the_loop_run() -> None:
     """It comes in parts, empty ones where there is nothing to write yet; so one commit may delete a million keys."""
     keys = [f"key {number}" for number in range(5000)]
-    parts = list(encode_record(changes(dict.fromkeys(keys, DELETED), 1, 2), []))
+    parts = list(encode_record(changes(dict.fromkeys(keys, DELETED), 1, 2)))
     assert parts.count(b"") >= 8
     assert max(map(len, parts)) < SLICE_BYTES
     assert json.loads(b"".join(parts))["delete"] == keys
@@ -179,16 +182,16 @@ def test_a_record_of_few_values_is_what_a_larger_one_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is made in one piece, and has the same bytes."""
-    few = list(encode_record(changes(values, 41, 42, cleared=cleared), []))
+    few = list(encode_record(changes(values, 41, 42, cleared=cleared)))
     monkeypatch.setattr("lab_state._codec._MOST_AT_ONCE", 0)
     assert len(few) == 1
-    assert few[0] == b"".join(encode_record(changes(values, 41, 42, cleared=cleared), []))
+    assert few[0] == b"".join(encode_record(changes(values, 41, 42, cleared=cleared)))
 
 
 def test_a_large_record_comes_back() -> None:
     """A record of thousands of keys is made in many slices, and comes back."""
     values = {f"key {number}": [number] if number % 2 else DELETED for number in range(7_001)}
-    slices = list(encode_record(changes(values, 0, 1), []))
+    slices = list(encode_record(changes(values, 0, 1)))
     assert len(slices) >= 15
     after = replay(Snapshot(stored(dict.fromkeys(values, 0)), 0), [b"".join(slices)], PATH)
     assert plain(after.entries) == {key: value for key, value in values.items() if value is not DELETED}
@@ -203,9 +206,7 @@ def test_large_values_come_in_small_slices(what: str) -> None:
     """No slice is much larger than one value or 128 KiB, from the first slice on."""
     values = large_values()
     slices = list(
-        encode_record(changes(values, 0, 1), [])
-        if what == "record"
-        else encode_snapshot(stored(values), 1, 0, own=False)
+        encode_record(changes(values, 0, 1)) if what == "record" else encode_snapshot(stored(values), 1, 0, own=False)
     )
     assert len(b"".join(slices)) > 150 * 64_000
     assert max(map(len, slices)) < 8 * SLICE_BYTES
@@ -357,7 +358,7 @@ def test_values_are_owned_after_a_snapshot() -> None:
 def test_values_are_left_alone_when_they_are_owned() -> None:
     """`own=False` leaves the view as it is, and `own=True` copies nothing that is owned."""
     borrowed = decode_snapshot(snapshot(SAMPLE), PATH).entries
-    owned: dict[str, Stored] = {"a": 1, "b": b"[1]"}
+    owned: dict[str, Stored] = {"a": 1, "b": Json(b"[1]")}
     for entries, own in ((borrowed, False), (owned, True)):
         before = dict(entries)
         list(encode_snapshot(entries, 1, 0, own=own))
@@ -622,7 +623,7 @@ def times_of(values: Mapping[str, Stored]) -> dict[str, int]:
 
 
 def record_at(values: Mapping[str, Changed], start: int, end: int, time: int = 0, *, cleared: bool = False) -> bytes:
-    return b"".join(encode_record(Changes(start, end, cleared, dict(values), 0.0, time), []))
+    return b"".join(encode_record(Changes(start, end, cleared, dict(values), 0.0, time)))
 
 
 def test_a_record_of_what_expires() -> None:
@@ -670,7 +671,7 @@ def test_where_nothing_expires_no_time_is_written() -> None:
 def test_many_that_expire_come_back(size: int) -> None:
     """Thousands of times are made in many slices, in a record and in a snapshot, and all come back."""
     values = expiring({f"key {number}": [number] for number in range(size)}, 10**12)
-    record_slices = list(encode_record(Changes(0, 1, False, dict(values), 0.0, 5), []))
+    record_slices = list(encode_record(Changes(0, 1, False, dict(values), 0.0, 5)))
     snapshot_slices = list(encode_snapshot(values, 1, 5, own=False))
     for slices in (record_slices, snapshot_slices):
         assert len(slices) >= 2 * (size // 500)
@@ -684,22 +685,50 @@ def test_large_values_that_expire_come_in_small_slices() -> None:
     """What expires is measured for slices like what stays."""
     values = expiring(large_values())
     assert max(map(len, encode_snapshot(values, 1, 0, own=False))) < 8 * SLICE_BYTES
-    assert max(map(len, encode_record(Changes(0, 1, False, dict(values), 0.0), []))) < 8 * SLICE_BYTES
+    assert max(map(len, encode_record(Changes(0, 1, False, dict(values), 0.0)))) < 8 * SLICE_BYTES
 
 
-NOT_JSON = Expiring(b"'not JSON'", 9_000)
+FRAGMENTS = [*'[]{},:"\\ ', "1", "null", '"k"', '"admin"', "$lab_state", "é", "\n", '1],"admin":[', '","admin":"']
 
 
-@pytest.mark.parametrize("others", [{}, {"good": Expiring(1, 5_000)}], ids=["alone", "beside another"])
-def test_what_is_not_json_leaves_no_time_behind(others: dict[str, Stored]) -> None:
-    """A key that is refused is recorded as deleted, without a time, and is not in a snapshot at all."""
-    refused: list[str] = []
-    data = b"".join(encode_record(Changes(0, 1, False, {**others, "bad": NOT_JSON}, 0.0, 4_000), refused))
-    assert refused == ["bad"]
-    after = replay(Snapshot({"bad": 1}, 0, {"bad": 6_000}), [data], PATH)
-    assert (plain(after.entries), after.expires) == (dict.fromkeys(others, 1), times_of(others))
-    loaded = decode_snapshot(b"".join(encode_snapshot({**others, "bad": NOT_JSON}, 1, 4_000, own=False)), PATH)
-    assert (plain(loaded.entries), loaded.expires) == (dict.fromkeys(others, 1), times_of(others))
+class _Dumped:
+    """Has a serializer of its own, as a Pydantic model has."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def model_dump_json(self, **_: object) -> str:
+        return self.text
+
+    def model_dump(self, **_: object) -> object:
+        return self.text
+
+
+@pytest.mark.parametrize("kind", [lambda text: Raw(text.encode()), _Dumped], ids=["Raw", "serializer"])
+@given(
+    texts=st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join), min_size=1, max_size=4),
+    wrap=st.sampled_from([lambda inner: [inner], lambda inner: {"a": inner}, lambda inner: [[1], {"a": [inner, 2]}]]),
+)
+def test_as_many_members_as_keys(kind: Any, texts: list[str], wrap: Any) -> None:
+    """Whatever a Raw or a serializer inside of values wrote, what is accepted is one member each, in order."""
+    accepted: dict[str, Stored] = {"admin": "root"}
+    for number, text in enumerate(texts):
+        with suppress(InvalidValueError):
+            accepted[f"note {number}"] = encode_value(wrap(kind(text)))
+    data = b"".join(encode_record(Changes(0, 1, False, dict(accepted), 0.0)))
+    timed = {key: Expiring(cast("Value", value), 5_000) for key, value in accepted.items()}
+    slow = b"".join(encode_record(Changes(0, 1, False, dict(timed), 0.0, 4_000)))
+    whole = b"".join(encode_snapshot(dict(accepted), 1, 0, own=False))
+    (part,) = parts_for_the_mirror(accepted.items())
+    for found in (
+        json.loads(data, object_pairs_hook=list),
+        json.loads(slow, object_pairs_hook=list),
+        json.loads(message(0, 1, "w", part), object_pairs_hook=list),
+    ):
+        (members,) = [value for name, value in found if name == "set"]
+        assert [key for key, _ in members] == [*accepted]
+    assert [key for key, _ in json.loads(whole, object_pairs_hook=list)] == [*accepted, "$lab_state"]
+    assert decode_snapshot(whole, PATH).entries["admin"] == Raw(b'"root"')
 
 
 @pytest.mark.parametrize("values", [b'{"b":1}', b'{"b":1,"A":{"a":1}}'])
@@ -802,7 +831,8 @@ def test_values_that_expire_are_owned_after_a_snapshot() -> None:
     list(encode_snapshot(view, 1, 0, own=False))
     assert all(view[key] is value for key, value in untouched.items())
     again = b"".join(encode_snapshot(view, 1, 0, own=True))
-    assert view == {"a": Expiring(b"[1]", 5_000), "b": Expiring(b'{"c":2}', 5_001), "d": Expiring(b'"x"', 5_002)}
+    times = {"a": (b"[1]", 5_000), "b": (b'{"c":2}', 5_001), "d": (b'"x"', 5_002)}
+    assert view == times
     assert decode_snapshot(again, PATH) == loaded
     owned = dict(view)
     list(encode_snapshot(view, 1, 0, own=True))
@@ -836,14 +866,6 @@ def test_times_against_a_dict(commits: list[tuple[bool, dict[str, Any]]]) -> Non
         assert plain(last.entries) == plain(values)
 
 
-def test_a_record_of_nothing_but_what_is_not_json() -> None:
-    """It is a record all the same: of a deletion."""
-    refused: list[str] = []
-    data = b"".join(encode_record(Changes(0, 1, False, {"bad": b"'not JSON'"}, 0.0), refused))
-    assert refused == ["bad"]
-    assert replay(Snapshot({"bad": 1}, 0), [data], PATH) == Snapshot({}, 1)
-
-
 def test_a_record_that_sets_and_deletes_a_key_with_a_time() -> None:
     """A time for a key that the same record deletes is CorruptionError."""
     data = b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":["a"],"expires":{"a":5},"time":1}'
@@ -857,13 +879,13 @@ def test_the_wall_clock_is_kept_beside_the_time() -> None:
     loaded = decode_snapshot(data, PATH)
     assert (loaded.time, loaded.wall) == (2_000, 7_000)
     changed = Changes(1, 2, False, dict(expiring({"b": 1})), 0.0, 3_000, 8_000)
-    after = replay(loaded, [b"".join(encode_record(changed, []))], PATH)
+    after = replay(loaded, [b"".join(encode_record(changed))], PATH)
     assert (after.time, after.wall) == (3_000, 8_000)
 
 
 def test_bytes_lost_from_a_snapshot_make_no_other_state() -> None:
     """What is left may be good JSON, without the member; but it ends as a state does, and so it is refused."""
-    data = b"".join(encode_snapshot({"a": b'{"text":"0123456789"}'}, 5, 0, own=False))
+    data = b"".join(encode_snapshot({"a": Json(b'{"text":"0123456789"}')}, 5, 0, own=False))
     lost = data[: data.index(b"567")] + data[data.index(b'"id":"') + 6 :]
     assert msgspec.json.decode(lost).keys() == {"a"}
     with pytest.raises(CorruptionError, match="bytes before the end are missing"):

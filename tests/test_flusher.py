@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from typing import Any
 
-import msgspec
 import pytest
 from running import idle, running, until
 
@@ -21,7 +19,6 @@ from lab_state import (
     Reading,
     Recovery,
     StorageSession,
-    TypeMismatchError,
     UnavailableError,
     UnsupportedError,
     _flusher,
@@ -1011,30 +1008,6 @@ class TestBrokenPromises:
                 return await manager.get_all()
 
         assert asyncio.run(read()) == {"a": 1}
-
-    async def test_a_nested_raw_that_is_not_json_harms_its_own_key_alone(
-        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """No record and no snapshot holds it, whatever is beside it is written, and a good value in its place counts."""
-        async with running(storage, clock, None) as state:
-            await state.set_many({"good": 1, "bad": 2, "healed": 3})
-            await state.set("bad", {"raw": msgspec.Raw(b"'not JSON'")})
-            await state.set("healed", [msgspec.Raw(b"}")])
-            await state.set("utf-8", [msgspec.Raw(b'"\xff"')])
-            await state.flush()
-            for key in ("bad", "utf-8"):
-                with pytest.raises(TypeMismatchError):
-                    await state.get(key)
-                with pytest.raises(TypeMismatchError):
-                    state.get_nowait(key)
-            await state.set("healed", "good")
-        assert caplog.text.count("a msgspec.Raw that is not JSON") == 1
-        assert "not JSON'" not in caplog.text
-        snapshot = memory.places["test"].snapshot
-        assert snapshot is not None
-        json.loads(snapshot)
-        async with Manager("test", memory) as state:
-            assert await state.get_all() == {"good": 1, "healed": "good"}
 
     def test_stop_after_a_loop_that_was_closed_over_a_commit(
         self, storage: FaultyStorage, memory: MemoryStorage, clock: ManualClock

@@ -44,7 +44,7 @@ def record(start: int, *values: object) -> bytes:
     changes: dict[str, Changed] = {
         f"key {n}": DELETED if value is ... else encode_value(value) for n, value in enumerate(values)
     }
-    return b"".join(encode_record(Changes(start, start + 1, False, changes, 0.0), []))
+    return b"".join(encode_record(Changes(start, start + 1, False, changes, 0.0)))
 
 
 RECORDS = (

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
-import msgspec
 import pytest
 from running import idle, running
 
@@ -838,14 +837,6 @@ def test_stop_after_a_loop_that_was_closed_over_a_reader(*, durable: bool) -> No
     assert (state.status().phase, state.durable_revision) == ("stopped", 1)
     readers.clear()
     gc.collect()  # they complain of their end here, and in no other test
-
-
-async def test_a_value_that_is_not_json_is_told_as_deleted(state: Manager) -> None:
-    """Who watches what is durable is told what the record says of a `msgspec.Raw` that is not JSON."""
-    async with state.watch(durable=True) as changes:
-        await state.set("bad", [msgspec.Raw(b"nope")])
-        await state.flush()
-        assert await told(changes) == [Change("bad", "delete", 1)]
 
 
 async def test_a_watch_opened_after_a_large_delete_all(state: Manager) -> None:

@@ -25,7 +25,7 @@ from msgspec import Raw
 from lab_state._codec import RESERVED
 from lab_state._expiry import Expiring, Value
 from lab_state._state import Absent, Changed
-from lab_state._values import encode, is_json
+from lab_state._values import encode
 from lab_state.cache._protocol import Seen, Slice
 from lab_state.exceptions import UnavailableError, UnsupportedError
 
@@ -167,7 +167,7 @@ def resync(start: int, end: int, writer: str) -> bytes:
 
 
 def slices(items: Iterable[tuple[str, Changed]]) -> Iterator[Slice]:
-    """All of it in parts; what is not JSON, because of a `msgspec.Raw`, counts as deleted, as in the journal."""
+    """All of it in parts."""
     values: dict[str, bytes] = {}
     expires: dict[str, int] = {}
     deleted: list[str] = []
@@ -181,23 +181,12 @@ def slices(items: Iterable[tuple[str, Changed]]) -> Iterator[Slice]:
             values[key] = data = _json(stored)
             size += len(data)
         if size >= _MOST_BYTES or len(values) + len(deleted) >= _MOST_KEYS:
-            yield _good(Slice(values, expires, deleted))
+            yield Slice(values, expires, deleted)
             values, expires, deleted, size = {}, {}, [], 0
-    yield _good(Slice(values, expires, deleted))
+    yield Slice(values, expires, deleted)
 
 
 def _json(stored: Value) -> bytes:
     if isinstance(stored, Raw):
         return bytes(stored)
     return stored if isinstance(stored, bytes) else encode(stored)
-
-
-def _good(part: Slice) -> Slice:
-    values = part.values
-    # As members of an object, so that no two halves of bad JSON pass for one good value.
-    if values and not is_json(b'{"":%b}' % b',"":'.join(values.values())):
-        for key in [key for key, data in values.items() if not is_json(data)]:
-            del values[key]
-            part.expires.pop(key, None)
-            part.deleted.append(key)
-    return part

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from lab_state._expiry import Expiring, Value
+from lab_state._expiry import Expiring, Json, Value
 from lab_state._state import Stored
 from lab_state.cache._format import Head, Message, parse_time
 from lab_state.cache._source import Found
@@ -132,9 +132,9 @@ class Local:
 def _stored(data: bytes) -> Value:
     """JSON as a manager keeps it: a scalar as it is. Who reads what is not JSON is told."""
     if data[:1] in _OBJECT_OR_ARRAY:
-        return data
+        return Json(data)
     try:
         value: Value = msgspec.json.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return data
+        return Json(data)
     return value

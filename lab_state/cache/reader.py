@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar, overload
 
 from lab_state._clock import Clock, SystemClock, within
 from lab_state._codec import check_key
-from lab_state._expiry import Expiring
+from lab_state._expiry import Expiring, Json
 from lab_state._reads import check_default, many_keys
 from lab_state._state import MISSING, Stored
 from lab_state._values import decode_value
@@ -397,7 +397,8 @@ class Reader:
 def _stored(found: Found) -> dict[str, Stored]:
     expires = found.expires
     return {
-        key: Expiring(data, parse_time(expires[key])) if key in expires else data for key, data in found.values.items()
+        key: Expiring(Json(data), parse_time(expires[key])) if key in expires else Json(data)
+        for key, data in found.values.items()  # as far as it is JSON: who reads what is none is told
     }
 
 

@@ -134,17 +134,6 @@ async def test_a_view_is_of_the_moment_of_its_revision(faulty: FaultyCache, cloc
         assert faulty.entries == {}
 
 
-async def test_a_raw_that_is_no_json_is_not_shown(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """What the journal refuses is deleted in the mirror as well."""
-    async with manager(faulty, clock) as state:
-        await until(lambda: faulty.revision == 0)
-        await state.set("a", 1)
-        await state.set("a", [msgspec.Raw(b"}")], ttl=5)
-        await state.set("b", 1)
-        await until(lambda: faulty.revision == 3)
-        assert faulty.entries == {"b": 1}
-
-
 async def test_the_sweep_is_mirrored(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
     """A key that expires goes."""
     async with manager(faulty, clock) as state:

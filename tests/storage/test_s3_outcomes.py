@@ -8,6 +8,7 @@ import pytest
 
 from lab_state import CorruptionError
 from lab_state._codec import decode_snapshot, encode_snapshot
+from lab_state._expiry import Json
 from lab_state.storage._s3_format import (
     Names,
     Stamp,
@@ -176,7 +177,7 @@ def test_every_flipped_bit_of_a_record_is_noticed() -> None:
 
 def test_a_stamp_leaves_a_snapshot_valid() -> None:
     """With its stamp a snapshot still decodes, its checksum covers the stamp, and the stamp can be read."""
-    *slices, last = encode_snapshot({"a": 1, "b": b"[1]"}, 5, 0, own=False)
+    *slices, last = encode_snapshot({"a": 1, "b": Json(b"[1]")}, 5, 0, own=False)
     data = b"".join(slices) + stamped(last, Stamp(9, 4))
     assert decode_snapshot(data, "path").revision == 5
     member = json.loads(data)["$lab_state"]
