@@ -7,7 +7,6 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-import msgspec
 import pytest
 from faulty_cache import FaultyCache, lines, manager
 
