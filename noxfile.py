@@ -136,6 +136,7 @@ CRASH: dict[str, tuple[str, dict[str, str]]] = {
             "LAB_STATE_FULL_TMPFS": "1",
         },
     ),
+    "reading": ("crash/test_reading_race.py", {"LAB_STATE_READINGS": "100000"}),
     "damage": ("crash/test_sweep.py storage/test_s3_sweep.py fuzz test_cancellation.py", {}),
 }
 EXECUTIONS = {"files": "600000", "s3": "300000", "cache": "200000"}
@@ -143,7 +144,7 @@ EXECUTIONS = {"files": "600000", "s3": "300000", "cache": "200000"}
 
 @nox.session
 def crash(session: nox.Session) -> None:
-    """All that tries to make it lose something, at full length, an hour; or `-- states kills faults disks damage fuzz`.
+    """All that tries to make it lose something, at full length, an hour; or `-- states kills`, some of its parts.
 
     `faults` and `states` need strace, `disks` root, loop devices and the mkfs of ext4 and xfs, `fuzz` atheris.
     """

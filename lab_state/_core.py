@@ -153,7 +153,8 @@ class Core:
 
     def check_open(self) -> None:
         """Raise a `ClosedError` unless the manager is running."""
-        _ = self.running
+        if self._flusher is None:
+            _ = self.running  # which raises it
 
     # Transactions
 

@@ -459,6 +459,14 @@ def test_files_missing_for_a_moment_are_not_missing(tmp_path: Path, monkeypatch:
     assert read(tmp_path).records == ()
 
 
+def test_a_journal_with_the_whole_state_needs_no_snapshot(tmp_path: Path) -> None:
+    """Whatever lies beside it, the state is what the journal holds; nothing else is read."""
+    (tmp_path / f"{NAME}.json").mkdir()
+    (tmp_path / f"{NAME}.journal").write_bytes(written(ANY_BASE, (Kind.FULL, b'{"a":1}'), ONE, tail=TORN))
+    reading = read(tmp_path)
+    assert (reading.snapshot, reading.crc32, reading.records, reading.durable) == (b'{"a":1}', None, (b"1",), 0)
+
+
 def test_a_journal_with_the_whole_state_is_damaged(tmp_path: Path) -> None:
     """It needs no snapshot, and none is looked at: what is wrong is still the same after the pause."""
     log = tmp_path / f"{NAME}.journal"
