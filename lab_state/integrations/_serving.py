@@ -161,12 +161,18 @@ def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, b
             readers[name] = {"up": one.up}
             problem = None if one.up else "hears of no changes: there is no copy, or no way to it"
         else:
-            managers[name] = status = one.status()
+            status = one.status()
+            managers[name] = msgspec.structs.replace(status, last_error=_printable(status.last_error))
             problem = _problem(status, bound)
         if problem is not None:
             problems.append(f"{name} {problem}")
     body: dict[str, Any] = {"healthy": not problems, "problems": problems, "managers": managers, "readers": readers}
     return 503 if problems else 200, msgspec.json.encode(body)
+
+
+def _printable(message: str | None) -> str | None:
+    """Return the message as UTF-8 can hold it: it may name a path that is none."""
+    return None if message is None else message.encode(errors="backslashreplace").decode()
 
 
 def _problem(status: Status, bound: float) -> str | None:

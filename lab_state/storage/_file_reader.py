@@ -15,6 +15,7 @@ from collections.abc import Callable
 from lab_state import _journal as journal
 from lab_state._journal import NO_BASE
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
+from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage._file_writer import Paths
 from lab_state.storage._fs_read import OpenFile, has_moved, is_there, open_to_read
@@ -39,7 +40,7 @@ def read_files(
         given_up: Set when nothing waits for the answer any more. Then this ends soon.
         monotonic: The clock for the 5 s after which this gives up.
     """
-    paths = Paths.of(fs.absolute(directory), name)
+    paths = Paths.of(folder.absolute(directory), name)
     end = monotonic() + _LONGEST
     before: _Look | None = None
     try:

@@ -19,6 +19,7 @@ from lab_state import _journal as journal
 from lab_state._journal import ANY_BASE, NO_BASE, Kind
 from lab_state._log import Log
 from lab_state.exceptions import StorageError, UnavailableError
+from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage._protocol import Recovery
 
@@ -47,13 +48,24 @@ class Paths(NamedTuple):
         return cls(directory, f"{path}.json", f"{path}.journal", f"{path}.lock")
 
 
-def open_writer(directory: str, name: str) -> tuple[Writer, Recovery]:
-    """Lock, read, decide."""
-    paths = Paths.of(fs.absolute(directory), name)
-    fs.make_directory(paths.directory)
+def open_writer(directory: str, name: str, tried: set[fs.Identity], *, create: bool = True) -> tuple[Writer, Recovery]:
+    """Lock, read, decide.
+
+    Args:
+        directory: Where the files are.
+        name: The name of the state.
+        tried: The directories that were tried out; see `_directory.try_out`.
+        create: Whether a directory and a state that are missing are made.
+    """
+    paths = Paths.of(folder.opened(directory, create=create), name)
+    if not create:
+        _check_there(paths)  # before there is a lock file
     lock = fs.Lock(paths.lock)
     try:
         loaded = _load(paths, name, lock)
+        if not create:
+            _check_there(paths)
+        folder.try_out(paths.directory, paths.journal, tried)
     except BaseException:
         lock.release()
         raise
@@ -65,9 +77,18 @@ def open_writer(directory: str, name: str) -> tuple[Writer, Recovery]:
     return loaded
 
 
+def _check_there(paths: Paths) -> None:
+    if fs.fingerprint(paths.snapshot) is None and fs.fingerprint(paths.journal) is None:
+        raise folder.missing(paths.snapshot)
+
+
 def _load(paths: Paths, name: str, lock: fs.Lock) -> tuple[Writer, Recovery]:
     fingerprint = fs.fingerprint(paths.snapshot)
     snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
+    for path in (paths.snapshot, paths.journal):
+        folder.check_replaceable(path, paths.directory)
+    if snapshot is None and data is None:
+        _logger.info("no state at %s: beginning an empty one", paths.snapshot)
     crc = None if snapshot is None else zlib.crc32(snapshot)
     base = NO_BASE if snapshot is None or crc is None else journal.base_of(len(snapshot), crc)
     scan = None if data is None else journal.scan(data, name, paths.journal)
@@ -218,7 +239,7 @@ class Writer:
         self.since: list[bytes] | None = None
         self.replaced: list[int] = []
         self._fd = -1
-        self._left: fs.Fingerprint | None = None
+        self._left = fs.UNKNOWN
         self._is_timed = True
         self._salt = ""
 
@@ -247,10 +268,14 @@ class Writer:
             self._poison()
             raise torn.error from torn.__cause__
         except StorageError:
-            self._left = self._opened()
+            self._note()
             raise
         self.end += sum(map(len, parts))
-        self._left = self._opened()
+        self._note()
+
+    def _note(self) -> None:
+        """Remember what our own write left; where that cannot be had, the next commit reads the journal."""
+        self._left = self._opened() or self._left._replace(size=self.end, modified=-1)
 
     # Checkpoints
 
@@ -327,7 +352,7 @@ class Writer:
                 self._poison()
 
     def _opened(self) -> fs.Fingerprint | None:
-        """Look at the journal by its descriptor; `None` if that is not possible, and so it is to be given up."""
+        """Look at the journal by its descriptor; `None` if that is not possible."""
         try:
             return fs.fingerprint_of(self._fd, self.paths.journal)
         except StorageError:
@@ -340,9 +365,11 @@ class Writer:
         from then on, the times of this journal say nothing.
         """
         left = self._left
-        if left is None or not left.is_same_file(opened):
+        if not fs.is_open(self._fd, left.identity):
             self._fd = -1  # the number is that of another file by now, which is not ours to close
             return "cannot be written: other code in this process closed its descriptor"
+        if opened is None:
+            return "cannot be looked up by its descriptor"
         if not left.is_same_file(named):
             return "was deleted or replaced while in use"
         if not left.is_same_size(named):
@@ -407,7 +434,7 @@ class Writer:
 
         A failed sync of the snapshot is not repeated: the next journal holds everything instead.
         """
-        fs.sync_parents(self.paths.directory)
+        folder.sync_parents(self.paths.directory)
         self.unsynced = False
         if snapshot:
             try:
@@ -422,7 +449,7 @@ class Writer:
         self.generation += 1
         self._use(-1)
 
-    def _use(self, fd: int, left: fs.Fingerprint | None = None) -> None:
+    def _use(self, fd: int, left: fs.Fingerprint = fs.UNKNOWN) -> None:
         """Another journal, or none, in place of the one that was open."""
         old, self._fd, self._left, self._is_timed = self._fd, fd, left, True
         if old >= 0:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import itertools
 import os
 import re
 import socket
@@ -41,6 +40,10 @@ _SYNCED_AT_ONCE = 1024 * 1024
 
 _COPIED = 64 * 1024
 """Up to so many bytes are copied to spare a system call; a copy of more would hold up every other thread."""
+
+
+_NOT_FOR_DIRECTORIES = {errno.EINVAL, errno.ENOSYS}
+"""What a file system answers that cannot sync a directory: CIFS, FUSE, DrvFs."""
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -116,24 +119,17 @@ class Lock:
             raise FencedError(
                 f"{self.path} was deleted or replaced, so another writer may own the state: restart this one"
             )
-        if not self._is_open():
+        if not is_open(self._fd, self._identity):
             raise FencedError(
                 f"{self.path} is no longer locked: other code in this process closed its descriptor, "
                 "so another writer may own the state: restart this one"
             )
 
-    def _is_open(self) -> bool:
-        """Return whether the descriptor is still that of the lock; else its number is none of ours."""
-        try:
-            return identity(self._fd, self.path) == self._identity
-        except StorageError:
-            return False
-
     def release(self) -> None:
         """Let go. Idempotent. A descriptor that is another file's by now is left alone."""
-        fd, is_open = self._fd, self._is_open()
+        fd, is_ours = self._fd, is_open(self._fd, self._identity)
         self._fd, self._identity = -1, NO_FILE
-        if is_open:
+        if is_ours:
             try:
                 # Closing alone would leave it to the children forked since.
                 if os.getpid() == self._pid:  # pragma: no branch -- a child's coverage is not collected
@@ -160,6 +156,18 @@ def identity(fd: int, path: str) -> Identity:
         return found.st_dev, found.st_ino
 
 
+def is_open(fd: int, which: Identity) -> bool:
+    """Return whether a descriptor is still that of a file; else its number may be another file's.
+
+    An error other than that there is no such descriptor does not say whose it is.
+    """
+    try:
+        found = os.fstat(fd)
+    except OSError as error:
+        return error.errno != errno.EBADF
+    return (found.st_dev, found.st_ino) == which
+
+
 def is_file(path: str, which: Identity) -> bool:
     """Whether the path itself, and no link, still names a file that is open."""
     try:  # not `translated`: each commit asks twice, and it would cost as much as the call
@@ -183,6 +191,11 @@ class Fingerprint(NamedTuple):
     size: int
     modified: int
 
+    @property
+    def identity(self) -> Identity:
+        """Which file it is."""
+        return self.device, self.inode
+
     def is_same_file(self, other: Fingerprint | None) -> bool:
         """Whether both are of one file, changed or not; while it is open, no other gets its number."""
         return other is not None and self[:2] == other[:2]
@@ -190,6 +203,10 @@ class Fingerprint(NamedTuple):
     def is_same_size(self, other: Fingerprint | None) -> bool:
         """Whether both are of one file, of one size."""
         return other is not None and self[:3] == other[:3]
+
+
+UNKNOWN = Fingerprint(*NO_FILE, -1, -1)
+"""The fingerprint of no file."""
 
 
 def fingerprint(path: str) -> Fingerprint | None:
@@ -210,53 +227,6 @@ def fingerprint_of(fd: int, path: str) -> Fingerprint:
     except OSError as error:
         raise storage_error("looking up", path, error) from error
     return Fingerprint(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def absolute(path: str) -> str:
-    """The path from the root on, without slashes at its end; whatever becomes of the current directory."""
-    return os.path.join(os.getcwd(), path).rstrip(os.sep) or os.sep
-
-
-def make_directory(path: str) -> None:
-    """Make a directory that only this user can enter, with those above it, durably."""
-    with translated("making the directory", path):
-        missing = [path, *itertools.takewhile(lambda parent: not os.path.exists(parent), _parents(path))]
-        for directory in reversed(missing):
-            try:
-                os.mkdir(directory, 0o700)
-            except FileExistsError:
-                if not os.path.isdir(directory):
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
-            else:
-                try:
-                    _sync_directory(os.path.dirname(directory))
-                except BaseException:
-                    # Not to be found by the next attempt, whose sync would return without having made it durable.
-                    with contextlib.suppress(OSError):
-                        os.rmdir(directory)
-                    raise
-
-
-def sync_parents(path: str) -> None:
-    """Make the name of a directory durable, and those of the directories above it.
-
-    The directory may be there only because another process made it, and was killed before
-    its sync, or because it was copied. Nothing above a mount point is synced, nor what is
-    in a directory that cannot be read: no name of ours was made there.
-    """
-    with translated("syncing the directories above", path):
-        device = os.stat(path).st_dev
-        for directory in itertools.takewhile(
-            lambda parent: os.stat(parent).st_dev == device and os.access(parent, os.R_OK), _parents(path)
-        ):
-            _sync_directory(directory)
-
-
-def _parents(path: str) -> Iterator[str]:
-    """The directories above, the nearest first."""
-    while (parent := os.path.dirname(path)) != path:
-        yield parent
-        path = parent
 
 
 def open_regular(path: str, flags: int) -> int:
@@ -314,6 +284,12 @@ def create(path: str, parts: Sequence[bytes]) -> int:
             discard(path)
             raise
     return fd
+
+
+def create_empty(path: str) -> int:
+    """Make a new file, which is not synced; return its descriptor."""
+    with translated("creating", path):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
 def close(fd: int) -> None:
@@ -398,7 +374,7 @@ def rename(temporary: str, path: str) -> None:
 def sync_directory(path: str) -> None:
     """Make the names in a directory durable."""
     with translated("syncing the directory", path):
-        _sync_directory(path)
+        sync_names(path)
 
 
 def hold(path: str) -> int:
@@ -502,10 +478,15 @@ def _sync_data(fd: int) -> None:
         os.fdatasync(fd)
 
 
-def _sync_directory(path: str) -> None:
+def sync_names(path: str) -> None:
+    """As `sync_directory`, but raise an `OSError`."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno in _NOT_FOR_DIRECTORIES:
+            raise OSError(errno.EOPNOTSUPP, "a directory cannot be synced") from error
+        raise
     finally:
         os.close(fd)
 

@@ -18,6 +18,7 @@ _TO_BE_FIXED = {
     errno.EISDIR: "a directory is in its place; move it away",
     errno.ELOOP: "the path has a loop of symbolic links",
     errno.ENAMETOOLONG: "the path is too long for the file system",
+    errno.EBUSY: "something is mounted there; mount its directory instead",
     errno.EOPNOTSUPP: "the file system cannot do this; choose another one",
     errno.ENOLCK: "the file system cannot lock; choose another one",
 }

@@ -48,17 +48,22 @@ class FileStorage:
     the file system and the disk keep what they promise for `fsync`.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, create: bool = True) -> None:
         """Nothing is touched before a manager starts.
 
         Args:
             directory: Where the files are. It is made when it is missing, with those
                 above it, for this user alone (mode 0700, files 0600). A relative path
-                begins where the process is at the start.
+                begins where the process is at the start. Links are resolved then: one
+                that is changed later changes nothing.
+            create: Whether a state that is missing is begun, empty. With `False`, `start()`
+                raises `UnsupportedError` where there is no snapshot and no journal, and makes
+                nothing. It is for a volume that may not be mounted.
 
         Raises:
             TypeError: It is no path.
-            ValueError: It is empty, begins with `~`, or has a NUL character.
+            ValueError: It is empty, begins with `~`, has a NUL character, or characters
+                that this system's encoding of file names does not have.
         """
         path = os.fspath(directory)
         if not isinstance(path, str):
@@ -69,7 +74,15 @@ class FileStorage:
             raise ValueError("the path of a directory is empty; for the current directory write '.'")
         if path.startswith("~"):
             raise ValueError(f"{path!r} would be a directory of that name; use os.path.expanduser(), or write './~'")
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{path!r} cannot be written in {error.encoding}, the encoding of file names here"
+            ) from None
         self._directory = path
+        self._create = create
+        self._tried: set[fs.Identity] = set()
 
     def __repr__(self) -> str:
         """The directory; there is nothing secret in it."""
@@ -78,7 +91,7 @@ class FileStorage:
     async def open(self, name: str) -> FileSession:
         """Lock the state and load it; see `Storage.open`."""
         thread = Worker(f"lab_state {name} commits")
-        opening = thread.submit(open_writer, self._directory, name)
+        opening = thread.submit(open_writer, self._directory, name, self._tried, create=self._create)
         try:
             writer, recovery = await asyncio.shield(asyncio.wrap_future(opening))
         except BaseException:

@@ -17,7 +17,7 @@ from workloads import Workload
 from lab_state import StorageError, _codec, _journal
 from lab_state._journal import ANY_BASE, Accepted, Kind, Scan
 from lab_state._state import Changes, State
-from lab_state.storage import _file_writer, _fs
+from lab_state.storage import _directory, _file_writer, _fs
 from lab_state.storage._file_writer import Need, NewJournal, Paths, Writer
 from lab_state.storage._fs import Fingerprint
 from lab_state.storage._os_errors import translated
@@ -110,13 +110,13 @@ def no_directory_sync_behind_a_journal(patch: Patch) -> None:
 
 def no_sync_of_a_new_directory(patch: Patch) -> None:
     """The directory itself may be lost."""
-    patch.setattr(_fs, "make_directory", lambda path: Path(path).mkdir(parents=True, exist_ok=True))
-    patch.setattr(_fs, "sync_parents", lambda path: None)
+    patch.setattr(_directory, "_make", lambda path: Path(path).mkdir(parents=True, exist_ok=True))
+    patch.setattr(_directory, "sync_parents", lambda path: None)
 
 
 def directory_of_a_dead_process_trusted(patch: Patch) -> None:
     """A directory that is there is taken for one whose name is durable."""
-    patch.setattr(_fs, "sync_parents", lambda path: None)
+    patch.setattr(_directory, "sync_parents", lambda path: None)
 
 
 def no_sync_of_what_was_put_there(patch: Patch) -> None:
@@ -143,8 +143,8 @@ def snapshot_of_a_copied_directory_trusted(patch: Patch) -> None:
 
 def directories_above_a_journal_trusted(patch: Patch) -> None:
     """Where there is a journal, a process is taken to have synced the names above it."""
-    sync = _fs.sync_parents
-    patch.setattr(_fs, "sync_parents", lambda path: None if any(Path(path).glob("*.journal")) else sync(path))
+    sync = _directory.sync_parents
+    patch.setattr(_directory, "sync_parents", lambda path: None if any(Path(path).glob("*.journal")) else sync(path))
 
 
 # Files that change under a running manager

@@ -26,7 +26,7 @@ import pytest
 from disk import Ack, Create, Entry, Rename, State, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
 
 from lab_state import _codec, _flusher, _journal
-from lab_state.storage import _file_writer, _fs
+from lab_state.storage import _directory, _file_writer, _fs
 
 NAME = "lab"
 DIRECTORY = "deep/states"
@@ -319,7 +319,8 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
 
     with pytest.MonkeyPatch.context() as patch:
         recorder.urandom = _fs.os.urandom  # type: ignore[attr-defined]
-        patch.setattr(_fs, "os", recorder)
+        for used in (_fs, _directory):
+            patch.setattr(used, "os", recorder)
         patch.setattr(_fs, "aiofiles", SimpleNamespace(open=opened))
         yield recorder
 

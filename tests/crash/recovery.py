@@ -52,6 +52,7 @@ class Recovery:
         # Two starts within one millisecond would put a torn tail aside under the same name.
         self._patch.setattr(_file_writer, "time", SimpleNamespace(time_ns=itertools.count(10**18, 10**6).__next__))
         self._known: set[str] = set()
+        self._tried: set[tuple[int, int]] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +120,7 @@ class Recovery:
 
     def _open(self) -> tuple[bytes | None, tuple[bytes, ...]]:
         """What `FileStorage.open` does, without threads and a loop."""
-        writer, recovery = open_writer(str(self._directory), NAME)
+        writer, recovery = open_writer(str(self._directory), NAME, self._tried)
         writer.close()
         return recovery.snapshot, recovery.records
 

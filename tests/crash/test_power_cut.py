@@ -24,6 +24,8 @@ import pytest
 from lives import in_memory
 from witness import Witness, zygote
 
+from lab_state import Config, FileStorage, Manager, StorageError, UnsupportedError
+
 pytestmark = pytest.mark.skipif(
     os.environ.get("LAB_STATE_POWER_CUT") != "1", reason="asked for with LAB_STATE_POWER_CUT=1, as nox -s crash does"
 )
@@ -112,6 +114,59 @@ def test_a_cut_is_a_cut(disk: Disk) -> None:
     assert (disk.point / "synced").read_bytes() == b"x" * 5000
     unsynced = disk.point / "unsynced"
     assert not unsynced.exists() or unsynced.read_bytes() != b"x" * 5000
+
+
+async def start_and_set(directory: Path) -> None:
+    async with Manager("lab", FileStorage(directory)) as state:
+        await state.set("new", "v" * 5000)
+
+
+def test_a_copied_directory(disk: Disk, tmp_path: Path) -> None:
+    """A state that was copied there, and that nothing synced, is there after a cut behind the first commit."""
+    asyncio.run(start_and_set(tmp_path / "old"))
+    disk.mount("defaults")
+    shutil.copytree(tmp_path / "old", disk.point / "new" / "state")
+
+    async def commit_and_cut() -> None:
+        state = Manager(Config(name="lab", flush_interval=0), FileStorage(disk.point / "new" / "state"))
+        await state.start()
+        await state.set("more", 1)
+        await asyncio.to_thread(disk.cut)
+        with contextlib.suppress(StorageError):
+            await state.stop()
+
+    asyncio.run(commit_and_cut())
+    disk.unmount()
+    disk.mount("defaults")
+
+    async def found() -> dict[str, object]:
+        async with Manager("lab", FileStorage(disk.point / "new" / "state")) as state:
+            return await state.get_all()
+
+    assert asyncio.run(found()) == {"new": "v" * 5000, "more": 1}
+
+
+def test_files_that_cannot_be_replaced(disk: Disk, tmp_path: Path) -> None:
+    """A file that is a mount point, or that `chattr` has made immutable, is refused at the start."""
+    asyncio.run(start_and_set(tmp_path / "old"))
+    snapshot = tmp_path / "old" / "lab.json"
+    run("no bind mount", "mount", "--bind", snapshot, snapshot)
+    try:
+        with pytest.raises(UnsupportedError, match=r"lab\.json is a mount point"):
+            asyncio.run(start_and_set(tmp_path / "old"))
+    finally:
+        run("it cannot be unmounted", "umount", snapshot)
+    disk.mount("defaults")
+    directory = Path(shutil.copytree(tmp_path / "old", disk.point / "state"))
+    run("no chattr", "chattr", "+i", directory / "lab.json")
+    with pytest.raises(UnsupportedError, match=r"lab\.json is immutable or append-only"):
+        asyncio.run(start_and_set(directory))
+    run("no chattr", "chattr", "-i", directory / "lab.json")
+    run("no chattr", "chattr", "+a", directory)
+    with pytest.raises(UnsupportedError, match=r"renaming .* failed: Operation not permitted; give this user"):
+        asyncio.run(start_and_set(directory))
+    run("no chattr", "chattr", "-a", directory)
+    asyncio.run(start_and_set(directory))
 
 
 @pytest.mark.timeout(60 + 10 * CYCLES)

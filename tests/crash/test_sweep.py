@@ -33,13 +33,17 @@ from lab_state import (
 from lab_state import _journal as journal
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._journal import NO_BASE, Kind
-from lab_state.storage import _fs
+from lab_state.storage import _directory, _fs
 from lab_state.storage._file_writer import NewJournal, open_writer
 
 NAME = "lab"
 SNAPSHOT, JOURNAL = f"{NAME}.json", f"{NAME}.journal"
 REFUSED = -1
 """In place of a revision: the start must fail."""
+
+
+TRIED: set[tuple[int, int]] = set()
+"""The directories that were tried out: each one once, for all tests."""
 
 
 class Broken:
@@ -82,7 +86,8 @@ class Case(NamedTuple):
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
     module = Broken()
-    monkeypatch.setattr(_fs, "os", module)
+    for used in (_fs, _directory):
+        monkeypatch.setattr(used, "os", module)
     return module
 
 
@@ -211,7 +216,7 @@ def read(snapshot: bytes | None, data: bytes | None) -> Outcome:
 
 def load(directory: Path) -> Outcome:
     """The same from the files, without threads and a loop."""
-    writer, recovery = open_writer(str(directory), NAME)
+    writer, recovery = open_writer(str(directory), NAME, TRIED)
     try:
         return state_of(recovery.snapshot, recovery.records, recovery.crc32)
     finally:

@@ -40,7 +40,7 @@ from lab_state import _journal as journal
 from lab_state._flusher import Flusher
 from lab_state._journal import Kind
 from lab_state._state import Overlay
-from lab_state.storage import _file_writer, _fs
+from lab_state.storage import _directory, _file_writer, _fs
 from lab_state.testing import ManualClock
 
 CHILD = Path(__file__).with_name("child.py")
@@ -196,7 +196,8 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     faulty = Disk()
-    monkeypatch.setattr(_fs, "os", faulty)
+    for used in (_fs, _directory):
+        monkeypatch.setattr(used, "os", faulty)
     return faulty
 
 
@@ -354,6 +355,7 @@ async def test_a_directory_that_a_dead_process_made(tmp_path: Path, disk: Disk) 
     directory.mkdir(parents=True)
     above = [str(tmp_path / "a"), str(tmp_path)]
     async with manager(directory) as state:
+        disk.calls.clear()
         await state.set("key", 1)
         await state.flush()
         assert synced(disk)[:2] == above
@@ -388,6 +390,7 @@ async def test_nothing_is_synced_across_a_mount_point(
         disk, "stat", lambda path: elsewhere if Path(path) == tmp_path else Path(path).stat(), raising=False
     )
     async with manager(directory) as state:
+        disk.calls.clear()
         await state.set("key", 1)
         await state.flush()
         assert synced(disk)[:1] == [str(tmp_path / "a")]
@@ -1085,7 +1088,7 @@ async def test_the_next_journal_is_written_beside_the_commits(tmp_path: Path, di
 def test_a_journal_is_not_prepared_for_ever(tmp_path: Path) -> None:
     """Where more is committed while it is written than the end may hold, that is left to the end all the same."""
     (tmp_path / "state").mkdir()
-    writer, _ = _file_writer.open_writer(str(tmp_path / "state"), "lab")
+    writer, _ = _file_writer.open_writer(str(tmp_path / "state"), "lab", set())
     since: list[bytes] = []
 
     class Upcoming(_file_writer.NewJournal):
@@ -2035,7 +2038,7 @@ async def test_a_journal_that_cannot_be_looked_up_leaves_no_descriptor(tmp_path:
 HANGING = """
 import asyncio, sys, threading
 from lab_state import Config, FileStorage, Manager, UnavailableError
-from lab_state.storage import _fs
+from lab_state.storage import _directory, _fs
 
 async def main(directory, where):
     state = Manager(Config(name="lab", flush_interval=None, stop_timeout=0.05), FileStorage(directory))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import json
+import logging
 import os
 import re
 import shutil
@@ -14,10 +17,20 @@ from typing import Any
 
 import pytest
 
-from lab_state import Config, FencedError, FileStorage, LockedError, Manager, UnavailableError, UnsupportedError
+from lab_state import (
+    Config,
+    FencedError,
+    FileStorage,
+    LockedError,
+    Manager,
+    StorageError,
+    UnavailableError,
+    UnsupportedError,
+)
 from lab_state import _journal as journal
 from lab_state._journal import Kind
-from lab_state.storage import _file_writer, _fs, _os_errors
+from lab_state.integrations._serving import health_of
+from lab_state.storage import _directory, _file_writer, _fs, _os_errors
 from lab_state.storage._file_writer import NewJournal, Writer
 from lab_state.storage.file import FileSession
 
@@ -36,6 +49,22 @@ def session(state: Manager) -> FileSession:
 
 def writer(state: Manager) -> Writer:
     return session(state)._writer
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of what was synced, in order; temporary names without what makes them unique."""
+    paths: list[str] = []
+
+    def noting(real: Callable[[int], None]) -> Callable[[int], None]:
+        def sync(fd: int) -> None:
+            real(fd)
+            paths.append(re.sub(r"\.[0-9a-f]{8}\.tmp$", ".tmp", str(Path(f"/proc/self/fd/{fd}").readlink())))
+
+        return sync
+
+    monkeypatch.setattr(_fs.os, "fsync", noting(os.fsync))  # type: ignore[attr-defined]
+    return paths
 
 
 # Names that are not those of regular files
@@ -118,23 +147,244 @@ async def test_a_host_name_that_is_no_utf_8(tmp_path: Path, monkeypatch: pytest.
             await manager(tmp_path).start()
 
 
+# Places where no state can be kept
+
+
+async def test_a_mount_point_in_place_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused at the start: no rename can replace it, so nothing would ever reach it."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+    for name in ("lab.json", "lab.journal"):
+        monkeypatch.setattr(_directory, "_mount_of", lambda path, name=name: name in path)
+        with pytest.raises(UnsupportedError, match=rf"{name} is a mount point.* mount its directory instead"):
+            await manager(tmp_path).start()
+
+
+def test_what_is_mounted_where(tmp_path: Path) -> None:
+    """Mounts are told apart, even two of one file system; `chattr` is asked, where the file system has it."""
+    file = tmp_path / "file"
+    file.touch()
+    assert _directory._mount_of("/proc") != _directory._mount_of("/") == _directory._mount_of("/") != b""
+    assert _directory._mount_of(str(file)) == _directory._mount_of(str(tmp_path))
+    assert not _directory._flags_of(str(file)) & _directory._UNCHANGEABLE
+    assert _directory._flags_of("/proc/self/status") == 0
+
+
+async def test_another_users_file_under_the_sticky_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused at the start: only its owner can replace it, and that of the directory."""
+    (tmp_path / "lab.json").write_bytes(b"{}")
+    tmp_path.chmod(0o1777)
+    async with manager(tmp_path):
+        pass
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(UnsupportedError, match=r"lab\.json is another user's, in a directory with the sticky bit"):
+        await manager(tmp_path).start()
+    tmp_path.chmod(0o777)
+    async with manager(tmp_path):
+        pass
+
+
+async def test_an_immutable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused at the start."""
+    (tmp_path / "lab.json").write_bytes(b"{}")
+    monkeypatch.setattr(_directory, "_flags_of", lambda path: 0x10)
+    with pytest.raises(UnsupportedError, match=r"lab\.json is immutable or append-only: `chattr -i -a` it"):
+        await manager(tmp_path).start()
+
+
+def fail(patch: pytest.MonkeyPatch, function: str, code: int) -> None:
+    """Make a function of the kernel's fail."""
+
+    def failing(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    patch.setattr(_fs.os, function, failing)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "told"),
+    [
+        ("replace", errno.EPERM, r"renaming .* failed: .*; give this user the permission"),
+        (
+            "fsync",
+            errno.EINVAL,
+            r"syncing the directory .* failed: a directory cannot be synced; .*choose ano",
+        ),
+        (
+            "fsync",
+            errno.ENOSYS,
+            r"syncing the directory .* failed: a directory cannot be synced; .*choose ano",
+        ),
+        ("fsync", errno.EIO, r"syncing the directory .* failed: Input/output error"),
+    ],
+)
+async def test_a_directory_in_which_a_commit_would_fail(tmp_path: Path, function: str, code: int, told: str) -> None:
+    """It is refused at the start, which leaves no file behind, and gives the lock back."""
+    state = manager(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        fail(patch, function, code)
+        with pytest.raises(StorageError, match=told):
+            await state.start()
+    assert [path.name for path in tmp_path.iterdir()] == ["lab.lock"]
+    async with state:
+        await state.set("a", 1)
+
+
+async def test_a_directory_that_became_read_only(tmp_path: Path) -> None:
+    """It is refused at the start, although its files can be opened."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        real = os.open
+
+        def opened(path: str, flags: int, mode: int = 0o777) -> int:
+            if flags & os.O_EXCL:
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            return real(path, flags, mode)
+
+        patch.setattr(_fs.os, "open", opened)  # type: ignore[attr-defined]
+        with pytest.raises(UnsupportedError, match=r"creating .* failed: Permission denied; give this user the"):
+            await manager(tmp_path).start()
+
+
+async def test_a_full_disk_is_no_reason_not_to_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is there can be read; a warning says that nothing can be written, and the next start tries again."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+    storage = FileStorage(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        fail(patch, "replace", errno.ENOSPC)
+        async with Manager("lab", storage) as state:
+            assert await state.get_all() == {"a": 1}
+    assert "but nothing can be written there now" in caplog.text
+    assert storage._tried == set()
+
+
+async def test_a_directory_is_tried_out_once_for_each_storage(tmp_path: Path, synced: list[str]) -> None:
+    """The first start of a storage object pays for it; a start without a commit syncs nothing else."""
+    storage = FileStorage(tmp_path)
+    for name, expected in (("one", [str(tmp_path)]), ("two", []), ("one", [])):
+        synced.clear()
+        async with Manager(name, storage):
+            assert synced == expected
+
+
+async def test_a_current_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An absolute path needs none; a relative one is refused, with what to do."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    async with manager(tmp_path / "state") as state:
+        await state.set("a", 1)
+    with pytest.raises(
+        UnsupportedError, match=r"'state' leads nowhere, since the current directory .* give an absolute"
+    ):
+        await Manager("lab", FileStorage("state")).start()
+    monkeypatch.chdir("/")
+
+
+def test_a_path_that_cannot_be_encoded() -> None:
+    """It is refused where it is given."""
+    with pytest.raises(ValueError, match=r"'a\\ud800' cannot be written in utf-8, the encoding of file names here"):
+        FileStorage("a\ud800")
+
+
+async def test_a_path_that_is_no_utf_8(tmp_path: Path) -> None:
+    """It is a path like any other; the answer of `/health` escapes what JSON cannot hold of it."""
+    state = manager(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")))
+    async with state:
+        await state.set("a", 1)
+        with pytest.MonkeyPatch.context() as patch:
+            fail(patch, "pwrite", errno.ENOSPC)
+            with pytest.raises(UnavailableError):
+                await state.set("b", 1)
+            code, body = health_of({"lab": state}, 30)
+        assert code == 200
+        assert r"/\udcff/lab.journal failed" in json.loads(body)["managers"]["lab"]["last_error"]
+
+
+async def test_a_link_above_the_files_that_is_changed(tmp_path: Path) -> None:
+    """The directory is found once, at the start: a deployment that moves the link fences nobody."""
+    (tmp_path / "release1" / "state").mkdir(parents=True)
+    (tmp_path / "release2" / "state").mkdir(parents=True)
+    (tmp_path / "current").symlink_to("release1")
+    state = manager(tmp_path / "current" / "state")
+    await state.start()
+    (tmp_path / "new").symlink_to("release2")
+    (tmp_path / "new").replace(tmp_path / "current")
+    await state.set("last", "word")
+    await state.stop()
+    async with manager(tmp_path / "release1" / "state") as state:
+        assert await state.get_all() == {"last": "word"}
+    async with manager(tmp_path / "current" / "state") as state:
+        assert await state.get_all() == {}
+
+
+@pytest.mark.parametrize("below", ["", "state"])
+async def test_a_directory_that_is_a_link_that_leads_nowhere(tmp_path: Path, below: str) -> None:
+    """It is refused: a disk that is not mounted is no reason to begin an empty state on the mount point."""
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted" / "state")
+    with pytest.raises(UnsupportedError, match=r"link is a symbolic link that leads nowhere: mount what it leads to"):
+        await manager(tmp_path / "link" / below).start()
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+# States that are missing
+
+
+async def test_a_start_without_a_state_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An INFO line names the place; a start that finds a state has none."""
+    caplog.set_level(logging.INFO)
+    for expected in (1, 0):
+        caplog.clear()
+        async with manager(tmp_path) as state:
+            await state.set("a", 1)
+        told = [record for record in caplog.records if "no state at" in record.message]
+        assert [record.levelname for record in told] == ["INFO"] * expected
+        assert all(str(tmp_path / "lab.json") in record.message for record in told)
+
+
+@pytest.mark.parametrize("left", ["nothing", "directory", "lock"])
+async def test_a_state_that_must_be_there(tmp_path: Path, left: str) -> None:
+    """With `create=False` a start without snapshot and journal is refused, and makes nothing."""
+    directory = tmp_path / "not" / "mounted"
+    if left != "nothing":
+        directory.mkdir(parents=True)
+    if left == "lock":
+        (directory / "lab.lock").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UnsupportedError, match=r"no state at .*/not/mounted.*create=False: .*mounted"):
+        await Manager("lab", FileStorage(directory, create=False)).start()
+    assert sorted(tmp_path.rglob("*")) == before
+    async with manager(directory) as state:
+        await state.set("a", 1)
+    async with Manager("lab", FileStorage(directory, create=False)) as state:
+        assert await state.get_all() == {"a": 1}
+    (directory / "lab.json").unlink()
+    (directory / "lab.journal").unlink()
+
+
+async def test_a_state_that_goes_while_it_is_locked(tmp_path: Path) -> None:
+    """With `create=False` it is looked for under the lock, too."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        real = _fs.Lock.__init__
+
+        def locking(self: _fs.Lock, path: str) -> None:
+            real(self, path)
+            for name in ("lab.json", "lab.journal"):
+                (tmp_path / name).unlink()
+
+        patch.setattr(_fs.Lock, "__init__", locking)
+        with pytest.raises(UnsupportedError, match=r"no state at .*lab\.json, and create=False"):
+            await Manager("lab", FileStorage(tmp_path, create=False)).start()
+    async with manager(tmp_path):
+        pass
+
+
 # Files that were copied
-
-
-@pytest.fixture
-def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths of what was synced, in order; temporary names without what makes them unique."""
-    paths: list[str] = []
-
-    def noting(real: Callable[[int], None]) -> Callable[[int], None]:
-        def sync(fd: int) -> None:
-            real(fd)
-            paths.append(re.sub(r"\.[0-9a-f]{8}\.tmp$", ".tmp", str(Path(f"/proc/self/fd/{fd}").readlink())))
-
-        return sync
-
-    monkeypatch.setattr(_fs.os, "fsync", noting(os.fsync))  # type: ignore[attr-defined]
-    return paths
 
 
 @pytest.mark.parametrize("how", ["moved", "restored"])
@@ -192,7 +442,7 @@ async def test_a_snapshot_that_only_its_owner_may_write_is_synced(tmp_path: Path
         patch.setattr(_fs.os, "open", opening)  # type: ignore[attr-defined]
         async with manager(tmp_path) as state:
             await state.set("b", 2)
-            assert opened == [os.O_RDONLY, os.O_RDONLY]
+            assert set(opened) == {os.O_RDONLY}
     assert str(tmp_path / "lab.json") in synced
 
 
@@ -355,6 +605,40 @@ async def test_a_descriptor_that_the_application_closed(
         assert other.read_bytes() == b"precious"
     async with manager(directory) as state:
         assert await state.get_all() == {"a": 1} | ({"b": 2} if then == "commit" else {})
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+async def test_a_descriptor_that_cannot_be_looked_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, call: int
+) -> None:
+    """An I/O error does not say that the descriptor is another file's: it is closed, and the journal is written anew.
+
+    Where only what a write left could not be had, the next commit reads the journal, and goes on with it.
+    """
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+        number, inode = writer(state)._fd, (tmp_path / "lab.journal").stat().st_ino
+        real, calls = os.fstat, [0]
+
+        def fstat(fd: int) -> os.stat_result:
+            if fd == number:
+                calls[0] += 1
+                if calls[0] == call:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(fd)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_fs.os, "fstat", fstat)  # type: ignore[attr-defined]
+            await state.set("b", 2)
+            await state.set("c", 3)
+        # The first call and the third are those before a write, the second one is that behind the first write.
+        assert ("cannot be looked up by its descriptor" in caplog.text) == (call != 2)
+        if call == 2:
+            assert (tmp_path / "lab.journal").stat().st_ino == inode
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    async with manager(tmp_path) as state:
+        assert await state.get_all() == {"a": 1, "b": 2, "c": 3}
 
 
 @pytest.mark.parametrize("reused", [False, True])
