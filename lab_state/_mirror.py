@@ -11,7 +11,8 @@ it is logged once, shown in `status()`, tried again after growing pauses, and me
 Whatever a cache, a logger or a clock raises, the task goes on.
 
 A copy that another client has written to is filled anew, like one that is gone: nothing
-says what was changed in it.
+says what was changed in it. So is one with expiry times, when the wall clock was set or
+the machine slept: readers go by that clock, and the state by the seconds that pass.
 
 A copy of another writer is one of an earlier life of this state, or of a newer writer
 that this one does not know of yet. The storage knows: a commit that succeeds says that
@@ -33,7 +34,7 @@ from lab_state._foreign import is_cancelled
 from lab_state._log import Log
 from lab_state._metrics import MirrorCounts
 from lab_state._pending import Pending
-from lab_state._state import Changes, Stored
+from lab_state._state import Changes, State, Stored
 from lab_state._views import Views
 from lab_state.cache._format import slices
 from lab_state.cache._protocol import SPOILT, Cache, CacheSession, Seen, Slice, Step
@@ -49,6 +50,9 @@ _FIRST_SPOILT, _LONGEST_SPOILT = 1.0, 300.0
 
 _CALM_SECONDS = 60.0
 """After so long without that, it is told again, and the next fill is not held up."""
+
+_AHEAD_MILLISECONDS = 500
+"""Times in the copy are wrong by less than this: so far the clocks may drift apart before it is filled anew."""
 
 _REST_SECONDS = 0.006
 """After a step: a writer that flushes has the loop to itself meanwhile, and more is coalesced."""
@@ -94,6 +98,8 @@ class Mirror:
         self._spoils = Pauses(clock, _FIRST_SPOILT, _LONGEST_SPOILT)
         self._session: CacheSession | None = None
         self._seen: Seen | None = None  # what the last call of `look` saw, if nothing was done since
+        self._ahead = 0  # how far the wall clock is ahead of the state's time in the copy, in milliseconds
+        self._has_times = False  # whether the copy may have expiry times
         self._tried: int | None = None  # the revision of a step whose outcome is unknown
         self._is_owner = True  # the storage has just said so
         self._idle = False  # nothing was brought since the last beat
@@ -200,12 +206,22 @@ class Mirror:
         await self._merge()
         if self._pending.overflowed:
             self.revision = None
+        self._follow_clocks()
         if self.revision is None:
             await self._fill(self._session)
         elif self._pending.end > self.revision:
             await self._step(self._session, self.revision)
         else:
             self._pending.clear()
+
+    def _follow_clocks(self) -> None:
+        """If the wall clock has moved against the state's time, times in the copy are wrong."""
+        ahead = _ahead(self._flusher.state)
+        if abs(ahead - self._ahead) >= _AHEAD_MILLISECONDS:
+            if self._has_times:
+                self.revision = None
+            else:
+                self._ahead = ahead
 
     async def _recognise(self, session: CacheSession) -> None:
         """Whether the copy is where it was left, or where a step that got no answer took it."""
@@ -223,7 +239,7 @@ class Mirror:
         commits, self._commits = self._commits, 0
         self._tried, self._seen = taken.end, None
         try:
-            done = await session.apply(Step(start, taken.end, taken.cleared), _yielding(taken))
+            done = await session.apply(Step(start, taken.end, taken.cleared), self._changed(taken))
         except BaseException:
             self._pending.put_back(taken)
             raise
@@ -254,9 +270,11 @@ class Mirror:
         await self._flusher.checkpoint_ended()  # two views at a time would be a copy
         self._pending.clear()
         state = self._flusher.state
-        views, revision = Views(state), state.revision
+        views, revision, ahead = Views(state), state.revision, _ahead(state)
         self._tried = revision
-        parts = self._whole(views, views.freeze(), revision)  # of this moment, whenever the first part is asked for
+        parts = self._whole(
+            views, views.freeze(), revision, ahead
+        )  # of this moment, whenever the first part is asked for
         try:
             done = await session.fill(revision, parts, seen)
         finally:
@@ -265,7 +283,7 @@ class Mirror:
         self._tried = None
         if not done:
             raise UnavailableError("the copy was changed by somebody else while it was filled")
-        self.revision = revision
+        self.revision, self._ahead = revision, ahead
         self._counts.fills += 1
         if self._spoilt:
             self._spoilt = False
@@ -279,10 +297,18 @@ class Mirror:
             self._logger.warning("%s: another client has written to the copy; it is filled anew", self._name)
         self._spoilt = True
 
-    async def _whole(self, views: Views, view: dict[str, Stored], revision: int) -> AsyncGenerator[Slice]:
+    async def _changed(self, taken: Changes) -> AsyncGenerator[Slice]:
+        """What a step brings, in parts."""
+        for part in slices(taken.changes.items(), self._ahead):
+            self._has_times = self._has_times or bool(part.expires)
+            yield part
+            await asyncio.sleep(0)
+
+    async def _whole(self, views: Views, view: dict[str, Stored], revision: int, ahead: int) -> AsyncGenerator[Slice]:
         """A view of the state, in parts; the last one comes when all of it is durable."""
         total, brought, told = len(view), 0, self._clock.monotonic()
-        for part in slices(view.items()):
+        for part in slices(view.items(), ahead):
+            self._has_times = self._has_times or bool(part.expires)
             yield part
             await asyncio.sleep(0)
             brought += len(part.values)
@@ -361,7 +387,6 @@ class Mirror:
         return future.done()
 
 
-async def _yielding(taken: Changes) -> AsyncGenerator[Slice]:
-    for part in slices(taken.changes.items()):
-        yield part
-        await asyncio.sleep(0)
+def _ahead(state: State) -> int:
+    """How far the wall clock is ahead of the state's own time, in milliseconds."""
+    return state.wall() - state.now()

@@ -100,13 +100,17 @@ class Feed:
             try:
                 await self._once()
             except StorageError as error:
-                problem = error
+                self._lost(error)
             except Exception as error:  # noqa: BLE001 -- whatever a source raises, the reader goes on
-                problem = UnavailableError(f"{self._source.path}: {type(error).__name__}, which no source should raise")
-            if not self._told:
-                logger.warning("a reader does not hear of changes for the moment, and tries again: %s", problem)
-                self._told = True
+                self._lost(
+                    UnavailableError(f"{self._source.path}: {type(error).__name__}, which no source should raise")
+                )
             await self._sleep(self._pauses.begin())
+
+    def _lost(self, error: StorageError) -> None:
+        if not self._told:
+            logger.warning("a reader does not hear of changes for the moment, and tries again: %s", error)
+            self._told = True
 
     async def _once(self) -> None:
         """Subscribe, and follow until the subscription is lost."""

@@ -166,8 +166,12 @@ def resync(start: int, end: int, writer: str) -> bytes:
     return encode(Message(start=start, end=end, writer=writer, resync=True))
 
 
-def slices(items: Iterable[tuple[str, Changed]]) -> Iterator[Slice]:
-    """All of it in parts."""
+def slices(items: Iterable[tuple[str, Changed]], ahead: int) -> Iterator[Slice]:
+    """All of it in parts.
+
+    `ahead` is how far the wall clock is ahead of the state's own time, in milliseconds:
+    readers go by the wall clock.
+    """
     values: dict[str, bytes] = {}
     expires: dict[str, int] = {}
     deleted: list[str] = []
@@ -177,7 +181,8 @@ def slices(items: Iterable[tuple[str, Changed]]) -> Iterator[Slice]:
             deleted.append(key)
         else:
             if isinstance(stored, Expiring):
-                stored, expires[key] = stored
+                stored, at = stored
+                expires[key] = at + ahead
             values[key] = data = _json(stored)
             size += len(data)
         if size >= _MOST_BYTES or len(values) + len(deleted) >= _MOST_KEYS:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_cache import FaultyCache
 
 from lab_state import MemoryCache, RedisCache
 
@@ -222,6 +223,11 @@ def cache(request: pytest.FixtureRequest, redis_server: RedisServer) -> Any:
     if request.param == "memory":
         return MemoryCache()
     return RedisCache(redis_server.url)
+
+
+@pytest.fixture
+def faulty() -> FaultyCache:
+    return FaultyCache()
 
 
 @pytest.fixture

@@ -25,12 +25,6 @@ from lab_state.cache import Slice
 from lab_state.cache._format import slices
 from lab_state.testing import FaultyStorage, ManualClock
 
-
-@pytest.fixture
-def faulty() -> FaultyCache:
-    return FaultyCache()
-
-
 # What is brought
 
 
@@ -321,11 +315,11 @@ async def test_a_fill_that_is_not_made(
 ) -> None:
     """A copy that is changed while it is filled is filled again, after a pause."""
 
-    def disturbed(items: Any) -> Any:
+    def disturbed(items: Any, ahead: int) -> Any:
         monkeypatch.undo()
         place = faulty.inner.places["name"]
         place.values["$lab_state"] = place.expires["$lab_state"] = b'{"format":1,"revision":1,"writer":"x"}'
-        return slices(items)
+        return slices(items, ahead)
 
     monkeypatch.setattr(lab_state._mirror, "slices", disturbed)
     async with manager(faulty, clock) as state:

@@ -1,0 +1,97 @@
+"""Expiry as readers see it, who go by the wall clock, when that of the writer's machine moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from faulty_cache import FaultyCache, manager
+
+from lab_state import MemoryCache, UnavailableError
+from lab_state.testing import ManualClock
+
+NOW = 1_700_000_000
+
+
+def times(cache: Any) -> dict[str, int]:
+    """When keys expire in the copy, in seconds after the beginning of the test."""
+    expires = cache.places["name"].expires
+    return {key: int(at) // 1000 - NOW for key, at in expires.items() if key != "$lab_state"}
+
+
+@pytest.fixture(params=[False, True], ids=["remote", "local"])
+def local(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("seconds", [7200, -7200])
+async def test_a_key_lives_for_readers_as_for_the_manager(
+    clock: ManualClock, until: Any, local: Any, seconds: int
+) -> None:
+    """After the wall clock was set, forward or back, a new key has its time to live, and no more."""
+    cache = MemoryCache()
+    async with manager(cache, clock) as state, cache.reader("name", local=local, clock=clock) as reader:
+        clock.jump(seconds)
+        await state.set("session", "ann", ttl=3600)
+        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: not local or reader._local.highest == 1)
+        assert await reader.get("session") == "ann"
+        clock._time += 3599
+        assert await reader.exists("session")
+        clock._time += 1
+        assert not await reader.exists("session")
+
+
+@pytest.mark.parametrize("local", [True], ids=["local"])
+async def test_keys_that_are_there_get_new_times(clock: ManualClock, until: Any, local: Any) -> None:
+    """An idle writer finds within a beat that its machine slept; the times of the copy are those of its state again."""
+    cache = MemoryCache()
+    async with manager(cache, clock) as state, cache.reader("name", local=local, clock=clock) as reader:
+        await state.set("session", "ann", ttl=3600)
+        await until(lambda: state.status().mirror_revision == 1 and reader._local.fresh)
+        clock.jump(7200)
+        assert await reader.get("session", None) is None
+        clock.advance(2)
+        await until(lambda: times(cache) == {"session": 3600 + 7200})
+        await until(lambda: bool(reader._local.shown))
+        assert await reader.get("session") == "ann"
+        assert await state.get("session") == "ann"
+        clock.jump(-7200)
+        clock.advance(2)
+        await until(lambda: times(cache) == {"session": 3600})
+
+
+async def test_a_small_jump_changes_nothing(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """Below half a second, times stay as they are; a copy without times is never filled for a clock."""
+    async with manager(faulty, clock) as state:
+        await state.set("a", 1)
+        await until(lambda: faulty.revision == 1)
+        clock.jump(100)
+        looks = faulty.calls.count("look")
+        clock.advance(2)
+        await until(lambda: faulty.calls.count("look") > looks)
+        await state.set("b", 1, ttl=50)
+        await until(lambda: faulty.revision == 2)
+        assert times(faulty.inner) == {"b": 2 + 100 + 50}
+        clock.jump(0.4)
+        await state.set("c", 1)
+        await until(lambda: faulty.revision == 3)
+        assert faulty.calls.count("fill") == 1
+        clock.jump(0.2)
+        await state.set("d", 1)
+        await until(lambda: faulty.revision == 4)
+        assert faulty.calls.count("fill") == 2
+
+
+async def test_new_times_that_could_not_be_brought(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """A fill that fails is tried again, though the copy is this writer's and at its revision."""
+    async with manager(faulty, clock) as state:
+        await state.set("a", 1, ttl=50)
+        await until(lambda: faulty.revision == 1)
+        clock.jump(100)
+        faulty.fail("fill", UnavailableError("gone"))
+        clock.advance(2)
+        await until(lambda: state.status().mirror_error == "gone")
+        clock.advance(1)
+        await until(lambda: times(faulty.inner) == {"a": 150})
+        await until(lambda: state.status().mirror_up)
