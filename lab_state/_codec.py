@@ -29,6 +29,7 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._expiry import Expiring, Json, Value
+from lab_state._not_json import NOT_JSON
 from lab_state._state import Absent, Changed, Changes, Stored
 from lab_state._values import MAX_DEPTH, encode, size_of, too_deep
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
@@ -269,7 +270,7 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str, *, first: in
     for number, data in enumerate(records, first):
         try:
             record = _decode_record(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except NOT_JSON:
             raise CorruptionError(path, 0, f"record {number} has a valid checksum, but is not a record") from None
         if record.end <= revision:
             continue
@@ -341,7 +342,7 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> Snapshot:
     """
     try:
         entries: dict[str, Any] = _decode_entries(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise CorruptionError(path, *_not_an_object(data, error)) from None
     own = entries.pop(RESERVED, None)
     if own is None:
@@ -362,7 +363,7 @@ def _check_own(data: bytes, own: Raw, path: str, crc: int) -> Meta:
                 "the file was left untouched"
             )
         meta = msgspec.json.decode(own, type=Meta)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except NOT_JSON:
         _refuse_own(path, "its member is damaged")
     # Going on from the member's own checksum, of all before it, the end must lead to that of the whole.
     end = _OWN_END.search(data, max(0, len(data) - _END_BYTES))
@@ -406,7 +407,7 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
     for key, value in entries.items():
         try:
             msgspec.json.decode(value)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except NOT_JSON:
             raise CorruptionError(
                 path, 0, f"the value of {key!r} is not valid JSON in UTF-8; mend it by hand"
             ) from None
@@ -417,7 +418,7 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
 def _looks_like_own(value: Raw | bytes) -> bool:
     try:
         members = msgspec.json.decode(value, type=dict[str, Raw])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except NOT_JSON:
         return False
     return members.keys() >= {"format", "revision", "id", "crc32"}
 

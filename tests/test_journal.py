@@ -478,3 +478,72 @@ def test_a_header_alone_is_a_clean_end(base: str) -> None:
 def test_anything_behind_the_header_is_an_unclean_end(frames: tuple[tuple[Kind, bytes], ...], tail: bytes) -> None:
     """Any frame, and any torn tail, means that the last writer did not end with a checkpoint."""
     assert accepted(BASE, *frames, tail=tail).unclean
+
+
+# The search behind a torn tail
+
+
+def spelled(size: int) -> bytes:
+    """Valid JSON of about so many bytes; each string spells the head of a frame that ends at its last newline."""
+    count = size // 23
+    heads = [b'"deadbeef %08d R ",' % (count * 23 - number * 23 - 21) for number in range(count)]
+    return b"[" + b"".join(heads)[:-1] + b" \n]"
+
+
+class Summed:
+    """`zlib.crc32`, with how many bytes it was given."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._real = zlib.crc32
+
+    def __call__(self, data: bytes, value: int = 0) -> int:
+        self.total += len(data)
+        return self._real(data, value)
+
+
+@pytest.mark.parametrize("size", [20_000, 200_000])
+def test_a_search_that_costs_what_the_bytes_cost(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a torn tail, each byte is summed at most twice, however many heads of frames a user's value spells."""
+    whole = header("name", SALT, NO_BASE)
+    torn = frame(SALT, Kind.RECORD, b'{"set":{"a":' + spelled(size) + b"}}")[:-2]
+    summed = Summed()
+    monkeypatch.setattr("lab_state._journal.zlib.crc32", summed)
+    assert scan(whole + torn, "name", PATH).end == len(whole)
+    assert size < summed.total < 2 * (len(whole) + len(torn)) + 1_000
+
+
+@given(
+    before=st.binary(max_size=40),
+    payloads=st.lists(st.binary(max_size=30) | st.just(b"\n"), min_size=1, max_size=4),
+    between=st.sampled_from([b"", b"\n", b"00000000 0 R \n", b"deadbeef 3 R abc\n", b"00000000 12 R "]),
+)
+def test_every_frame_is_found_at_any_byte(before: bytes, payloads: list[bytes], between: bytes) -> None:
+    """The first valid frame behind bad bytes is found, whatever is around it, and whatever looks like one."""
+    frames = [frame(SALT, Kind.RECORD, payload) for payload in payloads]
+    bad = b"damaged " + before + between
+    data = header("name", SALT, NO_BASE) + bad + between.join(frames) + between
+    with pytest.raises(CorruptionError) as caught:
+        scan(data, "name", PATH)
+    assert caught.value.detail.startswith(f"a valid frame follows at byte {data.index(frames[0], caught.value.offset)}")
+    whole = data[: data.index(bad)]
+    for cut in range(len(bad) + len(frames[0])):
+        assert scan(data[: len(whole) + cut], "name", PATH).end == len(whole)
+
+
+@pytest.mark.parametrize("shift", range(-30, 2))
+def test_a_frame_across_the_pieces_of_a_search(shift: int) -> None:
+    """A frame is found wherever the pieces begin in which the bytes are searched."""
+    whole = header("name", SALT, NO_BASE)
+    follows = frame(SALT, Kind.RECORD, b"{}" * 20)
+    at = len(whole) + 256 * 1024 + shift
+    data = whole + b"x" * (at - len(whole)) + follows
+    with pytest.raises(CorruptionError, match=f"follows at byte {at},"):
+        scan(data, "name", PATH)
+
+
+def test_a_first_line_nested_too_deep_for_the_parser_is_refused() -> None:
+    """It is CorruptionError like any other bad first line, not RecursionError."""
+    payload = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    with pytest.raises(CorruptionError, match="not a valid journal header"):
+        scan(frame(SALT, Kind.HEADER, payload), "name", PATH)

@@ -24,6 +24,7 @@ from msgspec import Raw
 
 from lab_state._codec import RESERVED
 from lab_state._expiry import Expiring, Value
+from lab_state._not_json import NOT_JSON
 from lab_state._state import Absent, Changed
 from lab_state._values import encode
 from lab_state.cache._protocol import Seen, Slice
@@ -87,7 +88,7 @@ def _read(decode: Callable[[bytes], T], data: bytes) -> T | None:
     """Decode bytes that any client may have written; return `None` if they are none of lab_state's."""
     try:
         return decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # the last one for deep nesting
+    except NOT_JSON:  # the last one for deep nesting
         return None
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import msgspec
 
 from lab_state._expiry import Expiring, Json, Value
+from lab_state._not_json import NOT_JSON
 from lab_state._state import Stored
 from lab_state.cache._format import Head, Message, parse_time
 from lab_state.cache._source import Found
@@ -135,6 +136,6 @@ def _stored(data: bytes) -> Value:
         return Json(data)
     try:
         value: Value = msgspec.json.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except NOT_JSON:
         return Json(data)
     return value

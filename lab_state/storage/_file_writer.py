@@ -31,6 +31,7 @@ _LARGEST_READ_AGAIN = 16 * 1024 * 1024
 """Of a journal: up to so many bytes, reading it costs less than writing the state anew."""
 _MOST_ROUNDS = 8
 _TORN_KEPT = 5
+_COPIED_AT_ONCE = 1024 * 1024
 
 
 class Paths(NamedTuple):
@@ -96,7 +97,7 @@ def _load(paths: Paths, name: str, lock: fs.Lock) -> tuple[Writer, Recovery]:
     accepted = journal.accept(scan, size, base, paths.journal)
     torn = size - scan.end if scan is not None else 0
     if torn and data is not None:
-        _keep_torn(paths.journal, data[-torn:])
+        _keep_torn(paths.journal, data, size - torn)
     writer = Writer(name, paths, lock)
     writer.base, writer.snapshot = base, fingerprint
     writer.snapshot_bytes = len(snapshot or b"")
@@ -107,13 +108,15 @@ def _load(paths: Paths, name: str, lock: fs.Lock) -> tuple[Writer, Recovery]:
     return writer, Recovery(snapshot, accepted.records, accepted.unclean, torn, crc)
 
 
-def _keep_torn(path: str, tail: bytes) -> None:
+def _keep_torn(path: str, data: bytes, begin: int) -> None:
     """Put a torn tail aside, for whoever wants to look; the newest few are kept."""
     try:
         older = fs.siblings(path, r"\.torn-\d+")  # digits to the end: no state has such a file
         for old in older[: -(_TORN_KEPT - 1)]:
             fs.discard(old)
-        fs.close(fs.create(f"{path}.torn-{time.time_ns() // 1_000_000}", [tail]))
+        # In pieces: one copy of all of it would hold up every other thread.
+        tail = [data[at : at + _COPIED_AT_ONCE] for at in range(begin, len(data), _COPIED_AT_ONCE)]
+        fs.close(fs.create(f"{path}.torn-{time.time_ns() // 1_000_000}", tail))
     except StorageError as error:
         _logger.warning("the torn tail of %s could not be put aside: %s", path, error)
 

@@ -28,6 +28,7 @@ from typing import IO, NamedTuple, TypeAlias, cast
 import aiofiles
 import msgspec
 
+from lab_state._not_json import NOT_JSON
 from lab_state.exceptions import FencedError, LockedError, StorageError, UnsupportedError
 from lab_state.storage._os_errors import check_regular, storage_error, translated
 from lab_state.storage._worker import Worker
@@ -88,7 +89,7 @@ class Lock:
     def _who(self) -> str:
         try:
             holder = msgspec.json.decode(os.pread(self._fd, 4096, 0), type=Holder)
-        except (msgspec.MsgspecError, UnicodeDecodeError):  # it has the lock, but has not yet said who it is
+        except NOT_JSON:  # it has the lock, but has not yet said who it is
             who = "another writer"
         else:
             who = f"pid {holder.pid} on {holder.host}, since {holder.started}"
