@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
@@ -20,14 +21,14 @@ async def only_storage_errors(call: Callable[[], Coroutine[Any, Any, R]]) -> R:
     """
     try:
         return await call()
-    except StorageError:
-        raise
     except asyncio.CancelledError as error:
         if is_cancelled():
             raise
         raise storage_error(error) from error  # a cancellation inside the storage
     except Exception as error:
-        raise storage_error(error) from error
+        if (told := storage_error(error)) is error:
+            raise
+        raise told from error
 
 
 def is_cancelled() -> bool:
@@ -37,9 +38,11 @@ def is_cancelled() -> bool:
 
 
 def storage_error(problem: BaseException) -> StorageError:
-    """The same, if it is a `StorageError`; else one that has it as its cause."""
+    """The same, if it is a `StorageError` with a text; else one that has it as its cause."""
     if isinstance(problem, StorageError):
-        return problem
+        with contextlib.suppress(Exception):
+            str(problem)
+            return problem
     error = UnavailableError(f"the write ended with {type(problem).__name__}, which no storage should raise")
     error.__cause__ = problem
     return error
