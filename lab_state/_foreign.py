@@ -24,9 +24,9 @@ async def only_storage_errors(call: Callable[[], Coroutine[Any, Any, R]]) -> R:
     except asyncio.CancelledError as error:
         if is_cancelled():
             raise
-        raise storage_error(error) from error  # a cancellation inside the storage
+        raise storage_error(error, ", which no storage should raise") from error  # a cancellation inside the storage
     except Exception as error:
-        if (told := storage_error(error)) is error:
+        if (told := storage_error(error, ", which no storage should raise")) is error:
             raise
         raise told from error
 
@@ -37,13 +37,13 @@ def is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def storage_error(problem: BaseException) -> StorageError:
+def storage_error(problem: BaseException, blame: str = "") -> StorageError:
     """The same, if it is a `StorageError` with a text; else one that has it as its cause."""
     if isinstance(problem, StorageError):
         with contextlib.suppress(Exception):
             str(problem)
             return problem
-    error = UnavailableError(f"the write ended with {type(problem).__name__}, which no storage should raise")
+    error = UnavailableError(f"the write ended with {type(problem).__name__}{blame}")
     error.__cause__ = problem
     return error
 

@@ -1067,6 +1067,20 @@ class TestConfirm:
             await state._core.running.confirm()
             assert not state._core.running.fenced
 
+    async def test_it_is_asked_while_commits_fail(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """Without a background flush too, the commit is made when the pause after the failed one is over."""
+        async with running(storage, clock, None) as state:
+            await state.set("a", 1)
+            storage.fail("commit")
+            with pytest.raises(UnavailableError):
+                await state.flush()
+            confirming = asyncio.create_task(state._core.running.confirm())
+            await idle()
+            assert (commits(storage), confirming.done()) == (1, False)
+            clock.advance(0.1)
+            await confirming
+            assert commits(storage) == 2
+
     async def test_somebody_else_owns_it(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """A fenced writer is told so, now, later and by stop()."""
         with pytest.raises(FencedError, match="nothing of this writer is lost"):

@@ -579,3 +579,30 @@ class TestArguments:
         with pytest.raises(UnavailableError, match="failed on demand"):
             await manager.stop()
         await manager.stop()
+
+
+async def test_numbers_while_another_thread_ends_the_stop(memory: MemoryStorage) -> None:
+    """What a scrape in a thread of its own asks for is answered, wherever stop() is meanwhile."""
+
+    class Flickering(Manager):
+        """Loses its flusher right after it was looked at, as when `stop()` ends in another thread."""
+
+        __slots__ = ("looked", "real")
+
+        @property
+        def _flusher(self) -> Any:
+            self.looked = not self.looked
+            return self.real if self.looked else None
+
+        @_flusher.setter
+        def _flusher(self, flusher: Any) -> None:
+            self.looked, self.real = False, flusher
+
+    state = Flickering("test", memory)
+    await state.start()
+    await state.set("a", 1)
+    for ask in (lambda: state.status().revision, lambda: state.revision, lambda: state.durable_revision):
+        state.looked = False
+        assert ask() in {0, 1}
+    state.looked = False
+    await state.stop()
