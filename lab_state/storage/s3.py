@@ -136,8 +136,17 @@ class S3Storage:
             UnsupportedError: There is no state of this name; or the extra is not installed,
                 the bucket is missing, or a permission is; the message says which.
         """
-        names = Names.of(self._bucket, self._prefix, name)
-        thread = Threads(name)
+        # As in `open`.
+        reading = asyncio.create_task(self._read(Names.of(self._bucket, self._prefix, name)))
+        try:
+            return await asyncio.shield(reading)
+        except BaseException:
+            reading.cancel()
+            await asyncio.shield(asyncio.create_task(_end(reading)))
+            raise
+
+    async def _read(self, names: Names) -> Reading:
+        thread = Threads(names.name)
         try:
             store = await self._requests(thread)
             from lab_state.storage._s3_read import read_objects  # noqa: PLC0415 -- see _import
@@ -188,6 +197,12 @@ class S3Storage:
             return connect(self._session, self._config, self._endpoint_url, self._region_name, thread)
 
         return Requests(self._bucket, connecting, thread, self._time)
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Wait until a task has ended, in one way or another."""
+    await asyncio.wait({task})
+    _ = task.cancelled() or task.exception()  # its caller has it already
 
 
 async def _let_go(opening: asyncio.Task[S3Session]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +140,65 @@ async def test_a_snapshot_put_there_by_hand_is_read(bucket: Bucket) -> None:
     bucket.put(f"state/modules/{NAME}.json", b'{"a":1}')
     view = await read_state(NAME, bucket.storage())
     assert (await view.get_all(), view.revision) == ({"a": 1}, 0)
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_reading_cancelled_anywhere(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, *, again: bool) -> None:
+    """Cancelled at any request, and once more while that is undone, it leaves no task, thread or connection."""
+    close, closed = Requests.aclose, list[Requests]()
+
+    async def closed_slowly(store: Requests) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await close(store)
+        closed.append(store)
+
+    async with opened(bucket.storage(), NAME) as session:
+        await session.checkpoint(given(b"snapshot"))
+        await session.commit(b"1", VIEW)
+    monkeypatch.setattr(Requests, "aclose", closed_slowly)
+    for number in itertools.count():
+        storage = bucket.storage()
+        caller = asyncio.create_task(storage.read(NAME))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Requests, "_client", cancelling(caller, number, again=again))
+            try:
+                await caller
+            except asyncio.CancelledError:
+                assert {asyncio.current_task()} == asyncio.all_tasks() or again
+            else:
+                break
+        await quiet()
+        assert len(closed) == number + 1
+    assert number >= 3
+
+
+def cancelling(caller: asyncio.Task[Any], number: int, *, again: bool) -> Callable[[Requests], Any]:
+    """In place of what each request begins with: one of them cancels the caller."""
+    client, requests, later = Requests._client, itertools.count(), list[asyncio.Task[None]]()
+
+    async def connected(store: Requests) -> Any:
+        found = await client(store)
+        if next(requests) == number:
+            caller.cancel()
+            if again:
+                later.append(asyncio.create_task(cancel_later(caller)))
+        return found
+
+    return connected
+
+
+async def cancel_later(caller: asyncio.Task[Any]) -> None:
+    for _ in range(4):  # when it has heard of the first, and closes what is open
+        await asyncio.sleep(0)
+    caller.cancel()
+
+
+async def quiet() -> None:
+    """Wait until no other task and no thread of a reading is left."""
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others)
+    for thread in threading.enumerate():
+        if thread.name.startswith(f"lab_state {NAME}"):
+            await asyncio.to_thread(thread.join, 10)
+            assert not thread.is_alive()
