@@ -256,9 +256,7 @@ class Flusher(Durability):
             self._wake.clear()
             try:
                 await self._commit_all()
-                # While the mirror is filled, a view is out, and another one would be a copy.
-                if self._checkpoint_due and self._checkpoint_pauses.over and not self.state.frozen:
-                    self._start_checkpoint()
+                self.begin_checkpoint()
             except Exception as problem:  # noqa: BLE001 -- all who write wait for this task
                 self._survive(problem)
         await self._finish()
@@ -386,6 +384,16 @@ class Flusher(Durability):
         self._wake_up()
 
     # Checkpoints
+
+    @property
+    def checkpoint_waits(self) -> bool:
+        """Whether a checkpoint is due that only a view holds up."""
+        return self._checkpoint_due and not self._checkpoint_pauses.failures and self.state.frozen
+
+    def begin_checkpoint(self) -> None:
+        """Begin a checkpoint, if one is due and no view is out: another one would be a copy of the state."""
+        if self._checkpoint_due and self._checkpoint_pauses.over and not (self.state.frozen or self._stopping):
+            self._start_checkpoint()
 
     def _start_checkpoint(self) -> None:
         if self._checkpointing is None or self._checkpointing.done():

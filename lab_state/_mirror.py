@@ -14,6 +14,11 @@ A copy that another client has written to is filled anew, like one that is gone:
 says what was changed in it. So is one with expiry times, when the wall clock was set or
 the machine slept: readers go by that clock, and the state by the seconds that pass.
 
+A fill holds a view of the state, and no checkpoint can begin meanwhile. So one that is
+due cuts the fill off. The fill begins anew behind it, with the time that the journal
+takes to grow again to the size of a snapshot: a cache for which that is too little could
+not follow the changes either.
+
 A copy of another writer is one of an earlier life of this state, or of a newer writer
 that this one does not know of yet. The storage knows: a commit that succeeds says that
 nobody else owns the state, so one is made before the other's copy is replaced. Right
@@ -104,6 +109,7 @@ class Mirror:
         self._is_owner = True  # the storage has just said so
         self._idle = False  # nothing was brought since the last beat
         self._stopping = False
+        self._holding: asyncio.Timeout | None = None  # the fill, while its view is out
 
     def begin(self, flusher: Flusher) -> None:
         """Bring the state of this flusher; nothing has begun if it raises."""
@@ -139,6 +145,9 @@ class Mirror:
                 self._told = taken.end
                 self._commits += 1
                 self._wake.set()
+                if self._holding is not None and self._flusher.checkpoint_waits:
+                    self._holding.reschedule(0.0)  # at once
+                    self._holding = None
 
     async def stop(self) -> None:
         """Bring what is left, for a second at most; what was not brought is by the next start."""
@@ -267,6 +276,7 @@ class Mirror:
         if seen.writer not in {None, self._writer} and not self._is_owner:
             await self._flusher.confirm()
         self._is_owner = False
+        self._flusher.begin_checkpoint()
         await self._flusher.checkpoint_ended()  # two views at a time would be a copy
         self._pending.clear()
         state = self._flusher.state
@@ -276,10 +286,21 @@ class Mirror:
             views, views.freeze(), revision, ahead
         )  # of this moment, whenever the first part is asked for
         try:
-            done = await session.fill(revision, parts, seen)
+            async with asyncio.timeout(None) as bound:
+                self._holding = bound
+                done = await session.fill(revision, parts, seen)
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            raise UnavailableError(
+                "a fill was cut off for a checkpoint that was due, and begins anew behind it: the cache takes the state "
+                "more slowly than it is changed"
+            ) from None
         finally:
+            self._holding = None
             await parts.aclose()
             await views.fold()
+            self._flusher.begin_checkpoint()
         self._tried = None
         if not done:
             raise UnavailableError("the copy was changed by somebody else while it was filled")
@@ -317,6 +338,7 @@ class Mirror:
                 self._logger.info("%s: filling the mirror, %d of %d keys", self._name, brought, total)
         del view
         await views.fold()
+        self._holding = None
         durable = asyncio.ensure_future(self._flusher.settled(revision))
         try:
             while not durable.done():
