@@ -13,7 +13,7 @@ from lab_state._flusher import Flusher
 from lab_state._metrics import Counters
 from lab_state._state import State
 from lab_state._watch import Watcher, Watchers
-from lab_state.exceptions import ClosedError, LabStateError
+from lab_state.exceptions import ClosedError, LabStateError, UnsupportedError
 
 
 class Holder(Protocol):
@@ -48,6 +48,7 @@ class Core:
         after: Whether a write has something to do when it is done: tell those who
             watch, take the key's time away, or wait until it is durable.
         timed: Whether keys may have a time at which they expire.
+        is_parents: Whether this is a forked child, and the manager runs in its parent.
     """
 
     __slots__ = (
@@ -59,6 +60,7 @@ class Core:
         "blocked",
         "counters",
         "held",
+        "is_parents",
         "name",
         "state",
         "timed",
@@ -74,6 +76,7 @@ class Core:
         self.after: bool = False
         self.timed: bool = False
         self.write_through: bool = False
+        self.is_parents: bool = False
         self._watchers = Watchers(closed)
         self._lock = asyncio.Lock()
         self._flusher: Flusher | None = None
@@ -103,6 +106,38 @@ class Core:
         self.release(self.held)  # who waits for a transaction is told that it is over
         self._set_blocked()
         return flusher, self._watchers
+
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: refuse every call."""
+        self.is_parents = True
+        self.counters = self.counted()
+        self.state, self._flusher = State(float), None
+        self.write_through = False
+        self.set_after()
+        held, self.held = self.held, None
+        if held is not None:
+            held.end()
+        self._set_blocked()
+        self._watchers.disown(self._not_running())
+
+    def check_process(self) -> None:
+        """Make sure that the manager does not run in the parent of this process.
+
+        Raises:
+            UnsupportedError: It does.
+        """
+        if self.is_parents:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+            raise self._not_running()
+
+    def _not_running(self) -> LabStateError:
+        if self.is_parents:  # pragma: no cover -- likewise
+            return UnsupportedError(
+                f"the manager of {self.name!r} runs in the parent of this forked process: call it there; to read here, "
+                "use a reader of its cache; a state of this process needs a Manager of its own, with another name"
+            )
+        return ClosedError(
+            f"the manager of {self.name!r} is not running: use it between start() and stop(), or inside `async with`"
+        )
 
     def counted(self) -> Counters:
         """What was counted up to now, over restarts."""
@@ -144,11 +179,10 @@ class Core:
 
         Raises:
             ClosedError: The manager is not running.
+            UnsupportedError: It runs in the parent of this forked process.
         """
         if self._flusher is None:
-            raise ClosedError(
-                f"the manager of {self.name!r} is not running: use it between start() and stop(), or inside `async with`"
-            )
+            raise self._not_running()
         return self._flusher
 
     def check_open(self) -> None:

@@ -25,7 +25,7 @@ from lab_state._log import Log
 from lab_state._metrics import FlushTimes
 from lab_state._state import Changes, State
 from lab_state._views import Views
-from lab_state._waiters import copied
+from lab_state._waiters import Waiters, copied
 from lab_state._whole import joined
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
@@ -144,6 +144,14 @@ class Flusher(Durability):
             if task is not None:
                 task.cancel()
         return self._session
+
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: commit nothing. The task there may run, if its event loop does, and finds nothing to do."""
+        self._pauses.never_over()
+        self._checkpoint_pauses.never_over()
+        self._waiters, self._confirming = Waiters(), Waiters()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def move(self) -> None:
         """See `Durability.move`."""

@@ -161,6 +161,11 @@ class Mirror:
         task.cancel()
         await asyncio.wait({task})
 
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: bring nothing. The connection is the parent's."""
+        self._pauses.never_over()
+        self._timer.cancel()
+
     # The task
 
     async def _run(self) -> None:

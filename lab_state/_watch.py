@@ -18,6 +18,7 @@ from typing import Literal, Self, TypeAlias
 import msgspec
 
 from lab_state._state import DELETED, EXPIRED, Changed, Changes, State
+from lab_state.exceptions import LabStateError
 
 MOST_PENDING = 10_000
 _TOLD_AT_ONCE = 1_000
@@ -62,6 +63,7 @@ class Watcher:
         self._pending: OrderedDict[str, Change] = OrderedDict()
         self._resync: Change | None = None
         self._closed = False
+        self._refusal: LabStateError | None = None
         self._waiting: asyncio.Future[None] | None = None
 
     def tell(self, key: str, kind: Kind, revision: int) -> None:
@@ -88,6 +90,13 @@ class Watcher:
         self._closed = True
         self._wake()
 
+    def disown(
+        self, refusal: LabStateError
+    ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: raise this error where the next change is asked for."""
+        self._pending.clear()
+        self._resync, self._closed, self._refusal = None, True, refusal
+
     def __aiter__(self) -> Self:
         return self
 
@@ -96,6 +105,8 @@ class Watcher:
         if self._waiting is not None:
             raise RuntimeError("two tasks read one watch: open one for each")
         while self._resync is None and not self._pending:
+            if self._refusal is not None:  # pragma: no cover -- likewise
+                raise self._refusal
             if self._closed:
                 raise StopAsyncIteration
             self._waiting = asyncio.get_running_loop().create_future()
@@ -216,6 +227,14 @@ class Watchers:
         for group in (self._live, self._durable):
             for watcher in group:
                 watcher.close()
+
+    def disown(
+        self, refusal: LabStateError
+    ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: refuse those who watch."""
+        for group in (self._live, self._durable):
+            for watcher in group:
+                watcher.disown(refusal)
 
     def _hand_out(self) -> None:
         turn, self._turn = self._turn, {}

@@ -232,6 +232,7 @@ class _DraftCore(Core):
 
     def merge(self) -> int | None:
         if not self.is_held:
+            self._core.check_process()
             raise ClosedError(
                 f"the manager of {self.name!r} was stopped while this transaction was open: nothing changed"
             )

@@ -12,6 +12,7 @@ from typing import Literal, Self
 
 import msgspec
 
+from lab_state import _forks as forks
 from lab_state._clock import Clock, GuardedClock, SystemClock
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._core import Core
@@ -95,6 +96,7 @@ class Manager(Scope):
     """
 
     __slots__ = (
+        "__weakref__",
         "_cache",
         "_clock",
         "_config",
@@ -204,9 +206,11 @@ class Manager(Scope):
             UnavailableError: It could not be read this time.
             UnsupportedError: It cannot be read as it is: permissions, a newer format.
         """
+        self._core.check_process()
         if self._phase not in ("new", "stopped"):
             raise RuntimeError(f"start() of {self._config.name!r} while it is {self._phase}: await stop() first")
         before, self._phase = self._phase, "starting"
+        forks.disown_in_children(self)
         self._set_strict(strict=True)
         try:
             session = await opened(self._storage, self._config, self._clock, self._logger)
@@ -298,6 +302,7 @@ class Manager(Scope):
             RuntimeError: `start()` is still under way; cancel that instead. Or this is
                 another event loop than that of `start()`, which is not closed.
         """
+        self._core.check_process()
         if self._phase == "starting":
             raise RuntimeError(f"stop() of {self._config.name!r} while it is starting: cancel start() instead")
         if self._phase == "running":
@@ -352,6 +357,24 @@ class Manager(Scope):
                 self._mirror = None
                 self._flusher = None
                 flusher.discard_entries()
+
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: refuse every call, if the manager is running. It goes on in the parent alone."""
+        if self._phase in {"new", "stopped"}:
+            return
+        flusher, mirror = self._flusher, self._mirror
+        self._phase, self._flusher, self._mirror = "stopped", None, None
+        if flusher is not None:
+            flusher.disown()
+            self._ended = Status(
+                phase="stopped", keys=0, revision=flusher.state.revision, durable_revision=flusher.durable_revision
+            )
+        if self._core.is_open:  # else the fork came in the middle of a start
+            self._sweeper.stop()
+            if mirror is not None:
+                mirror.disown()
+        forks.keep(flusher, mirror, self._stopping)
+        self._core.disown()
 
     async def __aenter__(self) -> Self:
         """`start()`."""

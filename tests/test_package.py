@@ -28,7 +28,7 @@ PACKAGE = Path(inspect.getfile(lab_state)).parent
 # From low to high; a module imports from its own layer and those below.
 LAYERS = (
     ("exceptions", "config"),
-    ("_clock", "_crc", "_expiry", "_not_json", "_journal", "_log", "_metrics", "_waiters", "_whole"),
+    ("_clock", "_crc", "_expiry", "_forks", "_not_json", "_journal", "_log", "_metrics", "_waiters", "_whole"),
     ("_state", "_values"),
     ("_draft", "_sweeper", "_watch", "_codec", "storage", "storage.*"),
     ("_views", "_pending", "_durability", "_foreign", "_opening"),

@@ -18,6 +18,7 @@ import redis
 import redis.exceptions as problems
 from redis.asyncio import ConnectionPool
 
+from lab_state import _forks as forks
 from lab_state._clock import Clock, within
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 
@@ -130,6 +131,12 @@ class Link:
         self._connection = connection
         self._path = path
         self._timeout = timeout
+        self._is_parents = False
+        forks.disown_in_children(self)
+
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: refuse every call. To close the connection would take it out of the parent's selector."""
+        self._is_parents = True
 
     async def send(self, data: bytes) -> None:
         """Send commands."""
@@ -196,10 +203,14 @@ class Link:
 
     async def aclose(self) -> None:
         """End the connection, whatever is under way."""
+        if self._is_parents:  # pragma: no cover -- likewise
+            return
         with contextlib.suppress(Exception):  # it ends either way
             await self._connection.disconnect(nowait=True)
 
     def _check_connected(self) -> None:
+        if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
+            raise UnsupportedError(f"{self._path}: the connection belongs to the parent of this forked process")
         if not self._connection.is_connected:  # redis-py would connect anew, and forget what it watched
             raise UnavailableError(f"{self._path}: the connection was lost")
 

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
+from lab_state import _forks as forks
 from lab_state._clock import Clock, SystemClock, within
 from lab_state._codec import check_key
 from lab_state._expiry import Expiring, Json
@@ -26,6 +27,7 @@ from lab_state.exceptions import (
     StorageError,
     TypeMismatchError,
     UnavailableError,
+    UnsupportedError,
 )
 
 T = TypeVar("T")
@@ -67,6 +69,7 @@ class Reader:
         self._seen = 0  # no read may give a lower revision
         self._readable = False  # whether the last read of the copy succeeded
         self._lower: tuple[str, float] | None = None  # who says that it is at a lower revision, and since when
+        self._is_parents = False
 
     def __repr__(self) -> str:
         """Which copy, and where."""
@@ -92,7 +95,10 @@ class Reader:
 
         Raises:
             RuntimeError: It is open already.
+            UnsupportedError: It was open when this process was forked.
         """
+        self._check_process()
+        forks.disown_in_children(self)
         if self._feed is not None:
             raise RuntimeError(f"the reader of {self._name!r} is open already")
         self._local = Local()
@@ -106,13 +112,37 @@ class Reader:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Let go of all connections; who watches is told that it is over. Idempotent."""
+        """Let go of all connections; who watches is told that it is over. Idempotent.
+
+        In a forked child it does nothing: the connections are the parent's.
+        """
+        if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
+            return
         feed, self._feed = self._feed, None
         self._local.lose()
         self._seen, self._readable, self._lower = self._floor, False, None
         if feed is not None:
             await feed.aclose()
         await self._source.aclose()
+
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: refuse every call, if the reader is open. It goes on in the parent alone."""
+        if self._feed is None:
+            return
+        forks.keep(self._feed)
+        for watcher in self._feed.watchers:
+            watcher.disown(self._refusal())
+        self._feed, self._is_parents = None, True
+        self._local.lose()
+
+    def _refusal(self) -> UnsupportedError:  # pragma: no cover -- likewise
+        return UnsupportedError(
+            f"the reader of {self._name!r} is open in the parent of this forked process: open one of its own here"
+        )
+
+    def _check_process(self) -> None:
+        if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
+            raise self._refusal()
 
     # Reading
 
@@ -212,6 +242,7 @@ class Reader:
         Raises:
             UnavailableError: See the class.
         """
+        _ = self._open
         if self._local.fresh:
             return self._local.highest
         return (await self._head()).revision
@@ -284,6 +315,7 @@ class Reader:
 
     @property
     def _open(self) -> Feed:
+        self._check_process()
         if self._feed is None:
             raise ClosedError(f"the reader of {self._name!r} is not open: use it inside `async with`")
         return self._feed

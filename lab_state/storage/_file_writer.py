@@ -15,12 +15,14 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple
 
+from lab_state import _forks as forks
 from lab_state import _journal as journal
 from lab_state._journal import ANY_BASE, NO_BASE, Kind
 from lab_state._log import Log
 from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
+from lab_state.storage._lock import Lock
 from lab_state.storage._protocol import Recovery
 
 _logger = Log(logging.getLogger("lab_state"))
@@ -61,21 +63,25 @@ def open_writer(directory: str, name: str, tried: set[fs.Identity], *, create: b
     paths = Paths.of(folder.opened(directory, create=create), name)
     if not create:
         _check_there(paths)  # before there is a lock file
-    lock = fs.Lock(paths.lock)
+    lock = Lock(paths.lock)
     try:
         loaded = _load(paths, name, lock)
         if not create:
             _check_there(paths)
         folder.try_out(paths.directory, paths.journal, tried)
+        _discard_temporaries(paths)
     except BaseException:
         lock.release()
         raise
+    return loaded
+
+
+def _discard_temporaries(paths: Paths) -> None:
     try:
         fs.discard_temporaries(paths.snapshot)
         fs.discard_temporaries(paths.journal)
     except StorageError as error:
         _logger.warning("temporary files beside %s stay until the next start: %s", paths.snapshot, error)
-    return loaded
 
 
 def _check_there(paths: Paths) -> None:
@@ -83,7 +89,7 @@ def _check_there(paths: Paths) -> None:
         raise folder.missing(paths.snapshot)
 
 
-def _load(paths: Paths, name: str, lock: fs.Lock) -> tuple[Writer, Recovery]:
+def _load(paths: Paths, name: str, lock: Lock) -> tuple[Writer, Recovery]:
     fingerprint = fs.fingerprint(paths.snapshot)
     snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
     for path in (paths.snapshot, paths.journal):
@@ -164,6 +170,7 @@ class NewJournal:
         self.end: int = 0
         self.records: int = 0
         self._name = name
+        forks.disown_in_children(self)
 
     def create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
         """Make the file, with a header and these frames, and sync."""
@@ -207,6 +214,12 @@ class NewJournal:
             fs.close(fd)
             fs.discard(self.path)
 
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: close it. The file is the parent's."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            fs.close(fd)
+
 
 class Writer:
     """The journal of one state; used from one thread, but for reading its numbers.
@@ -227,10 +240,10 @@ class Writer:
         replaced: Files that have no name any more, for the checkpoint's thread to close.
     """
 
-    def __init__(self, name: str, paths: Paths, lock: fs.Lock) -> None:
+    def __init__(self, name: str, paths: Paths, lock: Lock) -> None:
         self.name: str = name
         self.paths: Paths = paths
-        self.lock: fs.Lock = lock
+        self.lock: Lock = lock
         self.base: str = NO_BASE
         self.snapshot: fs.Fingerprint | None = None
         self.need: Need = Need.NEW
@@ -245,6 +258,7 @@ class Writer:
         self._left = fs.UNKNOWN
         self._is_timed = True
         self._salt = ""
+        forks.disown_in_children(self)
 
     # Commits
 
@@ -342,6 +356,13 @@ class Writer:
         """Let go of the journal, then of the lock."""
         self._use(-1)
         self.lock.release()
+
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: close all descriptors. The files are the parent's; the lock refuses every call."""
+        if self._left is None or not self._left.is_same_file(self._opened()):
+            self._fd = -1  # not ours to close, as in `_problem`
+        self._use(-1)
+        self.close_replaced()
 
     # What commits and checkpoints share
 

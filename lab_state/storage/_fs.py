@@ -17,19 +17,16 @@ import contextlib
 import errno
 import os
 import re
-import socket
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import IO, NamedTuple, TypeAlias, cast
 
 import aiofiles
-import msgspec
 
-from lab_state._not_json import NOT_JSON
-from lab_state.exceptions import FencedError, LockedError, StorageError, UnsupportedError
+from lab_state import _forks as forks
+from lab_state.exceptions import StorageError, UnsupportedError
 from lab_state.storage._os_errors import check_regular, storage_error, translated
 from lab_state.storage._worker import Worker
 
@@ -47,101 +44,50 @@ _NOT_FOR_DIRECTORIES = {errno.EINVAL, errno.ENOSYS}
 """What a file system answers that cannot sync a directory: CIFS, FUSE, DrvFs."""
 
 
-class Holder(msgspec.Struct, frozen=True):
-    """Who holds a lock, as the lock file says for the message of the one who is refused."""
-
-    host: str
-    pid: int
-    started: str
+def open_lock(path: str) -> int:
+    """Open a lock file, or make it; return its descriptor."""
+    with translated("opening", path):
+        return open_regular(path, os.O_RDWR | os.O_CREAT)
 
 
-class Lock:
-    """An advisory lock on a file that is never renamed and never unlinked.
-
-    `flock`, not `lockf`: the latter is dropped when anyone in the process closes any
-    descriptor of the file, and does not exclude another manager in the same process.
-    """
-
-    def __init__(self, path: str) -> None:
-        if sys.platform == "win32":  # pragma: no cover -- likewise
-            raise UnsupportedError("FileStorage needs flock, which this platform does not have")
-        self.path = path
-        self._pid = os.getpid()
-        with translated("opening", path):
-            self._fd = open_regular(path, os.O_RDWR | os.O_CREAT)
+def try_lock(fd: int, path: str) -> bool:
+    """Lock a file without waiting; return whether this succeeded."""
+    if sys.platform == "win32":  # pragma: no cover -- never run there
+        raise UnsupportedError("FileStorage needs flock, which this platform does not have")
+    with translated("locking", path):
         try:
-            self._acquire()
-            self._identity = identity(self._fd, path)
-        except BaseException:
-            close(self._fd)
-            raise
-
-    def _acquire(self) -> None:
-        with translated("locking", self.path):
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise LockedError(self._who()) from None
-        holder = Holder(_host(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        with contextlib.suppress(OSError):  # a full disk: who is refused is told less, but the lock is a lock
-            os.ftruncate(self._fd, os.pwrite(self._fd, msgspec.json.encode(holder) + b"\n", 0))
-
-    def _who(self) -> str:
-        try:
-            holder = msgspec.json.decode(os.pread(self._fd, 4096, 0), type=Holder)
-        except NOT_JSON:  # it has the lock, but has not yet said who it is
-            who = "another writer"
-        else:
-            who = f"pid {holder.pid} on {holder.host}, since {holder.started}"
-            if (holder.pid, holder.host) == (self._pid, _host()):
-                who = f"{who}, another manager in this process (was its stop() forgotten?)"
-        return f"{self.path} is locked by {who}: stop it first, or use another name; a state has one writer"
-
-    def check_process(self) -> None:
-        """Whether this is still the process that took the lock; does not block.
-
-        Raises:
-            UnsupportedError: It is a child, forked since: it has no threads to write with.
-        """
-        if os.getpid() != self._pid:  # pragma: no cover -- a child's coverage is not collected
-            raise UnsupportedError(
-                f"{self.path} is locked by the parent of this forked process; start a manager of its own"
-            )
-
-    def check(self) -> None:
-        """Whether this is still the lock.
-
-        Raises:
-            FencedError: The file was deleted or replaced, or other code in this process
-                closed its descriptor, and so the lock is gone. Another process can own the
-                state by now.
-        """
-        if not is_file(self.path, self._identity):
-            raise FencedError(
-                f"{self.path} was deleted or replaced, so another writer may own the state: restart this one"
-            )
-        if not is_open(self._fd, self._identity):
-            raise FencedError(
-                f"{self.path} is no longer locked: other code in this process closed its descriptor, "
-                "so another writer may own the state: restart this one"
-            )
-
-    def release(self) -> None:
-        """Let go. Idempotent. A descriptor that is another file's by now is left alone."""
-        fd, is_ours = self._fd, is_open(self._fd, self._identity)
-        self._fd, self._identity = -1, NO_FILE
-        if is_ours:
-            try:
-                # Closing alone would leave it to the children forked since.
-                if os.getpid() == self._pid:  # pragma: no branch -- a child's coverage is not collected
-                    fcntl.flock(fd, fcntl.LOCK_UN)
-            finally:
-                close(fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
-def _host() -> str:
-    """Return the name of this host, fit for JSON: the kernel takes any bytes for one."""
-    return socket.gethostname().encode(errors="replace").decode()
+def unlock(fd: int) -> None:
+    """Let go of the lock, for each descriptor that shares it."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def read_lock(fd: int) -> bytes:
+    """Return what a lock file says."""
+    return os.pread(fd, 4096, 0)
+
+
+def write_lock(fd: int, data: bytes) -> None:
+    """Say in a lock file who holds it, as far as that is possible: on a full disk, a lock is still a lock."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, os.pwrite(fd, data, 0))
+
+
+def descriptors(path: str) -> list[int]:
+    """Return the descriptors of this process on a file; none where `/proc` does not show them."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        file = os.stat(path)
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # that of the listing itself is closed by now
+                if os.path.samestat(os.fstat(int(name)), file):
+                    found.append(int(name))
+    return found
 
 
 Identity: TypeAlias = tuple[int, int]
@@ -309,6 +255,7 @@ class NewFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self._fd = -1
+        forks.disown_in_children(self)
 
     def open(self) -> None:
         """Begin."""
@@ -349,6 +296,10 @@ class NewFile:
         """Close, and delete as far as that is possible."""
         self._close()
         discard(self.path)
+
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: close the descriptor. The file is the parent's."""
+        self._close()
 
     def _close(self) -> None:
         fd, self._fd = self._fd, -1

@@ -16,6 +16,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
+from lab_state.exceptions import UnavailableError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -31,10 +33,19 @@ class Worker:
     """
 
     def __init__(self, name: str) -> None:
-        """The thread starts at once, with this name."""
+        """Start the thread, with this name.
+
+        Raises:
+            UnavailableError: No thread could be started.
+        """
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._thread = threading.Thread(target=_work, args=(self._queue,), name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise UnavailableError(
+                f"no thread could be started for {name}: raise the limit of processes (`ulimit -u`, the pids of a container)"
+            ) from error
         self._end = weakref.finalize(self, self._queue.put, None)
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:

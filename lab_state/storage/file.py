@@ -90,17 +90,19 @@ class FileStorage:
 
     async def open(self, name: str) -> FileSession:
         """Lock the state and load it; see `Storage.open`."""
-        thread = Worker(f"lab_state {name} commits")
-        opening = thread.submit(open_writer, self._directory, name, self._tried, create=self._create)
+        # Both threads, before there is anything that would have to be given back without them.
+        commits, checkpoints = Worker(f"lab_state {name} commits"), Worker(f"lab_state {name} checkpoints")
+        opening = commits.submit(open_writer, self._directory, name, self._tried, create=self._create)
         try:
             writer, recovery = await asyncio.shield(asyncio.wrap_future(opening))
+            return FileSession(writer, recovery, commits, checkpoints)
         except BaseException:
             # Cancelled, the lock may be taken all the same: give it back before anyone is told.
-            giving_up = thread.submit(_give_up, opening)
-            thread.shutdown(wait=False)
+            giving_up = commits.submit(_give_up, opening)
+            commits.shutdown(wait=False)
+            checkpoints.shutdown(wait=False)
             await asyncio.shield(asyncio.wrap_future(giving_up))
             raise
-        return FileSession(writer, recovery, thread)
 
     async def read(self, name: str) -> Reading:
         """Read the files beside the writer that may have them open; see `Storage.read`.
@@ -132,11 +134,11 @@ def _give_up(opening: Future[tuple[Writer, Recovery]]) -> None:
 class FileSession:
     """A state on disk, owned until `aclose`; see `StorageSession`."""
 
-    def __init__(self, writer: Writer, recovery: Recovery, commits: Worker) -> None:
+    def __init__(self, writer: Writer, recovery: Recovery, commits: Worker, checkpoints: Worker) -> None:
         self.recovery: Recovery = recovery
         self._writer = writer
         self._commits = commits
-        self._checkpoints = Worker(f"lab_state {writer.name} checkpoints")
+        self._checkpoints = checkpoints
         self._closing: Future[None] | None = None
         self._new: tuple[fs.NewFile, NewJournal] | None = None
 

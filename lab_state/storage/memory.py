@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 
+from lab_state import _forks as forks
 from lab_state import _journal as journal
 from lab_state._journal import NO_BASE, Kind
 from lab_state._whole import collected
@@ -77,6 +78,12 @@ class MemorySession:
         self._journal = place.journal
         self.recovery: Recovery = Recovery(place.snapshot, accepted.records, unsettled=False, dropped_bytes=torn)
         place.session = self
+        forks.disown_in_children(self)
+
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: let go. What is there is a copy, for managers of the child."""
+        if self._place.session is self:
+            self._place.session = None
 
     @property
     def snapshot_bytes(self) -> int:

@@ -20,6 +20,7 @@ from lab_state._state import Changes, State
 from lab_state.storage import _directory, _file_writer, _fs
 from lab_state.storage._file_writer import Need, NewJournal, Paths, Writer
 from lab_state.storage._fs import Fingerprint
+from lab_state.storage._lock import Lock
 from lab_state.storage._os_errors import translated
 from lab_state.storage._protocol import Recovery
 
@@ -128,7 +129,7 @@ def snapshot_of_a_copied_directory_trusted(patch: Patch) -> None:
     """A snapshot that the journal beside it names is taken for one that was synced."""
     load, sync = _file_writer._load, Writer._sync_found
 
-    def loaded(paths: Paths, name: str, lock: _fs.Lock) -> tuple[Writer, Recovery]:
+    def loaded(paths: Paths, name: str, lock: Lock) -> tuple[Writer, Recovery]:
         found = load(paths, name, lock)
         vouched.append(not found[1].unsettled and Path(paths.journal).exists())
         return found
@@ -360,7 +361,7 @@ def inherited_journal_appended_to(patch: Patch) -> None:
     """Commits go on behind frames that may be in the page cache alone."""
     load = _file_writer._load
 
-    def loaded(paths: Paths, name: str, lock: _fs.Lock) -> tuple[Writer, Recovery]:
+    def loaded(paths: Paths, name: str, lock: Lock) -> tuple[Writer, Recovery]:
         data = _fs.read(paths.journal)
         writer, recovery = load(paths, name, lock)
         if data is not None:
@@ -379,7 +380,7 @@ def inherited_journal_deleted(patch: Patch) -> None:
     """What was recovered is in memory alone until the new journal is written."""
     load = _file_writer._load
 
-    def loaded(paths: Paths, name: str, lock: _fs.Lock) -> tuple[Writer, Recovery]:
+    def loaded(paths: Paths, name: str, lock: Lock) -> tuple[Writer, Recovery]:
         found = load(paths, name, lock)
         _fs.discard(paths.journal)
         return found
@@ -401,7 +402,7 @@ def recovered_state_acknowledged_unwritten(patch: Patch) -> None:
     """What was found counts as durable, although it may be in the page cache alone."""
     load = _file_writer._load
 
-    def loaded(paths: Paths, name: str, lock: _fs.Lock) -> tuple[Writer, Recovery]:
+    def loaded(paths: Paths, name: str, lock: Lock) -> tuple[Writer, Recovery]:
         writer, recovery = load(paths, name, lock)
         return writer, recovery._replace(unsettled=False)
 

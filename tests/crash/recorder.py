@@ -250,7 +250,7 @@ class Recorder:
     # What they share
 
     def _name(self, path: str) -> str | None:
-        """Relative to the root. Nothing that the lock file holds or loses matters: `_fs.Lock` makes it anew."""
+        """Relative to the root. Nothing that the lock file holds or loses matters: `Lock` makes it anew."""
         if path.endswith(".lock") or not Path(path).is_relative_to(self.root):
             return None
         return str(Path(path).relative_to(self.root))

@@ -1,0 +1,184 @@
+"""The lock of a state on disk, and what the one who is refused is told."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Annotated
+
+import msgspec
+
+from lab_state import _forks as forks
+from lab_state._not_json import NOT_JSON
+from lab_state.exceptions import FencedError, LockedError, UnsupportedError
+from lab_state.storage import _fs as fs
+from lab_state.storage._proc_locks import find_holders
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """Who holds a lock, as the lock file says.
+
+    Anyone who may write the file can put anything there. The bounds keep line breaks
+    and escape sequences out of messages and logs.
+    """
+
+    host: Annotated[str, msgspec.Meta(pattern=r"^[\w.:-]{1,255}\Z")]
+    pid: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+    started: Annotated[str, msgspec.Meta(pattern=r"^[0-9T:+-]{1,40}\Z")]
+
+    def __str__(self) -> str:
+        """Process, machine and start."""
+        return f"pid {self.pid} on {self.host}, since {self.started}"
+
+
+class Lock:
+    """An advisory lock on a file that is never renamed and never unlinked.
+
+    `flock`, not `lockf`: the latter is dropped when anyone in the process closes any
+    descriptor of the file, and does not exclude another manager in the same process.
+
+    Attributes:
+        path: The lock file.
+        is_parents: Whether this is a forked child, and the lock its parent's.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path: str = path
+        self.is_parents: bool = False
+        self._fd = -1
+        self._identity = fs.NO_FILE
+        self._opening = True
+        forks.disown_in_children(self)  # before there is a descriptor: a fork can come at any time
+        try:
+            self._fd = fs.open_lock(path)
+            self._identity = fs.identity(self._fd, path)
+            self._opening = False
+            self._acquire()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        if self._opening:  # `_close` could not tell whose descriptor it is
+            fs.close(self._fd)
+        self._opening = False
+        self._close()
+
+    def _acquire(self) -> None:
+        if not fs.try_lock(self._fd, self.path):
+            raise LockedError(
+                f"{self.path} is locked by {self._who()}: stop it first, or use another name; a state has one writer"
+            )
+        _ours[self._identity] = self
+        holder = Holder(_host(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        fs.write_lock(self._fd, msgspec.json.encode(holder) + b"\n")
+
+    def _who(self) -> str:
+        try:
+            holder = msgspec.json.decode(fs.read_lock(self._fd), type=Holder)
+        except NOT_JSON:  # it has the lock, but has not yet said who it is
+            holder = None
+        if self._identity in _ours:
+            who = f"pid {os.getpid()}" if holder is None else str(holder)
+            return f"{who}, another manager in this process (was its stop() forgotten?)"
+        shown = [pid for pid in find_holders(*self._identity, fs.read) or () if pid]
+        return describe(holder, shown, self.path)
+
+    def check_process(self) -> None:
+        """Make sure that this is the process that took the lock. Does not block.
+
+        Raises:
+            UnsupportedError: It is a child, forked since: it has no threads to write with.
+        """
+        if self.is_parents:  # pragma: no cover -- a child's coverage is not collected
+            raise UnsupportedError(
+                f"{self.path} is locked by the parent of this forked process; start a manager of its own"
+            )
+
+    def check(self) -> None:
+        """Make sure that the path still names the file that is locked, and that the lock is held.
+
+        Raises:
+            FencedError: The file was deleted or replaced, or other code in this process
+                closed its descriptor, and so the lock is gone. Another process can own the
+                state by now.
+        """
+        if not fs.is_file(self.path, self._identity):
+            raise FencedError(
+                f"{self.path} was deleted or replaced, so another writer may own the state: restart this one"
+            )
+        if not fs.is_open(self._fd, self._identity):
+            raise FencedError(
+                f"{self.path} is no longer locked: other code in this process closed its descriptor, "
+                "so another writer may own the state: restart this one"
+            )
+
+    def release(self) -> None:
+        """Let go. Idempotent. A descriptor that is another file's by now is left alone."""
+        try:
+            # First, and not by closing alone: a child that is forked from here on may keep the descriptor.
+            if fs.is_open(self._fd, self._identity):
+                fs.unlock(self._fd)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        fd, is_open = self._fd, fs.is_open(self._fd, self._identity)
+        if _ours.get(self._identity) is self:
+            del _ours[self._identity]
+        self._fd, self._identity = -1, fs.NO_FILE
+        if is_open:
+            fs.close(fd)
+
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: close the descriptor. The lock stays the parent's, and goes with it."""
+        self.is_parents = True
+        self._close()
+        if self._opening:  # the parent was about to note which file it is
+            for fd in fs.descriptors(self.path):
+                fs.close(fd)
+
+
+_ours: dict[fs.Identity, Lock] = {}
+"""The locks of this process. Neither pid nor host name tells: two containers can have both in common."""
+
+
+def describe(holder: Holder | None, shown: list[int], path: str) -> str:
+    """Return who holds a lock that is not this process's own, for the message.
+
+    Args:
+        holder: What the lock file says; `None` if nothing can be made of it.
+        shown: The processes that took it, as `/proc/locks` has them. Empty where it does
+            not show them.
+        path: The lock file.
+    """
+    host = _host()
+    for pid in shown:
+        who = str(holder) if holder is not None and holder.pid == pid else f"pid {pid} on {host}"
+        if _is_running(pid):
+            return who
+        return f"a child of {who}, which has ended (`fuser {path}` finds the child)"
+    if holder is None:
+        return "another writer"
+    if holder.host == host and holder.pid == os.getpid():
+        return f"{holder}, in another container"
+    if holder.host == host and not _is_running(holder.pid):
+        return f"{holder}, which does not run here: it is in another container, or its child holds the lock"
+    return str(holder)
+
+
+def _host() -> str:
+    """Return the name of this machine, as it can stand in a message."""
+    return "".join(char if char.isalnum() or char in "_.:-" else "?" for char in socket.gethostname())[:255] or "?"
+
+
+def _is_running(pid: int) -> bool:
+    """Return whether there is such a process here."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
