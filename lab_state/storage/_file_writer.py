@@ -359,7 +359,7 @@ class Writer:
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """In a forked child: close all descriptors. The files are the parent's; the lock refuses every call."""
-        if self._left is None or not self._left.is_same_file(self._opened()):
+        if not self._left.is_same_file(self._opened()):
             self._fd = -1  # not ours to close, as in `_problem`
         self._use(-1)
         self.close_replaced()

@@ -23,7 +23,7 @@ class Holder(msgspec.Struct, frozen=True):
     and escape sequences out of messages and logs.
     """
 
-    host: Annotated[str, msgspec.Meta(pattern=r"^[\w.:-]{1,255}\Z")]
+    host: Annotated[str, msgspec.Meta(pattern=r"^[\w.:?-]{1,255}\Z")]
     pid: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
     started: Annotated[str, msgspec.Meta(pattern=r"^[0-9T:+-]{1,40}\Z")]
 
@@ -174,11 +174,11 @@ def _host() -> str:
 
 
 def _is_running(pid: int) -> bool:
-    """Return whether there is such a process here."""
+    """Return whether there is such a process, in this pid namespace or in that of `/proc`, which may be another one."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
+        return fs.fingerprint(f"/proc/{pid}") is not None
+    except PermissionError:  # another user's, which `/proc` may hide
         return True
     return True
