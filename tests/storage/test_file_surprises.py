@@ -30,7 +30,7 @@ from lab_state import (
 from lab_state import _journal as journal
 from lab_state._journal import Kind
 from lab_state.integrations._serving import health_of
-from lab_state.storage import _directory, _file_writer, _fs, _os_errors
+from lab_state.storage import _directory, _file_writer, _fs, _lock, _os_errors
 from lab_state.storage._file_writer import NewJournal, Writer
 from lab_state.storage.file import FileSession
 
@@ -370,14 +370,14 @@ async def test_a_state_that_goes_while_it_is_locked(tmp_path: Path) -> None:
     async with manager(tmp_path) as state:
         await state.set("a", 1)
     with pytest.MonkeyPatch.context() as patch:
-        real = _fs.Lock.__init__
+        real = _lock.Lock.__init__
 
-        def locking(self: _fs.Lock, path: str) -> None:
+        def locking(self: _lock.Lock, path: str) -> None:
             real(self, path)
             for name in ("lab.json", "lab.journal"):
                 (tmp_path / name).unlink()
 
-        patch.setattr(_fs.Lock, "__init__", locking)
+        patch.setattr(_lock.Lock, "__init__", locking)
         with pytest.raises(UnsupportedError, match=r"no state at .*lab\.json, and create=False"):
             await Manager("lab", FileStorage(tmp_path, create=False)).start()
     async with manager(tmp_path):
