@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state.exceptions import CorruptionError, UnavailableError
@@ -39,15 +39,17 @@ async def load(name: str, storage: Storage) -> Loaded:
         StorageError: See `Storage.read`.
     """
     # Storages that others wrote may be older than this method.
-    read = getattr(storage, "read", None)
+    read: Any = getattr(storage, "read", None)
     if isinstance(storage, type | os.PathLike) or not callable(read):
         raise TypeError(
             f"{type(storage).__name__} cannot be read without being opened: a storage needs "
             "`async def read(self, name: str) -> Reading`; see lab_state.Storage"
         )
     before: tuple[Reading, str] | None = None
+    path = name
     for _ in range(_MOST_READINGS):
-        reading = cast("Reading", await read(name))
+        reading: Reading = await read(name)
+        path = reading.path
         try:
             return await _decoded(reading)
         except CorruptionError as error:
@@ -55,7 +57,7 @@ async def load(name: str, storage: Storage) -> Loaded:
             if before is not None and _is_the_same(before, (reading, str(error))):
                 raise
             before = reading, str(error)
-    raise UnavailableError(f"{reading.path} changed each time that it was read; read it again")
+    raise UnavailableError(f"{path} changed each time that it was read; read it again")
 
 
 def _is_the_same(before: tuple[Reading, str], now: tuple[Reading, str]) -> bool:

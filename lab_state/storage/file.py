@@ -108,7 +108,8 @@ class FileStorage:
         """Read the files beside the writer that may have them open; see `Storage.read`.
 
         Needs the permission to read alone, and works on a file system that is mounted
-        read-only. A caller that is cancelled leaves nothing open.
+        read-only. A relative directory begins where the process is at the call. A caller
+        that is cancelled leaves nothing open.
 
         Raises:
             UnsupportedError: There is no state of this name in the directory; or a
