@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state.exceptions import CorruptionError, UnavailableError
@@ -39,8 +39,7 @@ async def load(name: str, storage: Storage) -> Loaded:
         StorageError: See `Storage.read`.
     """
     # Storages that others wrote may be older than this method.
-    read: Any = getattr(storage, "read", None)
-    if isinstance(storage, type | os.PathLike) or not callable(read):
+    if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "read", None)):
         raise TypeError(
             f"{type(storage).__name__} cannot be read without being opened: a storage needs "
             "`async def read(self, name: str) -> Reading`; see lab_state.Storage"
@@ -48,7 +47,7 @@ async def load(name: str, storage: Storage) -> Loaded:
     before: tuple[Reading, str] | None = None
     path = name
     for _ in range(_MOST_READINGS):
-        reading: Reading = await read(name)
+        reading = await storage.read(name)
         path = reading.path
         try:
             return await _decoded(reading)

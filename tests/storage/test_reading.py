@@ -165,8 +165,17 @@ def contents(directory: Path) -> dict[str, tuple[bytes, int]]:
     return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in sorted(directory.iterdir())}
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def read(directory: Path, **arguments: Any) -> Reading:
-    return read_files(str(directory), NAME, threading.Event(), **arguments)
+    """Read, and leave no file open, however that ends."""
+    before = open_files()
+    try:
+        return read_files(str(directory), NAME, threading.Event(), **arguments)
+    finally:
+        assert open_files() == before
 
 
 async def test_a_running_state_is_read(tmp_path: Path) -> None:
@@ -358,14 +367,9 @@ def test_a_long_file_is_read_in_several_calls(tmp_path: Path, monkeypatch: pytes
     file.close()
 
 
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def test_an_error_of_the_disk_is_no_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An I/O error, when reading or when looking a name up, is an `UnavailableError`, and descriptors are closed."""
     (tmp_path / f"{NAME}.journal").write_bytes(written(BASE))
-    before = open_files()
 
     def fails(*_: object) -> Any:
         raise OSError(5, "Input/output error")
@@ -379,7 +383,6 @@ def test_an_error_of_the_disk_is_no_missing_file(tmp_path: Path, monkeypatch: py
         patch.setattr(_fs_read.os, "stat", fails)  # type: ignore[attr-defined]  # likewise
         with pytest.raises(UnavailableError, match=r"looking up .*Input/output error"):
             _fs_read.is_there(str(tmp_path))
-    assert open_files() == before
 
 
 # What is replaced meanwhile
