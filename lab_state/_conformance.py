@@ -117,6 +117,26 @@ class StorageConformance(ReadingConformance):
             assert session.journal_bytes >= before + 300
             assert NAME in session.path
 
+    async def test_progress_is_told(self) -> None:
+        """`progress` grows by what a commit and a checkpoint write, never goes back, and can be read at any time."""
+        session = await self.make_storage().open(NAME)
+        seen = [session.progress]
+
+        async def slices() -> AsyncIterator[bytes]:
+            for _ in range(3):
+                seen.append(session.progress)
+                yield b"s" * 1_000_000
+
+        await session.commit(b"r" * 3_000_000, slices)
+        seen.append(session.progress)
+        assert seen[-1] - seen[0] >= 3_000_000
+        await session.checkpoint(slices)
+        seen.append(session.progress)
+        assert seen[-1] - seen[0] >= 6_000_000
+        await session.aclose()
+        seen.append(session.progress)
+        assert seen == sorted(seen)
+
     async def test_a_checkpoint_becomes_due(self) -> None:
         """A journal that only grows asks for a checkpoint, and no longer once it had one."""
         async with opened(self.make_storage()) as session:

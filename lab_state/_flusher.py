@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 from lab_state._clock import Clock, Pauses, Timer, resolver
@@ -23,6 +23,7 @@ from lab_state._durability import Durability
 from lab_state._foreign import only_storage_errors, pass_on, storage_error, tell_fenced
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
+from lab_state._standstill import Standstill
 from lab_state._state import Changes, State
 from lab_state._views import Views
 from lab_state._waiters import Waiters, copied
@@ -90,6 +91,9 @@ class Flusher(Durability):
         self._checkpoint_pauses = Pauses(clock, _FIRST_PAUSE, longest)
         self._stopping = self._abandoned = self._aborted = False
         self._deadline = math.inf
+        _ = session.progress  # without it stop() could not tell a slow storage from one that hangs: not noticed then
+        self._slices = 0  # of records and snapshots, given to the storage: to encode them is progress too
+        self._failure: StorageError | None = None  # what the last commit failed with
         self._stop_error: LabStateError | None = None
         self._records = len(session.recovery.records) + self._unsettled  # behind the last snapshot
         self._checkpoint_due = False
@@ -108,7 +112,9 @@ class Flusher(Durability):
             raise
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- a bound on what it does, not on being awaited
-        """Flush, checkpoint, close the session; not longer than `timeout` seconds.
+        """Flush, checkpoint, close the session; end once there was no progress for `timeout` seconds.
+
+        A flush that fails is tried again until `timeout` seconds after the call.
 
         Raises:
             StorageError: What kept the last flush from succeeding.
@@ -117,14 +123,12 @@ class Flusher(Durability):
         self._deadline = self._clock.monotonic() + timeout
         if self._timer is not None:
             self._timer.cancel()
-        expired = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_later(timeout, resolver(expired))
+        standstill = Standstill(self._clock, timeout, self._progress)
         if self._task.done() or self._task.get_loop() is not self.loop:  # its loop was torn down before
             self._begin(self._run())
         self._wake.set()
-        await asyncio.wait({self._task, expired}, return_when=asyncio.FIRST_COMPLETED)
-        timer.cancel()
-        expired.cancel()
+        await asyncio.wait({self._task, standstill.reached}, return_when=asyncio.FIRST_COMPLETED)
+        standstill.cancel()
         if not self._task.done():
             self._abandon(timeout)
         if self._stop_error is not None:
@@ -198,33 +202,36 @@ class Flusher(Durability):
                 self.unflushed_keys,
             )
             return
-        error: LabStateError = UnavailableError(f"the flush task of {self._name!r} {what}")
         lost = not self._all_durable
+        cut_off = lost and task.cancelled() and not self._aborted and self._stop_error is None
+        if cut_off:
+            what = f"was cut off by the end of the event loop: {self.unflushed_keys} changed keys may not be durable"
+        error: LabStateError = UnavailableError(
+            f"the {'last flush' if lost else 'flush task'} of {self._name!r} {what}"
+        )
         if lost:
-            error = self._stop_error = self._stop_error or UnavailableError(f"the last flush of {self._name!r} {what}")
+            error = self._stop_error = self._stop_error or error
         self._give_up(error)
-        if lost and task.cancelled() and not self._aborted:  # so may whoever stops be, and nobody else would tell
-            self._logger.error(
-                "%s: the flush task was cancelled: %d changed keys are not durable, and lost",
-                self._name,
-                self.unflushed_keys,
-            )
+        if cut_off:  # so may be the caller of stop(): then the log alone tells
+            self._logger.error("%s: stop() failed: %s", self._name, error)
 
     def _abandon(self, timeout: float) -> None:
         """Leave a storage call that hangs to itself; the session is closed when it ends."""
         self._abandoned = True
         if self._all_durable:
             self._logger.warning(
-                "%s: everything is durable, but stop() ran out of its %s s during the checkpoint; "
+                "%s: everything is durable, but the checkpoint of stop() made no progress for %s s; "
                 "the state stays locked until the storage answers",
                 self._name,
                 timeout,
             )
             return
+        why = "" if self._failure is None else f"; the flush before failed: {self._failure}"
         self._stop_error = UnavailableError(
-            f"stop() ran out of its {timeout} s while the storage was at work: {self.unflushed_keys} changed keys of "
-            f"{self._name!r} may not be durable; the state stays locked until the storage answers"
+            f"stop() gave up, since the storage made no progress for {timeout} s: {self.unflushed_keys} changed keys of "
+            f"{self._name!r} may not be durable; the state stays locked until the storage answers{why}"
         )
+        self._stop_error.__cause__ = self._failure
         self._give_up(self._stop_error)
 
     @property
@@ -288,7 +295,7 @@ class Flusher(Durability):
         """One commit of all that is unflushed."""
         self._begun += 1
         number = self._begun
-        views = Views(self.state)
+        views = Views(self.state, given=self._count)
         taken: Changes | None = None
         try:
             self._waiters.board()
@@ -327,15 +334,30 @@ class Flusher(Durability):
             return True
 
     async def _write(self, taken: Changes, views: Views) -> bool:
-        record = await joined(encode_record(taken))
+        record = await joined(self._counted(encode_record(taken)))
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
+
+    def _progress(self) -> int:
+        """What grows while anything is written, or made ready for it."""
+        try:
+            return self._session.progress + self._slices
+        except Exception:  # noqa: BLE001 -- a storage that breaks its promise must not make stop() endless
+            return self._slices
+
+    def _count(self) -> None:
+        self._slices += 1
+
+    def _counted(self, slices: Iterable[bytes]) -> Iterator[bytes]:
+        for part in slices:
+            self._slices += 1
+            yield part
 
     def _succeeded(self, seconds: float) -> None:
         failures = self._pauses.failures
         self._unsettled = False
         self._records += 1
         self.flushes += 1
-        self.last_error = None
+        self.last_error = self._failure = None
         self.last_flush_at = self._clock.time()
         self.last_flush_seconds = seconds
         self._times.add(seconds)
@@ -347,7 +369,7 @@ class Flusher(Durability):
     def _failed(self, error: StorageError) -> None:
         self.failures += 1
         self._times.failures += 1
-        self.last_error = error
+        self.last_error = self._failure = error
         pause = self._pauses.begin()
         retried = self._interval is not None or self._unsettled
         if self._stopping or isinstance(error, FencedError):
@@ -418,7 +440,7 @@ class Flusher(Durability):
 
     async def _checkpoint(self, *, wait: bool) -> None:
         self._checkpoint_due = False
-        views = Views(self.state, self.durable if wait else None)
+        views = Views(self.state, self.durable if wait else None, given=self._count)
         before = self._records
 
         def snapshot() -> AsyncIterator[bytes]:

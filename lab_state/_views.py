@@ -15,9 +15,16 @@ _FOLDED_AT_ONCE = 1000
 class Views:
     """The views that one storage call takes of a state."""
 
-    def __init__(self, state: State, durable: Callable[[int], Awaitable[None]] | None = None) -> None:
-        """`durable`, if given, is awaited with the revision of a view before its last slice is given."""
+    def __init__(
+        self,
+        state: State,
+        durable: Callable[[int], Awaitable[None]] | None = None,
+        *,
+        given: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`durable`, if given, is awaited with the revision of a view before its last slice; `given` called for each."""
         self._state = state
+        self._one_given = given
         self._durable = durable
         self._taken: list[dict[str, Stored]] = []
 
@@ -40,6 +47,7 @@ class Views:
         last = b""
         for part in slices:
             if last:
+                self._one_given()
                 yield last
             await asyncio.sleep(0)
             last = part
@@ -47,6 +55,7 @@ class Views:
             self._state.owned(view)
         if self._durable is not None:
             await self._durable(revision)
+        self._one_given()
         yield last
 
     async def fold(self) -> None:

@@ -302,6 +302,10 @@ class _FaultySession:
     def journal_bytes(self) -> int:
         return self._inner.journal_bytes
 
+    @property
+    def progress(self) -> int:
+        return self._inner.progress
+
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
         return await self._call("commit", lambda: self._inner.commit(record, snapshot), len(record))
 

@@ -202,6 +202,10 @@ class WaitingSession:
         return self._inner.snapshot_bytes
 
     @property
+    def progress(self) -> int:
+        return self._inner.progress
+
+    @property
     def journal_bytes(self) -> int:
         return self._inner.journal_bytes
 

@@ -29,7 +29,7 @@ PACKAGE = Path(inspect.getfile(lab_state)).parent
 LAYERS = (
     ("exceptions", "config"),
     ("_clock", "_crc", "_expiry", "_forks", "_not_json", "_journal", "_log", "_metrics", "_waiters", "_whole"),
-    ("_state", "_values"),
+    ("_state", "_values", "_standstill"),
     ("_draft", "_sweeper", "_watch", "_codec", "storage", "storage.*"),
     ("_views", "_pending", "_durability", "_foreign", "_opening"),
     ("_flusher",),

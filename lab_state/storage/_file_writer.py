@@ -122,7 +122,7 @@ def _keep_torn(path: str, data: bytes, begin: int) -> None:
             fs.discard(old)
         # In pieces: one copy of all of it would hold up every other thread.
         tail = [data[at : at + _COPIED_AT_ONCE] for at in range(begin, len(data), _COPIED_AT_ONCE)]
-        fs.close(fs.create(f"{path}.torn-{time.time_ns() // 1_000_000}", tail))
+        fs.close(fs.create(f"{path}.torn-{time.time_ns() // 1_000_000}", tail, fs.Progress()))
     except StorageError as error:
         _logger.warning("the torn tail of %s could not be put aside: %s", path, error)
 
@@ -161,7 +161,7 @@ class NewJournal:
         records: How many records were added.
     """
 
-    def __init__(self, path: str, name: str) -> None:
+    def __init__(self, path: str, name: str, progress: fs.Progress) -> None:
         """For the state of this name, whose journal is at `path`. Nothing is touched."""
         self.path: str = fs.temporary(path)
         self.base: str = NO_BASE
@@ -170,13 +170,14 @@ class NewJournal:
         self.end: int = 0
         self.records: int = 0
         self._name = name
+        self._progress = progress
         forks.disown_in_children(self)
 
     def create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
         """Make the file, with a header and these frames, and sync."""
         self.base = base
         parts = [journal.header(self._name, self.salt, base), *self._framed(frames)]
-        self.fd = fs.create(self.path, parts)
+        self.fd = fs.create(self.path, parts, self._progress)
         self.end = sum(map(len, parts))
 
     def add(self, records: list[bytes]) -> None:
@@ -185,7 +186,7 @@ class NewJournal:
             return
         parts = self._framed((Kind.RECORD, record) for record in records)
         try:
-            fs.append(self.fd, self.path, parts, self.end)
+            fs.append(self.fd, self.path, parts, self.end, self._progress)
         except fs.TornWriteError as torn:
             raise torn.error from torn.__cause__
         self.end += sum(map(len, parts))
@@ -238,6 +239,7 @@ class Writer:
         generation: Counts the journals given up because of an error.
         since: The records committed since the view of a checkpoint, while there is one.
         replaced: Files that have no name any more, for the checkpoint's thread to close.
+        progress: Counts the bytes that commits and checkpoints hand to the disk.
     """
 
     def __init__(self, name: str, paths: Paths, lock: Lock) -> None:
@@ -254,6 +256,7 @@ class Writer:
         self.generation: int = 0
         self.since: list[bytes] | None = None
         self.replaced: list[int] = []
+        self.progress: fs.Progress = fs.Progress()
         self._fd = -1
         self._left = fs.UNKNOWN
         self._is_timed = True
@@ -280,7 +283,7 @@ class Writer:
     def _append(self, kind: Kind, payload: bytes) -> None:
         parts = journal.frame_parts(self._salt, kind, payload)
         try:
-            fs.append(self._fd, self.paths.journal, parts, self.end)
+            fs.append(self._fd, self.paths.journal, parts, self.end, self.progress)
         except fs.TornWriteError as torn:
             self._poison()
             raise torn.error from torn.__cause__
@@ -425,7 +428,7 @@ class Writer:
     def _create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
         if self.unsynced:
             self._sync_found(snapshot=base not in (ANY_BASE, NO_BASE))
-        new = NewJournal(self.paths.journal, self.name)
+        new = NewJournal(self.paths.journal, self.name, self.progress)
         try:
             new.create(base, *frames)
             self._put_in_place(new)

@@ -19,7 +19,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import IO, NamedTuple, TypeAlias, cast
 
@@ -36,12 +37,32 @@ if sys.platform != "win32":  # pragma: no branch -- never run there
 _SYNCED_AT_ONCE = 1024 * 1024
 """Of a large new file. A journal's sync has to wait for what the file system has taken in of it by then."""
 
+_APPENDED_AT_ONCE = 4 * 1024 * 1024
+"""Of a large record, between two syncs: one sync of a hundred megabytes cannot be told from a disk that hangs."""
+
 _COPIED = 64 * 1024
 """Up to so many bytes are copied to spare a system call; a copy of more would hold up every other thread."""
 
 
 _NOT_FOR_DIRECTORIES = {errno.EINVAL, errno.ENOSYS}
 """What a file system answers that cannot sync a directory: CIFS, FUSE, DrvFs."""
+
+
+class Progress:
+    """How many bytes were handed to the disk.
+
+    Attributes:
+        count: The number. It never goes back, and may be read from any thread.
+    """
+
+    def __init__(self) -> None:
+        self.count: int = 0
+        self._lock = threading.Lock()  # a checkpoint counts beside a commit
+
+    def add(self, size: int) -> None:
+        """Count so many bytes more; from any thread."""
+        with self._lock:
+            self.count += size
 
 
 def open_lock(path: str) -> int:
@@ -219,12 +240,16 @@ def read(path: str) -> bytes | None:
             close(fd)
 
 
-def create(path: str, parts: Sequence[bytes]) -> int:
+def create(path: str, parts: Sequence[bytes], progress: Progress) -> int:
     """A new file with these bytes, synced; returns its descriptor. Leaves nothing behind when it fails."""
     with translated("writing", path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            _write(fd, parts, 0)
+            offset = 0
+            for step in _steps(parts):
+                if offset:
+                    _sync_data(fd)
+                offset = _write(fd, step, offset, progress)
             _sync(fd)
         except BaseException:
             close(fd)
@@ -252,8 +277,9 @@ class NewFile:
     may follow at any time, whatever was cancelled before it.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, progress: Progress) -> None:
         self.path = path
+        self._progress = progress
         self._fd = -1
         forks.disown_in_children(self)
 
@@ -279,12 +305,14 @@ class NewFile:
                 rest = memoryview(part)
                 while rest:
                     check()
-                    rest = rest[await file.write(rest) :]
-                unsynced += len(part)
-                if unsynced >= _SYNCED_AT_ONCE:
-                    check()
-                    await asyncio.wrap_future(thread.submit(_sync_data, self._fd))
-                    unsynced = 0
+                    written = await file.write(rest[:_SYNCED_AT_ONCE])
+                    rest = rest[written:]
+                    unsynced += written
+                    self._progress.add(written)
+                    if unsynced >= _SYNCED_AT_ONCE:
+                        check()
+                        await asyncio.wrap_future(thread.submit(_sync_data, self._fd))
+                        unsynced = 0
 
     def finish(self) -> None:
         """Sync and close."""
@@ -373,47 +401,82 @@ class TornWriteError(Exception):
         self.error = error
 
 
-def append(fd: int, path: str, parts: Sequence[bytes], offset: int) -> None:
-    """Write at the end of a file, and sync.
+def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: Progress) -> None:
+    """Write at the end of a file, and sync; what is large in steps, each synced.
 
     Raises:
         StorageError: The write failed and was undone.
         TornWriteError: With the `StorageError`: the end of the file is unknown.
     """
-    try:
-        _write(fd, parts, offset)
-    except OSError as error:
+    end = offset
+    for step in _steps(parts):
+        if end > offset:
+            _sync_or_tear(fd, path)
         try:
-            os.ftruncate(fd, offset)
-        except OSError:
-            raise TornWriteError(storage_error("writing", path, error)) from error
-        raise storage_error("writing", path, error) from error
+            end = _write(fd, step, end, progress)
+        except OSError as error:
+            try:
+                os.ftruncate(fd, offset)
+            except OSError:
+                raise TornWriteError(storage_error("writing", path, error)) from error
+            if end > offset:  # the steps before are on the disk: so must be their end
+                _sync_or_tear(fd, path)
+            raise storage_error("writing", path, error) from error
+    _sync_or_tear(fd, path)
+
+
+def _sync_or_tear(fd: int, path: str) -> None:
     try:
         _sync_data(fd)
     except OSError as error:
         raise TornWriteError(storage_error("syncing", path, error)) from error
 
 
-def _write(fd: int, parts: Sequence[bytes], offset: int) -> None:
+def _steps(parts: Sequence[bytes]) -> Iterable[Sequence[bytes | memoryview]]:
+    """The parts, those of one step together: what is written between two syncs."""
+    return (parts,) if sum(map(len, parts)) <= _APPENDED_AT_ONCE else _cut(parts)
+
+
+def _cut(parts: Sequence[bytes]) -> Iterator[Sequence[memoryview]]:
+    step: list[memoryview] = []
+    size = 0
+    for part in parts:
+        rest = memoryview(part)
+        while rest:
+            piece = rest[: _APPENDED_AT_ONCE - size]
+            rest = rest[len(piece) :]
+            step.append(piece)
+            size += len(piece)
+            if size == _APPENDED_AT_ONCE:
+                yield step
+                step, size = [], 0
+    if step:
+        yield step
+
+
+def _write(fd: int, parts: Sequence[bytes | memoryview], offset: int, progress: Progress) -> int:
+    """Write the parts one after the other; returns the offset behind them."""
     for batch in (b"".join(parts),) if sum(map(len, parts)) <= _COPIED else _batched(parts):
         rest = memoryview(batch)
         while rest:
             written = os.pwrite(fd, rest, offset)
             offset += written
+            progress.add(written)
             rest = rest[written:]
+    return offset
 
 
-def _batched(parts: Sequence[bytes]) -> Iterator[bytes]:
+def _batched(parts: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
     """Small parts joined, to spare system calls; a large one as it is."""
-    batch: list[bytes] = []
+    batch: list[bytes | memoryview] = []
     size = 0
     for part in parts:
         if size and size + len(part) > _COPIED:
-            yield b"".join(batch)
+            yield batch[0] if len(batch) == 1 else b"".join(batch)
             batch, size = [], 0
         batch.append(part)
         size += len(part)
-    yield b"".join(batch)
+    yield batch[0] if len(batch) == 1 else b"".join(batch)
 
 
 def _sync(fd: int) -> None:

@@ -102,6 +102,20 @@ class StorageSession(Protocol):
         """The size in bytes of what a checkpoint would drop."""
         ...
 
+    @property
+    def progress(self) -> int:
+        """How many bytes were handed to the disk or the store since the state was opened.
+
+        It grows while `commit` and `checkpoint` write or send, also within a large
+        write: every few MiB are counted once they are written, and synced where the
+        storage syncs, or sent. It never goes back, and what is written or sent again
+        need not be counted again. Read on the event loop at any time, after `aclose` as well.
+
+        `stop()` ends when this stands still for `Config.stop_timeout` seconds: a slow
+        storage is told from one that hangs.
+        """
+        ...
+
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
         """Make one record durable.
 

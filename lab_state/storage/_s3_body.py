@@ -119,6 +119,8 @@ class Upload:
     def __init__(self, spool: Spool | _Bytes) -> None:
         self._spool = spool
         self.moved: Callable[[], object] = lambda: None  # called for each part that goes out
+        self.sent: int = 0  # bytes; what is sent again does not count
+        self.count: Callable[[int], object] = lambda _: None  # called with how many more
 
     def __len__(self) -> int:
         """The size; botocore asks for it."""
@@ -135,3 +137,6 @@ class Upload:
             self.moved()
             yield part
             position += len(part)
+            if position > self.sent:
+                self.count(position - self.sent)
+                self.sent = position

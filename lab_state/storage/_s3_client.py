@@ -215,11 +215,13 @@ class Requests:
 
     Attributes:
         thread: Where what would hold up the event loop is done.
+        sent: How many bytes of bodies were sent; what is sent again does not count.
     """
 
     def __init__(self, bucket: str, connecting: Callable[[], Awaitable[Client]], thread: Threads, time: Time) -> None:
         self.thread: Threads = thread
         self.time: Time = time
+        self.sent: int = 0
         self._bucket = bucket
         self._connecting = connecting
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -365,10 +367,11 @@ class Requests:
 
     async def _put_once(self, key: str, body: Body, metadata: dict[str, str], etag: str | None) -> str:
         condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+        upload = body.content if isinstance(body.content, Upload) else None
         async with self.time.limit(STANDSTILL) as limit:
             client = await self._client()
-            if isinstance(body.content, Upload):
-                body.content.moved = limit.moved
+            if upload is not None:
+                upload.moved, upload.count = limit.moved, self._count
             response = await client.put_object(
                 Bucket=self._bucket,
                 Key=key,
@@ -379,7 +382,11 @@ class Requests:
                 Metadata=metadata,
                 **condition,
             )
+        self._count(body.size - (0 if upload is None else upload.sent))
         return str(response.get("ETag") or "")
+
+    def _count(self, size: int) -> None:
+        self.sent += size
 
     async def _etag(self, key: str, write_id: str, tries: Tries) -> str:
         """For a store that does not tell the ETag of what was written."""

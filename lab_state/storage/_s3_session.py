@@ -76,6 +76,11 @@ class S3Session:
         """The size of the records that the snapshot does not cover."""
         return sum(self._records.values())
 
+    @property
+    def progress(self) -> int:
+        """How many bytes of records and snapshots were sent to the store."""
+        return self._store.sent
+
     # Commits
 
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:  # noqa: ARG002 -- there is always room for a number

@@ -158,6 +158,11 @@ class FileSession:
         """The size of the journal."""
         return self._writer.end
 
+    @property
+    def progress(self) -> int:
+        """How many bytes commits and checkpoints have handed to the disk so far."""
+        return self._writer.progress.count
+
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
         """Append one frame and sync, in one hop; see `StorageSession.commit`."""
         self._check_open()
@@ -185,8 +190,8 @@ class FileSession:
         slices = snapshot()
         since: list[bytes] = []
         writer.since = since
-        new = fs.NewFile(fs.temporary(writer.paths.snapshot))
-        upcoming = NewJournal(writer.paths.journal, writer.name)
+        new = fs.NewFile(fs.temporary(writer.paths.snapshot), writer.progress)
+        upcoming = NewJournal(writer.paths.journal, writer.name, writer.progress)
         self._new = new, upcoming
         try:
             generation = writer.generation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import AsyncIterator
 
 from lab_state import _forks as forks
 from lab_state import _journal as journal
@@ -64,6 +65,7 @@ class MemorySession:
         self._place = place
         self._since: list[bytes] | None = None
         self.path: str = _path(name)
+        self.progress: int = 0
         base = _base(place.snapshot)
         data = bytes(place.journal or b"")
         scan = None if place.journal is None else journal.scan(data, name, self.path)
@@ -99,6 +101,7 @@ class MemorySession:
         """Append one frame; see `StorageSession.commit`."""
         self._check_open()
         self._journal += journal.frame(self._salt, Kind.RECORD, record)
+        self.progress += len(record)
         if self._since is not None:
             self._since.append(record)
         return self.journal_bytes > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
@@ -110,7 +113,7 @@ class MemorySession:
         since: list[bytes] = []
         self._since = since
         try:
-            data = await collected(slices)
+            data = await collected(self._counted(slices))
         finally:
             self._since = None
         self._check_open()
@@ -118,6 +121,11 @@ class MemorySession:
         self._journal[:] = journal.header(self._name, self._salt, _base(data)) + frames
         self._place.snapshot = data
         self.recovery = self.recovery.used()
+
+    async def _counted(self, slices: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for part in slices:
+            self.progress += len(part)
+            yield part
 
     async def aclose(self) -> None:
         """Let go; see `StorageSession.aclose`."""

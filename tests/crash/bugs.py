@@ -279,7 +279,7 @@ def journal_truncated_in_place(patch: Patch) -> None:
         data = os.pread(new.fd, new.end, 0)
         self._salt, self.end = new.salt, new.end
         _system().ftruncate(self._fd, 0)
-        _fs.append(self._fd, self.paths.journal, [data], 0)
+        _fs.append(self._fd, self.paths.journal, [data], 0, self.progress)
 
     patch.setattr(Writer, "_put_in_place", truncate)
 

@@ -112,7 +112,7 @@ class Life:
     def _check_error(self, said: dict[str, Any]) -> None:
         """It is of the right class, and says where, why, and what to do; the status of that moment knows of it."""
         where, message = said["where"], said["message"]
-        if where == "stop" and "stop() ran out of its 10 s while the storage was at work" in message:
+        if where == "stop" and "the storage made no progress for 10 s" in message:
             return  # a slow disk
         kind, remedy = REMEDIES[said["errno"]]
         assert said["kind"] == kind, said
