@@ -25,8 +25,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             call that changes something returns only when its change is durable
             (concurrent callers share one write). `None`: only `flush()` and
             `stop()` write.
-        stop_timeout: Seconds that `stop()` may spend, above 0: on the last flush
-            first, then on a checkpoint as far as time allows.
+        stop_timeout: Seconds without progress after which `stop()` gives up, above 0.
+            While bytes are written or sent it goes on, however large the state is. A
+            flush that fails is tried again for so many seconds.
         lock_timeout: Seconds for which `start()` tries again while another writer
             holds the state, 0 or more; `None` for ever. `0`: it raises `LockedError`
             at once. For servers that start the new process before the old one has

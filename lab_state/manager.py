@@ -288,17 +288,19 @@ class Manager(Scope):
         return time
 
     async def stop(self) -> None:
-        """Flush, write a checkpoint as far as time allows, and let go of the state.
+        """Flush, write a checkpoint, and let go of the state.
 
-        Takes `Config.stop_timeout` seconds at most. A flush that fails is tried again
-        until then. A storage call that still hangs is left to itself, and the state
-        stays locked until it ends. The cache gets what it has not got yet, for one second
+        Goes on while bytes are written or sent, and ends once there was no progress for
+        `Config.stop_timeout` seconds, or up to an eighth more. A flush that fails is
+        tried again for so many seconds. A storage call that hangs is left to itself,
+        and the state stays locked until it ends. The cache gets what it has not got yet, for one second
         more at most. A second call waits for the first; a call before
         `start()` does nothing. Cancelling the caller does not cancel the stop.
 
         Raises:
-            StorageError: What kept the last flush from succeeding. Everything was let
-                go all the same; the changes since `durable_revision` are lost.
+            StorageError: What kept the last flush from succeeding, or that the storage
+                hangs, with what the flush before failed with. Everything was let go all
+                the same; the changes since `durable_revision` are lost.
             RuntimeError: `start()` is still under way; cancel that instead. Or this is
                 another event loop than that of `start()`, which is not closed.
         """

@@ -10,7 +10,7 @@ from running import idle, until
 
 from lab_state import Config, Manager, MemoryStorage, UnavailableError
 from lab_state._standstill import Standstill
-from lab_state.storage import Snapshot, StorageSession
+from lab_state.storage import Reading, Snapshot, StorageSession
 from lab_state.testing import FaultyStorage, ManualClock
 
 
@@ -26,6 +26,9 @@ class Slow:
     async def open(self, name: str) -> StorageSession:
         self.session = SlowSession(self, await self.inner.open(name))
         return self.session
+
+    async def read(self, name: str) -> Reading:
+        return await self.inner.read(name)
 
 
 class SlowSession:

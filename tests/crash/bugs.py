@@ -65,9 +65,9 @@ def no_sync_of_a_commit(patch: Patch) -> None:
 def acknowledged_before_the_sync(patch: Patch) -> None:
     """The sync of a frame comes with the next one."""
 
-    def append(fd: int, path: str, parts: Sequence[bytes], offset: int) -> None:
+    def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: _fs.Progress) -> None:
         _fs._sync_data(fd)
-        _fs._write(fd, parts, offset)
+        _fs._write(fd, parts, offset, progress)
 
     patch.setattr(_fs, "append", append)
 
@@ -80,9 +80,9 @@ def no_sync_of_a_snapshot(patch: Patch) -> None:
 def no_sync_of_a_new_journal(patch: Patch) -> None:
     """A new journal is renamed with its bytes in the cache."""
 
-    def create(path: str, parts: Sequence[bytes]) -> int:
+    def create(path: str, parts: Sequence[bytes], progress: _fs.Progress) -> int:
         fd: int = _system().open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        _fs._write(fd, parts, 0)
+        _fs._write(fd, parts, 0, progress)
         return fd
 
     patch.setattr(_fs, "create", create)
@@ -234,9 +234,9 @@ def failed_changes_forgotten(patch: Patch) -> None:
 def cut_short_write_left_in_place(patch: Patch) -> None:
     """The next frame goes behind what is left of one that found no room."""
 
-    def append(fd: int, path: str, parts: Sequence[bytes], offset: int) -> None:
+    def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: _fs.Progress) -> None:
         with translated("writing", path):
-            _fs._write(fd, parts, os.fstat(fd).st_size)
+            _fs._write(fd, parts, os.fstat(fd).st_size, progress)
             _fs._sync_data(fd)
 
     patch.setattr(_fs, "append", append)
@@ -294,7 +294,7 @@ def last_commits_beside_a_checkpoint_not_synced(patch: Patch) -> None:
 
     def add(self: NewJournal, records: list[bytes]) -> None:
         parts = self._framed((Kind.RECORD, record) for record in records)
-        _fs._write(self.fd, parts, self.end)
+        _fs._write(self.fd, parts, self.end, self._progress)
         self.end += sum(map(len, parts))
 
     patch.setattr(NewJournal, "add", add)
