@@ -277,7 +277,7 @@ class StrangeSession:
         self._inner, self._problem, self._during = inner, problem, during
         self.recovery = inner.recovery
         self.path = inner.path
-        self.snapshot_bytes = self.journal_bytes = 0
+        self.snapshot_bytes = self.journal_bytes = self.progress = 0
 
     def _strange(self, during: str) -> None:
         if self._during == during:
