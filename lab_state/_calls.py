@@ -31,6 +31,12 @@ class Calls(Writing):
     0, a write returns when it is durable; if it raises `StorageError`, or its caller
     is cancelled, the change stays and is retried: it is not durable yet, not undone.
 
+    Once the manager knows that a newer writer owns the state, every write raises
+    `FencedError` and changes nothing, whatever `Config.flush_interval` is, also where
+    it would have changed nothing anyway. Reads go on. If the manager's flush task has
+    ended before `stop()`, because other code cancelled it, every write raises
+    `UnavailableError` in the same way; see `Status.task_failure`.
+
     Every call raises `ClosedError` before `start()` and after `stop()`, and
     `InvalidKeyError` for a key that is not a `str` of 1 to 1,024 characters without
     NUL and lone surrogates, and not `$lab_state`; only `in` says no to such a key. A
@@ -53,7 +59,8 @@ class Calls(Writing):
         Raises:
             InvalidValueError: JSON cannot hold the value; the error says where in it.
                 Or `ttl` is out of bounds.
-            StorageError: Only with a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
         """
         core = self._core
         if ttl is not None or core.blocked:
@@ -108,7 +115,8 @@ class Calls(Writing):
         Raises:
             InvalidValueError: One of the values cannot be kept, or `ttl` is out of
                 bounds; none was stored.
-            StorageError: Only with a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
         """
         self._check_writable()
         if not isinstance(values, Mapping):
@@ -138,7 +146,8 @@ class Calls(Writing):
 
         Raises:
             InvalidValueError: `ttl` is out of bounds.
-            StorageError: Only with a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
         """
         lifetime = self._lifetime(ttl)
         await self._turn()
@@ -154,7 +163,8 @@ class Calls(Writing):
         """Delete a key; returns whether it was there.
 
         Raises:
-            StorageError: Only with a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
         """
         return await self.delete_many((key,)) == 1
 
@@ -162,7 +172,8 @@ class Calls(Writing):
         """Delete those of the keys that are there, as one change; returns how many.
 
         Raises:
-            StorageError: Only with a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
         """
         self._check_open()
         wanted = [self._full(key) for key in many_keys(keys)]
@@ -176,7 +187,8 @@ class Calls(Writing):
         """Delete every key that starts with `prefix`, as one change; returns how many.
 
         Raises:
-            StorageError: Only with a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
         """
         await self._turn()
         keys = self._keys(prefix) if self._prefix or prefix else None
@@ -202,7 +214,8 @@ class Calls(Writing):
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored value is not a `type`; it was not deleted.
-            StorageError: Only with a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
         """
         await self._turn()
         value = self.get_nowait(key, default, type=type)
@@ -231,7 +244,8 @@ class Calls(Writing):
             TypeMismatchError: The stored or the new value is not a `type`.
             InvalidValueError: The new value cannot be kept, is an awaitable, or is
                 `None` where the old one was not: a forgotten `return`.
-            StorageError: Only with a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
         """
         check_callable("update", fn)
         await self._turn()
@@ -268,7 +282,8 @@ class Calls(Writing):
             TypeMismatchError: The stored or the new value is not a `type`.
             InvalidValueError: The new value cannot be kept, or is an awaitable; or `ttl`
                 is out of bounds.
-            StorageError: Only with a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
         """
         check_callable("get_or_set", factory)
         lifetime = self._lifetime(ttl)
@@ -289,7 +304,8 @@ class Calls(Writing):
 
         Raises:
             InvalidValueError: JSON cannot hold the value, or `ttl` is out of bounds.
-            StorageError: Only with a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
         """
         stored = self._encode(value)
         lifetime = self._lifetime(ttl)
@@ -317,7 +333,8 @@ class Calls(Writing):
             TypeMismatchError: The stored value is not a number.
             InvalidValueError: `delta`, `default` or the sum is not a finite number; or
                 `ttl` is out of bounds.
-            StorageError: Only with a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
         """
         for name, number in (("delta", delta), ("default", default)):
             if not _is_number(number):

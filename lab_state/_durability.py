@@ -69,9 +69,7 @@ class Durability:
         """`durable`, for a change that the caller has just made: on this event loop, and in no commit yet."""
         if get_ident() != self._thread or not self.loop.is_running():  # `check_loop` may be a system call
             self.check_loop()
-        if self._over:
-            self._refuse()
-        self._wake.set()
+        self._wake.set()  # a commit will come: `check_writable`, or what stands for it, came before the change
         # `Waiters.wait`, written out: a coroutine less for each of a hundred writers.
         future: asyncio.Future[None] = self.loop.create_future()
         self._waiters.next.append((revision, future))

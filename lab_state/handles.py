@@ -132,7 +132,7 @@ class Scope(Calls):
                 stopped meanwhile, and nothing was changed.
             FencedError: At entering, and at leaving: a newer writer owns the state.
                 Nothing was changed.
-            StorageError: At leaving, only with a `flush_interval` of 0: not durable yet.
+            StorageError: At leaving, with a `flush_interval` of 0: not durable yet.
         """
         return self._transaction()
 

@@ -335,6 +335,17 @@ class TestOnFenced:
         Manager("test", MemoryStorage(), on_fenced=print)
 
 
+async def test_the_flush_task_of_a_fenced_manager_is_cancelled(storage: FaultyStorage, clock: ManualClock) -> None:
+    """It stays fenced: status, writes and stop() say so, whatever became of the task."""
+    state = await fenced(storage, clock, 1.0)
+    state._core.running._task.cancel()
+    await idle()
+    assert (state.status().fenced, state.status().task_failure) == (True, None)
+    with pytest.raises(FencedError, match="nothing was changed"):
+        await state.set("a", 2)
+    await ended(state)
+
+
 async def test_a_manager_without_its_flush_task_refuses_writes(
     storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
 ) -> None:

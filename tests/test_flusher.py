@@ -1070,6 +1070,13 @@ class TestConfirm:
             await state._core.running.confirm()
             assert not state._core.running.fenced
 
+    async def test_it_is_asked_too_late(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """After the stop there is no commit to wait for, and the question is refused."""
+        async with running(storage, clock, None) as state:
+            flusher = state._core.running
+        with pytest.raises(UnavailableError, match="nobody flushes"):
+            await flusher.confirm()
+
     async def test_it_is_asked_while_commits_fail(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """Without a background flush too, the commit is made when the pause after the failed one is over."""
         async with running(storage, clock, None) as state:

@@ -269,6 +269,34 @@ class TestClock:
         async with state:
             assert await state.get("a") == 1
 
+    @pytest.mark.parametrize("name", ["Mirror._run", "Flusher._run"])
+    async def test_a_start_without_a_task_leaves_nothing(
+        self, memory: MemoryStorage, clock: ManualClock, name: str
+    ) -> None:
+        """Where a task factory of the application's raises, start() does, and leaves no timer, no task and no lock."""
+        loop = asyncio.get_running_loop()
+
+        def factory(loop: asyncio.AbstractEventLoop, coroutine: Any, **more: Any) -> Any:
+            if coroutine.__qualname__ == name:
+                coroutine.close()
+                raise LookupError("no task")
+            return asyncio.Task(coroutine, loop=loop, **more)
+
+        state = Manager("test", memory, MemoryCache(), clock=clock)
+        before = asyncio.all_tasks()
+        loop.set_task_factory(factory)
+        try:
+            with pytest.raises(LookupError):
+                await state.start()
+        finally:
+            loop.set_task_factory(None)
+        await idle()
+        assert asyncio.all_tasks() == before
+        assert all(timer.callback is None for _, _, timer in clock._timers)
+        assert memory.places["test"].session is None
+        async with state:
+            await state.set("a", 1)
+
 
 class StrangeSession:
     """A storage's session that raises, once, what no storage should."""

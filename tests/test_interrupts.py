@@ -118,14 +118,25 @@ def test_an_interrupt_at_any_step_loses_nothing(monkeypatch: pytest.MonkeyPatch,
     assert at > 300
 
 
-def test_an_interrupt_ends_the_loop_and_not_the_task(storage: FaultyStorage, memory: MemoryStorage) -> None:
+def test_an_interrupt_ends_the_loop_and_not_the_task(storage: FaultyStorage) -> None:
     """The program gets the interrupt, who waits gets an error, and the next flush on that loop succeeds."""
+
+    class Signalled(ManualClock):
+        """Has a signal handler that calls `sys.exit()` come when a commit asks for the time."""
+
+        def monotonic(self) -> float:
+            if signals and sys._getframe(2).f_code.co_name == "_commit":
+                raise signals.pop()
+            return super().monotonic()
+
+    signals: list[BaseException] = []
     loop = asyncio.new_event_loop()
-    manager = Manager(Config(name="test", flush_interval=None), storage)
+    manager = Manager(Config(name="test", flush_interval=None), storage, clock=Signalled())
     loop.run_until_complete(manager.start())
     loop.run_until_complete(manager.set("a", 1))
     flushing = loop.create_task(manager.flush())
-    with Interrupt(3, SystemExit).armed(), pytest.raises(SystemExit):
+    signals.append(SystemExit())
+    with pytest.raises(SystemExit):
         loop.run_until_complete(asyncio.wait({flushing}))
     with pytest.raises(UnavailableError, match=r"SystemExit \(not durable yet"):
         loop.run_until_complete(flushing)
