@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import error_of, in_child
 from s3_proxy import Hang, Proxy, Response, answers, lost
 from s3_world import VIEW, Bucket, endpoint, given
 
@@ -466,6 +467,19 @@ async def test_a_claim_of_a_parent_is_not_held(bucket: Bucket, monkeypatch: pyte
     with pytest.raises(LockedError):
         module._Claim(None, names)
     child.release()
+
+
+async def test_a_session_is_refused_in_a_child(bucket: Bucket) -> None:
+    """A forked child writes nothing with the session of its parent, which goes on."""
+    session = await bucket.storage().open(NAME)
+    await session.commit(b"1", VIEW)
+    calls = {"commit": lambda: session.commit(b"2", VIEW), "checkpoint": lambda: session.checkpoint(VIEW)}
+    refusals = await in_child(lambda: {name: error_of(call) for name, call in calls.items()})
+    for error, message in refusals.values():
+        assert error == "UnsupportedError"
+        assert "belongs to the parent of this forked process" in message
+    await session.commit(b"2", VIEW)
+    await session.aclose()
 
 
 def test_a_session_whose_loop_was_closed(bucket: Bucket) -> None:
