@@ -161,9 +161,9 @@ class NewJournal:
         records: How many records were added.
     """
 
-    def __init__(self, path: str, name: str, progress: fs.Progress) -> None:
-        """For the state of this name, whose journal is at `path`. Nothing is touched."""
-        self.path: str = fs.temporary(path)
+    def __init__(self, paths: Paths, name: str, progress: fs.Progress) -> None:
+        """For the state of this name. Nothing is touched."""
+        self.path: str = fs.temporary(paths.journal)
         self.base: str = NO_BASE
         self.salt: str = journal.new_salt()
         self.fd: int = -1
@@ -171,13 +171,14 @@ class NewJournal:
         self.records: int = 0
         self._name = name
         self._progress = progress
+        self._replaced = paths.journal, paths.snapshot
         forks.disown_in_children(self)
 
     def create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
         """Make the file, with a header and these frames, and sync."""
         self.base = base
         parts = [journal.header(self._name, self.salt, base), *self._framed(frames)]
-        self.fd = fs.create(self.path, parts, self._progress)
+        self.fd = fs.create(self.path, parts, self._progress, *self._replaced)
         self.end = sum(map(len, parts))
 
     def add(self, records: list[bytes]) -> None:
@@ -428,7 +429,7 @@ class Writer:
     def _create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
         if self.unsynced:
             self._sync_found(snapshot=base not in (ANY_BASE, NO_BASE))
-        new = NewJournal(self.paths.journal, self.name, self.progress)
+        new = NewJournal(self.paths, self.name, self.progress)
         try:
             new.create(base, *frames)
             self._put_in_place(new)

@@ -29,6 +29,7 @@ import aiofiles
 from lab_state import _forks as forks
 from lab_state.exceptions import StorageError, UnsupportedError
 from lab_state.storage._os_errors import check_regular, storage_error, translated
+from lab_state.storage._ownership import keep
 from lab_state.storage._worker import Worker
 
 if sys.platform != "win32":  # pragma: no branch -- never run there
@@ -240,8 +241,15 @@ def read(path: str) -> bytes | None:
             close(fd)
 
 
-def create(path: str, parts: Sequence[bytes], progress: Progress) -> int:
-    """A new file with these bytes, synced; returns its descriptor. Leaves nothing behind when it fails."""
+def create(path: str, parts: Sequence[bytes], progress: Progress, *replaced: str) -> int:
+    """Make a new file with these bytes, and sync; return its descriptor. A failure leaves nothing behind.
+
+    Args:
+        path: Its name.
+        parts: What is in it.
+        progress: Counts the bytes.
+        replaced: What it will replace; see `_ownership.keep`.
+    """
     with translated("writing", path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -250,6 +258,7 @@ def create(path: str, parts: Sequence[bytes], progress: Progress) -> int:
                 if offset:
                     _sync_data(fd)
                 offset = _write(fd, step, offset, progress)
+            keep(fd, *replaced)
             _sync(fd)
         except BaseException:
             close(fd)
@@ -277,9 +286,11 @@ class NewFile:
     may follow at any time, whatever was cancelled before it.
     """
 
-    def __init__(self, path: str, progress: Progress) -> None:
+    def __init__(self, path: str, progress: Progress, *replaced: str) -> None:
+        """Nothing is touched. What it will replace is for `_ownership.keep`."""
         self.path = path
         self._progress = progress
+        self._replaced = replaced
         self._fd = -1
         forks.disown_in_children(self)
 
@@ -317,6 +328,7 @@ class NewFile:
     def finish(self) -> None:
         """Sync and close."""
         with translated("syncing", self.path):
+            keep(self._fd, *self._replaced)
             _sync(self._fd)
         self._close()
 

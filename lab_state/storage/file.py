@@ -190,8 +190,9 @@ class FileSession:
         slices = snapshot()
         since: list[bytes] = []
         writer.since = since
-        new = fs.NewFile(fs.temporary(writer.paths.snapshot), writer.progress)
-        upcoming = NewJournal(writer.paths.journal, writer.name, writer.progress)
+        paths = writer.paths
+        new = fs.NewFile(fs.temporary(paths.snapshot), writer.progress, paths.snapshot, paths.journal)
+        upcoming = NewJournal(paths, writer.name, writer.progress)
         self._new = new, upcoming
         try:
             generation = writer.generation

@@ -80,7 +80,7 @@ def no_sync_of_a_snapshot(patch: Patch) -> None:
 def no_sync_of_a_new_journal(patch: Patch) -> None:
     """A new journal is renamed with its bytes in the cache."""
 
-    def create(path: str, parts: Sequence[bytes], progress: _fs.Progress) -> int:
+    def create(path: str, parts: Sequence[bytes], progress: _fs.Progress, *_: str) -> int:
         fd: int = _system().open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         _fs._write(fd, parts, 0, progress)
         return fd

@@ -127,8 +127,8 @@ class Failing:
         self._append(fd, path, parts, offset)
         self._synced(parts)
 
-    def create(self, path: str, parts: Sequence[bytes]) -> int:
-        fd = self._create(path, parts)
+    def create(self, path: str, parts: Sequence[bytes], *replaced: str) -> int:
+        fd = self._create(path, parts, *replaced)
         self._synced(parts)
         return fd
 
