@@ -145,6 +145,11 @@ class Recorder:
             self._open.pop(fd, None)
             os.close(fd)
 
+    def dup2(self, fd: int, number: int) -> None:
+        with self._lock:
+            self._open[number] = self._open[fd]
+            os.dup2(fd, number)
+
     def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         if fd not in self._open:
             return os.pwrite(fd, data, offset)

@@ -108,6 +108,7 @@ class _Calls:
             "write": lambda: self._written(_fd(arguments), texts[0][:result], None),
             "pwrite64": lambda: self._written(_fd(arguments), texts[0][:result], int(arguments.rsplit(",", 1)[1])),
             "lseek": lambda: self._positions.__setitem__(_fd(arguments), result),
+            "dup2": lambda: self._open.__setitem__(result, self._open[_fd(arguments)]),
             "close": lambda: self._closed(_fd(arguments)),
             "fsync": lambda: self._sync(arguments, ok=True),
             "fdatasync": lambda: self._sync(arguments, ok=True),

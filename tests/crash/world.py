@@ -221,13 +221,15 @@ class World:
         os.utime(path, ns=(0, 0))  # however coarse the file system's clock is
 
     def close_its_descriptor(self) -> int:
-        """What an application does that closes a descriptor twice and opens a file; returns the latter's."""
+        """What an application does that closes a descriptor twice and opens a file; return its descriptor."""
         session = self.state._core.running._session
         assert isinstance(session, FileSession)
         system = vars(_fs)["os"]
-        system.close(session._writer._fd)
-        fd: int = system.open(str(self.root / DIRECTORY / "other"), os.O_RDWR | os.O_CREAT)
-        return fd
+        number: int = session._writer._fd
+        fd = system.open(str(self.root / DIRECTORY / "other"), os.O_RDWR | os.O_CREAT)
+        system.dup2(fd, number)
+        system.close(fd)
+        return number
 
     async def stop(self) -> None:
         """A clean end."""

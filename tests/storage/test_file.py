@@ -1097,7 +1097,7 @@ def test_a_journal_is_not_prepared_for_ever(tmp_path: Path) -> None:
             super().add(records)
             since.append(b"x" * 300_000)
 
-    upcoming = Upcoming(writer.paths.journal, "lab", writer.progress)
+    upcoming = Upcoming(writer.paths, "lab", writer.progress)
     since.append(b"x" * 300_000)
     writer.prepare(upcoming, journal.NO_BASE, since)
     assert len(since) == upcoming.records + 1 == 9

@@ -581,6 +581,14 @@ async def test_a_large_journal_whose_time_changes(tmp_path: Path, monkeypatch: p
 # Descriptors that other code closed
 
 
+def reopened(number: int, path: Path) -> int:
+    """Close a descriptor, and open a file with its number."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.dup2(fd, number)
+    os.close(fd)
+    return number
+
+
 @pytest.mark.parametrize("reused", [False, True])
 @pytest.mark.parametrize("then", ["commit", "checkpoint"])
 async def test_a_descriptor_that_the_application_closed(
@@ -592,16 +600,17 @@ async def test_a_descriptor_that_the_application_closed(
     await state.start()
     await state.set("a", 1)
     number = writer(state)._fd
-    os.close(number)
-    taken = os.open(other, os.O_RDWR | os.O_CREAT) if reused else -1
-    assert taken in (-1, number)
+    if reused:
+        reopened(number, other)
+    else:
+        os.close(number)
     if then == "commit":
         await state.set("b", 2)
     await state.stop()
     assert "lab.journal cannot be written: other code in this process closed its descriptor" in caplog.text
     if reused:
-        os.write(taken, b"precious")
-        os.close(taken)
+        os.write(number, b"precious")
+        os.close(number)
         assert other.read_bytes() == b"precious"
     async with manager(directory) as state:
         assert await state.get_all() == {"a": 1} | ({"b": 2} if then == "commit" else {})
@@ -648,16 +657,17 @@ async def test_a_lock_whose_descriptor_the_application_closed(tmp_path: Path, *,
     await state.start()
     await state.set("a", 1)
     number = writer(state).lock._fd
-    os.close(number)
-    taken = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT) if reused else -1
-    assert taken in (-1, number)
+    if reused:
+        reopened(number, tmp_path / "other")
+    else:
+        os.close(number)
     with pytest.raises(FencedError, match=r"lab\.lock is no longer locked: other code in this process closed its"):
         await state.set("b", 2)
     with pytest.raises(FencedError):
         await state.stop()
     if reused:
-        os.write(taken, b"still open")
-        os.close(taken)
+        os.write(number, b"still open")
+        os.close(number)
     async with manager(tmp_path / "state") as second:
         assert await second.get_all() == {"a": 1}
 
@@ -671,8 +681,7 @@ async def test_a_new_journal_that_is_not_what_was_written(tmp_path: Path, how: s
     def create(self: NewJournal, base: str, *frames: tuple[Kind, bytes]) -> None:
         real(self, base, *frames)
         if how == "closed":
-            os.close(self.fd)
-            taken.append(os.open(other, os.O_RDWR | os.O_CREAT))
+            taken.append(reopened(self.fd, other))
         elif how == "replaced":
             Path(self.path).unlink()
             Path(self.path).touch()
