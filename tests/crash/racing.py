@@ -101,12 +101,12 @@ class Failing:
         self._numbers[_FAULTS] += failing
         return failing
 
-    def write(self, fd: int, parts: Sequence[bytes], offset: int) -> None:
+    def write(self, fd: int, parts: Sequence[bytes | memoryview], offset: int, progress: _fs.Progress) -> int:
         if self._fails(0.02):
             whole = b"".join(parts)
             os.pwrite(fd, whole[: self._dice.randrange(len(whole))], offset)
             raise OSError(errno.ENOSPC, "on demand")
-        self._write(fd, parts, offset)
+        return self._write(fd, parts, offset, progress)
 
     def sync_data(self, fd: int) -> None:
         if self._fails(0.02):
@@ -123,12 +123,12 @@ class Failing:
             raise StorageError("on demand")
         self._rename(temporary, path)
 
-    def append(self, fd: int, path: str, parts: Sequence[bytes], offset: int) -> None:
-        self._append(fd, path, parts, offset)
+    def append(self, fd: int, path: str, parts: Sequence[bytes], offset: int, progress: _fs.Progress) -> None:
+        self._append(fd, path, parts, offset, progress)
         self._synced(parts)
 
-    def create(self, path: str, parts: Sequence[bytes], *replaced: str) -> int:
-        fd = self._create(path, parts, *replaced)
+    def create(self, path: str, parts: Sequence[bytes], progress: _fs.Progress, *replaced: str) -> int:
+        fd = self._create(path, parts, progress, *replaced)
         self._synced(parts)
         return fd
 
