@@ -91,22 +91,23 @@ class Failing:
         self.on = False
         self._numbers = numbers
         self._dice = dice
-        self._write, self._append, self._create = _fs._write, _fs.append, _fs.create
-        self._sync_data, self._sync_directory, self._rename = _fs._sync_data, _fs.sync_directory, _fs.rename
-        _fs._write, _fs.append, _fs.create = self.write, self.append, self.create
-        _fs._sync_data, _fs.sync_directory, _fs.rename = self.sync_data, self.sync_directory, self.rename
+        fs: Any = _fs  # what takes the place of its functions passes on what it does not know
+        self._write, self._append, self._create = fs._write, fs.append, fs.create
+        self._sync_data, self._sync_directory, self._rename = fs._sync_data, fs.sync_directory, fs.rename
+        fs._write, fs.append, fs.create = self.write, self.append, self.create
+        fs._sync_data, fs.sync_directory, fs.rename = self.sync_data, self.sync_directory, self.rename
 
     def _fails(self, rate: float) -> bool:
         failing = self.on and self._dice.random() < rate
         self._numbers[_FAULTS] += failing
         return failing
 
-    def write(self, fd: int, parts: Sequence[bytes | memoryview], offset: int, progress: _fs.Progress) -> int:
+    def write(self, fd: int, parts: Sequence[bytes], offset: int, *rest: Any) -> Any:
         if self._fails(0.02):
             whole = b"".join(parts)
             os.pwrite(fd, whole[: self._dice.randrange(len(whole))], offset)
             raise OSError(errno.ENOSPC, "on demand")
-        return self._write(fd, parts, offset, progress)
+        return self._write(fd, parts, offset, *rest)
 
     def sync_data(self, fd: int) -> None:
         if self._fails(0.02):
@@ -118,17 +119,17 @@ class Failing:
             raise StorageError("on demand")
         self._sync_directory(path)
 
-    def rename(self, temporary: str, path: str) -> None:
+    def rename(self, temporary: str, path: str, *rest: Any) -> Any:
         if self._fails(0.02):
             raise StorageError("on demand")
-        self._rename(temporary, path)
+        return self._rename(temporary, path, *rest)
 
-    def append(self, fd: int, path: str, parts: Sequence[bytes], offset: int, progress: _fs.Progress) -> None:
-        self._append(fd, path, parts, offset, progress)
+    def append(self, fd: int, path: str, parts: Sequence[bytes], *rest: Any) -> None:
+        self._append(fd, path, parts, *rest)
         self._synced(parts)
 
-    def create(self, path: str, parts: Sequence[bytes], progress: _fs.Progress, *replaced: str) -> int:
-        fd = self._create(path, parts, progress, *replaced)
+    def create(self, path: str, parts: Sequence[bytes], *rest: Any) -> Any:
+        fd = self._create(path, parts, *rest)
         self._synced(parts)
         return fd
 
