@@ -3,7 +3,8 @@
 Theory of operation. Writers change the map and go on. The task wakes up once an
 interval, or when someone waits for durability, takes the changes away, and commits
 them as one record. A commit that fails puts the changes back under what came since,
-and is repeated after growing pauses. Who waits is in `_durability.py`.
+and is repeated after growing pauses. Who waits is in `_durability.py`, what became of a
+commit in `_outcomes.py`.
 
 A checkpoint runs in a task of its own, beside the commits. The task that commits
 never cancels a storage call: at the deadline of `stop` it is left to end by itself,
@@ -17,12 +18,12 @@ import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
-from lab_state._clock import Clock, Pauses, Timer, resolver
+from lab_state._clock import Clock, Timer, resolver
 from lab_state._codec import encode_record
-from lab_state._durability import Durability
-from lab_state._foreign import only_storage_errors, pass_on, storage_error, tell_fenced
+from lab_state._foreign import only_storage_errors, pass_on, storage_error
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
+from lab_state._outcomes import Outcomes
 from lab_state._standstill import Standstill
 from lab_state._state import Changes, State
 from lab_state._views import Views
@@ -33,21 +34,14 @@ from lab_state.exceptions import FencedError, LabStateError, StorageError, Unava
 from lab_state.storage._protocol import StorageSession
 
 _FREED_AT_ONCE = 1000
-_FIRST_PAUSE = 0.1
-_LONGEST_PAUSE = 5.0
 _LAST_CHANCE = 0.5
 
 
-class Flusher(Durability):
+class Flusher(Outcomes):
     """Makes the changes of one state durable, from one start to one stop.
 
     Attributes:
         write_through: Whether a write returns only when it is durable.
-        flushes: How many commits succeeded.
-        failures: How many commits and checkpoints failed.
-        last_error: What the last attempt failed with; `None` when it succeeded.
-        last_flush_at: When the last commit succeeded, in seconds since 1970.
-        last_flush_seconds: How long it took.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
@@ -66,37 +60,17 @@ class Flusher(Durability):
         `committed` is called with what has become durable, and returns whether that is
         looked at later; `times` takes how long it took. `on_fenced` is the application's.
         """
-        super().__init__(
-            config.name,
-            state,
-            clock,
-            unsettled=session.recovery.unsettled,
-            only_when_asked=config.flush_interval is None,
-        )
+        super().__init__(state, session.recovery, config, clock, logger, times, on_fenced)
         state.discard = self._discard
-        self._times = times
         self._committed = committed
         self.write_through: bool = config.flush_interval == 0
-        self.flushes: int = 0
-        self.failures: int = 0
-        self.last_error: StorageError | None = None
-        self.last_flush_at: float | None = None
-        self.last_flush_seconds: float | None = None
         self._session = session
-        self._interval = config.flush_interval
-        self._logger = logger
-        self._on_fenced = on_fenced
-        longest = max(self._interval or 0.0, _LONGEST_PAUSE)
-        self._pauses = Pauses(clock, _FIRST_PAUSE, longest)
-        self._checkpoint_pauses = Pauses(clock, _FIRST_PAUSE, longest)
-        self._stopping = self._abandoned = self._aborted = False
+        self._abandoned = self._aborted = False
         self._deadline = math.inf
         _ = session.progress  # without it stop() could not tell a slow storage from one that hangs: not noticed then
         self._slices = 0  # of records and snapshots, given to the storage: to encode them is progress too
-        self._failure: StorageError | None = None  # what the last commit failed with
         self._stop_error: LabStateError | None = None
         self._records = len(session.recovery.records) + self._unsettled  # behind the last snapshot
-        self._checkpoint_due = False
         if self._unsettled:
             self._wake_up()
         self._checkpointing: asyncio.Task[None] | None = None
@@ -315,6 +289,7 @@ class Flusher(Durability):
                 self._put_back()
             raise
         else:
+            self._records += 1
             self._succeeded(self._clock.monotonic() - started)
             self._under_way = None
             self._confirming.settle(number)
@@ -351,57 +326,6 @@ class Flusher(Durability):
         for part in slices:
             self._slices += 1
             yield part
-
-    def _succeeded(self, seconds: float) -> None:
-        failures = self._pauses.failures
-        self._unsettled = False
-        self._records += 1
-        self.flushes += 1
-        self.last_error = self._failure = None
-        self.last_flush_at = self._clock.time()
-        self.last_flush_seconds = seconds
-        self._times.add(seconds)
-        self._pauses.end()
-        self._waiters.settle(self.durable_revision)
-        if failures:
-            self._logger.info("%s: flushed again after %d failures", self._name, failures)
-
-    def _failed(self, error: StorageError) -> None:
-        self.failures += 1
-        self._times.failures += 1
-        self.last_error = self._failure = error
-        pause = self._pauses.begin()
-        retried = self._interval is not None or self._unsettled
-        if self._stopping or isinstance(error, FencedError):
-            stay = "not durable"
-        elif retried:
-            stay = "not durable yet: the changes stay in memory, and it is tried again"
-        else:
-            stay = "not durable yet: the changes stay in memory, and the next flush() tries again"
-        # Who waits is told before foreign code is called: a logger, a clock.
-        self._confirming.fail(error, stay, everyone=True)
-        if isinstance(error, FencedError):
-            self._fence(error)
-            return
-        self._waiters.fail(error, stay, everyone=False)
-        if not self._stopping:  # who asks `confirm()` waits for the end of the pause, whatever the interval
-            self._clock.call_later(pause, self._wake_up if retried else self._wake.set)
-        self._logger.error("%s: a flush failed; %s: %s", self._name, stay, error)
-
-    def _fence(self, error: FencedError) -> None:
-        """For good: a newer writer owns the state."""
-        if self.fenced:
-            return
-        self._pauses.never_over()
-        self._checkpoint_pauses.never_over()
-        self._refuse_from_now_on(error)
-        self._logger.error(
-            "%s: fenced: nothing more becomes durable, and every write raises FencedError; end this process: %s",
-            self._name,
-            error,
-        )
-        if self._on_fenced is not None:
-            self.loop.call_soon(tell_fenced, self._on_fenced, error, self._name, self._logger)
 
     # Timers
 
@@ -461,18 +385,6 @@ class Flusher(Durability):
         finally:
             await views.fold()
 
-    def _checkpoint_failed(self, error: StorageError) -> None:
-        self.failures += 1
-        self.last_error = error
-        self._checkpoint_due = True
-        pause = self._checkpoint_pauses.begin()
-        if isinstance(error, FencedError):
-            self._fence(error)
-            return
-        if not self._stopping:
-            self._clock.call_later(pause, self._wake.set)
-        self._logger.warning("%s: a checkpoint failed; nothing is lost, the journal goes on: %s", self._name, error)
-
     # The end
 
     async def _finish(self) -> None:
@@ -521,12 +433,14 @@ class Flusher(Durability):
             error = await self._commit()
             if error is not None:
                 until = self._pauses.until
-                if until >= self._deadline:
+                is_last = until >= self._deadline
+                if is_last:
                     until = self._deadline - _LAST_CHANCE  # one more, with the time that a commit takes
                 pause = until - self._clock.monotonic()
-                if not isinstance(error, UnavailableError) or pause <= 0:
+                # A pause that is over already is no reason to give up: to log, or to fold a view, took as long.
+                if not isinstance(error, UnavailableError) or (is_last and pause <= 0):
                     break
-                await self._sleep(pause)
+                await self._sleep(max(pause, 0.0))
         return error
 
     async def _sleep(self, seconds: float) -> None:

@@ -570,8 +570,8 @@ async def test_an_opening_in_s3_cancelled_at_every_request() -> None:
             if waits == number:
                 asyncio.get_running_loop().call_soon(task.cancel)
 
-        async def _open(names: Any, claim: Any) -> Any:
-            return (await stepped(opening(names, claim), cancel))[1]
+        async def _open(*arguments: Any) -> Any:
+            return (await stepped(opening(*arguments), cancel))[1]
 
         storage._open = _open  # type: ignore[method-assign]
         task = asyncio.create_task(storage.open(NAME))

@@ -660,6 +660,28 @@ class TestStop:
         async with Manager("test", memory) as state:
             assert await state.get("a") == 1
 
+    async def test_what_takes_long_between_two_attempts_ends_none(
+        self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
+    ) -> None:
+        """Where a handler of the log takes longer than the pause, the next attempt comes at once."""
+
+        class Slow(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                clock.advance(1.0)
+
+        logger = logging.Logger("slow")  # noqa: LOG001 -- one that nobody else gets
+        logger.addHandler(Slow())
+        manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock, logger=logger)
+        await manager.start()
+        await manager.set("a", 1)
+        storage.fail("commit", times=3)
+        stopping = asyncio.create_task(manager.stop())
+        while not stopping.done():
+            await idle()
+            clock.advance(0.0)
+        await stopping
+        assert (commits(storage), manager.durable_revision) == (4, 1)
+
     async def test_the_last_attempt_is_just_before_the_deadline(
         self, storage: FaultyStorage, clock: ManualClock, memory: MemoryStorage
     ) -> None:

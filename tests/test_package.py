@@ -32,6 +32,7 @@ LAYERS = (
     ("_state", "_values", "_standstill"),
     ("_draft", "_sweeper", "_watch", "_codec", "storage", "storage.*"),
     ("_views", "_pending", "_durability", "_foreign", "_opening"),
+    ("_outcomes",),
     ("_flusher",),
     ("_core",),
     ("_reads",),

@@ -1,0 +1,125 @@
+"""What became of commits and checkpoints: counted, told to those who wait, logged, and repeated after a pause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lab_state._clock import Clock, Pauses
+from lab_state._durability import Durability
+from lab_state._foreign import tell_fenced
+from lab_state._log import Log
+from lab_state._metrics import FlushTimes
+from lab_state._state import State
+from lab_state.config import Config
+from lab_state.exceptions import FencedError, StorageError
+from lab_state.storage._protocol import Recovery
+
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 5.0
+
+
+class Outcomes(Durability):
+    """What became of the commits and checkpoints of one state. `Flusher` makes them.
+
+    Attributes:
+        flushes: How many commits succeeded.
+        failures: How many commits and checkpoints failed.
+        last_error: What the last attempt failed with; `None` when it succeeded.
+        last_flush_at: When the last commit succeeded, in seconds since 1970.
+        last_flush_seconds: How long it took.
+    """
+
+    def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
+        self,
+        state: State,
+        recovery: Recovery,
+        config: Config,
+        clock: Clock,
+        logger: Log,
+        times: FlushTimes,
+        on_fenced: Callable[[FencedError], object] | None,
+    ) -> None:
+        super().__init__(
+            config.name,
+            state,
+            clock,
+            unsettled=recovery.unsettled,
+            only_when_asked=config.flush_interval is None,
+        )
+        self.flushes: int = 0
+        self.failures: int = 0
+        self.last_error: StorageError | None = None
+        self.last_flush_at: float | None = None
+        self.last_flush_seconds: float | None = None
+        self._failure: StorageError | None = None  # what the last commit failed with
+        self._interval = config.flush_interval
+        self._logger = logger
+        self._times = times
+        self._on_fenced = on_fenced
+        longest = max(self._interval or 0.0, _LONGEST_PAUSE)
+        self._pauses = Pauses(clock, _FIRST_PAUSE, longest)
+        self._checkpoint_pauses = Pauses(clock, _FIRST_PAUSE, longest)
+        self._checkpoint_due = False
+        self._stopping = False
+
+    def _succeeded(self, seconds: float) -> None:
+        failures = self._pauses.failures
+        self._unsettled = False
+        self.flushes += 1
+        self.last_error = self._failure = None
+        self.last_flush_at = self._clock.time()
+        self.last_flush_seconds = seconds
+        self._times.add(seconds)
+        self._pauses.end()
+        self._waiters.settle(self.durable_revision)
+        if failures:
+            self._logger.info("%s: flushed again after %d failures", self._name, failures)
+
+    def _failed(self, error: StorageError) -> None:
+        self.failures += 1
+        self._times.failures += 1
+        self.last_error = self._failure = error
+        pause = self._pauses.begin()
+        retried = self._interval is not None or self._unsettled
+        if self._stopping or isinstance(error, FencedError):
+            stay = "not durable"
+        elif retried:
+            stay = "not durable yet: the changes stay in memory, and it is tried again"
+        else:
+            stay = "not durable yet: the changes stay in memory, and the next flush() tries again"
+        # Who waits is told before foreign code is called: a logger, a clock.
+        self._confirming.fail(error, stay, everyone=True)
+        if isinstance(error, FencedError):
+            self._fence(error)
+            return
+        self._waiters.fail(error, stay, everyone=False)
+        if not self._stopping:  # who asks `confirm()` waits for the end of the pause, whatever the interval
+            self._clock.call_later(pause, self._wake_up if retried else self._wake.set)
+        self._logger.error("%s: a flush failed; %s: %s", self._name, stay, error)
+
+    def _fence(self, error: FencedError) -> None:
+        """For good: a newer writer owns the state."""
+        if self.fenced:
+            return
+        self._pauses.never_over()
+        self._checkpoint_pauses.never_over()
+        self._refuse_from_now_on(error)
+        self._logger.error(
+            "%s: fenced: nothing more becomes durable, and every write raises FencedError; end this process: %s",
+            self._name,
+            error,
+        )
+        if self._on_fenced is not None:
+            self.loop.call_soon(tell_fenced, self._on_fenced, error, self._name, self._logger)
+
+    def _checkpoint_failed(self, error: StorageError) -> None:
+        self.failures += 1
+        self.last_error = error
+        self._checkpoint_due = True
+        pause = self._checkpoint_pauses.begin()
+        if isinstance(error, FencedError):
+            self._fence(error)
+            return
+        if not self._stopping:
+            self._clock.call_later(pause, self._wake.set)
+        self._logger.warning("%s: a checkpoint failed; nothing is lost, the journal goes on: %s", self._name, error)
