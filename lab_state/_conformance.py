@@ -137,6 +137,14 @@ class StorageConformance(ReadingConformance):
         seen.append(session.progress)
         assert seen == sorted(seen)
 
+    async def test_there_is_nothing_to_warn_of(self) -> None:
+        """A session on a place that is as it should be asks for nothing to be mended, before and after a checkpoint."""
+        async with opened(self.make_storage()) as session:
+            assert session.warning is None
+            await session.commit(b"1", given(b"{}"))
+            await session.checkpoint(given(b"{}"))
+            assert session.warning is None
+
     async def test_a_checkpoint_becomes_due(self) -> None:
         """A journal that only grows asks for a checkpoint, and no longer once it had one."""
         async with opened(self.make_storage()) as session:

@@ -218,6 +218,11 @@ class Flusher(Outcomes):
         """The size of the journal."""
         return self._session.journal_bytes
 
+    @property
+    def storage_warning(self) -> str | None:
+        """What the storage asks to be mended."""
+        return self._session.warning
+
     # The task
 
     async def _run(self) -> None:

@@ -56,6 +56,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         last_error: What the last attempt failed with, `None` when it succeeded.
         snapshot_bytes: The size of the snapshot.
         journal_bytes: The size of the journal behind it.
+        storage_warning: What does not fail, but has to be mended in the storage, and what
+            to do; `None` for nothing.
         fenced: Whether a newer writer owns the state: nothing more becomes durable, and
             every write raises `FencedError`. End the process.
         task_failure: Which task of the manager has ended before `stop()`, and why;
@@ -81,6 +83,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str | None = None
     snapshot_bytes: int = 0
     journal_bytes: int = 0
+    storage_warning: str | None = None
     fenced: bool = False
     task_failure: str | None = None
     mirror_up: bool | None = None
@@ -443,6 +446,7 @@ class Manager(Scope):
             last_error=None if flusher.last_error is None else str(flusher.last_error),
             snapshot_bytes=flusher.snapshot_bytes,
             journal_bytes=flusher.journal_bytes,
+            storage_warning=flusher.storage_warning,
             fenced=flusher.fenced,
             task_failure=flusher.task_failure or (None if mirror is None else mirror.task_failure),
             mirror_up=None if mirror is None else mirror.up,

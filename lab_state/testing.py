@@ -306,6 +306,10 @@ class _FaultySession:
     def progress(self) -> int:
         return self._inner.progress
 
+    @property
+    def warning(self) -> str | None:
+        return self._inner.warning
+
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
         return await self._call("commit", lambda: self._inner.commit(record, snapshot), len(record))
 

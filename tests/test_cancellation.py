@@ -209,6 +209,10 @@ class WaitingSession:
     def journal_bytes(self) -> int:
         return self._inner.journal_bytes
 
+    @property
+    def warning(self) -> str | None:
+        return self._inner.warning
+
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
         await asyncio.sleep(0)
         due = await self._inner.commit(record, snapshot)

@@ -570,6 +570,7 @@ class _UncleanSession:
         self.recovery: Recovery = inner.recovery._replace(unsettled=True)
         self.path = inner.path
         self.snapshot_bytes = self.journal_bytes = self.progress = 0
+        self.warning = None
 
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
         await self._inner.commit(record, snapshot)

@@ -116,6 +116,11 @@ class StorageSession(Protocol):
         """
         ...
 
+    @property
+    def warning(self) -> str | None:
+        """What does not fail, but has to be mended, and what to do; `None` for nothing. `status()` shows it."""
+        ...
+
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
         """Make one record durable.
 

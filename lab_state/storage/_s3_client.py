@@ -14,6 +14,7 @@ import functools
 import io
 import os
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar, cast
 
@@ -22,11 +23,20 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from aiohttp.abc import AbstractResolver, ResolveResult
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 from lab_state.storage._s3_body import Body, Upload
 from lab_state.storage._s3_outcomes import (
+    CERTIFICATE,
+    DELETES,
+    LISTS,
+    MISSING_FILE,
+    PROXY,
+    READS,
+    TLS,
     WRITE_ID,
+    WRITES,
     Failure,
     Found,
     Next,
@@ -54,10 +64,27 @@ _ENDPOINT_VARIABLES = frozenset({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
 _CHUNK = 1024 * 1024
+_LISTED_AT_ONCE = 100  # the answer is parsed on the event loop, at some 0.06 ms for each object
 _MOST_DELETED_AT_ONCE = 1000
 _REPLACED = '"replaced"'
 
-FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSError)
+_TLS_REASONS = frozenset(
+    {
+        "HTTP_REQUEST",
+        "NO_PROTOCOLS_AVAILABLE",
+        "NO_SHARED_CIPHER",
+        "SSLV3_ALERT_BAD_CERTIFICATE",
+        "SSLV3_ALERT_HANDSHAKE_FAILURE",
+        "TLSV13_ALERT_CERTIFICATE_REQUIRED",
+        "TLSV1_ALERT_PROTOCOL_VERSION",
+        "TLSV1_ALERT_UNKNOWN_CA",
+        "UNSUPPORTED_PROTOCOL",
+        "WRONG_VERSION_NUMBER",
+    }
+)
+"""What OpenSSL says where trying again does not help."""
+
+FAILURES = (ClientError, BotoCoreError, ResponseParserError, aiohttp.ClientError, TimeoutError, OSError)
 
 
 class Client(Protocol):
@@ -145,7 +172,19 @@ async def connect(
 
     loop = asyncio.get_running_loop()
     new = await loop.run_in_executor(thread, _new_session) if session is None else session
-    made = await loop.run_in_executor(thread, _made, new, region_name, endpoint_url, settings)
+    try:
+        made = await loop.run_in_executor(thread, _made, new, region_name, endpoint_url, settings)
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, BotoCoreError):
+            raise
+        problem = type(error).__name__
+    else:
+        problem = ""
+    if problem:  # its text may hold a credential, such as one in AWS_ENDPOINT_URL
+        raise UnsupportedError(
+            f"no client could be made for S3 ({problem}): see the endpoint and the region, in the environment and in "
+            "~/.aws/config too, and the session and the config that S3Storage was given"
+        )
     made.meta.events.register("before-call.s3.PutObject", _expect_nothing)
     return cast("Client", made)
 
@@ -171,12 +210,42 @@ def _expect_nothing(params: dict[str, Any], **_: object) -> None:
 
 
 def failure_of(error: Exception) -> Failure:
-    """What an exception of the client says, and nothing of what the store was asked."""
+    """What an exception of the client says, and nothing of what the store was asked, or of how it is reached."""
     if isinstance(error, ClientError):
         response: dict[str, Any] = error.response
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return Failure(int(status), str(response.get("Error", {}).get("Code", "")))
-    return Failure(0, type(error).__name__)
+    causes = list(_causes(error))
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+        reasons = (str(getattr(cause, "verify_message", "")).rstrip(".") for cause in causes)  # aiohttp's has none
+        return Failure(0, CERTIFICATE, next(filter(None, reasons), ""))
+    detail = ""
+    for cause in causes:
+        if isinstance(cause, ssl.SSLError) and cause.reason in _TLS_REASONS:
+            return Failure(0, TLS, cause.reason)
+        if isinstance(cause, aiohttp.ClientHttpProxyError):
+            return Failure(0, f"{PROXY}{cause.status}")
+        if isinstance(cause, FileNotFoundError):
+            return Failure(0, MISSING_FILE)
+        if isinstance(cause, socket.gaierror):
+            detail = "the name of the host is not known"
+        elif isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
+            detail = detail or os.strerror(cause.errno)
+    return Failure(0, type(error).__name__, detail)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and those behind it: botocore and aiohttp hide them in various places."""
+    left: list[Any] = [error]
+    seen: list[Any] = []
+    while left:
+        this = left.pop(0)
+        if not isinstance(this, BaseException) or this in seen:
+            continue
+        seen.append(this)
+        yield this
+        left += [this.__cause__, this.__context__, getattr(this, "os_error", None)]
+        left.append(getattr(this, "kwargs", {}).get("error"))
 
 
 class Tries:
@@ -189,7 +258,7 @@ class Tries:
         self._end = time.clock.monotonic() + seconds
         self._failed = 0
 
-    async def pause(self, error: Exception) -> None:
+    async def pause(self, why: Failure | str) -> None:
         """After an attempt that failed: wait, or give up.
 
         Raises:
@@ -199,19 +268,21 @@ class Tries:
         left = self._end - self._time.clock.monotonic()
         if left <= 0:
             raise UnavailableError(
-                f"{self._what} failed {self._failed} times in {self._seconds:.0f} s, last with {failure_of(error)}"
-            ) from error
+                f"{self._what} failed {self._failed} times in {self._seconds:.0f} s, last with {why}"
+            )
         longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failed - 1, 30))
         await self._time.sleep(min(left, self._time.jitter(longest)))
 
-    def refuse(self, error: Exception) -> StorageError:
-        """The error for what no repetition mends."""
-        failure = failure_of(error)
-        return UnsupportedError(f"{self._what} failed with {failure}: {advice(failure)}")
+    def refuse(self, failure: Failure, needs: str) -> StorageError:
+        """The error for what no repetition mends; `needs` is the permission."""
+        return UnsupportedError(f"{self._what} failed with {failure}: {advice(failure, needs)}")
 
 
 class Requests:
     """One bucket, for one state.
+
+    No exception of the client's goes out, and none stays behind as a cause or a context:
+    its text may hold a credential, such as a proxy's, and tracebacks are printed.
 
     Attributes:
         thread: Where what would hold up the event loop is done.
@@ -275,32 +346,40 @@ class Requests:
         token: str | None = None
         tries = self.tries("listing", prefix)
         while True:
-            where: dict[str, Any] = {"StartAfter": after} if token is None else {"ContinuationToken": token}
-
-            async def once(client: Client, _: Limit, where: dict[str, Any] = where) -> dict[str, Any]:
-                return await client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, **where)
-
-            page = await self._read(once, tries)
-            if page is None:
-                raise UnsupportedError(f"listing s3://{self._bucket}/{prefix} failed with 404: there is no such bucket")
-            sizes.update((entry["Key"], entry["Size"]) for entry in page.get("Contents", ()))
-            token = page.get("NextContinuationToken") if page.get("IsTruncated") else None
+            page, token = await self.page(prefix, after, token, tries)
+            sizes.update(page)
             if token is None:
                 return sizes
 
-    async def _read(self, once: Callable[[Client, Limit], Awaitable[R]], tries: Tries) -> R | None:
+    async def page(
+        self, prefix: str, after: str, token: str | None = None, tries: Tries | None = None
+    ) -> tuple[dict[str, int], str | None]:
+        """Some of these keys, in order, and the token of the next page; `None` behind the last."""
+        where: dict[str, Any] = {"StartAfter": after} if token is None else {"ContinuationToken": token}
+
+        async def once(client: Client, _: Limit) -> dict[str, Any]:
+            return await client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=_LISTED_AT_ONCE, **where)
+
+        page = await self._read(once, tries or self.tries("listing", prefix), LISTS)
+        if page is None:
+            raise UnsupportedError(f"listing s3://{self._bucket}/{prefix} failed with 404: there is no such bucket")
+        sizes = {str(entry["Key"]): int(entry["Size"]) for entry in page.get("Contents", ())}
+        return sizes, page.get("NextContinuationToken") if page.get("IsTruncated") else None
+
+    async def _read(self, once: Callable[[Client, Limit], Awaitable[R]], tries: Tries, needs: str = READS) -> R | None:
         while True:
             try:
                 async with self.time.limit(STANDSTILL) as limit:
                     return await once(await self._client(), limit)
             except FAILURES as error:
                 failure = failure_of(error)
-                meaning = verdict(failure)
-                if meaning is Verdict.REFUSED and failure.status == 404:  # noqa: PLR2004 -- 404 Not Found
-                    return None
-                if meaning not in {Verdict.UNKNOWN, Verdict.CONFLICT}:
-                    raise tries.refuse(error) from error
-                await tries.pause(error)
+            # Behind the handler, or the error would be the context of ours.
+            meaning = verdict(failure)
+            if meaning is Verdict.REFUSED and failure.status == 404:  # noqa: PLR2004 -- 404 Not Found
+                return None
+            if meaning not in {Verdict.UNKNOWN, Verdict.CONFLICT}:
+                raise tries.refuse(failure, needs)
+            await tries.pause(failure)
 
     # Writing
 
@@ -327,24 +406,26 @@ class Requests:
             try:
                 written = await self._put_once(key, body, metadata, etag)
             except FAILURES as error:
-                meaning = verdict(failure_of(error))
-                if meaning not in {Verdict.REFUSED, Verdict.CONFLICT, Verdict.UNKNOWN}:
-                    raise tries.refuse(error) from error
-                found = await self._head(key, tries)
-                what = after_look(meaning, found, metadata[WRITE_ID], etag)
-                if what is Next.COMMITTED and found is not None:
-                    written = found.etag
-                elif what is Next.REPEAT:
-                    await tries.pause(error)
-                    continue
-                elif what is Next.UNQUOTE and etag is not None:
-                    etag = unquoted(etag)
-                    continue
-                else:
-                    raise NotOursError(found) from error
-            if etag is not None:
-                self._unquoted = etag == unquoted(etag)
-            return written or await self._etag(key, metadata[WRITE_ID], tries)
+                failure = failure_of(error)
+            else:
+                break
+            meaning = verdict(failure)
+            if meaning not in {Verdict.REFUSED, Verdict.CONFLICT, Verdict.UNKNOWN}:
+                raise tries.refuse(failure, WRITES)
+            found = await self._head(key, tries)
+            what = after_look(meaning, found, metadata[WRITE_ID], etag)
+            if what is Next.COMMITTED and found is not None:
+                written = found.etag
+                break
+            if what is Next.REPEAT:
+                await tries.pause(failure)
+            elif what is Next.UNQUOTE and etag is not None:
+                etag = unquoted(etag)
+            else:
+                raise NotOursError(found)
+        if etag is not None:
+            self._unquoted = etag == unquoted(etag)
+        return written or await self._etag(key, metadata[WRITE_ID], tries)
 
     async def put_anyhow(self, key: str, metadata: dict[str, str], if_match: str | None) -> bool:
         """Write an empty object under a condition, once; whether the store said that it did.
@@ -356,14 +437,15 @@ class Requests:
             try:
                 await self._put_once(key, Body.of(b""), metadata, if_match)
             except FAILURES as error:
-                meaning = verdict(failure_of(error))
-                if meaning in {Verdict.REFUSED, Verdict.CONFLICT}:
-                    return False
-                if meaning is not Verdict.UNKNOWN:
-                    raise tries.refuse(error) from error
-                await tries.pause(error)
+                failure = failure_of(error)
             else:
                 return True
+            meaning = verdict(failure)
+            if meaning in {Verdict.REFUSED, Verdict.CONFLICT}:
+                return False
+            if meaning is not Verdict.UNKNOWN:
+                raise tries.refuse(failure, WRITES)
+            await tries.pause(failure)
 
     async def _put_once(self, key: str, body: Body, metadata: dict[str, str], etag: str | None) -> str:
         condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
@@ -394,23 +476,52 @@ class Requests:
         ours = found is not None and found.metadata.get(WRITE_ID) == write_id
         return found.etag if found is not None and ours else _REPLACED
 
+    # Deleting
+
+    async def check_deletes(self, key: str) -> None:
+        """Ask once to delete an object, which need not be there; anything but a plain refusal decides nothing.
+
+        Raises:
+            UnsupportedError: It is refused.
+        """
+        try:
+            async with self.time.limit(STANDSTILL):
+                failure = _refused(await self._delete_once(await self._client(), [key]))
+        except FAILURES as error:
+            failure = failure_of(error)
+        if failure is not None and verdict(failure) in {Verdict.DENIED, Verdict.NOT_IMPLEMENTED}:
+            raise self.tries("deleting", key).refuse(failure, DELETES)
+
     async def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; one that is not there is no error.
 
         Raises:
+            UnsupportedError: It is refused.
             StorageError: Some may still be there.
         """
         for part in _parts(list(keys)):
 
             async def once(client: Client, _: Limit, part: list[str] = part) -> dict[str, Any]:
-                doomed = {"Objects": [{"Key": key} for key in part], "Quiet": True}
-                return await client.delete_objects(Bucket=self._bucket, Delete=doomed)
+                return await self._delete_once(client, part)
 
-            done = await self._read(once, self.tries("deleting", part[0])) or {}
-            for error in done.get("Errors", ()):
-                raise UnavailableError(
-                    f"deleting s3://{self._bucket}/{error.get('Key')} failed with {error.get('Code')}"
-                )
+            tries = self.tries("deleting", part[0])
+            failure = _refused(await self._read(once, tries, DELETES) or {})
+            if failure is not None and verdict(failure) is Verdict.DENIED:
+                raise tries.refuse(failure, DELETES)
+            if failure is not None:
+                raise UnavailableError(f"deleting s3://{self._bucket}/{part[0]} and others failed with {failure}")
+
+    async def _delete_once(self, client: Client, keys: list[str]) -> dict[str, Any]:
+        doomed = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        return await client.delete_objects(Bucket=self._bucket, Delete=doomed)
+
+
+def _refused(done: dict[str, Any]) -> Failure | None:
+    """The first refusal in the answer to a deletion of many."""
+    for error in done.get("Errors", ()):
+        code = str(error.get("Code", ""))
+        return Failure(403 if code == "AccessDenied" else 500, code)
+    return None
 
 
 def _parts(keys: list[str]) -> Iterator[list[str]]:

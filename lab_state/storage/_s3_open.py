@@ -22,7 +22,7 @@ import zlib
 from typing import NamedTuple
 
 from lab_state._journal import NO_BASE, base_of
-from lab_state.exceptions import CorruptionError, UnavailableError, UnsupportedError
+from lab_state.exceptions import CorruptionError, UnsupportedError
 from lab_state.storage._protocol import Recovery
 from lab_state.storage._s3_body import LONG, Body
 from lab_state.storage._s3_client import Requests
@@ -68,10 +68,17 @@ class Loaded(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A state that is ours, loaded. `fence` is the number of our fence."""
+    """A state that is ours, loaded.
+
+    Attributes:
+        fence: The number of our fence.
+        loaded: What is below it.
+        undeletable: Why nothing can be deleted; `None` as far as is known.
+    """
 
     fence: int
     loaded: Loaded
+    undeletable: str | None
 
 
 def new_write_id() -> str:
@@ -86,6 +93,7 @@ async def open_state(store: Requests, names: Names) -> Opened:
         StorageError: It could not; see `Storage.open`.
     """
     await _probe(store, names)
+    undeletable = await _undeletable(store, names)
     tries = store.tries("opening", names.snapshot)
     loader = Loader(store, names)
     while True:
@@ -94,8 +102,8 @@ async def open_state(store: Requests, names: Names) -> Opened:
         if fence is not None:
             loaded = await loader.load_below(fence)
             if loaded is not None:
-                return Opened(fence, loaded)
-        await tries.pause(UnavailableError("others are opening it at the same time"))
+                return Opened(fence, loaded, undeletable)
+        await tries.pause("others are opening it at the same time")
 
 
 async def _probe(store: Requests, names: Names) -> None:
@@ -111,6 +119,15 @@ async def _probe(store: Requests, names: Names) -> None:
             "refused, so it cannot keep two writers apart. Use a store with conditional writes; if the bucket has "
             "versioning on, try one without"
         )
+
+
+async def _undeletable(store: Requests, names: Names) -> str | None:
+    """Say why objects cannot be deleted: found at the first checkpoint, it would be told too late."""
+    try:
+        await store.check_deletes(names.journal + "none")
+    except UnsupportedError as refused:
+        return str(refused)
+    return None
 
 
 async def _fence(store: Requests, names: Names, covered: int) -> int | None:
@@ -216,7 +233,7 @@ class Loader:
             self._same += 1
             if self._same > _SAME_SNAPSHOT:
                 raise CorruptionError(self._path, 0, problem or "a record that is listed is missing; restore it")
-            await tries.pause(UnavailableError("it changes while it is read"))
+            await tries.pause("it changes while it is read")
 
     async def _look(self) -> None:
         """Fetch the snapshot, if it is another one than before."""

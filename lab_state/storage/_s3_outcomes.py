@@ -19,14 +19,30 @@ class Failure(NamedTuple):
     Attributes:
         status: The HTTP status; 0 when no answer came.
         code: The store's own word, such as `SlowDown`; the kind of exception when no answer came.
+        detail: What more there is to tell. Never a text of the client's: it may hold a credential.
     """
 
     status: int
     code: str
+    detail: str = ""
 
     def __str__(self) -> str:
         """As a message shows it."""
-        return f"{self.status} {self.code}" if self.status else self.code
+        shown = f"{self.status} {self.code}" if self.status else self.code
+        return f"{shown} ({self.detail})" if self.detail else shown
+
+
+CERTIFICATE = "CertificateError"
+"""The code of a failure: the server's certificate was not accepted."""
+
+TLS = "TLSError"
+"""The code of a failure: the two sides do not agree on how to talk."""
+
+MISSING_FILE = "FileNotFoundError"
+"""The code of a failure: a file that the client's settings name."""
+
+PROXY = "ProxyError"
+"""The code of a failure, with the status that a proxy answered."""
 
 
 class Verdict(Enum):
@@ -92,24 +108,50 @@ _PASSING_CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
+_PROXY_REFUSES = frozenset({f"{PROXY}403", f"{PROXY}407"})
 _FINAL_WITHOUT_ANSWER = frozenset(
     {
+        *_PROXY_REFUSES,
+        CERTIFICATE,
+        MISSING_FILE,
+        TLS,
+        "ConfigNotFound",
+        "ConfigParseError",
+        "EndpointProviderError",
+        "EndpointResolutionError",
+        "InfiniteLoopConfigError",
+        "InvalidChecksumConfigError",
         "InvalidConfigError",
+        "InvalidDefaultsMode",
+        "InvalidEndpointConfigurationError",
+        "InvalidIMDSEndpointError",
+        "InvalidIMDSEndpointModeError",
+        "InvalidProxiesConfigError",
         "InvalidRegionError",
+        "InvalidS3AddressingStyleError",
+        "InvalidURL",
+        "LoginRefreshRequired",
+        "MissingDependencyException",
         "NoCredentialsError",
         "NoRegionError",
         "ParamValidationError",
         "PartialCredentialsError",
         "ProfileNotFound",
+        "RefreshWithMFAUnsupportedError",
+        "SSOTokenLoadError",
         "TokenRetrievalError",
         "UnauthorizedSSOTokenError",
+        "UnknownSignatureVersionError",
+        "UnsupportedS3ArnError",
+        "UnsupportedS3ConfigurationError",
+        "UnsupportedSignatureVersionError",
     }
 )
 
 
 def verdict(failure: Failure) -> Verdict:  # noqa: PLR0911 -- a row of the table each
     """What a failure means, whether the request had a condition or not."""
-    status, code = failure
+    status, code, _ = failure
     if status == 0:
         return Verdict.DENIED if code in _FINAL_WITHOUT_ANSWER else Verdict.UNKNOWN
     if code == "NoSuchBucket":
@@ -162,9 +204,12 @@ _REGION = frozenset(
 )
 _NO_CREDENTIALS = frozenset(
     {
+        "LoginRefreshRequired",
         "NoCredentialsError",
         "PartialCredentialsError",
         "ProfileNotFound",
+        "RefreshWithMFAUnsupportedError",
+        "SSOTokenLoadError",
         "TokenRetrievalError",
         "UnauthorizedSSOTokenError",
     }
@@ -172,25 +217,50 @@ _NO_CREDENTIALS = frozenset(
 _BAD_CREDENTIALS = frozenset({"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"})
 
 
-def advice(failure: Failure) -> str:  # noqa: PLR0911 -- a cause each
-    """What the operator has to do about a failure that trying again does not mend."""
-    status, code = failure
+READS = (
+    "s3:GetObject on the objects, or s3:ListBucket on the bucket, without which the store does not say that an object "
+    "is not there"
+)
+"""The permission that a GET or a HEAD needs; and so on."""
+
+LISTS = "s3:ListBucket on the bucket"
+WRITES = "s3:PutObject on the objects, and s3:GetObject to replace one"
+DELETES = "s3:DeleteObject on the objects"
+
+_ADVICE = {
+    CERTIFICATE: (
+        "its certificate is not accepted: correct the host in the endpoint, or renew the certificate, or name the file of "
+        "the authority that signed it in AWS_CA_BUNDLE"
+    ),
+    TLS: "one side speaks TLS and the other does not, or another version of it: see whether the endpoint is http or https",
+    MISSING_FILE: "a file that the settings name is not there, such as the one in AWS_CA_BUNDLE",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
+}
+
+
+def advice(failure: Failure, needs: str) -> str:  # noqa: PLR0911 -- a cause each
+    """What the operator has to do about a failure that trying again does not mend.
+
+    `needs` is the permission for what was tried.
+    """
+    status, code, _ = failure
     kind = verdict(failure)
     if kind is Verdict.MISSING_BUCKET:
         return "there is no such bucket: create it, or correct its name or the endpoint"
     if kind is Verdict.NOT_IMPLEMENTED:
         return "the store has no conditional writes, which keep two writers apart: use one that has"
+    if code in _ADVICE:
+        return _ADVICE[code]
+    if code in _PROXY_REFUSES:
+        return "the proxy refuses the connection: correct its address or its credentials, or let the host pass"
     if code in _REGION or status in {301, 307}:
         return "the bucket is in another region: give S3Storage its region_name"
-    if code == "RequestTimeTooSkewed":
-        return "the clock of this machine is wrong: set it"
     if code in _NO_CREDENTIALS:
         return "no usable credentials were found: set them as for any AWS client, or give S3Storage a session"
     if code in _BAD_CREDENTIALS:
         return "the store does not accept these credentials: renew or correct them"
     if status == 403:  # noqa: PLR2004 -- 403 Forbidden
-        return (
-            "permission is missing: s3:GetObject, s3:PutObject and s3:DeleteObject on the objects, "
-            "s3:ListBucket on the bucket"
-        )
+        return f"permission is missing: {needs}"
+    if status == 0:
+        return "the settings of the client are wrong: see the environment, ~/.aws/config, and what S3Storage was given"
     return "the store refuses this request, and trying again would not change that"

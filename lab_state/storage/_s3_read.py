@@ -10,7 +10,7 @@ snapshot, and take that for the whole. A start has its fence for that.
 
 from __future__ import annotations
 
-from lab_state.exceptions import UnavailableError, UnsupportedError
+from lab_state.exceptions import UnsupportedError
 from lab_state.storage._protocol import Reading
 from lab_state.storage._s3_client import Requests
 from lab_state.storage._s3_format import Names
@@ -34,4 +34,4 @@ async def read_objects(store: Requests, names: Names) -> Reading:
             if snapshot is None and not loaded.last:
                 raise UnsupportedError(f"there is no state at {path}: check the name, the prefix and the bucket")
             return Reading(snapshot, records, len(records), None, path, crc)
-        await tries.pause(UnavailableError("it was changed meanwhile"))
+        await tries.pause("it was changed meanwhile")

@@ -26,13 +26,14 @@ from lab_state.storage._protocol import Recovery, Snapshot
 from lab_state.storage._s3_body import LONG, Body, Spool
 from lab_state.storage._s3_client import Requests
 from lab_state.storage._s3_format import BASE, OWN_BASE, OWNER, Names, Stamp, frame, stamp_in_metadata, stamped
-from lab_state.storage._s3_open import Opened, new_write_id, numbers
+from lab_state.storage._s3_open import Opened, new_write_id
 from lab_state.storage._s3_outcomes import WRITE_ID, Found, NotOursError
 
 _logger = Log(logging.getLogger("lab_state"))
 
 _MOST_RECORDS = 64
 _MIN_CHECKPOINT_BYTES = 1024 * 1024
+_MOST_PAGES = 100
 _MOST_REFUSALS = 4  # each sends the whole snapshot; more than late attempts of a writer can cause
 _MOST_SNAPSHOT_BYTES = 5 * 1024**3
 
@@ -50,7 +51,7 @@ class S3Session:
 
     def __init__(self, store: Requests, names: Names, opened: Opened, let_go: Callable[[], None]) -> None:
         """`let_go` is called when the session has ended."""
-        fence, loaded = opened
+        fence, loaded, undeletable = opened
         self.recovery: Recovery = loaded.recovery
         self.path: str = names.url(names.snapshot)
         self.snapshot_bytes: int = loaded.snapshot_bytes
@@ -70,6 +71,9 @@ class S3Session:
         self._spooling: asyncio.Future[None] | None = None
         self._publishing: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self.warning: str | None = None
+        if undeletable is not None:
+            self._warn(undeletable)
 
     @property
     def journal_bytes(self) -> int:
@@ -165,9 +169,10 @@ class S3Session:
         finally:
             spool.discard()
         self._base = OWN_BASE
-        for number in [number for number in self._records if number <= covered]:
+        own = [number for number in self._records if number <= covered]
+        for number in own:
             del self._records[number]
-        await self._clean(covered)
+        await self._clean(covered, own)
 
     async def _replace(self, body: Body, stamp: Stamp) -> int:
         """Put a snapshot in place; returns the number that the one in place covers."""
@@ -193,22 +198,48 @@ class S3Session:
                 if there.fence == self._fence and there.seq >= stamp.seq:
                     self.snapshot_bytes = found.size
                     return there.seq
-            await tries.pause(UnavailableError("it was refused"))
+            await tries.pause("it was refused")
         raise UnavailableError(
             f"the store refused {_MOST_REFUSALS} times to replace {self.path}, although it showed each time that it "
             "had not changed"
         )
 
-    async def _clean(self, covered: int) -> None:
-        """Delete the records that the snapshot covers, those that a crash left behind included, but no fence."""
+    async def _clean(self, covered: int, own: list[int]) -> None:
+        """Delete the records that the snapshot covers, those that a crash left behind included, but no fence.
+
+        Where deleting is refused, nothing is listed: `own`, which are known, show whether it still is.
+        """
         try:
-            listed = await numbers(self._store, self._names, self._cleaned)
-            doomed = [number for number, size in listed.items() if size and number <= covered]
-            await self._store.delete(map(self._names.record, doomed))
+            if self.warning is not None:
+                await self._delete(own)
+                self.warning = None
+                _logger.info("%s: records can be deleted again", self.path)
+            await self._clean_pages(covered)
+        except UnsupportedError as refused:
+            self._warn(str(refused))
         except StorageError as error:
             _logger.warning("%s: what it covers stays until the next checkpoint: %s", self.path, error)
-        else:
-            self._cleaned = covered
+
+    async def _clean_pages(self, covered: int) -> None:
+        """From where the last one ended; what is left behind so many pages is for the next checkpoint."""
+        for _ in range(_MOST_PAGES):
+            if self._cleaned >= covered:
+                return
+            page, more = await self._store.page(self._names.journal, self._names.record(self._cleaned))
+            sizes = {number: size for key, size in page.items() if (number := self._names.number(key)) is not None}
+            await self._delete([number for number, size in sizes.items() if size and number <= covered])
+            last = max(sizes, default=covered)  # behind the numbers come only keys that are none
+            self._cleaned = covered if more is None else min(last, covered)
+
+    async def _delete(self, numbers: list[int]) -> None:
+        await self._store.delete(map(self._names.record, numbers))
+
+    def _warn(self, refused: str) -> None:
+        """Tell once that deleting is refused; `status()` shows it as long as it is so."""
+        told = self.warning is not None
+        self.warning = f"records that the snapshot covers stay, and pile up, until they can be deleted: {refused}"
+        if not told:
+            _logger.warning("%s: %s", self.path, self.warning)
 
     # The end
 

@@ -137,6 +137,7 @@ class FileSession:
 
     def __init__(self, writer: Writer, recovery: Recovery, commits: Worker, checkpoints: Worker) -> None:
         self.recovery: Recovery = recovery
+        self.warning: str | None = None
         self._writer = writer
         self._commits = commits
         self._checkpoints = checkpoints

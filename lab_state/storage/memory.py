@@ -66,6 +66,7 @@ class MemorySession:
         self._since: list[bytes] | None = None
         self.path: str = _path(name)
         self.progress: int = 0
+        self.warning: str | None = None
         base = _base(place.snapshot)
         data = bytes(place.journal or b"")
         scan = None if place.journal is None else journal.scan(data, name, self.path)

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 from s3_proxy import (
+    Action,
     Before,
     Forward,
     Hang,
@@ -147,7 +148,7 @@ async def test_pauses_grow_and_end(bucket: Bucket, proxy: Proxy) -> None:
     assert 30 <= sum(slept) < 31
     assert max(slept) <= 2
     assert slept[0] <= 0.1
-    assert caught.value.__cause__ is not None
+    assert caught.value.__cause__ is caught.value.__context__ is None  # it could hold a credential
     await session.aclose()
 
 
@@ -515,9 +516,11 @@ async def test_a_failed_deletion_is_made_up_for(bucket: Bucket, proxy: Proxy, ca
     """What a checkpoint could not delete is logged, does no harm, and goes with the next one."""
     session = await bucket.storage(proxy.url).open(NAME)
     await session.commit(b"1", VIEW)
-    proxy.plan("POST", "?delete", answers(403, "AccessDenied"))
+    proxy.plan("POST", "?delete", answers(503, "SlowDown"), times=FOREVER)
     await session.checkpoint(given(b"a"))
+    proxy.end_plans()
     assert "stays until the next checkpoint" in caplog.text
+    assert session.warning is None
     assert session.journal_bytes == 0
     assert sum(bucket.keys(JOURNAL).values()) > 0
     await session.checkpoint(given(b"b"))
@@ -529,24 +532,115 @@ async def test_a_deletion_that_fails_in_part_is_noticed(
     bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The answer to a deletion of many says which of them failed."""
-
-    async def denied(request: Request, forward: Forward) -> Response | None:
-        body = b"<DeleteResult><Error><Key>k</Key><Code>AccessDenied</Code></Error></DeleteResult>"
-        return Response(200, {"content-type": "application/xml"}, body)
-
     session = await bucket.storage(proxy.url).open(NAME)
     await session.commit(b"1", VIEW)
-    proxy.plan("POST", "?delete", denied)
+    proxy.plan("POST", "?delete", undeleted("InternalError"))
     await session.checkpoint(given(b"a"))
-    assert "AccessDenied" in caplog.text
+    assert "InternalError" in caplog.text
+    assert session.warning is None
     await session.aclose()
+
+
+def undeleted(code: str) -> Action:
+    """The answer to a deletion of many says that one of them was not deleted."""
+
+    async def action(request: Request, forward: Forward) -> Response | None:
+        body = f"<DeleteResult><Error><Key>k</Key><Code>{code}</Code></Error></DeleteResult>".encode()
+        return Response(200, {"content-type": "application/xml"}, body)
+
+    return action
+
+
+@pytest.mark.parametrize(
+    "denied", [answers(403, "AccessDenied"), undeleted("AccessDenied"), answers(501, "NotImplemented")]
+)
+async def test_without_the_permission_to_delete(
+    bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture, denied: Action
+) -> None:
+    """It is told at the start, once, and in `status()`; checkpoints do not list what they cannot delete."""
+    proxy.plan("POST", "?delete", denied, times=FOREVER)
+    async with Manager(Config(name=NAME, flush_interval=None), bucket.storage(proxy.url)) as state:
+        assert "s3:DeleteObject" in (state.status().storage_warning or "") or "NotImplemented" in caplog.text
+        session = state._core.running._session
+        seen = len(proxy.seen)
+        for number in range(3):
+            await state.set("a", number)
+            await state.flush()
+            await session.checkpoint(VIEW)
+        assert not [line for line in proxy.seen[seen:] if "list-type" in line]
+        assert len([line for line in proxy.seen[seen:] if line.startswith("POST")]) == 3
+        assert len(caplog.messages) == 1
+        assert len(bucket.keys(JOURNAL)) == 4
+
+        proxy.end_plans()
+        caplog.set_level(logging.INFO, "lab_state")
+        await state.set("a", 3)
+        await state.flush()
+        await session.checkpoint(VIEW)
+        assert state.status().storage_warning is None
+        assert "can be deleted again" in caplog.text
+        assert sum(bucket.keys(JOURNAL).values()) == 0  # those left by the checkpoints before, too
+        await state.delete_all()
+    assert state.status().storage_warning is None
+
+
+async def test_a_permission_that_is_taken_away(bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    """A right to delete that is lost while a manager runs is told once, with the permission."""
+    session = await bucket.storage(proxy.url).open(NAME)
+    assert session.warning is None
+    proxy.plan("POST", "?delete", answers(403, "AccessDenied"), times=FOREVER)
+    for number in range(3):
+        await session.commit(b"%d" % number, VIEW)
+        await session.checkpoint(given(b"%d" % number))
+        assert "s3:DeleteObject" in (session.warning or "")
+    assert len(caplog.messages) == 1
+    await session.aclose()
+
+
+@pytest.mark.parametrize("fault", [answers(500), lost, answers(404, "NoSuchKey")])
+async def test_a_question_about_deleting_that_is_not_answered(bucket: Bucket, proxy: Proxy, fault: Action) -> None:
+    """Whether objects can be deleted is asked once; without an answer the start goes on."""
+    proxy.plan("POST", "?delete", fault)
+    session = await bucket.storage(proxy.url).open(NAME)
+    assert session.warning is None
+    await session.aclose()
+
+
+async def test_cleaning_goes_on_from_where_it_stood(
+    bucket: Bucket, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a crash left behind is deleted some pages at a checkpoint, however much it is; no page is listed twice."""
+    monkeypatch.setattr("lab_state.storage._s3_client._LISTED_AT_ONCE", 3)
+    monkeypatch.setattr("lab_state.storage._s3_session._MOST_PAGES", 2)
+    old = await bucket.storage().open(NAME)
+    for number in range(12):
+        await old.commit(b"%d" % number, VIEW)
+    monkeypatch.setattr(old, "_clean", _leave)
+    await old.checkpoint(VIEW)
+    await old.aclose()
+    session = await bucket.storage(proxy.url).open(NAME)
+    left = []
+    for _ in range(3):
+        seen = len(proxy.seen)
+        await session.checkpoint(VIEW)
+        left.append(len([size for size in bucket.keys(JOURNAL).values() if size]))
+    assert left == [7, 1, 0]
+    assert "list-type" not in "".join(proxy.seen[seen + 3 :])
+    seen = len(proxy.seen)
+    await session.checkpoint(VIEW)
+    assert len(proxy.seen) == seen + 1  # the snapshot alone
+    await session.aclose()
+
+
+async def _leave(*_: object) -> None:
+    """Delete nothing, as a writer that is killed."""
 
 
 async def test_what_a_crash_left_behind_is_cleaned(bucket: Bucket, proxy: Proxy) -> None:
     """Records that a killed writer had no time to delete go with the successor's first checkpoint; fences stay."""
     old = await bucket.storage(proxy.url).open(NAME)
     await old.commit(b"1", VIEW)
-    proxy.plan("POST", "?delete", answers(403, "AccessDenied"))
+    proxy.plan("POST", "?delete", answers(403, "AccessDenied"), times=FOREVER)
     await old.checkpoint(given(b"a"))
     new = await bucket.storage().open(NAME)
     assert new.recovery == Recovery(b"a", (), unsettled=False, dropped_bytes=0)

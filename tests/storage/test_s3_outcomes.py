@@ -19,7 +19,12 @@ from lab_state.storage._s3_format import (
     unframe,
 )
 from lab_state.storage._s3_outcomes import (
+    CERTIFICATE,
+    MISSING_FILE,
+    PROXY,
+    TLS,
     WRITE_ID,
+    WRITES,
     Failure,
     Found,
     Next,
@@ -76,6 +81,12 @@ OURS, THEIRS = "ours", "theirs"
         (0, "NoCredentialsError", Verdict.DENIED),
         (0, "ProfileNotFound", Verdict.DENIED),
         (0, "ParamValidationError", Verdict.DENIED),
+        (0, CERTIFICATE, Verdict.DENIED),
+        (0, TLS, Verdict.DENIED),
+        (0, MISSING_FILE, Verdict.DENIED),
+        (0, f"{PROXY}407", Verdict.DENIED),
+        (0, f"{PROXY}502", Verdict.UNKNOWN),
+        (0, "SSLError", Verdict.UNKNOWN),
     ],
 )
 def test_verdict(status: int, code: str, meaning: Verdict) -> None:
@@ -133,13 +144,18 @@ def test_after_look(answer: Verdict, write_id: str | None, etag: str, if_match: 
         (403, "InvalidAccessKeyId", "renew or correct"),
         (400, "ExpiredToken", "renew or correct"),
         (403, "AccessDenied", "s3:PutObject"),
-        (403, "403", "s3:ListBucket"),
         (400, "InvalidArgument", "refuses"),
+        (0, CERTIFICATE, "AWS_CA_BUNDLE"),
+        (0, TLS, "http or https"),
+        (0, MISSING_FILE, "a file that the settings name"),
+        (0, f"{PROXY}407", "the proxy refuses"),
+        (0, f"{PROXY}403", "the proxy refuses"),
+        (0, "ConfigParseError", "settings"),
     ],
 )
 def test_advice(status: int, code: str, words: str) -> None:
     """What cannot be mended by trying again is told with what to do about it."""
-    assert words in advice(Failure(status, code))
+    assert words in advice(Failure(status, code), WRITES)
 
 
 def test_failures_read_well() -> None:

@@ -64,6 +64,9 @@ class Answers:
     async def put_anyhow(self, key: str, metadata: dict[str, str], if_match: str | None) -> bool:
         return False
 
+    async def check_deletes(self, key: str) -> None:
+        """They may be deleted."""
+
     def tries(self, *_: object) -> Any:
         return self
 
