@@ -23,7 +23,6 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from aiohttp.abc import AbstractResolver, ResolveResult
 from botocore.exceptions import BotoCoreError, ClientError
-from botocore.parsers import ResponseParserError
 
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 from lab_state.storage._s3_body import Body, Upload
@@ -84,7 +83,7 @@ _TLS_REASONS = frozenset(
 )
 """What OpenSSL says where trying again does not help."""
 
-FAILURES = (ClientError, BotoCoreError, ResponseParserError, aiohttp.ClientError, TimeoutError, OSError)
+FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSError)
 
 
 class Client(Protocol):
@@ -221,8 +220,8 @@ def failure_of(error: Exception) -> Failure:
         return Failure(0, CERTIFICATE, next(filter(None, reasons), ""))
     detail = ""
     for cause in causes:
-        if isinstance(cause, ssl.SSLError) and cause.reason in _TLS_REASONS:
-            return Failure(0, TLS, cause.reason)
+        if (reason := getattr(cause, "reason", None)) in _TLS_REASONS:  # a `ssl.SSLError`, or aiohttp's
+            return Failure(0, TLS, str(reason))
         if isinstance(cause, aiohttp.ClientHttpProxyError):
             return Failure(0, f"{PROXY}{cause.status}")
         if isinstance(cause, FileNotFoundError):

@@ -222,7 +222,8 @@ def _import() -> None:
 
 def _checked_bucket(bucket: str) -> str:
     if not _BUCKET.fullmatch(str(bucket)):
-        raise ValueError(f"{bucket!r} is not the name of a bucket: letters, digits, dots and hyphens, 3 to 63 of them")
+        shown = "this" if "@" in str(bucket) else repr(bucket)  # it may be a URL with a password
+        raise ValueError(f"{shown} is not the name of a bucket: letters, digits, dots and hyphens, 3 to 63 of them")
     return bucket
 
 
@@ -246,7 +247,7 @@ def _checked_endpoint(url: str) -> str:
         _ = parts.port
     except ValueError:
         raise ValueError(f"{wanted}: this one cannot be parsed") from None
-    if "@" in parts.netloc:
+    if "@" in url:
         raise ValueError(f"{wanted}, without credentials in it: give those as to any AWS client")
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError(f"{wanted}: with http or https, and a host")
