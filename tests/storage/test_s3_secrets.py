@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
+import datetime as dt
 import ipaddress
 import logging
 import socket
@@ -52,14 +52,14 @@ def certificate(directory: Path, *, host: str = "127.0.0.1", days: int = 2) -> s
     """Make a certificate that signs itself, in `directory / "cert.pem"`; what a server needs of it."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "store")])
-    end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
+    end = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
     made = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(1)
-        .not_valid_before(end - datetime.timedelta(days=10))
+        .not_valid_before(end - dt.timedelta(days=10))
         .not_valid_after(end)
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
@@ -105,7 +105,7 @@ async def passed_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
     ],
 )
 async def test_a_bad_certificate(  # noqa: PLR0917
-    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, days: int, trusted: bool, words: str
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, days: int, words: str, *, trusted: bool
 ) -> None:
     """A certificate that is not accepted is told at once, with the reason and what to do."""
     context = certificate(tmp_path, host=host, days=days)
