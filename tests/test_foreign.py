@@ -306,6 +306,7 @@ class StrangeSession:
         self.recovery = inner.recovery
         self.path = inner.path
         self.snapshot_bytes = self.journal_bytes = self.progress = 0
+        self.warning = None
 
     def _strange(self, during: str) -> None:
         if self._during == during:

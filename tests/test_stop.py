@@ -37,6 +37,7 @@ class SlowSession:
         self.recovery = inner.recovery
         self.path = inner.path
         self.snapshot_bytes = self.journal_bytes = self.progress = 0
+        self.warning = None
 
     async def _wait(self) -> None:
         self._storage.waits.set()
