@@ -58,7 +58,11 @@ class Sweeper:
         if self._put_off:
             return
         before = self._state.revision
-        more = self._state.sweep(_AT_ONCE) == _AT_ONCE
+        try:
+            more = self._state.sweep(_AT_ONCE) == _AT_ONCE
+        except BaseException:  # memory ran out, or an interrupt: the event loop tells, and the next sweep comes
+            self._arm()
+            raise
         if self._state.revision > before:
             self._swept()
         if more:

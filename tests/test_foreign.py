@@ -544,3 +544,17 @@ class TestTasks:
             await until(lambda: storage.calls.count("checkpoint") == 2)
             await until(lambda: not state._core.running._checkpoint_due)
             assert state.status().task_failure is None
+
+    async def test_no_memory_for_a_sweep(
+        self, storage: FaultyStorage, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The next sweep comes all the same."""
+        async with running(storage, clock, None) as state:
+            await state.set("a", 1, ttl=0.5)
+            with monkeypatch.context() as patched:
+                patched.setattr(type(state._core.state), "sweep", lambda *_: [0] * sys.maxsize)
+                with pytest.raises(MemoryError):  # the clock of this test passes on what a timer raises
+                    clock.advance(2.0)
+            assert state.revision == 1
+            clock.advance(2.0)
+            assert (state.revision, state.metrics().operations["expire", "success"]) == (2, 1)

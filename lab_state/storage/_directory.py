@@ -14,6 +14,7 @@ import stat
 import sys
 from collections.abc import Iterator
 
+from lab_state._log import Log
 from lab_state.exceptions import UnavailableError, UnsupportedError
 from lab_state.storage import _fs as fs
 from lab_state.storage._os_errors import translated
@@ -21,7 +22,7 @@ from lab_state.storage._os_errors import translated
 if sys.platform != "win32":  # pragma: no branch -- never run there
     import fcntl
 
-_logger = logging.getLogger("lab_state")
+_logger = Log(logging.getLogger("lab_state"))
 
 _GET_FLAGS = 0x80086601
 """Linux: `FS_IOC_GETFLAGS`."""

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import pytest
 from disk import Ack, Create, Entry, Rename, State, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
 
-from lab_state import _codec, _flusher, _journal
+from lab_state import _codec, _journal, _outcomes
 from lab_state.storage import _directory, _file_writer, _fs
 
 NAME = "lab"
@@ -349,6 +349,6 @@ def determined(seed: int | str) -> Iterator[None]:
             patch.setattr(module, "os", _Seeded(os, urandom=random.Random(f"{module.__name__} {seed}").randbytes))
         numbers = iter(range(10**12, 10**13))
         patch.setattr(_file_writer, "time", SimpleNamespace(time_ns=lambda: next(numbers) * 1_000_000))
-        patch.setattr(_flusher, "_FIRST_PAUSE", 0.0)
-        patch.setattr(_flusher, "_LONGEST_PAUSE", 0.0)
+        patch.setattr(_outcomes, "_FIRST_PAUSE", 0.0)
+        patch.setattr(_outcomes, "_LONGEST_PAUSE", 0.0)
         yield
