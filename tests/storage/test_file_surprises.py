@@ -204,6 +204,7 @@ def fail(patch: pytest.MonkeyPatch, function: str, code: int) -> None:
 @pytest.mark.parametrize(
     ("function", "code", "told"),
     [
+        ("replace", errno.EIO, r"renaming .* failed: Input/output error"),
         ("replace", errno.EPERM, r"renaming .* failed: .*; give this user the permission"),
         (
             "fsync",
@@ -363,6 +364,13 @@ async def test_a_state_that_must_be_there(tmp_path: Path, left: str) -> None:
         assert await state.get_all() == {"a": 1}
     (directory / "lab.json").unlink()
     (directory / "lab.journal").unlink()
+
+
+async def test_a_file_in_place_of_the_directory_of_a_state_that_must_be_there(tmp_path: Path) -> None:
+    """It is told from a directory that is missing."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UnsupportedError, match=r"file failed: Not a directory; .*choose another directory"):
+        await Manager("lab", FileStorage(tmp_path / "file", create=False)).start()
 
 
 async def test_a_state_that_goes_while_it_is_locked(tmp_path: Path) -> None:
