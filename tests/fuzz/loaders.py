@@ -33,7 +33,7 @@ from lab_state._expiry import Expiring
 from lab_state._journal import ANY_BASE, NO_BASE, Kind
 from lab_state._state import Changes, State
 from lab_state._values import decode_value
-from lab_state.cache._format import Head, Message, parse_head, parse_message
+from lab_state.cache._format import Head, Message, parse_head, parse_message, seen_in
 from lab_state.cache._local import Local
 from lab_state.cache._source import Found as Fetched
 from lab_state.storage._protocol import Recovery
@@ -167,7 +167,8 @@ def cache(data: bytes) -> None:
     head = pieces[0] if mode & 1 else b'{"format":1,"revision":7,"writer":"w"}'
     memory = MemoryCache()
     reader = memory.reader(NAME, clock=ManualClock())
-    reader._feed = SimpleNamespace(revision=0)  # type: ignore[assignment]  # it is open
+    lives = bool(mode & 8)
+    reader._feed = cast("Any", SimpleNamespace(revision=0, lives=lambda *_: lives))  # it is open
     place = memory.places[NAME]
     place.values["$lab_state"], place.expires["$lab_state"] = head, head if not mode & 2 else pieces[-1]
     messages = []
@@ -181,6 +182,8 @@ def cache(data: bytes) -> None:
         if at:
             place.expires[name.decode("latin1")] = at
     keys = [key for key in place.values if key != "$lab_state"]
+    seen, fill = seen_in(place.values["$lab_state"], place.expires["$lab_state"])
+    assert seen.writer is not None or (seen.revision, fill) == (0, "")
     answered(reader.revision)
     answered(reader.get_all)
     for key in keys:
