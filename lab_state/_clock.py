@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from types import TracebackType
 from typing import Protocol
 
 
@@ -102,15 +102,33 @@ def resolver(future: asyncio.Future[None]) -> Callable[[], None]:
     return lambda: None if future.done() else future.set_result(None)
 
 
-@asynccontextmanager
-async def within(clock: Clock, seconds: float) -> AsyncGenerator[None]:
-    """`asyncio.timeout`, by a clock: raise `TimeoutError` after so many seconds."""
-    async with asyncio.timeout(None) as bound:
-        timer = clock.call_later(seconds, lambda: bound.reschedule(0.0))  # at once
-        try:
-            yield
-        finally:
-            timer.cancel()
+class within:  # noqa: N801 -- used as asyncio.timeout is
+    """`asyncio.timeout`, by a clock: cancel what runs in it after so many seconds, and raise `TimeoutError`."""
+
+    __slots__ = ("_cancelling", "_clock", "_expired", "_seconds", "_task", "_timer")
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self._clock = clock
+        self._seconds = seconds
+        self._expired = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # it is used in a coroutine
+        self._task, self._cancelling = task, task.cancelling()
+        self._timer = self._clock.call_later(self._seconds, self._expire)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        # Was it cancelled by something else as well, then that cancellation goes on.
+        if self._expired and self._task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
+            raise TimeoutError from error
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._task.cancel()
 
 
 class Pauses:

@@ -114,7 +114,7 @@ class Dialer:
         link = Link(connection, self.path, self._timeout, clock)
         with link.translated():
             try:
-                async with within(clock, self._timeout):
+                with within(clock, self._timeout):
                     await connection.connect()
             except BaseException:
                 await link.aclose()
@@ -142,14 +142,13 @@ class Link:
         """Send commands."""
         with self.translated():
             self._check_connected()
-            async with within(self.clock, self._timeout):
+            with within(self.clock, self._timeout):
                 await self._connection.send_packed_command(data, check_health=False)
 
     async def answers(self, count: int) -> list[Any]:
         """The next answers."""
-        with self.translated():
-            async with within(self.clock, self._timeout):
-                return [await self._next() for _ in range(count)]
+        with self.translated(), within(self.clock, self._timeout):
+            return [await self._next() for _ in range(count)]
 
     async def read(self) -> Any:
         """The next answer, however long it takes; an error that is the answer to a command is returned."""

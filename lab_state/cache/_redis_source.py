@@ -136,7 +136,7 @@ class RedisSubscription:
         self._pings.append(pong)
         await self._link.send(command(b"PING"))
         try:
-            async with within(self._link.clock, _PING_SECONDS):
+            with within(self._link.clock, _PING_SECONDS):
                 await pong
         except TimeoutError:
             raise UnavailableError("the subscription does not answer") from None

@@ -274,7 +274,7 @@ class Reader:
     async def _reached(self, seconds: float) -> tuple[int, str]:
         """The revision that a read would give, -1 if it would fail; and the same in words."""
         try:
-            async with within(self._clock, seconds):
+            with within(self._clock, seconds):
                 reached = await self.revision()
         except UnavailableError as error:
             return -1, str(error)

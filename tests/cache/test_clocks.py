@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from faulty_cache import FaultyCache, manager
 
-from lab_state import MemoryCache, UnavailableError
+from lab_state import MemoryCache, RedisCache, UnavailableError
+from lab_state._clock import within
 from lab_state.testing import ManualClock
 
 NOW = 1_700_000_000
@@ -95,3 +97,61 @@ async def test_new_times_that_could_not_be_brought(faulty: FaultyCache, clock: M
         clock.advance(1)
         await until(lambda: times(faulty.inner) == {"a": 150})
         await until(lambda: state.status().mirror_up)
+
+
+async def held(clock: ManualClock, ends: asyncio.Event) -> str:
+    try:
+        with within(clock, 3):
+            await ends.wait()
+    except TimeoutError:
+        return "late"
+    return "in time"
+
+
+async def test_a_timeout_by_a_clock(clock: ManualClock) -> None:
+    """It comes when the clock says so, and not when what it bounds has ended, or was cancelled by others as well."""
+    ends = asyncio.Event()
+    late, early, cancelled = (
+        asyncio.create_task(held(clock, event)) for event in (asyncio.Event(), ends, asyncio.Event())
+    )
+    await asyncio.sleep(0)
+    clock.advance(2.9)
+    ends.set()
+    assert await early == "in time"
+    assert not late.done()
+    cancelled.cancel()
+    clock.advance(0.1)
+    assert await late == "late"
+    assert late.cancelling() == early.cancelling() == 0
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+
+
+async def test_a_redis_that_does_not_answer(redis_server: Any, proxy_to: Any, clock: ManualClock, until: Any) -> None:
+    """The timeouts of a connection go by the cache's clock; a reader's by its own."""
+    proxy = await proxy_to(redis_server.port)
+    cache = RedisCache(proxy.url, clock=clock)
+    session = await cache.open("name", "one")
+    subscription = await cache.reader("name")._source.subscribe()
+    own = ManualClock()
+    reader = cache.reader("name", clock=own)
+    proxy.open.clear()
+    tasks = [asyncio.ensure_future(each) for each in (session.look(), subscription.ping())]
+    async with reader:
+        reading = asyncio.create_task(reader.get("a"))
+        await until(lambda: len(clock._timers) >= 2 and len(own._timers) >= 2)
+        clock.advance(4.9)
+        own.advance(4.9)
+        await asyncio.sleep(0.02)
+        assert not any(task.done() for task in (*tasks, reading))
+        clock.advance(0.1)
+        for task, words in zip(tasks, ("does not answer in time", "the subscription does not answer"), strict=True):
+            with pytest.raises(UnavailableError, match=words):
+                await task
+        assert not reading.done()
+        own.advance(0.1)
+        with pytest.raises(UnavailableError, match="does not answer in time"):
+            await reading
+    proxy.open.set()
+    await session.aclose()
+    await subscription.aclose()

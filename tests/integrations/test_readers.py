@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from lab_state import ClosedError, Manager, MemoryCache, MemoryStorage, Reader
 from lab_state.integrations import aiohttp, fastapi, litestar, starlette
+from lab_state.testing import ManualClock
 
 Ask = Callable[[str], Any]
 """Asks a running application for a path; returns the status and the JSON."""
@@ -128,6 +129,31 @@ async def test_an_application_reads_a_state_that_is_not_its_own(
     assert not jobs.up
     with pytest.raises(ClosedError):
         await jobs.get("job")
+
+
+async def test_a_reader_whose_copy_is_gone_is_not_healthy() -> None:
+    """Though nothing is read, and its subscription lives; once there is a copy again, it is healthy again."""
+    cache, clock = MemoryCache(), ManualClock()
+    jobs = cache.reader("jobs", clock=clock)
+
+    async def told(status: int) -> bool:
+        clock.advance(2)
+        return (await ask("/health"))[0] == status
+
+    async with in_starlette(Manager("own", MemoryStorage()), jobs) as ask:
+        async with Manager("jobs", MemoryStorage(), cache):
+            await until(lambda: jobs.up)
+            assert (await ask("/health"))[0] == 200
+        place = cache.places["jobs"]
+        before = dict(place.values), dict(place.expires)
+        place.values.clear()
+        place.expires.clear()
+        while not await told(503):
+            pass
+        assert list(place.followers)
+        place.values, place.expires = before
+        while not await told(200):
+            pass
 
 
 def test_a_reader_is_not_found_as_a_manager() -> None:
