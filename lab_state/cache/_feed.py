@@ -62,6 +62,7 @@ class Feed:
         self._heard = clock.monotonic()
         self._stale = asyncio.Event()
         self._filled = asyncio.Event()
+        self._look_now = asyncio.Event()
         self.moved: asyncio.Event = asyncio.Event()
         self._pauses = Pauses(clock, _FIRST_PAUSE, _LONGEST_PAUSE)
         self._told = False  # that the subscription is lost
@@ -144,6 +145,7 @@ class Feed:
     async def _look(self, subscription: Subscription) -> None:
         """Read the head again and again; what was missed before the first time is to be read again."""
         while True:
+            self._look_now.clear()
             try:
                 head = await self._head()
             except StorageError:
@@ -154,7 +156,7 @@ class Feed:
                 if begins:
                     self.watchers.resync(self.revision)
                 self._notify()
-            await self._sleep(LOOK_SECONDS)
+            await either(self._look_now, self._clock, LOOK_SECONDS)
             await self._listen(subscription)
 
     async def _listen(self, subscription: Subscription) -> None:
@@ -215,6 +217,7 @@ class Feed:
         self.revision = last.end
         if last.resync:
             self._filled.set()
+            self._look_now.set()
         if self._local is not None and not self._local.tell(step):
             self._local.lose()
             self._stale.set()

@@ -15,7 +15,7 @@ from fastapi import Depends, FastAPI
 from litestar import Litestar, get
 from litestar.di import NamedDependency
 from litestar.testing import AsyncTestClient
-from running import until
+from running import idle, until
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -136,9 +136,10 @@ async def test_a_reader_whose_copy_is_gone_is_not_healthy() -> None:
     cache, clock = MemoryCache(), ManualClock()
     jobs = cache.reader("jobs", clock=clock)
 
-    async def told(status: int) -> bool:
-        clock.advance(2)
-        return (await ask("/health"))[0] == status
+    async def until_told(status: int) -> None:
+        while (await ask("/health"))[0] != status:
+            clock.advance(2)
+            await idle()
 
     async with in_starlette(Manager("own", MemoryStorage()), jobs) as ask:
         async with Manager("jobs", MemoryStorage(), cache):
@@ -148,12 +149,10 @@ async def test_a_reader_whose_copy_is_gone_is_not_healthy() -> None:
         before = dict(place.values), dict(place.expires)
         place.values.clear()
         place.expires.clear()
-        while not await told(503):
-            pass
+        await until_told(503)
         assert list(place.followers)
         place.values, place.expires = before
-        while not await told(200):
-            pass
+        await until_told(200)
 
 
 def test_a_reader_is_not_found_as_a_manager() -> None:
