@@ -284,15 +284,21 @@ class Mirror:
         self._flusher.begin_checkpoint()
         await self._flusher.checkpoint_ended()  # two views at a time would be a copy
         self._pending.clear()
+        await self._replace(session, seen)
+        self._counts.fills += 1
+        if self._spoilt:
+            self._spoilt = False
+            self._spoils.begin()
+
+    async def _replace(self, session: CacheSession, seen: Seen) -> None:
+        """Put the state of this moment in the place of what was seen; a checkpoint that is due cuts that off."""
         state = self._flusher.state
         views, revision, ahead = Views(state), state.revision, _ahead(state)
         self._tried = revision
-        parts = self._whole(
-            views, views.freeze(), revision, ahead
-        )  # of this moment, whenever the first part is asked for
+        parts = self._whole(views, views.freeze(), revision, ahead)  # whenever the first part is asked for
+        self._holding = bound = asyncio.timeout(None)
         try:
-            async with asyncio.timeout(None) as bound:
-                self._holding = bound
+            async with bound:
                 done = await session.fill(revision, parts, seen)
         except TimeoutError:
             if not bound.expired():
@@ -310,10 +316,6 @@ class Mirror:
         if not done:
             raise UnavailableError("the copy was changed by somebody else while it was filled")
         self.revision, self._ahead = revision, ahead
-        self._counts.fills += 1
-        if self._spoilt:
-            self._spoilt = False
-            self._spoils.begin()
 
     def _spoil(self) -> None:
         """Another client has written to the copy: it is to be filled anew."""
