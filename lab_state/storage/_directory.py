@@ -122,8 +122,11 @@ def _parents(path: str) -> Iterator[str]:
         path = parent
 
 
-def try_out(path: str, file: str, tried: set[fs.Identity]) -> None:
+def try_out(path: str, file: str, tried: set[fs.Identity]) -> bool:
     """Do in the directory what a commit will have to do: create, rename and delete a file, and sync.
+
+    Return whether the names in it can be relied on: after a failed sync, no later one makes
+    them durable.
 
     Args:
         path: The directory.
@@ -131,22 +134,27 @@ def try_out(path: str, file: str, tried: set[fs.Identity]) -> None:
         tried: Directories that were tried out. This one is added; if it is there, nothing is done.
 
     Raises:
-        StorageError: It cannot be done. A full disk is logged alone: a state can be read there.
+        StorageError: It cannot be done. A full disk, and an error of the sync, are logged alone.
     """
     with translated("looking up", path):
         found = os.stat(path)
     identity = found.st_dev, found.st_ino
     if identity in tried:
-        return
+        return True
     try:
         _create_and_rename(fs.temporary(file), fs.temporary(file))
     except UnavailableError as error:
         if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _logger.warning("%s was opened, but nothing can be written there now: %s", path, error)
-        return
-    fs.sync_directory(path)
+        return True
+    try:
+        fs.sync_directory(path)
+    except UnavailableError as error:
+        _logger.warning("what was found may not be durable, so the next commit writes everything anew: %s", error)
+        return False
     tried.add(identity)
+    return True
 
 
 def _create_and_rename(first: str, second: str) -> None:

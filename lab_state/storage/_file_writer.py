@@ -68,7 +68,8 @@ def open_writer(directory: str, name: str, tried: set[fs.Identity], *, create: b
         loaded = _load(paths, name, lock)
         if not create:
             _check_there(paths)
-        folder.try_out(paths.directory, paths.journal, tried)
+        if not folder.try_out(paths.directory, paths.journal, tried):
+            loaded[0].need = Need.FULL
         _discard_temporaries(paths)
     except BaseException:
         lock.release()
