@@ -37,7 +37,7 @@ def read_files(
     Args:
         directory: Where the files are.
         name: The name of the state.
-        given_up: Set when nothing waits for the answer any more. Then this ends soon.
+        given_up: Set when no caller waits for the answer. Then this ends soon.
         monotonic: The clock for the 5 s after which this gives up.
     """
     paths = Paths.of(folder.absolute(directory), name)
@@ -94,7 +94,7 @@ class _Look:
                 self.snapshot_bytes = self._snapshot.read()
                 self._crc = zlib.crc32(self.snapshot_bytes)
                 base = journal.base_of(len(self.snapshot_bytes), self._crc)
-        # Only now: whoever sees a new snapshot sees the frame that names it, too.
+        # Only now: a reader that sees a new snapshot then sees the frame that names it, too.
         data = None if self._journal is None else self._journal.read()
         return Seen(
             None if self._journal is None else self._journal.identity,

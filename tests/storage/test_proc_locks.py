@@ -51,12 +51,12 @@ def test_the_holders_of_a_lock_are_found(device: int, inode: int, pids: tuple[in
 
 
 def test_an_unknown_line_is_no_holder() -> None:
-    """Text that is no line of a lock names nobody."""
+    """Text that is no line of a lock names no process."""
     assert holders("", DEVICE, 1) == holders("FLOCK\n\nx: FLOCK ADVISORY WRITE y fe:00:1 0 EOF\n", DEVICE, 1) == ()
 
 
 def test_a_real_lock_shows(tmp_path: Path) -> None:
-    """The kernel names this process as the holder of its own lock, and nobody once it let go."""
+    """The kernel names this process as the holder of its own lock, and no process after the unlock."""
     with (tmp_path / "lock").open("w") as file:
         found = os.fstat(file.fileno())
         assert find_holders(found.st_dev, found.st_ino, fs.read) == ()
@@ -67,7 +67,7 @@ def test_a_real_lock_shows(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_the_file_tells_nothing() -> None:
-    """Without `/proc/locks`, or when it cannot be read, the answer is None, not that nobody has the lock."""
+    """Without `/proc/locks`, or when it cannot be read, the answer is None, not that the lock is free."""
 
     def failing(path: str) -> bytes:
         raise UnavailableError(path)

@@ -480,7 +480,7 @@ def test_a_journal_with_the_whole_state_is_damaged(tmp_path: Path) -> None:
 
 
 def test_a_reading_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the files change at each reading, it gives up after 5 s; when no caller waits any more, at once."""
+    """When the files change at each reading, it gives up after 5 s; when no caller waits, at once."""
     log = tmp_path / f"{NAME}.journal"
     log.write_bytes(b"0")
     numbers = iter(range(10))
