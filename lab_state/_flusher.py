@@ -20,6 +20,7 @@ from typing import Any
 
 from lab_state._clock import Clock, Timer, resolver
 from lab_state._codec import encode_record
+from lab_state._early import LOOK_EVERY, EarlyFlush
 from lab_state._foreign import only_storage_errors, pass_on, storage_error
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
@@ -75,6 +76,9 @@ class Flusher(Outcomes):
             self._wake_up()
         self._checkpointing: asyncio.Task[None] | None = None
         self._timer: Timer | None = None
+        # A record of a bulk writer does not become as large as what it writes in an interval.
+        often = self._interval is None or self._interval <= LOOK_EVERY
+        self._early = None if often else EarlyFlush(state, clock, self._wake_up)
 
     def begin(self) -> None:
         """Begin to flush in the background; nothing has begun if it raises."""
@@ -95,8 +99,7 @@ class Flusher(Outcomes):
         """
         self._stopping = True
         self._deadline = self._clock.monotonic() + timeout
-        if self._timer is not None:
-            self._timer.cancel()
+        self._end_timers()
         standstill = Standstill(self._clock, timeout, self._progress)
         if self._task.done() or self._task.get_loop() is not self.loop:  # its loop was torn down before
             self._begin(self._run())
@@ -116,8 +119,7 @@ class Flusher(Outcomes):
     def abort(self) -> StorageSession:
         """End without writing anything, as a crash would; for tests of crashes. Returns the session, open."""
         self._stopping = self._aborted = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._end_timers()
         for task in (self._task, self._checkpointing):
             if task is not None:
                 task.cancel()
@@ -337,6 +339,12 @@ class Flusher(Outcomes):
     def _arm(self) -> None:
         if self._interval:
             self._timer = self._clock.call_later(self._interval, self._tick)
+
+    def _end_timers(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._early is not None:
+            self._early.cancel()
 
     def _tick(self) -> None:
         self._arm()

@@ -173,6 +173,8 @@ class State:
         expiries: Finds the keys that are due.
         monotonic: The clock that is never set.
         note: Called after each change, where someone watches; `set` of `Calls` does so itself.
+        changed_first: Called before the first change that was not taken, where that is of
+            interest.
         discard: Called with a map that nobody needs any more, and that may be large.
         borrowed: Whether entries may be views that keep the buffer alive that they
             were loaded from.
@@ -184,6 +186,7 @@ class State:
         "_more",
         "_wall_clock",
         "borrowed",
+        "changed_first",
         "changes",
         "cleared",
         "deleted",
@@ -206,6 +209,7 @@ class State:
         self._wall_clock = wall_clock
         self._epoch = start - monotonic()
         self.note: Note | None = None
+        self.changed_first: Callable[[], object] | None = None
         self.discard: Callable[[dict[Any, Any]], object] = len
         self.load({}, 0)
 
@@ -294,6 +298,8 @@ class State:
         """Before a change: note the time, if it is the first that was not taken."""
         if self.revision == self.taken:
             self.since = self.monotonic()
+            if self.changed_first is not None:
+                self.changed_first()
 
     def set(self, key: str, stored: Stored) -> int:
         """Store one value; returns the new revision."""

@@ -24,7 +24,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         flush_interval: Seconds between background flushes, 0 or more. `0`: every
             call that changes something returns only when its change is durable
             (concurrent callers share one write). `None`: only `flush()` and
-            `stop()` write.
+            `stop()` write. A flush begins early once about 8 MiB are unflushed.
         stop_timeout: Seconds without progress after which `stop()` gives up, above 0.
             While bytes are written or sent it goes on, however large the state is. A
             flush that fails is tried again for so many seconds.

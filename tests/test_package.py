@@ -31,7 +31,7 @@ LAYERS = (
     ("_clock", "_crc", "_expiry", "_forks", "_not_json", "_journal", "_log", "_metrics", "_waiters", "_whole"),
     ("_state", "_values", "_standstill"),
     ("_draft", "_sweeper", "_watch", "_codec", "storage", "storage.*"),
-    ("_views", "_pending", "_durability", "_foreign", "_opening"),
+    ("_views", "_pending", "_durability", "_early", "_foreign", "_opening"),
     ("_outcomes",),
     ("_flusher",),
     ("_core",),

@@ -1,0 +1,80 @@
+"""A flush that begins before its time, once much is unflushed.
+
+The changes are looked at while there are any, a few times a second, so that `set` need not
+count them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from sys import getsizeof
+
+from lab_state._clock import Clock, Timer
+from lab_state._expiry import Expiring
+from lab_state._state import Changed, State
+
+MANY_BYTES = 8 * 1024 * 1024
+"""From so many changed bytes on, a flush begins."""
+
+LOOK_EVERY = 0.05
+"""Seconds between two looks."""
+
+_MEASURED_AT_ONCE = 20_000
+
+
+class EarlyFlush:
+    """Looks at the changes of one state, from the first one after a commit to the next commit."""
+
+    def __init__(self, state: State, clock: Clock, flush: Callable[[], object]) -> None:
+        """`flush` is called when many bytes were changed since the last commit began, or since it was called."""
+        self._state = state
+        self._clock = clock
+        self._flush = flush
+        self._timer: Timer | None = None
+        self._changes = state.changes
+        self._keys = 0  # so many of them were measured
+        self._bytes = 0
+        state.changed_first = self._wait
+
+    def _wait(self) -> None:
+        if self._timer is None:
+            try:
+                self._timer = self._clock.call_later(LOOK_EVERY, self._look)
+            except Exception:  # noqa: BLE001 -- a clock that raises must not fail a write; the interval is there still
+                self._timer = None
+
+    def _look(self) -> None:
+        self._timer = None
+        state = self._state
+        if state.revision == state.taken:
+            return
+        if state.changes is not self._changes:
+            self._changes, self._keys, self._bytes = state.changes, 0, 0
+        self._bytes += _size(state.changes, len(state.changes) - self._keys, timed=state.expires)
+        self._keys = len(state.changes)
+        if self._bytes >= MANY_BYTES:
+            self._bytes = 0
+            self._flush()
+        self._wait()
+
+    def cancel(self) -> None:
+        """Look no more."""
+        self._state.changed_first = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def _size(changes: dict[str, Changed], newest: int, *, timed: bool) -> int:
+    """About the bytes that the newest changes take in a record; of very many, the size is taken from some."""
+    some = min(newest, _MEASURED_AT_ONCE)
+    if some <= 0:
+        return 0
+    keys = sum(map(len, islice(reversed(changes), some)))
+    # What an object has beside its text stands for the punctuation around it.
+    values = sum(map(_size_of if timed else getsizeof, islice(reversed(changes.values()), some)))
+    return (keys + values) * newest // some
+
+
+def _size_of(stored: Changed) -> int:
+    return getsizeof(stored.value if isinstance(stored, Expiring) else stored)
