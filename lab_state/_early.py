@@ -17,8 +17,8 @@ from lab_state._state import Changed, State
 MANY_BYTES = 8 * 1024 * 1024
 """From so many changed bytes on, a flush begins."""
 
-LOOK_EVERY = 0.05
-"""Seconds between two looks."""
+LOOK_EVERY = 1 / 16
+"""Seconds between two looks; exact in binary, so that the clock of a test stays so."""
 
 _MEASURED_AT_ONCE = 20_000
 
