@@ -39,10 +39,7 @@ class EarlyFlush:
 
     def _wait(self) -> None:
         if self._timer is None:
-            try:
-                self._timer = self._clock.call_later(LOOK_EVERY, self._look)
-            except Exception:  # noqa: BLE001 -- a clock that raises must not fail a write; the interval is there still
-                self._timer = None
+            self._timer = self._clock.call_later(LOOK_EVERY, self._look)
 
     def _look(self) -> None:
         self._timer = None
