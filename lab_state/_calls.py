@@ -12,9 +12,10 @@ from typing import Any, TypeVar, overload
 
 from lab_state._codec import check_key
 from lab_state._expiry import Expiring, Seconds
+from lab_state._nesting import SHALLOW
 from lab_state._reads import MISSING_VALUE, many_keys
 from lab_state._state import MISSING
-from lab_state._values import NULL, SHALLOW, L, U, check_encoded, check_json, encode, encode_value
+from lab_state._values import NULL, L, U, check_encoded, check_json, encode, encode_value
 from lab_state._writing import Writing, check_callable, name_of, plain_result
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
@@ -52,7 +53,10 @@ class Calls(Writing):
         Args:
             key: The key.
             value: Anything that msgspec encodes as JSON, or a Pydantic model. It is
-                encoded now: a later change of the object changes nothing.
+                encoded now, in one step of the event loop, so that writes keep their order:
+                a later change of the object changes nothing. A large value costs two to
+                five times `msgspec.json.encode` of it, about 3 ms for a megabyte of records;
+                one that is nested deeply, or refused, up to twenty times.
             ttl: How long the key lives, in seconds or as a `timedelta`, above 0; for
                 good when not given, whatever was there before.
 

@@ -29,9 +29,10 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._expiry import Expiring, Json, Value
+from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._not_json import NOT_JSON
 from lab_state._state import Absent, Changed, Changes, Stored
-from lab_state._values import MAX_DEPTH, encode, size_of, too_deep
+from lab_state._values import encode, size_of
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
 FORMAT = 1

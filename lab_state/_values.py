@@ -9,7 +9,7 @@ differs by version and by the caller's stack), lone surrogates, unknown classes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from math import isfinite
 from typing import Any, cast
@@ -18,18 +18,14 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._expiry import Json, Value
+from lab_state._nesting import MAX_DEPTH, SHALLOW, deeper, too_deep
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
-
-MAX_DEPTH = 128
 
 NULL = b"null"
 """What msgspec writes for None, and for NaN and infinity."""
 
 L, U = ord("l"), ord("u")
 """A single byte is found ten times as fast as `NULL`, and without it there is none."""
-
-SHALLOW = 2 * MAX_DEPTH + 1
-"""Fewer bytes than this cannot be nested deeper than `MAX_DEPTH`."""
 
 _MAX_PATH = 200
 
@@ -39,8 +35,11 @@ _MASK = "**********"
 SCALARS = frozenset({str, int, float, bool, type(None)})
 """What is stored as it is."""
 
+_PLAIN = frozenset({dict, list, tuple, set, frozenset})
+
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 
+_TOO_DEEP = f"more than {MAX_DEPTH} levels of nesting cannot be kept"
 _NOT_FINITE = "NaN and infinity cannot be kept: JSON has no such numbers"
 _LONE_SURROGATE = "a str with a lone surrogate cannot be kept: UTF-8 cannot hold it"
 _TOO_MANY_DIGITS = "an int of so many digits cannot be kept; store it as a str"
@@ -79,9 +78,10 @@ NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError)
 check_json: Callable[[Any], object] = msgspec.json.Decoder(Raw).decode
 """Raises unless the bytes are one JSON value; does not look at UTF-8."""
 
-_find_strings = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
-_INNERMOST = re.compile(rb"(?:\[\]|\{\})+")
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+_pack = msgspec.msgpack.Encoder().encode
+_FLOAT = 0xCB
+_NOT_FINITE_PACKED = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
 
 
 def encode_value(value: object) -> Value:
@@ -119,7 +119,7 @@ def check_encoded(value: object, data: bytes) -> None:
     except UnicodeDecodeError:
         raise _refusal(value) from None
     if NULL in data:
-        _check_finite(value, data)
+        _check_finite(value)
     if len(data) >= SHALLOW and too_deep(data):
         raise _refusal(value)
 
@@ -156,22 +156,6 @@ def size_of(stored: Value) -> int:
     if isinstance(stored, Raw):
         return memoryview(stored).nbytes
     return len(stored) if isinstance(stored, bytes | str) else 8
-
-
-def too_deep(data: bytes) -> bool:
-    """Whether JSON has more than `MAX_DEPTH` levels of nesting."""
-    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
-        return False
-    return _deeper(data, MAX_DEPTH)
-
-
-def _deeper(data: bytes, levels: int) -> bool:
-    brackets = _find_strings.sub(b"", data).translate(None, _NOT_BRACKETS)
-    for _ in range(levels):
-        brackets = _INNERMOST.sub(b"", brackets)
-        if not brackets:
-            return False
-    return bool(brackets)
 
 
 def _make_decoder(type_: Any) -> Callable[[Any], Any]:
@@ -219,44 +203,107 @@ def _as_written(value: object) -> object:
     return cast("Any", value).model_dump(by_alias=True, round_trip=True)
 
 
-def _check_finite(value: object, data: bytes) -> None:
-    """NaN and infinity are written as `null`: look at the values behind every `null`."""
+def _check_finite(value: object) -> None:
+    """NaN and infinity are written as `null`: refuse them."""
+    try:
+        # In MessagePack they have bytes of their own, which no text and few numbers hold.
+        packed = _pack(value)
+        if _FLOAT not in packed or _NOT_FINITE_PACKED.search(packed) is None:
+            return
+    except Exception:  # noqa: BLE001, S110 -- what MessagePack cannot hold is looked at more closely
+        pass
     try:
         tree = msgspec.to_builtins(value, enc_hook=_as_written)
-        if tree == decode_json(data):  # the usual case: every null is a None
-            return
     except Exception:  # noqa: BLE001 -- as in encode_value
         raise InvalidValueError("a model cannot be kept: its own serializer failed") from None
-    stack: list[tuple[str, object]] = [("$", tree)]
+    if (path := _first_not_finite(tree)) is not None:
+        raise InvalidValueError(_NOT_FINITE, path)
+
+
+def _first_not_finite(tree: object) -> str | None:
+    """The path of a NaN or an infinity; what is neither a number nor a container costs little."""
+    stack: list[tuple[str, object]] = [("$", [tree])]
     while stack:
         path, item = stack.pop()
-        if isinstance(item, float) and not isfinite(item):
-            raise InvalidValueError(_NOT_FINITE, _shortened(path))
-        if not isinstance(item, str | int | None):
-            stack.extend((path + step, child) for step, child in _children(item))
+        for step, child in _parts(item):
+            kind: Any = child.__class__
+            if kind is float and not isfinite(cast("float", child)):
+                return _shortened(path + _step_in(item, step)).replace("$[0]", "$", 1)
+            if kind not in SCALARS:
+                stack.append((path + _step_in(item, step), child))
+    return None
 
 
 def _refusal(value: object) -> InvalidValueError:
-    """Why a value cannot be encoded, and the path to the innermost part that cannot."""
-    path, depth, above = "$", 0, [value]
-    while depth < MAX_DEPTH:
-        step = next(((s, child) for s, child in _children(value) if _refused(child, MAX_DEPTH - depth - 1)), None)
-        if step is None:
-            return InvalidValueError(_reason(value), _shortened(path))
-        path, value, depth = path + step[0], step[1], depth + 1
-        if any(value is container for container in above):
-            return InvalidValueError("a value that contains itself cannot be kept", _shortened(path))
-        above.append(value)
-    return InvalidValueError(f"more than {MAX_DEPTH} levels of nesting cannot be kept", _shortened(path))
+    """Why a value cannot be encoded, and the path to the innermost part that cannot.
+
+    Costs a few times what encoding costs: on the way down half of the parts of an object
+    are tried together, and which object on the way is to blame is found likewise.
+    """
+    way, steps = [value], [""]
+    while len(way) <= MAX_DEPTH and (found := _first_refused(way[-1], MAX_DEPTH - len(way))) is not None:
+        step, part = found
+        steps.append(_step_in(way[-1], step))
+        if any(part is container for container in way):
+            return InvalidValueError("a value that contains itself cannot be kept", _path(steps))
+        way.append(part)
+    good, refused = len(way), 0
+    while good - refused > 1:
+        middle = (good + refused) // 2
+        if _refused(way[middle], MAX_DEPTH - middle):
+            refused = middle
+        else:
+            good = middle
+    why = _TOO_DEEP if refused == MAX_DEPTH and way[refused].__class__ in _PLAIN else _reason(way[refused])
+    return InvalidValueError(why, _path(steps[: refused + 1]))
+
+
+def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
+    """The first of the parts that is refused; if there is only one, that one. `None` if there are no parts."""
+    kind = container.__class__
+    if kind in SCALARS:
+        return None
+    steps: Sequence[object]
+    values: Sequence[object]
+    if kind is list or kind is tuple:
+        values, steps = container, range(len(container))
+    else:
+        steps, values = tuple(zip(*_parts(container), strict=True)) or ((), ())
+    first, end = 0, len(values)
+    while end - first > 1:
+        middle = (first + end) // 2
+        if _refused(values[first:middle], levels + 1):
+            end = middle
+        else:
+            first = middle
+    return (steps[first], values[first]) if values else None
+
+
+def _parts(container: Any) -> Iterable[tuple[object, object]]:
+    """The parts of an object, each with its key, its number or its step."""
+    kind: Any = container.__class__
+    return container.items() if kind is dict else enumerate(container) if kind in _PLAIN else _children(container)
+
+
+def _step_in(container: Any, step: object) -> str:
+    """How a path names what `_parts` gives."""
+    kind = container.__class__
+    return _step(step) if kind is dict else f"[{step}]" if kind in _PLAIN else str(step)
+
+
+def _path(steps: list[str]) -> str:
+    return _shortened("$" + "".join(steps))
 
 
 def _refused(value: object, levels: int) -> bool:
     try:
-        data = encode(value)
-        decode_json(data)
+        check_json(data := encode(value))
+        data.decode()
+        if value.__class__ is Raw:
+            decode_json(data)
     except Exception:  # noqa: BLE001 -- whatever it is, this is the part that cannot be encoded
         return True
-    return _deeper(data, levels)
+    return deeper(data, levels)
 
 
 def _reason(value: object) -> str:  # noqa: C901, PLR0911 -- a list of reasons
@@ -274,7 +321,7 @@ def _reason(value: object) -> str:  # noqa: C901, PLR0911 -- a list of reasons
         return f"a model of the class {type(value).__qualname__} cannot be kept: its own serializer failed"
     if isinstance(value, Raw):
         if not _refused(value, MAX_DEPTH):
-            return f"more than {MAX_DEPTH} levels of nesting cannot be kept"
+            return _TOO_DEEP
         return "a msgspec.Raw that is not valid JSON cannot be kept"
     if isinstance(value, dict):
         return "a dict with keys that JSON cannot hold cannot be kept: use keys that are str, int or float"

@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from lab_state._values import MAX_DEPTH, decode_value, encode_value, too_deep
+from lab_state._nesting import MAX_DEPTH, too_deep
+from lab_state._values import decode_value, encode_value
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 NAN = math.nan
@@ -1051,3 +1052,60 @@ def test_a_model_that_cannot_be_looked_into_is_refused() -> None:
 def test_no_room_for_recursion_is_told_as_that() -> None:
     """Deep in calls Python's own limit may leave no room: that is no fault of the value."""
     assert "recursion limit" in str(refused(Strange(RecursionError, None)))
+
+
+class Encoded:
+    """`encode`, with how many bytes it made."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._real = msgspec.json.Encoder().encode
+
+    def __call__(self, value: object) -> bytes:
+        data = self._real(value)
+        self.total += len(data)
+        return data
+
+
+class Unknown:
+    """A class that nothing encodes."""
+
+
+@pytest.mark.parametrize("levels", [0, 60])
+@pytest.mark.parametrize("where", [0, 700, 1_999])
+def test_a_refusal_costs_a_few_times_what_encoding_costs(
+    where: int, levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To find the part to blame, each part is encoded a few times at most, however many there are, at any depth."""
+    records: list[Any] = [{"id": number, "name": f"user {number}"} for number in range(2_000)]
+    size = len(msgspec.json.encode(records))
+    records[where]["bad"] = Unknown()
+    value: Any = records
+    for _ in range(levels):
+        value = {"a": value}
+    encoded = Encoded()
+    monkeypatch.setattr("lab_state._values.encode", encoded)
+    assert refused(value).path == _shown("$" + ".a" * levels + f"[{where}].bad")
+    assert encoded.total < 3 * size
+
+
+def _shown(path: str) -> str:
+    return path if len(path) <= 200 else f"{path[:200]}..."
+
+
+def test_a_part_to_blame_among_parts_of_any_kind() -> None:
+    """In tuples, sets, dicts and objects, with one part or many, the path leads to the first that is to blame."""
+    assert refused((1, 2, (3, Unknown()))).path == "$[2][1]"
+    assert refused({"a": {"b": 1}, "c": AStruct([1, Unknown()]), "d": Unknown()}).path == "$.c.x[1]"
+    assert refused({"a": {(1, 2): {"b": {"c": 1}}}}).path == "$.a"
+    assert refused(frozenset({Unknown()})).path == "$[0]"
+
+
+def test_a_nan_is_found_in_any_container() -> None:
+    """A NaN is refused with its path in tuples, in dicts and in what has a serializer; a None is none."""
+    assert refused({"a": (None, {"b": math.nan})}).path == "$.a[1].b"
+    assert refused([[1.5], [None, math.inf]]).path == "$[1][1]"
+    assert (
+        encode_value([None, 1e308, "\u02ff", {"a": 2**70, "b": None}])
+        == b'[null,1e308,"\xcb\xbf",{"a":%d,"b":null}]' % 2**70
+    )
