@@ -268,6 +268,21 @@ async def test_what_another_client_writes_is_filled_anew(
         assert state.status().mirror_error is None
 
 
+async def test_a_step_finds_what_another_client_wrote(
+    own: RedisCache, redis_server: Any, clock: ManualClock, until: Any
+) -> None:
+    """Without a beat: the step is not made on a copy that was touched, and the whole state is brought."""
+    async with writer(own, clock) as state:
+        await state.set_many({"a": 1, "b": 2})
+        await until(lambda: state.status().mirror_revision == 1)
+        fills = state.metrics().operations["fill", "success"]
+        redis_server.call("HSET", VALUES, "a", "666")
+        await state.set("b", 3)
+        await until(lambda: state.status().mirror_revision == 2)
+        assert redis_server.call("HMGET", VALUES, "a", "b") == [b"1", b"3"]
+        assert state.metrics().operations["fill", "success"] == fills + 1
+
+
 async def until_read(reader: Any, wanted: dict[str, Any]) -> None:
     """Read until that is what is read."""
     async with asyncio.timeout(10):
