@@ -73,9 +73,9 @@ class StorageSession(Protocol):
     """One state, owned by this writer until `aclose`.
 
     At most one `commit` and one `checkpoint` are under way at a time. Each method
-    raises `StorageError` or a subclass, `from` the cause, and nothing else. A caller
-    that is cancelled leaves the outcome unknown, as after an error; what is on the
-    storage is whole either way.
+    raises `StorageError` or a subclass, and nothing else, `from` the cause if its text
+    can hold no credential. A caller that is cancelled leaves the outcome unknown, as
+    after an error; what is on the storage is whole either way.
     """
 
     @property

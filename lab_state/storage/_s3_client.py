@@ -1,39 +1,19 @@
-"""Requests to an object store, each repeated until its outcome is known or its time is up.
-
-The only module that imports aiobotocore; it is imported when a state is opened.
-"""
-
-# aiobotocore and botocore have no types.
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""Requests to an object store, each repeated until its outcome is known or its time is up."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import io
-import os
-import socket
-import ssl
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar, cast
-
-import aiohttp
-from aiobotocore.config import AioConfig
-from aiobotocore.session import get_session
-from aiohttp.abc import AbstractResolver, ResolveResult
-from botocore.exceptions import BotoCoreError, ClientError
+from typing import Any, TypeVar
 
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 from lab_state.storage._s3_body import Body, Upload
+from lab_state.storage._s3_connect import STANDSTILL, Client
+from lab_state.storage._s3_failures import FAILURES, failure_of
 from lab_state.storage._s3_outcomes import (
-    CERTIFICATE,
     DELETES,
     LISTS,
-    MISSING_FILE,
-    PROXY,
     READS,
-    TLS,
     WRITE_ID,
     WRITES,
     Failure,
@@ -51,200 +31,17 @@ from lab_state.storage._s3_time import Limit, Time
 
 R = TypeVar("R")
 
-STANDSTILL = 15.0
-"""How many seconds a request may stand still, waiting for a connection included."""
-
 DEADLINE = 30.0
 """For how many seconds a request is repeated, and a second more for each `SLOWEST` bytes."""
 
 SLOWEST = 256 * 1024
 
-_ENDPOINT_VARIABLES = frozenset({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
 _CHUNK = 1024 * 1024
 _LISTED_AT_ONCE = 100  # the answer is parsed on the event loop, at some 0.06 ms for each object
 _MOST_DELETED_AT_ONCE = 1000
 _REPLACED = '"replaced"'
-
-_TLS_REASONS = frozenset(
-    {
-        "HTTP_REQUEST",
-        "NO_PROTOCOLS_AVAILABLE",
-        "NO_SHARED_CIPHER",
-        "SSLV3_ALERT_BAD_CERTIFICATE",
-        "SSLV3_ALERT_HANDSHAKE_FAILURE",
-        "TLSV13_ALERT_CERTIFICATE_REQUIRED",
-        "TLSV1_ALERT_PROTOCOL_VERSION",
-        "TLSV1_ALERT_UNKNOWN_CA",
-        "UNSUPPORTED_PROTOCOL",
-        "WRONG_VERSION_NUMBER",
-    }
-)
-"""What OpenSSL says where trying again does not help."""
-
-FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSError)
-
-
-class Client(Protocol):
-    """What is used of an aiobotocore client."""
-
-    async def put_object(self, **parameters: Any) -> dict[str, Any]: ...
-    async def head_object(self, **parameters: Any) -> dict[str, Any]: ...
-    async def get_object(self, **parameters: Any) -> dict[str, Any]: ...
-    async def list_objects_v2(self, **parameters: Any) -> dict[str, Any]: ...
-    async def delete_objects(self, **parameters: Any) -> dict[str, Any]: ...
-    async def close(self) -> None: ...
-
-
-class Resolver(AbstractResolver):
-    """Looks up host names in a thread of our own.
-
-    aiohttp would do it in the event loop's own threads, all of which may be waiting for
-    the very write that needs the connection.
-    """
-
-    def __init__(self, thread: Threads) -> None:
-        self._thread = thread
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        """All addresses of a host."""
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._thread, lambda: socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
-        )
-        return [
-            ResolveResult(
-                hostname=host,
-                host=str(address[0]),
-                port=int(address[1]),
-                family=kind,
-                proto=protocol,
-                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
-            )
-            for kind, _, protocol, _, address in found
-        ]
-
-    async def close(self) -> None:
-        """Nothing to let go of; the thread belongs to the session."""
-
-
-def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
-    """The client's settings: the caller's before our defaults, and over both what the protocol needs."""
-    ours = AioConfig(connect_timeout=5, read_timeout=STANDSTILL, max_pool_connections=16)
-    config: Any = ours if given is None else ours.merge(given)
-    # A signed Content-MD5 covers each body. Signing a hash as well would read 100 MB on the event loop.
-    s3: dict[str, Any] = {"payload_signing_enabled": False}
-    if custom_endpoint:
-        s3["addressing_style"] = "path"
-    needed = AioConfig(
-        s3={**s3, **(config.s3 or {})},
-        # One attempt: only the caller of `put` can tell whether the one before was done.
-        retries={"mode": "standard", "total_max_attempts": 1},
-        connector_args={"resolver": Resolver(thread), **config.connector_args},
-        warm_up_loader_caches=True,
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    return config.merge(needed)
-
-
-@functools.cache
-def _loader() -> Any:
-    """Botocore's description of S3, read once: it takes 0.1 s."""
-    return get_session().get_component("data_loader")
-
-
-def _new_session() -> Any:
-    session = get_session()
-    session.register_component("data_loader", _loader())
-    return session
-
-
-async def connect(
-    session: Any, config: Any, endpoint_url: str | None, region_name: str | None, thread: Threads
-) -> Client:
-    """A client, made without holding up the event loop."""
-    custom = endpoint_url is not None or not _ENDPOINT_VARIABLES.isdisjoint(os.environ)
-    settings = client_config(config, thread, custom_endpoint=custom)
-
-    loop = asyncio.get_running_loop()
-    new = await loop.run_in_executor(thread, _new_session) if session is None else session
-    try:
-        made = await loop.run_in_executor(thread, _made, new, region_name, endpoint_url, settings)
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, BotoCoreError):
-            raise
-        problem = type(error).__name__
-    else:
-        problem = ""
-    if problem:  # its text may hold a credential, such as one in AWS_ENDPOINT_URL
-        raise UnsupportedError(
-            f"no client could be made for S3 ({problem}): see the endpoint and the region, in the environment and in "
-            "~/.aws/config too, and the session and the config that S3Storage was given"
-        )
-    made.meta.events.register("before-call.s3.PutObject", _expect_nothing)
-    return cast("Client", made)
-
-
-def _made(session: Any, region_name: str | None, endpoint_url: str | None, settings: Any) -> Any:
-    """Blocking: botocore reads a dozen files.
-
-    On a loop of its own, which ends; the client meets the event loop that it is used on
-    with its first request.
-    """
-
-    async def make() -> Any:
-        context = session.create_client("s3", region_name=region_name, endpoint_url=endpoint_url, config=settings)
-        return await context.__aenter__()
-
-    return asyncio.run(make())
-
-
-def _expect_nothing(params: dict[str, Any], **_: object) -> None:
-    """To ask first whether a body is welcome costs more than a small body."""
-    if isinstance(params["body"], (bytes, io.BytesIO)):
-        params["headers"].pop("Expect", None)
-
-
-def failure_of(error: Exception) -> Failure:
-    """What an exception of the client says, and nothing of what the store was asked, or of how it is reached."""
-    if isinstance(error, ClientError):
-        response: dict[str, Any] = error.response
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return Failure(int(status), str(response.get("Error", {}).get("Code", "")))
-    causes = list(_causes(error))
-    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
-        reasons = (str(getattr(cause, "verify_message", "")).rstrip(".") for cause in causes)  # aiohttp's has none
-        return Failure(0, CERTIFICATE, next(filter(None, reasons), ""))
-    detail = ""
-    for cause in causes:
-        if (reason := getattr(cause, "reason", None)) in _TLS_REASONS:  # a `ssl.SSLError`, or aiohttp's
-            return Failure(0, TLS, str(reason))
-        if isinstance(cause, aiohttp.ClientHttpProxyError):
-            return Failure(0, f"{PROXY}{cause.status}")
-        if isinstance(cause, FileNotFoundError):
-            return Failure(0, MISSING_FILE)
-        if isinstance(cause, socket.gaierror):
-            detail = "the name of the host is not known"
-        elif isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
-            detail = detail or os.strerror(cause.errno)
-    return Failure(0, type(error).__name__, detail)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and those behind it: botocore and aiohttp hide them in various places."""
-    left: list[Any] = [error]
-    seen: list[Any] = []
-    while left:
-        this = left.pop(0)
-        if not isinstance(this, BaseException) or this in seen:
-            continue
-        seen.append(this)
-        yield this
-        left += [this.__cause__, this.__context__, getattr(this, "os_error", None)]
-        left.append(getattr(this, "kwargs", {}).get("error"))
 
 
 class Tries:

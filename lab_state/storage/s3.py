@@ -191,7 +191,8 @@ class S3Storage:
 
     async def _requests(self, thread: Threads) -> Requests:
         await asyncio.get_running_loop().run_in_executor(thread, _import)
-        from lab_state.storage._s3_client import Requests, connect  # noqa: PLC0415 -- see _import
+        from lab_state.storage._s3_client import Requests  # noqa: PLC0415 -- see _import
+        from lab_state.storage._s3_connect import connect  # noqa: PLC0415 -- see _import
 
         def connecting() -> Any:
             return connect(self._session, self._config, self._endpoint_url, self._region_name, thread)

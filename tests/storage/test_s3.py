@@ -153,7 +153,7 @@ async def test_bad_settings_of_the_environment(bucket: Bucket, monkeypatch: pyte
 
 def test_the_path_has_the_bucket_at_custom_endpoints_only() -> None:
     """On AWS, botocore's own way of addressing is kept; bodies are never read to sign them."""
-    from lab_state.storage._s3_client import client_config  # noqa: PLC0415
+    from lab_state.storage._s3_connect import client_config  # noqa: PLC0415
 
     with ThreadPoolExecutor(1) as thread:
 

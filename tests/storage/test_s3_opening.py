@@ -16,7 +16,7 @@ from s3_scenarios import session_of_all
 from s3_world import VIEW, Bucket, given
 
 from lab_state import S3Storage, UnavailableError
-from lab_state.storage import _s3_client, _s3_open, _s3_session, _s3_threads
+from lab_state.storage import _s3_client, _s3_connect, _s3_open, _s3_session, _s3_threads
 from lab_state.storage import s3 as module
 
 NAME = "opening"
@@ -100,8 +100,8 @@ async def test_cancelled_twice_anywhere(bucket: Bucket) -> None:
         (module, "Threads"),
         (module, "_import"),
         (_s3_client, "Requests"),
-        (_s3_client, "connect"),
-        (_s3_client, "_made"),
+        (_s3_connect, "connect"),
+        (_s3_connect, "_made"),
         (_s3_open, "_probe"),
         (_s3_open, "_object"),
         (_s3_open, "_fence"),

@@ -1,0 +1,76 @@
+"""What the exceptions of the client mean, told without their text, which may hold a credential."""
+
+# aiobotocore and botocore have no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+from botocore.exceptions import BotoCoreError, ClientError
+
+from lab_state.storage._s3_outcomes import CERTIFICATE, MISSING_FILE, PROXY, TLS, Failure
+
+_TLS_REASONS = frozenset(
+    {
+        "HTTP_REQUEST",
+        "NO_PROTOCOLS_AVAILABLE",
+        "NO_SHARED_CIPHER",
+        "SSLV3_ALERT_BAD_CERTIFICATE",
+        "SSLV3_ALERT_HANDSHAKE_FAILURE",
+        "TLSV13_ALERT_CERTIFICATE_REQUIRED",
+        "TLSV1_ALERT_PROTOCOL_VERSION",
+        "TLSV1_ALERT_UNKNOWN_CA",
+        "UNSUPPORTED_PROTOCOL",
+        "WRONG_VERSION_NUMBER",
+    }
+)
+"""What OpenSSL says where trying again does not help."""
+
+FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSError)
+"""What the client raises where a request fails."""
+
+
+def failure_of(error: Exception) -> Failure:
+    """What an exception of the client says, and nothing of what the store was asked, or of how it is reached."""
+    if isinstance(error, ClientError):
+        response: dict[str, Any] = error.response
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return Failure(int(status), str(response.get("Error", {}).get("Code", "")))
+    causes = list(_causes(error))
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+        reasons = (str(getattr(cause, "verify_message", "")).rstrip(".") for cause in causes)  # aiohttp's has none
+        return Failure(0, CERTIFICATE, next(filter(None, reasons), ""))
+    detail = ""
+    for cause in causes:
+        if (reason := getattr(cause, "reason", None)) in _TLS_REASONS:  # a `ssl.SSLError`, or aiohttp's
+            return Failure(0, TLS, str(reason))
+        if isinstance(cause, aiohttp.ClientHttpProxyError):
+            return Failure(0, f"{PROXY}{cause.status}")
+        if isinstance(cause, FileNotFoundError):
+            return Failure(0, MISSING_FILE)
+        if isinstance(cause, socket.gaierror):
+            detail = "the name of the host is not known"
+        elif isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
+            detail = detail or os.strerror(cause.errno)
+    return Failure(0, type(error).__name__, detail)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and those behind it: botocore and aiohttp hide them in various places."""
+    left: list[Any] = [error]
+    seen: list[Any] = []
+    while left:
+        this = left.pop(0)
+        if not isinstance(this, BaseException) or this in seen:
+            continue
+        seen.append(this)
+        yield this
+        left += [this.__cause__, this.__context__, getattr(this, "os_error", None)]
+        left.append(getattr(this, "kwargs", {}).get("error"))
