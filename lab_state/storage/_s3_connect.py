@@ -115,14 +115,14 @@ async def connect(
 
     loop = asyncio.get_running_loop()
     new = await loop.run_in_executor(thread, _new_session) if session is None else session
+    made: Any = None
+    problem = ""
     try:
         made = await loop.run_in_executor(thread, _made, new, region_name, endpoint_url, settings)
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, BotoCoreError):
             raise
         problem = type(error).__name__
-    else:
-        problem = ""
     if problem:  # its text may hold a credential, such as one in AWS_ENDPOINT_URL
         raise UnsupportedError(
             f"no client could be made for S3 ({problem}): see the endpoint and the region, in the environment and in "

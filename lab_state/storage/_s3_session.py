@@ -125,10 +125,10 @@ class S3Session:
     def _depose(self, what: str, found: Found | None) -> NoReturn:
         owner = "" if found is None else found.metadata.get(OWNER, "")
         by = f" ({owner})" if owner else ""
-        self._deposed = (
-            f"a newer writer{by} owns {self.path}: {what} not ours. Stop this manager; its changes above the durable "
-            "revision are not in the state"
-        )
+        self._fenced_because(f"a newer writer{by} owns {self.path}: {what} not ours")
+
+    def _fenced_because(self, why: str) -> NoReturn:
+        self._deposed = f"{why}. Stop this manager; its changes above the durable revision are not in the state"
         raise FencedError(self._deposed) from None
 
     # Checkpoints
@@ -190,7 +190,9 @@ class S3Session:
             if found is None:
                 _logger.error("%s was deleted while in use: writing it anew", self.path)
                 self._etag = None
-            elif there is None or there.fence > self._fence:
+            elif there is None:
+                self._fenced_because(f"{self.path} was replaced by a file that no manager wrote; it stays as it is")
+            elif there.fence > self._fence:
                 self._depose("the snapshot is", found)
             else:
                 # An attempt of ours that arrived late, or one of a writer before us.

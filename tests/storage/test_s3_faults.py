@@ -804,7 +804,7 @@ async def test_a_file_put_there_in_the_first_run(bucket: Bucket, caplog: pytest.
     await state.start()
     await state.set("mine", 1)
     bucket.put(SNAPSHOT, b'{"theirs": 1}')
-    with pytest.raises(FencedError, match="the snapshot is not ours"):
+    with pytest.raises(FencedError, match="replaced by a file that no manager wrote"):
         await state.stop()
     assert state.status().fenced
     assert len(caplog.messages) == 1  # not one that says that nothing is lost, and one that it is

@@ -82,7 +82,7 @@ BUGS: dict[str, list[Change]] = {
         (S3Session, "_replace", "        for _ in range(_MOST_REFUSALS):\n", "        for _ in range(_MOST_REFUSALS):\n            there = await self._store.head(self._names.snapshot)\n            self._etag = None if there is None else there.etag\n"),
     ],
     "a newer writer's snapshot is overwritten": [
-        (S3Session, "_replace", "there is None or there.fence > self._fence", "there is None"),
+        (S3Session, "_replace", "elif there.fence > self._fence:", "elif False:"),
         (S3Session, "_replace", "there.fence == self._fence and there.seq >= stamp.seq", "False"),
     ],
     "what was committed beside a checkpoint is deleted with what it covers": [
