@@ -1,8 +1,12 @@
-"""A thread of one's own, and a short way there and back.
+"""Threads that belong to a storage object, and a short way there and back.
 
 `loop.run_in_executor` takes 30 to 50 microseconds more: a future with a condition, one more
 for the event loop, and locks. That is a fifth of what an SSD takes for a sync, and a single
 writer waits for all of it.
+
+A worker calls one function at a time, in order. It has no thread of its own: all workers of
+a storage object share its threads, so a state that is idle costs none. A thread that is
+free takes the worker that was handed something first.
 """
 
 from __future__ import annotations
@@ -10,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
+from lab_state import _forks as forks
 from lab_state.exceptions import UnavailableError
 
 P = ParamSpec("P")
@@ -23,35 +28,158 @@ R = TypeVar("R")
 
 _Work = Callable[[], None]
 
+_MOST = 32
+"""Threads of one storage object. A state whose disk hangs takes two of them at most."""
 
-class Worker:
-    """One thread that calls one function at a time, in order.
+_IDLE_SECONDS = 10.0
+"""How long a thread waits for something to do. To start one takes as long as a sync of a fast disk."""
 
-    It ends when it is told to, when nobody has the worker any more, and with the
-    interpreter, which does not wait for a call that hangs: to what is written, that is
-    a crash.
+
+class Threads:
+    """Threads that are started when there is more to do than they can take, and end when they are idle.
+
+    One stays as long as there is a worker, so that a limit of processes that is reached
+    later keeps no state from being written and closed. The interpreter does not wait for a
+    call that hangs: to what is written, that is a crash.
     """
 
     def __init__(self, name: str) -> None:
-        """Start the thread, with this name.
+        """Nothing is started before a worker is handed something. `name`: of the threads."""
+        self._name = name
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._ready: SimpleQueue[Worker | None] = SimpleQueue()
+        self._count = 0
+        self._free = 0  # threads that wait, less the workers that wait for one
+        self._workers = 0  # not told to end
+        self._dropped: deque[None] = deque()  # those that were not, and are gone
+
+    def __reduce__(self) -> tuple[type[Threads], tuple[str]]:
+        """A copy has threads of its own; a storage object is configuration that other processes may be given."""
+        return Threads, (self._name,)
+
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: begin anew. The threads are the parent's, and so is what they were to do."""
+        self._reset()
+
+    def enter(self) -> None:
+        """Count one worker more."""
+        forks.disown_in_children(self)
+        with self._lock:
+            self._workers += 1
+
+    def leave(self) -> None:
+        """Count one worker less; with the last one, the threads end."""
+        with self._lock:
+            self._workers -= 1
+            for _ in range(0 if self._workers else self._free):
+                self._ready.put(None)
+
+    def drop(self) -> None:
+        """`leave`, for a worker that is collected: in the middle of anything, the lock being held or not."""
+        self._dropped.append(None)
+        self._ready.put(None)
+
+    def hand(self, worker: Worker, work: _Work) -> None:
+        """Let a thread call this, behind what the worker was handed before.
 
         Raises:
-            UnavailableError: No thread could be started.
+            UnavailableError: There is no thread, and none could be started.
         """
-        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
-        self._thread = threading.Thread(target=_work, args=(self._queue,), name=name, daemon=True)
+        with self._lock:
+            if worker.is_queued:
+                worker.todo.append(work)
+                return
+            if self._free <= 0 and self._count < _MOST:
+                self._start()
+            worker.todo.append(work)  # first: the thread that gets the worker looks for it at once
+            worker.is_queued = True
+            self._free -= 1
+            self._ready.put(worker)
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=_serve, args=(self,), name=self._name, daemon=True)
         try:
-            self._thread.start()
+            thread.start()
         except RuntimeError as error:
+            if self._count:  # those that there are come to it later
+                return
             raise UnavailableError(
-                f"no thread could be started for {name}: raise the limit of processes (`ulimit -u`, the pids of a container)"
+                f"no thread could be started for {self._name}: raise the limit of processes (`ulimit -u`, or the pids "
+                "of the container)"
             ) from error
-        self._end = weakref.finalize(self, self._queue.put, None)
+        self._count += 1
+        self._free += 1
+
+    def next(self) -> Worker | None:
+        """Wait for a worker that has something to do; `None` if the thread that asks is to end."""
+        while True:
+            try:
+                worker = self._ready.get(timeout=_IDLE_SECONDS)
+            except Empty:
+                worker = None
+            if worker is not None:
+                return worker
+            with self._lock:
+                while self._dropped:
+                    self._dropped.pop()
+                    self._workers -= 1
+                # Without a thread that is free, there is a worker for this one already.
+                if self._free > 0 and (self._count > 1 or not self._workers):
+                    self._free -= 1
+                    self._count -= 1
+                    return None
+
+    def done(self, worker: Worker) -> None:
+        """Let the worker wait again, behind the others, or until it is handed something."""
+        with self._lock:
+            if worker.todo:
+                self._ready.put(worker)
+                return
+            worker.is_queued = False
+            self._free += 1
+            if not self._workers:
+                self._ready.put(None)
+
+
+def _serve(threads: Threads) -> None:
+    while (worker := threads.next()) is not None:
+        worker.todo.popleft()()
+        threads.done(worker)
+        del worker  # or it would be kept until the next one comes
+
+
+class Worker:
+    """Calls one function at a time, in order, in threads of a storage object.
+
+    Attributes:
+        todo: What it was handed and has not begun.
+        is_queued: Whether it waits for a thread, or has one.
+    """
+
+    __slots__ = ("_is_told_to_end", "_threads", "is_queued", "todo")
+
+    def __init__(self, threads: Threads) -> None:
+        self.todo: deque[_Work] = deque()
+        self.is_queued: bool = False
+        self._threads = threads
+        self._is_told_to_end = True  # until it is counted
+        threads.enter()
+        self._is_told_to_end = False
+
+    def __del__(self) -> None:
+        if not self._is_told_to_end:
+            self._threads.drop()
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
-        """Call a function in the thread; its result is for the running event loop.
+        """Call a function in a thread; its result is for the running event loop.
 
         Cancelled before its turn, it is not called; later, it goes on, and nobody is told.
+
+        Raises:
+            UnavailableError: There is no thread, and none could be started.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
@@ -66,7 +194,11 @@ class Worker:
         return future
 
     def submit(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Call a function in the thread; its result is for any thread. Cancelled before its turn, it is not called."""
+        """Call a function in a thread; its result is for any thread. Cancelled before its turn, it is not called.
+
+        Raises:
+            UnavailableError: There is no thread, and none could be started.
+        """
         future: Future[R] = Future()
 
         def work() -> None:
@@ -76,22 +208,16 @@ class Worker:
         self._put(work)
         return future
 
-    def shutdown(self, *, wait: bool) -> None:
-        """End the thread, behind what it was told to call, and wait for that or not. Idempotent."""
-        self._end()
-        if wait:
-            self._thread.join()
+    def shutdown(self) -> None:
+        """Take nothing more; what was handed in before is called. Idempotent."""
+        if not self._is_told_to_end:
+            self._is_told_to_end = True
+            self._threads.leave()
 
     def _put(self, work: _Work) -> None:
-        if not self._end.alive:
-            raise RuntimeError("this thread was told to end")
-        self._queue.put(work)
-
-
-def _work(queue: SimpleQueue[_Work | None]) -> None:
-    while (work := queue.get()) is not None:
-        work()
-        del work  # or it would be kept until the next one comes
+        if self._is_told_to_end:
+            raise RuntimeError("this worker was told to end")
+        self._threads.hand(self, work)
 
 
 def _outcome(function: Callable[..., R], *args: Any, **kwargs: Any) -> tuple[Any, BaseException | None]:

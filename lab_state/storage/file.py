@@ -12,10 +12,10 @@ The rules, each with its reason, are in `docs/design/disk.md`. In short:
   one that begins with the whole state. So does a start after an unclean end, since the
   frames that it inherits may be in the page cache alone.
 
-Everything that touches the journal runs in one thread, one function at a time, and
-keeps its own state there. So a caller that is cancelled tears nothing. A second thread
-writes the snapshot. Both belong to the session: what other code does in the event
-loop's own threads cannot hold up a write.
+All that touches the journal is called by one worker, one function at a time, and keeps
+its own state there. So a caller that is cancelled tears nothing. A second worker writes
+the snapshot. Their threads belong to the storage object: what other code does in the
+event loop's own threads cannot hold up a write.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lab_state.storage import _fs as fs
 from lab_state.storage._file_reader import read_files
 from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, NewJournal, Writer, open_writer
 from lab_state.storage._protocol import Reading, Recovery, Snapshot
-from lab_state.storage._worker import Worker
+from lab_state.storage._worker import Threads, Worker
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,6 +83,7 @@ class FileStorage:
         self._directory = path
         self._create = create
         self._tried: set[fs.Identity] = set()
+        self._threads = Threads("lab_state files")
 
     def __repr__(self) -> str:
         """The directory; there is nothing secret in it."""
@@ -90,8 +91,7 @@ class FileStorage:
 
     async def open(self, name: str) -> FileSession:
         """Lock the state and load it; see `Storage.open`."""
-        # Both threads, before there is anything that would have to be given back without them.
-        commits, checkpoints = Worker(f"lab_state {name} commits"), Worker(f"lab_state {name} checkpoints")
+        commits, checkpoints = Worker(self._threads), Worker(self._threads)
         opening = commits.submit(open_writer, self._directory, name, self._tried, create=self._create)
         try:
             writer, recovery = await asyncio.shield(asyncio.wrap_future(opening))
@@ -99,8 +99,8 @@ class FileStorage:
         except BaseException:
             # Cancelled, the lock may be taken all the same: give it back before anyone is told.
             giving_up = commits.submit(_give_up, opening)
-            commits.shutdown(wait=False)
-            checkpoints.shutdown(wait=False)
+            commits.shutdown()
+            checkpoints.shutdown()
             await asyncio.shield(asyncio.wrap_future(giving_up))
             raise
 
@@ -118,13 +118,13 @@ class FileStorage:
             UnavailableError: It could not be read this time, or was replaced faster than it
                 could be read, for 5 s.
         """
-        thread = Worker(f"lab_state {name} read")
+        thread = Worker(self._threads)
         given_up = threading.Event()
         try:
             return await thread.run(read_files, self._directory, name, given_up)
         finally:
             given_up.set()
-            thread.shutdown(wait=False)
+            thread.shutdown()
 
 
 def _give_up(opening: Future[tuple[Writer, Recovery]]) -> None:
@@ -216,28 +216,41 @@ class FileSession:
                 thread.submit(self._tidy, new, upcoming)
 
     def _tidy(self, new: fs.NewFile, upcoming: NewJournal) -> None:
-        """Let go of what a checkpoint has left; in its thread. What is in place stays."""
+        """Let go of what a checkpoint has left; in its worker. What is in place stays."""
         new.discard()
         self._commits.submit(upcoming.discard)  # behind whatever is there to put it in place
         self._writer.close_replaced()
 
     async def aclose(self) -> None:
-        """Wait for both threads, then let go of the lock; see `StorageSession.aclose`."""
+        """Wait for both workers, then let go of the lock; see `StorageSession.aclose`."""
         self._writer.lock.check_process()  # the threads that would close it are the parent's
         if self._closing is None:
-            # Behind whatever is queued in either thread, and whether anyone waits or not.
-            self._closing = self._checkpoints.submit(self._close)
+            # Behind whatever is queued in either worker, and whether anyone waits or not.
+            self._closing = Future()
+            self._closing.set_running_or_notify_cancel()
+            self._checkpoints.submit(self._close, self._closing)
         await asyncio.shield(asyncio.wrap_future(self._closing))
 
-    def _close(self) -> None:
+    def _close(self, closing: Future[None]) -> None:
         try:
             if self._new is not None:
                 self._tidy(*self._new)
-            self._commits.submit(self._writer.close).result()
+        finally:
+            # Not awaited here: with all threads in such waits, there would be none for the commits.
+            self._commits.submit(self._let_go, closing)
+
+    def _let_go(self, closing: Future[None]) -> None:
+        """Let go of the files; behind the last commit."""
+        try:
+            self._writer.close()
+        except BaseException as error:  # noqa: BLE001 -- whoever closes the session gets it
+            closing.set_exception(error)
+        else:
+            closing.set_result(None)
         finally:
             self._writer.close_replaced()
-            self._commits.shutdown(wait=False)
-            self._checkpoints.shutdown(wait=False)
+            self._commits.shutdown()
+            self._checkpoints.shutdown()
 
     def _check_open(self) -> None:
         self._writer.lock.check_process()

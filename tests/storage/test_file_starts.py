@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lab_state import FileStorage, Manager, UnavailableError, _sweeper, manager
+from lab_state import Config, FileStorage, Manager, UnavailableError, _sweeper, manager
 from lab_state.storage import _file_writer, _fs, file
 
 
@@ -41,24 +41,31 @@ async def _gives_back(tmp_path: Path) -> AsyncIterator[None]:
         assert await state.get("a") == 1
 
 
-@pytest.mark.parametrize("number", [0, 1])
-async def test_a_thread_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """With the limit of processes reached at the first or second thread: UnavailableError, and nothing stays locked."""
-    real, count = threading.Thread.start, 0
+@pytest.mark.parametrize("there_are", [0, 1])
+async def test_threads_that_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, there_are: int
+) -> None:
+    """At the limit of processes: without a thread, start() is an UnavailableError, and nothing stays locked; one does."""
+    real, started = threading.Thread.start, 0
 
     def start(thread: threading.Thread) -> None:
-        nonlocal count
+        nonlocal started
         if thread.name.startswith("lab_state"):
-            count += 1
-            if count == number + 1:
+            if started == there_are:
                 raise RuntimeError("can't start new thread")
+            started += 1
         real(thread)
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        with pytest.raises(UnavailableError, match=r"no thread could be started .*raise the limit of processes"):
-            await Manager("lab", FileStorage(tmp_path)).start()
-    assert count == number + 1
+        state = Manager(Config(name="lab", flush_interval=0), FileStorage(tmp_path))
+        if not there_are:
+            with pytest.raises(UnavailableError, match=r"no thread could be started .*raise the limit of processes"):
+                await state.start()
+            return
+        async with state:
+            await state.set("b", "x" * 5 * 1024 * 1024)  # a checkpoint is due
+    assert started == 1
 
 
 PLACES: dict[str, tuple[Any, str]] = {

@@ -1,34 +1,66 @@
-"""A thread of one's own."""
+"""Threads of a storage object, and workers that share them."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import pickle
 import subprocess
 import sys
 import threading
-import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 
-from lab_state.storage._worker import Worker
+from lab_state import UnavailableError
+from lab_state.storage import _worker
+from lab_state.storage._worker import Threads, Worker
+
+NAME = "tested threads"
 
 
-def threads(name: str) -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == name]
+def running() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == NAME]
+
+
+def joined() -> None:
+    """Wait until no thread is left."""
+    for thread in running():
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 @pytest.fixture
-def worker() -> Iterator[Worker]:
-    worker = Worker("tested")
+def threads() -> Iterator[Threads]:
+    yield Threads(NAME)
+    gc.collect()
+    joined()
+
+
+@pytest.fixture
+def worker(threads: Threads) -> Iterator[Worker]:
+    worker = Worker(threads)
     yield worker
-    worker.shutdown(wait=True)
+    worker.shutdown()
+
+
+def held(workers: list[Worker]) -> tuple[threading.Event, list[Future[bool]]]:
+    """Keep all these workers busy until the event is set."""
+    gate, begun = threading.Event(), threading.Barrier(len(workers) + 1)
+
+    def hold() -> bool:
+        begun.wait(10)
+        return gate.wait(10)
+
+    futures = [worker.submit(hold) for worker in workers]
+    begun.wait(10)
+    return gate, futures
 
 
 async def test_a_result_and_an_error_come_back(worker: Worker) -> None:
-    """What the function returns or raises is what the caller gets; it was called in the thread."""
-    assert await worker.run(threading.current_thread) in threads("tested")
+    """What the function returns or raises is what the caller gets; it was called in a thread."""
+    assert await worker.run(threading.current_thread) in running()
     with pytest.raises(ZeroDivisionError):
         await worker.run(lambda: 1 / 0)
     assert await worker.run(int, "7") == 7
@@ -117,42 +149,131 @@ def test_an_answer_for_a_loop_that_is_closed_is_dropped(worker: Worker) -> None:
     assert worker.submit(int, "7").result(1) == 7
 
 
-def test_the_thread_ends_when_told_behind_what_it_was_given() -> None:
-    """What was handed in before is done; afterwards nothing is taken."""
-    worker = Worker("told")
-    (thread,) = threads("told")
-    gate = threading.Event()
-    worker.submit(gate.wait)
+def test_a_worker_that_was_told_to_end(threads: Threads) -> None:
+    """What was handed in before is done; afterwards nothing is taken, and the thread ends with the last worker."""
+    worker, other = Worker(threads), Worker(threads)
+    gate, _ = held([worker])
     last = worker.submit(int, "7")
-    worker.shutdown(wait=False)
-    worker.shutdown(wait=False)
+    worker.shutdown()
+    worker.shutdown()
     with pytest.raises(RuntimeError, match="told to end"):
         worker.submit(int)
     gate.set()
-    assert last.result(1) == 7
-    thread.join(10)
-    assert not thread.is_alive()
+    assert last.result(10) == 7
+    assert other.submit(int, "8").result(10) == 8
+    other.shutdown()
+    joined()
 
 
-def test_the_thread_ends_when_nobody_has_the_worker() -> None:
+def test_threads_end_when_nobody_has_a_worker(threads: Threads) -> None:
     """A session that was dropped leaves no thread behind."""
-    worker = Worker("dropped")
-    (thread,) = threads("dropped")
-    gone = weakref.ref(worker)
+    worker = Worker(threads)
+    worker.submit(int).result(10)
+    (thread,) = running()
     del worker
     gc.collect()
-    assert gone() is None
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_threads_end_when_they_are_idle(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but one, which stays as long as there is a worker: then a limit of processes keeps nothing from its end."""
+    monkeypatch.setattr(_worker, "_IDLE_SECONDS", 0.01)
+    workers = [Worker(threads) for _ in range(5)]
+    gate, futures = held(workers)
+    assert len(running()) == 5
+    gate.set()
+    for future in futures:
+        future.result(10)
+    while len(running()) > 1:
+        threading.Event().wait(0.001)
+    assert workers[0].submit(int, "7").result(10) == 7
+    assert len(running()) == 1
+    for worker in workers:
+        worker.shutdown()
+    joined()
+
+
+def test_many_workers_share_few_threads(threads: Threads) -> None:
+    """With every thread busy a worker waits for its turn, and none is forgotten."""
+    workers = [Worker(threads) for _ in range(100)]
+    gate, futures = held(workers[: _worker._MOST])
+    waiting = [worker.submit(int, "7") for worker in workers for _ in range(2)]
+    assert len(running()) == _worker._MOST
+    assert not any(future.done() for future in waiting)
+    gate.set()
+    assert [future.result(10) for future in waiting] == [7] * 200
+    assert all(future.result(10) for future in futures)
+    for worker in workers:
+        worker.shutdown()
+    joined()
+
+
+def test_a_call_that_hangs_holds_up_its_own_worker_alone(threads: Threads) -> None:
+    """The others go on, in as many threads as they need."""
+    stuck, other = Worker(threads), Worker(threads)
+    gate, _ = held([stuck])
+    behind = stuck.submit(int, "8")
+    assert [other.submit(int, "7").result(10) for _ in range(10)] == [7] * 10
+    assert not behind.done()
+    gate.set()
+    assert behind.result(10) == 8
+    stuck.shutdown()
+    other.shutdown()
+
+
+def test_a_worker_with_much_to_do_lets_others_in(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one thread for two workers they take turns."""
+    monkeypatch.setattr(_worker, "_MOST", 1)
+    first, second = Worker(threads), Worker(threads)
+    seen: list[str] = []
+    gate, _ = held([first])
+    futures = [worker.submit(seen.append, name) for name, worker in (("1", first), ("2", second)) for _ in range(3)]
+    gate.set()
+    for future in futures:
+        future.result(10)
+    assert "".join(seen) in {"212121", "121212"}
+    first.shutdown()
+    second.shutdown()
+
+
+def test_a_thread_that_cannot_be_started(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an UnavailableError where there is none; where there is one, it does what is to be done, later."""
+    first, second = Worker(threads), Worker(threads)
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(UnavailableError, match=r"no thread could be started .*raise the limit of processes"):
+            first.submit(int)
+    gate, _ = held([first])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        waiting = second.submit(int, "7")
+        gate.set()
+        assert waiting.result(10) == 7
+    first.shutdown()
+    second.shutdown()
+
+
+def test_a_copy_has_threads_of_its_own(threads: Threads, worker: Worker) -> None:
+    """A storage object can be given to another process, and copied, whatever its threads do."""
+    worker.submit(int).result(10)
+    copied = pickle.loads(pickle.dumps(threads))
+    other = Worker(copied)
+    assert other.submit(threading.current_thread).result(10) is not worker.submit(threading.current_thread).result(10)
+    other.shutdown()
 
 
 def test_the_interpreter_ends_although_a_call_hangs() -> None:
     """A disk that does not answer does not keep a process from ending."""
     code = (
         "import threading\n"
-        "from lab_state.storage._worker import Worker\n"
+        "from lab_state.storage._worker import Threads, Worker\n"
         "begun = threading.Event()\n"
-        "worker = Worker('hangs')\n"
+        "worker = Worker(Threads('hangs'))\n"
         "worker.submit(lambda: (begun.set(), threading.Event().wait()))\n"
         "begun.wait()\n"
     )
