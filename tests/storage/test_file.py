@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -1106,27 +1107,27 @@ def test_a_journal_is_not_prepared_for_ever(tmp_path: Path) -> None:
 
 
 async def test_what_is_replaced_is_closed_behind_the_commits(tmp_path: Path, disk: Disk) -> None:
-    """What a checkpoint replaced has no name any more, and is freed by the checkpoint's thread; nothing stays open."""
+    """What a checkpoint replaced has no name any more, and is freed where the checkpoint is tidied up; nothing stays open."""
     session = await FileStorage(tmp_path).open("lab")
-    threads: list[str] = []
+    callers: list[list[str]] = []
     close = disk.close
 
     def closed(fd: int) -> None:
         if os.fstat(fd).st_nlink == 0:
-            threads.append(threading.current_thread().name)
+            callers.append([frame.f_code.co_name for frame, _ in traceback.walk_stack(None)])
         close(fd)
 
     disk.close = closed  # type: ignore[attr-defined]
     await session.commit(b"before", slices_of(b"{}"))
     await session.checkpoint(slices_of(b'{"a":1}'))
-    await until(lambda: len(threads) == 1)  # the first journal
+    await until(lambda: len(callers) == 1)  # the first journal
     before = len(list(Path("/proc/self/fd").iterdir()))
     for number in range(3):
         await session.commit(b"%d" % number, slices_of(b"{}"))
         await session.checkpoint(slices_of(b'{"a":%d}' % number))
-    await until(lambda: len(threads) == 1 + 2 * 3)  # a journal and a snapshot each
+    await until(lambda: len(callers) == 1 + 2 * 3)  # a journal and a snapshot each
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-    assert all("checkpoints" in name for name in threads)
+    assert all("_tidy" in caller for caller in callers)
     await session.aclose()
 
 
@@ -1202,7 +1203,7 @@ async def test_a_commit_before_a_cancelled_checkpoint_survives(tmp_path: Path, d
     commit = asyncio.create_task(session.commit(b"second", view(b"two")))
     await gate.entered()
     checkpoint = asyncio.create_task(session.checkpoint(view(b"one")))
-    await until(lambda: session._commits._queue.qsize() == 1)
+    await until(lambda: bool(session._commits.todo))
     checkpoint.cancel()
     with pytest.raises(asyncio.CancelledError):
         await checkpoint
