@@ -88,7 +88,7 @@ def _read(decode: Callable[[bytes], T], data: bytes) -> T | None:
     """Decode bytes that any client may have written; return `None` if they are none of lab_state's."""
     try:
         return decode(data)
-    except NOT_JSON:  # the last one for deep nesting
+    except NOT_JSON:
         return None
 
 

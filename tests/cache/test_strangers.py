@@ -303,7 +303,8 @@ async def test_a_local_copy_of_what_was_spoilt_is_loaded_anew(own: RedisCache, r
         assert await reader.get("a") == 666
         assert await session.look() == SPOILT
         assert await session.fill(1, parts(Slice({"a": b"1"}, {}, [])), SPOILT)
-        await until(lambda: reader._local.fresh and reader._local.shown["a"] == 1)
+        # By the message: a silent subscription is asked after 5 s only.
+        await until(lambda: reader._local.fresh and reader._local.shown["a"] == 1, 3.0)
         redis_server.call("CLIENT", "KILL", "TYPE", "pubsub")  # and it may miss what comes now
         assert await session.fill(1, parts(Slice({"a": b"2"}, {}, [])), await session.look())
         await until(lambda: reader._local.fresh and reader._local.shown["a"] == 2)
