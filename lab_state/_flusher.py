@@ -377,7 +377,7 @@ class Flusher(Outcomes):
 
     async def _checkpoint(self, *, wait: bool) -> None:
         self._checkpoint_due = False
-        views = Views(self.state, self.durable if wait else None, given=self._count)
+        views = Views(self.state, self.durable if wait else None, given=self._count, own=True)
         before = self._records
 
         def snapshot() -> AsyncIterator[bytes]:

@@ -21,9 +21,20 @@ class Views:
         durable: Callable[[int], Awaitable[None]] | None = None,
         *,
         given: Callable[[], object] = lambda: None,
+        own: bool = False,
     ) -> None:
-        """`durable`, if given, is awaited with the revision of a view before its last slice; `given` called for each."""
+        """Take no view yet.
+
+        Args:
+            state: The state.
+            durable: Is awaited with the revision of a view before its last slice is given.
+            given: Is called for each slice.
+            own: Whether values that keep the buffer alive from which they were loaded are
+                replaced by their own bytes. For a time both are in memory. A commit leaves
+                that to the checkpoint, since its storage may keep all of the view as well.
+        """
         self._state = state
+        self._own = own
         self._one_given = given
         self._durable = durable
         self._taken: list[dict[str, Stored]] = []
@@ -31,7 +42,7 @@ class Views:
     def take(self) -> AsyncIterator[bytes]:
         """A view of the state at this moment, as a snapshot in slices."""
         view, state = self.freeze(), self._state
-        own = state.borrowed
+        own = self._own and state.borrowed
         slices = encode_snapshot(view, state.revision, state.now(), own=own, wall=state.wall())
         return self._given(slices, view, state.revision, own=own)
 

@@ -167,13 +167,20 @@ class FileSession:
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
         """Append one frame and sync, in one hop; see `StorageSession.commit`."""
         self._check_open()
+        full_needed = False
         try:
             await self._commits.run(self._writer.commit, record, None)
         except FullNeededError:
-            full = await collected(snapshot())
-            self._check_open()
-            await self._commits.run(self._writer.commit, record, full)
+            full_needed = True
+        if full_needed:
+            await self._commit_full(record, snapshot)
         return self._writer.checkpoint_due
+
+    async def _commit_full(self, record: bytes, snapshot: Snapshot) -> None:
+        """Commit with the whole state; in a frame of its own, since the error's traceback keeps that of its caller."""
+        full = await collected(snapshot())
+        self._check_open()
+        await self._commits.run(self._writer.commit, record, full)
 
     async def checkpoint(self, snapshot: Snapshot) -> None:
         """Write the snapshot beside the commits, then publish it; see `StorageSession.checkpoint`."""

@@ -1,0 +1,51 @@
+"""What a start behind an unclean end keeps in memory, and for how long."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from msgspec import Raw
+
+from lab_state import FileStorage
+from lab_state._state import State
+from lab_state._views import Views
+
+SIZE = 8_000_000
+
+
+async def test_a_commit_of_everything_leaves_no_copy_of_it_behind(tmp_path: Path) -> None:
+    """A commit that writes the whole state lets its bytes go when it returns, without a garbage collection."""
+    session = await FileStorage(tmp_path).open("x")
+    session._writer._poison()
+    whole = b"x" * SIZE
+
+    async def slices() -> AsyncIterator[bytes]:
+        yield whole
+
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        await session.commit(b"{}", slices)
+        left, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+        await session.aclose()
+    assert most > SIZE  # it was collected
+    assert left < SIZE // 10
+
+
+async def test_only_a_checkpoint_gives_values_bytes_of_their_own() -> None:
+    """A commit that needs the whole state reads what was loaded as it is; a checkpoint copies it."""
+    for own in (False, True):
+        state = State(float)
+        state.load({"a": Raw(b"[1]")}, 1)
+        views = Views(state, own=own)
+        data = b"".join([part async for part in views.take()])
+        await views.fold()
+        assert data.startswith(b'{"a":[1],')
+        assert (state.entries["a"].__class__, state.borrowed) == ((bytes, False) if own else (Raw, True))
