@@ -69,7 +69,8 @@ def _size(changes: dict[str, Changed], newest: int, *, timed: bool) -> int:
         return 0
     keys = sum(map(len, islice(reversed(changes), some)))
     # What an object has beside its text stands for the punctuation around it.
-    values = sum(map(_size_of if timed else getsizeof, islice(reversed(changes.values()), some)))
+    measure: Callable[[Changed], int] = _size_of if timed else getsizeof
+    values = sum(measure(stored) for stored in islice(reversed(changes.values()), some))
     return (keys + values) * newest // some
 
 

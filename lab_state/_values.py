@@ -282,7 +282,11 @@ def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
 def _parts(container: Any) -> Iterable[tuple[object, object]]:
     """The parts of an object, each with its key, its number or its step."""
     kind: Any = container.__class__
-    return container.items() if kind is dict else enumerate(container) if kind in _PLAIN else _children(container)
+    if kind is dict:
+        items: Iterable[tuple[object, object]] = container.items()
+        return items
+    sequence: Iterable[object] = container
+    return enumerate(sequence) if kind in _PLAIN else _children(container)
 
 
 def _step_in(container: Any, step: object) -> str:

@@ -577,7 +577,7 @@ async def test_an_opening_in_s3_cancelled_at_every_request() -> None:
         async def _open(*arguments: Any) -> Any:
             return (await stepped(opening(*arguments), cancel))[1]
 
-        storage._open = _open  # type: ignore[method-assign]
+        storage._open = _open  # type: ignore[assignment, method-assign]
         task = asyncio.create_task(storage.open(NAME))
         await asyncio.wait({task}, timeout=60)
         if not task.cancelled():

@@ -16,11 +16,11 @@ from lab_state._flusher import Flusher
 from lab_state._log import Log
 from lab_state._watch import Watchers
 from lab_state.integrations import _serving
-from lab_state.storage import Snapshot
+from lab_state.storage import Reading, Snapshot
 from lab_state.testing import FaultyStorage, ManualClock
 
 
-class Raises(logging.Filter, logging.Handler, logging.Formatter):
+class Raises(logging.Filter, logging.Handler, logging.Formatter):  # type: ignore[misc]
     """A part of logging that raises what it was given."""
 
     def __init__(self, problem: BaseException) -> None:
@@ -337,6 +337,9 @@ class StrangeStorage:
 
     async def open(self, name: str) -> Any:
         return StrangeSession(await self._inner.open(name), self._problem, self._during)
+
+    async def read(self, name: str) -> Reading:
+        return await self._inner.read(name)
 
 
 class UnspeakableError(UnavailableError):

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -196,7 +197,7 @@ def broken_off(manager: Manager, when: Any, *, cached: bool = False) -> asyncio.
     return loop
 
 
-WHEN = {
+WHEN: dict[str, Callable[[Manager], bool]] = {
     "at once": lambda manager: True,
     "after the flush": lambda manager: manager.durable_revision == 1,
     "in the checkpoint": lambda manager: manager._flusher is not None and manager._flusher.state.frozen,

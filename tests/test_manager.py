@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -587,7 +587,8 @@ async def test_numbers_while_another_thread_ends_the_stop(memory: MemoryStorage)
     class Flickering(Manager):
         """Loses its flusher right after it was looked at, as when `stop()` ends in another thread."""
 
-        __slots__ = ("looked", "real")
+        looked: bool
+        real: Any
 
         @property
         def _flusher(self) -> Any:
@@ -601,7 +602,12 @@ async def test_numbers_while_another_thread_ends_the_stop(memory: MemoryStorage)
     state = Flickering("test", memory)
     await state.start()
     await state.set("a", 1)
-    for ask in (lambda: state.status().revision, lambda: state.revision, lambda: state.durable_revision):
+    asks: list[Callable[[], int]] = [
+        lambda: state.status().revision,
+        lambda: state.revision,
+        lambda: state.durable_revision,
+    ]
+    for ask in asks:
         state.looked = False
         assert ask() in {0, 1}
     state.looked = False

@@ -1067,10 +1067,6 @@ class Encoded:
         return data
 
 
-class Unknown:
-    """A class that nothing encodes."""
-
-
 @pytest.mark.parametrize("levels", [0, 60])
 @pytest.mark.parametrize("where", [0, 700, 1_999])
 def test_a_refusal_costs_a_few_times_what_encoding_costs(

@@ -163,4 +163,5 @@ def held(directory: str, function: str) -> None:
 
 
 if __name__ == "__main__":
-    {"children": children, "held": held}[sys.argv[1]](*sys.argv[2:])
+    programs: dict[str, Callable[..., object]] = {"children": children, "held": held}
+    programs[sys.argv[1]](*sys.argv[2:])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lab_state import Config, FileStorage, Manager, UnavailableError, _sweeper, manager
+from lab_state import Config, FileStorage, Manager, UnavailableError, _journal, _state, _sweeper, manager
 from lab_state.storage import _file_writer, _fs, file
 
 
@@ -72,14 +72,14 @@ PLACES: dict[str, tuple[Any, str]] = {
     "locking": (_fs, "try_lock"),
     "the lock's file": (_fs, "write_lock"),
     "reading": (_fs, "read"),
-    "scanning": (_file_writer.journal, "scan"),
+    "scanning": (_journal, "scan"),
     "the recovery": (_file_writer, "Recovery"),
     "temporary files": (_fs, "discard_temporaries"),
     "the session": (file.FileSession, "__init__"),
     "decoding": (manager, "decode_snapshot"),
     "the map": (manager, "State"),
     "the flush task": (manager, "Flusher"),
-    "sweeping": (manager.State, "sweep"),
+    "sweeping": (_state.State, "sweep"),
     "the sweeper": (_sweeper.Sweeper, "__init__"),
 }
 

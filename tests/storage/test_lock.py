@@ -142,6 +142,8 @@ def ended() -> int:
         (Holder(HOST, 1, STARTED), [], f"pid 1 on {HOST}, since {STARTED}"),
         (Holder(HOST, 1, STARTED), [1], f"pid 1 on {HOST}, since {STARTED}"),
     ],
+    # The texts have the pid of the test's process in them, and the processes of a run must agree on the names.
+    ids=["no holder", "this pid", "elsewhere", "elsewhere, shown", "this host", "this host, shown"],
 )
 def test_what_is_told(holder: Holder | None, shown: list[int], expected: str) -> None:
     """`/proc/locks` goes before the lock file, and the file's word counts where the kernel does not show the holder."""

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from lab_state import (
 from lab_state.storage import s3 as module
 from lab_state.storage._s3_body import Upload
 from lab_state.storage._s3_format import Names
+from lab_state.storage._s3_threads import Threads
 from lab_state.storage._s3_time import Time
 from lab_state.testing import ManualClock
 
@@ -155,7 +155,7 @@ def test_the_path_has_the_bucket_at_custom_endpoints_only() -> None:
     """On AWS, botocore's own way of addressing is kept; bodies are never read to sign them."""
     from lab_state.storage._s3_connect import client_config  # noqa: PLC0415
 
-    with ThreadPoolExecutor(1) as thread:
+    with Threads("test") as thread:
 
         async def configs() -> list[Any]:
             return [client_config(None, thread, custom_endpoint=custom).s3 for custom in (False, True)]

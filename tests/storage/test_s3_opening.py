@@ -47,7 +47,7 @@ class Interrupter:
         self._begun = storage._open
         self._at = at
         self._awaits = 0
-        storage._open = self._open  # type: ignore[method-assign]
+        storage._open = self._open  # type: ignore[assignment, method-assign]
         self.caller = asyncio.create_task(storage.open(NAME))
 
     async def _open(self, *arguments: Any) -> Any:

@@ -233,5 +233,5 @@ async def test_no_exception_of_the_client_is_chained(bucket: Bucket, proxy: Prox
 def test_credentials_in_an_argument(bucket_name: str, arguments: dict[str, str]) -> None:
     """A URL with a password where none belongs is refused without being quoted."""
     with pytest.raises(ValueError, match=r".") as caught:
-        S3Storage(bucket_name, **arguments)  # type: ignore[arg-type]
+        S3Storage(bucket_name, **arguments)
     assert SECRET not in text_of(caught.value)
