@@ -195,6 +195,13 @@ async def test_an_endpoint_of_the_environment(bucket: Bucket, monkeypatch: pytes
     assert SECRET not in text_of(caught.value)
 
 
+async def test_a_region_that_is_none(bucket: Bucket) -> None:
+    """A region that cannot be one is told at once."""
+    storage = S3Storage(bucket.name, endpoint_url=endpoint(), region_name="not a region")
+    with pytest.raises(UnsupportedError, match="InvalidRegionError: the settings"):
+        await storage.open(NAME)
+
+
 async def test_settings_that_cannot_be_read(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged file of settings is told at once."""
     (tmp_path / "config").write_text(f"[default\naws_secret_access_key = {SECRET}\n")
