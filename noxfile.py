@@ -51,6 +51,8 @@ def s3_real(session: nox.Session) -> None:
         "tests/storage/test_s3_conformance.py",
         "tests/storage/test_s3.py",
         "tests/storage/test_s3_faults.py",
+        "tests/storage/test_s3_opening.py",
+        "tests/storage/test_s3_secrets.py",
     ]
     session.run("python", "tests/servers/rgw.py", "python", "-m", "pytest", *tests, env=WHEEL_ONLY)
 
