@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from typing import cast
 
-from lab_state._expiry import Value
-from lab_state._state import Absent, Changed, Layer, State, Stored
+from lab_state._expiry import Expiring, Value
+from lab_state._state import Absent, Changed, Layer, State, Stored, is_due
 
 
 class _Live:
@@ -66,8 +66,14 @@ class Draft(State):
         return key in self.entries and self._lives(key)
 
     def count(self) -> int:
-        """How many keys there are."""
-        return len(self.names("")) if self.expires else len(self.entries)
+        """How many keys there are. Costs what the changes cost, and those keys that expire in this very second."""
+        total = len(self.entries)
+        if self.expires:
+            now, beneath = self.now(), self.base.entries
+            total -= sum(isinstance(to, Expiring) and to.at <= now for to in self.changes.values())
+            if not self.cleared:
+                total -= self.base.expiries.due(now) - sum(is_due(beneath, key, now) for key in self.changes)
+        return total
 
     @property
     def expires(self) -> bool:

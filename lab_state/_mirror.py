@@ -283,6 +283,8 @@ class Mirror:
         self._is_owner = False
         self._flusher.begin_checkpoint()
         await self._flusher.checkpoint_ended()  # two views at a time would be a copy
+        while self._flusher.state.frozen:  # noqa: ASYNC110 -- a commit that writes everything anew has one too, and tells nobody
+            await asyncio.sleep(_REST_SECONDS)
         self._pending.clear()
         await self._replace(session, seen)
         self._counts.fills += 1

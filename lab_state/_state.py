@@ -286,7 +286,7 @@ class State:
         """Take away keys whose time is over, as one change; returns how many were looked at, up to `most`."""
         now, entries = self.now(), self.entries
         keys = self.expiries.take(now, most)
-        found = [key for key in keys if _is_due(entries, key, now)]  # whatever the index says
+        found = [key for key in keys if is_due(entries, key, now)]  # whatever the index says
         self._drop(found, EXPIRED)
         self.deleted -= len(found)
         self.swept += len(found)
@@ -450,7 +450,7 @@ class State:
         return False
 
 
-def _is_due(entries: dict[str, Stored] | Layer, key: str, now: int) -> bool:
+def is_due(entries: dict[str, Stored] | Layer, key: str, now: int) -> bool:
     """Whether the entry of a key has expired."""
     if key not in entries:
         return False

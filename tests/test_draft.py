@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import count
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -497,3 +497,35 @@ TestWatchedDraftMachine = WatchedModel.TestCase
 TestDraftMachine.settings = TestWatchedDraftMachine.settings = settings(
     max_examples=100, stateful_step_count=40, deadline=None
 )
+
+
+@given(
+    beneath=st.dictionaries(st.sampled_from("abcdef"), st.integers(99_000, 102_000) | st.none()),
+    changes=st.lists(
+        st.tuples(st.sampled_from("abcdefg"), st.sampled_from(["set", "ttl", "delete", "clear"]), st.integers(1, 2_000))
+    ),
+    passed=st.sampled_from([0.0, 0.5, 1.5, 3.0]),
+)
+def test_keys_are_counted_without_a_look_at_each(
+    beneath: dict[str, int | None], changes: list[tuple[str, str, int]], passed: float
+) -> None:
+    """Whatever expires, beneath and in the draft, it has as many keys as it has names."""
+    state = state_of(**{key: 1 if at is None else Expiring(1, at) for key, at in beneath.items()})
+    draft = Draft(state)
+    for key, what, after in changes:
+        if what == "clear":
+            draft.clear()
+        elif what == "delete":
+            draft.delete_many([key])
+        else:
+            draft.set(key, 2 if what == "set" else Expiring(2, state.now() + after))
+    state.monotonic.now += passed  # type: ignore[attr-defined]
+    assert draft.count() == len(draft.names(""))
+
+
+def test_a_count_makes_no_list_of_all_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a transaction where anything expires, the keys are counted without going through them."""
+    state = state_of(a=Expiring(1, 200_000), b=2)
+    draft = Draft(state)
+    monkeypatch.setattr(Draft, "names", None)
+    assert draft.count() == 2

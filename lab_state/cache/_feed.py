@@ -29,6 +29,7 @@ LOOK_SECONDS = 2.0
 SILENT_SECONDS = 5.0
 """After so long without a message, which is more than two beats of a writer, the subscription is asked."""
 
+_REPLAYED_AT_ONCE = 1000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _MOST_BYTES = 16 * 1024 * 1024
 """Of the messages of one step; a writer sends up to 4 MiB, and then a resync."""
@@ -261,6 +262,8 @@ class Feed:
                 await asyncio.sleep(0)
         last = await self._head()
         await subscription.ping()  # and so what was told before the second head has come
+        while local.replay(_REPLAYED_AT_ONCE):  # noqa: ASYNC110 -- it is not waited for, it is done
+            await asyncio.sleep(0)
         return local.arrive(last)
 
     async def _sleep(self, seconds: float) -> None:

@@ -11,6 +11,7 @@ something was lost, and then nothing is shown until it is loaded again.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import msgspec
@@ -42,7 +43,7 @@ class Local:
         self.highest: int = 0
         self._entries: dict[str, Stored] = {}
         self._whole = False  # whether that is all there is at `head`; no load that broke off left it so
-        self._kept: list[Sequence[Message]] | None = None
+        self._kept: deque[Sequence[Message]] | None = None
 
     def lose(self) -> None:
         """Something may be missing."""
@@ -68,7 +69,7 @@ class Local:
     def begin(self) -> None:
         """Keep what comes from now on."""
         self.lose()
-        self._kept = []
+        self._kept = deque()
 
     def read_from(self, head: Head) -> bool:
         """The first head; False if nothing need be read: the copy is at it already."""
@@ -86,6 +87,21 @@ class Local:
             if key in entries:
                 value = entries[key]
                 entries[key] = Expiring(value.value if isinstance(value, Expiring) else value, parse_time(at))
+
+    def replay(self, most: int) -> bool:
+        """Apply what was told meanwhile, about so many keys of it; returns whether there is more.
+
+        What does not fit ends the loading; `arrive` says so.
+        """
+        kept, head = self._kept, self.head
+        while kept and head is not None and most > 0:
+            step = kept.popleft()
+            if step[-1].resync or (step[-1].end > head.revision and not self._apply(step)):
+                self._kept = None
+                return False
+            head = self.head
+            most -= 1 + sum(len(message.set) + len(message.delete) for message in step)
+        return bool(kept) and head is not None
 
     def arrive(self, last: Head) -> bool:
         """After the second head, and every message up to it: whether the copy may be read; if not, begin anew.

@@ -413,3 +413,18 @@ async def test_a_checkpoint_waits_for_a_fill(faulty: FaultyCache, clock: ManualC
         state._core.state.fold(view, 10)
         await state.set("b", 1)
         await until(lambda: "checkpoint" in storage.calls)
+
+
+async def test_a_fill_waits_while_a_view_of_the_state_is_out(
+    faulty: FaultyCache, clock: ManualClock, until: Any
+) -> None:
+    """Beside a commit that writes everything anew, as after an unclean end, a fill makes no copy of all entries."""
+    async with manager(faulty, clock) as state:
+        held = state._core.state
+        view = held.freeze()
+        await until(lambda: "look" in faulty.calls)
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert "fill" not in faulty.calls
+        assert not held.fold(view, 1)
+        await until(lambda: faulty.revision == 0)

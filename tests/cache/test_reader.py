@@ -24,7 +24,7 @@ from lab_state import (
     UnsupportedError,
 )
 from lab_state.cache import Slice
-from lab_state.cache._format import Message, message, parse_message, resync
+from lab_state.cache._format import Head, Message, message, parse_message, resync
 from lab_state.cache._local import Local
 from lab_state.cache._source import Found
 from lab_state.testing import ManualClock
@@ -389,7 +389,6 @@ async def test_a_load_that_fails_is_tried_again(until: Any) -> None:
 def test_more_messages_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load during which too much happened begins anew."""
     from lab_state.cache import _local  # noqa: PLC0415 -- to be patched
-    from lab_state.cache._format import Head  # noqa: PLC0415
 
     monkeypatch.setattr(_local, "_MOST_KEPT", 2)
     local, head = Local(), Head(1, 5, "w")
@@ -402,8 +401,6 @@ def test_more_messages_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_load_that_broke_off() -> None:
     """What was read in part is not taken for the whole when the copy is still where it was."""
-    from lab_state.cache._format import Head  # noqa: PLC0415
-
     local, head = Local(), Head(1, 5, "w")
     for _ in range(2):
         local.begin()
@@ -429,8 +426,6 @@ def test_a_load_that_broke_off() -> None:
 )
 def test_where_a_load_arrives(told: list[tuple[int, int]], last: tuple[int, str], good: Any) -> None:
     """A load is good if the messages lead from the first head to the second one, or beyond."""
-    from lab_state.cache._format import Head  # noqa: PLC0415
-
     local = Local()
     local.begin()
     assert local.read_from(Head(1, 5, "w"))
@@ -508,3 +503,44 @@ async def test_a_time_that_somebody_else_spoilt(until: Any) -> None:
             clock.advance(10)
             await until(lambda: local._local.fresh)
             assert await local.get("a") == 1
+
+
+def loading(steps: int) -> Local:
+    """A local copy that is read at revision 0, and was told of so many steps of ten keys meanwhile."""
+    local = Local()
+    local.begin()
+    assert local.read_from(Head(1, 0, "w"))
+    for number in range(steps):
+        values = {f"k{key}": b"%d" % number for key in range(10)}
+        local.tell([parsed(message(number, number + 1, "w", Slice(values, {}, [])))])
+    return local
+
+
+def test_what_was_told_during_a_load_is_applied_in_steps() -> None:
+    """However much came meanwhile, one step applies about as many keys as it is asked to; the outcome is the same."""
+    local, at_once = loading(300), loading(300)
+    turns = 0
+    while local.replay(100):
+        turns += 1
+        assert local.head is not None
+        assert local.head.revision <= turns * 10
+    assert turns >= 25
+    assert local.arrive(Head(1, 300, "w"))
+    assert at_once.arrive(Head(1, 300, "w"))
+    assert local.shown == at_once.shown == {f"k{key}": 299 for key in range(10)}
+
+
+def test_what_does_not_fit_ends_a_load_in_steps() -> None:
+    """A gap, or a step that is not told, is found while it is applied; then nothing is shown."""
+    for told in (message(301, 302, "w", Slice({}, {}, [])), resync(300, 301, "w")):
+        local = loading(300)
+        local.tell([parsed(told)])
+        while local.replay(1_000):
+            pass
+        assert not local.arrive(Head(1, 300, "w"))
+        assert local.shown == {}
+    nothing = Local()
+    nothing.begin()
+    nothing.tell([parsed(message(0, 1, "w", Slice({}, {}, [])))])
+    assert not nothing.replay(1)  # no head was seen, so nothing can be applied
+    assert not nothing.arrive(Head(1, 1, "w"))
