@@ -43,6 +43,21 @@ def all_pythons(session: nox.Session) -> None:
     _tests(session)
 
 
+@nox.session(name="key-value")
+@nox.parametrize("version", ["0.3.0", "0.4.4"])
+def key_value(session: nox.Session, version: str) -> None:
+    """The store for py-key-value, with what FastMCP 2 and 3 need; `tests` has the newest version."""
+    session.install(".", *_group("key-value"), f"py-key-value-aio=={version}")
+    session.run("pytest", "tests/integrations/test_key_value.py", *session.posargs, env=WHEEL_ONLY)
+
+
+@nox.session
+def fastmcp(session: nox.Session) -> None:
+    """The page for FastMCP: its programs, and a server that is killed."""
+    session.install(".", *_group("fastmcp"))
+    session.run("pytest", "tests/integrations/fastmcp_page.py", *session.posargs, env=WHEEL_ONLY)
+
+
 @nox.session(name="s3-real")
 def s3_real(session: nox.Session) -> None:
     """The tests of `S3Storage` on a real store: Ceph's gateway, on loopback; skipped where it is not installed."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import msgspec
 
@@ -19,6 +19,36 @@ S = TypeVar("S", bound=Manager | Reader)
 
 KEY = "lab_state"
 """Where a framework's own state holds the managers and readers."""
+
+
+class Named(Mapping[str, Served]):
+    """Managers and readers by name, read-only.
+
+    A framework may copy what its state holds, deeply too, before a handler sees it. A
+    copy of this is the same object, because there is one manager to a state.
+    """
+
+    def __init__(self, named: Mapping[str, Served]) -> None:
+        self._named = dict(named)
+
+    def __getitem__(self, name: str) -> Served:
+        return self._named[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def __repr__(self) -> str:
+        return repr(self._named)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
 
 _OTHER_WORKER = "if that is another worker of this server, run it with one worker (see docs/workers.md)"
 

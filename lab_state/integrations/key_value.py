@@ -1,18 +1,24 @@
-"""For py-key-value (`py-key-value-aio`): a store for FastMCP and whatever else takes an `AsyncKeyValue`."""
+"""For py-key-value (`py-key-value-aio`, 0.3 and later): a store for FastMCP and whatever else takes an `AsyncKeyValue`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, SupportsFloat, cast
+from typing import TYPE_CHECKING, Any, Final, SupportsFloat, cast
 
-from key_value.aio.errors import (
-    DeserializationError,
-    InvalidTTLError,
-    SerializationError,
-    StoreConnectionError,
-)
+if TYPE_CHECKING:
+    from key_value.aio.errors import DeserializationError, InvalidTTLError, SerializationError, StoreConnectionError
+else:
+    try:
+        from key_value.aio.errors import DeserializationError, InvalidTTLError, SerializationError, StoreConnectionError
+    except ModuleNotFoundError:  # pragma: no cover -- before 0.4.3; the session key-value of nox tests it
+        from key_value.shared.errors import (
+            DeserializationError,
+            InvalidTTLError,
+            SerializationError,
+            StoreConnectionError,
+        )
 
 from lab_state._expiry import LONGEST_TTL
 from lab_state.exceptions import FencedError, InvalidValueError, KeyNotFoundError, StorageError

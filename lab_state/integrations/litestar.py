@@ -6,7 +6,6 @@ import math
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from types import MappingProxyType
 from typing import Any, cast
 
 import msgspec
@@ -22,7 +21,7 @@ from lab_state.cache import Reader
 from lab_state.exceptions import KeyNotFoundError
 from lab_state.handles import Namespace
 from lab_state.integrations._parts import part
-from lab_state.integrations._serving import KEY, LastWord, Served, by_name, check_bound, health_of
+from lab_state.integrations._serving import KEY, LastWord, Named, Served, by_name, check_bound, health_of
 from lab_state.manager import Manager
 
 __all__ = ["LabStatePlugin", "LabStateStore", "health"]
@@ -53,7 +52,7 @@ class LabStatePlugin(InitPlugin):
         if taken := RESERVED_KWARGS & served.keys():
             raise ValueError(f"Litestar keeps the parameter {min(taken)!r} for itself; use another name")
         self._parameters = served
-        self._named = MappingProxyType(by_name(served.values()))
+        self._named = Named(by_name(served.values()))
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Add them to the application.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from types import MappingProxyType
 from typing import Any
 
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
 from lab_state.cache import Reader
-from lab_state.integrations._serving import KEY, LastWord, Served, by_name, check_bound, choose, health_of
+from lab_state.integrations._serving import KEY, LastWord, Named, Served, by_name, check_bound, choose, health_of
 from lab_state.manager import Manager
 
 __all__ = ["health", "lifespan", "manager", "reader"]
@@ -44,7 +43,7 @@ def lifespan(
         RuntimeError: At startup: `inner` yields a state named `lab_state`; or a manager
             runs already, in another application.
     """
-    named = MappingProxyType(by_name(served))
+    named = Named(by_name(served))
 
     @asynccontextmanager
     async def run(app: Any) -> AsyncGenerator[Mapping[str, Any]]:

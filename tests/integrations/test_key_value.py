@@ -7,18 +7,12 @@ import datetime as dt
 import uuid
 from collections.abc import AsyncIterator
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from key_value.aio.adapters.pydantic import PydanticAdapter
-from key_value.aio.errors import (
-    DeserializationError,
-    InvalidTTLError,
-    SerializationError,
-    StoreConnectionError,
-)
 from key_value.aio.protocols import AsyncKeyValue
 from key_value.aio.protocols.key_value import (
     AsyncCullProtocol,
@@ -34,6 +28,19 @@ from pydantic import AnyHttpUrl, BaseModel
 from lab_state import ClosedError, Config, InvalidKeyError, Manager, MemoryStorage
 from lab_state.integrations.key_value import LabStateStore
 from lab_state.testing import FaultyStorage, ManualClock
+
+if TYPE_CHECKING:
+    from key_value.aio.errors import DeserializationError, InvalidTTLError, SerializationError, StoreConnectionError
+else:
+    try:
+        from key_value.aio.errors import DeserializationError, InvalidTTLError, SerializationError, StoreConnectionError
+    except ModuleNotFoundError:  # before 0.4.3
+        from key_value.shared.errors import (
+            DeserializationError,
+            InvalidTTLError,
+            SerializationError,
+            StoreConnectionError,
+        )
 
 ONE, TWO = {"test": "test"}, {"test": "test_2"}
 

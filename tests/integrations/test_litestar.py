@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import string
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from litestar import Litestar, Request, WebSocket, get, post, websocket
+from litestar.datastructures import ImmutableState
 from litestar.di import NamedDependency, Provide
 from litestar.middleware.rate_limit import RateLimitConfig
 from litestar.middleware.session.server_side import ServerSideSessionConfig
@@ -72,6 +74,19 @@ def test_handlers_are_given_the_managers_they_ask_for() -> None:
             assert client.get("/health").json()["healthy"]
         assert [one.status().phase for one in (notes, tags)] == ["stopped", "stopped"]
     assert app.openapi_schema.to_schema()["paths"]["/notes"]["post"].get("parameters") is None
+
+
+@get("/copied", sync_to_thread=False)
+def copied(state: ImmutableState) -> list[Any]:
+    served = state.lab_state
+    return [copy.copy(served) is served, repr(served), {name: one.get_nowait("n", 0) for name, one in served.items()}]
+
+
+def test_a_handler_may_have_a_copy_of_the_state() -> None:
+    """`ImmutableState` is a deep copy of the application's state: in it are the same managers, and they run."""
+    notes = Manager("my-notes", MemoryStorage())
+    with TestClient(Litestar([copied], plugins=[LabStatePlugin(notes=notes)])) as client:
+        assert client.get("/copied").json() == [True, repr({"my-notes": notes}), {"my-notes": 0}]
 
 
 async def test_managers_run_before_and_after_everything_else() -> None:
