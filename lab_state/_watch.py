@@ -36,7 +36,7 @@ class Change(msgspec.Struct, frozen=True):
     Attributes:
         key: The key, as the handle that is watched names it; empty for `resync`.
         kind: `set`, `delete`, `expire`; or `resync`: there were more changes than are
-            kept for a reader, or everything was deleted at once, so read again.
+            kept for a reader, or more than 10,000 keys were deleted at once, so read again.
         revision: The revision that the state had reached. The change is in it.
     """
 

@@ -157,7 +157,8 @@ class Scope(Calls):
 
         Open it first, then read: what changes after that is told. A reader that is slow
         is told the last change of each key only; with more than 10,000 keys to tell, or
-        when everything was deleted at once, it is told one `resync` instead: read again.
+        when more than 10,000 keys were deleted at once, it is told one `resync` instead:
+        read again.
         The iteration ends when the manager stops or the block is left, after what was
         left to tell. One task reads it.
 

@@ -267,7 +267,7 @@ class Manager(Scope):
         snapshot, records, _, dropped, crc = session.recovery
         if dropped:
             self._logger.warning(
-                "%s: the last %d bytes of its journal were cut short by a crash before they were acknowledged; dropped",
+                "%s: the last %d bytes of its journal are no whole record, as after a crash during a write; dropped",
                 session.path,
                 dropped,
             )
