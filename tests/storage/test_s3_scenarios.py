@@ -64,7 +64,7 @@ Change = tuple[ModuleType | type, str, str, str]
 
 BUGS: dict[str, list[Change]] = {
     "fences are deleted with the records": [
-        (S3Session, "_clean", "if size and number <= covered", "if number <= covered"),
+        (S3Session, "_clean_pages", "if size and number <= covered", "if number <= covered"),
     ],
     "the write id is not looked at after a refusal": [
         (_s3_outcomes, "after_look", "if found is not None and", "if answer is not Verdict.REFUSED and found is not None and"),
@@ -86,10 +86,10 @@ BUGS: dict[str, list[Change]] = {
         (S3Session, "_replace", "there.fence == self._fence and there.seq >= stamp.seq", "False"),
     ],
     "what was committed beside a checkpoint is deleted with what it covers": [
-        (S3Session, "_publish", "await self._clean(covered)", "await self._clean(self._seq)"),
+        (S3Session, "_publish", "await self._clean(covered, own)", "await self._clean(self._seq, own)"),
     ],
     "what a snapshot covers is deleted before it is in place": [
-        (S3Session, "_publish", "        try:\n", "        await self._clean(stamp.seq)\n        try:\n"),
+        (S3Session, "_publish", "        try:\n", "        await self._clean(stamp.seq, [])\n        try:\n"),
     ],
     "a snapshot of unknown outcome counts as in place": [
         (S3Session, "_replace", "            except NotOursError as refused:", "            except UnavailableError:\n                return stamp.seq\n            except NotOursError as refused:"),
