@@ -16,7 +16,6 @@ showed: the next start goes on from `time`, with what the wall clock has gone on
 
 from __future__ import annotations
 
-import codecs
 import io
 import os
 import re
@@ -30,7 +29,7 @@ from msgspec import Raw
 
 from lab_state._expiry import Expiring, Json, Value
 from lab_state._nesting import MAX_DEPTH, too_deep
-from lab_state._not_json import NOT_JSON
+from lab_state._not_json import NOT_JSON, not_an_object
 from lab_state._state import Absent, Changed, Changes, Stored
 from lab_state._values import encode, size_of
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
@@ -42,7 +41,6 @@ MAX_KEY_LENGTH = 1024
 _CRC = b',"crc32":"'
 _OWN_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
 _END_BYTES = len(b',"crc32":"00000000"}}')
-_BYTE = re.compile(r" \(byte (\d+)\)")
 _SLICE_BYTES = 64 * 1024
 _KEY_BYTES = 128  # a key takes time, however small its value
 _MOST_AT_ONCE = 500
@@ -344,7 +342,7 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> Snapshot:
     try:
         entries: dict[str, Any] = _decode_entries(data)
     except NOT_JSON as error:
-        raise CorruptionError(path, *_not_an_object(data, error)) from None
+        raise CorruptionError(path, *not_an_object(data, error)) from None
     own = entries.pop(RESERVED, None)
     if own is None:
         _check_foreign(data, entries, path)
@@ -407,13 +405,23 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
         )
     for key, value in entries.items():
         try:
-            msgspec.json.decode(value)
-        except NOT_JSON:
+            check_key(key)
+        except InvalidKeyError as error:
             raise CorruptionError(
-                path, 0, f"the value of {key!r} is not valid JSON in UTF-8; mend it by hand"
+                path, 0, f"it has a key that cannot be written or read: {error}; give it another name in the file"
             ) from None
-        if too_deep(bytes(value)):
-            raise CorruptionError(path, 0, f"the value of {key!r} has more than {MAX_DEPTH} levels of nesting")
+        if (why_not := _why_not(value)) is not None:
+            raise CorruptionError(path, data.find(bytes(value)), f"the value of {key!r} {why_not}")
+
+
+def _why_not(value: Raw) -> str | None:
+    try:
+        msgspec.json.decode(value)
+    except msgspec.ValidationError:  # without a type there is no other reason
+        return "has a number that is out of range: larger than any float, or of too many digits; make it a string"
+    except NOT_JSON:
+        return "is not valid JSON in UTF-8; mend it by hand"
+    return f"has more than {MAX_DEPTH} levels of nesting" if too_deep(bytes(value)) else None
 
 
 def _looks_like_own(value: Raw | bytes) -> bool:
@@ -422,17 +430,3 @@ def _looks_like_own(value: Raw | bytes) -> bool:
     except NOT_JSON:
         return False
     return members.keys() >= {"format", "revision", "id", "crc32"}
-
-
-def _not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
-    """At which byte, and what is wrong there."""
-    if data.startswith(codecs.BOM_UTF8):
-        return 0, "it begins with a byte order mark, which JSON must not have; save it without"
-    if not data.strip():
-        return 0, "it is empty, which no state is; restore a copy, or delete it and the journal beside it to start anew"
-    if data.lstrip()[:1] != b"{":
-        return 0, "it is not a JSON object; a state is one object, with a member for each key"
-    # msgspec's errors about syntax hold no values.
-    where = str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
-    byte = _BYTE.search(where)
-    return int(byte[1]) if byte else 0, f"it is not valid JSON ({_BYTE.sub('', where)}); mend it, or restore a copy"

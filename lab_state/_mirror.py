@@ -281,6 +281,7 @@ class Mirror:
         if seen.writer not in {None, self._writer} and not self._is_owner:
             await self._flusher.confirm()
         self._is_owner = False
+        await self._flusher.settled(0)  # behind an unclean end, the first commit has a view, and comes at once
         self._flusher.begin_checkpoint()
         await self._flusher.checkpoint_ended()  # two views at a time would be a copy
         while self._flusher.state.frozen:  # noqa: ASYNC110 -- a commit that writes everything anew has one too, and tells nobody

@@ -1,10 +1,46 @@
-"""What reading JSON raises where another program, or damage, may have written it."""
+"""What reading JSON raises where another program, or damage, may have written it; and what is wrong with it."""
 
 from __future__ import annotations
 
+import codecs
+import re
 from typing import Final
 
 import msgspec
 
 NOT_JSON: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """No JSON, JSON of another shape, no UTF-8, and nesting deeper than the parser goes."""
+
+_BYTE = re.compile(r" \(byte (\d+)\)")
+_ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+_ESCAPE_BYTES = 6
+_HIGH, _LOW = range(0xD800, 0xDC00), range(0xDC00, 0xE000)
+
+
+def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
+    """At which byte, and what is wrong there: the bytes of a file that should have been a state."""
+    if data.startswith(codecs.BOM_UTF8):
+        return 0, "it begins with a byte order mark, which JSON must not have; save it without"
+    if not data.strip():
+        return 0, "it is empty, which no state is; restore a copy, or delete it and the journal beside it to start anew"
+    if data.lstrip()[:1] != b"{":
+        return 0, "it is not a JSON object; a state is one object, with a member for each key"
+    if (lone := _lone_surrogate(data)) is not None:
+        return lone, "it has a lone surrogate, which UTF-8 cannot hold; write the whole character, or leave it out"
+    # msgspec's errors about syntax hold no values.
+    where = str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
+    byte = _BYTE.search(where)
+    return int(byte[1]) if byte else 0, f"it is not valid JSON ({_BYTE.sub('', where)}); mend it, or restore a copy"
+
+
+def _lone_surrogate(data: bytes) -> int | None:
+    """Where half of a character is written as an escape, without the other half."""
+    high = None
+    for escape in _ESCAPE.finditer(data):
+        code = int(escape[1] or b"0", 16)
+        if high is not None and not (code in _LOW and escape.start() == high + _ESCAPE_BYTES):
+            return high
+        if code in _LOW and high is None:
+            return escape.start()
+        high = escape.start() if code in _HIGH else None
+    return high

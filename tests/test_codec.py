@@ -573,19 +573,46 @@ def test_a_key_that_looks_like_the_member_is_a_key() -> None:
     assert plain(decode_snapshot(snapshot(values), PATH).entries) == values
 
 
-@pytest.mark.parametrize(
-    "value", [b'"\xff"', b'["ok",{"a":"\xc3"}]', b"1e999", b"[-1e999]", b"1" + b"0" * 5000, b'{"\xff":1}'], ids=range(6)
-)
+@pytest.mark.parametrize("value", [b'"\xff"', b'["ok",{"a":"\xc3"}]', b'{"\xff":1}'], ids=range(3))
 def test_a_foreign_value_that_cannot_be_read_is_refused(value: bytes) -> None:
     """A value that could not be read back is refused when the file is loaded, with its key."""
     error = corruption(b'{"good":1,"bad":%s,"other":2}' % value)
     assert error.detail == "the value of 'bad' is not valid JSON in UTF-8; mend it by hand"
-    assert error.__suppress_context__
+    assert error.__context__ is None
 
 
-def test_a_foreign_value_with_a_lone_surrogate_is_refused() -> None:
-    """A value with half of a surrogate pair is refused when the file is loaded."""
-    assert corruption(b'{"good":1,"bad":"\\ud800"}').detail.startswith("it is not valid JSON (")
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(r"\ud800", r"\uDFFF", r"x\ud83d", r"\ud83d\\ude00", r"\ud83d x \ude00", r"\ud83d\n", r"\ude00\ud83d"),
+        *(r"\ud83d\ud83d\ude00", r"\ud83d\u0041"),
+    ],
+    ids=count(),
+)
+@pytest.mark.parametrize("before", [b"", rb"\ud83d\ude00 \\ud83d \\\\ "], ids=["alone", "behind a whole character"])
+def test_a_foreign_value_with_a_lone_surrogate_is_refused(text: str, before: bytes) -> None:
+    """A value with half of a surrogate pair is refused when the file is loaded, with that reason and its offset."""
+    data = b'{"good":1,"bad":"%s%s"}' % (before, text.encode())
+    error = corruption(data)
+    assert error.detail.startswith("it has a lone surrogate, which UTF-8 cannot hold")
+    assert error.offset == data.index(b'"bad":"') + 7 + len(before) + text.index("\\u")
+
+
+@pytest.mark.parametrize("value", [b"1e400", b"-1e999", b'[1, {"x": 1e400}]', b"1" + b"0" * 5_000], ids=count())
+def test_a_foreign_number_out_of_range_is_refused(value: bytes) -> None:
+    """A number that no float holds is refused as what it is, where the value begins."""
+    data = b'{"good":1,"bad":%s}' % value
+    error = corruption(data)
+    assert error.detail.startswith("the value of 'bad' has a number that is out of range")
+    assert error.offset == data.index(b'"bad":') + 6
+
+
+@pytest.mark.parametrize("key", [b"", b"k" * 1_025, rb"a\u0000b"], ids=count())
+def test_a_foreign_key_that_cannot_be_written_is_refused(key: bytes) -> None:
+    """A file with a key that no call takes, and no reader reads, is refused, and the message says which."""
+    error = corruption(b'{"good":1,"%s":2}' % key)
+    assert error.detail.startswith("it has a key that cannot be written or read: ")
+    assert error.detail.endswith("; give it another name in the file")
 
 
 @pytest.mark.parametrize(
@@ -596,12 +623,6 @@ def test_a_foreign_value_that_is_too_deep_is_refused(levels: int, message: str) 
     ok = b'{"deep":%s}' % (b"[" * 128 + b"]" * 128)
     assert list(decode_snapshot(ok, PATH).entries) == ["deep"]
     assert message in corruption(b'{"deep":%s}' % (b"[" * levels + b"]" * levels)).detail
-
-
-@pytest.mark.parametrize("key", ["", "a\0b", "x" * (MAX_KEY_LENGTH + 1)], ids=["empty", "NUL", "long"])
-def test_a_foreign_key_out_of_bounds_is_kept(key: str) -> None:
-    """A key that could not be set is loaded all the same, so that nothing in the file is lost."""
-    assert plain(decode_snapshot(json.dumps({"good": 1, key: 2}).encode(), PATH).entries) == {"good": 1, key: 2}
 
 
 def test_a_byte_order_mark_is_named() -> None:

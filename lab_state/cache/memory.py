@@ -71,15 +71,17 @@ class MemoryCacheSession:
 
     async def fill(self, revision: int, slices: AsyncIterator[Slice], over: Seen) -> bool:
         """Replace the copy; see `CacheSession.fill`."""
-        parts = [part async for part in slices]
+        values: dict[str, bytes] = {}
+        expires: dict[str, bytes] = {}
+        async for part in slices:
+            values.update(part.values)
+            expires.update((key, b"%d" % at) for key, at in part.expires.items())
         place = self._place
         seen = place.seen()
         if seen != over and seen.writer != self._writer:
             return False
-        place.values, place.expires = {}, {}
+        place.values, place.expires = values, expires
         place.fill = new_fill()
-        for part in parts:
-            self._put(part)
         self._mark(revision)
         place.publish([resync(revision, revision, self._writer)])
         return True
