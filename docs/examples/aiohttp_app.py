@@ -10,7 +10,7 @@ import os
 from aiohttp import web
 
 from lab_state import Config, FileStorage, Manager
-from lab_state.integrations.aiohttp import health, manager, setup
+from lab_state.integrations.aiohttp import errors, health, manager, setup
 
 routes = web.RouteTableDef()
 
@@ -34,6 +34,7 @@ def make_app() -> web.Application:
     )
     app = web.Application()
     setup(app, visits)
+    errors(app)  # a write that failed is 503, a bad key 422
     app.add_routes(routes)
     app.router.add_get("/health", health())
     return app

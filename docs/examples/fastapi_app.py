@@ -11,7 +11,7 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, WebSocket
 
 from lab_state import Config, Entry, FileStorage, Manager
-from lab_state.integrations.fastapi import entry, health, lifespan, manager
+from lab_state.integrations.fastapi import entry, errors, health, lifespan, manager
 
 # flush_interval=0: a write returns when it is durable; concurrent requests share the syncs.
 visits = Manager(
@@ -20,6 +20,7 @@ visits = Manager(
 )
 app = FastAPI(lifespan=lifespan(visits))
 app.add_api_route("/health", health())
+errors(app)  # a write that failed is 503, a bad key 422
 
 Visits = Annotated[Manager, Depends(manager("visits"))]
 Total = Annotated[Entry[int], Depends(entry("total", int, default=0))]

@@ -15,7 +15,7 @@ from litestar.params import FromPath
 from litestar.stores.registry import StoreRegistry
 
 from lab_state import Config, FileStorage, Manager
-from lab_state.integrations.litestar import LabStatePlugin, LabStateStore, health
+from lab_state.integrations.litestar import LabStatePlugin, LabStateStore, errors, health
 
 # flush_interval=0: a write returns when it is durable; concurrent requests share the syncs.
 manager = Manager(
@@ -43,6 +43,7 @@ async def mine(request: Request[Any, Any, Any]) -> int:
 app = Litestar(
     [visit, pages, mine, health()],
     plugins=[LabStatePlugin(visits=manager)],
+    exception_handlers=errors(),  # a write that failed is 503, a bad key 422
     # Sessions, rate limits and cached responses, each in a namespace of its own.
     stores=StoreRegistry(default_factory=LabStateStore(manager.namespace("litestar")).with_namespace),
     middleware=[ServerSideSessionConfig().middleware],

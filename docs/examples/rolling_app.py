@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 import signal
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 
-from lab_state import Config, FencedError, Manager, S3Storage, StorageError
-from lab_state.integrations.fastapi import health, lifespan
+from lab_state import Config, FencedError, Manager, S3Storage
+from lab_state.integrations.fastapi import errors, health, lifespan
 
 
 def end_process(_: FencedError) -> None:
@@ -27,12 +26,7 @@ visits = Manager(
 )
 app = FastAPI(lifespan=lifespan(visits))
 app.add_api_route("/health", health())
-
-
-@app.exception_handler(StorageError)
-async def not_written(_request: Request, _error: StorageError) -> JSONResponse:
-    # Fenced: the same request will reach the new process. Unavailable: the storage may be well again by then.
-    return JSONResponse({"detail": "try again"}, status_code=503, headers={"Retry-After": "1"})
+errors(app)  # a write that failed is 503. Fenced: the same request, a second later, reaches the new process
 
 
 @app.post("/visits/{page}")

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from lab_state import Config, FileStorage, Manager
-from lab_state.integrations.starlette import health, lifespan, manager
+from lab_state.integrations.starlette import errors, health, lifespan, manager
 
 # flush_interval=0: a write returns when it is durable; concurrent requests share the syncs.
 visits = Manager(
@@ -39,3 +39,4 @@ app = Starlette(
     ],
     lifespan=lifespan(visits),
 )
+errors(app)  # a write that failed is 503, a bad key 422

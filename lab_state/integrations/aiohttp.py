@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from lab_state.cache import Reader
+from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
 from lab_state.integrations._serving import Served, add, by_name, check_bound, choose, health_of, running
 from lab_state.manager import Manager
 
-__all__ = ["SERVED", "health", "manager", "reader", "setup"]
+__all__ = ["SERVED", "errors", "health", "manager", "reader", "setup"]
 
 SERVED: web.AppKey[Mapping[str, Manager | Reader]] = web.AppKey("lab_state.served", Mapping)
 """Where an application holds its managers and readers, by name."""
@@ -113,3 +115,43 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
         return web.Response(body=body, status=status, content_type="application/json")
 
     return health
+
+
+def errors(app: web.Application, *, retry_after: int = 1) -> None:
+    """Answer requests that lab_state refuses, in place of a bare 500: `errors(app)`.
+
+    `StorageError` is 503 with `Retry-After`, because the storage may be well again by then;
+    `InvalidKeyError` and `InvalidValueError` are 422, with their message. The body is
+    `{"detail": ...}`. Each is one line of the log `lab_state`, without a traceback and
+    without a value: a warning for 503, INFO for 422.
+
+    It adds a middleware around those that there are, so each of them sees the error
+    first. Sub-applications are covered. A response that has begun, as a WebSocket's has,
+    cannot be changed: there, the error goes on to aiohttp.
+
+    Args:
+        app: The application, not yet running.
+        retry_after: In how many seconds callers may try again, 0 or more.
+
+    Raises:
+        TypeError: `retry_after` is not a whole number.
+        ValueError: It is below 0.
+        RuntimeError: The application runs.
+    """
+    app.middlewares.insert(0, _answering(check_retry_after(retry_after)))
+
+
+def _answering(retry_after: int) -> Middleware:
+    @web.middleware
+    async def answering(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except ANSWERED as error:
+            if request.writer.output_size > 0:  # aiohttp, too, looks here for a response that has begun
+                raise
+            told = answer_to(error, request.method, retry_after)
+            return web.Response(
+                body=told.body, status=told.status, headers=told.headers, content_type="application/json"
+            )
+
+    return answering

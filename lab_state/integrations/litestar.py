@@ -20,11 +20,12 @@ from litestar.stores.base import NamespacedStore
 from lab_state.cache import Reader
 from lab_state.exceptions import KeyNotFoundError
 from lab_state.handles import Namespace
+from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
 from lab_state.integrations._parts import part
 from lab_state.integrations._serving import KEY, LastWord, Named, Served, by_name, check_bound, health_of
 from lab_state.manager import Manager
 
-__all__ = ["LabStatePlugin", "LabStateStore", "health"]
+__all__ = ["LabStatePlugin", "LabStateStore", "errors", "health"]
 
 
 class LabStatePlugin(InitPlugin):
@@ -107,6 +108,36 @@ def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> 
         return Response(body, status_code=status, media_type="application/json")
 
     return lab_state_health
+
+
+def errors(
+    *, retry_after: int = 1
+) -> dict[int | type[Exception], Callable[[Request[Any, Any, Any], Any], Response[Any]]]:
+    """Exception handlers for what lab_state refuses: `Litestar(exception_handlers={**errors()})`.
+
+    `StorageError` is 503 with `Retry-After`, because the storage may be well again by then;
+    `InvalidKeyError` and `InvalidValueError` are 422, with their message. The body is
+    `{"detail": ...}`. Each is one line of the log `lab_state`, without a traceback and
+    without a value: a warning for 503, INFO for 422.
+
+    Litestar asks no exception handler about a WebSocket: it closes it with 4500.
+
+    Args:
+        retry_after: In how many seconds callers may try again, 0 or more.
+
+    Raises:
+        TypeError: `retry_after` is not a whole number.
+        ValueError: It is below 0.
+    """
+    seconds = check_retry_after(retry_after)
+
+    def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+        told = answer_to(error, request.method, seconds)
+        return Response(told.body, status_code=told.status, headers=told.headers, media_type="application/json")
+
+    handlers: dict[int | type[Exception], Callable[[Request[Any, Any, Any], Any], Response[Any]]] = {}
+    handlers.update(dict.fromkeys(ANSWERED, answer))
+    return handlers
 
 
 class _Bytes(msgspec.Struct, frozen=True):

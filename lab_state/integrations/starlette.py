@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
+from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
+from starlette.websockets import WebSocket, WebSocketState
 
 from lab_state.cache import Reader
+from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
 from lab_state.integrations._serving import KEY, LastWord, Named, Served, by_name, check_bound, choose, health_of
 from lab_state.manager import Manager
 
-__all__ = ["health", "lifespan", "manager", "reader"]
+__all__ = ["errors", "health", "lifespan", "manager", "reader"]
 
 
 def lifespan(
@@ -119,3 +122,41 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
         return Response(body, status, media_type="application/json")
 
     return health
+
+
+def errors(app: Starlette, *, retry_after: int = 1) -> None:
+    """Answer requests that lab_state refuses, in place of a bare 500: `errors(app)`.
+
+    `StorageError` is 503 with `Retry-After`, because the storage may be well again by then;
+    `InvalidKeyError` and `InvalidValueError` are 422, with their message. The body is
+    `{"detail": ...}`, as FastAPI has it. Each is one line of the log `lab_state`, without
+    a traceback and without a value: a warning for 503, INFO for 422.
+
+    A WebSocket is closed with 1013 (try again later), or with 1008. A response that has
+    begun cannot be changed: there, Starlette raises a `RuntimeError`. Mounted
+    applications have error handlers of their own: call it for each.
+
+    A handler of the application's own for one of these errors, or for a subclass, that
+    is added later takes its place. A second call replaces the first.
+
+    Args:
+        app: The application, not yet running.
+        retry_after: In how many seconds callers may try again, 0 or more.
+
+    Raises:
+        TypeError: `retry_after` is not a whole number.
+        ValueError: It is below 0.
+    """
+    seconds = check_retry_after(retry_after)
+
+    async def answer(connection: Request | WebSocket, error: Exception) -> Response | None:
+        if isinstance(connection, Request):
+            told = answer_to(error, connection.method, seconds)
+            return Response(told.body, told.status, told.headers, "application/json")
+        told = answer_to(error, "WebSocket", seconds)
+        if WebSocketState.DISCONNECTED not in {connection.client_state, connection.application_state}:
+            await connection.close(told.close_code, told.close_reason)
+        return None
+
+    for kind in ANSWERED:
+        app.exception_handlers[kind] = cast("Any", answer)  # requests and WebSockets have one table

@@ -1,0 +1,61 @@
+"""What a caller of a web application is told when lab_state refuses: the same in each framework."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import msgspec
+
+from lab_state._log import Log
+from lab_state.exceptions import InvalidKeyError, InvalidValueError, LabStateError, StorageError
+
+ANSWERED = (StorageError, InvalidKeyError, InvalidValueError)
+"""The errors that are answered; all others are the application's."""
+
+_log = Log(logging.getLogger("lab_state"))
+
+
+class Answer(NamedTuple):
+    """An HTTP response, and what a WebSocket is closed with."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str]
+    close_code: int
+    close_reason: str
+
+
+def check_retry_after(seconds: int) -> int:
+    """A value for `Retry-After`.
+
+    Raises:
+        TypeError: It is not a whole number.
+        ValueError: It is below 0.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, int):
+        raise TypeError(f"retry_after must be a whole number of seconds, not {type(seconds).__name__}")
+    if seconds < 0:
+        raise ValueError("retry_after must be 0 seconds or more")
+    return seconds
+
+
+def answer_to(error: Exception, asked: str, retry_after: int) -> Answer:
+    """The response to an error of `ANSWERED`. Log one line about it.
+
+    Paths of files stay in the log. The URL stays out of it: callers write what they like into one.
+
+    Args:
+        error: The error.
+        asked: What was asked, for the log: a method.
+        retry_after: In how many seconds a caller may try again.
+    """
+    assert isinstance(error, LabStateError)
+    told = f"{type(error).__name__}: {error}"
+    if isinstance(error, StorageError):
+        _log.warning("%s answered with 503: %s", asked, told)
+        body = msgspec.json.encode({"detail": "the state cannot be written at present; try again later"})
+        return Answer(503, body, {"Retry-After": str(retry_after)}, 1013, "try again later")
+    _log.info("%s answered with 422: %s", asked, told)
+    body = msgspec.json.encode({"detail": str(error)})
+    return Answer(422, body, {}, 1008, type(error).__name__)
