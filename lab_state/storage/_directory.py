@@ -12,7 +12,8 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from lab_state._log import Log
 from lab_state.exceptions import UnavailableError, UnsupportedError
@@ -122,7 +123,7 @@ def _parents(path: str) -> Iterator[str]:
         path = parent
 
 
-def try_out(path: str, file: str, tried: set[fs.Identity]) -> bool:
+def try_out(path: str, file: str, tried: set[fs.Identity], noted: Callable[..., AbstractContextManager[None]]) -> bool:
     """Do in the directory what a commit will have to do: create, rename and delete a file, and sync.
 
     Return whether the names in it can be relied on: after a failed sync, no later one makes
@@ -132,6 +133,7 @@ def try_out(path: str, file: str, tried: set[fs.Identity]) -> bool:
         path: The directory.
         file: What the temporary files are named after.
         tried: Directories that were tried out. This one is added; if it is there, nothing is done.
+        noted: Gives the context in which there may be temporary files of these names.
 
     Raises:
         StorageError: It cannot be done. A full disk, and an error of the sync, are logged alone.
@@ -142,7 +144,9 @@ def try_out(path: str, file: str, tried: set[fs.Identity]) -> bool:
     if identity in tried:
         return True
     try:
-        _create_and_rename(fs.temporary(file), fs.temporary(file))
+        names = fs.temporary(file), fs.temporary(file)
+        with noted(*names):
+            _create_and_rename(*names)
     except UnavailableError as error:
         if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -1,4 +1,4 @@
-"""The journal of one state on disk: opening, appending, replacing it behind a checkpoint. Blocking.
+"""The journal of one state on disk: appending, replacing it behind a checkpoint. Blocking.
 
 The rules, each with its reason, are in `docs/design/disk.md`. `Writer` is used from one
 thread, one function at a time, and keeps its own state there; so a caller that is
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-import zlib
 from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple
@@ -23,7 +21,6 @@ from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage._lock import Lock
-from lab_state.storage._protocol import Recovery
 
 _logger = Log(logging.getLogger("lab_state"))
 
@@ -32,8 +29,6 @@ _LEFT_TO_PUBLISH = 256 * 1024
 _LARGEST_READ_AGAIN = 16 * 1024 * 1024
 """Of a journal: up to so many bytes, reading it costs less than writing the state anew."""
 _MOST_ROUNDS = 8
-_TORN_KEPT = 5
-_COPIED_AT_ONCE = 1024 * 1024
 
 
 class Paths(NamedTuple):
@@ -49,83 +44,6 @@ class Paths(NamedTuple):
         """Those of the state of this name."""
         path = os.path.join(directory, name)
         return cls(directory, f"{path}.json", f"{path}.journal", f"{path}.lock")
-
-
-def open_writer(directory: str, name: str, tried: set[fs.Identity], *, create: bool = True) -> tuple[Writer, Recovery]:
-    """Lock, read, decide.
-
-    Args:
-        directory: Where the files are.
-        name: The name of the state.
-        tried: The directories that were tried out; see `_directory.try_out`.
-        create: Whether a directory and a state that are missing are made.
-    """
-    paths = Paths.of(folder.opened(directory, create=create), name)
-    if not create:
-        _check_there(paths)  # before there is a lock file
-    lock = Lock(paths.lock)
-    try:
-        loaded = _load(paths, name, lock)
-        if not create:
-            _check_there(paths)
-        if not folder.try_out(paths.directory, paths.journal, tried):
-            loaded[0].need = Need.FULL
-        _discard_temporaries(paths)
-    except BaseException:
-        lock.release()
-        raise
-    return loaded
-
-
-def _discard_temporaries(paths: Paths) -> None:
-    try:
-        fs.discard_temporaries(paths.snapshot)
-        fs.discard_temporaries(paths.journal)
-    except StorageError as error:
-        _logger.warning("temporary files beside %s stay until the next start: %s", paths.snapshot, error)
-
-
-def _check_there(paths: Paths) -> None:
-    if fs.fingerprint(paths.snapshot) is None and fs.fingerprint(paths.journal) is None:
-        raise folder.missing(paths.snapshot)
-
-
-def _load(paths: Paths, name: str, lock: Lock) -> tuple[Writer, Recovery]:
-    fingerprint = fs.fingerprint(paths.snapshot)
-    snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
-    for path in (paths.snapshot, paths.journal):
-        folder.check_replaceable(path, paths.directory)
-    if snapshot is None and data is None:
-        _logger.info("no state at %s: beginning an empty one", paths.snapshot)
-    crc = None if snapshot is None else zlib.crc32(snapshot)
-    base = NO_BASE if snapshot is None or crc is None else journal.base_of(len(snapshot), crc)
-    scan = None if data is None else journal.scan(data, name, paths.journal)
-    size = len(data or b"")
-    accepted = journal.accept(scan, size, base, paths.journal)
-    torn = size - scan.end if scan is not None else 0
-    if torn and data is not None:
-        _keep_torn(paths.journal, data, size - torn)
-    writer = Writer(name, paths, lock)
-    writer.base, writer.snapshot = base, fingerprint
-    writer.snapshot_bytes = len(snapshot or b"")
-    writer.end = size
-    writer.need = Need.FULL if accepted.unclean else Need.NEW
-    if accepted.full is not None:
-        snapshot, crc = accepted.full, None
-    return writer, Recovery(snapshot, accepted.records, accepted.unclean, torn, crc)
-
-
-def _keep_torn(path: str, data: bytes, begin: int) -> None:
-    """Put a torn tail aside, for whoever wants to look; the newest few are kept."""
-    try:
-        older = fs.siblings(path, r"\.torn-\d+")  # digits to the end: no state has such a file
-        for old in older[: -(_TORN_KEPT - 1)]:
-            fs.discard(old)
-        # In pieces: one copy of all of it would hold up every other thread.
-        tail = [data[at : at + _COPIED_AT_ONCE] for at in range(begin, len(data), _COPIED_AT_ONCE)]
-        fs.close(fs.create(f"{path}.torn-{time.time_ns() // 1_000_000}", tail, fs.Progress()))
-    except StorageError as error:
-        _logger.warning("the torn tail of %s could not be put aside: %s", path, error)
 
 
 def _spoiled(path: str) -> UnavailableError:
@@ -301,6 +219,16 @@ class Writer:
 
     # Checkpoints
 
+    def begin_checkpoint(self, *paths: str) -> None:
+        """Before these temporary files are made, for a checkpoint; `end_checkpoint` follows in any case."""
+        self.lock.check()
+        self.lock.note(*paths)
+
+    def end_checkpoint(self, upcoming: NewJournal) -> None:
+        """Let go of the upcoming journal, unless it is in place."""
+        upcoming.discard()
+        self.lock.forget(upcoming.path)
+
     def repair(self, full: bytes, generation: int) -> None:
         """A new journal that begins with the whole state, unless a commit made one since the view was taken."""
         self._check()
@@ -362,6 +290,12 @@ class Writer:
         self._use(-1)
         self.lock.release()
 
+    def rest(self) -> None:
+        """Close the journal until the next commit, so that an idle state has one descriptor. All of it is synced."""
+        if self.need is Need.NOTHING and self.since is None and fs.is_open(self._fd, self._left.identity):
+            fd, self._fd = self._fd, -1
+            fs.close(fd)
+
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """In a forked child: close all descriptors. The files are the parent's; the lock refuses every call."""
         if not self._left.is_same_file(self._opened()):
@@ -374,11 +308,25 @@ class Writer:
     def _check(self) -> None:
         """Nobody else writes here, and what is written here can be found again."""
         self.lock.check()
+        if self.need is Need.NOTHING and self._fd < 0:
+            self._wake_up()
         if self.need is Need.NOTHING:
             named, opened = fs.fingerprint(self.paths.journal), self._opened()
             if not named == opened == self._left and (problem := self._problem(named, opened)):
                 _logger.error("%s %s: writing everything anew", self.paths.journal, problem)
                 self._poison()
+
+    def _wake_up(self) -> None:
+        """Open the journal again after `rest`. While it was closed, another file may have got its number, but not its size."""
+        path = self.paths.journal
+        try:
+            self._fd = fs.reopen(path)
+            is_left = self._left.is_same_size(self._opened())
+        except StorageError:
+            is_left = False
+        if not is_left:
+            _logger.error("%s was deleted, replaced or changed while it was idle: writing everything anew", path)
+            self._poison()
 
     def _opened(self) -> fs.Fingerprint | None:
         """Look at the journal by its descriptor; `None` if that is not possible."""
@@ -431,11 +379,12 @@ class Writer:
         if self.unsynced:
             self._sync_found(snapshot=base not in (ANY_BASE, NO_BASE))
         new = NewJournal(self.paths, self.name, self.progress)
-        try:
-            new.create(base, *frames)
-            self._put_in_place(new)
-        finally:
-            new.discard()
+        with self.lock.noted(new.path):
+            try:
+                new.create(base, *frames)
+                self._put_in_place(new)
+            finally:
+                new.discard()
 
     def _put_in_place(self, new: NewJournal, replaced: list[int] | None = None) -> None:
         """Until the rename, whatever was in use stays in use; its descriptor goes to `replaced`, or is closed."""

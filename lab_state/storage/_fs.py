@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import re
 import sys
 import tempfile
 import threading
@@ -95,9 +94,12 @@ def read_lock(fd: int) -> bytes:
 
 
 def write_lock(fd: int, data: bytes) -> None:
-    """Say in a lock file who holds it, as far as that is possible: on a full disk, a lock is still a lock."""
-    with contextlib.suppress(OSError):
+    """Say in a lock file who holds it. Where that is not possible, it says nothing: a lock is a lock on a full disk, too."""
+    try:
         os.ftruncate(fd, os.pwrite(fd, data, 0))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
 
 
 def descriptors(path: str) -> list[int]:
@@ -176,6 +178,23 @@ class Fingerprint(NamedTuple):
 
 UNKNOWN = Fingerprint(*NO_FILE, -1, -1)
 """The fingerprint of no file."""
+
+
+def reopen(path: str) -> int:
+    """Open a file for writing that this session has made; return its descriptor."""
+    with translated("opening", path):
+        return open_regular(path, os.O_RDWR)
+
+
+def is_gone(path: str) -> bool:
+    """Return whether there is no such file, for certain."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def fingerprint(path: str) -> Fingerprint | None:
@@ -385,18 +404,10 @@ def temporary(path: str) -> str:
     return f"{path}.{os.urandom(4).hex()}.tmp"
 
 
-def discard_temporaries(path: str) -> None:
-    """Delete what attempts that did not get to their end have left."""
-    for file in siblings(path, r"\.[0-9a-f]{8}\.tmp"):
-        discard(file)
-
-
-def siblings(path: str, ending: str) -> list[str]:
-    """The files beside `path` that have its name and, behind it, what this regular expression matches; in order."""
-    directory, name = os.path.split(path)
-    wanted = re.compile(re.escape(name) + ending)
+def names_in(directory: str) -> list[str]:
+    """Return the names of the files in a directory."""
     with translated("listing", directory):
-        return [os.path.join(directory, found) for found in sorted(os.listdir(directory)) if wanted.fullmatch(found)]
+        return os.listdir(directory)
 
 
 def discard(path: str) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import socket
+import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Annotated
 
 import msgspec
 
 from lab_state import _forks as forks
 from lab_state._not_json import NOT_JSON
-from lab_state.exceptions import FencedError, LockedError, UnsupportedError
+from lab_state.exceptions import FencedError, LockedError, StorageError, UnsupportedError
 from lab_state.storage import _fs as fs
 from lab_state.storage._proc_locks import find_holders
 
@@ -21,11 +26,23 @@ class Holder(msgspec.Struct, frozen=True):
 
     Anyone who may write the file can put anything there. The bounds keep line breaks
     and escape sequences out of messages and logs.
+
+    Attributes:
+        host: The name of the machine.
+        pid: The process.
+        started: When it took the lock.
+        boot: What tells this run of the kernel from all others. Empty where what earlier
+            sessions left is not known.
+        inode: Of the lock file: in a copy, it is another one.
+        making: The names of temporary files that there may be.
     """
 
     host: Annotated[str, msgspec.Meta(pattern=r"^[\w.:?-]{1,255}\Z")]
     pid: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
     started: Annotated[str, msgspec.Meta(pattern=r"^[0-9T:+-]{1,40}\Z")]
+    boot: str = ""
+    inode: int = 0
+    making: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Process, machine and start."""
@@ -41,6 +58,9 @@ class Lock:
     Attributes:
         path: The lock file.
         is_parents: Whether this is a forked child, and the lock its parent's.
+        is_new: Whether the lock file said nothing, as a new one does.
+        left: The temporary files that earlier sessions may have left; `None` where
+            that is not known.
     """
 
     def __init__(self, path: str) -> None:
@@ -48,6 +68,11 @@ class Lock:
         self.is_parents: bool = False
         self._fd = -1
         self._identity = fs.NO_FILE
+        self.is_new: bool = True
+        self.left: tuple[str, ...] | None = None
+        self._making: set[str] = set()
+        self._telling = threading.Lock()
+        self._since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._opening = True
         forks.disown_in_children(self)  # before there is a descriptor: a fork can come at any time
         try:
@@ -71,8 +96,65 @@ class Lock:
                 f"{self.path} is locked by {self._who()}: stop it first, or use another name; a state has one writer"
             )
         _ours[self._identity] = self
-        holder = Holder(_host(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        said = fs.read_lock(self._fd)
+        self.is_new, self.left = not said, self._left(said)
+        self._tell()
+
+    def _left(self, said: bytes) -> tuple[str, ...] | None:
+        """Return what temporary files there may be, as the last session said; a power cut may have undone that."""
+        try:
+            last = msgspec.json.decode(said, type=Holder)
+        except NOT_JSON:
+            return None
+        directory, name = os.path.split(self.path.removesuffix(".lock"))
+        ours = re.compile(re.escape(name) + r"\.(json|journal)\.[0-9a-f]{8}\.tmp")
+        if not _boot() or (last.boot, last.inode) != (_boot(), self._identity[1]):
+            return None
+        if not all(map(ours.fullmatch, last.making)):
+            return None
+        return tuple(os.path.join(directory, file) for file in last.making)
+
+    def _tell(self) -> None:
+        """Say in the lock file who holds it, and which temporary files there may be."""
+        making = (*(self.left or ()), *self._making)
+        holder = Holder(
+            _host(),
+            os.getpid(),
+            self._since,
+            "" if self.left is None else _boot(),
+            self._identity[1],
+            tuple(sorted(map(os.path.basename, making))),
+        )
         fs.write_lock(self._fd, msgspec.json.encode(holder) + b"\n")
+
+    def note(self, *paths: str) -> None:
+        """Say that there may be these temporary files from now on; the next start deletes them, if they are left."""
+        with self._telling:
+            self._making.update(paths)
+            self._tell()
+
+    def forget(self, *paths: str) -> None:
+        """Say that these temporary files are gone, unless one could not be deleted."""
+        with self._telling:
+            self._making.difference_update([path for path in paths if fs.is_gone(path)])
+            self._tell()
+
+    @contextmanager
+    def noted(self, *paths: str) -> Generator[None]:
+        """`note` and `forget`."""
+        self.note(*paths)
+        try:
+            yield
+        finally:
+            self.forget(*paths)
+
+    def settle(self, left: tuple[str, ...]) -> None:
+        """Note which of these are still left of earlier sessions."""
+        left = tuple(path for path in left if not fs.is_gone(path))
+        with self._telling:
+            if self.left != left:
+                self.left = left
+                self._tell()
 
     def _who(self) -> str:
         try:
@@ -166,6 +248,15 @@ def describe(holder: Holder | None, shown: list[int], path: str) -> str:
     if holder.host == host and not _is_running(holder.pid):
         return f"{holder}, which does not run here: it is in another container, or its child holds the lock"
     return str(holder)
+
+
+@functools.cache
+def _boot() -> str:
+    """Return what tells this run of the kernel from all others; empty where that is not to be had."""
+    try:
+        return (fs.read("/proc/sys/kernel/random/boot_id") or b"").decode("ascii", "replace").strip()
+    except StorageError:
+        return ""
 
 
 def _host() -> str:

@@ -21,9 +21,12 @@ event loop's own threads cannot hold up a write.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
+import weakref
 import zlib
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
@@ -33,9 +36,14 @@ from lab_state._whole import collected
 from lab_state.exceptions import UnsupportedError
 from lab_state.storage import _fs as fs
 from lab_state.storage._file_reader import read_files
-from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, NewJournal, Writer, open_writer
+from lab_state.storage._file_start import open_writer
+from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, NewJournal, Writer
+from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._protocol import Reading, Recovery, Snapshot
 from lab_state.storage._worker import Threads, Worker
+
+_MOST_OPEN = 64
+"""Journals of one storage object that stay open. Opening one again costs a tenth of a sync."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,6 +91,8 @@ class FileStorage:
         self._directory = path
         self._create = create
         self._tried: set[fs.Identity] = set()
+        self._leftovers = Leftovers()
+        self._journals = Journals()
         self._threads = Threads("lab_state files")
 
     def __repr__(self) -> str:
@@ -92,10 +102,10 @@ class FileStorage:
     async def open(self, name: str) -> FileSession:
         """Lock the state and load it; see `Storage.open`."""
         commits, checkpoints = Worker(self._threads), Worker(self._threads)
-        opening = commits.submit(open_writer, self._directory, name, self._tried, create=self._create)
+        opening = commits.submit(open_writer, self._directory, name, self._tried, self._leftovers, create=self._create)
         try:
             writer, recovery = await asyncio.shield(asyncio.wrap_future(opening))
-            return FileSession(writer, recovery, commits, checkpoints)
+            return FileSession(writer, recovery, commits, checkpoints, self._journals)
         except BaseException:
             # Cancelled, the lock may be taken all the same: give it back before anyone is told.
             giving_up = commits.submit(_give_up, opening)
@@ -132,15 +142,53 @@ def _give_up(opening: Future[tuple[Writer, Recovery]]) -> None:
         opening.result()[0].close()
 
 
+class Journals:
+    """The sessions of a storage object whose journals may be open: those that committed last.
+
+    Attributes:
+        last: The one that committed last.
+    """
+
+    def __init__(self) -> None:
+        self.last: weakref.ref[FileSession] | None = None
+        self._lock = threading.Lock()
+        self._open: OrderedDict[weakref.ref[FileSession], None] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[Journals], tuple[()]]:
+        """A copy of a storage object has sessions of its own."""
+        return Journals, ()
+
+    def used(self, one: weakref.ref[FileSession]) -> None:
+        """Note that a session has committed; let the journal of another one rest, if there are too many open."""
+        with self._lock:
+            self.last = one
+            self._open[one] = None
+            self._open.move_to_end(one)
+            oldest = self._open.popitem(last=False)[0] if len(self._open) > _MOST_OPEN else None
+        if oldest is not None and (session := oldest()) is not None:
+            session.rest()
+
+    def left(self, one: weakref.ref[FileSession]) -> None:
+        """Note that a session has ended."""
+        with self._lock:
+            self._open.pop(one, None)
+            if self.last is one:
+                self.last = None
+
+
 class FileSession:
     """A state on disk, owned until `aclose`; see `StorageSession`."""
 
-    def __init__(self, writer: Writer, recovery: Recovery, commits: Worker, checkpoints: Worker) -> None:
+    def __init__(
+        self, writer: Writer, recovery: Recovery, commits: Worker, checkpoints: Worker, journals: Journals
+    ) -> None:
         self.recovery: Recovery = recovery
         self.warning: str | None = None
         self._writer = writer
         self._commits = commits
         self._checkpoints = checkpoints
+        self._journals = journals
+        self._own = weakref.ref(self)
         self._closing: Future[None] | None = None
         self._new: tuple[fs.NewFile, NewJournal] | None = None
 
@@ -174,6 +222,8 @@ class FileSession:
             full_needed = True
         if full_needed:
             await self._commit_full(record, snapshot)
+        if self._journals.last is not self._own:
+            self._journals.used(self._own)
         return self._writer.checkpoint_due
 
     async def _commit_full(self, record: bytes, snapshot: Snapshot) -> None:
@@ -181,6 +231,11 @@ class FileSession:
         full = await collected(snapshot())
         self._check_open()
         await self._commits.run(self._writer.commit, record, full)
+
+    def rest(self) -> None:
+        """Close the journal until the next commit; from any thread."""
+        with contextlib.suppress(RuntimeError):  # it is being closed
+            self._commits.submit(self._writer.rest)
 
     async def checkpoint(self, snapshot: Snapshot) -> None:
         """Write the snapshot beside the commits, then publish it; see `StorageSession.checkpoint`."""
@@ -209,7 +264,7 @@ class FileSession:
                 await self._run(self._commits, writer.repair, full, generation)
                 generation, slices = writer.generation, _one(full)
             counted = _Counted(slices)
-            await self._run(thread, writer.lock.check)
+            await self._run(thread, writer.begin_checkpoint, new.path, upcoming.path)
             await self._run(thread, new.open)
             await new.write(counted.slices(), thread, self._check_open)
             await self._run(thread, new.finish)
@@ -225,7 +280,8 @@ class FileSession:
     def _tidy(self, new: fs.NewFile, upcoming: NewJournal) -> None:
         """Let go of what a checkpoint has left; in its worker. What is in place stays."""
         new.discard()
-        self._commits.submit(upcoming.discard)  # behind whatever is there to put it in place
+        self._writer.lock.forget(new.path)
+        self._commits.submit(self._writer.end_checkpoint, upcoming)  # behind whatever is there to put it in place
         self._writer.close_replaced()
 
     async def aclose(self) -> None:
@@ -255,6 +311,7 @@ class FileSession:
         else:
             closing.set_result(None)
         finally:
+            self._journals.left(self._own)
             self._writer.close_replaced()
             self._commits.shutdown()
             self._checkpoints.shutdown()

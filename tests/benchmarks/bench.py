@@ -28,6 +28,7 @@ import durable
 import growth
 import hot
 import large
+import many
 import mirror
 import pages
 import uvloop
@@ -51,6 +52,7 @@ PARTS = [
     "sizes",
     "footprint",
     "growth",
+    "many",
 ]
 
 
@@ -63,10 +65,8 @@ def measure(results: Results, part: str, directory: str, *, quick: bool) -> None
     scale = QUICK if quick else FULL
     count = scale.keys
     results.part = part
-    if part == "hot":
-        run(hot.hot_path(results, directory))
-    elif part == "handles":
-        run(hot.handles(results, directory))
+    if part in {"hot", "handles"}:
+        run((hot.hot_path if part == "hot" else hot.handles)(results, directory))
     elif part == "durable":
         run(durable.durable(results, directory, count, scale.rounds))
     elif part == "large":
@@ -83,6 +83,8 @@ def measure(results: Results, part: str, directory: str, *, quick: bool) -> None
         versus.footprint(results, directory, scale)
     elif part == "growth":
         run(growth.growth(results, directory, [1000, count // 10, count]))
+    elif part == "many":
+        run(many.many(results, directory, count // 100))
     else:
         for loop in LOOPS:
             work = versus.operations if part == "operations" else versus.writes

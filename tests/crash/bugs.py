@@ -17,9 +17,10 @@ from workloads import Workload
 from lab_state import StorageError, _codec, _journal
 from lab_state._journal import ANY_BASE, Accepted, Kind, Scan
 from lab_state._state import Changes, State
-from lab_state.storage import _directory, _file_writer, _fs
+from lab_state.storage import _directory, _file_start, _fs
 from lab_state.storage._file_writer import Need, NewJournal, Paths, Writer
 from lab_state.storage._fs import Fingerprint
+from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
 from lab_state.storage._os_errors import translated
 from lab_state.storage._protocol import Recovery
@@ -127,10 +128,10 @@ def no_sync_of_what_was_put_there(patch: Patch) -> None:
 
 def snapshot_of_a_copied_directory_trusted(patch: Patch) -> None:
     """A snapshot that the journal beside it names is taken for one that was synced."""
-    load, sync = _file_writer._load, Writer._sync_found
+    load, sync = _file_start._load, Writer._sync_found
 
-    def loaded(paths: Paths, name: str, lock: Lock) -> tuple[Writer, Recovery]:
-        found = load(paths, name, lock)
+    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
+        found = load(paths, name, lock, leftovers)
         vouched.append(not found[1].unsettled and Path(paths.journal).exists())
         return found
 
@@ -138,7 +139,7 @@ def snapshot_of_a_copied_directory_trusted(patch: Patch) -> None:
         sync(self, snapshot=snapshot and not vouched[-1])
 
     vouched: list[bool] = []
-    patch.setattr(_file_writer, "_load", loaded)
+    patch.setattr(_file_start, "_load", loaded)
     patch.setattr(Writer, "_sync_found", synced)
 
 
@@ -359,11 +360,11 @@ def torn_tail_refused(patch: Patch) -> None:
 
 def inherited_journal_appended_to(patch: Patch) -> None:
     """Commits go on behind frames that may be in the page cache alone."""
-    load = _file_writer._load
+    load = _file_start._load
 
-    def loaded(paths: Paths, name: str, lock: Lock) -> tuple[Writer, Recovery]:
+    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
         data = _fs.read(paths.journal)
-        writer, recovery = load(paths, name, lock)
+        writer, recovery = load(paths, name, lock, leftovers)
         if data is not None:
             scan = _journal.scan(data, name, "journal")
             fd = _system().open(paths.journal, os.O_RDWR)
@@ -373,19 +374,19 @@ def inherited_journal_appended_to(patch: Patch) -> None:
                 _system().ftruncate(writer._fd, scan.end)
         return writer, recovery
 
-    patch.setattr(_file_writer, "_load", loaded)
+    patch.setattr(_file_start, "_load", loaded)
 
 
 def inherited_journal_deleted(patch: Patch) -> None:
     """What was recovered is in memory alone until the new journal is written."""
-    load = _file_writer._load
+    load = _file_start._load
 
-    def loaded(paths: Paths, name: str, lock: Lock) -> tuple[Writer, Recovery]:
-        found = load(paths, name, lock)
+    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
+        found = load(paths, name, lock, leftovers)
         _fs.discard(paths.journal)
         return found
 
-    patch.setattr(_file_writer, "_load", loaded)
+    patch.setattr(_file_start, "_load", loaded)
 
 
 def no_full_journal_after_an_unclean_end(patch: Patch) -> None:
@@ -400,13 +401,13 @@ def no_full_journal_after_an_unclean_end(patch: Patch) -> None:
 
 def recovered_state_acknowledged_unwritten(patch: Patch) -> None:
     """What was found counts as durable, although it may be in the page cache alone."""
-    load = _file_writer._load
+    load = _file_start._load
 
-    def loaded(paths: Paths, name: str, lock: Lock) -> tuple[Writer, Recovery]:
-        writer, recovery = load(paths, name, lock)
+    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
+        writer, recovery = load(paths, name, lock, leftovers)
         return writer, recovery._replace(unsettled=False)
 
-    patch.setattr(_file_writer, "_load", loaded)
+    patch.setattr(_file_start, "_load", loaded)
 
 
 BUGS = (

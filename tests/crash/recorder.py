@@ -26,7 +26,7 @@ import pytest
 from disk import Ack, Create, Entry, Rename, State, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
 
 from lab_state import _codec, _journal, _outcomes
-from lab_state.storage import _directory, _file_writer, _fs
+from lab_state.storage import _directory, _file_start, _fs
 
 NAME = "lab"
 DIRECTORY = "deep/states"
@@ -348,7 +348,7 @@ def determined(seed: int | str) -> Iterator[None]:
         for module in (_fs, _journal, _codec):
             patch.setattr(module, "os", _Seeded(os, urandom=random.Random(f"{module.__name__} {seed}").randbytes))
         numbers = iter(range(10**12, 10**13))
-        patch.setattr(_file_writer, "time", SimpleNamespace(time_ns=lambda: next(numbers) * 1_000_000))
+        patch.setattr(_file_start, "time", SimpleNamespace(time_ns=lambda: next(numbers) * 1_000_000))
         patch.setattr(_outcomes, "_FIRST_PAUSE", 0.0)
         patch.setattr(_outcomes, "_LONGEST_PAUSE", 0.0)
         yield

@@ -19,8 +19,9 @@ from world import QUIET, Clock, Contents, Version, abort, held, is_overdue
 
 from lab_state import Config, FileStorage, Manager
 from lab_state._codec import Snapshot, decode_snapshot, replay
-from lab_state.storage import _file_writer
-from lab_state.storage._file_writer import open_writer
+from lab_state.storage import _file_start
+from lab_state.storage._file_start import open_writer
+from lab_state.storage._leftovers import Leftovers
 
 MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 """Where files cost least."""
@@ -50,7 +51,7 @@ class Recovery:
         self._runner = asyncio.Runner()
         self._patch = pytest.MonkeyPatch()
         # Two starts within one millisecond would put a torn tail aside under the same name.
-        self._patch.setattr(_file_writer, "time", SimpleNamespace(time_ns=itertools.count(10**18, 10**6).__next__))
+        self._patch.setattr(_file_start, "time", SimpleNamespace(time_ns=itertools.count(10**18, 10**6).__next__))
         self._known: set[str] = set()
         self._tried: set[tuple[int, int]] = set()
 
@@ -120,7 +121,7 @@ class Recovery:
 
     def _open(self) -> tuple[bytes | None, tuple[bytes, ...]]:
         """What `FileStorage.open` does, without threads and a loop."""
-        writer, recovery = open_writer(str(self._directory), NAME, self._tried)
+        writer, recovery = open_writer(str(self._directory), NAME, self._tried, Leftovers())
         writer.close()
         return recovery.snapshot, recovery.records
 

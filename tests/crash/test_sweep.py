@@ -34,7 +34,9 @@ from lab_state import _journal as journal
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._journal import NO_BASE, Kind
 from lab_state.storage import _directory, _fs
-from lab_state.storage._file_writer import NewJournal, open_writer
+from lab_state.storage._file_start import open_writer
+from lab_state.storage._file_writer import NewJournal
+from lab_state.storage._leftovers import Leftovers
 
 NAME = "lab"
 SNAPSHOT, JOURNAL = f"{NAME}.json", f"{NAME}.journal"
@@ -216,7 +218,7 @@ def read(snapshot: bytes | None, data: bytes | None) -> Outcome:
 
 def load(directory: Path) -> Outcome:
     """The same from the files, without threads and a loop."""
-    writer, recovery = open_writer(str(directory), NAME, TRIED)
+    writer, recovery = open_writer(str(directory), NAME, TRIED, Leftovers())
     try:
         return state_of(recovery.snapshot, recovery.records, recovery.crc32)
     finally:

@@ -41,7 +41,8 @@ from lab_state import _journal as journal
 from lab_state._flusher import Flusher
 from lab_state._journal import Kind
 from lab_state._state import Overlay
-from lab_state.storage import _directory, _file_writer, _fs
+from lab_state.storage import _directory, _file_start, _file_writer, _fs
+from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
 from lab_state.testing import ManualClock
 
@@ -1090,7 +1091,7 @@ async def test_the_next_journal_is_written_beside_the_commits(tmp_path: Path, di
 def test_a_journal_is_not_prepared_for_ever(tmp_path: Path) -> None:
     """Where more is committed while it is written than the end may hold, that is left to the end all the same."""
     (tmp_path / "state").mkdir()
-    writer, _ = _file_writer.open_writer(str(tmp_path / "state"), "lab", set())
+    writer, _ = _file_start.open_writer(str(tmp_path / "state"), "lab", set(), Leftovers())
     since: list[bytes] = []
 
     class Upcoming(_file_writer.NewJournal):

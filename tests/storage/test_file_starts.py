@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lab_state import Config, FileStorage, Manager, UnavailableError, _journal, _state, _sweeper, manager
-from lab_state.storage import _file_writer, _fs, file
+from lab_state.storage import _file_start, _fs, file
+from lab_state.storage._lock import Lock
 
 
 def descriptors() -> set[Path]:
@@ -73,8 +74,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "the lock's file": (_fs, "write_lock"),
     "reading": (_fs, "read"),
     "scanning": (_journal, "scan"),
-    "the recovery": (_file_writer, "Recovery"),
-    "temporary files": (_fs, "discard_temporaries"),
+    "the recovery": (_file_start, "Recovery"),
+    "temporary files": (Lock, "settle"),
     "the session": (file.FileSession, "__init__"),
     "decoding": (manager, "decode_snapshot"),
     "the map": (manager, "State"),

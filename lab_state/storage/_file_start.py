@@ -1,0 +1,115 @@
+"""The start of a session on disk: lock, read, decide, and tidy up. Blocking.
+
+The rules, each with its reason, are in `docs/design/disk.md`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import zlib
+
+from lab_state import _journal as journal
+from lab_state._journal import NO_BASE
+from lab_state._log import Log
+from lab_state.exceptions import StorageError
+from lab_state.storage import _directory as folder
+from lab_state.storage import _fs as fs
+from lab_state.storage._file_writer import Need, Paths, Writer
+from lab_state.storage._leftovers import Leftovers
+from lab_state.storage._lock import Lock
+from lab_state.storage._protocol import Recovery
+
+_logger = Log(logging.getLogger("lab_state"))
+
+_TORN_KEPT = 5
+_COPIED_AT_ONCE = 1024 * 1024
+
+
+def open_writer(
+    directory: str, name: str, tried: set[fs.Identity], leftovers: Leftovers, *, create: bool = True
+) -> tuple[Writer, Recovery]:
+    """Lock, read, decide.
+
+    Args:
+        directory: Where the files are.
+        name: The name of the state.
+        tried: The directories that were tried out; see `_directory.try_out`.
+        leftovers: What earlier sessions have left in them.
+        create: Whether a directory and a state that are missing are made.
+    """
+    paths = Paths.of(folder.opened(directory, create=create), name)
+    if not create:
+        _check_there(paths)  # before there is a lock file
+    lock = Lock(paths.lock)
+    try:
+        loaded = _load(paths, name, lock, leftovers)
+        if not create:
+            _check_there(paths)
+        if not folder.try_out(paths.directory, paths.journal, tried, lock.noted):
+            loaded[0].need = Need.FULL
+        is_new = loaded[1].snapshot is None and not loaded[0].end
+        _discard_temporaries(paths, lock, leftovers, is_new=is_new)
+    except BaseException:
+        lock.release()
+        raise
+    return loaded
+
+
+def _discard_temporaries(paths: Paths, lock: Lock, leftovers: Leftovers, *, is_new: bool) -> None:
+    """Delete what earlier sessions were making when they ended. A new state has none; see `Lock.left`."""
+    left = () if lock.is_new and is_new else lock.left
+    if left is None:
+        try:
+            left = (*leftovers.temporary(paths.snapshot), *leftovers.temporary(paths.journal))
+        except StorageError as error:
+            _logger.warning("temporary files beside %s stay until the next start: %s", paths.snapshot, error)
+            return
+    for file in left:
+        fs.discard(file)
+    lock.settle(left)
+
+
+def _check_there(paths: Paths) -> None:
+    if fs.fingerprint(paths.snapshot) is None and fs.fingerprint(paths.journal) is None:
+        raise folder.missing(paths.snapshot)
+
+
+def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
+    fingerprint = fs.fingerprint(paths.snapshot)
+    snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
+    for path in (paths.snapshot, paths.journal):
+        folder.check_replaceable(path, paths.directory)
+    if snapshot is None and data is None:
+        _logger.info("no state at %s: beginning an empty one", paths.snapshot)
+    crc = None if snapshot is None else zlib.crc32(snapshot)
+    base = NO_BASE if snapshot is None or crc is None else journal.base_of(len(snapshot), crc)
+    scan = None if data is None else journal.scan(data, name, paths.journal)
+    size = len(data or b"")
+    accepted = journal.accept(scan, size, base, paths.journal)
+    torn = size - scan.end if scan is not None else 0
+    if torn and data is not None:
+        _keep_torn(paths.journal, data, size - torn, leftovers)
+    writer = Writer(name, paths, lock)
+    writer.base, writer.snapshot = base, fingerprint
+    writer.snapshot_bytes = len(snapshot or b"")
+    writer.end = size
+    writer.need = Need.FULL if accepted.unclean else Need.NEW
+    if accepted.full is not None:
+        snapshot, crc = accepted.full, None
+    return writer, Recovery(snapshot, accepted.records, accepted.unclean, torn, crc)
+
+
+def _keep_torn(path: str, data: bytes, begin: int, leftovers: Leftovers) -> None:
+    """Put a torn tail aside, for whoever wants to look; the newest few are kept."""
+    try:
+        older = leftovers.torn(path)
+        while len(older) >= _TORN_KEPT:
+            fs.discard(older.pop(0))
+        # In pieces: one copy of all of it would hold up every other thread.
+        tail = [data[at : at + _COPIED_AT_ONCE] for at in range(begin, len(data), _COPIED_AT_ONCE)]
+        kept = f"{path}.torn-{time.time_ns() // 1_000_000}"
+        fs.close(fs.create(kept, tail, fs.Progress()))
+        leftovers.add(path, kept)
+    except StorageError as error:
+        _logger.warning("the torn tail of %s could not be put aside: %s", path, error)

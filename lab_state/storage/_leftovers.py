@@ -1,0 +1,64 @@
+"""What earlier sessions have left beside the files of a state: found by listing the directory, once for a storage object.
+
+A directory may hold the files of many states. So a start does not list it where the lock
+file says which temporary files there may be.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+
+from lab_state.storage import _fs as fs
+
+_LEFT = re.compile(r"(.+\.(?:json|journal))\.(?:[0-9a-f]{8}\.tmp|torn-\d+)")
+"""A temporary file, or a torn tail. No state has such a file."""
+
+
+class Leftovers:
+    """The temporary files and torn tails in directories, as they were when each was listed first."""
+
+    def __init__(self) -> None:
+        """Nothing is listed yet."""
+        self._lock = threading.Lock()
+        self._found: dict[str, dict[str, list[str]]] = {}
+
+    def __reduce__(self) -> tuple[type[Leftovers], tuple[()]]:
+        """A copy of a storage object lists anew."""
+        return Leftovers, ()
+
+    def temporary(self, path: str) -> list[str]:
+        """Return the temporary files that were to take the place of a file.
+
+        Raises:
+            StorageError: The directory cannot be listed.
+        """
+        return [file for file in self._beside(path) if file.endswith(".tmp")]
+
+    def torn(self, path: str) -> list[str]:
+        """Return the torn tails of a journal, the oldest first; the caller may add to them.
+
+        Raises:
+            StorageError: The directory cannot be listed.
+        """
+        return [file for file in self._beside(path) if not file.endswith(".tmp")]
+
+    def add(self, path: str, file: str) -> None:
+        """Note a torn tail of a journal."""
+        self._beside(path).append(file)
+
+    def _beside(self, path: str) -> list[str]:
+        directory, name = os.path.split(path)
+        with self._lock:
+            if directory not in self._found:
+                self._found[directory] = _listed(directory)
+            return self._found[directory].setdefault(name, [])
+
+
+def _listed(directory: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in sorted(fs.names_in(directory)):
+        if match := _LEFT.fullmatch(name):
+            found.setdefault(match[1], []).append(os.path.join(directory, name))
+    return found

@@ -1,0 +1,160 @@
+"""Many states on one storage object: what an idle one keeps open, and what happens to it meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab_state import Config, FileStorage, Manager
+from lab_state.storage import file
+
+COUNT = 10
+OPEN = 3
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage object keeps three journals open."""
+    monkeypatch.setattr(file, "_MOST_OPEN", OPEN)
+
+
+@pytest.fixture
+async def states(tmp_path: Path) -> AsyncIterator[list[Manager]]:
+    """Ten states that have written."""
+    storage = FileStorage(tmp_path)
+    async with AsyncExitStack() as stack:
+        made = [Manager(Config(name=f"user{number}", flush_interval=0), storage) for number in range(COUNT)]
+        for state in made:
+            await stack.enter_async_context(state)
+            await state.set("a", 1)
+        await closed(tmp_path, OPEN)
+        yield made
+
+
+def opened(directory: Path, ending: str) -> list[str]:
+    """The files that this process has open, by name."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            path = descriptor.readlink()
+        except FileNotFoundError:  # that of the listing
+            continue
+        if path.parent == directory and path.suffix == ending:
+            found.append(path.name)
+    return sorted(found)
+
+
+async def closed(directory: Path, count: int) -> None:
+    """Wait until that many journals are open, in the storage's own time."""
+    async with asyncio.timeout(10):
+        while len(opened(directory, ".journal")) != count:  # noqa: ASYNC110 -- it sets no event
+            await asyncio.sleep(0)
+
+
+async def test_an_idle_state_has_one_descriptor(tmp_path: Path, states: list[Manager]) -> None:
+    """That of its lock; the journals of the three that wrote last are open, and there are few threads."""
+    assert len(opened(tmp_path, ".lock")) == COUNT
+    assert opened(tmp_path, ".journal") == [f"user{number}.journal" for number in range(COUNT - OPEN, COUNT)]
+    assert sum(thread.name == "lab_state files" for thread in threading.enumerate()) < COUNT
+
+
+async def test_the_journal_of_an_idle_state_goes_on(tmp_path: Path, states: list[Manager]) -> None:
+    """The next write opens it again, and appends; another one is closed for it."""
+    before = (tmp_path / "user0.journal").stat()
+    await states[0].set("b", 2)
+    after = (tmp_path / "user0.journal").stat()
+    assert after.st_ino == before.st_ino
+    assert after.st_size > before.st_size
+    await closed(tmp_path, OPEN)
+    assert "user0.journal" in opened(tmp_path, ".journal")
+    for _ in range(3):
+        for state in states:
+            await state.incr("n")
+    assert [await state.get("n") for state in states] == [3] * COUNT
+
+
+def gone(journal: Path) -> None:
+    journal.unlink()
+
+
+def replaced(journal: Path) -> None:
+    data = journal.read_bytes()
+    journal.rename(journal.with_suffix(".older"))
+    journal.write_bytes(data)
+
+
+def cut(journal: Path) -> None:
+    with journal.open("r+b") as opened_again:
+        opened_again.truncate(journal.stat().st_size - 3)
+
+
+def overwritten(journal: Path) -> None:
+    data = journal.read_bytes()
+    journal.write_bytes(data[:-10] + b"x" * 10)
+
+
+@pytest.mark.parametrize("change", [gone, replaced, cut, overwritten])
+async def test_a_journal_that_is_changed_while_it_is_closed(
+    tmp_path: Path, states: list[Manager], caplog: pytest.LogCaptureFixture, change: Callable[[Path], None]
+) -> None:
+    """The next write notices it, and writes everything anew, before it is acknowledged."""
+    await asyncio.to_thread(change, tmp_path / "user0.journal")
+    caplog.set_level(logging.ERROR)
+    await states[0].set("b", 2)
+    assert "user0.journal" in caplog.text
+    assert "writing everything anew" in caplog.text
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "user0.journal").write_bytes((tmp_path / "user0.journal").read_bytes())
+    async with Manager("user0", FileStorage(copy)) as found:
+        assert await found.get_all() == {"a": 1, "b": 2}
+
+
+async def test_a_checkpoint_of_an_idle_state(tmp_path: Path, states: list[Manager]) -> None:
+    """A stop needs the journal once more; afterwards nothing of the state is open."""
+    await states[0].stop()
+    assert "user0.lock" not in opened(tmp_path, ".lock")
+    assert "user0.journal" not in opened(tmp_path, ".journal")
+    async with Manager("user0", FileStorage(tmp_path)) as again:
+        assert await again.get("a") == 1
+
+
+async def test_states_that_come_and_go_are_not_kept(tmp_path: Path) -> None:
+    """A storage object knows the sessions that are open, and no others."""
+    storage = FileStorage(tmp_path)
+    for number in range(2 * OPEN):
+        async with Manager(Config(name=f"user{number}", flush_interval=0), storage) as state:
+            await state.set("a", 1)
+    journals: Any = storage._journals
+    assert (len(journals._open), journals.last) == (0, None)
+
+
+async def test_a_session_that_was_dropped_is_passed_over(tmp_path: Path) -> None:
+    """One that nobody closed does not keep the others from being closed."""
+    storage = FileStorage(tmp_path)
+
+    async def slices() -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    for number in range(3 * OPEN):
+        session = await storage.open(f"user{number}")
+        await session.commit(b"record", slices)
+    del session
+    await asyncio.to_thread(gc.collect)
+    async with Manager(Config(name="last", flush_interval=0), storage) as state:
+        await state.set("a", 1)
+
+
+async def test_a_session_that_is_being_closed_is_left_alone(tmp_path: Path) -> None:
+    """Its journal is closed anyway."""
+    session = await FileStorage(tmp_path).open("lab")
+    await session.aclose()
+    session.rest()
