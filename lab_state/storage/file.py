@@ -304,6 +304,7 @@ class FileSession:
 
     def _let_go(self, closing: Future[None]) -> None:
         """Let go of the files; behind the last commit."""
+        self._journals.left(self._own)
         try:
             self._writer.close()
         except BaseException as error:  # noqa: BLE001 -- whoever closes the session gets it
@@ -311,7 +312,6 @@ class FileSession:
         else:
             closing.set_result(None)
         finally:
-            self._journals.left(self._own)
             self._writer.close_replaced()
             self._commits.shutdown()
             self._checkpoints.shutdown()
