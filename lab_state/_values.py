@@ -118,7 +118,7 @@ def check_encoded(value: object, data: bytes) -> None:
             data.decode()  # a Raw may hold anything
     except UnicodeDecodeError:
         raise _refusal(value) from None
-    if NULL in data:
+    if L in data and U in data and data.rpartition(NULL)[1]:  # half of what `in` takes
         _check_finite(value)
     if len(data) >= SHALLOW and too_deep(data):
         raise _refusal(value)
@@ -240,13 +240,14 @@ def _refusal(value: object) -> InvalidValueError:
     Costs a few times what encoding costs: on the way down half of the parts of an object
     are tried together, and which object on the way is to blame is found likewise.
     """
-    way, steps = [value], [""]
+    way, steps, above = [value], [""], {id(value)}
     while len(way) <= MAX_DEPTH and (found := _first_refused(way[-1], MAX_DEPTH - len(way))) is not None:
         step, part = found
         steps.append(_step_in(way[-1], step))
-        if any(part is container for container in way):
+        if id(part) in above and part.__class__ not in SCALARS:
             return InvalidValueError("a value that contains itself cannot be kept", _path(steps))
         way.append(part)
+        above.add(id(part))
     good, refused = len(way), 0
     while good - refused > 1:
         middle = (good + refused) // 2

@@ -31,6 +31,7 @@ import large
 import many
 import mirror
 import pages
+import stalls
 import uvloop
 import versus
 from measure import FULL, QUICK, Numbers, Results
@@ -45,6 +46,8 @@ PARTS = [
     "durable",
     "large",
     "mirror",
+    "values",
+    "stalls",
     "imports",
     "memory",
     "operations",
@@ -61,7 +64,7 @@ def run(work: Coroutine[Any, Any, None], loop: str = "asyncio") -> None:
         runner.run(work)
 
 
-def measure(results: Results, part: str, directory: str, *, quick: bool) -> None:
+def measure(results: Results, part: str, directory: str, *, quick: bool) -> None:  # noqa: PLR0912 -- one for each part
     scale = QUICK if quick else FULL
     count = scale.keys
     results.part = part
@@ -73,6 +76,10 @@ def measure(results: Results, part: str, directory: str, *, quick: bool) -> None
         run(large.large(results, directory, count))
     elif part == "mirror":
         run(mirror.mirror(results, directory, count))
+    elif part == "values":
+        run(stalls.values(results, quick=quick))
+    elif part == "stalls":
+        run(stalls.stalls(results, directory, quick=quick))
     elif part == "imports":
         large.imports(results)
     elif part == "memory":
