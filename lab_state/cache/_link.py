@@ -21,6 +21,7 @@ from redis.asyncio import ConnectionPool
 from lab_state import _forks as forks
 from lab_state._clock import Clock, within
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
+from lab_state.storage._worker import Threads, Worker
 
 _TIMEOUT = 5.0
 
@@ -115,11 +116,23 @@ class Dialer:
         with link.translated():
             try:
                 with within(clock, self._timeout):
+                    await _prepare_tls(connection)
                     await connection.connect()
             except BaseException:
                 await link.aclose()
                 raise
         return link
+
+
+async def _prepare_tls(connection: Any) -> None:
+    """Read the certificates in a thread; redis-py would do it on the event loop, at each connection."""
+    context = getattr(connection, "ssl_context", None)
+    if context is not None:
+        worker = Worker(Threads("lab_state TLS"))
+        try:
+            await worker.run(context.get)
+        finally:
+            worker.shutdown()
 
 
 class Link:

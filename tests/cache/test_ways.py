@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 import ssl
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,19 @@ async def test_a_failover(own_redis: Any, own_sentinel: Any, until: Any) -> None
 def known(sentinel: Any) -> bool:
     """Whether it has found the replica."""
     return bool(sentinel.call("SENTINEL", "replicas", "here"))
+
+
+async def test_certificates_are_read_in_a_thread(monkeypatch: Any, until: Any) -> None:
+    """Each attempt to connect by TLS makes its context off the event loop, also while the server is away."""
+    made: list[str] = []
+    real = ssl.create_default_context
+
+    def noted(*args: Any, **options: Any) -> ssl.SSLContext:
+        made.append(threading.current_thread().name)
+        return real(*args, **options)
+
+    monkeypatch.setattr(ssl, "create_default_context", noted)
+    async with manager(RedisCache("rediss://127.0.0.1:1")) as state:
+        await until(lambda: state.status().mirror_error is not None)
+        await until(lambda: len(made) > 1)
+    assert set(made) == {"lab_state TLS"}
