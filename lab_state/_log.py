@@ -34,16 +34,23 @@ class Log:
     def _tell(self, level: str, message: str, args: tuple[object, ...]) -> None:
         # A logger that is not one of `logging` may take other keyword arguments, or keep them.
         caller = {"stacklevel": 3} if isinstance(self._logger, logging.Logger) else {}
+        text = message
         try:
-            getattr(self._logger, level)(message, *args, **caller)
+            text = _complete(message, args)
+            getattr(self._logger, level)(text, **caller)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as problem:  # noqa: BLE001 -- whatever it is, it is not the caller's
             with contextlib.suppress(Exception):
-                _last_resort(level, f"{message} (the logger raised {type(problem).__name__})", args)
+                _last_resort(level, f"{text} (the logger raised {type(problem).__name__})")
 
 
-def _last_resort(level: str, message: str, args: tuple[object, ...]) -> None:
+def _complete(message: str, args: tuple[object, ...]) -> str:
+    """Fill the arguments in, since not every logger knows `%s`. Escape what UTF-8 cannot hold, such as parts of a path."""
+    return (message % args).encode(errors="backslashreplace").decode()
+
+
+def _last_resort(level: str, text: str) -> None:
     number = logging.getLevelNamesMapping()[level.upper()]
     if logging.lastResort is not None and number >= logging.lastResort.level:
-        logging.lastResort.handle(logging.LogRecord("lab_state", number, __file__, 0, message, args, None))
+        logging.lastResort.handle(logging.LogRecord("lab_state", number, __file__, 0, text, (), None))

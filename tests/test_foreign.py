@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import loguru
 import pytest
 from running import idle, running, until
 
@@ -110,6 +111,23 @@ class TestLogger:
         assert raises.asked == 5
         async with Manager("test", memory) as again:
             assert sorted(await again.keys()) == ["a", "b"]
+
+    async def test_a_logger_that_is_none_of_loggings(self, storage: FaultyStorage) -> None:
+        """Loguru does not know `%s`: what it is given is complete, and only UTF-8."""
+        told: list[str] = []
+        sink = loguru.logger.add(lambda message: told.append(message.record["message"]), level="ERROR")
+        try:
+            state = Manager(Config(name="test", flush_interval=None), storage, logger=loguru.logger)  # type: ignore[arg-type]
+            async with state:
+                await state.set("a", 1)
+                storage.fail("commit", error=UnavailableError("no room in /\udcff for 100 %s"))
+                with pytest.raises(UnavailableError):
+                    await state.flush()
+        finally:
+            loguru.logger.remove(sink)
+        assert len(told) == 1
+        assert told[0].startswith("test: a flush failed; not durable yet")
+        assert told[0].endswith(r"no room in /\udcff for 100 %s")
 
     async def test_who_waits_is_told_first(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """When the logger is called, nobody waits any more, whatever ended: a commit or the task."""
