@@ -405,8 +405,9 @@ class FileMachine(ManagerMachine):
 
     def crash(self, session: StorageSession) -> None:
         assert isinstance(session, FileSession)
-        for thread in (session._checkpoints, session._commits):  # what is under way may still reach the disk
-            thread.shutdown(wait=True)
+        for worker in (session._checkpoints, session._commits):
+            worker.submit(int).result()  # what is under way may still reach the disk
+            worker.shutdown()
         session._closing = Future()
         session._closing.set_result(None)
         session._writer.close()
