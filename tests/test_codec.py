@@ -930,3 +930,19 @@ def test_numbers_that_nobody_can_count_with(where: str, number: int) -> None:
     record = b'{"from":0,"to":%d,"clear":false,"set":{"a":1},"delete":[],"expires":{"a":%d},"time":%d,"wall":%d}'
     with pytest.raises(CorruptionError):
         replay(Snapshot({}, 0), [record % (told["revision"], told["at"], told["time"], told["wall"])], "path")
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("value", ["é\n" * 100_000, ["x" * 300_000], "x" * 65_536], ids=["str", "list", "slice"])
+def test_one_large_value_goes_out_in_pieces(value: Any, own: bool) -> None:  # noqa: FBT001 -- a parameter
+    """No slice of a record or a snapshot is larger than a piece, whatever one value has, and it comes back as it was."""
+    values = {"before": 1, "large": value, "behind": [2]}
+    view = dict(decode_snapshot(snapshot(values), PATH).entries) if own else stored(values)
+    slices = list(encode_snapshot(view, 1, 0, own=own))
+    record_slices = list(encode_record(Changes(0, 1, False, dict(stored(values)), 0.0)))
+    for each in (slices, record_slices):
+        assert max(map(len, each)) <= 6 * 64 * 1024  # a character may take six bytes of JSON
+        assert len(each) >= 3
+    assert plain(decode_snapshot(b"".join(slices), PATH).entries) == values
+    assert plain(replay(Snapshot({}, 0), [b"".join(record_slices)], PATH).entries) == values
+    assert not own or not list(raws(view))

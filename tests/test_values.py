@@ -1101,6 +1101,7 @@ def test_a_nan_is_found_in_any_container() -> None:
     """A NaN is refused with its path in tuples, in dicts and in what has a serializer; a None is none."""
     assert refused({"a": (None, {"b": math.nan})}).path == "$.a[1].b"
     assert refused([[1.5], [None, math.inf]]).path == "$[1][1]"
+    assert refused([Raw(b"null"), {"a": math.nan}]).path == "$[1].a"
     assert (
         encode_value([None, 1e308, "\u02ff", {"a": 2**70, "b": None}])
         == b'[null,1e308,"\xcb\xbf",{"a":%d,"b":null}]' % 2**70
