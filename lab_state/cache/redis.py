@@ -183,15 +183,17 @@ class RedisSession:
         async for part in slices:
             if before is not None:
                 commands += self._members(keys.values, keys.expires, before, replace=True)
+                told += _size(before)
                 if told <= _MOST_TOLD:
                     data = message(step.start, step.end, self._writer, before, clear=clear, more=True)
                     commands.append(command(b"PUBLISH", keys.channel, data))
-                    told, clear = told + len(data), False
+                    clear = False
             before = part
             if sum(map(len, commands)) >= _SENT_AT_ONCE:
                 await link.send(b"".join(commands))
                 count, commands = count + len(commands), []
         assert before is not None  # there is a part of everything
+        told += _size(before)  # before a message is made of it: of one large value, it would be as large
         data = (
             message(step.start, step.end, self._writer, before, clear=clear)
             if told <= _MOST_TOLD
@@ -248,3 +250,8 @@ class RedisSession:
                 raise self._link.problem(answer)
         heads = [answer if isinstance(answer, bytes) else None for answer in (one, two)]
         self._seen, self._filled = seen_in(*heads)
+
+
+def _size(part: Slice) -> int:
+    """About how many bytes a message of it has."""
+    return sum(map(len, part.values)) + sum(map(len, part.values.values())) + sum(map(len, part.deleted))

@@ -180,6 +180,28 @@ async def test_a_step_that_is_too_large_to_be_told(
         assert await reader.get_all() == await state.get_all()
 
 
+async def test_one_value_that_is_too_large_to_be_told(
+    redis_server: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of one large value is told as a resync: no message of its size is made."""
+    monkeypatch.setattr(lab_state.cache.redis, "_MOST_TOLD", 1000)
+    told: list[bytes] = []
+    real = lab_state.cache.redis.message
+
+    def noted(*args: Any, **options: Any) -> bytes:
+        told.append(real(*args, **options))
+        return told[-1]
+
+    monkeypatch.setattr(lab_state.cache.redis, "message", noted)
+    cache = RedisCache(redis_server.url)
+    async with manager(redis_server.url) as state, cache.reader("name", local=True) as reader:
+        await reader.wait_revision(0)
+        await reader.wait_revision(await state.set("large", ["x" * 5_000]))
+        await until(lambda: reader._local.fresh)
+        assert await reader.get("large") == ["x" * 5_000]
+    assert max(map(len, told), default=0) < 1000
+
+
 async def test_more_readers_than_connections_are_kept(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each read that is under way has a connection; few are kept."""
     monkeypatch.setattr(lab_state.cache._redis_source, "_MOST_LINKS", 2)
