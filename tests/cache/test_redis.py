@@ -186,7 +186,7 @@ async def test_one_value_that_is_too_large_to_be_told(
     """A step of one large value is told as a resync: no message of its size is made."""
     monkeypatch.setattr(lab_state.cache.redis, "_MOST_TOLD", 1000)
     told: list[bytes] = []
-    real = lab_state.cache.redis.message
+    real = message
 
     def noted(*args: Any, **options: Any) -> bytes:
         told.append(real(*args, **options))
