@@ -17,6 +17,7 @@ import lab_state.cache._link
 import lab_state.cache._redis_source
 import lab_state.cache.redis
 from lab_state import Config, Manager, MemoryStorage, RedisCache, UnavailableError, UnsupportedError
+from lab_state.cache._format import message
 
 VALUES, EXPIRES = "lab_state:{name}", "lab_state:{name}:expires"
 
