@@ -188,7 +188,7 @@ class FileSession:
         self._commits = commits
         self._checkpoints = checkpoints
         self._journals = journals
-        self._own = weakref.ref(self)
+        self._own: weakref.ref[FileSession] = weakref.ref(self)
         self._closing: Future[None] | None = None
         self._new: tuple[fs.NewFile, NewJournal] | None = None
 

@@ -93,7 +93,10 @@ def say(report: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _sleep() -> None:
+def _sleep(writing: int | None = None) -> None:
+    """Say that this process runs, and live on."""
+    if writing is not None:
+        os.write(writing, b"1")
     signal.pause()
 
 
@@ -105,14 +108,17 @@ def children(directory: str) -> None:
         await state.start()
         await state.set("a", 1)
         fork_context = multiprocessing.get_context("fork")
+        reading, writing = os.pipe()
         pool = concurrent.futures.ProcessPoolExecutor(1, fork_context)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             (worker,) = {await asyncio.get_running_loop().run_in_executor(pool, os.getpid)}
-            process = fork_context.Process(target=_sleep)
+            process = fork_context.Process(target=_sleep, args=(writing,))
             process.start()
         if (pid := fork()) == 0:
-            _sleep()
+            _sleep(writing)
+        for _ in range(2):  # both run, and have let go of what they inherited
+            await asyncio.to_thread(os.read, reading, 1)
         say({"children": [worker, process.pid, pid]})
         await asyncio.Event().wait()
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from lab_state import FileStorage, LockedError, Manager
+from lab_state import FileStorage, LockedError, Manager, UnavailableError
+from lab_state.storage import _fs, _lock
 from lab_state.storage._lock import Holder, Lock, describe
 
 HOST = socket.gethostname()
@@ -185,3 +186,46 @@ def test_a_lock_does_not_leave_a_descriptor_behind_when_refused(tmp_path: Path) 
             with pytest.raises(LockedError):
                 Lock(str(tmp_path / "lab.lock"))
         assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_the_descriptors_of_a_file(tmp_path: Path) -> None:
+    """What a child looks for that was forked while its parent opened a lock."""
+    path = tmp_path / "lab.lock"
+    assert _fs.descriptors(str(path)) == []
+    with path.open("w") as one, path.open("r") as two:
+        assert sorted(_fs.descriptors(str(path))) == sorted([one.fileno(), two.fileno()])
+
+
+def test_a_file_that_cannot_be_looked_up_is_not_gone() -> None:
+    """Only "no such file" means that there is none."""
+    assert _fs.is_gone("nowhere/at/all")
+    assert not _fs.is_gone("x" * 300)
+
+
+def test_a_lock_that_cannot_be_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever closes the session is told, and the descriptor is closed all the same."""
+
+    def failing(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    async def main() -> None:
+        session = await FileStorage(tmp_path).open("lab")
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+            patch.setattr(_fs, "unlock", failing)
+            await session.aclose()
+        await (await FileStorage(tmp_path).open("lab")).aclose()
+
+    asyncio.run(main())
+
+
+def test_a_boot_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken for one that the kernel does not tell."""
+
+    def denied(_: str) -> bytes:
+        raise UnavailableError("denied")
+
+    _lock._boot.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(_fs, "read", denied)
+        assert _lock._boot() == ""
+    _lock._boot.cache_clear()
