@@ -58,6 +58,7 @@ class Watcher:
         """`cut` characters of a key are not shown; changes up to revision `since` are not told."""
         self.prefix: str = prefix
         self.durable: bool = durable
+        self.opened: int | None = None  # the revision of the state at that moment
         self._cut = cut
         self._since = since
         self._pending: OrderedDict[str, Change] = OrderedDict()
@@ -187,6 +188,7 @@ class Watchers:
 
     def add(self, watcher: Watcher) -> None:
         """Tell this one from now on."""
+        watcher.opened = self._state.revision
         (self._durable if watcher.durable else self._live).add(watcher)
         self._state.note = self.note
 

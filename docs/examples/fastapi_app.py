@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-from fastapi import Depends, FastAPI, WebSocket
+from fastapi import Depends, FastAPI, Request, Response, WebSocket
 
 from lab_state import Config, Entry, FileStorage, Manager
-from lab_state.integrations.fastapi import entry, errors, health, lifespan, manager
+from lab_state.integrations.fastapi import entry, errors, health, lifespan, manager, push, sse
 
 # flush_interval=0: a write returns when it is durable; concurrent requests share the syncs.
 visits = Manager(
@@ -43,8 +43,11 @@ async def count(total: Total) -> int:
 
 @app.websocket("/changes")
 async def changes(websocket: WebSocket, state: Visits) -> None:
-    await websocket.accept()
-    async with state.watch("page/", durable=True) as told:
-        await websocket.send_text("watching")
-        async for change in told:
-            await websocket.send_text(change.key)
+    await push(websocket, state.watch("page/", durable=True))
+
+
+@app.get("/events")
+async def events(request: Request, state: Visits) -> Response:
+    return sse(
+        request, state.watch("page/", durable=True), data=lambda change: [change.key, state.get_nowait(change.key, 0)]
+    )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Self, TypeAlias, TypeVar
 
 import msgspec
 
 from lab_state.cache import Reader
 from lab_state.exceptions import LockedError
+from lab_state.integrations._live import Stopping
 from lab_state.manager import Manager, Status
 
 Served: TypeAlias = Manager | Reader
@@ -30,6 +31,22 @@ class Named(Mapping[str, Served]):
 
     def __init__(self, named: Mapping[str, Served]) -> None:
         self._named = dict(named)
+        self._stopping: Stopping | None = None
+
+    @property
+    def stopping(self) -> Stopping | None:
+        """What tells streams that the server begins to stop; `None` where the lifespan does not run."""
+        return self._stopping
+
+    @contextmanager
+    def serving(self) -> Generator[None]:
+        """There may be streams, until the block is left."""
+        self._stopping = Stopping()
+        try:
+            yield
+        finally:
+            self._stopping.close()
+            self._stopping = None
 
     def __getitem__(self, name: str) -> Served:
         return self._named[name]
@@ -50,6 +67,10 @@ class Named(Mapping[str, Served]):
         return self
 
 
+_NO_LIFESPAN = (
+    "the application's lifespan does not run: give its managers to it, and see that the server runs its startup; "
+    "a test client does when it is entered (`with TestClient(app) as client`)"
+)
 _OTHER_WORKER = "if that is another worker of this server, run it with one worker (see docs/workers.md)"
 
 
@@ -121,15 +142,16 @@ class LastWord(logging.Filter):
 
     @classmethod
     @asynccontextmanager
-    async def told(cls, served: Iterable[Served]) -> AsyncGenerator[None]:
+    async def told(cls, served: Named) -> AsyncGenerator[None]:
         """`running`, for a server that is likely to be uvicorn."""
         started = False
         for old in [known for known in cls._LOGGER.filters if isinstance(known, cls)]:
             cls._LOGGER.removeFilter(old)  # of an attempt that something else reported
         try:
-            async with running(served):
+            async with running(served.values()):
                 started = True
-                yield
+                with served.serving():
+                    yield
         except BaseException as error:
             if not started:
                 cls._LOGGER.addFilter(cls(error))
@@ -154,6 +176,19 @@ def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None)
         asked = "a name is needed" if name is None else f"there is no {kind.__name__.lower()} {name!r}"
         raise LookupError(f"{asked}; this application has {', '.join(map(repr, found))}")
     return found[name]
+
+
+def stopping_of(served: Mapping[str, Served] | None) -> Stopping:
+    """What tells the streams of an application that the server begins to stop.
+
+    Raises:
+        LookupError: Its lifespan does not run.
+    """
+    stopping = served.stopping if isinstance(served, Named) else None
+    if stopping is None:
+        raise LookupError(_NO_LIFESPAN)
+    stopping.listen()
+    return stopping
 
 
 def _plural(kind: type[Any]) -> str:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 
-from aiohttp import web
+from aiohttp import WSCloseCode, web
 from aiohttp.typedefs import Handler, Middleware
 
 from lab_state.cache import Reader
 from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
+from lab_state.integrations._live import (
+    HEADERS,
+    MEDIA_TYPE,
+    Data,
+    Ending,
+    Watch,
+    check_times,
+    encoded,
+    events,
+    told,
+)
 from lab_state.integrations._serving import Served, add, by_name, check_bound, choose, health_of, running
 from lab_state.manager import Manager
 
-__all__ = ["SERVED", "errors", "health", "manager", "reader", "setup"]
+__all__ = ["SERVED", "errors", "health", "manager", "push", "reader", "setup", "sse"]
 
 SERVED: web.AppKey[Mapping[str, Manager | Reader]] = web.AppKey("lab_state.served", Mapping)
 """Where an application holds its managers and readers, by name."""
+
+_STOPPING: web.AppKey[Ending] = web.AppKey("lab_state.stopping", Ending)
 
 
 def setup(app: web.Application, *served: Manager | Reader) -> None:
@@ -48,6 +64,13 @@ def setup(app: web.Application, *served: Manager | Reader) -> None:
             yield
 
     app.cleanup_ctx.append(lab_state)
+    if _STOPPING not in app:
+        stopping = app[_STOPPING] = Ending()
+
+        async def stop(_: web.Application) -> None:
+            stopping.begin()
+
+        app.on_shutdown.append(stop)  # aiohttp calls this before it waits for its connections
 
 
 def _own(app: web.Application) -> dict[str, Served]:
@@ -155,3 +178,105 @@ def _answering(retry_after: int) -> Middleware:
             )
 
     return answering
+
+
+def _stopping(request: web.Request) -> Ending:
+    for app in reversed(request.match_info.apps):
+        if _STOPPING in app:
+            return app[_STOPPING]
+    raise LookupError("this application has no lab_state managers: give them to it with setup()")
+
+
+async def sse(
+    request: web.Request, watch: Watch, *, data: Data | None = None, heartbeat: float = 15.0, retry: float = 2.0
+) -> web.StreamResponse:
+    """Changes as server-sent events, until the server begins to stop.
+
+    `return await sse(request, state.watch("jobs/"))`, from a handler.
+
+    An event has the JSON of a change as its `data`, and the revision as its `id`. The
+    first one is a `resync`: read everything, then follow the changes. So a browser that
+    comes back after a lost connection misses nothing. A client that reads slowly is told
+    the last change of each key once.
+
+    The stream ends when the client leaves, when the manager stops, and when the server
+    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. aiohttp tells
+    this to `on_shutdown`.
+    A client that reads nothing at all holds a server up as with any response: give the
+    server a bound, `shutdown_timeout` of `run_app`.
+
+    Args:
+        request: The request; its response has not begun.
+        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+            entered.
+        data: A plain function from a change to what is sent about it, which msgspec can
+            encode as JSON. It is called for a `resync` too. Not given: the change itself.
+        heartbeat: After how many seconds without a change a comment is sent, so that
+            proxies keep the connection, and a client that is gone is noticed.
+        retry: In how many seconds a browser comes back.
+
+    Raises:
+        LookupError: `setup` was not called for this application.
+        TypeError: `heartbeat` or `retry` is not a number.
+        ValueError: `heartbeat` is not above 0, or `retry` is below 0.
+    """
+    check_times(heartbeat, retry)
+    stopping = _stopping(request)
+    response = web.StreamResponse(headers={**HEADERS, "Content-Type": MEDIA_TYPE})
+    await response.prepare(request)
+    if request.method == "HEAD":  # no body, so nothing would ever end it
+        return response
+    stream = events(watch, stopping, data=data, heartbeat=heartbeat, retry=retry)
+    with suppress(ConnectionError):  # the client has left
+        async with aclosing(stream):
+            async for part in stream:
+                await response.write(part)
+    return response
+
+
+async def push(request: web.Request, watch: Watch, *, data: Data | None = None) -> web.WebSocketResponse:
+    """Send changes through a WebSocket, until the server begins to stop.
+
+    `return await push(request, state.watch("jobs/"))`, as the whole of a handler.
+
+    A message is the JSON of a change, as text. The first one is a `resync`: read
+    everything, then follow the changes. What the client sends is dropped. It returns
+    when the client has left, when the manager stops, and when the server begins to stop
+    (see `sse`); in the last two cases it closes the WebSocket with 1012, so that clients
+    come back. Cancelled, it leaves the WebSocket open.
+
+    Args:
+        request: The request for a WebSocket.
+        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+            entered.
+        data: A plain function from a change to what is sent about it, which msgspec can
+            encode as JSON. It is called for a `resync` too. Not given: the change itself.
+
+    Raises:
+        LookupError: `setup` was not called for this application.
+    """
+    stopping = _stopping(request)
+    websocket = web.WebSocketResponse(heartbeat=30.0)
+    await websocket.prepare(request)
+    ending = Ending()
+    reading = asyncio.create_task(_read(websocket, ending))
+    try:
+        with stopping.calling(ending.begin), suppress(ConnectionError):
+            async with aclosing(told(watch, ending, math.inf)) as changes:
+                async for change in changes:
+                    assert change is not None
+                    await websocket.send_str(encoded(change, data).decode())
+    finally:
+        reading.cancel()
+        await asyncio.wait([reading])
+    await websocket.close(code=WSCloseCode.SERVICE_RESTART)
+    return websocket
+
+
+async def _read(websocket: web.WebSocketResponse, ending: Ending) -> None:
+    """Drop what a client sends, until it leaves."""
+    try:
+        async for _ in websocket:
+            pass
+    finally:
+        ending.begin()

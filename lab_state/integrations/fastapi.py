@@ -1,4 +1,4 @@
-"""For FastAPI: the lifespan, the health route and the errors of Starlette, and dependencies."""
+"""For FastAPI: the lifespan, the health route, the errors and the live updates of Starlette, and dependencies."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lab_state._codec import check_key
 from lab_state._state import MISSING
 from lab_state.cache import Reader
 from lab_state.handles import Entry
-from lab_state.integrations.starlette import errors, health, lifespan
+from lab_state.integrations.starlette import errors, health, lifespan, push, sse
 from lab_state.integrations.starlette import manager as manager_of
 from lab_state.integrations.starlette import reader as reader_of
 from lab_state.manager import Manager
 
-__all__ = ["entry", "errors", "health", "lifespan", "manager", "reader"]
+__all__ = ["entry", "errors", "health", "lifespan", "manager", "push", "reader", "sse"]
 
 T = TypeVar("T")
 

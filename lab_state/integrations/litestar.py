@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import timedelta
 from typing import Any, cast
 
 import msgspec
-from litestar import Litestar, Request, Response, get
+from litestar import Litestar, Request, Response, WebSocket, get
 from litestar.config.app import AppConfig
 from litestar.constants import RESERVED_KWARGS
 from litestar.di import Provide
+from litestar.exceptions import WebSocketDisconnect
 from litestar.handlers import HTTPRouteHandler
 from litestar.plugins import InitPlugin
+from litestar.response import Stream
 from litestar.stores.base import NamespacedStore
 
 from lab_state.cache import Reader
 from lab_state.exceptions import KeyNotFoundError
 from lab_state.handles import Namespace
 from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
+from lab_state.integrations._live import (
+    HEADERS,
+    MEDIA_TYPE,
+    RESTART,
+    Data,
+    Ending,
+    Watch,
+    check_times,
+    encoded,
+    events,
+    told,
+)
 from lab_state.integrations._parts import part
-from lab_state.integrations._serving import KEY, LastWord, Named, Served, by_name, check_bound, health_of
+from lab_state.integrations._serving import KEY, LastWord, Named, Served, by_name, check_bound, health_of, stopping_of
 from lab_state.manager import Manager
 
-__all__ = ["LabStatePlugin", "LabStateStore", "errors", "health"]
+__all__ = ["LabStatePlugin", "LabStateStore", "errors", "health", "push", "sse"]
 
 
 class LabStatePlugin(InitPlugin):
@@ -71,7 +86,7 @@ class LabStatePlugin(InitPlugin):
 
     @asynccontextmanager
     async def _lifespan(self, _: Litestar) -> AsyncGenerator[None]:
-        async with LastWord.told(self._named.values()):
+        async with LastWord.told(self._named):
             yield
 
 
@@ -103,8 +118,7 @@ def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> 
 
     @get(path, media_type="application/json", sync_to_thread=False)
     def lab_state_health(request: Request[Any, Any, Any]) -> Response[bytes]:
-        served = cast("Mapping[str, Served] | None", request.app.state.get(KEY))
-        status, body = health_of(served, bound)
+        status, body = health_of(_served(request), bound)
         return Response(body, status_code=status, media_type="application/json")
 
     return lab_state_health
@@ -138,6 +152,105 @@ def errors(
     handlers: dict[int | type[Exception], Callable[[Request[Any, Any, Any], Any], Response[Any]]] = {}
     handlers.update(dict.fromkeys(ANSWERED, answer))
     return handlers
+
+
+def _served(connection: Request[Any, Any, Any] | WebSocket[Any, Any, Any]) -> Mapping[str, Served] | None:
+    return cast("Mapping[str, Served] | None", connection.app.state.get(KEY))
+
+
+def sse(
+    request: Request[Any, Any, Any],
+    watch: Watch,
+    *,
+    data: Data | None = None,
+    heartbeat: float = 15.0,
+    retry: float = 2.0,
+) -> Stream:
+    """Changes as server-sent events, until the server begins to stop.
+
+    `return sse(request, state.watch("jobs/"))`, from a handler that is `async def`.
+
+    An event has the JSON of a change as its `data`, and the revision as its `id`. The
+    first one is a `resync`: read everything, then follow the changes. So a browser that
+    comes back after a lost connection misses nothing. A client that reads slowly is told
+    the last change of each key once.
+
+    The stream ends when the client leaves, when the manager stops, and when the server
+    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. It puts a
+    handler in front of the server's, passes the signal on, and takes it away with the
+    lifespan; only in the main thread, where signals are.
+    A client that reads nothing at all holds a server up as with any response: give the
+    server a bound, such as uvicorn's `--timeout-graceful-shutdown`.
+
+    Args:
+        request: The request.
+        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+            entered.
+        data: A plain function from a change to what is sent about it, which msgspec can
+            encode as JSON. It is called for a `resync` too. Not given: the change itself.
+        heartbeat: After how many seconds without a change a comment is sent, so that
+            proxies keep the connection, and a client that is gone is noticed.
+        retry: In how many seconds a browser comes back.
+
+    Raises:
+        LookupError: The application has no `LabStatePlugin`, or its lifespan did not run.
+        TypeError: `heartbeat` or `retry` is not a number.
+        ValueError: `heartbeat` is not above 0, or `retry` is below 0.
+    """
+    check_times(heartbeat, retry)
+    stopping = stopping_of(_served(request))
+    stream = events(watch, stopping, data=data, heartbeat=heartbeat, retry=retry)
+    return Stream(stream, headers=HEADERS, media_type=MEDIA_TYPE)
+
+
+async def push(socket: WebSocket[Any, Any, Any], watch: Watch, *, data: Data | None = None) -> None:
+    """Send changes through a WebSocket, until the server begins to stop.
+
+    `await push(socket, state.watch("jobs/"))`, as the whole of a handler. It accepts the
+    WebSocket, unless that was done.
+
+    A message is the JSON of a change, as text. The first one is a `resync`: read
+    everything, then follow the changes. What the client sends is dropped. It returns
+    when the client has left, when the manager stops, and when the server begins to stop
+    (see `sse`); in the last two cases it closes the WebSocket with 1012, so that clients
+    come back. Cancelled, it leaves the WebSocket open.
+
+    Args:
+        socket: The WebSocket; nothing else reads from it.
+        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+            entered.
+        data: A plain function from a change to what is sent about it, which msgspec can
+            encode as JSON. It is called for a `resync` too. Not given: the change itself.
+
+    Raises:
+        LookupError: The application has no `LabStatePlugin`, or its lifespan did not run.
+    """
+    stopping = stopping_of(_served(socket))
+    if socket.connection_state == "init":
+        await socket.accept()
+    ending = Ending()
+    reading = asyncio.create_task(_read(socket, ending))
+    try:
+        with stopping.calling(ending.begin), suppress(WebSocketDisconnect, OSError):
+            async with aclosing(told(watch, ending, math.inf)) as changes:
+                async for change in changes:
+                    assert change is not None
+                    await socket.send_data(encoded(change, data).decode())
+    finally:
+        reading.cancel()
+        await asyncio.wait([reading])
+    if socket.connection_state != "disconnect":
+        with suppress(WebSocketDisconnect, OSError):
+            await socket.close(RESTART)
+
+
+async def _read(socket: WebSocket[Any, Any, Any], ending: Ending) -> None:
+    """Drop what a client sends, until it leaves."""
+    try:
+        while (await socket.receive())["type"] != "websocket.disconnect":
+            pass
+    finally:
+        ending.begin()
 
 
 class _Bytes(msgspec.Struct, frozen=True):

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from typing import Any, cast
 
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import Response
-from starlette.websockets import WebSocket, WebSocketState
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from lab_state.cache import Reader
 from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
-from lab_state.integrations._serving import KEY, LastWord, Named, Served, by_name, check_bound, choose, health_of
+from lab_state.integrations._live import (
+    HEADERS,
+    MEDIA_TYPE,
+    RESTART,
+    Data,
+    Ending,
+    Watch,
+    check_times,
+    encoded,
+    events,
+    told,
+)
+from lab_state.integrations._serving import (
+    KEY,
+    LastWord,
+    Named,
+    Served,
+    by_name,
+    check_bound,
+    choose,
+    health_of,
+    stopping_of,
+)
 from lab_state.manager import Manager
 
-__all__ = ["errors", "health", "lifespan", "manager", "reader"]
+__all__ = ["errors", "health", "lifespan", "manager", "push", "reader", "sse"]
 
 
 def lifespan(
@@ -50,7 +75,7 @@ def lifespan(
 
     @asynccontextmanager
     async def run(app: Any) -> AsyncGenerator[Mapping[str, Any]]:
-        async with LastWord.told(named.values()):
+        async with LastWord.told(named):
             if inner is None:
                 yield {KEY: named}
                 return
@@ -160,3 +185,107 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
 
     for kind in ANSWERED:
         app.exception_handlers[kind] = cast("Any", answer)  # requests and WebSockets have one table
+
+
+def sse(
+    connection: HTTPConnection, watch: Watch, *, data: Data | None = None, heartbeat: float = 15.0, retry: float = 2.0
+) -> Response:
+    """Changes as server-sent events, until the server begins to stop.
+
+    `return sse(request, state.watch("jobs/"))`, from an endpoint that is `async def`.
+
+    An event has the JSON of a change as its `data`, and the revision as its `id`. The
+    first one is a `resync`: read everything, then follow the changes. So a browser that
+    comes back after a lost connection misses nothing. A client that reads slowly is told
+    the last change of each key once.
+
+    The stream ends when the client leaves, when the manager stops, and when the server
+    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. It puts a
+    handler in front of the server's, passes the signal on, and takes it away with the
+    lifespan; only in the main thread, where signals are.
+    A client that reads nothing at all holds a server up as with any response: give the
+    server a bound, such as uvicorn's `--timeout-graceful-shutdown`.
+
+    Args:
+        connection: The request.
+        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+            entered.
+        data: A plain function from a change to what is sent about it, which msgspec can
+            encode as JSON. It is called for a `resync` too. Not given: the change itself.
+        heartbeat: After how many seconds without a change a comment is sent, so that
+            proxies keep the connection, and a client that is gone is noticed.
+        retry: In how many seconds a browser comes back.
+
+    Raises:
+        LookupError: The lifespan did not run.
+        TypeError: `heartbeat` or `retry` is not a number.
+        ValueError: `heartbeat` is not above 0, or `retry` is below 0.
+    """
+    check_times(heartbeat, retry)
+    stopping = stopping_of(_served(connection))
+    return _EventStream(events(watch, stopping, data=data, heartbeat=heartbeat, retry=retry))
+
+
+class _EventStream(StreamingResponse):
+    """A stream that ends what it reads from, however it ends."""
+
+    def __init__(self, stream: AsyncGenerator[bytes]) -> None:
+        super().__init__(stream, headers=HEADERS, media_type=MEDIA_TYPE)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._stream):
+            if scope.get("method") == "HEAD":  # no body, so nothing would ever end it
+                await Response(headers=HEADERS, media_type=MEDIA_TYPE)(scope, receive, send)
+            else:
+                await super().__call__(scope, receive, send)
+
+
+async def push(websocket: WebSocket, watch: Watch, *, data: Data | None = None) -> None:
+    """Send changes through a WebSocket, until the server begins to stop.
+
+    `await push(websocket, state.watch("jobs/"))`, as the whole of an endpoint. It accepts the
+    WebSocket, unless that was done.
+
+    A message is the JSON of a change, as text. The first one is a `resync`: read
+    everything, then follow the changes. What the client sends is dropped. It returns
+    when the client has left, when the manager stops, and when the server begins to stop
+    (see `sse`); in the last two cases it closes the WebSocket with 1012, so that clients
+    come back. Cancelled, it leaves the WebSocket open.
+
+    Args:
+        websocket: The WebSocket; nothing else reads from it.
+        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+            entered.
+        data: A plain function from a change to what is sent about it, which msgspec can
+            encode as JSON. It is called for a `resync` too. Not given: the change itself.
+
+    Raises:
+        LookupError: The lifespan did not run.
+    """
+    stopping = stopping_of(_served(websocket))
+    if websocket.application_state is WebSocketState.CONNECTING:
+        await websocket.accept()
+    ending = Ending()
+    reading = asyncio.create_task(_read(websocket, ending))
+    try:
+        with stopping.calling(ending.begin), suppress(WebSocketDisconnect):
+            async with aclosing(told(watch, ending, math.inf)) as changes:
+                async for change in changes:
+                    assert change is not None
+                    await websocket.send_text(encoded(change, data).decode())
+    finally:
+        reading.cancel()
+        await asyncio.wait([reading])
+    if WebSocketState.DISCONNECTED not in {websocket.client_state, websocket.application_state}:
+        with suppress(WebSocketDisconnect):
+            await websocket.close(RESTART)
+
+
+async def _read(websocket: WebSocket, ending: Ending) -> None:
+    """Drop what a client sends, until it leaves."""
+    try:
+        while (await websocket.receive())["type"] != "websocket.disconnect":
+            pass
+    finally:
+        ending.begin()
