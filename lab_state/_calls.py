@@ -12,10 +12,11 @@ from typing import Any, TypeVar, overload
 
 from lab_state._codec import check_key
 from lab_state._expiry import Expiring, Seconds
+from lab_state._json_keys import check_str_keys
 from lab_state._nesting import SHALLOW
 from lab_state._reads import MISSING_VALUE, many_keys
 from lab_state._state import MISSING
-from lab_state._values import NULL, L, U, check_encoded, check_json, encode, encode_value
+from lab_state._values import COLON, NULL, TIMESTAMP, L, U, check_encoded, check_json, encode, encode_value
 from lab_state._writing import Writing, check_callable, name_of, plain_result
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
@@ -47,7 +48,7 @@ class Calls(Writing):
 
     __slots__ = ()
 
-    async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:  # noqa: C901, PLR0912 -- the hot path, written out
+    async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:  # noqa: C901 -- the hot path, written out
         """Store a value; returns the revision.
 
         Args:
@@ -75,6 +76,7 @@ class Calls(Writing):
                 try:
                     stored: Any = encode(value)
                     check_json(stored)  # a `msgspec.Raw` inside may hold anything
+                    packed = check_str_keys(value) if COLON in stored else None
                 except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
                     stored = encode_value(value)
                 else:
@@ -82,17 +84,15 @@ class Calls(Writing):
                         len(stored) >= SHALLOW
                         or (L in stored and U in stored and stored.rpartition(NULL)[1])
                         or not stored.isascii()
+                        or (packed is not None and TIMESTAMP in packed)
                     ):
-                        check_encoded(value, stored)
+                        check_encoded(value, stored, packed)
             else:
                 stored = encode_value(value)
         except InvalidValueError:
             core.counters.set_errors += 1
             raise
-        try:
-            full = self._prefix + key
-        except TypeError:
-            full = self._full(key)
+        full = self._prefix + key if key.__class__ is str else self._full(key)
         state = core.state
         changes = state.changes
         if full not in changes:

@@ -16,7 +16,8 @@ from lab_state._codec import check_key
 from lab_state._core import Core
 from lab_state._expiry import Expiring
 from lab_state._state import MISSING, Stored
-from lab_state._values import NOT_JSON, SCALARS, decode_json, decode_value
+from lab_state._types import NOT_JSON, check_type, decode_json, decode_value
+from lab_state._values import SCALARS
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class Reads:
 
     def __contains__(self, key: object) -> bool:
         self._check_open()
-        return isinstance(key, str) and self._core.state.has(self._prefix + key)
+        return isinstance(key, str) and self._core.state.has(self._prefix + str.__str__(key))
 
     @overload
     async def get(self, key: str, *, type: type[T]) -> T: ...
@@ -60,13 +61,16 @@ class Reads:
         Args:
             key: The key.
             default: What to return, as it is, when the key is missing.
-            type: What to decode the value as: any type that msgspec decodes, or a
-                Pydantic model.
+            type: What to decode the value as: any type that msgspec decodes, a Pydantic
+                model, any type with something of Pydantic's in it, or a
+                `pydantic.TypeAdapter`.
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored value is not a `type`; the error says where.
-            TypeError: The default is a class, which was meant to be the type.
+            TypeError: The type is none that can be decoded, as the message explains;
+                every call with a `type` raises it before it looks at a value. Or the
+                default is a class, which was meant to be the type.
         """
         if default is not MISSING and default is not None:
             check_default(default)
@@ -74,7 +78,7 @@ class Reads:
         try:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
-            return self._missing(key, default)
+            return self._missing(key, default, type)
         if type is Any and (kind := stored.__class__) is not Expiring:
             if kind is not bytes and kind is not Raw:
                 return stored
@@ -156,10 +160,12 @@ class Reads:
 
     def _get(self, key: str, default: object, type_: Any) -> Any:
         """The value of a key, or the default."""
+        if key.__class__ is not str:
+            key = as_text(key)
         try:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
-            return self._missing(key, default)
+            return self._missing(key, default, type_)
         if type_ is Any and (kind := stored.__class__) is not Expiring:
             if kind is not bytes and kind is not Raw:
                 return stored
@@ -174,6 +180,8 @@ class Reads:
 
     def _all(self, keys: Iterable[str], type_: Any) -> dict[str, Any]:
         """The values of those of the keys that are there."""
+        if type_ is not Any:
+            check_type(type_)
         found: dict[str, Any] = {}
         for key in keys:
             value = self._get(key, MISSING_VALUE, type_)
@@ -181,9 +189,13 @@ class Reads:
                 found[key] = value
         return found
 
-    def _missing(self, key: object, default: object) -> Any:
+    def _missing(self, key: object, default: object, type_: Any = Any) -> Any:
         """What a read gives for a key that was not found."""
+        if key.__class__ is not str and isinstance(key, str):
+            return self._get(str.__str__(key), default, type_)  # its own class may have changed the prefix
         self._check_open()
+        if type_ is not Any:
+            check_type(type_)
         try:
             check_key(self._full(key))
         except InvalidKeyError as error:
@@ -208,7 +220,7 @@ class Reads:
 
     def _expiry(self, key: str) -> int | None:
         """When a key that is there expires, in milliseconds."""
-        stored = self._core.state.entries[self._prefix + key]
+        stored = self._core.state.entries[self._full(key)]
         return stored.at if isinstance(stored, Expiring) else None
 
     def _check_open(self) -> None:
@@ -218,7 +230,7 @@ class Reads:
         """A prefix under this one."""
         if not isinstance(prefix, str):
             raise InvalidKeyError(f"a prefix must be a str, not {prefix.__class__.__name__}")
-        return self._prefix + prefix
+        return self._prefix + str.__str__(prefix)
 
     def _nested(self, name: str) -> str:
         """The prefix of a namespace."""
@@ -245,6 +257,11 @@ def check_default(default: object) -> None:
     """
     if isinstance(default, type):
         raise TypeError(f"the default is a class; to have the value decoded as one, write type={default.__name__}")
+
+
+def as_text(key: Any) -> Any:
+    """A key that may be of a class of its own, as plain text; `Markup` would change the prefix."""
+    return str.__str__(key) if isinstance(key, str) else key
 
 
 def many_keys(keys: Iterable[str]) -> Iterable[str]:

@@ -8,9 +8,12 @@ differs by version and by the caller's stack), lone surrogates, unknown classes.
 
 from __future__ import annotations
 
+import builtins
 import re
+import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from datetime import datetime, time
 from math import isfinite
 from typing import Any, cast
 
@@ -18,8 +21,11 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._expiry import Json, Value
+from lab_state._json_keys import check_str_keys, double_key
+from lab_state._models import HIDDEN, NOT_FINITE, first_problem, path_of, step_of, write
 from lab_state._nesting import MAX_DEPTH, SHALLOW, deeper, too_deep
-from lab_state.exceptions import InvalidValueError, TypeMismatchError
+from lab_state._types import decode_json, is_text, undecodable
+from lab_state.exceptions import InvalidValueError
 
 NULL = b"null"
 """What msgspec writes for None, and for NaN and infinity."""
@@ -27,10 +33,16 @@ NULL = b"null"
 L, U = ord("l"), ord("u")
 """A single byte is found ten times as fast as `NULL`, and without it there is none."""
 
-_MAX_PATH = 200
+COLON = ord(":")
+"""Where there is none, there is no dict and no time."""
 
-_MASK = "**********"
-"""What Pydantic writes for a secret."""
+TIMESTAMP = 0xFF
+"""In MessagePack: in what a datetime with a zone becomes, and in no text."""
+
+_MOST_DIGITS = 4300
+"""An int of more is not read, by Python and by msgspec."""
+
+_MAX_PATH = 200
 
 SCALARS = frozenset({str, int, float, bool, type(None)})
 """What is stored as it is."""
@@ -39,47 +51,33 @@ _PLAIN = frozenset({dict, list, tuple, set, frozenset})
 
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 
+_NO_ROOM = "so deep in calls, Python's recursion limit leaves no room for its nesting; it cannot be kept from here"
 _TOO_DEEP = f"more than {MAX_DEPTH} levels of nesting cannot be kept"
-_NOT_FINITE = "NaN and infinity cannot be kept: JSON has no such numbers"
 _LONE_SURROGATE = "a str with a lone surrogate cannot be kept: UTF-8 cannot hold it"
+_ODD_OFFSET = "a time whose offset has seconds cannot be kept: JSON would move it; use .astimezone(timezone.utc)"
+_ZONE_OF_A_TIME = (
+    "a time of day with a zone cannot be kept: it has no offset without a date; keep the zone's key beside it"
+)
 _TOO_MANY_DIGITS = "an int of so many digits cannot be kept; store it as a str"
 
 
-def _encode_other(value: object) -> Raw:
-    """What msgspec does not know: Pydantic models, found by their method, at any depth."""
-    dump = getattr(type(value), "model_dump_json", None)
-    if dump is None:
-        raise NotImplementedError
-    text: str = dump(value, by_alias=True, round_trip=True)
-    if _MASK in text and _has_secret(cast("Any", value).model_dump(round_trip=True)):
-        raise ValueError  # `_refusal` says why
-    return Raw(text.encode())
-
-
-def _has_secret(value: object) -> bool:
-    """Whether there is a `SecretStr` or the like, which Pydantic writes as asterisks: it would not be read back."""
-    return hasattr(value, "get_secret_value") or any(_has_secret(child) for _, child in _children(value))
-
-
-def _decode_other(type_: type[Any], value: object) -> object:
-    validate = getattr(type_, "model_validate_json", None)
-    if validate is None:
-        raise NotImplementedError
-    return validate(encode(value))
+def _encode_other(value: object) -> object:
+    """What msgspec does not know, at any depth: Pydantic's models, paths, IP addresses, deques."""
+    kind = type(value)
+    if hasattr(kind, "model_dump_json"):
+        return Raw(write(value))
+    if is_text(kind):
+        return str(value)
+    if isinstance(value, deque):
+        return list(cast("deque[object]", value))
+    raise NotImplementedError
 
 
 encode = msgspec.json.Encoder(enc_hook=_encode_other).encode
-decode_json: Callable[[Any], Any] = msgspec.json.Decoder().decode
-"""JSON without a type; what it raises says nothing of where the value is from."""
-
-NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError)
-"""What reading JSON raises when it is none."""
-
 check_json: Callable[[Any], object] = msgspec.json.Decoder(Raw).decode
 """Raises unless the bytes are one JSON value; does not look at UTF-8."""
 
 
-_pack = msgspec.msgpack.Encoder().encode
 _FLOAT = 0xCB
 _NOT_FINITE_PACKED = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
 
@@ -88,67 +86,98 @@ def encode_value(value: object) -> Value:
     """The stored form of a value.
 
     Raises:
-        InvalidValueError: JSON cannot hold it; the error says where in the value.
+        InvalidValueError: JSON cannot hold it, or it would not be read back; the error says where in the value.
     """
-    if value.__class__ in SCALARS:
+    kind: Any = value.__class__
+    if kind in SCALARS:
         _check_scalar(cast("str | float | None", value))
         return cast("Value", value)
     try:
         # A msgspec.Raw, or a model's own serializer, may have put anything there.
         check_json(data := encode(value))
-        if value.__class__ is Raw:
+        if kind is Raw:
             decode_json(data)  # numbers out of range
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 -- a serializer of the caller's may raise anything, and quote the value
         raise _refusal(value) from None
-    if len(data) >= SHALLOW or (L in data and U in data and data.rpartition(NULL)[1]) or not data.isascii():
-        check_encoded(value, data)
+    if kind not in _PLAIN:
+        _check_class(kind)
+    check_encoded(value, data)
     return Json(data)
 
 
-def check_encoded(value: object, data: bytes) -> None:
-    """Refuse what msgspec lets pass all the same; short ASCII without `null` has nothing of that.
+def _check_class(kind: type) -> None:
+    """Refuse an object of a class that is written, and never read."""
+    if (why := undecodable(kind)) is not None:
+        raise InvalidValueError(f"an object of the class {_class_name(kind)} cannot be kept: {why}")
+
+
+def check_encoded(value: object, data: bytes, packed: bytes | None = None) -> None:
+    """Refuse what msgspec lets pass all the same.
+
+    Args:
+        value: The value.
+        data: Its JSON. Short ASCII without `null` and without colons has nothing of that.
+        packed: What `check_str_keys` gave for it, if that is known.
 
     Raises:
-        InvalidValueError: It is not.
+        InvalidValueError: It is not what will be read.
     """
     try:
         if not data.isascii():
             data.decode()  # a Raw may hold anything
-    except UnicodeDecodeError:
+        if len(data) > _MOST_DIGITS and _may_have_longer_ints():
+            decode_json(data)
+    except (UnicodeDecodeError, msgspec.MsgspecError):
         raise _refusal(value) from None
-    if L in data and U in data and data.rpartition(NULL)[1]:  # half of what `in` takes
-        _check_finite(value)
+    if packed is None and (COLON in data or NULL in data):
+        packed = _packed(value, data)
+    if NULL in data:
+        _check_finite(value, packed)
     if len(data) >= SHALLOW and too_deep(data):
         raise _refusal(value)
+    if _MOVED.search(data) is not None or value.__class__ in (datetime, time):
+        _check_times(value)
 
 
-def decode_value(stored: Value, type_: Any) -> Any:
-    """A fresh value of the type asked for.
-
-    Raises:
-        TypeMismatchError: The stored value is not one, or the type is none that can be decoded.
-    """
-    kind: type[object] = stored.__class__
-    if kind is bytes or kind is Raw:
-        data: Any = stored
-        if type_ is Any:
-            try:
-                return decode_json(data)
-            except NOT_JSON:
-                raise TypeMismatchError("a msgspec.Raw that is not valid JSON; set it anew") from None
-    elif type_ is Any or kind is type_:
-        return stored
-    else:
-        data = encode(stored)
-    decode = _decoder_for(type_)
+def _packed(value: object, data: bytes) -> bytes | None:
+    """The value in MessagePack, if that can hold it; two keys of one dict that are one key in JSON are refused."""
     try:
-        return decode(data)
-    except (MemoryError, RecursionError):
-        raise
-    except Exception as error:  # noqa: BLE001 -- a validator of the caller's may raise anything, and quote the value
-        raise _mismatch(type_, error) from None
+        return check_str_keys(value)
+    except Exception:  # noqa: BLE001 -- whatever it is, the JSON is looked at
+        double = double_key(data)
+    if double is not None:
+        way, name = double
+        raise InvalidValueError(
+            f"a dict with two keys that are both {name!r} in JSON cannot be kept", _shortened(path_of(way))
+        ) from None
+    return None
+
+
+_MOVED = re.compile(rb'(?:[+-]\d\d:\d\d|"\d\d:\d\d:\d\d(?:\.\d+)?)"')
+"""How a time ends that has an offset, and all of one that has none."""
+
+
+def _check_times(value: object) -> None:
+    """Refuse times that msgspec would write as other times."""
+    stack: list[tuple[str, object]] = [("$", value)]
+    while stack:
+        path, item = stack.pop()
+        if isinstance(item, datetime | time):
+            if item.tzinfo is None:
+                continue
+            if (offset := item.utcoffset()) is None:
+                raise InvalidValueError(_ZONE_OF_A_TIME, _shortened(path))
+            if offset.total_seconds() % 60:
+                raise InvalidValueError(_ODD_OFFSET, _shortened(path))
+        elif item.__class__ not in SCALARS:
+            stack.extend((path + _step_in(item, step), part) for step, part in _parts(item))
+
+
+def _may_have_longer_ints() -> bool:
+    """Whether Python would write an int that nothing reads: its own limit was lifted."""
+    return not 0 < sys.get_int_max_str_digits() <= _MOST_DIGITS
 
 
 def size_of(stored: Value) -> int:
@@ -158,41 +187,21 @@ def size_of(stored: Value) -> int:
     return len(stored) if isinstance(stored, bytes | str) else 8
 
 
-def _make_decoder(type_: Any) -> Callable[[Any], Any]:
-    validate = getattr(type_, "model_validate_json", None)
-    if validate is not None:
-        return lambda data: validate(bytes(data))
-    return msgspec.json.Decoder(type_, dec_hook=_decode_other).decode
-
-
-_cached_decoder = lru_cache(maxsize=1024)(_make_decoder)
-
-
-def _decoder_for(type_: Any) -> Callable[[Any], Any]:
-    try:
-        try:
-            return _cached_decoder(type_)
-        except TypeError:  # not hashable, or nothing that msgspec decodes
-            return _make_decoder(type_)
-    except (TypeError, NameError) as error:  # about the type alone: no value can be in it
-        raise TypeMismatchError(f"{_type_name(type_)} is not a type that can be decoded: {error}") from None
-
-
 def _check_scalar(value: str | float | None) -> None:
     if isinstance(value, str):
         if not value.isascii():
             _check_encodes(value, _LONE_SURROGATE)
     elif isinstance(value, float):
         if not isfinite(value):
-            raise InvalidValueError(_NOT_FINITE)
+            raise InvalidValueError(NOT_FINITE)
     elif value is not None and not _MIN_INT <= value <= _MAX_INT:
         _check_encodes(value, _TOO_MANY_DIGITS)  # Python itself limits the digits of an int in text
 
 
 def _check_encodes(value: object, why_not: str) -> None:
     try:
-        encode(value)
-    except ValueError:
+        decode_json(encode(value))
+    except (ValueError, msgspec.MsgspecError):
         raise InvalidValueError(why_not) from None
 
 
@@ -200,37 +209,35 @@ def _as_written(value: object) -> object:
     """What `to_builtins` leaves to us, as what its JSON holds, NaN and all."""
     if isinstance(value, Raw):
         return decode_json(value)
-    return cast("Any", value).model_dump(by_alias=True, round_trip=True)
+    if hasattr(type(value), "model_dump"):
+        return cast("Any", value).model_dump(round_trip=True, warnings="none")
+    return _encode_other(value)
 
 
-def _check_finite(value: object) -> None:
-    """NaN and infinity are written as `null`: refuse them."""
-    try:
-        # In MessagePack they have bytes of their own, which no text and few numbers hold.
-        packed = _pack(value)
-        if _FLOAT not in packed or _NOT_FINITE_PACKED.search(packed) is None:
-            return
-    except Exception:  # noqa: BLE001, S110 -- what MessagePack cannot hold is looked at more closely
-        pass
+def _check_finite(value: object, packed: bytes | None) -> None:
+    """NaN and infinity are written as `null`: refuse them. In MessagePack they have bytes of their own."""
+    # No text has these bytes, and few numbers do.
+    if packed is not None and (_FLOAT not in packed or _NOT_FINITE_PACKED.search(packed) is None):
+        return
     try:
         tree = msgspec.to_builtins(value, enc_hook=_as_written)
     except Exception:  # noqa: BLE001 -- as in encode_value
         raise InvalidValueError("a model cannot be kept: its own serializer failed") from None
     if (path := _first_not_finite(tree)) is not None:
-        raise InvalidValueError(_NOT_FINITE, path)
+        raise InvalidValueError(NOT_FINITE, path)
 
 
 def _first_not_finite(tree: object) -> str | None:
     """The path of a NaN or an infinity; what is neither a number nor a container costs little."""
-    stack: list[tuple[str, object]] = [("$", [tree])]
+    stack: list[tuple[str, object, int]] = [("$", [tree], 0)]
     while stack:
-        path, item = stack.pop()
+        path, item, depth = stack.pop()
         for step, child in _parts(item):
             kind: Any = child.__class__
             if kind is float and not isfinite(cast("float", child)):
                 return _shortened(path + _step_in(item, step)).replace("$[0]", "$", 1)
-            if kind not in SCALARS:
-                stack.append((path + _step_in(item, step), child))
+            if kind not in SCALARS and depth <= MAX_DEPTH:  # it may contain itself
+                stack.append((path + _step_in(item, step), child, depth + 1))
     return None
 
 
@@ -242,6 +249,8 @@ def _refusal(value: object) -> InvalidValueError:
     """
     way, steps, above = [value], [""], {id(value)}
     while len(way) <= MAX_DEPTH and (found := _first_refused(way[-1], MAX_DEPTH - len(way))) is not None:
+        if (changed := _changed(way[-1])) is not None:
+            return InvalidValueError(str(changed.args[0]), _path([*steps, changed.path.removeprefix("$")]))
         step, part = found
         steps.append(_step_in(way[-1], step))
         if id(part) in above and part.__class__ not in SCALARS:
@@ -255,8 +264,27 @@ def _refusal(value: object) -> InvalidValueError:
             refused = middle
         else:
             good = middle
-    why = _TOO_DEEP if refused == MAX_DEPTH and way[refused].__class__ in _PLAIN else _reason(way[refused])
-    return InvalidValueError(why, _path(steps[: refused + 1]))
+    part = way[refused]
+    path = "".join(steps[: refused + 1])
+    if hasattr(type(part), "model_dump_json"):
+        why, inside = _reason_of_model(part)
+        return InvalidValueError(why, _path([path, inside.removeprefix("$")]))
+    why = _TOO_DEEP if refused == MAX_DEPTH and cast("Any", part).__class__ in _PLAIN else _reason(part)
+    return InvalidValueError(why, _path([path]))
+
+
+def _changed(value: Any) -> InvalidValueError | None:
+    """What is wrong with a model that can be written, and is read back as something else."""
+    if hasattr(type(value), "model_dump_json"):
+        try:
+            if (path := _first_not_finite(value.model_dump(round_trip=True, warnings="none"))) is not None:
+                return InvalidValueError(NOT_FINITE, path)
+            write(value)
+        except InvalidValueError as error:
+            return error
+        except Exception:  # noqa: BLE001, S110 -- looked at more closely
+            pass
+    return None
 
 
 def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
@@ -293,7 +321,7 @@ def _parts(container: Any) -> Iterable[tuple[object, object]]:
 def _step_in(container: Any, step: object) -> str:
     """How a path names what `_parts` gives."""
     kind = container.__class__
-    return _step(step) if kind is dict else f"[{step}]" if kind in _PLAIN else str(step)
+    return step_of(step) if kind is dict else f"[{step}]" if kind in _PLAIN else str(step)
 
 
 def _path(steps: list[str]) -> str:
@@ -304,49 +332,109 @@ def _refused(value: object, levels: int) -> bool:
     try:
         check_json(data := encode(value))
         data.decode()
-        if value.__class__ is Raw:
+        if value.__class__ is Raw or _may_have_longer_ints():
             decode_json(data)
     except Exception:  # noqa: BLE001 -- whatever it is, this is the part that cannot be encoded
         return True
     return deeper(data, levels)
 
 
+def _reason_of_model(model: Any) -> tuple[str, str]:
+    """Why a Pydantic model cannot be kept, and the path to what is to blame."""
+    kind = type(model)
+    what = f"a model of the class {kind.__qualname__} cannot be kept"
+    try:
+        encode(model)
+    except InvalidValueError as error:
+        return str(error.args[0]), error.path
+    except RecursionError:
+        return _NO_ROOM, "$"
+    except Exception as error:  # noqa: BLE001 -- a serializer of the caller's may raise anything, and quote the value
+        if hasattr(error, "errors"):
+            path, detail = first_problem(error)
+            return f"{what}: what it writes is not what it reads: {detail}", path
+        path = f".{name}" if (name := _field_to_blame(model)) is not None else ""
+        if "utf-8" in str(error):
+            return f"{what}: bytes that are not UTF-8; set ser_json_bytes and val_json_bytes to 'base64'", f"${path}"
+        return f"{what}: its own serializer failed with {type(error).__name__}", f"${path}"
+    return _TOO_DEEP, "$"
+
+
+def _field_to_blame(model: Any) -> str | None:
+    """The field of a model that cannot be written."""
+    for name in getattr(type(model), "model_fields", ()):
+        try:
+            model.model_dump_json(include={name}, round_trip=True, warnings="none")
+        except Exception:  # noqa: BLE001 -- this is the one
+            return str(name)
+    return None
+
+
 def _reason(value: object) -> str:  # noqa: C901, PLR0911 -- a list of reasons
     try:
         encode(value)
     except RecursionError:
-        return "so deep in calls, Python's recursion limit leaves no room for its nesting; it cannot be kept from here"
+        return _NO_ROOM
     except Exception:  # noqa: BLE001, S110 -- why it failed is told below
         pass
-    if type(value) is str:
+    kind = type(value)
+    if kind is str:
         return _LONE_SURROGATE
-    if type(value) is int:
+    if kind is int:
         return _TOO_MANY_DIGITS
-    if hasattr(type(value), "model_dump_json"):
-        return f"a model of the class {type(value).__qualname__} cannot be kept: its own serializer failed"
     if isinstance(value, Raw):
         if not _refused(value, MAX_DEPTH):
             return _TOO_DEEP
         return "a msgspec.Raw that is not valid JSON cannot be kept"
     if isinstance(value, dict):
-        return "a dict with keys that JSON cannot hold cannot be kept: use keys that are str, int or float"
+        return _reason_of_keys(cast("dict[object, object]", value))
+    if is_text(kind):
+        return f"a {kind.__name__} whose text is not UTF-8 cannot be kept"
     if hasattr(value, "get_secret_value"):
-        return "a secret of Pydantic's would be kept as asterisks: give its field a serializer, or keep the text itself"
+        return HIDDEN
+    if hasattr(kind, "__fields__") and hasattr(kind, "parse_raw"):
+        return f"{_class_name(kind)} is a model of Pydantic 1, which cannot be kept: keep its dict(), or use Pydantic 2"
+    return f"an object of the class {_class_name(kind)} cannot be kept: {_way_out(value)}"
+
+
+def _reason_of_keys(value: dict[object, object]) -> str:
+    for key in value:
+        try:
+            encode({key: None})
+        except Exception:  # noqa: BLE001 -- this is the one
+            if isinstance(key, str) and type(key) is str:
+                return f"a dict with the key {key!r} cannot be kept: it has a lone surrogate, which UTF-8 cannot hold"
+            kind = _class_name(type(key))
+            return f"a dict with a key of the class {kind} cannot be kept: use keys that are str, int or float"
+    return "a dict that changes while it is encoded cannot be kept"  # pragma: no cover -- its parts were looked at
+
+
+def _way_out(value: object) -> str:
+    """What to keep in place of an object of a class that is not known."""
     for plain in (str, int, float, bytes):
         if isinstance(value, plain):
-            return f"an object of the class {type(value).__qualname__} cannot be kept: make it a plain {plain.__name__}"
+            return f"make it a plain {plain.__name__}"
+    if type(value).__module__.partition(".")[0] == "numpy":
+        scalar = getattr(value, "ndim", 1) == 0
+        return f"make it a plain {type(cast('Any', value).item()).__name__} by .item()" if scalar else "use .tolist()"
     return (
-        f"an object of the class {type(value).__qualname__} cannot be kept: use what msgspec encodes (built-in types, "
-        "Struct, dataclass, attrs, enum, datetime, UUID, Decimal) or a Pydantic model"
+        "use what msgspec encodes (built-in types, Struct, dataclass, attrs, enum, datetime, UUID, Decimal), "
+        "a Pydantic model, a path, an IP address or a deque"
     )
+
+
+def _class_name(kind: type) -> str:
+    """The name of a class; with its module, where it has the name of a built-in one."""
+    shadows = kind.__module__ != "builtins" and hasattr(builtins, kind.__name__)
+    return f"{kind.__module__}.{kind.__qualname__}" if shadows else kind.__qualname__
 
 
 def _children(value: object) -> Iterator[tuple[str, object]]:
     """The parts of a value, each with its step in the path."""
     if isinstance(value, dict):
         members = cast("dict[object, object]", value)
-        yield from ((_step(key), child) for key, child in members.items())
-    elif isinstance(value, list | tuple | set | frozenset):
+        yield from ((step_of(key), child) for key, child in members.items())
+    elif isinstance(value, list | tuple | set | frozenset | deque):
         items = cast("Iterable[object]", value)
         yield from ((f"[{index}]", child) for index, child in enumerate(items))
     else:
@@ -366,61 +454,5 @@ def _field_names(value: object) -> Iterator[str]:
         yield from getattr(kind, "model_fields", ())  # Pydantic
 
 
-def _step(key: object) -> str:
-    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
-
-
 def _shortened(path: str) -> str:
     return path if len(path) <= _MAX_PATH else f"{path[:_MAX_PATH]}..."
-
-
-_EXPECTED = re.compile(r"(Expected `.*?|Object missing required field `[^`]*`)(?: - at `(.*)`)?")
-_PATH = re.compile(r".* - at `(.*)`", re.DOTALL)
-
-
-def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
-    """The error without the value, which msgspec's and Pydantic's own messages quote."""
-    name, path = _type_name(type_), "$"
-    cause = error.__cause__
-    if isinstance(error, msgspec.ValidationError) and cause is None:
-        match = _EXPECTED.fullmatch(str(error))
-        path, detail = (match[2] or "$", match[1]) if match is not None else (_path_in(str(error)), "it does not fit")
-    elif isinstance(error, msgspec.ValidationError):  # a validator of the caller's, within something of msgspec's
-        path, detail = _path_in(str(error).removeprefix(str(cause))), "it does not fit"
-        if hasattr(cause, "errors"):
-            inner, detail = _first_problem(cause)
-            path += inner.removeprefix("$")
-    elif hasattr(error, "errors"):
-        path, detail = _first_problem(error)
-    else:
-        detail = f"{type(error).__name__} while decoding; is it a type that msgspec decodes, or a Pydantic model?"
-    return TypeMismatchError(f"not a `{name}`: {detail} - at `{path}`", path)
-
-
-def _path_in(message: str) -> str:
-    match = _PATH.fullmatch(message)
-    return "$" if match is None else match[1]
-
-
-_SAYS_NO_VALUE = re.compile(
-    r"missing|extra_forbidden|.*_type|(int|float|bool)_parsing|int_from_float|(greater|less)_than(_equal)?|finite_number|"
-    r"multiple_of|(string_)?too_(short|long)|string_pattern_mismatch|literal_error|enum|none_required"
-)
-"""Pydantic's kinds of problems whose messages say what was expected, never what was found."""
-
-
-def _first_problem(error: object) -> tuple[str, str]:
-    """Where Pydantic found the first problem, and what it was, as far as that cannot quote the value."""
-    problems = cast("Any", error).errors(include_url=False, include_context=False, include_input=False)
-    first: dict[str, Any] = problems[0]
-    kind = str(first["type"])
-    detail = str(first["msg"]) if _SAYS_NO_VALUE.fullmatch(kind) else kind
-    return "$" + "".join(_pydantic_step(part) for part in first["loc"]), detail
-
-
-def _type_name(type_: Any) -> str:
-    return type_.__qualname__ if isinstance(type_, type) else repr(type_)
-
-
-def _pydantic_step(part: object) -> str:
-    return f"[{part}]" if isinstance(part, int) else _step(part)

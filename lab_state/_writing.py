@@ -8,7 +8,8 @@ from typing import Any
 from lab_state._codec import check_key
 from lab_state._expiry import Expiring, Seconds, Value, milliseconds
 from lab_state._reads import MISSING_VALUE, Reads
-from lab_state._values import decode_value, encode_value
+from lab_state._types import decode_value
+from lab_state._values import encode_value
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 

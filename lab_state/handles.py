@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import deepcopy
-from typing import Any, Generic, Optional, TypeVar, cast, final, overload
+from typing import Any, Generic, TypeVar, cast, final, overload
 
 from lab_state._calls import Calls
 from lab_state._codec import check_key
@@ -17,6 +17,7 @@ from lab_state._metrics import Counters
 from lab_state._plain import Plain
 from lab_state._reads import MISSING_VALUE
 from lab_state._state import MISSING, Changed, State
+from lab_state._types import check_type, optional
 from lab_state._values import encode_value
 from lab_state._watch import Change, Watcher
 from lab_state.blocking import Blocking
@@ -96,9 +97,12 @@ class Scope(Calls):
 
         Raises:
             InvalidKeyError: The key is out of bounds.
+            TypeError: The type is none that can be decoded; see `get`. A class that is
+                defined further down in the file cannot be named yet.
         """
         check_key(self._full(key))
-        return Entry(self, key, Optional[type] if default is None else type, default)  # noqa: UP045 -- at run time
+        check_type(type)
+        return Entry(self, key, optional(type) if default is None else type, default)
 
     def namespace(self, name: str) -> Namespace:
         """A handle for the keys that begin with `name` and a slash; it may be made before `start()`, and kept.
@@ -286,10 +290,7 @@ class Transaction(Plain):
         except InvalidValueError:
             core.counters.set_errors += 1
             raise
-        try:
-            full = self._prefix + key
-        except TypeError:
-            full = self._calls._full(key)  # noqa: SLF001 -- the calls' other face
+        full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- the calls' other face
         changes = core.changes
         if full not in changes and full not in core.known:
             self._calls._begin(full)  # noqa: SLF001 -- likewise

@@ -28,7 +28,8 @@ from lab_state._codec import (
 )
 from lab_state._expiry import Expiring, Json, Value
 from lab_state._state import DELETED, EXPIRED, Absent, Changed, Changes, Stored
-from lab_state._values import decode_value, encode_value
+from lab_state._types import decode_value
+from lab_state._values import encode_value
 from lab_state.cache._format import message
 from lab_state.cache._format import slices as parts_for_the_mirror
 from lab_state.exceptions import CorruptionError, InvalidKeyError, InvalidValueError, UnsupportedError

@@ -11,7 +11,7 @@ import pytest
 from lab_state import FileStorage, Manager
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._journal import NO_BASE, Accepted, accept, base_of, scan
-from lab_state._values import decode_value
+from lab_state._types import decode_value
 
 V1 = Path(__file__).parent / "golden" / "v1"
 

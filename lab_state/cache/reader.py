@@ -14,7 +14,7 @@ from lab_state._codec import check_key
 from lab_state._expiry import Expiring, Json
 from lab_state._reads import check_default, many_keys
 from lab_state._state import MISSING, Stored
-from lab_state._values import decode_value
+from lab_state._types import check_type, decode_value
 from lab_state._watch import Watcher
 from lab_state.cache._feed import Feed, either, logger
 from lab_state.cache._format import HEAD, Head, parse_head, parse_time
@@ -160,16 +160,18 @@ class Reader:
         Args:
             key: The key.
             default: What to return, as it is, when the key is missing.
-            type: What to decode the value as: any type that msgspec decodes, or a
-                Pydantic model.
+            type: What to decode the value as; see `Manager.get`.
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored value is not a `type`; the error says where.
-            TypeError: The default is a class, which was meant to be the type.
+            TypeError: The type is none that can be decoded, or the default is a class,
+                which was meant to be the type.
             UnavailableError: See the class.
         """
         check_default(default)
+        if type is not Any:
+            check_type(type)
         try:
             stored = self._local.shown[key]
         except (KeyError, TypeError):
@@ -192,6 +194,8 @@ class Reader:
             TypeMismatchError: One of the values is not a `type`.
             UnavailableError: See the class.
         """
+        if type is not Any:
+            check_type(type)
         wanted = [_asked(key) for key in many_keys(keys)]
         found = await self._some(wanted)
         for key in wanted:
@@ -213,6 +217,8 @@ class Reader:
             TypeMismatchError: One of the values is not a `type`.
             UnavailableError: See the class.
         """
+        if type is not Any:
+            check_type(type)
         return self._all_decoded(await self._every(prefix), type)
 
     async def exists(self, key: str) -> bool:

@@ -19,7 +19,7 @@ from recorder import DIRECTORY, NAME, Gate, Recorder
 from lab_state import Config, FileStorage, Manager, StorageError
 from lab_state._expiry import Expiring
 from lab_state._state import State
-from lab_state._values import decode_value
+from lab_state._types import decode_value
 from lab_state.storage import _fs
 from lab_state.storage.file import FileSession
 from lab_state.testing import ManualClock

@@ -32,7 +32,7 @@ from lab_state._codec import decode_snapshot, encode_record, encode_snapshot, re
 from lab_state._expiry import Expiring
 from lab_state._journal import ANY_BASE, NO_BASE, Kind
 from lab_state._state import Changes, State
-from lab_state._values import decode_value
+from lab_state._types import decode_value
 from lab_state.cache._format import Head, Message, parse_head, parse_message, seen_in
 from lab_state.cache._local import Local
 from lab_state.cache._source import Found as Fetched

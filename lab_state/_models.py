@@ -1,0 +1,205 @@
+"""Pydantic's models, found by their methods, and its type adapters: Pydantic is never imported before its user did.
+
+A model is written by the names of its fields, and only if it is read back as what it is.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from math import isfinite
+from typing import Any, cast, get_args, get_origin
+
+import msgspec
+
+from lab_state._json_keys import double_key
+from lab_state.exceptions import InvalidValueError
+
+Way = list[str | int]
+
+NOT_FINITE = "NaN and infinity cannot be kept: JSON has no such numbers"
+HIDDEN = "a secret of Pydantic's would be kept as asterisks: give its field a serializer, or keep the text itself"
+
+_decode = msgspec.json.Decoder().decode
+_PACKAGES = frozenset({"pydantic", "pydantic_core", "annotated_types"})
+
+
+def is_model(kind: object) -> bool:
+    """Whether a class is a model of Pydantic 2, or has its methods."""
+    return isinstance(kind, type) and hasattr(kind, "model_validate_json")
+
+
+def read(kind: Any, data: bytes) -> Any:
+    """A model from its JSON, by the names of its fields or by its aliases."""
+    return kind.model_validate_json(data, by_alias=True, by_name=True)
+
+
+def write(model: Any) -> bytes:
+    """The JSON of a model.
+
+    Raises:
+        InvalidValueError: It would be read back as something else.
+        Exception: What its own serializer or Pydantic raises.
+    """
+    data = _dump(model)
+    tree = _decode(data)  # numbers out of range
+    if data.count(b"{") > 1 and (double := double_key(data)) is not None:
+        way, name = double
+        raise InvalidValueError(f"a dict with two keys that are both {name!r} in JSON cannot be kept", path_of(way))
+    kind: Any = type(model)
+    if not hasattr(kind, "model_validate_json"):
+        return data
+    back = read(kind, data)
+    if back != model:
+        _compare(model, back, tree)
+    return data
+
+
+def _compare(model: Any, back: Any, tree: object) -> None:
+    """Refuse a model that is read back as something else; what is never written may differ."""
+    name = type(model).__qualname__
+    incomparable = False
+    for way, old, new in _leaves(model, back, []):
+        if hasattr(old, "get_secret_value"):
+            raise InvalidValueError(HIDDEN, path_of(way))
+        if isinstance(old, float) and not isfinite(old):
+            raise InvalidValueError(NOT_FINITE, path_of(way))
+        if is_model(type(old)) and is_model(type(new)):
+            raise InvalidValueError(
+                f"a {type(old).__qualname__} cannot be kept where it is read back as {type(new).__qualname__}: "
+                "name its class in the annotation of the field",
+                path_of(way),
+            )
+        if type(new) is not type(old) or getattr(type(old), "__eq__", None) is not object.__eq__:
+            raise _changed(name, way)
+        incomparable = True
+    if incomparable and (again := _decode(_dump(back))) != tree:
+        raise _changed(name, _first_difference(tree, again))
+
+
+def _changed(name: str, way: Way) -> InvalidValueError:
+    return InvalidValueError(f"a model of the class {name} cannot be kept: it is read back changed", path_of(way))
+
+
+def _dump(model: Any) -> bytes:
+    data: bytes = model.model_dump_json(by_alias=False, round_trip=True, warnings="none").encode()
+    return data
+
+
+def _leaves(old: Any, new: Any, way: Way) -> Iterator[tuple[Way, Any, Any]]:
+    """The innermost parts that are not equal, of those that are written; models whose classes differ."""
+    parts: Iterable[tuple[Any, Any, Any]] = ()
+    if is_model(type(old)) and type(new) is type(old):
+        names = [name for name, field in type(old).model_fields.items() if not field.exclude]
+        names += getattr(old, "model_extra", None) or ()
+        parts = ((name, getattr(old, name, None), getattr(new, name, None)) for name in names)
+    elif isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        parts = ((key, old[key], new[key]) for key in old)
+    elif isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
+        parts = ((place, *pair) for place, pair in enumerate(zip(old, new, strict=True)))
+    elif old is not new and old != new:
+        yield way, old, new
+    for step, before, after in parts:
+        yield from _leaves(before, after, [*way, step])
+
+
+def _first_difference(old: Any, new: Any) -> Way:
+    """Where two values made of JSON begin to differ."""
+    way: Way = []
+    while type(old) is type(new) and isinstance(old, dict | list):
+        steps: Any = [*old, *new] if isinstance(old, dict) else range(max(len(old), len(new)))
+        step = next(step for step in steps if _part(old, step) != _part(new, step))
+        way.append(step)
+        old, new = _part(old, step), _part(new, step)
+    return way
+
+
+def _part(container: Any, step: Any) -> Any:
+    if isinstance(container, dict):
+        return container.get(step, _part)
+    return container[step] if step < len(container) else _part
+
+
+def step_of(key: object) -> str:
+    """A step of a path, from the key of a dict."""
+    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+
+
+def path_of(way: Way) -> str:
+    """The path to a place in JSON."""
+    return "$" + "".join(f"[{step}]" if isinstance(step, int) else step_of(step) for step in way)
+
+
+# Type adapters
+
+
+def is_adapter(type_: object) -> bool:
+    """Whether this is a `pydantic.TypeAdapter`."""
+    kind = type(type_)
+    return kind.__name__ == "TypeAdapter" and hasattr(kind, "validate_json")
+
+
+def of_pydantic(type_: Any) -> bool:
+    """Whether a type has something of Pydantic's in it; fields of classes are not looked at."""
+    if isinstance(type_, type) and get_origin(type_) is None:
+        return _is_of_pydantic(type_)
+    metadata = getattr(type_, "__metadata__", ())
+    if any(_is_of_pydantic(type(data)) for data in metadata):
+        return True
+    return any(of_pydantic(part) for part in get_args(type_))
+
+
+def _is_of_pydantic(kind: type) -> bool:
+    return (
+        kind.__module__.partition(".")[0] in _PACKAGES
+        or hasattr(kind, "__get_pydantic_core_schema__")
+        or hasattr(kind, "__pydantic_core_schema__")
+    )
+
+
+def adapted(type_: Any) -> Callable[[bytes], Any]:
+    """What decodes a type with Pydantic.
+
+    Raises:
+        Exception: Pydantic cannot.
+    """
+    if is_adapter(type_):
+        adapter = type_
+    else:
+        pydantic: Any = sys.modules["pydantic"]
+        try:
+            # As msgspec writes them.
+            adapter = pydantic.TypeAdapter(type_, config={"val_json_bytes": "base64"})
+        except pydantic.PydanticUserError:  # a class that has a configuration of its own
+            adapter = pydantic.TypeAdapter(type_)
+    if not adapter.pydantic_complete:
+        adapter.rebuild(raise_errors=True)
+    validate = adapter.validate_json
+    return lambda data: validate(data, by_alias=True, by_name=True)
+
+
+def check_complete(kind: Any) -> None:
+    """Make sure that a model is defined to its end.
+
+    Raises:
+        NameError: An annotation names something that does not exist.
+    """
+    if not getattr(kind, "__pydantic_complete__", True):
+        kind.model_rebuild(raise_errors=True)
+
+
+_SAYS_NO_VALUE = re.compile(
+    r"missing|extra_forbidden|.*_type|(int|float|bool)_parsing|int_from_float|(greater|less)_than(_equal)?|finite_number|"
+    r"multiple_of|(string_)?too_(short|long)|string_pattern_mismatch|literal_error|enum|none_required"
+)
+"""Pydantic's kinds of problems whose messages say what was expected, never what was found."""
+
+
+def first_problem(error: object) -> tuple[str, str]:
+    """Where Pydantic found the first problem, and what it was, as far as that cannot quote the value."""
+    problems = cast("Any", error).errors(include_url=False, include_context=False, include_input=False)
+    first: dict[str, Any] = problems[0]
+    kind = str(first["type"])
+    detail = str(first["msg"]) if _SAYS_NO_VALUE.fullmatch(kind) else kind
+    return path_of(list(first["loc"])), detail

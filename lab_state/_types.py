@@ -1,0 +1,310 @@
+"""What a value is read as: a decoder for each type, made once, and types that cannot be decoded. Pure.
+
+msgspec decodes, and Pydantic where a type has something of Pydantic's in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING
+from functools import lru_cache
+from typing import Any, Optional, get_args, get_origin
+
+import msgspec
+from msgspec import Raw
+
+from lab_state._expiry import Value
+from lab_state._models import adapted, check_complete, first_problem, is_adapter, is_model, of_pydantic, read
+from lab_state.exceptions import TypeMismatchError
+
+Decode = Callable[[Any], Any]
+
+_encode = msgspec.json.Encoder().encode
+decode_json: Decode = msgspec.json.Decoder().decode
+"""JSON without a type; what it raises says nothing of where the value is from."""
+
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError)
+"""What reading JSON raises when it is none."""
+
+_CONTAINERS = (dict, list, set, frozenset, deque)
+
+
+def decode_value(stored: Value, type_: Any) -> Any:
+    """A fresh value of the type asked for.
+
+    Raises:
+        TypeError: The type is none that can be decoded; the value was not looked at.
+        TypeMismatchError: The stored value is not one.
+    """
+    kind: type[object] = stored.__class__
+    if kind is bytes or kind is Raw:
+        data: Any = stored
+        if type_ is Any:
+            try:
+                return decode_json(data)
+            except NOT_JSON:
+                raise TypeMismatchError("a msgspec.Raw that is not valid JSON; set it anew") from None
+    elif type_ is Any or kind is type_:
+        return stored
+    else:
+        data = None
+    decode = decoder(type_)
+    try:
+        return decode(_encode(stored) if data is None else data)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:  # noqa: BLE001 -- a validator of the caller's may raise anything, and quote the value
+        raise _mismatch(type_, error) from None
+
+
+def decoder(type_: Any) -> Decode:
+    """What decodes a type; made once for each.
+
+    Raises:
+        TypeError: The type is none that can be decoded.
+    """
+    try:
+        return _cached_decoder(type_)
+    except TypeError:  # not hashable, or nothing that can be decoded
+        return _make_decoder(type_)
+
+
+check_type = decoder
+"""Raises a `TypeError` for a type that cannot be decoded."""
+
+
+def optional(type_: Any) -> Any:
+    """A type whose value may be `None`, too."""
+    return OrNone(type_) if is_adapter(type_) else Optional[type_]  # noqa: UP045 -- at run time
+
+
+class OrNone:
+    """What a `TypeAdapter` decodes, or `None`."""
+
+    __slots__ = ("adapter",)
+
+    def __init__(self, adapter: Any) -> None:
+        self.adapter = adapter
+
+    def __repr__(self) -> str:
+        return f"{self.adapter!r} | None"
+
+
+@lru_cache(maxsize=1024)
+def undecodable(kind: type) -> str | None:
+    """Why an object of a class, which can be written, would never be read as one; `None` if it can be."""
+    try:
+        decoder(kind)
+    except TypeError as error:
+        return str(error)
+    hidden = [attribute.name for attribute in getattr(kind, "__attrs_attrs__", ()) if attribute.name.startswith("_")]
+    return f"msgspec does not write its attribute `{hidden[0]}`, which begins with an underscore" if hidden else None
+
+
+def _make_decoder(type_: Any) -> Decode:
+    try:
+        return _decoder_of(type_)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:  # noqa: BLE001 -- about the type alone: no value can be in it
+        raise TypeError(f"{type_name(type_)} is not a type that can be decoded: {_advice(str(error))}") from None
+
+
+_cached_decoder = lru_cache(maxsize=1024)(_make_decoder)
+
+
+def _advice(problem: str) -> str:
+    """What to write in place of a type that msgspec cannot decode."""
+    first = problem.partition("\n")[0]
+    if "more than one dataclass or attrs type" in first:
+        return f"{first}; make them msgspec.Structs with tag=True, or Pydantic models"
+    if "must be tagged" in first:
+        return f"{first}; give the Structs of the union tags: class A(msgspec.Struct, tag=True)"
+    if "custom type" in first:
+        return f"{first}; in a field of a Struct or dataclass, wrap the union: pydantic.RootModel[A | B]"
+    if "more than one" in first:
+        return f"{first}; JSON cannot tell them apart: wrap each in a msgspec.Struct with tag=True"
+    return first
+
+
+def _decoder_of(type_: Any) -> Decode:
+    if isinstance(type_, OrNone):
+        decode = _decoder_of(type_.adapter)
+        return lambda data: None if bytes(data) == b"null" else decode(data)
+    if is_adapter(type_):
+        return _of_bytes(adapted(type_))
+    if is_model(type_):
+        check_complete(type_)
+        return lambda data: read(type_, bytes(data))
+    problem: Exception | None = None
+    if of_pydantic(type_):
+        try:
+            return _of_bytes(adapted(type_))
+        except Exception as error:  # noqa: BLE001 -- with a Struct in it, msgspec may know how
+            problem = error
+    try:
+        decode = msgspec.json.Decoder(type_, dec_hook=_from_json).decode
+        filled = _look_into(type_)
+    except Exception:
+        if problem is not None:
+            raise problem from None
+        raise
+    return (lambda data: _fill(decode(data))) if filled else decode
+
+
+def _of_bytes(decode: Callable[[bytes], Any]) -> Decode:
+    return lambda data: decode(bytes(data))
+
+
+def _look_into(type_: Any) -> bool:
+    """Whether decoding leaves the defaults of a dataclass on its class.
+
+    Raises:
+        TypeError: There is a class in the type that nothing decodes.
+    """
+    from msgspec import inspect  # noqa: PLC0415 -- costs as much as a tenth of importing lab_state
+
+    filled = False
+    stack: list[Any] = [inspect.type_info(type_)]
+    seen: set[int] = set()
+    while stack:
+        item = stack.pop()
+        if isinstance(item, tuple | list):
+            stack.extend(item)
+        elif isinstance(item, inspect.Type | inspect.Field) and id(item) not in seen:
+            seen.add(id(item))
+            kept = item  # an id is only good while its object lives
+            stack.extend(getattr(kept, name) for name in kept.__struct_fields__ if name not in ("default", "cls"))
+            if isinstance(item, inspect.CustomType) and not _is_known(item.cls):
+                raise TypeError(f"nothing decodes the class {type_name(item.cls)}")
+            if isinstance(item, inspect.DataclassType):
+                filled = filled or bool(_plain_defaults(item.cls))
+    return filled
+
+
+def _is_known(kind: Any) -> bool:
+    """Whether `_from_json` makes objects of a class."""
+    if is_model(kind):
+        check_complete(kind)
+        return True
+    return isinstance(kind, type) and (is_text(kind) or issubclass(kind, _CONTAINERS) or of_pydantic(kind))
+
+
+def is_text(kind: type) -> bool:
+    """Whether objects of a class are kept as their text: paths and IP addresses."""
+    module = sys.modules.get(kind.__module__)
+    if module is None or kind.__module__.partition(".")[0] not in ("pathlib", "ipaddress"):
+        return False
+    return issubclass(kind, os.PathLike) or kind.__name__.startswith(("IPv", "PurePath", "PurePosix", "PureWindows"))
+
+
+class _InnerError(ValueError):
+    """A mismatch within something that msgspec does not know."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+
+def _from_json(type_: Any, value: object) -> object:
+    """Make what msgspec does not know from what its JSON holds."""
+    kind = get_origin(type_) or type_
+    if is_model(kind):
+        return read(type_, _encode(value))
+    if is_text(kind):
+        if not isinstance(value, str):
+            raise _InnerError("$")
+        return kind(value)
+    if not issubclass(kind, _CONTAINERS):
+        return adapted(type_)(_encode(value))
+    try:
+        return _container(kind, get_args(type_), value)
+    except msgspec.ValidationError as error:
+        raise _InnerError(_path_in(str(error))) from None
+
+
+def _container(kind: Any, args: tuple[Any, ...], value: object) -> object:
+    """A deque, an OrderedDict or the like, from a list or a dict."""
+    plain: Any = next(base for base in _CONTAINERS if issubclass(kind, base))
+    if kind is Counter and args:
+        args = (*args, int)
+    inner: Any = {deque: list}.get(plain, plain)
+    items = decoder(inner[args] if args else inner)(_encode(value))
+    return defaultdict(None, items) if kind is defaultdict else kind(items)
+
+
+_KNOWN_DICTS = (OrderedDict, Counter, defaultdict)
+
+
+def _plain_defaults(kind: Any) -> dict[str, Any]:
+    """The defaults of a dataclass that msgspec leaves on the class of what it decodes."""
+    fields = getattr(kind, "__dataclass_fields__", {})
+    if not hasattr(kind, "__dict__") or not kind.__dictoffset__:
+        return {}
+    return {name: field.default for name, field in fields.items() if field.default is not MISSING}
+
+
+def _fill(decoded: Any) -> Any:
+    """Give each dataclass in what was decoded its defaults, so that they are written again."""
+    stack = [decoded]
+    while stack:
+        item = stack.pop()
+        kind = type(item)
+        if hasattr(kind, "__dataclass_fields__") and (defaults := _plain_defaults(kind)):
+            members = vars(item)
+            for name, default in defaults.items():
+                members.setdefault(name, default)
+        stack.extend(_parts(item))
+    return decoded
+
+
+def _parts(item: Any) -> Iterator[Any]:
+    if isinstance(item, dict):
+        yield from item.values()
+    elif isinstance(item, list | tuple | set | frozenset | deque):
+        yield from item
+    elif not isinstance(item, type):
+        kind = type(item)
+        names = getattr(kind, "__struct_fields__", None) or getattr(kind, "__dataclass_fields__", None)
+        names = names or [attribute.name for attribute in getattr(kind, "__attrs_attrs__", ())]
+        for name in names:
+            yield getattr(item, name, None)
+
+
+_EXPECTED = re.compile(r"(Expected `.*?|Object missing required field `[^`]*`)(?: - at `(.*)`)?")
+_PATH = re.compile(r".* - at `(.*)`", re.DOTALL)
+
+
+def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
+    """The error without the value, which msgspec's and Pydantic's own messages quote."""
+    name, path = type_name(type_), "$"
+    cause = error.__cause__
+    if isinstance(error, msgspec.ValidationError) and cause is None:
+        match = _EXPECTED.fullmatch(str(error))
+        path, detail = (match[2] or "$", match[1]) if match is not None else (_path_in(str(error)), "it does not fit")
+    elif isinstance(error, msgspec.ValidationError):  # a validator of the caller's, within something of msgspec's
+        path, detail = _path_in(str(error).removeprefix(str(cause))), "it does not fit"
+        if hasattr(cause, "errors"):
+            inner, detail = first_problem(cause)
+            path += inner.removeprefix("$")
+        elif isinstance(cause, _InnerError):
+            path += cause.path.removeprefix("$")
+    elif hasattr(error, "errors"):
+        path, detail = first_problem(error)
+    else:
+        detail = f"{type(error).__name__} while decoding"
+    return TypeMismatchError(f"not a `{name}`: {detail} - at `{path}`", path)
+
+
+def _path_in(message: str) -> str:
+    match = _PATH.fullmatch(message)
+    return "$" if match is None else match[1]
+
+
+def type_name(type_: Any) -> str:
+    """How a message names a type."""
+    return type_.__qualname__ if isinstance(type_, type) else repr(type_)
