@@ -53,9 +53,10 @@ class Calls(Writing):
 
         Args:
             key: The key.
-            value: Anything that msgspec encodes as JSON, or a Pydantic model. It is
+            value: Anything that msgspec encodes as JSON, a Pydantic model, a path, an IP
+                address or a deque; what survives is in "Values and types". It is
                 encoded now, in one step of the event loop, so that writes keep their order:
-                a later change of the object changes nothing. A large value costs two to
+                a later change of the object changes nothing. A large value costs three to
                 five times `msgspec.json.encode` of it, about 3 ms for a megabyte of records;
                 one that is nested deeply, or refused, up to twenty times.
             ttl: How long the key lives, in seconds or as a `timedelta`, above 0; for

@@ -46,6 +46,10 @@ class Model(pydantic.BaseModel):
     x: dict[Any, Any]
 
 
+class Numbers(pydantic.BaseModel):
+    x: dict[int, float]
+
+
 TWICE: list[tuple[dict[Any, Any], str]] = [
     ({7: "of today", "7": "of yesterday"}, "7"),
     ({"7": "of yesterday", 7: "of today"}, "7"),
@@ -89,7 +93,7 @@ def test_two_keys_in_a_pydantic_model_are_refused(around: Callable[[object], obj
     """A field of a Pydantic model is looked at, too."""
     with pytest.raises(InvalidValueError, match="two keys that are both '7'"):
         encode_value(around(Model(x={7: 1, "7": 2})))
-    assert decode_value(encode_value(Model(x={7: 1, 8: 1e16})), Model).x == {"7": 1, "8": 1e16}
+    assert decode_value(encode_value(Numbers(x={7: 1, 8: 1e16})), Numbers).x == {7: 1, 8: 1e16}
 
 
 @pytest.mark.parametrize(
