@@ -1,8 +1,8 @@
 """Every writing call, once, under a prefix: with the reading ones the base of the manager.
 
-`set` is the hot path: one Python frame where the value is a dict or a list. What is rare
-(a new key, the first change since a commit, a value to be looked into) is in functions
-of its own behind one test.
+`set` is the hot path: one Python frame where the value is a dict or a list. Rare cases
+(a new key, the first change since a commit, a value to be looked into) are handled in
+separate functions, after one check.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Calls(Writing):
     __slots__ = ()
 
     async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:  # noqa: C901 -- the hot path, written out
-        """Store a value; returns the revision.
+        """Store a value, and return the revision.
 
         Args:
             key: The key.
@@ -110,7 +110,7 @@ class Calls(Writing):
         return revision
 
     async def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> int:
-        """Store all of them as one change, all or nothing also across a crash; returns the revision.
+        """Store all of them as one change, and return the revision. After a crash all are there, or none.
 
         Args:
             values: The keys and their values.
@@ -140,7 +140,7 @@ class Calls(Writing):
         return await self._written(state.apply(expiring, cleared=False))
 
     async def touch(self, key: str, ttl: Seconds | None) -> bool:
-        """Give a key another time to live, and leave its value; returns whether it was there.
+        """Give a key another time to live, leave its value, and return whether it was there.
 
         For sessions that live as long as they are used.
 
@@ -165,7 +165,7 @@ class Calls(Writing):
         return True
 
     async def delete(self, key: str) -> bool:
-        """Delete a key; returns whether it was there.
+        """Delete a key, and return whether it was there.
 
         Raises:
             StorageError: With a `flush_interval` of 0: not durable yet.
@@ -174,7 +174,7 @@ class Calls(Writing):
         return await self.delete_many((key,)) == 1
 
     async def delete_many(self, keys: Iterable[str]) -> int:
-        """Delete those of the keys that are there, as one change; returns how many.
+        """Delete those of the keys that are there, as one change, and return how many.
 
         Raises:
             StorageError: With a `flush_interval` of 0: not durable yet.
@@ -189,7 +189,7 @@ class Calls(Writing):
         )
 
     async def delete_all(self, prefix: str = "") -> int:
-        """Delete every key that starts with `prefix`, as one change; returns how many.
+        """Delete every key that starts with `prefix`, as one change, and return how many.
 
         Raises:
             StorageError: With a `flush_interval` of 0: not durable yet.
@@ -234,7 +234,7 @@ class Calls(Writing):
     @overload
     async def update(self, key: str, fn: Callable[[Any], R], default: object = ...) -> R: ...
     async def update(self, key: str, fn: Callable[[Any], Any], default: object = MISSING, *, type: Any = Any) -> Any:
-        """Replace a value by what `fn` makes of it, atomically; returns what `fn` returned.
+        """Replace a value by the result of `fn`, atomically, and return that result.
 
         Args:
             key: The key.
@@ -275,7 +275,7 @@ class Calls(Writing):
     async def get_or_set(
         self, key: str, factory: Callable[[], object], *, type: Any = Any, ttl: Seconds | None = None
     ) -> Any:
-        """The value of a key; where it is missing, what `factory` makes is stored first.
+        """Return the value of a key. If it is missing, store the result of `factory` first.
 
         Args:
             key: The key.
@@ -300,7 +300,7 @@ class Calls(Writing):
         return await self._replaced(key, made, type, self._at(lifetime))
 
     async def set_if_absent(self, key: str, value: object, *, ttl: Seconds | None = None) -> bool:
-        """Store a value if the key is missing; returns whether it did.
+        """Store a value if the key is missing, and return whether it was stored.
 
         Args:
             key: The key.
@@ -325,7 +325,7 @@ class Calls(Writing):
     @overload
     async def incr(self, key: str, delta: float = ..., *, default: float = ..., ttl: Seconds | None = ...) -> float: ...
     async def incr(self, key: str, delta: float = 1, *, default: float = 0, ttl: Seconds | None = None) -> float:
-        """Add to a number, atomically; returns the new number.
+        """Add to a number, atomically, and return the new number.
 
         Args:
             key: The key.

@@ -58,7 +58,7 @@ class GuardedClock:
     """
 
     def __init__(self, clock: Clock, failed: Callable[[Exception], object]) -> None:
-        """`failed` is called with the first error."""
+        """Guard a clock. `failed` is called with its first error."""
         self.strict: bool = True
         self._clock = clock
         self._failed: Callable[[Exception], object] | None = failed

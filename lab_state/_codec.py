@@ -118,7 +118,7 @@ def check_key(key: object) -> str:
 
 
 def encode_record(taken: Changes) -> Iterator[bytes]:
-    """The record of what a commit took, in slices small enough to give the loop back between two."""
+    """Encode the changes of a commit as a record. Between two slices the caller can let the loop run."""
     clear = b"true" if taken.cleared else b"false"
     if not taken.time and (values := _few(taken.changes)):
         yield b'{"from":%d,"to":%d,"clear":%s,"set":%s,"delete":[],"expires":{}}' % (
@@ -144,7 +144,7 @@ def encode_record(taken: Changes) -> Iterator[bytes]:
 
 
 def _few(changes: Mapping[str, Changed]) -> bytes | None:
-    """The object of the values, if they are few and small: most commits have no other."""
+    """Encode the values together, if they are few and small, as in most commits."""
     if len(changes) > _MOST_AT_ONCE:
         return None
     part: dict[str, Value] = {}
@@ -177,7 +177,7 @@ def _times(expires: dict[str, int], time: int, wall: int) -> Iterator[bytes]:
 def _parts(
     items: Iterable[tuple[str, Changed]], expires: dict[str, int], deleted: list[str]
 ) -> Iterator[dict[str, Value]]:
-    """Parts as `encode` takes them, each of so many bytes that the loop can wait for it.
+    """Split the entries into parts for `encode`. Each part is small enough for one step of the event loop.
 
     A large value has a part of its own. `expires` takes the times, `deleted` the keys that
     were; a part may be empty.
@@ -210,7 +210,7 @@ def _parts(
 
 
 def _members(parts: Iterable[dict[str, Value]]) -> Iterator[bytes]:
-    """The members of an object, without its braces; an empty slice lets the loop run."""
+    """Encode the members of an object, without its braces. After an empty slice the loop may run."""
     comma = b""
     for part in parts:
         if len(part) == 1 and size_of(next(iter(part.values()))) >= _SLICE_BYTES:
@@ -224,7 +224,7 @@ def _members(parts: Iterable[dict[str, Value]]) -> Iterator[bytes]:
 
 
 def _pieces(large: Value) -> Iterator[bytes]:
-    """The JSON of a large value, a piece at a time."""
+    """Split the JSON of a large value into pieces."""
     if isinstance(large, str):
         yield b'"'
         for start in range(0, len(large), _SLICE_BYTES):
@@ -253,7 +253,7 @@ def _owned(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterat
 
 
 def replay(snapshot: Snapshot, records: Iterable[bytes], path: str, *, first: int = 1) -> Snapshot:
-    """The state after these records; the snapshot's own entries are used up.
+    """Apply the records to the snapshot, and return the state. The entries of the snapshot are used up.
 
     Args:
         snapshot: The state before them.
@@ -296,7 +296,7 @@ def replay(snapshot: Snapshot, records: Iterable[bytes], path: str, *, first: in
 
 
 def encode_snapshot(view: dict[str, Stored], revision: int, time: int, *, own: bool, wall: int = 0) -> Iterator[bytes]:
-    """The snapshot of a view, in slices small enough to give the loop back between two; a slice may be empty.
+    """Encode the snapshot of a view in slices, so that the caller can let the loop run. A slice may be empty.
 
     Args:
         view: The entries; nobody else changes them meanwhile.

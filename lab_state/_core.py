@@ -108,7 +108,7 @@ class Core:
         return flusher, self._watchers
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: refuse every call."""
+        """Refuse every call. Runs in a forked child."""
         self.is_parents = True
         self.counters = self.counted()
         self.state, self._flusher = State(float), None
@@ -175,7 +175,7 @@ class Core:
 
     @property
     def running(self) -> Flusher:
-        """The flusher.
+        """Return the flusher.
 
         Raises:
             ClosedError: The manager is not running.
@@ -193,7 +193,7 @@ class Core:
     # Transactions
 
     def _set_blocked(self) -> None:
-        """Whether a writer must call `turn` may have changed."""
+        """Note again whether a writer must call `turn`."""
         self.blocked = self.held is not None or (self._flusher is not None and self._flusher.refusal is not None)
 
     async def turn(self) -> None:

@@ -17,7 +17,7 @@ _Tables = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ..
 
 
 def running(data: bytes, start: int, ends: Iterable[int]) -> dict[int, int]:
-    """The CRC-32 of `data` from `start` to each of these ends, which ascend."""
+    """Return the CRC-32 of `data` from `start` to each of these ends, which ascend."""
     sums: dict[int, int] = {}
     crc, at = 0, start
     with memoryview(data) as view:
@@ -28,7 +28,7 @@ def running(data: bytes, start: int, ends: Iterable[int]) -> dict[int, int]:
 
 
 def part(before: int, whole: int, length: int, seed: int) -> int:
-    """The CRC-32 of the last `length` bytes, begun with `seed`.
+    """Return the CRC-32 of the last `length` bytes, begun with `seed`.
 
     Args:
         before: The sum up to where they begin.
@@ -48,7 +48,7 @@ def part(before: int, whole: int, length: int, seed: int) -> int:
 
 @cache
 def _zeros(length: int) -> _Tables:
-    """What so many zero bytes make of a difference: for each of its four bytes, by value."""
+    """Make the tables that carry a sum over so many zero bytes: one for each of its four bytes."""
     if length == 1:
         images = [_after_one(1 << bit) for bit in range(32)]
     else:
@@ -71,7 +71,7 @@ def _after_one(difference: int) -> int:
 
 
 def _by_value(images: list[int]) -> tuple[int, ...]:
-    """The image of each byte, from those of its bits."""
+    """Return the image of each byte value, from the images of its bits."""
     found = [0]
     for image in images:
         found += [image ^ other for other in found]

@@ -66,7 +66,10 @@ class Draft(State):
         return key in self.entries and self._lives(key)
 
     def count(self) -> int:
-        """How many keys there are. Costs what the changes cost, and those keys that expire in this very second."""
+        """Return how many keys there are.
+
+        It costs a step for each change, and for each key that expires in this very second.
+        """
         total = len(self.entries)
         if self.expires:
             now, beneath = self.now(), self.base.entries

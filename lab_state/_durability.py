@@ -112,7 +112,7 @@ class Durability:
         return True
 
     def check_writable(self) -> None:
-        """Whether a change that is made now can become durable.
+        """Make sure that a change that is made now can become durable.
 
         Raises:
             FencedError: It cannot: a newer writer owns the state.
@@ -133,13 +133,13 @@ class Durability:
         self._confirming.fail(error, "not confirmed", everyone=True)
 
     def _refuse_from_now_on(self, error: LabStateError) -> None:
-        """No further change can become durable; all who wait, and all who write, are told."""
+        """Refuse every further change, and tell all callers that wait or write."""
         self.refusal = error
         self._give_up(error)
         self.refused()
 
     def _put_back(self) -> None:
-        """The commit under way, if there is one, did not succeed: its changes are unflushed again."""
+        """Count the changes of the commit under way as unflushed again, if there is one."""
         if (taken := self._under_way) is not None:
             self.state.put_back(taken)
             self._under_way = None
@@ -184,7 +184,7 @@ class Durability:
 
     @property
     def task_failure(self) -> str | None:
-        """How the flush task has ended before `stop`, if it has."""
+        """Return how the flush task has ended before `stop`, if it has."""
         return None if self.refusal is None or self.fenced else str(self.refusal)
 
     @property

@@ -1,4 +1,4 @@
-"""A flush that begins before its time, once much is unflushed.
+"""A flush that begins before its interval is over, once many bytes are unflushed.
 
 The changes are looked at while there are any, a few times a second, so that `set` need not
 count them.
@@ -27,7 +27,10 @@ class EarlyFlush:
     """Looks at the changes of one state, from the first one after a commit to the next commit."""
 
     def __init__(self, state: State, clock: Clock, flush: Callable[[], object]) -> None:
-        """`flush` is called when many bytes were changed since the last commit began, or since it was called."""
+        """Take `flush`, which is called when many bytes have changed.
+
+        They are counted since the last commit began, or since `flush` was called.
+        """
         self._state = state
         self._clock = clock
         self._flush = flush
@@ -56,14 +59,14 @@ class EarlyFlush:
         self._wait()
 
     def cancel(self) -> None:
-        """Look no more."""
+        """Stop looking."""
         self._state.changed_first = None
         if self._timer is not None:
             self._timer.cancel()
 
 
 def _size(changes: dict[str, Changed], newest: int, *, timed: bool) -> int:
-    """About the bytes that the newest changes take in a record; of very many, the size is taken from some."""
+    """Estimate the bytes of the newest changes in a record. If there are very many, measure only some of them."""
     some = min(newest, _MEASURED_AT_ONCE)
     if some <= 0:
         return 0

@@ -66,7 +66,7 @@ def milliseconds(ttl: Seconds) -> int:
 
 
 def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
-    """Return what time it is for what expires, and by how much the wall clock is behind what was written.
+    """Return the time that expiry goes by, and how far the wall clock is behind the recorded time.
 
     It goes on from `time` with what the wall clock has gone on since. Where the wall clock was
     wrong when this was written, or is behind, keys live longer.

@@ -56,7 +56,7 @@ class Flusher(Outcomes):
         times: FlushTimes,
         on_fenced: Callable[[FencedError], object] | None = None,
     ) -> None:
-        """Nothing happens before `begin`; the running loop is the one that everything else must be called on.
+        """Prepare for the running event loop. Nothing happens before `begin`, and every call needs that loop.
 
         `committed` is called with what has become durable, and returns whether that is
         looked at later; `times` takes how long it took. `on_fenced` is the application's.
@@ -81,7 +81,7 @@ class Flusher(Outcomes):
         self._early = None if often else EarlyFlush(state, clock, self._wake_up)
 
     def begin(self) -> None:
-        """Begin to flush in the background; nothing has begun if it raises."""
+        """Begin to flush in the background. If this raises, nothing has begun."""
         self._begin(self._run())
         try:
             self._arm()
@@ -126,7 +126,7 @@ class Flusher(Outcomes):
         return self._session
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: commit nothing. The task there may run, if its event loop does, and finds nothing to do."""
+        """Commit nothing. Runs in a forked child. If the task runs there, it finds nothing to do."""
         self._pauses.never_over()
         self._checkpoint_pauses.never_over()
         self._waiters, self._confirming = Waiters(), Waiters()
@@ -222,7 +222,7 @@ class Flusher(Outcomes):
 
     @property
     def storage_warning(self) -> str | None:
-        """What the storage asks to be mended."""
+        """Return the fault that the storage asks the operator to mend."""
         return self._session.warning
 
     # The task
@@ -308,7 +308,7 @@ class Flusher(Outcomes):
             await views.fold()
 
     def _hand_on(self, taken: Changes) -> bool:
-        """Tell what is durable to those who follow; returns whether it is looked at later."""
+        """Tell those who follow what is durable, and return whether they will look at it later."""
         try:
             return self._committed(taken)
         except Exception as problem:  # noqa: BLE001 -- they must not end the task
@@ -320,7 +320,7 @@ class Flusher(Outcomes):
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
 
     def _progress(self) -> int:
-        """What grows while anything is written, or made ready for it."""
+        """Return a number that grows while anything is written, or made ready for it."""
         try:
             return self._session.progress + self._slices
         except Exception:  # noqa: BLE001 -- a storage that breaks its promise must not make stop() endless
@@ -354,11 +354,11 @@ class Flusher(Outcomes):
 
     @property
     def checkpoint_waits(self) -> bool:
-        """Whether a checkpoint is due that only a view holds up."""
+        """Return whether a checkpoint is due, and only waits for a view to be given back."""
         return self._checkpoint_due and not self._checkpoint_pauses.failures and self.state.frozen
 
     def begin_checkpoint(self) -> None:
-        """Begin a checkpoint, if one is due and no view is out: another one would be a copy of the state."""
+        """Begin a checkpoint, if one is due and no view is out. A second view would copy the state."""
         if self._checkpoint_due and self._checkpoint_pauses.over and not (self.state.frozen or self._stopping):
             self._start_checkpoint()
 
@@ -369,7 +369,7 @@ class Flusher(Outcomes):
             self._checkpointing.add_done_callback(self._checkpoint_over)
 
     def _checkpoint_over(self, task: asyncio.Task[None]) -> None:
-        """The task ends by itself; if something else has ended it, the checkpoint is due again."""
+        """Note that the checkpoint task has ended. If it was ended from outside, the checkpoint is due again."""
         if task.cancelled():
             self._checkpoint_due = True
         elif (problem := task.exception()) is not None:

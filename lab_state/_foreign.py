@@ -1,4 +1,4 @@
-"""Calls of what is not ours, from a task that must go on: a storage, a function of the application."""
+"""Calls of foreign code, a storage or a function of the application, from a task that must go on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 async def only_storage_errors(call: Callable[[], Coroutine[Any, Any, R]]) -> R:
-    """Await a call of a storage. What it raises is a `StorageError`, whatever it raises.
+    """Await a call of a storage, and turn whatever it raises into a `StorageError`.
 
     Only a cancellation of the caller's own task, an interrupt and the end of the loop pass.
     """
@@ -32,13 +32,13 @@ async def only_storage_errors(call: Callable[[], Coroutine[Any, Any, R]]) -> R:
 
 
 def is_cancelled() -> bool:
-    """Whether this task was asked to end; else a `CancelledError` comes from something that it awaited."""
+    """Return whether this task was asked to end. Otherwise a `CancelledError` comes from what it awaited."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 def storage_error(problem: BaseException, blame: str = "") -> StorageError:
-    """The same, if it is a `StorageError` with a text; else one that has it as its cause."""
+    """Return a `StorageError` with a text: the error itself, or a new one that has it as its cause."""
     if isinstance(problem, StorageError):
         with contextlib.suppress(Exception):
             str(problem)

@@ -1,8 +1,8 @@
-"""What a forked child does with what it inherited.
+"""A forked child gives up the managers, locks and files that it inherited.
 
 A child has the memory and the descriptors of its parent, and none of its threads. An
-`flock` belongs to the open file, which parent and child share: it would stay held while
-the child lives, whatever becomes of the parent. So the child closes the descriptors, and
+`flock` belongs to the open file, which parent and child share. So the lock would stay held
+while the child lives, even after the parent has ended. The child closes the descriptors, and
 each object refuses its calls there. An object that was idle at the fork can be used in
 the child as in any other process.
 """
@@ -18,7 +18,7 @@ class Inherited(Protocol):
     """An object that a forked child must not use."""
 
     def disown(self) -> None:
-        """Close the descriptors, and refuse every call from now on; in the child, before anything else runs there.
+        """Close the descriptors, and refuse every call from now on. Runs first of all in the child.
 
         It must neither wait nor await. The thread that used the object may have been in
         the middle of any of its methods, and does not exist in the child.

@@ -206,7 +206,7 @@ def _known_kind(kind: bytes, position: int, path: str) -> Kind:
 
 
 def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
-    """The offset of the first valid frame at any byte from `position` on.
+    """Return the offset of the first valid frame at any byte from `position` on.
 
     Any byte, not any line: one flipped newline glues two frames, and a search by
     lines would drop the acknowledged one. A user's value may spell as many heads as it
@@ -231,7 +231,7 @@ class _Head(NamedTuple):
 
 
 def _heads_behind(data: bytes, position: int) -> Iterator[_Head]:
-    """All of them, in order. In pieces: a search holds up all other threads until it is through."""
+    """Find all of them, in order. The search goes in pieces, because it holds up all other threads."""
     for piece in range(position, len(data), _SEARCHED_AT_ONCE):
         stop = piece + _SEARCHED_AT_ONCE
         for match in _HEAD_BEHIND.finditer(data, piece, stop + _LONGEST_HEAD):

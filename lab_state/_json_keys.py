@@ -20,7 +20,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def _other(value: object) -> object:
-    """A deque as a list; a model, which looks at its own JSON, as what is looked at more closely: NaN."""
+    """Encode a deque as a list, and a model as NaN: a model checks its own JSON."""
     if isinstance(value, deque):
         return list(cast("deque[object]", value))
     return nan if hasattr(value, "model_dump_json") else None
@@ -31,7 +31,7 @@ check_str_keys = msgspec.msgpack.Encoder(order="deterministic", enc_hook=_other)
 
 
 def double_key(data: bytes) -> tuple[list[str | int], str] | None:
-    """The way to the first object of valid JSON that has a member twice, and the member's name; `None` for none."""
+    """Find the first object of valid JSON that has a member twice. Return the path to it, and the name; or `None`."""
     try:
         if len(_encode(_decode(data))) == len(data):  # without the second member it would be shorter
             return None

@@ -1,4 +1,4 @@
-"""A logger that cannot fail its caller. Handlers, filters and formatters are the application's, and may raise."""
+"""A logger that never raises to its caller. Handlers, filters and formatters of the application may raise."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Log:
 
 
 def _complete(message: str, args: tuple[object, ...]) -> str:
-    """Fill the arguments in, since not every logger knows `%s`. Escape what UTF-8 cannot hold, such as parts of a path."""
+    """Fill in the arguments, since not every logger knows `%s`, and escape characters that UTF-8 cannot hold."""
     return (message % args).encode(errors="backslashreplace").decode()
 
 

@@ -112,7 +112,7 @@ class Mirror:
         self._holding: asyncio.Timeout | None = None  # the fill, while its view is out
 
     def begin(self, flusher: Flusher) -> None:
-        """Bring the state of this flusher; nothing has begun if it raises."""
+        """Begin to bring the state of this flusher. If this raises, nothing has begun."""
         self._flusher = flusher
         self._arm()
         self._commits = 0  # since the last step was begun
@@ -162,7 +162,7 @@ class Mirror:
         await asyncio.wait({task})
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: bring nothing. The connection is the parent's."""
+        """Bring nothing. Runs in a forked child, where the connection is the parent's."""
         self._pauses.never_over()
         self._timer.cancel()
 
@@ -229,7 +229,7 @@ class Mirror:
             self._pending.clear()
 
     def _follow_clocks(self) -> None:
-        """If the wall clock has moved against the state's time, times in the copy are wrong."""
+        """Ask for a fill if the wall clock has moved against the state's time: times in the copy are wrong then."""
         ahead = _ahead(self._flusher.state)
         if abs(ahead - self._ahead) >= _AHEAD_MILLISECONDS:
             if self._has_times:
@@ -294,7 +294,7 @@ class Mirror:
             self._spoils.begin()
 
     async def _replace(self, session: CacheSession, seen: Seen) -> None:
-        """Put the state of this moment in the place of what was seen; a checkpoint that is due cuts that off."""
+        """Replace the copy that was seen by the present state. A checkpoint that is due cuts this off."""
         state = self._flusher.state
         views, revision, ahead = Views(state), state.revision, _ahead(state)
         self._tried = revision
@@ -321,7 +321,7 @@ class Mirror:
         self.revision, self._ahead = revision, ahead
 
     def _spoil(self) -> None:
-        """Another client has written to the copy: it is to be filled anew."""
+        """Ask for a fill, because another client has written to the copy."""
         if self._clock.monotonic() >= self._spoils.until + _CALM_SECONDS:
             self._spoils.end()
         if not self._spoilt and not self._spoils.failures:
@@ -329,7 +329,7 @@ class Mirror:
         self._spoilt = True
 
     async def _changed(self, taken: Changes) -> AsyncGenerator[Slice]:
-        """What a step brings, in parts."""
+        """Split the changes of a step into parts."""
         for part in slices(taken.changes.items(), self._ahead):
             self._has_times = self._has_times or bool(part.expires)
             yield part
@@ -363,7 +363,7 @@ class Mirror:
     # Failures
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """It ends with the manager, or once that is fenced; any other end is told."""
+        """Log the end of the task, unless the manager has ended, or is fenced."""
         if not task.cancelled() and (problem := task.exception()) is not None:
             what = f"failed: {problem!r}"
         else:
@@ -408,7 +408,7 @@ class Mirror:
         self._wake.set()
 
     async def _wait(self, future: asyncio.Future[Any], seconds: float) -> bool:
-        """Wait for a future, so many seconds of the clock at most; returns whether it is done."""
+        """Wait for a future for at most so many seconds of the clock, and return whether it is done."""
         over = asyncio.get_running_loop().create_future()
         timer = self._clock.call_later(seconds, resolver(over))
         try:
@@ -420,5 +420,5 @@ class Mirror:
 
 
 def _ahead(state: State) -> int:
-    """How far the wall clock is ahead of the state's own time, in milliseconds."""
+    """Return how far the wall clock is ahead of the state's own time, in milliseconds."""
     return state.wall() - state.now()

@@ -26,17 +26,17 @@ _PACKAGES = frozenset({"pydantic", "pydantic_core", "annotated_types"})
 
 
 def is_model(kind: object) -> bool:
-    """Whether a class is a model of Pydantic 2, or has its methods."""
+    """Return whether a class is a model of Pydantic 2, or has its methods."""
     return isinstance(kind, type) and hasattr(kind, "model_validate_json")
 
 
 def read(kind: Any, data: bytes) -> Any:
-    """A model from its JSON, by the names of its fields or by its aliases."""
+    """Make a model from its JSON, by the names of its fields or by its aliases."""
     return kind.model_validate_json(data, by_alias=True, by_name=True)
 
 
 def write(model: Any) -> bytes:
-    """The JSON of a model.
+    """Return the JSON of a model.
 
     Raises:
         InvalidValueError: It would be read back as something else.
@@ -57,7 +57,7 @@ def write(model: Any) -> bytes:
 
 
 def _compare(model: Any, back: Any, tree: object) -> None:
-    """Refuse a model that is read back as something else; what is never written may differ."""
+    """Refuse a model that is read back as something else. Parts that are never written may differ."""
     name = type(model).__qualname__
     incomparable = False
     for way, old, new in _leaves(model, back, []):
@@ -88,7 +88,7 @@ def _dump(model: Any) -> bytes:
 
 
 def _leaves(old: Any, new: Any, way: Way) -> Iterator[tuple[Way, Any, Any]]:
-    """The innermost parts that are not equal, of those that are written; models whose classes differ."""
+    """Find the innermost parts that differ, of those that are written; and models whose classes differ."""
     parts: Iterable[tuple[Any, Any, Any]] = ()
     if is_model(type(old)) and type(new) is type(old):
         names = [name for name, field in type(old).model_fields.items() if not field.exclude]
@@ -105,7 +105,7 @@ def _leaves(old: Any, new: Any, way: Way) -> Iterator[tuple[Way, Any, Any]]:
 
 
 def _first_difference(old: Any, new: Any) -> Way:
-    """Where two values made of JSON begin to differ."""
+    """Return where two values made of JSON begin to differ."""
     way: Way = []
     while type(old) is type(new) and isinstance(old, dict | list):
         steps: Any = [*old, *new] if isinstance(old, dict) else range(max(len(old), len(new)))
@@ -122,12 +122,12 @@ def _part(container: Any, step: Any) -> Any:
 
 
 def step_of(key: object) -> str:
-    """A step of a path, from the key of a dict."""
+    """Return a step of a path, from the key of a dict."""
     return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
 
 
 def path_of(way: Way) -> str:
-    """The path to a place in JSON."""
+    """Return the path to a place in JSON."""
     return "$" + "".join(f"[{step}]" if isinstance(step, int) else step_of(step) for step in way)
 
 
@@ -135,13 +135,13 @@ def path_of(way: Way) -> str:
 
 
 def is_adapter(type_: object) -> bool:
-    """Whether this is a `pydantic.TypeAdapter`."""
+    """Return whether this is a `pydantic.TypeAdapter`."""
     kind = type(type_)
     return kind.__name__ == "TypeAdapter" and hasattr(kind, "validate_json")
 
 
 def of_pydantic(type_: Any) -> bool:
-    """Whether a type has something of Pydantic's in it; fields of classes are not looked at."""
+    """Return whether a type has something of Pydantic's in it. Fields of classes are not looked at."""
     if isinstance(type_, type) and get_origin(type_) is None:
         return _is_of_pydantic(type_)
     metadata = getattr(type_, "__metadata__", ())
@@ -159,7 +159,7 @@ def _is_of_pydantic(kind: type) -> bool:
 
 
 def adapted(type_: Any) -> Callable[[bytes], Any]:
-    """What decodes a type with Pydantic.
+    """Return a decoder for a type that Pydantic decodes.
 
     Raises:
         Exception: Pydantic cannot.
@@ -197,7 +197,7 @@ _SAYS_NO_VALUE = re.compile(
 
 
 def first_problem(error: object) -> tuple[str, str]:
-    """Where Pydantic found the first problem, and what it was, as far as that cannot quote the value."""
+    """Return where Pydantic found the first problem, and what it was, without quoting the value."""
     problems = cast("Any", error).errors(include_url=False, include_context=False, include_input=False)
     first: dict[str, Any] = problems[0]
     kind = str(first["type"])

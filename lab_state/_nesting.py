@@ -26,14 +26,14 @@ _SHORT = 8 * 1024
 
 
 def too_deep(data: bytes) -> bool:
-    """Whether JSON has more than `MAX_DEPTH` levels of nesting."""
+    """Return whether JSON has more than `MAX_DEPTH` levels of nesting."""
     if len(data) < _SHORT and data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return False
     return deeper(data, MAX_DEPTH)
 
 
 def deeper(data: bytes, levels: int) -> bool:
-    """Whether JSON has more than so many levels of nesting."""
+    """Return whether JSON has more than so many levels of nesting."""
     if _BACKSLASH in data and b'\\"' in data:
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     structure = data.translate(None, _DROPPED)
@@ -51,7 +51,7 @@ def deeper(data: bytes, levels: int) -> bool:
 
 
 def _without_what_repeats(structure: bytes) -> tuple[bytes, int]:
-    """Without the most of a list of records that are alike, and how many levels that may have had."""
+    """Remove most of a list of records that are alike, and return how many levels that may have had."""
     first = structure[1:9]
     unit = structure[1 : max(0, structure.find(first, 9, _LONGEST_UNIT))]
     outside = unit.split(b'"')
@@ -66,6 +66,6 @@ def _balance(brackets: bytes) -> int:
 
 
 def _levels(structure: bytes) -> int:
-    """How many levels there are in quotes and brackets alone."""
+    """Count the levels in quotes and brackets alone."""
     outside = b"".join(structure.split(b'"')[::2])
     return max(accumulate(memoryview(outside.translate(_STEPS)).cast("b")), default=0)

@@ -1,4 +1,4 @@
-"""What reading JSON raises where another program, or damage, may have written it; and what is wrong with it."""
+"""Faults of JSON that another program, or damage, may have written: the exceptions, and what to tell about them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HIGH, _LOW = range(0xD800, 0xDC00), range(0xDC00, 0xE000)
 
 
 def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
-    """At which byte, and what is wrong there: the bytes of a file that should have been a state."""
+    """Return the offset and the kind of the fault in the bytes of a file that should hold a state."""
     if data.startswith(codecs.BOM_UTF8):
         return 0, "it begins with a byte order mark, which JSON must not have; save it without"
     if not data.strip():
@@ -34,7 +34,7 @@ def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
 
 
 def _lone_surrogate(data: bytes) -> int | None:
-    """Where half of a character is written as an escape, without the other half."""
+    """Find the escape of half a character that stands without the other half."""
     high = None
     for escape in _ESCAPE.finditer(data):
         code = int(escape[1] or b"0", 16)

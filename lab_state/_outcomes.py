@@ -1,4 +1,4 @@
-"""What became of commits and checkpoints: counted, told to those who wait, logged, and repeated after a pause."""
+"""The outcomes of commits and checkpoints: counted, told to waiting calls, logged, and repeated after a pause."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Outcomes(Durability):
         self._logger.error("%s: a flush failed; %s: %s", self._name, stay, error)
 
     def _fence(self, error: FencedError) -> None:
-        """For good: a newer writer owns the state."""
+        """Refuse every write for good: a newer writer owns the state."""
         if self.fenced:
             return
         self._pauses.never_over()

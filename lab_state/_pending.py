@@ -48,7 +48,7 @@ class Pending:
         return len(self._changes) + self._queued
 
     def overflow(self) -> None:
-        """Something is missing, or too much was to be kept: nothing is, until `clear`."""
+        """Keep nothing until `clear`: something is missing, or too much was to be kept."""
         self.clear()
         self.overflowed = True
 

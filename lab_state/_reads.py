@@ -56,7 +56,7 @@ class Reads:
     @overload
     async def get(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
     async def get(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
-        """The value of a key.
+        """Return the value of a key.
 
         Args:
             key: The key.
@@ -260,7 +260,7 @@ def check_default(default: object) -> None:
 
 
 def as_text(key: Any) -> Any:
-    """A key that may be of a class of its own, as plain text; `Markup` would change the prefix."""
+    """Return a key as plain text. The key may be of a class of its own; `Markup` would change the prefix."""
     return str.__str__(key) if isinstance(key, str) else key
 
 

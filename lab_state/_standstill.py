@@ -1,4 +1,4 @@
-"""When something that should go on stands still."""
+"""Noticing that something that should go on stands still."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Standstill:
     """
 
     def __init__(self, clock: Clock, seconds: float, number: Callable[[], int]) -> None:
-        """Begin at once; `seconds` of the clock, above 0."""
+        """Begin to look at once. `seconds` are of the clock, above 0."""
         self.reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock = clock
         self._seconds = seconds
@@ -44,6 +44,6 @@ class Standstill:
             self._wait()
 
     def cancel(self) -> None:
-        """Look no more."""
+        """Stop looking."""
         self._timer.cancel()
         self.reached.cancel()

@@ -387,7 +387,7 @@ class State:
         self.cleared = True
 
     def untaken(self) -> Changes:
-        """What `take` would take away."""
+        """Return the changes that `take` would take away."""
         time, wall = (self.now(), self.wall()) if self.expiries else (0, 0)
         return Changes(self.taken, self.revision, self.cleared, self.changes, self.since, time, wall)
 
@@ -405,7 +405,7 @@ class State:
         return taken
 
     def put_back(self, taken: Changes) -> None:
-        """Put the changes of a failed commit back, under what came since. A second time changes nothing."""
+        """Put back the changes of a failed commit, under newer ones. A second call changes nothing."""
         if not self.cleared:
             older, newer = taken.changes, self.changes
             if len(newer) <= len(older):  # the smaller one moves

@@ -33,7 +33,7 @@ class StateView(Reads):
     __slots__ = ("_path", "durable_revision", "live", "revision", "wall")
 
     def __init__(self, name: str, loaded: Loaded, now: float) -> None:
-        """For `read_state`; `now` is what the wall clock shows, in seconds since 1970."""
+        """Make the view for `read_state`. `now` is the time of the wall clock, in seconds since 1970."""
         found = loaded.state
         time = resumed(found.time, found.wall, now)[0] if found.expires else now
         due = {key for key, at in found.expires.items() if at <= time * 1000}
@@ -50,7 +50,7 @@ class StateView(Reads):
         super().__init__(_Still(name, state), "")
 
     def __repr__(self) -> str:
-        """Where it was read, and its revision."""
+        """Name the place where it was read, and its revision."""
         return f"<StateView of {self._path} at revision {self.revision}>"
 
 
@@ -60,21 +60,21 @@ class _Still(Core):
     __slots__ = ()
 
     def check_open(self) -> None:
-        """It always is."""
+        """Do nothing: a view is always open."""
 
 
 async def read_state(name: str, storage: Storage, *, clock: Clock | None = None) -> StateView:
     """Read a state, whether a manager is running on it or not.
 
-    Takes no lock, writes and makes nothing; a manager that starts, runs or stops meanwhile
-    notices nothing. Files need the permission to read alone, so this works on a read-only
-    mount. What is returned is the state at one moment between call and return, all keys of
-    the same moment, with at least what was durable at the call. Changes that a manager holds
-    in memory and has not flushed are not in it.
+    It takes no lock and writes nothing. A manager that starts, runs or stops meanwhile
+    notices nothing. The only permission needed is to read the files, so this works on a
+    read-only mount. The result is the state at one moment between call and return. All its
+    keys are of the same moment, and everything that was durable at the call is in it.
+    Changes that a manager holds in memory and has not flushed are not in it.
 
-    Reading takes what the size of the state costs, in threads of the storage's own. Decoding
-    holds the event loop up as `start()` does, about 0.8 s for a million keys. A caller that
-    is cancelled leaves nothing open. Each call reads everything anew.
+    The files are read in the storage's own threads, in a time that grows with the state.
+    Decoding holds up the event loop as `start()` does, about 0.8 s for a million keys. A
+    caller that is cancelled leaves nothing open. Each call reads everything anew.
 
     Args:
         name: The name of the state.

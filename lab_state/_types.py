@@ -34,7 +34,7 @@ _CONTAINERS = (dict, list, set, frozenset, deque)
 
 
 def decode_value(stored: Value, type_: Any) -> Any:
-    """A fresh value of the type asked for.
+    """Decode a value as the type asked for. Each call makes a fresh object.
 
     Raises:
         TypeError: The type is none that can be decoded; the value was not looked at.
@@ -62,7 +62,7 @@ def decode_value(stored: Value, type_: Any) -> Any:
 
 
 def decoder(type_: Any) -> Decode:
-    """What decodes a type; made once for each.
+    """Return the decoder of a type. It is made once for each.
 
     Raises:
         TypeError: The type is none that can be decoded.
@@ -78,7 +78,7 @@ check_type = decoder
 
 
 def optional(type_: Any) -> Any:
-    """A type whose value may be `None`, too."""
+    """Return a type whose value may be `None`, too."""
     return OrNone(type_) if is_adapter(type_) else Optional[type_]  # noqa: UP045 -- at run time
 
 
@@ -96,7 +96,7 @@ class OrNone:
 
 @lru_cache(maxsize=1024)
 def undecodable(kind: type) -> str | None:
-    """Why an object of a class, which can be written, would never be read as one; `None` if it can be."""
+    """Return why an object of a class, which can be written, could never be read; `None` if it can."""
     try:
         decoder(kind)
     except TypeError as error:
@@ -118,7 +118,7 @@ _cached_decoder = lru_cache(maxsize=1024)(_make_decoder)
 
 
 def _advice(problem: str) -> str:
-    """What to write in place of a type that msgspec cannot decode."""
+    """Return what to write in place of a type that msgspec cannot decode."""
     first = problem.partition("\n")[0]
     if "more than one dataclass or attrs type" in first:
         return f"{first}; make them msgspec.Structs with tag=True, or Pydantic models"
@@ -161,7 +161,7 @@ def _of_bytes(decode: Callable[[bytes], Any]) -> Decode:
 
 
 def _look_into(type_: Any) -> bool:
-    """Whether decoding leaves the defaults of a dataclass on its class.
+    """Return whether decoding leaves the defaults of a dataclass on its class.
 
     Raises:
         TypeError: There is a class in the type that nothing decodes.
@@ -187,7 +187,7 @@ def _look_into(type_: Any) -> bool:
 
 
 def _is_known(kind: Any) -> bool:
-    """Whether `_from_json` makes objects of a class."""
+    """Return whether `_from_json` makes objects of a class."""
     if is_model(kind):
         check_complete(kind)
         return True
@@ -195,7 +195,7 @@ def _is_known(kind: Any) -> bool:
 
 
 def is_text(kind: type) -> bool:
-    """Whether objects of a class are kept as their text: paths and IP addresses."""
+    """Return whether objects of a class are kept as their text: paths and IP addresses."""
     module = sys.modules.get(kind.__module__)
     if module is None or kind.__module__.partition(".")[0] not in ("pathlib", "ipaddress"):
         return False
@@ -228,7 +228,7 @@ def _from_json(type_: Any, value: object) -> object:
 
 
 def _container(kind: Any, args: tuple[Any, ...], value: object) -> object:
-    """A deque, an OrderedDict or the like, from a list or a dict."""
+    """Make a deque, an OrderedDict or the like, from a list or a dict."""
     plain: Any = next(base for base in _CONTAINERS if issubclass(kind, base))
     if kind is Counter and args:
         args = (*args, int)
@@ -241,7 +241,7 @@ _KNOWN_DICTS = (OrderedDict, Counter, defaultdict)
 
 
 def _plain_defaults(kind: Any) -> dict[str, Any]:
-    """The defaults of a dataclass that msgspec leaves on the class of what it decodes."""
+    """Return the defaults of a dataclass that msgspec leaves on the class of the decoded object."""
     fields = getattr(kind, "__dataclass_fields__", {})
     if not hasattr(kind, "__dict__") or not kind.__dictoffset__:
         return {}
@@ -280,7 +280,7 @@ _PATH = re.compile(r".* - at `(.*)`", re.DOTALL)
 
 
 def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
-    """The error without the value, which msgspec's and Pydantic's own messages quote."""
+    """Return the error without the value, which msgspec's and Pydantic's own messages quote."""
     name, path = type_name(type_), "$"
     cause = error.__cause__
     if isinstance(error, msgspec.ValidationError) and cause is None:
@@ -306,5 +306,5 @@ def _path_in(message: str) -> str:
 
 
 def type_name(type_: Any) -> str:
-    """How a message names a type."""
+    """Return the name of a type for messages."""
     return type_.__qualname__ if isinstance(type_, type) else repr(type_)

@@ -62,7 +62,7 @@ _TOO_MANY_DIGITS = "an int of so many digits cannot be kept; store it as a str"
 
 
 def _encode_other(value: object) -> object:
-    """What msgspec does not know, at any depth: Pydantic's models, paths, IP addresses, deques."""
+    """Encode objects that msgspec does not know, at any depth: models of Pydantic, paths, IP addresses, deques."""
     kind = type(value)
     if hasattr(kind, "model_dump_json"):
         return Raw(write(value))
@@ -83,7 +83,7 @@ _NOT_FINITE_PACKED = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
 
 
 def encode_value(value: object) -> Value:
-    """The stored form of a value.
+    """Return the stored form of a value.
 
     Raises:
         InvalidValueError: JSON cannot hold it, or it would not be read back; the error says where in the value.
@@ -108,13 +108,13 @@ def encode_value(value: object) -> Value:
 
 
 def _check_class(kind: type) -> None:
-    """Refuse an object of a class that is written, and never read."""
+    """Refuse an object of a class that can be written, but never read."""
     if (why := undecodable(kind)) is not None:
         raise InvalidValueError(f"an object of the class {_class_name(kind)} cannot be kept: {why}")
 
 
 def check_encoded(value: object, data: bytes, packed: bytes | None = None) -> None:
-    """Refuse what msgspec lets pass all the same.
+    """Refuse values that msgspec encodes, but that would not be read back.
 
     Args:
         value: The value.
@@ -142,7 +142,7 @@ def check_encoded(value: object, data: bytes, packed: bytes | None = None) -> No
 
 
 def _packed(value: object, data: bytes) -> bytes | None:
-    """The value in MessagePack, if that can hold it; two keys of one dict that are one key in JSON are refused."""
+    """Return the value in MessagePack, if that can hold it. Refuse two keys of a dict that are one key in JSON."""
     try:
         return check_str_keys(value)
     except Exception:  # noqa: BLE001 -- whatever it is, the JSON is looked at
@@ -176,7 +176,7 @@ def _check_times(value: object) -> None:
 
 
 def _may_have_longer_ints() -> bool:
-    """Whether Python would write an int that nothing reads: its own limit was lifted."""
+    """Return whether Python would write an int that nothing reads, because its own limit was lifted."""
     return not 0 < sys.get_int_max_str_digits() <= _MOST_DIGITS
 
 
@@ -215,7 +215,7 @@ def _as_written(value: object) -> object:
 
 
 def _check_finite(value: object, packed: bytes | None) -> None:
-    """NaN and infinity are written as `null`: refuse them. In MessagePack they have bytes of their own."""
+    """Refuse NaN and infinity, which JSON would hold as `null`. In MessagePack they have bytes of their own."""
     # No text has these bytes, and few numbers do.
     if packed is not None and (_FLOAT not in packed or _NOT_FINITE_PACKED.search(packed) is None):
         return
@@ -228,7 +228,7 @@ def _check_finite(value: object, packed: bytes | None) -> None:
 
 
 def _first_not_finite(tree: object) -> str | None:
-    """The path of a NaN or an infinity; what is neither a number nor a container costs little."""
+    """Return the path of a NaN or an infinity. Parts that are neither numbers nor containers cost little."""
     stack: list[tuple[str, object, int]] = [("$", [tree], 0)]
     while stack:
         path, item, depth = stack.pop()
@@ -242,7 +242,7 @@ def _first_not_finite(tree: object) -> str | None:
 
 
 def _refusal(value: object) -> InvalidValueError:
-    """Why a value cannot be encoded, and the path to the innermost part that cannot.
+    """Return why a value cannot be encoded, and the path to the innermost part that cannot.
 
     Costs a few times what encoding costs: on the way down half of the parts of an object
     are tried together, and which object on the way is to blame is found likewise.
@@ -274,7 +274,7 @@ def _refusal(value: object) -> InvalidValueError:
 
 
 def _changed(value: Any) -> InvalidValueError | None:
-    """What is wrong with a model that can be written, and is read back as something else."""
+    """Return how a model is read back as something else, though it can be written."""
     if hasattr(type(value), "model_dump_json"):
         try:
             if (path := _first_not_finite(value.model_dump(round_trip=True, warnings="none"))) is not None:
@@ -288,7 +288,7 @@ def _changed(value: Any) -> InvalidValueError | None:
 
 
 def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
-    """The first of the parts that is refused; if there is only one, that one. `None` if there are no parts."""
+    """Return the first of the parts that is refused. A single part is not tried. Without parts, return `None`."""
     kind = container.__class__
     if kind in SCALARS:
         return None
@@ -309,7 +309,7 @@ def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
 
 
 def _parts(container: Any) -> Iterable[tuple[object, object]]:
-    """The parts of an object, each with its key, its number or its step."""
+    """Return the parts of an object, each with its key, its number or its step."""
     kind: Any = container.__class__
     if kind is dict:
         items: Iterable[tuple[object, object]] = container.items()
@@ -319,7 +319,7 @@ def _parts(container: Any) -> Iterable[tuple[object, object]]:
 
 
 def _step_in(container: Any, step: object) -> str:
-    """How a path names what `_parts` gives."""
+    """Return the step of a path for a part that `_parts` gives."""
     kind = container.__class__
     return step_of(step) if kind is dict else f"[{step}]" if kind in _PLAIN else str(step)
 
@@ -340,7 +340,7 @@ def _refused(value: object, levels: int) -> bool:
 
 
 def _reason_of_model(model: Any) -> tuple[str, str]:
-    """Why a Pydantic model cannot be kept, and the path to what is to blame."""
+    """Return why a Pydantic model cannot be kept, and the path to the part that is the cause."""
     kind = type(model)
     what = f"a model of the class {kind.__qualname__} cannot be kept"
     try:
@@ -361,7 +361,7 @@ def _reason_of_model(model: Any) -> tuple[str, str]:
 
 
 def _field_to_blame(model: Any) -> str | None:
-    """The field of a model that cannot be written."""
+    """Return the field of a model that cannot be written."""
     for name in getattr(type(model), "model_fields", ()):
         try:
             model.model_dump_json(include={name}, round_trip=True, warnings="none")
@@ -410,7 +410,7 @@ def _reason_of_keys(value: dict[object, object]) -> str:
 
 
 def _way_out(value: object) -> str:
-    """What to keep in place of an object of a class that is not known."""
+    """Return what to keep in place of an object of a class that is not known."""
     for plain in (str, int, float, bytes):
         if isinstance(value, plain):
             return f"make it a plain {plain.__name__}"
@@ -424,7 +424,7 @@ def _way_out(value: object) -> str:
 
 
 def _class_name(kind: type) -> str:
-    """The name of a class; with its module, where it has the name of a built-in one."""
+    """Return the name of a class. If a built-in class has that name, add the module."""
     shadows = kind.__module__ != "builtins" and hasattr(builtins, kind.__name__)
     return f"{kind.__module__}.{kind.__qualname__}" if shadows else kind.__qualname__
 

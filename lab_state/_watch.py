@@ -94,7 +94,7 @@ class Watcher:
     def disown(
         self, refusal: LabStateError
     ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: raise this error where the next change is asked for."""
+        """Raise this error where the next change is asked for. Runs in a forked child."""
         self._pending.clear()
         self._resync, self._closed, self._refusal = None, True, refusal
 
@@ -233,7 +233,7 @@ class Watchers:
     def disown(
         self, refusal: LabStateError
     ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: refuse those who watch."""
+        """Refuse those who watch. Runs in a forked child."""
         for group in (self._live, self._durable):
             for watcher in group:
                 watcher.disown(refusal)

@@ -27,11 +27,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             `stop()` write. A flush begins early once about 8 MiB are unflushed.
         stop_timeout: Seconds without progress after which `stop()` gives up, above 0.
             While bytes are written or sent it goes on, however large the state is. A
-            flush that fails is tried again for so many seconds.
+            flush that fails is tried again for the same time.
         lock_timeout: Seconds for which `start()` tries again while another writer
-            holds the state, 0 or more; `None` for ever. `0`: it raises `LockedError`
-            at once. For servers that start the new process before the old one has
-            ended (a graceful reload): longer than the old one may take to end.
+            holds the state, 0 or more. `None`: for ever. `0`: `start()` raises
+            `LockedError` at once. A server with a graceful reload starts the new process
+            before the old one has ended. There, choose a longer time than the old one
+            may take to end.
 
     Raises:
         InvalidNameError: The name is out of bounds; it is used as a file name, so

@@ -87,7 +87,7 @@ class Scope(Calls):
     @overload
     def entry(self, key: str, type: Any, *, default: Any = ...) -> Entry[Any]: ...
     def entry(self, key: str, type: Any, *, default: Any = MISSING) -> Entry[Any]:
-        """A handle for one key; it may be made before `start()`, and kept.
+        """Return a handle for one key. It may be made before `start()`, and kept.
 
         Args:
             key: The key.
@@ -121,7 +121,7 @@ class Scope(Calls):
         return Blocking(self)
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
-        """Several changes as one: all of them or none, in memory and after a crash.
+        """Make several changes as one: all of them or none, in memory and after a crash.
 
         Inside, call the transaction, without `await`. Leaving makes all its changes at
         once, as one revision; an exception or a cancellation drops them. One is open at
@@ -157,7 +157,7 @@ class Scope(Calls):
             await self._written(revision)
 
     def watch(self, prefix: str = "", *, durable: bool = False) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
-        """Be told which keys change, from now on.
+        """Iterate over the keys that change from now on.
 
         Open it first, then read: what changes after that is told. A reader that is slow
         is told the last change of each key only; with more than 10,000 keys to tell, or

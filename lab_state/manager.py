@@ -127,7 +127,7 @@ class Manager(Scope):
         clock: Clock | None = None,
         on_fenced: Callable[[FencedError], object] | None = None,
     ) -> None:
-        """Nothing is touched before `start()`.
+        """Take the settings. No file is touched before `start()`.
 
         Args:
             config: The settings, or just the name of the state.
@@ -137,17 +137,17 @@ class Manager(Scope):
                 `RedisCache(url)`. No call ever waits for it or fails because of it; see
                 `status()`.
             logger: Where failures are told; `logging.getLogger("lab_state")` when
-                not given. No value is ever logged. What the logger itself raises is
+                not given. No value is ever logged. An error of the logger itself is
                 swallowed; the message then goes to stderr.
-            clock: For tests; the machine's own when not given. What it raises reaches
-                the caller of `start()`. Later it is logged, once: the clock's last time
-                stands until it answers again.
+            clock: For tests; the machine's own when not given. `start()` raises an error
+                of the clock. Later, the first error is logged. Until the clock answers
+                again, its last time is used.
             on_fenced: A plain function that is called when the manager learns that a
                 newer writer owns the state: with the `FencedError`, on the event loop,
-                once for each `start()`, during `stop()` too. To end the process is what
-                it is for: `os.kill(os.getpid(), signal.SIGTERM)`. What it raises is
-                logged, but for `SystemExit` and `KeyboardInterrupt`, which end the event
-                loop. With and without it, one line is logged at level ERROR.
+                once for each `start()`, during `stop()` too. Use it to end the process:
+                `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
+                logged; `SystemExit` and `KeyboardInterrupt` end the event loop. With and
+                without the function, one line is logged at level ERROR.
 
         Raises:
             InvalidNameError: The name is out of bounds.
@@ -197,9 +197,9 @@ class Manager(Scope):
         fails or is cancelled lets go of everything; it may be tried again. Starting
         again after `stop()` works, on another event loop too.
 
-        A state that another writer holds is tried again for `Config.lock_timeout`
-        seconds. The first refusal is logged as a WARNING that names the holder, then
-        one each 10 s.
+        If another writer holds the state, this tries again for `Config.lock_timeout`
+        seconds. At the first refusal, and every 10 s after it, a WARNING names the
+        holder.
 
         Raises:
             RuntimeError: It is running already, or another start or stop is under way.
@@ -232,7 +232,7 @@ class Manager(Scope):
         self._phase = "running"
 
     def _run(self, state: State, session: StorageSession) -> None:
-        """Begin; nothing has begun if it raises."""
+        """Begin. If this raises, nothing has begun."""
         watchers = Watchers(state)
         committed = watchers.committed
         mirror: Mirror | None = None
@@ -293,12 +293,12 @@ class Manager(Scope):
     async def stop(self) -> None:
         """Flush, write a checkpoint, and let go of the state.
 
-        Goes on while bytes are written or sent, and ends once there was no progress for
-        `Config.stop_timeout` seconds, or up to an eighth more. A flush that fails is
-        tried again for so many seconds. A storage call that hangs is left to itself,
-        and the state stays locked until it ends. The cache gets what it has not got yet, for one second
-        more at most. A second call waits for the first; a call before
-        `start()` does nothing. Cancelling the caller does not cancel the stop.
+        The call goes on while bytes are written or sent. It ends after
+        `Config.stop_timeout` seconds without progress, or up to an eighth later. A flush
+        that fails is tried again for the same time. A storage call that hangs is left to
+        itself, and the state stays locked until that call ends. Bringing the last changes
+        to the cache takes one second more at most. A second call waits for the first; a
+        call before `start()` does nothing. Cancelling the caller does not cancel the stop.
 
         Raises:
             StorageError: What kept the last flush from succeeding, or that the storage
@@ -364,7 +364,7 @@ class Manager(Scope):
                 flusher.discard_entries()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: refuse every call, if the manager is running. It goes on in the parent alone."""
+        """Refuse every call, if the manager is running. Runs in a forked child; the parent's manager goes on."""
         if self._phase in {"new", "stopped"}:
             return
         flusher, mirror = self._flusher, self._mirror

@@ -228,7 +228,7 @@ class FaultyStorage:
         return await self._faulty("read", lambda: self._inner.read(name))
 
     async def _reboot(self) -> None:
-        """After the power was cut, let go of what was open."""
+        """Let go of what was open, after the power was cut."""
         while self._cut:
             await self._cut.pop()._inner.aclose()  # noqa: SLF001 -- one class in two
 

@@ -79,13 +79,13 @@ class Feed:
         self._notify()
 
     def lives(self, writer: str, below: int) -> bool:
-        """Return whether this writer was heard of just now, and says itself that it is below a revision."""
+        """Return whether this writer was heard of just now, and itself says that it is below a revision."""
         last = self._last
         silent = self._clock.monotonic() - self._heard >= SILENT_SECONDS
         return last is not None and not silent and last.writer == writer and last.end < below
 
     def begin_anew(self, revision: int) -> None:
-        """Go on from a lower revision; everything is read again."""
+        """Go on from a lower revision, and have everything read again."""
         self.revision = revision
         self._read_again()
         self._filled.set()  # now, and not after the pause behind what had failed
@@ -144,7 +144,7 @@ class Feed:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look(self, subscription: Subscription) -> None:
-        """Read the head again and again; what was missed before the first time is to be read again."""
+        """Read the head again and again. Changes missed before the first time have to be read again."""
         while True:
             self._look_now.clear()
             try:
@@ -185,7 +185,10 @@ class Feed:
             self._take(message, len(data))
 
     def _leave_out(self) -> None:
-        """A message that cannot be read: another client's. A newer writer's is one, too, so all is read again, once."""
+        """Leave out a message that cannot be read, and have everything read again, once.
+
+        Another client's message cannot be read. A newer writer's may not be, either.
+        """
         if not self._told_strange:
             self._told_strange = True
             logger.warning(
@@ -196,7 +199,7 @@ class Feed:
             self._read_again()
 
     def _take(self, message: Message, size: int) -> None:
-        """A message, which may be a part of a step."""
+        """Take a message, which may be a part of a step."""
         first = self._parts[0] if self._parts else message
         if (message.start, message.end, message.writer) != (first.start, first.end, first.writer):
             self._parts, self._bytes = [], 0  # the end of that step never came

@@ -168,7 +168,7 @@ def resync(start: int, end: int, writer: str) -> bytes:
 
 
 def slices(items: Iterable[tuple[str, Changed]], ahead: int) -> Iterator[Slice]:
-    """All of it in parts.
+    """Split the whole copy into parts.
 
     `ahead` is how far the wall clock is ahead of the state's own time, in milliseconds:
     readers go by the wall clock.

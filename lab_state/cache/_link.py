@@ -106,7 +106,7 @@ class Dialer:
         )
 
     async def connect(self, clock: Clock) -> Link:
-        """A new connection, whose timeouts go by this clock.
+        """Open a connection whose timeouts go by this clock.
 
         Raises:
             StorageError: There is none to be had.
@@ -125,7 +125,7 @@ class Dialer:
 
 
 async def _prepare_tls(connection: Any) -> None:
-    """Read the certificates in a thread; redis-py would do it on the event loop, at each connection."""
+    """Read the certificates in a thread. redis-py would do it on the event loop, at each connection."""
     context = getattr(connection, "ssl_context", None)
     if context is not None:
         worker = Worker(Threads("lab_state TLS"))
@@ -139,7 +139,7 @@ class Link:
     """One connection."""
 
     def __init__(self, connection: Any, path: str, timeout: float, clock: Clock) -> None:
-        """`timeout`: how long the answers of one round trip may take, in seconds of the clock."""
+        """Take a connection. One round trip may take `timeout` seconds of the clock."""
         self.clock: Clock = clock
         self._connection = connection
         self._path = path
@@ -148,7 +148,10 @@ class Link:
         forks.disown_in_children(self)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: refuse every call. To close the connection would take it out of the parent's selector."""
+        """Refuse every call. Runs in a forked child.
+
+        The connection stays open: closing it would take it out of the parent's selector.
+        """
         self._is_parents = True
 
     async def send(self, data: bytes) -> None:

@@ -50,7 +50,7 @@ class Local:
         self.fresh, self.shown, self._kept = False, {}, None
 
     def forget(self) -> None:
-        """What was read here is not what the state was: no revision counts as read."""
+        """Count no revision as read, because the copy that was read here was not the state."""
         self.lose()
         self.highest, self._whole = 0, False
 
@@ -89,7 +89,7 @@ class Local:
                 entries[key] = Expiring(value.value if isinstance(value, Expiring) else value, parse_time(at))
 
     def replay(self, most: int) -> bool:
-        """Apply what was told meanwhile, about so many keys of it; returns whether there is more.
+        """Apply about so many keys of the changes that came meanwhile, and return whether there are more.
 
         What does not fit ends the loading; `arrive` says so.
         """

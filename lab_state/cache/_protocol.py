@@ -53,7 +53,7 @@ class CacheSession(Protocol):
     """
 
     async def look(self) -> Seen:
-        """Which copy is there.
+        """Return which copy is there.
 
         If it was this writer's when the session looked, filled or applied last, and still
         is, those who follow it are told that its writer lives. `SPOILT` if another client

@@ -94,7 +94,7 @@ class RedisSource:
         return answers
 
     def _pairs(self, flat: Sequence[bytes]) -> dict[str, bytes]:
-        """The fields of a hash; what is no UTF-8 is no key of a state, so it is told once and left out."""
+        """Return the fields of a hash. Leave out bytes that are not UTF-8, and log them once: no key has them."""
         pairs: dict[str, bytes] = {}
         members = iter(flat)
         for field, value in zip(members, members, strict=True):

@@ -82,7 +82,7 @@ class Reader:
 
     @property
     def up(self) -> bool:
-        """Whether reads succeed, and the reader hears of changes; False outside `async with`.
+        """Return whether reads succeed and the reader hears of changes. It is False outside `async with`.
 
         Without `local`, it is what the last read of the copy said. If nothing is read, the
         reader reads its head every two seconds.
@@ -112,7 +112,7 @@ class Reader:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Let go of all connections; who watches is told that it is over. Idempotent.
+        """Let go of all connections. Open watches end. A second call does nothing.
 
         In a forked child it does nothing: the connections are the parent's.
         """
@@ -126,7 +126,7 @@ class Reader:
         await self._source.aclose()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: refuse every call, if the reader is open. It goes on in the parent alone."""
+        """Refuse every call, if the reader is open. Runs in a forked child; the parent's reader goes on."""
         if self._feed is None:
             return
         forks.keep(self._feed)
@@ -155,7 +155,7 @@ class Reader:
     @overload
     async def get(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
     async def get(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
-        """The value of a key.
+        """Return the value of a key.
 
         Args:
             key: The key.
@@ -254,7 +254,7 @@ class Reader:
         return (await self._head()).revision
 
     async def wait_revision(self, revision: int, timeout: float = 5.0) -> None:  # noqa: ASYNC109 -- told as a StorageError
-        """Return when reads give this revision or a later one: so a caller reads what it has written.
+        """Wait until reads give this revision or a later one. Then a caller reads its own writes.
 
         The writer gives the revision: `set()` returns it. With its `flush_interval` at 0 it
         is durable by then, and here within milliseconds; otherwise after the next flush.
@@ -278,7 +278,7 @@ class Reader:
                 )
 
     async def _reached(self, seconds: float) -> tuple[int, str]:
-        """The revision that a read would give, -1 if it would fail; and the same in words."""
+        """Return the revision that a read would give, or -1 if it would fail, and the same in words."""
         try:
             with within(self._clock, seconds):
                 reached = await self.revision()
@@ -289,7 +289,7 @@ class Reader:
         return reached, f"it is at {reached}"
 
     async def _worth_a_look(self, revision: int, moved: asyncio.Event, deadline: float) -> bool:
-        """Wait until the feed heard of the revision since `moved` was asked for, or a second; False at the deadline."""
+        """Wait until the feed hears of the revision, for at most a second; return False at the deadline."""
         while (left := deadline - self._clock.monotonic()) > 0:
             heard = await either(moved, self._clock, min(left, _LOOK_AGAIN_SECONDS))
             if not heard or self._is_local or self._open.revision >= revision:
@@ -386,7 +386,7 @@ class Reader:
         return head
 
     def _stands(self, head: Head, seen: int) -> bool:
-        """Whether a lower revision than was read is right: its writer lives, and has stood by it for long enough."""
+        """Return whether a lower revision is right: its writer lives, and has stood by it for long enough."""
         now = self._clock.monotonic()
         if self._feed is None or not self._feed.lives(head.writer, seen):
             self._lower = None
@@ -441,7 +441,7 @@ def _stored(found: Found) -> dict[str, Stored]:
 
 
 def _asked(key: object) -> str:
-    """A key as a plain `str`, if a state may hold it: an imported one holds keys that nobody can write.
+    """Return a key as a plain `str`, if a state may hold it. An imported state may hold keys out of bounds.
 
     Raises:
         InvalidKeyError: No state holds it.

@@ -42,7 +42,7 @@ class RedisCache:
     """Copies of states in Redis 6.2 or newer, or Valkey."""
 
     def __init__(self, url: str | ConnectionPool, *, prefix: str = "lab_state:", clock: Clock | None = None) -> None:
-        """Nothing is connected before it is needed.
+        """Take the settings. The connection is made when it is first needed.
 
         Args:
             url: As redis-py takes it: `redis://`, `rediss://` or `unix://`, with user,
@@ -111,7 +111,7 @@ class RedisSession:
         self._count = command(b"HLEN", keys.expires)
 
     async def look(self) -> Seen:
-        """Whose copy it is, and a beat if it has been this one's; see `CacheSession.look`."""
+        """Return whose copy it is, and send a beat if it is this session's; see `CacheSession.look`."""
         before, link = self._seen, self._link
         if before.writer != self._writer:
             # What was watched before may have been touched, and would be held against the next step.
@@ -224,7 +224,7 @@ class RedisSession:
         return commands
 
     async def _execute(self, commands: list[bytes], before: int = 0) -> list[Any] | None:
-        """The rest of a transaction, of which `before` commands were sent; watch anew in the same round trip.
+        """Send the rest of a transaction, after `before` commands. In the same round trip, watch anew.
 
         Returns the answers; `None` if what it watched was touched, and nothing was done.
         """
@@ -235,7 +235,7 @@ class RedisSession:
         return done
 
     async def _executed(self, count: int) -> list[Any] | None:
-        """Read the answers of a transaction of so many commands; `None` if what it watched was touched."""
+        """Read the answers of a transaction of so many commands. Return `None` if a watched key was touched."""
         answers = await self._link.answers(count)
         self._link.good(answers)
         executed: list[Any] | None = answers[-1]
@@ -253,5 +253,5 @@ class RedisSession:
 
 
 def _size(part: Slice) -> int:
-    """About how many bytes a message of it has."""
+    """Estimate how many bytes its message has."""
     return sum(map(len, part.values)) + sum(map(len, part.values.values())) + sum(map(len, part.deleted))

@@ -1,4 +1,4 @@
-"""What a caller of a web application is told when lab_state refuses: the same in each framework."""
+"""The answers to callers of a web application when lab_state raises an error: the same in each framework."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 
 
 def check_retry_after(seconds: int) -> int:
-    """A value for `Retry-After`.
+    """Check a value for `Retry-After`.
 
     Raises:
         TypeError: It is not a whole number.
@@ -41,7 +41,7 @@ def check_retry_after(seconds: int) -> int:
 
 
 def answer_to(error: Exception, asked: str, retry_after: int) -> Answer:
-    """The response to an error of `ANSWERED`. Log one line about it.
+    """Return the response to an error of `ANSWERED`, and log one line about it.
 
     Paths of files stay in the log. The URL stays out of it: callers write what they like into one.
 

@@ -1,4 +1,4 @@
-"""Changes for those who are connected: until they leave, the manager stops, or the server begins to stop.
+"""Changes for connected clients, until they leave, the manager stops, or the server begins to stop.
 
 Theory of operation. A server tells an application late that it stops: when every request
 has ended. A stream of changes never ends by itself, so it must learn of the stop earlier,
@@ -40,14 +40,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Ending:
-    """Something ends: once, and those who wait for something else are woken."""
+    """An event that comes once, and wakes up tasks that wait for something else."""
 
     def __init__(self) -> None:
         self.begun: bool = False
         self._callbacks: dict[Callable[[], object], None] = {}
 
     def begin(self) -> None:
-        """End it; only the first call does."""
+        """End it. Only the first call does something."""
         if not self.begun:
             self.begun = True
             for callback in tuple(self._callbacks):
@@ -55,7 +55,7 @@ class Ending:
 
     @contextmanager
     def calling(self, callback: Callable[[], object]) -> Generator[None]:
-        """Call it when this ends, or has ended, until the block is left."""
+        """Call the function when this ends, or at once if it has ended. Leaving the block withdraws it."""
         self._callbacks[callback] = None
         try:
             if self.begun:
@@ -66,16 +66,16 @@ class Ending:
 
 
 class Stopping(Ending):
-    """The server begins to stop: a signal says so, while there was a stream."""
+    """The beginning of the server's stop, as its signal tells it, once there was a stream."""
 
     def __init__(self) -> None:
-        """For the running event loop."""
+        """Prepare for the running event loop."""
         super().__init__()
         self._loop = asyncio.get_running_loop()
         self._put: dict[int, tuple[Any, Any]] = {}
 
     def listen(self) -> None:
-        """Hear of signals from now on, as far as the server has handlers for them.
+        """Listen for the signals for which the server has handlers.
 
         Without a handler, the signal ends the process at once. Outside of the main thread
         there are no signals: such a server is stopped by a program, which can call `begin`.
@@ -88,7 +88,7 @@ class Stopping(Ending):
                 self._put_before(number, known)
 
     def close(self) -> None:
-        """Hear of signals no more. A handler that was put before ours meanwhile still finds it, and is passed on."""
+        """Stop listening. A handler that was put before ours meanwhile still calls it; then the signal is passed on."""
         self.begin()
         for number, (ours, theirs) in self._put.items():
             if signal.getsignal(number) is ours:
@@ -108,7 +108,7 @@ class Stopping(Ending):
 
 
 async def told(watch: Watch, ending: Ending, heartbeat: float) -> AsyncGenerator[Change | None]:
-    """Changes until an end; first a `resync`, and `None` where there was nothing for `heartbeat` seconds."""
+    """Yield changes until an end. First comes a `resync`; `None` comes after `heartbeat` seconds without a change."""
     async with watch as changes:
         if isinstance(changes, Watcher) and changes.opened is not None:
             yield Change("", "resync", changes.opened)  # a reader of the cache begins with one by itself
@@ -135,7 +135,7 @@ async def told(watch: Watch, ending: Ending, heartbeat: float) -> AsyncGenerator
 async def events(
     watch: Watch, ending: Ending, *, data: Data | None, heartbeat: float, retry: float
 ) -> AsyncGenerator[bytes]:
-    """What is written to a stream of server-sent events."""
+    """Yield the bytes of a stream of server-sent events."""
     yield b"retry: %d\n\n" % round(retry * 1000)
     changes = told(watch, ending, heartbeat)
     try:
@@ -146,12 +146,12 @@ async def events(
 
 
 def encoded(change: Change, data: Data | None) -> bytes:
-    """What is sent about a change, as JSON in one line."""
+    """Encode a change as JSON in one line."""
     return msgspec.json.encode(change if data is None else data(change))
 
 
 def check_times(heartbeat: float, retry: float) -> None:
-    """Check both.
+    """Check both times.
 
     Raises:
         TypeError: One of them is not a number.

@@ -35,12 +35,12 @@ class Named(Mapping[str, Served]):
 
     @property
     def stopping(self) -> Stopping | None:
-        """What tells streams that the server begins to stop; `None` where the lifespan does not run."""
+        """Return the object that tells streams that the server begins to stop; `None` without a lifespan."""
         return self._stopping
 
     @contextmanager
     def serving(self) -> Generator[None]:
-        """There may be streams, until the block is left."""
+        """Allow streams until the block is left."""
         self._stopping = Stopping()
         try:
             yield
@@ -179,7 +179,7 @@ def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None)
 
 
 def stopping_of(served: Mapping[str, Served] | None) -> Stopping:
-    """What tells the streams of an application that the server begins to stop.
+    """Return the object that tells an application's streams that the server begins to stop.
 
     Raises:
         LookupError: Its lifespan does not run.
@@ -236,7 +236,7 @@ def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, b
 
 
 def _printable(message: str | None) -> str | None:
-    """Return the message as UTF-8 can hold it: it may name a path that is none."""
+    """Escape characters that UTF-8 cannot hold: the message may name such a path."""
     return None if message is None else message.encode(errors="backslashreplace").decode()
 
 

@@ -190,7 +190,7 @@ def _stopping(request: web.Request) -> Ending:
 async def sse(
     request: web.Request, watch: Watch, *, data: Data | None = None, heartbeat: float = 15.0, retry: float = 2.0
 ) -> web.StreamResponse:
-    """Changes as server-sent events, until the server begins to stop.
+    """Send changes as server-sent events, until the server begins to stop.
 
     `return await sse(request, state.watch("jobs/"))`, from a handler.
 
@@ -202,8 +202,8 @@ async def sse(
     The stream ends when the client leaves, when the manager stops, and when the server
     begins to stop: at SIGTERM or SIGINT, before it waits for its connections. aiohttp tells
     this to `on_shutdown`.
-    A client that reads nothing at all holds a server up as with any response: give the
-    server a bound, `shutdown_timeout` of `run_app`.
+    A client that reads nothing at all delays the server's end, as with any response. Bound
+    that delay with `shutdown_timeout` of `run_app`.
 
     Args:
         request: The request; its response has not begun.

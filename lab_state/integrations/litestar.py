@@ -127,7 +127,7 @@ def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> 
 def errors(
     *, retry_after: int = 1
 ) -> dict[int | type[Exception], Callable[[Request[Any, Any, Any], Any], Response[Any]]]:
-    """Exception handlers for what lab_state refuses: `Litestar(exception_handlers={**errors()})`.
+    """Return exception handlers for the errors of lab_state: `Litestar(exception_handlers={**errors()})`.
 
     `StorageError` is 503 with `Retry-After`, because the storage may be well again by then;
     `InvalidKeyError` and `InvalidValueError` are 422, with their message. The body is
@@ -166,7 +166,7 @@ def sse(
     heartbeat: float = 15.0,
     retry: float = 2.0,
 ) -> Stream:
-    """Changes as server-sent events, until the server begins to stop.
+    """Send changes as server-sent events, until the server begins to stop.
 
     `return sse(request, state.watch("jobs/"))`, from a handler that is `async def`.
 
@@ -176,11 +176,11 @@ def sse(
     the last change of each key once.
 
     The stream ends when the client leaves, when the manager stops, and when the server
-    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. It puts a
-    handler in front of the server's, passes the signal on, and takes it away with the
-    lifespan; only in the main thread, where signals are.
-    A client that reads nothing at all holds a server up as with any response: give the
-    server a bound, such as uvicorn's `--timeout-graceful-shutdown`.
+    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. For this, a
+    signal handler is put in front of the server's. It passes the signal on, and is removed
+    with the lifespan. Signals reach only the main thread.
+    A client that reads nothing at all delays the server's end, as with any response. Bound
+    that delay, for example with uvicorn's `--timeout-graceful-shutdown`.
 
     Args:
         request: The request.

@@ -190,7 +190,7 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
 def sse(
     connection: HTTPConnection, watch: Watch, *, data: Data | None = None, heartbeat: float = 15.0, retry: float = 2.0
 ) -> Response:
-    """Changes as server-sent events, until the server begins to stop.
+    """Send changes as server-sent events, until the server begins to stop.
 
     `return sse(request, state.watch("jobs/"))`, from an endpoint that is `async def`.
 
@@ -200,11 +200,11 @@ def sse(
     the last change of each key once.
 
     The stream ends when the client leaves, when the manager stops, and when the server
-    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. It puts a
-    handler in front of the server's, passes the signal on, and takes it away with the
-    lifespan; only in the main thread, where signals are.
-    A client that reads nothing at all holds a server up as with any response: give the
-    server a bound, such as uvicorn's `--timeout-graceful-shutdown`.
+    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. For this, a
+    signal handler is put in front of the server's. It passes the signal on, and is removed
+    with the lifespan. Signals reach only the main thread.
+    A client that reads nothing at all delays the server's end, as with any response. Bound
+    that delay, for example with uvicorn's `--timeout-graceful-shutdown`.
 
     Args:
         connection: The request.

@@ -27,9 +27,9 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
     """Copy a state to another storage, and read it back from there.
 
     The source is read as `read_state` reads it: it is not opened, nothing is made or written
-    there, and a manager may be running on it. What is copied is the state at one moment
-    between call and return, with at least what was durable at the call. To move a state, stop
-    its manager first: what that changes later is not in the copy.
+    there, and a manager may be running on it. The copy is the state at one moment between
+    call and return, with everything that was durable at the call. To move a state, stop its
+    manager first: later changes are not in the copy.
 
     When this returns, the target holds the state, durably, at the same revision. If it
     raises or is cancelled, the target may hold a copy, which has to be deleted before the
@@ -40,7 +40,7 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
 
     Args:
         name: The name of the state, in both.
-        source: Where it is. It needs the permission to read alone.
+        source: Where it is. The permission to read is enough.
         target: Where it goes. Nothing may be there under this name.
         progress: Called with `"read"`, `"written"` or `"verified"`, and bytes so far.
 

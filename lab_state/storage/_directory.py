@@ -117,7 +117,7 @@ def sync_parents(path: str) -> None:
 
 
 def _parents(path: str) -> Iterator[str]:
-    """The directories above, the nearest first."""
+    """Return the directories above, the nearest first."""
     while (parent := os.path.dirname(path)) != path:
         yield parent
         path = parent

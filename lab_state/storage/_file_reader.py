@@ -104,13 +104,13 @@ class _Look:
         )
 
     def has_moved(self) -> bool:
-        """Whether a name now leads to another file, or the snapshot was changed; then there is no use in waiting."""
+        """Return whether another file has a name now, or the snapshot was changed. Then waiting is useless."""
         if has_moved(self._paths.journal, self._journal, grows=True):
             return True
         return self._read_snapshot and has_moved(self._paths.snapshot, self._snapshot)
 
     def reading(self) -> Reading:
-        """The answer.
+        """Return the answer.
 
         Raises:
             CorruptionError: The files are damaged, or do not belong together.

@@ -29,7 +29,7 @@ _COPIED_AT_ONCE = 1024 * 1024
 def open_writer(
     directory: str, name: str, tried: set[fs.Identity], leftovers: Leftovers, *, create: bool = True
 ) -> tuple[Writer, Recovery]:
-    """Lock, read, decide.
+    """Lock the state, read it, and decide what it holds.
 
     Args:
         directory: Where the files are.
@@ -101,7 +101,7 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
 
 
 def _keep_torn(path: str, data: bytes, begin: int, leftovers: Leftovers) -> None:
-    """Put a torn tail aside, for whoever wants to look; the newest few are kept."""
+    """Put a torn tail aside for inspection, and keep the newest few."""
     try:
         older = leftovers.torn(path)
         while len(older) >= _TORN_KEPT:

@@ -81,7 +81,7 @@ class NewJournal:
     """
 
     def __init__(self, paths: Paths, name: str, progress: fs.Progress) -> None:
-        """For the state of this name. Nothing is touched."""
+        """Prepare a journal for the state of this name. No file is touched."""
         self.path: str = fs.temporary(paths.journal)
         self.base: str = NO_BASE
         self.salt: str = journal.new_salt()
@@ -136,7 +136,7 @@ class NewJournal:
             fs.discard(self.path)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: close it. The file is the parent's."""
+        """Close the file, which is the parent's. Runs in a forked child."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             fs.close(fd)
@@ -214,13 +214,13 @@ class Writer:
         self._note()
 
     def _note(self) -> None:
-        """Remember what our own write left; where that cannot be had, the next commit reads the journal."""
+        """Note what our own write left. If that cannot be found out, the next commit reads the journal."""
         self._left = self._opened() or self._left._replace(size=self.end, modified=-1)
 
     # Checkpoints
 
     def begin_checkpoint(self, *paths: str) -> None:
-        """Before these temporary files are made, for a checkpoint; `end_checkpoint` follows in any case."""
+        """Note the temporary files of a checkpoint before they are made. `end_checkpoint` follows in any case."""
         self.lock.check()
         self.lock.note(*paths)
 
@@ -297,7 +297,7 @@ class Writer:
             fs.close(fd)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: close all descriptors. The files are the parent's; the lock refuses every call."""
+        """Close all descriptors. Runs in a forked child. The files are the parent's; the lock refuses every call."""
         if not self._left.is_same_file(self._opened()):
             self._fd = -1  # not ours to close, as in `_problem`
         self._use(-1)

@@ -94,7 +94,7 @@ def read_lock(fd: int) -> bytes:
 
 
 def write_lock(fd: int, data: bytes) -> None:
-    """Say in a lock file who holds it. Where that is not possible, it says nothing: a lock is a lock on a full disk, too."""
+    """Say in a lock file who holds it. If that fails, as on a full disk, the lock holds all the same."""
     try:
         os.ftruncate(fd, os.pwrite(fd, data, 0))
     except OSError:
@@ -140,7 +140,7 @@ def is_open(fd: int, which: Identity) -> bool:
 
 
 def is_file(path: str, which: Identity) -> bool:
-    """Whether the path itself, and no link, still names a file that is open."""
+    """Return whether the path itself, and no link, still names a file that is open."""
     try:  # not `translated`: each commit asks twice, and it would cost as much as the call
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -164,15 +164,15 @@ class Fingerprint(NamedTuple):
 
     @property
     def identity(self) -> Identity:
-        """Which file it is."""
+        """Return which file it is."""
         return self.device, self.inode
 
     def is_same_file(self, other: Fingerprint | None) -> bool:
-        """Whether both are of one file, changed or not; while it is open, no other gets its number."""
+        """Return whether both are of one file, changed or not. While it is open, no other gets its number."""
         return other is not None and self[:2] == other[:2]
 
     def is_same_size(self, other: Fingerprint | None) -> bool:
-        """Whether both are of one file, of one size."""
+        """Return whether both are of one file, of one size."""
         return other is not None and self[:3] == other[:3]
 
 
@@ -198,7 +198,7 @@ def is_gone(path: str) -> bool:
 
 
 def fingerprint(path: str) -> Fingerprint | None:
-    """That of a file, or of a link in its place; `None` when there is none."""
+    """Return the fingerprint of a file, or of a link in its place; `None` when there is none."""
     try:  # not `translated`: as above
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -306,7 +306,7 @@ class NewFile:
     """
 
     def __init__(self, path: str, progress: Progress, *replaced: str) -> None:
-        """Nothing is touched. What it will replace is for `_ownership.keep`."""
+        """Prepare a file. No file is touched. `_ownership.keep` needs the file that it will replace."""
         self.path = path
         self._progress = progress
         self._replaced = replaced
@@ -357,7 +357,7 @@ class NewFile:
         discard(self.path)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: close the descriptor. The file is the parent's."""
+        """Close the descriptor. Runs in a forked child. The file is the parent's."""
         self._close()
 
     def _close(self) -> None:
@@ -425,7 +425,7 @@ class TornWriteError(Exception):
 
 
 def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: Progress) -> None:
-    """Write at the end of a file, and sync; what is large in steps, each synced.
+    """Write at the end of a file, and sync. Large data goes in steps, each synced.
 
     Raises:
         StorageError: The write failed and was undone.
@@ -456,7 +456,7 @@ def _sync_or_tear(fd: int, path: str) -> None:
 
 
 def _steps(parts: Sequence[bytes]) -> Iterable[Sequence[bytes | memoryview]]:
-    """The parts, those of one step together: what is written between two syncs."""
+    """Group the parts into steps. The parts of a step are written between two syncs."""
     return (parts,) if sum(map(len, parts)) <= _APPENDED_AT_ONCE else _cut(parts)
 
 
@@ -478,7 +478,7 @@ def _cut(parts: Sequence[bytes]) -> Iterator[Sequence[memoryview]]:
 
 
 def _write(fd: int, parts: Sequence[bytes | memoryview], offset: int, progress: Progress) -> int:
-    """Write the parts one after the other; returns the offset behind them."""
+    """Write the parts one after the other, and return the offset behind them."""
     for batch in (b"".join(parts),) if sum(map(len, parts)) <= _COPIED else _batched(parts):
         rest = memoryview(batch)
         while rest:
@@ -517,7 +517,7 @@ def _sync_data(fd: int) -> None:
 
 
 def sync_names(path: str) -> None:
-    """As `sync_directory`, but raise an `OSError`."""
+    """Sync as `sync_directory` does, but raise an `OSError`."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -26,7 +26,7 @@ class OpenFile(NamedTuple):
 
     @property
     def identity(self) -> tuple[int, int]:
-        """Device and inode."""
+        """Return device and inode."""
         return self.status.st_dev, self.status.st_ino
 
     def read(self, most: int | None = None) -> bytes:

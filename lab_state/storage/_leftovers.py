@@ -20,12 +20,12 @@ class Leftovers:
     """The temporary files and torn tails in directories, as they were when each was listed first."""
 
     def __init__(self) -> None:
-        """Nothing is listed yet."""
+        """Begin with nothing listed."""
         self._lock = threading.Lock()
         self._found: dict[str, dict[str, list[str]]] = {}
 
     def __reduce__(self) -> tuple[type[Leftovers], tuple[()]]:
-        """A copy of a storage object lists anew."""
+        """Let a copy of a storage object list anew."""
         return Leftovers, ()
 
     def temporary(self, path: str) -> list[str]:

@@ -60,7 +60,7 @@ async def load(name: str, storage: Storage) -> Loaded:
 
 
 def _is_the_same(before: tuple[Reading, str], now: tuple[Reading, str]) -> bool:
-    """Whether two readings are of the same state, which may have grown, and have the same fault."""
+    """Return whether two readings have the same fault, and are of one state, which may have grown."""
     (first, error), (second, again) = before, now
     grown = first.snapshot == second.snapshot and first.records == second.records[: len(first.records)]
     return error == again and grown

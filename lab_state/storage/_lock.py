@@ -1,4 +1,4 @@
-"""The lock of a state on disk, and what the one who is refused is told."""
+"""The lock of a state on disk, and the message for a refused process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Holder(msgspec.Struct, frozen=True):
     making: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Process, machine and start."""
+        """Name process, machine and start."""
         return f"pid {self.pid} on {self.host}, since {self.started}"
 
 
@@ -141,7 +141,7 @@ class Lock:
 
     @contextmanager
     def noted(self, *paths: str) -> Generator[None]:
-        """`note` and `forget`."""
+        """Call `note`, and then `forget` when the block is left."""
         self.note(*paths)
         try:
             yield
@@ -214,7 +214,7 @@ class Lock:
             fs.close(fd)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: close the descriptor. The lock stays the parent's, and goes with it."""
+        """Close the descriptor. Runs in a forked child. The lock stays the parent's, and ends with it."""
         self.is_parents = True
         self._close()
         if self._opening:  # the parent was about to note which file it is

@@ -104,7 +104,7 @@ class StorageSession(Protocol):
 
     @property
     def progress(self) -> int:
-        """How many bytes were handed to the disk or the store since the state was opened.
+        """Return how many bytes were handed to the disk or the store since the state was opened.
 
         It grows while `commit` and `checkpoint` write or send, also within a large
         write: every few MiB are counted once they are written, and synced where the
@@ -118,7 +118,7 @@ class StorageSession(Protocol):
 
     @property
     def warning(self) -> str | None:
-        """What does not fail, but has to be mended, and what to do; `None` for nothing. `status()` shows it."""
+        """Return a fault that does not fail calls, and what to do about it; `None` for none. `status()` shows it."""
         ...
 
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:

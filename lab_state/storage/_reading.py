@@ -78,7 +78,7 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Verdict:
 
 
 def _belongs(scan: Scan, base: str) -> bool:
-    """Whether the journal names the snapshot, or needs none."""
+    """Return whether the journal names the snapshot, or needs none."""
     return scan.header.base in (ANY_BASE, base) or (Kind.CHECKPOINT, base.encode()) in scan.frames
 
 

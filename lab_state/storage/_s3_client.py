@@ -70,7 +70,7 @@ class Tries:
         await self._time.sleep(min(left, self._time.jitter(longest)))
 
     def refuse(self, failure: Failure, needs: str) -> StorageError:
-        """The error for what no repetition mends; `needs` is the permission."""
+        """Return the error for a failure that no repetition mends. `needs` is the permission."""
         return UnsupportedError(f"{self._what} failed with {failure}: {advice(failure, needs)}")
 
 
@@ -123,7 +123,7 @@ class Requests:
         return await self._read(once, tries)
 
     async def get(self, key: str) -> tuple[Found, bytes] | None:
-        """An object with its body; `None` for none."""
+        """Return an object with its body; `None` for none."""
 
         async def once(client: Client, limit: Limit) -> tuple[Found, bytes]:
             response = await client.get_object(Bucket=self._bucket, Key=key)
@@ -150,7 +150,7 @@ class Requests:
     async def page(
         self, prefix: str, after: str, token: str | None = None, tries: Tries | None = None
     ) -> tuple[dict[str, int], str | None]:
-        """Some of these keys, in order, and the token of the next page; `None` behind the last."""
+        """Return some of these keys, in order, and the token of the next page; `None` behind the last."""
         where: dict[str, Any] = {"StartAfter": after} if token is None else {"ContinuationToken": token}
 
         async def once(client: Client, _: Limit) -> dict[str, Any]:
@@ -275,7 +275,7 @@ class Requests:
     # Deleting
 
     async def check_deletes(self, key: str) -> None:
-        """Ask once to delete an object, which need not be there; anything but a plain refusal decides nothing.
+        """Ask once to delete an object, which need not be there. Only a plain refusal raises.
 
         Raises:
             UnsupportedError: It is refused.
@@ -313,7 +313,7 @@ class Requests:
 
 
 def _refused(done: dict[str, Any]) -> Failure | None:
-    """The first refusal in the answer to a deletion of many."""
+    """Return the first refusal in the answer to a deletion of many."""
     for error in done.get("Errors", ()):
         code = str(error.get("Code", ""))
         return Failure(403 if code == "AccessDenied" else 500, code)

@@ -54,7 +54,7 @@ class Resolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """All addresses of a host."""
+        """Return all addresses of a host."""
         found = await asyncio.get_running_loop().run_in_executor(
             self._thread, lambda: socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
         )
@@ -71,11 +71,11 @@ class Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Nothing to let go of; the thread belongs to the session."""
+        """Do nothing: the thread belongs to the session."""
 
 
 def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
-    """The client's settings: the caller's before our defaults, and over both what the protocol needs."""
+    """Merge the client's settings: our defaults, the caller's, and what the protocol needs, in this order."""
     ours = AioConfig(connect_timeout=5, read_timeout=STANDSTILL, max_pool_connections=16)
     config: Any = ours if given is None else ours.merge(given)
     # A signed Content-MD5 covers each body. Signing a hash as well would read 100 MB on the event loop.
@@ -96,7 +96,7 @@ def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
 
 @functools.cache
 def _loader() -> Any:
-    """Botocore's description of S3, read once: it takes 0.1 s."""
+    """Return botocore's description of S3. It is read once, because that takes 0.1 s."""
     return get_session().get_component("data_loader")
 
 
@@ -109,7 +109,7 @@ def _new_session() -> Any:
 async def connect(
     session: Any, config: Any, endpoint_url: str | None, region_name: str | None, thread: Threads
 ) -> Client:
-    """A client, made without holding up the event loop."""
+    """Make a client without holding up the event loop."""
     custom = endpoint_url is not None or not _ENDPOINT_VARIABLES.isdisjoint(os.environ)
     settings = client_config(config, thread, custom_endpoint=custom)
 
@@ -133,7 +133,7 @@ async def connect(
 
 
 def _made(session: Any, region_name: str | None, endpoint_url: str | None, settings: Any) -> Any:
-    """Blocking: botocore reads a dozen files.
+    """Make a client. Blocks: botocore reads a dozen files.
 
     On a loop of its own, which ends; the client meets the event loop that it is used on
     with its first request.
@@ -147,6 +147,6 @@ def _made(session: Any, region_name: str | None, endpoint_url: str | None, setti
 
 
 def _expect_nothing(params: dict[str, Any], **_: object) -> None:
-    """To ask first whether a body is welcome costs more than a small body."""
+    """Send a body without asking first. The question costs more than a small body."""
     if isinstance(params["body"], (bytes, io.BytesIO)):
         params["headers"].pop("Expect", None)

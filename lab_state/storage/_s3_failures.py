@@ -38,7 +38,7 @@ FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSErr
 
 
 def failure_of(error: Exception) -> Failure:
-    """What an exception of the client says, and nothing of what the store was asked, or of how it is reached."""
+    """Return the meaning of a client's exception, without the request and the address, which may hold secrets."""
     if isinstance(error, ClientError):
         response: dict[str, Any] = error.response
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -63,7 +63,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and those behind it: botocore and aiohttp hide them in various places."""
+    """Return an exception and those behind it. botocore and aiohttp hide them in various places."""
     left: list[Any] = [error]
     seen: list[Any] = []
     while left:

@@ -179,7 +179,7 @@ class Loader:
     """Loads a state as often as needed; what is still the same is not fetched again."""
 
     def __init__(self, store: Requests, names: Names) -> None:
-        """Nothing is fetched yet."""
+        """Begin with nothing fetched."""
         self._store = store
         self._names = names
         self._path = names.url(names.snapshot)

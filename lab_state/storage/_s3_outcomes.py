@@ -239,7 +239,7 @@ _ADVICE = {
 
 
 def advice(failure: Failure, needs: str) -> str:  # noqa: PLR0911 -- a cause each
-    """What the operator has to do about a failure that trying again does not mend.
+    """Return what the operator has to do about a failure that trying again does not mend.
 
     `needs` is the permission for what was tried.
     """

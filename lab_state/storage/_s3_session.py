@@ -82,7 +82,7 @@ class S3Session:
 
     @property
     def progress(self) -> int:
-        """How many bytes of records and snapshots were sent to the store."""
+        """Return how many bytes of records and snapshots were sent to the store."""
         return self._store.sent
 
     # Commits
@@ -223,7 +223,7 @@ class S3Session:
             _logger.warning("%s: what it covers stays until the next checkpoint: %s", self.path, error)
 
     async def _clean_pages(self, covered: int) -> None:
-        """From where the last one ended; what is left behind so many pages is for the next checkpoint."""
+        """Delete from where the last call ended. After so many pages, leave the rest to the next checkpoint."""
         for _ in range(_MOST_PAGES):
             if self._cleaned >= covered:
                 return

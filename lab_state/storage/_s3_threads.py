@@ -19,7 +19,7 @@ class Threads(ThreadPoolExecutor):
     """At most two threads, each started when it is first needed."""
 
     def __init__(self, name: str) -> None:
-        """`name` is the state's."""
+        """Take the name of the state."""
         super().__init__(_MOST, thread_name_prefix=f"lab_state {name}")
 
     def submit(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:

@@ -44,7 +44,7 @@ class Threads:
     """
 
     def __init__(self, name: str) -> None:
-        """Nothing is started before a worker is handed something. `name`: of the threads."""
+        """Take the name of the threads. None is started before a worker is handed something."""
         self._name = name
         self._reset()
 
@@ -57,11 +57,11 @@ class Threads:
         self._dropped: deque[None] = deque()  # those that were not, and are gone
 
     def __reduce__(self) -> tuple[type[Threads], tuple[str]]:
-        """A copy has threads of its own; a storage object is configuration that other processes may be given."""
+        """Give a copy threads of its own: other processes may be given a storage object."""
         return Threads, (self._name,)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: begin anew. The threads are the parent's, and so is what they were to do."""
+        """Begin anew. Runs in a forked child. The threads and their work are the parent's."""
         self._reset()
 
     def enter(self) -> None:
@@ -78,7 +78,7 @@ class Threads:
                 self._ready.put(None)
 
     def drop(self) -> None:
-        """`leave`, for a worker that is collected: in the middle of anything, the lock being held or not."""
+        """Leave, as `leave` does, when a worker is collected. That may come at any time, with the lock held or not."""
         self._dropped.append(None)
         self._ready.put(None)
 

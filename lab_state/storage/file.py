@@ -57,7 +57,7 @@ class FileStorage:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, create: bool = True) -> None:
-        """Nothing is touched before a manager starts.
+        """Take the settings. No file is touched before a manager starts.
 
         Args:
             directory: Where the files are. It is made when it is missing, with those
@@ -155,7 +155,7 @@ class Journals:
         self._open: OrderedDict[weakref.ref[FileSession], None] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[Journals], tuple[()]]:
-        """A copy of a storage object has sessions of its own."""
+        """Give a copy of a storage object sessions of its own."""
         return Journals, ()
 
     def used(self, one: weakref.ref[FileSession]) -> None:
@@ -209,7 +209,7 @@ class FileSession:
 
     @property
     def progress(self) -> int:
-        """How many bytes commits and checkpoints have handed to the disk so far."""
+        """Return how many bytes commits and checkpoints have handed to the disk so far."""
         return self._writer.progress.count
 
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:

@@ -84,7 +84,7 @@ class MemorySession:
         forks.disown_in_children(self)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: let go. What is there is a copy, for managers of the child."""
+        """Let go. Runs in a forked child, whose managers may use the copy that is there."""
         if self._place.session is self:
             self._place.session = None
 
