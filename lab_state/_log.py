@@ -4,7 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any
+from typing import Any, Protocol
+
+
+class Logs(Protocol):
+    """What a logger needs, whoever made it: each method takes a message that is complete."""
+
+    def info(self, message: str, /) -> object:
+        """Log at level INFO."""
+        ...
+
+    def warning(self, message: str, /) -> object:
+        """Log at level WARNING."""
+        ...
+
+    def error(self, message: str, /) -> object:
+        """Log at level ERROR."""
+        ...
+
+
+def check_logger(logger: object) -> None:
+    """Refuse what no message can be given to, before the first failure has to be told.
+
+    Raises:
+        TypeError: It is a class, or a method of a logger is missing.
+    """
+    missing = [name for name in ("info", "warning", "error") if not callable(getattr(logger, name, None))]
+    if isinstance(logger, type) or missing:
+        what = "a class" if isinstance(logger, type) else f"{type(logger).__name__}, which has no {missing[0]}()"
+        raise TypeError(f"logger must be a logger such as logging.getLogger('app'), not {what}")
 
 
 class Log:
@@ -16,8 +44,8 @@ class Log:
 
     __slots__ = ("_logger",)
 
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger: Any = logger  # in truth whatever has the same methods
+    def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any] | Logs) -> None:
+        self._logger: Any = logger
 
     def info(self, message: str, *args: object) -> None:
         """Log at level INFO."""

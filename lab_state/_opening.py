@@ -51,3 +51,17 @@ async def _sleep(clock: Clock, seconds: float) -> None:
         await woken
     finally:
         timer.cancel()
+
+
+def check_asyncio() -> None:
+    """Make sure that asyncio runs the caller.
+
+    Raises:
+        RuntimeError: Something else does, such as trio.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "lab_state needs asyncio: start it from asyncio.run(), or from anyio with that backend"
+        ) from None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
 
 from lab_state._calls import Calls
+from lab_state._handle import Handle
 
 R = TypeVar("R")
 P = ParamSpec("P")
@@ -21,7 +22,7 @@ def plain(fn: Callable[Concatenate[Calls, P], Coroutine[Any, Any, R]]) -> Callab
     return call
 
 
-class Plain:
+class Plain(Handle):
     """The calls, each run to its end by `_run`."""
 
     __slots__ = ("_calls",)

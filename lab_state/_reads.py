@@ -15,6 +15,7 @@ from msgspec import Raw
 from lab_state._codec import check_key
 from lab_state._core import Core
 from lab_state._expiry import Expiring
+from lab_state._handle import Handle
 from lab_state._state import MISSING, Stored
 from lab_state._types import NOT_JSON, check_type, decode_json, decode_value
 from lab_state._values import SCALARS
@@ -23,7 +24,7 @@ from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatch
 T = TypeVar("T")
 
 
-class Reads:
+class Reads(Handle):
     """The calls that change nothing."""
 
     __slots__ = ("_core", "_prefix")

@@ -13,6 +13,7 @@ from lab_state._core import Core
 from lab_state._draft import Draft
 from lab_state._expiry import Seconds
 from lab_state._flusher import Flusher
+from lab_state._handle import Handle
 from lab_state._metrics import Counters
 from lab_state._plain import Plain
 from lab_state._reads import MISSING_VALUE
@@ -28,7 +29,7 @@ R = TypeVar("R")
 
 
 @final
-class Entry(Generic[T]):
+class Entry(Handle, Generic[T]):
     """One key and its type.
 
     The calls are those of the same name of the manager, with the same guarantees and

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -19,10 +19,10 @@ from lab_state._core import Core
 from lab_state._expiry import resumed
 from lab_state._flusher import Flusher
 from lab_state._foreign import check_on_fenced
-from lab_state._log import Log
+from lab_state._log import Log, Logs, check_logger
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
 from lab_state._mirror import Mirror
-from lab_state._opening import opened
+from lab_state._opening import check_asyncio, opened
 from lab_state._state import Changes, State
 from lab_state._sweeper import Sweeper
 from lab_state._watch import Watchers
@@ -95,11 +95,14 @@ class Manager(Scope):
     """A map from string keys to JSON values: in memory, and durable.
 
     One manager is the only writer of its state. It belongs to the event loop that
-    `start()` runs on, until `stop()`.
+    `start()` runs on, until `stop()`. A copy of it, deep or not, is the manager itself;
+    it cannot be pickled.
     """
 
+    _kind = "a manager"
+    _remedy = "make one of another name in the other process: a state has one writer"
+
     __slots__ = (
-        "__weakref__",
         "_cache",
         "_clock",
         "_config",
@@ -123,7 +126,7 @@ class Manager(Scope):
         storage: Storage,
         cache: Cache | None = None,
         *,
-        logger: logging.Logger | None = None,
+        logger: logging.Logger | logging.LoggerAdapter[Any] | Logs | None = None,
         clock: Clock | None = None,
         on_fenced: Callable[[FencedError], object] | None = None,
     ) -> None:
@@ -137,7 +140,9 @@ class Manager(Scope):
                 `RedisCache(url)`. No call ever waits for it or fails because of it; see
                 `status()`.
             logger: Where failures are told; `logging.getLogger("lab_state")` when
-                not given. No value is ever logged. An error of the logger itself is
+                not given. An adapter, or a logger of loguru or structlog, will do: any
+                object with the methods `info`, `warning` and `error`. No value is ever
+                logged. An error of the logger itself is
                 swallowed; the message then goes to stderr.
             clock: For tests; the machine's own when not given. `start()` raises an error
                 of the clock. Later, the first error is logged. Until the clock answers
@@ -168,6 +173,8 @@ class Manager(Scope):
         self._cache = cache
         self._mirror: Mirror | None = None
         self._mirrored = None if cache is None else MirrorCounts()
+        if logger is not None:
+            check_logger(logger)
         self._logger = Log(logging.getLogger("lab_state") if logger is None else logger)
         self._clock: SystemClock | GuardedClock = (
             SystemClock() if clock is None else GuardedClock(clock, self._clock_failed)
@@ -202,7 +209,8 @@ class Manager(Scope):
         holder.
 
         Raises:
-            RuntimeError: It is running already, or another start or stop is under way.
+            RuntimeError: It is running already, or another start or stop is under way. Or
+                this is no event loop of asyncio, but trio's.
             LockedError: Another writer still holds the state after
                 `Config.lock_timeout` seconds; the message says who. Stop it first.
             CorruptionError: What is stored is damaged; it was left untouched.
@@ -210,6 +218,7 @@ class Manager(Scope):
             UnsupportedError: It cannot be read as it is: permissions, a newer format.
         """
         self._core.check_process()
+        check_asyncio()
         if self._phase not in ("new", "stopped"):
             raise RuntimeError(f"start() of {self._config.name!r} while it is {self._phase}: await stop() first")
         before, self._phase = self._phase, "starting"

@@ -117,7 +117,7 @@ class TestLogger:
         told: list[str] = []
         sink = loguru.logger.add(lambda message: told.append(message.record["message"]), level="ERROR")
         try:
-            state = Manager(Config(name="test", flush_interval=None), storage, logger=loguru.logger)  # type: ignore[arg-type]
+            state = Manager(Config(name="test", flush_interval=None), storage, logger=loguru.logger)
             async with state:
                 await state.set("a", 1)
                 storage.fail("commit", error=UnavailableError("no room in /\udcff for 100 %s"))

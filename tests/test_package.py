@@ -33,6 +33,7 @@ LAYERS = (
         "_crc",
         "_expiry",
         "_forks",
+        "_handle",
         "_journal",
         "_json_keys",
         "_log",

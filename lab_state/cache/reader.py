@@ -12,6 +12,7 @@ from lab_state import _forks as forks
 from lab_state._clock import Clock, SystemClock, within
 from lab_state._codec import check_key
 from lab_state._expiry import Expiring, Json
+from lab_state._handle import Handle
 from lab_state._reads import check_default, many_keys
 from lab_state._state import MISSING, Stored
 from lab_state._types import check_type, decode_value
@@ -38,7 +39,7 @@ _STANDS_SECONDS = 10.0
 """A writer that lives and says for so long that it is at a lower revision than was read is right."""
 
 
-class Reader:
+class Reader(Handle):
     """Reads the copy of a state that its manager keeps in a cache; changes nothing.
 
     Use it with `async with`, which waits for nobody: a worker may start before the writer,
@@ -58,6 +59,9 @@ class Reader:
     in the background; before that, and whenever its subscription is lost, reads go to the
     cache itself.
     """
+
+    _kind = "a reader"
+    _remedy = "make one in the other process"
 
     def __init__(self, name: str, source: Source, *, local: bool, clock: Clock | None) -> None:
         self._name = name
