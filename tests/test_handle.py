@@ -102,7 +102,7 @@ async def test_a_call_can_be_patched_on_one_object(monkeypatch: pytest.MonkeyPat
         assert await state.get("k") == 1
         entry, namespace = state.entry("k", int), state.namespace("a")
         for target in (entry, namespace, state.blocking):
-            with mock.patch.object(target, "get", new=lambda: 7):
+            with mock.patch.object(target, "get", new=mock.Mock(return_value=7)):
                 assert cast("Any", target).get() == 7
         assert await entry.get() == 1
 
