@@ -6,12 +6,17 @@ index beside it, `Expiries`, only finds what is due: a bucket of keys for each s
 that a sweep looks at the seconds that passed since the last one and at nothing else, and
 what is due is counted without a look at each key.
 
+While somebody watches, keys are wanted at their time, not with their second. Then those of
+the next few seconds are in a heap, too. A key that is deleted or gets another time leaves
+its place in the heap behind, which is recognised when its time comes.
+
 Time here is the state's own (`State.now`): it starts from the wall clock, and then counts
 the seconds that pass, so a wall clock that is set while the manager runs expires nothing.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -36,6 +41,12 @@ of one value too, since the parser found where it ends.
 """
 
 Seconds: TypeAlias = float | timedelta
+
+_AHEAD = 3
+"""Keys of so many seconds are in the heap, the present one included: more than passes between two sweeps."""
+
+_LEFT_BEHIND = 4
+"""So many places of the heap are looked at for each key that may be taken."""
 
 LONGEST_TTL = 10_000_000_000
 """Seconds, about 317 years: with it, a time in milliseconds is still exact in every JSON reader."""
@@ -105,16 +116,21 @@ class Expiries:
 
     Attributes:
         first: Called when the first key has come in.
+        nearer: Called when a key has come in that is due before those in the heap.
     """
 
-    __slots__ = ("_buckets", "_next", "_second", "first")
+    __slots__ = ("_buckets", "_heap", "_heaped", "_loading", "_next", "_second", "first", "nearer")
 
     def __init__(self, now: int) -> None:
         """No keys; what is due at `now` comes with the next sweep."""
         self._second: dict[str, int] = {}
         self._buckets: dict[int, Bucket] = {}
         self._next = now // 1000
+        self._heap: list[tuple[int, str]] | None = None
+        self._heaped = -1  # keys of earlier seconds are in the heap
+        self._loading: tuple[Bucket, list[str]] | None = None
         self.first: Callable[[], object] | None = None
+        self.nearer: Callable[[], object] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._second)
@@ -132,6 +148,8 @@ class Expiries:
             bucket = self._buckets[second] = Bucket(at)
         bucket[key] = at
         bucket.first, bucket.last = min(bucket.first, at), max(bucket.last, at)
+        if second < self._heaped:
+            self._put_in_heap(at, key)
         if is_first and self.first is not None:
             self.first()
 
@@ -148,7 +166,48 @@ class Expiries:
         """All keys are gone; returns the maps that held them."""
         held = self._second, self._buckets
         self._second, self._buckets = {}, {}
+        if self._heap is not None:
+            self._heap, self._loading = [], None
         return held
+
+    def attend(self, *, wanted: bool) -> None:
+        """Begin, or end, to give keys at their time; see `load`."""
+        self._heap = [] if wanted else None
+        self._heaped, self._loading = -1, None
+
+    def load(self, now: int, most: int) -> bool:
+        """Put keys of the next seconds into the heap, up to `most`; returns whether there are more."""
+        if self._heap is None:
+            return False
+        present = now // 1000
+        while self._loading is not None or self._heaped < present + _AHEAD:
+            if self._loading is None:
+                second = max(self._heaped, present)
+                self._heaped = second + 1
+                bucket = self._buckets.get(second)
+                if bucket is None:
+                    continue
+                self._loading = bucket, list(bucket)
+            bucket, keys = self._loading
+            for key in keys[-most:]:
+                at = bucket.get(key)
+                if at is not None:
+                    self._put_in_heap(at, key)
+            del keys[-most:]
+            if keys:
+                return True
+            self._loading = None
+        return False
+
+    def nearest(self) -> int | None:
+        """When to look again for the heap's sake, in milliseconds: the time of a key, which may be gone."""
+        return self._heap[0][0] if self._heap else None
+
+    def _put_in_heap(self, at: int, key: str) -> None:
+        assert self._heap is not None
+        heapq.heappush(self._heap, (at, key))
+        if self._heap[0][1] is key and self.nearer is not None:
+            self.nearer()
 
     def due(self, now: int) -> int:
         """How many keys are due. Looks at each of those that expire this very second, at most."""
@@ -170,7 +229,10 @@ class Expiries:
         return (self._buckets[second] for second in seconds)
 
     def take(self, now: int, most: int) -> list[str]:
-        """Up to `most` keys whose second is over, those of the oldest first; they are in the index no more."""
+        """Up to `most` keys whose second is over, those of the oldest first; they are in the index no more.
+
+        And those in the heap whose time is over.
+        """
         over = now // 1000 * 1000 - 1
         taken: list[str] = []
         for bucket in self.passed(over):
@@ -182,4 +244,15 @@ class Expiries:
                 del self._buckets[second]
         if len(taken) < most:
             self._next = over // 1000 + 1
+            self._take_near(now, most, taken)
         return taken
+
+    def _take_near(self, now: int, most: int, taken: list[str]) -> None:
+        heap, looks = self._heap, most * _LEFT_BEHIND
+        while heap and heap[0][0] <= now and len(taken) < most and looks:
+            looks -= 1
+            at, key = heapq.heappop(heap)
+            second = self._second.get(key)
+            if second is not None and self._buckets[second][key] == at:
+                self.discard(key)
+                taken.append(key)

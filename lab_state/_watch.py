@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, Self, TypeAlias
 
 import msgspec
@@ -173,10 +173,15 @@ class Group:
 
 
 class Watchers:
-    """Those who watch one state, from a start to a stop."""
+    """Those who watch one state, from a start to a stop.
+
+    Attributes:
+        attended: Called when the first one begins to watch, and when the last one ends.
+    """
 
     def __init__(self, state: State) -> None:
         self._state = state
+        self.attended: Callable[[bool], object] = bool
         self._live = Group()
         self._durable = Group()
         self._turn: dict[str, tuple[Changed, int]] = {}
@@ -189,14 +194,18 @@ class Watchers:
     def add(self, watcher: Watcher) -> None:
         """Tell this one from now on."""
         watcher.opened = self._state.revision
+        is_first = not self
         (self._durable if watcher.durable else self._live).add(watcher)
         self._state.note = self.note
+        if is_first:
+            self.attended(True)
 
     def remove(self, watcher: Watcher) -> None:
         """Do not tell this one any more."""
         (self._durable if watcher.durable else self._live).remove(watcher)
         if not self:
             self._state.note = None
+            self.attended(False)
 
     def note(self, key: str | None, changed: Changed, revision: int) -> None:
         """A key changed, or everything; it is handed out in the next turn of the loop."""

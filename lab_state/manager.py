@@ -267,6 +267,7 @@ class Manager(Scope):
                 undo.callback(mirror.abort)
             sweeper = Sweeper(state, self._clock, lambda: self._core.blocked, flusher.nudge, self._core.set_after)
             undo.callback(sweeper.stop)
+            watchers.attended = sweeper.attend
             flusher.begin()
             undo.pop_all()
         self._flusher, self._mirror, self._sweeper = flusher, mirror, sweeper

@@ -689,3 +689,144 @@ def test_a_sweeper_that_was_stopped(expires: list[int]) -> None:
     assert swept.timers == 0
     swept.clock.advance(10)
     assert (len(swept.state.entries), swept.told) == (1, [])
+
+
+# The sweeper, while somebody watches
+
+
+def watched(expires: Iterable[int] = ()) -> Swept:
+    swept = Swept(expires)
+    swept.sweeper.attend(True)
+    return swept
+
+
+def test_watched_keys_are_swept_at_their_time() -> None:
+    """Each key goes within 50 ms of its time, and not before; also one that came in while another was waited for."""
+    swept = watched([START + 1_400])
+    swept.state.set("soon", Expiring(1, START + 700))
+    swept.state.set("sooner", Expiring(1, START + 300))
+    for at, gone in ((300, "sooner"), (700, "soon"), (1_400, "0")):
+        swept.clock.advance((START + at - 1 - swept.state.now()) / 1000)
+        assert gone in swept.state.entries
+        swept.clock.advance(0.051)
+        assert gone not in swept.state.entries
+    assert swept.timers == 0
+    assert len(swept.told) == 3
+
+
+def test_watched_keys_of_later_seconds_are_swept_at_their_time() -> None:
+    """The keys of later seconds are found in time, with a look at each second."""
+    swept = watched([START + second * 1000 + 250 for second in range(10)])
+    for second in range(10):
+        swept.clock.advance((START + second * 1000 + 249 - swept.state.now()) / 1000)
+        assert f"{second}" in swept.state.entries
+        swept.clock.advance(0.051)
+        assert f"{second}" not in swept.state.entries
+    assert swept.timers == 0
+
+
+def test_watched_keys_that_are_due_together_are_swept_together() -> None:
+    """A thousand keys in a second cost fifty sweeps at most, and one timer."""
+    swept = watched([START + number for number in range(1, 1001)])
+    swept.clock.advance(1.05)
+    assert entries_of(swept.state) == {}
+    assert len(swept.told) <= 53
+
+
+@pytest.mark.parametrize("later", [0, 1_000, 2_000])
+def test_many_watched_keys_are_looked_for_in_steps(later: int) -> None:
+    """Of 5,000 keys in one second, 500 are put in order at once; all are swept at their time all the same."""
+    swept = watched([START + later + 900] * 5_000)
+    assert len(swept.state.expiries._heap or ()) == _AT_ONCE
+    assert swept.timers == 1
+    swept.clock.advance((later + 899) / 1000)
+    assert len(swept.state.entries) == 5_000
+    swept.clock.advance(0.051)
+    assert entries_of(swept.state) == {}
+
+
+def test_what_changes_while_it_is_looked_for() -> None:
+    """Keys that are deleted, kept for good or get another time between the steps are swept when they are due, or not."""
+    swept = watched([START + 900] * 1_500)
+    swept.state.delete_many(["0"])
+    swept.state.set("1", 1)
+    swept.state.set("2", Expiring(1, START + 1_200))
+    swept.clock.advance(0.95)
+    assert set(entries_of(swept.state)) == {"1", "2"}
+    swept.clock.advance(0.3)
+    assert set(entries_of(swept.state)) == {"1"}
+
+
+def test_watched_keys_that_change_are_swept_at_their_last_time() -> None:
+    """A key that is set again, deleted or kept for good is not swept at its old time."""
+    swept = watched()
+    for key in ("again", "deleted", "kept", "all"):
+        swept.state.set(key, Expiring(1, START + 300))
+    swept.state.set("again", Expiring(1, START + 800))
+    swept.state.delete_many(["deleted"])
+    swept.state.set("kept", 1)
+    swept.clock.advance(0.35)
+    assert set(swept.state.entries) == {"again", "kept"}
+    swept.clock.advance(0.5)
+    assert set(swept.state.entries) == {"kept"}
+
+
+def test_what_was_left_behind_by_many_changes_is_passed_over_in_steps() -> None:
+    """A key that was set 10,000 times with the same end leaves as many places behind, and goes at its time."""
+    swept = watched()
+    for number in range(10_000):
+        swept.state.set("a", Expiring(1, START + 300 + number % 2))
+    swept.clock.advance(0.35)
+    assert entries_of(swept.state) == {}
+    assert swept.timers == 0
+
+
+def test_clearing_a_watched_state() -> None:
+    """Nothing is swept of what was cleared, also amid the steps; what is set later goes at its time."""
+    swept = watched([START + 900] * 1_500)
+    swept.state.clear()
+    swept.state.set("a", Expiring(1, START + 400))
+    swept.clock.advance(0.45)
+    assert entries_of(swept.state) == {}
+    assert swept.told[-1] == swept.state.revision
+
+
+def test_a_watched_sweep_waits_for_a_transaction() -> None:
+    """A key whose time comes while a transaction is open goes when that is over."""
+    swept = watched([START + 300])
+    swept.busy = True
+    swept.clock.advance(0.7)
+    assert set(swept.state.entries) == {"0"}
+    swept.busy = False
+    swept.sweeper.resume()
+    assert entries_of(swept.state) == {}
+
+
+def test_when_nobody_watches_any_more() -> None:
+    """Keys go with their second again, and nothing is kept in order."""
+    swept = watched([START + 1_300])
+    swept.sweeper.attend(False)
+    assert swept.state.expiries._heap is None
+    swept.clock.advance(1.4)
+    assert set(swept.state.entries) == {"0"}
+    swept.clock.advance(1.6)
+    assert entries_of(swept.state) == {}
+    assert swept.state.expiries.load(swept.state.now(), 1) is False
+
+
+def test_watches_that_are_opened_all_the_time_put_nothing_off() -> None:
+    """What is overdue is swept within a second, however often a watch is opened and left."""
+    swept = Swept([START - 5_000])
+    for _ in range(11):
+        swept.sweeper.attend(True)
+        swept.clock.advance(0.1)
+        swept.sweeper.attend(False)
+    assert entries_of(swept.state) == {}
+
+
+def test_a_stopped_sweeper_has_no_timer() -> None:
+    """After its end, a watch that is left, and what the index calls, arm none."""
+    swept = watched([START + 300])
+    swept.sweeper.stop()
+    swept.sweeper.attend(False)
+    assert swept.timers == 0

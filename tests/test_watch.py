@@ -215,6 +215,24 @@ class TestKinds:
             await state.flush()
             assert kinds(await told(changes)) == [("later", "expire")]
 
+    @pytest.mark.parametrize("ttl", [0.03, 0.4, 1.001, 3.7, 61.5])
+    @pytest.mark.parametrize("first", ["the watch", "the key"])
+    async def test_an_expiry_is_told_at_its_time(
+        self, state: Manager, clock: ManualClock, first: str, ttl: float
+    ) -> None:
+        """It is told 50 ms after its time at the latest, and not before it, whichever there was first."""
+        clock.advance(0.777)
+        if first == "the key":
+            await state.set("a", 1, ttl=ttl)
+        async with state.watch() as changes:
+            if first == "the watch":
+                await state.set("a", 1, ttl=ttl)
+                assert kinds(await told(changes)) == [("a", "set")]
+            clock.advance(ttl - 0.001)
+            assert await told(changes) == []
+            clock.advance(0.051)
+            assert kinds(await told(changes)) == [("a", "expire")]
+
     async def test_a_change(self, state: Manager) -> None:
         """A change is immutable, equal by value, and has no value of the state in it."""
         async with state.watch() as changes:
