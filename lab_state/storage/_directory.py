@@ -60,7 +60,7 @@ def missing(path: str) -> UnsupportedError:
     """Return the error for a state that must be there, and is not."""
     return UnsupportedError(
         f"there is no state at {path}, and create=False: see that the volume is mounted and the path is right; "
-        "to begin an empty state, start once with create=True"
+        "to begin an empty state, start once with create=True and make a change"
     )
 
 
