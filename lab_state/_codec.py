@@ -16,7 +16,6 @@ showed: the next start goes on from `time`, with what the wall clock has gone on
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import zlib
@@ -32,6 +31,7 @@ from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._not_json import NOT_JSON, not_an_object
 from lab_state._state import Absent, Changed, Changes, Stored
 from lab_state._values import encode, size_of
+from lab_state._whole import Whole
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
 FORMAT = 1
@@ -216,14 +216,14 @@ def _members(parts: Iterable[dict[str, Value]]) -> Iterator[bytes]:
         if len(part) == 1 and size_of(next(iter(part.values()))) >= _SLICE_BYTES:
             ((key, large),) = part.items()
             yield comma + encode(key) + b":"
-            yield from _pieces(large)
+            yield from pieces(large)
         else:
             members = encode(part)[1:-1]
             yield comma + members if members else b""
         comma = b"," if part else comma
 
 
-def _pieces(large: Value) -> Iterator[bytes]:
+def pieces(large: Value) -> Iterator[bytes]:
     """Split the JSON of a large value into pieces."""
     if isinstance(large, str):
         yield b'"'
@@ -242,12 +242,12 @@ def _owned(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterat
             stored = view[key]
             value = stored.value if isinstance(stored, Expiring) else stored
             if isinstance(value, Raw):
-                own = io.BytesIO()
-                for piece in _pieces(value):
-                    if own.tell():
+                own = Whole()
+                for number, piece in enumerate(pieces(value)):
+                    if number:
                         yield {}
-                    own.write(piece)
-                copy = Json(own.getvalue())
+                    own.add(piece)
+                copy = Json(own.taken())
                 view[key] = Expiring(copy, stored.at) if isinstance(stored, Expiring) else copy
         yield part
 

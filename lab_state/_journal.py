@@ -84,6 +84,7 @@ _HEAD_BEHIND = re.compile(rb" (?=(\d{1,15}) [A-Z] )")
 _CHECKSUM = re.compile(rb"[0-9a-f]{8}")
 _SEARCHED_AT_ONCE = 256 * 1024
 _NEWLINE = 0x0A
+_PIECE = 256 * 1024
 
 
 def new_salt() -> str:
@@ -106,6 +107,19 @@ def frame_parts(salt: str, kind: Kind, payload: bytes) -> tuple[bytes, bytes, by
     head = b"%d %s " % (len(payload), _LETTERS[kind])
     crc = zlib.crc32(payload, zlib.crc32(head, zlib.crc32(salt.encode())))
     return b"%08x %s" % (crc, head), payload, b"\n"
+
+
+def frame_in_steps(salt: str, kind: Kind, payload: bytes) -> Iterator[bytes]:
+    """Split one line of the journal into pieces. The first ones are empty: one for each piece of the payload that was summed."""
+    head = b"%d %s " % (len(payload), _LETTERS[kind])
+    crc = zlib.crc32(head, zlib.crc32(salt.encode()))
+    for start in range(0, len(payload), _PIECE):
+        crc = zlib.crc32(payload[start : start + _PIECE], crc)
+        yield b""
+    yield b"%08x %s" % (crc, head)
+    for start in range(0, len(payload), _PIECE):
+        yield payload[start : start + _PIECE]
+    yield b"\n"
 
 
 def payload(data: bytes, salt: str, kind: Kind) -> bytes | None:

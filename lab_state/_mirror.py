@@ -331,14 +331,18 @@ class Mirror:
     async def _changed(self, taken: Changes) -> AsyncGenerator[Slice]:
         """Split the changes of a step into parts."""
         for part in slices(taken.changes.items(), self._ahead):
-            self._has_times = self._has_times or bool(part.expires)
-            yield part
+            if part is not None:
+                self._has_times = self._has_times or bool(part.expires)
+                yield part
             await asyncio.sleep(0)
 
     async def _whole(self, views: Views, view: dict[str, Stored], revision: int, ahead: int) -> AsyncGenerator[Slice]:
         """A view of the state, in parts; the last one comes when all of it is durable."""
         total, brought, told = len(view), 0, self._clock.monotonic()
         for part in slices(view.items(), ahead):
+            if part is None:
+                await asyncio.sleep(0)
+                continue
             self._has_times = self._has_times or bool(part.expires)
             yield part
             await asyncio.sleep(0)

@@ -16,17 +16,18 @@ writer says that it lives.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Raw
 
-from lab_state._codec import RESERVED
+from lab_state._codec import RESERVED, pieces
 from lab_state._expiry import Expiring, Value
 from lab_state._not_json import NOT_JSON
 from lab_state._state import Absent, Changed
-from lab_state._values import encode
+from lab_state._values import encode, size_of
+from lab_state._whole import Whole
 from lab_state.cache._protocol import Seen, Slice
 from lab_state.exceptions import UnavailableError, UnsupportedError
 
@@ -38,6 +39,10 @@ HEAD = RESERVED
 
 _MOST_KEYS = 50
 _MOST_BYTES = 32 * 1024
+_LARGE = 64 * 1024
+
+MOST_TOLD = 4 * 1024 * 1024
+"""Of a step: one with more bytes is told as a resync."""
 
 Revision: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 """What every JSON reader can hold exactly. A higher number is no revision of a state."""
@@ -167,8 +172,13 @@ def resync(start: int, end: int, writer: str) -> bytes:
     return encode(Message(start=start, end=end, writer=writer, resync=True))
 
 
-def slices(items: Iterable[tuple[str, Changed]], ahead: int) -> Iterator[Slice]:
-    """Split the whole copy into parts.
+def told_bytes(part: Slice) -> int:
+    """Estimate how many bytes a message of a part has."""
+    return sum(map(len, part.values)) + sum(map(len, part.values.values())) + sum(map(len, part.deleted))
+
+
+def slices(items: Iterable[tuple[str, Changed]], ahead: int) -> Iterator[Slice | None]:
+    """Split the whole copy into parts. A `None` lets the event loop run while a large value is encoded.
 
     `ahead` is how far the wall clock is ahead of the state's own time, in milliseconds:
     readers go by the wall clock.
@@ -184,7 +194,7 @@ def slices(items: Iterable[tuple[str, Changed]], ahead: int) -> Iterator[Slice]:
             if isinstance(stored, Expiring):
                 stored, at = stored
                 expires[key] = at + ahead
-            values[key] = data = _json(stored)
+            values[key] = data = _json(stored) if size_of(stored) < _LARGE else (yield from _large_json(stored))
             size += len(data)
         if size >= _MOST_BYTES or len(values) + len(deleted) >= _MOST_KEYS:
             yield Slice(values, expires, deleted)
@@ -196,3 +206,13 @@ def _json(stored: Value) -> bytes:
     if isinstance(stored, Raw):
         return bytes(stored)
     return stored if isinstance(stored, bytes) else encode(stored)
+
+
+def _large_json(stored: Value) -> Generator[None, None, bytes]:
+    if isinstance(stored, bytes):
+        return stored
+    together = Whole()
+    for piece in pieces(stored):
+        together.add(piece)
+        yield
+    return together.taken()

@@ -8,11 +8,13 @@ No message of redis-py's is passed on: an answer may quote what it was sent.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from itertools import chain
+from typing import Any, TypeAlias, cast
 
 import redis
 import redis.exceptions as problems
@@ -24,6 +26,7 @@ from lab_state.exceptions import StorageError, UnavailableError, UnsupportedErro
 from lab_state.storage._worker import Threads, Worker
 
 _TIMEOUT = 5.0
+_SENT_AT_ONCE = 64 * 1024
 
 _ADVICE: dict[str, str] = {
     "AuthenticationError": "it refuses the user or the password; see the URL and the server's ACL",
@@ -37,16 +40,47 @@ _ADVICE: dict[str, str] = {
 }
 
 
+Command: TypeAlias = bytes | tuple[bytes, ...]
+"""A command as it is sent; where it has a large value, in parts, of which that is one."""
+
+
 def command(*args: bytes) -> bytes:
     """A command as it is sent."""
     return b"*%d\r\n" % len(args) + b"".join([b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in args])
 
 
-def hset(key: bytes, members: Mapping[str, bytes]) -> bytes:
+def hset(key: bytes, members: Mapping[str, bytes]) -> Command:
     """`HSET` with all of them."""
-    fields = [(name.encode(), value) for name, value in members.items()]
-    body = [b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(value), value) for name, value in fields]
-    return b"*%d\r\n$4\r\nHSET\r\n$%d\r\n%b\r\n" % (2 + 2 * len(body), len(key), key) + b"".join(body)
+    parts: list[bytes] = []
+    body = [b"*%d\r\n$4\r\nHSET\r\n$%d\r\n%b\r\n" % (2 + 2 * len(members), len(key), key)]
+    for member, value in members.items():
+        name = member.encode()
+        if len(value) <= _SENT_AT_ONCE:
+            body.append(b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(value), value))
+        else:
+            body.append(b"$%d\r\n%b\r\n$%d\r\n" % (len(name), name, len(value)))
+            parts += b"".join(body), value
+            body = [b"\r\n"]
+    return (*parts, b"".join(body)) if parts else b"".join(body)
+
+
+def sent_bytes(commands: Iterable[Command]) -> int:
+    """Return how many bytes these commands have."""
+    return sum(len(each) if isinstance(each, bytes) else sum(map(len, each)) for each in commands)
+
+
+def _pieces(commands: Iterable[Command]) -> Iterator[bytes]:
+    """Join what is small, and split what is large."""
+    small: list[bytes] = []
+    for part in chain.from_iterable((each,) if isinstance(each, bytes) else each for each in commands):
+        if len(part) <= _SENT_AT_ONCE:
+            small.append(part)
+            continue
+        yield b"".join(small)
+        small = []
+        for start in range(0, len(part), _SENT_AT_ONCE):
+            yield part[start : start + _SENT_AT_ONCE]
+    yield b"".join(small)
 
 
 def _check_url(url: str) -> None:
@@ -154,12 +188,15 @@ class Link:
         """
         self._is_parents = True
 
-    async def send(self, data: bytes) -> None:
-        """Send commands."""
-        with self.translated():
-            self._check_connected()
-            with within(self.clock, self._timeout):
-                await self._connection.send_packed_command(data, check_health=False)
+    async def send(self, *commands: Command) -> None:
+        """Send commands. A large value goes in pieces, each of which may take as long as an answer."""
+        for number, piece in enumerate(_pieces(commands)):
+            if number:
+                await asyncio.sleep(0)
+            with self.translated():
+                self._check_connected()
+                with within(self.clock, self._timeout):
+                    await self._connection.send_packed_command(piece, check_health=False)
 
     async def answers(self, count: int) -> list[Any]:
         """The next answers."""
@@ -180,7 +217,7 @@ class Link:
 
     async def call(self, *commands: bytes) -> list[Any]:
         """Send commands together; their answers."""
-        await self.send(b"".join(commands))
+        await self.send(*commands)
         return await self.answers(len(commands))
 
     async def transaction(self, *commands: bytes) -> list[Any]:

@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 from lab_state._clock import Clock
-from lab_state.cache._format import HEAD, head, message, new_fill, resync, seen_in
+from lab_state.cache._format import HEAD, MOST_TOLD, head, message, new_fill, resync, seen_in, told_bytes
 from lab_state.cache._protocol import Seen, Slice, Step
 from lab_state.cache._source import Found
 from lab_state.cache.reader import Reader
 from lab_state.exceptions import UnavailableError
+
+_FREED_AT_ONCE = 1000
+_SCANNED = 500
 
 
 class Place:
@@ -31,6 +34,12 @@ class Place:
     def seen(self) -> Seen:
         """Whose copy it is."""
         return seen_in(self.values.get(HEAD), self.expires.get(HEAD))[0]
+
+    def replace(self, values: dict[str, bytes], expires: dict[str, bytes]) -> None:
+        """Show these instead. What was there is freed in steps."""
+        old, self.values, self.expires = (self.values, self.expires), values, expires
+        for each in old:
+            _discard(each)
 
 
 class MemoryCache:
@@ -80,7 +89,7 @@ class MemoryCacheSession:
         seen = place.seen()
         if seen != over and seen.writer != self._writer:
             return False
-        place.values, place.expires = values, expires
+        place.replace(values, expires)
         place.fill = new_fill()
         self._mark(revision)
         place.publish([resync(revision, revision, self._writer)])
@@ -88,24 +97,36 @@ class MemoryCacheSession:
 
     async def apply(self, step: Step, slices: AsyncIterator[Slice]) -> bool:
         """Change the copy; see `CacheSession.apply`."""
-        parts = [part async for part in slices]
+        parts: list[Slice] = []
+        messages: list[bytes] = []
+        told = 0
+        async for part in slices:
+            if parts and told <= MOST_TOLD:
+                messages.append(self._message(step, parts, more=True))
+            parts.append(part)
+            told += told_bytes(part)
+        if told <= MOST_TOLD:
+            messages.append(self._message(step, parts, more=False))
+        else:
+            messages = [resync(step.start, step.end, self._writer)]
         place = self._place
         if place.seen() != (self._writer, step.start):
             return False
         if step.cleared:
-            place.values, place.expires = {}, {}
+            place.replace({}, {})
         for part in parts:
             self._put(part)
         self._mark(step.end)
-        last = len(parts) - 1
-        place.publish(
-            message(step.start, step.end, self._writer, part, clear=step.cleared and not number, more=number < last)
-            for number, part in enumerate(parts)
-        )
+        place.publish(messages)
         return True
 
     async def aclose(self) -> None:
         """Nothing is held."""
+
+    def _message(self, step: Step, parts: list[Slice], *, more: bool) -> bytes:
+        """Make the message of the last of these parts of a step."""
+        clear = step.cleared and len(parts) == 1
+        return message(step.start, step.end, self._writer, parts[-1], clear=clear, more=more)
 
     def _put(self, part: Slice) -> None:
         place = self._place
@@ -144,7 +165,9 @@ class MemorySource:
 
     async def scan(self) -> AsyncIterator[Found]:
         """Every key, in steps; see `Source.scan`."""
-        yield await self.fetch_all()
+        keys = list(self._place.values)
+        for start in range(0, len(keys), _SCANNED):
+            yield await self.fetch([key for key in keys[start : start + _SCANNED] if key != HEAD])
 
     async def subscribe(self) -> MemorySubscription:
         """Follow the changes; see `Source.subscribe`."""
@@ -183,3 +206,11 @@ class MemorySubscription:
     async def aclose(self) -> None:
         """Follow no more."""
         self._place.followers.pop(self, None)
+
+
+def _discard(large: dict[str, bytes]) -> None:
+    """Free a map in steps: a million values at once would hold up the event loop."""
+    for _ in range(min(len(large), _FREED_AT_ONCE)):
+        large.popitem()
+    if large:
+        asyncio.get_running_loop().call_soon(_discard, large)

@@ -18,22 +18,21 @@ which nothing came, and is renamed into place in one MULTI.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lab_state._clock import Clock, SystemClock
-from lab_state.cache._format import HEAD, Keys, head, message, new_fill, resync, seen_in
+from lab_state.cache._format import HEAD, MOST_TOLD, Keys, head, message, new_fill, resync, seen_in, told_bytes
 from lab_state.cache._protocol import SPOILT, Seen, Slice, Step
 from lab_state.cache.reader import Reader
 
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
 
-    from lab_state.cache._link import Link
+    from lab_state.cache._link import Command, Link
 
 _FILL_SECONDS = 60
 _SENT_AT_ONCE = 64 * 1024
-_MOST_TOLD = 4 * 1024 * 1024
 _UNANSWERED = 8
 _HEAD = HEAD.encode()
 
@@ -92,9 +91,9 @@ class RedisSession:
     """One writer's hold on a copy; see `CacheSession`."""
 
     def __init__(self, link: Link, keys: Keys, writer: str) -> None:
-        from lab_state.cache._link import EXEC, MULTI, command, hset  # noqa: PLC0415 -- an extra
+        from lab_state.cache._link import EXEC, MULTI, command, hset, sent_bytes  # noqa: PLC0415 -- an extra
 
-        self._command, self._hset = command, hset
+        self._command, self._hset, self._sent_bytes = command, hset, sent_bytes
         self._multi, self._exec = MULTI, EXEC
         self._link = link
         self._keys = keys
@@ -115,7 +114,7 @@ class RedisSession:
         before, link = self._seen, self._link
         if before.writer != self._writer:
             # What was watched before may have been touched, and would be held against the next step.
-            await link.send(b"".join([self._unwatch, self._count, *self._watch]))
+            await link.send(self._unwatch, self._count, *self._watch)
             unwatched, count = await link.answers(2)
             link.good([unwatched])
             self._expiring = not isinstance(count, int) or count > 1
@@ -143,14 +142,14 @@ class RedisSession:
             # In one moment, so that nothing is ever there without a time to live, whatever is cut.
             sent = [self._multi, *marks, *self._members(*there, part, replace=False), *keep, self._exec]
             marks = []
-            await self._link.send(b"".join(sent))
+            await self._link.send(*sent)
             unanswered.append(len(sent))
             if len(unanswered) > _UNANSWERED:
                 await self._executed(unanswered.popleft())
         while unanswered:
             await self._executed(unanswered.popleft())
         whole = [command(b"HGET", key, _HEAD) for key in there]
-        await self._link.send(b"".join([command(b"WATCH", *there), *whole, *self._watch]))
+        await self._link.send(command(b"WATCH", *there), *whole, *self._watch)
         watched, *found = await self._link.answers(3)
         self._link.watched(watched)
         await self._read_watch()
@@ -176,27 +175,29 @@ class RedisSession:
         if self._seen != (self._writer, step.start):
             return False
         command, keys = self._command, self._keys
-        commands = [self._multi, *([command(b"UNLINK", keys.values, keys.expires)] if step.cleared else [])]
+        commands: list[Command] = [self._multi]
+        if step.cleared:
+            commands.append(command(b"UNLINK", keys.values, keys.expires))
         self._expiring = self._expiring and not step.cleared
         count, told, before = 0, 0, None
         link, clear = self._link, step.cleared
         async for part in slices:
             if before is not None:
                 commands += self._members(keys.values, keys.expires, before, replace=True)
-                told += _size(before)
-                if told <= _MOST_TOLD:
+                told += told_bytes(before)
+                if told <= MOST_TOLD:
                     data = message(step.start, step.end, self._writer, before, clear=clear, more=True)
                     commands.append(command(b"PUBLISH", keys.channel, data))
                     clear = False
             before = part
-            if sum(map(len, commands)) >= _SENT_AT_ONCE:
-                await link.send(b"".join(commands))
+            if self._sent_bytes(commands) >= _SENT_AT_ONCE:
+                await link.send(*commands)
                 count, commands = count + len(commands), []
         assert before is not None  # there is a part of everything
-        told += _size(before)  # before a message is made of it: of one large value, it would be as large
+        told += told_bytes(before)  # before a message is made of it: of one large value, it would be as large
         data = (
             message(step.start, step.end, self._writer, before, clear=clear)
-            if told <= _MOST_TOLD
+            if told <= MOST_TOLD
             else resync(step.start, step.end, self._writer)
         )
         mark = head(step.end, self._writer, self._filled)
@@ -210,9 +211,9 @@ class RedisSession:
         """End the connection; see `CacheSession.aclose`."""
         await self._link.aclose()
 
-    def _members(self, values: bytes, expires: bytes, part: Slice, *, replace: bool) -> list[bytes]:
+    def _members(self, values: bytes, expires: bytes, part: Slice, *, replace: bool) -> list[Command]:
         """The commands that put a part into two hashes; `replace`: where there may be something."""
-        commands = [self._hset(values, part.values)] if part.values else []
+        commands: list[Command] = [self._hset(values, part.values)] if part.values else []
         if part.deleted:
             commands.append(self._command(b"HDEL", values, *map(str.encode, part.deleted)))
         if part.expires:
@@ -223,13 +224,13 @@ class RedisSession:
         self._expiring = self._expiring or bool(part.expires)
         return commands
 
-    async def _execute(self, commands: list[bytes], before: int = 0) -> list[Any] | None:
+    async def _execute(self, commands: Sequence[Command], before: int = 0) -> list[Any] | None:
         """Send the rest of a transaction, after `before` commands. In the same round trip, watch anew.
 
         Returns the answers; `None` if what it watched was touched, and nothing was done.
         """
         sent = [*commands, self._exec, *self._watch]
-        await self._link.send(b"".join(sent))
+        await self._link.send(*sent)
         done = await self._executed(before + len(sent) - len(self._watch))
         await self._read_watch()
         return done
@@ -250,8 +251,3 @@ class RedisSession:
                 raise self._link.problem(answer)
         heads = [answer if isinstance(answer, bytes) else None for answer in (one, two)]
         self._seen, self._filled = seen_in(*heads)
-
-
-def _size(part: Slice) -> int:
-    """Estimate how many bytes its message has."""
-    return sum(map(len, part.values)) + sum(map(len, part.values.values())) + sum(map(len, part.deleted))

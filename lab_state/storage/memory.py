@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import AsyncIterator
 
@@ -13,6 +14,7 @@ from lab_state.exceptions import LockedError, UnsupportedError
 from lab_state.storage._protocol import Reading, Recovery, Snapshot
 
 _MIN_CHECKPOINT_BYTES = 64 * 1024
+_LARGE = 1024 * 1024
 
 
 class Place:
@@ -63,7 +65,6 @@ class MemorySession:
     def __init__(self, place: Place, name: str) -> None:
         self._name = name
         self._place = place
-        self._since: list[bytes] | None = None
         self.path: str = _path(name)
         self.progress: int = 0
         self.warning: str | None = None
@@ -79,6 +80,8 @@ class MemorySession:
         elif torn:
             del place.journal[-torn:]
         self._journal = place.journal
+        self._end = len(self._journal)  # behind it is the frame that is being appended
+        self._crc = 0  # of the snapshot that is being made
         self.recovery: Recovery = Recovery(place.snapshot, accepted.records, unsettled=False, dropped_bytes=torn)
         place.session = self
         forks.disown_in_children(self)
@@ -96,37 +99,49 @@ class MemorySession:
     @property
     def journal_bytes(self) -> int:
         """The size of the journal."""
-        return len(self._journal)
+        return self._end
 
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:  # noqa: ARG002 -- memory can always append
-        """Append one frame; see `StorageSession.commit`."""
+        """Append one frame; see `StorageSession.commit`. A large one is appended in steps."""
         self._check_open()
-        self._journal += journal.frame(self._salt, Kind.RECORD, record)
+        if len(record) < _LARGE:
+            self._journal += journal.frame(self._salt, Kind.RECORD, record)
+        else:
+            await self._append_in_steps(record)
+        self._end = len(self._journal)
         self.progress += len(record)
-        if self._since is not None:
-            self._since.append(record)
         return self.journal_bytes > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
 
     async def checkpoint(self, snapshot: Snapshot) -> None:
         """Replace the snapshot and the journal at once; see `StorageSession.checkpoint`."""
         self._check_open()
         slices = snapshot()
-        since: list[bytes] = []
-        self._since = since
-        try:
-            data = await collected(self._counted(slices))
-        finally:
-            self._since = None
+        before, self._crc = self._end, 0
+        data = await collected(self._counted(slices))
         self._check_open()
-        frames = b"".join(journal.frame(self._salt, Kind.RECORD, record) for record in since)
-        self._journal[:] = journal.header(self._name, self._salt, _base(data)) + frames
+        header = journal.header(self._name, self._salt, journal.base_of(len(data), self._crc))
+        # What is behind the view stays, with a frame that is being appended.
+        self._journal[:before] = header
+        self._end += len(header) - before
         self._place.snapshot = data
         self.recovery = self.recovery.used()
 
     async def _counted(self, slices: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for part in slices:
             self.progress += len(part)
+            self._crc = zlib.crc32(part, self._crc)
             yield part
+
+    async def _append_in_steps(self, record: bytes) -> None:
+        try:
+            for piece in journal.frame_in_steps(self._salt, Kind.RECORD, record):
+                self._journal += piece
+                await asyncio.sleep(0)
+                self._check_open()
+        except BaseException:
+            if self._place.session is self:  # else the next session has dropped it, as a torn tail
+                del self._journal[self._end :]
+            raise
 
     async def aclose(self) -> None:
         """Let go; see `StorageSession.aclose`."""

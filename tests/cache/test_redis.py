@@ -171,7 +171,7 @@ async def test_a_step_that_is_too_large_to_be_told(
     redis_server: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those who follow load it instead."""
-    monkeypatch.setattr(lab_state.cache.redis, "_MOST_TOLD", 1000)
+    monkeypatch.setattr(lab_state.cache.redis, "MOST_TOLD", 1000)
     cache = RedisCache(redis_server.url)
     async with manager(redis_server.url) as state, cache.reader("name", local=True) as reader:
         await reader.wait_revision(0)
@@ -185,7 +185,7 @@ async def test_one_value_that_is_too_large_to_be_told(
     redis_server: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of one large value is told as a resync: no message of its size is made."""
-    monkeypatch.setattr(lab_state.cache.redis, "_MOST_TOLD", 1000)
+    monkeypatch.setattr(lab_state.cache.redis, "MOST_TOLD", 1000)
     told: list[bytes] = []
     real = message
 
