@@ -824,6 +824,26 @@ def test_watches_that_are_opened_all_the_time_put_nothing_off() -> None:
     assert entries_of(swept.state) == {}
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(1, 4_000), st.integers(0, 1_500)), max_size=30)
+)
+def test_watched_keys_are_there_until_their_time_and_no_longer(steps: list[tuple[str, int | None, int]]) -> None:
+    """Whatever was set, set again and deleted before: no key goes early, and none stays 50 ms longer."""
+    swept = watched()
+    times: dict[str, int] = {}
+    for key, ttl, passes in steps:
+        if ttl is None:
+            swept.state.delete_many([key] if key in swept.state.entries else [])
+            times.pop(key, None)
+        else:
+            times[key] = swept.state.now() + ttl
+            swept.state.set(key, Expiring(1, times[key]))
+        swept.clock.advance(passes / 1000)
+        now = swept.state.now()
+        assert {key for key, at in times.items() if at > now} <= set(swept.state.entries)
+        assert set(swept.state.entries) <= {key for key, at in times.items() if at > now - 50}
+
+
 def test_a_stopped_sweeper_has_no_timer() -> None:
     """After its end, a watch that is left, and what the index calls, arm none."""
     swept = watched([START + 300])
