@@ -17,6 +17,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import Any
+from weakref import finalize
 
 from lab_state._clock import Clock, Timer, resolver
 from lab_state._codec import encode_record
@@ -67,6 +68,7 @@ class Flusher(Outcomes):
         self.write_through: bool = config.flush_interval == 0
         self._session = session
         self._abandoned = self._aborted = False
+        self.forgotten: finalize[Any, Any] | None = None  # closes the session when all else is collected
         self._deadline = math.inf
         _ = session.progress  # without it stop() could not tell a slow storage from one that hangs: not noticed then
         self._slices = 0  # of records and snapshots, given to the storage: to encode them is progress too
@@ -111,6 +113,16 @@ class Flusher(Outcomes):
         if self._stop_error is not None:
             raise self._stop_error
 
+    def remember(self) -> None:
+        """The session is closed, or left to its storage call: nothing is left to do when this is collected."""
+        if self.forgotten is not None:
+            self.forgotten.detach()
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether it was ended without writing anything."""
+        return self._aborted
+
     def nudge(self) -> None:
         """A change that nobody waits for was made: flush, if that is what each write does."""
         if self.write_through:
@@ -119,6 +131,7 @@ class Flusher(Outcomes):
     def abort(self) -> StorageSession:
         """End without writing anything, as a crash would; for tests of crashes. Returns the session, open."""
         self._stopping = self._aborted = True
+        self.remember()
         self._end_timers()
         for task in (self._task, self._checkpointing):
             if task is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -19,6 +21,7 @@ from lab_state._core import Core
 from lab_state._expiry import resumed
 from lab_state._flusher import Flusher
 from lab_state._foreign import check_on_fenced
+from lab_state._forgotten import caller, note, started_here
 from lab_state._log import Log, Logs, check_logger
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
 from lab_state._mirror import Mirror
@@ -28,7 +31,7 @@ from lab_state._sweeper import Sweeper
 from lab_state._watch import Watchers
 from lab_state.cache._protocol import Cache
 from lab_state.config import Config
-from lab_state.exceptions import FencedError
+from lab_state.exceptions import FencedError, LockedError
 from lab_state.handles import Scope
 from lab_state.storage._protocol import Storage, StorageSession
 
@@ -95,7 +98,8 @@ class Manager(Scope):
     """A map from string keys to JSON values: in memory, and durable.
 
     One manager is the only writer of its state. It belongs to the event loop that
-    `start()` runs on, until `stop()`. A copy of it, deep or not, is the manager itself;
+    `start()` runs on, until `stop()`. A running one that is collected gives a
+    `ResourceWarning`; its lock and its files go back when its loop is closed. A copy of it, deep or not, is the manager itself;
     it cannot be pickled.
     """
 
@@ -113,6 +117,7 @@ class Manager(Scope):
         "_mirrored",
         "_on_fenced",
         "_phase",
+        "_started_at",
         "_stopping",
         "_storage",
         "_sweeper",
@@ -180,6 +185,7 @@ class Manager(Scope):
             SystemClock() if clock is None else GuardedClock(clock, self._clock_failed)
         )
         self._phase: Phase = "new"
+        self._started_at = ""
         self._flusher: Flusher | None = None
         self._ended = Status(phase="new", keys=0, revision=0, durable_revision=0)
         self._times = FlushTimes()
@@ -212,7 +218,8 @@ class Manager(Scope):
             RuntimeError: It is running already, or another start or stop is under way. Or
                 this is no event loop of asyncio, but trio's.
             LockedError: Another writer still holds the state after
-                `Config.lock_timeout` seconds; the message says who. Stop it first.
+                `Config.lock_timeout` seconds; the message says who, and for a manager of
+                this process where it was started. Stop it first.
             CorruptionError: What is stored is damaged; it was left untouched.
             UnavailableError: It could not be read this time.
             UnsupportedError: It cannot be read as it is: permissions, a newer format.
@@ -221,6 +228,7 @@ class Manager(Scope):
         check_asyncio()
         if self._phase not in ("new", "stopped"):
             raise RuntimeError(f"start() of {self._config.name!r} while it is {self._phase}: await stop() first")
+        self._started_at = caller()
         before, self._phase = self._phase, "starting"
         forks.disown_in_children(self)
         self._set_strict(strict=True)
@@ -232,6 +240,10 @@ class Manager(Scope):
             except BaseException:
                 await session.aclose()
                 raise
+        except LockedError as error:
+            self._phase = before
+            first = started_here(self._config.name, repr(self._storage))
+            raise LockedError(f"{error}{first}") from error.__cause__
         except BaseException:
             self._phase = before
             raise
@@ -265,11 +277,13 @@ class Manager(Scope):
             if mirror is not None:
                 mirror.begin(flusher)
                 undo.callback(mirror.abort)
-            sweeper = Sweeper(state, self._clock, lambda: self._core.blocked, flusher.nudge, self._core.set_after)
+            core = self._core  # not the manager: it is to be collected when it is forgotten
+            sweeper = Sweeper(state, self._clock, lambda: core.blocked, flusher.nudge, core.set_after)
             undo.callback(sweeper.stop)
             watchers.attended = sweeper.attend
             flusher.begin()
             undo.pop_all()
+        flusher.forgotten = note(flusher, session, self._config.name, repr(self._storage), self._started_at)
         self._flusher, self._mirror, self._sweeper = flusher, mirror, sweeper
         self._core.open(state, flusher, watchers, sweeper.resume)
 
@@ -362,6 +376,7 @@ class Manager(Scope):
             await self._mirror.stop()
 
     def _stopped(self, flusher: Flusher) -> None:
+        flusher.remember()
         try:
             self._watchers.close()
         finally:
@@ -372,6 +387,16 @@ class Manager(Scope):
                 self._mirror = None
                 self._flusher = None
                 flusher.discard_entries()
+
+    def __del__(self) -> None:
+        flusher = getattr(self, "_flusher", None)
+        if flusher is not None and self._phase == "running" and not flusher.is_aborted and not sys.is_finalizing():
+            warnings.warn(
+                f"{self!r} was collected while it runs: await stop() was forgotten; started at {self._started_at}",
+                ResourceWarning,
+                stacklevel=1,
+                source=self,
+            )
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Refuse every call, if the manager is running. Runs in a forked child; the parent's manager goes on."""

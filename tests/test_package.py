@@ -46,7 +46,7 @@ LAYERS = (
     ("_models", "_types"),
     ("_state", "_values", "_standstill"),
     ("_draft", "_sweeper", "_watch", "_codec", "storage", "storage.*"),
-    ("_views", "_pending", "_durability", "_early", "_foreign", "_opening"),
+    ("_views", "_pending", "_durability", "_early", "_foreign", "_forgotten", "_opening"),
     ("_outcomes",),
     ("_flusher",),
     ("_core",),
