@@ -53,8 +53,8 @@ class GuardedClock:
     """A clock of the application's. When it raises, its last time stands, and the event loop's timers are used.
 
     Attributes:
-        strict: Whether what it raises is passed on instead, to who can mend it: during
-            `start()`.
+        strict: Whether an error of the clock is raised instead, to the caller, who can
+            mend it: during `start()`.
     """
 
     def __init__(self, clock: Clock, failed: Callable[[Exception], object]) -> None:

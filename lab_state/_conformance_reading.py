@@ -1,4 +1,4 @@
-"""What every storage must show about `read`: a part of `lab_state.testing.StorageConformance`."""
+"""The tests that every storage must pass about `read`: a part of `lab_state.testing.StorageConformance`."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class ReadingConformance(Hooks):
 
 
 def _one_moment(reading: Reading) -> int:
-    """The number of the last record; none between the snapshot and it is missing."""
+    """Return the number of the last record. None may be missing between the snapshot and it."""
     reached = 0 if reading.snapshot is None else int(reading.snapshot)
     for number in map(int, reading.records):
         assert number <= reached + 1, "a record is missing"
@@ -158,7 +158,7 @@ def _one_moment(reading: Reading) -> int:
 
 
 def _damages(data: bytes) -> Iterator[bytes]:
-    """Bytes with a flipped bit, in a few places, and none at all."""
+    """Yield the bytes with a flipped bit, in a few places, and then no bytes at all."""
     for offset in (0, len(data) // 3, 2 * len(data) // 3, len(data) - 1):
         damaged = bytearray(data)
         damaged[offset] ^= 1

@@ -18,10 +18,10 @@ NAME = "conformance"
 
 
 class Hooks:
-    """What a suite has to be told about the storage under test."""
+    """The facts about the storage under test that a suite needs."""
 
     def make_storage(self) -> Storage:
-        """A storage on the place of this test; each call gives one on the same place."""
+        """Make a storage on the place of this test. Each call gives one on the same place."""
         raise NotImplementedError
 
     async def crash(self, session: StorageSession) -> None:
@@ -29,7 +29,7 @@ class Hooks:
         raise NotImplementedError
 
     def read_raw(self, name: str) -> Mapping[str, bytes]:
-        """Everything that is stored for a state, part by part, past the storage."""
+        """Read everything that is stored for a state, part by part, past the storage."""
         raise NotImplementedError
 
     def write_raw(self, name: str, part: str, data: bytes | None) -> None:

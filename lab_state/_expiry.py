@@ -200,7 +200,7 @@ class Expiries:
         return False
 
     def nearest(self) -> int | None:
-        """When to look again for the heap's sake, in milliseconds: the time of a key, which may be gone."""
+        """Return when to look at the heap again, in milliseconds: the time of a key, which may be gone."""
         return self._heap[0][0] if self._heap else None
 
     def _put_in_heap(self, at: int, key: str) -> None:
@@ -229,7 +229,7 @@ class Expiries:
         return (self._buckets[second] for second in seconds)
 
     def take(self, now: int, most: int) -> list[str]:
-        """Up to `most` keys whose second is over, those of the oldest first; they are in the index no more.
+        """Take up to `most` keys whose second is over out of the index, those of the oldest first.
 
         And those in the heap whose time is over.
         """

@@ -114,13 +114,13 @@ class Flusher(Outcomes):
             raise self._stop_error
 
     def remember(self) -> None:
-        """The session is closed, or left to its storage call: nothing is left to do when this is collected."""
+        """Note that the session is closed, or left to its storage call. Collecting this has nothing left to do then."""
         if self.forgotten is not None:
             self.forgotten.detach()
 
     @property
     def is_aborted(self) -> bool:
-        """Whether it was ended without writing anything."""
+        """Return whether it was ended without writing anything."""
         return self._aborted
 
     def nudge(self) -> None:

@@ -236,7 +236,7 @@ def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
 
 
 class _Head(NamedTuple):
-    """What looks like the head of a frame, and the newline behind its payload is there."""
+    """The possible head of a frame, with the newline behind its payload in place."""
 
     start: int
     covered: int

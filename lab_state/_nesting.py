@@ -1,4 +1,4 @@
-"""How deep JSON is nested, at about the price of copying it. Pure.
+"""The depth of nesting of JSON, found at about the price of copying it. Pure.
 
 Each step is one that Python does at once for all of the bytes. First what is between
 quotes and brackets is dropped. Two quotes side by side then change nothing about what is

@@ -19,7 +19,7 @@ _LONGEST_PAUSE = 5.0
 
 
 class Outcomes(Durability):
-    """What became of the commits and checkpoints of one state. `Flusher` makes them.
+    """The outcomes of the commits and checkpoints of one state. `Flusher` makes them.
 
     Attributes:
         flushes: How many commits succeeded.

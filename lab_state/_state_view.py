@@ -55,7 +55,7 @@ class StateView(Reads):
 
 
 class _Still(Core):
-    """What reading calls ask a manager's core for, of a state that never changes."""
+    """The part of a manager's core that reading calls need, for a state that never changes."""
 
     __slots__ = ()
 

@@ -48,7 +48,7 @@ class Sweeper:
         self._disarm()
 
     def attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
-        """Somebody watches from now on, or nobody does: keys are swept when they are due, or with their second."""
+        """Sweep keys when they are due, while there is a watch. Without one, sweep them with their second."""
         self._state.expiries.attend(wanted=watched)
         self._state.expiries.nearer = self._nearer if watched else None
         if watched and self._state.expiries:

@@ -28,7 +28,7 @@ decode_json: Decode = msgspec.json.Decoder().decode
 """JSON without a type; what it raises says nothing of where the value is from."""
 
 NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError)
-"""What reading JSON raises when it is none."""
+"""The exceptions of a parser for bytes that are not JSON."""
 
 _CONTAINERS = (dict, list, set, frozenset, deque)
 
@@ -83,7 +83,7 @@ def optional(type_: Any) -> Any:
 
 
 class OrNone:
-    """What a `TypeAdapter` decodes, or `None`."""
+    """A type that a `TypeAdapter` decodes, or `None`."""
 
     __slots__ = ("adapter",)
 

@@ -34,7 +34,7 @@ L, U = ord("l"), ord("u")
 """A single byte is found ten times as fast as `NULL`, and without it there is none."""
 
 COLON = ord(":")
-"""Where there is none, there is no dict and no time."""
+"""JSON without a colon has no dict and no time."""
 
 TIMESTAMP = 0xFF
 """In MessagePack: in what a datetime with a zone becomes, and in no text."""
@@ -156,7 +156,7 @@ def _packed(value: object, data: bytes) -> bytes | None:
 
 
 _MOVED = re.compile(rb'(?:[+-]\d\d:\d\d|"\d\d:\d\d:\d\d(?:\.\d+)?)"')
-"""How a time ends that has an offset, and all of one that has none."""
+"""The end of a time with an offset, or all of a time without one."""
 
 
 def _check_times(value: object) -> None:

@@ -24,7 +24,7 @@ from lab_state.cache._source import Source, Subscription
 from lab_state.exceptions import StorageError, UnavailableError
 
 LOOK_SECONDS = 2.0
-"""How often the head is read."""
+"""Seconds between two readings of the head."""
 
 SILENT_SECONDS = 5.0
 """After so long without a message, which is more than two beats of a writer, the subscription is asked."""
@@ -150,7 +150,7 @@ class Feed:
             try:
                 head = await self._head()
             except StorageError:
-                head = None  # who asks the reader is told; when something is put there, that is a resync
+                head = None  # a read tells its caller; a new copy comes with a resync
             if head is not None and self.revision < head.revision:
                 begins = self.revision < 0
                 self.revision = head.revision

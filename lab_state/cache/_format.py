@@ -45,7 +45,7 @@ MOST_TOLD = 4 * 1024 * 1024
 """Of a step: one with more bytes is told as a resync."""
 
 Revision: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
-"""What every JSON reader can hold exactly. A higher number is no revision of a state."""
+"""The highest integer that every JSON reader holds exactly. A higher number is no revision of a state."""
 
 
 class Keys:
@@ -63,7 +63,7 @@ class Keys:
 
 
 class Head(msgspec.Struct, frozen=True):
-    """What `$lab_state` holds; `fill` is another one for each fill."""
+    """The contents of `$lab_state`. Each fill has another `fill`."""
 
     format: int
     revision: Revision

@@ -25,7 +25,7 @@ Watch: TypeAlias = AbstractAsyncContextManager[AsyncIterator[Change]]
 """What `Manager.watch`, `Namespace.watch` and `Reader.watch` return."""
 
 Data: TypeAlias = Callable[[Change], object]
-"""What is sent about a change."""
+"""A function that returns the data to send about a change."""
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """Of a stream of events: no cache and no proxy (nginx) holds it back."""

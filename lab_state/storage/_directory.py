@@ -1,4 +1,4 @@
-"""The directory that the files of a state are in: found, made, synced, and tried out before it is relied on.
+"""The directory of the files of a state: found, made, synced, and tried out at the start.
 
 Synchronous, in a thread of the storage's, as `_fs`.
 """

@@ -45,11 +45,11 @@ _COPIED = 64 * 1024
 
 
 _NOT_FOR_DIRECTORIES = {errno.EINVAL, errno.ENOSYS}
-"""What a file system answers that cannot sync a directory: CIFS, FUSE, DrvFs."""
+"""The errors of a file system that cannot sync a directory: CIFS, FUSE, DrvFs."""
 
 
 class Progress:
-    """How many bytes were handed to the disk.
+    """The number of bytes that were handed to the disk.
 
     Attributes:
         count: The number. It never goes back, and may be read from any thread.
@@ -151,7 +151,7 @@ def is_file(path: str, which: Identity) -> bool:
 
 
 class Fingerprint(NamedTuple):
-    """What tells a file from another one of its name, and mostly from what it was before it was changed in place.
+    """The marks that tell a file from another one of its name, and mostly from its state before a change in place.
 
     The size is exact. The time may be as coarse as the file system keeps it, and some file
     systems set it once more later.

@@ -1,4 +1,4 @@
-"""What earlier sessions have left beside the files of a state: found by listing the directory, once for a storage object.
+"""Files that earlier sessions left beside those of a state, found by one listing for each storage object.
 
 A directory may hold the files of many states. So a start does not list it where the lock
 file says which temporary files there may be.

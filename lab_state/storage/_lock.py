@@ -22,7 +22,7 @@ from lab_state.storage._proc_locks import find_holders
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """Who holds a lock, as the lock file says.
+    """The holder of a lock, as the lock file names it.
 
     Anyone who may write the file can put anything there. The bounds keep line breaks
     and escape sequences out of messages and logs.

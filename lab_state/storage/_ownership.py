@@ -42,7 +42,7 @@ def keep(fd: int, *replaced: str) -> None:
         mode = narrowed(mode)
     if not (has_group or acl is None) or not _set_access_list(fd, acl):
         mode &= _OWNER
-    # The mode before the owner: who gives a file away may not change it any more.
+    # The mode before the owner: after giving a file away, this process may not change its mode.
     _done(os.fchmod, fd, mode)
     if old.st_uid != new.st_uid:
         _done(os.fchown, fd, old.st_uid, -1)

@@ -1,4 +1,4 @@
-"""Who holds a lock, as Linux tells it in `/proc/locks`. Pure, but for the function that the caller reads files with.
+"""The holders of a lock, as Linux lists them in `/proc/locks`. Pure, but for the function that reads files.
 
 A line of that file for each lock, and one with an arrow for each process that waits for it::
 

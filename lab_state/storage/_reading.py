@@ -1,4 +1,4 @@
-"""What the files of a state stand for that were read while a writer may have replaced them. Pure.
+"""The meaning of the files of a state that were read while a writer may have replaced them. Pure.
 
 A reader has no lock. It opens the journal, reads the snapshot, and only then reads the
 journal. In this order, a reader that sees a new snapshot also sees the frame `C` that names
@@ -17,7 +17,7 @@ from lab_state.exceptions import StorageError
 
 
 class Verdict(NamedTuple):
-    """What one reading says.
+    """The result of one reading.
 
     Attributes:
         accepted: What `start()` would load; `None` where it would raise `error`.

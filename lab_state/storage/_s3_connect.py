@@ -25,13 +25,13 @@ from lab_state.exceptions import UnsupportedError
 from lab_state.storage._s3_threads import Threads
 
 STANDSTILL = 15.0
-"""How many seconds a request may stand still, waiting for a connection included."""
+"""Seconds for which a request may stand still, including the wait for a connection."""
 
 _ENDPOINT_VARIABLES = frozenset({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
 
 
 class Client(Protocol):
-    """What is used of an aiobotocore client."""
+    """The part of an aiobotocore client that is used."""
 
     async def put_object(self, **parameters: Any) -> dict[str, Any]: ...
     async def head_object(self, **parameters: Any) -> dict[str, Any]: ...

@@ -1,4 +1,4 @@
-"""What the exceptions of the client mean, told without their text, which may hold a credential."""
+"""The meaning of the client's exceptions, told without their text, which may hold a credential."""
 
 # aiobotocore and botocore have no types.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -31,10 +31,10 @@ _TLS_REASONS = frozenset(
         "WRONG_VERSION_NUMBER",
     }
 )
-"""What OpenSSL says where trying again does not help."""
+"""The reasons of OpenSSL for which trying again does not help."""
 
 FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSError)
-"""What the client raises where a request fails."""
+"""The client's exceptions for a failed request."""
 
 
 def failure_of(error: Exception) -> Failure:

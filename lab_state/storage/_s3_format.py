@@ -28,7 +28,7 @@ BASE = "labstatebase"
 """The metadata key that says which snapshot a record follows.
 
 `OWN_BASE` for one that the storage wrote, whose stamp says the rest; `NO_BASE` for none;
-else the size and the CRC-32 of a file that somebody else put there.
+else the size and the CRC-32 of a file that another program put there.
 """
 
 OWN_BASE = "own"

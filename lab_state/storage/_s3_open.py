@@ -164,7 +164,7 @@ async def numbers(store: Requests, names: Names, after: int) -> dict[int, int]:
 
 
 class _Object(NamedTuple):
-    """What a number holds.
+    """The object under a number.
 
     Attributes:
         record: The record; `None` for a fence.

@@ -32,7 +32,7 @@ _MOST = 32
 """Threads of one storage object. A state whose disk hangs takes two of them at most."""
 
 _IDLE_SECONDS = 10.0
-"""How long a thread waits for something to do. To start one takes as long as a sync of a fast disk."""
+"""Seconds for which a thread waits for work. Starting a thread takes as long as a sync of a fast disk."""
 
 
 class Threads:

@@ -207,7 +207,7 @@ async def _end(task: asyncio.Task[Any]) -> None:
 
 
 async def _let_go(opening: asyncio.Task[S3Session]) -> None:
-    """Wait until an opening that nobody wants has undone itself, and close what it gave all the same."""
+    """Wait until an opening that was given up has undone itself, and close its session all the same."""
     await asyncio.wait({opening})
     if not opening.cancelled() and opening.exception() is None:
         await opening.result().aclose()
