@@ -198,6 +198,27 @@ async def test_a_manager_of_the_childs_own(tmp_path: Path) -> None:
         assert await in_child(lambda: asyncio.run(use("other"))) == 1
 
 
+async def test_a_fork_while_a_thread_holds_a_lock_of_the_storage_object(tmp_path: Path) -> None:
+    """A child has no such thread: its own manager starts and commits, and does not wait for the lock for ever."""
+    storage = FileStorage(tmp_path)
+    (tmp_path / "other.json").write_text("{}")  # without a lock file, the directory is listed
+
+    async def use(name: str) -> int:
+        async with Manager(Config(name=name, flush_interval=0), storage) as mine:
+            return await mine.set("a", 1)
+
+    def child() -> int:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a child that hangs ends
+        signal.alarm(20)
+        return asyncio.run(use("other"))
+
+    (tmp_path / "lab.json").write_text("{}")
+    await use("lab")
+    with storage._leftovers._lock, storage._journals._lock:
+        answer = begin_in_child(child)
+    assert await asyncio.to_thread(answer) == 1
+
+
 async def test_a_memory_storage_in_a_child_is_a_copy() -> None:
     """A manager of the child's own finds in it what was there at the fork, and the parent does not see its changes."""
     storage = MemoryStorage()

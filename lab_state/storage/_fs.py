@@ -88,9 +88,10 @@ def unlock(fd: int) -> None:
     fcntl.flock(fd, fcntl.LOCK_UN)
 
 
-def read_lock(fd: int) -> bytes:
+def read_lock(fd: int, path: str) -> bytes:
     """Return what a lock file says."""
-    return os.pread(fd, 4096, 0)
+    with translated("reading", path):
+        return os.pread(fd, 4096, 0)
 
 
 def write_lock(fd: int, data: bytes) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import threading
 
+from lab_state import _forks as forks
 from lab_state.storage import _fs as fs
 
 _LEFT = re.compile(r"(.+\.(?:json|journal))\.(?:[0-9a-f]{8}\.tmp|torn-\d+)")
@@ -27,6 +28,10 @@ class Leftovers:
     def __reduce__(self) -> tuple[type[Leftovers], tuple[()]]:
         """Let a copy of a storage object list anew."""
         return Leftovers, ()
+
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: the thread that was listing, with the lock held, is the parent's."""
+        self._lock = threading.Lock()
 
     def temporary(self, path: str) -> list[str]:
         """Return the temporary files that were to take the place of a file.
@@ -50,6 +55,7 @@ class Leftovers:
 
     def _beside(self, path: str) -> list[str]:
         directory, name = os.path.split(path)
+        forks.disown_in_children(self)
         with self._lock:
             if directory not in self._found:
                 self._found[directory] = _listed(directory)

@@ -96,7 +96,7 @@ class Lock:
                 f"{self.path} is locked by {self._who()}: stop it first, or use another name; a state has one writer"
             )
         _ours[self._identity] = self
-        said = fs.read_lock(self._fd)
+        said = fs.read_lock(self._fd, self.path)
         self.is_new, self.left = not said, self._left(said)
         self._tell()
 
@@ -115,7 +115,12 @@ class Lock:
         return tuple(os.path.join(directory, file) for file in last.making)
 
     def _tell(self) -> None:
-        """Say in the lock file who holds it, and which temporary files there may be."""
+        """Say in the lock file who holds it, and which temporary files there may be.
+
+        Other code may have closed the descriptor. Another file has its number then, and is not written.
+        """
+        if not fs.is_open(self._fd, self._identity):
+            return
         making = (*(self.left or ()), *self._making)
         holder = Holder(
             _host(),
@@ -158,7 +163,7 @@ class Lock:
 
     def _who(self) -> str:
         try:
-            holder = msgspec.json.decode(fs.read_lock(self._fd), type=Holder)
+            holder = msgspec.json.decode(fs.read_lock(self._fd, self.path), type=Holder)
         except NOT_JSON:  # it has the lock, but has not yet said who it is
             holder = None
         if self._identity in _ours:

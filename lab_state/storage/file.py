@@ -31,6 +31,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
+from lab_state import _forks as forks
 from lab_state import _journal as journal
 from lab_state._whole import collected
 from lab_state.exceptions import UnsupportedError
@@ -158,8 +159,15 @@ class Journals:
         """Give a copy of a storage object sessions of its own."""
         return Journals, ()
 
+    def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        """In a forked child: begin anew. The sessions are the parent's, and so may be the thread that has the lock."""
+        self.last = None
+        self._lock = threading.Lock()
+        self._open = OrderedDict()
+
     def used(self, one: weakref.ref[FileSession]) -> None:
         """Note that a session has committed; let the journal of another one rest, if there are too many open."""
+        forks.disown_in_children(self)
         with self._lock:
             self.last = one
             self._open[one] = None

@@ -218,6 +218,36 @@ def test_a_lock_that_cannot_be_let_go(tmp_path: Path, monkeypatch: pytest.Monkey
     asyncio.run(main())
 
 
+def test_a_descriptor_that_is_another_files_by_now(tmp_path: Path) -> None:
+    """Other code closed the lock's descriptor, and a file of its own has the number: no note is written to that file."""
+    other = tmp_path / "precious"
+    other.write_bytes(b"precious" * 100)
+    lock = Lock(str(tmp_path / "lab.lock"))
+    number = lock._fd
+    with other.open("r+b") as file:
+        os.dup2(file.fileno(), number)
+    try:
+        with lock.noted(str(tmp_path / "lab.json.01234567.tmp")):
+            assert other.read_bytes() == b"precious" * 100
+        lock.settle((str(tmp_path),))
+        lock.release()
+        assert other.read_bytes() == b"precious" * 100
+    finally:
+        os.close(number)
+
+
+def test_a_lock_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start tells so as an error of the storage, and lets go of the lock."""
+
+    def failing(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(UnavailableError, match=r"reading .*lab\.lock failed: Input"):
+        patch.setattr(os, "pread", failing)
+        asyncio.run(Manager("lab", FileStorage(tmp_path)).start())
+    Lock(str(tmp_path / "lab.lock")).release()
+
+
 def test_a_boot_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is taken for one that the kernel does not tell."""
 
