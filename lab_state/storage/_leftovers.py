@@ -30,7 +30,7 @@ class Leftovers:
         return Leftovers, ()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: the thread that was listing, with the lock held, is the parent's."""
+        """Replace the lock. Runs in a forked child. The thread that held it, listing a directory, is the parent's."""
         self._lock = threading.Lock()
 
     def temporary(self, path: str) -> list[str]:

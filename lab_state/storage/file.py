@@ -160,7 +160,7 @@ class Journals:
         return Journals, ()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """In a forked child: begin anew. The sessions are the parent's, and so may be the thread that has the lock."""
+        """Begin anew. Runs in a forked child. The sessions are the parent's, and so is a thread that held the lock."""
         self.last = None
         self._lock = threading.Lock()
         self._open = OrderedDict()
