@@ -267,7 +267,7 @@ def _parts(item: Any) -> Iterator[Any]:
         yield from item.values()
     elif isinstance(item, list | tuple | set | frozenset | deque):
         yield from item
-    elif not isinstance(item, type):
+    else:
         kind = type(item)
         names = getattr(kind, "__struct_fields__", None) or getattr(kind, "__dataclass_fields__", None)
         names = names or [attribute.name for attribute in getattr(kind, "__attrs_attrs__", ())]

@@ -20,6 +20,7 @@ from zoneinfo import ZoneInfo
 import attrs
 import msgspec
 import pydantic
+import pydantic.v1
 import pytest
 from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -390,6 +391,7 @@ def test_parts_of_a_deque_are_looked_at() -> None:
     assert refused(deque([1, float("nan")])).path == "$[1]"
     assert refused([deque([{1: 1, "1": 2}])]).path == "$[0][0]"
     assert refused(deque([1, Unknown()])).path == "$[1]"
+    assert refused(OrderedDict(a=1, b=Unknown())).path == "$.b"
     cycle: deque[Any] = deque()
     cycle.append(cycle)
     assert "contains itself" in str(refused(cycle))
@@ -599,6 +601,60 @@ def test_an_int_of_too_many_digits_is_refused_where_pythons_limit_was_lifted() -
         assert kept(["1" * 5000]) == ["1" * 5000]
     finally:
         sys.set_int_max_str_digits(before)
+
+
+# Messages
+
+
+def numpy_class(name: str, ndim: int, plain: object) -> object:
+    """An object as those of numpy are, which is not needed for this."""
+    return type(name, (), {"__module__": "numpy", "ndim": ndim, "item": lambda _: plain})()
+
+
+class OldModel(pydantic.v1.BaseModel):
+    a: int = 1
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "message"),
+    [
+        (numpy_class("bool", 0, True), "$", "the class numpy.bool cannot be kept: make it a plain bool by .item()"),
+        (numpy_class("int64", 0, 5), "$", "the class int64 cannot be kept: make it a plain int by .item()"),
+        (numpy_class("ndarray", 1, None), "$", "the class ndarray cannot be kept: use .tolist()"),
+        ({"a\ud800": 1}, "$", "a dict with the key 'a\\ud800' cannot be kept: it has a lone surrogate"),
+        ({"x": {None: 1}}, "$.x", "a dict with a key of the class NoneType cannot be kept"),
+        (OldModel(), "$", "OldModel is a model of Pydantic 1, which cannot be kept: keep its dict()"),
+        (pydantic.SecretStr(SECRET), "$", "would be kept as asterisks"),
+        (pydantic.HttpUrl("https://example.org"), "$", "the class HttpUrl cannot be kept"),
+    ],
+    ids=count(),
+)
+def test_a_message_says_what_to_keep_in_its_place(value: object, path: str, message: str) -> None:
+    """Which class it is, with its module where the name is that of a built-in one, and what to do."""
+    error = refused(value)
+    assert (error.path, message in str(error)) == (path, True), str(error)
+    assert SECRET not in str(error)
+
+
+def test_a_model_below_128_levels_is_too_deep() -> None:
+    """A model is a level like a dict, whatever is in it."""
+    value: Any = Dog()
+    for _ in range(128):
+        value = [value]
+    assert str(refused(value)).startswith("more than 128 levels of nesting cannot be kept")
+
+
+class NoMemory(BaseModel):
+    @classmethod
+    def model_rebuild(cls, **_: object) -> bool:
+        raise MemoryError
+
+
+def test_a_lack_of_memory_is_not_about_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised as it is."""
+    monkeypatch.setattr(NoMemory, "__pydantic_complete__", False)
+    with pytest.raises(MemoryError):
+        decode_value(encode_value([1]), NoMemory)
 
 
 # Other classes
