@@ -49,8 +49,12 @@ def double_key(data: bytes) -> tuple[list[str | int], str] | None:
                 seen.add(name)
             stack.extend(([*way, name], child) for name, child in reversed(item.pairs))
         elif isinstance(item, list):
-            stack.extend(([*way, place], child) for place, child in reversed(list(enumerate(item))))
+            stack.extend(([*way, place], child) for place, child in _backwards(item))
     return None
+
+
+def _backwards(items: Any) -> list[tuple[int, Any]]:
+    return list(enumerate(items))[::-1]
 
 
 class _Object:

@@ -47,7 +47,7 @@ def write(model: Any) -> bytes:
     if data.count(b"{") > 1 and (double := double_key(data)) is not None:
         way, name = double
         raise InvalidValueError(f"a dict with two keys that are both {name!r} in JSON cannot be kept", path_of(way))
-    kind: Any = type(model)
+    kind = class_of(model)
     if not hasattr(kind, "model_validate_json"):
         return data
     back = read(kind, data)
@@ -58,20 +58,20 @@ def write(model: Any) -> bytes:
 
 def _compare(model: Any, back: Any, tree: object) -> None:
     """Refuse a model that is read back as something else. Parts that are never written may differ."""
-    name = type(model).__qualname__
+    name = class_of(model).__qualname__
     incomparable = False
     for way, old, new in _leaves(model, back, []):
         if hasattr(old, "get_secret_value"):
             raise InvalidValueError(HIDDEN, path_of(way))
         if isinstance(old, float) and not isfinite(old):
             raise InvalidValueError(NOT_FINITE, path_of(way))
-        if is_model(type(old)) and is_model(type(new)):
+        if is_model(class_of(old)) and is_model(class_of(new)):
             raise InvalidValueError(
-                f"a {type(old).__qualname__} cannot be kept where it is read back as {type(new).__qualname__}: "
+                f"a {class_of(old).__qualname__} cannot be kept where it is read back as {class_of(new).__qualname__}: "
                 "name its class in the annotation of the field",
                 path_of(way),
             )
-        if type(new) is not type(old) or getattr(type(old), "__eq__", None) is not object.__eq__:
+        if class_of(new) is not class_of(old) or getattr(class_of(old), "__eq__", None) is not object.__eq__:
             raise _changed(name, way)
         incomparable = True
     if incomparable and (again := _decode(_dump(back))) != tree:
@@ -87,16 +87,26 @@ def _dump(model: Any) -> bytes:
     return data
 
 
+def class_of(value: object) -> Any:
+    """Return the class of an object, of which nothing is known."""
+    return type(value)
+
+
+def _all_are(kind: Any, *values: Any) -> bool:
+    """Whether all of them are of a class; `isinstance` would tell more than is known of their parts."""
+    return all(isinstance(value, kind) for value in values)
+
+
 def _leaves(old: Any, new: Any, way: Way) -> Iterator[tuple[Way, Any, Any]]:
     """Find the innermost parts that differ, of those that are written; and models whose classes differ."""
     parts: Iterable[tuple[Any, Any, Any]] = ()
-    if is_model(type(old)) and type(new) is type(old):
-        names = [name for name, field in type(old).model_fields.items() if not field.exclude]
+    if is_model(class_of(old)) and class_of(new) is class_of(old):
+        names = [name for name, field in class_of(old).model_fields.items() if not field.exclude]
         names += getattr(old, "model_extra", None) or ()
         parts = ((name, getattr(old, name, None), getattr(new, name, None)) for name in names)
-    elif isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+    elif _all_are(dict, old, new) and old.keys() == new.keys():
         parts = ((key, old[key], new[key]) for key in old)
-    elif isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
+    elif _all_are((list, tuple), old, new) and len(old) == len(new):
         parts = ((place, *pair) for place, pair in enumerate(zip(old, new, strict=True)))
     elif old is not new and old != new:
         yield way, old, new
@@ -107,8 +117,8 @@ def _leaves(old: Any, new: Any, way: Way) -> Iterator[tuple[Way, Any, Any]]:
 def _first_difference(old: Any, new: Any) -> Way:
     """Return where two values made of JSON begin to differ."""
     way: Way = []
-    while type(old) is type(new) and isinstance(old, dict | list):
-        steps: Any = [*old, *new] if isinstance(old, dict) else range(max(len(old), len(new)))
+    while class_of(old) is class_of(new) and _all_are((dict, list), old):
+        steps: Any = [*old, *new] if _all_are(dict, old) else range(max(len(old), len(new)))
         step = next(step for step in steps if _part(old, step) != _part(new, step))
         way.append(step)
         old, new = _part(old, step), _part(new, step)
@@ -116,7 +126,7 @@ def _first_difference(old: Any, new: Any) -> Way:
 
 
 def _part(container: Any, step: Any) -> Any:
-    if isinstance(container, dict):
+    if _all_are(dict, container):
         return container.get(step, _part)
     return container[step] if step < len(container) else _part
 
@@ -136,8 +146,8 @@ def path_of(way: Way) -> str:
 
 def is_adapter(type_: object) -> bool:
     """Return whether this is a `pydantic.TypeAdapter`."""
-    kind = type(type_)
-    return kind.__name__ == "TypeAdapter" and hasattr(kind, "validate_json")
+    kind: Any = type(type_)
+    return bool(kind.__name__ == "TypeAdapter" and hasattr(kind, "validate_json"))
 
 
 def of_pydantic(type_: Any) -> bool:
@@ -145,7 +155,7 @@ def of_pydantic(type_: Any) -> bool:
     if isinstance(type_, type) and get_origin(type_) is None:
         return _is_of_pydantic(type_)
     metadata = getattr(type_, "__metadata__", ())
-    if any(_is_of_pydantic(type(data)) for data in metadata):
+    if any(_is_of_pydantic(class_of(data)) for data in metadata):
         return True
     return any(of_pydantic(part) for part in get_args(type_))
 

@@ -5,7 +5,6 @@ msgspec decodes, and Pydantic where a type has something of Pydantic's in it.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -18,7 +17,7 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._expiry import Value
-from lab_state._models import adapted, check_complete, first_problem, is_adapter, is_model, of_pydantic, read
+from lab_state._models import adapted, check_complete, class_of, first_problem, is_adapter, is_model, of_pydantic, read
 from lab_state.exceptions import TypeMismatchError
 
 Decode = Callable[[Any], Any]
@@ -170,15 +169,14 @@ def _look_into(type_: Any) -> bool:
 
     filled = False
     stack: list[Any] = [inspect.type_info(type_)]
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # an id is only good while its object lives
     while stack:
         item = stack.pop()
-        if isinstance(item, tuple | list):
+        if item.__class__ in (tuple, list):
             stack.extend(item)
         elif isinstance(item, inspect.Type | inspect.Field) and id(item) not in seen:
-            seen.add(id(item))
-            kept = item  # an id is only good while its object lives
-            stack.extend(getattr(kept, name) for name in kept.__struct_fields__ if name not in ("default", "cls"))
+            seen[id(item)] = item
+            stack.extend(getattr(item, name) for name in item.__struct_fields__ if name not in ("default", "cls"))
             if isinstance(item, inspect.CustomType) and not _is_known(item.cls):
                 raise TypeError(f"nothing decodes the class {type_name(item.cls)}")
             if isinstance(item, inspect.DataclassType):
@@ -199,7 +197,7 @@ def is_text(kind: type) -> bool:
     module = sys.modules.get(kind.__module__)
     if module is None or kind.__module__.partition(".")[0] not in ("pathlib", "ipaddress"):
         return False
-    return issubclass(kind, os.PathLike) or kind.__name__.startswith(("IPv", "PurePath", "PurePosix", "PureWindows"))
+    return hasattr(kind, "__fspath__") or kind.__name__.startswith(("IPv", "PurePath", "PurePosix", "PureWindows"))
 
 
 class _InnerError(ValueError):
@@ -234,7 +232,11 @@ def _container(kind: Any, args: tuple[Any, ...], value: object) -> object:
         args = (*args, int)
     inner: Any = {deque: list}.get(plain, plain)
     items = decoder(inner[args] if args else inner)(_encode(value))
-    return defaultdict(None, items) if kind is defaultdict else kind(items)
+    return defaultdict(None, items) if kind == defaultdict else _made(kind, items)
+
+
+def _made(kind: Any, items: Any) -> object:
+    return kind(items)
 
 
 _KNOWN_DICTS = (OrderedDict, Counter, defaultdict)
@@ -253,13 +255,17 @@ def _fill(decoded: Any) -> Any:
     stack = [decoded]
     while stack:
         item = stack.pop()
-        kind = type(item)
+        kind = class_of(item)
         if hasattr(kind, "__dataclass_fields__") and (defaults := _plain_defaults(kind)):
-            members = vars(item)
+            members = _members(item)
             for name, default in defaults.items():
                 members.setdefault(name, default)
         stack.extend(_parts(item))
     return decoded
+
+
+def _members(item: Any) -> dict[str, Any]:
+    return vars(item)
 
 
 def _parts(item: Any) -> Iterator[Any]:
@@ -268,7 +274,7 @@ def _parts(item: Any) -> Iterator[Any]:
     elif isinstance(item, list | tuple | set | frozenset | deque):
         yield from item
     else:
-        kind = type(item)
+        kind = class_of(item)
         names = getattr(kind, "__struct_fields__", None) or getattr(kind, "__dataclass_fields__", None)
         names = names or [attribute.name for attribute in getattr(kind, "__attrs_attrs__", ())]
         for name in names:

@@ -22,7 +22,7 @@ from msgspec import Raw
 
 from lab_state._expiry import Json, Value
 from lab_state._json_keys import check_str_keys, double_key
-from lab_state._models import HIDDEN, NOT_FINITE, first_problem, path_of, step_of, write
+from lab_state._models import HIDDEN, NOT_FINITE, class_of, first_problem, path_of, step_of, write
 from lab_state._nesting import MAX_DEPTH, SHALLOW, deeper, too_deep
 from lab_state._types import decode_json, is_text, undecodable
 from lab_state.exceptions import InvalidValueError
@@ -275,7 +275,7 @@ def _refusal(value: object) -> InvalidValueError:
 
 def _changed(value: Any) -> InvalidValueError | None:
     """Return how a model is read back as something else, though it can be written."""
-    if hasattr(type(value), "model_dump_json"):
+    if hasattr(class_of(value), "model_dump_json"):
         try:
             if (path := _first_not_finite(value.model_dump(round_trip=True, warnings="none"))) is not None:
                 return InvalidValueError(NOT_FINITE, path)
@@ -341,7 +341,7 @@ def _refused(value: object, levels: int) -> bool:
 
 def _reason_of_model(model: Any) -> tuple[str, str]:
     """Return why a Pydantic model cannot be kept, and the path to the part that is the cause."""
-    kind = type(model)
+    kind = class_of(model)
     what = f"a model of the class {kind.__qualname__} cannot be kept"
     try:
         encode(model)
@@ -362,7 +362,7 @@ def _reason_of_model(model: Any) -> tuple[str, str]:
 
 def _field_to_blame(model: Any) -> str | None:
     """Return the field of a model that cannot be written."""
-    for name in getattr(type(model), "model_fields", ()):
+    for name in getattr(class_of(model), "model_fields", ()):
         try:
             model.model_dump_json(include={name}, round_trip=True, warnings="none")
         except Exception:  # noqa: BLE001 -- this is the one
