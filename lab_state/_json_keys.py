@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Iterable
 from math import nan
 from typing import Any, cast
 
@@ -49,11 +50,11 @@ def double_key(data: bytes) -> tuple[list[str | int], str] | None:
                 seen.add(name)
             stack.extend(([*way, name], child) for name, child in reversed(item.pairs))
         elif isinstance(item, list):
-            stack.extend(([*way, place], child) for place, child in _backwards(item))
+            stack.extend(([*way, place], child) for place, child in _backwards(cast("Iterable[Any]", item)))
     return None
 
 
-def _backwards(items: Any) -> list[tuple[int, Any]]:
+def _backwards(items: Iterable[Any]) -> list[tuple[int, Any]]:
     return list(enumerate(items))[::-1]
 
 

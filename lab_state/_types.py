@@ -265,7 +265,8 @@ def _fill(decoded: Any) -> Any:
 
 
 def _members(item: Any) -> dict[str, Any]:
-    return vars(item)
+    members: dict[str, Any] = item.__dict__
+    return members
 
 
 def _parts(item: Any) -> Iterator[Any]:
