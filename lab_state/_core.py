@@ -34,7 +34,7 @@ _INSIDE: ContextVar[tuple[Holder, ...]] = ContextVar("lab_state transactions", d
 
 
 class Core:
-    """What a manager and its handles share.
+    """The state and the transaction that a manager and its handles share.
 
     Attributes:
         name: The name of the state.

@@ -6,9 +6,9 @@ index beside it, `Expiries`, only finds what is due: a bucket of keys for each s
 that a sweep looks at the seconds that passed since the last one and at nothing else, and
 what is due is counted without a look at each key.
 
-While somebody watches, keys are wanted at their time, not with their second. Then those of
-the next few seconds are in a heap, too. A key that is deleted or gets another time leaves
-its place in the heap behind, which is recognised when its time comes.
+While there is a watch, keys must be found at their time, not with their second. Then the keys
+of the next few seconds are in a heap, too. A key that is deleted or gets another time leaves
+its place in the heap behind. That is noticed when its time comes.
 
 Time here is the state's own (`State.now`): it starts from the wall clock, and then counts
 the seconds that pass, so a wall clock that is set while the manager runs expires nothing.

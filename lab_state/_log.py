@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Logs(Protocol):
-    """What a logger needs, whoever made it: each method takes a message that is complete."""
+    """The methods that a logger needs, of any origin. Each takes a complete message."""
 
     def info(self, message: str, /) -> object:
         """Log at level INFO."""
@@ -24,7 +24,7 @@ class Logs(Protocol):
 
 
 def check_logger(logger: object) -> None:
-    """Refuse what no message can be given to, before the first failure has to be told.
+    """Refuse an object that takes no messages, before the first failure has to be logged.
 
     Raises:
         TypeError: It is a class, or a method of a logger is missing.

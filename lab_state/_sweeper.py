@@ -1,7 +1,7 @@
 """Deletes what has expired: many keys at once, in steps, and no timer for each.
 
-Once a second is enough, because what has expired is gone from every read. While somebody
-watches, the timer is for the next key that is due, so that its end is told at its time.
+Once a second is enough, because no read shows an expired key. While there is a watch, the
+timer is for the next key that is due, so that its end is told at its time.
 """
 
 from __future__ import annotations

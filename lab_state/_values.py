@@ -31,7 +31,7 @@ NULL = b"null"
 """What msgspec writes for None, and for NaN and infinity."""
 
 L, U = ord("l"), ord("u")
-"""A single byte is found ten times as fast as `NULL`, and without it there is none."""
+"""A single byte is found ten times as fast as `NULL`. Without these two there is no `NULL`."""
 
 COLON = ord(":")
 """JSON without a colon has no dict and no time."""

@@ -173,7 +173,7 @@ class Group:
 
 
 class Watchers:
-    """Those who watch one state, from a start to a stop.
+    """The watchers of one state, from a start to a stop.
 
     Attributes:
         attended: Called when the first one begins to watch, and when the last one ends.

@@ -5,7 +5,7 @@ a living writer never leaves it, is asked whether it is there at all. Nothing is
 be fresh in between. The head of the copy is read every two seconds besides, so that a
 reader knows whether reads succeed, though nothing is read just then.
 
-Any client may send a message. One that is none of lab_state's is told once and left out.
+Any client may send a message. One that is not from lab_state is left out, and logged once.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Feed:
         if not self._told_strange:
             self._told_strange = True
             logger.warning(
-                "%s: a message on the channel is none of lab_state's, so another client sends there; such messages are "
+                "%s: a message on the channel is not from lab_state, so another client sends there; such messages are "
                 "left out, and everything is read again once",
                 self._source.path,
             )

@@ -2,8 +2,8 @@
 
 Each of the two hashes of a state, values and expiry times, has one more field,
 `$lab_state`, with the same JSON: format, revision, writer, and which fill it was that put
-the copy there. So a hash that is gone, evicted or of another time is noticed by whoever
-reads, and never passes for an empty one.
+the copy there. So a reader notices a hash that is gone, evicted or of another time, and
+never takes it for an empty one.
 
 Any client may write here, so nothing that is read is trusted to be lab_state's.
 
@@ -90,7 +90,7 @@ _decode_head = msgspec.json.Decoder(Head).decode
 
 
 def _read(decode: Callable[[bytes], T], data: bytes) -> T | None:
-    """Decode bytes that any client may have written; return `None` if they are none of lab_state's."""
+    """Decode bytes that any client may have written. Return `None` if they are not from lab_state."""
     try:
         return decode(data)
     except NOT_JSON:
@@ -98,7 +98,7 @@ def _read(decode: Callable[[bytes], T], data: bytes) -> T | None:
 
 
 def parse_message(data: bytes) -> Message | None:
-    """Return what a message says; `None` if it is none of lab_state's."""
+    """Return the contents of a message; `None` if it is not from lab_state."""
     return _read(_decode_message, data)
 
 
@@ -145,7 +145,7 @@ def parse_time(data: bytes) -> int:
         return int(data)
     except ValueError:
         raise UnavailableError(
-            "an expiry time in the copy is none of lab_state's: another client has written there; a manager that runs "
+            "an expiry time in the copy is not from lab_state: another client has written there; a manager that runs "
             "fills the copy anew within seconds"
         ) from None
 

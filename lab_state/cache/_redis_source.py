@@ -104,7 +104,7 @@ class RedisSource:
                 if not self._told:
                     self._told = True
                     logger.warning(
-                        "%s: a field of the copy is none of lab_state's, so another client writes there; such fields "
+                        "%s: a field of the copy is not from lab_state, so another client writes there; such fields "
                         "are left out, and a manager that runs fills the copy anew within seconds",
                         self.path,
                     )

@@ -180,10 +180,10 @@ class Storage(Protocol):
     async def read(self, name: str) -> Reading:
         """Read a state that another writer may have open, and leave everything as it is.
 
-        Takes no lock, deposes no writer, writes and makes nothing; a writer that opens,
-        writes or closes the state meanwhile notices nothing. What is returned is the state
-        at one moment between call and return, and holds at least what was durable at the
-        call. A state that was opened and never written is empty.
+        It takes no lock, replaces no writer and writes nothing. A writer that opens, writes
+        or closes the state meanwhile notices nothing. The result is the state at one moment
+        between call and return, and holds at least everything that was durable at the call.
+        A state that was opened and never written is empty.
 
         Raises:
             UnsupportedError: There is no state of this name; or it cannot be read as it is:

@@ -497,7 +497,7 @@ async def test_a_time_that_somebody_else_spoilt(until: Any) -> None:
                 await asyncio.sleep(0)
                 clock.advance(5)
             for reader in (remote, local):
-                with pytest.raises(UnavailableError, match="an expiry time in the copy is none of lab_state's"):
+                with pytest.raises(UnavailableError, match="an expiry time in the copy is not from lab_state"):
                     await reader.get("a")
             cache.places["name"].expires["a"] = good
             clock.advance(10)
