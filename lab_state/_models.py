@@ -93,7 +93,7 @@ def class_of(value: object) -> Any:
 
 
 def _all_are(kind: Any, *values: Any) -> bool:
-    """Whether all of them are of a class; `isinstance` would tell more than is known of their parts."""
+    """Return whether all of them are of a class; `isinstance` would tell more than is known of their parts."""
     return all(isinstance(value, kind) for value in values)
 
 
