@@ -137,7 +137,8 @@ def check_encoded(value: object, data: bytes, packed: bytes | None = None) -> No
         _check_finite(value, packed)
     if len(data) >= SHALLOW and too_deep(data):
         raise _refusal(value)
-    if _MOVED.search(data) is not None or value.__class__ in (datetime, time):
+    may_have_moved = _TIME_END.search(data) is not None and _MOVED.search(data) is not None
+    if may_have_moved or value.__class__ in (datetime, time):
         _check_times(value)
 
 
@@ -157,6 +158,9 @@ def _packed(value: object, data: bytes) -> bytes | None:
 
 _MOVED = re.compile(rb'(?:[+-]\d\d:\d\d|"\d\d:\d\d:\d\d(?:\.\d+)?)"')
 """The end of a time with an offset, or all of a time without one."""
+
+_TIME_END = re.compile(rb':\d\d(?:\.\d+)?"')
+"""How each of these ends. A pattern that begins with one byte is searched for ten times as fast."""
 
 
 def _check_times(value: object) -> None:

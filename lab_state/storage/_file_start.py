@@ -19,6 +19,7 @@ from lab_state.storage._file_writer import Need, Paths, Writer
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
 from lab_state.storage._protocol import Recovery
+from lab_state.storage._reading import needs_snapshot
 
 _logger = Log(logging.getLogger("lab_state"))
 
@@ -76,8 +77,10 @@ def _check_there(paths: Paths) -> None:
 
 
 def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
-    fingerprint = fs.fingerprint(paths.snapshot)
-    snapshot, data = fs.read(paths.snapshot), fs.read(paths.journal)
+    fingerprint, data = fs.fingerprint(paths.snapshot), fs.read(paths.journal)
+    # Beside a journal that has the whole state, it is looked at like any other, but not read: both would be in memory.
+    is_needed = data is None or needs_snapshot(data, name, paths.journal)
+    snapshot = fs.read(paths.snapshot, -1 if is_needed else 0)
     for path in (paths.snapshot, paths.journal):
         folder.check_replaceable(path, paths.directory)
     if snapshot is None and data is None:
@@ -92,7 +95,7 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
         _keep_torn(paths.journal, data, size - torn, leftovers)
     writer = Writer(name, paths, lock)
     writer.base, writer.snapshot = base, fingerprint
-    writer.snapshot_bytes = len(snapshot or b"")
+    writer.snapshot_bytes = 0 if fingerprint is None else fingerprint.size
     writer.end = size
     writer.need = Need.FULL if accepted.unclean else Need.NEW
     if accepted.full is not None:

@@ -243,8 +243,12 @@ def open_regular(path: str, flags: int) -> int:
     return fd
 
 
-def read(path: str) -> bytes | None:
+def read(path: str, most: int = -1) -> bytes | None:
     """Return the bytes of a regular file; `None` only when nothing has that name.
+
+    Args:
+        path: The file.
+        most: How many bytes to read, from the first; all of them if it is negative.
 
     Raises:
         StorageError: It cannot be read. A link that leads nowhere is no missing file.
@@ -256,7 +260,7 @@ def read(path: str) -> bytes | None:
             return None
         try:
             with open(fd, "rb", closefd=False) as file:
-                return file.read()
+                return file.read(most)
         finally:
             close(fd)
 
