@@ -10,7 +10,7 @@ from typing import Any
 from lab_state import Change, Manager, MemoryStorage
 
 state = Manager("live", MemoryStorage())
-TIMES = {"heartbeat": 15.0, "retry": 2.0}
+TIMES: dict[str, Any] = {"heartbeat": 15.0, "retry": 2.0}
 
 
 def brief(change: Change) -> list[Any]:
