@@ -37,7 +37,9 @@ class EarlyFlush:
         self._timer: Timer | None = None
         self._changes = state.changes
         self._keys = 0  # so many of them were measured
+        self._stored = state.stored
         self._bytes = 0
+        self._asked = 0  # the bytes when `flush` was called last
         state.changed_first = self._wait
 
     def _wait(self) -> None:
@@ -50,11 +52,16 @@ class EarlyFlush:
         if state.revision == state.taken:
             return
         if state.changes is not self._changes:
-            self._changes, self._keys, self._bytes = state.changes, 0, 0
-        self._bytes += _size(state.changes, len(state.changes) - self._keys, timed=state.expires)
-        self._keys = len(state.changes)
-        if self._bytes >= MANY_BYTES:
-            self._bytes = 0
+            self._changes, self._keys, self._bytes, self._asked = state.changes, 0, 0, 0
+        keys, stored = len(state.changes), state.stored
+        if stored - self._stored > keys - self._keys:  # some keys were set again: their values may be larger now
+            self._bytes = _size(state.changes, keys, timed=state.expires)
+        else:
+            self._bytes += _size(state.changes, keys - self._keys, timed=state.expires)
+        self._keys, self._stored = keys, stored
+        self._asked = min(self._asked, self._bytes)
+        if self._bytes - self._asked >= MANY_BYTES:
+            self._asked = self._bytes
             self._flush()
         self._wait()
 

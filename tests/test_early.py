@@ -86,6 +86,34 @@ async def test_a_key_that_is_set_again_counts_once(state: Manager, clock: Manual
     assert state.durable_revision == 0
 
 
+async def test_keys_that_are_set_again_count_with_what_they_hold_now(state: Manager, clock: ManualClock) -> None:
+    """Small values that are replaced by large ones are flushed early, though no key came."""
+    for number in range(PAGES):
+        await state.set(f"page {number}", number)
+    await looked(clock)
+    await pages(state, 0, PAGES - 2)
+    await looked(clock)
+    assert state.durable_revision == 0
+    await pages(state, PAGES - 2, PAGES)
+    await looked(clock)
+    assert state.durable_revision == state.revision
+
+
+async def test_values_that_are_set_again_and_smaller(state: Manager, clock: ManualClock) -> None:
+    """Where large values became small ones, a flush comes after 8 MiB more."""
+    await pages(state, 0, PAGES - 2)
+    await looked(clock)
+    for number in range(PAGES - 2):
+        await state.set(f"page {number}", number)
+    await looked(clock)
+    await pages(state, PAGES, 2 * PAGES - 2)
+    await looked(clock)
+    assert state.durable_revision == 0
+    await pages(state, 2 * PAGES, 2 * PAGES + 2)
+    await looked(clock)
+    assert state.durable_revision == state.revision
+
+
 async def test_a_transaction_is_never_split(state: Manager, clock: ManualClock, memory: MemoryStorage) -> None:
     """A transaction, and a `set_many`, of three times as many bytes are one record each, whenever the flush begins."""
     async with state.transaction() as tx:

@@ -54,6 +54,7 @@ class Threads:
         self._count = 0
         self._free = 0  # threads that wait, less the workers that wait for one
         self._workers = 0  # not told to end
+        self.turns: int = 0  # how many calls have ended
         self._dropped: deque[None] = deque()  # those that were not, and are gone
 
     def __reduce__(self) -> tuple[type[Threads], tuple[str]]:
@@ -97,6 +98,8 @@ class Threads:
             worker.todo.append(work)  # first: the thread that gets the worker looks for it at once
             worker.is_queued = True
             self._free -= 1
+            if self._free < 0:
+                worker.waits_since = self.turns
             self._ready.put(worker)
 
     def _start(self) -> None:
@@ -135,7 +138,10 @@ class Threads:
     def done(self, worker: Worker) -> None:
         """Let the worker wait again, behind the others, or until it is handed something."""
         with self._lock:
+            self.turns += 1
             if worker.todo:
+                if self._free < 0:
+                    worker.waits_since = self.turns
                 self._ready.put(worker)
                 return
             worker.is_queued = False
@@ -146,6 +152,7 @@ class Threads:
 
 def _serve(threads: Threads) -> None:
     while (worker := threads.next()) is not None:
+        worker.has_thread()
         worker.todo.popleft()()
         threads.done(worker)
         del worker  # or it would be kept until the next one comes
@@ -157,13 +164,17 @@ class Worker:
     Attributes:
         todo: What it was handed and has not begun.
         is_queued: Whether it waits for a thread, or has one.
+        waits_since: The turns of the threads when it began to wait for one that is free; `None` if it
+            does not.
     """
 
-    __slots__ = ("_is_told_to_end", "_threads", "is_queued", "todo")
+    __slots__ = ("_is_told_to_end", "_threads", "_waited", "is_queued", "todo", "waits_since")
 
     def __init__(self, threads: Threads) -> None:
         self.todo: deque[_Work] = deque()
         self.is_queued: bool = False
+        self.waits_since: int | None = None
+        self._waited = 0
         self._threads = threads
         self._is_told_to_end = True  # until it is counted
         threads.enter()
@@ -172,6 +183,18 @@ class Worker:
     def __del__(self) -> None:
         if not self._is_told_to_end:
             self._threads.drop()
+
+    def has_thread(self) -> None:
+        """Note that the wait for a thread is over; in the thread."""
+        since, self.waits_since = self.waits_since, None  # first: `waited` must not count these turns twice
+        if since is not None:
+            self._waited += self._threads.turns - since
+
+    @property
+    def waited(self) -> int:
+        """Return how many calls of others have ended while this one waited for a thread. May be read from any thread."""
+        since = self.waits_since
+        return self._waited if since is None else self._waited + self._threads.turns - since
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
         """Call a function in a thread; its result is for the running event loop.

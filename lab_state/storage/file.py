@@ -217,8 +217,11 @@ class FileSession:
 
     @property
     def progress(self) -> int:
-        """Return how many bytes commits and checkpoints have handed to the disk so far."""
-        return self._writer.progress.count
+        """Return how many bytes commits and checkpoints have handed to the disk so far.
+
+        Until they get a thread, what other states have done is added: to wait for one's turn is not to hang.
+        """
+        return self._writer.progress.count + self._commits.waited + self._checkpoints.waited
 
     async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
         """Append one frame and sync, in one hop; see `StorageSession.commit`."""

@@ -10,10 +10,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
-from lab_state import UnavailableError
+from lab_state import FileStorage, UnavailableError
 from lab_state.storage import _worker
 from lab_state.storage._worker import Threads, Worker
 
@@ -278,3 +279,47 @@ def test_the_interpreter_ends_although_a_call_hangs() -> None:
         "begun.wait()\n"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_waiting_for_a_thread_counts_the_calls_of_others(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While all threads are busy, each call that ends counts as progress of the workers that wait; a call that hangs does not."""
+    monkeypatch.setattr(_worker, "_MOST", 1)
+    workers = [Worker(threads) for _ in range(3)]
+    first, _ = held(workers[:1])
+    gates, begun = [threading.Event() for _ in range(2)], [threading.Event() for _ in range(2)]
+
+    def hold(number: int) -> None:
+        begun[number].set()
+        gates[number].wait(10)
+
+    futures = [workers[1 + number].submit(hold, number) for number in range(2)]
+    assert [worker.waited for worker in workers] == [0, 0, 0]
+    first.set()
+    assert begun[0].wait(10)
+    assert [worker.waited for worker in workers] == [0, 1, 1]
+    gates[0].set()
+    assert begun[1].wait(10)
+    gates[1].set()
+    for future in futures:
+        future.result(10)
+    workers[0].submit(int).result(10)
+    assert [worker.waited for worker in workers] == [0, 1, 2]
+    for worker in workers:
+        worker.shutdown()
+
+
+async def test_a_state_that_waits_for_a_thread_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The progress of its session grows with what other states do, so `stop()` goes on; it does not where they hang."""
+    monkeypatch.setattr(_worker, "_MOST", 1)
+    storage = FileStorage(tmp_path)
+    session = await storage.open("lab")
+    other = Worker(storage._threads)
+    gate, _ = held([other])
+    closing = asyncio.ensure_future(session.aclose())
+    await asyncio.sleep(0)
+    before = session.progress
+    assert session.progress == before
+    gate.set()
+    await closing
+    assert session.progress > before
+    other.shutdown()
