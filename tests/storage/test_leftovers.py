@@ -163,7 +163,7 @@ async def test_a_kernel_that_does_not_tell_its_boot(
     """Then nothing that a lock file says is relied upon."""
     _lock._boot.cache_clear()
     real = _fs.read
-    monkeypatch.setattr(_fs, "read", lambda path: None if "boot_id" in path else real(path))
+    monkeypatch.setattr(_fs, "read", lambda path, *most: None if "boot_id" in path else real(path, *most))
     await life(tmp_path)
     (tmp_path / STALE[0]).touch()
     await life(tmp_path)
