@@ -30,6 +30,7 @@ _TRACED = (
     "dup,dup2,dup3,sendfile,copy_file_range"
 )
 _CALL = re.compile(r"^\d+ +(\w+)\((.*)\) += (-?\d+)", re.DOTALL)
+_CLOSE = re.compile(r"^\d+ +close\(")
 _STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
 
 
@@ -57,22 +58,37 @@ def trace(workload: str, seed: int, beside: Beside) -> Recording:
         child = subprocess.run([*command, *script], env=environment, capture_output=True, check=False)
         if child.returncode != 0:
             raise RuntimeError(child.stderr.decode())
-        calls = _Calls(root)
-        for line in _whole_lines(log.read_text()):
-            calls.add(line)
+        seen = entries(log.read_text(), root)
     now, _, versions = child.stdout.partition(b"\n")
-    return Recording({}, calls.entries, decoded(versions), now=int(now))
+    return Recording({}, seen, decoded(versions), now=int(now))
+
+
+def entries(log: str, root: Path) -> list[Entry]:
+    """What a log of strace says about the files below the root."""
+    calls = _Calls(root)
+    for line in _whole_lines(log):
+        calls.add(line)
+    return calls.entries
 
 
 def _whole_lines(log: str) -> Iterator[str]:
-    """The calls in the order in which they ended; a call that another thread interrupted is put together."""
+    """The calls in the order in which they ended; a call that another thread interrupted is put together.
+
+    A close comes where it began. The kernel frees the number of the descriptor before the
+    close ends: another thread may have opened, written and synced another file of this
+    number by then.
+    """
     begun: dict[str, str] = {}
     for line in log.splitlines():
         thread = line.split(" ", 1)[0]
         if line.endswith("<unfinished ...>"):
             begun[thread] = line.removesuffix("<unfinished ...>")
+            if _CLOSE.match(begun[thread]):
+                yield f"{begun[thread].rstrip()}) = 0"
         elif " resumed>" in line:
-            yield begun.pop(thread) + line.split(" resumed>", 1)[1]
+            call = begun.pop(thread)
+            if not _CLOSE.match(call):
+                yield call + line.split(" resumed>", 1)[1]
         else:
             yield line
 
