@@ -742,6 +742,7 @@ def test_as_many_members_as_keys(kind: Any, texts: list[str], wrap: Any) -> None
     slow = b"".join(encode_record(Changes(0, 1, False, dict(timed), 0.0, 4_000)))
     whole = b"".join(encode_snapshot(dict(accepted), 1, 0, own=False))
     (part,) = parts_for_the_mirror(accepted.items(), 0)
+    assert part is not None
     for found in (
         json.loads(data, object_pairs_hook=list),
         json.loads(slow, object_pairs_hook=list),

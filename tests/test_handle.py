@@ -154,7 +154,9 @@ async def test_a_key_is_taken_as_its_text(kind: type[str]) -> None:
 # Loggers
 
 
-@pytest.mark.parametrize("logger", [print, "name", 5, logging.Logger, object()], ids=["print", "a str", "5", "a class", "an object"])
+@pytest.mark.parametrize(
+    "logger", [print, "name", 5, logging.Logger, object()], ids=["print", "a str", "5", "a class", "an object"]
+)
 def test_what_is_no_logger_is_refused(logger: Any) -> None:
     """`Manager()` raises, rather than the first failure."""
     with pytest.raises(TypeError, match="logger must be a logger such as logging"):

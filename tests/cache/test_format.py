@@ -11,6 +11,7 @@ def test_a_part() -> None:
     """A part has values as JSON, the times of those that expire, and the keys that were deleted."""
     items: list[tuple[str, Changed]] = [("good", Json(b"[1]")), ("kept", Expiring("x", 6)), ("gone", DELETED)]
     (part,) = slices(items, 0)
+    assert part is not None
     assert part.values == {"good": b"[1]", "kept": b'"x"'}
     assert part.expires == {"kept": 6}
     assert part.deleted == ["gone"]

@@ -18,6 +18,7 @@ from lab_state._state import Changed
 from lab_state.cache import Seen, Slice, Step
 from lab_state.cache._format import parse_message, slices
 from lab_state.cache._link import _pieces, hset, sent_bytes
+from lab_state.cache.memory import MemorySubscription
 
 SIZE = 1_000_000
 LARGE: dict[str, Any] = {"str": "é\n" * SIZE, "list": ["x" * SIZE], "small": 1}
@@ -117,6 +118,7 @@ async def test_a_large_step_is_told_as_a_resync(until: Any) -> None:
     told = parse_message(await subscription.receive())
     assert told is not None
     assert (told.start, told.end, told.resync, told.set) == (6, 7, True, {})
+    assert isinstance(subscription, MemorySubscription)
     assert subscription.queue.empty()
     async with cache.reader("name", local=True) as reader:
         await until(lambda: reader._local.fresh)
