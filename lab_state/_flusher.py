@@ -46,6 +46,11 @@ class Flusher(Outcomes):
         write_through: Whether a write returns only when it is durable.
     """
 
+    # They belong to the base classes, and are assigned here as well.
+    durable_revision: int
+    refusal: LabStateError | None
+    last_error: StorageError | None
+
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
         self,
         state: State,

@@ -9,7 +9,7 @@ import pytest
 from key_value.aio.errors import SerializationError
 from msgspec import Raw
 
-from lab_state import Config, InvalidValueError, Manager, MemoryCache, MemoryStorage
+from lab_state import Config, InvalidValueError, Manager, MemoryCache, MemoryStorage, TypeMismatchError
 from lab_state.integrations.key_value import LabStateStore
 
 BODY = b'1],"admin":{"who":"attacker"},"z":[2'
@@ -91,3 +91,13 @@ async def test_no_reader_sees_a_key_that_was_not_set() -> None:
         assert await reader.get_all() == {"admin": {"who": "root"}, "note": [{"a": 1}]}
     async with Manager("x", storage) as state:
         assert await state.get_all() == {"admin": {"who": "root"}, "note": [{"a": 1}]}
+
+
+async def test_a_number_out_of_range_is_told_by_each_read() -> None:
+    """It is JSON, so it is kept; a read without a type says that it cannot be decoded, whichever call it is."""
+    async with Manager("x", MemoryStorage()) as state:
+        await state.set("far", [Raw(b"1e400")])
+        with pytest.raises(TypeMismatchError, match="'far'"):
+            await state.get("far")
+        with pytest.raises(TypeMismatchError, match="'far'"):
+            await state.update("far", len)

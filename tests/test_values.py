@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import traceback
 import tracemalloc
 from collections.abc import Callable, Hashable
@@ -1060,6 +1061,29 @@ def test_a_model_that_cannot_be_looked_into_is_refused() -> None:
 def test_no_room_for_recursion_is_told_as_that() -> None:
     """Deep in calls Python's own limit may leave no room: that is no fault of the value."""
     assert "recursion limit" in str(refused(Strange(RecursionError, None)))
+
+
+def called_from(depth: int, value: object) -> object:
+    """Encode a value so many calls below here."""
+    return called_from(depth - 1, value) if depth else encode_value(value)
+
+
+@pytest.mark.parametrize("nest", [lambda value: [value], lambda value: {"a": value}], ids=["lists", "dicts"])
+def test_no_room_is_told_wherever_it_ends(nest: Callable[[object], object]) -> None:
+    """A nested value that is refused near Python's limit is never called an object that cannot be kept."""
+    value: object = 1
+    for _ in range(100):
+        value = nest(value)
+    told = set()
+    for depth in range(sys.getrecursionlimit()):
+        try:
+            called_from(depth, value)
+        except InvalidValueError as error:
+            told.add(str(error).partition(" - ")[0])
+        except RecursionError:
+            break
+    assert len(told) == 1
+    assert "recursion limit" in told.pop()
 
 
 class Encoded:

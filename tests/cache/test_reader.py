@@ -23,7 +23,7 @@ from lab_state import (
     UnavailableError,
     UnsupportedError,
 )
-from lab_state.cache import Slice
+from lab_state.cache import Slice, _feed
 from lab_state.cache._format import Head, Message, message, parse_message, resync
 from lab_state.cache._local import Local
 from lab_state.cache._source import Found
@@ -544,3 +544,26 @@ def test_what_does_not_fit_ends_a_load_in_steps() -> None:
     nothing.tell([parsed(message(0, 1, "w", Slice({}, {}, [])))])
     assert not nothing.replay(1)  # no head was seen, so nothing can be applied
     assert not nothing.arrive(Head(1, 1, "w"))
+
+
+async def test_a_load_beside_a_writer_gives_the_loop_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told during a load is applied one step at a time, and the copy is the state of one moment."""
+    replays: list[bool] = []
+    real = Local.replay
+
+    def replay(local: Local, keys: int) -> bool:
+        replays.append(real(local, keys))
+        return replays[-1]
+
+    monkeypatch.setattr(Local, "replay", replay)
+    monkeypatch.setattr(_feed, "_REPLAYED_AT_ONCE", 1)
+    cache = MemoryCache()
+    async with Manager(Config(name="x", flush_interval=0), MemoryStorage(), cache) as state:
+        await state.set_many({f"k{number}": number for number in range(20_000)})
+        async with cache.reader("x") as before:
+            await before.wait_revision(state.revision)
+            async with cache.reader("x", local=True) as reader:
+                while not any(replays):
+                    await state.set("last", state.revision)
+                await reader.wait_revision(state.revision)
+                assert await reader.get_all() == await state.get_all()

@@ -83,6 +83,15 @@ async def recovered(directory: Path) -> tuple[bytes | None, tuple[bytes, ...]]:
 # How a large write goes to the disk
 
 
+@pytest.mark.parametrize("size", [2 * STEP, 2 * STEP + 1])
+def test_the_steps_of_an_append(tmp_path: Path, size: int) -> None:
+    """Every byte is in one step, also where the last step is a whole one."""
+    data = os.urandom(size)
+    steps = [b"".join(step) for step in fs._steps([data[:10], data[10:]])]
+    assert [len(step) for step in steps] == [STEP, STEP, 1][: len(steps)]
+    assert b"".join(steps) == data
+
+
 async def test_a_large_commit_is_synced_as_it_grows(tmp_path: Path, calls: Os) -> None:
     """Between two syncs of an append at most 4 MiB are written, and counted before the sync."""
     session = await opened(tmp_path)

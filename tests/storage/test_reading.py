@@ -26,6 +26,7 @@ from lab_state import (
     StorageError,
     UnavailableError,
     UnsupportedError,
+    copy_state,
     read_state,
 )
 from lab_state import _journal as journal
@@ -625,3 +626,14 @@ async def test_errors_of_a_storage_reach_the_caller() -> None:
 
     with pytest.raises(StorageError, match=NAME):
         await read_state(NAME, Failing())
+
+
+async def test_a_state_that_was_never_written_is_not_copied(tmp_path: Path) -> None:
+    """`copy_state` says that there is nothing, and makes nothing in the target."""
+    target = MemoryStorage()
+    async with Manager("lab", FileStorage(tmp_path)):
+        pass
+    with pytest.raises(UnsupportedError, match=r"there is no state at .*lab\.json: check the name and the storage"):
+        await copy_state("lab", FileStorage(tmp_path), target)
+    with pytest.raises(UnsupportedError):
+        await target.read("lab")
