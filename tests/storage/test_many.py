@@ -158,3 +158,21 @@ async def test_a_session_that_is_being_closed_is_left_alone(tmp_path: Path) -> N
     session = await FileStorage(tmp_path).open("lab")
     await session.aclose()
     session.rest()
+
+
+async def test_a_journal_that_rests_already_is_left_alone(tmp_path: Path) -> None:
+    """The second time there is nothing to close, and the next commit opens the journal again."""
+    session = await FileStorage(tmp_path).open("lab")
+
+    async def slices() -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    await session.commit(b"one", slices)
+    for _ in range(2):
+        await session._commits.run(session._writer.rest)
+        assert session._writer._fd == -1
+    await session.commit(b"two", slices)
+    await session.aclose()
+    again = await FileStorage(tmp_path).open("lab")
+    await again.aclose()
+    assert again.recovery.records == (b"one", b"two")
