@@ -117,17 +117,18 @@ def check_key(key: object) -> str:
     return str.__str__(key)
 
 
+def encode_small_record(taken: Changes) -> bytes | None:
+    """Encode the changes of a commit as a record, if they are few and small, and nothing in the state expires."""
+    if taken.time or not (values := _few(taken.changes)):
+        return None
+    clear = b"true" if taken.cleared else b"false"
+    record = b'{"from":%d,"to":%d,"clear":%s,"set":%s,"delete":[],"expires":{}}'
+    return record % (taken.start, taken.end, clear, values)
+
+
 def encode_record(taken: Changes) -> Iterator[bytes]:
     """Encode the changes of a commit as a record. Between two slices the caller can let the loop run."""
     clear = b"true" if taken.cleared else b"false"
-    if not taken.time and (values := _few(taken.changes)):
-        yield b'{"from":%d,"to":%d,"clear":%s,"set":%s,"delete":[],"expires":{}}' % (
-            taken.start,
-            taken.end,
-            clear,
-            values,
-        )
-        return
     expires: dict[str, int] = {}
     deleted: list[str] = []
     yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)

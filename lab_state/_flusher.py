@@ -20,7 +20,7 @@ from typing import Any
 from weakref import finalize
 
 from lab_state._clock import Clock, Timer, resolver
-from lab_state._codec import encode_record
+from lab_state._codec import encode_record, encode_small_record
 from lab_state._early import LOOK_EVERY, EarlyFlush
 from lab_state._foreign import only_storage_errors, pass_on, storage_error
 from lab_state._log import Log
@@ -273,6 +273,8 @@ class Flusher(Outcomes):
                 self.begin_checkpoint()
             except Exception as problem:  # noqa: BLE001 -- all who write wait for this task
                 self._survive(problem)
+            # The callers that waited run now. What they write at once is committed without another turn of the loop.
+            await asyncio.sleep(0)
         await self._finish()
 
     def _survive(self, problem: BaseException) -> None:
@@ -334,7 +336,7 @@ class Flusher(Outcomes):
             return True
 
     async def _write(self, taken: Changes, views: Views) -> bool:
-        record = await joined(self._counted(encode_record(taken)))
+        record = encode_small_record(taken) or await joined(self._counted(encode_record(taken)))
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
 
     def _progress(self) -> int:

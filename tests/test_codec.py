@@ -23,6 +23,7 @@ from lab_state._codec import (
     check_key,
     decode_snapshot,
     encode_record,
+    encode_small_record,
     encode_snapshot,
     replay,
 )
@@ -180,13 +181,9 @@ def test_a_record_is_one_json_object() -> None:
 def test_a_record_of_few_values_is_what_a_larger_one_is(
     values: dict[str, Any],
     cleared: bool,  # noqa: FBT001
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is made in one piece, and has the same bytes."""
-    few = list(encode_record(changes(values, 41, 42, cleared=cleared)))
-    monkeypatch.setattr("lab_state._codec._MOST_AT_ONCE", 0)
-    assert len(few) == 1
-    assert few[0] == b"".join(encode_record(changes(values, 41, 42, cleared=cleared)))
+    assert encode_small_record(changes(values, 41, 42, cleared=cleared)) == record(values, 41, 42, cleared=cleared)
 
 
 def test_a_large_record_comes_back() -> None:

@@ -308,13 +308,17 @@ class Writer:
     def _check(self) -> None:
         """Nobody else writes here, and what is written here can be found again."""
         self.lock.check()
-        if self.need is Need.NOTHING and self._fd < 0:
-            self._wake_up()
         if self.need is Need.NOTHING:
-            named, opened = fs.fingerprint(self.paths.journal), self._opened()
-            if not named == opened == self._left and (problem := self._problem(named, opened)):
-                _logger.error("%s %s: writing everything anew", self.paths.journal, problem)
-                self._poison()
+            if self._fd < 0:
+                self._wake_up()
+            if not fs.is_as_left(self.paths.journal, self._fd, self._left):
+                self._look_into_journal()
+
+    def _look_into_journal(self) -> None:
+        """Give the journal up, unless it holds what was written."""
+        if self.need is Need.NOTHING and (problem := self._problem(fs.fingerprint(self.paths.journal), self._opened())):
+            _logger.error("%s %s: writing everything anew", self.paths.journal, problem)
+            self._poison()
 
     def _wake_up(self) -> None:
         """Open the journal again after `rest`. While it was closed, another file may have got its number, but not its size."""

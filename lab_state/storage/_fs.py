@@ -181,6 +181,32 @@ UNKNOWN = Fingerprint(*NO_FILE, -1, -1)
 """The fingerprint of no file."""
 
 
+def is_same_file(path: str, fd: int, which: Identity) -> bool:
+    """Return whether a path, and no link, and a descriptor are still those of a file. `False` for any error."""
+    try:  # not `translated`: each commit asks, and it would cost as much as the call
+        named, opened = os.lstat(path), os.fstat(fd)
+    except OSError:
+        return False
+    return (named.st_dev, named.st_ino) == which == (opened.st_dev, opened.st_ino)
+
+
+def is_as_left(path: str, fd: int, left: Fingerprint) -> bool:
+    """Return whether a path and a descriptor are still those of a file, and its fingerprint is still this one.
+
+    Each commit asks. Where the answer is no, or there was an error, `fingerprint` tells more.
+    """
+    try:
+        named, opened = os.lstat(path), os.fstat(fd)
+    except OSError:
+        return False
+    return (
+        named.st_ino == left.inode == opened.st_ino
+        and named.st_size == left.size
+        and named.st_mtime_ns == left.modified
+        and named.st_dev == left.device == opened.st_dev
+    )
+
+
 def reopen(path: str) -> int:
     """Open a file for writing that this session has made; return its descriptor."""
     with translated("opening", path):

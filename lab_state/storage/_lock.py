@@ -191,6 +191,8 @@ class Lock:
                 closed its descriptor, and so the lock is gone. Another process can own the
                 state by now.
         """
+        if fs.is_same_file(self.path, self._fd, self._identity):
+            return
         if not fs.is_file(self.path, self._identity):
             raise FencedError(
                 f"{self.path} was deleted or replaced, so another writer may own the state: restart this one"
