@@ -1,4 +1,4 @@
-"""Everything that is run on this project: `nox -l` lists it."""
+"""The sessions that check this project: `nox -l` lists them."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ def _tests(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The tests, on the Python at hand, against the built wheel."""
+    """Run the tests on the Python at hand, against the built wheel."""
     _tests(session)
 
 
 @nox.session(python=PYTHONS)
 def all_pythons(session: nox.Session) -> None:
-    """The tests, on every supported Python; a missing one is an error."""
+    """Run the tests on every supported Python; a missing one is an error."""
     _tests(session)
 
 
 @nox.session(name="key-value")
 @nox.parametrize("version", ["0.3.0", "0.4.4"])
 def key_value(session: nox.Session, version: str) -> None:
-    """The store for py-key-value, with what FastMCP 2 and 3 need; `tests` has the newest version."""
+    """Test the store for py-key-value with the versions that FastMCP 2 and 3 need; `tests` has the newest one."""
     session.install(".", *_group("key-value"), f"py-key-value-aio=={version}")
     session.run("pytest", "tests/integrations/test_key_value.py", *session.posargs, env=WHEEL_ONLY)
 
 
 @nox.session
 def fastmcp(session: nox.Session) -> None:
-    """The page for FastMCP: its programs, and a server that is killed."""
+    """Run the programs of the page for FastMCP, and a server that is killed."""
     session.install(".", *_group("fastmcp"))
     session.run("pytest", "tests/integrations/fastmcp_page.py", *session.posargs, env=WHEEL_ONLY)
 
 
 @nox.session(name="s3-real")
 def s3_real(session: nox.Session) -> None:
-    """The tests of `S3Storage` on a real store: Ceph's gateway, on loopback; skipped where it is not installed."""
+    """Test `S3Storage` on a real store: Ceph's gateway, on loopback; skipped where it is not installed."""
     session.install(".", *_group("test"))
     tests = session.posargs or [
         "tests/storage/test_s3_conformance.py",
@@ -74,7 +74,7 @@ def s3_real(session: nox.Session) -> None:
 
 @nox.session(name="s3-scenarios")
 def s3_scenarios(session: nox.Session) -> None:
-    """Writers behind proxies with faults: 1,000 scenarios, or `-- --scenarios N`; on Ceph's gateway with `--real` too."""
+    """Run 1,000 scenarios of writers behind faulty proxies, or `-- --scenarios N`; with `--real` on Ceph's gateway."""
     arguments = list(session.posargs)
     number = arguments[arguments.index("--scenarios") + 1] if "--scenarios" in arguments else "1000"
     session.install(".", *_group("test"))
@@ -86,7 +86,7 @@ def s3_scenarios(session: nox.Session) -> None:
 
 @nox.session(name="s3-bench")
 def s3_bench(session: nox.Session) -> None:
-    """The figures of `S3Storage`; on Ceph's gateway with `-- --real`."""
+    """Measure `S3Storage`; on Ceph's gateway with `-- --real`."""
     arguments = list(session.posargs)
     real = _real_store(arguments)
     session.install(".", *_group("test"), *_group("bench"))
@@ -100,7 +100,7 @@ def s3_bench(session: nox.Session) -> None:
 
 
 def _real_store(arguments: list[str]) -> tuple[str, ...]:
-    """What starts Ceph's gateway before a command, if `--real` is asked for; takes it out."""
+    """Return the command that starts Ceph's gateway, if `--real` is among the arguments; remove `--real` from them."""
     if "--real" not in arguments:
         return ()
     arguments.remove("--real")
@@ -109,7 +109,7 @@ def _real_store(arguments: list[str]) -> tuple[str, ...]:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, and the rules that tools can hold."""
+    """Check the style, and the rules that tools can hold."""
     session.install(*_group("lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -117,7 +117,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Types, by two checkers, both strict."""
+    """Check the types with two checkers, both strict."""
     session.install(".", "nox", *_group("test"), *_group("types"), *_group("bench"), *_group("demo"))
     session.run("mypy")
     session.run("pyright")
@@ -126,7 +126,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation as HTML, every warning an error. Its examples run in `tests`."""
+    """Build the documentation as HTML; every warning is an error. Its examples run in `tests`."""
     session.install(".", *_group("docs"))
     session.run("sphinx-build", "-W", "-n", "-q", "-b", "html", "docs", "docs/_build/html")
 
@@ -161,7 +161,7 @@ EXECUTIONS = {"files": "600000", "s3": "300000", "cache": "200000"}
 
 @nox.session
 def crash(session: nox.Session) -> None:
-    """All that tries to make it lose something, at full length, an hour; or `-- states kills`, some of its parts.
+    """Run all tests that try to make it lose something, at full length (an hour); or some parts: `-- states kills`.
 
     `faults` and `states` need strace, `disks` root, loop devices and the mkfs of ext4 and xfs, `fuzz` atheris.
     """
@@ -180,7 +180,7 @@ def crash(session: nox.Session) -> None:
 
 @nox.session
 def cache(session: nox.Session) -> None:
-    """SIGKILL of the writer, of Redis and of both, with a network that cuts and delays: 200 seeded rounds."""
+    """Kill the writer, Redis or both in 200 seeded rounds, with a network that cuts and delays."""
     session.install(".", *_group("test"))
     session.run(
         "pytest",
@@ -193,20 +193,20 @@ def cache(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """A real application, killed in the middle: nothing that it acknowledged is lost. Under 30 s."""
+    """Kill a real application in the middle, and check that nothing acknowledged is lost. Takes under 30 s."""
     session.install("-q", ".", *_group("demo"))
     session.run("python", "docs/examples/demo.py", *session.posargs, env=WHEEL_ONLY)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The figures, as ratios within one run, beside what a user would pick instead; `-- --quick`, `--only`, `--docs`."""
+    """Measure ratios within one run, against the alternatives of a user; `-- --quick`, `--only`, `--docs`."""
     session.install(".", *_group("bench"))
     session.run("python", "tests/benchmarks/bench.py", *session.posargs, env=BENCHMARKS)
 
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """100 writers on a million keys for 30 minutes, or `-- --minutes N`: does anything grow?"""
+    """Run 100 writers on a million keys for 30 minutes, or `-- --minutes N`, and check that nothing grows."""
     session.install(".", *_group("bench"))
     session.run("python", "tests/benchmarks/soak.py", *session.posargs, env=BENCHMARKS)
