@@ -23,6 +23,7 @@ from lab_state.exceptions import (
     TypeMismatchError,
     UnavailableError,
     UnsupportedError,
+    WaitTimeoutError,
 )
 from lab_state.handles import Entry, Namespace, Transaction
 from lab_state.manager import Manager, Status
@@ -82,4 +83,5 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "TypeMismatchError",
     "UnavailableError",
     "UnsupportedError",
+    "WaitTimeoutError",
 ]

@@ -1,4 +1,4 @@
-"""`Config`: the settings of one manager, checked when they are made."""
+"""`Config`: the settings of one manager, checked by the constructor."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from lab_state.exceptions import InvalidNameError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The settings of one manager.
+class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The field of a `Config` that may be given by position."""
 
-    A `msgspec.Struct`, so that `msgspec.yaml.decode(text, type=Config)` and its
-    likes make one from a file or the environment; a misspelt field is an error.
+    name: str
+
+
+class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings of one manager: `Config("jobs", flush_interval=0)`.
+
+    Only `name` may be given by position. `Config` is a `msgspec.Struct`. For example,
+    `msgspec.yaml.decode(text, type=Config)` makes one from a file, and
+    `msgspec.convert(dictionary, Config)` from a dict. A misspelt field is an error.
 
     Attributes:
         name: The name of the state, and of its file or object: 1 to 128 characters
@@ -26,22 +33,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             (concurrent callers share one write). `None`: only `flush()` and
             `stop()` write. A flush begins early once about 8 MiB are unflushed.
         stop_timeout: Seconds without progress after which `stop()` gives up, above 0.
-            While bytes are written or sent it goes on, however large the state is. A
-            flush that fails is tried again for the same time.
+            While bytes are written or sent, `stop()` goes on, however large the state is.
+            A flush that fails is tried again for the same time.
         lock_timeout: Seconds for which `start()` tries again while another writer
-            holds the state, 0 or more. `None`: for ever. `0`: `start()` raises
+            holds the state, 0 or more. `None`: without a limit. `0`: `start()` raises
             `LockedError` at once. A server with a graceful reload starts the new process
             before the old one has ended. There, choose a longer time than the old one
             may take to end.
 
     Raises:
-        InvalidNameError: The name is out of bounds; it is used as a file name, so
+        InvalidNameError: The name is out of bounds. It is used as a file name, so
             nothing that could leave the directory is accepted.
         ValueError: Another field is out of bounds.
         TypeError: A field has the wrong type.
     """
 
-    name: str
     flush_interval: float | None = 1.0
     stop_timeout: float = 8.0
     lock_timeout: float | None = 0.0

@@ -1,7 +1,7 @@
 """Every error that lab_state raises, in one tree.
 
 A class exists only where the caller would act differently. No message holds a
-value or a credential; keys, names, paths and types may appear.
+value or a credential. Keys, names, paths and types may appear.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class KeyNotFoundError(LabStateError, KeyError):
         self.key = key
 
     def __str__(self) -> str:
-        """A sentence, where `KeyError` would quote its argument."""
+        """Return a sentence. `KeyError` would quote its argument."""
         return f"no key {self.key!r} in the state; pass a default to read what may be missing"
 
 
@@ -47,7 +47,7 @@ class InvalidValueError(LabStateError, ValueError):
         self.path = path
 
     def __str__(self) -> str:
-        """The message, and the path where it says more than "here"."""
+        """Return the message, and the path unless it is `$`."""
         message = str(self.args[0])
         return message if self.path == "$" else f"{message} - at `{self.path}`"
 
@@ -64,7 +64,7 @@ class TypeMismatchError(LabStateError):
         self.path = path
 
     def __str__(self) -> str:
-        """The message alone; it names the path already."""
+        """Return the message alone. It already names the path."""
         return str(self.args[0])
 
 
@@ -82,6 +82,15 @@ class UnavailableError(StorageError):
     From a write, a flush or the background: nothing to do, the changes are in memory and
     the write is tried again. From `start()`: start again. From `stop()`: the changes
     above `durable_revision` are lost.
+    """
+
+
+class WaitTimeoutError(UnavailableError, TimeoutError):
+    """A wait took longer than its `timeout`: wait again, or treat the change as not yet there.
+
+    It is also a `TimeoutError`. Raised by calls that take a `timeout`, such as
+    `Manager.wait_durable` and `Reader.wait_revision`. The state is unchanged, and what was
+    waited for may still come.
     """
 
 
@@ -118,5 +127,5 @@ class CorruptionError(StorageError):
         self.detail = detail
 
     def __str__(self) -> str:
-        """Where, then what."""
+        """Return the place, then the damage."""
         return f"{self.path} cannot be loaded (byte {self.offset}): {self.detail}"

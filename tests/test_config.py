@@ -111,12 +111,37 @@ def test_a_stop_timeout_of_nothing(value: float) -> None:
         make(stop_timeout=value)
 
 
-def test_fields_are_given_by_name() -> None:
-    """Positional arguments, unknown ones and a missing name are TypeErrors."""
+def test_the_name_may_be_given_by_position() -> None:
+    """`Config("jobs")` is `Config(name="jobs")`, and is checked in the same way."""
+    assert Config("jobs", flush_interval=0) == Config(name="jobs", flush_interval=0)
+    with pytest.raises(InvalidNameError):
+        Config("../jobs")
+
+
+def test_all_fields_but_the_name_are_given_by_name() -> None:
+    """A second positional argument, an unknown field, a missing name and a name given twice are TypeErrors."""
     unchecked: Any = Config
-    for arguments, fields in ((("a",), {}), ((), {"name": "a", "flush_intervall": 1}), ((), {})):
+    for arguments, fields in (
+        (("a", 1.0), {}),
+        (("a",), {"name": "a"}),
+        ((), {"name": "a", "flush_intervall": 1}),
+        ((), {}),
+    ):
         with pytest.raises(TypeError):
             unchecked(*arguments, **fields)
+
+
+def test_a_config_shows_all_its_fields() -> None:
+    """The representation of a config names each field, the name first, and can be evaluated."""
+    shown = "Config(name='jobs', flush_interval=1.0, stop_timeout=8.0, lock_timeout=0.0)"
+    assert repr(Config("jobs")) == shown
+
+
+@pytest.mark.parametrize("text", ["NAME=jobs\nFLUSH_INTERVAL=0\n", "name=jobs\nflush_interval=0.0\n"])
+def test_a_config_from_an_environment_file(text: str) -> None:
+    """The lines of an environment file, which are all text, make a config with `strict=False`."""
+    fields = {key.lower(): value for key, _, value in (line.partition("=") for line in text.splitlines())}
+    assert msgspec.convert(fields, Config, strict=False) == Config("jobs", flush_interval=0)
 
 
 def test_a_config_does_not_change() -> None:

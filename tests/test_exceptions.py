@@ -23,6 +23,7 @@ from lab_state.exceptions import (
     TypeMismatchError,
     UnavailableError,
     UnsupportedError,
+    WaitTimeoutError,
 )
 
 ERRORS: list[LabStateError] = [
@@ -36,6 +37,7 @@ ERRORS: list[LabStateError] = [
     ClosedError("what failed"),
     StorageError("what failed"),
     UnavailableError("what failed"),
+    WaitTimeoutError("what failed"),
     UnsupportedError("what failed"),
     LockedError("what failed"),
     FencedError("what failed"),
@@ -64,6 +66,7 @@ def test_every_error_is_tried_here() -> None:
         (ClosedError, (LabStateError,)),
         (StorageError, (LabStateError,)),
         (UnavailableError, (StorageError,)),
+        (WaitTimeoutError, (UnavailableError, TimeoutError)),
         (UnsupportedError, (StorageError,)),
         (LockedError, (StorageError,)),
         (FencedError, (StorageError,)),
@@ -85,6 +88,13 @@ def test_a_value_error_catches_bad_arguments_only() -> None:
     """ValueError is what a bad argument is, and no other error."""
     found = {type(error) for error in ERRORS if isinstance(error, ValueError)}
     assert found == {InvalidNameError, InvalidKeyError, InvalidValueError}
+
+
+def test_a_timeout_error_catches_a_wait_only() -> None:
+    """TimeoutError, and so OSError, is what a wait that took too long is, and no other error."""
+    for caught in (TimeoutError, OSError):
+        found: set[type] = {type(error) for error in ERRORS if isinstance(error, caught)}
+        assert found == {WaitTimeoutError}
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=range(len(ERRORS)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -16,7 +16,7 @@ from lab_state._handle import Handle
 from lab_state._reads import check_default, many_keys
 from lab_state._state import MISSING, Stored
 from lab_state._types import check_type, decode_value
-from lab_state._watch import Watcher
+from lab_state._watch import Change, Watcher
 from lab_state.cache._feed import Feed, either, logger
 from lab_state.cache._format import HEAD, Head, parse_head, parse_time
 from lab_state.cache._local import Local
@@ -29,6 +29,7 @@ from lab_state.exceptions import (
     TypeMismatchError,
     UnavailableError,
     UnsupportedError,
+    WaitTimeoutError,
 )
 
 T = TypeVar("T")
@@ -268,7 +269,8 @@ class Reader(Handle):
             timeout: How long to wait, in seconds; a last read may take a second more.
 
         Raises:
-            UnavailableError: It was not reached in time.
+            WaitTimeoutError: It was not reached in time. It is an `UnavailableError` and a
+                `TimeoutError`.
         """
         deadline = self._clock.monotonic() + timeout
         while True:
@@ -277,7 +279,7 @@ class Reader(Handle):
             if reached >= revision:
                 return
             if not await self._worth_a_look(revision, moved, deadline):
-                raise UnavailableError(
+                raise WaitTimeoutError(
                     f"the copy of {self._name!r} has not reached revision {revision} within {timeout} s: {problem}"
                 )
 
@@ -301,17 +303,24 @@ class Reader(Handle):
             moved = self._open.moved
         return False
 
-    @asynccontextmanager
-    async def watch(self, prefix: str = "") -> AsyncGenerator[Watcher]:
-        """Tell which keys change, as `Manager.watch` does: `async for change in changes`.
+    def watch(self, prefix: str = "") -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+        """Iterate over the keys that change, as `Manager.watch` does.
 
-        Open it, then read. Only what is durable is told, and the revision is that of the
-        step that brought it. An expiry is told as `delete`. After a lost subscription, and
-        at the beginning, there is a `resync`: read again.
+        Open it, then read. Only durable changes are told. The revision of a change is that
+        of the step that brought it to the copy. An expiry is told as `delete`. A `resync`
+        comes at the beginning, and after a lost subscription: read again.
 
         Args:
             prefix: Only keys that start with it.
+
+        Raises:
+            InvalidKeyError: At entering: the prefix is not a `str`.
+            ClosedError: At entering: the reader is not open.
         """
+        return self._watch(prefix)
+
+    @asynccontextmanager
+    async def _watch(self, prefix: str) -> AsyncGenerator[AsyncIterator[Change]]:
         watcher = Watcher(_checked(prefix), 0, -1, durable=True)
         watchers = self._open.watchers
         watchers.add(watcher)

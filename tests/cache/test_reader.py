@@ -22,6 +22,7 @@ from lab_state import (
     TypeMismatchError,
     UnavailableError,
     UnsupportedError,
+    WaitTimeoutError,
 )
 from lab_state.cache import Slice, _feed
 from lab_state.cache._format import Head, Message, message, parse_message, resync
@@ -115,7 +116,7 @@ async def test_no_copy_is_not_missing(cache: Any, local: Any) -> None:
         for call in (reader.get("a", 1), reader.get_many(["a"]), reader.get_all(), reader.exists("a"), reader.keys()):
             with pytest.raises(UnavailableError, match="no copy of 'name'"):
                 await call
-        with pytest.raises(UnavailableError, match=r"revision 3 within 0.01 s: there is no copy"):
+        with pytest.raises(WaitTimeoutError, match=r"revision 3 within 0.01 s: there is no copy"):
             await reader.wait_revision(3, timeout=0.01)
 
 
@@ -236,7 +237,7 @@ async def test_waiting_for_a_revision(cache: Any, local: Any) -> None:
             await reader.wait_revision(await state.set("a", number))
         await asyncio.gather(*waiting)
         assert await reader.get("a") == 2
-        with pytest.raises(UnavailableError, match=r"has not reached revision 99 within 0\.05 s: it is at 3"):
+        with pytest.raises(WaitTimeoutError, match=r"has not reached revision 99 within 0\.05 s: it is at 3"):
             await reader.wait_revision(99, timeout=0.05)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -226,6 +227,7 @@ def threads(state: Manager) -> None:
 
 
 async def watching(state: Manager) -> None:
+    assert_type(state.watch(), AbstractAsyncContextManager[AsyncIterator[Change]])
     async with state.watch("a", durable=True) as changes:
         async for change in changes:
             assert_type(change, Change)
@@ -261,7 +263,9 @@ async def mirror(cache: RedisCache, memory: MemoryCache) -> None:
         assert_type(await reader.exists("key"), bool)
         assert_type(await reader.revision(), int)
         await reader.wait_revision(5, timeout=1)
+        assert_type(reader.watch("a"), AbstractAsyncContextManager[AsyncIterator[Change]])
         async with reader.watch("a") as changes:
+            assert_type(changes, AsyncIterator[Change])
             async for change in changes:
                 assert_type(change, Change)
 
@@ -282,5 +286,7 @@ async def storages(file: FileStorage, memory: MemoryStorage, faulty: FaultyStora
     for storage in (file, memory, faulty):
         each: Storage = storage
         Manager(Config(name="name"), each, clock=clock)
+        Manager(Config("name", flush_interval=0), each)
+        Config("name", 1.0)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     session: StorageSession = await file.open("name")
     assert_type(session.recovery, Recovery)
