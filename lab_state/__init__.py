@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lab_state._clock import Clock, Timer
+from lab_state._escaping import escape_key, escape_name
 from lab_state._metrics import Metrics
 from lab_state._state_view import StateView, read_state
 from lab_state._watch import Change
@@ -38,6 +39,8 @@ from lab_state.storage import (
     copy_state,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [  # noqa: RUF022 -- in groups, each sorted
     # the manager
     "Clock",
@@ -69,6 +72,9 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "MemoryCache",
     "Reader",
     "RedisCache",
+    # names and keys
+    "escape_key",
+    "escape_name",
     # errors
     "ClosedError",
     "CorruptionError",

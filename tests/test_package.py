@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -46,7 +47,7 @@ LAYERS = (
     ("_models", "_types"),
     ("_state", "_values", "_standstill"),
     ("_draft", "_sweeper", "_watch", "_codec", "storage", "storage.*"),
-    ("_views", "_pending", "_durability", "_early", "_foreign", "_forgotten", "_opening"),
+    ("_views", "_pending", "_durability", "_early", "_escaping", "_foreign", "_forgotten", "_opening"),
     ("_outcomes",),
     ("_flusher",),
     ("_core",),
@@ -170,6 +171,12 @@ def test_star_import() -> None:
     """A star import gives every name of `__all__`, in a fresh interpreter, and no other."""
     code = "from lab_state import *\nimport json\nprint(json.dumps([n for n in dir() if not n.startswith('_')]))"
     assert sorted(run(code)) == sorted([*lab_state.__all__, "json"])
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    """`lab_state.__version__` is the version in `pyproject.toml`, from which the distribution is built."""
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    assert lab_state.__version__ == project["version"]
 
 
 # Imports

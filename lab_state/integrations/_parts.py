@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
-LONGEST = 256
+from lab_state._codec import RESERVED
+from lab_state._escaping import CUT_KEY, LONGEST_ESCAPED, escape, escape_key
+
+__all__ = ["LONGEST", "escape", "is_hash", "part", "unescape"]
+
+LONGEST = LONGEST_ESCAPED
 """Characters of a part, at most; a longer one is kept as its hash."""
-
-_ESCAPED = re.compile("[%/\0\ud800-\udfff]")
-_EMPTY = "%"
-_HASH = "%~"
-# Neither can come from `quote`, which puts two hexadecimal digits after each `%`.
-
-
-def escape(text: str) -> str:
-    """The text without slashes, NUL and lone surrogates, readable otherwise; never empty."""
-    return _ESCAPED.sub(lambda match: quote(match[0].encode("utf-8", "surrogatepass"), safe=""), text) or _EMPTY
-
-
-def unescape(escaped: str) -> str:
-    """What was escaped."""
-    return "" if escaped == _EMPTY else unquote(escaped, errors="surrogatepass")
 
 
 def part(text: str) -> str:
-    """A part of a key: 1 to `LONGEST` characters, no slash, and different for different texts."""
-    escaped = escape(text)
-    if len(escaped) <= LONGEST:
-        return escaped
-    return _HASH + hashlib.sha256(escaped.encode()).hexdigest()
+    """Return a text as a part of a key: `escape_key` of it.
+
+    One text has another part, which it had before there was `escape_key`: `$lab_state`, which is
+    reserved as a whole key and not as a part of one.
+    """
+    return text if text == RESERVED else escape_key(text)
+
+
+def unescape(escaped: str) -> str:
+    """Return the text that was escaped."""
+    return "" if escaped == "%" else unquote(escaped, errors="surrogatepass")
 
 
 def is_hash(part: str) -> bool:
-    """Whether a part does not tell its text."""
-    return part.startswith(_HASH)
+    """Return whether a part was cut, so that its text cannot be read back from it."""
+    return part.startswith(CUT_KEY)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+from urllib.parse import quote
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -41,3 +45,24 @@ def test_different_texts_are_different_parts(one: str, other: str) -> None:
 def test_what_is_readable_stays_readable() -> None:
     """Only what cannot be in a part is escaped."""
     assert part("GET https://example.com/a b?ü=1%") == "GET https:%2F%2Fexample.com%2Fa b?ü=1%25"
+
+
+def before_escape_key(text: str) -> str:
+    """The name of a part in version 0.1.0."""
+    escaped = re.sub(
+        "[%/\0\ud800-\udfff]", lambda match: quote(match[0].encode("utf-8", "surrogatepass"), safe=""), text
+    )
+    return (escaped or "%") if len(escaped) <= LONGEST else "%~" + hashlib.sha256(escaped.encode()).hexdigest()
+
+
+@given(texts)
+@example("")
+@example("$lab_state")
+@example("%24lab_state")
+@example("/\0\ud83d\udc00%")
+@example("a" * 256)
+@example("a" * 257)
+@example("/" * 86)
+def test_existing_data_keeps_its_names(text: str) -> None:
+    """A part is the same as in version 0.1.0, which wrote what is stored now."""
+    assert part(text) == before_escape_key(text)

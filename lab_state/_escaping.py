@@ -1,0 +1,110 @@
+"""`escape_key` and `escape_name`: any text as a key, or as the name of a state. Pure and synchronous.
+
+Both are injective: two texts never have one result. Here is why. Each character that is not
+allowed is replaced by its bytes in UTF-8, each byte by the escape character and two hexadecimal
+digits. The escape character itself is replaced in the same way. So an escaped text can be read
+back, and two texts have two escaped texts. All other results have a mark that no escaped text
+has, because the escape character is not followed by two hexadecimal digits there: the key of an
+empty text, a name with a prefix, and what was cut. Two cut results differ in their SHA-256.
+"""
+
+from __future__ import annotations
+
+import re
+
+from lab_state._codec import RESERVED
+
+LONGEST_ESCAPED = 256
+"""Characters of an escaped key at most. A key has 1,024, so a few of them and a prefix fit into one."""
+
+CUT_KEY = "%~"
+"""How an escaped key begins that was cut."""
+
+_NOT_IN_A_KEY = re.compile("[%/\0\ud800-\udfff]")
+_EMPTY_KEY = "%"
+
+_NOT_IN_A_NAME = re.compile("[^A-Za-z0-9.-]")
+_LONGEST_NAME = 128
+_CUT_NAME = "_."
+_BEFORE_A_FIRST = "x_"
+
+
+def escape_key(text: str) -> str:
+    """Return a valid key for any text. Two texts never have one key.
+
+    The result has 1 to 256 characters, without a slash, a NUL or a lone surrogate, and is not
+    `$lab_state`. So `f"{escape_key(user)}/{escape_key(path)}"` is a valid key too, and different
+    for each pair. Every other character stays as it is. `%` and the characters that are not
+    allowed become `%` and two hexadecimal digits for each byte, as in a URL. An empty text
+    becomes `%`. If that has more than 256 characters, the result is `%~` and the SHA-256 of it:
+    the text cannot be read back.
+
+    Args:
+        text: The text. There are no bounds.
+
+    Raises:
+        TypeError: It is not a `str`.
+    """
+    escaped = escape(_checked("escape_key", text))
+    if len(escaped) > LONGEST_ESCAPED:
+        return CUT_KEY + _sha256(escaped)
+    return f"%24{RESERVED[1:]}" if escaped == RESERVED else escaped
+
+
+def escape_name(text: str) -> str:
+    """Return a valid name of a state for any text. Two texts never have one name.
+
+    The result is a valid `Config.name`: 1 to 128 characters of `A-Z a-z 0-9 . _ -`, the first a
+    letter or a digit. Letters, digits, `.` and `-` stay as they are. Every other character, `_`
+    too, becomes `_` and two hexadecimal digits for each byte of it in UTF-8. If the first
+    character is not a letter or a digit, it is replaced as well, and `x_` is put before it; an
+    empty text becomes `x_`. If that has more than 128 characters, the result is the first 62 of
+    them, `_.` and the SHA-256 of the whole: the text cannot be read back.
+
+    Upper and lower case differ, as in every name. On a file system that ignores case, do not use
+    texts that differ in nothing else.
+
+    Args:
+        text: The text. There are no bounds.
+
+    Raises:
+        TypeError: It is not a `str`.
+    """
+    text = _checked("escape_name", text)
+    if text[:1].isascii() and text[:1].isalnum():
+        escaped = _NOT_IN_A_NAME.sub(_in_a_name, text)
+    else:
+        escaped = _BEFORE_A_FIRST + "".join(map(_hex, text[:1])) + _NOT_IN_A_NAME.sub(_in_a_name, text[1:])
+    if len(escaped) <= _LONGEST_NAME:
+        return escaped
+    end = _CUT_NAME + _sha256(escaped)
+    return escaped[: _LONGEST_NAME - len(end)] + end
+
+
+def escape(text: str) -> str:
+    """Return a text without slashes, NUL and lone surrogates, of any length; never empty."""
+    return _NOT_IN_A_KEY.sub(_in_a_key, text) or _EMPTY_KEY
+
+
+def _in_a_key(match: re.Match[str]) -> str:
+    return _hex(match[0]).replace("_", "%")
+
+
+def _in_a_name(match: re.Match[str]) -> str:
+    return _hex(match[0])
+
+
+def _hex(character: str) -> str:
+    return "".join(f"_{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
+
+
+def _sha256(escaped: str) -> str:
+    import hashlib  # noqa: PLC0415 -- costs every program a millisecond at its start, and is rarely needed
+
+    return hashlib.sha256(escaped.encode()).hexdigest()
+
+
+def _checked(call: str, text: object) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{call}() needs a str, not {type(text).__name__}")
+    return str.__str__(text)
