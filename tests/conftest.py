@@ -29,7 +29,7 @@ ALSO_BLOCKING = (
 )
 
 # There is an event loop there, but in a thread, and nobody else's.
-IN_A_THREAD = ("lab_state/storage/_s3_connect.py", "_made")
+IN_A_THREAD = ("lab_state/storage/s3/_connect.py", "_made")
 
 # Its callers may block where the storage under test may not.
 TEST_CODE = ["lab_state.testing", "lab_state._conformance", "lab_state._conformance_reading"]

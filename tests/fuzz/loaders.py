@@ -37,9 +37,9 @@ from lab_state.cache._format import Head, Message, parse_head, parse_message, se
 from lab_state.cache._local import Local
 from lab_state.cache._source import Found as Fetched
 from lab_state.storage._protocol import Recovery
-from lab_state.storage._s3_format import Names, frame, stamp_in_body, stamp_in_metadata, stamped, unframe
-from lab_state.storage._s3_open import _stamp, gap
-from lab_state.storage._s3_outcomes import Found
+from lab_state.storage.s3._format import Names, frame, stamp_in_body, stamp_in_metadata, stamped, unframe
+from lab_state.storage.s3._open import _stamp, gap
+from lab_state.storage.s3._outcomes import Found
 from lab_state.testing import ManualClock
 
 _SILENT = logging.Logger("fuzzing", logging.CRITICAL)  # noqa: LOG001 -- nobody else's

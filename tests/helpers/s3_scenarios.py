@@ -31,10 +31,10 @@ from s3_world import QuickTime
 from lab_state import Config, FencedError, Manager, S3Storage, UnavailableError, UnsupportedError
 from lab_state._codec import Snapshot as Loaded
 from lab_state._codec import decode_snapshot, replay
-from lab_state.storage import _s3_connect, _s3_open, _s3_session
-from lab_state.storage._s3_client import Requests
-from lab_state.storage._s3_format import FENCE, SEQ, Names, unframe
-from lab_state.storage._s3_session import S3Session
+from lab_state.storage.s3 import _connect, _open, _session
+from lab_state.storage.s3._client import Requests
+from lab_state.storage.s3._format import FENCE, SEQ, Names, unframe
+from lab_state.storage.s3._session import S3Session
 from lab_state.testing import ManualClock
 
 Fate = Callable[[Request, Forward], Awaitable[Response | None]]
@@ -52,7 +52,7 @@ _LARGE = 300_000
 @functools.cache
 def session_of_all() -> Any:
     """One for all, which makes a client in 10 ms instead of 27."""
-    return _s3_connect._new_session()
+    return _connect._new_session()
 
 
 class BrokenError(AssertionError):
@@ -875,7 +875,7 @@ async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6,
             if problems and stop:
                 return
 
-    real = _s3_open._probe
+    real = _open._probe
 
     async def probe(store: Requests, names: Names) -> None:
         """In one world of four: it is a quarter of the requests of an open, and has tests of its own."""
@@ -883,8 +883,8 @@ async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6,
             await real(store, names)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(replaced(_s3_session, "_MOST_RECORDS", 4))
-        stack.enter_context(replaced(_s3_open, "_probe", probe))
+        stack.enter_context(replaced(_session, "_MOST_RECORDS", 4))
+        stack.enter_context(replaced(_open, "_probe", probe))
         await asyncio.gather(*(some() for _ in range(at_once)))
     return Outcome(problems, count)
 

@@ -14,7 +14,7 @@ from typing import Any
 from lab_state import S3Storage
 from lab_state._clock import Clock
 from lab_state.storage._protocol import Snapshot
-from lab_state.storage._s3_time import Time
+from lab_state.storage.s3._time import Time
 from lab_state.testing import ManualClock
 
 ENDPOINT = "LAB_STATE_TEST_S3_ENDPOINT"

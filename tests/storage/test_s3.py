@@ -36,10 +36,10 @@ from lab_state import (
     copy_state,
 )
 from lab_state.storage import s3 as module
-from lab_state.storage._s3_body import Upload
-from lab_state.storage._s3_format import Names
-from lab_state.storage._s3_threads import Threads
-from lab_state.storage._s3_time import Time
+from lab_state.storage.s3._body import Upload
+from lab_state.storage.s3._format import Names
+from lab_state.storage.s3._threads import Threads
+from lab_state.storage.s3._time import Time
 from lab_state.testing import ManualClock
 
 NAME = "peculiar"
@@ -153,7 +153,7 @@ async def test_bad_settings_of_the_environment(bucket: Bucket, monkeypatch: pyte
 
 def test_the_path_has_the_bucket_at_custom_endpoints_only() -> None:
     """On AWS, botocore's own way of addressing is kept; bodies are never read to sign them."""
-    from lab_state.storage._s3_connect import client_config  # noqa: PLC0415
+    from lab_state.storage.s3._connect import client_config  # noqa: PLC0415
 
     with Threads("test") as thread:
 
@@ -596,7 +596,7 @@ async def test_a_checkpoint_that_is_cancelled_is_waited_for(bucket: Bucket, prox
 
 async def test_a_snapshot_beyond_one_put(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot larger than one PUT can send is refused; commits go on."""
-    monkeypatch.setattr("lab_state.storage._s3_session._MOST_SNAPSHOT_BYTES", 10)
+    monkeypatch.setattr("lab_state.storage.s3._session._MOST_SNAPSHOT_BYTES", 10)
     session = await bucket.storage().open(NAME)
     with pytest.raises(UnsupportedError, match="5 GiB"):
         await session.checkpoint(given(b"x" * 11))

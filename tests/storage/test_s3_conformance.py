@@ -9,7 +9,7 @@ import pytest
 from s3_world import Bucket
 
 from lab_state import Storage, StorageSession
-from lab_state.storage._s3_session import S3Session
+from lab_state.storage.s3._session import S3Session
 from lab_state.testing import StorageConformance
 
 

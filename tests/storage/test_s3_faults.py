@@ -35,9 +35,9 @@ from lab_state import (
     UnavailableError,
     UnsupportedError,
 )
-from lab_state.storage._s3_format import OWNER
-from lab_state.storage._s3_open import numbers
-from lab_state.storage._s3_outcomes import WRITE_ID
+from lab_state.storage.s3._format import OWNER
+from lab_state.storage.s3._open import numbers
+from lab_state.storage.s3._outcomes import WRITE_ID
 
 NAME = "faults"
 JOURNAL = f"state/modules/{NAME}.journal/"
@@ -610,8 +610,8 @@ async def test_cleaning_goes_on_from_where_it_stood(
     bucket: Bucket, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a crash left behind is deleted some pages at a checkpoint, however much it is; no page is listed twice."""
-    monkeypatch.setattr("lab_state.storage._s3_client._LISTED_AT_ONCE", 3)
-    monkeypatch.setattr("lab_state.storage._s3_session._MOST_PAGES", 2)
+    monkeypatch.setattr("lab_state.storage.s3._client._LISTED_AT_ONCE", 3)
+    monkeypatch.setattr("lab_state.storage.s3._session._MOST_PAGES", 2)
     old = await bucket.storage().open(NAME)
     for number in range(12):
         await old.commit(b"%d" % number, VIEW)

@@ -16,8 +16,8 @@ from s3_scenarios import session_of_all
 from s3_world import VIEW, Bucket, given
 
 from lab_state import S3Storage, UnavailableError
-from lab_state.storage import _s3_client, _s3_connect, _s3_open, _s3_session, _s3_threads
 from lab_state.storage import s3 as module
+from lab_state.storage.s3 import _client, _connect, _open, _session, _threads
 
 NAME = "opening"
 SNAPSHOT = f"state/modules/{NAME}.json"
@@ -99,14 +99,14 @@ async def test_cancelled_twice_anywhere(bucket: Bucket) -> None:
         (module, "_Claim"),
         (module, "Threads"),
         (module, "_import"),
-        (_s3_client, "Requests"),
-        (_s3_connect, "connect"),
-        (_s3_connect, "_made"),
-        (_s3_open, "_probe"),
-        (_s3_open, "_object"),
-        (_s3_open, "_fence"),
-        (_s3_open, "Opened"),
-        (_s3_session, "S3Session"),
+        (_client, "Requests"),
+        (_connect, "connect"),
+        (_connect, "_made"),
+        (_open, "_probe"),
+        (_open, "_object"),
+        (_open, "_fence"),
+        (_open, "Opened"),
+        (_session, "S3Session"),
     ],
 )
 async def test_out_of_memory_anywhere(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
@@ -148,7 +148,7 @@ async def test_no_thread_for_a_write(bucket: Bucket, monkeypatch: pytest.MonkeyP
     """A commit and a checkpoint for which no thread can be started fail, and succeed later."""
     session = await bucket.storage().open(NAME)
     await asyncio.to_thread(session._store.thread.shutdown)
-    session._store.thread = _s3_threads.Threads(NAME)
+    session._store.thread = _threads.Threads(NAME)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(UnavailableError, match="can't start new thread"):

@@ -9,7 +9,7 @@ import pytest
 from lab_state import CorruptionError
 from lab_state._codec import decode_snapshot, encode_snapshot
 from lab_state._expiry import Json
-from lab_state.storage._s3_format import (
+from lab_state.storage.s3._format import (
     Names,
     Stamp,
     frame,
@@ -18,7 +18,7 @@ from lab_state.storage._s3_format import (
     stamped,
     unframe,
 )
-from lab_state.storage._s3_outcomes import (
+from lab_state.storage.s3._outcomes import (
     CERTIFICATE,
     MISSING_FILE,
     PROXY,

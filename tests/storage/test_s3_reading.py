@@ -24,8 +24,8 @@ from lab_state import (
     read_state,
 )
 from lab_state._conformance_tools import opened
-from lab_state.storage._s3_client import Requests
-from lab_state.storage._s3_outcomes import Found
+from lab_state.storage.s3._client import Requests
+from lab_state.storage.s3._outcomes import Found
 
 NAME = "lab"
 

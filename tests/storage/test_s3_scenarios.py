@@ -21,9 +21,9 @@ import s3_scenarios
 from s3_world import Bucket, endpoint
 
 from lab_state import UnavailableError
-from lab_state.storage import _s3_client, _s3_open, _s3_outcomes, _s3_session
-from lab_state.storage._s3_open import Loader
-from lab_state.storage._s3_session import S3Session
+from lab_state.storage.s3 import _client, _open, _outcomes, _session
+from lab_state.storage.s3._open import Loader
+from lab_state.storage.s3._session import S3Session
 
 ORDINARY = 200
 SCENARIOS = int(os.environ.get("LAB_STATE_TEST_S3_SCENARIOS", ORDINARY))
@@ -67,7 +67,7 @@ BUGS: dict[str, list[Change]] = {
         (S3Session, "_clean_pages", "if size and number <= covered", "if number <= covered"),
     ],
     "the write id is not looked at after a refusal": [
-        (_s3_outcomes, "after_look", "if found is not None and", "if answer is not Verdict.REFUSED and found is not None and"),
+        (_outcomes, "after_look", "if found is not None and", "if answer is not Verdict.REFUSED and found is not None and"),
     ],
     "a record of unknown outcome counts as failed, and its number is used for another": [
         (S3Session, "_settle", "        except NotOursError as refused:", "        except UnavailableError:\n            self._pending = None\n            raise\n        except NotOursError as refused:"),
@@ -95,7 +95,7 @@ BUGS: dict[str, list[Change]] = {
         (S3Session, "_replace", "            except NotOursError as refused:", "            except UnavailableError:\n                return stamp.seq\n            except NotOursError as refused:"),
     ],
     "a gap is not noticed while loading": [
-        (_s3_open, "gap", "if len(listed) == end - covered", "if len(listed) <= end - covered"),
+        (_open, "gap", "if len(listed) == end - covered", "if len(listed) <= end - covered"),
         (Loader, "_fetch", "                if gone or got is None:\n                    gone = True\n                    return", "                if got is None:\n                    continue"),
         (Loader, "_look", "        if self._looked:\n", "        if self._looked:\n            return\n"),
     ],
@@ -104,10 +104,10 @@ BUGS: dict[str, list[Change]] = {
     ],
     "a fence at a number that was used and deleted counts": [
         (Loader, "_load", "covered >= fence or ", ""),
-        (_s3_open, "gap", "if len(listed) == end - covered", "if covered >= end or len(listed) == end - covered"),
+        (_open, "gap", "if len(listed) == end - covered", "if covered >= end or len(listed) == end - covered"),
     ],
     "a fence is created at the next number without looking again": [
-        (_s3_open, "_fence", "    except NotOursError:\n        return None\n", "    except NotOursError:\n        return fence + 1\n"),
+        (_open, "_fence", "    except NotOursError:\n        return None\n", "    except NotOursError:\n        return fence + 1\n"),
     ],
 }  # fmt: skip
 
@@ -127,7 +127,7 @@ def put_in(changes: list[Change]) -> Iterator[None]:
             names: dict[str, Any] = {**vars(module), "UnavailableError": UnavailableError}
             flags = __future__.annotations.compiler_flag
             exec(compile(textwrap.dedent(source), f"<{name}, with a bug>", "exec", flags), names)
-            for user in (_s3_client, _s3_open, _s3_outcomes, _s3_session) if owner is module else (owner,):
+            for user in (_client, _open, _outcomes, _session) if owner is module else (owner,):
                 if hasattr(user, name):
                     stack.enter_context(s3_scenarios.replaced(user, name, names[name]))
         yield

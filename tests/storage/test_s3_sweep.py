@@ -20,9 +20,9 @@ from s3_world import Bucket
 
 from lab_state import Config, CorruptionError, Manager
 from lab_state._codec import Snapshot, decode_snapshot, replay
-from lab_state.storage._s3_format import FENCE, SEQ, Names, unframe
-from lab_state.storage._s3_open import _stamp, open_state
-from lab_state.storage._s3_outcomes import Found
+from lab_state.storage.s3._format import FENCE, SEQ, Names, unframe
+from lab_state.storage.s3._open import _stamp, open_state
+from lab_state.storage.s3._outcomes import Found
 
 NAME = "lab"
 REFUSED = -1

@@ -1,7 +1,7 @@
 """`S3Storage`: states in an object store, each a snapshot and the records after it.
 
-The steps are in `_s3_open.py` and `_s3_session.py`, the names and bytes in
-`_s3_format.py`, what each answer means in `_s3_outcomes.py`.
+The steps are in `_open.py` and `_session.py`, the names and bytes in
+`_format.py`, what each answer means in `_outcomes.py`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lab_state._clock import SystemClock
 from lab_state.exceptions import LockedError, UnsupportedError
-from lab_state.storage._s3_format import Names
-from lab_state.storage._s3_threads import Threads
-from lab_state.storage._s3_time import Time
+from lab_state.storage.s3._format import Names
+from lab_state.storage.s3._threads import Threads
+from lab_state.storage.s3._time import Time
 
 if TYPE_CHECKING:
     from lab_state.storage._protocol import Reading
-    from lab_state.storage._s3_client import Requests
-    from lab_state.storage._s3_session import S3Session
+    from lab_state.storage.s3._client import Requests
+    from lab_state.storage.s3._session import S3Session
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{1,2046}[A-Za-z0-9]")
 _MOST_PREFIX_BYTES = 512
@@ -149,7 +149,7 @@ class S3Storage:
         thread = Threads(names.name)
         try:
             store = await self._requests(thread)
-            from lab_state.storage._s3_read import read_objects  # noqa: PLC0415 -- see _import
+            from lab_state.storage.s3._read import read_objects  # noqa: PLC0415 -- see _import
 
             try:
                 return await read_objects(store, names)
@@ -180,8 +180,8 @@ class S3Storage:
             raise
 
     async def _open_with(self, names: Names, store: Requests, let_go: Any) -> S3Session:
-        from lab_state.storage._s3_open import open_state  # noqa: PLC0415 -- see _import
-        from lab_state.storage._s3_session import S3Session  # noqa: PLC0415
+        from lab_state.storage.s3._open import open_state  # noqa: PLC0415 -- see _import
+        from lab_state.storage.s3._session import S3Session  # noqa: PLC0415
 
         try:
             return S3Session(store, names, await open_state(store, names), let_go)
@@ -191,8 +191,8 @@ class S3Storage:
 
     async def _requests(self, thread: Threads) -> Requests:
         await asyncio.get_running_loop().run_in_executor(thread, _import)
-        from lab_state.storage._s3_client import Requests  # noqa: PLC0415 -- see _import
-        from lab_state.storage._s3_connect import connect  # noqa: PLC0415 -- see _import
+        from lab_state.storage.s3._client import Requests  # noqa: PLC0415 -- see _import
+        from lab_state.storage.s3._connect import connect  # noqa: PLC0415 -- see _import
 
         def connecting() -> Any:
             return connect(self._session, self._config, self._endpoint_url, self._region_name, thread)
@@ -216,7 +216,7 @@ async def _let_go(opening: asyncio.Task[S3Session]) -> None:
 def _import() -> None:
     """In a thread, and not before it is needed: it takes 0.3 s."""
     try:
-        importlib.import_module("lab_state.storage._s3_client")
+        importlib.import_module("lab_state.storage.s3._client")
     except ImportError as error:
         raise UnsupportedError(f"S3Storage needs the extra s3: pip install 'lab-state[s3]' ({error})") from error
 

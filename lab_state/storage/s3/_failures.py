@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 from botocore.exceptions import BotoCoreError, ClientError
 
-from lab_state.storage._s3_outcomes import CERTIFICATE, MISSING_FILE, PROXY, TLS, Failure
+from lab_state.storage.s3._outcomes import CERTIFICATE, MISSING_FILE, PROXY, TLS, Failure
 
 _TLS_REASONS = frozenset(
     {

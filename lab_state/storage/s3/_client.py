@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
-from lab_state.storage._s3_body import Body, Upload
-from lab_state.storage._s3_connect import STANDSTILL, Client
-from lab_state.storage._s3_failures import FAILURES, failure_of
-from lab_state.storage._s3_outcomes import (
+from lab_state.storage.s3._body import Body, Upload
+from lab_state.storage.s3._connect import STANDSTILL, Client
+from lab_state.storage.s3._failures import FAILURES, failure_of
+from lab_state.storage.s3._outcomes import (
     DELETES,
     LISTS,
     READS,
@@ -26,8 +26,8 @@ from lab_state.storage._s3_outcomes import (
     unquoted,
     verdict,
 )
-from lab_state.storage._s3_threads import Threads
-from lab_state.storage._s3_time import Limit, Time
+from lab_state.storage.s3._threads import Threads
+from lab_state.storage.s3._time import Limit, Time
 
 R = TypeVar("R")
 

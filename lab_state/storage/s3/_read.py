@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from lab_state.exceptions import UnsupportedError
 from lab_state.storage._protocol import Reading
-from lab_state.storage._s3_client import Requests
-from lab_state.storage._s3_format import Names
-from lab_state.storage._s3_open import Loader
+from lab_state.storage.s3._client import Requests
+from lab_state.storage.s3._format import Names
+from lab_state.storage.s3._open import Loader
 
 
 async def read_objects(store: Requests, names: Names) -> Reading:

@@ -24,9 +24,9 @@ from typing import NamedTuple
 from lab_state._journal import NO_BASE, base_of
 from lab_state.exceptions import CorruptionError, UnsupportedError
 from lab_state.storage._protocol import Recovery
-from lab_state.storage._s3_body import LONG, Body
-from lab_state.storage._s3_client import Requests
-from lab_state.storage._s3_format import (
+from lab_state.storage.s3._body import LONG, Body
+from lab_state.storage.s3._client import Requests
+from lab_state.storage.s3._format import (
     BASE,
     MOST_NUMBER,
     OWN_BASE,
@@ -38,7 +38,7 @@ from lab_state.storage._s3_format import (
     stamp_in_metadata,
     unframe,
 )
-from lab_state.storage._s3_outcomes import WRITE_ID, Found, NotOursError
+from lab_state.storage.s3._outcomes import WRITE_ID, Found, NotOursError
 
 _AT_ONCE = 12
 _SAME_SNAPSHOT = 3

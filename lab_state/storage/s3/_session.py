@@ -23,11 +23,11 @@ from typing import Any, NamedTuple, NoReturn
 from lab_state._log import Log
 from lab_state.exceptions import FencedError, StorageError, UnavailableError, UnsupportedError
 from lab_state.storage._protocol import Recovery, Snapshot
-from lab_state.storage._s3_body import LONG, Body, Spool
-from lab_state.storage._s3_client import Requests
-from lab_state.storage._s3_format import BASE, OWN_BASE, OWNER, Names, Stamp, frame, stamp_in_metadata, stamped
-from lab_state.storage._s3_open import Opened, new_write_id
-from lab_state.storage._s3_outcomes import WRITE_ID, Found, NotOursError
+from lab_state.storage.s3._body import LONG, Body, Spool
+from lab_state.storage.s3._client import Requests
+from lab_state.storage.s3._format import BASE, OWN_BASE, OWNER, Names, Stamp, frame, stamp_in_metadata, stamped
+from lab_state.storage.s3._open import Opened, new_write_id
+from lab_state.storage.s3._outcomes import WRITE_ID, Found, NotOursError
 
 _logger = Log(logging.getLogger("lab_state"))
 

@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 from lab_state.exceptions import UnavailableError
 from lab_state.storage import _fs as fs
-from lab_state.storage._s3_threads import Threads
+from lab_state.storage.s3._threads import Threads
 
 LONG = 256 * 1024
 """From how many bytes on to hash and to frame in a thread, and to send in parts."""

@@ -22,7 +22,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from botocore.exceptions import BotoCoreError
 
 from lab_state.exceptions import UnsupportedError
-from lab_state.storage._s3_threads import Threads
+from lab_state.storage.s3._threads import Threads
 
 STANDSTILL = 15.0
 """Seconds for which a request may stand still, including the wait for a connection."""
