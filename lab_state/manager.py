@@ -24,11 +24,11 @@ from lab_state._foreign import check_on_fenced
 from lab_state._forgotten import caller, note, started_here
 from lab_state._log import Log, Logs, check_logger
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
-from lab_state._mirror import Mirror
 from lab_state._opening import check_asyncio, opened
 from lab_state._state import Changes, State
 from lab_state._sweeper import Sweeper
 from lab_state._watch import Watchers
+from lab_state.cache._mirror import Mirror
 from lab_state.cache._protocol import Cache
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LockedError

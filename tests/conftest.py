@@ -32,7 +32,7 @@ ALSO_BLOCKING = (
 IN_A_THREAD = ("lab_state/storage/s3/_connect.py", "_made")
 
 # Its callers may block where the storage under test may not.
-TEST_CODE = ["lab_state.testing", "lab_state._conformance", "lab_state._conformance_reading"]
+TEST_CODE = ["lab_state.testing"]
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from lab_state import (
     MemoryStorage,
     UnavailableError,
 )
-from lab_state.integrations import _serving
+from lab_state.integrations import _lifespan
 from lab_state.integrations.key_value import LabStateStore
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -221,7 +221,7 @@ async def test_one_line_and_health(
     for write in (WRITES["set"], transaction):
         with pytest.raises(FencedError):
             await write(state)
-    code, body = _serving.health_of({"test": state}, 30)
+    code, body = _lifespan.health_of({"test": state}, 30)
     assert (code, b"is fenced: a newer writer owns it" in body) == (503, True)
     await ended(state)
     (line,) = errors(caplog)
@@ -364,7 +364,7 @@ async def test_a_manager_without_its_flush_task_refuses_writes(
     failure = state.status().task_failure
     assert failure == "the flush task of 'test' was cancelled: call stop(), which flushes what is left"
     assert not state.status().fenced
-    code, body = _serving.health_of({"test": state}, 30)
+    code, body = _lifespan.health_of({"test": state}, 30)
     assert (code, b"has lost a task: the flush task" in body) == (503, True)
     assert await state.get_all() == {"a": 1}
     await state.stop()

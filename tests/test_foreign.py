@@ -16,7 +16,7 @@ from lab_state import Config, Manager, MemoryCache, MemoryStorage, StorageSessio
 from lab_state._flusher import Flusher
 from lab_state._log import Log
 from lab_state._watch import Watchers
-from lab_state.integrations import _serving
+from lab_state.integrations import _lifespan
 from lab_state.storage import Reading, Snapshot
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -532,7 +532,7 @@ class TestTasks:
         what = "was cancelled" if how == "cancelled" else "failed: MemoryError()"
         assert failure == f"the mirror's task of 'test' {what}: the cache is not kept up to date"
         assert (state.status().mirror_up, failure in caplog.text) == (False, True)
-        assert _serving.health_of({"test": state}, 30)[0] == 503
+        assert _lifespan.health_of({"test": state}, 30)[0] == 503
         await state.set("a", 1)
         await state.flush()
         await state.stop()

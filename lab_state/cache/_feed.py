@@ -19,7 +19,7 @@ from lab_state._log import Log
 from lab_state._state import DELETED
 from lab_state._watch import MOST_PENDING, Group, Told
 from lab_state.cache._format import Head, Message, parse_message
-from lab_state.cache._local import Local
+from lab_state.cache._local_copy import LocalCopy
 from lab_state.cache._source import Source, Subscription
 from lab_state.exceptions import StorageError, UnavailableError
 
@@ -49,7 +49,9 @@ class Feed:
         moved: Set when something is heard after this was asked for; ask anew each time.
     """
 
-    def __init__(self, source: Source, local: Local | None, clock: Clock, head: Callable[[], Awaitable[Head]]) -> None:
+    def __init__(
+        self, source: Source, local: LocalCopy | None, clock: Clock, head: Callable[[], Awaitable[Head]]
+    ) -> None:
         """Begin; `head` fetches whose copy is there, and at which revision."""
         self.revision: int = -1
         self.watchers: Group = Group()
@@ -240,7 +242,7 @@ class Feed:
 
     # The local copy
 
-    async def _keep_loaded(self, local: Local, subscription: Subscription) -> None:
+    async def _keep_loaded(self, local: LocalCopy, subscription: Subscription) -> None:
         pauses = Pauses(self._clock, _FIRST_PAUSE, _LONGEST_PAUSE)
         while True:
             await self._stale.wait()
@@ -257,7 +259,7 @@ class Feed:
                 self._stale.set()
                 await either(self._filled, self._clock, pauses.begin())
 
-    async def _load(self, local: Local, subscription: Subscription) -> bool:
+    async def _load(self, local: LocalCopy, subscription: Subscription) -> bool:
         local.begin()
         if local.read_from(await self._head()):
             async for found in self._source.scan():

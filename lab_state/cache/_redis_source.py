@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from lab_state._clock import Clock, within
+from lab_state.cache._connection import Connection, Dialer, command
 from lab_state.cache._feed import logger
 from lab_state.cache._format import HEAD, Keys
-from lab_state.cache._link import Dialer, Link, command
 from lab_state.cache._source import Found
 from lab_state.exceptions import UnavailableError
 
@@ -28,7 +28,7 @@ class RedisSource:
         self._clock = clock
         self._told = False  # of fields that are another client's
         self._keys = keys
-        self._free: list[Link] = []
+        self._free: list[Connection] = []
         self.path: str = f"{dialer.path} {keys.values.decode()}"
 
     async def fetch(self, keys: Sequence[str]) -> Found:
@@ -81,7 +81,7 @@ class RedisSource:
                 await self.aclose()  # the others are as old
         return await self._on(await self._dialer.connect(self._clock), commands)
 
-    async def _on(self, link: Link, commands: Sequence[bytes]) -> list[Any]:
+    async def _on(self, link: Connection, commands: Sequence[bytes]) -> list[Any]:
         try:
             answers = await link.transaction(*commands)
         except BaseException:
@@ -114,7 +114,7 @@ class RedisSource:
 class RedisSubscription:
     """Follows a copy; see `Subscription`."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Connection) -> None:
         self._link = link
         self._pings: deque[asyncio.Future[None]] = deque()
 

@@ -19,7 +19,7 @@ from lab_state._types import check_type, decode_value
 from lab_state._watch import Change, Watcher
 from lab_state.cache._feed import Feed, either, logger
 from lab_state.cache._format import HEAD, Head, parse_head, parse_time
-from lab_state.cache._local import Local
+from lab_state.cache._local_copy import LocalCopy
 from lab_state.cache._source import Found, Source
 from lab_state.exceptions import (
     ClosedError,
@@ -69,7 +69,7 @@ class Reader(Handle):
         self._source = source
         self._is_local = local
         self._clock: Clock = SystemClock() if clock is None else clock
-        self._local = Local()
+        self._local = LocalCopy()
         self._feed: Feed | None = None
         self._seen = 0  # no read may give a lower revision
         self._readable = False  # whether the last read of the copy succeeded
@@ -106,7 +106,7 @@ class Reader(Handle):
         forks.disown_in_children(self)
         if self._feed is not None:
             raise RuntimeError(f"the reader of {self._name!r} is open already")
-        self._local = Local()
+        self._local = LocalCopy()
         self._feed = Feed(self._source, self._local if self._is_local else None, self._clock, self._head)
         return self
 

@@ -29,7 +29,7 @@ from lab_state.cache.reader import Reader
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
 
-    from lab_state.cache._link import Command, Link
+    from lab_state.cache._connection import Command, Connection
 
 _FILL_SECONDS = 60
 _SENT_AT_ONCE = 64 * 1024
@@ -57,7 +57,7 @@ class RedisCache:
             ValueError: The URL is none of Redis.
         """
         try:
-            from lab_state.cache._link import Dialer  # noqa: PLC0415 -- an extra
+            from lab_state.cache._connection import Dialer  # noqa: PLC0415 -- an extra
         except ImportError as error:
             raise ImportError("RedisCache needs redis-py: pip install 'lab-state[redis]'") from error
         self._dialer = Dialer(url)
@@ -90,8 +90,8 @@ class RedisCache:
 class RedisSession:
     """One writer's hold on a copy; see `CacheSession`."""
 
-    def __init__(self, link: Link, keys: Keys, writer: str) -> None:
-        from lab_state.cache._link import EXEC, MULTI, command, hset, sent_bytes  # noqa: PLC0415 -- an extra
+    def __init__(self, link: Connection, keys: Keys, writer: str) -> None:
+        from lab_state.cache._connection import EXEC, MULTI, command, hset, sent_bytes  # noqa: PLC0415 -- an extra
 
         self._command, self._hset, self._sent_bytes = command, hset, sent_bytes
         self._multi, self._exec = MULTI, EXEC

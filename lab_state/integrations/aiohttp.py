@@ -12,6 +12,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from lab_state.cache import Reader
 from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
+from lab_state.integrations._lifespan import Served, add, by_name, check_bound, choose, health_of, running
 from lab_state.integrations._live import (
     HEADERS,
     MEDIA_TYPE,
@@ -23,7 +24,6 @@ from lab_state.integrations._live import (
     events,
     told,
 )
-from lab_state.integrations._serving import Served, add, by_name, check_bound, choose, health_of, running
 from lab_state.manager import Manager
 
 __all__ = ["SERVED", "errors", "health", "manager", "push", "reader", "setup", "sse"]

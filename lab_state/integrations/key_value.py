@@ -23,7 +23,7 @@ else:
 from lab_state._expiry import LONGEST_TTL
 from lab_state.exceptions import FencedError, InvalidValueError, KeyNotFoundError, StorageError
 from lab_state.handles import Namespace
-from lab_state.integrations._parts import LONGEST, escape, is_hash, part, unescape
+from lab_state.integrations._escaping import LONGEST, escape, is_hash, part, unescape
 
 __all__ = ["LabStateStore"]
 

@@ -24,6 +24,8 @@ from lab_state.cache import Reader
 from lab_state.exceptions import KeyNotFoundError
 from lab_state.handles import Namespace
 from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
+from lab_state.integrations._escaping import part
+from lab_state.integrations._lifespan import KEY, LastWord, Named, Served, by_name, check_bound, health_of, stopping_of
 from lab_state.integrations._live import (
     HEADERS,
     MEDIA_TYPE,
@@ -36,8 +38,6 @@ from lab_state.integrations._live import (
     events,
     told,
 )
-from lab_state.integrations._parts import part
-from lab_state.integrations._serving import KEY, LastWord, Named, Served, by_name, check_bound, health_of, stopping_of
 from lab_state.manager import Manager
 
 __all__ = ["LabStatePlugin", "LabStateStore", "errors", "health", "push", "sse"]

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from lab_state._metrics import Metrics
 from lab_state.exceptions import ClosedError
-from lab_state.integrations._serving import by_name
+from lab_state.integrations._lifespan import by_name
 from lab_state.manager import Manager, Status
 
 __all__ = ["LabStateCollector"]

@@ -16,6 +16,17 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from lab_state.cache import Reader
 from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
+from lab_state.integrations._lifespan import (
+    KEY,
+    LastWord,
+    Named,
+    Served,
+    by_name,
+    check_bound,
+    choose,
+    health_of,
+    stopping_of,
+)
 from lab_state.integrations._live import (
     HEADERS,
     MEDIA_TYPE,
@@ -27,17 +38,6 @@ from lab_state.integrations._live import (
     encoded,
     events,
     told,
-)
-from lab_state.integrations._serving import (
-    KEY,
-    LastWord,
-    Named,
-    Served,
-    by_name,
-    check_bound,
-    choose,
-    health_of,
-    stopping_of,
 )
 from lab_state.manager import Manager
 

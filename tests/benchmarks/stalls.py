@@ -20,7 +20,7 @@ from msgspec import Raw
 
 from lab_state import Config, FileStorage, InvalidValueError, Manager, MemoryCache, MemoryStorage
 from lab_state.cache._format import Head, Message
-from lab_state.cache._local import Local
+from lab_state.cache._local_copy import LocalCopy
 
 _MILLION = 1_000_000
 _CHAIN = "[" * 120 + "]" * 120
@@ -180,8 +180,8 @@ async def _transactions(count: int, steps: Steps, tell: Callable[[str], None]) -
             tell(f"{what} in a transaction where a key expires")
 
 
-def _told(steps: int) -> Local:
-    local = Local()
+def _told(steps: int) -> LocalCopy:
+    local = LocalCopy()
     local.begin()
     local.read_from(Head(1, 0, "w"))
     values = {f"k{number}": Raw(b"[1]") for number in range(1_000)}

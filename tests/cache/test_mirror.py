@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from faulty_cache import FaultyCache, lines, manager
 
-import lab_state._mirror
-import lab_state._pending
+import lab_state.cache._backlog
+import lab_state.cache._mirror
 from lab_state import (
     Config,
     FencedError,
@@ -202,7 +202,7 @@ async def test_more_than_is_kept(
     faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Above the bound the whole state is brought, once."""
-    monkeypatch.setattr(lab_state._pending, "MOST_KEYS", 10)
+    monkeypatch.setattr(lab_state.cache._backlog, "MOST_KEYS", 10)
     async with manager(faulty, clock) as state:
         await until(lambda: state.status().mirror_up)
         faulty.fail("apply", UnavailableError("gone"))
@@ -321,7 +321,7 @@ async def test_a_fill_that_is_not_made(
         place.values["$lab_state"] = place.expires["$lab_state"] = b'{"format":1,"revision":1,"writer":"x"}'
         return slices(items, ahead)
 
-    monkeypatch.setattr(lab_state._mirror, "slices", disturbed)
+    monkeypatch.setattr(lab_state.cache._mirror, "slices", disturbed)
     async with manager(faulty, clock) as state:
         await until(lambda: state.status().mirror_error is not None)
         assert state.status().mirror_error == "the copy was changed by somebody else while it was filled"
@@ -386,8 +386,8 @@ async def test_a_large_fill_is_told(
 ) -> None:
     """A large state says how far its fill is."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(lab_state._mirror, "_LARGE", 10)
-    monkeypatch.setattr(lab_state._mirror, "_TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(lab_state.cache._mirror, "_LARGE", 10)
+    monkeypatch.setattr(lab_state.cache._mirror, "_TOLD_SECONDS", 0.0)
     storage = MemoryStorage()
     async with manager(None, clock, storage) as state:
         await state.set_many({str(number): number for number in range(120)})

@@ -26,7 +26,7 @@ from lab_state import (
 )
 from lab_state.cache import Slice, _feed
 from lab_state.cache._format import Head, Message, message, parse_message, resync
-from lab_state.cache._local import Local
+from lab_state.cache._local_copy import LocalCopy
 from lab_state.cache._source import Found
 from lab_state.testing import ManualClock
 
@@ -389,10 +389,10 @@ async def test_a_load_that_fails_is_tried_again(until: Any) -> None:
 
 def test_more_messages_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load during which too much happened begins anew."""
-    from lab_state.cache import _local  # noqa: PLC0415 -- to be patched
+    from lab_state.cache import _local_copy  # noqa: PLC0415 -- to be patched
 
-    monkeypatch.setattr(_local, "_MOST_KEPT", 2)
-    local, head = Local(), Head(1, 5, "w")
+    monkeypatch.setattr(_local_copy, "_MOST_KEPT", 2)
+    local, head = LocalCopy(), Head(1, 5, "w")
     local.begin()
     assert local.read_from(head)
     step = [parsed(message(5, 6, "w", Slice({}, {}, [])))]
@@ -402,7 +402,7 @@ def test_more_messages_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_load_that_broke_off() -> None:
     """What was read in part is not taken for the whole when the copy is still where it was."""
-    local, head = Local(), Head(1, 5, "w")
+    local, head = LocalCopy(), Head(1, 5, "w")
     for _ in range(2):
         local.begin()
         assert local.read_from(head)
@@ -427,7 +427,7 @@ def test_a_load_that_broke_off() -> None:
 )
 def test_where_a_load_arrives(told: list[tuple[int, int]], last: tuple[int, str], good: Any) -> None:
     """A load is good if the messages lead from the first head to the second one, or beyond."""
-    local = Local()
+    local = LocalCopy()
     local.begin()
     assert local.read_from(Head(1, 5, "w"))
     local.add(Found(None, None, {"a": b"1", "b": b"{}"}, {"a": b"5", "gone": b"5"}))
@@ -506,9 +506,9 @@ async def test_a_time_that_somebody_else_spoilt(until: Any) -> None:
             assert await local.get("a") == 1
 
 
-def loading(steps: int) -> Local:
+def loading(steps: int) -> LocalCopy:
     """A local copy that is read at revision 0, and was told of so many steps of ten keys meanwhile."""
-    local = Local()
+    local = LocalCopy()
     local.begin()
     assert local.read_from(Head(1, 0, "w"))
     for number in range(steps):
@@ -540,7 +540,7 @@ def test_what_does_not_fit_ends_a_load_in_steps() -> None:
             pass
         assert not local.arrive(Head(1, 300, "w"))
         assert local.shown == {}
-    nothing = Local()
+    nothing = LocalCopy()
     nothing.begin()
     nothing.tell([parsed(message(0, 1, "w", Slice({}, {}, [])))])
     assert not nothing.replay(1)  # no head was seen, so nothing can be applied
@@ -550,13 +550,13 @@ def test_what_does_not_fit_ends_a_load_in_steps() -> None:
 async def test_a_load_beside_a_writer_gives_the_loop_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told during a load is applied one step at a time, and the copy is the state of one moment."""
     replays: list[bool] = []
-    real = Local.replay
+    real = LocalCopy.replay
 
-    def replay(local: Local, keys: int) -> bool:
+    def replay(local: LocalCopy, keys: int) -> bool:
         replays.append(real(local, keys))
         return replays[-1]
 
-    monkeypatch.setattr(Local, "replay", replay)
+    monkeypatch.setattr(LocalCopy, "replay", replay)
     monkeypatch.setattr(_feed, "_REPLAYED_AT_ONCE", 1)
     cache = MemoryCache()
     async with Manager(Config(name="x", flush_interval=0), MemoryStorage(), cache) as state:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from redis.asyncio import ConnectionPool
 
-import lab_state._mirror
+import lab_state.cache._connection
 import lab_state.cache._feed
-import lab_state.cache._link
+import lab_state.cache._mirror
 import lab_state.cache._redis_source
 import lab_state.cache.redis
 from lab_state import Config, Manager, MemoryStorage, RedisCache, UnavailableError, UnsupportedError
@@ -29,9 +29,9 @@ def manager(url: str, name: str = "name") -> Manager:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats and pauses as short as a test can bear."""
-    monkeypatch.setattr(lab_state._mirror, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(lab_state._mirror, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(lab_state._mirror, "_LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(lab_state.cache._mirror, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(lab_state.cache._mirror, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(lab_state.cache._mirror, "_LONGEST_PAUSE", 0.05)
 
 
 async def same(state: Manager, url: str) -> None:
@@ -121,7 +121,7 @@ def test_signs_in_a_url() -> None:
 
 def test_without_redis_py(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the extra, the error says which one."""
-    monkeypatch.delitem(sys.modules, "lab_state.cache._link")
+    monkeypatch.delitem(sys.modules, "lab_state.cache._connection")
     monkeypatch.setitem(sys.modules, "redis", None)
     with pytest.raises(ImportError, match=r"lab-state\[redis\]"):
         RedisCache("redis://host")
@@ -348,7 +348,7 @@ async def test_what_arrives_late_does_nothing(
     redis_server: Any, proxy_to: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that a network holds back, and delivers after newer ones, is not carried out."""
-    monkeypatch.setattr(lab_state.cache._link, "_TIMEOUT", 0.1)
+    monkeypatch.setattr(lab_state.cache._connection, "_TIMEOUT", 0.1)
     proxy = await proxy_to(redis_server.port)
     async with manager(proxy.url) as state:
         await state.set("a", 1)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from faulty_cache import lines
 
-import lab_state._mirror
 import lab_state.cache._feed
+import lab_state.cache._mirror
 import lab_state.cache.reader
 from lab_state import (
     Config,
@@ -46,7 +46,7 @@ def local(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def own(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> RedisCache:
     """Copies on the real server, with beats and looks as short as a test can bear."""
-    monkeypatch.setattr(lab_state._mirror, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(lab_state.cache._mirror, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(lab_state.cache._feed, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(lab_state.cache.reader, "_STANDS_SECONDS", 0.1)
     return RedisCache(redis_server.url)
@@ -509,7 +509,7 @@ async def test_without_the_right_to_watch_nothing_is_brought(
     own_redis: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user that may not `WATCH` is refused with the remedy: its steps could overwrite a successor's copy."""
-    monkeypatch.setattr(lab_state._mirror, "_LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(lab_state.cache._mirror, "_LONGEST_PAUSE", 0.05)
     redis = own_redis()
     redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all", "-watch")
     cache = RedisCache(f"redis://poor:word@127.0.0.1:{redis.port}")

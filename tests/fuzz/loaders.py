@@ -34,7 +34,7 @@ from lab_state._journal import ANY_BASE, NO_BASE, Kind
 from lab_state._state import Changes, State
 from lab_state._types import decode_value
 from lab_state.cache._format import Head, Message, parse_head, parse_message, seen_in
-from lab_state.cache._local import Local
+from lab_state.cache._local_copy import LocalCopy
 from lab_state.cache._source import Found as Fetched
 from lab_state.storage._protocol import Recovery
 from lab_state.storage.s3._format import Names, frame, stamp_in_body, stamp_in_metadata, stamped, unframe
@@ -189,7 +189,7 @@ def cache(data: bytes) -> None:
     for key in keys:
         answered(lambda key=key: reader.get(key))  # type: ignore[misc]
         answered(lambda key=key: reader.exists(key))  # type: ignore[misc]
-    local = Local()
+    local = LocalCopy()
     try:
         told = [told for message in messages if (told := message_of(message)) is not None]
         begin = parse_head(head)

@@ -29,7 +29,7 @@ from lab_state import (
 )
 from lab_state import _journal as journal
 from lab_state._journal import Kind
-from lab_state.integrations._serving import health_of
+from lab_state.integrations._lifespan import health_of
 from lab_state.storage import _directory, _file_writer, _fs, _lock, _os_errors
 from lab_state.storage._file_writer import NewJournal, Writer
 from lab_state.storage.file import FileSession

@@ -23,9 +23,9 @@ from lab_state import (
     copy_state,
     read_state,
 )
-from lab_state._conformance_tools import opened
 from lab_state.storage.s3._client import Requests
 from lab_state.storage.s3._outcomes import Found
+from lab_state.testing._conformance_tools import opened
 
 NAME = "lab"
 

@@ -26,7 +26,7 @@ _MOST_KEPT = 100_000
 _OBJECT_OR_ARRAY = (b"{", b"[")
 
 
-class Local:
+class LocalCopy:
     """Keys and values, as a manager has them.
 
     Attributes:

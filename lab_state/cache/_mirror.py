@@ -38,9 +38,9 @@ from lab_state._flusher import Flusher
 from lab_state._foreign import is_cancelled
 from lab_state._log import Log
 from lab_state._metrics import MirrorCounts
-from lab_state._pending import Pending
 from lab_state._state import Changes, State, Stored
 from lab_state._views import Views
+from lab_state.cache._backlog import Backlog
 from lab_state.cache._format import slices
 from lab_state.cache._protocol import SPOILT, Cache, CacheSession, Seen, Slice, Step
 from lab_state.exceptions import FencedError, StorageError, UnavailableError
@@ -96,7 +96,7 @@ class Mirror:
         self._logger = logger
         self._counts = counts
         self._writer = os.urandom(8).hex()
-        self._pending = Pending()
+        self._pending = Backlog()
         self._wake = asyncio.Event()
         self._pauses = Pauses(clock, _FIRST_PAUSE, _LONGEST_PAUSE)
         self._spoilt = False  # the copy is this writer's, but another client has written to it

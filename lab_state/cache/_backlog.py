@@ -18,7 +18,7 @@ MOST_KEYS = 100_000
 MOST_BYTES = 32 * 1024 * 1024
 
 
-class Pending:
+class Backlog:
     """Commits, coalesced.
 
     Attributes:

@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import suppress
 
-from lab_state._conformance_tools import NAME, Hooks, cancelled_at, given, opened, raises
 from lab_state._state_view import read_state
 from lab_state.config import Config
 from lab_state.exceptions import CorruptionError, StorageError, UnsupportedError
 from lab_state.manager import Manager
 from lab_state.storage._protocol import Reading
+from lab_state.testing._conformance_tools import NAME, Hooks, cancelled_at, given, opened, raises
 
 _COMMITS = 30
 _A_CHECKPOINT_EVERY = 4

@@ -139,14 +139,14 @@ class Dialer:
             else "Redis by Sentinel"
         )
 
-    async def connect(self, clock: Clock) -> Link:
+    async def connect(self, clock: Clock) -> Connection:
         """Open a connection whose timeouts go by this clock.
 
         Raises:
             StorageError: There is none to be had.
         """
         connection = self._make(**self._options)
-        link = Link(connection, self.path, self._timeout, clock)
+        link = Connection(connection, self.path, self._timeout, clock)
         with link.translated():
             try:
                 with within(clock, self._timeout):
@@ -169,7 +169,7 @@ async def _prepare_tls(connection: Any) -> None:
             worker.shutdown()
 
 
-class Link:
+class Connection:
     """One connection."""
 
     def __init__(self, connection: Any, path: str, timeout: float, clock: Clock) -> None:

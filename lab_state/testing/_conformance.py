@@ -6,11 +6,21 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from lab_state._conformance_reading import ReadingConformance
-from lab_state._conformance_tools import NAME, awaited, cancelled_at, failing, given, got_through, opened, raises, until
 from lab_state.config import Config
 from lab_state.exceptions import CorruptionError, LockedError, StorageError, UnavailableError, UnsupportedError
 from lab_state.manager import Manager
+from lab_state.testing._conformance_reading import ReadingConformance
+from lab_state.testing._conformance_tools import (
+    NAME,
+    awaited,
+    cancelled_at,
+    failing,
+    given,
+    got_through,
+    opened,
+    raises,
+    until,
+)
 
 
 class StorageConformance(ReadingConformance):

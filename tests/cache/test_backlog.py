@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab_state import _pending
 from lab_state._expiry import Expiring
-from lab_state._pending import Pending
 from lab_state._state import DELETED, Changes
+from lab_state.cache import _backlog
+from lab_state.cache._backlog import Backlog
 
 KEYS = st.sampled_from("abc")
 CHANGES = st.dictionaries(KEYS, st.none() | st.integers() | st.just(DELETED))
@@ -37,7 +37,7 @@ def test_merged_is_the_same_as_one_by_one(commits: list[tuple[bool, dict[str, An
     """However commits are merged, taken and put back, the outcome is that of all of them in order."""
     model: dict[str, Any] = {}
     mirror: dict[str, Any] = {}
-    pending = Pending()
+    pending = Backlog()
     for number, (cleared, what, taken_back) in enumerate(commits, 1):
         commit = changes(number - 1, number, what, cleared=cleared)
         model = applied(model, commit)
@@ -55,8 +55,8 @@ def test_merged_is_the_same_as_one_by_one(commits: list[tuple[bool, dict[str, An
 
 def test_too_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the bound nothing is kept, until it is cleared."""
-    monkeypatch.setattr(_pending, "MOST_KEYS", 3)
-    pending = Pending()
+    monkeypatch.setattr(_backlog, "MOST_KEYS", 3)
+    pending = Backlog()
     pending.add(changes(0, 1, {"a": 1, "b": 2}))
     pending.merge(10)
     taken = pending.take(0)
@@ -79,8 +79,8 @@ def test_too_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_too_many_bytes(monkeypatch: pytest.MonkeyPatch, value: Any) -> None:
     """Bytes are counted as they are replaced."""
-    monkeypatch.setattr(_pending, "MOST_BYTES", 100)
-    pending = Pending()
+    monkeypatch.setattr(_backlog, "MOST_BYTES", 100)
+    pending = Backlog()
     for number in range(5):
         pending.add(changes(number, number + 1, {"a": value}))
         pending.merge(10)

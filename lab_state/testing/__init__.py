@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar, get_args, runtime_checkable
 
-from lab_state._conformance import StorageConformance
 from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.storage._protocol import Reading, Recovery, Snapshot, Storage, StorageSession
+from lab_state.testing._conformance import StorageConformance
 
 __all__ = ["FaultyStorage", "ManualClock", "Moment", "Operation", "StorageConformance"]
 
