@@ -115,10 +115,13 @@ def imports_of(module: str) -> set[str]:
 
 
 def layer_of(module: str) -> int:
+    """Return the layer that names a module, or else the nearest package around it."""
     found = {name: number for number, layer in enumerate(LAYERS) for name in layer}
-    package = f"{module.rpartition('.')[0]}.*"
-    assert module in found or package in found, f"{module} has no layer: give it one in LAYERS"
-    return found[module] if module in found else found[package]
+    parts = module.split(".")
+    names = [module, *[".".join([*parts[:end], "*"]) for end in range(len(parts) - 1, 0, -1)]]
+    named = [found[name] for name in names if name in found]
+    assert named, f"{module} has no layer: give it one in LAYERS"
+    return named[0]
 
 
 def calls_in(module: str) -> Iterator[ast.Call]:
