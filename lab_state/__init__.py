@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lab_state._clock import Clock, Timer
+from lab_state._copy import copy_state
 from lab_state._escaping import escape_key, escape_name
 from lab_state._metrics import Metrics
 from lab_state._state_view import StateView, read_state
@@ -36,7 +37,6 @@ from lab_state.storage import (
     S3Storage,
     Storage,
     StorageSession,
-    copy_state,
 )
 
 __version__ = "0.1.0"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from lab_state._clock import Clock, SystemClock
 from lab_state._core import Core
 from lab_state._expiry import resumed
+from lab_state._loading import Loaded, load
 from lab_state._reads import Reads
 from lab_state._state import State
 from lab_state.config import Config
-from lab_state.storage._loading import Loaded, load
 from lab_state.storage._protocol import Storage
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lab_state.storage._copy import copy_state
 from lab_state.storage._protocol import Reading, Recovery, Snapshot, Storage, StorageSession
 from lab_state.storage.file import FileStorage
 from lab_state.storage.memory import MemoryStorage
@@ -17,5 +16,4 @@ __all__ = [
     "Snapshot",
     "Storage",
     "StorageSession",
-    "copy_state",
 ]

@@ -31,10 +31,10 @@ from lab_state import (
 )
 from lab_state import _journal as journal
 from lab_state._journal import ANY_BASE, NO_BASE, Kind
+from lab_state._loading import load
 from lab_state.storage import _file_reader, _fs_read
 from lab_state.storage._file_reader import is_held, read_files
 from lab_state.storage._fs_read import open_to_read
-from lab_state.storage._loading import load
 from lab_state.storage._reading import Seen, Verdict, is_answer, judge, needs_snapshot
 
 NAME = "lab"

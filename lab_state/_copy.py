@@ -10,11 +10,11 @@ import msgspec
 
 from lab_state._codec import Snapshot, decode_snapshot, encode_snapshot, replay
 from lab_state._expiry import Expiring
+from lab_state._loading import load
 from lab_state._state import Stored
 from lab_state._values import encode
 from lab_state.config import Config
 from lab_state.exceptions import StorageError, UnsupportedError
-from lab_state.storage._loading import load
 from lab_state.storage._protocol import Recovery, Storage, StorageSession
 
 Progress: TypeAlias = Callable[[Literal["read", "written", "verified"], int], object]
