@@ -7,6 +7,7 @@ from lab_state._copy import copy_state
 from lab_state._escaping import escape_key, escape_name
 from lab_state._metrics import Metrics
 from lab_state._state_view import StateView, read_state
+from lab_state._status import MirrorStatus, Status
 from lab_state._watch import Change
 from lab_state.blocking import Blocking
 from lab_state.cache import Cache, CacheSession, MemoryCache, Reader, RedisCache
@@ -28,7 +29,7 @@ from lab_state.exceptions import (
     WaitTimeoutError,
 )
 from lab_state.handles import Entry, Namespace, Transaction
-from lab_state.manager import Manager, Status
+from lab_state.manager import Manager
 from lab_state.storage import (
     FileStorage,
     MemoryStorage,
@@ -47,6 +48,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Config",
     "Manager",
     "Metrics",
+    "MirrorStatus",
     "Status",
     "Timer",
     # its handles

@@ -1,10 +1,10 @@
-"""Who watches which keys, and what they have not been told yet.
+"""The watches of one state, and the changes that they have not received yet.
 
-Theory of operation. A change is noted, and what was noted in one turn of the event loop
-is handed out in the next, so that a write costs the same however many watch. Each
-watcher keeps the last change of each key that it was not told, and above a bound only
-that there were many. Which watchers a key concerns is looked up by the key's beginnings,
-not asked of each. What is durable is told from the commits, which say the same.
+Theory of operation. A write only notes its change. The notes of one turn of the event loop
+go to the watchers in the next turn, so a write costs the same for any number of watchers.
+Each watcher keeps the last pending change of each key. Above a bound it keeps one `resync`
+instead. The watchers of a key are found by looking up the beginnings of the key, without
+asking each watcher. Watchers of durable changes get them from the commits.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
 
 
 Told: TypeAlias = tuple[str, tuple[Changed, int]]
-"""A key; what became of it, and the revision."""
+"""A key, its change, and the revision of the change."""
 
 
 class Change(msgspec.Struct, frozen=True):
-    """What became of a key.
+    """A change of a key, as a watch gives it.
 
     Attributes:
-        key: The key, as the handle that is watched names it; empty for `resync`.
-        kind: `set`, `delete`, `expire`; or `resync`: there were more changes than are
-            kept for a reader, or more than 10,000 keys were deleted at once, so read again.
-        revision: The revision that the state had reached. The change is in it.
+        key: The key, without the prefix of the handle that is watched; empty for `resync`.
+        kind: `set`, `delete`, `expire` or `resync`. A `resync` means: read again. It comes
+            when more than 10,000 keys are pending, or were deleted at once.
+        revision: The revision that the state had reached. It contains the change.
     """
 
     key: str
@@ -52,10 +52,17 @@ def _kind(changed: Changed) -> Kind:
 
 
 class Watcher:
-    """What one reader has not been told yet."""
+    """An open watch: iterates over the changes that its reader has not received yet."""
 
     def __init__(self, prefix: str, cut: int, since: int, *, durable: bool) -> None:
-        """`cut` characters of a key are not shown; changes up to revision `since` are not told."""
+        """Create a watch without pending changes.
+
+        Args:
+            prefix: Only keys that start with it.
+            cut: How many characters to remove from the beginning of each key.
+            since: Changes up to this revision are left out.
+            durable: Whether to give changes only when they are durable.
+        """
         self.prefix: str = prefix
         self.durable: bool = durable
         self.opened: int | None = None  # the revision of the state at that moment
@@ -67,8 +74,14 @@ class Watcher:
         self._refusal: LabStateError | None = None
         self._waiting: asyncio.Future[None] | None = None
 
+    def __repr__(self) -> str:
+        """Return the prefix, and what is pending."""
+        what = "closed" if self._closed else "a resync" if self._resync is not None else f"{len(self._pending)} keys"
+        durable = ", durable" if self.durable else ""
+        return f"<watch of {self.prefix!r}{durable}, pending: {what}>"
+
     def tell(self, key: str, kind: Kind, revision: int) -> None:
-        """A key changed."""
+        """Add the change of a key."""
         if revision <= self._since:
             return
         if self._resync is not None or (len(self._pending) >= MOST_PENDING and key not in self._pending):
@@ -79,7 +92,7 @@ class Watcher:
         self._wake()
 
     def resync(self, revision: int) -> None:
-        """Everything may have changed."""
+        """Replace all that is pending by one `resync`: any key may have changed."""
         if revision <= self._since:
             return
         self._pending.clear()
@@ -87,14 +100,14 @@ class Watcher:
         self._wake()
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """End the iteration after the pending changes."""
         self._closed = True
         self._wake()
 
     def disown(
         self, refusal: LabStateError
     ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Raise this error where the next change is asked for. Runs in a forked child."""
+        """Let the next `__anext__` raise this error. Runs in a forked child."""
         self._pending.clear()
         self._resync, self._closed, self._refusal = None, True, refusal
 
@@ -102,7 +115,7 @@ class Watcher:
         return self
 
     async def __anext__(self) -> Change:
-        """What the reader was not told yet, the oldest first."""
+        """Wait for a change that the reader has not received yet, and return the oldest one."""
         if self._waiting is not None:
             raise RuntimeError("two tasks read one watch: open one for each")
         while self._resync is None and not self._pending:
@@ -126,7 +139,7 @@ class Watcher:
 
 
 class Group:
-    """Watchers by their prefix, and prefixes by their length."""
+    """Watchers, indexed by their prefix, and prefixes by their length."""
 
     def __init__(self) -> None:
         self._by_length: dict[int, dict[str, dict[Watcher, None]]] = {}
@@ -153,7 +166,7 @@ class Group:
             del self._by_length[len(watcher.prefix)]
 
     def tell(self, changes: Iterable[Told], most: float = math.inf) -> int:
-        """Tell the watchers of each key, until that is about `most` steps; returns how many it was."""
+        """Give each change to the watchers of its key, in about `most` steps. Return the number of steps."""
         lengths = list(self._by_length.items())
         steps = 0
         for key, (changed, revision) in changes:
@@ -176,7 +189,7 @@ class Watchers:
     """The watchers of one state, from a start to a stop.
 
     Attributes:
-        attended: Called when the first one begins to watch, and when the last one ends.
+        attended: Called with True when the first watch opens, and with False when the last one ends.
     """
 
     def __init__(self, state: State) -> None:
@@ -192,7 +205,7 @@ class Watchers:
         return bool(self._live) or bool(self._durable)
 
     def add(self, watcher: Watcher) -> None:
-        """Tell this one from now on."""
+        """Give this watcher all changes from now on."""
         watcher.opened = self._state.revision
         is_first = not self
         (self._durable if watcher.durable else self._live).add(watcher)
@@ -201,14 +214,14 @@ class Watchers:
             self.attended(True)
 
     def remove(self, watcher: Watcher) -> None:
-        """Do not tell this one any more."""
+        """Give this watcher no further changes."""
         (self._durable if watcher.durable else self._live).remove(watcher)
         if not self:
             self._state.note = None
             self.attended(False)
 
     def note(self, key: str | None, changed: Changed, revision: int) -> None:
-        """A key changed, or everything; it is handed out in the next turn of the loop."""
+        """Note a change of a key, or of all keys (`None`). Watchers get it in the next turn of the loop."""
         turn = self._turn
         if not turn and not self._everything:
             asyncio.get_running_loop().call_soon(self._hand_out)
@@ -216,12 +229,12 @@ class Watchers:
             turn.clear()
             self._everything = revision
         else:
-            if key in turn:  # they are told in the order of their revisions
+            if key in turn:  # watchers get changes in the order of their revisions
                 del turn[key]
             turn[key] = (changed, revision)
 
     def committed(self, taken: Changes) -> bool:
-        """These changes are durable; returns whether they are looked at later."""
+        """Queue changes that became durable. Return whether a reference to them is kept."""
         if self._durable:
             if taken.cleared:
                 self._queue.append((self._durable, taken.end))
@@ -231,7 +244,7 @@ class Watchers:
         return bool(self._durable)
 
     def close(self) -> None:
-        """The end: who reads is told the rest, and that it is over."""
+        """Give all watchers the remaining changes, and end their iteration."""
         self._hand_out()
         while self._queue:
             self._step()
@@ -242,7 +255,7 @@ class Watchers:
     def disown(
         self, refusal: LabStateError
     ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Refuse those who watch. Runs in a forked child."""
+        """Let every watcher raise this error. Runs in a forked child."""
         for group in (self._live, self._durable):
             for watcher in group:
                 watcher.disown(refusal)
@@ -256,7 +269,7 @@ class Watchers:
         self._tell()
 
     def _tell(self) -> None:
-        """Tell what is queued, as much in one turn of the loop as does not hold it up."""
+        """Give out what is queued, a bounded part of it in each turn of the loop."""
         self._step()
         if self._queue:
             asyncio.get_running_loop().call_soon(self._tell)

@@ -1,4 +1,4 @@
-"""`Manager`: lifecycle, durability, status."""
+"""`Manager`: start and stop, status, and the objects that it consists of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import msgspec
 
@@ -26,6 +26,7 @@ from lab_state._log import Log, Logs, check_logger
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
 from lab_state._opening import check_asyncio, opened
 from lab_state._state import Changes, State
+from lab_state._status import MirrorStatus, Phase, Status, status_of
 from lab_state._sweeper import Sweeper
 from lab_state._watch import Watchers
 from lab_state.cache._mirror import Mirror
@@ -37,70 +38,15 @@ from lab_state.storage._protocol import Storage, StorageSession
 
 _SWEPT_AT_START = 100_000
 
-Phase = Literal["new", "starting", "running", "stopping", "stopped"]
-
-
-class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """What a manager looks like at one moment.
-
-    Attributes:
-        phase: Where it is in its life.
-        keys: How many keys there are; 0 after `stop()`, when they are no longer in memory.
-        revision: The number of the last change.
-        durable_revision: Everything up to this revision is durable.
-        unflushed_keys: How many keys have changes that are not durable.
-        unflushed_age: How old the oldest of these changes is, in seconds: what a
-            crash would lose now.
-        last_flush_at: When the last flush that wrote something succeeded, in seconds
-            since 1970.
-        last_flush_seconds: How long it took.
-        flushes: How many flushes succeeded since the start.
-        flush_failures: How many flushes and checkpoints failed since the start.
-        last_error: What the last attempt failed with, `None` when it succeeded.
-        snapshot_bytes: The size of the snapshot.
-        journal_bytes: The size of the journal behind it.
-        storage_warning: What does not fail, but has to be mended in the storage, and what
-            to do; `None` for nothing.
-        fenced: Whether a newer writer owns the state: nothing more becomes durable, and
-            every write raises `FencedError`. End the process.
-        task_failure: Which task of the manager has ended before `stop()`, and why;
-            `None` while all of them run. Without its flush task a manager refuses every
-            write with `UnavailableError`; `stop()` still flushes. Without the mirror's
-            task the cache is no longer kept up to date.
-        mirror_up: Whether the cache answers and is kept up to date; `None` without one.
-        mirror_revision: The revision that it was brought to; `None` while that is not
-            known.
-        mirror_error: What the last attempt failed with, `None` when it succeeded.
-    """
-
-    phase: Phase
-    keys: int
-    revision: int
-    durable_revision: int
-    unflushed_keys: int = 0
-    unflushed_age: float = 0.0
-    last_flush_at: float | None = None
-    last_flush_seconds: float | None = None
-    flushes: int = 0
-    flush_failures: int = 0
-    last_error: str | None = None
-    snapshot_bytes: int = 0
-    journal_bytes: int = 0
-    storage_warning: str | None = None
-    fenced: bool = False
-    task_failure: str | None = None
-    mirror_up: bool | None = None
-    mirror_revision: int | None = None
-    mirror_error: str | None = None
-
 
 class Manager(Scope):
-    """A map from string keys to JSON values: in memory, and durable.
+    """A map from string keys to JSON values, in memory and durable.
 
-    One manager is the only writer of its state. It belongs to the event loop that
-    `start()` runs on, until `stop()`. A running one that is collected gives a
-    `ResourceWarning`; its lock and its files go back when its loop is closed. A copy of it, deep or not, is the manager itself;
-    it cannot be pickled.
+    One manager is the only writer of its state. From `start()` to `stop()` it belongs to the
+    event loop that `start()` runs on. If a running manager is garbage collected, Python
+    shows a `ResourceWarning`. The manager then releases its lock and its files when its
+    loop is closed. `copy.copy` and `copy.deepcopy` return the manager itself. It cannot be
+    pickled.
     """
 
     _kind = "a manager"
@@ -135,38 +81,38 @@ class Manager(Scope):
         clock: Clock | None = None,
         on_fenced: Callable[[FencedError], object] | None = None,
     ) -> None:
-        """Take the settings. No file is touched before `start()`.
+        """Check and keep the settings. No file is touched before `start()`.
 
         Args:
             config: The settings, or just the name of the state.
             storage: Where the state is kept. One object may serve any number of
-                managers, each with a name of its own.
-            cache: Where a copy is kept that other processes read, such as
-                `RedisCache(url)`. No call ever waits for it or fails because of it; see
-                `status()`.
-            logger: Where failures are told; `logging.getLogger("lab_state")` when
-                not given. An adapter, or a logger of loguru or structlog, will do: any
-                object with the methods `info`, `warning` and `error`. No value is ever
-                logged. An error of the logger itself is
-                swallowed; the message then goes to stderr.
-            clock: For tests; the machine's own when not given. `start()` raises an error
+                managers, each with its own name.
+            cache: Where the manager keeps a copy that other processes read, such as
+                `RedisCache(url)`. No call waits for it or fails because of it;
+                `status().mirror` shows its errors.
+            logger: Takes the messages listed on the page "Logging"; by default
+                `logging.getLogger("lab_state")`. It may be an adapter, a logger of loguru or
+                structlog, or any object with the methods `info`, `warning` and `error`. No
+                value and no credential is logged. If the logger raises an error, the
+                message goes to stderr.
+            clock: For tests; by default the clock of the machine. `start()` raises an error
                 of the clock. Later, the first error is logged. Until the clock answers
                 again, its last time is used.
-            on_fenced: A plain function that is called when the manager learns that a
-                newer writer owns the state: with the `FencedError`, on the event loop,
-                once for each `start()`, during `stop()` too. Use it to end the process:
+            on_fenced: A plain function. It is called when the manager learns that a newer
+                writer owns the state: with the `FencedError`, on the event loop, once for
+                each `start()`, during `stop()` too. Use it to end the process:
                 `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
                 logged; `SystemExit` and `KeyboardInterrupt` end the event loop. With and
                 without the function, one line is logged at level ERROR.
 
         Raises:
             InvalidNameError: The name is out of bounds.
-            TypeError: An argument is not what it should be.
+            TypeError: An argument has the wrong type.
         """
         self._config = Config(name=config) if isinstance(config, str) else config
         if not isinstance(self._config, Config):
             raise TypeError(f"config must be a Config or a str, the name of the state; not {type(config).__name__}")
-        # A path can be opened too, and would make a file of the state's name, or empty one.
+        # A path has a method `open` as well, which would create or truncate a file.
         if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "open", None)):
             raise TypeError(f"storage must be an object such as FileStorage('directory'), not {storage!r}")
         if cache is not None and (isinstance(cache, type) or not callable(getattr(cache, "open", None))):
@@ -187,14 +133,21 @@ class Manager(Scope):
         self._phase: Phase = "new"
         self._started_at = ""
         self._flusher: Flusher | None = None
-        self._ended = Status(phase="new", keys=0, revision=0, durable_revision=0)
+        self._ended = Status(
+            phase="new", keys=0, revision=0, durable_revision=0, mirror=None if cache is None else MirrorStatus()
+        )
         self._times = FlushTimes()
         self._stopping: asyncio.Task[None] | None = None
         super().__init__(Core(self._config.name, State(self._clock.monotonic)), "")
 
     def __repr__(self) -> str:
-        """Name, phase and storage."""
+        """Return name, phase and storage."""
         return f"<Manager {self._config.name!r} {self._phase} on {self._storage!r}>"
+
+    @property
+    def name(self) -> str:
+        """The name of the state."""
+        return self._config.name
 
     @property
     def config(self) -> Config:
@@ -207,7 +160,7 @@ class Manager(Scope):
         """Become the only writer, load the state, and begin to flush in the background.
 
         Loading decodes on the event loop, about 0.8 s for a million keys. A start that
-        fails or is cancelled lets go of everything; it may be tried again. Starting
+        fails or is cancelled releases everything, and may be tried again. Starting
         again after `stop()` works, on another event loop too.
 
         If another writer holds the state, this tries again for `Config.lock_timeout`
@@ -215,14 +168,14 @@ class Manager(Scope):
         holder.
 
         Raises:
-            RuntimeError: It is running already, or another start or stop is under way. Or
-                this is no event loop of asyncio, but trio's.
+            RuntimeError: The manager is running already, or another start or stop is under
+                way. Or the event loop is not asyncio's.
             LockedError: Another writer still holds the state after
-                `Config.lock_timeout` seconds; the message says who, and for a manager of
-                this process where it was started. Stop it first.
-            CorruptionError: What is stored is damaged; it was left untouched.
-            UnavailableError: It could not be read this time.
-            UnsupportedError: It cannot be read as it is: permissions, a newer format.
+                `Config.lock_timeout` seconds. The message names it. For a manager of this
+                process it also says where that manager was started. Stop it first.
+            CorruptionError: The stored state is damaged. It was left untouched.
+            UnavailableError: The state could not be read this time. Start again.
+            UnsupportedError: The state cannot be read as it is: permissions, a newer format.
         """
         self._core.check_process()
         check_asyncio()
@@ -253,7 +206,7 @@ class Manager(Scope):
         self._phase = "running"
 
     def _run(self, state: State, session: StorageSession) -> None:
-        """Begin. If this raises, nothing has begun."""
+        """Start the tasks. If this raises, none of them runs."""
         watchers = Watchers(state)
         committed = watchers.committed
         mirror: Mirror | None = None
@@ -270,14 +223,14 @@ class Manager(Scope):
         flusher = Flusher(
             state, session, self._config, self._clock, self._logger, committed, self._times, self._on_fenced
         )
-        # What expired while nothing ran may be much, and loading is where it may take its time.
+        # Many keys may have expired since the last stop. A start may take the time to remove them.
         while state.sweep(_SWEPT_AT_START):
             flusher.nudge()
         with ExitStack() as undo:
             if mirror is not None:
                 mirror.begin(flusher)
                 undo.callback(mirror.abort)
-            core = self._core  # not the manager: it is to be collected when it is forgotten
+            core = self._core  # a reference to the manager would keep a forgotten one from being collected
             sweeper = Sweeper(state, self._clock, lambda: core.blocked, flusher.nudge, core.set_after)
             undo.callback(sweeper.stop)
             watchers.attended = sweeper.attend
@@ -315,21 +268,21 @@ class Manager(Scope):
         return time
 
     async def stop(self) -> None:
-        """Flush, write a checkpoint, and let go of the state.
+        """Flush, write a checkpoint, and release the state.
 
         The call goes on while bytes are written or sent. It ends after
         `Config.stop_timeout` seconds without progress, or up to an eighth later. A flush
-        that fails is tried again for the same time. A storage call that hangs is left to
-        itself, and the state stays locked until that call ends. Bringing the last changes
-        to the cache takes one second more at most. A second call waits for the first; a
+        that fails is tried again for the same time. A storage call that hangs goes on
+        alone, and the state stays locked until that call ends. The last changes are then
+        brought to the cache, for at most one second. A second call waits for the first. A
         call before `start()` does nothing. Cancelling the caller does not cancel the stop.
 
         Raises:
-            StorageError: What kept the last flush from succeeding, or that the storage
-                hangs, with what the flush before failed with. Everything was let go all
-                the same; the changes since `durable_revision` are lost.
-            RuntimeError: `start()` is still under way; cancel that instead. Or this is
-                another event loop than that of `start()`, which is not closed.
+            StorageError: The error of the last flush. Or the storage hangs: then the
+                message contains the error of the flush before. Everything was released all
+                the same. The changes since `durable_revision` are lost.
+            RuntimeError: `start()` is still under way: cancel that instead. Or this is not
+                the event loop of `start()`, and that loop is not closed.
         """
         self._core.check_process()
         if self._phase == "starting":
@@ -337,12 +290,12 @@ class Manager(Scope):
         if self._phase == "running":
             self._core.running.move()
             self._phase = "stopping"
-            # Calls see an empty, closed state from here on; what is under way keeps the old one.
+            # From here on new calls see an empty, closed state. Calls under way keep the old one.
             self._sweeper.stop()
             flusher, self._watchers = self._core.close(State(self._clock.monotonic))
             self._begin_stop(flusher)
         elif self._stopping is not None and self._stopping.get_loop().is_closed() and self._flusher is not None:
-            self._flusher.move()  # the loop was closed under the stop: go on with it here
+            self._flusher.move()  # the loop was closed during the stop: go on with it here
             self._begin_stop(self._flusher)
         if self._stopping is not None and self._phase == "stopping":
             await asyncio.shield(self._stopping)
@@ -354,7 +307,7 @@ class Manager(Scope):
     async def _stop(self, flusher: Flusher) -> None:
         try:
             await self._stop_tasks(flusher)
-        except GeneratorExit:  # its loop was closed under it: the next `stop()` goes on
+        except GeneratorExit:  # the loop was closed during the stop: the next `stop()` goes on
             raise
         except BaseException:
             self._stopped(flusher)
@@ -382,7 +335,7 @@ class Manager(Scope):
         finally:
             self._phase = "stopped"
             try:
-                self._ended = msgspec.structs.replace(self._status_of(flusher), keys=0)
+                self._ended = msgspec.structs.replace(status_of("stopped", flusher, self._mirror), keys=0)
             finally:
                 self._mirror = None
                 self._flusher = None
@@ -407,7 +360,11 @@ class Manager(Scope):
         if flusher is not None:
             flusher.disown()
             self._ended = Status(
-                phase="stopped", keys=0, revision=flusher.state.revision, durable_revision=flusher.durable_revision
+                phase="stopped",
+                keys=0,
+                revision=flusher.state.revision,
+                durable_revision=flusher.durable_revision,
+                mirror=self._ended.mirror,
             )
         if self._core.is_open:  # else the fork came in the middle of a start
             self._sweeper.stop()
@@ -417,14 +374,14 @@ class Manager(Scope):
         self._core.disown()
 
     async def __aenter__(self) -> Self:
-        """`start()`."""
+        """Call `start()`."""
         await self.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """`stop()`; an exception of the body goes on, with the stop's error as a note."""
+        """Call `stop()`. An exception of the body goes on, with the error of `stop()` as a note."""
         try:
             await self.stop()
         except Exception as problem:
@@ -444,8 +401,8 @@ class Manager(Scope):
 
     @property
     def revision(self) -> int:
-        """The number of the last change; 0 for a new state. Goes on over restarts."""
-        flusher = self._flusher  # once: another thread may read this while `stop()` ends
+        """The number of the last change; 0 for a new state. Restarts go on counting."""
+        flusher = self._flusher  # read once: another thread may be here while `stop()` ends
         return self._ended.revision if flusher is None else flusher.state.revision
 
     @property
@@ -455,36 +412,12 @@ class Manager(Scope):
         return self._ended.durable_revision if flusher is None else flusher.durable_revision
 
     def status(self) -> Status:
-        """What the manager looks like now. Works in every phase."""
+        """Return what the manager looks like now. Works in every phase."""
         flusher = self._flusher
         if flusher is None:
             return msgspec.structs.replace(self._ended, phase=self._phase)
-        return self._status_of(flusher)
+        return status_of(self._phase, flusher, self._mirror)
 
     def metrics(self) -> Metrics:
-        """Counts for a monitoring system. Works in every phase, and from any thread."""
+        """Return counts for a monitoring system. Works in every phase, and from any thread."""
         return metrics(self._core.counted(), self._times, self._mirrored)
-
-    def _status_of(self, flusher: Flusher) -> Status:
-        mirror = self._mirror
-        return Status(
-            phase=self._phase,
-            keys=flusher.state.count(),
-            revision=flusher.state.revision,
-            durable_revision=flusher.durable_revision,
-            unflushed_keys=flusher.unflushed_keys,
-            unflushed_age=flusher.unflushed_age,
-            last_flush_at=flusher.last_flush_at,
-            last_flush_seconds=flusher.last_flush_seconds,
-            flushes=flusher.flushes,
-            flush_failures=flusher.failures,
-            last_error=None if flusher.last_error is None else str(flusher.last_error),
-            snapshot_bytes=flusher.snapshot_bytes,
-            journal_bytes=flusher.journal_bytes,
-            storage_warning=flusher.storage_warning,
-            fenced=flusher.fenced,
-            task_failure=flusher.task_failure or (None if mirror is None else mirror.task_failure),
-            mirror_up=None if mirror is None else mirror.up,
-            mirror_revision=None if mirror is None else mirror.revision,
-            mirror_error=None if mirror is None or mirror.last_error is None else str(mirror.last_error),
-        )

@@ -10,6 +10,7 @@ from typing import Any
 
 import loguru
 import pytest
+from mirrored import mirror_of
 from running import idle, running, until
 
 from lab_state import Config, Manager, MemoryCache, MemoryStorage, StorageSession, UnavailableError
@@ -443,7 +444,7 @@ class TestTasks:
         cache = MemoryCache()
         config = Config(name="test", flush_interval=None)
         async with Manager(config, storage, cache, clock=clock) as state:
-            await until(lambda: state.status().mirror_up)
+            await until(lambda: mirror_of(state).up)
 
             def committed(watchers: Watchers, taken: object) -> bool:
                 raise MemoryError
@@ -452,7 +453,7 @@ class TestTasks:
                 patched.setattr(Watchers, "committed", committed)
                 await state.set("a", 1)
                 await state.flush()
-            await until(lambda: state.status().mirror_revision == 1)
+            await until(lambda: mirror_of(state).revision == 1)
             assert "those who follow could not be told of a commit: MemoryError()" in caplog.text
             await state.set("b", 1)
             await state.flush()
@@ -465,7 +466,7 @@ class TestTasks:
         """A mirror that missed a commit, or half of one, is filled anew: it never skips a change."""
         cache = MemoryCache()
         async with Manager(Config(name="test", flush_interval=None), storage, cache, clock=clock) as state:
-            await until(lambda: state.status().mirror_up)
+            await until(lambda: mirror_of(state).up)
             assert state._mirror is not None
             fails = iter([MemoryError()])
             inner = getattr(state._mirror._pending, call)
@@ -478,12 +479,12 @@ class TestTasks:
             monkeypatch.setattr(state._mirror._pending, call, once)
             await state.set("a", 1)
             await state.flush()
-            await until(lambda: state.status().mirror_revision == 1)
+            await until(lambda: mirror_of(state).revision == 1)
             fills = state.metrics().operations["fill", "success"]
             assert fills == 2
             await state.set("b", 1)
             await state.flush()
-            await until(lambda: state.status().mirror_revision == 2)
+            await until(lambda: mirror_of(state).revision == 2)
             assert {"a", "b"} < cache.places["test"].values.keys()
 
     async def test_a_cache_that_cancels_itself(
@@ -501,10 +502,10 @@ class TestTasks:
 
         monkeypatch.setattr(cache, "open", opened)
         async with Manager(Config(name="test", flush_interval=None), storage, cache, clock=clock) as state:
-            await until(lambda: state.status().mirror_error is not None)
+            await until(lambda: mirror_of(state).error is not None)
             await idle()
             clock.advance(0.1)
-            await until(lambda: state.status().mirror_up)
+            await until(lambda: mirror_of(state).up)
 
     @pytest.mark.parametrize("how", ["cancelled", "interrupted"])
     async def test_the_mirrors_task_ends(
@@ -518,7 +519,7 @@ class TestTasks:
         """status(), health and the log say so; writes go on, since none waits for it."""
         state = Manager(Config(name="test", flush_interval=None), storage, MemoryCache(), clock=clock)
         await state.start()
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         mirror = state._mirror
         assert mirror is not None
         if how == "cancelled":
@@ -531,7 +532,7 @@ class TestTasks:
         failure = state.status().task_failure
         what = "was cancelled" if how == "cancelled" else "failed: MemoryError()"
         assert failure == f"the mirror's task of 'test' {what}: the cache is not kept up to date"
-        assert (state.status().mirror_up, failure in caplog.text) == (False, True)
+        assert (mirror_of(state).up, failure in caplog.text) == (False, True)
         assert _lifespan.health_of({"test": state}, 30)[0] == 503
         await state.set("a", 1)
         await state.flush()

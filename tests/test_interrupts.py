@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from mirrored import mirror_of
 from running import until
 
 from lab_state import Config, FileStorage, Manager, MemoryCache, MemoryStorage, UnavailableError
@@ -182,7 +183,7 @@ def broken_off(manager: Manager, when: Any, *, cached: bool = False) -> asyncio.
     async def begin() -> None:
         await manager.start()
         if cached:
-            await until(lambda: manager.status().mirror_up)
+            await until(lambda: mirror_of(manager).up)
         await manager.set_many({f"key {number}": number for number in range(3000)})
 
     loop.run_until_complete(begin())

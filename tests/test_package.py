@@ -61,7 +61,7 @@ LAYERS = (
     ("_calls",),
     ("_plain",),
     ("blocking",),
-    ("handles",),
+    ("_status", "handles"),
     ("manager",),
     ("testing", "testing.*"),
     ("__init__",),

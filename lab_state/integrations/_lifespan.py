@@ -10,10 +10,11 @@ from typing import Any, Self, TypeAlias, TypeVar
 
 import msgspec
 
+from lab_state._status import Status
 from lab_state.cache import Reader
 from lab_state.exceptions import LockedError
 from lab_state.integrations._live import Stopping
-from lab_state.manager import Manager, Status
+from lab_state.manager import Manager
 
 Served: TypeAlias = Manager | Reader
 S = TypeVar("S", bound=Manager | Reader)

@@ -11,9 +11,10 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from lab_state._metrics import Metrics
+from lab_state._status import Status
 from lab_state.exceptions import ClosedError
 from lab_state.integrations._lifespan import by_name
-from lab_state.manager import Manager, Status
+from lab_state.manager import Manager
 
 __all__ = ["LabStateCollector"]
 

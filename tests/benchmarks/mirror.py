@@ -64,7 +64,7 @@ async def filled(state: Manager, times: list[float]) -> None:
 
 
 async def mirrored_to(state: Manager, revision: int) -> None:
-    while (state.status().mirror_revision or -1) < revision:  # noqa: ASYNC110 -- there is nothing to wait for
+    while (mirror := state.status().mirror) is None or (mirror.revision or -1) < revision:  # noqa: ASYNC110 -- there is nothing to wait for
         await asyncio.sleep(0.001)
 
 

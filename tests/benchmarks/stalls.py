@@ -159,7 +159,7 @@ async def _unclean_start(directory: str, count: int, steps: Steps, tell: Callabl
         await asyncio.sleep(0)
         steps.take()
         await state._core.running.settled(state.revision)
-        while cache is not None and not state.status().mirror_up:  # noqa: ASYNC110 -- it sets no event
+        while (mirror := state.status().mirror) is not None and not mirror.up:  # noqa: ASYNC110 -- it sets no event
             await asyncio.sleep(0.01)
         tell(f"behind an unclean start, {'with' if cache else 'without'} a cache")
     await state.stop()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from faulty_cache import FaultyCache, manager
+from mirrored import mirror_of
 
 from lab_state import MemoryCache, RedisCache, UnavailableError
 from lab_state._clock import within
@@ -35,7 +36,7 @@ async def test_a_key_lives_for_readers_as_for_the_manager(
     async with manager(cache, clock) as state, cache.reader("name", local=local, clock=clock) as reader:
         clock.jump(seconds)
         await state.set("session", "ann", ttl=3600)
-        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: mirror_of(state).revision == 1)
         await until(lambda: not local or reader._local.highest == 1)
         assert await reader.get("session") == "ann"
         clock._time += 3599
@@ -50,7 +51,7 @@ async def test_keys_that_are_there_get_new_times(clock: ManualClock, until: Any,
     cache = MemoryCache()
     async with manager(cache, clock) as state, cache.reader("name", local=local, clock=clock) as reader:
         await state.set("session", "ann", ttl=3600)
-        await until(lambda: state.status().mirror_revision == 1 and reader._local.fresh)
+        await until(lambda: mirror_of(state).revision == 1 and reader._local.fresh)
         clock.jump(7200)
         assert await reader.get("session", None) is None
         clock.advance(2)
@@ -93,10 +94,10 @@ async def test_new_times_that_could_not_be_brought(faulty: FaultyCache, clock: M
         clock.jump(100)
         faulty.fail("fill", UnavailableError("gone"))
         clock.advance(2)
-        await until(lambda: state.status().mirror_error == "gone")
+        await until(lambda: mirror_of(state).error == "gone")
         clock.advance(1)
         await until(lambda: times(faulty.inner) == {"a": 150})
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
 
 
 async def held(clock: ManualClock, ends: asyncio.Event) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from faulty_cache import FaultyCache, lines, manager
+from mirrored import mirror_of
 
 import lab_state.cache._backlog
 import lab_state.cache._mirror
@@ -18,6 +19,7 @@ from lab_state import (
     Manager,
     MemoryCache,
     MemoryStorage,
+    MirrorStatus,
     UnavailableError,
     UnsupportedError,
 )
@@ -35,8 +37,8 @@ async def test_what_is_durable_is_brought(faulty: FaultyCache, clock: ManualCloc
         await state.set("a", 1)
         await state.flush()
         await until(lambda: faulty.entries == {"a": 1})
-        assert state.status().mirror_revision == 1
-        assert state.status().mirror_up
+        assert mirror_of(state).revision == 1
+        assert mirror_of(state).up
         await state.set("a", 2)
         clock.advance(60)
         await until(lambda: faulty.calls.count("look") > 1)  # a beat
@@ -44,13 +46,20 @@ async def test_what_is_durable_is_brought(faulty: FaultyCache, clock: ManualCloc
     assert faulty.entries == {"a": 2}  # the last flush
     assert state.metrics().operations["mirror", "success"] == 2
     assert state.metrics().operations["fill", "success"] == 1
-    assert not state.status().mirror_up
+    assert mirror_of(state) == MirrorStatus(up=False, revision=2)
+
+
+async def test_a_manager_with_a_cache_has_a_mirror_before_its_start(faulty: FaultyCache, clock: ManualClock) -> None:
+    """`status().mirror` of a manager with a cache is a MirrorStatus before `start()` too, which is not up."""
+    assert manager(faulty, clock).status().mirror == MirrorStatus(up=False, revision=None, error=None)
 
 
 async def test_a_manager_without_a_cache_has_no_mirror(clock: ManualClock) -> None:
-    """Nothing is said of a mirror where there is none."""
-    async with manager(None, clock) as state:
-        assert state.status().mirror_up is None
+    """`status().mirror` is None in every phase of a manager without a cache."""
+    state = manager(None, clock)
+    assert state.status().mirror is None
+    async with state:
+        assert state.status().mirror is None
         assert ("fill", "success") not in state.metrics().operations
 
 
@@ -69,7 +78,7 @@ async def test_a_start_fills_with_what_was_recovered(faulty: FaultyCache, clock:
         await state.set("b", 2)
     faulty.inner.places["name"].values["a"] = b"spoilt"
     async with manager(faulty, clock, storage) as state:
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         assert faulty.entries == {"a": [1], "b": 2}
         assert state.status().flushes == 0
         assert faulty.inner.places["name"].expires["a"] == b"1700000100000"
@@ -145,11 +154,11 @@ async def test_an_outage_is_told_once_and_mended(
     """One line when it goes, one when it is back; writes and flushes go on; no refill when nothing was lost."""
     caplog.set_level(logging.INFO)
     async with manager(faulty, clock) as state:
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         faulty.fail("apply", UnavailableError("gone"))
         faulty.fail("open", *[UnavailableError("gone")] * 3)
         await state.set("a", "secret")
-        await until(lambda: state.status().mirror_error == "gone")
+        await until(lambda: mirror_of(state).error == "gone")
         for _ in range(3):
             await state.set("b", 1)
             opened = faulty.calls.count("open")
@@ -160,8 +169,8 @@ async def test_an_outage_is_told_once_and_mended(
         await until(lambda: not faulty.faults["open"])
         clock.advance(5)
         await until(lambda: faulty.revision == state.revision)
-        await until(lambda: state.status().mirror_up)
-        assert state.status().mirror_error is None
+        await until(lambda: mirror_of(state).up)
+        assert mirror_of(state).error is None
         assert faulty.entries == {"a": "secret", "b": 1, "c": 1}
         assert faulty.calls.count("fill") == 1
     assert [line.partition(":")[2][:25] for line in lines(caplog)] == [
@@ -181,7 +190,7 @@ async def test_an_answer_that_was_lost(faulty: FaultyCache, clock: ManualClock, 
         await until(lambda: faulty.revision == 0)
         faulty.fail("apply", *(["after"] if call == "apply" else []))
         await state.set("a", 1)
-        await until(lambda: faulty.calls[-1] == "aclose" or state.status().mirror_revision == 1)
+        await until(lambda: faulty.calls[-1] == "aclose" or mirror_of(state).revision == 1)
         await state.set("b", 1)
         clock.advance(1)
         await until(lambda: faulty.entries == {"a": 1, "b": 1})
@@ -192,10 +201,10 @@ async def test_a_cache_that_breaks_its_promise(faulty: FaultyCache, clock: Manua
     """Whatever a cache raises, it is tried again."""
     faulty.fail("open", ZeroDivisionError("with a secret"))
     async with manager(faulty, clock) as state:
-        await until(lambda: state.status().mirror_error is not None)
-        assert state.status().mirror_error == "the cache failed with ZeroDivisionError, which none should raise"
+        await until(lambda: mirror_of(state).error is not None)
+        assert mirror_of(state).error == "the cache failed with ZeroDivisionError, which none should raise"
         clock.advance(1)
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
 
 
 async def test_more_than_is_kept(
@@ -204,10 +213,10 @@ async def test_more_than_is_kept(
     """Above the bound the whole state is brought, once."""
     monkeypatch.setattr(lab_state.cache._backlog, "MOST_KEYS", 10)
     async with manager(faulty, clock) as state:
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         faulty.fail("apply", UnavailableError("gone"))
         await state.set("a", 1)
-        await until(lambda: state.status().mirror_error is not None)
+        await until(lambda: mirror_of(state).error is not None)
         for number in range(30):
             await state.set(str(number), number)
         clock.advance(1)
@@ -221,7 +230,7 @@ async def test_a_commit_that_was_not_told(
 ) -> None:
     """A step without it would be wrong, so the whole state is brought."""
     async with manager(faulty, clock) as state:
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         mirror = state._mirror
         assert mirror is not None
         with monkeypatch.context() as patch:
@@ -254,7 +263,7 @@ async def test_a_fill_that_somebody_was_faster_than(faulty: FaultyCache, clock: 
     """A fill that was not made is tried again, after a commit has shown whose the state is."""
     storage = FaultyStorage(MemoryStorage())
     async with manager(faulty, clock, storage) as state:
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         other = await faulty.inner.open("name", "other")
         assert await other.fill(9, _nothing(), await other.look())
         clock.advance(2)
@@ -277,14 +286,14 @@ async def test_a_fenced_writer_gives_way(
     storage = FaultyStorage(MemoryStorage())
     state = manager(faulty, clock, storage)
     await state.start()
-    await until(lambda: state.status().mirror_up)
+    await until(lambda: mirror_of(state).up)
     storage.fail("commit", error=FencedError("a newer writer"), times=9)
     other = await faulty.inner.open("name", "other")
     assert await other.fill(9, _nothing(), await other.look())
     clock.advance(2)
     await until(lambda: state._mirror is not None and state._mirror._task.done())
     assert faulty.inner.places["name"].seen() == ("other", 9)
-    assert not state.status().mirror_up
+    assert not mirror_of(state).up
     assert [line for line in lines(caplog) if "the mirror" in line] == []
     calls = len(faulty.calls)
     clock.advance(10)
@@ -299,12 +308,12 @@ async def test_a_confirmation_that_fails(faulty: FaultyCache, clock: ManualClock
     """While the storage cannot say whose the state is, another's copy stays."""
     storage = FaultyStorage(MemoryStorage())
     async with manager(faulty, clock, storage) as state:
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         storage.fail("commit")
         other = await faulty.inner.open("name", "other")
         assert await other.fill(9, _nothing(), await other.look())
         clock.advance(2)
-        await until(lambda: state.status().mirror_error is not None)
+        await until(lambda: mirror_of(state).error is not None)
         assert faulty.inner.places["name"].seen() == ("other", 9)
         clock.advance(1)
         await until(lambda: faulty.revision == 0)
@@ -323,11 +332,11 @@ async def test_a_fill_that_is_not_made(
 
     monkeypatch.setattr(lab_state.cache._mirror, "slices", disturbed)
     async with manager(faulty, clock) as state:
-        await until(lambda: state.status().mirror_error is not None)
-        assert state.status().mirror_error == "the copy was changed by somebody else while it was filled"
+        await until(lambda: mirror_of(state).error is not None)
+        assert mirror_of(state).error == "the copy was changed by somebody else while it was filled"
         assert faulty.calls.count("fill") == 1
         clock.advance(1)
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
 
 
 # The end
@@ -337,7 +346,7 @@ async def test_a_stop_waits_a_second_at_most(faulty: FaultyCache, clock: ManualC
     """A cache that hangs holds `stop()` up for one second."""
     state = manager(faulty, clock)
     await state.start()
-    await until(lambda: state.status().mirror_up)
+    await until(lambda: mirror_of(state).up)
     faulty.going.clear()
     await state.set("a", 1)
     stopping = asyncio.create_task(state.stop())
@@ -364,7 +373,7 @@ async def test_a_stop_does_not_try_what_fails(
     faulty.fail("open", *[UnsupportedError("no")] * 9)
     async with manager(faulty, clock) as state:
         await state.set("a", 1)
-    assert state.status().mirror_error == "no"
+    assert mirror_of(state).error == "no"
 
 
 def test_a_stop_on_another_loop(clock: ManualClock) -> None:
@@ -392,7 +401,7 @@ async def test_a_large_fill_is_told(
     async with manager(None, clock, storage) as state:
         await state.set_many({str(number): number for number in range(120)})
     async with manager(MemoryCache(), clock, storage) as state:
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
     assert lines(caplog) == [
         "name: filling the mirror, 50 of 120 keys",
         "name: filling the mirror, 100 of 120 keys",
@@ -406,7 +415,7 @@ async def test_a_checkpoint_waits_for_a_fill(faulty: FaultyCache, clock: ManualC
     storage = FaultyStorage(MemoryStorage())
 
     async with manager(faulty, clock, storage) as state:
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         view = state._core.state.freeze()
         await state.set("a", "x" * 100_000)
         assert "checkpoint" not in storage.calls

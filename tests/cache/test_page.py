@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from mirrored import mirror_of
 
 from lab_state import Config, Manager, MemoryStorage, RedisCache
 
@@ -52,7 +53,7 @@ async def test_redis_cli_reads_it(redis_server: Any, until: Any) -> None:
     state = Manager(Config(name="jobs", flush_interval=0), MemoryStorage(), RedisCache(redis_server.url))
     async with state:
         await state.set("job/1", {"state": "waiting"})
-        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: mirror_of(state).revision == 1)
         said = []
         for line in commands[1].splitlines():
             command = line.replace("redis-cli", f"{cli} -p {redis_server.port}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from mirrored import mirror_of
 
 from lab_state import (
     Change,
@@ -149,7 +150,7 @@ async def test_a_reader_never_goes_back(until: Any) -> None:
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache, clock) as state, cache.reader("name", clock=clock) as reader:
         await state.set("a", 1)
-        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: mirror_of(state).revision == 1)
         place = cache.places["name"]
         old = dict(place.values), dict(place.expires)
         await reader.wait_revision(await state.set("a", 2))
@@ -250,7 +251,7 @@ async def test_waiting_looks_again(until: Any) -> None:
         await until(lambda: len(clock._timers) >= 2)
         cache.places["name"].followers.clear()
         await state.set("a", 2)
-        await until(lambda: state.status().mirror_revision == 2)
+        await until(lambda: mirror_of(state).revision == 2)
         assert not waiting.done()
         clock.advance(1)
         await waiting
@@ -302,7 +303,7 @@ async def test_a_lost_subscription(until: Any, caplog: pytest.LogCaptureFixture,
             await until(lambda: not cache.places["name"].followers)
             assert not reader._local.fresh
             await state.set("a", 2)
-            await until(lambda: state.status().mirror_revision == 2)
+            await until(lambda: mirror_of(state).revision == 2)
             assert await reader.get("a") == 2  # from the cache itself
             clock.advance(1)
             await until(lambda: bool(cache.places["name"].followers))
@@ -343,7 +344,7 @@ async def test_a_silent_subscription_is_asked(until: Any, monkeypatch: pytest.Mo
         assert reader._local.fresh
         place.followers.clear()  # the server forgot it, and tells nobody
         await state.set("a", 2)
-        await until(lambda: state.status().mirror_revision == 2)
+        await until(lambda: mirror_of(state).revision == 2)
         clock.advance(5)
         await until(lambda: len(pings) == 2)
         await until(lambda: not reader._local.fresh)
@@ -381,7 +382,7 @@ async def test_a_load_that_fails_is_tried_again(until: Any) -> None:
         await until(lambda: len(clock._timers) >= 2)
         async with writer(cache) as state:
             await state.set("a", 1)
-            await until(lambda: state.status().mirror_revision == 1)
+            await until(lambda: mirror_of(state).revision == 1)
             clock.advance(1)
             await until(lambda: reader._local.fresh)
             assert await reader.get("a") == 1

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+from mirrored import mirror_of
 from redis.asyncio import ConnectionPool
 
 import lab_state.cache._connection
@@ -49,7 +50,7 @@ async def test_the_layout(redis_server: Any, until: Any) -> None:
     async with manager(redis_server.url) as state:
         await state.set("a", {"b": [1]})
         await state.set("t", "x", ttl=1000)
-        await until(lambda: state.status().mirror_revision == 2)
+        await until(lambda: mirror_of(state).revision == 2)
         values = redis_server.call("HGETALL", VALUES)
         expires = redis_server.call("HGETALL", EXPIRES)
         head = json.loads(values.pop(b"$lab_state"))
@@ -227,15 +228,15 @@ async def test_redis_dies_and_comes_back(own_redis: Any, until: Any, caplog: pyt
     redis = own_redis()
     async with manager(redis.url) as state:
         await state.set("a", "secret")
-        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: mirror_of(state).revision == 1)
         redis.kill()
-        await until(lambda: state.status().mirror_error is not None)
+        await until(lambda: mirror_of(state).error is not None)
         for number in range(100):
             await state.set("b", number)
-        assert not state.status().mirror_up
+        assert not mirror_of(state).up
         await asyncio.to_thread(redis.start)
         await same(state, redis.url)
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
     told = [record.message for record in caplog.records]
     assert ["is behind" in line for line in told] == [True, False]
     assert "is back" in told[1]
@@ -269,7 +270,7 @@ async def test_what_others_do_is_mended(redis_server: Any, until: Any, commands:
     """A flush, another type under our keys, or half of the copy gone, is noticed within a beat and filled."""
     async with manager(redis_server.url) as state:
         await state.set("a", 1)
-        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: mirror_of(state).revision == 1)
         if commands[0][0] in {"SET", "LPUSH"}:
             redis_server.call("DEL", commands[0][1])
         for command in commands:
@@ -286,8 +287,8 @@ async def test_a_read_only_replica(own_redis: Any, until: Any) -> None:
     replica = own_redis("--replicaof", "127.0.0.1", str(primary.port))
     async with manager(replica.url) as state:
         await state.set("a", 1)
-        await until(lambda: state.status().mirror_error is not None)
-        assert "read-only replica; use the URL of the primary" in str(state.status().mirror_error)
+        await until(lambda: mirror_of(state).error is not None)
+        assert "read-only replica; use the URL of the primary" in str(mirror_of(state).error)
         replica.call("REPLICAOF", "NO", "ONE")
         await same(state, replica.url)
 
@@ -298,8 +299,8 @@ async def test_out_of_memory(own_redis: Any, until: Any) -> None:
     async with manager(redis.url) as state, RedisCache(redis.url).reader("name") as reader:
         await reader.wait_revision(await state.set("a", 1))
         await state.set("large", "x" * 4_000_000)
-        await until(lambda: "OutOfMemoryError" in str(state.status().mirror_error))
-        assert "raise maxmemory" in str(state.status().mirror_error)
+        await until(lambda: "OutOfMemoryError" in str(mirror_of(state).error))
+        assert "raise maxmemory" in str(mirror_of(state).error)
         await state.set("a", 2)
         assert await reader.get("a") == 1
         redis.call("CONFIG", "SET", "maxmemory", "100mb")
@@ -311,9 +312,9 @@ async def test_wrong_password(own_redis: Any, until: Any) -> None:
     redis = own_redis("--requirepass", "right-one")
     right, wrong = (f"redis://:{word}-one@127.0.0.1:{redis.port}" for word in ("right", "wrong"))
     async with manager(wrong) as state:
-        await until(lambda: state.status().mirror_error is not None)
-        assert "refuses the user or the password" in str(state.status().mirror_error)
-        assert "wrong-one" not in str(state.status().mirror_error)
+        await until(lambda: mirror_of(state).error is not None)
+        assert "refuses the user or the password" in str(mirror_of(state).error)
+        assert "wrong-one" not in str(mirror_of(state).error)
     async with RedisCache(wrong).reader("name") as reader:
         with pytest.raises(UnsupportedError, match="refuses"):
             await reader.get("a")
@@ -327,7 +328,7 @@ async def test_a_user_who_may_not(own_redis: Any, until: Any) -> None:
     redis = own_redis()
     redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all", "-unlink")
     async with manager(f"redis://poor:word@127.0.0.1:{redis.port}") as state:
-        await until(lambda: "NoPermissionError" in str(state.status().mirror_error))
+        await until(lambda: "NoPermissionError" in str(mirror_of(state).error))
         redis.call("ACL", "SETUSER", "poor", "+@all")
         await same(state, f"redis://poor:word@127.0.0.1:{redis.port}")
 
@@ -336,7 +337,7 @@ async def test_a_network_that_cuts(redis_server: Any, proxy_to: Any, until: Any)
     """A cut in the middle of a step loses nothing, doubles nothing, and needs no fill."""
     proxy = await proxy_to(redis_server.port)
     async with manager(proxy.url) as state:
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         for number in range(20):
             await state.set(f"key {number}", number)
             proxy.cut()
@@ -352,10 +353,10 @@ async def test_what_arrives_late_does_nothing(
     proxy = await proxy_to(redis_server.port)
     async with manager(proxy.url) as state:
         await state.set("a", 1)
-        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: mirror_of(state).revision == 1)
         proxy.open.clear()
         await state.set("a", 2)
-        await until(lambda: "does not answer in time" in str(state.status().mirror_error))
+        await until(lambda: "does not answer in time" in str(mirror_of(state).error))
         await state.set("a", 3)
         proxy.open.set()
         await same(state, redis_server.url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from forked import error_of, in_child
+from mirrored import mirror_of
 
 from lab_state import Config, Manager, MemoryStorage, RedisCache
 from lab_state.cache._redis_source import RedisSource
@@ -33,4 +34,4 @@ async def test_connections_are_refused_in_a_child_and_go_on_in_the_parent(redis_
         for one in (reader, local):
             await one.wait_revision(await state.set("a", 2))
             assert await one.get("a") == 2
-        assert state.status().mirror_up
+        assert mirror_of(state).up

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from faulty_cache import FaultyCache, lines, manager
+from mirrored import mirror_of
 
 from lab_state import Config, FileStorage, Manager, MemoryStorage
 from lab_state.testing import FaultyStorage, ManualClock
@@ -32,16 +33,16 @@ async def test_a_fill_is_cut_off_for_a_checkpoint(
         await until(lambda: faulty.calls[-1:] == ["fill"])
         await state.set("a", 1)
         await asyncio.sleep(0)
-        assert state.status().mirror_error is None  # nothing is due yet
+        assert mirror_of(state).error is None  # nothing is due yet
         await state.set("large", LARGE)
         await until(lambda: "checkpoint" in storage.calls)
         await until(lambda: state.status().journal_bytes < len(LARGE))
-        assert "cut off for a checkpoint" in str(state.status().mirror_error)
+        assert "cut off for a checkpoint" in str(mirror_of(state).error)
         clock.advance(1)
         await until(lambda: faulty.calls[-1:] == ["fill"])
         faulty.going.set()
         await until(lambda: faulty.entries == {"a": 1, "large": LARGE})
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
     assert sum("the mirror is behind" in line for line in lines(caplog)) == 1
 
 
@@ -60,7 +61,7 @@ async def test_a_fill_that_waits_for_a_commit_is_not_cut_off(
         await state.flush()
         await until(lambda: "checkpoint" in storage.calls)
         await until(lambda: faulty.entries == {"large": LARGE})
-        assert state.status().mirror_error is None
+        assert mirror_of(state).error is None
         assert faulty.calls.count("fill") == 2
 
 
@@ -68,7 +69,7 @@ async def test_a_fill_goes_on_while_checkpoints_fail(faulty: FaultyCache, clock:
     """Cutting it off would be of no use to a checkpoint that cannot be made; one that can be is made behind it."""
     storage = FaultyStorage(MemoryStorage())
     async with manager(faulty, clock, storage) as state:
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         storage.fail("checkpoint", times=2)
         await state.set("large", LARGE)
         await until(lambda: storage.calls.count("checkpoint") == 1)
@@ -82,7 +83,7 @@ async def test_a_fill_goes_on_while_checkpoints_fail(faulty: FaultyCache, clock:
         await state.set("a", 1)
         clock.advance(5)
         await state.set("b", 1)
-        assert state.status().mirror_error is None
+        assert mirror_of(state).error is None
         assert storage.calls.count("checkpoint") == 2
         faulty.going.set()
         await until(lambda: faulty.revision == 3)
@@ -94,10 +95,10 @@ async def test_a_timeout_of_the_cache_is_its_own(faulty: FaultyCache, clock: Man
     """It is not mistaken for a fill that was cut off."""
     faulty.fail("fill", TimeoutError())
     async with manager(faulty, clock) as state:
-        await until(lambda: state.status().mirror_error is not None)
-        assert state.status().mirror_error == "the cache failed with TimeoutError, which none should raise"
+        await until(lambda: mirror_of(state).error is not None)
+        assert mirror_of(state).error == "the cache failed with TimeoutError, which none should raise"
         clock.advance(1)
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
 
 
 async def test_the_journal_of_a_state_with_a_slow_cache(faulty: FaultyCache, tmp_path: Path, until: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from faulty_cache import lines
+from mirrored import mirror_of
 
 import lab_state.cache._feed
 import lab_state.cache._mirror
@@ -217,7 +218,7 @@ async def test_a_field_that_is_no_utf_8(
     async with writer(own) as state, own.reader("name") as remote, own.reader("name", local=True) as reader:
         await reader.wait_revision(await state.set("a", 1))
         await remote.wait_revision(1)
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         fills = state.metrics().operations["fill", "success"]
         redis_server.call("HSET", VALUES, b"\xff", b"1", b"\xfe", b"2")
         redis_server.call("HSET", EXPIRES, b"\xff", b"1")
@@ -256,7 +257,7 @@ async def test_what_another_client_writes_is_filled_anew(
     """A beat of an idle writer, or its next step, finds it, and a new reader reads what the writer has."""
     async with writer(own) as state:
         await state.set_many({"a": 1, "b": 2})
-        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: mirror_of(state).revision == 1)
         for command in commands:
             redis_server.call(*command)
         if busy:
@@ -265,7 +266,7 @@ async def test_what_another_client_writes_is_filled_anew(
         async with own.reader("name") as remote, own.reader("name", local=True) as reader:
             for each in (remote, reader):
                 await until_read(each, everything)
-        assert state.status().mirror_error is None
+        assert mirror_of(state).error is None
 
 
 async def test_a_step_finds_what_another_client_wrote(
@@ -274,11 +275,11 @@ async def test_a_step_finds_what_another_client_wrote(
     """Without a beat: the step is not made on a copy that was touched, and the whole state is brought."""
     async with writer(own, clock) as state:
         await state.set_many({"a": 1, "b": 2})
-        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: mirror_of(state).revision == 1)
         fills = state.metrics().operations["fill", "success"]
         redis_server.call("HSET", VALUES, "a", "666")
         await state.set("b", 3)
-        await until(lambda: state.status().mirror_revision == 2)
+        await until(lambda: mirror_of(state).revision == 2)
         assert redis_server.call("HMGET", VALUES, "a", "b") == [b"1", b"3"]
         assert state.metrics().operations["fill", "success"] == fills + 1
 
@@ -323,16 +324,16 @@ async def test_a_client_that_never_stops(
     clock = ManualClock()
     async with Manager(Config(name="name", flush_interval=0), MemoryStorage(), own, clock=clock) as state:
         await state.set("a", 1)
-        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: mirror_of(state).revision == 1)
         fills = state.metrics().operations["fill", "success"]
         for _ in range(60):
             redis_server.call("HSET", VALUES, "a", "666")
             clock.advance(1)
             await asyncio.sleep(0.005)
         assert 2 <= state.metrics().operations["fill", "success"] - fills < 10
-        await until(lambda: "another client writes to the copy again and again" in str(state.status().mirror_error))
+        await until(lambda: "another client writes to the copy again and again" in str(mirror_of(state).error))
         clock.advance(300)
-        await until(lambda: state.status().mirror_up)
+        await until(lambda: mirror_of(state).up)
         assert redis_server.call("HGET", VALUES, "a") == b"1"
         clock.advance(400)
         redis_server.call("HSET", VALUES, "a", "666")
@@ -346,7 +347,7 @@ async def test_a_value_that_is_nested_too_deeply(until: Any) -> None:
     cache = MemoryCache()
     async with writer(cache) as state:
         await state.set_many({"a": 1, "b": 2})
-        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: mirror_of(state).revision == 1)
         for data in (DEEP, b" " + DEEP):
             cache.places["name"].values["a"] = data
             async with cache.reader("name") as remote, cache.reader("name", local=True) as reader:
@@ -515,13 +516,13 @@ async def test_without_the_right_to_watch_nothing_is_brought(
     cache = RedisCache(f"redis://poor:word@127.0.0.1:{redis.port}")
     async with writer(cache) as state:
         await state.set("a", 1)
-        await until(lambda: state.status().mirror_error is not None)
-        assert "refuses WATCH" in str(state.status().mirror_error)
-        assert "ACL SETUSER <user> +watch" in str(state.status().mirror_error)
-        assert not state.status().mirror_up
+        await until(lambda: mirror_of(state).error is not None)
+        assert "refuses WATCH" in str(mirror_of(state).error)
+        assert "ACL SETUSER <user> +watch" in str(mirror_of(state).error)
+        assert not mirror_of(state).up
         assert redis.call("KEYS", "*") == []
         redis.call("ACL", "SETUSER", "poor", "+watch")
-        await until(lambda: state.status().mirror_revision == 1)
+        await until(lambda: mirror_of(state).revision == 1)
         assert redis.call("HGET", VALUES, "a") == b"1"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import trustme
+from mirrored import mirror_of
 from redis.asyncio.sentinel import Sentinel
 
 from lab_state import Config, Manager, MemoryStorage, RedisCache, UnavailableError
@@ -119,8 +120,8 @@ async def test_tls(redis_server: Any, tmp_path: Path, until: Any) -> None:
             assert await reader.get("job") == {"n": 1}
         async with manager(RedisCache(f"{url}/other.pem")) as state:
             await state.set("job", {"n": 2})
-            await until(lambda: state.status().mirror_error is not None)
-            assert f"localhost:{port}" in str(state.status().mirror_error)
+            await until(lambda: mirror_of(state).error is not None)
+            assert f"localhost:{port}" in str(mirror_of(state).error)
         assert redis_server.call("HGET", "lab_state:{jobs}", "job") == b'{"n":1}'
 
 
@@ -143,7 +144,7 @@ async def test_a_failover(own_redis: Any, own_sentinel: Any, until: Any) -> None
         await reader.wait_revision(await state.set("n", 1), timeout=PATIENCE)
         first.kill()
         revision = await state.set("n", 2)  # not held up
-        await until(lambda: state.status().mirror_revision == revision, PATIENCE)
+        await until(lambda: mirror_of(state).revision == revision, PATIENCE)
         assert second.call("HGET", "lab_state:{jobs}", "n") == b"2"
         with contextlib.suppress(UnavailableError):  # the first attempt may go to a connection that has died
             assert await reader.get("n") == 2
@@ -169,6 +170,6 @@ async def test_certificates_are_read_in_a_thread(monkeypatch: Any, until: Any) -
 
     monkeypatch.setattr(ssl, "create_default_context", noted)
     async with manager(RedisCache("rediss://127.0.0.1:1")) as state:
-        await until(lambda: state.status().mirror_error is not None)
+        await until(lambda: mirror_of(state).error is not None)
         await until(lambda: len(made) > 1)
     assert set(made) == {"lab_state TLS"}

@@ -1,0 +1,105 @@
+"""`Status` and `MirrorStatus`: what a manager and its mirror look like at one moment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from lab_state._flusher import Flusher
+from lab_state.cache._mirror import Mirror
+
+Phase = Literal["new", "starting", "running", "stopping", "stopped"]
+
+
+class MirrorStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the copy in a cache looks like at one moment.
+
+    Attributes:
+        up: Whether the cache answers and the copy is kept up to date. False while the
+            manager does not run.
+        revision: The revision of the copy; `None` while it is not known.
+        error: The error of the last attempt to bring changes to the cache; `None` when that
+            attempt succeeded. The manager tries again by itself.
+    """
+
+    up: bool = False
+    revision: int | None = None
+    error: str | None = None
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """What a manager looks like at one moment.
+
+    Attributes:
+        phase: Whether it is new, starting, running, stopping or stopped.
+        keys: The number of keys; 0 after `stop()`, when they are no longer in memory.
+        revision: The number of the last change.
+        durable_revision: Every change up to this revision is durable.
+        unflushed_keys: The number of keys with changes that are not durable.
+        unflushed_age: How long ago the oldest of these changes was made, in seconds. A
+            crash now would lose the changes of that time.
+        last_flush_at: When the last flush that wrote something succeeded, in seconds
+            since 1970.
+        last_flush_seconds: How long that flush took.
+        flushes: How many flushes succeeded since the start.
+        flush_failures: How many flushes and checkpoints failed since the start.
+        last_error: The error of the last flush or checkpoint; `None` when it succeeded.
+        snapshot_bytes: The size of the snapshot.
+        journal_bytes: The size of the journal that follows the snapshot.
+        storage_warning: A fault of the storage that makes no call fail, and what the
+            operator has to do about it; `None` for none.
+        fenced: Whether a newer writer owns the state. Then nothing more becomes durable,
+            and every write raises `FencedError`. End the process.
+        task_failure: Which task of the manager has ended before `stop()`, and why;
+            `None` while all of them run. Without its flush task a manager refuses every
+            write with `UnavailableError`; `stop()` still flushes. Without the mirror's
+            task the copy in the cache is no longer kept up to date.
+        mirror: The copy in the cache; `None` if the manager has no cache.
+    """
+
+    phase: Phase
+    keys: int
+    revision: int
+    durable_revision: int
+    unflushed_keys: int = 0
+    unflushed_age: float = 0.0
+    last_flush_at: float | None = None
+    last_flush_seconds: float | None = None
+    flushes: int = 0
+    flush_failures: int = 0
+    last_error: str | None = None
+    snapshot_bytes: int = 0
+    journal_bytes: int = 0
+    storage_warning: str | None = None
+    fenced: bool = False
+    task_failure: str | None = None
+    mirror: MirrorStatus | None = None
+
+
+def status_of(phase: Phase, flusher: Flusher, mirror: Mirror | None) -> Status:
+    """Return the status of a manager whose flusher has begun."""
+    return Status(
+        phase=phase,
+        keys=flusher.state.count(),
+        revision=flusher.state.revision,
+        durable_revision=flusher.durable_revision,
+        unflushed_keys=flusher.unflushed_keys,
+        unflushed_age=flusher.unflushed_age,
+        last_flush_at=flusher.last_flush_at,
+        last_flush_seconds=flusher.last_flush_seconds,
+        flushes=flusher.flushes,
+        flush_failures=flusher.failures,
+        last_error=None if flusher.last_error is None else str(flusher.last_error),
+        snapshot_bytes=flusher.snapshot_bytes,
+        journal_bytes=flusher.journal_bytes,
+        storage_warning=flusher.storage_warning,
+        fenced=flusher.fenced,
+        task_failure=flusher.task_failure or (None if mirror is None else mirror.task_failure),
+        mirror=None if mirror is None else _mirror_status(mirror),
+    )
+
+
+def _mirror_status(mirror: Mirror) -> MirrorStatus:
+    error = None if mirror.last_error is None else str(mirror.last_error)
+    return MirrorStatus(up=mirror.up, revision=mirror.revision, error=error)
