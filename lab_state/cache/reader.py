@@ -17,9 +17,10 @@ from lab_state._reads import check_default, many_keys
 from lab_state._state import MISSING, Stored
 from lab_state._types import check_type, decode_value
 from lab_state._watch import Change, Watcher
-from lab_state.cache._feed import Feed, either, logger
-from lab_state.cache._format import HEAD, Head, parse_head, parse_time
+from lab_state.cache._feed import Feed, either
+from lab_state.cache._format import HEAD, Head, parse_time
 from lab_state.cache._local_copy import LocalCopy
+from lab_state.cache._revision_guard import RevisionGuard
 from lab_state.cache._source import Found, Source
 from lab_state.exceptions import (
     ClosedError,
@@ -35,9 +36,6 @@ from lab_state.exceptions import (
 T = TypeVar("T")
 
 _LOOK_AGAIN_SECONDS = 1.0
-
-_STANDS_SECONDS = 10.0
-"""A writer that lives and says for so long that it is at a lower revision than was read is right."""
 
 
 class Reader(Handle):
@@ -71,9 +69,8 @@ class Reader(Handle):
         self._clock: Clock = SystemClock() if clock is None else clock
         self._local = LocalCopy()
         self._feed: Feed | None = None
-        self._seen = 0  # no read may give a lower revision
+        self._guard = RevisionGuard(name, source.path)
         self._readable = False  # whether the last read of the copy succeeded
-        self._lower: tuple[str, float] | None = None  # who says that it is at a lower revision, and since when
         self._is_parents = False
 
     def __repr__(self) -> str:
@@ -125,7 +122,8 @@ class Reader(Handle):
             return
         feed, self._feed = self._feed, None
         self._local.lose()
-        self._seen, self._readable, self._lower = self._floor, False, None
+        self._guard.close(self._local.highest)
+        self._readable = False
         if feed is not None:
             await feed.aclose()
         await self._source.aclose()
@@ -360,64 +358,27 @@ class Reader(Handle):
 
     async def _read(self, fetching: Awaitable[Found]) -> tuple[Head, dict[str, Stored]]:
         """Read the copy, if it may be shown, and note whether that succeeded."""
-        seen = self._floor
+        floor = max(self._guard.seen, self._local.highest)  # what another read gives meanwhile does not count
         try:
             found = await fetching
-            head, stored = self._check(found, seen), _stored(found)
+            head, stored = self._checked_head(found, floor), _stored(found)
         except StorageError:
             self._readable = False
             raise
         self._readable = True
         return head, stored
 
-    @property
-    def _floor(self) -> int:
-        """No read that begins now may give a lower revision."""
-        return max(self._seen, self._local.highest)
-
-    def _check(self, found: Found, seen: int) -> Head:
-        """Whether what was read may be shown; `seen` is what had been seen before."""
-        if found.head is None and found.head_of_expires is None:
-            raise UnavailableError(
-                f"there is no copy of {self._name!r} at {self._source.path}: start its manager with this cache; "
-                "if it runs, it fills it within seconds"
-            )
-        head = parse_head(found.head or b"") if found.head == found.head_of_expires else None
-        if head is None:
-            raise UnavailableError(
-                f"half of the copy of {self._name!r} at {self._source.path} is gone or not lab_state's: the manager fills "
-                "it anew within seconds; if Redis evicts keys, set maxmemory-policy to noeviction"
-            )
-        if head.revision < seen and not self._stands(head, seen):
-            raise UnavailableError(
-                f"the copy of {self._name!r} at {self._source.path} is at revision {head.revision}, and {seen} was "
-                "read before: Redis came back with old data, and the manager fills it anew within seconds; if the "
-                f"state itself was restored from a backup, its manager says so, and reads go on after {_STANDS_SECONDS:g} s"
-            )
-        self._seen = max(self._seen, head.revision)
-        self._lower = None
-        return head
-
-    def _stands(self, head: Head, seen: int) -> bool:
-        """Return whether a lower revision is right: its writer lives, and has stood by it for long enough."""
-        now = self._clock.monotonic()
-        if self._feed is None or not self._feed.lives(head.writer, seen):
-            self._lower = None
-        elif self._lower is None or self._lower[0] != head.writer:
-            self._lower = head.writer, now
-        elif now - self._lower[1] >= _STANDS_SECONDS:
-            logger.warning(
-                "%s: revision %d was read before, but its manager is at %d: the state was restored from a backup, or "
-                "another client had written to the copy; reads go on from there",
-                self._source.path,
-                seen,
-                head.revision,
-            )
-            self._seen = 0
+    def _checked_head(self, found: Found, floor: int) -> Head:
+        """Return the head of what was read, if it may be shown. Start over if the reader goes back to a lower revision."""
+        accepted = self._guard.accept(found, floor, self._lives, self._clock.monotonic())
+        if accepted.went_back:
+            assert self._feed is not None  # it says that the writer lives
             self._local.forget()
-            self._feed.begin_anew(head.revision)
-            return True
-        return False
+            self._feed.begin_anew(accepted.head.revision)
+        return accepted.head
+
+    def _lives(self, writer: str, below: int) -> bool:
+        return self._feed is not None and self._feed.lives(writer, below)
 
     def _alive(self, entries: dict[str, Stored]) -> dict[str, Stored]:
         """Those whose time has not come."""

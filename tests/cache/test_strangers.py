@@ -13,7 +13,7 @@ from mirrored import mirror_of
 
 import lab_state.cache._feed
 import lab_state.cache._mirror
-import lab_state.cache.reader
+import lab_state.cache._revision_guard
 from lab_state import (
     Config,
     InvalidKeyError,
@@ -49,7 +49,7 @@ def own(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> RedisCache:
     """Copies on the real server, with beats and looks as short as a test can bear."""
     monkeypatch.setattr(lab_state.cache._mirror, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(lab_state.cache._feed, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(lab_state.cache.reader, "_STANDS_SECONDS", 0.1)
+    monkeypatch.setattr(lab_state.cache._revision_guard, "STANDS_SECONDS", 0.1)
     return RedisCache(redis_server.url)
 
 

@@ -1,0 +1,92 @@
+"""Decides whether a reader may show what it has read: never half a mirror, never a lower revision. Pure and synchronous."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lab_state.cache._feed import logger
+from lab_state.cache._format import Head, parse_head
+from lab_state.cache._source import Found
+from lab_state.exceptions import UnavailableError
+
+STANDS_SECONDS = 10.0
+"""If a live writer reports a lower revision for this long, it is right."""
+
+
+class Accepted(NamedTuple):
+    """What may be shown: its head, and whether the reader goes back to a lower revision with it."""
+
+    head: Head
+    went_back: bool
+
+
+class RevisionGuard:
+    """Refuses revisions below those that were read before, until a live writer has confirmed one for ten seconds.
+
+    Attributes:
+        seen: The highest revision that was read. No later read may return a lower one.
+    """
+
+    def __init__(self, name: str, path: str) -> None:
+        """Accept any revision at first. `name` and `path` of the mirror are for messages."""
+        self.seen: int = 0
+        self._name = name
+        self._path = path
+        self._lower: tuple[str, float] | None = None  # the writer that reports a lower revision, and since when
+
+    def close(self, highest: int) -> None:
+        """Keep the highest revision for the next time that the reader is opened."""
+        self.seen, self._lower = max(self.seen, highest), None
+
+    def accept(self, found: Found, floor: int, lives: Callable[[str, int], bool], now: float) -> Accepted:
+        """Return the head of what was read, if it may be shown.
+
+        Args:
+            found: What was read.
+            floor: The lowest revision that may be shown: the highest one that was known
+                when the read began.
+            lives: Returns whether a writer lives and itself reports a revision below a given one.
+            now: The time of a monotonic clock, in seconds.
+
+        Raises:
+            UnavailableError: There is no mirror, half of it is missing, or it is at a lower revision.
+        """
+        if found.head is None and found.head_of_expires is None:
+            raise UnavailableError(
+                f"there is no copy of {self._name!r} at {self._path}: start its manager with this cache; "
+                "if it runs, it fills it within seconds"
+            )
+        head = parse_head(found.head or b"") if found.head == found.head_of_expires else None
+        if head is None:
+            raise UnavailableError(
+                f"half of the copy of {self._name!r} at {self._path} is gone or not lab_state's: the manager fills "
+                "it anew within seconds; if Redis evicts keys, set maxmemory-policy to noeviction"
+            )
+        went_back = head.revision < floor and self._stands(head, floor, lives, now)
+        if head.revision < floor and not went_back:
+            raise UnavailableError(
+                f"the copy of {self._name!r} at {self._path} is at revision {head.revision}, and {floor} was "
+                "read before: Redis came back with old data, and the manager fills it anew within seconds; if the "
+                f"state itself was restored from a backup, its manager says so, and reads go on after {STANDS_SECONDS:g} s"
+            )
+        self.seen = head.revision if went_back else max(self.seen, head.revision)
+        self._lower = None
+        return Accepted(head, went_back)
+
+    def _stands(self, head: Head, floor: int, lives: Callable[[str, int], bool], now: float) -> bool:
+        """Return whether a lower revision is right: its writer lives, and has reported it for long enough."""
+        if not lives(head.writer, floor):
+            self._lower = None
+        elif self._lower is None or self._lower[0] != head.writer:
+            self._lower = head.writer, now
+        elif now - self._lower[1] >= STANDS_SECONDS:
+            logger.warning(
+                "%s: revision %d was read before, but its manager is at %d: the state was restored from a backup, or "
+                "another client had written to the copy; reads go on from there",
+                self._path,
+                floor,
+                head.revision,
+            )
+            return True
+        return False
