@@ -28,7 +28,7 @@ ALSO_BLOCKING = (
     (fcntl, "flock"),
 )
 
-# There is an event loop there, but in a thread, and nobody else's.
+# There is an event loop there, but in a thread, and only this code uses it.
 IN_A_THREAD = ("lab_state/storage/s3/_connect.py", "_made")
 
 # Its callers may block where the storage under test may not.
@@ -37,7 +37,7 @@ TEST_CODE = ["lab_state.testing"]
 
 @pytest.fixture(autouse=True)
 def _no_blocking() -> Iterator[None]:
-    """A blocking call on the event loop with the package in its stack fails the test."""
+    """Let a blocking call on the event loop, with the package in its stack, fail the test."""
     with blockbuster_ctx("lab_state", excluded_modules=TEST_CODE) as watched, ExitStack() as stack:
         for known in watched.functions.values():
             known.can_block_in(*IN_A_THREAD)
@@ -51,7 +51,7 @@ def _no_blocking() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_logging() -> Iterator[None]:
-    """A framework that sets up logging for its whole process does so for one test."""
+    """Undo the logging that a framework set up for the whole process, after each test."""
     level = logging.root.level
     yield
     logging.root.setLevel(level)

@@ -99,7 +99,7 @@ def measure(results: Results, part: str, directory: str, *, quick: bool) -> None
 
 
 def machine(directory: str, *, quick: bool) -> Numbers:
-    """Where and when; a figure without it says nothing."""
+    """Return where and when it was measured; a figure without that says nothing."""
     kind = subprocess.run(["stat", "-f", "-c", "%T", directory], capture_output=True, text=True, check=True)
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

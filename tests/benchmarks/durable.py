@@ -17,7 +17,7 @@ from lab_state import Config, FileStorage, Manager
 
 
 class Hop:
-    """What nobody can do without: append and fdatasync, in a thread."""
+    """The least that a durable write can do: append and fdatasync, in a thread."""
 
     def __init__(self, directory: str) -> None:
         self.thread = ThreadPoolExecutor(1)
@@ -32,7 +32,7 @@ class Hop:
         await asyncio.get_running_loop().run_in_executor(self.thread, self.append)
 
     async def taken(self, times: int) -> tuple[float, float]:
-        """Its median, and its own 99th percentile: what the disk alone makes of it."""
+        """Return its median and its 99th percentile: the part of the disk alone."""
         taken = []
         for _ in range(times):
             begin = time.perf_counter()
@@ -87,7 +87,7 @@ async def one_writer(results: Results, state: Manager, hop: Hop, rounds: int) ->
 
 
 async def hundred(results: Results, state: Manager, hop: Hop, rounds: int) -> None:
-    """A hundred tasks, each waiting for its own writes; hops before, since a disk drifts."""
+    """Measure a hundred tasks, each waiting for its own writes; hops come before, since a disk drifts."""
     found, rates = [], []
     for _ in range(rounds):
         bare, worst = await hop.taken(200)
@@ -99,7 +99,7 @@ async def hundred(results: Results, state: Manager, hop: Hop, rounds: int) -> No
 
 
 async def during_checkpoints(results: Results, state: Manager, hop: Hop, rounds: int, count: int) -> None:
-    """The same while checkpoints follow each other."""
+    """Measure the same while checkpoints follow each other."""
     found = []
     for _ in range(rounds):
         bare, worst = await hop.taken(200)
@@ -114,7 +114,7 @@ async def during_checkpoints(results: Results, state: Manager, hop: Hop, rounds:
 
 
 def add_tail(results: Results, work: str, found: list[Tail]) -> None:
-    """The median of each number."""
+    """Add the median of each number."""
     one = Tail(*(statistics.median(numbers) for numbers in zip(*found, strict=True)))
     results.add(
         work,

@@ -91,7 +91,7 @@ async def _few(state: Manager) -> None:
 
 
 async def _expired(state: Manager) -> None:
-    """A hundred keys expire and are swept away."""
+    """Let a hundred keys expire, and sweep them."""
     await state.set_many({f"due/{number}": 1 for number in range(100)}, ttl=1)
     clock = state._clock
     assert isinstance(clock, ManualClock)
@@ -131,7 +131,7 @@ ROWS = (
 
 
 def check_complete() -> None:
-    """A call that is missing here is one whose growth nobody looks at."""
+    """Raise an error if a call is missing here: its growth would not be measured."""
     public = {name for name in dir(Manager) if not name.startswith("_")} - LIFECYCLE
     missing = public.symmetric_difference(" ".join(row.names for row in ROWS).split())
     if missing:
@@ -169,7 +169,7 @@ async def _nothing(call: Awaitable[object]) -> None:
 
 
 async def cost(state: Manager, row: Row) -> float:
-    """The median of up to 200 calls, in a third of a second."""
+    """Return the median of up to 200 calls, in a third of a second."""
     taken: list[float] = []
     end = time.perf_counter() + 0.3
     while len(taken) < 3 or (len(taken) < 200 and time.perf_counter() < end):
@@ -183,7 +183,7 @@ async def cost(state: Manager, row: Row) -> float:
 
 
 def _grows(cost: str, seconds: list[float], counts: list[int]) -> bool:
-    """Whether it grows faster than its cost says, with some room for noise."""
+    """Return whether it grows faster than its cost says, with some room for noise."""
     if cost.startswith(KEYS):  # from where the processor's caches hold no more of it
         return seconds[-1] / seconds[-2] > 2 * counts[-1] / counts[-2]
     return seconds[-1] / seconds[0] > 4

@@ -35,7 +35,7 @@ class Bare:
 
 
 async def hot_path(results: Results, directory: str) -> None:
-    """`get` and `set`, on values set in this process and again after a reload."""
+    """Measure `get` and `set`, on values set in this process and again after a reload."""
     bare = Bare()
     for key in KEYS:
         bare.map[key] = 12345
@@ -97,7 +97,7 @@ async def hot_path(results: Results, directory: str) -> None:
 
 
 async def handles(results: Results, directory: str) -> None:
-    """Transactions, watching, other threads, expiry."""
+    """Measure transactions, watching, other threads, expiry."""
     keys = KEYS[:100]
     async with Manager(Config(name="handles", flush_interval=None), FileStorage(directory)) as state:
         await state.set_many(dict.fromkeys(KEYS, VALUE))
@@ -132,7 +132,7 @@ async def handles(results: Results, directory: str) -> None:
             alone = await timed(sets_and_turns)
             async with AsyncExitStack() as stack:
                 for number in range(1000):
-                    watch = await stack.enter_async_context(state.watch(f"someone else's {number}"))
+                    watch = await stack.enter_async_context(state.watch(f"another prefix {number}"))
                     stack.callback(asyncio.ensure_future(anext(watch)).cancel)
                 await asyncio.sleep(0)
                 ratios.append(await timed(sets_and_turns) / alone)

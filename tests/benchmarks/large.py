@@ -21,7 +21,7 @@ from lab_state import Config, FileStorage, Manager
 
 
 async def large(results: Results, directory: str, count: int) -> None:
-    """One change made durable in a small and in a large state, a checkpoint, and a start."""
+    """Measure one durable change in a small and in a large state, a checkpoint, and a start."""
     small, big = Config(name="small", flush_interval=None), Config(name="big", flush_interval=None)
     storage = FileStorage(directory)
     values = {f"key-{number:07}": VALUE for number in range(count)}

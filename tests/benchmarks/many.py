@@ -34,7 +34,7 @@ def _resident() -> int:
 
 
 def _bare(directory: str, number: int) -> None:
-    """What a start cannot do without: one file opened, locked and written, and two read."""
+    """Do the least that a start can do: open, lock and write one file, and read two."""
     fd = os.open(f"{directory}/bare{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.pwrite(fd, b"x" * 100, 0)
@@ -59,7 +59,7 @@ async def many(results: Results, directory: str, count: int) -> None:
 
 
 async def _managers(results: Results, directory: str, count: int) -> None:
-    """Idle managers, all on one storage object."""
+    """Measure idle managers, all on one storage object."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     count = min(count, hard - 1000)
@@ -99,7 +99,7 @@ async def _managers(results: Results, directory: str, count: int) -> None:
 
 
 async def _beside(results: Results, directory: str) -> None:
-    """A start in a directory with many files of others, new states and old ones, with a storage object for each."""
+    """Measure a start in a directory with many other files, of new states and old ones, with a storage object for each."""
     alone, crowded = f"{directory}/alone", f"{directory}/crowded"
     for place in (alone, crowded):
         async with Manager("first", FileStorage(place)):

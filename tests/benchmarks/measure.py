@@ -51,7 +51,7 @@ def key_of(number: int) -> str:
 
 
 async def timed(work: Bench, *, collecting: bool = False) -> float:
-    """Seconds of one call; with the cyclic garbage collector where what it makes of the work is a part of that."""
+    """Return the seconds of one call; with the cyclic garbage collector, if its part of the work belongs to the figure."""
     gc.collect()
     if not collecting:
         gc.disable()
@@ -63,14 +63,14 @@ async def timed(work: Bench, *, collecting: bool = False) -> float:
 
 
 async def compare(ours: Bench, theirs: Bench, rounds: int = ROUNDS) -> tuple[float, float, float]:
-    """Median ratio, and the medians of both sides, in seconds."""
+    """Return the median ratio, and the medians of both sides, in seconds."""
     pairs = [(await timed(ours), await timed(theirs)) for _ in range(rounds)]
     ratio = statistics.median(a / b for a, b in pairs)
     return ratio, statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
 
 async def each(call: Call, keys: list[str], seconds: float) -> float:
-    """What one call costs, in seconds, found in about so many seconds."""
+    """Return the cost of one call in seconds, found in about so many seconds."""
     count, chunk, number = 0, 1, len(keys)
     begin = time.perf_counter()
     while (passed := time.perf_counter() - begin) < seconds:
@@ -83,7 +83,7 @@ async def each(call: Call, keys: list[str], seconds: float) -> float:
 
 
 async def one_by_one(call: Call, keys: list[str], seconds: float) -> list[float]:
-    """How long each call took, for about so many seconds or up to 100; the loop runs between two, as it would."""
+    """Return the times of calls for about so many seconds, or of up to 100; the loop runs between two calls."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while len(taken) < 100 and (begin := time.perf_counter()) < end:
@@ -94,9 +94,9 @@ async def one_by_one(call: Call, keys: list[str], seconds: float) -> list[float]
 
 
 async def together(call: Call, tasks: int, seconds: float) -> tuple[float, list[float]]:
-    """So many tasks, each calling again and again: calls a second, and how long each took.
+    """Run so many tasks, each calling again and again; return calls a second, and how long each took.
 
-    A call that does not wait lets nobody else in: then the caller does, so that there are as many callers of it.
+    A call that does not wait gives other tasks no turn. Then the caller does, so that all tasks are callers.
     """
     taken: list[float] = []
     turns = 0
@@ -119,7 +119,7 @@ async def together(call: Call, tasks: int, seconds: float) -> tuple[float, list[
 
 @asynccontextmanager
 async def heartbeat() -> AsyncIterator[list[float]]:
-    """The gaps of a 0.5 ms heartbeat while the block runs, in seconds."""
+    """Yield the gaps of a 0.5 ms heartbeat while the block runs, in seconds."""
     gaps, stop = [0.0], False
 
     async def beating() -> None:
@@ -139,14 +139,14 @@ async def heartbeat() -> AsyncIterator[list[float]]:
 
 
 async def longest_gap(work: Awaitable[Any]) -> float:
-    """The longest gap of the heartbeat while `work` runs."""
+    """Return the longest gap of the heartbeat while `work` runs."""
     async with heartbeat() as gaps:
         await work
     return max(gaps)
 
 
 async def stall(work: Awaitable[Any]) -> float:
-    """How long the loop stands still for `work`: the longest gap, less the same of an idle loop, the best of three."""
+    """Return how long the loop stands still for `work`: the longest gap, less that of an idle loop, the best of three."""
     begin = time.perf_counter()
     longest = await longest_gap(work)
     idle = min(1.0, time.perf_counter() - begin)  # the longest gap grows with the time
@@ -162,23 +162,23 @@ async def stopped(manager: Manager) -> None:
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """The smallest value that is not below so many percent of them."""
+    """Return the smallest value that is not below so many percent of them."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
 def resident(pid: int | str = "self") -> int:
-    """The memory of a process, in bytes."""
+    """Return the memory of a process, in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def written(pid: int | str = "self") -> int:
-    """What a process has made the kernel write to disks, in bytes: whole pages of files, dirtied."""
+    """Return the bytes that a process has made the kernel write to disks: whole pages of files."""
     lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes"))
 
 
 def process(code: str, *arguments: str) -> float:
-    """How long a Python process takes that does this."""
+    """Return how long a Python process takes to run this code."""
     begin = time.perf_counter()
     subprocess.run([sys.executable, "-c", code, *arguments], check=True)
     return time.perf_counter() - begin
@@ -205,7 +205,7 @@ class Results:
         return {"machines": self.machines, "checks": self.checks, "numbers": self.numbers}
 
     def take(self, older: Mapping[str, Any]) -> None:
-        """Parts that were measured before, and not again now."""
+        """Take over the parts that were measured before, and not again now."""
         self.machines = {**older["machines"], **self.machines}
         self.checks = {**older["checks"], **self.checks}
         self.numbers = {**older["numbers"], **self.numbers}

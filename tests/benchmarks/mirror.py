@@ -1,4 +1,4 @@
-"""A mirror in a real redis-server: what it costs the writer, and how fast it is."""
+"""A mirror in a real redis-server: its cost for the writer, and its speed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lab_state import Config, FileStorage, Manager, Reader, RedisCache
 
 
 async def mirror(results: Results, directory: str, count: int) -> None:
-    """A mirror in a real redis-server: what it costs the writer, and how fast it is."""
+    """Measure a mirror in a real redis-server: its cost for the writer, and its speed."""
     with redis_server(directory) as url:
         cache = RedisCache(url)
         plain = Manager(Config(name="plain", flush_interval=None), FileStorage(directory))
@@ -69,7 +69,7 @@ async def mirrored_to(state: Manager, revision: int) -> None:
 
 
 async def costs(results: Results, plain: Manager, mirrored: Manager) -> None:
-    """Both sides flush, then the mirror is waited for outside of what is measured."""
+    """Measure both sides with a flush; the wait for the mirror is not measured."""
 
     async def sets(state: Manager) -> None:
         for _ in range(20):
@@ -84,7 +84,7 @@ async def costs(results: Results, plain: Manager, mirrored: Manager) -> None:
     for name, work, rounds in (("set", sets, ROUNDS), ("set + flush", flushes, 4 * ROUNDS)):
         taken: dict[Manager, list[float]] = {plain: [], mirrored: []}
         for number in range(rounds):
-            # In turns: whoever comes second finds another disk, and other caches.
+            # In turns: the second one finds another disk, and other caches.
             for state in (plain, mirrored) if number % 2 else (mirrored, plain):
                 taken[state].append(await timed(functools.partial(work, state)))
                 await state.flush()
@@ -94,7 +94,7 @@ async def costs(results: Results, plain: Manager, mirrored: Manager) -> None:
 
 
 async def throughput(results: Results, state: Manager) -> None:
-    """Distinct keys, so that nothing is coalesced; from the end of the flush to the mirror."""
+    """Measure distinct keys, so that nothing is coalesced, from the end of the flush to the mirror."""
     rates = []
     for number in range(5):
         await state.set_many({f"{number} {key}": VALUE for key in range(50_000)})
@@ -119,7 +119,7 @@ asyncio.run(main())
 
 
 async def latency(results: Results, state: Manager, url: str) -> None:
-    """From the return of a durable `set` to the return of `wait_revision` in another process."""
+    """Measure from the return of a durable `set` to the return of `wait_revision` in another process."""
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-c", WAITER, url, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

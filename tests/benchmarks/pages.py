@@ -28,7 +28,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def beside(seconds: float, ours: float) -> str:
-    """A duration, and how many times ours it is."""
+    """Return a duration, and its ratio to ours."""
     return f"{duration(seconds)} ({_times(seconds / ours)})"
 
 
@@ -37,7 +37,7 @@ def _times(ratio: float) -> str:
 
 
 def figures(number: float) -> str:
-    """The two that mean something."""
+    """Return the number with two digits, since more would mean nothing."""
     return f"{float(f'{number:.2g}'):,g}" if number < 1000 else f"{_round(number):,}"
 
 
@@ -90,7 +90,7 @@ def writes(run: Numbers) -> str:
 
 
 def stands(run: Numbers) -> str:
-    """How long the event loop stands still for each kind of call."""
+    """Return a table of how long the event loop stands still for each kind of call."""
     reads, durable = run["numbers"]["operations"]["asyncio"], run["numbers"]["writes"]["asyncio"]
     rows = (
         (
@@ -104,7 +104,7 @@ def stands(run: Numbers) -> str:
 
 
 def sizes(number: str, shown: Any) -> Any:
-    """A table of one number over the sizes of the state."""
+    """Return a table of one number over the sizes of the state."""
 
     def drawn(run: Numbers) -> str:
         by_size, worth = run["numbers"]["sizes"], survives(run)
@@ -135,7 +135,7 @@ def _gap(found: Mapping[str, Numbers], name: str, number: str) -> str:
 
 
 def stood(seconds: float) -> str:
-    """Below a millisecond the heartbeat cannot tell, nor from an idle loop."""
+    """Return a stall as text. Below a millisecond the heartbeat cannot tell it from an idle loop."""
     return duration(seconds) if seconds >= STALL else "< 1 ms"
 
 
@@ -186,7 +186,7 @@ NEEDS = {"stands": {"operations", "writes"}, "stalls": {"sizes"}, "written": {"s
 
 
 def drawn(run: Numbers) -> dict[str, str]:
-    """Each table whose part was measured."""
+    """Return each table whose part was measured."""
     there = {"machine", "peers", "checks", *run["numbers"]}
     return {name: make(run) for name, make in TABLES.items() if NEEDS.get(name, {name}) <= there}
 
@@ -201,7 +201,7 @@ def colour(name: str) -> str:
 
 
 def named(run: Numbers, name: str) -> str:
-    """The name, with a mark where a change that returned can still be lost."""
+    """Return the name, with a mark if a change that returned can still be lost."""
     return name + ("" if survives(run)[name] == "power cut" else " *")
 
 
@@ -241,7 +241,7 @@ def plots(run: Numbers) -> dict[str, str]:
 
 
 def _round(number: float) -> int:
-    """Two digits that mean something."""
+    """Round to two digits."""
     return int(round(number, 1 - math.floor(math.log10(number)))) if number else 0
 
 

@@ -46,7 +46,7 @@ class Peer(ABC):
         await self.set(key, value)
 
     def written(self) -> int:
-        """Bytes that it made the kernel write to disks, so far."""
+        """Return the bytes that it made the kernel write to disks, so far."""
         return written()
 
     def resident(self) -> int:

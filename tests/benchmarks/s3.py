@@ -41,7 +41,7 @@ async def main(count: int) -> None:
 
 
 async def commits(results: Results, state: Manager, bucket: Bucket) -> None:
-    """One change made durable, against one PUT of as many bytes by a client with the same settings."""
+    """Measure one durable change, against one PUT of as many bytes by a client with the same settings."""
     client: Any = state._core.running._session._store._connected  # type: ignore[attr-defined]
     sent: list[int] = []
 
@@ -84,7 +84,7 @@ async def commits(results: Results, state: Manager, bucket: Bucket) -> None:
 
 
 async def checkpoints(results: Results, state: Manager, count: int) -> None:
-    """The loop's longest stall while a snapshot is made and goes up, and the memory that it takes."""
+    """Measure the loop's longest stall while a snapshot is made and uploaded, and the memory that it takes."""
     flusher = state._core.running
     gaps, above = [], []
     for number in range(7):

@@ -44,7 +44,7 @@ class Latencies:
         self.longest = max(self.longest, seconds)
 
     def percentile(self, percent: float) -> float:
-        """In seconds: the end of the step that it is in."""
+        """Return the percentile in seconds: the end of the step that it is in."""
         wanted = self.number * percent / 100
         sums = itertools.accumulate(self.counts)
         return next(step for step, reached in enumerate(sums, 1) if reached >= wanted) * self.STEP
@@ -87,7 +87,7 @@ class Soak:
 
 
 def slope(values: list[float]) -> float:
-    """What a straight line through them gains from one to the next."""
+    """Return the gain from one value to the next of a straight line through them."""
     number = len(values)
     middle, mean = (number - 1) / 2, sum(values) / number
     return sum((x - middle) * (y - mean) for x, y in enumerate(values)) / sum((x - middle) ** 2 for x in range(number))
@@ -126,7 +126,7 @@ async def soak(directory: str, minutes: float, keys: int, period: float) -> list
 
 
 async def check(directory: str, kept: dict[str, object]) -> None:
-    """What the next start finds is what was there."""
+    """Check that the next start finds what was there."""
     async with Manager(Config(name="soak", flush_interval=None), FileStorage(directory)) as state:
         found = await state.get_all()
     wrong = [key for key in kept.keys() | found.keys() if kept.get(key) != found.get(key)]

@@ -76,7 +76,7 @@ VALUES: dict[str, tuple[Callable[[int], Any], float]] = {
 
 
 async def values(results: Results, *, quick: bool) -> None:
-    """`set` of large values beside their encoding."""
+    """Measure `set` of large values beside their encoding."""
     sizes = (1_000, 100_000, 5_000_000) if quick else (1_000, 100_000, 5_000_000, 50_000_000)
     async with Manager(Config(name="values", flush_interval=None), MemoryStorage()) as state:
         for name, (make, bound) in VALUES.items():
@@ -99,7 +99,7 @@ async def values(results: Results, *, quick: bool) -> None:
 
 
 async def stalls(results: Results, directory: str, *, quick: bool) -> None:
-    """The longest step of the loop for each of the stalls that an attack found, at the sizes that it named."""
+    """Measure the longest step of the loop for each of the known stalls, at the sizes at which they were found."""
     count, large = (_MILLION // 10, 5_000_000) if quick else (_MILLION, 50_000_000)
     with watched() as steps:
 

@@ -68,7 +68,7 @@ class Drawing:
 
 
 def short(number: float) -> str:
-    """1 k, 10 k, 1 M."""
+    """Return a number as 1 k, 10 k or 1 M."""
     for unit, name in ((1e6, " M"), (1e3, " k")):
         if number >= unit:
             return f"{number / unit:g}{name}"
@@ -88,7 +88,7 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def _apart(wanted: list[float]) -> list[float]:
-    """Places for labels near where they belong, none on another: who is too near gives way, both sides the same."""
+    """Return places for labels near where they belong, none on another; two that are too near give way equally."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     places = list(wanted)
     for _ in range(200):
@@ -101,7 +101,7 @@ def _apart(wanted: list[float]) -> list[float]:
 
 
 def lines(title: str, across: str, series: Sequence[Series]) -> str:
-    """Durations over sizes, both logarithmic, each line with its name at its end."""
+    """Draw durations over sizes, both logarithmic, each line with its name at its end."""
     left, right, top, bottom, width, height = 70, 225, 40, 50, 780, 420
     ticks_x = sorted({x for one in series for x in one.values})
     values = [value for one in series for value in one.values.values()]
@@ -136,7 +136,7 @@ def lines(title: str, across: str, series: Sequence[Series]) -> str:
 
 
 def bars(title: str, below: str, series: Sequence[tuple[str, str, float, str]], *, logarithmic: bool = False) -> str:
-    """One bar each, from the left: its name, its colour, its length, and what is written behind it."""
+    """Draw one bar each, from the left: its name, its colour, its length, and the text after it."""
     left, right, top, step, width = 210, 110, 40, 28, 760
     height = top + step * len(series) + 34
     drawing = Drawing(width, height, title)

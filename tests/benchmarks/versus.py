@@ -38,7 +38,7 @@ from peers import PEERS, LabState
 
 @asynccontextmanager
 async def opened(directory: str, kinds: Iterable[type[Peer]]) -> AsyncIterator[list[Peer]]:
-    """Each in a directory of its own, all at once: so that they can take turns."""
+    """Open each in a directory of its own, all at once, so that they can take turns."""
     with tempfile.TemporaryDirectory(dir=directory) as own:
         async with AsyncExitStack() as stack:
             peers = [kind(Path(own)) for kind in kinds]
@@ -49,10 +49,10 @@ async def opened(directory: str, kinds: Iterable[type[Peer]]) -> AsyncIterator[l
 
 
 async def in_turns(peers: list[Peer], rounds: int, work: Callable[[Peer], Awaitable[Numbers]]) -> dict[str, Numbers]:
-    """The median of each number of each peer."""
+    """Return the median of each number of each peer."""
     found: dict[str, list[Numbers]] = {}
     for turn in range(rounds):
-        for peer in (*peers[turn % len(peers) :], *peers[: turn % len(peers)]):  # nobody is always the first
+        for peer in (*peers[turn % len(peers) :], *peers[: turn % len(peers)]):  # no peer is always the first
             gc.collect()
             gc.freeze()  # what one has in memory is not to be blamed on another,
             await asyncio.to_thread(os.sync)  # nor what it has left to the disk
@@ -70,7 +70,7 @@ def described() -> list[Numbers]:
 
 
 async def operations(results: Results, directory: str, loop: str, scale: Scale) -> None:
-    """`get` and `set` of one value, as the peer offers them, with 512 keys in it."""
+    """Measure `get` and `set` of one value, as the peer offers them, with 512 keys in it."""
 
     async def work(peer: Peer) -> Numbers:
         def put(key: str) -> Awaitable[None]:
@@ -91,7 +91,7 @@ async def operations(results: Results, directory: str, loop: str, scale: Scale) 
 
 
 async def writes(results: Results, directory: str, loop: str, scale: Scale) -> None:
-    """One change made durable: by one task, by 100 tasks, and what the event loop felt of it."""
+    """Measure one durable change, by one task and by 100 tasks, and the stall of the event loop."""
     kinds = [peer for peer in PEERS if peer.survives != NOTHING]
 
     async def work(peer: Peer) -> Numbers:
@@ -127,7 +127,7 @@ async def writes(results: Results, directory: str, loop: str, scale: Scale) -> N
 
 
 async def sizes(results: Results, directory: str, scale: Scale) -> None:
-    """One change made durable in states of different sizes: how long, the loop's stall, bytes written; and a start."""
+    """Measure one durable change in states of different sizes (time, stall of the loop, bytes written), and a start."""
     values = {key_of(number): VALUE for number in range(scale.sizes[-1])}
     for count in scale.sizes:
         kinds = [peer for peer in PEERS if peer.survives != NOTHING and peer.most >= count]
@@ -158,7 +158,7 @@ async def sizes(results: Results, directory: str, scale: Scale) -> None:
 
 
 async def start(peer: Peer, key: str) -> Numbers:
-    """From nothing to the first value, after a clean end."""
+    """Measure from nothing to the first value, after a clean end."""
     await peer.close()
     gc.collect()
     gc.disable()
@@ -171,7 +171,7 @@ async def start(peer: Peer, key: str) -> Numbers:
 
 
 def footprint(results: Results, directory: str, scale: Scale) -> None:
-    """Memory of a state, in a process of its own, and what the import costs: above that of a bare interpreter."""
+    """Measure the memory of a state in a process of its own, and the cost of the import, above a bare interpreter."""
     for number, peer in enumerate(PEERS):
         keys = min(scale.keys // 10, peer.most)
         command = [sys.executable, __file__, str(number), str(keys), directory]
@@ -189,7 +189,7 @@ def footprint(results: Results, directory: str, scale: Scale) -> None:
 
 
 async def grown(peer: Peer, count: int) -> int:
-    """How much memory so many keys take, set one by one."""
+    """Return how much memory so many keys take, set one by one."""
     await peer.open()
     before = peer.resident()
     value: Any = VALUE

@@ -1,4 +1,4 @@
-"""What is fuzzed: everything that reads bytes which somebody else may have changed.
+"""The targets of the fuzzing: everything that reads bytes which another program may have changed.
 
 Each target takes any bytes. The loader must answer with a state, or with an error of the error tree, never with another
 one; and what it accepts must come back when it is written and read again. The first bytes choose how much is mended:
@@ -42,7 +42,7 @@ from lab_state.storage.s3._open import _stamp, gap
 from lab_state.storage.s3._outcomes import Found
 from lab_state.testing import ManualClock
 
-_SILENT = logging.Logger("fuzzing", logging.CRITICAL)  # noqa: LOG001 -- nobody else's
+_SILENT = logging.Logger("fuzzing", logging.CRITICAL)  # noqa: LOG001 -- used here only
 NAME = "lab"
 SALT = "0123456789abcdef"
 CRC = b',"crc32":"'
@@ -51,13 +51,13 @@ SEPARATOR = b"\n"
 
 
 def mended(snapshot: bytes) -> bytes:
-    """A snapshot with the right checksum, where there is a place for one."""
+    """Return a snapshot with the right checksum, if there is a place for one."""
     cut = snapshot.rfind(CRC)
     return snapshot if cut < 0 else b'%s%s%08x"}}' % (snapshot[:cut], CRC, zlib.crc32(snapshot[:cut]))
 
 
 def files(data: bytes) -> None:
-    """A snapshot and a journal: mode, snapshot, and a frame in each of the other pieces, its kind first."""
+    """Load a snapshot and a journal: mode, snapshot, and a frame in each of the other pieces, its kind first."""
     mode, (snapshot, *pieces) = (data[:1] or b"\0")[0], data[1:].split(SEPARATOR)
     there = None if mode & 1 else mended(snapshot) if mode & 2 else snapshot
     base = NO_BASE if there is None else journal.base_of(len(there), zlib.crc32(there))
@@ -103,7 +103,7 @@ def loaded(recover: Callable[[], Recovery]) -> None:
 
 
 def readable(state: State) -> dict[str, Any]:
-    """What can be read: all, but for values under a right checksum that are not JSON."""
+    """Return what can be read: all, except values under a right checksum that are not JSON."""
     found = {}
     for key, stored in state.entries.items():
         value, at = stored if isinstance(stored, Expiring) else (stored, None)
@@ -113,7 +113,7 @@ def readable(state: State) -> dict[str, Any]:
 
 
 def values(snapshot: Loaded) -> dict[str, Any]:
-    """What can be read, likewise."""
+    """Return what can be read, likewise."""
     found = {}
     for key, raw in snapshot.entries.items():
         with suppress(TypeMismatchError):
@@ -126,7 +126,7 @@ def raw(snapshot: Loaded) -> dict[str, Any]:
 
 
 def s3(data: bytes) -> None:
-    """A snapshot object with its metadata, and a record object: mode, number, `seq`, `fence`, both bodies."""
+    """Load a snapshot object with its metadata, and a record object: mode, number, `seq`, `fence`, both bodies."""
     mode, pieces = (data[:1] or b"\0")[0], data[1:].split(SEPARATOR)
     number, seq, fence, snapshot, body = (*pieces, b"", b"", b"", b"", b"")[:5]
     metadata = {"labstateseq": seq.decode("latin1"), "labstatefence": fence.decode("latin1")}
@@ -162,7 +162,7 @@ def s3(data: bytes) -> None:
 
 
 def cache(data: bytes) -> None:
-    """What is in Redis and on its channel: mode, both heads, `key value at` and messages in the other pieces."""
+    """Read from Redis and its channel: mode, both heads, `key value at` and messages in the other pieces."""
     mode, pieces = (data[:1] or b"\0")[0], data[1:].split(SEPARATOR)
     head = pieces[0] if mode & 1 else b'{"format":1,"revision":7,"writer":"w"}'
     memory = MemoryCache()
@@ -219,7 +219,7 @@ def message_of(data: bytes) -> Message | None:
 
 
 def answered(call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-    """A call that never waits here gives an answer or an error of the error tree."""
+    """Check that a call, which never waits here, gives an answer or an error of the error tree."""
     coroutine = call()
     try:
         coroutine.send(None)

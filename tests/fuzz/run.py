@@ -76,7 +76,7 @@ def keep(target: str, new: Path) -> None:
 
 
 def steps(call: Callable[[], None]) -> set[object]:
-    """The steps from line to line that a call takes in the package."""
+    """Return the steps from line to line that a call takes in the package."""
     reached: set[object] = set()
     last: dict[FrameType, int] = {}
 

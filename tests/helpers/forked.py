@@ -24,7 +24,7 @@ from lab_state.storage import _fs
 
 
 def fork() -> int:
-    """`os.fork`, of a process that has threads."""
+    """Call `os.fork` in a process that has threads."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12 on: which is what is tested
         return os.fork()
@@ -36,7 +36,7 @@ async def in_child(function: Callable[[], Any]) -> Any:
 
 
 def begin_in_child(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Call a function in a forked child; return what waits for its answer."""
+    """Call a function in a forked child; return a function that waits for its answer."""
     reading, writing = os.pipe()
     pid = fork()
     if pid == 0:
@@ -58,7 +58,7 @@ def begin_in_child(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def error_of(call: Callable[[], Any]) -> list[str]:
-    """Class and message of what a call raises, plain or to be awaited, before it waits for anything."""
+    """Return class and message of the error that a call, plain or to be awaited, raises before its first wait."""
     try:
         result = call()
         if isinstance(result, Coroutine):
@@ -73,7 +73,7 @@ def error_of(call: Callable[[], Any]) -> list[str]:
 
 
 def open_in(directory: str) -> list[str]:
-    """The files in a directory that this process has open."""
+    """Return the files of a directory that this process has open."""
     found = []
     for descriptor in Path("/proc/self/fd").iterdir():
         try:

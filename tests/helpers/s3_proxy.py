@@ -46,7 +46,7 @@ def error(status: int, code: str) -> Response:
 
 
 def answers(status: int, code: str = "Code") -> Action:
-    """The store never sees the request."""
+    """Answer with an error; the store never sees the request."""
 
     async def action(request: Request, forward: Forward) -> Response | None:
         return error(status, code)
@@ -56,7 +56,7 @@ def answers(status: int, code: str = "Code") -> Action:
 
 
 def done_but_answers(status: int, code: str = "InternalError") -> Action:
-    """The store does it, and the answer says that it did not."""
+    """Let the store do it, and answer that it did not."""
 
     async def action(request: Request, forward: Forward) -> Response | None:
         await forward(request)
@@ -67,25 +67,25 @@ def done_but_answers(status: int, code: str = "InternalError") -> Action:
 
 
 async def lost(request: Request, forward: Forward) -> Response | None:
-    """The store never sees the request, and the connection is closed."""
+    """Close the connection; the store never sees the request."""
     return None
 
 
 async def answer_lost(request: Request, forward: Forward) -> Response | None:
-    """The store does it, and the connection is closed."""
+    """Let the store do it, and close the connection."""
     await forward(request)
     return None
 
 
 async def cut(request: Request, forward: Forward) -> Response | None:
-    """Half of the answer's body."""
+    """Send half of the answer's body."""
     response = await forward(request)
     response.sent = len(response.body) // 2
     return response
 
 
 async def without_etag(request: Request, forward: Forward) -> Response | None:
-    """The store does it, and does not tell the ETag."""
+    """Let the store do it, and remove the ETag from the answer."""
     response = await forward(request)
     response.headers.pop("etag", None)
     return response
@@ -145,7 +145,7 @@ class Proxy:
         self.sizes: list[int] = []
 
     def plan(self, method: str, part: str, action: Action, *, times: float = 1) -> None:
-        """What happens to the next requests with this method, and this in the target."""
+        """Plan an action for the next requests with this method, and with this part in the target."""
         self._plans.append(_Plan(method, part, action, times))
 
     def end_plans(self) -> None:

@@ -51,12 +51,12 @@ _LARGE = 300_000
 
 @functools.cache
 def session_of_all() -> Any:
-    """One for all, which makes a client in 10 ms instead of 27."""
+    """Return one session for all clients: so a client is made in 10 ms instead of 27."""
     return _connect._new_session()
 
 
 class BrokenError(AssertionError):
-    """What is in the store, or what was read from it, breaks the format's own rules."""
+    """The store, or a reading of it, breaks the rules of the format."""
 
 
 class ScenarioTime(QuickTime):
@@ -81,14 +81,14 @@ def record(start: int, ids: Sequence[str], padding: int) -> bytes:
 
 
 def snapshot(ids: Sequence[str], unique: str, padding: int) -> bytes:
-    """Ends as the codec's do, so that the storage puts its stamp in."""
+    """Return a snapshot that ends as those of the codec do, so that the storage puts its stamp in."""
     body = json.dumps({"ids": list(ids), "padding": "x" * padding}).encode()[:-1]
     body += b',"$lab_state":{"id":"%s"' % unique.encode()
     return b'%s,"crc32":"%08x"}}' % (body, zlib.crc32(body))
 
 
 def decode_plain(data: bytes | None, records: Sequence[bytes]) -> list[str]:
-    """The ids of the changes in a state, in order; a revision is their number."""
+    """Return the ids of the changes in a state, in order; a revision is their number."""
     ids: list[str] = [] if data is None else json.loads(data)["ids"]
     for each in records:
         read = json.loads(each)
@@ -105,7 +105,7 @@ def decode_plain(data: bytes | None, records: Sequence[bytes]) -> list[str]:
 
 
 def decode_managed(data: bytes | None, records: Sequence[bytes]) -> list[str]:
-    """The keys of a manager's state; each change sets one of its own."""
+    """Return the keys of a manager's state; each change sets a key of its own."""
     loaded = Loaded({}, 0) if data is None else decode_snapshot(data, "the copy")
     return list(replay(loaded, tuple(records), "the copy").entries)
 
@@ -115,7 +115,7 @@ class Thing(NamedTuple):
 
     body: bytes
     metadata: dict[str, str]
-    void: bool = False  # a fence that keeps nobody out, for the snapshot covered its number
+    void: bool = False  # a fence without effect, because the snapshot covered its number
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Hold:
 
     @property
     def matters(self) -> bool:
-        """Whether someone still waits for its answer."""
+        """Whether a client still waits for its answer."""
         return not self.over and not self.reader.at_eof()
 
 
@@ -220,7 +220,7 @@ class FaultyProxy(Proxy):
         return await self.reset(request, forward)
 
     async def cut(self, request: Request, forward: Forward) -> Response | None:
-        """Half of the answer, which may end within its head."""
+        """Send half of the answer, which may end within its head."""
         answer = (await forward(request)).encoded(request.method)
         out = self.ends[asyncio.current_task()][1]
         out.write(answer[: len(answer) // 2])
@@ -349,7 +349,7 @@ class Writer:
         self.storage._time = self.time
 
     def die(self) -> None:
-        """From here on nothing of it reaches the store, save what is on its way."""
+        """Die: from here on nothing of it reaches the store, except requests that are on their way."""
         self.dead = True
         self.stirred.set()
 
@@ -395,7 +395,7 @@ class Writer:
         self.acked = end
 
     def _view(self) -> AsyncIterator[bytes]:
-        """As the flusher's: all that is in memory; its last slice comes when all of it is committed."""
+        """Return a view as the flusher does: all that is in memory. Its last slice comes when all of it is committed."""
         end = len(self.changes)
         data = snapshot(self._all, self.world.unique(), self.world.random.randrange(2000))
         half = len(data) // 2
@@ -446,7 +446,7 @@ class Writer:
             self.world.note(f"{self}: {name} done")
 
     async def settle(self) -> None:
-        """Until everything that it does is done, or waits in the proxy, or it dies."""
+        """Wait until each of its tasks is done, or waits in the proxy, or until it dies."""
         while not self.dead:
             running = {task for name, task in self.running.items() if not task.done() and not self._waits(name)}
             if not running:
@@ -459,7 +459,7 @@ class Writer:
                 stirred.cancel()
 
     def _waits(self, name: str) -> bool:
-        """Whether a task that runs waits for a request that waits in the proxy."""
+        """Return whether a running task waits for a request that waits in the proxy."""
         held = {hold.record for hold in self.held if hold.matters}
         commits = "commit" in self.running and not self.running["commit"].done()
         if name == "checkpoint":  # of what may have to be committed first
@@ -473,7 +473,7 @@ class Writer:
         hold.ended.set()
 
     async def bury(self) -> None:
-        """What the system does for a process that is gone: its connections, its memory."""
+        """Do what the system does for a process that is gone: end its connections, free its memory."""
         if self.buried:
             return
         self.dead = self.buried = True
@@ -530,7 +530,7 @@ class ManagedWriter(Writer):
         self.acked = max(self.acked, end)
 
     async def checkpoint(self) -> None:
-        """A manager makes its own, when they are due."""
+        """Commit only: a manager makes its own checkpoints, when they are due."""
         await self.commit()
 
     async def close(self) -> None:
@@ -647,7 +647,7 @@ class World:
             self.problem(f"{writer}: the fence {key} was deleted")
 
     def _stored(self) -> list[str]:
-        """What a reader of the whole store at this moment would load."""
+        """Return what a reader of the whole store at this moment would load."""
         covered = self._covered()
         there = self.objects.get(self.names.snapshot)
         found = {number: key for key in self.objects if (number := self.names.number(key)) is not None}
@@ -661,14 +661,14 @@ class World:
     def _look(self, after: str) -> None:
         try:
             state = self._stored()
-        except Exception as problem:  # noqa: BLE001 -- whatever it is, nobody could load this
+        except Exception as problem:  # noqa: BLE001 -- any error means that this cannot be loaded
             self.problem(f"after {after}: {problem!r}")
             return
         owner = max((writer for writer in self.writers if writer.base is not None), key=_by_fence, default=None)
         self._check(state, owner, f"after {after}, the store")
 
     def _check(self, state: list[str], owner: Writer | None, where: str) -> None:
-        """A state is what the last owner found, and the first changes that it made: at least the acknowledged."""
+        """Check that a state is what the last owner found, and its first changes: at least the acknowledged ones."""
         base, changes, acked = ([], [], 0) if owner is None else (owner.base or [], owner.changes, owner.acked)
         more = len(state) - len(base)
         expected = [*base, *changes[:more]] if more > 0 else base
@@ -691,7 +691,7 @@ class World:
         self.check_found(writer)
 
     def check_found(self, writer: Writer) -> None:
-        """What it found is what the owner before it left."""
+        """Check that it found what the owner before it left."""
         before = [each for each in self.writers if each.base is not None and each.fence < writer.fence]
         self._check(writer.base or [], max(before, key=_by_fence, default=None), f"{writer}'s open")
 
@@ -778,7 +778,7 @@ class World:
             await self._do(writer, "commit", writer.commit)
 
     def _checkpoints(self, writer: Writer) -> float:
-        """More while another opens, and of who is deposed and does not know it."""
+        """Return the probability of a checkpoint: higher while another opens, or if the writer is unaware that it is deposed."""
         unaware = writer.fence < self.highest_fence() and not writer.deposed
         return 0.85 if unaware or any(each.base is None for each in self.writers) else 0.6
 
@@ -789,7 +789,7 @@ class World:
         await proxy._forward(request)
 
     async def _end(self) -> None:
-        """Everything arrives; who is not deposed can write; a new writer finds all, and can write too."""
+        """Let everything arrive. Check that writers that are not deposed, and a new one, find all and can write."""
         await self._calm()
         living = [writer for writer in self.writers if writer.usable and not writer.closed]
         for writer in living:
@@ -816,7 +816,7 @@ class World:
                 self.check_found(writer)
 
     async def _calm(self) -> None:
-        """The faults end, and what is under way with them."""
+        """End the faults, and the requests that are under way with them."""
         for writer in self.writers:
             writer.clean = True
             while writer.held and not writer.dead:
@@ -827,7 +827,7 @@ class World:
                 await asyncio.wait({task for task in writer.running.values() if not task.done()})
 
     async def _commit_cleanly(self, writer: Writer) -> None:
-        """Without faults a commit succeeds, or tells the truth."""
+        """Commit without faults, and check that it succeeds, or tells the truth."""
         owns = self.highest_fence() <= writer.fence
         writer.change()
         await self._do(writer, "commit", writer.commit)
@@ -841,7 +841,7 @@ def _by_fence(writer: Writer) -> int:
 
 
 class Outcome(NamedTuple):
-    """What came of some scenarios."""
+    """The outcome of some scenarios."""
 
     problems: dict[int, World]
     counted: Counter[str]
@@ -849,7 +849,7 @@ class Outcome(NamedTuple):
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Something else under a name, for a while."""
+    """Replace an attribute for a while."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -878,7 +878,7 @@ async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6,
     real = _open._probe
 
     async def probe(store: Requests, names: Names) -> None:
-        """In one world of four: it is a quarter of the requests of an open, and has tests of its own."""
+        """Probe in one world of four: it is a quarter of the requests of an open, and has tests of its own."""
         if int(names.snapshot.split("/")[1]) % 4 == 0:
             await real(store, names)
 
@@ -890,7 +890,7 @@ async def play(seeds: Sequence[int], bucket: str, url: str, *, at_once: int = 6,
 
 
 def told(outcome: Outcome) -> str:
-    """The problems, each with its seed, and how the first came about."""
+    """Describe the problems, each with its seed, and the course of the first."""
     if not outcome.problems:
         return ""
     lines = [f"seed {seed}: {world.problems[0]}" for seed, world in outcome.problems.items()]

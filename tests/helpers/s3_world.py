@@ -25,7 +25,7 @@ _numbers = itertools.count()
 
 @functools.cache
 def endpoint() -> str:
-    """The store of this test run; moto's, in a thread of this process, if no other is given."""
+    """Return the store of this test run; moto's, in a thread of this process, if no other is given."""
     if ENDPOINT in os.environ:
         return os.environ[ENDPOINT]
     os.environ.setdefault("AWS_ACCESS_KEY_ID", "testaccess")
@@ -55,7 +55,7 @@ def _end(server: subprocess.Popen[str]) -> None:
 
 @functools.cache
 def client(url: str | None = None) -> Any:
-    """A blocking client, to look behind the storage's back."""
+    """Return a blocking client, to look behind the storage's back."""
     import boto3  # noqa: PLC0415 -- 0.3 s
     from botocore.config import Config  # noqa: PLC0415
 
@@ -66,7 +66,7 @@ def client(url: str | None = None) -> Any:
 
 
 def given(*slices: bytes) -> Snapshot:
-    """A state, as a storage is given it."""
+    """Return a state, as a storage is given it."""
 
     async def view() -> AsyncIterator[bytes]:
         for part in slices:
@@ -125,7 +125,7 @@ class Bucket:
     # The hooks of the conformance suite
 
     def read_raw(self, name: str) -> dict[str, bytes]:
-        """The snapshot and the records; fences and the probe hold nothing."""
+        """Return the snapshot and the records; fences and the probe hold nothing."""
         sizes = {**self.keys(f"state/modules/{name}.json"), **self.keys(f"state/modules/{name}.journal/")}
         found = {}
         for key, size in sizes.items():

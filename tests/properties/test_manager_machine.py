@@ -69,12 +69,12 @@ class Model(dict[str, Any]):
         return Model(self, self.expires)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        """As `set` does it: for good."""
+        """Set a key as `set` does: without an expiry."""
         super().__setitem__(key, value)
         self.expires.pop(key, None)
 
     def replace(self, key: str, value: Any) -> None:
-        """As `update` does it: an expiry stays."""
+        """Set a key as `update` does: an expiry stays."""
         super().__setitem__(key, value)
 
     def __delitem__(self, key: str) -> None:
@@ -138,13 +138,13 @@ class ManagerMachine(RuleBasedStateMachine):
         return self.state._core.state.now()
 
     def began_again(self) -> None:
-        """After a start: what the wall clock says is over is gone, which may be one more change."""
+        """Follow a start: keys that have expired by the wall clock are gone, which may be one more change."""
         self.model = self.model.live(self.now())
         while self.revision < self.state.revision:
             self.changed()
 
     def changed(self, *, whether: bool = True) -> None:
-        """A call came back: one more revision, if it changed anything."""
+        """Count one more revision after a call, if it changed anything."""
         self.revision += whether
         self.history[self.revision] = self.model.twin()
 
@@ -238,7 +238,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(operations=st.lists(OPERATIONS, max_size=6), commit=st.booleans())
     def transaction(self, operations: list[tuple[str, str, Any]], *, commit: bool) -> None:
-        """All of it or nothing, as one revision if it changed anything."""
+        """Make all changes or none, as one revision if there are any."""
         draft = self.model.twin()
         touched = self.runner.run(self._transaction(operations, draft, commit=commit))
         if commit:
@@ -294,7 +294,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.integers(1, 60))
     def advance(self, seconds: int) -> None:
-        """What expires is gone at once; a sweep, which is a change, may come later."""
+        """Advance the clock: expired keys are gone at once; a sweep, which is a change, may come later."""
         self.clock.advance(seconds)
         self.model = self.model.live(self.now())
         while self.revision < self.state.revision:
@@ -302,7 +302,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.integers(-100_000, 100_000))
     def jump(self, seconds: int) -> None:
-        """A wall clock that is set expires nothing before the next start."""
+        """Set the wall clock, which expires nothing before the next start."""
         self.clock.jump(seconds)
 
     # Durability
@@ -316,7 +316,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(moment=MOMENTS, times=st.integers(1, 3))
     def failed_flush(self, moment: Moment, times: int) -> None:
-        # No precondition, which must not depend on time: what the background wrote in the meantime, nobody knows.
+        # No precondition, which must not depend on time: it is not known what the background wrote in the meantime.
         if self.acknowledged == self.revision:
             return
         self.storage.fail("commit", moment, times=times)
@@ -334,7 +334,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """A clean stop, and a start."""
+        """Stop cleanly, and start."""
         before, expires = self.now(), bool(self.model.expires)
         self.runner.run(self.state.stop())
         self.acknowledged = self.revision
@@ -346,7 +346,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(moment=MOMENTS)
     def restart_without_checkpoint(self, moment: Moment) -> None:
-        """A stop whose checkpoint fails, which loses nothing, and a start."""
+        """Stop with a checkpoint that fails, which loses nothing, and start."""
         self.flush()
         self.storage.fail("checkpoint", moment)
         self.runner.run(self.state.stop())
@@ -356,7 +356,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule()
     def crash_and_reopen(self) -> None:
-        """A crash, after which the state is as it was at some moment since the last acknowledged one."""
+        """Crash; the state is then as it was at some moment since the last acknowledged one."""
         self.crash(self.runner.run(self._crash()))
         self.start()
         found = self.state._core.state._first
@@ -367,7 +367,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule()
     def flush_and_crash(self) -> None:
-        """Where a change that an earlier failure dropped would be missed at once."""
+        """Flush and crash: a change that an earlier failure dropped would be missing at once."""
         self.flush()
         before = self.revision
         self.crash_and_reopen()

@@ -70,7 +70,7 @@ osd data = {directory}/osd
 
 
 def missing() -> list[str]:
-    """The binaries that are not installed."""
+    """Return the binaries that are not installed."""
     return [name for name in NEEDED if shutil.which(name) is None]
 
 
@@ -133,7 +133,7 @@ class Cluster:
         raise RuntimeError(f"gave up waiting until {what}; the logs are in {self.directory}")
 
     def stop(self) -> None:
-        """Everything is in memory, so there is nothing to save."""
+        """Stop the daemons. Everything is in memory, so there is nothing to save."""
         for daemon in reversed(self.daemons):
             daemon.kill()
             daemon.wait()
@@ -141,7 +141,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def running(directory: Path) -> Iterator[str]:
-    """The gateway's URL, while it runs; `directory` must be empty."""
+    """Run the gateway, and yield its URL; `directory` must be empty."""
     cluster = Cluster(directory)
     try:
         yield cluster.start()
