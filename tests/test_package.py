@@ -254,7 +254,7 @@ def test_the_layers_name_modules_that_exist() -> None:
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module not in FILES])
 def test_only_fs_opens_and_syncs(module: str) -> None:
-    """Only `storage/_fs.py` opens, writes, syncs or renames a file; two others read, and make directories."""
+    """Only `storage/_fs.py` opens, writes, syncs or renames a file. Two others read files and make directories."""
     found = []
     for call in calls_in(module):
         match call.func:

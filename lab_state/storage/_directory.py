@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from lab_state._log import Log
 from lab_state.exceptions import UnavailableError, UnsupportedError
 from lab_state.storage import _fs as fs
+from lab_state.storage import _lookup as lookup
 from lab_state.storage._os_errors import translated
 
 if sys.platform != "win32":  # pragma: no branch -- never run there
@@ -123,7 +124,9 @@ def _parents(path: str) -> Iterator[str]:
         path = parent
 
 
-def try_out(path: str, file: str, tried: set[fs.Identity], noted: Callable[..., AbstractContextManager[None]]) -> bool:
+def try_out(
+    path: str, file: str, tried: set[lookup.Identity], noted: Callable[..., AbstractContextManager[None]]
+) -> bool:
     """Do in the directory what a commit will have to do: create, rename and delete a file, and sync.
 
     Return whether the names in it can be relied on: after a failed sync, no later one makes

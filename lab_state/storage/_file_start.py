@@ -15,6 +15,7 @@ from lab_state._log import Log
 from lab_state.exceptions import StorageError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
+from lab_state.storage import _lookup as lookup
 from lab_state.storage._file_writer import Need, Paths, Writer
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
@@ -28,7 +29,7 @@ _COPIED_AT_ONCE = 1024 * 1024
 
 
 def open_writer(
-    directory: str, name: str, tried: set[fs.Identity], leftovers: Leftovers, *, create: bool = True
+    directory: str, name: str, tried: set[lookup.Identity], leftovers: Leftovers, *, create: bool = True
 ) -> tuple[Writer, Recovery]:
     """Lock the state, read it, and decide what it holds.
 
@@ -72,12 +73,12 @@ def _discard_temporaries(paths: Paths, lock: Lock, leftovers: Leftovers, *, is_n
 
 
 def _check_there(paths: Paths) -> None:
-    if fs.fingerprint(paths.snapshot) is None and fs.fingerprint(paths.journal) is None:
+    if lookup.fingerprint(paths.snapshot) is None and lookup.fingerprint(paths.journal) is None:
         raise folder.missing(paths.snapshot)
 
 
 def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
-    fingerprint, data = fs.fingerprint(paths.snapshot), fs.read(paths.journal)
+    fingerprint, data = lookup.fingerprint(paths.snapshot), fs.read(paths.journal)
     # Beside a journal that has the whole state, it is looked at like any other, but not read: both would be in memory.
     is_needed = data is None or needs_snapshot(data, name, paths.journal)
     snapshot = fs.read(paths.snapshot, -1 if is_needed else 0)

@@ -20,6 +20,7 @@ from lab_state._log import Log
 from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
+from lab_state.storage import _lookup as lookup
 from lab_state.storage._lock import Lock
 
 _logger = Log(logging.getLogger("lab_state"))
@@ -112,13 +113,13 @@ class NewJournal:
         self.end += sum(map(len, parts))
         self.records += len(records)
 
-    def check(self) -> fs.Fingerprint:
+    def check(self) -> lookup.Fingerprint:
         """Return the fingerprint of the file, which must be what was written here.
 
         Raises:
             UnavailableError: Other code closed the descriptor, or changed the file.
         """
-        opened, named = fs.fingerprint_of(self.fd, self.path), fs.fingerprint(self.path)
+        opened, named = lookup.fingerprint_of(self.fd, self.path), lookup.fingerprint(self.path)
         if not opened.is_same_file(named):
             self.fd = -1  # the number is that of another file by now, which is not ours to close
         if not opened.is_same_size(named) or opened.size != self.end:
@@ -167,7 +168,7 @@ class Writer:
         self.paths: Paths = paths
         self.lock: Lock = lock
         self.base: str = NO_BASE
-        self.snapshot: fs.Fingerprint | None = None
+        self.snapshot: lookup.Fingerprint | None = None
         self.need: Need = Need.NEW
         self.unsynced: bool = True
         self.snapshot_bytes: int = 0
@@ -178,7 +179,7 @@ class Writer:
         self.replaced: list[int] = []
         self.progress: fs.Progress = fs.Progress()
         self._fd = -1
-        self._left = fs.UNKNOWN
+        self._left = lookup.UNKNOWN
         self._is_timed = True
         self._salt = ""
         forks.disown_in_children(self)
@@ -257,7 +258,7 @@ class Writer:
         if self.need is Need.NEW:
             self._create(self.base)
         self._append(Kind.CHECKPOINT, upcoming.base.encode())
-        snapshot = fs.fingerprint(new)
+        snapshot = lookup.fingerprint(new)
         if snapshot is None or snapshot.size != size:
             raise _spoiled(new)
         fs.rename(new, self.paths.snapshot)
@@ -292,7 +293,7 @@ class Writer:
 
     def rest(self) -> None:
         """Close the journal until the next commit, so that an idle state has one descriptor. All of it is synced."""
-        if self.need is Need.NOTHING and self.since is None and fs.is_open(self._fd, self._left.identity):
+        if self.need is Need.NOTHING and self.since is None and lookup.is_open(self._fd, self._left.identity):
             fd, self._fd = self._fd, -1
             fs.close(fd)
 
@@ -311,12 +312,14 @@ class Writer:
         if self.need is Need.NOTHING:
             if self._fd < 0:
                 self._wake_up()
-            if not fs.is_as_left(self.paths.journal, self._fd, self._left):
+            if not lookup.is_as_left(self.paths.journal, self._fd, self._left):
                 self._look_into_journal()
 
     def _look_into_journal(self) -> None:
         """Give the journal up, unless it holds what was written."""
-        if self.need is Need.NOTHING and (problem := self._problem(fs.fingerprint(self.paths.journal), self._opened())):
+        if self.need is Need.NOTHING and (
+            problem := self._problem(lookup.fingerprint(self.paths.journal), self._opened())
+        ):
             _logger.error("%s %s: writing everything anew", self.paths.journal, problem)
             self._poison()
 
@@ -332,21 +335,21 @@ class Writer:
             _logger.error("%s was deleted, replaced or changed while it was idle: writing everything anew", path)
             self._poison()
 
-    def _opened(self) -> fs.Fingerprint | None:
+    def _opened(self) -> lookup.Fingerprint | None:
         """Look at the journal by its descriptor; `None` if that is not possible."""
         try:
-            return fs.fingerprint_of(self._fd, self.paths.journal)
+            return lookup.fingerprint_of(self._fd, self.paths.journal)
         except StorageError:
             return None
 
-    def _problem(self, named: fs.Fingerprint | None, opened: fs.Fingerprint | None) -> str | None:
+    def _problem(self, named: lookup.Fingerprint | None, opened: lookup.Fingerprint | None) -> str | None:
         """Say what became of the journal since the last write; `None` if it holds what was written.
 
         The time of a file may change although its bytes did not. Then the bytes are read, once:
         from then on, the times of this journal say nothing.
         """
         left = self._left
-        if not fs.is_open(self._fd, left.identity):
+        if not lookup.is_open(self._fd, left.identity):
             self._fd = -1  # the number is that of another file by now, which is not ours to close
             return "cannot be written: other code in this process closed its descriptor"
         if opened is None:
@@ -375,7 +378,7 @@ class Writer:
     def _check_snapshot(self) -> None:
         """Behind a snapshot that is gone, a record would be refused by the next start."""
         relied_on = self.need is not Need.FULL and not self.starts_full
-        if relied_on and fs.fingerprint(self.paths.snapshot) != self.snapshot:
+        if relied_on and lookup.fingerprint(self.paths.snapshot) != self.snapshot:
             _logger.error("%s was deleted or replaced while in use: writing everything anew", self.paths.snapshot)
             self._poison()
 
@@ -431,7 +434,7 @@ class Writer:
         self.generation += 1
         self._use(-1)
 
-    def _use(self, fd: int, left: fs.Fingerprint = fs.UNKNOWN) -> None:
+    def _use(self, fd: int, left: lookup.Fingerprint = lookup.UNKNOWN) -> None:
         """Another journal, or none, in place of the one that was open."""
         old, self._fd, self._left, self._is_timed = self._fd, fd, left, True
         if old >= 0:

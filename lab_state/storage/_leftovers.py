@@ -11,7 +11,7 @@ import re
 import threading
 
 from lab_state import _forks as forks
-from lab_state.storage import _fs as fs
+from lab_state.storage import _lookup as lookup
 
 _LEFT = re.compile(r"(.+\.(?:json|journal))\.(?:[0-9a-f]{8}\.tmp|torn-\d+)")
 """A temporary file, or a torn tail. No state has such a file."""
@@ -64,7 +64,7 @@ class Leftovers:
 
 def _listed(directory: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for name in sorted(fs.names_in(directory)):
+    for name in sorted(lookup.names_in(directory)):
         if match := _LEFT.fullmatch(name):
             found.setdefault(match[1], []).append(os.path.join(directory, name))
     return found

@@ -18,6 +18,7 @@ from lab_state import _forks as forks
 from lab_state._not_json import NOT_JSON
 from lab_state.exceptions import FencedError, LockedError, StorageError, UnsupportedError
 from lab_state.storage import _fs as fs
+from lab_state.storage import _lookup as lookup
 from lab_state.storage._proc_locks import find_holders
 
 
@@ -67,7 +68,7 @@ class Lock:
         self.path: str = path
         self.is_parents: bool = False
         self._fd = -1
-        self._identity = fs.NO_FILE
+        self._identity = lookup.NO_FILE
         self.is_new: bool = True
         self.left: tuple[str, ...] | None = None
         self._making: set[str] = set()
@@ -77,7 +78,7 @@ class Lock:
         forks.disown_in_children(self)  # before there is a descriptor: a fork can come at any time
         try:
             self._fd = fs.open_lock(path)
-            self._identity = fs.identity(self._fd, path)
+            self._identity = lookup.identity(self._fd, path)
             self._opening = False
             self._acquire()
         except BaseException:
@@ -119,7 +120,7 @@ class Lock:
 
         Other code may have closed the descriptor. Another file has its number then, and is not written.
         """
-        if not fs.is_open(self._fd, self._identity):
+        if not lookup.is_open(self._fd, self._identity):
             return
         making = (*(self.left or ()), *self._making)
         holder = Holder(
@@ -141,7 +142,7 @@ class Lock:
     def forget(self, *paths: str) -> None:
         """Say that these temporary files are gone, unless one could not be deleted."""
         with self._telling:
-            self._making.difference_update([path for path in paths if fs.is_gone(path)])
+            self._making.difference_update([path for path in paths if lookup.is_gone(path)])
             self._tell()
 
     @contextmanager
@@ -155,7 +156,7 @@ class Lock:
 
     def settle(self, left: tuple[str, ...]) -> None:
         """Note which of these are still left of earlier sessions."""
-        left = tuple(path for path in left if not fs.is_gone(path))
+        left = tuple(path for path in left if not lookup.is_gone(path))
         with self._telling:
             if self.left != left:
                 self.left = left
@@ -191,13 +192,13 @@ class Lock:
                 closed its descriptor, and so the lock is gone. Another process can own the
                 state by now.
         """
-        if fs.is_same_file(self.path, self._fd, self._identity):
+        if lookup.is_same_file(self.path, self._fd, self._identity):
             return
-        if not fs.is_file(self.path, self._identity):
+        if not lookup.is_file(self.path, self._identity):
             raise FencedError(
                 f"{self.path} was deleted or replaced, so another writer may own the state: restart this one"
             )
-        if not fs.is_open(self._fd, self._identity):
+        if not lookup.is_open(self._fd, self._identity):
             raise FencedError(
                 f"{self.path} is no longer locked: other code in this process closed its descriptor, "
                 "so another writer may own the state: restart this one"
@@ -207,16 +208,16 @@ class Lock:
         """Let go. Idempotent. A descriptor that is another file's by now is left alone."""
         try:
             # First, and not by closing alone: a child that is forked from here on may keep the descriptor.
-            if fs.is_open(self._fd, self._identity):
+            if lookup.is_open(self._fd, self._identity):
                 fs.unlock(self._fd)
         finally:
             self._close()
 
     def _close(self) -> None:
-        fd, is_open = self._fd, fs.is_open(self._fd, self._identity)
+        fd, is_open = self._fd, lookup.is_open(self._fd, self._identity)
         if _ours.get(self._identity) is self:
             del _ours[self._identity]
-        self._fd, self._identity = -1, fs.NO_FILE
+        self._fd, self._identity = -1, lookup.NO_FILE
         if is_open:
             fs.close(fd)
 
@@ -225,11 +226,11 @@ class Lock:
         self.is_parents = True
         self._close()
         if self._opening:  # the parent was about to note which file it is
-            for fd in fs.descriptors(self.path):
+            for fd in lookup.descriptors(self.path):
                 fs.close(fd)
 
 
-_ours: dict[fs.Identity, Lock] = {}
+_ours: dict[lookup.Identity, Lock] = {}
 """The locks of this process. Neither pid nor host name tells: two containers can have both in common."""
 
 
@@ -276,7 +277,7 @@ def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
-        return fs.fingerprint(f"/proc/{pid}") is not None
+        return lookup.fingerprint(f"/proc/{pid}") is not None
     except PermissionError:  # another user's, which `/proc` may hide
         return True
     return True

@@ -36,6 +36,7 @@ from lab_state import _journal as journal
 from lab_state._whole import collected
 from lab_state.exceptions import UnsupportedError
 from lab_state.storage import _fs as fs
+from lab_state.storage import _lookup as lookup
 from lab_state.storage._file_reader import read_files
 from lab_state.storage._file_start import open_writer
 from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, NewJournal, Writer
@@ -91,7 +92,7 @@ class FileStorage:
             ) from None
         self._directory = path
         self._create = create
-        self._tried: set[fs.Identity] = set()
+        self._tried: set[lookup.Identity] = set()
         self._leftovers = Leftovers()
         self._journals = Journals()
         self._threads = Threads("lab_state files")

@@ -17,11 +17,11 @@ from workloads import Workload
 from lab_state import StorageError, _codec, _journal
 from lab_state._journal import ANY_BASE, Accepted, Kind, Scan
 from lab_state._state import Changes, State
-from lab_state.storage import _directory, _file_start, _fs
+from lab_state.storage import _directory, _file_start, _fs, _lookup
 from lab_state.storage._file_writer import Need, NewJournal, Paths, Writer
-from lab_state.storage._fs import Fingerprint
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
+from lab_state.storage._lookup import Fingerprint
 from lab_state.storage._os_errors import translated
 from lab_state.storage._protocol import Recovery
 
@@ -174,8 +174,8 @@ def overwritten_journal_not_noticed(patch: Patch) -> None:
 
 def closed_descriptor_not_noticed(patch: Patch) -> None:
     """Commits go on to the number that the journal had."""
-    patch.setattr(Writer, "_opened", lambda self: _fs.fingerprint(self.paths.journal))
-    patch.setattr(_fs, "is_as_left", lambda path, _, left: _fs.fingerprint(path) == left)
+    patch.setattr(Writer, "_opened", lambda self: _lookup.fingerprint(self.paths.journal))
+    patch.setattr(_lookup, "is_as_left", lambda path, _, left: _lookup.fingerprint(path) == left)
 
 
 # Failures
@@ -265,7 +265,7 @@ def journal_before_snapshot(patch: Patch) -> None:
         self._put_in_place(upcoming)
         _fs.rename(new, self.paths.snapshot)
         _fs.sync_directory(self.paths.directory)
-        self.base, self.snapshot, self.snapshot_bytes = upcoming.base, _fs.fingerprint(self.paths.snapshot), size
+        self.base, self.snapshot, self.snapshot_bytes = upcoming.base, _lookup.fingerprint(self.paths.snapshot), size
 
     patch.setattr(Writer, "publish", publish)
 
@@ -369,7 +369,7 @@ def inherited_journal_appended_to(patch: Patch) -> None:
         if data is not None:
             scan = _journal.scan(data, name, "journal")
             fd = _system().open(paths.journal, os.O_RDWR)
-            writer._use(fd, _fs.fingerprint_of(fd, paths.journal))
+            writer._use(fd, _lookup.fingerprint_of(fd, paths.journal))
             writer._salt, writer.end, writer.need = scan.header.salt, scan.end, Need.NOTHING
             if scan.end < len(data):
                 _system().ftruncate(writer._fd, scan.end)

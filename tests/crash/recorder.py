@@ -26,7 +26,7 @@ import pytest
 from disk import Ack, Create, Entry, Rename, State, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
 
 from lab_state import _codec, _journal, _outcomes
-from lab_state.storage import _directory, _file_start, _fs
+from lab_state.storage import _directory, _file_start, _fs, _lookup
 
 NAME = "lab"
 DIRECTORY = "deep/states"
@@ -324,7 +324,7 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
 
     with pytest.MonkeyPatch.context() as patch:
         recorder.urandom = _fs.os.urandom  # type: ignore[attr-defined]
-        for used in (_fs, _directory):
+        for used in (_fs, _lookup, _directory):
             patch.setattr(used, "os", recorder)
         patch.setattr(_fs, "aiofiles", SimpleNamespace(open=opened))
         yield recorder

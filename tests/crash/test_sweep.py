@@ -33,7 +33,7 @@ from lab_state import (
 from lab_state import _journal as journal
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._journal import NO_BASE, Kind
-from lab_state.storage import _directory, _fs
+from lab_state.storage import _directory, _fs, _lookup
 from lab_state.storage._file_start import open_writer
 from lab_state.storage._file_writer import NewJournal
 from lab_state.storage._leftovers import Leftovers
@@ -88,7 +88,7 @@ class Case(NamedTuple):
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
     module = Broken()
-    for used in (_fs, _directory):
+    for used in (_fs, _lookup, _directory):
         monkeypatch.setattr(used, "os", module)
     return module
 

@@ -41,7 +41,7 @@ from lab_state import _journal as journal
 from lab_state._flusher import Flusher
 from lab_state._journal import Kind
 from lab_state._state import Overlay
-from lab_state.storage import _directory, _file_start, _file_writer, _fs
+from lab_state.storage import _directory, _file_start, _file_writer, _fs, _lookup
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
 from lab_state.testing import ManualClock
@@ -199,7 +199,7 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     faulty = Disk()
-    for used in (_fs, _directory):
+    for used in (_fs, _lookup, _directory):
         monkeypatch.setattr(used, "os", faulty)
     return faulty
 
@@ -2037,7 +2037,7 @@ async def test_a_journal_that_cannot_be_looked_up_leaves_no_descriptor(tmp_path:
 HANGING = """
 import asyncio, sys, threading
 from lab_state import Config, FileStorage, Manager, UnavailableError
-from lab_state.storage import _directory, _fs
+from lab_state.storage import _fs
 
 async def main(directory, where):
     state = Manager(Config(name="lab", flush_interval=None, stop_timeout=0.05), FileStorage(directory))
@@ -2082,8 +2082,8 @@ def test_a_lock_is_released_once(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_looked_up_is_not_one_that_is_gone() -> None:
     """What keeps a lookup from being answered is told; only "no such file" means that there is none."""
     longer = "x" * 300
-    for look_up in (_fs.fingerprint, lambda path: _fs.is_file(path, _fs.NO_FILE)):
+    for look_up in (_lookup.fingerprint, lambda path: _lookup.is_file(path, _lookup.NO_FILE)):
         with pytest.raises(UnsupportedError, match=r"looking up x+ failed: File name too long; the path is too long"):
             look_up(longer)
-    assert _fs.fingerprint("nowhere/at/all") is None
-    assert not _fs.is_file("nowhere/at/all", _fs.NO_FILE)
+    assert _lookup.fingerprint("nowhere/at/all") is None
+    assert not _lookup.is_file("nowhere/at/all", _lookup.NO_FILE)

@@ -30,7 +30,7 @@ from lab_state import (
 from lab_state import _journal as journal
 from lab_state._journal import Kind
 from lab_state.integrations._lifespan import health_of
-from lab_state.storage import _directory, _file_writer, _fs, _lock, _os_errors
+from lab_state.storage import _directory, _file_writer, _fs, _lock, _lookup, _os_errors
 from lab_state.storage._file_writer import NewJournal, Writer
 from lab_state.storage.file import FileSession
 
@@ -131,7 +131,7 @@ async def test_a_lock_file_that_becomes_a_link_fences(tmp_path: Path) -> None:
         lock = tmp_path / "state" / "lab.lock"
         lock.rename(tmp_path / "moved")
         lock.symlink_to(tmp_path / "moved")
-        assert not _fs.is_file(str(lock), (lock.stat().st_dev, lock.stat().st_ino))
+        assert not _lookup.is_file(str(lock), (lock.stat().st_dev, lock.stat().st_ino))
         lock.unlink()
         (tmp_path / "moved").rename(lock)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lab_state import Config, FileStorage, Manager
-from lab_state.storage import _fs, _lock
+from lab_state.storage import _fs, _lock, _lookup
 
 KILLED = """
 import asyncio, os, signal, sys
@@ -47,13 +47,13 @@ asyncio.run(main())
 def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The directories that were listed."""
     found: list[str] = []
-    real = _fs.names_in
+    real = _lookup.names_in
 
     def names_in(directory: str) -> list[str]:
         found.append(directory)
         return real(directory)
 
-    monkeypatch.setattr(_fs, "names_in", names_in)
+    monkeypatch.setattr(_lookup, "names_in", names_in)
     return found
 
 

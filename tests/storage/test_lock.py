@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from lab_state import FileStorage, LockedError, Manager, UnavailableError
-from lab_state.storage import _fs, _lock
+from lab_state.storage import _fs, _lock, _lookup
 from lab_state.storage._lock import Holder, Lock, describe
 
 HOST = socket.gethostname()
@@ -191,15 +191,15 @@ def test_a_lock_does_not_leave_a_descriptor_behind_when_refused(tmp_path: Path) 
 def test_the_descriptors_of_a_file(tmp_path: Path) -> None:
     """What a child looks for that was forked while its parent opened a lock."""
     path = tmp_path / "lab.lock"
-    assert _fs.descriptors(str(path)) == []
+    assert _lookup.descriptors(str(path)) == []
     with path.open("w") as one, path.open("r") as two:
-        assert sorted(_fs.descriptors(str(path))) == sorted([one.fileno(), two.fileno()])
+        assert sorted(_lookup.descriptors(str(path))) == sorted([one.fileno(), two.fileno()])
 
 
 def test_a_file_that_cannot_be_looked_up_is_not_gone() -> None:
     """Only "no such file" means that there is none."""
-    assert _fs.is_gone("nowhere/at/all")
-    assert not _fs.is_gone("x" * 300)
+    assert _lookup.is_gone("nowhere/at/all")
+    assert not _lookup.is_gone("x" * 300)
 
 
 def test_a_lock_that_cannot_be_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
