@@ -8,6 +8,7 @@ from lab_state._escaping import escape_key, escape_name
 from lab_state._metrics import Metrics
 from lab_state._state_view import StateView, read_state
 from lab_state._status import MirrorStatus, Status
+from lab_state._transaction import Transaction
 from lab_state._watch import Change
 from lab_state.blocking import Blocking
 from lab_state.cache import Cache, CacheSession, MemoryCache, Reader, RedisCache
@@ -28,7 +29,7 @@ from lab_state.exceptions import (
     UnsupportedError,
     WaitTimeoutError,
 )
-from lab_state.handles import Entry, Namespace, Transaction
+from lab_state.handles import Entry, Namespace
 from lab_state.manager import Manager
 from lab_state.storage import (
     FileStorage,

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, overload
 
-from lab_state._codec import check_key
-from lab_state._expiry import Expiring, Seconds
+from lab_state._arguments import Seconds, check_callable, check_key, many_keys, name_of, plain_result
+from lab_state._entries import MISSING, Expiring
 from lab_state._json_keys import check_str_keys
 from lab_state._nesting import SHALLOW
-from lab_state._reads import MISSING_VALUE, many_keys
-from lab_state._state import MISSING
+from lab_state._reads import MISSING_VALUE
 from lab_state._values import COLON, NULL, TIMESTAMP, L, U, check_encoded, check_json, encode, encode_value
-from lab_state._writing import Writing, check_callable, name_of, plain_result
+from lab_state._writing import Writing
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 T = TypeVar("T")
@@ -106,7 +105,7 @@ class Calls(Writing):
             if state.note is not None:
                 state.note(full, stored, revision)
             if core.write_through:
-                await core.running.written(revision)
+                await core.durability.written(revision)
         return revision
 
     async def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> int:
@@ -373,7 +372,7 @@ class Calls(Writing):
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
         """
-        await self._core.running.durable(self._core.state.revision)
+        await self._core.durability.durable(self._core.state.revision)
 
     async def wait_durable(self, revision: int | None = None) -> None:
         """Return when a revision is durable; unlike `flush()`, start nothing.
@@ -394,7 +393,7 @@ class Calls(Writing):
             raise TypeError(f"a revision is an int, such as a write returns; not {type(revision).__name__}")
         if revision is not None and revision > last:
             raise ValueError(f"there is no revision {revision} yet: the last one is {last}")
-        await self._core.running.wait_durable(last if revision is None else revision)
+        await self._core.durability.wait_durable(last if revision is None else revision)
 
 
 def _is_number(value: object) -> bool:

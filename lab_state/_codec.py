@@ -26,17 +26,15 @@ from typing import Annotated, Any, NamedTuple, NoReturn, TypeAlias, cast
 import msgspec
 from msgspec import Raw
 
-from lab_state._expiry import Expiring, Json, Value
+from lab_state._arguments import RESERVED, check_key
+from lab_state._buffers import ByteBuffer
+from lab_state._entries import Absent, Changed, Changes, Expiring, Json, Stored, Value
 from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._not_json import NOT_JSON, not_an_object
-from lab_state._state import Absent, Changed, Changes, Stored
 from lab_state._values import encode, size_of
-from lab_state._whole import Whole
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 
 FORMAT = 1
-RESERVED = "$lab_state"
-MAX_KEY_LENGTH = 1024
 
 _CRC = b',"crc32":"'
 _OWN_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
@@ -93,28 +91,6 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"s
 
 _decode_entries = msgspec.json.Decoder(dict[str, Raw]).decode
 _decode_record = msgspec.json.Decoder(Record).decode
-
-
-def check_key(key: object) -> str:
-    """The key as a plain `str`, if it is within bounds.
-
-    Raises:
-        InvalidKeyError: It is not.
-    """
-    if not isinstance(key, str):
-        raise InvalidKeyError(f"a key must be a str, not {type(key).__name__}")
-    if not 0 < len(key) <= MAX_KEY_LENGTH:
-        raise InvalidKeyError(f"a key must have 1 to {MAX_KEY_LENGTH} characters, this one has {len(key)}")
-    if "\0" in key:
-        raise InvalidKeyError(f"the key {key!r} has a NUL character; leave it out")
-    if key == RESERVED:
-        raise InvalidKeyError(f"the key {RESERVED!r} is reserved for lab_state's own member of the file")
-    if not key.isascii():
-        try:
-            key.encode()
-        except UnicodeEncodeError:
-            raise InvalidKeyError(f"the key {key!r} has a lone surrogate, which UTF-8 cannot hold") from None
-    return str.__str__(key)
 
 
 def encode_small_record(taken: Changes) -> bytes | None:
@@ -243,7 +219,7 @@ def _owned(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterat
             stored = view[key]
             value = stored.value if isinstance(stored, Expiring) else stored
             if isinstance(value, Raw):
-                own = Whole()
+                own = ByteBuffer()
                 for number, piece in enumerate(pieces(value)):
                     if number:
                         yield {}

@@ -9,9 +9,8 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from lab_state._codec import Snapshot, decode_snapshot, encode_snapshot, replay
-from lab_state._expiry import Expiring
+from lab_state._entries import Expiring, Stored
 from lab_state._loading import load
-from lab_state._state import Stored
 from lab_state._values import encode
 from lab_state.config import Config
 from lab_state.exceptions import StorageError, UnsupportedError

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from copy import copy
 from typing import Protocol
 
-from lab_state._flusher import Flusher
+from lab_state._durability import Durability
 from lab_state._metrics import Counters
 from lab_state._state import State
 from lab_state._watch import Watcher, Watchers
@@ -52,7 +52,7 @@ class Core:
     """
 
     __slots__ = (
-        "_flusher",
+        "_durability",
         "_lock",
         "_released",
         "_watchers",
@@ -79,39 +79,39 @@ class Core:
         self.is_parents: bool = False
         self._watchers = Watchers(closed)
         self._lock = asyncio.Lock()
-        self._flusher: Flusher | None = None
+        self._durability: Durability | None = None
         self._released: Callable[[], None] = _nothing
 
-    def open(self, state: State, flusher: Flusher, watchers: Watchers, released: Callable[[], None]) -> None:
+    def open(self, state: State, durability: Durability, watchers: Watchers, released: Callable[[], None]) -> None:
         """Let the calls in; `released` is called when a transaction is over."""
         self.state = state
         self._released = released
-        self.write_through = flusher.write_through
+        self.write_through = durability.write_through
         self._watchers = watchers
         self._lock = asyncio.Lock()
-        self._flusher = flusher
+        self._durability = durability
         self.set_after()
-        flusher.refused = self._set_blocked
+        durability.refused = self._set_blocked
         self._set_blocked()
 
-    def close(self, closed: State) -> tuple[Flusher, Watchers]:
-        """Keep the calls out; returns what still has to be stopped."""
-        flusher = self.running
+    def close(self, closed: State) -> Watchers:
+        """Keep the calls out; returns the watchers, which still have to be closed."""
+        _ = self.durability  # raises unless it is open
         self.counters = self.counted()
-        self.state, self._flusher = closed, None
+        self.state, self._durability = closed, None
         self.write_through = False
         self.set_after()
         if self.held is not None:
             self.held.end()
         self.release(self.held)  # who waits for a transaction is told that it is over
         self._set_blocked()
-        return flusher, self._watchers
+        return self._watchers
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Refuse every call. Runs in a forked child."""
         self.is_parents = True
         self.counters = self.counted()
-        self.state, self._flusher = State(float), None
+        self.state, self._durability = State(float), None
         self.write_through = False
         self.set_after()
         held, self.held = self.held, None
@@ -157,7 +157,7 @@ class Core:
     @contextmanager
     def watching(self, watcher: Watcher) -> Generator[Watcher]:
         """Tell a watcher what changes, meanwhile."""
-        self.running.check_loop()
+        self.durability.check_loop()
         watchers = self._watchers
         watchers.add(watcher)
         self.set_after()
@@ -171,30 +171,30 @@ class Core:
     @property
     def is_open(self) -> bool:
         """Whether the manager is running."""
-        return self._flusher is not None
+        return self._durability is not None
 
     @property
-    def running(self) -> Flusher:
-        """Return the flusher.
+    def durability(self) -> Durability:
+        """Return what is durable, and who waits for it.
 
         Raises:
             ClosedError: The manager is not running.
             UnsupportedError: It runs in the parent of this forked process.
         """
-        if self._flusher is None:
+        if self._durability is None:
             raise self._not_running()
-        return self._flusher
+        return self._durability
 
     def check_open(self) -> None:
         """Raise a `ClosedError` unless the manager is running."""
-        if self._flusher is None:
-            _ = self.running  # which raises it
+        if self._durability is None:
+            _ = self.durability  # which raises it
 
     # Transactions
 
     def _set_blocked(self) -> None:
         """Note again whether a writer must call `turn`."""
-        self.blocked = self.held is not None or (self._flusher is not None and self._flusher.refusal is not None)
+        self.blocked = self.held is not None or (self._durability is not None and self._durability.refusal is not None)
 
     async def turn(self) -> None:
         """Wait until no transaction is open. Until its next `await` the caller writes alone.
@@ -204,20 +204,20 @@ class Core:
             StorageError: No change can become durable; see `Durability.check_writable`.
         """
         self._check_outside()
-        flusher = self.running
-        flusher.check_writable()
+        durability = self.durability
+        durability.check_writable()
         async with self._lock:
-            self._check_still(flusher)
+            self._check_still(durability)
 
     async def acquire(self, holder: Holder) -> None:
         """Let a transaction hold the lock; what it is done with is `release` and `leave`."""
         self._check_outside()
-        flusher, lock = self.running, self._lock
-        flusher.check_loop()
-        flusher.check_writable()
+        durability, lock = self.durability, self._lock
+        durability.check_loop()
+        durability.check_writable()
         await lock.acquire()
         try:
-            self._check_still(flusher)
+            self._check_still(durability)
         except LabStateError:
             lock.release()
             raise
@@ -239,10 +239,10 @@ class Core:
         """The caller is inside no more. By value: who leaves may not be the task that entered."""
         _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not holder))
 
-    def _check_still(self, flusher: Flusher) -> None:
-        if self._flusher is not flusher:
+    def _check_still(self, durability: Durability) -> None:
+        if self._durability is not durability:
             raise ClosedError(f"the manager of {self.name!r} was stopped while this waited for a transaction")
-        flusher.check_writable()
+        durability.check_writable()
 
     def _check_outside(self) -> None:
         if self.held is not None and self.held in _INSIDE.get():

@@ -11,11 +11,88 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from threading import get_ident
+from typing import TypeVar
 
 from lab_state._clock import Clock
-from lab_state._state import Changes, State
-from lab_state._waiters import Waiters, copied
+from lab_state._entries import Changes
+from lab_state._state import State
 from lab_state.exceptions import FencedError, LabStateError, UnavailableError
+
+E = TypeVar("E", bound=LabStateError)
+
+Waiter = tuple[int, "asyncio.Future[None]"]
+
+
+class Waiters:
+    """Callers in three lists.
+
+    Attributes:
+        next: Wait for the next commit; they asked for one.
+        riding: Wait for the commit under way.
+        patient: Wait for whichever commit it will be; they asked for nothing.
+    """
+
+    def __init__(self) -> None:
+        self.next: list[Waiter] = []
+        self.riding: list[Waiter] = []
+        self.patient: list[Waiter] = []
+
+    async def wait(self, waiters: list[Waiter], revision: int) -> None:
+        """Wait in one of the lists."""
+        future = asyncio.get_running_loop().create_future()
+        waiters.append((revision, future))
+        try:
+            await future
+        except asyncio.CancelledError:
+            self.forget_cancelled()
+            raise
+
+    def board(self) -> None:
+        """A commit begins: who waits for the next one waits for this."""
+        self.riding, self.next = self.riding + self.next, []
+
+    def settle(self, durable: int) -> None:
+        """Wake all whose revision is durable."""
+        for waiters in (self.next, self.riding, self.patient):
+            if not waiters:
+                continue
+            rest: list[Waiter] = []
+            for revision, future in waiters:
+                if revision > durable:
+                    rest.append((revision, future))
+                elif not future.done():
+                    future.set_result(None)
+            waiters[:] = rest
+
+    def fail(self, error: LabStateError, stay: str, *, everyone: bool) -> None:
+        """Wake those of the commit under way with an error, or everyone.
+
+        Args:
+            error: The error; each gets a copy, since a raised exception carries the
+                traceback of who raised it.
+            stay: What is to be said of the changes.
+            everyone: Whether nobody has anything to wait for any more.
+        """
+        for waiters in (self.riding, self.next, self.patient) if everyone else (self.riding,):
+            for _, future in waiters:
+                if not future.done():
+                    future.set_exception(copied(error, stay))
+                    future.exception()  # a waiter that is cancelled right now will not look
+            waiters.clear()
+
+    def forget_cancelled(self) -> None:
+        """Nobody waits for these any more."""
+        for waiters in (self.next, self.riding, self.patient):
+            waiters[:] = [waiter for waiter in waiters if not waiter[1].cancelled()]
+
+
+def copied(error: E, stay: str) -> E:
+    """The same error once more, whatever its constructor takes, with a word on the changes."""
+    told = error.__class__.__new__(error.__class__)
+    told.__dict__.update(error.__dict__)
+    told.args = (f"{error} ({stay})",) if len(error.args) == 1 else error.args
+    told.__cause__ = error.__cause__
+    return told
 
 
 class Durability:
@@ -25,15 +102,15 @@ class Durability:
         state: The state, loaded.
         durable_revision: Everything up to this revision is durable.
         loop: The event loop that everything runs on.
+        write_through: Whether a write returns only when it is durable.
         refusal: Why no further change can become durable; `None` while one can.
         refused: Called when `refusal` was set.
     """
 
-    def __init__(self, name: str, state: State, clock: Clock, *, unsettled: bool, only_when_asked: bool) -> None:
+    def __init__(self, name: str, state: State, clock: Clock, *, unsettled: bool, flush_interval: float | None) -> None:
         """The running loop is the one that everything else must be called on.
 
-        `unsettled`: what was loaded may not be durable. `only_when_asked`: no commit is
-        made in the background.
+        `unsettled`: what was loaded may not be durable. `flush_interval` is that of `Config`.
         """
         self.state: State = state
         self.durable_revision: int = 0 if unsettled else state.revision
@@ -42,7 +119,8 @@ class Durability:
         self._name = name
         self._clock = clock
         self._unsettled = unsettled
-        self._only_when_asked = only_when_asked
+        self.write_through: bool = flush_interval == 0
+        self._only_when_asked = flush_interval is None
         self._waiters = Waiters()
         self._confirming = Waiters()
         self._begun = self._wanted = 0  # commits: how many, and up to which one somebody wants

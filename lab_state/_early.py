@@ -11,8 +11,8 @@ from itertools import islice
 from sys import getsizeof
 
 from lab_state._clock import Clock, Timer
-from lab_state._expiry import Expiring
-from lab_state._state import Changed, State
+from lab_state._entries import Changed, Expiring
+from lab_state._state import State
 
 MANY_BYTES = 8 * 1024 * 1024
 """From so many changed bytes on, a flush begins."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 
-from lab_state._codec import RESERVED
+from lab_state._arguments import RESERVED
 
 LONGEST_ESCAPED = 256
 """Characters of an escaped key at most. A key has 1,024, so a few of them and a prefix fit into one."""

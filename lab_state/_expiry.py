@@ -17,63 +17,14 @@ the seconds that pass, so a wall clock that is set while the manager runs expire
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable, Iterator
-from datetime import timedelta
-from typing import Any, NamedTuple, NewType, TypeAlias
-
-from msgspec import Raw
-
-from lab_state.exceptions import InvalidValueError
-
-Json = NewType("Json", bytes)
-"""The bytes of exactly one JSON value in UTF-8.
-
-Only code that checked the bytes makes one. So values put side by side are members of an
-object, never more members than values.
-"""
-
-Value: TypeAlias = str | int | float | bool | Json | Raw | None
-"""A JSON scalar, or the JSON of anything else.
-
-That is a `Json` where it was set, and a `Raw` where it was loaded: a view of the buffer,
-of one value too, since the parser found where it ends.
-"""
-
-Seconds: TypeAlias = float | timedelta
+from typing import Any
 
 _AHEAD = 3
 """Keys of so many seconds are in the heap, the present one included: more than passes between two sweeps."""
 
 _LEFT_BEHIND = 4
 """So many places of the heap are looked at for each key that may be taken."""
-
-LONGEST_TTL = 10_000_000_000
-"""Seconds, about 317 years: with it, a time in milliseconds is still exact in every JSON reader."""
-
-
-class Expiring(NamedTuple):
-    """A value that is gone from `at` on, in milliseconds since 1970."""
-
-    value: Value
-    at: int
-
-
-def milliseconds(ttl: Seconds) -> int:
-    """A time to live in whole milliseconds, rounded up.
-
-    Raises:
-        InvalidValueError: It is not a time, or out of bounds.
-    """
-    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise InvalidValueError(f"ttl must be a number of seconds or a timedelta, not {type(ttl).__name__}")
-    if not 0 < seconds <= LONGEST_TTL:
-        raise InvalidValueError(
-            f"ttl must be above 0 and at most {LONGEST_TTL} seconds; to delete a key use delete(), "
-            "to keep it for good leave ttl out"
-        )
-    return math.ceil(seconds * 1000)
 
 
 def resumed(time: int, wall: int, now: float) -> tuple[float, float]:

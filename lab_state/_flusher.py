@@ -19,18 +19,19 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from typing import Any
 from weakref import finalize
 
+from lab_state._buffers import join_in_steps
 from lab_state._clock import Clock, Timer, resolver
 from lab_state._codec import encode_record, encode_small_record
+from lab_state._durability import Waiters, copied
 from lab_state._early import LOOK_EVERY, EarlyFlush
+from lab_state._entries import Changes
 from lab_state._foreign import only_storage_errors, pass_on, storage_error
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
 from lab_state._outcomes import Outcomes
+from lab_state._snapshots import SnapshotViews
 from lab_state._standstill import Standstill
-from lab_state._state import Changes, State
-from lab_state._views import Views
-from lab_state._waiters import Waiters, copied
-from lab_state._whole import joined
+from lab_state._state import State
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
 from lab_state.storage._protocol import StorageSession
@@ -40,11 +41,7 @@ _LAST_CHANCE = 0.5
 
 
 class Flusher(Outcomes):
-    """Makes the changes of one state durable, from one start to one stop.
-
-    Attributes:
-        write_through: Whether a write returns only when it is durable.
-    """
+    """Makes the changes of one state durable, from one start to one stop."""
 
     # They belong to the base classes, and are assigned here as well.
     durable_revision: int
@@ -70,7 +67,6 @@ class Flusher(Outcomes):
         super().__init__(state, session.recovery, config, clock, logger, times, on_fenced)
         state.discard = self._discard
         self._committed = committed
-        self.write_through: bool = config.flush_interval == 0
         self._session = session
         self._abandoned = self._aborted = False
         self.forgotten: finalize[Any, Any] | None = None  # closes the session when all else is collected
@@ -296,7 +292,7 @@ class Flusher(Outcomes):
         """One commit of all that is unflushed."""
         self._begun += 1
         number = self._begun
-        views = Views(self.state, given=self._count)
+        views = SnapshotViews(self.state, given=self._count)
         taken: Changes | None = None
         try:
             self._waiters.board()
@@ -335,8 +331,8 @@ class Flusher(Outcomes):
             self._logger.error("%s: those who follow could not be told of a commit: %r", self._name, problem)  # noqa: TRY400 -- one line
             return True
 
-    async def _write(self, taken: Changes, views: Views) -> bool:
-        record = encode_small_record(taken) or await joined(self._counted(encode_record(taken)))
+    async def _write(self, taken: Changes, views: SnapshotViews) -> bool:
+        record = encode_small_record(taken) or await join_in_steps(self._counted(encode_record(taken)))
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
 
     def _progress(self) -> int:
@@ -397,7 +393,7 @@ class Flusher(Outcomes):
 
     async def _checkpoint(self, *, wait: bool) -> None:
         self._checkpoint_due = False
-        views = Views(self.state, self.durable if wait else None, given=self._count, own=True)
+        views = SnapshotViews(self.state, self.durable if wait else None, given=self._count, own=True)
         before = self._records
 
         def snapshot() -> AsyncIterator[bytes]:

@@ -44,7 +44,7 @@ class Outcomes(Durability):
             state,
             clock,
             unsettled=recovery.unsettled,
-            only_when_asked=config.flush_interval is None,
+            flush_interval=config.flush_interval,
         )
         self.flushes: int = 0
         self.failures: int = 0

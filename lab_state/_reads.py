@@ -12,11 +12,10 @@ from typing import Any, Literal, TypeVar, overload
 
 from msgspec import Raw
 
-from lab_state._codec import check_key
+from lab_state._arguments import as_text, check_default, check_key, many_keys
 from lab_state._core import Core
-from lab_state._expiry import Expiring
+from lab_state._entries import MISSING, Expiring, Stored
 from lab_state._handle import Handle
-from lab_state._state import MISSING, Stored
 from lab_state._types import NOT_JSON, check_type, decode_json, decode_value
 from lab_state._values import SCALARS
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
@@ -248,25 +247,3 @@ class Reads(Handle):
 
 MISSING_VALUE = object()
 """A default that no caller can have passed."""
-
-
-def check_default(default: object) -> None:
-    """Refuse a class: `get(key, User)` would give plain JSON, or `User` itself.
-
-    Raises:
-        TypeError: It is one.
-    """
-    if isinstance(default, type):
-        raise TypeError(f"the default is a class; to have the value decoded as one, write type={default.__name__}")
-
-
-def as_text(key: Any) -> Any:
-    """Return a key as plain text. The key may be of a class of its own; `Markup` would change the prefix."""
-    return str.__str__(key) if isinstance(key, str) else key
-
-
-def many_keys(keys: Iterable[str]) -> Iterable[str]:
-    """The keys; one `str` is a mistake."""
-    if isinstance(keys, str):
-        raise InvalidKeyError("many keys were expected, not one str; pass a list")
-    return keys

@@ -19,52 +19,16 @@ A value that expires is in `entries` until a sweep finds it, so whoever reads on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from enum import Enum
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
-from lab_state._expiry import Expiries, Expiring, Value
-
-
-class Absent(Enum):
-    """The ways of not being there."""
-
-    MISSING = "missing"
-    DELETED = "deleted"
-    EXPIRED = "expired"
-
-
-MISSING: Literal[Absent.MISSING] = Absent.MISSING
-DELETED: Literal[Absent.DELETED] = Absent.DELETED
-EXPIRED: Literal[Absent.EXPIRED] = Absent.EXPIRED
-
-Stored: TypeAlias = Value | Expiring
-"""A value as it is kept."""
-
-Changed: TypeAlias = Stored | Literal[Absent.DELETED, Absent.EXPIRED]
-"""What became of a key."""
+from lab_state._entries import DELETED, EXPIRED, MISSING, Absent, Changed, Changes, Expiring, Stored, Value
+from lab_state._expiry import Expiries
 
 Note: TypeAlias = Callable[[str | None, Changed, int], None]
 """Is told a key, what became of it, and the revision; `None` when everything was deleted at once."""
 
 WATCHED_CLEAR = 10_000
 """Up to so many keys are deleted one by one, where someone watches, instead of all at once."""
-
-
-class Changes(NamedTuple):
-    """What one commit makes durable: everything above revision `start` up to `end`.
-
-    `since` is when the oldest of it was made, in seconds of `monotonic`; `time` and
-    `wall` are when it was taken, in milliseconds of `State.now` and of the wall clock; 0
-    where nothing expires.
-    """
-
-    start: int
-    end: int
-    cleared: bool
-    changes: dict[str, Changed]
-    since: float
-    time: int = 0
-    wall: int = 0
 
 
 class Readable(Protocol):

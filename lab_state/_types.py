@@ -16,7 +16,7 @@ from typing import Any, Optional, get_args, get_origin
 import msgspec
 from msgspec import Raw
 
-from lab_state._expiry import Value
+from lab_state._entries import Value
 from lab_state._models import adapted, check_complete, class_of, first_problem, is_adapter, is_model, of_pydantic, read
 from lab_state.exceptions import TypeMismatchError
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 import msgspec
 from msgspec import Raw
 
-from lab_state._expiry import Json, Value
+from lab_state._entries import Json, Value
 from lab_state._json_keys import check_str_keys, double_key
 from lab_state._models import HIDDEN, NOT_FINITE, class_of, first_problem, path_of, step_of, write
 from lab_state._nesting import MAX_DEPTH, SHALLOW, deeper, too_deep

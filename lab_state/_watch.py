@@ -17,7 +17,8 @@ from typing import Literal, Self, TypeAlias
 
 import msgspec
 
-from lab_state._state import DELETED, EXPIRED, Changed, Changes, State
+from lab_state._entries import DELETED, EXPIRED, Changed, Changes
+from lab_state._state import State
 from lab_state.exceptions import LabStateError
 
 MOST_PENDING = 10_000

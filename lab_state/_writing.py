@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from lab_state._codec import check_key
-from lab_state._expiry import Expiring, Seconds, Value, milliseconds
+from lab_state._arguments import Seconds, check_key, milliseconds
+from lab_state._entries import Expiring, Value
 from lab_state._reads import MISSING_VALUE, Reads
 from lab_state._types import decode_value
 from lab_state._values import encode_value
@@ -76,14 +75,14 @@ class Writing(Reads):
     def _begin(self, full: str) -> None:
         """The first change of a key since the last commit."""
         core = self._core
-        core.running.check_loop()
+        core.durability.check_loop()
         state = core.state
         if full not in state.entries:
             check_key(full)
         state.begin()
 
     def _check_writable(self) -> None:
-        self._core.running.check_loop()
+        self._core.durability.check_loop()
 
     async def _turn(self) -> None:
         """Wait until the caller may write. Until its next `await` it writes alone."""
@@ -94,34 +93,10 @@ class Writing(Reads):
 
     async def _written(self, revision: int) -> int:
         if self._core.write_through:
-            await self._core.running.written(revision)
+            await self._core.durability.written(revision)
         return revision
 
     async def _deleted(self, count: int) -> int:
         if count:
             await self._written(self._core.state.revision)
         return count
-
-
-def check_callable(call: str, fn: object) -> None:
-    """Refuse a value where a function belongs."""
-    if not callable(fn):
-        raise InvalidValueError(
-            f"{call}() needs a function, not {type(fn).__name__}; to store a value as it is use set() or set_if_absent()"
-        )
-
-
-def name_of(fn: object) -> str:
-    """How a message names a function."""
-    return getattr(fn, "__qualname__", None) or repr(type(fn).__qualname__)
-
-
-def plain_result(call: str, fn: object, result: object) -> object:
-    """What a function returned, unless that is to be awaited."""
-    if inspect.isawaitable(result):
-        if inspect.iscoroutine(result):
-            result.close()
-        raise InvalidValueError(
-            f"{name_of(fn)} given to {call}() must be a plain function, not async: an await inside is not atomic"
-        )
-    return result

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import deepcopy
 from typing import Any, Generic, TypeVar, cast, final, overload
 
+from lab_state._arguments import Seconds, check_key
 from lab_state._calls import Calls
-from lab_state._codec import check_key
-from lab_state._core import Core
-from lab_state._draft import Draft
-from lab_state._expiry import Seconds
-from lab_state._flusher import Flusher
+from lab_state._entries import MISSING
 from lab_state._handle import Handle
-from lab_state._metrics import Counters
-from lab_state._plain import Plain
 from lab_state._reads import MISSING_VALUE
-from lab_state._state import MISSING, Changed, State
+from lab_state._transaction import DraftCore, Transaction
 from lab_state._types import check_type, optional
-from lab_state._values import encode_value
 from lab_state._watch import Change, Watcher
 from lab_state.blocking import Blocking
-from lab_state.exceptions import ClosedError, InvalidValueError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -144,7 +137,7 @@ class Scope(Calls):
     @asynccontextmanager
     async def _transaction(self) -> AsyncGenerator[Transaction]:
         core = self._core
-        draft = _DraftCore(core)
+        draft = DraftCore(core)
         await core.acquire(draft)
         try:
             draft.begin()
@@ -196,119 +189,3 @@ class Namespace(Scope):
     def __repr__(self) -> str:
         """The name of the state and the prefix."""
         return f"<Namespace {self._prefix!r} of {self._core.name!r}>"
-
-
-class _DraftCore(Core):
-    """What the calls of a transaction share.
-
-    Attributes:
-        changes: The changes of the draft; empty, and nobody's, when it is over.
-        known: Keys that need not be looked at.
-        revision: What `merge` makes it.
-    """
-
-    __slots__ = ("_core", "changes", "known", "revision")
-
-    def __init__(self, core: Core) -> None:
-        super().__init__(core.name, State(float))
-        self._core = core
-        self.counters: Counters = core.counters
-        self.changes: dict[str, Changed] = {}
-        self.known: Container[str] = ()
-        self.revision: int = 0
-
-    @property
-    def running(self) -> Flusher:
-        """The manager's own flusher; nobody's when the transaction is over."""
-        if not self.is_held and self._core.is_open:
-            raise RuntimeError(f"this transaction of {self.name!r} is over: begin another one")
-        return self._core.running
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the transaction is open."""
-        return self._core.held is self
-
-    def begin(self) -> None:
-        draft = Draft(self._core.state)
-        self.state: State = draft
-        self.changes = draft.changes
-        self.known = draft.base.entries
-        self.revision = draft.revision
-
-    def merge(self) -> int | None:
-        if not self.is_held:
-            self._core.check_process()
-            raise ClosedError(
-                f"the manager of {self.name!r} was stopped while this transaction was open: nothing changed"
-            )
-        self.running.check_loop()
-        self.running.check_writable()
-        assert isinstance(self.state, Draft)  # between begin and end
-        return self.state.merge()
-
-    def end(self) -> None:
-        self.state = State(float)
-        self.changes, self.known = {}, ()
-
-
-@final
-class Transaction(Plain):
-    """The calls without `await`, on changes of their own that are not yet the state's.
-
-    They have the guarantees and errors of the calls of the same name of the manager,
-    see the changes made in the transaction so far, and never wait. The revision that
-    `set` and `set_many` return is the one that the whole transaction makes, if in the
-    end it changes anything.
-
-    Raises:
-        RuntimeError: From every call: the transaction is over.
-    """
-
-    __slots__ = ("_core", "_prefix")
-
-    def __init__(self, core: _DraftCore, prefix: str) -> None:
-        super().__init__(Calls(core, prefix))
-        self._core = core
-        self._prefix = prefix
-
-    def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        try:
-            coroutine.send(None)
-        except StopIteration as stop:
-            result: R = stop.value
-            return result
-        raise AssertionError("a call on a draft waited")
-
-    def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:
-        """Store a value; see `set` of the manager."""
-        if ttl is not None:
-            return self._run(self._calls.set(key, value, ttl=ttl))
-        # Written out: the way through a coroutine costs more than the work.
-        core = self._core
-        try:
-            stored = encode_value(value)
-        except InvalidValueError:
-            core.counters.set_errors += 1
-            raise
-        full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- the calls' other face
-        changes = core.changes
-        if full not in changes and full not in core.known:
-            self._calls._begin(full)  # noqa: SLF001 -- likewise
-        changes[full] = stored
-        return core.revision
-
-    def namespace(self, name: str) -> Transaction:
-        """The same transaction, for the keys that begin with `name` and a slash; see `Scope.namespace`."""
-        return Transaction(self._core, self._calls._nested(name))  # noqa: SLF001 -- likewise
-
-    def __repr__(self) -> str:
-        """The name of the state, and whether it is open."""
-        return f"<Transaction of {self._core.name!r}, {'open' if self._core.is_held else 'over'}>"
-
-    def __len__(self) -> int:
-        """How many keys there are."""
-        return len(self._calls)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._calls

@@ -18,6 +18,7 @@ from lab_state import _forks as forks
 from lab_state._clock import Clock, GuardedClock, SystemClock
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._core import Core
+from lab_state._entries import Changes
 from lab_state._expiry import resumed
 from lab_state._flusher import Flusher
 from lab_state._foreign import check_on_fenced
@@ -25,7 +26,7 @@ from lab_state._forgotten import caller, note, started_here
 from lab_state._log import Log, Logs, check_logger
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
 from lab_state._opening import check_asyncio, opened
-from lab_state._state import Changes, State
+from lab_state._state import State
 from lab_state._status import MirrorStatus, Phase, Status, status_of
 from lab_state._sweeper import Sweeper
 from lab_state._watch import Watchers
@@ -287,12 +288,13 @@ class Manager(Scope):
         self._core.check_process()
         if self._phase == "starting":
             raise RuntimeError(f"stop() of {self._config.name!r} while it is starting: cancel start() instead")
-        if self._phase == "running":
-            self._core.running.move()
+        flusher = self._flusher
+        if self._phase == "running" and flusher is not None:
+            flusher.move()
             self._phase = "stopping"
             # From here on new calls see an empty, closed state. Calls under way keep the old one.
             self._sweeper.stop()
-            flusher, self._watchers = self._core.close(State(self._clock.monotonic))
+            self._watchers = self._core.close(State(self._clock.monotonic))
             self._begin_stop(flusher)
         elif self._stopping is not None and self._stopping.get_loop().is_closed() and self._flusher is not None:
             self._flusher.move()  # the loop was closed during the stop: go on with it here

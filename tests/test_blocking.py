@@ -40,8 +40,8 @@ from lab_state import (
     UnavailableError,
 )
 from lab_state._calls import Calls
-from lab_state._plain import Plain
 from lab_state._reads import Reads
+from lab_state.blocking import Plain
 from lab_state.testing import FaultyStorage, ManualClock
 
 R = TypeVar("R")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from running import flusher_of
 from s3_world import Bucket
 
 import lab_state
@@ -292,7 +293,7 @@ async def check(state: Manager, storage: Any, allowed: list[dict[str, Any]]) -> 
             tx.set("later", 1)
         await state.incr("ns/later")
         await state.flush()
-    waiters = state._core.running._waiters
+    waiters = flusher_of(state)._waiters
     assert [waiters.next, waiters.riding, waiters.patient] == [[], [], []]
     everything = await state.get_all()
     assert await contents(storage.crashed()) == everything
@@ -309,7 +310,7 @@ async def _in_transaction(calls: Any) -> None:
 
 async def _watched(calls: Any) -> None:
     async with calls.watch() as changes:
-        calls._core.running.loop.call_soon(asyncio.ensure_future, calls.incr("a"))
+        calls._core.durability.loop.call_soon(asyncio.ensure_future, calls.incr("a"))
         await anext(changes)
 
 

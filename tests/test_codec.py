@@ -16,19 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from lab_state._codec import (
-    MAX_KEY_LENGTH,
-    RESERVED,
-    Snapshot,
-    check_key,
-    decode_snapshot,
-    encode_record,
-    encode_small_record,
-    encode_snapshot,
-    replay,
-)
-from lab_state._expiry import Expiring, Json, Value
-from lab_state._state import DELETED, EXPIRED, Absent, Changed, Changes, Stored
+from lab_state._arguments import MAX_KEY_LENGTH, RESERVED, check_key
+from lab_state._codec import Snapshot, decode_snapshot, encode_record, encode_small_record, encode_snapshot, replay
+from lab_state._entries import DELETED, EXPIRED, Absent, Changed, Changes, Expiring, Json, Stored, Value
 from lab_state._types import decode_value
 from lab_state._values import encode_value
 from lab_state.cache._format import message

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lab_state._draft import Draft
-from lab_state._expiry import Expiring, Value
-from lab_state._state import DELETED, EXPIRED, WATCHED_CLEAR, Absent, Changed, State, Stored
+from lab_state._entries import DELETED, EXPIRED, Absent, Changed, Expiring, Stored, Value
+from lab_state._state import WATCHED_CLEAR, State
+from lab_state._transaction import Draft
 
 
 class Ticks:

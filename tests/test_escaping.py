@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from lab_state import Config, Manager, MemoryStorage, escape_key, escape_name
-from lab_state._codec import check_key
+from lab_state._arguments import check_key
 
 SHA = "[0-9a-f]{64}"
 

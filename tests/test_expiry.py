@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from lab_state._expiry import LONGEST_TTL, Expiries, Expiring, milliseconds
-from lab_state._state import DELETED, EXPIRED, MISSING, Changed, Changes, State, Stored
+from lab_state._arguments import LONGEST_TTL, milliseconds
+from lab_state._entries import DELETED, EXPIRED, MISSING, Changed, Changes, Expiring, Stored
+from lab_state._expiry import Expiries
+from lab_state._state import State
 from lab_state._sweeper import _AT_ONCE, Sweeper
 from lab_state.exceptions import InvalidValueError
 from lab_state.testing import ManualClock

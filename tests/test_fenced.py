@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from running import idle, running, until
+from running import flusher_of, idle, running, until
 
 from lab_state import (
     Config,
@@ -79,7 +79,7 @@ async def fence(state: Manager, storage: FaultyStorage) -> None:
     """Let a commit find out that a newer writer owns the state."""
     storage.fail("commit", error=FencedError("a newer writer owns it"), times=99)
     with pytest.raises(FencedError):
-        await state._core.running.confirm()
+        await flusher_of(state).confirm()
 
 
 async def fenced(storage: FaultyStorage, clock: ManualClock, interval: float | None, **more: Any) -> Manager:
@@ -338,7 +338,7 @@ class TestOnFenced:
 async def test_the_flush_task_of_a_fenced_manager_is_cancelled(storage: FaultyStorage, clock: ManualClock) -> None:
     """It stays fenced: status, writes and stop() say so, whatever became of the task."""
     state = await fenced(storage, clock, 1.0)
-    state._core.running._task.cancel()
+    flusher_of(state)._task.cancel()
     await idle()
     assert (state.status().fenced, state.status().task_failure) == (True, None)
     with pytest.raises(FencedError, match="nothing was changed"):
@@ -353,7 +353,7 @@ async def test_a_manager_without_its_flush_task_refuses_writes(
     state = Manager(Config(name="test", flush_interval=1.0), storage, clock=clock)
     await state.start()
     await state.set("a", 1)
-    state._core.running._task.cancel()
+    flusher_of(state)._task.cancel()
     await idle()
     for name in ("set", "incr", "transaction", "blocking"):
         with pytest.raises(UnavailableError, match=r"was cancelled: call stop\(\)"):

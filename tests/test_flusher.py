@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 import pytest
-from running import idle, running, until
+from running import flusher_of, idle, running, until
 
 from lab_state import (
     ClosedError,
@@ -23,8 +23,8 @@ from lab_state import (
     UnsupportedError,
     _flusher,
 )
+from lab_state._snapshots import SnapshotViews
 from lab_state._state import Overlay
-from lab_state._views import Views
 from lab_state.storage import Snapshot
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -430,11 +430,11 @@ class TestCheckpoint:
                 storage.hang("checkpoint")
                 await state.set("large", "x" * 200_000)
                 await state.flush()
-                await until(lambda: state._core.running._checkpointing is not None)
-                task = state._core.running._checkpointing
+                await until(lambda: flusher_of(state)._checkpointing is not None)
+                task = flusher_of(state)._checkpointing
                 assert task is not None
                 await idle()
-                views = Views(state._core.state)
+                views = SnapshotViews(state._core.state)
                 views.take()
                 overlay = state._core.state.entries
                 assert isinstance(overlay, Overlay)
@@ -502,7 +502,7 @@ class TestFreeing:
             await state.flush()
             await state.set("unflushed", 1)  # the checkpoint waits for its commit
             storage.hang("commit")
-            checkpoint = asyncio.create_task(state._core.running._checkpoint(wait=True))
+            checkpoint = asyncio.create_task(flusher_of(state)._checkpoint(wait=True))
             await until(lambda: isinstance(state._core.state.entries, Overlay))
             overlay = state._core.state.entries
             assert isinstance(overlay, Overlay)
@@ -551,7 +551,7 @@ async def test_views_are_folded_once(storage: FaultyStorage, clock: ManualClock)
     """Whoever folds a second time does not fold the view that somebody else has taken since of the same map."""
     async with running(storage, clock, None) as state:
         await state.set("a", 1)
-        first, second = Views(state._core.state), Views(state._core.state)
+        first, second = SnapshotViews(state._core.state), SnapshotViews(state._core.state)
         first.freeze()
         await first.fold()
         view = second.freeze()
@@ -836,7 +836,7 @@ class TestBrokenPromises:
         await manager.set("a", 1)
         flushing = asyncio.create_task(manager.flush())
         await until(lambda: commits(storage) == 1)
-        manager._core.running._task.cancel()
+        flusher_of(manager)._task.cancel()
         with pytest.raises(UnavailableError, match="was cancelled"):
             await flushing
         assert "was cancelled: 1 changed keys are not durable. Was stop() forgotten?" in caplog.text
@@ -939,7 +939,7 @@ class TestBrokenPromises:
         manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
         await manager.start()
         await checkpoint_that_hangs(manager, storage)
-        task = manager._core.running._task
+        task = flusher_of(manager)._task
         stopping = asyncio.create_task(manager.stop())
         await idle()
         for _ in range(2):
@@ -966,7 +966,7 @@ class TestBrokenPromises:
             await checkpoint_that_hangs(manager, storage)
         await manager.set("a", 1)
         storage.hang("commit")
-        task, before = manager._core.running._task, commits(storage)
+        task, before = flusher_of(manager)._task, commits(storage)
         stopping = asyncio.create_task(manager.stop())
         await until(lambda: commits(storage) > before)
         clock.advance(9)
@@ -997,7 +997,7 @@ class TestBrokenPromises:
         first = asyncio.new_event_loop()
         waiting = first.run_until_complete(begin())
         first.close()
-        flusher = manager._core.running
+        flusher = flusher_of(manager)
         left = flusher._task
         asyncio.run(manager.stop())
         for task in (left, waiting):
@@ -1023,7 +1023,7 @@ class TestBrokenPromises:
                 asyncio.run(call())
         assert manager.status().phase == "running"
         first.run_until_complete(asyncio.sleep(0))
-        manager._core.running._task.cancel()
+        flusher_of(manager)._task.cancel()
         first.run_until_complete(asyncio.sleep(0))
         first.close()
         asyncio.run(manager.stop())
@@ -1061,7 +1061,7 @@ class TestConfirm:
         async with running(storage, clock, None) as state:
             await state.set("a", 1)
             await state.flush()
-            await state._core.running.confirm()
+            await flusher_of(state).confirm()
             assert commits(storage) == 2
             await state.flush()
             assert commits(storage) == 2
@@ -1075,7 +1075,7 @@ class TestConfirm:
             storage.hang("commit")
             setting = asyncio.create_task(state.set("a", 1))
             await until(lambda: commits(storage) == 1)
-            confirming = asyncio.create_task(state._core.running.confirm())
+            confirming = asyncio.create_task(flusher_of(state).confirm())
             await idle()
             storage.resume()
             await setting
@@ -1088,15 +1088,15 @@ class TestConfirm:
         async with running(storage, clock, interval) as state:
             storage.fail("commit")
             with pytest.raises(UnavailableError):
-                await state._core.running.confirm()
+                await flusher_of(state).confirm()
             clock.advance(1)
-            await state._core.running.confirm()
-            assert not state._core.running.fenced
+            await flusher_of(state).confirm()
+            assert not flusher_of(state).fenced
 
     async def test_it_is_asked_too_late(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """After the stop there is no commit to wait for, and the question is refused."""
         async with running(storage, clock, None) as state:
-            flusher = state._core.running
+            flusher = flusher_of(state)
         with pytest.raises(UnavailableError, match="nobody flushes"):
             await flusher.confirm()
 
@@ -1107,7 +1107,7 @@ class TestConfirm:
             storage.fail("commit")
             with pytest.raises(UnavailableError):
                 await state.flush()
-            confirming = asyncio.create_task(state._core.running.confirm())
+            confirming = asyncio.create_task(flusher_of(state).confirm())
             await idle()
             assert (commits(storage), confirming.done()) == (1, False)
             clock.advance(0.1)
@@ -1121,5 +1121,5 @@ class TestConfirm:
                 storage.fail("commit", error=FencedError("a newer writer"), times=2)
                 for _ in range(2):
                     with pytest.raises(FencedError):
-                        await state._core.running.confirm()
-                assert state._core.running.fenced
+                        await flusher_of(state).confirm()
+                assert flusher_of(state).fenced

@@ -11,7 +11,7 @@ from typing import Any
 import loguru
 import pytest
 from mirrored import mirror_of
-from running import idle, running, until
+from running import flusher_of, idle, running, until
 
 from lab_state import Config, Manager, MemoryCache, MemoryStorage, StorageSession, UnavailableError
 from lab_state._flusher import Flusher
@@ -136,7 +136,7 @@ class TestLogger:
 
         class Looks(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
-                waiters = state._core.running._waiters
+                waiters = flusher_of(state)._waiters
                 left.append(len(waiters.next) + len(waiters.riding))
 
         logger = logging.Logger("looks")  # noqa: LOG001 -- one that nobody else gets
@@ -153,7 +153,7 @@ class TestLogger:
         await state.set("b", 1)
         waiting.append(asyncio.ensure_future(state.flush()))
         await idle()
-        state._core.running._task.cancel()
+        flusher_of(state)._task.cancel()
         for outcome in await asyncio.gather(*waiting, return_exceptions=True):
             assert isinstance(outcome, UnavailableError)
         assert left == [0, 0]
@@ -380,7 +380,7 @@ class TestStorage:
             outcomes = await asyncio.gather(*(state.flush() for _ in range(3)), return_exceptions=True)
             assert {isinstance(outcome, UnavailableError) for outcome in outcomes} == {True}
         else:
-            await state._core.running._checkpoint(wait=False)
+            await flusher_of(state)._checkpoint(wait=False)
         assert state.status().flush_failures >= 1
         await state.set("b", 2)
         await state.flush()
@@ -548,13 +548,13 @@ class TestTasks:
             await state.set("large", "x" * 100_000)
             await state.flush()
             await until(lambda: "checkpoint" in storage.calls)
-            task = state._core.running._checkpointing
+            task = flusher_of(state)._checkpointing
             assert task is not None
             with monkeypatch.context() as patched:
                 if how == "cancelled":
                     task.cancel()
                 else:
-                    patched.setattr(state._core.running._checkpoint_pauses, "end", lambda: [0] * sys.maxsize)
+                    patched.setattr(flusher_of(state)._checkpoint_pauses, "end", lambda: [0] * sys.maxsize)
                     storage.resume()
                 await asyncio.wait({task})
                 await idle()
@@ -564,7 +564,7 @@ class TestTasks:
                 await state.set("a", 1)
                 await state.flush()
             await until(lambda: storage.calls.count("checkpoint") == 2)
-            await until(lambda: not state._core.running._checkpoint_due)
+            await until(lambda: not flusher_of(state)._checkpoint_due)
             assert state.status().task_failure is None
 
     async def test_no_memory_for_a_sweep(

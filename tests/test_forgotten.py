@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from running import flusher_of
 
 from lab_state import Config, FileStorage, LockedError, Manager, MemoryStorage
 from lab_state._forgotten import _close
@@ -94,7 +95,7 @@ def test_what_was_ended_is_not_told(tmp_path: Path) -> None:
             pass
         state = Manager("crashed", FileStorage(tmp_path))
         await state.start()
-        await state._core.running.abort().aclose()
+        await flusher_of(state).abort().aclose()
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab_state._codec import Snapshot, encode_record, replay
+from lab_state._entries import DELETED, Changed, Changes
 from lab_state._journal import (
     ANY_BASE,
     NO_BASE,
@@ -27,7 +28,6 @@ from lab_state._journal import (
     new_salt,
     scan,
 )
-from lab_state._state import DELETED, Changed, Changes
 from lab_state._values import encode_value
 from lab_state.exceptions import CorruptionError, UnsupportedError
 

@@ -11,8 +11,8 @@ import pytest
 from msgspec import Raw
 
 from lab_state import FileStorage, UnsupportedError
+from lab_state._snapshots import SnapshotViews
 from lab_state._state import State
-from lab_state._views import Views
 
 SIZE = 8_000_000
 
@@ -46,7 +46,7 @@ async def test_only_a_checkpoint_gives_values_bytes_of_their_own() -> None:
     for own in (False, True):
         state = State(float)
         state.load({"a": Raw(b"[1]")}, 1)
-        views = Views(state, own=own)
+        views = SnapshotViews(state, own=own)
         data = b"".join([part async for part in views.take()])
         await views.fold()
         assert data.startswith(b'{"a":[1],')

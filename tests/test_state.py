@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from msgspec import Raw
 
-from lab_state._state import DELETED, Absent, Changes, Overlay, State, Stored
+from lab_state._entries import DELETED, Absent, Changes, Stored
+from lab_state._state import Overlay, State
 
 
 class Ticks:

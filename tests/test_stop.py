@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 import pytest
-from running import idle, until
+from running import flusher_of, idle, until
 
 from lab_state import Config, Manager, MemoryStorage, UnavailableError
 from lab_state._standstill import Standstill
@@ -203,7 +203,7 @@ async def test_encoding_a_record_is_progress(slow: Slow, clock: ManualClock) -> 
     """The slices of a record count as well as those of a snapshot."""
     slow.goes_on.set()
     async with Manager(Config(name="test", flush_interval=None), slow, clock=clock) as state:
-        flusher = state._core.running
+        flusher = flusher_of(state)
         before = flusher._progress()
         await state.set_many({f"key {number}": "x" * 1000 for number in range(2000)})
         await state.flush()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from running import until
+from running import flusher_of, until
 
 from lab_state import (
     Config,
@@ -29,7 +29,7 @@ from lab_state import (
     Storage,
     TypeMismatchError,
 )
-from lab_state._expiry import Expiring
+from lab_state._entries import Expiring
 from lab_state._sweeper import _AT_ONCE
 from lab_state.storage.file import FileSession
 from lab_state.testing import FaultyStorage, ManualClock
@@ -62,7 +62,7 @@ async def crashing(storage: Storage, clock: ManualClock) -> AsyncIterator[Manage
     state = manager(storage, clock)
     await state.start()
     yield state
-    session: Any = state._core.running.abort()
+    session: Any = flusher_of(state).abort()
     await asyncio.sleep(0)
     if isinstance(session, FileSession):
         await asyncio.get_running_loop().run_in_executor(None, session._writer.lock.release)
@@ -454,7 +454,7 @@ class TestRestarts:
             await state.set_many({f"{number}": number for number in range(5_000)}, ttl=5)
             await state.set("pad", "x" * 100_000)
             await state.flush()
-            checkpointing = state._core.running
+            checkpointing = flusher_of(state)
             await until(
                 lambda: checkpointing._checkpointing is not None and not isinstance(state._core.state.entries, dict)
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from lab_state import UnavailableError
-from lab_state._waiters import Waiters
+from lab_state._durability import Waiters
 
 
 async def begin(waiters: Waiters, *revisions: int) -> list[asyncio.Task[None]]:

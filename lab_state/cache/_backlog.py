@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from lab_state._expiry import Expiring
-from lab_state._state import MISSING, Absent, Changed, Changes
+from lab_state._entries import MISSING, Absent, Changed, Changes, Expiring
 from lab_state._values import size_of
 
 MOST_KEYS = 100_000

@@ -15,8 +15,8 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from lab_state._clock import Clock, Pauses, resolver
+from lab_state._entries import DELETED
 from lab_state._log import Log
-from lab_state._state import DELETED
 from lab_state._watch import MOST_PENDING, Group, Told
 from lab_state.cache._format import Head, Message, parse_message
 from lab_state.cache._local_copy import LocalCopy

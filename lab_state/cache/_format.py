@@ -22,12 +22,12 @@ from typing import Annotated, TypeAlias, TypeVar
 import msgspec
 from msgspec import Raw
 
-from lab_state._codec import RESERVED, pieces
-from lab_state._expiry import Expiring, Value
+from lab_state._arguments import RESERVED
+from lab_state._buffers import ByteBuffer
+from lab_state._codec import pieces
+from lab_state._entries import Absent, Changed, Expiring, Value
 from lab_state._not_json import NOT_JSON
-from lab_state._state import Absent, Changed
 from lab_state._values import encode, size_of
-from lab_state._whole import Whole
 from lab_state.cache._protocol import Seen, Slice
 from lab_state.exceptions import UnavailableError, UnsupportedError
 
@@ -211,7 +211,7 @@ def _json(stored: Value) -> bytes:
 def _large_json(stored: Value) -> Generator[None, None, bytes]:
     if isinstance(stored, bytes):
         return stored
-    together = Whole()
+    together = ByteBuffer()
     for piece in pieces(stored):
         together.add(piece)
         yield

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from lab_state._expiry import Expiring, Json, Value
+from lab_state._entries import Expiring, Json, Stored, Value
 from lab_state._not_json import NOT_JSON
-from lab_state._state import Stored
 from lab_state.cache._format import Head, Message, parse_time
 from lab_state.cache._source import Found
 

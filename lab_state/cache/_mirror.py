@@ -34,12 +34,13 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from lab_state._clock import Clock, Pauses, Timer, resolver
+from lab_state._entries import Changes, Stored
 from lab_state._flusher import Flusher
 from lab_state._foreign import is_cancelled
 from lab_state._log import Log
 from lab_state._metrics import MirrorCounts
-from lab_state._state import Changes, State, Stored
-from lab_state._views import Views
+from lab_state._snapshots import SnapshotViews
+from lab_state._state import State
 from lab_state.cache._backlog import Backlog
 from lab_state.cache._format import slices
 from lab_state.cache._protocol import SPOILT, Cache, CacheSession, Seen, Slice, Step
@@ -296,7 +297,7 @@ class Mirror:
     async def _replace(self, session: CacheSession, seen: Seen) -> None:
         """Replace the copy that was seen by the present state. A checkpoint that is due cuts this off."""
         state = self._flusher.state
-        views, revision, ahead = Views(state), state.revision, _ahead(state)
+        views, revision, ahead = SnapshotViews(state), state.revision, _ahead(state)
         self._tried = revision
         parts = self._whole(views, views.freeze(), revision, ahead)  # whenever the first part is asked for
         self._holding = bound = asyncio.timeout(None)
@@ -336,7 +337,9 @@ class Mirror:
                 yield part
             await asyncio.sleep(0)
 
-    async def _whole(self, views: Views, view: dict[str, Stored], revision: int, ahead: int) -> AsyncGenerator[Slice]:
+    async def _whole(
+        self, views: SnapshotViews, view: dict[str, Stored], revision: int, ahead: int
+    ) -> AsyncGenerator[Slice]:
         """A view of the state, in parts; the last one comes when all of it is durable."""
         total, brought, told = len(view), 0, self._clock.monotonic()
         for part in slices(view.items(), ahead):

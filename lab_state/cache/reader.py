@@ -9,12 +9,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 from lab_state import _forks as forks
+from lab_state._arguments import check_default, check_key, many_keys
 from lab_state._clock import Clock, SystemClock, within
-from lab_state._codec import check_key
-from lab_state._expiry import Expiring, Json
+from lab_state._entries import MISSING, Expiring, Json, Stored
 from lab_state._handle import Handle
-from lab_state._reads import check_default, many_keys
-from lab_state._state import MISSING, Stored
 from lab_state._types import check_type, decode_value
 from lab_state._watch import Change, Watcher
 from lab_state.cache._feed import Feed, either

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import unquote
 
-from lab_state._codec import RESERVED
+from lab_state._arguments import RESERVED
 from lab_state._escaping import CUT_KEY, LONGEST_ESCAPED, escape, escape_key
 
 __all__ = ["LONGEST", "escape", "is_hash", "part", "unescape"]

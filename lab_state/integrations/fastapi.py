@@ -7,8 +7,8 @@ from typing import Any, TypeVar, overload
 
 from fastapi.requests import HTTPConnection
 
-from lab_state._codec import check_key
-from lab_state._state import MISSING
+from lab_state._arguments import check_key
+from lab_state._entries import MISSING
 from lab_state.cache import Reader
 from lab_state.handles import Entry
 from lab_state.integrations.starlette import errors, health, lifespan, push, sse

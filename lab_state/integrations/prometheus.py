@@ -85,7 +85,7 @@ def _read(manager: Manager) -> tuple[Status, Metrics] | None:
         return manager.status(), manager.metrics()
 
     try:
-        loop = manager._core.running.loop  # noqa: SLF001 -- as `blocking` does
+        loop = manager._core.durability.loop  # noqa: SLF001 -- as `blocking` does
     except ClosedError:
         return read()  # nothing changes it
     if loop is _running_loop() or not loop.is_running():

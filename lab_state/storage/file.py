@@ -33,7 +33,7 @@ from typing import ParamSpec, TypeVar
 
 from lab_state import _forks as forks
 from lab_state import _journal as journal
-from lab_state._whole import collected
+from lab_state._buffers import collect
 from lab_state.exceptions import UnsupportedError
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
@@ -240,7 +240,7 @@ class FileSession:
 
     async def _commit_full(self, record: bytes, snapshot: Snapshot) -> None:
         """Commit with the whole state; in a frame of its own, since the error's traceback keeps that of its caller."""
-        full = await collected(snapshot())
+        full = await collect(snapshot())
         self._check_open()
         await self._commits.run(self._writer.commit, record, full)
 
@@ -272,7 +272,7 @@ class FileSession:
         try:
             generation = writer.generation
             if writer.need is Need.FULL:
-                full = await collected(slices)
+                full = await collect(slices)
                 await self._run(self._commits, writer.repair, full, generation)
                 generation, slices = writer.generation, _one(full)
             counted = _Counted(slices)

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 
 from lab_state import _forks as forks
 from lab_state import _journal as journal
+from lab_state._buffers import collect
 from lab_state._journal import NO_BASE, Kind
-from lab_state._whole import collected
 from lab_state.exceptions import LockedError, UnsupportedError
 from lab_state.storage._protocol import Reading, Recovery, Snapshot
 
@@ -117,7 +117,7 @@ class MemorySession:
         self._check_open()
         slices = snapshot()
         before, self._crc = self._end, 0
-        data = await collected(self._counted(slices))
+        data = await collect(self._counted(slices))
         self._check_open()
         header = journal.header(self._name, self._salt, journal.base_of(len(data), self._crc))
         # What is behind the view stays, with a frame that is being appended.

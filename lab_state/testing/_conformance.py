@@ -360,7 +360,9 @@ class StorageConformance(ReadingConformance):
 
     async def _end(self, manager: Manager) -> None:
         """End a manager as SIGKILL would."""
-        session = manager._core.running.abort()  # noqa: SLF001 -- no public call ends without writing
+        flusher = manager._flusher  # noqa: SLF001 -- no public call ends without writing
+        assert flusher is not None  # the manager runs
+        session = flusher.abort()
         await asyncio.sleep(0)
         await self.crash(session)
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from measure import KEYS, VALUE, VALUES, Results, compare, encode, key_of, percentile, together
+from measure import KEYS, VALUE, VALUES, Results, compare, encode, flusher_of, key_of, percentile, together
 
 from lab_state import Config, FileStorage, Manager
 
@@ -103,7 +103,7 @@ async def during_checkpoints(results: Results, state: Manager, hop: Hop, rounds:
     found = []
     for _ in range(rounds):
         bare, worst = await hop.taken(200)
-        checkpoint = asyncio.create_task(state._core.running._checkpoint(wait=True))
+        checkpoint = asyncio.create_task(flusher_of(state)._checkpoint(wait=True))
         taken: list[float] = []
         while not checkpoint.done():
             _, more = await together(lambda key: state.set(key, next(VALUES)), 100, 0.2)

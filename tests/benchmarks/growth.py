@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from measure import VALUE, VALUES, Numbers, Results, key_of, timed
+from measure import VALUE, VALUES, Numbers, Results, flusher_of, key_of, timed
 
 from lab_state import Config, FileStorage, Manager
 from lab_state.testing import ManualClock
@@ -149,7 +149,7 @@ async def growth(results: Results, directory: str, counts: list[int]) -> None:
             await state.set_many({key_of(number): VALUE for number in range(count)})
             await _few(state)
             await state.flush()
-            await state._core.running.checkpoint_ended()
+            await flusher_of(state).checkpoint_ended()
             gc.collect()
             gc.freeze()
             for row in ROWS:

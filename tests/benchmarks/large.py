@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import orjson
-from measure import KEYS, VALUE, Results, compare, process, stall, stopped, timed
+from measure import KEYS, VALUE, Results, compare, flusher_of, process, stall, stopped, timed
 
 from lab_state import Config, FileStorage, Manager
 
@@ -61,7 +61,7 @@ async def large(results: Results, directory: str, count: int) -> None:
         for _ in range(5):
             await other.set("key-0000007", VALUE)
             await other.flush()
-            gaps.append(await stall(other._core.running._checkpoint(wait=True)))
+            gaps.append(await stall(flusher_of(other)._checkpoint(wait=True)))
         gap = statistics.median(gaps)
         results.add(
             f"loop stall during a checkpoint of {count:,} keys", f"{gap * 1e3:.1f} ms", "<= 10 ms", met=gap <= 0.010

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from lab_state import Manager
+from lab_state._flusher import Flusher
 
 VALUE = {"id": 12345, "name": "some user's name", "tags": ["a", "b", "c"], "active": True, "score": 12.5, "note": "ok."}
 # SQLite does not write what is there already, so no key gets the value again that it has: 4093 is prime.
@@ -44,6 +45,13 @@ Numbers = dict[str, Any]
 Call = Callable[[str], Awaitable[object]]
 
 encode = msgspec.json.Encoder().encode
+
+
+def flusher_of(manager: Manager) -> Flusher:
+    """Return the flusher of a manager that runs."""
+    flusher = manager._flusher
+    assert flusher is not None
+    return flusher
 
 
 def key_of(number: int) -> str:

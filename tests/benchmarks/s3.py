@@ -14,7 +14,7 @@ from typing import Any
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
-from measure import VALUE, Results, compare, resident, stall
+from measure import VALUE, Results, compare, flusher_of, resident, stall
 from s3_world import Bucket, endpoint
 
 from lab_state import Config, Manager, S3Storage
@@ -31,7 +31,7 @@ async def main(count: int) -> None:
         for first in range(0, count, SET_AT_ONCE):
             await state.set_many({f"key-{number:07}": VALUE for number in range(first, first + SET_AT_ONCE)})
         await state.flush()
-        flusher = state._core.running
+        flusher = flusher_of(state)
         await flusher.checkpoint_ended()
         gc.collect()
         gc.freeze()
@@ -42,7 +42,7 @@ async def main(count: int) -> None:
 
 async def commits(results: Results, state: Manager, bucket: Bucket) -> None:
     """Measure one durable change, against one PUT of as many bytes by a client with the same settings."""
-    client: Any = state._core.running._session._store._connected  # type: ignore[attr-defined]
+    client: Any = flusher_of(state)._session._store._connected  # type: ignore[attr-defined]
     sent: list[int] = []
 
     def count_bytes(request: Any, **_: object) -> None:
@@ -67,7 +67,7 @@ async def commits(results: Results, state: Manager, bucket: Bucket) -> None:
         async def ours() -> None:
             await state.set("key-0000007", next(numbers))
             await state.flush()
-            await state._core.running.checkpoint_ended()  # one in 64, and no part of a commit
+            await flusher_of(state).checkpoint_ended()  # one in 64, and no part of a commit
 
         async def theirs() -> None:
             await bare.put_object(Bucket=bucket.name, Key=f"bare/{next(numbers):09}", Body=record, IfNoneMatch="*")
@@ -85,7 +85,7 @@ async def commits(results: Results, state: Manager, bucket: Bucket) -> None:
 
 async def checkpoints(results: Results, state: Manager, count: int) -> None:
     """Measure the loop's longest stall while a snapshot is made and uploaded, and the memory that it takes."""
-    flusher = state._core.running
+    flusher = flusher_of(state)
     gaps, above = [], []
     for number in range(7):
         await state.set("key-0000007", number)

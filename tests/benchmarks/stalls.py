@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import msgspec
-from measure import Results
+from measure import Results, flusher_of
 from msgspec import Raw
 
 from lab_state import Config, FileStorage, InvalidValueError, Manager, MemoryCache, MemoryStorage
@@ -132,7 +132,7 @@ async def _large_value(directory: str, large: int, steps: Steps, tell: Callable[
         steps.take()
         await state.flush()
         tell("the flush of a large value")
-        running = state._core.running
+        running = flusher_of(state)
         await running.checkpoint_ended()
         await state.set("small", 1)
         steps.take()
@@ -147,18 +147,18 @@ async def _unclean_start(directory: str, count: int, steps: Steps, tell: Callabl
     await state.start()
     await state.set_many({f"k{number}": number for number in range(count)})
     await state.flush()
-    await state._core.running.checkpoint_ended()
+    await flusher_of(state).checkpoint_ended()
     await state.set("k1", 2)
     await state.flush()
     for cache in (None, MemoryCache()):
-        session = state._core.running.abort()
+        session = flusher_of(state).abort()
         await asyncio.sleep(0.1)
         await session.aclose()
         state = Manager(config, FileStorage(directory), cache)
         await state.start()
         await asyncio.sleep(0)
         steps.take()
-        await state._core.running.settled(state.revision)
+        await flusher_of(state).settled(state.revision)
         while (mirror := state.status().mirror) is not None and not mirror.up:  # noqa: ASYNC110 -- it sets no event
             await asyncio.sleep(0.01)
         tell(f"behind an unclean start, {'with' if cache else 'without'} a cache")

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab_state._expiry import Expiring
-from lab_state._state import DELETED, Changes
+from lab_state._entries import DELETED, Changes, Expiring
 from lab_state.cache import _backlog
 from lab_state.cache._backlog import Backlog
 

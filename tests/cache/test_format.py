@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lab_state._expiry import Expiring, Json
-from lab_state._state import DELETED, Changed
+from lab_state._entries import DELETED, Changed, Expiring, Json
 from lab_state.cache._format import slices
 
 

@@ -13,8 +13,7 @@ from redis.asyncio.connection import AbstractConnection
 
 import lab_state.cache.memory
 from lab_state import Config, Manager, MemoryCache, MemoryStorage, RedisCache
-from lab_state._expiry import Expiring, Json
-from lab_state._state import Changed
+from lab_state._entries import Changed, Expiring, Json
 from lab_state.cache import Seen, Slice, Step
 from lab_state.cache._connection import _pieces, hset, sent_bytes
 from lab_state.cache._format import parse_message, slices

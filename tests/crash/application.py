@@ -241,7 +241,9 @@ class Application:
         before = self._state.status().flush_failures
         for _ in range(10):
             await asyncio.sleep(0)
-        await self._state._core.running.checkpoint_ended()
+        flusher = self._state._flusher
+        assert flusher is not None
+        await flusher.checkpoint_ended()
         status = self._state.status()
         if status.flush_failures > before:
             say("checkpoint failed", last_error=status.last_error)

@@ -15,8 +15,9 @@ from recorder import Faults
 from workloads import Workload
 
 from lab_state import StorageError, _codec, _journal
+from lab_state._entries import Changes
 from lab_state._journal import ANY_BASE, Accepted, Kind, Scan
-from lab_state._state import Changes, State
+from lab_state._state import State
 from lab_state.storage import _directory, _file_start, _fs, _lookup
 from lab_state.storage._file_writer import Need, NewJournal, Paths, Writer
 from lab_state.storage._leftovers import Leftovers

@@ -141,7 +141,9 @@ class Failing:
 
 async def killed(manager: Manager) -> None:
     """End a manager as SIGKILL would, and go on in this process."""
-    session: Any = manager._core.running.abort()
+    flusher = manager._flusher
+    assert flusher is not None
+    session: Any = flusher.abort()
     await asyncio.sleep(0)
     await session._commits.run(session._writer.close)
 

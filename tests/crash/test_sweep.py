@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from running import flusher_of
 
 from lab_state import (
     Config,
@@ -150,7 +151,7 @@ async def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     await author.write()
     await author.write()
     monkeypatch.setattr(NewJournal, "add", no_room)
-    await author.state._core.running._checkpoint(wait=False)
+    await flusher_of(author.state)._checkpoint(wait=False)
     assert author.state.status().flush_failures == 1
     await author.write()
     await author.write()

@@ -17,7 +17,8 @@ from disk import Ack, Try, Withdraw
 from recorder import DIRECTORY, NAME, Gate, Recorder
 
 from lab_state import Config, FileStorage, Manager, StorageError
-from lab_state._expiry import Expiring
+from lab_state._entries import Expiring
+from lab_state._flusher import Flusher
 from lab_state._state import State
 from lab_state._types import decode_value
 from lab_state.storage import _fs
@@ -222,7 +223,7 @@ class World:
 
     def close_its_descriptor(self) -> int:
         """What an application does that closes a descriptor twice and opens a file; return its descriptor."""
-        session = self.state._core.running._session
+        session = flusher_of(self.state)._session
         assert isinstance(session, FileSession)
         system = vars(_fs)["os"]
         number: int = session._writer._fd
@@ -234,7 +235,7 @@ class World:
     async def stop(self) -> None:
         """A clean end."""
         self._check_alive()
-        flusher = self.state._core.running
+        flusher = flusher_of(self.state)
         session = flusher._session
         if self._recorder is not None:  # a dead process does not try again until its time is over
             loop = asyncio.get_running_loop()
@@ -378,14 +379,14 @@ class World:
 
     async def checkpoint(self) -> None:
         """One of its own, behind one that is under way: the flusher has one at a time."""
-        flusher = self.state._core.running
+        flusher = flusher_of(self.state)
         await flusher.checkpoint_ended()
         flusher._start_checkpoint()
         await self.checkpoints_ended()
 
     async def checkpoints_ended(self) -> None:
         """Those that the flusher began by itself."""
-        await self.state._core.running.checkpoint_ended()
+        await flusher_of(self.state).checkpoint_ended()
         self._check_alive()
 
     @asynccontextmanager
@@ -413,9 +414,16 @@ class World:
         await task
 
 
+def flusher_of(manager: Manager) -> Flusher:
+    """Return the flusher of a manager that runs."""
+    flusher = manager._flusher
+    assert flusher is not None
+    return flusher
+
+
 async def abort(manager: Manager) -> None:
     """What a crash leaves of a manager: nothing more is written; the threads and the lock are gone."""
-    flusher = manager._core.running
+    flusher = flusher_of(manager)
     session = flusher.abort()
     await asyncio.wait([task for task in (flusher._task, flusher._checkpointing) if task is not None])
     await session.aclose()

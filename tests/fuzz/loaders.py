@@ -29,9 +29,9 @@ from lab_state import (
 from lab_state import _journal as journal
 from lab_state._codec import Snapshot as Loaded
 from lab_state._codec import decode_snapshot, encode_record, encode_snapshot, replay
-from lab_state._expiry import Expiring
+from lab_state._entries import Changes, Expiring
 from lab_state._journal import ANY_BASE, NO_BASE, Kind
-from lab_state._state import Changes, State
+from lab_state._state import State
 from lab_state._types import decode_value
 from lab_state.cache._format import Head, Message, parse_head, parse_message, seen_in
 from lab_state.cache._local_copy import LocalCopy

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from lab_state import Config, Manager, Storage
+from lab_state._flusher import Flusher
 from lab_state.testing import ManualClock
 
 
@@ -17,6 +18,13 @@ async def running(
     config = Config(name="test", flush_interval=flush_interval, stop_timeout=stop_timeout)
     async with Manager(config, storage, clock=clock) as manager:
         yield manager
+
+
+def flusher_of(manager: Manager) -> Flusher:
+    """Return the flusher of a manager that runs."""
+    flusher = manager._flusher
+    assert flusher is not None
+    return flusher
 
 
 async def idle() -> None:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lab_state._codec import check_key
+from lab_state._arguments import check_key
 from lab_state.integrations._escaping import LONGEST, escape, is_hash, part, unescape
 
 texts = st.text(st.characters(exclude_categories=()), max_size=300)

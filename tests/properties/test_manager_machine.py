@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from running import flusher_of
 
 from lab_state import (
     Config,
@@ -149,7 +150,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.history[self.revision] = self.model.twin()
 
     async def _crash(self) -> StorageSession:
-        flusher = self.state._core.running
+        flusher = flusher_of(self.state)
         session = flusher.abort()
         await asyncio.wait([task for task in (flusher._task, flusher._checkpointing) if task is not None])
         return session._inner  # type: ignore[attr-defined,no-any-return]  # what `FaultyStorage` wraps

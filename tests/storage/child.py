@@ -102,7 +102,9 @@ def forked(directory: str) -> None:
         runner.run(state.start())
         runner.run(state.set("parent", 1))
         runner.run(state.flush())
-        session = state._core.running._session
+        flusher = state._flusher
+        assert flusher is not None
+        session = flusher._session
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:

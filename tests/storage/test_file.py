@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import flusher_of
 
 from lab_state import (
     Config,
@@ -235,7 +236,7 @@ def manager(directory: Path, name: str = "lab", **settings: Any) -> Manager:
 
 def flusher(state: Manager) -> Flusher:
     """What awaits the storage; of a running manager."""
-    return state._core.running
+    return flusher_of(state)
 
 
 def start_child(command: str, directory: Path) -> subprocess.Popen[str]:
@@ -1285,7 +1286,7 @@ async def test_a_snapshot_that_disappears_is_written_anew(
         await state.set("b", 2)
         await state.flush()
     if moment == "after a checkpoint":
-        await state._core.running._checkpoint(wait=False)
+        await flusher_of(state)._checkpoint(wait=False)
     path = tmp_path / "lab.json"
     path.unlink()
     if replaced is not None:

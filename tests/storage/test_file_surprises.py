@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import flusher_of
 
 from lab_state import (
     Config,
@@ -42,7 +43,7 @@ def manager(directory: Path, name: str = "lab", **settings: Any) -> Manager:
 
 
 def session(state: Manager) -> FileSession:
-    found = state._core.running._session
+    found = flusher_of(state)._session
     assert isinstance(found, FileSession)
     return found
 
@@ -577,7 +578,7 @@ async def test_a_journal_whose_time_alone_changes(tmp_path: Path, caplog: pytest
                 await state.set("a", number)
             assert reads == [str(path)]
             assert path.stat().st_ino == inode
-            await state._core.running._checkpoint(wait=False)
+            await flusher_of(state)._checkpoint(wait=False)
             os.utime(path, ns=(0, 0))
             await state.set("a", 6)
             assert reads == [str(path)] * 2  # another journal, which is read once, too

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import flusher_of
 
 from lab_state import (
     Config,
@@ -157,7 +158,7 @@ async def some(directory: Path, *, stop: bool = True) -> Manager:
 
 async def killed(manager: Manager) -> None:
     """End a manager as SIGKILL would."""
-    session: Any = manager._core.running.abort()
+    session: Any = flusher_of(manager).abort()
     await asyncio.sleep(0)
     await session._commits.run(session._writer.close)
 

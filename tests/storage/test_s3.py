@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from forked import error_of, in_child
+from running import flusher_of
 from s3_proxy import Hang, Proxy, Response, answers, lost
 from s3_world import VIEW, Bucket, endpoint, given
 
@@ -491,7 +492,7 @@ def test_a_session_whose_loop_was_closed(bucket: Bucket) -> None:
         await manager.set("a", 1)
         await manager.flush()
         await manager.set("b", 2)
-        running = manager._core.running._session
+        running = flusher_of(manager)._session
         await running._store._connected.close()  # type: ignore[attr-defined]
 
     async def look() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 import pytest
+from running import flusher_of
 from s3_proxy import (
     Action,
     Before,
@@ -561,7 +562,7 @@ async def test_without_the_permission_to_delete(
     proxy.plan("POST", "?delete", denied, times=FOREVER)
     async with Manager(Config(name=NAME, flush_interval=None), bucket.storage(proxy.url)) as state:
         assert "s3:DeleteObject" in (state.status().storage_warning or "") or "NotImplemented" in caplog.text
-        session = state._core.running._session
+        session = flusher_of(state)._session
         seen = len(proxy.seen)
         for number in range(3):
             await state.set("a", number)

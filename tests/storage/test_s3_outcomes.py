@@ -8,7 +8,7 @@ import pytest
 
 from lab_state import CorruptionError
 from lab_state._codec import decode_snapshot, encode_snapshot
-from lab_state._expiry import Json
+from lab_state._entries import Json
 from lab_state.storage.s3._format import (
     Names,
     Stamp,

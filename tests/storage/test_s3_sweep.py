@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from running import flusher_of
 from s3_world import Bucket
 
 from lab_state import Config, CorruptionError, Manager
@@ -119,11 +120,11 @@ async def written() -> Case:
             await write(state)
     for changes in (3, 2):
         await (state := manager()).start()
-        session = state._core.running._session
+        session = flusher_of(state)._session
         for _ in range(changes):
             await write(state)
             records[session._seq] = state.revision  # type: ignore[attr-defined]
-        await state._core.running.abort().aclose()
+        await flusher_of(state).abort().aclose()
     names = Names.of(bucket.name, "state/modules", NAME)
     return Case(names, {key: Object(*bucket.get(key)) for key in bucket.keys("")}, history, records)
 
@@ -158,7 +159,7 @@ async def started(world: World) -> Outcome:
         return REFUSED, None
     else:
         found = state.revision, await state.get_all()
-        await state._core.running.abort().aclose()
+        await flusher_of(state).abort().aclose()
         return found
     finally:
         for key, there in world.items():

@@ -16,8 +16,8 @@ import zlib
 from typing import NamedTuple
 
 from lab_state import _journal as journal
+from lab_state._buffers import join_in_thread
 from lab_state._journal import Kind
-from lab_state._whole import whole
 from lab_state.exceptions import CorruptionError
 
 SEQ = "labstateseq"
@@ -78,7 +78,7 @@ class Names(NamedTuple):
 
 def frame(name: str, number: int, record: bytes) -> bytes:
     """The body of a record object. Its checksum covers the state's name and the number too."""
-    return whole(journal.frame_parts(_salt(name, number), Kind.RECORD, record))
+    return join_in_thread(journal.frame_parts(_salt(name, number), Kind.RECORD, record))
 
 
 def unframe(name: str, number: int, body: bytes, path: str) -> bytes:

@@ -18,7 +18,7 @@ _ROOM = 40 * 1024 * 1024
 """glibc gives blocks of more than 32 MiB pages of their own, whatever it was asked for before."""
 
 
-class Whole:
+class ByteBuffer:
     """Bytes that grow part by part. To add a part costs what the part has, and never what is there."""
 
     __slots__ = ("_buffer", "_is_roomy")
@@ -49,9 +49,9 @@ class Whole:
         return self._buffer.getvalue()
 
 
-def whole(parts: Iterable[bytes]) -> bytes:
+def join_in_thread(parts: Iterable[bytes]) -> bytes:
     """All of it, for a thread: the others get their turn between two megabytes."""
-    together = Whole()
+    together = ByteBuffer()
     for part in parts:
         with memoryview(part) as view:
             for start in range(0, len(part), _COPIED_AT_ONCE):
@@ -59,9 +59,9 @@ def whole(parts: Iterable[bytes]) -> bytes:
     return together.taken()
 
 
-async def joined(parts: Iterable[bytes]) -> bytes:
+async def join_in_steps(parts: Iterable[bytes]) -> bytes:
     """All of it; the loop runs between two parts that took any time to make, and at an empty one."""
-    together = Whole()
+    together = ByteBuffer()
     for part in parts:
         together.add(part)
         if not part or len(part) > _QUICK_BYTES:
@@ -69,9 +69,9 @@ async def joined(parts: Iterable[bytes]) -> bytes:
     return together.taken()
 
 
-async def collected(parts: AsyncIterable[bytes]) -> bytes:
+async def collect(parts: AsyncIterable[bytes]) -> bytes:
     """All of it; whoever gives the parts lets the loop run."""
-    together = Whole()
+    together = ByteBuffer()
     async for part in parts:
         together.add(part)
     return together.taken()

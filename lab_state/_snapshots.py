@@ -7,12 +7,13 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 from lab_state._codec import encode_snapshot
-from lab_state._state import State, Stored
+from lab_state._entries import Stored
+from lab_state._state import State
 
 _FOLDED_AT_ONCE = 1000
 
 
-class Views:
+class SnapshotViews:
     """The views that one storage call takes of a state."""
 
     def __init__(

@@ -1,0 +1,104 @@
+"""What a caller may pass: keys, times, defaults, functions. Pure."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+from lab_state.exceptions import InvalidKeyError, InvalidValueError
+
+RESERVED = "$lab_state"
+MAX_KEY_LENGTH = 1024
+
+Seconds: TypeAlias = float | timedelta
+
+LONGEST_TTL = 10_000_000_000
+"""Seconds, about 317 years: with it, a time in milliseconds is still exact in every JSON reader."""
+
+
+def check_key(key: object) -> str:
+    """The key as a plain `str`, if it is within bounds.
+
+    Raises:
+        InvalidKeyError: It is not.
+    """
+    if not isinstance(key, str):
+        raise InvalidKeyError(f"a key must be a str, not {type(key).__name__}")
+    if not 0 < len(key) <= MAX_KEY_LENGTH:
+        raise InvalidKeyError(f"a key must have 1 to {MAX_KEY_LENGTH} characters, this one has {len(key)}")
+    if "\0" in key:
+        raise InvalidKeyError(f"the key {key!r} has a NUL character; leave it out")
+    if key == RESERVED:
+        raise InvalidKeyError(f"the key {RESERVED!r} is reserved for lab_state's own member of the file")
+    if not key.isascii():
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            raise InvalidKeyError(f"the key {key!r} has a lone surrogate, which UTF-8 cannot hold") from None
+    return str.__str__(key)
+
+
+def milliseconds(ttl: Seconds) -> int:
+    """A time to live in whole milliseconds, rounded up.
+
+    Raises:
+        InvalidValueError: It is not a time, or out of bounds.
+    """
+    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise InvalidValueError(f"ttl must be a number of seconds or a timedelta, not {type(ttl).__name__}")
+    if not 0 < seconds <= LONGEST_TTL:
+        raise InvalidValueError(
+            f"ttl must be above 0 and at most {LONGEST_TTL} seconds; to delete a key use delete(), "
+            "to keep it for good leave ttl out"
+        )
+    return math.ceil(seconds * 1000)
+
+
+def check_default(default: object) -> None:
+    """Refuse a class: `get(key, User)` would give plain JSON, or `User` itself.
+
+    Raises:
+        TypeError: It is one.
+    """
+    if isinstance(default, type):
+        raise TypeError(f"the default is a class; to have the value decoded as one, write type={default.__name__}")
+
+
+def as_text(key: Any) -> Any:
+    """Return a key as plain text. The key may be of a class of its own; `Markup` would change the prefix."""
+    return str.__str__(key) if isinstance(key, str) else key
+
+
+def many_keys(keys: Iterable[str]) -> Iterable[str]:
+    """The keys; one `str` is a mistake."""
+    if isinstance(keys, str):
+        raise InvalidKeyError("many keys were expected, not one str; pass a list")
+    return keys
+
+
+def check_callable(call: str, fn: object) -> None:
+    """Refuse a value where a function belongs."""
+    if not callable(fn):
+        raise InvalidValueError(
+            f"{call}() needs a function, not {type(fn).__name__}; to store a value as it is use set() or set_if_absent()"
+        )
+
+
+def name_of(fn: object) -> str:
+    """How a message names a function."""
+    return getattr(fn, "__qualname__", None) or repr(type(fn).__qualname__)
+
+
+def plain_result(call: str, fn: object, result: object) -> object:
+    """What a function returned, unless that is to be awaited."""
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()
+        raise InvalidValueError(
+            f"{name_of(fn)} given to {call}() must be a plain function, not async: an await inside is not atomic"
+        )
+    return result
