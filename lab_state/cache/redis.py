@@ -53,13 +53,15 @@ class RedisCache:
                 writer's connections go by it, and the readers' if they have none.
 
         Raises:
-            ImportError: redis-py is missing: `pip install 'lab-state[redis]'`.
+            ImportError: The extra is missing: `pip install 'lab-state[redis]'`.
             ValueError: The URL is none of Redis.
         """
         try:
             from lab_state.cache._connection import Dialer  # noqa: PLC0415 -- an extra
         except ImportError as error:
-            raise ImportError("RedisCache needs redis-py: pip install 'lab-state[redis]'") from error
+            raise ImportError(
+                "RedisCache needs the extra redis: pip install 'lab-state[redis]'", name="redis"
+            ) from error
         self._dialer = Dialer(url)
         self._prefix = prefix
         self._clock: Clock = SystemClock() if clock is None else clock

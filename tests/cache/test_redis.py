@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import subprocess
 import sys
 from typing import Any
 
@@ -120,12 +121,16 @@ def test_signs_in_a_url() -> None:
     assert repr(RedisCache("unix:///a/b@c.sock?db=1")) == "<RedisCache unix:/a/b@c.sock>"
 
 
-def test_without_redis_py(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the extra, the error says which one."""
-    monkeypatch.delitem(sys.modules, "lab_state.cache._connection")
-    monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(ImportError, match=r"lab-state\[redis\]"):
-        RedisCache("redis://host")
+def test_without_redis_py() -> None:
+    """Where redis-py is missing, the constructor raises an ImportError that names the extra and the command."""
+    code = (
+        "import sys; sys.modules['redis'] = None\n"
+        "from lab_state import RedisCache\n"
+        "try: RedisCache('redis://host')\n"
+        "except ImportError as error: print(error.name, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "redis RedisCache needs the extra redis: pip install 'lab-state[redis]'"
 
 
 async def test_a_fill_is_forgotten_if_it_is_never_finished(redis_server: Any) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -110,15 +112,44 @@ def test_nothing_is_imported_before_it_is_opened() -> None:
     assert run(code) == "[]"
 
 
-def test_without_the_extra() -> None:
-    """Where aiobotocore is missing, opening says what to install."""
+MISSING = {
+    "marked": "import sys; sys.modules['aiobotocore'] = None\n",
+    "not found": "import sys; sys.path[:] = [p for p in sys.path if not p.endswith('site-packages')] + [NEEDED]\n",
+    "refused": """
+import sys
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name == "aiobotocore":
+            raise ImportError("no")
+
+sys.meta_path.insert(0, Refused())
+""",
+}
+
+
+@pytest.mark.parametrize("how", MISSING)
+def test_without_the_extra(how: str, tmp_path: Path) -> None:
+    """Where aiobotocore is missing, the constructor raises an ImportError that names the extra and the command."""
+    for name in ("lab_state", "msgspec", "aiofiles"):
+        (tmp_path / name).symlink_to(Path(str(importlib.import_module(name).__file__)).parent)
+    code = MISSING[how].replace("NEEDED", repr(str(tmp_path))) + (
+        "from lab_state import S3Storage\n"
+        "try: S3Storage('bucket')\n"
+        "except ImportError as error: print(error.name, error)"
+    )
+    assert run(code) == "aiobotocore S3Storage needs the extra s3: pip install 'lab-state[s3]'"
+
+
+def test_an_extra_that_is_broken() -> None:
+    """Where aiobotocore is there and cannot be imported, `start()` says what to install anew."""
     code = (
-        "import sys, asyncio; sys.modules['aiobotocore'] = None\n"
+        "import sys, asyncio; sys.modules['aiohttp'] = None\n"
         "from lab_state import Manager, S3Storage, UnsupportedError\n"
         "try: asyncio.run(Manager('a', S3Storage('bucket')).start())\n"
         "except UnsupportedError as error: print(error)"
     )
-    assert "pip install 'lab-state[s3]'" in run(code)
+    assert "install it anew with pip install 'lab-state[s3]'" in run(code)
 
 
 # Credentials and settings
@@ -211,14 +242,18 @@ async def test_no_bucket() -> None:
         await storage.open(NAME)
 
 
-async def test_no_network(bucket: Bucket) -> None:
-    """Where nobody answers, opening gives up after half a minute, and leaves nothing open."""
+async def test_no_network(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
+    """Where no server answers, opening warns every 10 s, gives up after half a minute, and leaves nothing open."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         storage = bucket.storage(f"http://127.0.0.1:{taken.getsockname()[1]}")
         for _ in range(2):
+            caplog.clear()
             with pytest.raises(UnavailableError, match="EndpointConnectionError"):
                 await storage.open(NAME)
+            told = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "lab_state"]
+            assert [level for level, _ in told] == ["WARNING"] * 3
+            assert re.search(r"waits for S3: .* failed 2 times, last with EndpointConnectionError", told[0][1])
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,21 @@ async def test_an_unknown_outcome_is_settled_first(bucket: Bucket, proxy: Proxy,
     assert set(bucket.keys(JOURNAL)) == {f"{JOURNAL}{number:020d}" for number in range(1, 5)}
 
 
-async def test_pauses_grow_and_end(bucket: Bucket, proxy: Proxy) -> None:
-    """Attempts are repeated after random pauses of at most 2 s, for half a minute."""
+async def test_an_opening_warns_from_the_second_failure_on(
+    bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One failed request of an opening is not logged; two failures of one request are one WARNING."""
+    storage = bucket.storage(proxy.url)
+    for failures in (1, 2):
+        proxy.plan("HEAD", ".json", answers(503, "SlowDown"), times=failures)
+        await (await storage.open(NAME)).aclose()
+        told = [record.getMessage() for record in caplog.records if "waits for S3" in record.getMessage()]
+        assert len(told) == failures - 1
+    assert "failed 2 times, last with 503" in told[0]
+
+
+async def test_pauses_grow_and_end(bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    """Attempts are repeated after random pauses of at most 2 s, for half a minute. Only an opening logs them."""
     storage = bucket.storage(proxy.url)
     session = await storage.open(NAME)
     proxy.plan("PUT", JOURNAL, answers(503, "SlowDown"), times=FOREVER)
@@ -150,6 +163,7 @@ async def test_pauses_grow_and_end(bucket: Bucket, proxy: Proxy) -> None:
     assert max(slept) <= 2
     assert slept[0] <= 0.1
     assert caught.value.__cause__ is caught.value.__context__ is None  # it could hold a credential
+    assert "waits for S3" not in caplog.text
     await session.aclose()
 
 

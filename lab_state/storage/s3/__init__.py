@@ -7,7 +7,7 @@ The steps are in `_open.py` and `_session.py`, the names and bytes in
 from __future__ import annotations
 
 import asyncio
-import importlib
+import importlib.util
 import os
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,7 +70,7 @@ class S3Storage:
         session: Any = None,
         config: Any = None,
     ) -> None:
-        """Nothing is imported and nobody is asked before a manager starts.
+        """Check and keep the settings. The first import and the first request come with `start()`.
 
         Args:
             bucket: The bucket; it must exist.
@@ -86,8 +86,10 @@ class S3Storage:
                 Retries are always this library's own.
 
         Raises:
+            ImportError: The extra is missing: `pip install 'lab-state[s3]'`.
             ValueError: An argument is out of bounds.
         """
+        _check_extra()
         self._bucket = _checked_bucket(bucket)
         self._prefix = _checked_prefix(prefix)
         self._endpoint_url = None if endpoint_url is None else _checked_endpoint(endpoint_url)
@@ -111,7 +113,7 @@ class S3Storage:
             LockedError: This process has it open.
             CorruptionError: What is stored is damaged; it was left untouched.
             UnavailableError: The store did not answer for half a minute.
-            UnsupportedError: The extra is not installed, the store ignores conditions, the
+            UnsupportedError: The extra cannot be imported, the store ignores conditions, the
                 bucket is missing, or a permission is; the message says which.
         """
         # In a task of its own: however often the caller is cancelled, what was begun is undone to its end.
@@ -133,7 +135,7 @@ class S3Storage:
             CorruptionError: What is stored is damaged, or a record is missing.
             UnavailableError: The store did not answer for half a minute, or the state was
                 replaced faster than it could be read.
-            UnsupportedError: There is no state of this name; or the extra is not installed,
+            UnsupportedError: There is no state of this name; or the extra cannot be imported,
                 the bucket is missing, or a permission is; the message says which.
         """
         # As in `open`.
@@ -184,7 +186,9 @@ class S3Storage:
         from lab_state.storage.s3._session import S3Session  # noqa: PLC0415
 
         try:
-            return S3Session(store, names, await open_state(store, names), let_go)
+            found = await open_state(store, names)
+            store.is_opening = False
+            return S3Session(store, names, found, let_go)
         except BaseException:
             await store.aclose()
             raise
@@ -213,12 +217,28 @@ async def _let_go(opening: asyncio.Task[S3Session]) -> None:
         await opening.result().aclose()
 
 
+def _check_extra() -> None:
+    """Look for aiobotocore without importing it, since the import takes 0.3 s.
+
+    Raises:
+        ImportError: It is missing.
+    """
+    try:
+        is_missing = importlib.util.find_spec("aiobotocore") is None
+    except ImportError:
+        is_missing = True
+    if is_missing:
+        raise ImportError("S3Storage needs the extra s3: pip install 'lab-state[s3]'", name="aiobotocore")
+
+
 def _import() -> None:
-    """In a thread, and not before it is needed: it takes 0.3 s."""
+    """Import the client. Runs in a thread, and not before it is needed: it takes 0.3 s."""
     try:
         importlib.import_module("lab_state.storage.s3._client")
     except ImportError as error:
-        raise UnsupportedError(f"S3Storage needs the extra s3: pip install 'lab-state[s3]' ({error})") from error
+        raise UnsupportedError(
+            f"the extra s3 cannot be imported: install it anew with pip install 'lab-state[s3]' ({error})"
+        ) from error
 
 
 def _checked_bucket(bucket: str) -> str:

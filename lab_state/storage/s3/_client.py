@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from lab_state._log import Log
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 from lab_state.storage.s3._body import Body, Upload
 from lab_state.storage.s3._connect import STANDSTILL, Client
@@ -31,6 +34,8 @@ from lab_state.storage.s3._time import Limit, Time
 
 R = TypeVar("R")
 
+_logger = Log(logging.getLogger("lab_state"))
+
 DEADLINE = 30.0
 """For how many seconds a request is repeated, and a second more for each `SLOWEST` bytes."""
 
@@ -38,6 +43,7 @@ SLOWEST = 256 * 1024
 
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
+_TOLD_EVERY = 10.0
 _CHUNK = 1024 * 1024
 _LISTED_AT_ONCE = 100  # the answer is parsed on the event loop, at some 0.06 ms for each object
 _MOST_DELETED_AT_ONCE = 1000
@@ -47,12 +53,14 @@ _REPLACED = '"replaced"'
 class Tries:
     """How often, and for how long, one request is repeated."""
 
-    def __init__(self, time: Time, what: str, seconds: float) -> None:
+    def __init__(self, time: Time, what: str, seconds: float, *, is_told: bool) -> None:
+        """Begin. With `is_told`, the log says from the second failure on that the caller still waits."""
         self._time = time
         self._what = what
         self._seconds = seconds
         self._end = time.clock.monotonic() + seconds
         self._failed = 0
+        self._tell_at = -math.inf if is_told else math.inf
 
     async def pause(self, why: Failure | str) -> None:
         """After an attempt that failed: wait, or give up.
@@ -65,6 +73,15 @@ class Tries:
         if left <= 0:
             raise UnavailableError(
                 f"{self._what} failed {self._failed} times in {self._seconds:.0f} s, last with {why}"
+            )
+        if self._failed > 1 and (now := self._time.clock.monotonic()) >= self._tell_at:
+            self._tell_at = now + _TOLD_EVERY
+            _logger.warning(
+                "a start or a read waits for S3: %s failed %d times, last with %s; it is repeated for %.0f s more at most",
+                self._what,
+                self._failed,
+                why,
+                left,
             )
         longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failed - 1, 30))
         await self._time.sleep(min(left, self._time.jitter(longest)))
@@ -83,12 +100,14 @@ class Requests:
     Attributes:
         thread: Where what would hold up the event loop is done.
         sent: How many bytes of bodies were sent; what is sent again does not count.
+        is_opening: Whether the state is being opened or read: a request that fails twice is logged then.
     """
 
     def __init__(self, bucket: str, connecting: Callable[[], Awaitable[Client]], thread: Threads, time: Time) -> None:
         self.thread: Threads = thread
         self.time: Time = time
         self.sent: int = 0
+        self.is_opening: bool = True
         self._bucket = bucket
         self._connecting = connecting
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,7 +127,8 @@ class Requests:
 
     def tries(self, doing: str, key: str, size: int = 0) -> Tries:
         """For a request with so many bytes."""
-        return Tries(self.time, f"{doing} s3://{self._bucket}/{key}", DEADLINE + size / SLOWEST)
+        what = f"{doing} s3://{self._bucket}/{key}"
+        return Tries(self.time, what, DEADLINE + size / SLOWEST, is_told=self.is_opening)
 
     # Reading
 
