@@ -150,7 +150,7 @@ def test_every_call_is_lifted() -> None:
 
 
 async def outcome(call: Callable[[], Any]) -> tuple[object, ...]:
-    """What a call gave, or how it failed."""
+    """Return what a call gave, or how it failed."""
     try:
         result = call()
         return (await result if inspect.isawaitable(result) else result,)
@@ -175,7 +175,7 @@ async def test_each_call_is_that_of_the_manager(name: str, clock: ManualClock) -
 
 @pytest.mark.parametrize("where", THREADS)
 async def test_from_every_kind_of_thread(state: Manager, where: str) -> None:
-    """Whoever started the thread: what it writes is there for all, and its errors are its own."""
+    """From each kind of thread, a write is visible to all, and an error goes to the thread that caused it."""
     run, calls = THREADS[where], state.blocking
     assert await run(lambda: calls.incr("n")) == 6
     assert await state.get("n") == 6
@@ -343,13 +343,13 @@ async def test_threads_that_never_pause_end_with_the_manager(memory: MemoryStora
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads look often whether the loop still runs."""
+    """Let threads check often whether the loop still runs."""
     monkeypatch.setattr("lab_state.blocking._LOOK_AGAIN", 0.001)
 
 
 @pytest.fixture
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """A loop that the test ends as it likes."""
+    """Yield a loop that the test itself ends."""
     loop = asyncio.new_event_loop()
     yield loop
     if not loop.is_closed():
@@ -360,7 +360,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def started(loop: asyncio.AbstractEventLoop, storage: FaultyStorage, clock: ManualClock) -> Manager:
-    """A manager on that loop whose next commit hangs."""
+    """Return a manager on that loop whose next commit hangs."""
     state = Manager(Config(name="test", flush_interval=0), storage, clock=clock)
     loop.run_until_complete(state.start())
     storage.hang("commit")
@@ -399,7 +399,7 @@ class TestLoopEnded:
         storage: FaultyStorage,
         clock: ManualClock,
     ) -> None:
-        """Closed over the call, which nobody cancelled: the thread finds out by itself."""
+        """The loop is closed while the call runs, without a cancellation: the thread notices by itself."""
         state = started(loop, storage, clock)
         call = thread(lambda: _when_running(loop, lambda: state.blocking.set("a", 1)))
         loop.run_until_complete(committing(storage))
@@ -416,7 +416,7 @@ class TestLoopEnded:
         clock: ManualClock,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """A loop that does not run answers nobody, nor is it asked; when it runs again, the manager goes on."""
+        """A loop that does not run gives no answer, and is not asked; when it runs again, the manager goes on."""
         state = started(loop, storage, clock)
         call = thread(lambda: _when_running(loop, lambda: state.blocking.set("a", 1)))
         loop.run_until_complete(committing(storage))
@@ -519,7 +519,7 @@ async def test_a_thread_that_is_interrupted_leaves_its_call_to_go_on(
 
 @contextmanager
 def full_executor() -> Iterator[None]:
-    """The loop's default executor has no thread left."""
+    """Fill the loop's default executor, so that it has no thread left."""
     loop, release = asyncio.get_running_loop(), threading.Event()
     loop.set_default_executor(ThreadPoolExecutor(1))
     loop.run_in_executor(None, release.wait)
@@ -554,7 +554,7 @@ async def test_a_full_executor_holds_nothing_up(tmp_path: Path, where: str) -> N
 
 
 def application(directory: Path) -> FastAPI:
-    """Plain `def` endpoints, which FastAPI calls in threads."""
+    """Return an application with plain `def` endpoints, which FastAPI calls in threads."""
     state = Manager(Config(name="test", flush_interval=0), FileStorage(directory))
 
     @asynccontextmanager
@@ -594,7 +594,7 @@ def test_def_endpoints(tmp_path: Path) -> None:
 
 @asynccontextmanager
 async def serving(app: FastAPI) -> AsyncIterator[str]:
-    """A server, on this loop."""
+    """Run a server on this loop."""
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
         task = asyncio.create_task(server.serve(sockets=[listening]))

@@ -101,7 +101,7 @@ async def cancelled_at(call: Coroutine[Any, Any, Any], number: int, *, late: boo
 
 
 async def at_every_wait(run: Callable[[int], Awaitable[bool]]) -> int:
-    """Until the call gets through; returns at how many moments it was cancelled."""
+    """Cancel the call at each moment until it gets through; return the number of these moments."""
     for number in range(1, MOST_WAITS):
         before = asyncio.all_tasks()
         through = await run(number)
@@ -177,7 +177,7 @@ class WaitingStorage:
         return reading
 
     def crashed(self) -> Storage:
-        """What a crash would leave now."""
+        """Return what a crash would leave now."""
         left = MemoryStorage()
         for name, place in self.inner.places.items():
             left.places[name] = copy.copy(place)
@@ -271,7 +271,7 @@ async def running(storage: Any) -> AsyncIterator[Manager]:
 
 
 async def contents(storage: Storage) -> dict[str, Any]:
-    """What the next manager finds. Who was cancelled while letting go may be gone before the lock is."""
+    """Return what the next manager finds. A task that was cancelled during the release may end before the lock is free."""
     state = manager(storage)
     async with asyncio.timeout(60):
         while state.status().phase == "new":
@@ -284,7 +284,7 @@ async def contents(storage: Storage) -> dict[str, Any]:
 
 
 async def check(state: Manager, storage: Any, allowed: list[dict[str, Any]]) -> None:
-    """The manager is whole, goes on to work, and what it acknowledges survives a crash."""
+    """Check that the manager is whole and still works, and that what it acknowledges survives a crash."""
     assert await state.get_all() in allowed
     assert state._core.held is None
     assert not state._core._lock.locked()
@@ -372,7 +372,7 @@ async def _reader_watched(reader: Reader) -> None:
 
 
 def waiting_calls(of: type) -> set[str]:
-    """The public calls that can wait, from the class itself."""
+    """Return the public calls that can wait, from the class itself."""
 
     def can_wait(name: str) -> bool:
         call = inspect.getattr_static(of, name)
@@ -432,7 +432,7 @@ CASES = [
 @LATE
 @pytest.mark.parametrize(("place", "handle", "name"), CASES, indirect=["place"], ids=map("-".join, CASES))
 async def test_a_call_cancelled_wherever_it_waits(place: Place, handle: str, name: str, *, late: bool) -> None:
-    """It was made whole, or not at all; nobody else notices."""
+    """The change was made whole, or not at all; no other caller notices."""
     call = (ENTRY_CALLS if handle == "entry" else CALLS)[name]
     async with running(place()) as state:
         await call(HANDLES[handle](state))
@@ -610,7 +610,7 @@ async def test_a_reader_cancelled_wherever_it_waits(name: str, *, local: bool, l
             reader = cache.reader(NAME, local=local)
             if name == "__aenter__":
                 through = await cancelled_at(reader.__aenter__(), number, late=late)
-                assert through  # it waits for nobody
+                assert through  # it does not wait
             else:
                 await reader.__aenter__()
                 await reader.wait_revision(1)

@@ -46,7 +46,7 @@ def stored(values: Mapping[str, Any]) -> dict[str, Stored]:
 
 
 def plain(entries: Mapping[str, Stored]) -> dict[str, Any]:
-    """The values, none of which may be wrapped with a time."""
+    """Return the values, none of which may be wrapped with a time."""
     assert not any(isinstance(value, Expiring) for value in entries.values())
     return {key: decode_value(value, Any) for key, value in entries.items() if not isinstance(value, Expiring)}
 
@@ -56,7 +56,7 @@ def snapshot(values: Mapping[str, Any], revision: int = 42) -> bytes:
 
 
 def changes(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = False) -> Changes:
-    """The changes of one commit; `DELETED` as a value deletes."""
+    """Return the changes of one commit; `DELETED` as a value deletes."""
     encoded: dict[str, Any] = {key: value if value is DELETED else encode_value(value) for key, value in values.items()}
     return Changes(start, end, cleared, encoded, 0.0)
 
@@ -82,7 +82,7 @@ def corruption(data: bytes) -> CorruptionError:
 
 
 def with_member(values: bytes, member: dict[str, Any]) -> bytes:
-    """A snapshot with this reserved member and the right checksum."""
+    """Return a snapshot with this reserved member and the right checksum."""
     head = values[:-1] + b',"$lab_state":' + msgspec.json.encode(member)[:-1]
     return head + b',"crc32":"%08x"}}' % zlib.crc32(head)
 
@@ -496,7 +496,7 @@ def test_what_is_not_valid_json_is_refused(data: bytes, offset: int) -> None:
     assert error.offset == offset
 
 
-# Files that someone else wrote
+# Files that another program wrote
 
 
 GO_MAP = b"""{
@@ -622,7 +622,7 @@ def test_a_byte_order_mark_is_named() -> None:
 
 
 def expiring(values: Mapping[str, Any], at: int = 5_000) -> dict[str, Stored]:
-    """Values that expire one millisecond after another."""
+    """Return values that expire one millisecond after another."""
     encoded = {key: encode_value(value) for key, value in values.items()}
     return {key: Expiring(value, at + number) for number, (key, value) in enumerate(encoded.items())}
 

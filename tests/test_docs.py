@@ -30,12 +30,12 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def sources(page: Path) -> list[str]:
-    """The blocks of a page, each with a blank line at its end."""
+    """Return the blocks of a page, each with a blank line at its end."""
     return [f"{source}\n" for source in BLOCK.findall(page.read_text())]
 
 
 def blocks(page: Path) -> list[CodeType]:
-    """The blocks of a page, each compiled at its own line."""
+    """Return the blocks of a page, each compiled at its own line."""
     found = []
     for match in BLOCK.finditer(page.read_text()):
         line = page.read_text()[: match.start(1)].count("\n")

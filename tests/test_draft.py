@@ -44,7 +44,7 @@ class Mirror:
 
 
 def state_of(**entries: Stored) -> State:
-    """A state at revision 10, nothing of which is a change."""
+    """Return a state at revision 10, without a change."""
     values = {key: to.value if isinstance(to, Expiring) else to for key, to in entries.items()}
     state = State(Ticks())
     state.load({**values}, 10, {key: to.at for key, to in entries.items() if isinstance(to, Expiring)})
@@ -59,7 +59,7 @@ def entries_of(state: State) -> dict[str, Stored]:
 
 
 def expired(state: State) -> set[str]:
-    """What is in the entries although its time has come."""
+    """Return the entries whose time has come."""
     names = state.names("")
     assert state.count() == len(names)
     return set(state.entries) - set(names)
@@ -293,7 +293,7 @@ def test_a_merge_is_told_key_by_key() -> None:
 
 @pytest.mark.parametrize(("size", "at_once"), [(WATCHED_CLEAR, False), (WATCHED_CLEAR + 1, True)])
 def test_a_clear_is_told_key_by_key_up_to_a_bound(size: int, at_once: bool) -> None:  # noqa: FBT001 -- a parameter
-    """Where someone watches, each key of a small state is told as deleted; a large one is told as one."""
+    """While there is a watch, each key of a small state is reported as deleted; a large one is reported as one."""
     base = State(Ticks())
     base.load({f"key {n}": n for n in range(size)}, 10)
     mirror = Mirror(base)
@@ -377,7 +377,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(key=KEYS)
     def quick_set(self, key: str) -> None:
-        """What the `set` of a transaction does."""
+        """Do what the `set` of a transaction does."""
         value = next(self.numbers)
         self.draft.changes[key] = value
         self.put(key, value)
@@ -456,7 +456,7 @@ class Model(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        """As it happens where no transaction is open."""
+        """Sweep as it happens while no transaction is open."""
         self.begin()
         now = self.base.now()
         over = {key for key, to in self.beneath.items() if isinstance(to, Expiring) and to.at < now // 1000 * 1000}
@@ -487,7 +487,7 @@ class Model(RuleBasedStateMachine):
 
 
 class WatchedModel(Model):
-    """The same, where someone watches."""
+    """The same, while there is a watch."""
 
     watched = True
 

@@ -305,7 +305,7 @@ def ticks() -> Ticks:
 
 @pytest.fixture
 def state(ticks: Ticks) -> State:
-    """Two keys that stay, and two that expire a second apart."""
+    """Return two keys that stay, and two that expire a second apart."""
     state = State(ticks, START / 1000)
     state.load(
         {"stays": 1, "list": Raw(b"[1]"), "one": 1, "two": Raw(b"[2]")}, 10, {"one": START + 1, "two": START + 2000}
@@ -326,7 +326,7 @@ def entries_of(state: State) -> dict[str, Stored]:
 
 
 def expired(state: State) -> set[str]:
-    """What is in the entries although its time has come."""
+    """Return the entries whose time has come."""
     names = state.names("")
     assert state.count() == len(names)
     return set(state.entries) - set(names)
@@ -693,7 +693,7 @@ def test_a_sweeper_that_was_stopped(expires: list[int]) -> None:
     assert (len(swept.state.entries), swept.told) == (1, [])
 
 
-# The sweeper, while somebody watches
+# The sweeper, while there is a watch
 
 
 def watched(expires: Iterable[int] = ()) -> Swept:

@@ -83,7 +83,7 @@ async def fence(state: Manager, storage: FaultyStorage) -> None:
 
 
 async def fenced(storage: FaultyStorage, clock: ManualClock, interval: float | None, **more: Any) -> Manager:
-    """A manager that has `BEFORE`, one key of it unflushed, and has just learnt that it is fenced."""
+    """Yield a manager that has `BEFORE`, one key of it unflushed, and has just learnt that it is fenced."""
     state = Manager(Config(name="test", flush_interval=interval), storage, clock=clock, **more)
     await state.start()
     await state.set_many({key: value for key, value in BEFORE.items() if key != "unflushed"})
@@ -203,7 +203,7 @@ async def test_a_checkpoint_finds_the_fence(
 
 
 async def test_stop_finds_the_fence_in_its_checkpoint(storage: FaultyStorage, clock: ManualClock) -> None:
-    """stop() never returns as if all were well when somebody else owns the state."""
+    """stop() never returns without an error when another writer owns the state."""
     state = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
     await state.start()
     await state.set("a", 1)

@@ -235,7 +235,7 @@ class TestInterval:
     async def test_zero_and_a_cancelled_caller_leave_the_change(
         self, storage: FaultyStorage, clock: ManualClock
     ) -> None:
-        """Also when nobody else waits for it."""
+        """Also when no other caller waits for it."""
         async with running(storage, clock, 0) as state:
             writing = asyncio.create_task(state.set("a", 1))
             await asyncio.sleep(0)
@@ -453,7 +453,7 @@ class TestCheckpoint:
 
 
 class TestFreeing:
-    """A map that nobody needs any more is freed in steps: a million values at once would hold up the event loop."""
+    """A map that is no longer needed is freed in steps: a million values at once would hold up the event loop."""
 
     KEYS = 3500
 
@@ -464,7 +464,7 @@ class TestFreeing:
         return entries
 
     async def freed(self, large: dict[str, Any]) -> list[int]:
-        """How much is left after each turn of the loop."""
+        """Return how much is left after each turn of the loop."""
         left = [len(large)]
         while left[-1]:
             await asyncio.sleep(0)
@@ -534,7 +534,7 @@ class TestFreeing:
 
 
 async def test_a_durable_write_in_another_thread_is_refused(storage: FaultyStorage, clock: ManualClock) -> None:
-    """Also of a key that is about to be flushed, where nothing looks before the change: nobody waits there for ever."""
+    """Also of a key that is about to be flushed, where there is no check before the change: no caller waits there for ever."""
     async with running(storage, clock, 0) as state:
         storage.hang("commit")
         writing = [asyncio.create_task(state.set("a", 1))]
@@ -548,7 +548,7 @@ async def test_a_durable_write_in_another_thread_is_refused(storage: FaultyStora
 
 
 async def test_views_are_folded_once(storage: FaultyStorage, clock: ManualClock) -> None:
-    """Whoever folds a second time does not fold the view that somebody else has taken since of the same map."""
+    """A second fold does not fold a view of the same map that was taken since for another use."""
     async with running(storage, clock, None) as state:
         await state.set("a", 1)
         first, second = SnapshotViews(state._core.state), SnapshotViews(state._core.state)
@@ -670,7 +670,7 @@ class TestStop:
             def emit(self, record: logging.LogRecord) -> None:
                 clock.advance(1.0)
 
-        logger = logging.Logger("slow")  # noqa: LOG001 -- one that nobody else gets
+        logger = logging.Logger("slow")  # noqa: LOG001 -- used here only
         logger.addHandler(Slow())
         manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock, logger=logger)
         await manager.start()
@@ -707,7 +707,7 @@ class TestStop:
             assert await state.get("a") == 1
 
     async def test_what_a_stop_that_failed_has_lost(self, storage: FaultyStorage, clock: ManualClock) -> None:
-        """The error says so; nobody has to find out that there is no retry behind it."""
+        """The error says that the changes are lost, and that there is no retry."""
         manager = Manager(Config(name="test", flush_interval=None, stop_timeout=1.0), storage, clock=clock)
         await manager.start()
         await manager.set_many({"a": 1, "b": 2})
@@ -958,7 +958,7 @@ class TestBrokenPromises:
         monkeypatch: pytest.MonkeyPatch,
         hanging: Any,
     ) -> None:
-        """The session is told to close; for what hangs there too, nobody waits."""
+        """The session is told to close; if that hangs too, the manager does not wait for it."""
         monkeypatch.setattr(_flusher, "_LAST_CHANCE", 0.01)
         manager = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
         await manager.start()
@@ -1070,7 +1070,7 @@ class TestConfirm:
             assert state.revision == 1
 
     async def test_one_that_is_under_way_does_not_count(self, storage: FaultyStorage, clock: ManualClock) -> None:
-        """A commit that began before the question may have been before somebody else came."""
+        """A commit that began before the question may have been before another writer came."""
         async with running(storage, clock, 0) as state:
             storage.hang("commit")
             setting = asyncio.create_task(state.set("a", 1))
@@ -1084,7 +1084,7 @@ class TestConfirm:
 
     @pytest.mark.parametrize("interval", [None, 0, 1.0])
     async def test_a_failure_is_told(self, storage: FaultyStorage, clock: ManualClock, interval: float | None) -> None:
-        """Whoever asked is told that the commit failed, and may ask again."""
+        """A caller that asked is told that the commit failed, and may ask again."""
         async with running(storage, clock, interval) as state:
             storage.fail("commit")
             with pytest.raises(UnavailableError):

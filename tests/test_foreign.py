@@ -72,7 +72,7 @@ class RaisingLogger:
 def logger_of(kind: str, raises: Raises) -> Any:
     if kind == "logger":
         return RaisingLogger(raises)
-    logger = logging.Logger("raises", logging.DEBUG)  # noqa: LOG001 -- one that nobody else gets
+    logger = logging.Logger("raises", logging.DEBUG)  # noqa: LOG001 -- used here only
     if kind == "filter":
         logger.addFilter(raises)
     elif kind == "handler":
@@ -131,7 +131,7 @@ class TestLogger:
         assert told[0].endswith(r"no room in /\udcff for 100 %s")
 
     async def test_who_waits_is_told_first(self, storage: FaultyStorage, clock: ManualClock) -> None:
-        """When the logger is called, nobody waits any more, whatever ended: a commit or the task."""
+        """When the logger is called, no caller is still waiting, whether a commit or the task ended."""
         left: list[int] = []
 
         class Looks(logging.Handler):
@@ -139,7 +139,7 @@ class TestLogger:
                 waiters = flusher_of(state)._waiters
                 left.append(len(waiters.next) + len(waiters.riding))
 
-        logger = logging.Logger("looks")  # noqa: LOG001 -- one that nobody else gets
+        logger = logging.Logger("looks")  # noqa: LOG001 -- used here only
         logger.addHandler(Looks())
         state = Manager(Config(name="test", flush_interval=None), storage, clock=clock, logger=logger)
         await state.start()

@@ -17,7 +17,7 @@ from lab_state.storage import StorageSession
 
 
 def descriptors(directory: Path) -> list[str]:
-    """The files of a directory that this process has open."""
+    """Return the files of a directory that this process has open."""
     found = []
     for fd in Path("/proc/self/fd").iterdir():
         try:

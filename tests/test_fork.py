@@ -48,7 +48,7 @@ class World:
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """A manager with a cache and a reader, both watched, in the middle of a transaction."""
+    """Yield a manager with a cache and a reader, both watched, in the middle of a transaction."""
     cache = MemoryCache()
     async with AsyncExitStack() as stack:
         state = Manager(Config(name="lab", flush_interval=None), FileStorage(tmp_path), cache, clock=ManualClock())
@@ -307,7 +307,7 @@ async def test_what_is_gone_is_not_kept(tmp_path: Path) -> None:
 
 @contextmanager
 def killed(*command: str) -> Iterator[dict[str, Any]]:
-    """What a process said that was killed after that, while its children live."""
+    """Yield the output of a process that was then killed, while its children live."""
     parent = subprocess.Popen([sys.executable, forked.__file__, *command], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     children: list[int] = []
@@ -325,7 +325,7 @@ def killed(*command: str) -> Iterator[dict[str, Any]]:
 
 
 async def kept(directory: Path) -> dict[str, Any]:
-    """What a manager finds that is started now."""
+    """Return what a manager finds that is started now."""
     async with Manager("lab", FileStorage(directory)) as state:
         return await state.get_all()
 

@@ -55,7 +55,7 @@ def content(loaded: Snapshot) -> tuple[dict[str, Any], int]:
 
 
 def load(journal: str, snapshot: str | None) -> tuple[Accepted, int, Snapshot]:
-    """What the two files stand for: the verdict, the size of the torn tail, the state."""
+    """Return what the two files stand for: the verdict, the size of the torn tail, the state."""
     data = read(journal)
     base = NO_BASE if snapshot is None else base_of(len(read(snapshot)), zlib.crc32(read(snapshot)))
     found = scan(data, "state", journal)

@@ -26,7 +26,7 @@ PHASES = ("new", "running", "stopped")
 
 @asynccontextmanager
 async def in_phase(phase: str) -> AsyncIterator[tuple[Manager, dict[str, Any]]]:
-    """A manager and everything that is made of it."""
+    """Return a manager and everything that is made of it."""
     cache = MemoryCache()
     state = Manager(Config(name="x", flush_interval=None), MemoryStorage(), cache)
     made: dict[str, Any] = {

@@ -63,7 +63,7 @@ class Interrupt:
 
 
 def life(storage: FaultyStorage, memory: MemoryStorage, interrupt: Interrupt, *, fails: bool) -> int:
-    """A life with an interrupt in its flush, or in its stop; returns how many keys the next one finds."""
+    """Live with an interrupt in the flush or in the stop, and return how many keys the next one finds."""
     loop = asyncio.new_event_loop()
     manager = Manager(Config(name="test", flush_interval=None), storage)
     wanted: dict[str, object] = {"a": 1}

@@ -40,7 +40,7 @@ FULL = b'{"a":1}'
 
 
 def record(start: int, *values: object) -> bytes:
-    """The record of one commit of one revision; a value for each key, `...` deletes."""
+    """Return the record of one commit of one revision; a value for each key, `...` deletes."""
     changes: dict[str, Changed] = {
         f"key {n}": DELETED if value is ... else encode_value(value) for n, value in enumerate(values)
     }
@@ -62,7 +62,7 @@ def journal(*frames: tuple[Kind, bytes], base: str = BASE, salt: str = SALT, nam
 
 
 def lines(data: bytes) -> list[bytes]:
-    """The frames of a journal whose payloads hold no newline."""
+    """Return the frames of a journal whose payloads hold no newline."""
     return data.splitlines(keepends=True)
 
 
@@ -484,7 +484,7 @@ def test_anything_behind_the_header_is_an_unclean_end(frames: tuple[tuple[Kind, 
 
 
 def spelled(size: int) -> bytes:
-    """Valid JSON of about so many bytes; each string spells the head of a frame that ends at its last newline."""
+    """Return valid JSON of about so many bytes; each string looks like the head of a frame that ends at its last newline."""
     count = size // 23
     heads = [b'"deadbeef %08d R ",' % (count * 23 - number * 23 - 21) for number in range(count)]
     return b"[" + b"".join(heads)[:-1] + b" \n]"

@@ -21,7 +21,7 @@ def make(storage: Storage, clock: ManualClock, lock_timeout: float | None) -> Ma
 
 @pytest.fixture
 async def holder() -> AsyncIterator[Held]:
-    """A storage that counts its calls, and the manager that holds the state."""
+    """Yield a storage that counts its calls, and the manager that holds the state."""
     storage = FaultyStorage(MemoryStorage())
     async with Manager("test", storage) as manager:
         yield storage, manager

@@ -37,7 +37,7 @@ def entries_of(state: State) -> dict[str, Stored]:
 
 
 def applied(before: Mapping[str, Stored], taken: Changes) -> dict[str, Stored]:
-    """What a storage holds after this commit."""
+    """Return what a storage holds after this commit."""
     after = {} if taken.cleared else dict(before)
     for key, value in taken.changes.items():
         if isinstance(value, Absent):
@@ -294,7 +294,7 @@ def test_a_view_stands_still() -> None:
 
 
 def test_a_view_is_folded_in_small_steps() -> None:
-    """Folding brings home so many writes at a time, with other writes between, and nobody can tell."""
+    """Folding merges so many writes at a time, with other writes between, and reads do not show it."""
     state = state_of(**{f"key {n}": n for n in range(10)})
     view = state.freeze()
     expected: dict[str, Stored] = {f"key {n}": n for n in range(10)}
@@ -362,7 +362,7 @@ def test_a_second_view_is_a_copy() -> None:
 
 
 def test_what_a_clear_leaves_is_handed_over() -> None:
-    """The entries and the unflushed changes of before are given to whoever frees them; of a view, what lay over it."""
+    """The entries and the unflushed changes of before are given to the function that frees them; of a view, what lay over it."""
     state = state_of(a=1)
     discarded: list[dict[str, Any]] = []
     state.discard = discarded.append

@@ -35,7 +35,7 @@ class User:
 
 @pytest.fixture
 async def storage(memory: MemoryStorage, clock: ManualClock) -> MemoryStorage:
-    """Ten keys, some of which expire after 10 and 1,000 seconds."""
+    """Return ten keys, some of which expire after 10 and 1,000 seconds."""
     async with Manager(NAME, memory, clock=clock) as state:
         await state.set_many({"user/ann": {"name": "Ann"}, "user/bob": {"name": 1}, "n": 1, "list": [1]})
         await state.set("short", 1, ttl=10)

@@ -62,7 +62,7 @@ def slow(memory: MemoryStorage) -> Slow:
 
 
 async def stopping(storage: Slow, clock: ManualClock, stop_timeout: float = 3.0) -> asyncio.Task[None]:
-    """The stop of a manager, while the storage is at work on its last flush."""
+    """Start the stop of a manager, while the storage is at work on its last flush."""
     manager = Manager(Config(name="test", flush_interval=None, stop_timeout=stop_timeout), storage, clock=clock)
     await manager.start()
     await manager.set("a", 1)

@@ -97,7 +97,7 @@ def manager(storage: Storage) -> Manager:
 
 
 async def test_faults_come_in_the_order_in_which_they_were_asked_for() -> None:
-    """Two that succeed, one that fails, one whose answer is lost, and then no fault any more."""
+    """Two calls succeed, one fails, the answer of one is lost, and then there are no more faults."""
     storage = FaultyStorage(MemoryStorage())
     storage.fail("commit", skip=2)
     storage.fail("commit", "after", error=UnavailableError("lost"))

@@ -53,7 +53,7 @@ class StopItError(Exception):
 
 @pytest.fixture
 async def state(storage: FaultyStorage, clock: ManualClock) -> AsyncIterator[Manager]:
-    """A manager with something in it, at revision 1."""
+    """Yield a manager with something in it, at revision 1."""
     async with running(storage, clock) as manager:
         await manager.set_many(BEFORE)
         yield manager
@@ -153,7 +153,7 @@ def test_a_transaction_has_every_call() -> None:
 
 
 async def outcome(call: Callable[[Any], Any], calls: Any) -> tuple[object, ...]:
-    """What a call gave, or how it failed."""
+    """Return what a call gave, or how it failed."""
     try:
         result = call(calls)
         return (await result if inspect.isawaitable(result) else result,)
@@ -478,7 +478,7 @@ def test_every_writing_call_is_among_those_below() -> None:
 
 
 async def in_a_thread(call: Callable[[Any], R], state: Manager) -> R:
-    """Through `blocking`, in a thread that knows of no transaction."""
+    """Call through `blocking`, in a thread that knows of no transaction."""
     return await asyncio.get_running_loop().run_in_executor(None, call, state.blocking)
 
 
@@ -510,7 +510,7 @@ async def transact(scope: Manager | Namespace) -> None:
 
 @pytest.fixture
 async def full(state: Manager) -> Manager:
-    """Where each of them changes something; at revision 2."""
+    """Return a manager in which each of them changes something; at revision 2."""
     await state.set_many({"x/a": 1, "x/n": 5})
     return state
 
@@ -851,7 +851,7 @@ async def test_reading_alone_waits_for_no_write(storage: FaultyStorage, clock: M
 
 
 async def test_a_flush_that_fails_is_told_at_leaving(storage: FaultyStorage, clock: ManualClock) -> None:
-    """The changes stay, are retried, and nobody has to wait for the lock."""
+    """The changes stay, are retried, and no caller has to wait for the lock."""
     async with running(storage, clock, 0) as state:
         storage.fail("commit")
         with pytest.raises(UnavailableError, match="not durable yet"):
@@ -884,7 +884,7 @@ async def test_a_stop_while_it_is_being_written_makes_it_durable(
 @pytest.mark.parametrize("freeze", [0, 1, 2])
 @pytest.mark.parametrize("fold", [1, 2, 3])
 async def test_a_view_may_come_and_go_meanwhile(state: Manager, freeze: int, fold: int) -> None:
-    """Taken before, at the beginning or later, folded in then or afterwards: nobody can tell."""
+    """A view is taken before, at the beginning or later, and folded in then or afterwards: the results are the same."""
     beneath, view = state._core.state, dict[str, Any]()
 
     def moment(number: int) -> None:
@@ -1046,7 +1046,7 @@ async def test_who_waited_at_a_stop_does_not_write_into_the_next_start(state: Ma
 
 
 def abandoned(*calls: Callable[[Manager], Coroutine[Any, Any, object]]) -> tuple[Manager, MemoryStorage, list[object]]:
-    """A manager whose event loop was closed over these calls, without a cancellation."""
+    """Return a manager whose event loop was closed during these calls, without a cancellation."""
     loop, memory = asyncio.new_event_loop(), MemoryStorage()
     state = Manager(Config(name="test", flush_interval=None), memory)
     loop.run_until_complete(state.start())
@@ -1077,7 +1077,7 @@ async def wait_durable(state: Manager) -> None:
 def test_a_stop_after_a_loop_that_was_closed(
     calls: tuple[Callable[[Manager], Coroutine[Any, Any, object]], ...],
 ) -> None:
-    """stop() on another loop flushes what the closed one left, whoever waited on that; a start goes on from there."""
+    """stop() on another loop flushes what the closed one left, whichever calls waited on it; a start goes on from there."""
     state, memory, tasks = abandoned(*calls)
     asyncio.run(state.stop())
     assert (state.status().phase, state.durable_revision) == ("stopped", 1)

@@ -58,7 +58,7 @@ async def state(storage: Storage, clock: ManualClock) -> AsyncIterator[Manager]:
 
 @asynccontextmanager
 async def crashing(storage: Storage, clock: ManualClock) -> AsyncIterator[Manager]:
-    """A manager that ends as SIGKILL would end it: nothing more is written."""
+    """Yield a manager that ends as SIGKILL would end it: nothing more is written."""
     state = manager(storage, clock)
     await state.start()
     yield state
@@ -73,12 +73,12 @@ async def crashing(storage: Storage, clock: ManualClock) -> AsyncIterator[Manage
 
 
 def held(state: Manager) -> set[str]:
-    """The keys in memory, those that have expired and were not swept too."""
+    """Return the keys in memory, with those that have expired and were not swept."""
     return set(state._core.state.entries)
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What lab_state logged; asyncio may complain of what other tests left behind."""
+    """Return what lab_state logged; asyncio may log what other tests left behind."""
     return [record for record in caplog.records if record.name == "lab_state"]
 
 
@@ -622,7 +622,7 @@ class TestSweeping:
 
     @pytest.mark.parametrize("interval", [0, 1.0])
     async def test_what_was_swept_becomes_durable_by_itself(self, clock: ManualClock, interval: float) -> None:
-        """With a flush_interval, also of 0, nobody has to ask; and a failure is tried again."""
+        """With a flush_interval, also of 0, it happens without a call; and a failure is tried again."""
         faulty = FaultyStorage(MemoryStorage())
         async with manager(faulty, clock, interval) as state:
             await state.set("a", 1, ttl=5)
@@ -765,7 +765,7 @@ async def test_a_sweep_between_transactions(clock: ManualClock) -> None:
 
 
 async def test_what_expired_while_nothing_ran_is_swept_at_the_start(clock: ManualClock) -> None:
-    """However many expired: the start deletes them, durably, before anybody reads."""
+    """However many keys expired, the start deletes them, durably, before the first read."""
     storage = MemoryStorage()
     async with manager(storage, clock) as state:
         await state.set_many({f"{number}": 1 for number in range(5_000)}, ttl=5)

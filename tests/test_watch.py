@@ -38,7 +38,7 @@ async def state(storage: FaultyStorage, clock: ManualClock) -> AsyncIterator[Man
 
 
 async def told(changes: Changes) -> list[Change]:
-    """All that is told if nothing more happens."""
+    """Return all changes that are reported if nothing more happens."""
     await idle()
     found: list[Change] = []
     while True:
@@ -61,7 +61,7 @@ def many(count: int) -> dict[str, int]:
 
 
 def is_off(state: Manager) -> bool:
-    """Whether a write has nobody to tell."""
+    """Return whether a write has no watch to tell."""
     return not state._core.after and state._core.state.note is None
 
 
@@ -303,7 +303,7 @@ class TestWhich:
 
     @pytest.mark.parametrize("prefix", [None, 5, b"a", ["a"]], ids=repr)
     async def test_a_prefix_that_is_no_str(self, state: Manager, prefix: Any) -> None:
-        """It is InvalidKeyError, and nobody watches."""
+        """It is InvalidKeyError, and there is no watch."""
         for scope in (state, state.namespace("n")):
             with pytest.raises(InvalidKeyError, match="a prefix must be a str"):
                 async with scope.watch(prefix):
@@ -652,7 +652,7 @@ class TestTheEnd:
         assert kinds([change async for change in changes]) == [("b", "set")]
 
     async def test_the_last_one_to_leave(self, state: Manager) -> None:
-        """As long as someone watches, writes are noted; when the last one left, they cost what they did before."""
+        """While there is a watch, writes are noted; after the last one has left, they cost what they did before."""
         core = state._core
         assert is_off(state)
         async with state.watch():
@@ -770,7 +770,7 @@ class TestReaders:
             await state.stop()
 
     def test_another_event_loop(self, storage: FaultyStorage, clock: ManualClock) -> None:
-        """On another event loop than that of start() it is RuntimeError, and nobody watches."""
+        """On another event loop than that of start() it is RuntimeError, and there is no watch."""
         state = Manager(Config(name="test", flush_interval=None), storage, clock=clock)
 
         async def watch() -> None:
@@ -819,7 +819,7 @@ async def test_a_flood_is_told_in_steps(state: Manager) -> None:
 
 
 async def test_many_watchers_of_many_keys_are_told_in_steps(state: Manager) -> None:
-    """What counts is how often somebody is told, not of how many keys: a turn tells a key to a thousand of them."""
+    """The bound is on reports, not on keys: one turn reports a key to a thousand watchers."""
     async with AsyncExitStack() as stack:
         watches = [await stack.enter_async_context(state.watch("some")) for _ in range(600)]
         await state.set_many({f"some {number}": number for number in range(10)})
