@@ -1,12 +1,18 @@
-"""What the tests of `S3Storage` begin with."""
+"""Fixtures of the tests of `FileStorage` and `S3Storage`."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
+from file_tools import Disk, kill, start_child
 from s3_proxy import Proxy
 from s3_world import Bucket, endpoint
+
+from lab_state.storage import _directory, _fs, _lookup
 
 
 @pytest.fixture
@@ -19,3 +25,35 @@ async def proxy() -> AsyncIterator[Proxy]:
     """To the store, with faults on demand."""
     async with Proxy(endpoint()) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    faulty = Disk()
+    for used in (_fs, _lookup, _directory):
+        monkeypatch.setattr(used, "os", faulty)
+    return faulty
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a process that was killed with five acknowledged changes in its journal."""
+    directory = tmp_path_factory.mktemp("killed") / "state"
+    child = start_child("serve", directory)
+    kill(child)
+    return directory
+
+
+@pytest.fixture
+def crashed(killed: Path, tmp_path: Path) -> Path:
+    """A copy of `killed`, to be opened."""
+    return Path(shutil.copytree(killed, tmp_path / "crashed"))
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that every user can enter, unlike `tmp_path`."""
+    directory = Path(tempfile.mkdtemp(prefix="lab_state-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)

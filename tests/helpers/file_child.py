@@ -1,6 +1,6 @@
-"""What `test_file.py` runs in a process of its own: a kill, a limit, another user, a fork.
+"""What the tests of `FileStorage` run in a process of their own: a kill, a limit, another user, a fork.
 
-`python child.py <command> <directory>` prints one line of JSON.
+`python file_child.py <command> <directory>` prints one line of JSON.
 """
 
 from __future__ import annotations

@@ -1,0 +1,274 @@
+"""What the tests of `FileStorage` share: a disk with faults, child processes, and what is in the files."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from running import flusher_of
+
+from lab_state import (
+    Config,
+    FileStorage,
+    Manager,
+)
+from lab_state import _journal as journal
+from lab_state._flusher import Flusher
+
+CHILD = Path(__file__).with_name("file_child.py")
+COPY = "copy-of-what-is-on-disk"
+MIB = 1024 * 1024
+DUE = 4 * MIB
+"""In a value: the journal is large enough for a checkpoint."""
+SERVED = {f"key-{number}": number for number in range(5)}
+
+
+# Tools
+
+
+def plain(name: str) -> str:
+    """The name of a temporary file without what makes it unique."""
+    return re.sub(r"\.[0-9a-f]{8}\.tmp$", ".tmp", name)
+
+
+@dataclass
+class Fault:
+    """Calls of one function on one file that fail: `times` of them, after the first `skip`."""
+
+    function: str
+    name: str
+    code: int
+    skip: int
+    times: float
+
+
+class Gate:
+    """Holds up a thread in a call until the test opens it."""
+
+    def __init__(self, function: str, name: str) -> None:
+        self.function = function
+        self.name = name
+        self._entered = threading.Event()
+        self._opened = threading.Event()
+
+    def enter(self) -> None:
+        self._entered.set()
+        assert self._opened.wait(60)
+
+    def open(self) -> None:
+        self._opened.set()
+
+    async def entered(self) -> None:
+        assert await asyncio.to_thread(self._entered.wait, 10), f"{self.function} of {self.name} was never called"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call that `_fs` made."""
+
+    function: str
+    path: str
+    inode: int
+
+
+class Disk:
+    """The module `os` as `_fs` sees it: the real one, but for the faults asked for; it remembers what was called.
+
+    A file is named by the last part of its path, a renamed file by its new name. The
+    directory of a state is named `directory`, those above it `above`. The copies that `found` makes are none of its business.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._faults: list[Fault] = []
+        self._gates: list[Gate] = []
+        self._full: set[str] = set()
+        self._shortened: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def fail(self, function: str, name: str, code: int = errno.EIO, *, skip: int = 0, times: float = 1) -> None:
+        self._faults.append(Fault(function, name, code, skip, times))
+
+    def hold(self, function: str, name: str) -> Gate:
+        gate = Gate(function, name)
+        self._gates.append(gate)
+        return gate
+
+    def fill(self, *names: str) -> None:
+        """No more room for these files: half a write fits, then none."""
+        self._full.update(names)
+        self._shortened.clear()
+
+    def heal(self) -> None:
+        self._faults.clear()
+        self._full.clear()
+
+    def written_inodes(self) -> set[int]:
+        return {call.inode for call in self.calls if call.function == "pwrite"}
+
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
+        self._called("open", Path(path))
+        return os.open(path, flags, mode)
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        name = self._called("pwrite", fd)
+        if name not in self._full:
+            return os.pwrite(fd, data, offset)
+        if name in self._shortened or len(data) < 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._shortened.add(name)
+        return os.pwrite(fd, data[: len(data) // 2], offset)
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        self._called("ftruncate", fd)
+        os.ftruncate(fd, size)
+
+    def fsync(self, fd: int) -> None:
+        self._called("fsync", fd)
+        os.fsync(fd)
+
+    def fstat(self, fd: int) -> os.stat_result:
+        self._called("fstat", fd)
+        return os.fstat(fd)
+
+    def fdatasync(self, fd: int) -> None:
+        self._called("fdatasync", fd)
+        os.fdatasync(fd)
+
+    def replace(self, source: str, target: str) -> None:
+        self._called("replace", Path(target))
+        os.replace(source, target)  # noqa: PTH105 -- the call that `_fs` makes
+
+    def _called(self, function: str, file: int | Path) -> str:
+        path = file if isinstance(file, Path) else Path(f"/proc/self/fd/{file}").readlink()
+        if COPY in path.parts:
+            return ""
+        known = None if isinstance(file, Path) else os.fstat(file)
+        name = plain(path.name)
+        if known is not None and stat.S_ISDIR(known.st_mode):
+            name = "directory" if (path / "lab.lock").exists() else "above"
+        self.calls.append(Call(function, str(path), known.st_ino if known is not None else 0))
+        for gate in self._gates:
+            if (gate.function, gate.name) == (function, name):
+                self._gates.remove(gate)
+                gate.enter()
+                break
+        for fault in self._faults:
+            if (fault.function, fault.name) == (function, name):
+                if fault.skip:
+                    fault.skip -= 1
+                elif fault.times:
+                    fault.times -= 1
+                    raise OSError(fault.code, os.strerror(fault.code))
+        return name
+
+
+def manager(directory: Path, name: str = "lab", **settings: Any) -> Manager:
+    clock = settings.pop("clock", None)
+    return Manager(Config(name=name, **{"flush_interval": None, **settings}), FileStorage(directory), clock=clock)
+
+
+def flusher(state: Manager) -> Flusher:
+    """What awaits the storage; of a running manager."""
+    return flusher_of(state)
+
+
+def start_child(command: str, directory: Path) -> subprocess.Popen[str]:
+    """A child that has said that it is ready."""
+    child = subprocess.Popen([sys.executable, CHILD, command, directory], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert json.loads(child.stdout.readline()) == {"pid": child.pid}
+    return child
+
+
+def kill(child: subprocess.Popen[str]) -> None:
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+
+
+def run_child(command: str, directory: Path, returncode: int = 0) -> dict[str, Any]:
+    child = subprocess.run(
+        [sys.executable, CHILD, command, directory], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert child.returncode == returncode, child.stderr
+    report: dict[str, Any] = json.loads(child.stdout)
+    return report
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until a thread or a task got there."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 -- what is waited for sets no event
+            await asyncio.sleep(0)
+
+
+async def found(directory: Path) -> dict[str, Any]:
+    """What the next start would find, were this process killed now."""
+    with tempfile.TemporaryDirectory(dir=directory.parent) as place:
+        # Temporary files come and go beside us, and no start reads them.
+        copy = shutil.copytree(directory, Path(place) / COPY, ignore=shutil.ignore_patterns("*.tmp"))
+        async with manager(copy) as state:
+            return await state.get_all()
+
+
+def scan(directory: Path, name: str = "lab") -> journal.Scan:
+    path = directory / f"{name}.journal"
+    return journal.scan(path.read_bytes(), name, str(path))
+
+
+def kinds(directory: Path) -> str:
+    """The kinds of the frames in the journal, after the header."""
+    return "".join(frame.kind.value for frame in scan(directory).frames)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file but the lock."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file() and path.suffix != ".lock"}
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def view(data: bytes) -> Callable[[], AsyncIterator[bytes]]:
+    async def slices() -> AsyncIterator[bytes]:
+        yield data
+
+    return slices
+
+
+class Kept:
+    """A journal under a second name, so that its inode stays; tells whether it was written since."""
+
+    def __init__(self, directory: Path, disk: Disk) -> None:
+        self._path = directory.parent / f"{directory.name}-kept"
+        os.link(directory / "lab.journal", self._path)
+        self._disk = disk
+        disk.calls.clear()
+        self.bytes = self._path.read_bytes()
+
+    def check_never_written(self) -> None:
+        assert self._path.stat().st_ino not in self._disk.written_inodes()
+        assert self._path.read_bytes() == self.bytes
+
+    def freeze(self) -> None:
+        """From now on it must not be written."""
+        self.bytes = self._path.read_bytes()
+        self._disk.calls.clear()

@@ -1,0 +1,433 @@
+"""What `FileStorage` finds at the start: after a kill, and after damage."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from file_tools import (
+    SERVED,
+    Disk,
+    Kept,
+    contents,
+    found,
+    kill,
+    kinds,
+    manager,
+    mode,
+    scan,
+    start_child,
+    until,
+)
+
+from lab_state import (
+    CorruptionError,
+    UnavailableError,
+    UnsupportedError,
+)
+from lab_state import _journal as journal
+from lab_state._journal import Kind
+from lab_state.testing import ManualClock
+
+# After a kill
+
+
+async def test_a_kill_loses_nothing_that_was_flushed(crashed: Path) -> None:
+    """After SIGKILL every acknowledged change is there, in order, and what was never flushed is not."""
+    async with manager(crashed) as state:
+        assert await state.get_all() == SERVED
+        assert state.revision == 5
+    assert json.loads((crashed / "lab.json").read_bytes()).keys() == {*SERVED, "$lab_state"}
+
+
+async def test_the_first_act_after_a_kill(crashed: Path, disk: Disk) -> None:
+    """After a kill nothing counts as durable until a new journal with the whole state does, and flush waits for it."""
+    inherited = (crashed / "lab.journal").stat().st_ino
+    gate = disk.hold("fsync", "lab.journal.tmp")
+    snapshot = disk.hold("open", "lab.json.tmp")
+    state = manager(crashed)
+    await state.start()
+    assert await state.get_all() == SERVED
+    await gate.entered()
+    flush = asyncio.create_task(state.flush())
+    waiting = asyncio.create_task(state.wait_durable())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert (state.durable_revision, flush.done(), waiting.done()) == (0, False, False)
+    assert kinds(crashed) == "RRRRR"
+    gate.open()
+    await snapshot.entered()
+    assert scan(crashed).header.base == journal.ANY_BASE
+    assert kinds(crashed) == "F"
+    snapshot.open()
+    await asyncio.gather(flush, waiting)
+    assert state.durable_revision == 5
+    assert inherited not in disk.written_inodes()
+    await until(lambda: kinds(crashed) == "")
+    assert await found(crashed) == SERVED
+    await state.stop()
+
+
+async def test_durability_after_a_kill_does_not_wait_for_the_snapshot(crashed: Path, disk: Disk) -> None:
+    """Once the new journal with the whole state is durable, flush returns, however slow or impossible a snapshot is."""
+    snapshot = disk.hold("open", "lab.json.tmp")
+    disk.fail("fsync", "lab.json.tmp", times=float("inf"))
+    state = manager(crashed)
+    await state.start()
+    await snapshot.entered()
+    assert kinds(crashed) == "F"
+    try:
+        async with asyncio.timeout(3):
+            await state.flush()
+        assert state.durable_revision == 5
+        await state.set("more", 6)
+        async with asyncio.timeout(3):
+            await state.flush()
+        assert await found(crashed) == SERVED | {"more": 6}
+    finally:
+        snapshot.open()
+        disk.heal()
+        await state.stop()
+
+
+async def test_a_full_disk_after_a_kill(crashed: Path, disk: Disk) -> None:
+    """With no room for the first act, start succeeds, reads work, flush raises, and room mends it."""
+    before = contents(crashed)
+    disk.fill("lab.journal.tmp")
+    state = manager(crashed, clock=ManualClock())
+    await state.start()
+    assert await state.get_all() == SERVED
+    await state.set("new", 1)
+    for _ in range(3):
+        with pytest.raises(UnavailableError, match="No space left on device"):
+            await state.flush()
+    assert (state.durable_revision, state.revision) == (0, 6)
+    assert await state.get_all() == SERVED | {"new": 1}
+    assert contents(crashed) == before
+    disk.heal()
+    await state.flush()
+    assert state.durable_revision == 6
+    assert await found(crashed) == SERVED | {"new": 1}
+    await state.stop()
+
+
+async def test_a_full_disk_after_a_kill_heals_by_itself(crashed: Path, disk: Disk) -> None:
+    """The first act is tried again in the background, without a flush."""
+    clock = ManualClock()
+    disk.fill("lab.journal.tmp")
+    state = manager(crashed, clock=clock)
+    await state.start()
+    await until(lambda: state.status().flush_failures == 1)
+    disk.heal()
+    clock.advance(10)
+    await state.wait_durable()
+    assert state.durable_revision == 5
+    await state.stop()
+
+
+async def test_killed_again_and_again(tmp_path: Path) -> None:
+    """Processes that are killed one after the other hand the state on."""
+    for _ in range(3):
+        child = start_child("serve", tmp_path)
+        kill(child)
+    async with manager(tmp_path) as state:
+        assert await state.get_all() == SERVED
+        assert state.revision == 15
+
+
+async def test_an_inherited_header_is_not_appended_to(tmp_path: Path, disk: Disk) -> None:
+    """A journal that holds only its header is replaced by the first commit, never appended to."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+    kept = Kept(tmp_path, disk)
+    assert kinds(tmp_path) == ""
+    async with manager(tmp_path) as state:
+        await state.set("b", 2)
+        await state.flush()
+        assert kinds(tmp_path) == "R"
+        assert scan(tmp_path).header.base == journal.scan(kept.bytes, "lab", "kept").header.base
+        await state.set("c", 3)
+        await state.flush()
+        assert await found(tmp_path) == {"a": 1, "b": 2, "c": 3}
+    kept.check_never_written()
+
+
+@pytest.mark.parametrize("cut", [1, 30])
+async def test_a_torn_tail_is_put_aside(crashed: Path, caplog: pytest.LogCaptureFixture, cut: int) -> None:
+    """A last frame that a crash cut short is copied aside, logged, dropped, and everything before it is there."""
+    data = (crashed / "lab.journal").read_bytes()
+    last = data.rindex(b"\n", 0, len(data) - 1) + 1
+    (crashed / "lab.journal").write_bytes(data[:-cut])
+    async with manager(crashed) as state:
+        assert await state.get_all() == {key: value for key, value in SERVED.items() if value < 4}
+        await state.set("new", 1)
+        await state.flush()
+        assert (await found(crashed))["new"] == 1
+    (torn,) = crashed.glob("lab.journal.torn-*")
+    assert (torn.read_bytes(), mode(torn)) == (data[last:-cut], 0o600)
+    assert f"the last {len(data) - cut - last} bytes of its journal are no whole record" in caplog.text
+    async with manager(crashed):
+        pass
+    assert list(crashed.glob("lab.journal.torn-*")) == [torn]
+
+
+async def test_five_torn_tails_are_kept(crashed: Path) -> None:
+    """Of the torn tails that were put aside, the newest five are kept."""
+    for number in range(1, 8):
+        (crashed / f"lab.journal.torn-{number:013}").write_bytes(b"%d" % number)
+    with (crashed / "lab.journal").open("ab") as file:
+        file.write(b"torn")
+    async with manager(crashed) as state:
+        assert await state.get_all() == SERVED
+    kept = sorted(path.read_bytes() for path in crashed.glob("lab.journal.torn-*"))
+    assert kept == [b"4", b"5", b"6", b"7", b"torn"]
+
+
+async def test_a_torn_tail_that_cannot_be_put_aside(
+    crashed: Path, disk: Disk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room for the copy of a torn tail is logged, and keeps nothing from starting."""
+    monkeypatch.setattr("time.time_ns", lambda: 7_000_000)
+    disk.fill("lab.journal.torn-7")
+    with (crashed / "lab.journal").open("ab") as file:
+        file.write(b"torn")
+    async with manager(crashed) as state:
+        assert await state.get_all() == SERVED
+    assert "the torn tail of" in caplog.text
+    assert list(crashed.glob("lab.journal.torn-*")) == []
+
+
+async def test_a_directory_that_cannot_be_listed(
+    crashed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged that a torn tail and temporary files stay where they are; start, stop and the lock work."""
+    stale = crashed / "lab.journal.00000000.tmp"
+    stale.touch()
+    with (crashed / "lab.journal").open("ab") as file:
+        file.write(b"torn")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", denied)
+        async with manager(crashed) as state:
+            assert await state.get_all() == SERVED
+    assert f"listing {crashed} failed: Permission denied; give this user the permission" in caplog.text
+    assert "the torn tail of" in caplog.text
+    assert f"temporary files beside {crashed / 'lab.json'} stay until the next start" in caplog.text
+    assert stale.exists()
+    async with manager(crashed) as state:
+        assert await state.get_all() == SERVED
+    assert not stale.exists()
+
+
+def denied(*args: object) -> list[str]:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EIO, "look into the log of the kernel"),
+        (errno.ENOSPC, "free some"),
+        (errno.EDQUOT, "have the quota raised"),
+        (errno.EFBIG, "raise the limit on the size of files"),
+        (errno.EMFILE, "raise the limit on open files"),
+        (errno.EIO + 1, "(not durable yet"),
+    ],
+)
+async def test_what_may_mend_itself_is_told_with_its_remedy(tmp_path: Path, disk: Disk, code: int, remedy: str) -> None:
+    """The error names the file, says why, and what to do; it is one that a repetition may find mended."""
+    state = manager(tmp_path)
+    await state.start()
+    await state.set("a", 1)
+    disk.fail("open", "lab.journal.tmp", code)
+    with pytest.raises(UnavailableError) as raised:
+        await state.flush()
+    assert re.search(
+        rf"lab\.journal\.\w+\.tmp failed: {re.escape(os.strerror(code))}.*{re.escape(remedy)}", str(raised.value)
+    )
+    await state.flush()
+    await state.stop()
+
+
+async def test_a_state_whose_name_looks_like_a_torn_tail(crashed: Path) -> None:
+    """Putting a torn tail aside deletes no file of another state, whatever its name."""
+    names = [f"lab.journal.torn-{number}" for number in range(7)]
+    for name in names:
+        async with manager(crashed, name) as state:
+            await state.set("me", name)
+    with (crashed / "lab.journal").open("ab") as file:
+        file.write(b"torn")
+    async with manager(crashed):
+        pass
+    for name in names:
+        async with manager(crashed, name) as state:
+            assert await state.get_all() == {"me": name}
+
+
+# Damage
+
+
+def damaged_snapshot(directory: Path) -> None:
+    path = directory / "lab.json"
+    path.write_bytes(path.read_bytes().replace(b"snapshot", b"snapshoT"))
+
+
+def empty_snapshot(directory: Path) -> None:
+    (directory / "lab.json").write_bytes(b"")
+
+
+def missing_snapshot(directory: Path) -> None:
+    (directory / "lab.json").unlink()
+
+
+def older_snapshot(directory: Path) -> None:
+    (directory / "lab.json").write_bytes(b'{"older":true}')
+
+
+def damaged_record(directory: Path) -> None:
+    path = directory / "lab.journal"
+    path.write_bytes(path.read_bytes().replace(b"record-1", b"record-X"))
+
+
+def glued_records(directory: Path) -> None:
+    path = directory / "lab.journal"
+    head, first, rest = path.read_bytes().split(b"\n", 2)
+    path.write_bytes(head + b"\n" + first + b"\x0b" + rest)
+
+
+def missing_record(directory: Path) -> None:
+    path = directory / "lab.journal"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2] + lines[3:]))
+
+
+def empty_journal(directory: Path) -> None:
+    (directory / "lab.journal").write_bytes(b"")
+
+
+def damaged_header(directory: Path) -> None:
+    path = directory / "lab.journal"
+    path.write_bytes(path.read_bytes().replace(b'"salt"', b'"sale"', 1))
+
+
+def another_states_journal(directory: Path) -> None:
+    data = journal.header("other", "0" * 16, journal.NO_BASE)
+    (directory / "lab.journal").write_bytes(data)
+
+
+def two_halves(directory: Path) -> None:
+    """A journal that begins with the whole state, without it."""
+    (directory / "lab.journal").write_bytes(journal.header("lab", "0" * 16, journal.ANY_BASE))
+
+
+def full_frame_too_late(directory: Path) -> None:
+    salt = "0" * 16
+    frames = journal.header("lab", salt, journal.NO_BASE) + journal.frame(salt, Kind.FULL, b"{}")
+    (directory / "lab.journal").write_bytes(frames)
+
+
+def unknown_frame(directory: Path) -> None:
+    path = directory / "lab.journal"
+    header = scan(directory).header
+    path.write_bytes(path.read_bytes() + journal.frame(header.salt, Kind.HEADER, b"{}"))
+
+
+def no_record(directory: Path) -> None:
+    path = directory / "lab.journal"
+    path.write_bytes(path.read_bytes() + journal.frame(scan(directory).header.salt, Kind.RECORD, b'{"from":1}'))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damaged_snapshot,
+        empty_snapshot,
+        missing_snapshot,
+        older_snapshot,
+        damaged_record,
+        glued_records,
+        missing_record,
+        empty_journal,
+        damaged_header,
+        another_states_journal,
+        two_halves,
+        full_frame_too_late,
+        unknown_frame,
+        no_record,
+    ],
+)
+async def test_damage_is_refused_and_left_untouched(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """Damage fails the start with its path, changes no byte, and the right files put back are opened as before."""
+    directory = tmp_path / "state"
+    async with manager(directory) as state:
+        await state.set("snapshot", "snapshot")
+    state = manager(directory)
+    await state.start()
+    for number in range(4):
+        await state.set(f"record-{number}", number)
+        await state.flush()
+    right = shutil.copytree(directory, tmp_path / "right")
+    everything = await state.get_all()
+    await state.stop()
+    for path in directory.iterdir():
+        shutil.copy(right / path.name, path)
+    damage(directory)
+    before = contents(directory)
+    for _ in range(2):
+        with pytest.raises(CorruptionError) as raised:
+            await manager(directory).start()
+        assert raised.value.path in {str(directory / "lab.json"), str(directory / "lab.journal")}
+        assert raised.value.path in str(raised.value)
+        assert contents(directory) == before
+    for name in ("lab.json", "lab.journal"):
+        shutil.copy(right / name, directory / name)
+    async with manager(directory) as state:
+        assert await state.get_all() == everything
+
+
+async def test_the_other_states_name_is_in_the_message(tmp_path: Path) -> None:
+    """A journal that belongs to another state says so."""
+    another_states_journal(tmp_path)
+    with pytest.raises(CorruptionError, match="it is the journal of 'other', not of 'lab'; put the right file back"):
+        await manager(tmp_path).start()
+
+
+async def test_newer_formats_are_refused_and_left_untouched(tmp_path: Path) -> None:
+    """A newer format of the journal or the snapshot is not damage: the message says which version to use."""
+    salt = "0" * 16
+    newer = b'{"format":2,"name":"lab","salt":"%s","base":"none"}' % salt.encode()
+    for name, data in (
+        ("lab.journal", journal.frame(salt, Kind.HEADER, newer)),
+        ("lab.json", b'{"$lab_state":{"format":2,"whatever":1}}'),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(
+            UnsupportedError, match=rf"{name} has .*format 2, .* knows 1: use the version that wrote it"
+        ):
+            await manager(tmp_path).start()
+        assert contents(tmp_path) == {name: data}
+        (tmp_path / name).unlink()
+
+
+async def test_an_edited_snapshot_without_its_member_is_accepted(tmp_path: Path) -> None:
+    """After a clean stop, a snapshot edited by hand is accepted once its reserved member is deleted."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+    path = tmp_path / "lab.json"
+    edited = json.loads(path.read_bytes()) | {"b": 2}
+    path.write_text(json.dumps(edited))
+    with pytest.raises(CorruptionError, match="delete the member"):
+        await manager(tmp_path).start()
+    del edited["$lab_state"]
+    path.write_text(json.dumps(edited))
+    async with manager(tmp_path) as state:
+        assert await state.get_all() == {"a": 1, "b": 2}
+        await state.set("c", 3)
+        await state.flush()
+        assert await found(tmp_path) == {"a": 1, "b": 2, "c": 3}
