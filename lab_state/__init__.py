@@ -13,6 +13,7 @@ from lab_state._watch import Change
 from lab_state.blocking import Blocking
 from lab_state.cache import Cache, CacheSession, MemoryCache, Reader, RedisCache
 from lab_state.config import Config
+from lab_state.entry import Entry
 from lab_state.exceptions import (
     ClosedError,
     CorruptionError,
@@ -29,7 +30,7 @@ from lab_state.exceptions import (
     UnsupportedError,
     WaitTimeoutError,
 )
-from lab_state.handles import Entry, Namespace
+from lab_state.handles import Namespace
 from lab_state.manager import Manager
 from lab_state.storage import (
     FileStorage,

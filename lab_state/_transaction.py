@@ -11,9 +11,9 @@ from lab_state._core import Core
 from lab_state._durability import Durability
 from lab_state._entries import Absent, Changed, Expiring, Stored, Value
 from lab_state._metrics import Counters
+from lab_state._plain import Plain
 from lab_state._state import Layer, State, is_due
 from lab_state._values import encode_value
-from lab_state.blocking import Plain
 from lab_state.exceptions import ClosedError, InvalidValueError
 
 R = TypeVar("R")

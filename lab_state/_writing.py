@@ -1,21 +1,188 @@
-"""What the writing calls share: whose turn it is, the stored form of a value, and waiting until it is durable."""
+"""The calls that store and delete, and what all writing calls share.
+
+`set` is the hot path: one Python frame where the value is a dict or a list. Rare cases
+(a new key, the first change since a commit, a value to be looked into) are handled in
+separate functions, after one check.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lab_state._arguments import Seconds, check_key, milliseconds
+from lab_state._arguments import Seconds, check_key, many_keys, milliseconds
 from lab_state._entries import Expiring, Value
+from lab_state._json_keys import check_str_keys
+from lab_state._nesting import SHALLOW
 from lab_state._reads import MISSING_VALUE, Reads
 from lab_state._types import decode_value
-from lab_state._values import encode_value
+from lab_state._values import COLON, NULL, TIMESTAMP, L, U, check_encoded, check_json, encode, encode_value
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 
 class Writing(Reads):
-    """The steps that writing calls are made of."""
+    """The calls that store and delete, and the steps that writing calls are made of."""
 
     __slots__ = ()
+
+    async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:  # noqa: C901 -- the hot path, written out
+        """Store a value, and return the revision.
+
+        Args:
+            key: The key.
+            value: Anything that msgspec encodes as JSON, a Pydantic model, a path, an IP
+                address or a deque; what survives is in "Values and types". It is
+                encoded now, in one step of the event loop, so that writes keep their order:
+                a later change of the object changes nothing. A large value costs three to
+                five times `msgspec.json.encode` of it, about 3 ms for a megabyte of records;
+                one that is nested deeply, or refused, up to twenty times.
+            ttl: How long the key lives, in seconds or as a `timedelta`, above 0; for
+                good when not given, whatever was there before.
+
+        Raises:
+            InvalidValueError: JSON cannot hold the value; the error says where in it.
+                Or `ttl` is out of bounds.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
+        """
+        core = self._core
+        if ttl is not None or core.blocked:
+            return await self._put(key, value, ttl)
+        # `encode_value` and `State.apply` are written out here: the calls alone show in the bench.
+        try:
+            if value.__class__ is dict or value.__class__ is list:
+                try:
+                    stored: Any = encode(value)
+                    check_json(stored)  # a `msgspec.Raw` inside may hold anything
+                    packed = check_str_keys(value) if COLON in stored else None
+                except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
+                    stored = encode_value(value)
+                else:
+                    if (
+                        len(stored) >= SHALLOW
+                        or (L in stored and U in stored and stored.rpartition(NULL)[1])
+                        or not stored.isascii()
+                        or (packed is not None and TIMESTAMP in packed)
+                    ):
+                        check_encoded(value, stored, packed)
+            else:
+                stored = encode_value(value)
+        except InvalidValueError:
+            core.counters.set_errors += 1
+            raise
+        full = self._prefix + key if key.__class__ is str else self._full(key)
+        state = core.state
+        changes = state.changes
+        if full not in changes:
+            self._begin(full)
+        state.entries[full] = changes[full] = stored
+        state.revision = revision = state.revision + 1
+        if core.after:
+            if core.timed:
+                state.expiries.discard(full)
+            if state.note is not None:
+                state.note(full, stored, revision)
+            if core.write_through:
+                await core.durability.written(revision)
+        return revision
+
+    async def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> int:
+        """Store all of them as one change, and return the revision. After a crash all are there, or none.
+
+        Args:
+            values: The keys and their values.
+            ttl: How long they live, in seconds or as a `timedelta`, above 0; for good
+                when not given.
+
+        Raises:
+            InvalidValueError: One of the values cannot be kept, or `ttl` is out of
+                bounds; none was stored.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
+        """
+        self._check_writable()
+        if not isinstance(values, Mapping):
+            raise InvalidValueError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
+        encoded = {check_key(self._full(key)): self._encode_one(key, value) for key, value in values.items()}
+        lifetime = self._lifetime(ttl)
+        if self._core.blocked:
+            await self._turn()
+        state = self._core.state
+        if not encoded:
+            return state.revision
+        if lifetime is None:
+            return await self._written(state.set_many(encoded))
+        at = state.now() + lifetime
+        expiring = {key: Expiring(value, at) for key, value in encoded.items()}
+        return await self._written(state.apply(expiring, cleared=False))
+
+    async def touch(self, key: str, ttl: Seconds | None) -> bool:
+        """Give a key another time to live, leave its value, and return whether it was there.
+
+        For sessions that live as long as they are used.
+
+        Args:
+            key: The key.
+            ttl: How long it lives from now on, in seconds or as a `timedelta`, above 0;
+                `None` for good.
+
+        Raises:
+            InvalidValueError: `ttl` is out of bounds.
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
+        """
+        lifetime = self._lifetime(ttl)
+        await self._turn()
+        state, full = self._core.state, check_key(self._full(key))
+        if not state.has(full):
+            return False
+        stored = state.entries[full]
+        value = stored.value if isinstance(stored, Expiring) else stored
+        await self._store(key, value, self._at(lifetime))
+        return True
+
+    async def delete(self, key: str) -> bool:
+        """Delete a key, and return whether it was there.
+
+        Raises:
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
+        """
+        return await self.delete_many((key,)) == 1
+
+    async def delete_many(self, keys: Iterable[str]) -> int:
+        """Delete those of the keys that are there, as one change, and return how many.
+
+        Raises:
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
+        """
+        self._check_open()
+        wanted = [self._full(key) for key in many_keys(keys)]
+        await self._turn()
+        entries = self._core.state.entries
+        return await self._deleted(
+            self._core.state.delete_many([key if key in entries else check_key(key) for key in wanted])
+        )
+
+    async def delete_all(self, prefix: str = "") -> int:
+        """Delete every key that starts with `prefix`, as one change, and return how many.
+
+        Raises:
+            StorageError: With a `flush_interval` of 0: not durable yet.
+            FencedError: A newer writer owns the state; nothing was changed.
+        """
+        await self._turn()
+        keys = self._keys(prefix) if self._prefix or prefix else None
+        if keys is None:
+            state = self._core.state
+            before, count = state.revision, state.clear()
+            if state.revision > before:  # also where all of it had expired
+                await self._written(state.revision)
+            return count
+        return await self._deleted(self._core.state.delete_many([self._prefix + key for key in keys]))
+
+    # What the writing calls share
 
     async def _put(self, key: str, value: object, ttl: Seconds | None) -> int:
         """`set` where it has more to do."""

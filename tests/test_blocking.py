@@ -40,8 +40,9 @@ from lab_state import (
     UnavailableError,
 )
 from lab_state._calls import Calls
+from lab_state._plain import Plain
 from lab_state._reads import Reads
-from lab_state.blocking import Plain
+from lab_state._writing import Writing
 from lab_state.testing import FaultyStorage, ManualClock
 
 R = TypeVar("R")
@@ -139,7 +140,7 @@ def test_every_call_is_lifted() -> None:
     """Every coroutine function of a manager's calls is one of `Blocking` too, with its name and description."""
     calls = {
         name: function
-        for cls in (Reads, Calls)
+        for cls in (Reads, Writing, Calls)
         for name, function in vars(cls).items()
         if name[0] != "_" and inspect.iscoroutinefunction(function)
     }

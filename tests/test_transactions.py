@@ -33,9 +33,10 @@ from lab_state import (
 )
 from lab_state._calls import Calls
 from lab_state._core import _INSIDE
+from lab_state._plain import Plain
 from lab_state._reads import Reads
 from lab_state._state import Overlay
-from lab_state.blocking import Plain
+from lab_state._writing import Writing
 from lab_state.testing import FaultyStorage, ManualClock
 
 R = TypeVar("R")
@@ -145,7 +146,7 @@ def coroutine_functions(cls: type) -> set[str]:
 
 def test_a_transaction_has_every_call() -> None:
     """Every call of a manager that reads or writes is one of a transaction too, and is tried below."""
-    calls = coroutine_functions(Calls) | coroutine_functions(Reads)
+    calls = coroutine_functions(Calls) | coroutine_functions(Writing) | coroutine_functions(Reads)
     lifted = {name for cls in (Plain, Transaction) for name in vars(cls) if name[0] != "_"}
     assert lifted - {"namespace"} == calls - DURABILITY
     assert SAME.keys() == calls - DURABILITY
@@ -474,7 +475,9 @@ WRITES: dict[str, Callable[[Any], Any]] = {
 
 def test_every_writing_call_is_among_those_below() -> None:
     """So that none is forgotten that might write beside a transaction."""
-    assert {name.split()[0] for name in WRITES} == coroutine_functions(Calls) - DURABILITY
+    assert {name.split()[0] for name in WRITES} == (
+        coroutine_functions(Calls) | coroutine_functions(Writing)
+    ) - DURABILITY
 
 
 async def in_a_thread(call: Callable[[Any], R], state: Manager) -> R:

@@ -10,7 +10,7 @@ from fastapi.requests import HTTPConnection
 from lab_state._arguments import check_key
 from lab_state._entries import MISSING
 from lab_state.cache import Reader
-from lab_state.handles import Entry
+from lab_state.entry import Entry
 from lab_state.integrations.starlette import errors, health, lifespan, push, sse
 from lab_state.integrations.starlette import manager as manager_of
 from lab_state.integrations.starlette import reader as reader_of

@@ -1,0 +1,55 @@
+"""The calls of `Calls` without `await`, lifted from there: none is written twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
+
+from lab_state._calls import Calls
+from lab_state._handle import Handle
+
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+def plain(fn: Callable[Concatenate[Calls, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Plain, P], R]:
+    """The same call without `await`; carries every overload over."""
+
+    def call(self: Plain, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._run(fn(self._calls, *args, **kwargs))
+
+    call.__name__, call.__qualname__, call.__doc__ = fn.__name__, fn.__name__, fn.__doc__
+    return call
+
+
+class Plain(Handle):
+    """The calls, each run to its end by `_run`."""
+
+    __slots__ = ("_calls",)
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
+        raise NotImplementedError
+
+    def __bool__(self) -> Literal[True]:
+        """An empty state is still a state."""
+        return True
+
+    get: Final = plain(Calls.get)
+    get_many: Final = plain(Calls.get_many)
+    get_all: Final = plain(Calls.get_all)
+    exists: Final = plain(Calls.exists)
+    keys: Final = plain(Calls.keys)
+    expires_in: Final = plain(Calls.expires_in)
+    set_many: Final = plain(Calls.set_many)
+    touch: Final = plain(Calls.touch)
+    delete: Final = plain(Calls.delete)
+    delete_many: Final = plain(Calls.delete_many)
+    delete_all: Final = plain(Calls.delete_all)
+    pop: Final = plain(Calls.pop)
+    update: Final = plain(Calls.update)
+    get_or_set: Final = plain(Calls.get_or_set)
+    set_if_absent: Final = plain(Calls.set_if_absent)
+    incr: Final = plain(Calls.incr)
