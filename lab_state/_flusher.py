@@ -6,20 +6,21 @@ them as one record. A commit that fails puts the changes back under what came si
 and is repeated after growing pauses. Who waits is in `_durability.py`, what became of a
 commit in `_outcomes.py`.
 
-A checkpoint runs in a task of its own, beside the commits. The task that commits
-never cancels a storage call: at the deadline of `stop` it is left to end by itself,
-and the session is closed behind it, so no second writer can slip in meanwhile.
+The task never cancels a storage call. At the deadline of `stop`, a call that hangs is left
+to end by itself, and the session is closed after it. So no second writer can open the state
+meanwhile. Checkpoints are in `_checkpoints.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 from weakref import finalize
 
 from lab_state._buffers import join_in_steps
+from lab_state._checkpoints import Checkpoints
 from lab_state._clock import Clock, Timer, resolver
 from lab_state._codec import encode_record, encode_small_record
 from lab_state._durability import Waiters, copied
@@ -74,10 +75,10 @@ class Flusher(Outcomes):
         _ = session.progress  # without it stop() could not tell a slow storage from one that hangs: not noticed then
         self._slices = 0  # of records and snapshots, given to the storage: to encode them is progress too
         self._stop_error: LabStateError | None = None
-        self._records = len(session.recovery.records) + self._unsettled  # behind the last snapshot
+        self.checkpoints: Checkpoints = Checkpoints(config.name, session, self, self._checkpoint_pauses, self._count)
+        self.checkpoints.records = len(session.recovery.records) + self._unsettled
         if self._unsettled:
             self._wake_up()
-        self._checkpointing: asyncio.Task[None] | None = None
         self._timer: Timer | None = None
         # A record of a bulk writer does not become as large as what it writes in an interval.
         often = self._interval is None or self._interval <= LOOK_EVERY
@@ -134,7 +135,7 @@ class Flusher(Outcomes):
         self._stopping = self._aborted = True
         self.remember()
         self._end_timers()
-        for task in (self._task, self._checkpointing):
+        for task in (self._task, self.checkpoints.task):
             if task is not None:
                 task.cancel()
         return self._session
@@ -150,7 +151,7 @@ class Flusher(Outcomes):
     def move(self) -> None:
         """See `Durability.move`."""
         if self.loop.is_closed():
-            self._checkpointing = None
+            self.checkpoints.task = None
         super().move()
 
     def discard_entries(self) -> None:
@@ -266,7 +267,7 @@ class Flusher(Outcomes):
             self._wake.clear()
             try:
                 await self._commit_all()
-                self.begin_checkpoint()
+                self.checkpoint_if_due()
             except Exception as problem:  # noqa: BLE001 -- all who write wait for this task
                 self._survive(problem)
             # The callers that waited run now. What they write at once is committed without another turn of the loop.
@@ -312,11 +313,11 @@ class Flusher(Outcomes):
                 self._put_back()
             raise
         else:
-            self._records += 1
+            self.checkpoints.records += 1
             self._succeeded(self._clock.monotonic() - started)
             self._under_way = None
             self._confirming.settle(number)
-            self._checkpoint_due = due
+            self.checkpoints.due = due
             if not self._hand_on(taken):
                 self._discard(taken.changes)
             return None
@@ -350,6 +351,11 @@ class Flusher(Outcomes):
             self._slices += 1
             yield part
 
+    def checkpoint_if_due(self) -> None:
+        """Start a checkpoint if one is due, no view is out, and `stop` was not called."""
+        if not self._stopping:
+            self.checkpoints.start_if_due()
+
     # Timers
 
     def _arm(self) -> None:
@@ -366,54 +372,6 @@ class Flusher(Outcomes):
         self._arm()
         self._wake_up()
 
-    # Checkpoints
-
-    @property
-    def checkpoint_waits(self) -> bool:
-        """Return whether a checkpoint is due, and only waits for a view to be given back."""
-        return self._checkpoint_due and not self._checkpoint_pauses.failures and self.state.frozen
-
-    def begin_checkpoint(self) -> None:
-        """Begin a checkpoint, if one is due and no view is out. A second view would copy the state."""
-        if self._checkpoint_due and self._checkpoint_pauses.over and not (self.state.frozen or self._stopping):
-            self._start_checkpoint()
-
-    def _start_checkpoint(self) -> None:
-        if self._checkpointing is None or self._checkpointing.done():
-            name = f"lab_state {self._name} checkpoint"
-            self._checkpointing = asyncio.create_task(self._checkpoint(wait=True), name=name)
-            self._checkpointing.add_done_callback(self._checkpoint_over)
-
-    def _checkpoint_over(self, task: asyncio.Task[None]) -> None:
-        """Note that the checkpoint task has ended. If it was ended from outside, the checkpoint is due again."""
-        if task.cancelled():
-            self._checkpoint_due = True
-        elif (problem := task.exception()) is not None:
-            self._checkpoint_failed(storage_error(problem))
-
-    async def _checkpoint(self, *, wait: bool) -> None:
-        self._checkpoint_due = False
-        views = SnapshotViews(self.state, self.durable if wait else None, given=self._count, own=True)
-        before = self._records
-
-        def snapshot() -> AsyncIterator[bytes]:
-            nonlocal before
-            before = self._records  # what is committed from here on stays behind the snapshot
-            return views.take()
-
-        try:
-            await only_storage_errors(lambda: self._session.checkpoint(snapshot))
-        except StorageError as error:
-            self._checkpoint_failed(error)
-        else:
-            self._records -= before
-            self._checkpoint_due = False  # what commits said meanwhile was about the journal that is gone
-            self._checkpoint_pauses.end()
-            if not self._pauses.failures:  # else a commit still fails, and the error is its
-                self.last_error = None
-        finally:
-            await views.fold()
-
     # The end
 
     async def _finish(self) -> None:
@@ -424,9 +382,9 @@ class Flusher(Outcomes):
             self._give_up(error)
             error = copied(error, f"stop() gave up: {self.unflushed_keys} changed keys are not durable, and lost")
         self._stop_error = self._stop_error or error
-        await self.checkpoint_ended()
-        if error is None and self._records and not (self._abandoned or self.fenced):
-            await self._checkpoint(wait=False)
+        await self.checkpoints.ended()
+        if error is None and self.checkpoints.records and not (self._abandoned or self.fenced):
+            await self.checkpoints.write(wait=False)
         if self.refusal is not None and self.fenced and self._stop_error is None:
             self._stop_error = copied(self.refusal, "nothing of this writer is lost: all of it was durable before")
 
@@ -444,17 +402,12 @@ class Flusher(Outcomes):
 
     async def _let_go(self) -> None:
         try:
-            await self.checkpoint_ended()
+            await self.checkpoints.ended()
         finally:
             try:
                 await only_storage_errors(self._session.aclose)
             except StorageError as error:
                 self._logger.warning("%s: letting go of the storage failed: %s", self._name, error)
-
-    async def checkpoint_ended(self) -> None:
-        """Return when no checkpoint is under way."""
-        if self._checkpointing is not None:
-            await asyncio.wait({self._checkpointing})
 
     async def _last_flush(self) -> StorageError | None:
         error: StorageError | None = None

@@ -59,7 +59,6 @@ class Outcomes(Durability):
         longest = max(self._interval or 0.0, _LONGEST_PAUSE)
         self._pauses = Pauses(clock, _FIRST_PAUSE, longest)
         self._checkpoint_pauses = Pauses(clock, _FIRST_PAUSE, longest)
-        self._checkpoint_due = False
         self._stopping = False
 
     def _succeeded(self, seconds: float) -> None:
@@ -112,10 +111,16 @@ class Outcomes(Durability):
         if self._on_fenced is not None:
             self.loop.call_soon(tell_fenced, self._on_fenced, error, self._name, self._logger)
 
-    def _checkpoint_failed(self, error: StorageError) -> None:
+    def checkpoint_succeeded(self) -> None:
+        """Note that a checkpoint succeeded."""
+        self._checkpoint_pauses.end()
+        if not self._pauses.failures:  # else a commit still fails, and the error is its
+            self.last_error = None
+
+    def checkpoint_failed(self, error: StorageError) -> None:
+        """Note that a checkpoint failed, and log it. The task is woken when the pause is over."""
         self.failures += 1
         self.last_error = error
-        self._checkpoint_due = True
         pause = self._checkpoint_pauses.begin()
         if isinstance(error, FencedError):
             self._fence(error)

@@ -430,8 +430,8 @@ class TestCheckpoint:
                 storage.hang("checkpoint")
                 await state.set("large", "x" * 200_000)
                 await state.flush()
-                await until(lambda: flusher_of(state)._checkpointing is not None)
-                task = flusher_of(state)._checkpointing
+                await until(lambda: flusher_of(state).checkpoints.task is not None)
+                task = flusher_of(state).checkpoints.task
                 assert task is not None
                 await idle()
                 views = SnapshotViews(state._core.state)
@@ -502,7 +502,7 @@ class TestFreeing:
             await state.flush()
             await state.set("unflushed", 1)  # the checkpoint waits for its commit
             storage.hang("commit")
-            checkpoint = asyncio.create_task(flusher_of(state)._checkpoint(wait=True))
+            checkpoint = asyncio.create_task(flusher_of(state).checkpoints.write(wait=True))
             await until(lambda: isinstance(state._core.state.entries, Overlay))
             overlay = state._core.state.entries
             assert isinstance(overlay, Overlay)

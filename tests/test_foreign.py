@@ -380,7 +380,7 @@ class TestStorage:
             outcomes = await asyncio.gather(*(state.flush() for _ in range(3)), return_exceptions=True)
             assert {isinstance(outcome, UnavailableError) for outcome in outcomes} == {True}
         else:
-            await flusher_of(state)._checkpoint(wait=False)
+            await flusher_of(state).checkpoints.write(wait=False)
         assert state.status().flush_failures >= 1
         await state.set("b", 2)
         await state.flush()
@@ -415,7 +415,7 @@ class TestTasks:
         loop = asyncio.get_running_loop()
 
         def factory(loop: asyncio.AbstractEventLoop, coroutine: Any, **more: Any) -> Any:
-            if coroutine.__name__ == "_checkpoint":
+            if coroutine.__qualname__ == "Checkpoints.write":
                 coroutine.close()
                 raise LookupError("no task")
             return asyncio.Task(coroutine, loop=loop, **more)
@@ -548,7 +548,7 @@ class TestTasks:
             await state.set("large", "x" * 100_000)
             await state.flush()
             await until(lambda: "checkpoint" in storage.calls)
-            task = flusher_of(state)._checkpointing
+            task = flusher_of(state).checkpoints.task
             assert task is not None
             with monkeypatch.context() as patched:
                 if how == "cancelled":
@@ -564,7 +564,7 @@ class TestTasks:
                 await state.set("a", 1)
                 await state.flush()
             await until(lambda: storage.calls.count("checkpoint") == 2)
-            await until(lambda: not flusher_of(state)._checkpoint_due)
+            await until(lambda: not flusher_of(state).checkpoints.due)
             assert state.status().task_failure is None
 
     async def test_no_memory_for_a_sweep(

@@ -456,7 +456,7 @@ class TestRestarts:
             await state.flush()
             checkpointing = flusher_of(state)
             await until(
-                lambda: checkpointing._checkpointing is not None and not isinstance(state._core.state.entries, dict)
+                lambda: checkpointing.checkpoints.task is not None and not isinstance(state._core.state.entries, dict)
             )
             clock.advance(10)
             await state.set("4999", "new", ttl=5)

@@ -146,7 +146,7 @@ class Mirror:
                 self._told = taken.end
                 self._commits += 1
                 self._wake.set()
-                if self._holding is not None and self._flusher.checkpoint_waits:
+                if self._holding is not None and self._flusher.checkpoints.is_waiting:
                     self._holding.reschedule(0.0)  # at once
                     self._holding = None
 
@@ -283,8 +283,8 @@ class Mirror:
             await self._flusher.confirm()
         self._is_owner = False
         await self._flusher.settled(0)  # behind an unclean end, the first commit has a view, and comes at once
-        self._flusher.begin_checkpoint()
-        await self._flusher.checkpoint_ended()  # two views at a time would be a copy
+        self._flusher.checkpoint_if_due()
+        await self._flusher.checkpoints.ended()  # two views at a time would be a copy
         while self._flusher.state.frozen:  # noqa: ASYNC110 -- a commit that writes everything anew has one too, and tells nobody
             await asyncio.sleep(_REST_SECONDS)
         self._pending.clear()
@@ -315,7 +315,7 @@ class Mirror:
             self._holding = None
             await parts.aclose()
             await views.fold()
-            self._flusher.begin_checkpoint()
+            self._flusher.checkpoint_if_due()
         self._tried = None
         if not done:
             raise UnavailableError("the copy was changed by somebody else while it was filled")

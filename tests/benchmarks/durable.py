@@ -103,7 +103,7 @@ async def during_checkpoints(results: Results, state: Manager, hop: Hop, rounds:
     found = []
     for _ in range(rounds):
         bare, worst = await hop.taken(200)
-        checkpoint = asyncio.create_task(flusher_of(state)._checkpoint(wait=True))
+        checkpoint = asyncio.create_task(flusher_of(state).checkpoints.write(wait=True))
         taken: list[float] = []
         while not checkpoint.done():
             _, more = await together(lambda key: state.set(key, next(VALUES)), 100, 0.2)

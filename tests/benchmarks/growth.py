@@ -149,7 +149,7 @@ async def growth(results: Results, directory: str, counts: list[int]) -> None:
             await state.set_many({key_of(number): VALUE for number in range(count)})
             await _few(state)
             await state.flush()
-            await flusher_of(state).checkpoint_ended()
+            await flusher_of(state).checkpoints.ended()
             gc.collect()
             gc.freeze()
             for row in ROWS:

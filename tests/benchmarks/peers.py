@@ -58,7 +58,7 @@ class LabState(Peer):
         await self.manager.set_many(values)
         await self.manager.flush()
         await asyncio.sleep(0.1)  # what follows from it is not a part of the next peer's figures
-        await flusher_of(self.manager).checkpoint_ended()
+        await flusher_of(self.manager).checkpoints.ended()
 
     async def get(self, key: str) -> Any:
         raise NotImplementedError

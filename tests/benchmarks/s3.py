@@ -32,7 +32,7 @@ async def main(count: int) -> None:
             await state.set_many({f"key-{number:07}": VALUE for number in range(first, first + SET_AT_ONCE)})
         await state.flush()
         flusher = flusher_of(state)
-        await flusher.checkpoint_ended()
+        await flusher.checkpoints.ended()
         gc.collect()
         gc.freeze()
         await commits(results, state, bucket)
@@ -67,7 +67,7 @@ async def commits(results: Results, state: Manager, bucket: Bucket) -> None:
         async def ours() -> None:
             await state.set("key-0000007", next(numbers))
             await state.flush()
-            await flusher_of(state).checkpoint_ended()  # one in 64, and no part of a commit
+            await flusher_of(state).checkpoints.ended()  # one in 64, and no part of a commit
 
         async def theirs() -> None:
             await bare.put_object(Bucket=bucket.name, Key=f"bare/{next(numbers):09}", Body=record, IfNoneMatch="*")
@@ -90,11 +90,11 @@ async def checkpoints(results: Results, state: Manager, count: int) -> None:
     for number in range(7):
         await state.set("key-0000007", number)
         await state.flush()
-        await flusher.checkpoint_ended()
+        await flusher.checkpoints.ended()
         highest = asyncio.create_task(highest_memory())
         before = resident()
         gc.disable()  # a collection of a million keys is not the checkpoint's
-        gaps.append(await stall(flusher._checkpoint(wait=True)))
+        gaps.append(await stall(flusher.checkpoints.write(wait=True)))
         highest.cancel()
         gc.enable()
         above.append(max(highest_seen) - before)

@@ -133,11 +133,11 @@ async def _large_value(directory: str, large: int, steps: Steps, tell: Callable[
         await state.flush()
         tell("the flush of a large value")
         running = flusher_of(state)
-        await running.checkpoint_ended()
+        await running.checkpoints.ended()
         await state.set("small", 1)
         steps.take()
-        running._start_checkpoint()
-        await running.checkpoint_ended()
+        running.checkpoints.start()
+        await running.checkpoints.ended()
         tell("a checkpoint beside a large value")
 
 
@@ -147,7 +147,7 @@ async def _unclean_start(directory: str, count: int, steps: Steps, tell: Callabl
     await state.start()
     await state.set_many({f"k{number}": number for number in range(count)})
     await state.flush()
-    await flusher_of(state).checkpoint_ended()
+    await flusher_of(state).checkpoints.ended()
     await state.set("k1", 2)
     await state.flush()
     for cache in (None, MemoryCache()):

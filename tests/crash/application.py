@@ -243,7 +243,7 @@ class Application:
             await asyncio.sleep(0)
         flusher = self._state._flusher
         assert flusher is not None
-        await flusher.checkpoint_ended()
+        await flusher.checkpoints.ended()
         status = self._state.status()
         if status.flush_failures > before:
             say("checkpoint failed", last_error=status.last_error)

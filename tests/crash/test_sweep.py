@@ -151,7 +151,7 @@ async def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     await author.write()
     await author.write()
     monkeypatch.setattr(NewJournal, "add", no_room)
-    await flusher_of(author.state)._checkpoint(wait=False)
+    await flusher_of(author.state).checkpoints.write(wait=False)
     assert author.state.status().flush_failures == 1
     await author.write()
     await author.write()

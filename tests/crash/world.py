@@ -380,13 +380,13 @@ class World:
     async def checkpoint(self) -> None:
         """One of its own, behind one that is under way: the flusher has one at a time."""
         flusher = flusher_of(self.state)
-        await flusher.checkpoint_ended()
-        flusher._start_checkpoint()
+        await flusher.checkpoints.ended()
+        flusher.checkpoints.start()
         await self.checkpoints_ended()
 
     async def checkpoints_ended(self) -> None:
         """Those that the flusher began by itself."""
-        await flusher_of(self.state).checkpoint_ended()
+        await flusher_of(self.state).checkpoints.ended()
         self._check_alive()
 
     @asynccontextmanager
@@ -425,7 +425,7 @@ async def abort(manager: Manager) -> None:
     """What a crash leaves of a manager: nothing more is written; the threads and the lock are gone."""
     flusher = flusher_of(manager)
     session = flusher.abort()
-    await asyncio.wait([task for task in (flusher._task, flusher._checkpointing) if task is not None])
+    await asyncio.wait([task for task in (flusher._task, flusher.checkpoints.task) if task is not None])
     await session.aclose()
 
 

@@ -546,7 +546,7 @@ class ManagedWriter(Writer):
         if self.manager is not None and self.manager._flusher is not None:
             flusher = self.manager._flusher
             flusher.abort()
-            await self._cancel(flusher._task, flusher._checkpointing, self.manager._stopping)
+            await self._cancel(flusher._task, flusher.checkpoints.task, self.manager._stopping)
         await super()._let_go()
 
 

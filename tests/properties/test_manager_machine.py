@@ -152,7 +152,7 @@ class ManagerMachine(RuleBasedStateMachine):
     async def _crash(self) -> StorageSession:
         flusher = flusher_of(self.state)
         session = flusher.abort()
-        await asyncio.wait([task for task in (flusher._task, flusher._checkpointing) if task is not None])
+        await asyncio.wait([task for task in (flusher._task, flusher.checkpoints.task) if task is not None])
         return session._inner  # type: ignore[attr-defined,no-any-return]  # what `FaultyStorage` wraps
 
     # Writing

@@ -95,7 +95,7 @@ async def test_a_snapshot_that_disappears_is_written_anew(
         await state.set("b", 2)
         await state.flush()
     if moment == "after a checkpoint":
-        await flusher(state)._checkpoint(wait=False)
+        await flusher(state).checkpoints.write(wait=False)
     path = tmp_path / "lab.json"
     path.unlink()
     if replaced is not None:

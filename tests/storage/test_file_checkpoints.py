@@ -60,7 +60,7 @@ async def test_a_checkpoint_is_due_after_four_mebibytes(tmp_path: Path) -> None:
         await state.set("key", "x" * 1_200_000 + str(number))
         await state.flush()
     assert kinds(tmp_path) == "RRR"
-    assert flusher(state)._checkpointing is None
+    assert flusher(state).checkpoints.task is None
     assert not (tmp_path / "lab.json").exists()
     await state.set("key", "x" * 1_200_000)
     await state.flush()

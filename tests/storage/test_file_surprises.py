@@ -578,7 +578,7 @@ async def test_a_journal_whose_time_alone_changes(tmp_path: Path, caplog: pytest
                 await state.set("a", number)
             assert reads == [str(path)]
             assert path.stat().st_ino == inode
-            await flusher_of(state)._checkpoint(wait=False)
+            await flusher_of(state).checkpoints.write(wait=False)
             os.utime(path, ns=(0, 0))
             await state.set("a", 6)
             assert reads == [str(path)] * 2  # another journal, which is read once, too

@@ -1,0 +1,110 @@
+"""The checkpoints of one state: when one is due, and the task that writes it.
+
+A checkpoint runs in a task of its own, beside the commits. After a commit the storage says
+whether a checkpoint is due. A checkpoint that failed is due again after a pause. `Outcomes` notes
+what came of each. There is one checkpoint at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from lab_state._clock import Pauses
+from lab_state._foreign import only_storage_errors, storage_error
+from lab_state._outcomes import Outcomes
+from lab_state._snapshots import SnapshotViews
+from lab_state.exceptions import StorageError
+from lab_state.storage._protocol import StorageSession
+
+
+class Checkpoints:
+    """The checkpoints of one state, from one start to one stop.
+
+    Attributes:
+        due: Whether a checkpoint is due.
+        records: How many records the storage keeps behind the last snapshot.
+        task: The task of the last checkpoint, `None` before the first one.
+    """
+
+    def __init__(
+        self, name: str, session: StorageSession, outcomes: Outcomes, pauses: Pauses, given: Callable[[], object]
+    ) -> None:
+        """Prepare for the running event loop.
+
+        Args:
+            name: The name of the state.
+            session: The storage, opened.
+            outcomes: Is told what came of each checkpoint.
+            pauses: The pauses after checkpoints that failed.
+            given: Is called for each slice of a snapshot.
+        """
+        self.due: bool = False
+        self.records: int = 0
+        self.task: asyncio.Task[None] | None = None
+        self._name = name
+        self._state = outcomes.state
+        self._session = session
+        self._outcomes = outcomes
+        self._pauses = pauses
+        self._given = given
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a checkpoint is due, and only waits until a view is given back."""
+        return self.due and not self._pauses.failures and self._state.frozen
+
+    def start_if_due(self) -> None:
+        """Start a checkpoint if one is due and no view is out. A second view would copy the state."""
+        if self.due and self._pauses.over and not self._state.frozen:
+            self.start()
+
+    def start(self) -> None:
+        """Start a checkpoint, unless one is under way."""
+        if self.task is None or self.task.done():
+            self.task = asyncio.create_task(self.write(wait=True), name=f"lab_state {self._name} checkpoint")
+            self.task.add_done_callback(self._ended)
+
+    async def ended(self) -> None:
+        """Wait until no checkpoint is under way."""
+        if self.task is not None:
+            await asyncio.wait({self.task})
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Note that the task has ended. If it was ended from outside, the checkpoint is due again."""
+        if task.cancelled():
+            self.due = True
+        elif (problem := task.exception()) is not None:
+            self._failed(storage_error(problem))
+
+    async def write(self, *, wait: bool) -> None:
+        """Write one checkpoint.
+
+        Args:
+            wait: Whether the last slice of the snapshot waits until the revision of the
+                snapshot is durable.
+        """
+        self.due = False
+        durable = self._outcomes.durable if wait else None
+        views = SnapshotViews(self._state, durable, given=self._given, own=True)
+        before = self.records
+
+        def snapshot() -> AsyncIterator[bytes]:
+            nonlocal before
+            before = self.records  # what is committed from here on stays behind the snapshot
+            return views.take()
+
+        try:
+            await only_storage_errors(lambda: self._session.checkpoint(snapshot))
+        except StorageError as error:
+            self._failed(error)
+        else:
+            self.records -= before
+            self.due = False  # what commits said meanwhile was about the journal that is gone
+            self._outcomes.checkpoint_succeeded()
+        finally:
+            await views.fold()
+
+    def _failed(self, error: StorageError) -> None:
+        self.due = True
+        self._outcomes.checkpoint_failed(error)
