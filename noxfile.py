@@ -10,7 +10,7 @@ nox.options.error_on_missing_interpreters = True
 nox.options.sessions = ["tests", "lint", "types", "docs"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
-PYTHONS = ["3.11", "3.12", "3.13"]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 # As many processes as cores, each with servers of its own.
 AT_ONCE = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
 # Without this, `python -m pytest` would import the checkout instead of the wheel.

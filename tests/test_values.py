@@ -1070,7 +1070,10 @@ def called_from(depth: int, value: object) -> object:
 
 @pytest.mark.parametrize("nest", [lambda value: [value], lambda value: {"a": value}], ids=["lists", "dicts"])
 def test_no_room_is_told_wherever_it_ends(nest: Callable[[object], object]) -> None:
-    """A nested value that is refused near Python's limit is never called an object that cannot be kept."""
+    """A nested value that is refused near Python's limit is never called an object that cannot be kept.
+
+    From Python 3.12 on, calls in C have a limit of their own, and the value is kept.
+    """
     value: object = 1
     for _ in range(100):
         value = nest(value)
@@ -1082,8 +1085,7 @@ def test_no_room_is_told_wherever_it_ends(nest: Callable[[object], object]) -> N
             told.add(str(error).partition(" - ")[0])
         except RecursionError:
             break
-    assert len(told) == 1
-    assert "recursion limit" in told.pop()
+    assert [("recursion limit" in text) for text in told] == ([True] if sys.version_info < (3, 12) else [])
 
 
 class Encoded:
