@@ -58,6 +58,26 @@ def milliseconds(ttl: Seconds) -> int:
     return math.ceil(seconds * 1000)
 
 
+def check_timeout(timeout: object) -> float:
+    """Return a timeout in seconds; infinity for `None`.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is negative or not finite.
+    """
+    if timeout is None:
+        return math.inf
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise TypeError(f"timeout must be a number of seconds or None, not {type(timeout).__name__}")
+    try:
+        seconds = float(timeout)
+    except OverflowError:
+        seconds = math.inf
+    if not 0 <= seconds < math.inf:
+        raise ValueError("timeout must be a finite number of seconds, 0 or more; None waits without a limit")
+    return seconds
+
+
 def check_default(default: object) -> None:
     """Refuse a class: `get(key, User)` would give plain JSON, or `User` itself.
 

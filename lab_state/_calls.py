@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
-from lab_state._arguments import Seconds, check_callable, name_of, plain_result
+from lab_state._arguments import Seconds, check_callable, check_timeout, name_of, plain_result
 from lab_state._entries import MISSING
 from lab_state._reads import MISSING_VALUE
 from lab_state._writing import Writing
@@ -212,14 +212,21 @@ class Calls(Writing):
         """
         await self._core.durability.durable(self._core.state.revision)
 
-    async def wait_durable(self, revision: int | None = None) -> None:
-        """Return when a revision is durable; unlike `flush()`, start nothing.
+    async def wait_durable(self, revision: int | None = None, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- raised as a StorageError
+        """Wait until a revision is durable. Unlike `flush()`, start no flush.
+
+        Cancelling the caller ends the wait and changes nothing.
 
         Args:
-            revision: What a write returned; the last change when not given.
+            revision: The revision that a write returned; by default the last change.
+            timeout: How long to wait, in seconds, 0 or more and finite. `None` waits without
+                a limit.
 
         Raises:
-            ValueError: There is no such revision yet.
+            WaitTimeoutError: The revision is not durable after `timeout` seconds; wait again.
+                It is an `UnavailableError` and a `TimeoutError`.
+            ValueError: There is no such revision yet, or the timeout is out of bounds.
+            TypeError: The revision is not an `int`, or the timeout is not a number.
             RuntimeError: This is not the event loop of `start()`.
             FencedError: It will never be durable: a newer writer owns the state.
             StorageError: The manager was stopped, and its last flush failed.
@@ -231,7 +238,8 @@ class Calls(Writing):
             raise TypeError(f"a revision is an int, such as a write returns; not {type(revision).__name__}")
         if revision is not None and revision > last:
             raise ValueError(f"there is no revision {revision} yet: the last one is {last}")
-        await self._core.durability.wait_durable(last if revision is None else revision)
+        seconds = check_timeout(timeout)
+        await self._core.durability.wait_durable(last if revision is None else revision, seconds)
 
 
 def _is_number(value: object) -> bool:

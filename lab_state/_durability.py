@@ -9,14 +9,16 @@ its own: cancelling one touches neither the write nor the others. Who commits is
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from threading import get_ident
 from typing import TypeVar
 
-from lab_state._clock import Clock
+from lab_state._clock import Clock, within
 from lab_state._entries import Changes
 from lab_state._state import State
-from lab_state.exceptions import FencedError, LabStateError, UnavailableError
+from lab_state.exceptions import FencedError, LabStateError, UnavailableError, WaitTimeoutError
 
 E = TypeVar("E", bound=LabStateError)
 
@@ -157,10 +159,25 @@ class Durability:
             self._waiters.forget_cancelled()
             raise
 
-    async def wait_durable(self, revision: int) -> None:
-        """Return when `revision` is durable; ask for nothing."""
-        if self._must_wait(revision):
+    async def wait_durable(self, revision: int, timeout: float = math.inf) -> None:  # noqa: ASYNC109 -- by the manager's clock
+        """Wait until `revision` is durable. Ask for no commit.
+
+        Raises:
+            WaitTimeoutError: It is not durable after `timeout` seconds.
+        """
+        if not self._must_wait(revision):
+            return
+        if timeout == math.inf:
             await self._waiters.wait(self._waiters.patient, revision)
+            return
+        if timeout > 0:
+            with suppress(TimeoutError), within(self._clock, timeout):
+                await self._waiters.wait(self._waiters.patient, revision)
+        if self._must_wait(revision):  # it may have become durable at the moment of the timeout
+            raise WaitTimeoutError(
+                f"revision {revision} of {self._name!r} is not durable after {timeout:g} s: the durable revision is "
+                f"{self.durable_revision}; wait again, or see status().last_error"
+            )
 
     async def settled(self, revision: int) -> None:
         """Return when `revision` is durable; asks for a commit where the background makes them anyway."""

@@ -131,7 +131,11 @@ SAME: dict[str, list[Callable[[Any], Any]]] = {
     "set_if_absent": [lambda calls: calls.set_if_absent("a", 2), lambda calls: calls.set_if_absent("new", 2)],
     "incr": [lambda calls: calls.incr("n", 0.5), lambda calls: calls.incr("b")],
     "flush": [lambda calls: calls.flush()],
-    "wait_durable": [lambda calls: calls.wait_durable(9), lambda calls: calls.wait_durable("x")],
+    "wait_durable": [
+        lambda calls: calls.wait_durable(9),
+        lambda calls: calls.wait_durable("x"),
+        lambda calls: calls.wait_durable(timeout=0),
+    ],
 }
 """Each call, as it is made of a manager and of `blocking`."""
 

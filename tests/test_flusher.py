@@ -21,6 +21,7 @@ from lab_state import (
     StorageSession,
     UnavailableError,
     UnsupportedError,
+    WaitTimeoutError,
     _flusher,
 )
 from lab_state._snapshots import SnapshotViews
@@ -267,6 +268,76 @@ class TestWaitDurable:
             await state.wait_durable()
             with pytest.raises(ValueError, match="no revision 9 yet"):
                 await state.wait_durable(9)
+
+    async def test_it_waits_no_longer_than_its_timeout(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """After `timeout` seconds it raises an error that is an UnavailableError and a TimeoutError; it can be called again."""
+        async with running(storage, clock, 10.0) as state:
+            revision = await state.set("a", 1)
+            for seconds in (0, 2.5):
+                waiting = asyncio.create_task(state.wait_durable(revision, timeout=seconds))
+                await idle()
+                assert waiting.done() == (seconds == 0)
+                clock.advance(seconds)
+                with pytest.raises(
+                    WaitTimeoutError, match=rf"^revision 1 of '\w+' is not durable after {seconds} s: "
+                ) as caught:
+                    await waiting
+                assert isinstance(caught.value, UnavailableError)
+                assert isinstance(caught.value, TimeoutError)
+                assert caught.value.__cause__ is None
+            assert (commits(storage), state.status().flush_failures) == (0, 0)
+            waiting = asyncio.create_task(state.wait_durable(timeout=60))
+            await idle()
+            clock.advance(7.5)
+            await waiting
+            await state.wait_durable(revision, timeout=0)  # it is durable, so there is no wait
+            clock.advance(60)  # and no timer is left that could cancel anything
+
+    async def test_it_may_become_durable_as_the_time_is_up(self, storage: FaultyStorage) -> None:
+        """A revision that becomes durable at the moment of the timeout is no error."""
+
+        class Jumping(ManualClock):
+            """Is asked for the time by a commit that has just succeeded, and lets the timeout pass then."""
+
+            armed = False
+
+            def time(self) -> float:
+                if self.armed:
+                    self.armed = False
+                    self.advance(1.0)
+                return super().time()
+
+        clock = Jumping()
+        async with running(storage, clock, None) as state:
+            waiting = asyncio.create_task(state.wait_durable(await state.set("a", 1), timeout=1.0))
+            await idle()
+            clock.armed = True
+            await state.flush()
+            await waiting
+            assert not clock.armed
+
+    async def test_a_cancelled_wait_with_a_timeout_is_cancelled(
+        self, storage: FaultyStorage, clock: ManualClock
+    ) -> None:
+        """A cancellation from outside is no timeout."""
+        async with running(storage, clock, None) as state:
+            waiting = asyncio.create_task(state.wait_durable(await state.set("a", 1), timeout=1.0))
+            await idle()
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+    async def test_a_fence_ends_a_wait_with_a_timeout(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """What will never be durable is told at once, and is no timeout."""
+        with pytest.raises(FencedError):
+            async with running(storage, clock, None) as state:
+                storage.fail("commit", error=FencedError("a newer writer owns it"))
+                waiting = asyncio.create_task(state.wait_durable(await state.set("a", 1), timeout=1.0))
+                await idle()
+                with pytest.raises(FencedError):
+                    await state.flush()
+                with pytest.raises(FencedError):
+                    await waiting
 
     async def test_it_ends_with_the_manager(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """The last flush of stop() satisfies it; a last flush that fails is what it raises."""

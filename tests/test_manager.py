@@ -561,6 +561,20 @@ class TestArguments:
             await state.incr("huge", 1.5)
         assert state.revision == 1
 
+    @pytest.mark.parametrize("seconds", ["1", True, [1]], ids=repr)
+    async def test_a_timeout_of_another_type(self, state: Manager, seconds: Any) -> None:
+        """A timeout that is no number is a TypeError, also where nothing has to be waited for."""
+        with pytest.raises(
+            TypeError, match=rf"^timeout must be a number of seconds or None, not {type(seconds).__name__}$"
+        ):
+            await state.wait_durable(timeout=seconds)
+
+    @pytest.mark.parametrize("seconds", [-1, -0.001, float("nan"), float("inf"), 10**400], ids=range(5))
+    async def test_a_timeout_out_of_bounds(self, state: Manager, seconds: float) -> None:
+        """A timeout that is negative or not finite is a ValueError."""
+        with pytest.raises(ValueError, match=r"^timeout must be a finite number of seconds, 0 or more; None waits"):
+            await state.wait_durable(timeout=seconds)
+
     async def test_a_mismatch_names_the_key(self, state: Manager) -> None:
         """Among many keys, the error says which one it is about."""
         await state.set_many({"a": 1, "b": "x"})

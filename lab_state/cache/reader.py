@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 from lab_state import _forks as forks
-from lab_state._arguments import check_default, check_key, many_keys
+from lab_state._arguments import check_default, check_key, check_timeout, many_keys
 from lab_state._clock import Clock, SystemClock, within
 from lab_state._entries import MISSING, Expiring, Json, Stored
 from lab_state._handle import Handle
@@ -254,7 +254,7 @@ class Reader(Handle):
             return self._local.highest
         return (await self._head()).revision
 
-    async def wait_revision(self, revision: int, timeout: float = 5.0) -> None:  # noqa: ASYNC109 -- told as a StorageError
+    async def wait_revision(self, revision: int, timeout: float | None = 5.0) -> None:  # noqa: ASYNC109 -- told as a StorageError
         """Wait until reads give this revision or a later one. Then a caller reads its own writes.
 
         The writer gives the revision: `set()` returns it. With its `flush_interval` at 0 it
@@ -262,13 +262,16 @@ class Reader(Handle):
 
         Args:
             revision: The revision.
-            timeout: How long to wait, in seconds; a last read may take a second more.
+            timeout: How long to wait, in seconds, 0 or more and finite. `None` waits without
+                a limit. A last read may take a second more.
 
         Raises:
             WaitTimeoutError: It was not reached in time. It is an `UnavailableError` and a
                 `TimeoutError`.
+            TypeError: The timeout is not a number.
+            ValueError: The timeout is out of bounds.
         """
-        deadline = self._clock.monotonic() + timeout
+        deadline = self._clock.monotonic() + check_timeout(timeout)
         while True:
             moved = self._open.moved
             reached, problem = await self._reached(max(deadline - self._clock.monotonic(), _LOOK_AGAIN_SECONDS))

@@ -240,6 +240,13 @@ async def test_waiting_for_a_revision(cache: Any, local: Any) -> None:
         assert await reader.get("a") == 2
         with pytest.raises(WaitTimeoutError, match=r"has not reached revision 99 within 0\.05 s: it is at 3"):
             await reader.wait_revision(99, timeout=0.05)
+        for timeout, error in (("1", TypeError), (-1, ValueError), (float("inf"), ValueError)):
+            with pytest.raises(error, match="timeout must be"):
+                await reader.wait_revision(3, timeout)
+        waiting = [asyncio.create_task(reader.wait_revision(4, timeout=None))]
+        await asyncio.sleep(0)
+        await state.set("a", 3)
+        await asyncio.gather(*waiting)
 
 
 async def test_waiting_looks_again(until: Any) -> None:

@@ -20,6 +20,7 @@ from lab_state import (
     Manager,
     MemoryCache,
     MemoryStorage,
+    MirrorStatus,
     Namespace,
     Reader,
     Reading,
@@ -222,6 +223,7 @@ def threads(state: Manager) -> None:
     assert_type(calls.incr("key", 0.5, ttl=5), float)
     calls.flush()
     calls.wait_durable(5)
+    calls.wait_durable(5, timeout=0.5)
     calls.set(5, 1)  # type: ignore[arg-type]
     calls.get()  # type: ignore[call-overload]
 
@@ -245,6 +247,11 @@ async def life(state: Manager) -> None:
     assert_type(state.revision, int)
     await state.flush()
     await state.wait_durable(5)
+    await state.wait_durable(timeout=1)
+    await state.wait_durable(5, timeout=None)
+    await state.wait_durable(5, timeout="1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    assert_type(state.name, str)
+    assert_type(state.status().mirror, MirrorStatus | None)
 
 
 async def mirror(cache: RedisCache, memory: MemoryCache) -> None:
@@ -263,6 +270,7 @@ async def mirror(cache: RedisCache, memory: MemoryCache) -> None:
         assert_type(await reader.exists("key"), bool)
         assert_type(await reader.revision(), int)
         await reader.wait_revision(5, timeout=1)
+        await reader.wait_revision(5, timeout=None)
         assert_type(reader.watch("a"), AbstractAsyncContextManager[AsyncIterator[Change]])
         async with reader.watch("a") as changes:
             assert_type(changes, AsyncIterator[Change])
