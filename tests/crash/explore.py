@@ -92,6 +92,9 @@ async def _live(workload: Workload, world: World) -> None:
     except DiedError:
         await world.crash()
         await next_life(world)
+    except BaseException:  # the workload has found a fault: leave no manager running
+        await world.crash()
+        raise
 
 
 class Result:

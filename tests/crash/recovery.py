@@ -7,6 +7,8 @@ import itertools
 import os
 import shutil
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Self
@@ -126,23 +128,28 @@ class Recovery:
         return recovery.snapshot, recovery.records
 
     async def _whole(self, expected: Version, now: int, turn: int) -> None:
-        first = await self._start(expected, now)
-        if turn == 0:  # killed at once
-            await abort(first)
-            await abort(await self._start(expected, now))
-            return
-        await first.flush()
-        if turn == 1:
-            await abort(first)
-            await abort(await self._start(expected, now))
-            return
-        await first.set("one-more", turn)
-        await first.flush()
-        revision, (values, expires) = first.revision, held(first._core.state)
-        await abort(first)
-        second = await self._start(Version(revision, values, expires), now)
-        await second.stop()
-        await abort(await self._start(Version(revision, values, expires), now))
+        async with self._started(expected, now) as first:
+            if turn > 0:  # else it is killed at once
+                await first.flush()
+            if turn == 2:
+                await first.set("one-more", turn)
+                await first.flush()
+            expected = Version(first.revision, *held(first._core.state))
+        if turn == 2:
+            async with self._started(expected, now) as second:
+                await second.stop()
+        async with self._started(expected, now):
+            pass
+
+    @asynccontextmanager
+    async def _started(self, expected: Version, now: int) -> AsyncIterator[Manager]:
+        """Start a manager, and kill it at the end of the block unless it was stopped."""
+        manager = await self._start(expected, now)
+        try:
+            yield manager
+        finally:
+            if manager.status().phase == "running":
+                await abort(manager)
 
     async def _start(self, expected: Version, now: int) -> Manager:
         clock = Clock()
