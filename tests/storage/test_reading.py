@@ -223,23 +223,29 @@ async def test_a_state_that_was_never_written_is_empty(tmp_path: Path) -> None:
         assert (len(view), view.revision, view.live) == (0, 0, True)
 
 
-AS_NOBODY = """
-import asyncio, json, os, sys
+READ_AND_START = """
+import asyncio, ctypes, json, os, sys
 from lab_state import FileStorage, Manager, read_state, StorageError
-if os.geteuid() == 0:
-    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+{change}
 async def main():
     view = await read_state("lab", FileStorage(sys.argv[1]))
     try:
         await Manager("lab", FileStorage(sys.argv[1])).start()
     except StorageError as error:
         refused = str(error)
-    print(json.dumps([await view.get_all(), view.live, refused]))
+    print(json.dumps([await view.get_all(), view.revision, view.live, refused]))
 asyncio.run(main())
+"""
+"""Changes its user or its mounts, reads a state, tries to start it, and prints what was read and the error."""
+
+AS_NOBODY = """
+if os.geteuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
 """
 
 
-def run(code: str, *arguments: str) -> Any:
+def run(change: str, *arguments: str) -> Any:
+    code = READ_AND_START.replace("{change}", change)
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -253,8 +259,8 @@ async def test_the_permission_to_read_is_enough(tmp_path: Path) -> None:
         file.chmod(0o444)
     tmp_path.chmod(0o555)
     found = await asyncio.to_thread(run, AS_NOBODY, str(tmp_path))
-    assert found[:2] == [{"a": 1, "b": [2], "c": 3}, True]
-    assert "Permission denied" in found[2]
+    assert found[:3] == [{"a": 1, "b": [2], "c": 3}, 3, True]
+    assert "Permission denied" in found[3]
     (tmp_path / f"{NAME}.journal").chmod(0)
     with pytest.raises(subprocess.CalledProcessError) as failed:
         await asyncio.to_thread(run, AS_NOBODY, str(tmp_path))
@@ -264,7 +270,6 @@ async def test_the_permission_to_read_is_enough(tmp_path: Path) -> None:
 
 
 READ_ONLY = """
-import asyncio, ctypes, json, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
 directory = sys.argv[1].encode()
 def check(result):
@@ -275,15 +280,6 @@ check(libc.unshare(0x20000 if os.geteuid() == 0 else 0x10020000))
 check(libc.mount(b"none", b"/", None, 0x44000, None))  # MS_REC | MS_PRIVATE
 check(libc.mount(directory, directory, None, 0x1000, None))  # MS_BIND
 check(libc.mount(b"none", directory, None, 0x1021, None))  # MS_BIND | MS_REMOUNT | MS_RDONLY
-from lab_state import FileStorage, Manager, read_state, StorageError
-async def main():
-    view = await read_state("lab", FileStorage(sys.argv[1]))
-    try:
-        await Manager("lab", FileStorage(sys.argv[1])).start()
-    except StorageError as error:
-        refused = str(error)
-    print(json.dumps([await view.get_all(), view.revision, refused]))
-asyncio.run(main())
 """
 
 
@@ -292,7 +288,7 @@ async def test_a_read_only_mount_is_read(tmp_path: Path) -> None:
     await some(tmp_path)
     found = await asyncio.to_thread(run, READ_ONLY, str(tmp_path))
     assert found[:2] == [{"a": 1, "b": [2], "c": 3}, 3]
-    assert "Read-only file system" in found[2]
+    assert "Read-only file system" in found[3]
 
 
 def fifo(path: Path) -> None:
