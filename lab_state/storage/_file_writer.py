@@ -22,6 +22,7 @@ from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._lock import Lock
+from lab_state.storage._os_errors import is_out_of_descriptors
 
 _logger = Log(logging.getLogger("lab_state"))
 
@@ -324,12 +325,21 @@ class Writer:
             self._poison()
 
     def _wake_up(self) -> None:
-        """Open the journal again after `rest`. While it was closed, another file may have got its number, but not its size."""
+        """Open the journal again after `rest`, or give it up if it is not the file that was left.
+
+        While it was closed, another file may have got its inode number, but hardly its size too.
+
+        Raises:
+            UnavailableError: There are too many open files. The journal is kept: the next commit
+                tries again.
+        """
         path = self.paths.journal
         try:
             self._fd = fs.reopen(path)
             is_left = self._left.is_same_size(self._opened())
-        except StorageError:
+        except StorageError as error:
+            if is_out_of_descriptors(error):
+                raise
             is_left = False
         if not is_left:
             _logger.error("%s was deleted, replaced or changed while it was idle: writing everything anew", path)
@@ -364,14 +374,20 @@ class Writer:
         return None
 
     def _is_intact(self) -> bool:
-        """Read the journal and see whether every frame in it is ours; one that is too large counts as changed."""
+        """Read the journal and return whether every frame in it is ours; one that is too large counts as changed.
+
+        Raises:
+            UnavailableError: There are too many open files, so the journal could not be read.
+        """
         if self.end > _LARGEST_READ_AGAIN:
             return False
         path = self.paths.journal
         try:
             data = fs.read(path) or b""
             found = journal.scan(data, self.name, path)
-        except StorageError:
+        except StorageError as error:
+            if is_out_of_descriptors(error):
+                raise
             return False
         return found.header.salt == self._salt and found.end == len(data) == self.end
 

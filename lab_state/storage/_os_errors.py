@@ -52,6 +52,15 @@ def storage_error(what: str, path: str, error: OSError) -> StorageError:
     return UnavailableError(message)
 
 
+def is_out_of_descriptors(error: StorageError) -> bool:
+    """Return whether nothing could be opened at all: the process or the machine has too many open files.
+
+    Such an error says nothing about the file.
+    """
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)
+
+
 _NOT_REGULAR = {
     stat.S_IFLNK: (
         "a symbolic link: put the file itself there, or remove the link and "

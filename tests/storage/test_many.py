@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
+import resource
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lab_state import Config, FileStorage, Manager
+from lab_state import Config, FileStorage, Manager, UnavailableError
 from lab_state.storage import file
+from lab_state.storage.file import FileSession
 
 COUNT = 10
 OPEN = 3
@@ -116,6 +119,48 @@ async def test_a_journal_that_is_changed_while_it_is_closed(
     (copy / "user0.journal").write_bytes((tmp_path / "user0.journal").read_bytes())
     async with Manager("user0", FileStorage(copy)) as found:
         assert await found.get_all() == {"a": 1, "b": 2}
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """Let every opening of a file fail with EMFILE."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def commit(session: FileSession, record: bytes) -> None:
+    async def slices() -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    await session.commit(record, slices)
+
+
+@pytest.mark.parametrize("reason", ["idle", "another time"])
+async def test_too_many_open_files_do_not_cost_the_journal(
+    tmp_path: Path, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A commit that has to open its journal fails with EMFILE as the reason, and the next one goes on in that file."""
+    session = await FileStorage(tmp_path).open("lab")
+    await commit(session, b"one")
+    path = tmp_path / "lab.journal"
+    inode = path.stat().st_ino
+    if reason == "idle":
+        await session._commits.run(session._writer.rest)
+    else:  # the file has another time than the last write left, so the next commit reads it
+        os.utime(path, ns=(0, 0))
+    with no_descriptor_left(), pytest.raises(UnavailableError, match="Too many open files; close some, or raise"):
+        await commit(session, b"refused")
+    await commit(session, b"two")
+    assert path.stat().st_ino == inode
+    await session.aclose()
+    again = await FileStorage(tmp_path).open("lab")
+    await again.aclose()
+    assert again.recovery.records == (b"one", b"two")
+    assert "writing everything anew" not in caplog.text
 
 
 async def test_a_checkpoint_of_an_idle_state(tmp_path: Path, states: list[Manager]) -> None:
