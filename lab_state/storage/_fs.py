@@ -20,8 +20,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
-from typing import IO, cast
+from typing import IO
 
 import aiofiles
 
@@ -220,12 +219,11 @@ class NewFile:
         `check` is called before each hop there, and raises once `discard` is on its way:
         what came behind it would go to whatever file has the descriptor's number then.
         """
-        executor = cast("Executor", thread)  # `submit` is all that asyncio needs of one
         with translated("writing", self.path):
             # The descriptor stays ours: a file object of aiofiles' own would leak when its opening is cancelled,
             # and its context manager closes it in the event loop's own threads, whatever the executor.
             check()
-            file = await aiofiles.open(self._fd, "wb", buffering=0, closefd=False, executor=executor)
+            file = await aiofiles.open(self._fd, "wb", buffering=0, closefd=False, executor=thread)
             unsynced = 0
             async for part in slices:
                 rest = memoryview(part)

@@ -16,7 +16,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
@@ -158,7 +158,7 @@ def _serve(threads: Threads) -> None:
         del worker  # or it would be kept until the next one comes
 
 
-class Worker:
+class Worker(Executor):
     """Calls one function at a time, in order, in threads of a storage object.
 
     Attributes:
@@ -216,7 +216,7 @@ class Worker:
         self._put(work)
         return future
 
-    def submit(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+    def submit(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Call a function in a thread; its result is for any thread. Cancelled before its turn, it is not called.
 
         Raises:
@@ -231,8 +231,11 @@ class Worker:
         self._put(work)
         return future
 
-    def shutdown(self) -> None:
-        """Take nothing more; what was handed in before is called. Idempotent."""
+    def shutdown(self, *_: object, **__: object) -> None:
+        """Accept no more calls. Those handed in before are made. A second call does nothing.
+
+        This never waits: the arguments of `Executor.shutdown` have no effect.
+        """
         if not self._is_told_to_end:
             self._is_told_to_end = True
             self._threads.leave()

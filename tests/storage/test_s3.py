@@ -197,6 +197,16 @@ def test_the_path_has_the_bucket_at_custom_endpoints_only() -> None:
     assert custom == {"payload_signing_enabled": False, "addressing_style": "path"}
 
 
+async def test_a_limit_that_has_ended_starts_no_timer() -> None:
+    """Progress that is reported after the block, as by an upload that is given up, does not cancel the task later."""
+    clock = ManualClock()
+    async with Time(clock).limit(1.0) as limit:
+        pass
+    limit.moved()
+    clock.advance(2.0)
+    await asyncio.sleep(0)
+
+
 async def test_a_pause_is_by_the_clock() -> None:
     """A pause ends when the clock says so; one that is cancelled leaves no timer behind."""
     clock = ManualClock()

@@ -1,4 +1,4 @@
-"""Waiting, by a clock that tests can replace: pauses, and limits on how long a request may stand still."""
+"""Pauses, and limits on the time for which a request stands still. Tests replace the clock."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lab_state._clock import Clock, Timer
 
 
 class Time:
-    """Where the waiting is done."""
+    """The pauses and limits of a session, measured by one clock."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
     async def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait for so many seconds."""
         woken = asyncio.get_running_loop().create_future()
         timer = self.clock.call_later(seconds, lambda: None if woken.done() else woken.set_result(None))
         try:
@@ -26,37 +26,43 @@ class Time:
             timer.cancel()
 
     def jitter(self, longest: float) -> float:
-        """Some seconds between 0 and `longest`, so that clients that failed together do not come back together."""
+        """Return a random number of seconds from 0 to `longest`.
+
+        So clients that failed at the same moment do not repeat their requests at the same moment.
+        """
         return random.uniform(0, longest)  # noqa: S311 -- not a secret
 
     def limit(self, seconds: float) -> Limit:
-        """A limit on what runs inside `async with`; see `Limit`."""
+        """Return a limit for what runs inside `async with`; see `Limit`."""
         return Limit(self.clock, seconds)
 
 
 class Limit:
-    """Ends what runs inside with a `TimeoutError` when nothing moved for a while.
+    """A context manager that raises `TimeoutError` if what runs inside it makes no progress for a while.
 
-    `asyncio.timeout` knows no other clock than the event loop's.
+    `asyncio.timeout` cannot be used: it knows only the clock of the event loop.
     """
 
     def __init__(self, clock: Clock, seconds: float) -> None:
-        """Not more than `seconds` between entering, each call of `moved`, and leaving."""
+        """Allow at most `seconds` from the start to the first call of `moved`, between two calls, and to the end."""
         self._clock = clock
         self._seconds = seconds
         self._timer: Timer | None = None
-        self._expired = False
-        self._over = False
+        self._is_expired = False
+        self._has_ended = False
 
     def moved(self) -> None:
-        """Something moved: the time begins again."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if not self._over:
+        """Note progress: the time starts again. After the end of the block, do nothing."""
+        self._stop_timer()
+        if not self._has_ended:
             self._timer = self._clock.call_later(self._seconds, self._expire)
 
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
     def _expire(self) -> None:
-        self._expired = True
+        self._is_expired = True
         self._task.cancel()
 
     async def __aenter__(self) -> Self:
@@ -70,7 +76,7 @@ class Limit:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._over = True
-        self.moved()
-        if self._expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+        self._has_ended = True
+        self._stop_timer()
+        if self._is_expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise TimeoutError(f"nothing moved for {self._seconds:g} s") from error
