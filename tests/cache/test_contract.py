@@ -34,7 +34,7 @@ async def shown(cache: Any) -> tuple[int, dict[str, Any]]:
 
 
 async def test_nothing_is_there_at_first(cache: Cache) -> None:
-    """Nobody's copy is there before the first fill."""
+    """No copy is there before the first fill."""
     session = await cache.open("name", "one")
     assert await session.look() == NOTHING
     await session.aclose()

@@ -1,4 +1,4 @@
-"""The example application: one writer process, four uvicorn workers, and everybody reads their own writes."""
+"""The example application: one writer process, four uvicorn workers, and each client reads its own writes."""
 
 from __future__ import annotations
 

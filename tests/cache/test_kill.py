@@ -1,4 +1,4 @@
-"""SIGKILL of the writer, of Redis, of both, and a network that cuts and delays: nobody reads what is not durable."""
+"""SIGKILL of the writer, of Redis, of both, and a network that cuts and delays: no reader reads what is not durable."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Witness:
         self.all_sightings = 0
 
     def found(self, cycle: int, revision: int, digest: str) -> None:
-        """A writer started: everything up to this revision was durable, and nothing above it ever was."""
+        """Note the start of a writer: everything up to this revision was durable, and nothing above it ever was."""
         assert self.acknowledged <= revision <= self.tried
         while self._model.revision < revision:
             self._model.next(self._cycle)
@@ -88,14 +88,14 @@ class Witness:
         self._cycle, self.acknowledged, self.tried = cycle, revision, revision
 
     def saw(self, entries: dict[str, Any]) -> int:
-        """A reader got this."""
+        """Note what a reader got."""
         revision: int = entries.get(worker.AT, 0)
         self.sightings.setdefault(revision, set()).add(worker.digest(entries))
         self.all_sightings += 1
         return revision
 
     def check(self) -> None:
-        """Whatever was seen is what was durable."""
+        """Check that everything that was seen was durable."""
         for revision, digests in self.sightings.items():
             assert revision in self.durable, f"revision {revision} was seen, and is gone"
             assert digests == {self.durable[revision]}, f"revision {revision} was seen in another form"
@@ -135,7 +135,7 @@ class Troubles:
             await what()
 
     async def kill_redis(self) -> None:
-        """It comes back empty, or with what it last saved."""
+        """Kill Redis, and start it: it comes back empty, or with what it last saved."""
         self._redis.kill()
         await asyncio.sleep(self._dice.choice((0, 0.02)))
         await asyncio.to_thread(self._redis.start)
@@ -161,7 +161,7 @@ class Troubles:
         self._proxy.delay = self._dice.choice((0, 0, 0.002, 0.02))
 
     async def hold(self) -> None:
-        """What was sent arrives late, after other connections may have been made."""
+        """Hold what was sent, so that it arrives late, after other connections may have been made."""
         self._proxy.open.clear()
         await asyncio.sleep(0.05)
         self._proxy.open.set()
@@ -173,7 +173,7 @@ class Troubles:
 async def one_round(  # noqa: PLR0917 -- a round has many parts
     cycle: int, dice: random.Random, witness: Witness, writers: Zygote, troubles: Troubles, reader: Reader, url: str
 ) -> bool:
-    """A writer's life, with troubles; returns whether it came to rest before it was killed."""
+    """Run a writer with troubles; return whether it came to rest before it was killed."""
     rests = dice.random() < 0.6
     writers.bear(cycle, dice.choice((3, 30, 100)), url)
     life = dice.uniform(0.01, 0.3)
@@ -209,7 +209,7 @@ async def one_round(  # noqa: PLR0917 -- a round has many parts
 
 
 async def at_rest(reader: Reader, revision: int, witness: Witness) -> None:
-    """The mirror gets to where the state is, and is the same."""
+    """Check that the mirror reaches the revision of the state, and is the same."""
     await reader.wait_revision(revision, timeout=REST_SECONDS)
     assert witness.saw(await reader.get_all()) == revision
 

@@ -123,7 +123,7 @@ async def test_no_copy_is_not_missing(cache: Any, local: Any) -> None:
 
 @pytest.mark.parametrize("lost", [("values", None), ("expires", None), ("values", b"5"), ("expires", b"{}")])
 async def test_half_a_copy_is_not_read(lost: tuple[str, bytes | None]) -> None:
-    """A hash that was evicted, or is somebody else's, is noticed."""
+    """A hash that was evicted, or belongs to another writer, is noticed."""
     cache = MemoryCache()
     async with writer(cache) as state, cache.reader("name") as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -298,7 +298,7 @@ async def test_a_watch_ends_with_its_reader() -> None:
 
 
 async def test_a_lost_subscription(until: Any, caplog: pytest.LogCaptureFixture, local: Any) -> None:
-    """It is told once, made again after a pause, and everybody reads again."""
+    """It is logged once, made again after a pause, and every reader reads again."""
     caplog.set_level(logging.INFO)
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache) as state, cache.reader("name", local=local, clock=clock) as reader:
@@ -349,7 +349,7 @@ async def test_a_silent_subscription_is_asked(until: Any, monkeypatch: pytest.Mo
         clock.advance(5)
         await until(lambda: bool(pings))
         assert reader._local.fresh
-        place.followers.clear()  # the server forgot it, and tells nobody
+        place.followers.clear()  # the server forgot it, and does not say so
         await state.set("a", 2)
         await until(lambda: mirror_of(state).revision == 2)
         clock.advance(5)
@@ -515,7 +515,7 @@ async def test_a_time_that_somebody_else_spoilt(until: Any) -> None:
 
 
 def loading(steps: int) -> LocalCopy:
-    """A local copy that is read at revision 0, and was told of so many steps of ten keys meanwhile."""
+    """Return a local copy that is read at revision 0, and was told of so many steps of ten keys meanwhile."""
     local = LocalCopy()
     local.begin()
     assert local.read_from(Head(1, 0, "w"))

@@ -30,14 +30,14 @@ def manager(url: str, name: str = "name") -> Manager:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beats and pauses as short as a test can bear."""
+    """Make beats and pauses as short as a test can bear."""
     monkeypatch.setattr(lab_state.cache._mirror, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(lab_state.cache._mirror, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(lab_state.cache._mirror, "_LONGEST_PAUSE", 0.05)
 
 
 async def same(state: Manager, url: str) -> None:
-    """The mirror comes to be what the state is, and a new reader reads it."""
+    """Check that the mirror becomes what the state is, and that a new reader reads it."""
     async with RedisCache(url).reader("name") as reader:
         await reader.wait_revision(state.revision, timeout=20)
         assert await reader.get_all() == await state.get_all()
@@ -425,7 +425,7 @@ async def test_a_session_after_its_connection(redis_server: Any) -> None:
 
 
 async def test_a_user_who_may_not_look(own_redis: Any) -> None:
-    """Whoever may not read or subscribe is told so."""
+    """A user that may not read or subscribe is told so."""
     redis = own_redis()
     redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all", "-hget", "-subscribe")
     cache = RedisCache(f"redis://poor:word@127.0.0.1:{redis.port}")

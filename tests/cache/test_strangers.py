@@ -46,7 +46,7 @@ def local(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def own(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> RedisCache:
-    """Copies on the real server, with beats and looks as short as a test can bear."""
+    """Return copies on the real server, with beats and looks as short as a test can bear."""
     monkeypatch.setattr(lab_state.cache._mirror, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(lab_state.cache._feed, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(lab_state.cache._revision_guard, "STANDS_SECONDS", 0.1)

@@ -26,7 +26,7 @@ def manager(cache: RedisCache) -> Manager:
 
 
 def documented() -> tuple[list[str], list[str]]:
-    """The commands that the page says a writer needs, and a reader."""
+    """Return the commands that the page says a writer needs, and a reader."""
     needed = re.search(
         r"^The user needs.*?: `([A-Z\s]+)`; a reader only `([A-Z\s]+)`", PAGE.read_text(), re.DOTALL | re.MULTILINE
     )
@@ -68,7 +68,7 @@ async def test_the_documented_rights_suffice(own_redis: Any) -> None:
 
 @contextlib.asynccontextmanager
 async def with_tls(port: int, context: ssl.SSLContext) -> AsyncIterator[int]:
-    """A port where what is said in TLS is passed on."""
+    """Yield a port that passes on what is said in TLS."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -155,7 +155,7 @@ async def test_a_failover(own_redis: Any, own_sentinel: Any, until: Any) -> None
 
 
 def known(sentinel: Any) -> bool:
-    """Whether it has found the replica."""
+    """Return whether it has found the replica."""
     return bool(sentinel.call("SENTINEL", "replicas", "here"))
 
 

@@ -51,7 +51,7 @@ _MIN_CHECKPOINT_BYTES = 1500
 _FASTER = 50
 _TRIES = 3
 _LONGEST = 30
-"""Seconds of a life that comes to its end; whoever waits longer waits for ever."""
+"""Seconds of a life that comes to its end; a longer wait is one for ever."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +65,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         kill: At which call it is killed, if it does not come to its end.
         heals: Whether the faults end, so that all is well some time.
         limit: How large a file may grow while the disk is `FULL`.
-        ballast: A file that is deleted when it is not any more.
+        ballast: A file that is deleted when the disk is to be no longer full.
         patient: Whether the application never calls `flush`, and leaves that to the background.
     """
 
@@ -81,7 +81,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FastClock:
-    """The machine's clock, fifty times as fast: pauses between attempts are as they are, but nobody waits for them."""
+    """The machine's clock, fifty times as fast: pauses between attempts stay, but are short."""
 
     def time(self) -> float:
         return time.time()
@@ -122,7 +122,7 @@ async def change(state: Manager, revision: int) -> None:
 
 
 def history() -> list[dict[str, Any]]:
-    """Every state that there can be, by revision: the changes made one by one in a dict's stead."""
+    """Return every state that there can be, by revision: the changes made one by one in a dict."""
     entries: dict[str, Any] = {}
     states: list[dict[str, Any]] = [{}]
     for revision in range(1, CHANGES + 1):
@@ -193,7 +193,7 @@ class Application:
         return False
 
     async def _change(self, revision: int) -> None:
-        """A change that fails is there all the same; that it is not durable yet is no reason to stop working."""
+        """Make a change. A change that fails is in memory all the same; the application goes on although it is not durable."""
         say("try", revision=revision)
         if await self._told("change", change(self._state, revision)) and self._plan.interval == 0:
             say("durable", revision=revision)
@@ -206,7 +206,7 @@ class Application:
         say("durable", revision=self._state.durable_revision)
 
     def _fill(self, revision: int) -> None:
-        """Or make room again."""
+        """Fill the disk, or make room again."""
         if self._plan.limit is not None:
             _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (self._plan.limit if revision in FULL else most, most))
@@ -237,7 +237,7 @@ class Application:
         )
 
     async def _checkpointed(self) -> None:
-        """So that the calls come in one order; and its failures are told by `status()` alone."""
+        """Wait for the checkpoint, so that the calls come in one order; its failures are told by `status()` alone."""
         before = self._state.status().flush_failures
         for _ in range(10):
             await asyncio.sleep(0)
@@ -286,7 +286,7 @@ def follow(plan: Plan) -> None:
 
 
 def once(plan: Plan) -> None:
-    """For a tracer, which must know the names of all files beforehand."""
+    """Follow one plan for a tracer, which must know the names of all files beforehand."""
     numbers = itertools.count()
     _fs.temporary = lambda path: f"{path}.{next(numbers):08x}.tmp"
     follow(plan)

@@ -30,7 +30,7 @@ Patch = pytest.MonkeyPatch
 
 
 def _system() -> Any:
-    """What `_fs` takes for the module `os`."""
+    """Return what `_fs` takes for the module `os`."""
     return _fs.os  # type: ignore[attr-defined]  # its own, not for export
 
 
@@ -60,12 +60,12 @@ class Bug(NamedTuple):
 
 
 def no_sync_of_a_commit(patch: Patch) -> None:
-    """A frame is written, and that is all."""
+    """Write a frame, and do not sync it."""
     patch.setattr(_fs, "_sync_data", lambda fd: None)
 
 
 def acknowledged_before_the_sync(patch: Patch) -> None:
-    """The sync of a frame comes with the next one."""
+    """Sync a frame only with the next one."""
 
     def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: _fs.Progress) -> None:
         _fs._sync_data(fd)
@@ -75,12 +75,12 @@ def acknowledged_before_the_sync(patch: Patch) -> None:
 
 
 def no_sync_of_a_snapshot(patch: Patch) -> None:
-    """A new snapshot is renamed with its bytes in the cache."""
+    """Rename a new snapshot with its bytes in the cache."""
     patch.setattr(_fs.NewFile, "finish", lambda self: self._close())
 
 
 def no_sync_of_a_new_journal(patch: Patch) -> None:
-    """A new journal is renamed with its bytes in the cache."""
+    """Rename a new journal with its bytes in the cache."""
 
     def create(path: str, parts: Sequence[bytes], progress: _fs.Progress, *_: str) -> int:
         fd: int = _system().open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -102,33 +102,33 @@ def _no_directory_sync_behind(patch: Patch, suffix: str) -> None:
 
 
 def no_directory_sync_behind_a_snapshot(patch: Patch) -> None:
-    """The name of a new snapshot may be lost while the journal that follows it stays."""
+    """Let the name of a new snapshot be lost while the journal that follows it stays."""
     _no_directory_sync_behind(patch, ".json")
 
 
 def no_directory_sync_behind_a_journal(patch: Patch) -> None:
-    """The name of a new journal may be lost."""
+    """Let the name of a new journal be lost."""
     _no_directory_sync_behind(patch, ".journal")
 
 
 def no_sync_of_a_new_directory(patch: Patch) -> None:
-    """The directory itself may be lost."""
+    """Let the directory itself be lost."""
     patch.setattr(_directory, "_make", lambda path: Path(path).mkdir(parents=True, exist_ok=True))
     patch.setattr(_directory, "sync_parents", lambda path: None)
 
 
 def directory_of_a_dead_process_trusted(patch: Patch) -> None:
-    """A directory that is there is taken for one whose name is durable."""
+    """Take a directory that is there for one whose name is durable."""
     patch.setattr(_directory, "sync_parents", lambda path: None)
 
 
 def no_sync_of_what_was_put_there(patch: Patch) -> None:
-    """A snapshot that somebody put there a moment ago is built upon as it is."""
+    """Build upon a snapshot as it is, although a user put it there a moment ago."""
     patch.setattr(Writer, "_sync_found", lambda self, *, snapshot: None)
 
 
 def snapshot_of_a_copied_directory_trusted(patch: Patch) -> None:
-    """A snapshot that the journal beside it names is taken for one that was synced."""
+    """Take a snapshot that the journal beside it names for one that was synced."""
     load, sync = _file_start._load, Writer._sync_found
 
     def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
@@ -145,7 +145,7 @@ def snapshot_of_a_copied_directory_trusted(patch: Patch) -> None:
 
 
 def directories_above_a_journal_trusted(patch: Patch) -> None:
-    """Where there is a journal, a process is taken to have synced the names above it."""
+    """Take the names above a journal for synced."""
     sync = _directory.sync_parents
     patch.setattr(_directory, "sync_parents", lambda path: None if any(Path(path).glob("*.journal")) else sync(path))
 
@@ -164,17 +164,17 @@ def _problem_not_noticed(patch: Patch, told: str) -> None:
 
 
 def cut_off_journal_not_noticed(patch: Patch) -> None:
-    """A journal of its inode is taken for the one that was written, whatever its size."""
+    """Take a journal of the same inode for the one that was written, whatever its size."""
     _problem_not_noticed(patch, "cut off")
 
 
 def overwritten_journal_not_noticed(patch: Patch) -> None:
-    """A journal of its inode and its size is taken for the one that was written."""
+    """Take a journal of the same inode and size for the one that was written."""
     _problem_not_noticed(patch, "overwritten")
 
 
 def closed_descriptor_not_noticed(patch: Patch) -> None:
-    """Commits go on to the number that the journal had."""
+    """Let commits go on to the number that the journal had."""
     patch.setattr(Writer, "_opened", lambda self: _lookup.fingerprint(self.paths.journal))
     patch.setattr(_lookup, "is_as_left", lambda path, _, left: _lookup.fingerprint(path) == left)
 
@@ -183,7 +183,7 @@ def closed_descriptor_not_noticed(patch: Patch) -> None:
 
 
 def failed_sync_repeated(patch: Patch) -> None:
-    """The kernel says yes the second time, and has lost the data."""
+    """Repeat a failed sync: the kernel reports success the second time, and has lost the data."""
     sync = _fs._sync_data
 
     def twice(fd: int) -> None:
@@ -210,12 +210,12 @@ def _failed_directory_sync(patch: Patch, failed: Callable[[Writer], None]) -> No
 
 
 def old_journal_kept_after_a_failed_directory_sync(patch: Patch) -> None:
-    """Commits go on into a file whose name may be gone."""
+    """Let commits go on into a file whose name may be gone."""
     _failed_directory_sync(patch, lambda writer: None)
 
 
 def new_journal_used_after_a_failed_directory_sync(patch: Patch) -> None:
-    """Commits go on into a file whose name may never come."""
+    """Let commits go on into a file whose name may never come."""
     sync = _fs.sync_directory
 
     def synced(path: str) -> None:
@@ -226,7 +226,7 @@ def new_journal_used_after_a_failed_directory_sync(patch: Patch) -> None:
 
 
 def failed_changes_forgotten(patch: Patch) -> None:
-    """The next commit does not carry what the failed one carried."""
+    """Forget the changes of a failed commit."""
 
     def forget(self: State, taken: Changes) -> None:
         self.taken = taken.start
@@ -235,7 +235,7 @@ def failed_changes_forgotten(patch: Patch) -> None:
 
 
 def cut_short_write_left_in_place(patch: Patch) -> None:
-    """The next frame goes behind what is left of one that found no room."""
+    """Write the next frame behind the rest of one that found no room."""
 
     def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: _fs.Progress) -> None:
         with translated("writing", path):
@@ -249,7 +249,7 @@ def cut_short_write_left_in_place(patch: Patch) -> None:
 
 
 def no_checkpoint_frame(patch: Patch) -> None:
-    """Nothing in the journal names the snapshot that is about to be renamed."""
+    """Rename a snapshot that nothing in the journal names."""
     append = Writer._append
     patch.setattr(
         Writer,
@@ -259,7 +259,7 @@ def no_checkpoint_frame(patch: Patch) -> None:
 
 
 def journal_before_snapshot(patch: Patch) -> None:
-    """The new journal is there before the snapshot that it follows."""
+    """Put the new journal in place before the snapshot that it follows."""
 
     def publish(self: Writer, new: str, upcoming: NewJournal, size: int, since: list[bytes], _: int) -> None:
         upcoming.add(since[upcoming.records :])
@@ -272,7 +272,7 @@ def journal_before_snapshot(patch: Patch) -> None:
 
 
 def journal_truncated_in_place(patch: Patch) -> None:
-    """A checkpoint empties the journal instead of replacing it."""
+    """Let a checkpoint empty the journal instead of replacing it."""
     put_in_place = Writer._put_in_place
 
     def truncate(self: Writer, new: NewJournal, *replaced: list[int]) -> None:
@@ -288,12 +288,12 @@ def journal_truncated_in_place(patch: Patch) -> None:
 
 
 def commits_beside_a_checkpoint_dropped(patch: Patch) -> None:
-    """The journal behind a new snapshot lacks what was committed while that was written."""
+    """Leave out of the next journal what was committed while the snapshot was written."""
     patch.setattr(NewJournal, "add", lambda self, records: None)
 
 
 def last_commits_beside_a_checkpoint_not_synced(patch: Patch) -> None:
-    """The journal behind a new snapshot is renamed with what was added last in the cache."""
+    """Rename the next journal with its last records in the cache."""
 
     def add(self: NewJournal, records: list[bytes]) -> None:
         parts = self._framed((Kind.RECORD, record) for record in records)
@@ -304,7 +304,7 @@ def last_commits_beside_a_checkpoint_not_synced(patch: Patch) -> None:
 
 
 def records_counted_that_were_not_written(patch: Patch) -> None:
-    """What was committed before the next journal was begun is taken for a part of it."""
+    """Take the records committed before the next journal was begun for a part of it."""
 
     def prepare(self: Writer, upcoming: NewJournal, base: str, since: list[bytes]) -> None:
         upcoming.create(base)
@@ -314,7 +314,7 @@ def records_counted_that_were_not_written(patch: Patch) -> None:
 
 
 def expiry_left_out(patch: Patch) -> None:
-    """What expires comes back to stay."""
+    """Leave out the times, so that an expired key comes back to stay."""
 
     def nothing(*_: Any) -> Iterator[bytes]:
         yield b""
@@ -326,7 +326,7 @@ def expiry_left_out(patch: Patch) -> None:
 
 
 def no_checksum(patch: Patch) -> None:
-    """A frame is whole if it has a head and ends with a newline."""
+    """Take a frame for whole if it has a head and ends with a newline."""
 
     def frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int] | None:
         match = _journal._FRAME.match(data, position)
@@ -341,7 +341,7 @@ def no_checksum(patch: Patch) -> None:
 
 
 def torn_tail_taken_for_whole(patch: Patch) -> None:
-    """A frame that the end of the file cuts short counts."""
+    """Count a frame that the end of the file cuts short."""
     whole = _journal._frame_at
 
     def frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int] | None:
@@ -354,14 +354,14 @@ def torn_tail_taken_for_whole(patch: Patch) -> None:
 
 
 def torn_tail_refused(patch: Patch) -> None:
-    """Bytes behind the last frame are taken for damage."""
+    """Take bytes behind the last frame for damage."""
     patch.setattr(
         _journal, "_valid_frame_behind", lambda data, position, salt: position if position < len(data) else None
     )
 
 
 def inherited_journal_appended_to(patch: Patch) -> None:
-    """Commits go on behind frames that may be in the page cache alone."""
+    """Let commits go on behind frames that may be in the page cache alone."""
     load = _file_start._load
 
     def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
@@ -380,7 +380,7 @@ def inherited_journal_appended_to(patch: Patch) -> None:
 
 
 def inherited_journal_deleted(patch: Patch) -> None:
-    """What was recovered is in memory alone until the new journal is written."""
+    """Keep the recovered state in memory alone until the new journal is written."""
     load = _file_start._load
 
     def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
@@ -392,7 +392,7 @@ def inherited_journal_deleted(patch: Patch) -> None:
 
 
 def no_full_journal_after_an_unclean_end(patch: Patch) -> None:
-    """A start after a crash goes on as after a clean stop."""
+    """Let a start after a crash go on as after a clean stop."""
     accept = _journal.accept
 
     def accepted(found: Scan | None, size: int, base: str, path: str) -> Accepted:
@@ -402,7 +402,7 @@ def no_full_journal_after_an_unclean_end(patch: Patch) -> None:
 
 
 def recovered_state_acknowledged_unwritten(patch: Patch) -> None:
-    """What was found counts as durable, although it may be in the page cache alone."""
+    """Count the state that was found as durable, although it may be in the page cache alone."""
     load = _file_start._load
 
     def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:

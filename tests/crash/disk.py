@@ -9,7 +9,7 @@ The model is weaker than any file system in use, so what survives it survives th
   others. A rename is atomic. A directory that is lost takes with it what is in it.
 * The sync of a file forces its data and its size, not its name; that of a directory the
   names in it.
-* A failed sync dooms what was pending: no later sync forces it any more, since the
+* A failed sync dooms what was pending: no later sync forces it, since the
   kernel marks the pages clean (Rebello et al., USENIX ATC 2020).
 
 The idea is that of ALICE (Pillai et al., OSDI 2014).
@@ -183,11 +183,11 @@ class _File:
             del self._changes[: len(sure)]
 
     def open_changes(self) -> list[_Change]:
-        """Those that a crash may undo."""
+        """Return the changes that a crash may undo."""
         return [change for change in self._changes if change.fate is not Fate.SURE]
 
     def content(self, outcomes: Iterable[Outcome] | None = None) -> bytes:
-        """With an outcome for each of the open changes; all of them kept if not given."""
+        """Return the content for an outcome of each open change; all of them are kept if not given."""
         if not self._changes:
             return self._base
         buffer = bytearray(self._base)
@@ -229,7 +229,7 @@ class Disk:
     """A disk on which operations go on, until it is asked what a crash would leave now."""
 
     def __init__(self, state: Mapping[str, bytes | None]) -> None:
-        """All of it is on the disk for sure. The inodes are numbered in the order of the paths, from 0."""
+        """Begin with a state that is on the disk for sure. The inodes are numbered in the order of the paths, from 0."""
         self._names = {path: inode for inode, path in enumerate(state)}
         self._directories = {inode for inode, data in enumerate(state.values()) if data is None}
         self._files = {inode: _File(data, b"") for inode, data in enumerate(state.values()) if data is not None}
@@ -270,7 +270,7 @@ class Disk:
             self._namings.pop(0).put(self._names)
 
     def states(self, limit: int, dice: random.Random) -> Iterator[State]:
-        """What a crash may leave now: every state if there are not many more than `limit`, else a choice.
+        """Yield what a crash may leave now: every state if there are not many more than `limit`, else a choice.
 
         The choice has the corner cases first. A state may come more than once.
         """
@@ -286,7 +286,7 @@ class Disk:
                 }
 
     def _all_names(self, dice: random.Random) -> Iterator[dict[str, int]]:
-        """The distinct sets of names that a crash may leave."""
+        """Yield the distinct sets of names that a crash may leave."""
         open_ = sum(naming.fate is not Fate.SURE for naming in self._namings)
         combinations: Iterable[Sequence[Outcome]]
         if 2**open_ <= _MOST_NAMINGS:
@@ -349,7 +349,7 @@ class _Contents:
 
 
 def _corners(outcomes: Sequence[tuple[Outcome, ...]], limit: int, dice: random.Random) -> Iterator[Sequence[Outcome]]:
-    """Up to `limit` combinations: all and nothing kept; prefixes and suffixes; one that differs; and at random."""
+    """Yield up to `limit` combinations: all and nothing kept; prefixes and suffixes; one that differs; and random ones."""
     width = len(outcomes)
     kept, lost = [Outcome.KEPT] * width, [Outcome.LOST] * width
     yield kept

@@ -103,7 +103,7 @@ class Result:
     Attributes:
         points: At how many points the machine crashed.
         states: How many states it left, counted at each point.
-        distinct: How many of them nobody had seen before.
+        distinct: How many of them had not been seen before.
         good: Some of those that were recovered, with the version found.
         violations: What was wrong.
     """
@@ -122,7 +122,7 @@ class Explorer:
     """
 
     def __init__(self, recovery: Recovery, *, at_first: bool = False) -> None:
-        """`at_first` says whether to stop at the first violation."""
+        """Begin with no state seen. `at_first`: Whether to stop at the first violation."""
         self.seen: set[bytes] = set()
         self._recovery = recovery
         self._at_first = at_first
@@ -226,17 +226,17 @@ Plans = Callable[[Recording], Iterable[Faults]]
 
 
 def failing_syncs(clean: Recording) -> Iterable[Faults]:
-    """Each sync in turn."""
+    """Return faults that let each sync fail in turn."""
     return (Faults(syncs=frozenset({number})) for number in range(1, clean.counts[1] + 1))
 
 
 def full_disks(clean: Recording) -> Iterable[Faults]:
-    """Each write in turn: cut in half, and with nothing of it written; every third time what would undo it fails too."""
+    """Yield faults for each write in turn: cut in half, and not written at all; every third time, undoing it fails too."""
     for number in range(1, clean.counts[2] + 1):
         for written in (0.5, 0.0):
             yield Faults(write=number, written=written, truncate=number % 3 == 0)
 
 
 def deaths(clean: Recording) -> Iterable[Faults]:
-    """Each call in turn is the one before which the process dies."""
+    """Return faults that let the process die before each call in turn."""
     return (Faults(kill=number) for number in range(1, clean.counts[0] + 1))

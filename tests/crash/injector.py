@@ -64,7 +64,7 @@ class Injector:
         self._lock = threading.Lock()
 
     def install(self) -> None:
-        """For good: the process ends with it."""
+        """Install the faults for the rest of the process."""
         for name, call in (
             ("open", "openat"),
             ("listdir", "openat"),

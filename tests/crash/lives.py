@@ -39,7 +39,7 @@ REMEDIES = {
 
 @contextmanager
 def in_memory(otherwise: Path) -> Iterator[Path]:
-    """A directory that no disk slows down: a kill leaves to the next process whatever was written, synced or not."""
+    """Yield a directory that no disk slows down: a kill leaves to the next process all that was written, synced or not."""
     memory = Path("/dev/shm")
     if os.access(memory, os.W_OK | os.X_OK):
         with tempfile.TemporaryDirectory(dir=memory) as directory:
@@ -73,7 +73,7 @@ class Life:
         return dict(said["struck"])
 
     def check(self, durable: int = 0, tried: int = 0) -> None:
-        """What was said was true, and all that it promised is there.
+        """Check that what was said was true, and that all that was promised is there.
 
         Args:
             durable: Up to which revision everything was durable before.
@@ -97,7 +97,7 @@ class Life:
         self.durable, self.tried = durable, tried
 
     def check_what_is_left(self) -> None:
-        """Another process finds one of the states from what was durable to what was tried, and goes on with it."""
+        """Check that another process finds one of the states from the durable one to the tried one, and goes on with it."""
         asyncio.run(_check_what_is_left(Path(self.plan.directory), self.durable, self.tried))
 
     def _check(self, said: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Life:
             assert said["durable"] == said["revision"]
 
     def _check_error(self, said: dict[str, Any]) -> None:
-        """It is of the right class, and says where, why, and what to do; the status of that moment knows of it."""
+        """Check an error: its class is right, it says where, why, and what to do, and the status of that moment has it."""
         where, message = said["where"], said["message"]
         if where == "stop" and "the storage made no progress for 10 s" in message:
             return  # a slow disk
@@ -179,6 +179,6 @@ def zygote() -> Iterator[Zygote]:
 
 
 def check_death(life: Life) -> None:
-    """It ended as its plan says, and of nothing else."""
+    """Check that it ended as its plan says, and for no other reason."""
     killed = life.plan.end == "kill" or life.plan.kill is not None
     assert life.status == (-signal.SIGKILL if killed else 0), "see its standard error"

@@ -40,11 +40,11 @@ class Run(NamedTuple):
         return self.position + ERRORS.index(self.error)
 
     def first(self, total: int) -> int:
-        """The number of the first call that fails, of so many."""
+        """Return the number of the first call that fails, of so many."""
         return 1 + self.position * (total - 1) // (POSITIONS - 1)
 
 
 def spread(runs: int) -> list[Run]:
-    """So many of all runs, evenly."""
+    """Return so many of all runs, evenly spread."""
     every = [Run(*run) for run in product(CALLS, ERRORS, range(POSITIONS))]
     return [every[number * len(every) // runs] for number in range(runs)]

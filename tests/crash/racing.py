@@ -54,7 +54,7 @@ class Shared:
 
 
 def contents(revision: int) -> dict[str, Any]:
-    """What the state holds at a revision."""
+    """Return the contents of the state at a revision."""
     if not revision:
         return {}
     found: dict[str, Any] = {}
@@ -66,7 +66,10 @@ def contents(revision: int) -> dict[str, Any]:
 
 
 def change(revision: int) -> dict[str, Any]:
-    """What the change with this number sets. It deletes `even` if the number is odd, and all if `_CLEARED_EVERY` says so."""
+    """Return the values that the change with this number sets.
+
+    It deletes `even` if the number is odd, and all keys if `_CLEARED_EVERY` says so.
+    """
     values: dict[str, Any] = {
         "revision": revision,
         f"slot/{revision % _SLOTS}": [revision],

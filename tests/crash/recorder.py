@@ -108,11 +108,11 @@ class Recorder:
             self.entries.append(entry)
 
     def die(self) -> None:
-        """From here on, every call of the process fails."""
+        """Die: from here on, every call of the process fails."""
         self._dead = True
 
     def revive(self) -> None:
-        """The next process begins. What the dead one did is in the page cache."""
+        """Begin the next process. The page cache holds what the dead one did."""
         self._dead = False
         self.at_death = lambda: None
         self._full = False
@@ -157,7 +157,7 @@ class Recorder:
         return self._write(fd, data, offset)
 
     def write(self, fd: int, data: bytes | memoryview) -> int:
-        """What a stream of `aiofiles` does: where the last write ended."""
+        """Write where the last write ended, as a stream of `aiofiles` does."""
         self._wait("write", fd)
         with self._lock:
             number = self._write(fd, data, self._positions[fd])
@@ -255,7 +255,7 @@ class Recorder:
     # What they share
 
     def _name(self, path: str) -> str | None:
-        """Relative to the root. Nothing that the lock file holds or loses matters: `Lock` makes it anew."""
+        """Return the path relative to the root. The content of the lock file does not matter: `Lock` makes it anew."""
         if path.endswith(".lock") or not Path(path).is_relative_to(self.root):
             return None
         return str(Path(path).relative_to(self.root))
@@ -343,7 +343,7 @@ class _Seeded:
 
 @contextmanager
 def determined(seed: int | str) -> Iterator[None]:
-    """The library draws the same salts, names and numbers each time, and repeats what failed at once."""
+    """Let the library draw the same salts, names and numbers each time, and repeat a failed call at once."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (_fs, _journal, _codec):
             patch.setattr(module, "os", _Seeded(os, urandom=random.Random(f"{module.__name__} {seed}").randbytes))

@@ -91,7 +91,7 @@ class Recovery:
         return self._root
 
     def check(self, state: State, versions: list[Version], now: int) -> int:
-        """Which version the library finds in a state.
+        """Return the version that the library finds in a state.
 
         Args:
             state: What a crash left.
@@ -122,7 +122,7 @@ class Recovery:
         return _loaded(*found)
 
     def _open(self) -> tuple[bytes | None, tuple[bytes, ...]]:
-        """What `FileStorage.open` does, without threads and a loop."""
+        """Open a state as `FileStorage.open` does, without threads and a loop."""
         writer, recovery = open_writer(str(self._directory), NAME, self._tried, Leftovers())
         writer.close()
         return recovery.snapshot, recovery.records
@@ -167,7 +167,7 @@ class Recovery:
 
 
 def _loaded(snapshot: bytes | None, records: tuple[bytes, ...]) -> Version:
-    """What `Manager.start` makes of it."""
+    """Return what `Manager.start` makes of it."""
     loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, "snapshot")
     loaded = replay(loaded, records, "journal")
     values = msgspec.json.decode(msgspec.json.encode(loaded.entries)) if loaded.entries else {}
@@ -175,7 +175,7 @@ def _loaded(snapshot: bytes | None, records: tuple[bytes, ...]) -> Version:
 
 
 def _swept(answer: Version, now: int) -> tuple[int, Contents]:
-    """What a start makes of it: keys that are overdue go, as one change."""
+    """Return what a start makes of it: overdue keys are deleted, as one change."""
     gone = {key for key, at in answer.expires.items() if is_overdue(at, now)}
     values = {key: value for key, value in answer.values.items() if key not in gone}
     expires = {key: at for key, at in answer.expires.items() if key not in gone}

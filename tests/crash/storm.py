@@ -46,7 +46,7 @@ class Storm:
         self._durable = self._revision = 0
 
     async def blow(self) -> None:
-        """Until the process is killed."""
+        """Run until the process is killed."""
         tasks: set[asyncio.Task[None]] = set()
         while True:
             while len(tasks) < TASKS:
@@ -80,7 +80,7 @@ class Storm:
             say(f"ACK {task} {call} {revision}")
 
     async def _call(self, task: str, call: str) -> int:
-        """Returns the revision that is durable now."""
+        """Make a call, and return the revision that is durable now."""
         state = self._state
         if call == "set":
             return await state.set(f"set/{task}", task)

@@ -10,7 +10,7 @@ DIRECTORY: State = {"d": None}
 
 
 def left(*operations: Operation, start: State = DIRECTORY, limit: int = 10_000) -> list[State]:
-    """Every distinct state that a crash may leave behind these operations, without the directory."""
+    """Return every distinct state that a crash may leave behind these operations, without the directory."""
     disk = Disk(start)
     for operation in operations:
         disk.apply(operation)

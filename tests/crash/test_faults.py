@@ -40,7 +40,7 @@ def plan(directory: Path, run: Run, totals: Totals) -> Plan:
 
 
 def count(children: Zygote, directory: Path) -> Totals:
-    """How many calls of each name there are in a life, with no faults but those that must come before."""
+    """Return how many calls of each name there are in a life, with no faults but those that must come before."""
     found: Totals = {}
     ends: tuple[End, ...] = ("kill", "stop")
     for call, end in product(CALLS, ends):
@@ -53,7 +53,7 @@ def count(children: Zygote, directory: Path) -> Totals:
 
 
 def told(life: Life) -> bool:
-    """Whether the application was told of a failure, by an error or by `status()`."""
+    """Return whether the application was told of a failure, by an error or by `status()`."""
     return bool(life.of("error") or life.of("checkpoint failed"))
 
 

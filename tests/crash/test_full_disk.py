@@ -1,6 +1,6 @@
 """Disks that are really full for a while, at every byte: nothing acknowledged is lost, and room mends all by itself.
 
-A limit on the size of files is there for everybody; with the environment variable
+A limit on the size of files is there for every user; with the environment variable
 `LAB_STATE_FULL_TMPFS=1` a small file system in memory is filled too, which root may mount.
 """
 
@@ -30,7 +30,7 @@ PAGES = 16
 @pytest.mark.timeout(60 + 2 * len(LIMITS))
 @pytest.mark.parametrize("patient", [False, True])
 def test_a_limit_on_the_size_of_files(tmp_path: Path, *, patient: bool) -> None:
-    """A real short write, then EFBIG, wherever the limit is; whoever waits, or flushes, has everything in the end."""
+    """A real short write, then EFBIG, wherever the limit is; a caller that waits, or flushes, has everything in the end."""
     errors: Counter[str] = Counter()
     with in_memory(tmp_path) as directory, zygote() as children:
         for number, limit in enumerate(LIMITS):
@@ -57,7 +57,7 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path, *, patient: bool) -> None:
 
 @contextmanager
 def tmpfs() -> Iterator[Path]:
-    """A file system of 16 pages."""
+    """Mount a file system of 16 pages."""
     with tempfile.TemporaryDirectory() as point:
         command = ["mount", "-t", "tmpfs", "-o", f"size={PAGES * PAGE}", "tmpfs", point]
         mounted = subprocess.run(command, capture_output=True, text=True, check=False)

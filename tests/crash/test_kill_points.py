@@ -17,7 +17,7 @@ RECORD = ("write", "fdatasync")
 
 
 def points(calls: list[str]) -> Iterator[Kill]:
-    """Each moment in which the files differ from those of the moment before."""
+    """Yield each moment in which the files differ from those of the moment before."""
     for number, call in enumerate(calls, 1):
         yield Kill(number=number)
         if call == "write":
@@ -50,7 +50,7 @@ RECOVERY = 60
 
 
 def cut_short(children: Zygote, directory: Path) -> Life:
-    """A life that ended in the middle of a record, late, beside a snapshot that was being written."""
+    """Return a life that ended in the middle of a record, late, beside a snapshot that was being written."""
     calls = children.live(plan(directory / "unharmed")).calls
     records = [number for number, (call, then) in enumerate(pairwise(calls), 1) if (call, then) == RECORD]
     life = children.live(plan(directory / "cut", Kill(number=records[len(records) * 2 // 3], half=True)))

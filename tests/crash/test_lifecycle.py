@@ -44,7 +44,7 @@ class Gates:
 
 @pytest.fixture
 def gates(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gates]:
-    """`commit` holds the sync of a record, `checkpoint` that of a new file."""
+    """Yield the gates: `commit` holds the sync of a record, `checkpoint` that of a new file."""
     made = Gates()
     monkeypatch.setattr(_fs, "_sync_data", made.standing_in("commit", _fs._sync_data))
     monkeypatch.setattr(_fs, "_sync", made.standing_in("checkpoint", _fs._sync))
@@ -58,7 +58,7 @@ def manager(directory: Path, interval: float | None = None) -> Manager:
 
 
 def on_disk(directory: Path) -> dict[str, object]:
-    """What the snapshot holds; after a clean stop that is everything, and the journal holds nothing more."""
+    """Return what the snapshot holds; after a clean stop that is everything, and the journal holds nothing more."""
     assert len((directory / "lab.journal").read_bytes().splitlines()) == 1
     found: dict[str, object] = json.loads((directory / "lab.json").read_bytes())
     del found["$lab_state"]
@@ -66,7 +66,7 @@ def on_disk(directory: Path) -> dict[str, object]:
 
 
 async def flushing(state: Manager, gates: Gates) -> asyncio.Task[None]:
-    """A change that is durable, one that is being made durable, and one that waits for the next commit."""
+    """Make three changes: one is durable, one is being made durable, and one waits for the next commit."""
     await state.start()
     await state.set("durable", 1)
     await state.flush()
@@ -117,7 +117,7 @@ def test_a_loop_that_closes_under_a_pending_flush(
 async def test_a_stop_during_a_flush_during_a_checkpoint(
     tmp_path: Path, gates: Gates, order: tuple[str, str], *, impatient: bool
 ) -> None:
-    """Whichever ends first, and whether the one who stops is cancelled: all is durable, and nobody waits for ever."""
+    """Whichever ends first, and whether the stop is cancelled: all is durable, and no caller waits for ever."""
     state = manager(tmp_path)
     await state.start()
     gates.hold("checkpoint")
@@ -155,7 +155,7 @@ async def test_a_stop_during_a_flush_during_a_checkpoint(
 
 
 async def test_a_stop_that_runs_out_of_time_says_what_is_not_durable(tmp_path: Path, gates: Gates) -> None:
-    """It returns within its timeout, names the number of keys and the state, and so does everyone who waits."""
+    """It returns within its timeout, names the number of keys and the state, and so does each waiting caller."""
     state = Manager(Config(name="lab", flush_interval=None, stop_timeout=0.05), FileStorage(tmp_path))
     flush = await flushing(state, gates)
     told = r"stop\(\) gave up, .* no progress for 0\.05 s: 2 changed keys of 'lab' may not be durable; the state stays locked"

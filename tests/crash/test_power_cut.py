@@ -74,12 +74,12 @@ class Disk:
         self._mounted = False
 
     def let_go(self) -> None:
-        """After a failure a child may be there still."""
+        """Unmount lazily, since a child may still be there after a failure."""
         if self._mounted:
             run("it cannot be unmounted", "umount", "--lazy", self.point)
 
     def cut(self) -> None:
-        """From this moment on nothing reaches the disk any more, and what the file system had not written is lost."""
+        """Cut the power: from this moment on nothing reaches the disk, and what the file system had not written is lost."""
         point = os.open(self.point, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.ioctl(point, FS_IOC_SHUTDOWN, struct.pack("I", NOLOGFLUSH))

@@ -40,7 +40,7 @@ SLOWEST = 0.05
 
 @pytest.fixture(autouse=True)
 def _no_blocking() -> None:
-    """Without the watch of the other tests: this one kills processes between two readings."""
+    """Replace the watch of the other tests: this one kills processes between two readings."""
 
 
 class Race:
@@ -82,7 +82,7 @@ class Race:
         self.counts["unsettled"] += view.durable_revision < view.revision
 
     def kill(self) -> None:
-        """SIGKILL of the writer. Another one starts."""
+        """Kill the writer, and wait until another one starts."""
         pid = self.numbers[racing._PID]
         os.kill(pid, signal.SIGKILL)
         while self.numbers[racing._PID] == pid:
@@ -93,7 +93,7 @@ class Race:
 
 @contextmanager
 def race(tmp_path: Path) -> Iterator[Race]:
-    """A writer that has made its first change."""
+    """Yield a writer that has made its first change."""
     with in_memory(tmp_path) as directory:
         path = tmp_path / "shared"
         path.touch()
@@ -152,7 +152,7 @@ def counted(patch: Patch, counts: Counter[str]) -> None:
 
 @pytest.fixture(autouse=True)
 def _slow_reader(monkeypatch: Patch) -> None:
-    """At some steps the reader is overtaken, as on a busy machine. A reading takes less than a checkpoint otherwise."""
+    """Let the reader be overtaken at some steps, as on a busy machine. A reading takes less than a checkpoint otherwise."""
     dice = random.Random(20_250_305)
     read = OpenFile.read
 
@@ -168,12 +168,12 @@ def _slow_reader(monkeypatch: Patch) -> None:
 
 
 def first_reading_believed(patch: Patch) -> None:
-    """Whatever is found is the answer."""
+    """Take everything that is found for the answer."""
     patch.setattr(_file_reader, "is_answer", lambda before, now: True)
 
 
 def snapshot_read_first(patch: Patch) -> None:
-    """The journal is opened behind it, and what `start()` would accept is the answer."""
+    """Open the journal after the snapshot, and take what `start()` would accept for the answer."""
 
     def read(self: Look) -> Seen:
         self._snapshot = open_to_read(self._paths.snapshot)
@@ -192,7 +192,7 @@ def snapshot_read_first(patch: Patch) -> None:
 
 
 def last_record_called_durable(patch: Patch) -> None:
-    """As if a frame that can be read were one that was synced."""
+    """Take a frame that can be read for one that was synced."""
 
     def judged(data: bytes | None, base: str, name: str, path: str) -> Verdict:
         verdict = judge(data, base, name, path)
@@ -202,7 +202,7 @@ def last_record_called_durable(patch: Patch) -> None:
 
 
 def lock_shared_meanwhile(patch: Patch) -> None:
-    """As other readers of files do."""
+    """Share the lock while reading, as other readers of files do."""
 
     def locked(directory: str, name: str, given_up: threading.Event) -> Reading:
         with Path(directory, f"{name}.lock").open("rb") as file:

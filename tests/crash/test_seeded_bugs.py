@@ -15,7 +15,7 @@ LIMIT = 16
 
 @pytest.fixture(autouse=True)
 def _no_blocking() -> None:
-    """Without the watch of the other tests: nearly all calls are made where no loop runs."""
+    """Replace the watch of the other tests: nearly all calls are made where no loop runs."""
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def recovery() -> Iterator[Recovery]:
 
 
 def violation(bug: Bug, recovery: Recovery) -> str | None:
-    """The first thing that goes wrong."""
+    """Return the first violation."""
     clean = record(bug.workload, 1)
     plans = list(bug.plans(clean))
     for faults in plans[bug.first :] + plans[: bug.first]:

@@ -66,7 +66,7 @@ FAULTS: list[tuple[Plans, bool, Share]] = [
 
 @pytest.fixture(autouse=True)
 def _no_blocking() -> None:
-    """Without the watch of the other tests: a million calls are made here, nearly all of them where no loop runs."""
+    """Replace the watch of the other tests: a million calls are made here, nearly all of them where no loop runs."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def recovery() -> Iterator[Recovery]:
 
 @pytest.fixture(scope="module")
 def explorer(recovery: Recovery) -> Explorer:
-    """One for all tests, so that a state that two of them find is counted once."""
+    """Return one explorer for all tests, so that a state that two of them find is counted once."""
     return Explorer(recovery)
 
 
@@ -151,7 +151,7 @@ def test_a_crash_while_recovering(share: Share, explorer: Explorer, tally: Tally
 
 
 def recoveries(recording: Recording, explorer: Explorer, seed: str, number: int) -> Iterator[Recording]:
-    """What a process does that starts on a state that a crash left, for some of these states.
+    """Yield what a process does that starts on a state that a crash left, for some of these states.
 
     In every third one a sync fails; in another third the process dies of it, and the next one goes on.
     """

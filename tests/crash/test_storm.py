@@ -28,7 +28,7 @@ class Ledger:
     """What the tasks said, and what that means for what the next process finds."""
 
     def __init__(self, found: Path) -> None:
-        """`found`: where a process puts what its start found."""
+        """Begin with nothing told. `found`: Where a process puts what its start found."""
         self._found = found
         self.told: Counter[str] = Counter()
         self._revision = 0
@@ -51,7 +51,7 @@ class Ledger:
             self._kept.update({f"{kind}/{task}": task for kind in KEYS.get(call, ())})
 
     def check(self, revision: int, found: dict[str, Any]) -> None:
-        """This is what a start found."""
+        """Check what a start found."""
         assert revision >= self._revision
         self._revision = revision
         missing = self._kept.items() - found.items()

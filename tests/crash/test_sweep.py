@@ -99,7 +99,7 @@ def manager(directory: Path) -> Manager:
 
 
 async def everything(state: Manager) -> dict[str, Any]:
-    """Each key with its value, and whether it expires."""
+    """Return each key with its value, and whether it expires."""
     return {key: [value, await state.expires_in(key) is not None] for key, value in (await state.get_all()).items()}
 
 
@@ -112,7 +112,7 @@ class Author:
         self.history: dict[int, dict[str, Any]] = {0: {}}
 
     async def write(self, *, expect_failure: bool = False) -> None:
-        """One change; a new kind each."""
+        """Make one change; each is of a new kind."""
         number = self.state.revision
         if number == 1:
             await self.state.delete_all()
@@ -136,14 +136,14 @@ def no_room(self: NewJournal, records: list[bytes]) -> None:
 
 
 def killed(author: Author, copy: Path) -> Path:
-    """What its process would leave, were it killed now."""
+    """Return what its process would leave if it was killed now."""
     # Temporary files come and go in its threads, and no start reads them.
     return shutil.copytree(author.directory, copy, ignore=shutil.ignore_patterns("*.tmp"))
 
 
 @pytest.fixture
 async def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    """Killed between the rename of a snapshot and its journal: header, two records, frame C, two records."""
+    """Return a state killed between the rename of a snapshot and its journal: header, two records, frame C, two records."""
     author = Author(tmp_path / "source")
     async with author.state:
         await author.write()
@@ -164,7 +164,7 @@ async def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
 
 @pytest.fixture
 async def poisoned(tmp_path: Path, broken: Broken) -> Case:
-    """Killed after a failed sync: header, frame F, two records, beside an older snapshot."""
+    """Return a state killed after a failed sync: header, frame F, two records, beside an older snapshot."""
     author = Author(tmp_path / "source")
     async with author.state:
         await author.write()
@@ -185,7 +185,7 @@ async def poisoned(tmp_path: Path, broken: Broken) -> Case:
 
 @pytest.fixture
 async def stopped(tmp_path: Path) -> Case:
-    """Stopped cleanly: a snapshot and a journal with its header alone."""
+    """Return a state stopped cleanly: a snapshot and a journal with its header alone."""
     author = Author(tmp_path / "stopped")
     async with author.state:
         for _ in range(6):
@@ -210,7 +210,7 @@ def state_of(snapshot: bytes | None, records: tuple[bytes, ...], crc: int | None
 
 
 def read(snapshot: bytes | None, data: bytes | None) -> Outcome:
-    """What a start would find in these bytes: revision and state."""
+    """Return what a start would find in these bytes: revision and state."""
     base = NO_BASE if snapshot is None else journal.base_of(len(snapshot), zlib.crc32(snapshot))
     scan = None if data is None else journal.scan(data, NAME, JOURNAL)
     full, records, _ = journal.accept(scan, len(data or b""), base, JOURNAL)
@@ -218,7 +218,7 @@ def read(snapshot: bytes | None, data: bytes | None) -> Outcome:
 
 
 def load(directory: Path) -> Outcome:
-    """The same from the files, without threads and a loop."""
+    """Return the same from the files, without threads and a loop."""
     writer, recovery = open_writer(str(directory), NAME, TRIED, Leftovers())
     try:
         return state_of(recovery.snapshot, recovery.records, recovery.crc32)
@@ -227,7 +227,7 @@ def load(directory: Path) -> Outcome:
 
 
 async def start(directory: Path) -> Outcome:
-    """The same through a manager, which goes on to write, stop and start again."""
+    """Return the same through a manager, which goes on to write, stop and start again."""
     async with manager(directory) as state:
         found = state.revision, await everything(state)
         await state.set("more", 1)
@@ -254,7 +254,7 @@ class Damage(NamedTuple):
 
 
 def flips(data: bytes) -> Iterator[Damage]:
-    """Every way to flip one bit."""
+    """Yield every way to flip one bit."""
     for position in range(len(data)):
         for bit in range(8):
             damaged = bytearray(data)
@@ -263,12 +263,12 @@ def flips(data: bytes) -> Iterator[Damage]:
 
 
 def cuts(data: bytes) -> Iterator[Damage]:
-    """Every shorter length."""
+    """Return every shorter length."""
     return (Damage(data[:length], length, len(data)) for length in range(len(data)))
 
 
 def blocks(data: bytes, size: int, instead: bytes = b"\0") -> Iterator[Damage]:
-    """A block of zeros, or of nothing, at every offset."""
+    """Yield a block of zeros, or of nothing, at every offset."""
     for start in range(len(data)):
         end = min(start + size, len(data))
         yield Damage(data[:start] + instead * (end - start) + data[end:], start, end)
@@ -279,7 +279,7 @@ def every_damage(data: bytes) -> Iterator[Damage]:
 
 
 def count_of(data: bytes) -> int:
-    """How many `every_damage` makes."""
+    """Return how many `every_damage` makes."""
     return (8 + 1 + 1 + 1) * len(data)
 
 
@@ -401,7 +401,7 @@ def test_every_bit_length_and_block_of_a_snapshot(stopped: Case, *, alone: bool)
         (stopped.directory / JOURNAL).unlink()
     refused = ((damage.data, {REFUSED}) for damage in every_damage(data))
     assert sweep(stopped, SNAPSHOT, refused) == count_of(data) > 3_500
-    kept = len(b',"crc32":"01234567"}}')  # what remains without it may be anybody's JSON
+    kept = len(b',"crc32":"01234567"}}')  # what remains without it may be JSON of any program
     lost = [data[:start] + data[end:] for end in range(1, len(data) - kept + 1) for start in range(end)]
     assert sweep(stopped, SNAPSHOT, ((damaged, {REFUSED}) for damaged in lost)) == len(lost) > 50_000
     assert sweep(stopped, SNAPSHOT, ((data + bytes(size), {REFUSED}) for size in range(1, 600))) == 599

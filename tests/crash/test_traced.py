@@ -64,14 +64,14 @@ class Tracer:
         return Life(plan, [json.loads(line) for line in done.stdout.splitlines()], done.returncode)
 
     def injected(self, call: str) -> int:
-        """How many calls were made to fail in the last life."""
+        """Return how many calls were made to fail in the last life."""
         return sum(
             len(re.findall(rf"\b{name}(?:\(| resumed).*\(INJECTED\)", self._log.read_text()))
             for name in KERNEL.get(call, (call,))
         )
 
     def counts(self) -> dict[str, int]:
-        """How often the thread that called it most called it, in the last life, by the kernel's names."""
+        """Return, by the kernel's names, how often the busiest thread made each call in the last life."""
         calls = re.findall(r"^(\d+) +(\w+)\(", self._log.read_text(), re.MULTILINE)
         most: dict[str, int] = {}
         for (_, name), number in Counter(calls).items():
@@ -80,7 +80,7 @@ class Tracer:
 
 
 def tracer(directory: Path) -> Tracer:
-    """One that works; says what is missing where it does not."""
+    """Return a tracer that works; fail with what is missing if it does not."""
     if shutil.which("strace") is None:
         pytest.fail("strace is not installed, and LAB_STATE_CRASH_STRACE=1 asks for it: apt-get install strace")
     probe = subprocess.run(["strace", "-qq", "-o", os.devnull, "true"], capture_output=True, text=True, check=False)
@@ -90,7 +90,7 @@ def tracer(directory: Path) -> Tracer:
 
 
 def injections(run: Run, counts: dict[str, int]) -> list[str]:
-    """The run in strace's language, for each name of its call."""
+    """Return the run in strace's language, for each name of its call."""
     found = list(BEFORE.get(run.call, ()))
     for name in KERNEL.get(run.call, (run.call,)):
         first = 1 + run.position // 2 if run.call in BEFORE else run.first(counts[name])

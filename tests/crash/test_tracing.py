@@ -32,7 +32,7 @@ RECORDED = [Create("new", 1, False), Write(1, 0, b"ab"), Sync(1, True), Rename("
 
 
 def hexadecimal(line: str) -> str:
-    """A line as `strace -xx` writes it."""
+    """Return a line as `strace -xx` writes it."""
     parts = line.split('"')
     parts[1::2] = ["".join(f"\\x{byte:02x}" for byte in part.encode()) for part in parts[1::2]]
     return '"'.join(parts)

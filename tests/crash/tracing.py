@@ -35,7 +35,7 @@ _STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
 
 
 def missing() -> str | None:
-    """Why this recorder cannot work here; `None` if it can."""
+    """Return why this recorder cannot work here; `None` if it can."""
     if shutil.which("strace") is None:
         return "strace is not installed: apt-get install strace"
     tried = subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True, text=True, check=False)
@@ -64,7 +64,7 @@ def trace(workload: str, seed: int, beside: Beside) -> Recording:
 
 
 def entries(log: str, root: Path) -> list[Entry]:
-    """What a log of strace says about the files below the root."""
+    """Return what a log of strace says about the files below the root."""
     calls = _Calls(root)
     for line in _whole_lines(log):
         calls.add(line)
@@ -72,7 +72,7 @@ def entries(log: str, root: Path) -> list[Entry]:
 
 
 def _whole_lines(log: str) -> Iterator[str]:
-    """The calls in the order in which they ended; a call that another thread interrupted is put together.
+    """Return the calls in the order in which they ended; a call that another thread interrupted is put together.
 
     A close comes where it began. The kernel frees the number of the descriptor before the
     close ends: another thread may have opened, written and synced another file of this
@@ -161,7 +161,7 @@ class _Calls:
             self._open[fd] = name
         elif name is not None and ("O_WRONLY" in arguments or "O_RDWR" in arguments):
             if "O_TRUNC" in arguments or "O_APPEND" in arguments:
-                raise RuntimeError(f"{name} is opened in a way that nobody is known to use: {arguments[-80:]}")
+                raise RuntimeError(f"{name} is opened in a way that is not known: {arguments[-80:]}")
             if name not in self._inodes:
                 self._created(name, is_directory=False)
             self._open[fd], self._positions[fd] = self._inodes[name], 0

@@ -37,7 +37,7 @@ class Zygote:
         self._buffer = b""
 
     def live(self, cycle: int, dice: random.Random, longest: float = LONGEST_LIFE) -> Iterator[list[str]]:
-        """The words of each line of a child until it is dead; in between, `END <pid>`: kill it now."""
+        """Yield the words of each line of a child until it is dead; in between, `END <pid>`: kill it now."""
         self._stdin.write(b"%d %d\n" % (cycle, dice.randrange(2**32)))
         self._stdin.flush()
         deadline, pid = float("inf"), ""
@@ -58,7 +58,7 @@ class Zygote:
                 deadline = float("inf")
 
     def _lines(self, deadline: float) -> list[str]:
-        """Whole lines, as soon as there are any; none at the deadline."""
+        """Read whole lines, as soon as there are any; none at the deadline."""
         timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
         if not select.select([self._stdout], [], [], timeout)[0]:
             return []
@@ -96,7 +96,7 @@ class Witness:
         self.all_acknowledged = self.all_lost = self.never_started = 0
 
     def hear(self, cycle: int, word: str, *rest: str, evidence: bool = True) -> None:
-        """A line of a child; `evidence` says whether what it acknowledges counts."""
+        """Hear a line of a child; `evidence` says whether what it acknowledges counts."""
         if word == "AT":
             self.never_started -= 1
             self.found(int(rest[0]), rest[1])
@@ -110,7 +110,7 @@ class Witness:
             self._acknowledged = self._tried
 
     def found(self, revision: int, digest: str) -> None:
-        """A child started: is what it found one of these states, exactly?"""
+        """Check that what a child found at its start is exactly one of these states."""
         assert self._acknowledged <= revision <= self._tried
         while self._known.revision < revision:
             self._known.next(self._cycle)
@@ -119,7 +119,7 @@ class Witness:
         self._acknowledged = self._tried = revision
 
     async def check_the_end(self, directory: Path) -> None:
-        """A last start, in this process, and a clean stop, which leaves plain JSON."""
+        """Start a last time, in this process, and stop cleanly, which leaves plain JSON."""
         async with Manager(Config(name=worker.NAME), FileStorage(directory)) as state:
             everything = await state.get_all()
             self.found(state.revision, worker.digest(everything))

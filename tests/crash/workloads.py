@@ -16,7 +16,7 @@ Workload = Callable[[World], Awaitable[None]]
 
 
 async def one_writer(world: World) -> None:
-    """Each kind of change, each flushed on its own; then some in one flush."""
+    """Make each kind of change, each flushed on its own; then some in one flush."""
     await world.start()
     for number in range(4):
         await world.set(f"key-{number}")
@@ -35,7 +35,7 @@ async def one_writer(world: World) -> None:
 
 
 async def hundred_writers(world: World) -> None:
-    """Each waits until its change is durable; they share the writes."""
+    """Let each writer wait until its change is durable; they share the writes."""
     await world.start(write_through=True)
     for turn in range(3):
         await asyncio.gather(*(world.set(f"{number}", f"{turn} {number}") for number in range(100)))
@@ -44,7 +44,7 @@ async def hundred_writers(world: World) -> None:
 
 
 async def transactions(world: World) -> None:
-    """Several changes as one, whole or not at all."""
+    """Make several changes as one, whole or not at all."""
     await world.start()
     await world.transaction({f"key-{number}": world.value() for number in range(6)})
     await world.flush()
@@ -59,7 +59,7 @@ async def transactions(world: World) -> None:
 
 
 async def expiring(world: World) -> None:
-    """Keys that expire, sweeps that delete them, a restart in which more of them are due."""
+    """Set keys that expire, sweep them, and restart while more of them are due."""
     await world.start()
     for number in range(6):
         await world.set(f"key-{number}", ttl=1 + number)
@@ -83,7 +83,7 @@ async def expiring(world: World) -> None:
 
 
 async def checkpoints_beside_commits(world: World) -> None:
-    """A checkpoint that stands at each of its steps while commits go on."""
+    """Hold a checkpoint at each of its steps while commits go on."""
     await world.start()
     for number, step in enumerate([("open", ".json."), ("write", ".json."), ("sync", ".json."), ("rename", ".json.")]):
         await world.set("before")
@@ -105,7 +105,7 @@ async def checkpoints_beside_commits(world: World) -> None:
 
 
 async def journals_written_beside_commits(world: World) -> None:
-    """A checkpoint whose next journal is written while commits go on, some of them meanwhile, some at its end."""
+    """Write the next journal of a checkpoint while commits go on, some of them meanwhile, some at its end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_file_writer, "_LEFT_TO_PUBLISH", 0)
         await world.start()
@@ -123,7 +123,7 @@ async def journals_written_beside_commits(world: World) -> None:
 
 
 async def checkpoints_that_are_due(world: World) -> None:
-    """The journal outgrows the snapshot again and again."""
+    """Let the journal outgrow the snapshot again and again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_file_writer, "_MIN_CHECKPOINT_BYTES", 400)
         await world.start()
@@ -134,7 +134,7 @@ async def checkpoints_that_are_due(world: World) -> None:
 
 
 async def clean_stops(world: World) -> None:
-    """Stopped and started again, three times; once with nothing to do."""
+    """Stop and start again, three times; once with nothing to do."""
     for number in range(3):
         await world.start()
         await world.set("key")
@@ -148,7 +148,7 @@ async def clean_stops(world: World) -> None:
 
 
 async def unclean_ends(world: World) -> None:
-    """Killed and started again: after a commit, before one, and beside a snapshot."""
+    """Kill and start again: after a commit, before one, and beside a snapshot."""
     await world.start()
     await world.set("key-0")
     await world.flush()
@@ -169,7 +169,7 @@ async def unclean_ends(world: World) -> None:
 
 
 async def put_by_hand(world: World) -> None:
-    """A state that somebody brought along, in a directory that somebody made, a moment ago."""
+    """Start on a state that a user put there a moment ago, in a new directory."""
     world.put_by_hand({f"old-{number}": "x" * 50 for number in range(4)})
     await world.start()
     await world.set("new-0")
@@ -180,7 +180,7 @@ async def put_by_hand(world: World) -> None:
 
 
 async def moved(world: World) -> None:
-    """A state that is copied to another directory, which nothing syncs: after a clean stop, and after a kill."""
+    """Copy a state to another directory, without a sync: after a clean stop, and after a kill."""
     await world.start()
     await world.set("key-0")
     await world.stop()
@@ -199,7 +199,7 @@ async def moved(world: World) -> None:
 
 
 async def changed_in_place(world: World) -> None:
-    """A journal that is cut off, overwritten, or loses its descriptor, while the manager runs."""
+    """Cut off the journal, overwrite it, or close its descriptor, while the manager runs."""
     await world.start()
     await world.set("key-0")
     await world.flush()
@@ -225,7 +225,7 @@ async def changed_in_place(world: World) -> None:
 
 
 async def large_values(world: World) -> None:
-    """Values of several 64 KiB, so that a snapshot is written in slices."""
+    """Set values of several 64 KiB, so that a snapshot is written in slices."""
     await world.start()
     for number in range(3):
         await world.set(f"large-{number}", f"{number}" * (65_000 + world.dice.randrange(9_000)))
@@ -239,7 +239,7 @@ async def large_values(world: World) -> None:
 
 
 async def steps(world: World) -> None:
-    """A little of everything, short: for runs that are repeated with a fault at each call."""
+    """Do a little of everything, short: for runs that are repeated with a fault at each call."""
     await world.start()
     await world.set("key-0")
     await world.flush()
@@ -264,7 +264,7 @@ async def steps(world: World) -> None:
 
 
 async def next_life(world: World) -> None:
-    """What a process does that finds what another one left: it starts, acknowledges more, and stops."""
+    """Do what a process does that finds what another one left: start, acknowledge more, and stop."""
     await world.start()
     await world.set("next-0")
     await world.flush()

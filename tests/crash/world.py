@@ -68,12 +68,12 @@ class Marks(Protocol):
 
 
 def is_overdue(at: int, now: int) -> bool:
-    """Whether a sweep takes a key away: the second in which it expires is over."""
+    """Return whether a sweep deletes a key: the second in which it expires is over."""
     return at // 1000 < now // 1000
 
 
 def held(state: State) -> Contents:
-    """What is in memory, expired or not."""
+    """Return what is in memory, expired or not."""
     values, expires = {}, {}
     for key, stored in state.entries.items():
         if isinstance(stored, Expiring):
@@ -101,7 +101,7 @@ class World:
         dies: bool = False,
         beside: Beside = Beside.HELD_UP,
     ) -> None:
-        """Nothing is touched.
+        """Touch nothing.
 
         Args:
             root: The storage's directory is made below it.
@@ -142,7 +142,7 @@ class World:
     # Lifecycle
 
     async def start(self, *, write_through: bool = False) -> None:
-        """A process begins; the state that it finds must be one of the versions."""
+        """Begin a process; the state that it finds must be one of the versions."""
         self._check_alive()
         if self._is_new:
             self._is_new = False
@@ -173,7 +173,7 @@ class World:
         raise AssertionError(f"a start found revision {revision}, which never was: {found}")
 
     def put_by_hand(self, values: dict[str, Any]) -> None:
-        """What a user does that brings a state along: makes directories and a file, and syncs nothing.
+        """Put a state there as a user does: make directories and a file, and sync nothing.
 
         Nothing is promised about it before a change on top of it is acknowledged.
         """
@@ -193,7 +193,7 @@ class World:
             system.close(fd)
 
     def move_to_a_new_directory(self, *, stopped: bool) -> None:
-        """What `cp -a`, `tar x` or `rsync` does: the directory is made anew with what was in it, and nothing is synced.
+        """Copy the directory as `cp -a`, `tar x` or `rsync` does: make it anew with its contents, and sync nothing.
 
         After a clean stop nothing is promised about it before a change on top of it is
         acknowledged. What was left by a kill is promised once it was written anew.
@@ -210,7 +210,7 @@ class World:
         self._put(files)
 
     def change_the_journal(self, size: int, data: bytes) -> None:
-        """What a user does who overwrites the journal of a running manager in its place."""
+        """Overwrite the journal of a running manager in its place, as a user may do."""
         self._marks.mark(Withdraw())
         path = self.root / DIRECTORY / f"{NAME}.journal"
         system = vars(_fs)["os"]
@@ -222,7 +222,7 @@ class World:
         os.utime(path, ns=(0, 0))  # however coarse the file system's clock is
 
     def close_its_descriptor(self) -> int:
-        """What an application does that closes a descriptor twice and opens a file; return its descriptor."""
+        """Close a descriptor twice and open a file, as an application may do; return its descriptor."""
         session = flusher_of(self.state)._session
         assert isinstance(session, FileSession)
         system = vars(_fs)["os"]
@@ -233,7 +233,7 @@ class World:
         return number
 
     async def stop(self) -> None:
-        """A clean end."""
+        """Stop cleanly."""
         self._check_alive()
         flusher = flusher_of(self.state)
         session = flusher._session
@@ -251,7 +251,7 @@ class World:
         self._check_alive()
 
     async def crash(self) -> None:
-        """The process dies. The page cache stays."""
+        """Crash: the process dies, and the page cache stays."""
         if self._recorder is not None:
             self._recorder.die()
         if self._state is not None and self._state.status().phase == "running":
@@ -296,7 +296,7 @@ class World:
         await self._make({}, {}, self.state.delete_all())
 
     async def transaction(self, put: dict[str, Any], gone: tuple[str, ...] = (), *, give_up: bool = False) -> None:
-        """Several changes as one; given up, none."""
+        """Make several changes as one; if it is given up, none."""
         values, expires = self._copy()
         values.update(put)
         for key in gone:
@@ -319,7 +319,7 @@ class World:
         await self._make(values, expires, make())
 
     def pass_time(self, seconds: int) -> None:
-        """Second by second; a sweep that finds something is a change."""
+        """Let time pass second by second; a sweep that deletes keys is a change."""
         for _ in range(seconds):
             before = self.state.revision
             self.clock.advance(1.0)
@@ -332,7 +332,7 @@ class World:
                 self._add(values, expires)
 
     def value(self) -> Any:
-        """No other version has it."""
+        """Return a value that no other version has."""
         return [len(self.versions), "".join(self.dice.choices("abcdefgh", k=self.dice.randrange(120)))]
 
     def _copy(self) -> Contents:
@@ -356,7 +356,7 @@ class World:
     # Durability
 
     async def flush(self) -> None:
-        """Until it succeeds, three times at most; and until a checkpoint has ended that was due for it."""
+        """Flush until it succeeds, three times at most; then wait for the checkpoint that was due for it."""
         await self._flush()
         if not self._is_beside:
             await self.checkpoints_ended()
@@ -378,20 +378,20 @@ class World:
         self._marks.mark(Ack(self.latest, self._first))
 
     async def checkpoint(self) -> None:
-        """One of its own, behind one that is under way: the flusher has one at a time."""
+        """Make a checkpoint after the one that is under way: the flusher has one at a time."""
         flusher = flusher_of(self.state)
         await flusher.checkpoints.ended()
         flusher.checkpoints.start()
         await self.checkpoints_ended()
 
     async def checkpoints_ended(self) -> None:
-        """Those that the flusher began by itself."""
+        """Wait for the checkpoints that the flusher began by itself."""
         await flusher_of(self.state).checkpoints.ended()
         self._check_alive()
 
     @asynccontextmanager
     async def held_up(self, work: Awaitable[None], function: str, suffix: str) -> AsyncIterator[None]:
-        """Within the block, the work stands at this call; see `Beside`."""
+        """Hold the work at this call within the block; see `Beside`."""
         task = asyncio.ensure_future(work)
         gate = None
         if self._recorder is not None and self._beside is Beside.HELD_UP:
@@ -422,7 +422,7 @@ def flusher_of(manager: Manager) -> Flusher:
 
 
 async def abort(manager: Manager) -> None:
-    """What a crash leaves of a manager: nothing more is written; the threads and the lock are gone."""
+    """Do to a manager what a crash does: nothing more is written; the threads and the lock are gone."""
     flusher = flusher_of(manager)
     session = flusher.abort()
     await asyncio.wait([task for task in (flusher._task, flusher.checkpoints.task) if task is not None])

@@ -26,7 +26,7 @@ CLIENT = {"redirect_uris": ["http://localhost:1234/callback"], "client_name": "a
 
 @asynccontextmanager
 async def served(directory: Path) -> AsyncIterator[asyncio.subprocess.Process]:
-    """The first program of the page under uvicorn, gone at the end."""
+    """Run the first program of the page under uvicorn; it is gone at the end."""
     (directory / "app.py").write_text(BLOCKS[0])
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "uvicorn", "app:app", "--port", "0", "--app-dir", str(directory),
@@ -54,7 +54,7 @@ async def url_of(process: asyncio.subprocess.Process) -> str:
 
 
 async def authorize(http: httpx2.AsyncClient, client: str) -> int:
-    """The status of a registered client's request to log in."""
+    """Return the status of a registered client's request to log in."""
     asked = {
         "client_id": client,
         "redirect_uri": CLIENT["redirect_uris"][0],

@@ -35,7 +35,7 @@ Post = Callable[[str], Awaitable[tuple[int, Any, str | None]]]
 
 
 async def act(state: Manager, what: str) -> int:
-    """What the endpoint of each framework does."""
+    """Do what the endpoint of each framework does."""
     match what:
         case "key":
             return await state.set("k" * 1025, SECRET)
@@ -51,7 +51,7 @@ async def act(state: Manager, what: str) -> int:
 
 @asynccontextmanager
 async def asgi(app: Any, state: Manager) -> AsyncIterator[Post]:
-    """An ASGI application whose manager is started here."""
+    """Yield an ASGI application whose manager is started here."""
     served = {"lab_state": {"errors": state}}
 
     async def with_state(scope: Any, receive: Any, send: Any) -> None:
@@ -133,7 +133,7 @@ every_framework = pytest.mark.parametrize("framework", FRAMEWORKS.values(), ids=
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """What lab_state's answers logged."""
+    """Return what lab_state's answers logged."""
     records = [record for record in caplog.records if "answered with" in record.getMessage()]
     assert all(record.name == "lab_state" and record.exc_info is None for record in records)
     return [(record.levelname, record.getMessage()) for record in records]

@@ -48,7 +48,7 @@ def test_what_is_readable_stays_readable() -> None:
 
 
 def before_escape_key(text: str) -> str:
-    """The name of a part in version 0.1.0."""
+    """Return the name of a part in version 0.1.0."""
     escaped = re.sub(
         "[%/\0\ud800-\udfff]", lambda match: quote(match[0].encode("utf-8", "surrogatepass"), safe=""), text
     )

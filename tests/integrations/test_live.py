@@ -49,7 +49,7 @@ FIRST = b'retry: 2000\n\nid: 0\ndata: {"key":"","kind":"resync","revision":0}\n\
 
 @asynccontextmanager
 async def serving(server: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, aiohttp.ClientSession]]:
-    """A server, and a client of it; what it prints is left to read."""
+    """Run a server, and a client of it; what it prints is left to read."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *SERVERS[server],
@@ -120,7 +120,7 @@ async def test_a_server_with_streams_stops_at_sigterm(server: str) -> None:
 
 @pytest.fixture
 def handled() -> Iterator[list[int]]:
-    """A server's handlers: the signals that came to them."""
+    """Install a server's handlers; yield the signals that came to them."""
     came: list[int] = []
 
     def handler(number: int, frame: object) -> None:
@@ -269,7 +269,7 @@ FRAMEWORKS: dict[str, Callable[[], AbstractAsyncContextManager[str]]] = {
 async def client(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[aiohttp.ClientSession]:
-    """A client of each framework; heartbeats come every 5 ms."""
+    """Yield a client of each framework; heartbeats come every 5 ms."""
     monkeypatch.setitem(live_apps.TIMES, "heartbeat", 0.005)
     async with FRAMEWORKS[request.param]() as url, aiohttp.ClientSession(url) as session:
         yield session

@@ -40,7 +40,7 @@ class Server:
         self.said: list[str] = []
 
     async def says(self, text: str) -> str:
-        """The next line with this text."""
+        """Wait for the next line with this text."""
         assert self.process.stdout is not None
         async for line in self.process.stdout:
             self.said.append(line.decode())

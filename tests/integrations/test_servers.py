@@ -36,7 +36,7 @@ every_server = pytest.mark.parametrize("server", SERVERS)
 async def started(
     server: str, directory: Path, *more: str, **environment: str
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A server in a process of its own, which is gone at the end; it prints to its `stdout` alone."""
+    """Run a server in a process of its own, which is gone at the end; it prints to its `stdout` alone."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *SERVERS.get(server, [*UVICORN, server]),
@@ -60,7 +60,7 @@ async def started(
 
 
 async def url_of(process: asyncio.subprocess.Process) -> str:
-    """Where it serves, as soon as it says so."""
+    """Return where it serves, as soon as it says so."""
     assert process.stdout is not None
     said = b""
     async for line in process.stdout:
@@ -71,7 +71,7 @@ async def url_of(process: asyncio.subprocess.Process) -> str:
 
 
 async def lines_of(process: asyncio.subprocess.Process) -> list[str]:
-    """Everything that it prints until it exits by itself."""
+    """Return everything that it prints until it exits by itself."""
     said, _ = await process.communicate()
     return said.decode().splitlines()
 
@@ -108,7 +108,7 @@ class Visitors:
 
 
 async def visited(server: str, directory: Path, how: signal.Signals) -> list[str]:
-    """The pages whose visits a server called durable before a signal ended it."""
+    """Return the pages whose visits a server called durable before a signal ended it."""
     async with started(server, directory) as process:
         visitors = Visitors(process, how)
         await visitors.run(await url_of(process))

@@ -22,7 +22,7 @@ def bucket() -> Bucket:
 
 @pytest.fixture
 async def proxy() -> AsyncIterator[Proxy]:
-    """To the store, with faults on demand."""
+    """Yield a proxy to the store, with faults on demand."""
     async with Proxy(endpoint()) as proxy:
         yield proxy
 
@@ -37,7 +37,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a process that was killed with five acknowledged changes in its journal."""
+    """Return the files of a process that was killed with five acknowledged changes in its journal."""
     directory = tmp_path_factory.mktemp("killed") / "state"
     child = start_child("serve", directory)
     kill(child)
@@ -46,13 +46,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def crashed(killed: Path, tmp_path: Path) -> Path:
-    """A copy of `killed`, to be opened."""
+    """Return a copy of `killed`, to be opened."""
     return Path(shutil.copytree(killed, tmp_path / "crashed"))
 
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A directory that every user can enter, unlike `tmp_path`."""
+    """Yield a directory that every user can enter, unlike `tmp_path`."""
     directory = Path(tempfile.mkdtemp(prefix="lab_state-"))
     directory.chmod(0o755)
     yield directory

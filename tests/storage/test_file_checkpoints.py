@@ -53,7 +53,7 @@ async def test_a_large_snapshot_is_synced_as_it_grows(tmp_path: Path, disk: Disk
 
 
 async def test_a_checkpoint_is_due_after_four_mebibytes(tmp_path: Path) -> None:
-    """A journal of up to 4 MiB is left to grow; above that a snapshot takes its place without anyone waiting."""
+    """A journal of up to 4 MiB is left to grow; above that a snapshot takes its place, and no caller waits."""
     state = manager(tmp_path)
     await state.start()
     for number in range(3):
@@ -141,7 +141,7 @@ def test_a_journal_is_not_prepared_for_ever(tmp_path: Path) -> None:
 
 
 async def test_what_is_replaced_is_closed_behind_the_commits(tmp_path: Path, disk: Disk) -> None:
-    """What a checkpoint replaced has no name any more, and is freed where the checkpoint is tidied up; nothing stays open."""
+    """Files that a checkpoint replaced have no name, and are freed when it is tidied up; no file stays open."""
     session = await FileStorage(tmp_path).open("lab")
     callers: list[list[str]] = []
     close = disk.close
@@ -250,7 +250,7 @@ async def test_a_commit_before_a_cancelled_checkpoint_survives(tmp_path: Path, d
 
 
 async def test_group_commit_writes_one_frame(tmp_path: Path, disk: Disk) -> None:
-    """Everyone who waits while a sync is under way shares the next frame and the next sync."""
+    """All callers that wait while a sync is under way share the next frame and the next sync."""
     state = manager(tmp_path, flush_interval=0)
     await state.start()
     await state.set("first", 0)

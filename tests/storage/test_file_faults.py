@@ -71,7 +71,7 @@ class Tmpfs:
 
     @classmethod
     def can_be_mounted_by_this_user(cls) -> bool:
-        """Whether this user is root, and root may mount here."""
+        """Return whether this user is root, and root may mount here."""
         with tempfile.TemporaryDirectory() as place:
             try:
                 with cls(Path(place)):
@@ -332,7 +332,7 @@ async def test_a_checkpoint_that_fails_behind_its_rename_poisons(
 
 
 async def check_written_anew(state: Manager, directory: Path, disk: Disk, kept: Kept | None) -> None:
-    """The next commit goes to a new journal with everything, and so do those behind it."""
+    """Check that the next commit goes to a new journal with everything, and so do those after it."""
     checkpoint = disk.hold("open", "lab.json.tmp")  # so that the new journal can be looked at
     await state.flush()
     assert scan(directory).header.base == journal.ANY_BASE

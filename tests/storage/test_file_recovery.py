@@ -322,7 +322,7 @@ def another_states_journal(directory: Path) -> None:
 
 
 def two_halves(directory: Path) -> None:
-    """A journal that begins with the whole state, without it."""
+    """Leave a journal that should begin with the whole state, without that state."""
     (directory / "lab.journal").write_bytes(journal.header("lab", "0" * 16, journal.ANY_BASE))
 
 

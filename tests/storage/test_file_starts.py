@@ -21,14 +21,14 @@ def descriptors() -> set[Path]:
 
 
 def at_work() -> list[Any]:
-    """The threads and tasks of managers."""
+    """Return the threads and tasks of managers."""
     named = [(one, one.name) for one in threading.enumerate()] + [(one, one.get_name()) for one in asyncio.all_tasks()]
     return [one for one, name in named if name.startswith("lab_state")]
 
 
 @pytest.fixture(autouse=True)
 async def _gives_back(tmp_path: Path) -> AsyncIterator[None]:
-    """In the end only what was there before is there, and a manager can start."""
+    """Check that nothing is left at the end, and that a manager can start."""
     async with Manager("lab", FileStorage(tmp_path)) as state:  # makes what the process keeps
         await state.set("a", 1)
     await asyncio.to_thread(gc.collect)

@@ -54,7 +54,7 @@ def writer(state: Manager) -> Writer:
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths of what was synced, in order; temporary names without what makes them unique."""
+    """Return the synced paths, in order; temporary names without their unique part."""
     paths: list[str] = []
 
     def noting(real: Callable[[int], None]) -> Callable[[int], None]:
@@ -322,7 +322,7 @@ async def test_a_path_that_is_no_utf_8(tmp_path: Path) -> None:
 
 
 async def test_a_link_above_the_files_that_is_changed(tmp_path: Path) -> None:
-    """The directory is found once, at the start: a deployment that moves the link fences nobody."""
+    """The directory is found once, at the start: a deployment that moves the link fences no writer."""
     (tmp_path / "release1" / "state").mkdir(parents=True)
     (tmp_path / "release2" / "state").mkdir(parents=True)
     (tmp_path / "current").symlink_to("release1")
@@ -504,7 +504,7 @@ def one_byte(path: Path, _: bytes) -> None:
 
 
 def another_journal(path: Path, _: bytes) -> None:
-    """A journal of the same state and the same size, in which every frame is valid."""
+    """Put another journal there, of the same state and the same size, in which every frame is valid."""
     salt = journal.new_salt()
     size = path.stat().st_size
     head = journal.header("lab", salt, "none")

@@ -45,7 +45,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The directories that were listed."""
+    """Return the directories that were listed."""
     found: list[str] = []
     real = _lookup.names_in
 
@@ -58,7 +58,7 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 async def life(directory: Path, storage: FileStorage | None = None) -> None:
-    """A start, a checkpoint and a clean stop."""
+    """Start, checkpoint, and stop cleanly."""
     async with Manager(Config(name="lab", flush_interval=0), storage or FileStorage(directory)) as state:
         await state.incr("n")
 
@@ -68,7 +68,7 @@ def temporary(directory: Path) -> list[str]:
 
 
 def said(directory: Path) -> dict[str, Any]:
-    """What the lock file says."""
+    """Return what the lock file says."""
     found: dict[str, Any] = json.loads((directory / "lab.lock").read_bytes())
     return found
 

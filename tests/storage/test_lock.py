@@ -42,7 +42,7 @@ signal.pause()
 
 @contextmanager
 def locked(path: Path, text: str, fork: str = "") -> Iterator[int]:
-    """A lock that another process holds; the pid of the one that took it."""
+    """Let another process hold the lock; yield the pid of the one that took it."""
     process = subprocess.Popen([sys.executable, "-c", LOCKING, path, text, fork], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pid, child = json.loads(process.stdout.readline())
@@ -57,7 +57,7 @@ def locked(path: Path, text: str, fork: str = "") -> Iterator[int]:
 
 
 def refusal(directory: Path) -> str:
-    """What a manager is told that cannot start."""
+    """Return the error of a manager that cannot start."""
     with pytest.raises(LockedError) as refused:
         asyncio.run(Manager("lab", FileStorage(directory)).start())
     message = str(refused.value)
@@ -127,7 +127,7 @@ MINE = Holder(HOST, os.getpid(), STARTED)
 
 
 def ended() -> int:
-    """The pid of a process that is gone."""
+    """Return the pid of a process that is gone."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
@@ -203,7 +203,7 @@ def test_a_file_that_cannot_be_looked_up_is_not_gone() -> None:
 
 
 def test_a_lock_that_cannot_be_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever closes the session is told, and the descriptor is closed all the same."""
+    """The caller that closes the session is told, and the descriptor is closed all the same."""
 
     def failing(_: int) -> None:
         raise OSError(5, "Input/output error")

@@ -25,13 +25,13 @@ OPEN = 3
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A storage object keeps three journals open."""
+    """Let a storage object keep three journals open."""
     monkeypatch.setattr(file, "_MOST_OPEN", OPEN)
 
 
 @pytest.fixture
 async def states(tmp_path: Path) -> AsyncIterator[list[Manager]]:
-    """Ten states that have written."""
+    """Yield ten states that have written."""
     storage = FileStorage(tmp_path)
     async with AsyncExitStack() as stack:
         made = [Manager(Config(name=f"user{number}", flush_interval=0), storage) for number in range(COUNT)]
@@ -43,7 +43,7 @@ async def states(tmp_path: Path) -> AsyncIterator[list[Manager]]:
 
 
 def opened(directory: Path, ending: str) -> list[str]:
-    """The files that this process has open, by name."""
+    """Return the files that this process has open, by name."""
     found = []
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
@@ -183,7 +183,7 @@ async def test_states_that_come_and_go_are_not_kept(tmp_path: Path) -> None:
 
 
 async def test_a_session_that_was_dropped_is_passed_over(tmp_path: Path) -> None:
-    """One that nobody closed does not keep the others from being closed."""
+    """One that was not closed does not keep the others from being closed."""
     storage = FileStorage(tmp_path)
 
     async def slices() -> AsyncIterator[bytes]:

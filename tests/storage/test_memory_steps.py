@@ -27,7 +27,7 @@ NOTHING = snapshot_of(b"")
 
 
 async def begun(session: MemorySession, steps: int) -> asyncio.Task[bool]:
-    """A commit of the large record, after so many steps."""
+    """Return a commit of the large record, after so many steps."""
     task = asyncio.create_task(session.commit(LARGE, NOTHING))
     for _ in range(steps):
         await asyncio.sleep(0)
@@ -36,7 +36,7 @@ async def begun(session: MemorySession, steps: int) -> asyncio.Task[bool]:
 
 
 def steps_to_append() -> int:
-    """How many steps are taken before anything is appended, and one more."""
+    """Return how many steps are taken before the first append, and one more."""
     return next(number for number, piece in enumerate(frame_in_steps("a", Kind.RECORD, LARGE), 1) if piece) + 1
 
 
@@ -50,7 +50,7 @@ def test_a_frame_in_steps(size: int) -> None:
 
 
 async def test_a_large_record_is_durable_when_commit_returns() -> None:
-    """Others run while it is appended, nobody sees a part of it, and it is there when `commit` returns."""
+    """Other tasks run while it is appended, no reading shows a part of it, and it is there when `commit` returns."""
     storage = MemoryStorage()
     session = await storage.open("x")
     task = await begun(session, steps_to_append())

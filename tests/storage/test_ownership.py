@@ -20,7 +20,7 @@ DEFAULT_ACL = "system.posix_acl_default"
 
 
 def access_list(user: int, permissions: int, mask: int) -> bytes:
-    """`rw-` for the owner, nothing for group and others, and these permissions for one more user."""
+    """Return an access list: `rw-` for the owner, nothing for group and others, these permissions for one more user."""
     nobody = 0xFFFFFFFF
     entries = [(1, 6, nobody), (2, permissions, user), (4, 0, nobody), (16, mask, nobody), (32, 0, nobody)]
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
@@ -85,7 +85,7 @@ def replaced(found: os.stat_result, uid: int, gid: int) -> os.stat_result:
 
 
 def test_a_group_that_cannot_be_kept(new: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is no wider for it: the group of the process gets only what everybody had."""
+    """The file is no wider for it: the group of the process gets only what all users had."""
 
     def forbidden(*_: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))

@@ -68,7 +68,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Os:
 
 
 async def opened(directory: Path) -> StorageSession:
-    """A session with a record and a snapshot, so that its next commit appends."""
+    """Return a session with a record and a snapshot, so that its next commit appends."""
     session = await FileStorage(directory).open("test")
     await session.commit(RECORD[0], given(b"{}"))
     return session

@@ -142,7 +142,7 @@ def test_only_a_journal_with_the_whole_state_needs_no_snapshot() -> None:
 
 
 async def some(directory: Path, *, stop: bool = True) -> Manager:
-    """Two changes in the snapshot, one behind it."""
+    """Write a state with two changes in the snapshot, and one after it."""
     manager = Manager(Config(name=NAME, flush_interval=None), FileStorage(directory))
     for values in ({"a": 1}, {"b": [2]}):
         await manager.start()
@@ -403,7 +403,7 @@ class Steps:
 
 
 def put(path: Path, data: bytes) -> None:
-    """As a writer does: another file takes the name."""
+    """Put another file in the place of this one, as a writer does."""
     new = path.with_name("new")
     new.write_bytes(data)
     new.replace(path)

@@ -320,7 +320,7 @@ async def test_a_store_that_ignores_conditions(bucket: Bucket, proxy: Proxy, hea
 
 @contextlib.contextmanager
 def rclone(directory: Path) -> Iterator[str]:
-    """An S3 server that ignores conditions."""
+    """Run an S3 server that ignores conditions."""
     binary = shutil.which("rclone", path=str(Path(sys.executable).parent))
     assert binary, "rclone comes with the test group"
     with socket.socket() as free:
@@ -607,7 +607,7 @@ async def test_a_checkpoint_begun_before_the_close_ends_well(bucket: Bucket) -> 
 
 
 async def test_an_open_that_is_cancelled_at_its_end(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cancelled when the session is there already, it is closed before anyone is told."""
+    """Cancelled when the session is there already, it is closed before the caller is told."""
     storage = bucket.storage()
     begun = storage._open
 

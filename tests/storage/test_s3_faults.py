@@ -52,7 +52,7 @@ def time_of(storage: S3Storage) -> QuickTime:
 
 
 async def records(bucket: Bucket) -> tuple[bytes, ...]:
-    """What a new writer finds; the registry of the process does not see past the proxy's address."""
+    """Return what a new writer finds; the registry of the process does not see past the proxy's address."""
     session = await bucket.storage().open(NAME)
     await session.aclose()
     return session.recovery.records
@@ -301,7 +301,7 @@ async def test_an_opener_that_loses_the_race_begins_again(bucket: Bucket, proxy:
 
 
 async def test_an_opener_that_is_overtaken_while_it_loads_begins_again(bucket: Bucket, proxy: Proxy) -> None:
-    """What someone newer wrote above our fence is never loaded under it."""
+    """A record that a newer writer wrote above our fence is never loaded under it."""
     rival = bucket.storage()
     sessions: list[StorageSession] = []
 
@@ -339,7 +339,7 @@ async def test_a_deletion_under_an_opener_is_not_damage(bucket: Bucket, proxy: P
 
 
 async def test_a_fence_at_a_used_number_is_void(bucket: Bucket, proxy: Proxy) -> None:
-    """A fence whose number the snapshot covers keeps nobody out, so the opener begins again."""
+    """A fence whose number the snapshot covers keeps no writer out, so the opener begins again."""
     other = await bucket.storage().open(NAME)
 
     async def cover() -> None:
@@ -557,7 +557,7 @@ async def test_a_deletion_that_fails_in_part_is_noticed(
 
 
 def undeleted(code: str) -> Action:
-    """The answer to a deletion of many says that one of them was not deleted."""
+    """Answer a deletion of many keys: one of them was not deleted."""
 
     async def action(request: Request, forward: Forward) -> Response | None:
         body = f"<DeleteResult><Error><Key>k</Key><Code>{code}</Code></Error></DeleteResult>".encode()
@@ -784,7 +784,7 @@ async def test_a_stray_object_leaves_nothing_behind(bucket: Bucket, number: int,
 
 
 async def test_a_gap_names_what_is_above_it(bucket: Bucket) -> None:
-    """Whether records are missing or one is too much, nobody can tell; so the error names both."""
+    """It is not known whether records are missing or one is too many, so the error names both."""
     stray = f"{JOURNAL}{9_999:020d}"
     bucket.put(stray, b"x")
     with pytest.raises(CorruptionError, match=rf"records 1 to 9998 are missing .*{stray} .*delete"):
@@ -805,7 +805,7 @@ async def test_a_fence_that_vanishes_is_damage(bucket: Bucket, proxy: Proxy) -> 
 
 
 async def test_digits_of_other_scripts_are_no_number(bucket: Bucket) -> None:
-    """A key whose name only looks like a number is someone else's."""
+    """A key whose name only looks like a number belongs to another program."""
     bucket.put(f"{JOURNAL}{'٣' * 20}", b"x")
     assert await records(bucket) == ()
 
@@ -883,7 +883,7 @@ async def test_a_record_that_vanishes_while_it_is_loaded_is_damage(bucket: Bucke
 
 
 async def test_other_objects_below_the_journal_are_ignored(bucket: Bucket) -> None:
-    """A key that is no number is someone else's."""
+    """A key that is no number belongs to another program."""
     bucket.put(f"{JOURNAL}readme", b"hello")
     assert await records(bucket) == ()
 

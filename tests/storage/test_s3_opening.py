@@ -24,7 +24,7 @@ SNAPSHOT = f"state/modules/{NAME}.json"
 
 
 async def nothing_is_left() -> None:
-    """No claim, task or thread of an opening."""
+    """Check that no claim, task or thread of an opening is left."""
     while others := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(others)
     assert not module._Claim._held
@@ -35,7 +35,7 @@ async def nothing_is_left() -> None:
 
 
 def no_connection_is_left() -> None:
-    """No connector is open, and no client was forgotten."""
+    """Check that no connector is open, and that no client was forgotten."""
     gc.collect()
     assert not [each for each in gc.get_objects() if isinstance(each, aiohttp.TCPConnector) and not each.closed]
 

@@ -112,7 +112,7 @@ Q, U, OTHER = '"e1"', "e1", '"e2"'
         (UNKNOWN, THEIRS, OTHER, None, Next.REPEAT),
         (UNKNOWN, THEIRS, Q, Q, Next.REPEAT),
         (UNKNOWN, None, "", None, Next.REPEAT),
-        # Refused, and someone else's is there.
+        # Refused, and an object of another writer is there.
         (REFUSED, THEIRS, OTHER, None, Next.LOST),
         (REFUSED, THEIRS, OTHER, Q, Next.LOST),
         (REFUSED, "", OTHER, Q, Next.LOST),

@@ -174,7 +174,7 @@ async def test_a_reading_cancelled_anywhere(bucket: Bucket, monkeypatch: pytest.
 
 
 def cancelling(caller: asyncio.Task[Any], number: int, *, again: bool) -> Callable[[Requests], Any]:
-    """In place of what each request begins with: one of them cancels the caller."""
+    """Replace the first step of each request, so that one of them cancels the caller."""
     client, requests, later = Requests._client, itertools.count(), list[asyncio.Task[None]]()
 
     async def connected(store: Requests) -> Any:

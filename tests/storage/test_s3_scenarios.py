@@ -1,4 +1,4 @@
-"""Two and three writers of one state, behind proxies with faults: nothing acknowledged is lost, nobody is fenced falsely.
+"""Two and three writers of one state, behind proxies with faults: nothing acknowledged is lost, no writer is fenced falsely.
 
 And with a bug put into the storage, the same scenarios fail.
 """
@@ -47,7 +47,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("first", range(0, SCENARIOS, BLOCK))
 async def test_scenarios(first: int) -> None:
-    """No acknowledged change is lost, no number goes back, and nobody is told falsely that it is deposed."""
+    """No acknowledged change is lost, no number goes back, and no writer is told falsely that it is deposed."""
     seeds = range(first, min(first + BLOCK, SCENARIOS))
     outcome = await s3_scenarios.play(seeds, Bucket().name, endpoint())
     assert not outcome.problems, s3_scenarios.told(outcome)

@@ -31,7 +31,7 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], object]
 
 
 def text_of(error: BaseException) -> str:
-    """The traceback as a server prints it, and whatever is chained to the error, shown or not."""
+    """Return the traceback as a server prints it, and each error that is chained to this one, shown or not."""
     chained, each = "", error
     while (each := each.__cause__ or each.__context__) is not None:  # type: ignore[assignment]
         chained += repr(each)
@@ -40,7 +40,7 @@ def text_of(error: BaseException) -> str:
 
 @asynccontextmanager
 async def listening(serve: Serve, context: ssl.SSLContext | None = None) -> AsyncIterator[int]:
-    """A server on a port of its own."""
+    """Run a server on a port of its own."""
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)  # type: ignore[arg-type]
     try:
         yield server.sockets[0].getsockname()[1]
@@ -83,7 +83,7 @@ async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 async def passed_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Everything goes to the store, and its answers back."""
+    """Pass everything to the store, and its answers back."""
     parts = urlsplit(endpoint())
     there, back = await asyncio.open_connection(parts.hostname, parts.port)
 

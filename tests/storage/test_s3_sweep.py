@@ -66,13 +66,13 @@ class Answers:
         return False
 
     async def check_deletes(self, key: str) -> None:
-        """They may be deleted."""
+        """Do nothing: keys may be deleted."""
 
     def tries(self, *_: object) -> Any:
         return self
 
     async def pause(self, *_: object) -> None:
-        """There is nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
 
 def _found(there: Object) -> Found:
@@ -101,7 +101,7 @@ def case() -> Case:
 
 
 async def written() -> Case:
-    """A snapshot and its fence; then two lives that ended in a crash, with three and two records."""
+    """Return a snapshot and its fence, and two lives that ended in a crash, with three and two records."""
     bucket = Bucket()
     history: dict[int, dict[str, Any]] = {0: {}}
     records: dict[int, int] = {}
@@ -130,7 +130,7 @@ async def written() -> Case:
 
 
 async def opened(names: Names, world: World) -> Outcome:
-    """What a start would find: revision and state. What the storage refuses, it leaves as it was, without a fence."""
+    """Return what a start would find: revision and state. What the storage refuses, it leaves as it was, without a fence."""
     before = dict(world)
     try:
         loaded = (await open_state(Answers(world), names)).loaded  # type: ignore[arg-type]
@@ -147,7 +147,7 @@ async def opened(names: Names, world: World) -> Outcome:
 
 
 async def started(world: World) -> Outcome:
-    """The same through a manager, on the store of this test run."""
+    """Return the same through a manager, on the store of this test run."""
     bucket = Bucket()
     names = Names.of(bucket.name, "state/modules", NAME)
     for key, there in world.items():
@@ -188,7 +188,7 @@ async def judge(case: Case, changed: Changed, right: set[int], *, managed: bool)
 
 
 def damages(data: bytes) -> Iterator[bytes]:
-    """Every bit flipped, every length but 0, and zeros of 64 and 512 bytes at every offset."""
+    """Yield each damage: every bit flipped, every length but 0, and zeros of 64 and 512 bytes at every offset."""
     for position in range(len(data)):
         for bit in range(8):
             damaged = bytearray(data)
@@ -201,7 +201,7 @@ def damages(data: bytes) -> Iterator[bytes]:
 
 
 def count_of(data: bytes) -> int:
-    """How many `damages` makes."""
+    """Return how many `damages` makes."""
     return 11 * len(data) - 1
 
 
@@ -210,7 +210,7 @@ OPENED = 211
 
 
 async def sweep(case: Case, key: str, metadata: dict[str, str], read: Callable[[bytes], object]) -> int:
-    """Every damage of one object, which must be refused; returns how many."""
+    """Check that every damage of one object is refused; return how many there are."""
     whole = case.world[key].body
     count = 0
     read(whole)
@@ -282,7 +282,7 @@ async def test_objects_lost_emptied_doubled_and_swapped(case: Case) -> None:
 
     for number in numbers:
         key, there = names.record(number), world[names.record(number)]
-        # Nobody can tell the last record that was deleted from one that was never written.
+        # A deleted last record looks like one that was never written.
         await judged({key: None}, {case.records[last - 1]} if number == last else {REFUSED})
         await judged({key: Object(b"", there.metadata)}, {REFUSED} if there.body else {latest})
         await judged({key: Object(b"0", there.metadata)}, {REFUSED})

@@ -78,7 +78,7 @@ async def test_calls_follow_each_other_in_order(worker: Worker) -> None:
 
 
 async def test_an_answer_that_came_before_it_is_awaited_is_there(worker: Worker) -> None:
-    """Nobody waits for what has come."""
+    """The caller does not wait for a result that is there."""
     answer = worker.run(int, "7")
     await worker.run(int, "8")
     assert answer.done()
@@ -94,7 +94,7 @@ async def test_a_submitted_call_that_fails_says_so(worker: Worker) -> None:
 
 @pytest.mark.parametrize("how", ["run", "submit"])
 async def test_cancelled_before_its_turn_it_is_not_called(worker: Worker, how: str) -> None:
-    """Nobody wants it any more."""
+    """The result is no longer wanted."""
     gate, called = threading.Event(), threading.Event()
     busy = worker.submit(gate.wait)
 
