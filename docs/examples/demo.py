@@ -34,7 +34,7 @@ console = Console()
 
 
 def events() -> list[dict[str, Any]]:
-    """Real text: lines of the standard library."""
+    """Return real text: lines of the standard library."""
     library = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for module in MODULES:
@@ -101,7 +101,7 @@ class Feeder:
 
 
 def check(lines: dict[str, Any], words: dict[str, int], feeder: Feeder) -> None:
-    """Every acknowledged change is there, and nothing that was never sent."""
+    """Check that every acknowledged change is there, and nothing that was never sent."""
     tried = {f"line/{event['module']}/{event['number']}": event for event in feeder.tried}
     lost = [e for e in feeder.acknowledged if lines.get(f"line/{e['module']}/{e['number']}") != e]
     invented = [key for key, line in lines.items() if tried.get(key) != line]

@@ -29,7 +29,7 @@ def say(**report: object) -> None:
 
 
 def serve(directory: str) -> None:
-    """Five flushed changes and one that is not, then wait to be killed."""
+    """Make five flushed changes and one that is not flushed, then wait to be killed."""
 
     async def main() -> None:
         state = manager(directory)

@@ -41,7 +41,7 @@ SERVED = {f"key-{number}": number for number in range(5)}
 
 
 def plain(name: str) -> str:
-    """The name of a temporary file without what makes it unique."""
+    """Return the name of a temporary file without its unique part."""
     return re.sub(r"\.[0-9a-f]{8}\.tmp$", ".tmp", name)
 
 
@@ -111,7 +111,7 @@ class Disk:
         return gate
 
     def fill(self, *names: str) -> None:
-        """No more room for these files: half a write fits, then none."""
+        """Leave no more room for these files: half a write fits, then none."""
         self._full.update(names)
         self._shortened.clear()
 
@@ -185,12 +185,12 @@ def manager(directory: Path, name: str = "lab", **settings: Any) -> Manager:
 
 
 def flusher(state: Manager) -> Flusher:
-    """What awaits the storage; of a running manager."""
+    """Return the flusher of a running manager."""
     return flusher_of(state)
 
 
 def start_child(command: str, directory: Path) -> subprocess.Popen[str]:
-    """A child that has said that it is ready."""
+    """Start a child, and wait until it is ready."""
     child = subprocess.Popen([sys.executable, CHILD, command, directory], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert json.loads(child.stdout.readline()) == {"pid": child.pid}
@@ -220,7 +220,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def found(directory: Path) -> dict[str, Any]:
-    """What the next start would find, were this process killed now."""
+    """Return what the next start would find if this process was killed now."""
     with tempfile.TemporaryDirectory(dir=directory.parent) as place:
         # Temporary files come and go beside us, and no start reads them.
         copy = shutil.copytree(directory, Path(place) / COPY, ignore=shutil.ignore_patterns("*.tmp"))
@@ -234,12 +234,12 @@ def scan(directory: Path, name: str = "lab") -> journal.Scan:
 
 
 def kinds(directory: Path) -> str:
-    """The kinds of the frames in the journal, after the header."""
+    """Return the kinds of the frames in the journal, after the header."""
     return "".join(frame.kind.value for frame in scan(directory).frames)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file but the lock."""
+    """Return every file but the lock."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file() and path.suffix != ".lock"}
 
 
@@ -269,6 +269,6 @@ class Kept:
         assert self._path.read_bytes() == self.bytes
 
     def freeze(self) -> None:
-        """From now on it must not be written."""
+        """Note the bytes: from now on it must not be written."""
         self.bytes = self._path.read_bytes()
         self._disk.calls.clear()
