@@ -1,9 +1,10 @@
-"""Two keys of one dict that are one key in JSON: `{7: …, "7": …}`. Pure.
+"""Find two keys of one dict that are one key in JSON, as in `{7: 1, "7": 2}`. Pure.
 
-msgspec would write both, and a read would find the last. A dict whose keys are all `str`
-cannot have two such keys. An encoder that sorts takes no other keys, at any depth: it
-tells at the price of a second encoding, whose output shows NaN and times with a zone, too.
-Where it refuses, the JSON is looked at.
+msgspec writes both members, and a reader of the JSON finds only the last one. A dict whose
+keys are all `str` cannot have two such keys. msgspec's encoders accept no other keys, at any
+depth, if they are told to sort. So each value is encoded a second time, as sorted MessagePack.
+If that is refused, the JSON itself is examined. The MessagePack also shows NaN, infinity and
+times, because JSON holds these as text or as `null`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ import msgspec
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
+_MANY = 32
+"""Sorting more keys than this costs more than looking at each of them."""
+
+
+class _Keys(msgspec.Struct, gc=False):
+    """A class without fields. A dict is converted to it if each key is a `str`, and no member is looked at."""
+
 
 def _other(value: object) -> object:
     """Encode a deque as a list, and a model as NaN: a model checks its own JSON."""
@@ -31,10 +39,32 @@ check_str_keys = msgspec.msgpack.Encoder(order="deterministic", enc_hook=_other)
 """Raises if a dict has a key that is not a `str`, at any depth; and for what MessagePack cannot hold."""
 
 
+def pack(value: Any) -> bytes | None:
+    """Return the parts of a value in MessagePack. If that cannot hold them, or finds a key that is no `str`, return `None`.
+
+    The keys of a large outermost dict are left out.
+    """
+    try:
+        if value.__class__ is dict and len(value) > _MANY and _have_own_texts(value):
+            value = [*value.values()]
+        return check_str_keys(value)
+    except Exception:  # noqa: BLE001 -- whatever the reason is, the JSON is examined
+        return None
+
+
+def _have_own_texts(keys: dict[Any, Any]) -> bool:
+    """Return whether all keys are of `str`, or all of `int`. Objects of a subclass could have any text."""
+    try:
+        msgspec.convert(keys, _Keys)
+    except msgspec.ValidationError:
+        return set(map(type, keys)) == {int}
+    return True
+
+
 def double_key(data: bytes) -> tuple[list[str | int], str] | None:
     """Find the first object of valid JSON that has a member twice. Return the path to it, and the name; or `None`."""
     try:
-        if len(_encode(_decode(data))) == len(data):  # without the second member it would be shorter
+        if _encode(_decode(data)) == data:  # the first of two members would be missing
             return None
         whole = json.loads(data, object_pairs_hook=_Object)
     except (msgspec.MsgspecError, ValueError, RecursionError):  # refused for this elsewhere

@@ -13,7 +13,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime, time
+from datetime import UTC, datetime, time
 from math import isfinite
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._entries import Json, Value
-from lab_state._json_keys import check_str_keys, double_key
+from lab_state._json_keys import double_key, pack
 from lab_state._models import HIDDEN, NOT_FINITE, class_of, first_problem, path_of, step_of, write
 from lab_state._nesting import MAX_DEPTH, SHALLOW, deeper, too_deep
 from lab_state._types import decode_json, is_text, undecodable
@@ -30,14 +30,8 @@ from lab_state.exceptions import InvalidValueError
 NULL = b"null"
 """What msgspec writes for None, and for NaN and infinity."""
 
-L, U = ord("l"), ord("u")
-"""A single byte is found ten times as fast as `NULL`. Without these two there is no `NULL`."""
-
-COLON = ord(":")
-"""JSON without a colon has no dict and no time."""
-
-TIMESTAMP = 0xFF
-"""In MessagePack: in what a datetime with a zone becomes, and in no text."""
+DEL, COLON, ALL_ONES = 0x7F, ord(":"), 0xFF
+"""Without these three, MessagePack has no NaN, no infinity, no time of day and no datetime with a zone."""
 
 _MOST_DIGITS = 4300
 """An int of more is not read, by Python and by msgspec."""
@@ -46,6 +40,8 @@ _MAX_PATH = 200
 
 SCALARS = frozenset({str, int, float, bool, type(None)})
 """What is stored as it is."""
+
+_TIMES = (datetime, time)
 
 _PLAIN = frozenset({dict, list, tuple, set, frozenset})
 
@@ -78,8 +74,15 @@ check_json: Callable[[Any], object] = msgspec.json.Decoder(Raw).decode
 """Raises unless the bytes are one JSON value; does not look at UTF-8."""
 
 
-_FLOAT = 0xCB
-_NOT_FINITE_PACKED = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]")
+# Each pattern begins with one byte, which is searched for ten times as fast as a set of bytes.
+find_ones = re.compile(rb"\xff(?:(?<=[\xd6\xd7\x0c]\xff)|(?<=\xcb\xff)[\xf0-\xff])").search
+"""Finds in MessagePack each datetime with a zone, and each NaN and infinity whose sign is minus."""
+
+find_del = re.compile(rb"\x7f(?<=\xcb\x7f)[\xf0-\xff]").search
+"""Finds in MessagePack each other NaN, and infinity."""
+
+find_colon = re.compile(rb":\d\d:(?<=[\xa8-\xb5]\d\d:\d\d:)").search
+"""Finds in MessagePack each time of day, and texts that look like one: 8 to 21 bytes."""
 
 
 def encode_value(value: object) -> Value:
@@ -113,16 +116,15 @@ def _check_class(kind: type) -> None:
         raise InvalidValueError(f"an object of the class {_class_name(kind)} cannot be kept: {why}")
 
 
-def check_encoded(value: object, data: bytes, packed: bytes | None = None) -> None:
+def check_encoded(value: object, data: bytes) -> None:
     """Refuse values that msgspec encodes, but that would not be read back.
 
     Args:
         value: The value.
-        data: Its JSON. Short ASCII without `null` and without colons has nothing of that.
-        packed: What `check_str_keys` gave for it, if that is known.
+        data: Its JSON.
 
     Raises:
-        InvalidValueError: It is not what will be read.
+        InvalidValueError: It would be read back as another value, or not at all.
     """
     try:
         if not data.isascii():
@@ -131,51 +133,86 @@ def check_encoded(value: object, data: bytes, packed: bytes | None = None) -> No
             decode_json(data)
     except (UnicodeDecodeError, msgspec.MsgspecError):
         raise _refusal(value) from None
-    if packed is None and (COLON in data or NULL in data):
-        packed = _packed(value, data)
-    if NULL in data:
-        _check_finite(value, packed)
     if len(data) >= SHALLOW and too_deep(data):
         raise _refusal(value)
-    may_have_moved = _TIME_END.search(data) is not None and _MOVED.search(data) is not None
-    if may_have_moved or value.__class__ in (datetime, time):
+    if (packed := pack(value)) is not None:
+        check_packed(value, data, packed)
+    else:
+        _check_keys(data)
+        if NULL in data:
+            _check_finite(value)
+        if _TIME.search(data):
+            _check_times(value, keys=True)
+
+
+def check_packed(value: object, data: bytes, packed: bytes) -> None:
+    """Refuse NaN, infinity and times that msgspec would write as other times.
+
+    Args:
+        value: The value.
+        data: Its JSON.
+        packed: Its MessagePack. That of a model is a NaN.
+    """
+    ones = ALL_ONES in packed and find_ones(packed)
+    if (ones or (DEL in packed and find_del(packed))) and data.rfind(NULL) >= 0:  # quicker than `in`
+        _check_finite(value)
+    if ones or (COLON in packed and find_colon(packed)):
         _check_times(value)
 
 
-def _packed(value: object, data: bytes) -> bytes | None:
-    """Return the value in MessagePack, if that can hold it. Refuse two keys of a dict that are one key in JSON."""
-    try:
-        return check_str_keys(value)
-    except Exception:  # noqa: BLE001 -- whatever it is, the JSON is looked at
-        double = double_key(data)
-    if double is not None:
+def _check_keys(data: bytes) -> None:
+    """Refuse two keys of a dict that are one key in JSON."""
+    if (double := double_key(data)) is not None:
         way, name = double
         raise InvalidValueError(
             f"a dict with two keys that are both {name!r} in JSON cannot be kept", _shortened(path_of(way))
-        ) from None
-    return None
+        )
 
 
-_MOVED = re.compile(rb'(?:[+-]\d\d:\d\d|"\d\d:\d\d:\d\d(?:\.\d+)?)"')
-"""The end of a time with an offset, or all of a time without one."""
-
-_TIME_END = re.compile(rb':\d\d(?:\.\d+)?"')
-"""How each of these ends. A pattern that begins with one byte is searched for ten times as fast."""
+_TIME = re.compile(rb':\d\d(?:\.\d+)?Z?"')
+"""The end of a time in JSON. An offset of 30 seconds is written as `Z`."""
 
 
-def _check_times(value: object) -> None:
-    """Refuse times that msgspec would write as other times."""
-    stack: list[tuple[str, object]] = [("$", value)]
-    while stack:
+def _check_times(value: Any, *, keys: bool = False) -> None:
+    """Refuse times that msgspec would write as other times, also as keys. Paths are made only if there is one."""
+    level = [value]
+    while level:
+        below: list[Any] = []
+        for item in level:
+            kind = item.__class__
+            if kind is dict:
+                parts = (*item, *item.values()) if keys else item.values()
+                below += [part for part in parts if part.__class__ not in SCALARS]
+            elif kind is list:
+                below += [part for part in item if part.__class__ not in SCALARS]
+            elif kind is datetime or kind is time or isinstance(item, _TIMES):
+                if item.tzinfo is not UTC and item.tzinfo is not None and _moved(item) is not None:
+                    raise _refusal_of_time(value)
+            else:
+                below += [part for _, part in _parts(item) if part.__class__ not in SCALARS]
+        level = below
+
+
+def _moved(item: datetime | time) -> str | None:
+    """Return why a time would be written as another time."""
+    if item.tzinfo is None:
+        return None
+    if (offset := item.utcoffset()) is None:
+        return _ZONE_OF_A_TIME
+    return _ODD_OFFSET if offset.total_seconds() % 60 else None
+
+
+def _refusal_of_time(value: object) -> InvalidValueError:
+    """Return why a value cannot be kept that contains such a time, and the path to it."""
+    stack: list[tuple[str, Any]] = [("$", value)]
+    while True:
         path, item = stack.pop()
-        if isinstance(item, datetime | time):
-            if item.tzinfo is None:
-                continue
-            if (offset := item.utcoffset()) is None:
-                raise InvalidValueError(_ZONE_OF_A_TIME, _shortened(path))
-            if offset.total_seconds() % 60:
-                raise InvalidValueError(_ODD_OFFSET, _shortened(path))
+        if isinstance(item, _TIMES):
+            if (why := _moved(item)) is not None:
+                return InvalidValueError(why, _shortened(path))
         elif item.__class__ not in SCALARS:
+            if isinstance(item, dict):
+                stack.extend((path + step_of(key), key) for key in cast("dict[object, object]", item))
             stack.extend((path + _step_in(item, step), part) for step, part in _parts(item))
 
 
@@ -218,11 +255,8 @@ def _as_written(value: object) -> object:
     return _encode_other(value)
 
 
-def _check_finite(value: object, packed: bytes | None) -> None:
-    """Refuse NaN and infinity, which JSON would hold as `null`. In MessagePack they have bytes of their own."""
-    # No text has these bytes, and few numbers do.
-    if packed is not None and (_FLOAT not in packed or _NOT_FINITE_PACKED.search(packed) is None):
-        return
+def _check_finite(value: object) -> None:
+    """Refuse NaN and infinity, which JSON would hold as `null`."""
     try:
         tree = msgspec.to_builtins(value, enc_hook=_as_written)
     except Exception:  # noqa: BLE001 -- as in encode_value

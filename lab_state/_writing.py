@@ -16,7 +16,19 @@ from lab_state._json_keys import check_str_keys
 from lab_state._nesting import SHALLOW
 from lab_state._reads import MISSING_VALUE, Reads
 from lab_state._types import decode_value
-from lab_state._values import COLON, NULL, TIMESTAMP, L, U, check_encoded, check_json, encode, encode_value
+from lab_state._values import (
+    ALL_ONES,
+    COLON,
+    DEL,
+    check_encoded,
+    check_json,
+    check_packed,
+    encode,
+    encode_value,
+    find_colon,
+    find_del,
+    find_ones,
+)
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 
@@ -25,7 +37,7 @@ class Writing(Reads):
 
     __slots__ = ()
 
-    async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:  # noqa: C901 -- the hot path, written out
+    async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:  # noqa: C901, PLR0912 -- the hot path, written out
         """Store a value, and return the revision.
 
         Args:
@@ -54,17 +66,20 @@ class Writing(Reads):
                 try:
                     stored: Any = encode(value)
                     check_json(stored)  # a `msgspec.Raw` inside may hold anything
-                    packed = check_str_keys(value) if COLON in stored else None
+                    if not stored.isascii():
+                        stored.decode()
+                    packed = check_str_keys(value) if len(stored) < SHALLOW else None
                 except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
                     stored = encode_value(value)
                 else:
-                    if (
-                        len(stored) >= SHALLOW
-                        or (L in stored and U in stored and stored.rpartition(NULL)[1])
-                        or not stored.isascii()
-                        or (packed is not None and TIMESTAMP in packed)
+                    if packed is None:
+                        check_encoded(value, stored)
+                    elif (
+                        (COLON in packed and find_colon(packed))
+                        or (ALL_ONES in packed and find_ones(packed))
+                        or (DEL in packed and find_del(packed))
                     ):
-                        check_encoded(value, stored, packed)
+                        check_packed(value, stored, packed)
             else:
                 stored = encode_value(value)
         except InvalidValueError:

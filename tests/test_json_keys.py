@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable
 from datetime import date
 from decimal import Decimal
-from enum import Enum, IntEnum
+from enum import Enum, IntEnum, StrEnum
 from itertools import count
 from typing import Any
 from uuid import UUID
@@ -27,6 +27,11 @@ from lab_state.integrations.key_value import LabStateStore
 
 class Color(Enum):
     RED = "red"
+
+
+class Letter(StrEnum):
+    A = "a"
+    B = "b"
 
 
 class Number(IntEnum):
@@ -60,6 +65,9 @@ TWICE: list[tuple[dict[Any, Any], str]] = [
     ({date(2026, 1, 2): 1, "2026-01-02": 2}, "2026-01-02"),
     ({Decimal("0.10"): 1, "0.10": 2}, "0.10"),
     ({float("nan"): 1, float("nan"): 2}, "nan"),
+    ({7: 1, "7": 2, "a number that decoding makes longer": msgspec.Raw(b"1e6")}, "7"),
+    ({n: n for n in range(100)} | {"7": 1}, "7"),
+    ({str(n): n for n in range(100)} | {7: 1}, "7"),
 ]
 
 
@@ -105,6 +113,9 @@ def test_two_keys_in_a_pydantic_model_are_refused(around: Callable[[object], obj
         {1: 10**30, "a": 2**64},
         {1: msgspec.Raw(b'{"a" : 1}')},
         {"a": {"a": {"a": 1}}},
+        {n: n for n in range(100)},
+        {str(n): n for n in range(100)} | {Color.RED: 2},
+        {str(n): n for n in range(100)} | {Letter.A: 1, Letter.B: 2},
         [{"a": 1}, {"a": 1}],
     ],
     ids=count(),

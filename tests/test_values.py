@@ -25,7 +25,7 @@ from msgspec import Raw
 
 from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._types import decode_value
-from lab_state._values import _MOVED, _TIME_END, encode_value
+from lab_state._values import encode_value
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 NAN = math.nan
@@ -1140,9 +1140,3 @@ def test_a_nan_is_found_in_any_container() -> None:
         encode_value([None, 1e308, "\u02ff", {"a": 2**70, "b": None}])
         == b'[null,1e308,"\xcb\xbf",{"a":%d,"b":null}]' % 2**70
     )
-
-
-@given(st.from_regex(_MOVED, fullmatch=True), st.binary(max_size=20))
-def test_the_quick_search_finds_every_time(end: bytes, around: bytes) -> None:
-    """Whatever the exact pattern finds, the quick one that is asked first finds, too."""
-    assert _TIME_END.search(around + end + around) is not None
