@@ -92,7 +92,7 @@ def refused(directory: str) -> None:
         say(error=type(error).__name__, message=str(error))
     else:
         say(error=None, message="")
-    os._exit(0)  # nothing that runs at exit can write here any more
+    os._exit(0)  # so that nothing that runs at exit writes here
 
 
 def forked(directory: str) -> None:
