@@ -413,6 +413,7 @@ class TestLoopEnded:
             call.result()
         with pytest.raises(ClosedError, match=self.ENDED):
             state.blocking.set("a", 2)
+        asyncio.run(state.stop())
 
     def test_that_pauses(
         self,
@@ -471,10 +472,12 @@ class TestLoopEnded:
         del call
         gc.collect()
         monkeypatch.undo()
-        if not closed:
-            storage.resume()
-            loop.run_until_complete(state.stop())
         assert state.revision == 0
+        storage.resume()
+        if closed:
+            asyncio.run(state.stop())
+        else:
+            loop.run_until_complete(state.stop())
 
 
 async def test_a_loop_that_was_closed_since_the_thread_looked(state: Manager, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""lab_state in other people's frameworks: one module each, which imports that framework alone."""
+"""Integrations with frameworks. Each module is for one framework, and imports no other."""

@@ -1,4 +1,4 @@
-"""The answers to callers of a web application when lab_state raises an error: the same in each framework."""
+"""The responses of a web application to errors of lab_state: the same in each framework."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lab_state._log import Log
 from lab_state.exceptions import InvalidKeyError, InvalidValueError, LabStateError, StorageError
 
 ANSWERED = (StorageError, InvalidKeyError, InvalidValueError)
-"""The errors that are answered; all others are the application's."""
+"""The errors that get a response here. The application handles all others."""
 
 _log = Log(logging.getLogger("lab_state"))
 
 
 class Answer(NamedTuple):
-    """An HTTP response, and what a WebSocket is closed with."""
+    """An HTTP response, and the code and reason with which a WebSocket is closed."""
 
     status: int
     body: bytes
@@ -43,11 +43,13 @@ def check_retry_after(seconds: int) -> int:
 def answer_to(error: Exception, asked: str, retry_after: int) -> Answer:
     """Return the response to an error of `ANSWERED`, and log one line about it.
 
-    Paths of files stay in the log. The URL stays out of it: callers write what they like into one.
+    The response to a storage error does not contain its message, which may have file paths:
+    that is in the log only. The log does not contain the URL, because a caller may write
+    anything into it.
 
     Args:
         error: The error.
-        asked: What was asked, for the log: a method.
+        asked: The method of the request, for the log.
         retry_after: In how many seconds a caller may try again.
     """
     assert isinstance(error, LabStateError)

@@ -1,4 +1,4 @@
-"""Any string as one part of a key: without slashes, within bounds, and back."""
+"""Makes any text one part of a key, and reads it back."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lab_state._escaping import CUT_KEY, LONGEST_ESCAPED, escape, escape_key
 __all__ = ["LONGEST", "escape", "is_hash", "part", "unescape"]
 
 LONGEST = LONGEST_ESCAPED
-"""Characters of a part, at most; a longer one is kept as its hash."""
+"""Characters of a part at most. A longer one is replaced by its hash."""
 
 
 def part(text: str) -> str:
     """Return a text as a part of a key: `escape_key` of it.
 
-    One text has another part, which it had before there was `escape_key`: `$lab_state`, which is
-    reserved as a whole key and not as a part of one.
+    There is one exception: `$lab_state` stays as it is. It is reserved as a whole key only, and
+    stores had this part before `escape_key` existed.
     """
     return text if text == RESERVED else escape_key(text)
 

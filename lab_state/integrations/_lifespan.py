@@ -1,8 +1,7 @@
-"""What the web frameworks share: managers and readers by name, begun and ended together, found and looked after."""
+"""What the web frameworks share: they run managers and readers with the application, find them by name, and check them."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -13,41 +12,41 @@ import msgspec
 from lab_state._status import Status
 from lab_state.cache import Reader
 from lab_state.exceptions import LockedError
-from lab_state.integrations._live import Stopping
+from lab_state.integrations._live import ServerStop
 from lab_state.manager import Manager
 
 Served: TypeAlias = Manager | Reader
 S = TypeVar("S", bound=Manager | Reader)
 
 KEY = "lab_state"
-"""Where a framework's own state holds the managers and readers."""
+"""The name under which a framework's own state holds the managers and readers."""
 
 
 class Named(Mapping[str, Served]):
     """Managers and readers by name, read-only.
 
-    A framework may copy what its state holds, deeply too, before a handler sees it. A
-    copy of this is the same object, because there is one manager to a state.
+    A framework may copy what its state holds, deeply too, before a handler gets it. A
+    copy of this object is the same object, because a state has one manager.
     """
 
     def __init__(self, named: Mapping[str, Served]) -> None:
         self._named = dict(named)
-        self._stopping: Stopping | None = None
+        self._stop: ServerStop | None = None
 
     @property
-    def stopping(self) -> Stopping | None:
-        """Return the object that tells streams that the server begins to stop; `None` without a lifespan."""
-        return self._stopping
+    def stop(self) -> ServerStop | None:
+        """The stop of the server, for streams; `None` while no lifespan runs."""
+        return self._stop
 
     @contextmanager
-    def serving(self) -> Generator[None]:
-        """Allow streams until the block is left."""
-        self._stopping = Stopping()
+    def accepting_streams(self) -> Generator[None]:
+        """Accept streams until the block is left."""
+        self._stop = ServerStop()
         try:
             yield
         finally:
-            self._stopping.close()
-            self._stopping = None
+            self._stop.close()
+            self._stop = None
 
     def __getitem__(self, name: str) -> Served:
         return self._named[name]
@@ -69,18 +68,18 @@ class Named(Mapping[str, Served]):
 
 
 _NO_LIFESPAN = (
-    "the application's lifespan does not run: give its managers to it, and see that the server runs its startup; "
-    "a test client does when it is entered (`with TestClient(app) as client`)"
+    "the application's lifespan does not run: give its managers to it, and make sure that the server runs its startup; "
+    "a test client does that when it is entered (`with TestClient(app) as client`)"
 )
 _OTHER_WORKER = "if that is another worker of this server, run it with one worker (see docs/workers.md)"
 
 
 def by_name(served: Iterable[S], kinds: tuple[type[Any], ...] = (Manager, Reader)) -> dict[str, S]:
-    """Managers, readers or both by their names.
+    """Return managers, readers or both by their names.
 
     Raises:
-        TypeError: One of them is of another kind.
-        ValueError: There is none, or two have the same name.
+        TypeError: One of them is something else.
+        ValueError: None was given, or two have the same name.
     """
     named: dict[str, S] = {}
     for one in served:
@@ -97,7 +96,7 @@ def add(named: dict[str, S], one: S) -> None:
     """Add a manager or a reader.
 
     Raises:
-        ValueError: There is one of the same name.
+        ValueError: The name is taken.
     """
     name = one.config.name if isinstance(one, Manager) else one.name
     if name in named:
@@ -107,60 +106,30 @@ def add(named: dict[str, S], one: S) -> None:
 
 @asynccontextmanager
 async def running(served: Iterable[Served]) -> AsyncGenerator[None]:
-    """Begin in order, and end in reverse order what was begun, whatever happens.
+    """Start all of them in order, and stop those that were started in reverse order, whatever happens.
 
-    Both may happen in different tasks.
+    Start and stop may happen in different tasks.
     """
     async with AsyncExitStack() as stack:
         for one in served:
             try:
                 await stack.enter_async_context(one)
             except LockedError as error:
-                error.args = (f"{error}; {_OTHER_WORKER}",)  # in one line: the last one of a traceback
+                error.args = (f"{error}; {_OTHER_WORKER}",)  # in one line, the last one of the traceback
                 raise
         yield
 
 
-class LastWord(logging.Filter):
-    """Lets uvicorn's last line say why it exits; the line itself comes after the traceback, and does not.
-
-    It changes that one line, once. Where there is no uvicorn, nothing is logged there.
-    """
-
-    _LOGGER = logging.getLogger("uvicorn.error")
-    _LINE = "Application startup failed"
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
-        self._reason = f"{type(error).__name__}: {error}"
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Complete the line."""
-        if isinstance(record.msg, str) and record.msg.startswith(self._LINE):
-            record.msg, record.args = f"{record.getMessage()} {self._reason}", ()
-            self._LOGGER.removeFilter(self)
-        return True
-
-    @classmethod
-    @asynccontextmanager
-    async def told(cls, served: Named) -> AsyncGenerator[None]:
-        """`running`, for a server that is likely to be uvicorn."""
-        started = False
-        for old in [known for known in cls._LOGGER.filters if isinstance(known, cls)]:
-            cls._LOGGER.removeFilter(old)  # of an attempt that something else reported
-        try:
-            async with running(served.values()):
-                started = True
-                with served.serving():
-                    yield
-        except BaseException as error:
-            if not started:
-                cls._LOGGER.addFilter(cls(error))
-            raise
+@asynccontextmanager
+async def serving(served: Named) -> AsyncGenerator[None]:
+    """Start and stop managers and readers as `running` does, and accept streams between."""
+    async with running(served.values()):
+        with served.accepting_streams():
+            yield
 
 
 def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None) -> S:
-    """The manager, or the reader, of that name; the only one, without a name.
+    """Return the manager or the reader of a name, or the only one if no name is given.
 
     Raises:
         LookupError: There is none, or no name was given and there are several.
@@ -168,8 +137,8 @@ def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None)
     found = {known: one for known, one in (served or {}).items() if isinstance(one, kind)}
     if not found:
         raise LookupError(
-            f"this application has no lab_state {_plural(kind)}: give them to it, and see that the server runs its startup; "
-            "a test client does when it is entered (`with TestClient(app) as client`)"
+            f"this application has no lab_state {_plural(kind)}: give them to it, and make sure that the server runs its "
+            "startup; a test client does that when it is entered (`with TestClient(app) as client`)"
         )
     if name is None and len(found) == 1:
         return next(iter(found.values()))
@@ -179,17 +148,17 @@ def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None)
     return found[name]
 
 
-def stopping_of(served: Mapping[str, Served] | None) -> Stopping:
-    """Return the object that tells an application's streams that the server begins to stop.
+def stop_of(served: Mapping[str, Served] | None) -> ServerStop:
+    """Return the stop of the server that an application runs in, for a stream.
 
     Raises:
-        LookupError: Its lifespan does not run.
+        LookupError: The application's lifespan does not run.
     """
-    stopping = served.stopping if isinstance(served, Named) else None
-    if stopping is None:
+    stop = served.stop if isinstance(served, Named) else None
+    if stop is None:
         raise LookupError(_NO_LIFESPAN)
-    stopping.listen()
-    return stopping
+    stop.listen()
+    return stop
 
 
 def _plural(kind: type[Any]) -> str:
@@ -197,7 +166,7 @@ def _plural(kind: type[Any]) -> str:
 
 
 def check_bound(seconds: float | None) -> float:
-    """A bound for `health_of`; infinity for `None`.
+    """Return a bound for `health_of`: infinity for `None`.
 
     Raises:
         ValueError: It is not above 0.
@@ -213,11 +182,13 @@ def check_bound(seconds: float | None) -> float:
 
 
 def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, bytes]:
-    """An HTTP status and a JSON body: 200, or 503 where a manager does not run or cannot write, or a reader is not up.
+    """Return an HTTP status and a JSON body.
+
+    The status is 200, or 503 if a manager does not run or cannot write, or if a reader is not up.
 
     Args:
         served: The managers and readers, by name.
-        bound: How old a change may be that is not durable, in seconds.
+        bound: How old a change that is not durable may be, in seconds.
     """
     problems = [] if served else ["no manager was started"]
     managers: dict[str, Status] = {}
@@ -225,7 +196,7 @@ def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, b
     for name, one in (served or {}).items():
         if isinstance(one, Reader):
             readers[name] = {"up": one.up}
-            problem = None if one.up else "hears of no changes: there is no copy, or no way to it"
+            problem = None if one.up else "gets no changes: there is no mirror, or it cannot be reached"
         else:
             status = one.status()
             managers[name] = msgspec.structs.replace(status, last_error=_printable(status.last_error))

@@ -1,9 +1,10 @@
-"""Changes for connected clients, until they leave, the manager stops, or the server begins to stop.
+"""Sends changes to connected clients, until they leave, the manager stops, or the server begins to stop.
 
-Theory of operation. A server tells an application late that it stops: when every request
-has ended. A stream of changes never ends by itself, so it must learn of the stop earlier,
-from the signal. The server has a handler for that already. `Stopping` puts one in front of
-it that takes a note and passes the signal on, as soon as there is a stream to end.
+A server tells its application late that it stops: only after every request has ended. A
+stream of changes does not end by itself, so it must learn of the stop earlier, from the
+signal. The server already has a handler for that signal. As soon as there is a stream,
+`ServerStop` puts a handler of its own in front. It ends the streams, and then calls the
+server's handler.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import asyncio
 import math
 import signal
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -28,92 +29,106 @@ Data: TypeAlias = Callable[[Change], object]
 """A function that returns the data to send about a change."""
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-"""Of a stream of events: no cache and no proxy (nginx) holds it back."""
+"""Headers of a stream of events. With them, no cache and no proxy (nginx) holds it back."""
 
 _COMMENT = b":\n\n"
 
 MEDIA_TYPE = "text/event-stream"
 RESTART = 1012
-"""The code of a WebSocket that is closed because the server stops: clients come back."""
+"""The code for closing a WebSocket because the server stops. Clients then connect again."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Ending:
-    """An event that comes once, and wakes up tasks that wait for something else."""
+class EndEvent:
+    """An event that is set once, and then calls functions.
+
+    Attributes:
+        is_set: Whether it was set.
+    """
 
     def __init__(self) -> None:
-        self.begun: bool = False
+        self.is_set: bool = False
         self._callbacks: dict[Callable[[], object], None] = {}
 
-    def begin(self) -> None:
-        """End it. Only the first call does something."""
-        if not self.begun:
-            self.begun = True
+    def set(self) -> None:
+        """Set the event, and call the functions. A second call does nothing."""
+        if not self.is_set:
+            self.is_set = True
             for callback in tuple(self._callbacks):
                 callback()
 
     @contextmanager
     def calling(self, callback: Callable[[], object]) -> Generator[None]:
-        """Call the function when this ends, or at once if it has ended. Leaving the block withdraws it."""
+        """Call a function when the event is set, or at once if it is. Leaving the block withdraws the function."""
         self._callbacks[callback] = None
         try:
-            if self.begun:
+            if self.is_set:
                 callback()
             yield
         finally:
             del self._callbacks[callback]
 
 
-class Stopping(Ending):
-    """The beginning of the server's stop, as its signal tells it, once there was a stream."""
+class ServerStop(EndEvent):
+    """The moment at which the server begins to stop. Its signal tells it, once there was a stream."""
 
     def __init__(self) -> None:
-        """Prepare for the running event loop."""
+        """Create it for the running event loop."""
         super().__init__()
         self._loop = asyncio.get_running_loop()
-        self._put: dict[int, tuple[Any, Any]] = {}
+        self._installed: dict[int, tuple[Any, Any]] = {}
 
     def listen(self) -> None:
         """Listen for the signals for which the server has handlers.
 
-        Without a handler, the signal ends the process at once. Outside of the main thread
-        there are no signals: such a server is stopped by a program, which can call `begin`.
+        Without a handler, the signal ends the process at once. Outside the main thread
+        there are no signals. Such a server is stopped by a program, which can call `set`.
         """
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
             known = signal.getsignal(number)
-            if callable(known) and known is not self._put.get(number, (None, None))[0]:
-                self._put_before(number, known)
+            if callable(known) and known is not self._installed.get(number, (None, None))[0]:
+                self._install(number, known)
 
     def close(self) -> None:
-        """Stop listening. A handler that was put before ours meanwhile still calls it; then the signal is passed on."""
-        self.begin()
-        for number, (ours, theirs) in self._put.items():
+        """Set the event, and stop listening.
+
+        If another handler was put in front of ours meanwhile, it still calls ours, which then
+        only calls the server's.
+        """
+        self.set()
+        for number, (ours, theirs) in self._installed.items():
             if signal.getsignal(number) is ours:
                 signal.signal(number, theirs)
-        self._put.clear()
+        self._installed.clear()
 
-    def _put_before(self, number: int, theirs: Callable[[int, FrameType | None], object]) -> None:
+    def _install(self, number: int, theirs: Callable[[int, FrameType | None], object]) -> None:
         def ours(number: int, frame: FrameType | None) -> None:
             if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self.begin)
+                self._loop.call_soon_threadsafe(self.set)
             theirs(number, frame)
 
-        self._put[number] = ours, theirs
+        self._installed[number] = ours, theirs
         signal.signal(number, ours)
         if getattr(getattr(theirs, "__self__", None), "should_exit", False):
-            self.begin()  # it is uvicorn, and it had its signal before there was a stream
+            self.set()  # the server is uvicorn, and it got its signal before there was a stream
 
 
-async def told(watch: Watch, ending: Ending, heartbeat: float) -> AsyncGenerator[Change | None]:
-    """Yield changes until an end. First comes a `resync`; `None` comes after `heartbeat` seconds without a change."""
+async def changes_until(end: EndEvent, watch: Watch, heartbeat: float) -> AsyncGenerator[Change | None]:
+    """Yield changes until an event is set. The first one is a `resync`.
+
+    Args:
+        end: The event.
+        watch: The watch, not yet entered.
+        heartbeat: Yield `None` after so many seconds without a change.
+    """
     async with watch as changes:
         if isinstance(changes, Watcher) and changes.opened is not None:
-            yield Change("", "resync", changes.opened)  # a reader of the cache begins with one by itself
+            yield Change("", "resync", changes.opened)  # a watch of a reader already begins with one
         loop = asyncio.get_running_loop()
-        while not ending.begun:
+        while not end.is_set:
             change = None
             try:
                 async with asyncio.timeout(None if heartbeat == math.inf else heartbeat) as waiting:
@@ -122,30 +137,75 @@ async def told(watch: Watch, ending: Ending, heartbeat: float) -> AsyncGenerator
                         if not waiting.expired():
                             waiting.reschedule(loop.time())
 
-                    with ending.calling(wake):
+                    with end.calling(wake):
                         change = await anext(changes)
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                if ending.begun:
+                if end.is_set:
                     return
             yield change
 
 
-async def events(
-    watch: Watch, ending: Ending, *, data: Data | None, heartbeat: float, retry: float
+async def event_stream(
+    watch: Watch, stop: EndEvent, *, data: Data | None, heartbeat: float, retry: float
 ) -> AsyncGenerator[bytes]:
     """Yield the bytes of a stream of server-sent events."""
     yield b"retry: %d\n\n" % round(retry * 1000)
-    changes = told(watch, ending, heartbeat)
+    changes = changes_until(stop, watch, heartbeat)
     try:
         async for change in changes:
-            yield _COMMENT if change is None else b"id: %d\ndata: %b\n\n" % (change.revision, encoded(change, data))
+            yield _COMMENT if change is None else b"id: %d\ndata: %b\n\n" % (change.revision, _encode(change, data))
     finally:
         await changes.aclose()
 
 
-def encoded(change: Change, data: Data | None) -> bytes:
+async def send_changes(
+    watch: Watch,
+    stop: EndEvent,
+    data: Data | None,
+    *,
+    drop_input: Callable[[], Awaitable[object]],
+    send: Callable[[str], Awaitable[object]],
+    client_left: tuple[type[Exception], ...],
+) -> None:
+    """Send each change as text, until the watch ends, the server begins to stop, or the client leaves.
+
+    Args:
+        watch: The watch, not yet entered.
+        stop: The stop of the server.
+        data: Returns what is sent about a change; `None`: the change itself.
+        drop_input: Drops what the client sends, and returns when it has left.
+        send: Sends one text.
+        client_left: The errors that `send` raises when the client has left.
+    """
+    end = EndEvent()
+
+    async def read() -> None:
+        try:
+            await drop_input()
+        finally:
+            end.set()
+
+    reading = asyncio.create_task(read())
+    try:
+        with stop.calling(end.set), suppress(*client_left):
+            async with aclosing(changes_until(end, watch, math.inf)) as changes:
+                async for change in changes:
+                    assert change is not None  # without a heartbeat
+                    await send(_encode(change, data).decode())
+    finally:
+        reading.cancel()
+        await asyncio.wait([reading])
+
+
+async def drop_messages(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+    """Drop the ASGI messages of a WebSocket, and return when the client has left."""
+    while (await receive())["type"] != "websocket.disconnect":
+        pass
+
+
+def _encode(change: Change, data: Data | None) -> bytes:
     """Encode a change as JSON in one line."""
     return msgspec.json.encode(change if data is None else data(change))
 
@@ -155,7 +215,7 @@ def check_times(heartbeat: float, retry: float) -> None:
 
     Raises:
         TypeError: One of them is not a number.
-        ValueError: `heartbeat` is not above 0, or `retry` is below 0, or not finite.
+        ValueError: `heartbeat` is not above 0, or `retry` is below 0, or one is not finite.
     """
     for name, seconds in (("heartbeat", heartbeat), ("retry", retry)):
         if isinstance(seconds, bool) or not isinstance(seconds, int | float):

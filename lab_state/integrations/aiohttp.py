@@ -1,9 +1,7 @@
-"""For aiohttp's server: managers and readers that run while an application does, and a health handler."""
+"""For aiohttp's server: managers and readers that run with an application, a health handler, error responses, live updates."""
 
 from __future__ import annotations
 
-import asyncio
-import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 
@@ -17,41 +15,40 @@ from lab_state.integrations._live import (
     HEADERS,
     MEDIA_TYPE,
     Data,
-    Ending,
+    EndEvent,
     Watch,
     check_times,
-    encoded,
-    events,
-    told,
+    event_stream,
+    send_changes,
 )
 from lab_state.manager import Manager
 
 __all__ = ["SERVED", "errors", "health", "manager", "push", "reader", "setup", "sse"]
 
 SERVED: web.AppKey[Mapping[str, Manager | Reader]] = web.AppKey("lab_state.served", Mapping)
-"""Where an application holds its managers and readers, by name."""
+"""The key under which an application holds its managers and readers, by name."""
 
-_STOPPING: web.AppKey[Ending] = web.AppKey("lab_state.stopping", Ending)
+_STOP: web.AppKey[EndEvent] = web.AppKey("lab_state.stopping", EndEvent)
 
 
 def setup(app: web.Application, *served: Manager | Reader) -> None:
-    """Let managers and readers run while an application does.
+    """Run managers and readers while an application runs.
 
-    Adds to its `cleanup_ctx`: they are started in the order given, with what was added
-    before them, and stopped in reverse order. When one cannot be started, those before
-    it are stopped, and `web.run_app` ends with its error.
+    They are added to its `cleanup_ctx`: they are started in the order given, after what was
+    added before them, and stopped in reverse order. If one of them cannot be started, those
+    before it are stopped, and `web.run_app` ends with its error.
 
-    Handlers find them with `manager` and `reader`, those of sub-applications too. May be
-    called again, and for sub-applications with managers and readers of their own.
+    Handlers find them with `manager` and `reader`, also those of sub-applications. `setup`
+    may be called again, and for sub-applications with managers and readers of their own.
 
     Args:
         app: The application, not yet running.
-        served: Managers, and readers of other processes' states: one or more, each with
-            a name of its own.
+        served: Managers, and readers of other processes' states. One or more, each with a
+            different name.
 
     Raises:
         ValueError: None was given, or two have the same name.
-        TypeError: One of them is neither.
+        TypeError: One of them is neither a manager nor a reader.
     """
     named = by_name(served)
     known = _own(app)
@@ -64,13 +61,13 @@ def setup(app: web.Application, *served: Manager | Reader) -> None:
             yield
 
     app.cleanup_ctx.append(lab_state)
-    if _STOPPING not in app:
-        stopping = app[_STOPPING] = Ending()
+    if _STOP not in app:
+        stop = app[_STOP] = EndEvent()
 
-        async def stop(_: web.Application) -> None:
-            stopping.begin()
+        async def stopping(_: web.Application) -> None:
+            stop.set()
 
-        app.on_shutdown.append(stop)  # aiohttp calls this before it waits for its connections
+        app.on_shutdown.append(stopping)  # aiohttp calls this before it waits for its connections
 
 
 def _own(app: web.Application) -> dict[str, Served]:
@@ -80,52 +77,52 @@ def _own(app: web.Application) -> dict[str, Served]:
 
 def _served(source: web.Request | web.Application) -> Mapping[str, Served]:
     apps = source.match_info.apps if isinstance(source, web.Request) else (source,)
-    # A sub-application comes after its parent, and what is its own before that.
+    # A sub-application comes after its parent, so its own managers replace the parent's of the same name.
     return {name: one for app in apps for name, one in _own(app).items()}
 
 
 def manager(source: web.Request | web.Application, name: str | None = None) -> Manager:
-    """A manager of an application.
+    """Return a manager of an application.
 
     Args:
-        source: A request: the managers of the application that handles it and of those
-            that it is part of. Or an application: its own managers, since it does not
-            know whose part it is.
-        name: The manager's name; may be left out where there is only one.
+        source: A request, for the managers of the application that handles it and of its
+            parents. Or an application, for its own managers only, because it does not know
+            its parents.
+        name: The name of the manager. It may be left out if there is only one.
 
     Raises:
-        LookupError: There is no such manager; the message names those there are.
+        LookupError: There is no such manager. The message lists those that exist.
     """
     return choose(_served(source), Manager, name)
 
 
 def reader(source: web.Request | web.Application, name: str | None = None) -> Reader:
-    """A reader of an application; found as `manager` finds managers.
+    """Return a reader of an application, found as `manager` finds managers.
 
     Args:
         source: A request or an application.
-        name: The name of the state that it reads; may be left out where there is only
-            one reader.
+        name: The name of the state that the reader reads. It may be left out if there is
+            only one reader.
 
     Raises:
-        LookupError: There is no such reader; the message names those there are.
+        LookupError: There is no such reader. The message lists those that exist.
     """
     return choose(_served(source), Reader, name)
 
 
 def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request], Awaitable[web.Response]]:
-    """A handler for a load balancer.
+    """Return a handler for a load balancer.
 
     `app.router.add_get("/health", health())`.
 
-    Answers 200 while every manager that `manager` would find runs and writes, and every
-    reader is up, and 503 otherwise, with the status of each as JSON. No key and no value is in it; paths of
-    files are, in error messages: keep it off the public internet.
+    Answers 200 while every manager that `manager` finds runs and can write, and every reader is up; 503
+    otherwise. The body is JSON with the status of each. It has no keys and no values, but
+    error messages in it may have file paths: do not expose it to the internet.
 
     Args:
-        max_unflushed_age: For how long changes may fail to become durable, in seconds
-            above 0; more than every `flush_interval`. `None`: for any time, as for
-            managers whose `flush_interval` is `None`.
+        max_unflushed_age: How old a change that is not durable may be, in seconds above 0.
+            Choose more than every `flush_interval`. `None`: any age, for managers whose
+            `flush_interval` is `None`.
 
     Raises:
         ValueError: The bound is not above 0.
@@ -141,16 +138,16 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
 
 
 def errors(app: web.Application, *, retry_after: int = 1) -> None:
-    """Answer requests that lab_state refuses, in place of a bare 500: `errors(app)`.
+    """Answer requests that lab_state refuses, instead of a bare 500: `errors(app)`.
 
-    `StorageError` is 503 with `Retry-After`, because the storage may be well again by then;
-    `InvalidKeyError` and `InvalidValueError` are 422, with their message. The body is
-    `{"detail": ...}`. Each is one line of the log `lab_state`, without a traceback and
-    without a value: a warning for 503, INFO for 422.
+    `StorageError` becomes 503 with `Retry-After`, because the storage may work again by then.
+    `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
+    `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
+    without a value: a WARNING for 503, INFO for 422.
 
-    It adds a middleware around those that there are, so each of them sees the error
-    first. Sub-applications are covered. A response that has begun, as a WebSocket's has,
-    cannot be changed: there, the error goes on to aiohttp.
+    A middleware is added around those that exist, so each of them gets the error first.
+    Sub-applications are covered. A response that has begun, such as that of a WebSocket,
+    cannot be changed: then aiohttp gets the error.
 
     Args:
         app: The application, not yet running.
@@ -170,7 +167,7 @@ def _answering(retry_after: int) -> Middleware:
         try:
             return await handler(request)
         except ANSWERED as error:
-            if request.writer.output_size > 0:  # aiohttp, too, looks here for a response that has begun
+            if request.writer.output_size > 0:  # aiohttp also checks this for a response that has begun
                 raise
             told = answer_to(error, request.method, retry_after)
             return web.Response(
@@ -180,10 +177,11 @@ def _answering(retry_after: int) -> Middleware:
     return answering
 
 
-def _stopping(request: web.Request) -> Ending:
+def _stop(request: web.Request) -> EndEvent:
+    """Return the stop of the application that handles a request, or of its nearest parent that has one."""
     for app in reversed(request.match_info.apps):
-        if _STOPPING in app:
-            return app[_STOPPING]
+        if _STOP in app:
+            return app[_STOP]
     raise LookupError("this application has no lab_state managers: give them to it with setup()")
 
 
@@ -194,26 +192,26 @@ async def sse(
 
     `return await sse(request, state.watch("jobs/"))`, from a handler.
 
-    An event has the JSON of a change as its `data`, and the revision as its `id`. The
-    first one is a `resync`: read everything, then follow the changes. So a browser that
-    comes back after a lost connection misses nothing. A client that reads slowly is told
-    the last change of each key once.
+    Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
+    one is a `resync`: the client reads everything, and then follows the changes. So a browser
+    that comes back after a lost connection misses nothing. A client that reads slowly gets
+    only the last change of each key.
 
     The stream ends when the client leaves, when the manager stops, and when the server
-    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. aiohttp tells
-    this to `on_shutdown`.
-    A client that reads nothing at all delays the server's end, as with any response. Bound
-    that delay with `shutdown_timeout` of `run_app`.
+    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. aiohttp calls
+    `on_shutdown` then. A client that reads nothing delays the end of the server. Limit that
+    delay with `shutdown_timeout` of `run_app`.
 
     Args:
-        request: The request; its response has not begun.
+        request: The request. Its response has not begun.
         watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
             entered.
-        data: A plain function from a change to what is sent about it, which msgspec can
-            encode as JSON. It is called for a `resync` too. Not given: the change itself.
-        heartbeat: After how many seconds without a change a comment is sent, so that
-            proxies keep the connection, and a client that is gone is noticed.
-        retry: In how many seconds a browser comes back.
+        data: A plain function that gets a change and returns what to send. msgspec must be
+            able to encode that as JSON. It is called for a `resync` too. Without it, the
+            change itself is sent.
+        heartbeat: Send a comment after so many seconds without a change. It keeps proxies
+            from closing the connection, and shows whether the client is still there.
+        retry: After how many seconds a browser connects again.
 
     Raises:
         LookupError: `setup` was not called for this application.
@@ -221,12 +219,12 @@ async def sse(
         ValueError: `heartbeat` is not above 0, or `retry` is below 0.
     """
     check_times(heartbeat, retry)
-    stopping = _stopping(request)
+    stop = _stop(request)
     response = web.StreamResponse(headers={**HEADERS, "Content-Type": MEDIA_TYPE})
     await response.prepare(request)
-    if request.method == "HEAD":  # no body, so nothing would ever end it
+    if request.method == "HEAD":  # without a body, nothing would ever end it
         return response
-    stream = events(watch, stopping, data=data, heartbeat=heartbeat, retry=retry)
+    stream = event_stream(watch, stop, data=data, heartbeat=heartbeat, retry=retry)
     with suppress(ConnectionError):  # the client has left
         async with aclosing(stream):
             async for part in stream:
@@ -237,46 +235,35 @@ async def sse(
 async def push(request: web.Request, watch: Watch, *, data: Data | None = None) -> web.WebSocketResponse:
     """Send changes through a WebSocket, until the server begins to stop.
 
-    `return await push(request, state.watch("jobs/"))`, as the whole of a handler.
+    `return await push(request, state.watch("jobs/"))` is the whole body of a handler.
 
-    A message is the JSON of a change, as text. The first one is a `resync`: read
-    everything, then follow the changes. What the client sends is dropped. It returns
-    when the client has left, when the manager stops, and when the server begins to stop
-    (see `sse`); in the last two cases it closes the WebSocket with 1012, so that clients
-    come back. Cancelled, it leaves the WebSocket open.
+    Each message is the JSON of a change, as text. The first one is a `resync`: the client reads
+    everything, and then follows the changes. What the client sends is dropped. The call
+    returns when the client has left, when the manager stops, or when the server begins to
+    stop (see `sse`). In the last two cases it closes the WebSocket with 1012, so that clients
+    connect again. If the call is cancelled, it leaves the WebSocket open.
 
     Args:
         request: The request for a WebSocket.
         watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
             entered.
-        data: A plain function from a change to what is sent about it, which msgspec can
-            encode as JSON. It is called for a `resync` too. Not given: the change itself.
+        data: A plain function that gets a change and returns what to send. msgspec must be
+            able to encode that as JSON. It is called for a `resync` too. Without it, the
+            change itself is sent.
 
     Raises:
         LookupError: `setup` was not called for this application.
     """
-    stopping = _stopping(request)
+    stop = _stop(request)
     websocket = web.WebSocketResponse(heartbeat=30.0)
     await websocket.prepare(request)
-    ending = Ending()
-    reading = asyncio.create_task(_read(websocket, ending))
-    try:
-        with stopping.calling(ending.begin), suppress(ConnectionError):
-            async with aclosing(told(watch, ending, math.inf)) as changes:
-                async for change in changes:
-                    assert change is not None
-                    await websocket.send_str(encoded(change, data).decode())
-    finally:
-        reading.cancel()
-        await asyncio.wait([reading])
-    await websocket.close(code=WSCloseCode.SERVICE_RESTART)
-    return websocket
 
-
-async def _read(websocket: web.WebSocketResponse, ending: Ending) -> None:
-    """Drop what a client sends, until it leaves."""
-    try:
+    async def drop_input() -> None:
         async for _ in websocket:
             pass
-    finally:
-        ending.begin()
+
+    await send_changes(
+        watch, stop, data, drop_input=drop_input, send=websocket.send_str, client_left=(ConnectionError,)
+    )
+    await websocket.close(code=WSCloseCode.SERVICE_RESTART)
+    return websocket

@@ -1,4 +1,4 @@
-"""For FastAPI: the lifespan, the health route, the errors and the live updates of Starlette, and dependencies."""
+"""For FastAPI: dependencies; and the lifespan, health route, error responses and live updates of Starlette."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ T = TypeVar("T")
 
 
 def manager(name: str | None = None) -> Callable[[HTTPConnection], Awaitable[Manager]]:
-    """A dependency: `Annotated[Manager, Depends(manager("my-module"))]`.
+    """Return a dependency for a manager: `Annotated[Manager, Depends(manager("my-module"))]`.
 
-    Works in endpoints, `def` ones too (there, use `.blocking`), in WebSockets, and in
-    mounted applications, which find their parent's managers. It costs no thread.
+    It works in endpoints, in WebSockets, and in mounted applications, which find the managers
+    of their parent. It also works in a plain `def` endpoint; use `.blocking` there. It needs
+    no thread.
 
     Args:
-        name: The manager's name, any that a manager may have; may be left out where the
-            application has only one.
+        name: The name of the manager. It may be left out if the application has only one.
 
     Raises:
-        LookupError: From a request: there is no such manager, the message names those
-            there are; or the lifespan did not run.
+        LookupError: In a request: there is no such manager (the message lists those that
+            exist), or the lifespan did not run.
     """
 
     async def manager(connection: HTTPConnection) -> Manager:
@@ -43,15 +43,15 @@ def manager(name: str | None = None) -> Callable[[HTTPConnection], Awaitable[Man
 
 
 def reader(name: str | None = None) -> Callable[[HTTPConnection], Awaitable[Reader]]:
-    """A dependency: `Annotated[Reader, Depends(reader("my-module"))]`, where `manager` would give a manager.
+    """Return a dependency for a reader: `Annotated[Reader, Depends(reader("my-module"))]`.
 
     Args:
-        name: The name of the state that it reads; may be left out where the application
-            has only one reader.
+        name: The name of the state that the reader reads. It may be left out if the
+            application has only one reader.
 
     Raises:
-        LookupError: From a request: there is no such reader, the message names those
-            there are; or the lifespan did not run.
+        LookupError: In a request: there is no such reader (the message lists those that
+            exist), or the lifespan did not run.
     """
 
     async def reader(connection: HTTPConnection) -> Reader:
@@ -77,18 +77,18 @@ def entry(
 def entry(
     key: str, type: Any, *, default: Any = MISSING, manager: str | None = None
 ) -> Callable[[HTTPConnection], Awaitable[Entry[Any]]]:
-    """A dependency for one typed key: `Annotated[Entry[int], Depends(entry("visits", int, default=0))]`.
+    """Return a dependency for one typed key: `Annotated[Entry[int], Depends(entry("visits", int, default=0))]`.
 
     Args:
         key: The key.
-        type: What its value is; see `Manager.entry`.
-        default: What `get` returns, and `update` starts from, when the key is missing.
-        manager: The manager's name; may be left out where the application has only one.
+        type: The type of its value; see `Manager.entry`.
+        default: What `get` returns and `update` starts from if the key is missing.
+        manager: The name of the manager. It may be left out if the application has only one.
 
     Raises:
-        InvalidKeyError: The key is out of bounds.
-        LookupError: From a request: there is no such manager, the message names those
-            there are; or the lifespan did not run.
+        InvalidKeyError: The key is not valid.
+        LookupError: In a request: there is no such manager (the message lists those that
+            exist), or the lifespan did not run.
     """
     check_key(key)
 

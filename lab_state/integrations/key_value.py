@@ -1,4 +1,4 @@
-"""For py-key-value (`py-key-value-aio`, 0.3 and later): a store for FastMCP and whatever else takes an `AsyncKeyValue`."""
+"""For py-key-value (`py-key-value-aio`, 0.3 and later): a store for FastMCP and other users of `AsyncKeyValue`."""
 
 from __future__ import annotations
 
@@ -31,31 +31,32 @@ __all__ = ["LabStateStore"]
 class LabStateStore:
     """An `AsyncKeyValue` in a namespace, with every optional protocol of py-key-value.
 
-    Values are mappings of plain JSON; a read gives a fresh `dict` each time. A read never
-    waits; a write is in memory at once, and durable as the manager's `flush_interval`
-    says. It does not own the manager, which must run, and all calls belong to the
-    manager's event loop.
+    Values are mappings of plain JSON. Each read returns a new `dict`. A read never waits. A
+    write is in memory at once; when it becomes durable depends on the manager's
+    `flush_interval`. The store does not start the manager, which must run. All calls must be
+    made on the manager's event loop.
 
-    A value is kept under `<collection>/<key>` in the namespace, each part with its
-    slashes escaped, so that `a/b` and `c` is not `a` and `b/c`. Any string is a key and
-    a collection. A part of more than 256 characters, escaped, is kept as its SHA-256,
-    and its text beside the value, so that `keys` and `collections` tell it.
+    A value is stored under `<collection>/<key>` in the namespace. The slashes of both parts
+    are escaped, so collection `a/b` with key `c` differs from `a` with `b/c`. Any string may
+    be a key or a collection. If a part has more than 256 characters after escaping, its
+    SHA-256 is used instead. Its text is stored beside the value, so that `keys` and
+    `collections` can return it.
 
     Every call raises `ClosedError` while the manager does not run, and `TypeError` for a
-    key or a collection that is not a `str`. Each that writes raises
-    `StoreConnectionError` with a `flush_interval` of 0: the storage failed, the change
-    is not durable yet, and it is tried again without the caller. Once the manager is
-    fenced, each that writes raises an error that is a `StoreConnectionError` and a
-    `FencedError`, whatever the interval, and changes nothing.
+    key or a collection that is not a `str`. With a `flush_interval` of 0, each call that
+    writes raises `StoreConnectionError` if the storage failed: the change is not durable
+    yet, and the manager tries again by itself. When the manager is fenced, each call that
+    writes raises an error that is a `StoreConnectionError` and a `FencedError`, with any
+    interval, and changes nothing.
     """
 
     def __init__(self, namespace: Namespace, *, default_collection: str = "default_collection") -> None:
-        """Keep everything under a namespace, and nothing else there.
+        """Use a namespace, in which nothing else may be stored.
 
         Args:
-            namespace: `Manager.namespace("mcp")`, or what you like to call it; its
-                prefix has 511 characters at most.
-            default_collection: The collection of calls that name none.
+            namespace: `Manager.namespace("mcp")`, or one with another name. Its prefix has
+                511 characters at most.
+            default_collection: The collection for calls that do not name one.
 
         Raises:
             TypeError: `namespace` is not a `Namespace`.
@@ -63,42 +64,45 @@ class LabStateStore:
         """
         if not isinstance(namespace, Namespace):
             raise TypeError(f"a Namespace was expected, such as state.namespace('mcp'); not {namespace!r}")
-        namespace.entry(f"{'c' * LONGEST}/{'k' * LONGEST}", dict)  # the longest key that there will be
+        namespace.entry(f"{'c' * LONGEST}/{'k' * LONGEST}", dict)  # raises if the longest possible key is too long
         self._namespace = namespace
         self.default_collection: Final = default_collection
 
     def __repr__(self) -> str:
-        """The namespace."""
+        """Return the class and the namespace."""
         return f"<LabStateStore in {self._namespace!r}>"
 
     # Reading
 
     async def get(self, key: str, *, collection: str | None = None) -> dict[str, Any] | None:
-        """The value of a key; `None` if it is missing or has expired.
+        """Return the value of a key; `None` if it is missing or has expired.
 
         Raises:
-            DeserializationError: Something else keeps its values in this namespace.
+            DeserializationError: Other code stores values in this namespace.
         """
         return (await self.get_many([key], collection=collection))[0]
 
     async def get_many(self, keys: Sequence[str], *, collection: str | None = None) -> list[dict[str, Any] | None]:
-        """The values of keys, in their order: one consistent picture; see `get`."""
+        """Return the values of keys, in their order, all from one moment; see `get`."""
         places = self._places(keys, collection)
         found = await self._namespace.get_many(places)
         return [_value(place, found.get(place)) for place in places]
 
     async def ttl(self, key: str, *, collection: str | None = None) -> tuple[dict[str, Any] | None, float | None]:
-        """The value of a key and the seconds until it expires; `None` for what there is not.
+        """Return the value of a key and the seconds until it expires.
+
+        The value is `None` if the key is missing or has expired. The seconds are `None` if
+        there is no value, or if it does not expire.
 
         Raises:
-            DeserializationError: Something else keeps its values in this namespace.
+            DeserializationError: Other code stores values in this namespace.
         """
         return (await self.ttl_many([key], collection=collection))[0]
 
     async def ttl_many(
         self, keys: Sequence[str], *, collection: str | None = None
     ) -> list[tuple[dict[str, Any] | None, float | None]]:
-        """The values of keys and when they expire, in their order: one consistent picture; see `ttl`."""
+        """Return the values of keys and when they expire, in their order, all from one moment; see `ttl`."""
         answers: list[tuple[dict[str, Any] | None, float | None]] = []
         for place in self._places(keys, collection):
             try:
@@ -119,9 +123,10 @@ class LabStateStore:
 
         Args:
             key: The key.
-            value: A mapping that `json.dumps` takes as it is; NaN and infinity are refused.
+            value: A mapping that `json.dumps` accepts. NaN and infinity are refused.
             collection: The collection.
-            ttl: How long it lives, in seconds above 0; for good when not given.
+            ttl: The time until the value expires, in seconds above 0. Without it, the value
+                does not expire.
 
         Raises:
             SerializationError: JSON cannot hold the value.
@@ -139,10 +144,10 @@ class LabStateStore:
         collection: str | None = None,
         ttl: SupportsFloat | None = None,
     ) -> None:
-        """Store values, all or nothing, also across a crash; see `put`.
+        """Store values, all or none of them, also after a crash; see `put`.
 
         Raises:
-            ValueError: There are not as many keys as values.
+            ValueError: The numbers of keys and values differ.
         """
         if len(keys) != len(values):
             raise ValueError(f"{len(keys)} keys were given, and {len(values)} values")
@@ -154,38 +159,38 @@ class LabStateStore:
     async def put_if_absent(
         self, key: str, value: Mapping[str, Any], *, collection: str | None = None, ttl: SupportsFloat | None = None
     ) -> bool:
-        """Store a value if the key is missing, atomically; returns whether it did. See `put`."""
+        """Store a value if the key is missing, as one step. Return whether it was stored. See `put`."""
         ((place, entry),) = self._entries([key], [value], collection).items()
         seconds = _seconds(ttl)
         with _errors():
             return await self._namespace.set_if_absent(place, entry, ttl=seconds)
 
     async def delete(self, key: str, *, collection: str | None = None) -> bool:
-        """Delete a key; returns whether it was there."""
+        """Delete a key. Return whether it existed."""
         return await self.delete_many([key], collection=collection) == 1
 
     async def delete_many(self, keys: Sequence[str], *, collection: str | None = None) -> int:
-        """Delete those of the keys that are there, all or none; returns how many."""
+        """Delete those of the keys that exist, as one change. Return how many existed."""
         with _errors():
             return await self._namespace.delete_many(self._places(keys, collection))
 
     # The optional protocols
 
     async def keys(self, collection: str | None = None, *, limit: int | None = None) -> list[str]:
-        """The keys of a collection, in no particular order, up to `limit`; costs what the number of all keys costs."""
+        """Return the keys of a collection, up to `limit`, in no particular order. The cost grows with the number of all keys."""
         prefix = f"{self._collection(collection)}/"
         found = (await self._namespace.keys(prefix))[: _limit(limit)]
         return [self._text(place, place[len(prefix) :], "key") for place in found]
 
     async def collections(self, *, limit: int | None = None) -> list[str]:
-        """The collections that have a key, in no particular order, up to `limit`; costs what `keys` costs."""
+        """Return the collections that have a key, up to `limit`, in no particular order. It costs as much as `keys`."""
         first: dict[str, str] = {}
         for place in await self._namespace.keys():
             first.setdefault(place.partition("/")[0], place)
         return [self._text(place, name, "collection") for name, place in list(first.items())[: _limit(limit)]]
 
     async def destroy_collection(self, collection: str) -> bool:
-        """Delete every key of a collection, as one change; returns whether there was one."""
+        """Delete every key of a collection, as one change. Return whether there was one."""
         with _errors():
             return await self._namespace.delete_all(f"{self._collection(collection)}/") > 0
 
@@ -196,9 +201,9 @@ class LabStateStore:
         return True
 
     async def cull(self) -> None:
-        """Nothing: what has expired is gone from every read, and is deleted by the manager by itself."""
+        """Do nothing. Reads do not return expired values, and the manager deletes them by itself."""
 
-    # Where things are
+    # Places: the keys in the namespace
 
     def _collection(self, collection: str | None) -> str:
         return part(_text("a collection", collection or self.default_collection))
@@ -221,17 +226,17 @@ class LabStateStore:
         return entries
 
     def _text(self, place: str, name: str, which: str) -> str:
-        """What a part of a place was made from."""
+        """Return the text of which a part of a place was made."""
         if is_hash(name):
             try:
                 return unescape(self._namespace.get_nowait(place)[which])
             except (LookupError, TypeError, AttributeError):
-                raise _foreign(place) from None
+                raise _not_ours(place) from None
         return unescape(name)
 
 
 def _tells_no_text(place: str) -> bool:
-    """Whether the text of a place is beside the value."""
+    """Return whether a part of a place is a hash, so that its text is stored beside the value."""
     return any(map(is_hash, place.split("/")))
 
 
@@ -240,12 +245,12 @@ def _value(place: str, stored: Any) -> dict[str, Any] | None:
         stored = cast("dict[str, Any]", stored).get("value", place) if isinstance(stored, dict) else place
     if stored is None or isinstance(stored, dict):
         return cast("dict[str, Any] | None", stored)
-    raise _foreign(place)
+    raise _not_ours(place)
 
 
-def _foreign(place: str) -> DeserializationError:
+def _not_ours(place: str) -> DeserializationError:
     return DeserializationError(
-        f"what is stored under {place!r} is not a value of this store; give it a namespace of its own"
+        f"the value under {place!r} was not stored by this store: nothing else may write in its namespace"
     )
 
 
@@ -256,7 +261,7 @@ def _text(what: str, text: object) -> str:
 
 
 def _checked(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a value that every store of py-key-value would take: lab_state itself takes more."""
+    """Return a copy of a value, if every store of py-key-value would accept it. lab_state itself accepts more."""
     if not isinstance(value, Mapping):
         raise TypeError(f"a value must be a mapping, not {type(value).__name__}")
     copy = dict(value)
@@ -265,8 +270,8 @@ def _checked(value: Mapping[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(copy, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        # The messages of json name types, not values.
-        raise SerializationError(f"the value cannot be kept as JSON: {error}") from None
+        # The messages of json contain types, and no values.
+        raise SerializationError(f"the value cannot be stored as JSON: {error}") from None
     return copy
 
 
@@ -286,12 +291,12 @@ def _limit(limit: int | None) -> int | None:
 
 
 class _FencedStoreError(StoreConnectionError, FencedError):
-    """For callers that know py-key-value's errors, and for those that know ours."""
+    """A fenced manager: callers may catch the error of py-key-value or that of lab_state."""
 
 
 @contextmanager
 def _errors() -> Generator[None]:
-    """The errors of py-key-value, which its callers and wrappers know, in place of ours."""
+    """Replace errors of lab_state by those of py-key-value, which its callers and wrappers catch."""
     try:
         yield
     except InvalidValueError as error:

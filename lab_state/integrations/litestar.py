@@ -1,12 +1,12 @@
-"""For Litestar: a plugin that runs managers and readers and injects them, a store, and a health route."""
+"""For Litestar: a plugin that runs managers and readers and injects them, a store, a health route, and live updates."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import msgspec
@@ -25,18 +25,17 @@ from lab_state.exceptions import KeyNotFoundError
 from lab_state.handles import Namespace
 from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
 from lab_state.integrations._escaping import part
-from lab_state.integrations._lifespan import KEY, LastWord, Named, Served, by_name, check_bound, health_of, stopping_of
+from lab_state.integrations._lifespan import KEY, Named, Served, by_name, check_bound, health_of, serving, stop_of
 from lab_state.integrations._live import (
     HEADERS,
     MEDIA_TYPE,
     RESTART,
     Data,
-    Ending,
     Watch,
     check_times,
-    encoded,
-    events,
-    told,
+    drop_messages,
+    event_stream,
+    send_changes,
 )
 from lab_state.manager import Manager
 
@@ -46,24 +45,24 @@ __all__ = ["LabStatePlugin", "LabStateStore", "errors", "health", "push", "sse"]
 class LabStatePlugin(InitPlugin):
     """Runs managers and readers, and injects them: `Litestar(plugins=[LabStatePlugin(notes=Manager("notes", storage))])`.
 
-    A handler with a parameter `notes: NamedDependency[Manager]` is given that manager. Elsewhere they
-    are in `app.state.lab_state`, by the names of their states. They are started before
-    everything else in the application's lifespan, in the order given, and stopped after
-    it in reverse order; when one cannot be started, those before it are stopped, and the
-    server exits with its error. Under uvicorn, the last line that it prints says which.
+    A handler with a parameter `notes: NamedDependency[Manager]` gets that manager. Elsewhere,
+    `app.state.lab_state` has them by the names of their states. In the application's
+    lifespan they are started before everything else, in the order given, and stopped after
+    it, in reverse order. If one of them cannot be started, those before it are stopped, and
+    the server exits with its error.
     """
 
     def __init__(self, **served: Manager | Reader) -> None:
-        """Nothing is started before the application is.
+        """Take the managers and readers. They are started with the application.
 
         Args:
-            served: Managers, and readers of other processes' states, by the parameter
-                under which handlers ask for them.
+            served: Managers, and readers of other processes' states. Each is given by the
+                name of the parameter with which handlers ask for it.
 
         Raises:
-            ValueError: None was given, two have the same name, or a parameter is
-                one that Litestar keeps for itself.
-            TypeError: One of them is neither.
+            ValueError: None was given, two have the same name, or Litestar reserves the
+                name of a parameter.
+            TypeError: One of them is neither a manager nor a reader.
         """
         if taken := RESERVED_KWARGS & served.keys():
             raise ValueError(f"Litestar keeps the parameter {min(taken)!r} for itself; use another name")
@@ -71,10 +70,10 @@ class LabStatePlugin(InitPlugin):
         self._named = Named(by_name(served.values()))
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
-        """Add them to the application.
+        """Add the managers and readers to the application. Litestar calls this.
 
         Raises:
-            ValueError: It has a dependency of the same name already.
+            ValueError: The application already has a dependency of one of the names.
         """
         for parameter, one in self._parameters.items():
             if parameter in app_config.dependencies:
@@ -86,7 +85,7 @@ class LabStatePlugin(InitPlugin):
 
     @asynccontextmanager
     async def _lifespan(self, _: Litestar) -> AsyncGenerator[None]:
-        async with LastWord.told(self._named):
+        async with serving(self._named):
             yield
 
 
@@ -98,17 +97,17 @@ def _always(one: Served) -> Callable[[], Served]:
 
 
 def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> HTTPRouteHandler:
-    """A route for a load balancer: `Litestar([health()], plugins=[...])`.
+    """Return a route for a load balancer: `Litestar([health()], plugins=[...])`.
 
-    Answers 200 while every manager of the plugin runs and writes and every reader is up,
-    and 503 otherwise, with the status of each as JSON. No key and no value is in it; paths of files are, in
-    error messages: keep it off the public internet.
+    Answers 200 while every manager of the plugin runs and can write, and every reader is up; 503
+    otherwise. The body is JSON with the status of each. It has no keys and no values, but
+    error messages in it may have file paths: do not expose it to the internet.
 
     Args:
-        path: Where it is.
-        max_unflushed_age: For how long changes may fail to become durable, in seconds
-            above 0; more than every `flush_interval`. `None`: for any time, as for
-            managers whose `flush_interval` is `None`.
+        path: The path of the route.
+        max_unflushed_age: How old a change that is not durable may be, in seconds above 0.
+            Choose more than every `flush_interval`. `None`: any age, for managers whose
+            `flush_interval` is `None`.
 
     Raises:
         ValueError: The bound is not above 0.
@@ -129,12 +128,12 @@ def errors(
 ) -> dict[int | type[Exception], Callable[[Request[Any, Any, Any], Any], Response[Any]]]:
     """Return exception handlers for the errors of lab_state: `Litestar(exception_handlers={**errors()})`.
 
-    `StorageError` is 503 with `Retry-After`, because the storage may be well again by then;
-    `InvalidKeyError` and `InvalidValueError` are 422, with their message. The body is
-    `{"detail": ...}`. Each is one line of the log `lab_state`, without a traceback and
-    without a value: a warning for 503, INFO for 422.
+    `StorageError` becomes 503 with `Retry-After`, because the storage may work again by then.
+    `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
+    `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
+    without a value: a WARNING for 503, INFO for 422.
 
-    Litestar asks no exception handler about a WebSocket: it closes it with 4500.
+    Litestar calls no exception handler for a WebSocket, but closes it with 4500.
 
     Args:
         retry_after: In how many seconds callers may try again, 0 or more.
@@ -168,29 +167,30 @@ def sse(
 ) -> Stream:
     """Send changes as server-sent events, until the server begins to stop.
 
-    `return sse(request, state.watch("jobs/"))`, from a handler that is `async def`.
+    `return sse(request, state.watch("jobs/"))`, from an `async def` handler.
 
-    An event has the JSON of a change as its `data`, and the revision as its `id`. The
-    first one is a `resync`: read everything, then follow the changes. So a browser that
-    comes back after a lost connection misses nothing. A client that reads slowly is told
-    the last change of each key once.
+    Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
+    one is a `resync`: the client reads everything, and then follows the changes. So a browser
+    that comes back after a lost connection misses nothing. A client that reads slowly gets
+    only the last change of each key.
 
     The stream ends when the client leaves, when the manager stops, and when the server
     begins to stop: at SIGTERM or SIGINT, before it waits for its connections. For this, a
-    signal handler is put in front of the server's. It passes the signal on, and is removed
-    with the lifespan. Signals reach only the main thread.
-    A client that reads nothing at all delays the server's end, as with any response. Bound
-    that delay, for example with uvicorn's `--timeout-graceful-shutdown`.
+    signal handler is put in front of the server's, until the lifespan ends. It ends the
+    streams, and calls the server's handler. Signals reach only the main thread. A client
+    that reads nothing delays the end of the server. Limit that delay, for example with
+    uvicorn's `--timeout-graceful-shutdown`.
 
     Args:
         request: The request.
         watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
             entered.
-        data: A plain function from a change to what is sent about it, which msgspec can
-            encode as JSON. It is called for a `resync` too. Not given: the change itself.
-        heartbeat: After how many seconds without a change a comment is sent, so that
-            proxies keep the connection, and a client that is gone is noticed.
-        retry: In how many seconds a browser comes back.
+        data: A plain function that gets a change and returns what to send. msgspec must be
+            able to encode that as JSON. It is called for a `resync` too. Without it, the
+            change itself is sent.
+        heartbeat: Send a comment after so many seconds without a change. It keeps proxies
+            from closing the connection, and shows whether the client is still there.
+        retry: After how many seconds a browser connects again.
 
     Raises:
         LookupError: The application has no `LabStatePlugin`, or its lifespan did not run.
@@ -198,80 +198,68 @@ def sse(
         ValueError: `heartbeat` is not above 0, or `retry` is below 0.
     """
     check_times(heartbeat, retry)
-    stopping = stopping_of(_served(request))
-    stream = events(watch, stopping, data=data, heartbeat=heartbeat, retry=retry)
+    stream = event_stream(watch, stop_of(_served(request)), data=data, heartbeat=heartbeat, retry=retry)
     return Stream(stream, headers=HEADERS, media_type=MEDIA_TYPE)
 
 
 async def push(socket: WebSocket[Any, Any, Any], watch: Watch, *, data: Data | None = None) -> None:
     """Send changes through a WebSocket, until the server begins to stop.
 
-    `await push(socket, state.watch("jobs/"))`, as the whole of a handler. It accepts the
-    WebSocket, unless that was done.
+    `await push(socket, state.watch("jobs/"))` is the whole body of a handler. It accepts the
+    WebSocket, unless it was accepted before.
 
-    A message is the JSON of a change, as text. The first one is a `resync`: read
-    everything, then follow the changes. What the client sends is dropped. It returns
-    when the client has left, when the manager stops, and when the server begins to stop
-    (see `sse`); in the last two cases it closes the WebSocket with 1012, so that clients
-    come back. Cancelled, it leaves the WebSocket open.
+    Each message is the JSON of a change, as text. The first one is a `resync`: the client reads
+    everything, and then follows the changes. What the client sends is dropped. The call
+    returns when the client has left, when the manager stops, or when the server begins to
+    stop (see `sse`). In the last two cases it closes the WebSocket with 1012, so that clients
+    connect again. If the call is cancelled, it leaves the WebSocket open.
 
     Args:
-        socket: The WebSocket; nothing else reads from it.
+        socket: The WebSocket. Nothing else may read from it.
         watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
             entered.
-        data: A plain function from a change to what is sent about it, which msgspec can
-            encode as JSON. It is called for a `resync` too. Not given: the change itself.
+        data: A plain function that gets a change and returns what to send. msgspec must be
+            able to encode that as JSON. It is called for a `resync` too. Without it, the
+            change itself is sent.
 
     Raises:
         LookupError: The application has no `LabStatePlugin`, or its lifespan did not run.
     """
-    stopping = stopping_of(_served(socket))
+    stop = stop_of(_served(socket))
     if socket.connection_state == "init":
         await socket.accept()
-    ending = Ending()
-    reading = asyncio.create_task(_read(socket, ending))
-    try:
-        with stopping.calling(ending.begin), suppress(WebSocketDisconnect, OSError):
-            async with aclosing(told(watch, ending, math.inf)) as changes:
-                async for change in changes:
-                    assert change is not None
-                    await socket.send_data(encoded(change, data).decode())
-    finally:
-        reading.cancel()
-        await asyncio.wait([reading])
+    await send_changes(
+        watch,
+        stop,
+        data,
+        drop_input=partial(drop_messages, socket.receive),
+        send=socket.send_data,
+        client_left=(WebSocketDisconnect, OSError),
+    )
     if socket.connection_state != "disconnect":
         with suppress(WebSocketDisconnect, OSError):
             await socket.close(RESTART)
 
 
-async def _read(socket: WebSocket[Any, Any, Any], ending: Ending) -> None:
-    """Drop what a client sends, until it leaves."""
-    try:
-        while (await socket.receive())["type"] != "websocket.disconnect":
-            pass
-    finally:
-        ending.begin()
-
-
 class _Bytes(msgspec.Struct, frozen=True):
-    """Bytes that are not text, in JSON."""
+    """Bytes that are not UTF-8, as JSON."""
 
     base64: bytes
 
 
 class LabStateStore(NamespacedStore):
-    """A Litestar store in a namespace: sessions, rate limits and cached responses that outlive the process.
+    """A Litestar store in a namespace: sessions, rate limits and cached responses survive a restart.
 
     `StoreRegistry(default_factory=LabStateStore(state.namespace("litestar")).with_namespace)`
-    keeps all of an application's stores there, each under its own name.
+    keeps all stores of an application there, each under its own name.
 
-    It does not own the manager, which must run: `LabStatePlugin` sees to that. A write is
-    durable as the manager's `flush_interval` says. Text is kept as a JSON string, other
-    bytes as `{"base64": ...}`. Any string is a key: slashes are escaped, and one of more
-    than 256 characters is kept under its hash.
+    The store does not start the manager; `LabStatePlugin` does. When a write becomes durable
+    depends on the manager's `flush_interval`. Text is stored as a JSON string, other bytes
+    as `{"base64": ...}`. Any string is a key: slashes are escaped, and a key of more than
+    256 characters is stored under its hash.
 
-    Every call raises `ClosedError` while the manager does not run, and those that write
-    raise `StorageError` with a `flush_interval` of 0: not durable yet.
+    Every call raises `ClosedError` while the manager does not run. With a `flush_interval` of
+    0, each call that writes raises `StorageError` if the change is not durable yet.
     """
 
     __slots__ = ()
@@ -279,10 +267,10 @@ class LabStateStore(NamespacedStore):
     namespace: Namespace
 
     def __init__(self, namespace: Namespace) -> None:
-        """Keep everything under a namespace, and nothing else there.
+        """Use a namespace, in which nothing else may be stored.
 
         Args:
-            namespace: `Manager.namespace("litestar")`, or what you like to call it.
+            namespace: `Manager.namespace("litestar")`, or one with another name.
 
         Raises:
             TypeError: It is not a `Namespace`.
@@ -292,13 +280,13 @@ class LabStateStore(NamespacedStore):
         self.namespace = namespace
 
     def with_namespace(self, namespace: str) -> LabStateStore:
-        """A store under this one: `delete_all` here deletes what it holds, other calls here do not see it.
+        """Return a store under this one. `delete_all` of this one empties it too; other calls do not see its values.
 
         Args:
             namespace: Any string.
 
         Raises:
-            InvalidKeyError: They are nested too deep: a key has 1,024 characters at most.
+            InvalidKeyError: The stores are nested too deep: a key has 1,024 characters at most.
         """
         return LabStateStore(self.namespace.namespace(part(namespace)))
 
@@ -307,9 +295,10 @@ class LabStateStore(NamespacedStore):
 
         Args:
             key: Any string.
-            value: Text or bytes; read as bytes.
-            expires_in: How long it lives, in seconds or as a `timedelta`; for good when
-                not given. 0 and less: it has expired, and is not stored.
+            value: Text or bytes. `get` returns bytes in either case.
+            expires_in: The time until the value expires, in seconds or as a `timedelta`.
+                Without it, the value does not expire. With 0 or less it has expired, and
+                the key is deleted.
 
         Raises:
             InvalidValueError: The text has lone surrogates.
@@ -321,16 +310,16 @@ class LabStateStore(NamespacedStore):
         await self.namespace.set(part(key), value if isinstance(value, str) else _from_bytes(value), ttl=ttl)
 
     async def get(self, key: str, renew_for: int | timedelta | None = None) -> bytes | None:
-        """A value; `None` if it is missing or has expired.
+        """Return a value; `None` if it is missing or has expired.
 
         Args:
             key: Any string.
-            renew_for: How long it lives from now on, in seconds or as a `timedelta`;
-                nothing is changed when the value does not expire, or for 0. Reading and
-                renewing is one step, which no other write comes between.
+            renew_for: The time from now until the value expires, in seconds or as a
+                `timedelta`. With 0, or if the value does not expire, nothing changes.
+                Reading and renewing are one step: no other write can come between.
 
         Raises:
-            TypeMismatchError: Something else keeps its values in this namespace.
+            TypeMismatchError: Other code stores values in this namespace.
             InvalidValueError: `renew_for` is below 0, and the value expires.
         """
         name = part(key)
@@ -343,19 +332,19 @@ class LabStateStore(NamespacedStore):
         return _as_bytes(value)
 
     async def delete(self, key: str) -> None:
-        """Delete a value, if it is there."""
+        """Delete a value, if it exists."""
         await self.namespace.delete(part(key))
 
     async def delete_all(self) -> None:
-        """Delete everything here and in the stores under this one."""
+        """Delete everything in this store and in the stores under it."""
         await self.namespace.delete_all()
 
     async def exists(self, key: str) -> bool:
-        """Whether there is a value that has not expired."""
+        """Return whether there is a value that has not expired."""
         return await self.namespace.exists(part(key))
 
     async def expires_in(self, key: str) -> int | None:
-        """The seconds until a value expires, rounded up; -1 if it does not, `None` if there is none."""
+        """Return the seconds until a value expires, rounded up; -1 if it does not expire, `None` if there is none."""
         try:
             seconds = await self.namespace.expires_in(part(key))
         except KeyNotFoundError:

@@ -1,4 +1,4 @@
-"""For Prometheus: a collector that reads managers when it is scraped, from any thread."""
+"""For Prometheus: a collector that reads managers during each scrape, from any thread."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lab_state.manager import Manager
 __all__ = ["LabStateCollector"]
 
 _PATIENCE = 5.0
-"""Seconds that a scrape waits for an event loop; Prometheus itself gives up after 10."""
+"""How many seconds a scrape waits for an event loop. Prometheus itself gives up after 10."""
 
 _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ("lab_state_keys", "Keys in the state.", lambda status: status.keys),
-    ("lab_state_revision", "The number of the last change.", lambda status: status.revision),
+    ("lab_state_revision", "The number of the latest change.", lambda status: status.revision),
     (
         "lab_state_durable_revision",
         "Everything up to this revision is durable.",
@@ -32,33 +32,33 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ("lab_state_unflushed_keys", "Keys with changes that are not durable.", lambda status: status.unflushed_keys),
     (
         "lab_state_unflushed_age_seconds",
-        "Age of the oldest change that is not durable: what a crash would lose now.",
+        "Age of the oldest change that is not durable: a crash would lose the changes since then.",
         lambda status: status.unflushed_age,
     ),
     (
         "lab_state_last_flush_timestamp_seconds",
-        "When the last flush that wrote something succeeded, in seconds since 1970; absent before the first.",
+        "When the last flush that wrote something ended, in seconds since 1970; absent before the first.",
         lambda status: status.last_flush_at,
     ),
     ("lab_state_snapshot_bytes", "Size of the snapshot.", lambda status: status.snapshot_bytes),
-    ("lab_state_journal_bytes", "Size of the journal behind the snapshot.", lambda status: status.journal_bytes),
+    ("lab_state_journal_bytes", "Size of the journal after the snapshot.", lambda status: status.journal_bytes),
 )
 
 
 class LabStateCollector(Collector):
     """Metrics of managers: `REGISTRY.register(LabStateCollector(state))`.
 
-    Each has a label `name`. Everything is read when it is scraped; between scrapes it
-    costs nothing. A scrape reads on the manager's event loop, from whatever thread it
-    comes. A loop that does not answer within 5 seconds is told as `lab_state_up` 0, and
-    so is a manager that does not run; the latter's counts are told all the same.
+    Each metric has a label `name`. Everything is read during a scrape; between scrapes the
+    collector costs nothing. A scrape may come from any thread; it reads on the manager's
+    event loop. `lab_state_up` is 0 if that loop does not answer within 5 seconds. It is also
+    0 if a manager does not run; then the other metrics are still reported.
     """
 
     def __init__(self, *managers: Manager) -> None:
-        """Managers need not be running yet.
+        """Take the managers, which need not run yet.
 
         Args:
-            managers: One or more, each with a name of its own.
+            managers: One or more, each with a different name.
 
         Raises:
             ValueError: No manager was given, or two have the same name.
@@ -67,11 +67,11 @@ class LabStateCollector(Collector):
         self._managers = by_name(managers, (Manager,))
 
     def describe(self) -> Iterator[Metric]:
-        """The metrics without their values: registering must not wait for an event loop."""
+        """Return the metrics without their values. So registering does not wait for an event loop."""
         return iter(_Families())
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics as they are now; safe in any thread."""
+        """Return the metrics with their present values. Any thread may call this."""
         families = _Families()
         for name, manager in self._managers.items():
             families.add(name, _read(manager))
@@ -79,7 +79,7 @@ class LabStateCollector(Collector):
 
 
 def _read(manager: Manager) -> tuple[Status, Metrics] | None:
-    """What a manager tells; `None` when its event loop does not answer."""
+    """Return status and metrics of a manager; `None` if its event loop does not answer."""
 
     def read() -> tuple[Status, Metrics]:
         return manager.status(), manager.metrics()
@@ -87,14 +87,14 @@ def _read(manager: Manager) -> tuple[Status, Metrics] | None:
     try:
         loop = manager._core.durability.loop  # noqa: SLF001 -- as `blocking` does
     except ClosedError:
-        return read()  # nothing changes it
+        return read()  # it has no event loop, and `status` and `metrics` are safe in any thread then
     if loop is _running_loop() or not loop.is_running():
         return read()
     answer: concurrent.futures.Future[tuple[Status, Metrics]] = concurrent.futures.Future()
     try:
         loop.call_soon_threadsafe(lambda: answer.set_result(read()))
         return answer.result(_PATIENCE)
-    except (RuntimeError, TimeoutError):  # the loop was closed just now; or is held up
+    except (RuntimeError, TimeoutError):  # the loop was closed just now, or does not answer
         return None
 
 
@@ -106,17 +106,17 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 class _Families:
-    """The metrics, to be filled."""
+    """The metrics, without values at first."""
 
     def __init__(self) -> None:
-        self._up = GaugeMetricFamily("lab_state_up", "Whether the manager is running, and answers.", labels=["name"])
+        self._up = GaugeMetricFamily("lab_state_up", "Whether the manager runs and answers.", labels=["name"])
         self._gauges = [GaugeMetricFamily(name, text, labels=["name"]) for name, text, _ in _GAUGES]
         self._failures = CounterMetricFamily(
             "lab_state_flush_failures", "Flushes and checkpoints that failed since the last start.", labels=["name"]
         )
         self._operations = CounterMetricFamily(
             "lab_state_operations",
-            "Operations by status; of `get` only those that failed.",
+            "Operations by status; for `get` only those that failed.",
             labels=["name", "operation", "status"],
         )
         self._durations = HistogramMetricFamily(

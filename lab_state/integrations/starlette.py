@@ -1,11 +1,10 @@
-"""For Starlette: a lifespan that managers and readers run in, and a health route."""
+"""For Starlette: a lifespan for managers and readers, a health route, error responses, and live updates."""
 
 from __future__ import annotations
 
-import asyncio
-import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, cast
 
 from starlette.applications import Starlette
@@ -18,26 +17,25 @@ from lab_state.cache import Reader
 from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
 from lab_state.integrations._lifespan import (
     KEY,
-    LastWord,
     Named,
     Served,
     by_name,
     check_bound,
     choose,
     health_of,
-    stopping_of,
+    serving,
+    stop_of,
 )
 from lab_state.integrations._live import (
     HEADERS,
     MEDIA_TYPE,
     RESTART,
     Data,
-    Ending,
     Watch,
     check_times,
-    encoded,
-    events,
-    told,
+    drop_messages,
+    event_stream,
+    send_changes,
 )
 from lab_state.manager import Manager
 
@@ -48,34 +46,33 @@ def lifespan(
     *served: Manager | Reader,
     inner: Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None]] | None = None,
 ) -> Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any]]]:
-    """A lifespan that managers and readers run in: `Starlette(lifespan=lifespan(state))`.
+    """Return a lifespan that runs managers and readers: `Starlette(lifespan=lifespan(state))`.
 
-    They are started in the order given, and stopped in reverse order; when one
-    cannot be started, those before it are stopped, and the server exits with its error.
-    Under uvicorn, the last line that it prints says which.
+    They are started in the order given, and stopped in reverse order. If one of them cannot
+    be started, those before it are stopped, and the server exits with its error.
 
-    In `request.state.lab_state` requests find them by name, in WebSockets and in
-    mounted applications too; see `manager` and `reader`. Nothing is global: several applications in
-    one process, and tests, have each their own.
+    Requests find them by name in `request.state.lab_state`, in WebSockets and in mounted
+    applications too; see `manager` and `reader`. Nothing is global: each application of a
+    process, and each test, has managers of its own.
 
     Args:
-        served: Managers, and readers of other processes' states: one or more, each with
-            a name of its own.
+        served: Managers, and readers of other processes' states. One or more, each with a
+            different name.
         inner: A lifespan of your own, a function with `@asynccontextmanager`. It runs
-            while they do, and so may use them. The state that it yields, if
-            any, is in `request.state` too.
+            while the managers run, so it may use them. If it yields a state, that is in
+            `request.state` too.
 
     Raises:
         ValueError: None was given, or two have the same name.
-        TypeError: One of them is neither.
-        RuntimeError: At startup: `inner` yields a state named `lab_state`; or a manager
-            runs already, in another application.
+        TypeError: One of them is neither a manager nor a reader.
+        RuntimeError: At startup: `inner` yields a state named `lab_state`, or a manager
+            already runs in another application.
     """
     named = Named(by_name(served))
 
     @asynccontextmanager
     async def run(app: Any) -> AsyncGenerator[Mapping[str, Any]]:
-        async with LastWord.told(named):
+        async with serving(named):
             if inner is None:
                 yield {KEY: named}
                 return
@@ -88,53 +85,53 @@ def lifespan(
 
 
 def _served(connection: HTTPConnection) -> Mapping[str, Served] | None:
-    """What the application was given; `None` where its lifespan did not run."""
+    """Return the managers and readers of the application; `None` if its lifespan did not run."""
     found: Mapping[str, Served] | None = connection.scope.get("state", {}).get(KEY)
     return found
 
 
 def manager(connection: HTTPConnection, name: str | None = None) -> Manager:
-    """A manager of the application that a request or a WebSocket came to.
+    """Return a manager of the application that received a request or a WebSocket.
 
     Args:
         connection: The request or the WebSocket.
-        name: The manager's name; may be left out where there is only one.
+        name: The name of the manager. It may be left out if there is only one.
 
     Raises:
-        LookupError: There is no such manager, the message names those there are; or the
+        LookupError: There is no such manager (the message lists those that exist), or the
             lifespan did not run.
     """
     return choose(_served(connection), Manager, name)
 
 
 def reader(connection: HTTPConnection, name: str | None = None) -> Reader:
-    """A reader of the application that a request or a WebSocket came to.
+    """Return a reader of the application that received a request or a WebSocket.
 
     Args:
         connection: The request or the WebSocket.
-        name: The name of the state that it reads; may be left out where there is only
-            one reader.
+        name: The name of the state that the reader reads. It may be left out if there is
+            only one reader.
 
     Raises:
-        LookupError: There is no such reader, the message names those there are; or the
+        LookupError: There is no such reader (the message lists those that exist), or the
             lifespan did not run.
     """
     return choose(_served(connection), Reader, name)
 
 
 def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint for a load balancer.
+    """Return an endpoint for a load balancer.
 
     `Route("/health", health())`, or FastAPI's `app.add_api_route("/health", health())`.
 
-    Answers 200 while every manager of the application runs and writes and every reader
-    is up, and 503 otherwise, with the status of each as JSON. No key and no value is in it; paths of
-    files are, in error messages: keep it off the public internet.
+    Answers 200 while every manager runs and can write, and every reader is up; 503
+    otherwise. The body is JSON with the status of each. It has no keys and no values, but
+    error messages in it may have file paths: do not expose it to the internet.
 
     Args:
-        max_unflushed_age: For how long changes may fail to become durable, in seconds
-            above 0; more than every `flush_interval`. `None`: for any time, as for
-            managers whose `flush_interval` is `None`.
+        max_unflushed_age: How old a change that is not durable may be, in seconds above 0.
+            Choose more than every `flush_interval`. `None`: any age, for managers whose
+            `flush_interval` is `None`.
 
     Raises:
         ValueError: The bound is not above 0.
@@ -150,19 +147,19 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
 
 
 def errors(app: Starlette, *, retry_after: int = 1) -> None:
-    """Answer requests that lab_state refuses, in place of a bare 500: `errors(app)`.
+    """Answer requests that lab_state refuses, instead of a bare 500: `errors(app)`.
 
-    `StorageError` is 503 with `Retry-After`, because the storage may be well again by then;
-    `InvalidKeyError` and `InvalidValueError` are 422, with their message. The body is
-    `{"detail": ...}`, as FastAPI has it. Each is one line of the log `lab_state`, without
-    a traceback and without a value: a warning for 503, INFO for 422.
+    `StorageError` becomes 503 with `Retry-After`, because the storage may work again by then.
+    `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
+    `{"detail": ...}`, as in FastAPI. Each error is one line in the log `lab_state`, without
+    a traceback and without a value: a WARNING for 503, INFO for 422.
 
-    A WebSocket is closed with 1013 (try again later), or with 1008. A response that has
-    begun cannot be changed: there, Starlette raises a `RuntimeError`. Mounted
-    applications have error handlers of their own: call it for each.
+    A WebSocket is closed with 1013 (try again later) or with 1008. A response that has begun
+    cannot be changed: then Starlette raises a `RuntimeError`. Mounted applications have error
+    handlers of their own: call this function for each of them.
 
-    A handler of the application's own for one of these errors, or for a subclass, that
-    is added later takes its place. A second call replaces the first.
+    If the application adds a handler for one of these errors or for a subclass later, that
+    one is used. A second call replaces the first.
 
     Args:
         app: The application, not yet running.
@@ -192,29 +189,30 @@ def sse(
 ) -> Response:
     """Send changes as server-sent events, until the server begins to stop.
 
-    `return sse(request, state.watch("jobs/"))`, from an endpoint that is `async def`.
+    `return sse(request, state.watch("jobs/"))`, from an `async def` endpoint.
 
-    An event has the JSON of a change as its `data`, and the revision as its `id`. The
-    first one is a `resync`: read everything, then follow the changes. So a browser that
-    comes back after a lost connection misses nothing. A client that reads slowly is told
-    the last change of each key once.
+    Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
+    one is a `resync`: the client reads everything, and then follows the changes. So a browser
+    that comes back after a lost connection misses nothing. A client that reads slowly gets
+    only the last change of each key.
 
     The stream ends when the client leaves, when the manager stops, and when the server
     begins to stop: at SIGTERM or SIGINT, before it waits for its connections. For this, a
-    signal handler is put in front of the server's. It passes the signal on, and is removed
-    with the lifespan. Signals reach only the main thread.
-    A client that reads nothing at all delays the server's end, as with any response. Bound
-    that delay, for example with uvicorn's `--timeout-graceful-shutdown`.
+    signal handler is put in front of the server's, until the lifespan ends. It ends the
+    streams, and calls the server's handler. Signals reach only the main thread. A client
+    that reads nothing delays the end of the server. Limit that delay, for example with
+    uvicorn's `--timeout-graceful-shutdown`.
 
     Args:
         connection: The request.
         watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
             entered.
-        data: A plain function from a change to what is sent about it, which msgspec can
-            encode as JSON. It is called for a `resync` too. Not given: the change itself.
-        heartbeat: After how many seconds without a change a comment is sent, so that
-            proxies keep the connection, and a client that is gone is noticed.
-        retry: In how many seconds a browser comes back.
+        data: A plain function that gets a change and returns what to send. msgspec must be
+            able to encode that as JSON. It is called for a `resync` too. Without it, the
+            change itself is sent.
+        heartbeat: Send a comment after so many seconds without a change. It keeps proxies
+            from closing the connection, and shows whether the client is still there.
+        retry: After how many seconds a browser connects again.
 
     Raises:
         LookupError: The lifespan did not run.
@@ -222,12 +220,12 @@ def sse(
         ValueError: `heartbeat` is not above 0, or `retry` is below 0.
     """
     check_times(heartbeat, retry)
-    stopping = stopping_of(_served(connection))
-    return _EventStream(events(watch, stopping, data=data, heartbeat=heartbeat, retry=retry))
+    stop = stop_of(_served(connection))
+    return _EventStream(event_stream(watch, stop, data=data, heartbeat=heartbeat, retry=retry))
 
 
 class _EventStream(StreamingResponse):
-    """A stream that ends what it reads from, however it ends."""
+    """A response that closes its stream at its end, also after an error."""
 
     def __init__(self, stream: AsyncGenerator[bytes]) -> None:
         super().__init__(stream, headers=HEADERS, media_type=MEDIA_TYPE)
@@ -235,7 +233,7 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._stream):
-            if scope.get("method") == "HEAD":  # no body, so nothing would ever end it
+            if scope.get("method") == "HEAD":  # without a body, nothing would ever end it
                 await Response(headers=HEADERS, media_type=MEDIA_TYPE)(scope, receive, send)
             else:
                 await super().__call__(scope, receive, send)
@@ -244,48 +242,37 @@ class _EventStream(StreamingResponse):
 async def push(websocket: WebSocket, watch: Watch, *, data: Data | None = None) -> None:
     """Send changes through a WebSocket, until the server begins to stop.
 
-    `await push(websocket, state.watch("jobs/"))`, as the whole of an endpoint. It accepts the
-    WebSocket, unless that was done.
+    `await push(websocket, state.watch("jobs/"))` is the whole body of an endpoint. It accepts
+    the WebSocket, unless it was accepted before.
 
-    A message is the JSON of a change, as text. The first one is a `resync`: read
-    everything, then follow the changes. What the client sends is dropped. It returns
-    when the client has left, when the manager stops, and when the server begins to stop
-    (see `sse`); in the last two cases it closes the WebSocket with 1012, so that clients
-    come back. Cancelled, it leaves the WebSocket open.
+    Each message is the JSON of a change, as text. The first one is a `resync`: the client reads
+    everything, and then follows the changes. What the client sends is dropped. The call
+    returns when the client has left, when the manager stops, or when the server begins to
+    stop (see `sse`). In the last two cases it closes the WebSocket with 1012, so that clients
+    connect again. If the call is cancelled, it leaves the WebSocket open.
 
     Args:
-        websocket: The WebSocket; nothing else reads from it.
+        websocket: The WebSocket. Nothing else may read from it.
         watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
             entered.
-        data: A plain function from a change to what is sent about it, which msgspec can
-            encode as JSON. It is called for a `resync` too. Not given: the change itself.
+        data: A plain function that gets a change and returns what to send. msgspec must be
+            able to encode that as JSON. It is called for a `resync` too. Without it, the
+            change itself is sent.
 
     Raises:
         LookupError: The lifespan did not run.
     """
-    stopping = stopping_of(_served(websocket))
+    stop = stop_of(_served(websocket))
     if websocket.application_state is WebSocketState.CONNECTING:
         await websocket.accept()
-    ending = Ending()
-    reading = asyncio.create_task(_read(websocket, ending))
-    try:
-        with stopping.calling(ending.begin), suppress(WebSocketDisconnect):
-            async with aclosing(told(watch, ending, math.inf)) as changes:
-                async for change in changes:
-                    assert change is not None
-                    await websocket.send_text(encoded(change, data).decode())
-    finally:
-        reading.cancel()
-        await asyncio.wait([reading])
+    await send_changes(
+        watch,
+        stop,
+        data,
+        drop_input=partial(drop_messages, websocket.receive),
+        send=websocket.send_text,
+        client_left=(WebSocketDisconnect,),
+    )
     if WebSocketState.DISCONNECTED not in {websocket.client_state, websocket.application_state}:
         with suppress(WebSocketDisconnect):
             await websocket.close(RESTART)
-
-
-async def _read(websocket: WebSocket, ending: Ending) -> None:
-    """Drop what a client sends, until it leaves."""
-    try:
-        while (await websocket.receive())["type"] != "websocket.disconnect":
-            pass
-    finally:
-        ending.begin()

@@ -30,7 +30,7 @@ from lab_state._watch import Watcher
 from lab_state.integrations import aiohttp as for_aiohttp
 from lab_state.integrations import litestar as for_litestar
 from lab_state.integrations import starlette as for_starlette
-from lab_state.integrations._live import Ending, Stopping, events
+from lab_state.integrations._live import EndEvent, ServerStop, event_stream
 
 importlib.import_module("anyio._backends._asyncio")  # which Starlette would import on the event loop
 HELPERS = Path(live_apps.__file__).parent
@@ -136,7 +136,7 @@ def handled() -> Iterator[list[int]]:
 async def test_a_signal_is_noted_and_passed_on(handled: list[int], number: signal.Signals) -> None:
     """The server's own handler runs, streams hear of it in the next turn, and the end restores the handler."""
     theirs = signal.getsignal(number)
-    stopping, heard = Stopping(), asyncio.Event()
+    stopping, heard = ServerStop(), asyncio.Event()
     stopping.listen()
     stopping.listen()
     with stopping.calling(heard.set):
@@ -146,14 +146,14 @@ async def test_a_signal_is_noted_and_passed_on(handled: list[int], number: signa
         signal.raise_signal(number)
         await asyncio.sleep(0)
     assert handled == [number, number]
-    assert stopping.begun
+    assert stopping.is_set
     stopping.close()
     assert signal.getsignal(number) is theirs
 
 
 async def test_a_handler_that_came_later_is_kept(handled: list[int]) -> None:
     """It is heard before the next stream too, it stays after the end, and what it calls passes the signal on."""
-    stopping = Stopping()
+    stopping = ServerStop()
     stopping.listen()
     ours = signal.getsignal(signal.SIGTERM)
     assert callable(ours)
@@ -167,7 +167,7 @@ async def test_a_handler_that_came_later_is_kept(handled: list[int]) -> None:
     signal.raise_signal(signal.SIGTERM)
     assert handled == [signal.SIGTERM]
 
-    stopping = Stopping()
+    stopping = ServerStop()
     stopping.listen()
     signal.signal(signal.SIGTERM, lambda *_: None)  # a server that replaces it, as granian does at its start
     stopping.listen()
@@ -181,7 +181,7 @@ async def test_a_handler_that_came_later_is_kept(handled: list[int]) -> None:
 async def test_where_a_server_has_no_handler_there_is_none_of_ours(handled: list[int], known: signal.Handlers) -> None:
     """A signal that ends the process at once, or is ignored, stays as it is."""
     signal.signal(signal.SIGTERM, known)
-    stopping = Stopping()
+    stopping = ServerStop()
     stopping.listen()
     assert signal.getsignal(signal.SIGTERM) is known
     stopping.close()
@@ -196,9 +196,9 @@ async def test_a_stream_that_is_opened_after_the_signal_ends_at_once(handled: li
         def handle_exit(self, number: int, frame: object) -> None: ...
 
     signal.signal(signal.SIGTERM, Server().handle_exit)
-    stopping = Stopping()
+    stopping = ServerStop()
     stopping.listen()
-    assert stopping.begun
+    assert stopping.is_set
     with stopping.calling((called := asyncio.Event()).set):
         assert called.is_set()
     stopping.close()
@@ -209,7 +209,7 @@ def test_in_a_thread_there_are_no_signals(handled: list[int]) -> None:
     theirs = signal.getsignal(signal.SIGTERM)
 
     async def main() -> None:
-        stopping = Stopping()
+        stopping = ServerStop()
         stopping.listen()
         assert signal.getsignal(signal.SIGTERM) is theirs
         stopping.close()
@@ -224,7 +224,7 @@ def test_a_signal_after_the_loop_has_ended_is_passed_on(handled: list[int]) -> N
     """A handler that could not be taken away needs no event loop."""
 
     async def main() -> None:
-        stopping = Stopping()
+        stopping = ServerStop()
         stopping.listen()
 
     asyncio.run(main())
@@ -362,10 +362,10 @@ async def test_connections_end_with_the_manager(client: aiohttp.ClientSession) -
 
 async def test_a_stream_ends_with_the_manager() -> None:
     """When the manager stops, the stream ends, after what was left to tell."""
-    ending = Ending()
+    ending = EndEvent()
     state = Manager("a", MemoryStorage())
     await state.start()
-    stream = events(state.watch(), ending, data=lambda change: change.kind, heartbeat=60, retry=0)
+    stream = event_stream(state.watch(), ending, data=lambda change: change.kind, heartbeat=60, retry=0)
     assert [await anext(stream), await anext(stream)] == [b"retry: 0\n\n", b'id: 0\ndata: "resync"\n\n']
     await state.set("k", 1)
     await state.stop()
@@ -374,26 +374,26 @@ async def test_a_stream_ends_with_the_manager() -> None:
 
 async def test_an_end_while_a_client_is_written_to() -> None:
     """A stream that ends meanwhile tells no more, whatever is left to tell."""
-    ending = Ending()
+    ending = EndEvent()
     async with Manager("a", MemoryStorage()) as state:
-        stream = events(state.watch(), ending, data=None, heartbeat=60, retry=0)
+        stream = event_stream(state.watch(), ending, data=None, heartbeat=60, retry=0)
         await anext(stream), await anext(stream)
         await state.set("k", 1)
-        ending.begin()
-        ending.begin()
+        ending.set()
+        ending.set()
         assert [part async for part in stream] == []
 
 
 async def test_an_end_that_comes_with_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     """An end in the very turn in which a heartbeat is due is an end, and no error."""
     async with Manager("a", MemoryStorage()) as state:
-        ending = Ending()
-        stream = events(state.watch(), ending, data=None, heartbeat=0.001, retry=0)
+        ending = EndEvent()
+        stream = event_stream(state.watch(), ending, data=None, heartbeat=0.001, retry=0)
         await anext(stream), await anext(stream)
         loop = asyncio.get_running_loop()
         waiting = asyncio.ensure_future(anext(stream, b"the end"))
         await asyncio.sleep(0)
-        loop.call_later(0.001, ending.begin)
+        loop.call_later(0.001, ending.set)
         time.sleep(0.01)  # noqa: ASYNC251 -- both are due at once, the heartbeat first
         assert await waiting in {b":\n\n", b"the end"}
         assert [part async for part in stream] == []
@@ -408,7 +408,7 @@ async def test_a_watch_of_a_reader_begins_by_itself() -> None:
     async def watch() -> AsyncIterator[AsyncIterator[Change]]:
         yield watcher
 
-    stream = events(watch(), Ending(), data=None, heartbeat=60, retry=0)
+    stream = event_stream(watch(), EndEvent(), data=None, heartbeat=60, retry=0)
     await anext(stream)
     assert await anext(stream) == b'id: 7\ndata: {"key":"","kind":"resync","revision":7}\n\n'
     watcher.close()

@@ -173,6 +173,7 @@ def test_a_loop_that_is_gone() -> None:
 
     asyncio.run(main())
     assert value_of(scrape(state), "keys") == 1
+    asyncio.run(state.stop())
 
 
 def test_a_loop_that_closes_during_the_scrape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ async def test_an_application_reads_a_state_that_is_not_its_own(
         assert not jobs.up
         status, told = await ask("/health")
         assert (status, told["readers"]) == (503, {"jobs": {"up": False}})
-        assert told["problems"] == ["jobs hears of no changes: there is no copy, or no way to it"]
+        assert told["problems"] == ["jobs gets no changes: there is no mirror, or it cannot be reached"]
         async with Manager("jobs", MemoryStorage(), cache) as writer:
             await writer.set("job", 7)
             await writer.flush()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -208,7 +207,7 @@ def test_a_manager_that_is_not_there() -> None:
 def test_a_lifespan_that_did_not_run() -> None:
     """A client that is not entered runs no startup, and the error says so."""
     client = TestClient(application(make("a")))
-    with pytest.raises(LookupError, match="see that the server runs its startup"):
+    with pytest.raises(LookupError, match="make sure that the server runs its startup"):
         client.get("/")
 
 
@@ -310,51 +309,9 @@ async def test_without_a_bound_only_the_phase_counts() -> None:
     assert answer.status_code == 200
 
 
-# What uvicorn prints
-
-
-@pytest.fixture
-def uvicorn_logger() -> logging.Logger:
-    return logging.getLogger("uvicorn.error")
-
-
-async def refused() -> None:
+async def test_a_locked_state_is_named_with_its_remedy() -> None:
+    """The error of a state that is open elsewhere says who has it, and what to do with several workers."""
     storage = MemoryStorage()
     async with Manager("a", storage):
-        with pytest.raises(LockedError):
+        with pytest.raises(LockedError, match=r"^'a' is open .*run it with one worker \(see docs/workers.md\)$"):
             await lifespan(Manager("a", storage))(None).__aenter__()
-
-
-async def test_the_last_line_of_uvicorn_is_completed_once(
-    uvicorn_logger: logging.Logger, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The line that comes after the traceback is given the reason; no other line, and not twice."""
-    await refused()
-    uvicorn_logger.error("a traceback")
-    uvicorn_logger.error("Application startup failed. Exiting.")
-    uvicorn_logger.error("Application startup failed. Exiting.")
-    traceback, last, again = (record.getMessage() for record in caplog.records)
-    assert traceback == "a traceback"
-    assert last.startswith("Application startup failed. Exiting. LockedError: ")
-    assert last.endswith("run it with one worker (see docs/workers.md)")
-    assert again == "Application startup failed. Exiting."
-    assert uvicorn_logger.filters == []
-
-
-async def test_a_later_start_forgets_the_reason(
-    uvicorn_logger: logging.Logger, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A start that failed is not told by a server that is started afterwards in the same process."""
-    await refused()
-    uvicorn_logger.error(100)
-    async with lifespan(make("a"))(None):
-        uvicorn_logger.error("Application startup failed. Exiting.")
-    assert [record.getMessage() for record in caplog.records] == ["100", "Application startup failed. Exiting."]
-
-
-async def test_an_error_while_serving_is_not_the_reason_of_a_start(uvicorn_logger: logging.Logger) -> None:
-    """An error at shutdown leaves the logger of uvicorn as it was."""
-    with pytest.raises(ZeroDivisionError):
-        async with lifespan(make("a"))(None):
-            raise ZeroDivisionError
-    assert uvicorn_logger.filters == []
