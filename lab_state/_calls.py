@@ -210,7 +210,7 @@ class Calls(Writing):
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
         """
-        await self._core.durability.durable(self._core.state.revision)
+        await self._core.durability.make_durable(self._core.state.revision)
 
     async def wait_durable(self, revision: int | None = None, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- raised as a StorageError
         """Wait until a revision is durable. Unlike `flush()`, start no flush.

@@ -56,7 +56,7 @@ class Checkpoints:
 
     def start_if_due(self) -> None:
         """Start a checkpoint if one is due and no view is out. A second view would copy the state."""
-        if self.due and self._pauses.over and not self._state.frozen:
+        if self.due and self._pauses.are_over and not self._state.frozen:
             self.start()
 
     def start(self) -> None:
@@ -85,7 +85,7 @@ class Checkpoints:
                 snapshot is durable.
         """
         self.due = False
-        durable = self._outcomes.durable if wait else None
+        durable = self._outcomes.make_durable if wait else None
         views = SnapshotViews(self._state, durable, given=self._given, own=True)
         before = self.records
 

@@ -147,21 +147,21 @@ class Pauses:
         self.until: float = 0.0
 
     @property
-    def over(self) -> bool:
+    def are_over(self) -> bool:
         """Whether it is time for another attempt."""
         return self._clock.monotonic() >= self.until
 
-    def begin(self) -> float:
+    def start(self) -> float:
         """After a failure: a pause twice as long as the one before; returns its seconds."""
         self.failures += 1
         pause = min(self._longest, self._first * 2.0 ** min(self.failures - 1, 30))
         self.until = self._clock.monotonic() + pause
         return pause
 
-    def end(self) -> None:
+    def reset(self) -> None:
         """After a success."""
         self.failures, self.until = 0, 0.0
 
-    def never_over(self) -> None:
+    def never_end(self) -> None:
         """After a failure that is final."""
         self.until = math.inf

@@ -28,7 +28,7 @@ from msgspec import Raw
 
 from lab_state._arguments import RESERVED, check_key
 from lab_state._buffers import ByteBuffer
-from lab_state._entries import Absent, Changed, Changes, Expiring, Json, Stored, Value
+from lab_state._entries import Absent, ChangeSet, Expiring, Json, Stored, StoredOrGone, Value
 from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._not_json import NOT_JSON, not_an_object
 from lab_state._values import encode, size_of
@@ -93,7 +93,7 @@ _decode_entries = msgspec.json.Decoder(dict[str, Raw]).decode
 _decode_record = msgspec.json.Decoder(Record).decode
 
 
-def encode_small_record(taken: Changes) -> bytes | None:
+def encode_small_record(taken: ChangeSet) -> bytes | None:
     """Encode the changes of a commit as a record, if they are few and small, and nothing in the state expires."""
     if taken.time or not (values := _few(taken.changes)):
         return None
@@ -102,7 +102,7 @@ def encode_small_record(taken: Changes) -> bytes | None:
     return record % (taken.start, taken.end, clear, values)
 
 
-def encode_record(taken: Changes) -> Iterator[bytes]:
+def encode_record(taken: ChangeSet) -> Iterator[bytes]:
     """Encode the changes of a commit as a record. Between two slices the caller can let the loop run."""
     clear = b"true" if taken.cleared else b"false"
     expires: dict[str, int] = {}
@@ -120,7 +120,7 @@ def encode_record(taken: Changes) -> Iterator[bytes]:
     yield b"}"
 
 
-def _few(changes: Mapping[str, Changed]) -> bytes | None:
+def _few(changes: Mapping[str, StoredOrGone]) -> bytes | None:
     """Encode the values together, if they are few and small, as in most commits."""
     if len(changes) > _MOST_AT_ONCE:
         return None
@@ -152,7 +152,7 @@ def _times(expires: dict[str, int], time: int, wall: int) -> Iterator[bytes]:
 
 
 def _parts(
-    items: Iterable[tuple[str, Changed]], expires: dict[str, int], deleted: list[str]
+    items: Iterable[tuple[str, StoredOrGone]], expires: dict[str, int], deleted: list[str]
 ) -> Iterator[dict[str, Value]]:
     """Split the entries into parts for `encode`. Each part is small enough for one step of the event loop.
 

@@ -16,7 +16,7 @@ from lab_state._watch import Watcher, Watchers
 from lab_state.exceptions import ClosedError, LabStateError, UnsupportedError
 
 
-class Holder(Protocol):
+class OpenTransaction(Protocol):
     """A transaction."""
 
     @property
@@ -29,7 +29,7 @@ class Holder(Protocol):
         ...
 
 
-_INSIDE: ContextVar[tuple[Holder, ...]] = ContextVar("lab_state transactions", default=())
+_INSIDE: ContextVar[tuple[OpenTransaction, ...]] = ContextVar("lab_state transactions", default=())
 """The transactions that this task, or the one that it comes from, is inside of."""
 
 
@@ -40,15 +40,15 @@ class Core:
         name: The name of the state.
         state: The state; a closed, empty one before `start()` and from `stop()` on. A
             call that finds its key there so knows that the manager is running.
-        held: The transaction that is open: writers wait for it.
+        transaction: The transaction that is open: writers wait for it.
         blocked: Whether a writer must call `turn` first: a transaction is open, or no
             change can become durable. Otherwise it need not take the lock, since it
             does not await before it is done.
         counters: What is counted here, and what the states of earlier starts counted.
-        after: Whether a write has something to do when it is done: tell those who
+        has_followup: Whether a write has something to do when it is done: tell those who
             watch, take the key's time away, or wait until it is durable.
         timed: Whether keys may have a time at which they expire.
-        is_parents: Whether this is a forked child, and the manager runs in its parent.
+        is_inherited: Whether this is a forked child, and the manager runs in its parent.
     """
 
     __slots__ = (
@@ -56,14 +56,14 @@ class Core:
         "_lock",
         "_released",
         "_watchers",
-        "after",
         "blocked",
         "counters",
-        "held",
-        "is_parents",
+        "has_followup",
+        "is_inherited",
         "name",
         "state",
         "timed",
+        "transaction",
         "write_through",
     )
 
@@ -71,12 +71,12 @@ class Core:
         self.counters: Counters = Counters()
         self.name: str = name
         self.state: State = closed
-        self.held: Holder | None = None
+        self.transaction: OpenTransaction | None = None
         self.blocked: bool = False
-        self.after: bool = False
+        self.has_followup: bool = False
         self.timed: bool = False
         self.write_through: bool = False
-        self.is_parents: bool = False
+        self.is_inherited: bool = False
         self._watchers = Watchers(closed)
         self._lock = asyncio.Lock()
         self._durability: Durability | None = None
@@ -90,7 +90,7 @@ class Core:
         self._watchers = watchers
         self._lock = asyncio.Lock()
         self._durability = durability
-        self.set_after()
+        self.update_followup()
         durability.refused = self._set_blocked
         self._set_blocked()
 
@@ -100,21 +100,21 @@ class Core:
         self.counters = self.counted()
         self.state, self._durability = closed, None
         self.write_through = False
-        self.set_after()
-        if self.held is not None:
-            self.held.end()
-        self.release(self.held)  # who waits for a transaction is told that it is over
+        self.update_followup()
+        if self.transaction is not None:
+            self.transaction.end()
+        self.release(self.transaction)  # who waits for a transaction is told that it is over
         self._set_blocked()
         return self._watchers
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Refuse every call. Runs in a forked child."""
-        self.is_parents = True
+        self.is_inherited = True
         self.counters = self.counted()
         self.state, self._durability = State(float), None
         self.write_through = False
-        self.set_after()
-        held, self.held = self.held, None
+        self.update_followup()
+        held, self.transaction = self.transaction, None
         if held is not None:
             held.end()
         self._set_blocked()
@@ -126,11 +126,11 @@ class Core:
         Raises:
             UnsupportedError: It does.
         """
-        if self.is_parents:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        if self.is_inherited:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
             raise self._not_running()
 
     def _not_running(self) -> LabStateError:
-        if self.is_parents:  # pragma: no cover -- likewise
+        if self.is_inherited:  # pragma: no cover -- likewise
             return UnsupportedError(
                 f"the manager of {self.name!r} runs in the parent of this forked process: call it there; to read here, "
                 "use a reader of its cache; a state of this process needs a Manager of its own, with another name"
@@ -147,10 +147,10 @@ class Core:
         total.expiries += state.swept
         return total
 
-    def set_after(self) -> None:
+    def update_followup(self) -> None:
         """Whether a write has something to do when it is done may have changed."""
         self.timed = self.state.expires
-        self.after = self.write_through or self.timed or self.state.note is not None
+        self.has_followup = self.write_through or self.timed or self.state.on_change is not None
 
     # Watching
 
@@ -160,13 +160,13 @@ class Core:
         self.durability.check_loop()
         watchers = self._watchers
         watchers.add(watcher)
-        self.set_after()
+        self.update_followup()
         try:
             yield watcher
         finally:
             watchers.remove(watcher)
             watcher.close()
-            self.set_after()
+            self.update_followup()
 
     @property
     def is_open(self) -> bool:
@@ -194,7 +194,9 @@ class Core:
 
     def _set_blocked(self) -> None:
         """Note again whether a writer must call `turn`."""
-        self.blocked = self.held is not None or (self._durability is not None and self._durability.refusal is not None)
+        self.blocked = self.transaction is not None or (
+            self._durability is not None and self._durability.refusal is not None
+        )
 
     async def turn(self) -> None:
         """Wait until no transaction is open. Until its next `await` the caller writes alone.
@@ -209,7 +211,7 @@ class Core:
         async with self._lock:
             self._check_still(durability)
 
-    async def acquire(self, holder: Holder) -> None:
+    async def acquire(self, holder: OpenTransaction) -> None:
         """Let a transaction hold the lock; what it is done with is `release` and `leave`."""
         self._check_outside()
         durability, lock = self.durability, self._lock
@@ -221,13 +223,13 @@ class Core:
         except LabStateError:
             lock.release()
             raise
-        self.held, self.blocked = holder, True
+        self.transaction, self.blocked = holder, True
         _INSIDE.set((*(other for other in _INSIDE.get() if other.is_held), holder))
 
-    def release(self, holder: Holder | None) -> None:
+    def release(self, holder: OpenTransaction | None) -> None:
         """Let go of the lock, if this is who holds it."""
-        if holder is not None and self.held is holder:
-            self.held = None
+        if holder is not None and self.transaction is holder:
+            self.transaction = None
             self._set_blocked()
             with suppress(RuntimeError):  # who waits for it does so on a loop that is closed
                 self._lock.release()
@@ -235,7 +237,7 @@ class Core:
                 self._released()
 
     @staticmethod
-    def leave(holder: Holder) -> None:
+    def leave(holder: OpenTransaction) -> None:
         """The caller is inside no more. By value: who leaves may not be the task that entered."""
         _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not holder))
 
@@ -245,7 +247,7 @@ class Core:
         durability.check_writable()
 
     def _check_outside(self) -> None:
-        if self.held is not None and self.held in _INSIDE.get():
+        if self.transaction is not None and self.transaction in _INSIDE.get():
             raise RuntimeError(
                 f"a transaction of {self.name!r} is open here: call the transaction itself, or leave it first"
             )

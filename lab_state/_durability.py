@@ -16,7 +16,7 @@ from threading import get_ident
 from typing import TypeVar
 
 from lab_state._clock import Clock, within
-from lab_state._entries import Changes
+from lab_state._entries import ChangeSet
 from lab_state._state import State
 from lab_state.exceptions import FencedError, LabStateError, UnavailableError, WaitTimeoutError
 
@@ -30,14 +30,14 @@ class Waiters:
 
     Attributes:
         next: Wait for the next commit; they asked for one.
-        riding: Wait for the commit under way.
-        patient: Wait for whichever commit it will be; they asked for nothing.
+        current: Wait for the commit under way.
+        passive: Wait for whichever commit it will be; they asked for nothing.
     """
 
     def __init__(self) -> None:
         self.next: list[Waiter] = []
-        self.riding: list[Waiter] = []
-        self.patient: list[Waiter] = []
+        self.current: list[Waiter] = []
+        self.passive: list[Waiter] = []
 
     async def wait(self, waiters: list[Waiter], revision: int) -> None:
         """Wait in one of the lists."""
@@ -49,13 +49,13 @@ class Waiters:
             self.forget_cancelled()
             raise
 
-    def board(self) -> None:
+    def start_commit(self) -> None:
         """A commit begins: who waits for the next one waits for this."""
-        self.riding, self.next = self.riding + self.next, []
+        self.current, self.next = self.current + self.next, []
 
     def settle(self, durable: int) -> None:
         """Wake all whose revision is durable."""
-        for waiters in (self.next, self.riding, self.patient):
+        for waiters in (self.next, self.current, self.passive):
             if not waiters:
                 continue
             rest: list[Waiter] = []
@@ -66,33 +66,33 @@ class Waiters:
                     future.set_result(None)
             waiters[:] = rest
 
-    def fail(self, error: LabStateError, stay: str, *, everyone: bool) -> None:
+    def fail(self, error: LabStateError, note: str, *, everyone: bool) -> None:
         """Wake those of the commit under way with an error, or everyone.
 
         Args:
             error: The error; each gets a copy, since a raised exception carries the
                 traceback of who raised it.
-            stay: What is to be said of the changes.
+            note: What is to be said of the changes.
             everyone: Whether nobody has anything to wait for any more.
         """
-        for waiters in (self.riding, self.next, self.patient) if everyone else (self.riding,):
+        for waiters in (self.current, self.next, self.passive) if everyone else (self.current,):
             for _, future in waiters:
                 if not future.done():
-                    future.set_exception(copied(error, stay))
+                    future.set_exception(copied(error, note))
                     future.exception()  # a waiter that is cancelled right now will not look
             waiters.clear()
 
     def forget_cancelled(self) -> None:
         """Nobody waits for these any more."""
-        for waiters in (self.next, self.riding, self.patient):
+        for waiters in (self.next, self.current, self.passive):
             waiters[:] = [waiter for waiter in waiters if not waiter[1].cancelled()]
 
 
-def copied(error: E, stay: str) -> E:
+def copied(error: E, note: str) -> E:
     """The same error once more, whatever its constructor takes, with a word on the changes."""
     told = error.__class__.__new__(error.__class__)
     told.__dict__.update(error.__dict__)
-    told.args = (f"{error} ({stay})",) if len(error.args) == 1 else error.args
+    told.args = (f"{error} ({note})",) if len(error.args) == 1 else error.args
     told.__cause__ = error.__cause__
     return told
 
@@ -126,26 +126,26 @@ class Durability:
         self._waiters = Waiters()
         self._confirming = Waiters()
         self._begun = self._wanted = 0  # commits: how many, and up to which one somebody wants
-        self._under_way: Changes | None = None
+        self._under_way: ChangeSet | None = None
         self._wake = asyncio.Event()
         self._due = False  # a background flush is
-        self._over = False  # nobody commits any more
+        self._is_closed = False  # nobody commits any more
         self.refusal: LabStateError | None = None
         self.refused: Callable[[], object] = _nothing
 
     # Waiting
 
-    async def durable(self, revision: int) -> None:
+    async def make_durable(self, revision: int) -> None:
         """Ask for a commit, and return when `revision` is durable."""
         if self._must_wait(revision):
             taken, waiters = self._under_way, self._waiters
             if taken is not None and revision <= taken.end:
-                await waiters.wait(waiters.riding, revision)
+                await waiters.wait(waiters.current, revision)
             else:
                 self._wake.set()
                 await waiters.wait(waiters.next, revision)
 
-    async def written(self, revision: int) -> None:
+    async def make_latest_durable(self, revision: int) -> None:
         """`durable`, for a change that the caller has just made: on this event loop, and in no commit yet."""
         if get_ident() != self._thread or not self.loop.is_running():  # `check_loop` may be a system call
             self.check_loop()
@@ -168,22 +168,22 @@ class Durability:
         if not self._must_wait(revision):
             return
         if timeout == math.inf:
-            await self._waiters.wait(self._waiters.patient, revision)
+            await self._waiters.wait(self._waiters.passive, revision)
             return
         if timeout > 0:
             with suppress(TimeoutError), within(self._clock, timeout):
-                await self._waiters.wait(self._waiters.patient, revision)
+                await self._waiters.wait(self._waiters.passive, revision)
         if self._must_wait(revision):  # it may have become durable at the moment of the timeout
             raise WaitTimeoutError(
                 f"revision {revision} of {self._name!r} is not durable after {timeout:g} s: the durable revision is "
                 f"{self.durable_revision}; wait again, or see status().last_error"
             )
 
-    async def settled(self, revision: int) -> None:
+    async def wait_flushed(self, revision: int) -> None:
         """Return when `revision` is durable; asks for a commit where the background makes them anyway."""
-        await (self.wait_durable if self._only_when_asked else self.durable)(revision)
+        await (self.wait_durable if self._only_when_asked else self.make_durable)(revision)
 
-    async def confirm(self) -> None:
+    async def confirm_ownership(self) -> None:
         """Return when a commit that began after the call has succeeded: nobody else owns the state.
 
         It is made even if nothing changed.
@@ -200,9 +200,9 @@ class Durability:
     def _must_wait(self, revision: int, *, even_durable: bool = False) -> bool:
         """Whether a revision is not durable yet; raises if it never will be."""
         self.check_loop()
-        if revision <= self._settled_revision and not even_durable:
+        if revision <= self._certain_revision and not even_durable:
             return False
-        if self._over:
+        if self._is_closed:
             self._refuse()
         return True
 
@@ -223,7 +223,7 @@ class Durability:
 
     def _give_up(self, error: LabStateError) -> None:
         """Nobody has anything to wait for any more."""
-        self._over = True
+        self._is_closed = True
         self._waiters.fail(error, "not durable", everyone=True)
         self._confirming.fail(error, "not confirmed", everyone=True)
 
@@ -305,13 +305,13 @@ class Durability:
         return self._unsettled or self._wanted > self._begun or self.state.revision > self.state.taken
 
     @property
-    def _settled_revision(self) -> int:
+    def _certain_revision(self) -> int:
         """The durable revision, as far as anyone can rely on it."""
         return -1 if self._unsettled else self.durable_revision
 
     @property
     def _all_durable(self) -> bool:
-        return self._settled_revision >= self.state.revision
+        return self._certain_revision >= self.state.revision
 
 
 def _nothing() -> None: ...

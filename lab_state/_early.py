@@ -11,7 +11,7 @@ from itertools import islice
 from sys import getsizeof
 
 from lab_state._clock import Clock, Timer
-from lab_state._entries import Changed, Expiring
+from lab_state._entries import Expiring, StoredOrGone
 from lab_state._state import State
 
 MANY_BYTES = 8 * 1024 * 1024
@@ -40,7 +40,7 @@ class EarlyFlush:
         self._stored = state.stored
         self._bytes = 0
         self._asked = 0  # the bytes when `flush` was called last
-        state.changed_first = self._wait
+        state.on_first_change = self._wait
 
     def _wait(self) -> None:
         if self._timer is None:
@@ -67,22 +67,22 @@ class EarlyFlush:
 
     def cancel(self) -> None:
         """Stop looking."""
-        self._state.changed_first = None
+        self._state.on_first_change = None
         if self._timer is not None:
             self._timer.cancel()
 
 
-def _size(changes: dict[str, Changed], newest: int, *, timed: bool) -> int:
+def _size(changes: dict[str, StoredOrGone], newest: int, *, timed: bool) -> int:
     """Estimate the bytes of the newest changes in a record. If there are very many, measure only some of them."""
     some = min(newest, _MEASURED_AT_ONCE)
     if some <= 0:
         return 0
     keys = sum(map(len, islice(reversed(changes), some)))
     # What an object has beside its text stands for the punctuation around it.
-    measure: Callable[[Changed], int] = _size_of if timed else getsizeof
+    measure: Callable[[StoredOrGone], int] = _size_of if timed else getsizeof
     values = sum(measure(stored) for stored in islice(reversed(changes.values()), some))
     return (keys + values) * newest // some
 
 
-def _size_of(stored: Changed) -> int:
+def _size_of(stored: StoredOrGone) -> int:
     return getsizeof(stored.value if isinstance(stored, Expiring) else stored)

@@ -44,11 +44,11 @@ EXPIRED: Literal[Absent.EXPIRED] = Absent.EXPIRED
 Stored: TypeAlias = Value | Expiring
 """A value as it is kept."""
 
-Changed: TypeAlias = Stored | Literal[Absent.DELETED, Absent.EXPIRED]
+StoredOrGone: TypeAlias = Stored | Literal[Absent.DELETED, Absent.EXPIRED]
 """What became of a key."""
 
 
-class Changes(NamedTuple):
+class ChangeSet(NamedTuple):
     """What one commit makes durable: everything above revision `start` up to `end`.
 
     `since` is when the oldest of it was made, in seconds of `monotonic`; `time` and
@@ -59,7 +59,7 @@ class Changes(NamedTuple):
     start: int
     end: int
     cleared: bool
-    changes: dict[str, Changed]
+    changes: dict[str, StoredOrGone]
     since: float
     time: int = 0
     wall: int = 0

@@ -66,11 +66,11 @@ class Expiries:
     """Keys by the second in which they expire.
 
     Attributes:
-        first: Called when the first key has come in.
-        nearer: Called when a key has come in that is due before those in the heap.
+        on_first: Called when the first key has come in.
+        on_nearer: Called when a key has come in that is due before those in the heap.
     """
 
-    __slots__ = ("_buckets", "_heap", "_heaped", "_loading", "_next", "_second", "first", "nearer")
+    __slots__ = ("_buckets", "_heap", "_heaped", "_loading", "_next", "_second", "on_first", "on_nearer")
 
     def __init__(self, now: int) -> None:
         """No keys; what is due at `now` comes with the next sweep."""
@@ -80,8 +80,8 @@ class Expiries:
         self._heap: list[tuple[int, str]] | None = None
         self._heaped = -1  # keys of earlier seconds are in the heap
         self._loading: tuple[Bucket, list[str]] | None = None
-        self.first: Callable[[], object] | None = None
-        self.nearer: Callable[[], object] | None = None
+        self.on_first: Callable[[], object] | None = None
+        self.on_nearer: Callable[[], object] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._second)
@@ -101,8 +101,8 @@ class Expiries:
         bucket.first, bucket.last = min(bucket.first, at), max(bucket.last, at)
         if second < self._heaped:
             self._put_in_heap(at, key)
-        if is_first and self.first is not None:
-            self.first()
+        if is_first and self.on_first is not None:
+            self.on_first()
 
     def discard(self, key: str) -> None:
         """A key is gone."""
@@ -157,8 +157,8 @@ class Expiries:
     def _put_in_heap(self, at: int, key: str) -> None:
         assert self._heap is not None
         heapq.heappush(self._heap, (at, key))
-        if self._heap[0][1] is key and self.nearer is not None:
-            self.nearer()
+        if self._heap[0][1] is key and self.on_nearer is not None:
+            self.on_nearer()
 
     def due(self, now: int) -> int:
         """How many keys are due. Looks at each of those that expire this very second, at most."""

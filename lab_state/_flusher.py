@@ -25,7 +25,7 @@ from lab_state._clock import Clock, Timer, resolver
 from lab_state._codec import encode_record, encode_small_record
 from lab_state._durability import Waiters, copied
 from lab_state._early import LOOK_EVERY, EarlyFlush
-from lab_state._entries import Changes
+from lab_state._entries import ChangeSet
 from lab_state._foreign import only_storage_errors, pass_on, storage_error
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
@@ -56,7 +56,7 @@ class Flusher(Outcomes):
         config: Config,
         clock: Clock,
         logger: Log,
-        committed: Callable[[Changes], bool],
+        committed: Callable[[ChangeSet], bool],
         times: FlushTimes,
         on_fenced: Callable[[FencedError], object] | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class Flusher(Outcomes):
         looked at later; `times` takes how long it took. `on_fenced` is the application's.
         """
         super().__init__(state, session.recovery, config, clock, logger, times, on_fenced)
-        state.discard = self._discard
+        state.free = self._free
         self._committed = committed
         self._session = session
         self._abandoned = self._aborted = False
@@ -84,9 +84,9 @@ class Flusher(Outcomes):
         often = self._interval is None or self._interval <= LOOK_EVERY
         self._early = None if often else EarlyFlush(state, clock, self._wake_up)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Begin to flush in the background. If this raises, nothing has begun."""
-        self._begin(self._run())
+        self._start(self._run())
         try:
             self._arm()
         except BaseException:
@@ -106,7 +106,7 @@ class Flusher(Outcomes):
         self._end_timers()
         standstill = Standstill(self._clock, timeout, self._progress)
         if self._task.done() or self._task.get_loop() is not self.loop:  # its loop was torn down before
-            self._begin(self._run())
+            self._start(self._run())
         self._wake.set()
         await asyncio.wait({self._task, standstill.reached}, return_when=asyncio.FIRST_COMPLETED)
         standstill.cancel()
@@ -142,8 +142,8 @@ class Flusher(Outcomes):
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Commit nothing. Runs in a forked child. If the task runs there, it finds nothing to do."""
-        self._pauses.never_over()
-        self._checkpoint_pauses.never_over()
+        self._pauses.never_end()
+        self._checkpoint_pauses.never_end()
         self._waiters, self._confirming = Waiters(), Waiters()
         if self._timer is not None:
             self._timer.cancel()
@@ -156,19 +156,19 @@ class Flusher(Outcomes):
 
     def discard_entries(self) -> None:
         """After `stop`: nobody reads them any more, but for a storage call that is still under way, and its views."""
-        self.state.discard = len  # not a cycle
+        self.state.free = len  # not a cycle
         if self._task.done() and not self._abandoned and isinstance(self.state.entries, dict):
-            self._discard(self.state.entries)
+            self._free(self.state.entries)
 
-    def _discard(self, large: dict[Any, Any]) -> None:
+    def _free(self, large: dict[Any, Any]) -> None:
         """Free a map in steps: a million values at once would hold up the event loop."""
         for _ in range(min(len(large), _FREED_AT_ONCE)):
             large.popitem()
         if large:
-            self.loop.call_soon(self._discard, large)
+            self.loop.call_soon(self._free, large)
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        self._over = self.fenced
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._is_closed = self.fenced
         if not self.fenced:
             self.refusal = None
         self._task = asyncio.create_task(work, name=f"lab_state {self._name} flusher")
@@ -179,7 +179,7 @@ class Flusher(Outcomes):
         problem = None if task.cancelled() else task.exception()
         what = "was cancelled" if task.cancelled() else f"failed: {problem!r}" if problem is not None else "ended"
         # Who waits is told before foreign code is called: a logger.
-        self._waiters.settle(self._settled_revision)
+        self._waiters.settle(self._certain_revision)
         if not self._stopping:
             self._refuse_from_now_on(
                 self.refusal
@@ -277,15 +277,15 @@ class Flusher(Outcomes):
     def _survive(self, problem: BaseException) -> None:
         """Treat what was raised beside a storage call as a failed commit."""
         self._put_back()
-        self._waiters.settle(self._settled_revision)
-        self._waiters.board()  # those too who came since: it is not known how far the commit got
+        self._waiters.settle(self._certain_revision)
+        self._waiters.start_commit()  # those too who came since: it is not known how far the commit got
         self._failed(storage_error(problem))
 
     async def _commit_all(self) -> None:
-        while self._waiters.next or (self._due and self._pauses.over):
+        while self._waiters.next or (self._due and self._pauses.are_over):
             self._due = False
             if not self._unflushed:  # what they wait for was committed with others
-                self._waiters.settle(self._settled_revision)
+                self._waiters.settle(self._certain_revision)
                 return
             await self._commit()
 
@@ -294,16 +294,16 @@ class Flusher(Outcomes):
         self._begun += 1
         number = self._begun
         views = SnapshotViews(self.state, given=self._count)
-        taken: Changes | None = None
+        taken: ChangeSet | None = None
         try:
-            self._waiters.board()
+            self._waiters.start_commit()
             started = self._clock.monotonic()
             # Noted before it is taken, and forgotten when it is durable: whatever interrupts this loses none of it.
             taken = self._under_way = self.state.untaken()
             self.state.take(taken)
             due = await self._write(taken, views)
             self.durable_revision = taken.end
-        except Exception as problem:  # noqa: BLE001 -- whatever it is, the changes stay and who waits is told
+        except Exception as problem:  # noqa: BLE001 -- whatever it is, the changes note and who waits is told
             self._put_back()
             error = storage_error(problem)
             self._failed(error)
@@ -319,12 +319,12 @@ class Flusher(Outcomes):
             self._confirming.settle(number)
             self.checkpoints.due = due
             if not self._hand_on(taken):
-                self._discard(taken.changes)
+                self._free(taken.changes)
             return None
         finally:
             await views.fold()
 
-    def _hand_on(self, taken: Changes) -> bool:
+    def _hand_on(self, taken: ChangeSet) -> bool:
         """Tell those who follow what is durable, and return whether they will look at it later."""
         try:
             return self._committed(taken)
@@ -332,7 +332,7 @@ class Flusher(Outcomes):
             self._logger.error("%s: those who follow could not be told of a commit: %r", self._name, problem)  # noqa: TRY400 -- one line
             return True
 
-    async def _write(self, taken: Changes, views: SnapshotViews) -> bool:
+    async def _write(self, taken: ChangeSet, views: SnapshotViews) -> bool:
         record = encode_small_record(taken) or await join_in_steps(self._counted(encode_record(taken)))
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
 
@@ -377,7 +377,7 @@ class Flusher(Outcomes):
     async def _finish(self) -> None:
         """The last flush, and a checkpoint as far as time allows."""
         error = await self._last_flush()
-        self._over = True
+        self._is_closed = True
         if error is not None:
             self._give_up(error)
             error = copied(error, f"stop() gave up: {self.unflushed_keys} changed keys are not durable, and lost")

@@ -40,7 +40,7 @@ NO_BASE = "none"
 """The base of a journal that follows no snapshot."""
 
 
-class Kind(StrEnum):
+class FrameKind(StrEnum):
     """What a frame holds."""
 
     HEADER = "H"
@@ -49,7 +49,7 @@ class Kind(StrEnum):
     FULL = "F"
 
 
-_LETTERS = {kind: kind.value.encode() for kind in Kind}
+_LETTERS = {kind: kind.value.encode() for kind in FrameKind}
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -64,7 +64,7 @@ class Header(msgspec.Struct, frozen=True):
 class Frame(NamedTuple):
     """One frame behind the header."""
 
-    kind: Kind
+    kind: FrameKind
     payload: bytes
 
 
@@ -97,19 +97,19 @@ def base_of(size: int, crc: int) -> str:
     return f"{size}-{crc:08x}"
 
 
-def frame(salt: str, kind: Kind, payload: bytes) -> bytes:
+def frame(salt: str, kind: FrameKind, payload: bytes) -> bytes:
     """One line of the journal."""
     return b"".join(frame_parts(salt, kind, payload))
 
 
-def frame_parts(salt: str, kind: Kind, payload: bytes) -> tuple[bytes, bytes, bytes]:
+def frame_parts(salt: str, kind: FrameKind, payload: bytes) -> tuple[bytes, bytes, bytes]:
     """One line of the journal, in parts: a copy of a payload of megabytes would hold up every other thread."""
     head = b"%d %s " % (len(payload), _LETTERS[kind])
     crc = zlib.crc32(payload, zlib.crc32(head, zlib.crc32(salt.encode())))
     return b"%08x %s" % (crc, head), payload, b"\n"
 
 
-def frame_in_steps(salt: str, kind: Kind, payload: bytes) -> Iterator[bytes]:
+def frame_in_steps(salt: str, kind: FrameKind, payload: bytes) -> Iterator[bytes]:
     """Split one line of the journal into pieces. The first ones are empty: one for each piece of the payload that was summed."""
     head = b"%d %s " % (len(payload), _LETTERS[kind])
     crc = zlib.crc32(head, zlib.crc32(salt.encode()))
@@ -122,7 +122,7 @@ def frame_in_steps(salt: str, kind: Kind, payload: bytes) -> Iterator[bytes]:
     yield b"\n"
 
 
-def payload(data: bytes, salt: str, kind: Kind) -> bytes | None:
+def payload(data: bytes, salt: str, kind: FrameKind) -> bytes | None:
     """The payload, if `data` is one valid frame of this kind and nothing else."""
     found = _frame_at(data, 0, salt)
     if found is None or found[0] != kind.value.encode() or found[2] != len(data):
@@ -132,7 +132,7 @@ def payload(data: bytes, salt: str, kind: Kind) -> bytes | None:
 
 def header(name: str, salt: str, base: str) -> bytes:
     """The first line of a journal."""
-    return frame(salt, Kind.HEADER, msgspec.json.encode(Header(FORMAT, name, salt, base)))
+    return frame(salt, FrameKind.HEADER, msgspec.json.encode(Header(FORMAT, name, salt, base)))
 
 
 def scan(data: bytes, name: str, path: str) -> Scan:
@@ -159,7 +159,7 @@ def scan(data: bytes, name: str, path: str) -> Scan:
             position,
             f"a valid frame follows at byte {behind}, so what is damaged was acknowledged; restore a copy",
         )
-    if head.base == ANY_BASE and not (frames and frames[0].kind is Kind.FULL):
+    if head.base == ANY_BASE and not (frames and frames[0].kind is FrameKind.FULL):
         raise CorruptionError(path, position, "the frame with the whole state, which must come first, is missing")
     return Scan(head, tuple(frames), position)
 
@@ -178,7 +178,7 @@ def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
     """The header and the offset behind it; its own payload holds the salt that proves it."""
     bad_line = CorruptionError(path, 0, "its first line is not a valid journal header; restore a copy")
     line = _FRAME.match(data)
-    if line is None or line[4] != Kind.HEADER.value.encode():
+    if line is None or line[4] != FrameKind.HEADER.value.encode():
         raise bad_line
     try:
         head = msgspec.json.decode(data[line.end() : line.end() + int(line[3])], type=Header)
@@ -198,7 +198,7 @@ def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
 
 
 def _frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int] | None:
-    """Kind, payload and the offset behind them, if a valid frame starts at `position`."""
+    """FrameKind, payload and the offset behind them, if a valid frame starts at `position`."""
     match = _FRAME.match(data, position)
     if match is None:
         return None
@@ -213,9 +213,9 @@ def _frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int]
     return match[4], data[match.end() : end], end + 1
 
 
-def _known_kind(kind: bytes, position: int, path: str) -> Kind:
+def _known_kind(kind: bytes, position: int, path: str) -> FrameKind:
     if kind in (b"R", b"C", b"F"):
-        return Kind(kind.decode())
+        return FrameKind(kind.decode())
     raise CorruptionError(path, position, f"a frame of the unexpected kind {kind.decode()!r}; restore a copy")
 
 
@@ -286,12 +286,12 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
     if found is None:
         return Accepted(None, (), unclean=False)
     base, frames = found.header.base, found.frames
-    if any(kind is Kind.FULL for kind, _ in frames[base == ANY_BASE :]):
+    if any(kind is FrameKind.FULL for kind, _ in frames[base == ANY_BASE :]):
         raise CorruptionError(path, 0, "a frame with the whole state stands where none may; restore a copy")
-    records = tuple(payload for kind, payload in frames if kind is Kind.RECORD)
+    records = tuple(payload for kind, payload in frames if kind is FrameKind.RECORD)
     if base == ANY_BASE:
         return Accepted(frames[0].payload, records, unclean=True)
-    followed = {base.encode()} | {payload for kind, payload in frames if kind is Kind.CHECKPOINT}
+    followed = {base.encode()} | {payload for kind, payload in frames if kind is FrameKind.CHECKPOINT}
     if snapshot_base.encode() not in followed:
         if records:
             raise CorruptionError(

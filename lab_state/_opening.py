@@ -41,7 +41,7 @@ async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) ->
                 bound = "until it is let go" if seconds is None else f"for {end - now:g} s more at most"
                 logger.warning("%s: start() waits %s: %s", config.name, bound, error)
                 tell_at = now + _TOLD_EVERY
-        await _sleep(clock, min(pauses.begin(), end - now))
+        await _sleep(clock, min(pauses.start(), end - now))
 
 
 async def _sleep(clock: Clock, seconds: float) -> None:

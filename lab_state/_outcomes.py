@@ -69,7 +69,7 @@ class Outcomes(Durability):
         self.last_flush_at = self._clock.time()
         self.last_flush_seconds = seconds
         self._times.add(seconds)
-        self._pauses.end()
+        self._pauses.reset()
         self._waiters.settle(self.durable_revision)
         if failures:
             self._logger.info("%s: flushed again after %d failures", self._name, failures)
@@ -78,30 +78,30 @@ class Outcomes(Durability):
         self.failures += 1
         self._times.failures += 1
         self.last_error = self._failure = error
-        pause = self._pauses.begin()
+        pause = self._pauses.start()
         retried = self._interval is not None or self._unsettled
         if self._stopping or isinstance(error, FencedError):
-            stay = "not durable"
+            note = "not durable"
         elif retried:
-            stay = "not durable yet: the changes stay in memory, and it is tried again"
+            note = "not durable yet: the changes note in memory, and it is tried again"
         else:
-            stay = "not durable yet: the changes stay in memory, and the next flush() tries again"
+            note = "not durable yet: the changes note in memory, and the next flush() tries again"
         # Who waits is told before foreign code is called: a logger, a clock.
-        self._confirming.fail(error, stay, everyone=True)
+        self._confirming.fail(error, note, everyone=True)
         if isinstance(error, FencedError):
             self._fence(error)
             return
-        self._waiters.fail(error, stay, everyone=False)
+        self._waiters.fail(error, note, everyone=False)
         if not self._stopping:  # who asks `confirm()` waits for the end of the pause, whatever the interval
             self._clock.call_later(pause, self._wake_up if retried else self._wake.set)
-        self._logger.error("%s: a flush failed; %s: %s", self._name, stay, error)
+        self._logger.error("%s: a flush failed; %s: %s", self._name, note, error)
 
     def _fence(self, error: FencedError) -> None:
         """Refuse every write for good: a newer writer owns the state."""
         if self.fenced:
             return
-        self._pauses.never_over()
-        self._checkpoint_pauses.never_over()
+        self._pauses.never_end()
+        self._checkpoint_pauses.never_end()
         self._refuse_from_now_on(error)
         self._logger.error(
             "%s: fenced: nothing more becomes durable, and every write raises FencedError; end this process: %s",
@@ -113,7 +113,7 @@ class Outcomes(Durability):
 
     def checkpoint_succeeded(self) -> None:
         """Note that a checkpoint succeeded."""
-        self._checkpoint_pauses.end()
+        self._checkpoint_pauses.reset()
         if not self._pauses.failures:  # else a commit still fails, and the error is its
             self.last_error = None
 
@@ -121,7 +121,7 @@ class Outcomes(Durability):
         """Note that a checkpoint failed, and log it. The task is woken when the pause is over."""
         self.failures += 1
         self.last_error = error
-        pause = self._checkpoint_pauses.begin()
+        pause = self._checkpoint_pauses.start()
         if isinstance(error, FencedError):
             self._fence(error)
             return

@@ -87,7 +87,7 @@ class Reads(Handle):
             except NOT_JSON:
                 return self._decode(key, stored, default, type)  # which says so
             if kind is Raw and value.__class__ in SCALARS:
-                self._core.state.settle(self._prefix + key, stored, value)
+                self._core.state.keep_decoded(self._prefix + key, stored, value)
             return value
         return self._decode(key, stored, default, type)
 
@@ -174,7 +174,7 @@ class Reads(Handle):
             except NOT_JSON:
                 return self._decode(key, stored, default, type_)  # which says so
             if kind is Raw and value.__class__ in SCALARS:
-                self._core.state.settle(self._prefix + key, stored, value)
+                self._core.state.keep_decoded(self._prefix + key, stored, value)
             return value
         return self._decode(key, stored, default, type_)
 

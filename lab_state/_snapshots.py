@@ -81,4 +81,4 @@ class SnapshotViews:
                 self._state.fold(view, sys.maxsize)
                 raise
             if self._state.entries is not view:  # a copy, or what was deleted meanwhile
-                self._state.discard(view)
+                self._state.free(view)

@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
-from lab_state._entries import DELETED, EXPIRED, MISSING, Absent, Changed, Changes, Expiring, Stored, Value
+from lab_state._entries import DELETED, EXPIRED, MISSING, Absent, ChangeSet, Expiring, Stored, StoredOrGone, Value
 from lab_state._expiry import Expiries
 
-Note: TypeAlias = Callable[[str | None, Changed, int], None]
+OnChange: TypeAlias = Callable[[str | None, StoredOrGone, int], None]
 """Is told a key, what became of it, and the revision; `None` when everything was deleted at once."""
 
 WATCHED_CLEAR = 10_000
@@ -45,9 +45,9 @@ class Layer:
 
     __slots__ = ("base", "top")
 
-    def __init__(self, base: Readable, top: dict[str, Changed]) -> None:
+    def __init__(self, base: Readable, top: dict[str, StoredOrGone]) -> None:
         self.base: Readable = base
-        self.top: dict[str, Changed] = top
+        self.top: dict[str, StoredOrGone] = top
 
     def __getitem__(self, key: str) -> Stored:
         value = self.top.get(key, MISSING)
@@ -136,10 +136,10 @@ class State:
         swept: How many had expired.
         expiries: Finds the keys that are due.
         monotonic: The clock that is never set.
-        note: Called after each change, where someone watches; `set` of `Calls` does so itself.
-        changed_first: Called before the first change that was not taken, where that is of
+        on_change: Called after each change, where someone watches; `set` of `Calls` does so itself.
+        on_first_change: Called before the first change that was not taken, where that is of
             interest.
-        discard: Called with a map that nobody needs any more, and that may be large.
+        free: Called with a map that nobody needs any more, and that may be large.
         borrowed: Whether entries may be views that keep the buffer alive that they
             were loaded from.
     """
@@ -150,15 +150,15 @@ class State:
         "_more",
         "_wall_clock",
         "borrowed",
-        "changed_first",
         "changes",
         "cleared",
         "deleted",
-        "discard",
         "entries",
         "expiries",
+        "free",
         "monotonic",
-        "note",
+        "on_change",
+        "on_first_change",
         "revision",
         "since",
         "swept",
@@ -172,16 +172,16 @@ class State:
         self.monotonic: Callable[[], float] = monotonic
         self._wall_clock = wall_clock
         self._epoch = start - monotonic()
-        self.note: Note | None = None
-        self.changed_first: Callable[[], object] | None = None
-        self.discard: Callable[[dict[Any, Any]], object] = len
+        self.on_change: OnChange | None = None
+        self.on_first_change: Callable[[], object] | None = None
+        self.free: Callable[[dict[Any, Any]], object] = len
         self.load({}, 0)
 
     def load(self, entries: dict[str, Stored], revision: int, expires: Mapping[str, int] | None = None) -> None:
         """Begin with these values, all of them taken; `expires` has times in milliseconds."""
         self.entries: dict[str, Stored] | Layer = entries
         self.borrowed: bool = bool(entries)
-        self.changes: dict[str, Changed] = {}
+        self.changes: dict[str, StoredOrGone] = {}
         self.cleared: bool = False
         self.revision: int = revision
         self.taken: int = revision
@@ -258,18 +258,18 @@ class State:
 
     # Changes
 
-    def begin(self) -> None:
+    def before_change(self) -> None:
         """Before a change: note the time, if it is the first that was not taken."""
         if self.revision == self.taken:
             self.since = self.monotonic()
-            if self.changed_first is not None:
-                self.changed_first()
+            if self.on_first_change is not None:
+                self.on_first_change()
 
     def set(self, key: str, stored: Stored) -> int:
         """Store one value; returns the new revision."""
         return self.apply({key: stored}, cleared=False)
 
-    def settle(self, key: str, stored: Stored, same: Value) -> None:
+    def keep_decoded(self, key: str, stored: Stored, same: Value) -> None:
         """Keep a stored value in another form, which is no change."""
         # An overlay would take it for a write; one that expires is kept within.
         if self.entries.__class__ is dict and self.entries[key] is stored:
@@ -278,9 +278,9 @@ class State:
     def set_many(self, values: Mapping[str, Value]) -> int:
         """Store all of them, which do not expire, as one change; returns the new revision."""
         entries = self.entries
-        if not isinstance(entries, dict) or self.note is not None:
+        if not isinstance(entries, dict) or self.on_change is not None:
             return self.apply(values, cleared=False)
-        self.begin()
+        self.before_change()
         self.revision += 1
         if self.expiries:
             for key in values:
@@ -307,14 +307,14 @@ class State:
             self.apply({}, cleared=True)
         return count
 
-    def apply(self, changes: Mapping[str, Changed], *, cleared: bool) -> int:
+    def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
         """Make all of them as one change, on an empty map if `cleared`; returns the new revision.
 
         What is deleted must be there.
         """
-        if cleared and self.note is not None and len(self.entries) <= WATCHED_CLEAR:
+        if cleared and self.on_change is not None and len(self.entries) <= WATCHED_CLEAR:
             changes, cleared = {**dict.fromkeys(self.entries, DELETED), **changes}, False
-        self.begin()
+        self.before_change()
         self.revision += 1
         if cleared:
             self.deleted += len(self.entries)
@@ -335,27 +335,27 @@ class State:
             mine[key] = stored
         self.deleted += absent
         self._more += len(changes) - absent - 1
-        if self.note is not None:
+        if self.on_change is not None:
             if cleared:
-                self.note(None, DELETED, self.revision)
+                self.on_change(None, DELETED, self.revision)
             for key, stored in changes.items():
-                self.note(key, stored, self.revision)
+                self.on_change(key, stored, self.revision)
         return self.revision
 
     def _empty(self) -> None:
         entries, changes = self.entries, self.changes
         self.entries, self.changes = {}, {}
         for unneeded in (changes, *self.expiries.clear()):
-            self.discard(unneeded)
-        self.discard(entries if isinstance(entries, dict) else entries.top)  # a view is somebody's
+            self.free(unneeded)
+        self.free(entries if isinstance(entries, dict) else entries.top)  # a view is somebody's
         self.cleared = True
 
-    def untaken(self) -> Changes:
+    def untaken(self) -> ChangeSet:
         """Return the changes that `take` would take away."""
         time, wall = (self.now(), self.wall()) if self.expiries else (0, 0)
-        return Changes(self.taken, self.revision, self.cleared, self.changes, self.since, time, wall)
+        return ChangeSet(self.taken, self.revision, self.cleared, self.changes, self.since, time, wall)
 
-    def take(self, taken: Changes | None = None) -> Changes:
+    def take(self, taken: ChangeSet | None = None) -> ChangeSet:
         """Take the changes away for a commit.
 
         Args:
@@ -368,7 +368,7 @@ class State:
         self.changes, self.taken = {}, self.revision
         return taken
 
-    def put_back(self, taken: Changes) -> None:
+    def put_back(self, taken: ChangeSet) -> None:
         """Put back the changes of a failed commit, under newer ones. A second call changes nothing."""
         if not self.cleared:
             older, newer = taken.changes, self.changes

@@ -36,21 +36,21 @@ class Sweeper:
         self._due = 0.0  # when the timer ends
         self._put_off = False
         self._looking_ahead = False
-        state.expiries.first = self._first
+        state.expiries.on_first = self._first
         if state.expiries:
             self._arm(_PERIOD)
 
     def stop(self) -> None:
         """Sweep no more."""
-        self._state.expiries.first = None
-        self._state.expiries.nearer = None
+        self._state.expiries.on_first = None
+        self._state.expiries.on_nearer = None
         self._put_off = False
         self._disarm()
 
     def attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
         """Sweep keys when they are due, while there is a watch. Without one, sweep them with their second."""
         self._state.expiries.attend(wanted=watched)
-        self._state.expiries.nearer = self._nearer if watched else None
+        self._state.expiries.on_nearer = self._nearer if watched else None
         if watched and self._state.expiries:
             self._look_ahead()
 

@@ -9,7 +9,7 @@ from lab_state._arguments import Seconds
 from lab_state._calls import Calls
 from lab_state._core import Core
 from lab_state._durability import Durability
-from lab_state._entries import Absent, Changed, Expiring, Stored, Value
+from lab_state._entries import Absent, Expiring, Stored, StoredOrGone, Value
 from lab_state._metrics import Counters
 from lab_state._plain import Plain
 from lab_state._state import Layer, State, is_due
@@ -95,7 +95,7 @@ class Draft(State):
 
     def merge(self) -> int | None:
         """Make it all one change of the state beneath; returns its revision, `None` if it changed nothing."""
-        changes: dict[str, Changed] = self.changes
+        changes: dict[str, StoredOrGone] = self.changes
         if self._only_values:
             return self.base.set_many(cast("dict[str, Value]", changes)) if changes else None
         gone: Container[str] = () if self.cleared else self.base.entries
@@ -104,7 +104,7 @@ class Draft(State):
             return None
         return self.base.apply(changes, cleared=self.cleared)
 
-    def apply(self, changes: Mapping[str, Changed], *, cleared: bool) -> int:
+    def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
         """Make them in the draft; however many, they are one change."""
         self._only_values = False
         super().apply(changes, cleared=cleared)
@@ -133,7 +133,7 @@ class DraftCore(Core):
         super().__init__(core.name, State(float))
         self._core = core
         self.counters: Counters = core.counters
-        self.changes: dict[str, Changed] = {}
+        self.changes: dict[str, StoredOrGone] = {}
         self.known: Container[str] = ()
         self.revision: int = 0
 
@@ -147,7 +147,7 @@ class DraftCore(Core):
     @property
     def is_held(self) -> bool:
         """Whether the transaction is open."""
-        return self._core.held is self
+        return self._core.transaction is self
 
     def begin(self) -> None:
         draft = Draft(self._core.state)

@@ -17,7 +17,7 @@ from typing import Literal, Self, TypeAlias
 
 import msgspec
 
-from lab_state._entries import DELETED, EXPIRED, Changed, Changes
+from lab_state._entries import DELETED, EXPIRED, ChangeSet, StoredOrGone
 from lab_state._state import State
 from lab_state.exceptions import LabStateError
 
@@ -27,7 +27,7 @@ _TOLD_AT_ONCE = 1_000
 Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
 
 
-Told: TypeAlias = tuple[str, tuple[Changed, int]]
+Told: TypeAlias = tuple[str, tuple[StoredOrGone, int]]
 """A key, its change, and the revision of the change."""
 
 
@@ -46,7 +46,7 @@ class Change(msgspec.Struct, frozen=True):
     revision: int
 
 
-def _kind(changed: Changed) -> Kind:
+def _kind(changed: StoredOrGone) -> Kind:
     if changed is DELETED:
         return "delete"
     return "expire" if changed is EXPIRED else "set"
@@ -198,7 +198,7 @@ class Watchers:
         self.attended: Callable[[bool], object] = bool
         self._live = Group()
         self._durable = Group()
-        self._turn: dict[str, tuple[Changed, int]] = {}
+        self._turn: dict[str, tuple[StoredOrGone, int]] = {}
         self._everything = 0  # the revision at which all was deleted in this turn
         self._queue: deque[tuple[Group, Iterator[Told] | int]] = deque()
 
@@ -210,7 +210,7 @@ class Watchers:
         watcher.opened = self._state.revision
         is_first = not self
         (self._durable if watcher.durable else self._live).add(watcher)
-        self._state.note = self.note
+        self._state.on_change = self.note
         if is_first:
             self.attended(True)
 
@@ -218,10 +218,10 @@ class Watchers:
         """Give this watcher no further changes."""
         (self._durable if watcher.durable else self._live).remove(watcher)
         if not self:
-            self._state.note = None
+            self._state.on_change = None
             self.attended(False)
 
-    def note(self, key: str | None, changed: Changed, revision: int) -> None:
+    def note(self, key: str | None, changed: StoredOrGone, revision: int) -> None:
         """Note a change of a key, or of all keys (`None`). Watchers get it in the next turn of the loop."""
         turn = self._turn
         if not turn and not self._everything:
@@ -234,7 +234,7 @@ class Watchers:
                 del turn[key]
             turn[key] = (changed, revision)
 
-    def committed(self, taken: Changes) -> bool:
+    def committed(self, taken: ChangeSet) -> bool:
         """Queue changes that became durable. Return whether a reference to them is kept."""
         if self._durable:
             if taken.cleared:

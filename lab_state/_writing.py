@@ -92,13 +92,13 @@ class Writing(Reads):
             self._begin(full)
         state.entries[full] = changes[full] = stored
         state.revision = revision = state.revision + 1
-        if core.after:
+        if core.has_followup:
             if core.timed:
                 state.expiries.discard(full)
-            if state.note is not None:
-                state.note(full, stored, revision)
+            if state.on_change is not None:
+                state.on_change(full, stored, revision)
             if core.write_through:
-                await core.durability.written(revision)
+                await core.durability.make_latest_durable(revision)
         return revision
 
     async def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> int:
@@ -261,7 +261,7 @@ class Writing(Reads):
         state = core.state
         if full not in state.entries:
             check_key(full)
-        state.begin()
+        state.before_change()
 
     def _check_writable(self) -> None:
         self._core.durability.check_loop()
@@ -275,7 +275,7 @@ class Writing(Reads):
 
     async def _written(self, revision: int) -> int:
         if self._core.write_through:
-            await self._core.durability.written(revision)
+            await self._core.durability.make_latest_durable(revision)
         return revision
 
     async def _deleted(self, count: int) -> int:

@@ -18,7 +18,7 @@ from lab_state import _forks as forks
 from lab_state._clock import Clock, GuardedClock, SystemClock
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._core import Core
-from lab_state._entries import Changes
+from lab_state._entries import ChangeSet
 from lab_state._expiry import resumed
 from lab_state._flusher import Flusher
 from lab_state._foreign import check_on_fenced
@@ -214,7 +214,7 @@ class Manager(Scope):
         if self._cache is not None and self._mirrored is not None:
             mirror = follower = Mirror(self._config.name, self._cache, self._clock, self._logger, self._mirrored)
 
-            def committed(taken: Changes) -> bool:
+            def committed(taken: ChangeSet) -> bool:
                 try:
                     watchers.committed(taken)
                 finally:
@@ -232,10 +232,10 @@ class Manager(Scope):
                 mirror.begin(flusher)
                 undo.callback(mirror.abort)
             core = self._core  # a reference to the manager would keep a forgotten one from being collected
-            sweeper = Sweeper(state, self._clock, lambda: core.blocked, flusher.nudge, core.set_after)
+            sweeper = Sweeper(state, self._clock, lambda: core.blocked, flusher.nudge, core.update_followup)
             undo.callback(sweeper.stop)
             watchers.attended = sweeper.attend
-            flusher.begin()
+            flusher.start()
             undo.pop_all()
         flusher.forgotten = note(flusher, session, self._config.name, repr(self._storage), self._started_at)
         self._flusher, self._mirror, self._sweeper = flusher, mirror, sweeper

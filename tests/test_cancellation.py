@@ -286,7 +286,7 @@ async def contents(storage: Storage) -> dict[str, Any]:
 async def check(state: Manager, storage: Any, allowed: list[dict[str, Any]]) -> None:
     """Check that the manager is whole and still works, and that what it acknowledges survives a crash."""
     assert await state.get_all() in allowed
-    assert state._core.held is None
+    assert state._core.transaction is None
     assert not state._core._lock.locked()
     async with asyncio.timeout(60):
         async with state.transaction() as tx:
@@ -294,7 +294,7 @@ async def check(state: Manager, storage: Any, allowed: list[dict[str, Any]]) -> 
         await state.incr("ns/later")
         await state.flush()
     waiters = flusher_of(state)._waiters
-    assert [waiters.next, waiters.riding, waiters.patient] == [[], [], []]
+    assert [waiters.next, waiters.current, waiters.passive] == [[], [], []]
     everything = await state.get_all()
     assert await contents(storage.crashed()) == everything
 

@@ -18,7 +18,7 @@ from msgspec import Raw
 
 from lab_state._arguments import MAX_KEY_LENGTH, RESERVED, check_key
 from lab_state._codec import Snapshot, decode_snapshot, encode_record, encode_small_record, encode_snapshot, replay
-from lab_state._entries import DELETED, EXPIRED, Absent, Changed, Changes, Expiring, Json, Stored, Value
+from lab_state._entries import DELETED, EXPIRED, Absent, ChangeSet, Expiring, Json, Stored, StoredOrGone, Value
 from lab_state._types import decode_value
 from lab_state._values import encode_value
 from lab_state.cache._format import message
@@ -55,10 +55,10 @@ def snapshot(values: Mapping[str, Any], revision: int = 42) -> bytes:
     return b"".join(encode_snapshot(stored(values), revision, 0, own=False))
 
 
-def changes(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = False) -> Changes:
+def changes(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = False) -> ChangeSet:
     """Return the changes of one commit; `DELETED` as a value deletes."""
     encoded: dict[str, Any] = {key: value if value is DELETED else encode_value(value) for key, value in values.items()}
-    return Changes(start, end, cleared, encoded, 0.0)
+    return ChangeSet(start, end, cleared, encoded, 0.0)
 
 
 def record(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = False) -> bytes:
@@ -631,8 +631,10 @@ def times_of(values: Mapping[str, Stored]) -> dict[str, int]:
     return {key: value.at for key, value in values.items() if isinstance(value, Expiring)}
 
 
-def record_at(values: Mapping[str, Changed], start: int, end: int, time: int = 0, *, cleared: bool = False) -> bytes:
-    return b"".join(encode_record(Changes(start, end, cleared, dict(values), 0.0, time)))
+def record_at(
+    values: Mapping[str, StoredOrGone], start: int, end: int, time: int = 0, *, cleared: bool = False
+) -> bytes:
+    return b"".join(encode_record(ChangeSet(start, end, cleared, dict(values), 0.0, time)))
 
 
 def test_a_record_of_what_expires() -> None:
@@ -680,7 +682,7 @@ def test_where_nothing_expires_no_time_is_written() -> None:
 def test_many_that_expire_come_back(size: int) -> None:
     """Thousands of times are made in many slices, in a record and in a snapshot, and all come back."""
     values = expiring({f"key {number}": [number] for number in range(size)}, 10**12)
-    record_slices = list(encode_record(Changes(0, 1, False, dict(values), 0.0, 5)))
+    record_slices = list(encode_record(ChangeSet(0, 1, False, dict(values), 0.0, 5)))
     snapshot_slices = list(encode_snapshot(values, 1, 5, own=False))
     for slices in (record_slices, snapshot_slices):
         assert len(slices) >= 2 * (size // 500)
@@ -694,7 +696,7 @@ def test_large_values_that_expire_come_in_small_slices() -> None:
     """What expires is measured for slices like what stays."""
     values = expiring(large_values())
     assert max(map(len, encode_snapshot(values, 1, 0, own=False))) < 8 * SLICE_BYTES
-    assert max(map(len, encode_record(Changes(0, 1, False, dict(values), 0.0)))) < 8 * SLICE_BYTES
+    assert max(map(len, encode_record(ChangeSet(0, 1, False, dict(values), 0.0)))) < 8 * SLICE_BYTES
 
 
 FRAGMENTS = [*'[]{},:"\\ ', "1", "null", '"k"', '"admin"', "$lab_state", "é", "\n", '1],"admin":[', '","admin":"']
@@ -724,9 +726,9 @@ def test_as_many_members_as_keys(kind: Any, texts: list[str], wrap: Any) -> None
     for number, text in enumerate(texts):
         with suppress(InvalidValueError):
             accepted[f"note {number}"] = encode_value(wrap(kind(text)))
-    data = b"".join(encode_record(Changes(0, 1, False, dict(accepted), 0.0)))
+    data = b"".join(encode_record(ChangeSet(0, 1, False, dict(accepted), 0.0)))
     timed = {key: Expiring(cast("Value", value), 5_000) for key, value in accepted.items()}
-    slow = b"".join(encode_record(Changes(0, 1, False, dict(timed), 0.0, 4_000)))
+    slow = b"".join(encode_record(ChangeSet(0, 1, False, dict(timed), 0.0, 4_000)))
     whole = b"".join(encode_snapshot(dict(accepted), 1, 0, own=False))
     (part,) = parts_for_the_mirror(accepted.items(), 0)
     assert part is not None
@@ -786,7 +788,7 @@ BEFORE: dict[str, int] = {"a": 5_000, "b": 6_000}
         ({"b": Expiring(1, 9_000)}, True, {"b": 9_000}),
     ],
 )
-def test_replay_keeps_the_times(changed: dict[str, Changed], cleared: bool, expected: dict[str, int]) -> None:  # noqa: FBT001
+def test_replay_keeps_the_times(changed: dict[str, StoredOrGone], cleared: bool, expected: dict[str, int]) -> None:  # noqa: FBT001
     """A set without a time, a delete and a clear take the time away; a set with one brings it; others keep theirs."""
     before = Snapshot({"a": 1, "b": 1, "stays": 1}, 1, BEFORE, 100)
     after = replay(before, [record_at(changed, 1, 2, cleared=cleared)], PATH)
@@ -888,7 +890,7 @@ def test_the_wall_clock_is_kept_beside_the_time() -> None:
     data = b"".join(encode_snapshot(expiring({"a": 1}), 1, 2_000, own=False, wall=7_000))
     loaded = decode_snapshot(data, PATH)
     assert (loaded.time, loaded.wall) == (2_000, 7_000)
-    changed = Changes(1, 2, False, dict(expiring({"b": 1})), 0.0, 3_000, 8_000)
+    changed = ChangeSet(1, 2, False, dict(expiring({"b": 1})), 0.0, 3_000, 8_000)
     after = replay(loaded, [b"".join(encode_record(changed))], PATH)
     assert (after.time, after.wall) == (3_000, 8_000)
 
@@ -928,7 +930,7 @@ def test_one_large_value_goes_out_in_pieces(value: Any, own: bool) -> None:  # n
     values = {"before": 1, "large": value, "behind": [2]}
     view = dict(decode_snapshot(snapshot(values), PATH).entries) if own else stored(values)
     slices = list(encode_snapshot(view, 1, 0, own=own))
-    record_slices = list(encode_record(Changes(0, 1, False, dict(stored(values)), 0.0)))
+    record_slices = list(encode_record(ChangeSet(0, 1, False, dict(stored(values)), 0.0)))
     for each in (slices, record_slices):
         assert max(map(len, each)) <= 6 * 64 * 1024  # a character may take six bytes of JSON
         assert len(each) >= 3

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lab_state._entries import DELETED, EXPIRED, Absent, Changed, Expiring, Stored, Value
+from lab_state._entries import DELETED, EXPIRED, Absent, Expiring, Stored, StoredOrGone, Value
 from lab_state._state import WATCHED_CLEAR, State
 from lab_state._transaction import Draft
 
@@ -31,9 +31,9 @@ class Mirror:
     def __init__(self, state: State) -> None:
         self.entries: dict[str, Stored] = dict(state.entries.items())
         self.told: list[tuple[str | None, int]] = []
-        state.note = self
+        state.on_change = self
 
-    def __call__(self, key: str | None, changed: Changed, revision: int) -> None:
+    def __call__(self, key: str | None, changed: StoredOrGone, revision: int) -> None:
         self.told.append((key, revision))
         if key is None:
             self.entries.clear()

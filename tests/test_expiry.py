@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from lab_state._arguments import LONGEST_TTL, milliseconds
-from lab_state._entries import DELETED, EXPIRED, MISSING, Changed, Changes, Expiring, Stored
+from lab_state._entries import DELETED, EXPIRED, MISSING, ChangeSet, Expiring, Stored, StoredOrGone
 from lab_state._expiry import Expiries
 from lab_state._state import State
 from lab_state._sweeper import _AT_ONCE, Sweeper
@@ -206,7 +206,7 @@ def test_the_first_key_is_told() -> None:
     """`first` is called when a key has come into an empty index, each time it was empty, and for no other key."""
     index = Expiries(NOW)
     calls: list[bool] = []
-    index.first = lambda: calls.append(bool(index))
+    index.on_first = lambda: calls.append(bool(index))
     index.add("a", 6_000)
     index.add("b", 6_000)
     index.add("a", 7_000)
@@ -317,8 +317,8 @@ class Notes:
     """What a state tells those who watch."""
 
     def __init__(self, state: State) -> None:
-        self.told: list[tuple[str | None, Changed, int]] = []
-        state.note = lambda key, changed, revision: self.told.append((key, changed, revision))
+        self.told: list[tuple[str | None, StoredOrGone, int]] = []
+        state.on_change = lambda key, changed, revision: self.told.append((key, changed, revision))
 
 
 def entries_of(state: State) -> dict[str, Stored]:
@@ -515,14 +515,14 @@ def test_what_expires_is_taken_and_put_back(state: State, ticks: Ticks) -> None:
     ticks.now += 3
     state.sweep(10)
     taken = state.take()
-    expected: dict[str, Changed] = {"a": Expiring("x", START + 5000), "one": EXPIRED, "two": EXPIRED}
-    assert taken == Changes(10, 12, cleared=False, changes=expected, since=100.0, time=START + 3000)
+    expected: dict[str, StoredOrGone] = {"a": Expiring("x", START + 5000), "one": EXPIRED, "two": EXPIRED}
+    assert taken == ChangeSet(10, 12, cleared=False, changes=expected, since=100.0, time=START + 3000)
     state.set("one", Expiring("again", START + 9000))
     ticks.now += 3
     state.sweep(10)
     state.put_back(taken)
     expected = {"a": EXPIRED, "one": Expiring("again", START + 9000), "two": EXPIRED}
-    assert state.take() == Changes(10, 14, cleared=False, changes=expected, since=100.0, time=START + 6000)
+    assert state.take() == ChangeSet(10, 14, cleared=False, changes=expected, since=100.0, time=START + 6000)
 
 
 def test_a_view_has_the_times(state: State, ticks: Ticks) -> None:

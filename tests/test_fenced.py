@@ -79,7 +79,7 @@ async def fence(state: Manager, storage: FaultyStorage) -> None:
     """Let a commit find out that a newer writer owns the state."""
     storage.fail("commit", error=FencedError("a newer writer owns it"), times=99)
     with pytest.raises(FencedError):
-        await flusher_of(state).confirm()
+        await flusher_of(state).confirm_ownership()
 
 
 async def fenced(storage: FaultyStorage, clock: ManualClock, interval: float | None, **more: Any) -> Manager:

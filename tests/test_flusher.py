@@ -1132,7 +1132,7 @@ class TestConfirm:
         async with running(storage, clock, None) as state:
             await state.set("a", 1)
             await state.flush()
-            await flusher_of(state).confirm()
+            await flusher_of(state).confirm_ownership()
             assert commits(storage) == 2
             await state.flush()
             assert commits(storage) == 2
@@ -1146,7 +1146,7 @@ class TestConfirm:
             storage.hang("commit")
             setting = asyncio.create_task(state.set("a", 1))
             await until(lambda: commits(storage) == 1)
-            confirming = asyncio.create_task(flusher_of(state).confirm())
+            confirming = asyncio.create_task(flusher_of(state).confirm_ownership())
             await idle()
             storage.resume()
             await setting
@@ -1159,9 +1159,9 @@ class TestConfirm:
         async with running(storage, clock, interval) as state:
             storage.fail("commit")
             with pytest.raises(UnavailableError):
-                await flusher_of(state).confirm()
+                await flusher_of(state).confirm_ownership()
             clock.advance(1)
-            await flusher_of(state).confirm()
+            await flusher_of(state).confirm_ownership()
             assert not flusher_of(state).fenced
 
     async def test_it_is_asked_too_late(self, storage: FaultyStorage, clock: ManualClock) -> None:
@@ -1169,7 +1169,7 @@ class TestConfirm:
         async with running(storage, clock, None) as state:
             flusher = flusher_of(state)
         with pytest.raises(UnavailableError, match="nobody flushes"):
-            await flusher.confirm()
+            await flusher.confirm_ownership()
 
     async def test_it_is_asked_while_commits_fail(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """Without a background flush too, the commit is made when the pause after the failed one is over."""
@@ -1178,7 +1178,7 @@ class TestConfirm:
             storage.fail("commit")
             with pytest.raises(UnavailableError):
                 await state.flush()
-            confirming = asyncio.create_task(flusher_of(state).confirm())
+            confirming = asyncio.create_task(flusher_of(state).confirm_ownership())
             await idle()
             assert (commits(storage), confirming.done()) == (1, False)
             clock.advance(0.1)
@@ -1192,5 +1192,5 @@ class TestConfirm:
                 storage.fail("commit", error=FencedError("a newer writer"), times=2)
                 for _ in range(2):
                     with pytest.raises(FencedError):
-                        await flusher_of(state).confirm()
+                        await flusher_of(state).confirm_ownership()
                 assert flusher_of(state).fenced

@@ -137,7 +137,7 @@ class TestLogger:
         class Looks(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
                 waiters = flusher_of(state)._waiters
-                left.append(len(waiters.next) + len(waiters.riding))
+                left.append(len(waiters.next) + len(waiters.current))
 
         logger = logging.Logger("looks")  # noqa: LOG001 -- used here only
         logger.addHandler(Looks())
@@ -279,7 +279,7 @@ class TestClock:
             raise MemoryError
 
         with monkeypatch.context() as patched:
-            patched.setattr(Flusher, "begin", begin)
+            patched.setattr(Flusher, "start", begin)
             with pytest.raises(MemoryError):
                 await state.start()
         await idle()
@@ -554,7 +554,7 @@ class TestTasks:
                 if how == "cancelled":
                     task.cancel()
                 else:
-                    patched.setattr(flusher_of(state)._checkpoint_pauses, "end", lambda: [0] * sys.maxsize)
+                    patched.setattr(flusher_of(state)._checkpoint_pauses, "reset", lambda: [0] * sys.maxsize)
                     storage.resume()
                 await asyncio.wait({task})
                 await idle()

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab_state._codec import Snapshot, encode_record, replay
-from lab_state._entries import DELETED, Changed, Changes
+from lab_state._entries import DELETED, ChangeSet, StoredOrGone
 from lab_state._journal import (
     ANY_BASE,
     NO_BASE,
     Accepted,
     Frame,
-    Kind,
+    FrameKind,
     Scan,
     accept,
     base_of,
@@ -41,10 +41,10 @@ FULL = b'{"a":1}'
 
 def record(start: int, *values: object) -> bytes:
     """Return the record of one commit of one revision; a value for each key, `...` deletes."""
-    changes: dict[str, Changed] = {
+    changes: dict[str, StoredOrGone] = {
         f"key {n}": DELETED if value is ... else encode_value(value) for n, value in enumerate(values)
     }
-    return b"".join(encode_record(Changes(start, start + 1, False, changes, 0.0)))
+    return b"".join(encode_record(ChangeSet(start, start + 1, False, changes, 0.0)))
 
 
 RECORDS = (
@@ -57,7 +57,7 @@ RECORDS = (
 )
 
 
-def journal(*frames: tuple[Kind, bytes], base: str = BASE, salt: str = SALT, name: str = NAME) -> bytes:
+def journal(*frames: tuple[FrameKind, bytes], base: str = BASE, salt: str = SALT, name: str = NAME) -> bytes:
     return header(name, salt, base) + b"".join(frame(salt, kind, payload) for kind, payload in frames)
 
 
@@ -66,8 +66,8 @@ def lines(data: bytes) -> list[bytes]:
     return data.splitlines(keepends=True)
 
 
-def records(payloads: Sequence[bytes]) -> list[tuple[Kind, bytes]]:
-    return [(Kind.RECORD, payload) for payload in payloads]
+def records(payloads: Sequence[bytes]) -> list[tuple[FrameKind, bytes]]:
+    return [(FrameKind.RECORD, payload) for payload in payloads]
 
 
 JOURNAL = journal(*records(RECORDS))
@@ -90,15 +90,15 @@ def payloads(found: Scan) -> tuple[bytes, ...]:
 def test_a_frame_is_one_line() -> None:
     """A frame is a checksum over salt and body, the length, the kind and the payload, on one line."""
     body = b'9 R {"a":"b"}'
-    assert frame(SALT, Kind.RECORD, b'{"a":"b"}') == b"%08x %s\n" % (zlib.crc32(SALT.encode() + body), body)
-    assert frame(SALT, Kind.CHECKPOINT, b"").endswith(b" 0 C \n")
+    assert frame(SALT, FrameKind.RECORD, b'{"a":"b"}') == b"%08x %s\n" % (zlib.crc32(SALT.encode() + body), body)
+    assert frame(SALT, FrameKind.CHECKPOINT, b"").endswith(b" 0 C \n")
 
 
 def test_a_payload_is_not_copied() -> None:
     """The parts of a frame are the frame, and the payload among them is the very object."""
     record = b"x" * 100
-    parts = frame_parts(SALT, Kind.RECORD, record)
-    assert b"".join(parts) == frame(SALT, Kind.RECORD, record)
+    parts = frame_parts(SALT, FrameKind.RECORD, record)
+    assert b"".join(parts) == frame(SALT, FrameKind.RECORD, record)
     assert parts[1] is record
 
 
@@ -129,10 +129,12 @@ PAYLOADS = st.binary(max_size=40) | st.sampled_from(["\n", " ", "0", "00000000 0
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from([Kind.RECORD, Kind.CHECKPOINT, Kind.FULL]), PAYLOADS), max_size=6),
+    st.lists(
+        st.tuples(st.sampled_from([FrameKind.RECORD, FrameKind.CHECKPOINT, FrameKind.FULL]), PAYLOADS), max_size=6
+    ),
     st.text(max_size=8),
 )
-def test_any_frames_come_back(frames: list[tuple[Kind, bytes]], name: str) -> None:
+def test_any_frames_come_back(frames: list[tuple[FrameKind, bytes]], name: str) -> None:
     """Frames with any payload, newlines and what looks like a frame included, come back exactly."""
     data = journal(*frames, name=name)
     found = scan(data, name, PATH)
@@ -222,14 +224,16 @@ def test_a_flipped_newline_that_glues_two_frames_is_damage(number: int, bit: int
 
 def test_a_frame_of_another_journal_is_torn() -> None:
     """A frame with another salt, as old blocks of the disk hold, is no frame of this journal."""
-    found = scan(JOURNAL + frame("f" * 16, Kind.RECORD, record(6, 7)) * 3, NAME, PATH)
+    found = scan(JOURNAL + frame("f" * 16, FrameKind.RECORD, record(6, 7)) * 3, NAME, PATH)
     assert (payloads(found), found.end) == (RECORDS, len(JOURNAL))
 
 
 def test_a_value_that_spells_a_frame_does_not_pass_for_one() -> None:
     """A user's value that spells a frame is no frame, wherever its record is torn."""
-    spelt = frame("f" * 16, Kind.RECORD, record(6, "forged")).decode() + frame("", Kind.RECORD, b"{}").decode()
-    data = journal((Kind.RECORD, record(0, "good")), (Kind.RECORD, record(1, spelt)))
+    spelt = (
+        frame("f" * 16, FrameKind.RECORD, record(6, "forged")).decode() + frame("", FrameKind.RECORD, b"{}").decode()
+    )
+    data = journal((FrameKind.RECORD, record(0, "good")), (FrameKind.RECORD, record(1, spelt)))
     whole = len(b"".join(lines(data)[:2]))
     for cut in range(whole, len(data)):
         assert payloads(scan(data[:cut], NAME, PATH)) == (record(0, "good"),)
@@ -238,8 +242,8 @@ def test_a_value_that_spells_a_frame_does_not_pass_for_one() -> None:
 
 def test_a_payload_that_holds_frames_is_one_frame() -> None:
     """Frames of this very journal inside a valid payload are that payload, not frames."""
-    inner = frame(SALT, Kind.RECORD, b"inner")
-    found = scan(journal((Kind.FULL, inner * 2), (Kind.RECORD, b"outer")), NAME, PATH)
+    inner = frame(SALT, FrameKind.RECORD, b"inner")
+    found = scan(journal((FrameKind.FULL, inner * 2), (FrameKind.RECORD, b"outer")), NAME, PATH)
     assert payloads(found) == (inner * 2, b"outer")
 
 
@@ -251,7 +255,7 @@ def load(data: bytes) -> Snapshot:
     return replay(Snapshot({}, 0), found.records, PATH)
 
 
-FRAMES = [frame(SALT, Kind.RECORD, payload) for payload in RECORDS]
+FRAMES = [frame(SALT, FrameKind.RECORD, payload) for payload in RECORDS]
 
 
 @pytest.mark.parametrize("number", range(len(RECORDS) - 1))
@@ -293,10 +297,10 @@ def test_a_doubled_frame_changes_nothing(number: int, later: int) -> None:
     [
         *(b"", b"\n", bytes(512), b"not a journal\n", JOURNAL[1:], b"\n" + JOURNAL, JOURNAL.upper()),
         b"".join(FRAMES),
-        frame(SALT, Kind.RECORD, header(NAME, SALT, BASE)[15:-1]),
-        frame(SALT, Kind.HEADER, b"{}"),
-        frame(SALT, Kind.HEADER, b"\xff"),
-        frame(SALT, Kind.HEADER, b'{"format":1,"name":"some","salt":"other","base":"none"}'),
+        frame(SALT, FrameKind.RECORD, header(NAME, SALT, BASE)[15:-1]),
+        frame(SALT, FrameKind.HEADER, b"{}"),
+        frame(SALT, FrameKind.HEADER, b"\xff"),
+        frame(SALT, FrameKind.HEADER, b'{"format":1,"name":"some","salt":"other","base":"none"}'),
         b"00000000 999999999999999 H {}\n",
     ],
     ids=range(13),
@@ -329,7 +333,7 @@ def test_another_format_is_refused(number: int) -> None:
     """A journal of another format is UnsupportedError, and says what to do."""
     payload = b'{"format":%d,"name":"some","salt":"0123456789abcdef","base":"none","new":[]}' % number
     with pytest.raises(UnsupportedError) as caught:
-        scan(frame(SALT, Kind.HEADER, payload), NAME, PATH)
+        scan(frame(SALT, FrameKind.HEADER, payload), NAME, PATH)
     assert str(caught.value) == (
         f"/state/some.journal has journal format {number}, this version of lab_state knows 1: "
         "use the version that wrote it; the file was left untouched"
@@ -353,10 +357,10 @@ def test_an_unknown_kind_is_refused(kind: bytes, number: int) -> None:
 
 @pytest.mark.parametrize(
     "frames",
-    [(), ((Kind.RECORD, RECORDS[0]), (Kind.FULL, FULL)), ((Kind.CHECKPOINT, b"none"),)],
+    [(), ((FrameKind.RECORD, RECORDS[0]), (FrameKind.FULL, FULL)), ((FrameKind.CHECKPOINT, b"none"),)],
     ids=["none", "R F", "C"],
 )
-def test_a_star_without_the_whole_state_first_is_refused(frames: tuple[tuple[Kind, bytes], ...]) -> None:
+def test_a_star_without_the_whole_state_first_is_refused(frames: tuple[tuple[FrameKind, bytes], ...]) -> None:
     """A journal with the base `*` whose first frame is not the whole state is refused."""
     error = corruption(journal(*frames, base=ANY_BASE))
     assert error.detail == "the frame with the whole state, which must come first, is missing"
@@ -364,7 +368,7 @@ def test_a_star_without_the_whole_state_first_is_refused(frames: tuple[tuple[Kin
 
 def test_a_star_with_a_torn_first_frame_is_refused() -> None:
     """A journal with the base `*` is refused while its first frame is not whole: it was never used."""
-    data = journal((Kind.FULL, FULL), base=ANY_BASE)
+    data = journal((FrameKind.FULL, FULL), base=ANY_BASE)
     head = len(lines(data)[0])
     for cut in range(head, len(data)):
         assert corruption(data[:cut]).offset == head
@@ -374,24 +378,24 @@ def test_a_star_with_a_torn_first_frame_is_refused() -> None:
 # What to load
 
 
-def accepted(snapshot_base: str, *frames: tuple[Kind, bytes], base: str = BASE, tail: bytes = b"") -> Accepted:
+def accepted(snapshot_base: str, *frames: tuple[FrameKind, bytes], base: str = BASE, tail: bytes = b"") -> Accepted:
     data = journal(*frames, base=base) + tail
     return accept(scan(data, NAME, PATH), len(data), snapshot_base, PATH)
 
 
-def not_accepted(snapshot_base: str, *frames: tuple[Kind, bytes], base: str = BASE) -> CorruptionError:
+def not_accepted(snapshot_base: str, *frames: tuple[FrameKind, bytes], base: str = BASE) -> CorruptionError:
     with pytest.raises(CorruptionError) as caught:
         accepted(snapshot_base, *frames, base=base)
     assert caught.value.path == PATH
     return caught.value
 
 
-R0, R1 = (Kind.RECORD, RECORDS[0]), (Kind.RECORD, RECORDS[1])
-F = (Kind.FULL, FULL)
+R0, R1 = (FrameKind.RECORD, RECORDS[0]), (FrameKind.RECORD, RECORDS[1])
+F = (FrameKind.FULL, FULL)
 
 
-def checkpoint_of(base: str) -> tuple[Kind, bytes]:
-    return Kind.CHECKPOINT, base.encode()
+def checkpoint_of(base: str) -> tuple[FrameKind, bytes]:
+    return FrameKind.CHECKPOINT, base.encode()
 
 
 @pytest.mark.parametrize("base", [BASE, NO_BASE])
@@ -449,7 +453,7 @@ def test_records_of_a_first_journal_beside_a_snapshot_are_refused() -> None:
 
 
 @pytest.mark.parametrize("frames", [(), (checkpoint_of(OTHER_BASE),)], ids=["empty", "C"])
-def test_a_missing_snapshot_is_refused(frames: tuple[tuple[Kind, bytes], ...]) -> None:
+def test_a_missing_snapshot_is_refused(frames: tuple[tuple[FrameKind, bytes], ...]) -> None:
     """A snapshot that the journal names and that is not there is never taken for an empty state."""
     error = not_accepted(NO_BASE, *frames)
     assert error.detail.startswith("the snapshot that it follows is missing; put it back, or delete")
@@ -460,7 +464,7 @@ def test_a_missing_snapshot_is_refused(frames: tuple[tuple[Kind, bytes], ...]) -
     [(BASE, (F,)), (BASE, (R0, F)), (NO_BASE, (F, R0)), (ANY_BASE, (F, F)), (ANY_BASE, (F, R0, F))],
     ids=["first", "later", "before records", "twice", "twice with records"],
 )
-def test_a_whole_state_in_the_wrong_place_is_refused(base: str, frames: tuple[tuple[Kind, bytes], ...]) -> None:
+def test_a_whole_state_in_the_wrong_place_is_refused(base: str, frames: tuple[tuple[FrameKind, bytes], ...]) -> None:
     """A frame with the whole state is refused anywhere but first in a journal with the base `*`."""
     error = not_accepted(BASE if base != NO_BASE else NO_BASE, *frames, base=base)
     assert error.detail == "a frame with the whole state stands where none may; restore a copy"
@@ -475,7 +479,7 @@ def test_a_header_alone_is_a_clean_end(base: str) -> None:
 @pytest.mark.parametrize(
     ("frames", "tail"), [((), b"\0"), ((checkpoint_of(BASE),), b""), ((R0,), b"x")], ids=["torn", "C", "R and torn"]
 )
-def test_anything_behind_the_header_is_an_unclean_end(frames: tuple[tuple[Kind, bytes], ...], tail: bytes) -> None:
+def test_anything_behind_the_header_is_an_unclean_end(frames: tuple[tuple[FrameKind, bytes], ...], tail: bytes) -> None:
     """Any frame, and any torn tail, means that the last writer did not end with a checkpoint."""
     assert accepted(BASE, *frames, tail=tail).unclean
 
@@ -506,7 +510,7 @@ class Summed:
 def test_a_search_that_costs_what_the_bytes_cost(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a torn tail, each byte is summed at most twice, however many heads of frames a user's value spells."""
     whole = header("name", SALT, NO_BASE)
-    torn = frame(SALT, Kind.RECORD, b'{"set":{"a":' + spelled(size) + b"}}")[:-2]
+    torn = frame(SALT, FrameKind.RECORD, b'{"set":{"a":' + spelled(size) + b"}}")[:-2]
     summed = Summed()
     monkeypatch.setattr("lab_state._journal.zlib.crc32", summed)
     assert scan(whole + torn, "name", PATH).end == len(whole)
@@ -520,7 +524,7 @@ def test_a_search_that_costs_what_the_bytes_cost(size: int, monkeypatch: pytest.
 )
 def test_every_frame_is_found_at_any_byte(before: bytes, payloads: list[bytes], between: bytes) -> None:
     """The first valid frame behind bad bytes is found, whatever is around it, and whatever looks like one."""
-    frames = [frame(SALT, Kind.RECORD, payload) for payload in payloads]
+    frames = [frame(SALT, FrameKind.RECORD, payload) for payload in payloads]
     bad = b"damaged " + before + between
     data = header("name", SALT, NO_BASE) + bad + between.join(frames) + between
     with pytest.raises(CorruptionError) as caught:
@@ -535,7 +539,7 @@ def test_every_frame_is_found_at_any_byte(before: bytes, payloads: list[bytes], 
 def test_a_frame_across_the_pieces_of_a_search(shift: int) -> None:
     """A frame is found wherever the pieces begin in which the bytes are searched."""
     whole = header("name", SALT, NO_BASE)
-    follows = frame(SALT, Kind.RECORD, b"{}" * 20)
+    follows = frame(SALT, FrameKind.RECORD, b"{}" * 20)
     at = len(whole) + 256 * 1024 + shift
     data = whole + b"x" * (at - len(whole)) + follows
     with pytest.raises(CorruptionError, match=f"follows at byte {at},"):
@@ -546,4 +550,4 @@ def test_a_first_line_nested_too_deep_for_the_parser_is_refused() -> None:
     """It is CorruptionError like any other bad first line, not RecursionError."""
     payload = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     with pytest.raises(CorruptionError, match="not a valid journal header"):
-        scan(frame(SALT, Kind.HEADER, payload), "name", PATH)
+        scan(frame(SALT, FrameKind.HEADER, payload), "name", PATH)

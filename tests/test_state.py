@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from msgspec import Raw
 
-from lab_state._entries import DELETED, Absent, Changes, Stored
+from lab_state._entries import DELETED, Absent, ChangeSet, Stored
 from lab_state._state import Overlay, State
 
 
@@ -36,7 +36,7 @@ def entries_of(state: State) -> dict[str, Stored]:
     return dict(state.entries.items())
 
 
-def applied(before: Mapping[str, Stored], taken: Changes) -> dict[str, Stored]:
+def applied(before: Mapping[str, Stored], taken: ChangeSet) -> dict[str, Stored]:
     """Return what a storage holds after this commit."""
     after = {} if taken.cleared else dict(before)
     for key, value in taken.changes.items():
@@ -173,7 +173,7 @@ def test_since_is_when_the_oldest_change_was_made() -> None:
 def test_settling_is_no_change() -> None:
     """A value that was found to be a scalar is kept as one, which changes nothing."""
     state = state_of(a=Raw(b"1"))
-    state.settle("a", state.entries["a"], 1)
+    state.keep_decoded("a", state.entries["a"], 1)
     assert entries_of(state) == {"a": 1}
     assert (state.revision, state.changes) == (10, {})
 
@@ -183,7 +183,7 @@ def test_settling_leaves_a_view_alone() -> None:
     value = Raw(b"1")
     state = state_of(a=value)
     view = state.freeze()
-    state.settle("a", state.entries["a"], 1)
+    state.keep_decoded("a", state.entries["a"], 1)
     assert view["a"] is value
     assert state.entries["a"] is value
     assert folded(state, view) == 1
@@ -198,11 +198,11 @@ def test_take_gives_the_changes_away() -> None:
     state.set("a", 2)
     state.delete_many(["b"])
     taken = state.take()
-    assert taken == Changes(10, 12, cleared=False, changes={"a": 2, "b": DELETED}, since=100.0)
+    assert taken == ChangeSet(10, 12, cleared=False, changes={"a": 2, "b": DELETED}, since=100.0)
     assert (state.changes, state.cleared, state.revision, state.taken) == ({}, False, 12, 12)
     state.set("c", 3)
     assert taken.changes == {"a": 2, "b": DELETED}
-    assert state.take() == Changes(12, 13, cleared=False, changes={"c": 3}, since=100.0)
+    assert state.take() == ChangeSet(12, 13, cleared=False, changes={"c": 3}, since=100.0)
 
 
 def test_take_after_a_clear() -> None:
@@ -211,7 +211,7 @@ def test_take_after_a_clear() -> None:
     state.set("b", 1)
     state.clear()
     state.set("c", 1)
-    assert state.take() == Changes(10, 13, cleared=True, changes={"c": 1}, since=100.0)
+    assert state.take() == ChangeSet(10, 13, cleared=True, changes={"c": 1}, since=100.0)
     assert not state.cleared
 
 
@@ -237,7 +237,7 @@ def test_put_back_goes_under_newer_changes() -> None:
     state.set("a", 3)
     state.delete_many(["b"])
     state.put_back(taken)
-    assert state.take() == Changes(10, 13, cleared=False, changes={"a": 3, "b": DELETED, "d": 2}, since=100.0)
+    assert state.take() == ChangeSet(10, 13, cleared=False, changes={"a": 3, "b": DELETED, "d": 2}, since=100.0)
     assert entries_of(state) == {"a": 3, "c": 1, "d": 2}
 
 
@@ -264,7 +264,7 @@ def test_put_back_goes_under_a_newer_clear() -> None:
     state.clear()
     state.set("c", 3)
     state.put_back(taken)
-    assert state.take() == Changes(10, 13, cleared=True, changes={"c": 3}, since=100.0)
+    assert state.take() == ChangeSet(10, 13, cleared=True, changes={"c": 3}, since=100.0)
 
 
 def test_put_back_of_a_clear_keeps_it() -> None:
@@ -275,7 +275,7 @@ def test_put_back_of_a_clear_keeps_it() -> None:
     taken = state.take()
     state.set("c", 3)
     state.put_back(taken)
-    assert state.take() == Changes(10, 13, cleared=True, changes={"b": 2, "c": 3}, since=100.0)
+    assert state.take() == ChangeSet(10, 13, cleared=True, changes={"b": 2, "c": 3}, since=100.0)
 
 
 # Views
@@ -365,7 +365,7 @@ def test_what_a_clear_leaves_is_handed_over() -> None:
     """The entries and the unflushed changes of before are given to the function that frees them; of a view, what lay over it."""
     state = state_of(a=1)
     discarded: list[dict[str, Any]] = []
-    state.discard = discarded.append
+    state.free = discarded.append
     state.set("b", 2)
     state.clear()
     assert list(filter(None, discarded)) == [{"b": 2}, {"a": 1, "b": 2}]
@@ -487,7 +487,7 @@ class Model(RuleBasedStateMachine):
         self.expected: dict[str, Stored] = {"a": 0, "b": 0}
         self.durable: dict[str, Stored] = {"a": 0, "b": 0}
         self.durable_revision = 5
-        self.in_flight: Changes | None = None
+        self.in_flight: ChangeSet | None = None
         self.views: list[tuple[dict[str, Stored], dict[str, Stored]]] = []
         self.folding: dict[str, Stored] | None = None
         self.revision = 5
@@ -577,7 +577,7 @@ class Model(RuleBasedStateMachine):
     def nothing_unflushed_is_forgotten(self) -> None:
         state = self.state
         durable = self.durable if self.in_flight is None else applied(self.durable, self.in_flight)
-        unflushed: Any = Changes(state.taken, state.revision, state.cleared, state.changes, 0.0)
+        unflushed: Any = ChangeSet(state.taken, state.revision, state.cleared, state.changes, 0.0)
         assert applied(durable, unflushed) == self.expected
         assert state.revision == self.revision
 

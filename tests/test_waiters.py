@@ -18,11 +18,11 @@ async def test_only_those_whose_revision_is_durable_wake() -> None:
     """The others go on waiting, in the list that they are in."""
     waiters = Waiters()
     first, second = await begin(waiters, 1, 2)
-    waiters.board()
+    waiters.start_commit()
     waiters.settle(1)
     await first
     assert not second.done()
-    assert [revision for revision, _ in waiters.riding] == [2]
+    assert [revision for revision, _ in waiters.current] == [2]
     waiters.settle(2)
     await second
 

@@ -62,7 +62,7 @@ def many(count: int) -> dict[str, int]:
 
 def is_off(state: Manager) -> bool:
     """Return whether a write has no watch to tell."""
-    return not state._core.after and state._core.state.note is None
+    return not state._core.has_followup and state._core.state.on_change is None
 
 
 # What each call is told as; before it, there are "a" and "b", and "old", which has expired and was not swept
@@ -308,7 +308,7 @@ class TestWhich:
             with pytest.raises(InvalidKeyError, match="a prefix must be a str"):
                 async with scope.watch(prefix):
                     raise AssertionError
-        assert state._core.state.note is None
+        assert state._core.state.on_change is None
 
 
 class TestFromNow:
@@ -657,12 +657,12 @@ class TestTheEnd:
         assert is_off(state)
         async with state.watch():
             async with state.watch("a"), state.watch("a", durable=True), state.watch(durable=True):
-                assert core.after
-            assert core.after
-            assert core.state.note is not None
+                assert core.has_followup
+            assert core.has_followup
+            assert core.state.on_change is not None
         assert is_off(state)
         async with state.watch(durable=True):
-            assert core.after
+            assert core.has_followup
         assert is_off(state)
         watchers = core._watchers
         assert not watchers
@@ -704,11 +704,11 @@ class TestTheEnd:
 
         reading = asyncio.create_task(read())
         await idle()
-        assert state._core.after
+        assert state._core.has_followup
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
-        assert not state._core.after
+        assert not state._core.has_followup
 
 
 class TestReaders:
@@ -782,7 +782,7 @@ class TestReaders:
             loop.run_until_complete(state.start())
             with pytest.raises(RuntimeError, match="belongs to the event loop"):
                 asyncio.run(watch())
-            assert state._core.state.note is None
+            assert state._core.state.on_change is None
             loop.run_until_complete(state.stop())
         finally:
             loop.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from lab_state._entries import MISSING, Absent, Changed, Changes, Expiring
+from lab_state._entries import MISSING, Absent, ChangeSet, Expiring, StoredOrGone
 from lab_state._values import size_of
 
 MOST_KEYS = 100_000
@@ -32,9 +32,9 @@ class Backlog:
         """Nothing is pending, whatever there was."""
         self.overflowed: bool = False
         self.end: int = 0
-        self._queue: deque[tuple[Changes, Iterator[tuple[str, Changed]]]] = deque()
+        self._queue: deque[tuple[ChangeSet, Iterator[tuple[str, StoredOrGone]]]] = deque()
         self._queued = 0
-        self._changes: dict[str, Changed] = {}
+        self._changes: dict[str, StoredOrGone] = {}
         self._cleared = False
         self._bytes = 0
 
@@ -51,7 +51,7 @@ class Backlog:
         self.clear()
         self.overflowed = True
 
-    def add(self, taken: Changes) -> None:
+    def add(self, taken: ChangeSet) -> None:
         """A commit was made."""
         if self.overflowed:
             return
@@ -81,13 +81,13 @@ class Backlog:
             self.overflow()
         return bool(self._queue)
 
-    def take(self, start: int) -> Changes:
+    def take(self, start: int) -> ChangeSet:
         """All of it, merged, as one step from revision `start`; then nothing is pending."""
-        taken = Changes(start, self.end, self._cleared, self._changes, 0.0)
+        taken = ChangeSet(start, self.end, self._cleared, self._changes, 0.0)
         self.clear()
         return taken
 
-    def put_back(self, taken: Changes) -> None:
+    def put_back(self, taken: ChangeSet) -> None:
         """What could not be brought, under what came since."""
         if self.overflowed:
             return
@@ -97,14 +97,14 @@ class Backlog:
         if self.keys > MOST_KEYS:
             self.overflow()
 
-    def _put(self, key: str, changed: Changed) -> None:
+    def _put(self, key: str, changed: StoredOrGone) -> None:
         if (before := self._changes.get(key, MISSING)) is not MISSING:
             self._bytes -= _size(before)
         self._changes[key] = changed
         self._bytes += _size(changed)
 
 
-def _size(changed: Changed) -> int:
+def _size(changed: StoredOrGone) -> int:
     if isinstance(changed, Expiring):
         changed = changed.value
     return 8 if isinstance(changed, Absent) else size_of(changed)

@@ -109,7 +109,7 @@ class Feed:
                 self._lost(
                     UnavailableError(f"{self._source.path}: {type(error).__name__}, which no source should raise")
                 )
-            await self._sleep(self._pauses.begin())
+            await self._sleep(self._pauses.start())
 
     def _lost(self, error: StorageError) -> None:
         if not self._told:
@@ -183,7 +183,7 @@ class Feed:
             if self._told:
                 logger.info("a reader hears of changes again")
             self._told = False
-            self._pauses.end()
+            self._pauses.reset()
             self._take(message, len(data))
 
     def _leave_out(self) -> None:
@@ -253,11 +253,11 @@ class Feed:
             except StorageError:  # who reads is told
                 loaded = False
             if loaded:
-                pauses.end()
+                pauses.reset()
                 self._notify()
             else:
                 self._stale.set()
-                await either(self._filled, self._clock, pauses.begin())
+                await either(self._filled, self._clock, pauses.start())
 
     async def _load(self, local: LocalCopy, subscription: Subscription) -> bool:
         local.begin()

@@ -25,7 +25,7 @@ from msgspec import Raw
 from lab_state._arguments import RESERVED
 from lab_state._buffers import ByteBuffer
 from lab_state._codec import pieces
-from lab_state._entries import Absent, Changed, Expiring, Value
+from lab_state._entries import Absent, Expiring, StoredOrGone, Value
 from lab_state._not_json import NOT_JSON
 from lab_state._values import encode, size_of
 from lab_state.cache._protocol import Seen, Slice
@@ -177,7 +177,7 @@ def told_bytes(part: Slice) -> int:
     return sum(map(len, part.values)) + sum(map(len, part.values.values())) + sum(map(len, part.deleted))
 
 
-def slices(items: Iterable[tuple[str, Changed]], ahead: int) -> Iterator[Slice | None]:
+def slices(items: Iterable[tuple[str, StoredOrGone]], ahead: int) -> Iterator[Slice | None]:
     """Split the whole copy into parts. A `None` lets the event loop run while a large value is encoded.
 
     `ahead` is how far the wall clock is ahead of the state's own time, in milliseconds:

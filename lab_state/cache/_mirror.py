@@ -34,7 +34,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from lab_state._clock import Clock, Pauses, Timer, resolver
-from lab_state._entries import Changes, Stored
+from lab_state._entries import ChangeSet, Stored
 from lab_state._flusher import Flusher
 from lab_state._foreign import is_cancelled
 from lab_state._log import Log
@@ -132,7 +132,7 @@ class Mirror:
         self._timer.cancel()
         self._task.cancel()
 
-    def committed(self, taken: Changes) -> None:
+    def committed(self, taken: ChangeSet) -> None:
         """These changes are durable; they are looked at later."""
         if taken.end > taken.start:
             try:
@@ -164,7 +164,7 @@ class Mirror:
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Bring nothing. Runs in a forked child, where the connection is the parent's."""
-        self._pauses.never_over()
+        self._pauses.never_end()
         self._timer.cancel()
 
     # The task
@@ -184,7 +184,7 @@ class Mirror:
 
     @property
     def _may_try(self) -> bool:
-        return self._pauses.over and not self._flusher.fenced
+        return self._pauses.are_over and not self._flusher.fenced
 
     async def _merge(self) -> None:
         try:
@@ -273,16 +273,16 @@ class Mirror:
         self._tried = None
 
     async def _fill(self, session: CacheSession) -> None:
-        if self._spoilt and not self._spoils.over:
+        if self._spoilt and not self._spoils.are_over:
             raise UnavailableError(
                 "another client writes to the copy again and again, so it is filled anew after growing pauses; "
                 "give other clients other keys, or no right to write to these"
             )
         seen, self._seen = self._seen or await session.look(), None
         if seen.writer not in {None, self._writer} and not self._is_owner:
-            await self._flusher.confirm()
+            await self._flusher.confirm_ownership()
         self._is_owner = False
-        await self._flusher.settled(0)  # behind an unclean end, the first commit has a view, and comes at once
+        await self._flusher.wait_flushed(0)  # behind an unclean end, the first commit has a view, and comes at once
         self._flusher.checkpoint_if_due()
         await self._flusher.checkpoints.ended()  # two views at a time would be a copy
         while self._flusher.state.frozen:  # noqa: ASYNC110 -- a commit that writes everything anew has one too, and tells nobody
@@ -292,7 +292,7 @@ class Mirror:
         self._counts.fills += 1
         if self._spoilt:
             self._spoilt = False
-            self._spoils.begin()
+            self._spoils.start()
 
     async def _replace(self, session: CacheSession, seen: Seen) -> None:
         """Replace the copy that was seen by the present state. A checkpoint that is due cuts this off."""
@@ -324,12 +324,12 @@ class Mirror:
     def _spoil(self) -> None:
         """Ask for a fill, because another client has written to the copy."""
         if self._clock.monotonic() >= self._spoils.until + _CALM_SECONDS:
-            self._spoils.end()
+            self._spoils.reset()
         if not self._spoilt and not self._spoils.failures:
             self._logger.warning("%s: another client has written to the copy; it is filled anew", self._name)
         self._spoilt = True
 
-    async def _changed(self, taken: Changes) -> AsyncGenerator[Slice]:
+    async def _changed(self, taken: ChangeSet) -> AsyncGenerator[Slice]:
         """Split the changes of a step into parts."""
         for part in slices(taken.changes.items(), self._ahead):
             if part is not None:
@@ -356,7 +356,7 @@ class Mirror:
         del view
         await views.fold()
         self._holding = None
-        durable = asyncio.ensure_future(self._flusher.settled(revision))
+        durable = asyncio.ensure_future(self._flusher.wait_flushed(revision))
         try:
             while not durable.done():
                 if not await self._wait(durable, _KEPT_SECONDS):
@@ -390,10 +390,10 @@ class Mirror:
             )
         self.up, self.last_error = False, error
         await self._close()
-        self._clock.call_later(self._pauses.begin(), self._wake.set)
+        self._clock.call_later(self._pauses.start(), self._wake.set)
 
     def _back(self) -> None:
-        self._pauses.end()
+        self._pauses.reset()
         if self.last_error is not None:
             self._logger.info("%s: the mirror is back, at revision %s", self._name, self.revision)
         self.up, self.last_error = True, None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lab_state import _forks as forks
 from lab_state import _journal as journal
-from lab_state._journal import ANY_BASE, NO_BASE, Kind
+from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
 from lab_state._log import Log
 from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.storage import _directory as folder
@@ -95,7 +95,7 @@ class NewJournal:
         self._replaced = paths.journal, paths.snapshot
         forks.disown_in_children(self)
 
-    def create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
+    def create(self, base: str, *frames: tuple[FrameKind, bytes]) -> None:
         """Make the file, with a header and these frames, and sync."""
         self.base = base
         parts = [journal.header(self._name, self.salt, base), *self._framed(frames)]
@@ -106,7 +106,7 @@ class NewJournal:
         """Write them behind what is there, and sync."""
         if not records:
             return
-        parts = self._framed((Kind.RECORD, record) for record in records)
+        parts = self._framed((FrameKind.RECORD, record) for record in records)
         try:
             fs.append(self.fd, self.path, parts, self.end, self._progress)
         except fs.TornWriteError as torn:
@@ -127,7 +127,7 @@ class NewJournal:
             raise _spoiled(self.path)
         return opened
 
-    def _framed(self, frames: Iterable[tuple[Kind, bytes]]) -> list[bytes]:
+    def _framed(self, frames: Iterable[tuple[FrameKind, bytes]]) -> list[bytes]:
         return [part for frame in frames for part in journal.frame_parts(self.salt, *frame)]
 
     def discard(self) -> None:
@@ -194,15 +194,15 @@ class Writer:
         if self.need is Need.FULL:
             if full is None:
                 raise FullNeededError
-            self._create(ANY_BASE, (Kind.FULL, full))
+            self._create(ANY_BASE, (FrameKind.FULL, full))
         elif self.need is Need.NEW:
-            self._create(self.base, (Kind.RECORD, record))
+            self._create(self.base, (FrameKind.RECORD, record))
         else:
-            self._append(Kind.RECORD, record)
+            self._append(FrameKind.RECORD, record)
         if (since := self.since) is not None:  # the event loop may take it away meanwhile
             since.append(record)
 
-    def _append(self, kind: Kind, payload: bytes) -> None:
+    def _append(self, kind: FrameKind, payload: bytes) -> None:
         parts = journal.frame_parts(self._salt, kind, payload)
         try:
             fs.append(self._fd, self.paths.journal, parts, self.end, self.progress)
@@ -236,7 +236,7 @@ class Writer:
         self._check()
         if self.need is not Need.FULL or generation != self.generation:
             raise self._abandoned()
-        self._create(ANY_BASE, (Kind.FULL, full))
+        self._create(ANY_BASE, (FrameKind.FULL, full))
 
     def prepare(self, upcoming: NewJournal, base: str, since: list[bytes]) -> None:
         """Write most of the journal that will follow a new snapshot, while commits go on and add to `since`.
@@ -258,7 +258,7 @@ class Writer:
             raise self._abandoned()
         if self.need is Need.NEW:
             self._create(self.base)
-        self._append(Kind.CHECKPOINT, upcoming.base.encode())
+        self._append(FrameKind.CHECKPOINT, upcoming.base.encode())
         snapshot = lookup.fingerprint(new)
         if snapshot is None or snapshot.size != size:
             raise _spoiled(new)
@@ -398,7 +398,7 @@ class Writer:
             _logger.error("%s was deleted or replaced while in use: writing everything anew", self.paths.snapshot)
             self._poison()
 
-    def _create(self, base: str, *frames: tuple[Kind, bytes]) -> None:
+    def _create(self, base: str, *frames: tuple[FrameKind, bytes]) -> None:
         if self.unsynced:
             self._sync_found(snapshot=base not in (ANY_BASE, NO_BASE))
         new = NewJournal(self.paths, self.name, self.progress)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lab_state import _journal as journal
-from lab_state._journal import ANY_BASE, NO_BASE, Accepted, Kind, Scan
+from lab_state._journal import ANY_BASE, NO_BASE, Accepted, FrameKind, Scan
 from lab_state.exceptions import StorageError
 
 
@@ -73,13 +73,13 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Verdict:
     if scan is None:
         return Verdict(accepted, None, 0, sure=False)
     # One frame is in flight: every other one is durable. The last may be about to be synced, or its sync failed.
-    last_is_record = bool(scan.frames) and scan.frames[-1].kind is Kind.RECORD
+    last_is_record = bool(scan.frames) and scan.frames[-1].kind is FrameKind.RECORD
     return Verdict(accepted, None, len(accepted.records) - last_is_record, sure=_belongs(scan, base))
 
 
 def _belongs(scan: Scan, base: str) -> bool:
     """Return whether the journal names the snapshot, or needs none."""
-    return scan.header.base in (ANY_BASE, base) or (Kind.CHECKPOINT, base.encode()) in scan.frames
+    return scan.header.base in (ANY_BASE, base) or (FrameKind.CHECKPOINT, base.encode()) in scan.frames
 
 
 def is_answer(before: Seen | None, now: Seen) -> bool:

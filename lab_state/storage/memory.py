@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from lab_state import _forks as forks
 from lab_state import _journal as journal
 from lab_state._buffers import collect
-from lab_state._journal import NO_BASE, Kind
+from lab_state._journal import NO_BASE, FrameKind
 from lab_state.exceptions import LockedError, UnsupportedError
 from lab_state.storage._protocol import Reading, Recovery, Snapshot
 
@@ -105,7 +105,7 @@ class MemorySession:
         """Append one frame; see `StorageSession.commit`. A large one is appended in steps."""
         self._check_open()
         if len(record) < _LARGE:
-            self._journal += journal.frame(self._salt, Kind.RECORD, record)
+            self._journal += journal.frame(self._salt, FrameKind.RECORD, record)
         else:
             await self._append_in_steps(record)
         self._end = len(self._journal)
@@ -134,7 +134,7 @@ class MemorySession:
 
     async def _append_in_steps(self, record: bytes) -> None:
         try:
-            for piece in journal.frame_in_steps(self._salt, Kind.RECORD, record):
+            for piece in journal.frame_in_steps(self._salt, FrameKind.RECORD, record):
                 self._journal += piece
                 await asyncio.sleep(0)
                 self._check_open()

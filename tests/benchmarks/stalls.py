@@ -158,7 +158,7 @@ async def _unclean_start(directory: str, count: int, steps: Steps, tell: Callabl
         await state.start()
         await asyncio.sleep(0)
         steps.take()
-        await flusher_of(state).settled(state.revision)
+        await flusher_of(state).wait_flushed(state.revision)
         while (mirror := state.status().mirror) is not None and not mirror.up:  # noqa: ASYNC110 -- it sets no event
             await asyncio.sleep(0.01)
         tell(f"behind an unclean start, {'with' if cache else 'without'} a cache")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab_state._entries import DELETED, Changes, Expiring
+from lab_state._entries import DELETED, ChangeSet, Expiring
 from lab_state.cache import _backlog
 from lab_state.cache._backlog import Backlog
 
@@ -17,11 +17,11 @@ KEYS = st.sampled_from("abc")
 CHANGES = st.dictionaries(KEYS, st.none() | st.integers() | st.just(DELETED))
 
 
-def changes(start: int, end: int, what: dict[str, Any], *, cleared: bool = False) -> Changes:
-    return Changes(start, end, cleared, what, 0.0)
+def changes(start: int, end: int, what: dict[str, Any], *, cleared: bool = False) -> ChangeSet:
+    return ChangeSet(start, end, cleared, what, 0.0)
 
 
-def applied(before: dict[str, Any], taken: Changes) -> dict[str, Any]:
+def applied(before: dict[str, Any], taken: ChangeSet) -> dict[str, Any]:
     after = {} if taken.cleared else dict(before)
     for key, value in taken.changes.items():
         if value is DELETED:

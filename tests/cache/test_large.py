@@ -13,7 +13,7 @@ from redis.asyncio.connection import AbstractConnection
 
 import lab_state.cache.memory
 from lab_state import Config, Manager, MemoryCache, MemoryStorage, RedisCache
-from lab_state._entries import Changed, Expiring, Json
+from lab_state._entries import Expiring, Json, StoredOrGone
 from lab_state.cache import Seen, Slice, Step
 from lab_state.cache._connection import _pieces, hset, sent_bytes
 from lab_state.cache._format import parse_message, slices
@@ -35,7 +35,7 @@ def values(**entries: bytes) -> Slice:
 @pytest.mark.parametrize("text", ["é\n" * SIZE, '"' * SIZE, "x" * 65_536])
 def test_a_large_str_is_encoded_in_steps(text: str) -> None:
     """A large str is encoded piece by piece, with a step of the event loop behind each, into the JSON that it has."""
-    items: list[tuple[str, Changed]] = [("before", 1), ("large", Expiring(text, 5)), ("behind", "y")]
+    items: list[tuple[str, StoredOrGone]] = [("before", 1), ("large", Expiring(text, 5)), ("behind", "y")]
     found = list(slices(items, 0))
     assert found.count(None) >= len(text) // 65_536
     whole = {key: data for part in found if part is not None for key, data in part.values.items()}

@@ -15,8 +15,8 @@ from recorder import Faults
 from workloads import Workload
 
 from lab_state import StorageError, _codec, _journal
-from lab_state._entries import Changes
-from lab_state._journal import ANY_BASE, Accepted, Kind, Scan
+from lab_state._entries import ChangeSet
+from lab_state._journal import ANY_BASE, Accepted, FrameKind, Scan
 from lab_state._state import State
 from lab_state.storage import _directory, _file_start, _fs, _lookup
 from lab_state.storage._file_writer import Need, NewJournal, Paths, Writer
@@ -228,7 +228,7 @@ def new_journal_used_after_a_failed_directory_sync(patch: Patch) -> None:
 def failed_changes_forgotten(patch: Patch) -> None:
     """Forget the changes of a failed commit."""
 
-    def forget(self: State, taken: Changes) -> None:
+    def forget(self: State, taken: ChangeSet) -> None:
         self.taken = taken.start
 
     patch.setattr(State, "put_back", forget)
@@ -254,7 +254,7 @@ def no_checkpoint_frame(patch: Patch) -> None:
     patch.setattr(
         Writer,
         "_append",
-        lambda self, kind, payload: None if kind is Kind.CHECKPOINT else append(self, kind, payload),
+        lambda self, kind, payload: None if kind is FrameKind.CHECKPOINT else append(self, kind, payload),
     )
 
 
@@ -296,7 +296,7 @@ def last_commits_beside_a_checkpoint_not_synced(patch: Patch) -> None:
     """Rename the next journal with its last records in the cache."""
 
     def add(self: NewJournal, records: list[bytes]) -> None:
-        parts = self._framed((Kind.RECORD, record) for record in records)
+        parts = self._framed((FrameKind.RECORD, record) for record in records)
         _fs._write(self.fd, parts, self.end, self._progress)
         self.end += sum(map(len, parts))
 

@@ -33,7 +33,7 @@ from lab_state import (
 )
 from lab_state import _journal as journal
 from lab_state._codec import Snapshot, decode_snapshot, replay
-from lab_state._journal import NO_BASE, Kind
+from lab_state._journal import NO_BASE, FrameKind
 from lab_state.storage import _directory, _fs, _lookup
 from lab_state.storage._file_start import open_writer
 from lab_state.storage._file_writer import NewJournal
@@ -349,7 +349,7 @@ def test_bytes_that_were_never_written_behind_a_journal(journaled: Case) -> None
     """What a crash leaves behind the last frame, zeros or an older file's, is a torn tail: no frame is lost for it."""
     lines = lines_of(journaled)
     data = b"".join(lines)
-    stale = b"".join(journal.frame("another salt", Kind.RECORD, b'{"from":5,"to":6}') for _ in range(20))
+    stale = b"".join(journal.frame("another salt", FrameKind.RECORD, b'{"from":5,"to":6}') for _ in range(20))
     behind = ((data + tail[:size], {journaled.lines[-1]}) for tail in (bytes(600), stale) for size in range(600))
     assert sweep(journaled, JOURNAL, behind) == 1_200
 

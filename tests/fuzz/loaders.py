@@ -29,8 +29,8 @@ from lab_state import (
 from lab_state import _journal as journal
 from lab_state._codec import Snapshot as Loaded
 from lab_state._codec import decode_snapshot, encode_record, encode_snapshot, replay
-from lab_state._entries import Changes, Expiring
-from lab_state._journal import ANY_BASE, NO_BASE, Kind
+from lab_state._entries import ChangeSet, Expiring
+from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
 from lab_state._state import State
 from lab_state._types import decode_value
 from lab_state.cache._format import Head, Message, parse_head, parse_message, seen_in
@@ -66,9 +66,9 @@ def files(data: bytes) -> None:
     if mode & 8:
         lines = SEPARATOR.join(pieces)
     else:
-        kinds = {kind.value.encode(): kind for kind in Kind}
+        kinds = {kind.value.encode(): kind for kind in FrameKind}
         frames = [
-            journal.frame(SALT, kinds.get(piece[:1], Kind.RECORD), mended(piece[1:]) if mode & 16 else piece[1:])
+            journal.frame(SALT, kinds.get(piece[:1], FrameKind.RECORD), mended(piece[1:]) if mode & 16 else piece[1:])
             for piece in pieces
         ]
         if mode & 32:
@@ -96,7 +96,7 @@ def loaded(recover: Callable[[], Recovery]) -> None:
         encode_snapshot(dict(state.entries.items()), state.revision, state.now(), own=True, wall=state.wall())
     )
     assert values(decode_snapshot(written, "p")) == readable(state)
-    taken = Changes(0, max(1, state.revision), True, dict(state.entries.items()), 0.0, state.now(), state.wall())
+    taken = ChangeSet(0, max(1, state.revision), True, dict(state.entries.items()), 0.0, state.now(), state.wall())
     record = b"".join(encode_record(taken))
     assert values(replay(Loaded({}, 0), [record], "p")) == readable(state)
     state.sweep(1_000_000)

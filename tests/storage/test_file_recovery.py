@@ -33,7 +33,7 @@ from lab_state import (
     UnsupportedError,
 )
 from lab_state import _journal as journal
-from lab_state._journal import Kind
+from lab_state._journal import FrameKind
 from lab_state.testing import ManualClock
 
 # After a kill
@@ -328,19 +328,19 @@ def two_halves(directory: Path) -> None:
 
 def full_frame_too_late(directory: Path) -> None:
     salt = "0" * 16
-    frames = journal.header("lab", salt, journal.NO_BASE) + journal.frame(salt, Kind.FULL, b"{}")
+    frames = journal.header("lab", salt, journal.NO_BASE) + journal.frame(salt, FrameKind.FULL, b"{}")
     (directory / "lab.journal").write_bytes(frames)
 
 
 def unknown_frame(directory: Path) -> None:
     path = directory / "lab.journal"
     header = scan(directory).header
-    path.write_bytes(path.read_bytes() + journal.frame(header.salt, Kind.HEADER, b"{}"))
+    path.write_bytes(path.read_bytes() + journal.frame(header.salt, FrameKind.HEADER, b"{}"))
 
 
 def no_record(directory: Path) -> None:
     path = directory / "lab.journal"
-    path.write_bytes(path.read_bytes() + journal.frame(scan(directory).header.salt, Kind.RECORD, b'{"from":1}'))
+    path.write_bytes(path.read_bytes() + journal.frame(scan(directory).header.salt, FrameKind.RECORD, b'{"from":1}'))
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ async def test_newer_formats_are_refused_and_left_untouched(tmp_path: Path) -> N
     salt = "0" * 16
     newer = b'{"format":2,"name":"lab","salt":"%s","base":"none"}' % salt.encode()
     for name, data in (
-        ("lab.journal", journal.frame(salt, Kind.HEADER, newer)),
+        ("lab.journal", journal.frame(salt, FrameKind.HEADER, newer)),
         ("lab.json", b'{"$lab_state":{"format":2,"whatever":1}}'),
     ):
         (tmp_path / name).write_bytes(data)

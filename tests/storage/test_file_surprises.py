@@ -29,7 +29,7 @@ from lab_state import (
     UnsupportedError,
 )
 from lab_state import _journal as journal
-from lab_state._journal import Kind
+from lab_state._journal import FrameKind
 from lab_state.integrations._lifespan import health_of
 from lab_state.storage import _directory, _file_writer, _fs, _lock, _lookup, _os_errors
 from lab_state.storage._file_writer import NewJournal, Writer
@@ -509,8 +509,8 @@ def another_journal(path: Path, _: bytes) -> None:
     size = path.stat().st_size
     head = journal.header("lab", salt, "none")
     record = b'{"from":0,"to":1,"clear":false,"set":{"a":"%s"},"delete":[],"expires":{}}'
-    rest = size - len(head) - len(journal.frame(salt, Kind.RECORD, record % (b"x" * 100))) + 100
-    data = head + journal.frame(salt, Kind.RECORD, record % (b"x" * rest))
+    rest = size - len(head) - len(journal.frame(salt, FrameKind.RECORD, record % (b"x" * 100))) + 100
+    data = head + journal.frame(salt, FrameKind.RECORD, record % (b"x" * rest))
     assert len(data) == size
     overwrite(path, data)
 
@@ -713,7 +713,7 @@ async def test_a_new_journal_that_is_not_what_was_written(tmp_path: Path, how: s
     other = tmp_path / "other"
     taken: list[int] = []
 
-    def create(self: NewJournal, base: str, *frames: tuple[Kind, bytes]) -> None:
+    def create(self: NewJournal, base: str, *frames: tuple[FrameKind, bytes]) -> None:
         real(self, base, *frames)
         if how == "closed":
             taken.append(reopened(self.fd, other))

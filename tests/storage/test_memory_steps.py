@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from lab_state import Config, Manager, MemoryStorage, UnsupportedError
-from lab_state._journal import Kind, frame, frame_in_steps
+from lab_state._journal import FrameKind, frame, frame_in_steps
 from lab_state.storage import Snapshot
 from lab_state.storage.memory import MemorySession
 
@@ -37,15 +37,15 @@ async def begun(session: MemorySession, steps: int) -> asyncio.Task[bool]:
 
 def steps_to_append() -> int:
     """Return how many steps are taken before the first append, and one more."""
-    return next(number for number, piece in enumerate(frame_in_steps("a", Kind.RECORD, LARGE), 1) if piece) + 1
+    return next(number for number, piece in enumerate(frame_in_steps("a", FrameKind.RECORD, LARGE), 1) if piece) + 1
 
 
 @pytest.mark.parametrize("size", [0, 1, 256 * 1024, 256 * 1024 + 1, 1_000_000])
 def test_a_frame_in_steps(size: int) -> None:
     """Put together, the steps are the frame; none is larger than a piece."""
     payload = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
-    pieces = list(frame_in_steps("salt", Kind.RECORD, payload))
-    assert b"".join(pieces) == frame("salt", Kind.RECORD, payload)
+    pieces = list(frame_in_steps("salt", FrameKind.RECORD, payload))
+    assert b"".join(pieces) == frame("salt", FrameKind.RECORD, payload)
     assert max(map(len, pieces)) <= 256 * 1024
 
 

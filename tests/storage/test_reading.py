@@ -31,7 +31,7 @@ from lab_state import (
     read_state,
 )
 from lab_state import _journal as journal
-from lab_state._journal import ANY_BASE, NO_BASE, Kind
+from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
 from lab_state._loading import load
 from lab_state.storage import _file_reader, _fs_read
 from lab_state.storage._file_reader import is_held, read_files
@@ -43,12 +43,12 @@ SALT = "0123456789abcdef"
 BASE, OTHER = "10-00000001", "12-00000002"
 
 
-def written(base: str, *frames: tuple[Kind, bytes], tail: bytes = b"", name: str = NAME) -> bytes:
+def written(base: str, *frames: tuple[FrameKind, bytes], tail: bytes = b"", name: str = NAME) -> bytes:
     return b"".join([journal.header(name, SALT, base), *(journal.frame(SALT, *frame) for frame in frames), tail])
 
 
-ONE, TWO = (Kind.RECORD, b"1"), (Kind.RECORD, b"2")
-TORN = journal.frame(SALT, Kind.RECORD, b"in flight")[:-3]
+ONE, TWO = (FrameKind.RECORD, b"1"), (FrameKind.RECORD, b"2")
+TORN = journal.frame(SALT, FrameKind.RECORD, b"in flight")[:-3]
 DAMAGED = written(BASE, tail=b"x" + journal.frame(SALT, *ONE))
 
 # What is decided
@@ -57,16 +57,16 @@ DAMAGED = written(BASE, tail=b"x" + journal.frame(SALT, *ONE))
 @pytest.mark.parametrize(
     ("data", "base", "records", "durable"),
     [
-        (written(ANY_BASE, (Kind.FULL, b"{}")), NO_BASE, (), 0),
-        (written(ANY_BASE, (Kind.FULL, b"{}"), ONE), OTHER, (b"1",), 0),
+        (written(ANY_BASE, (FrameKind.FULL, b"{}")), NO_BASE, (), 0),
+        (written(ANY_BASE, (FrameKind.FULL, b"{}"), ONE), OTHER, (b"1",), 0),
         (written(BASE), BASE, (), 0),
         (written(BASE, ONE, TWO), BASE, (b"1", b"2"), 1),
         (written(BASE, ONE, TWO, tail=TORN), BASE, (b"1", b"2"), 1),
-        (written(BASE, ONE, (Kind.CHECKPOINT, OTHER.encode())), BASE, (b"1",), 1),
-        (written(BASE, ONE, (Kind.CHECKPOINT, OTHER.encode())), OTHER, (b"1",), 1),
+        (written(BASE, ONE, (FrameKind.CHECKPOINT, OTHER.encode())), BASE, (b"1",), 1),
+        (written(BASE, ONE, (FrameKind.CHECKPOINT, OTHER.encode())), OTHER, (b"1",), 1),
         (written(NO_BASE), NO_BASE, (), 0),
         (written(NO_BASE, ONE), NO_BASE, (b"1",), 0),
-        (written(NO_BASE, ONE, (Kind.CHECKPOINT, BASE.encode()), TWO), BASE, (b"1", b"2"), 1),
+        (written(NO_BASE, ONE, (FrameKind.CHECKPOINT, BASE.encode()), TWO), BASE, (b"1", b"2"), 1),
     ],
 )
 def test_what_is_an_answer_at_the_first_reading(
@@ -133,7 +133,7 @@ def test_damage_behind_which_the_journal_grew_is_the_same() -> None:
 
 def test_only_a_journal_with_the_whole_state_needs_no_snapshot() -> None:
     """A header that is bad tells nothing, so the snapshot is looked at."""
-    assert not needs_snapshot(written(ANY_BASE, (Kind.FULL, b"{}")), NAME, "path")
+    assert not needs_snapshot(written(ANY_BASE, (FrameKind.FULL, b"{}")), NAME, "path")
     assert needs_snapshot(written(BASE), NAME, "path")
     assert needs_snapshot(b"", NAME, "path")
 
@@ -463,7 +463,7 @@ def test_files_missing_for_a_moment_are_not_missing(tmp_path: Path, monkeypatch:
 def test_a_journal_with_the_whole_state_needs_no_snapshot(tmp_path: Path) -> None:
     """Whatever lies beside it, the state is what the journal holds; nothing else is read."""
     (tmp_path / f"{NAME}.json").mkdir()
-    (tmp_path / f"{NAME}.journal").write_bytes(written(ANY_BASE, (Kind.FULL, b'{"a":1}'), ONE, tail=TORN))
+    (tmp_path / f"{NAME}.journal").write_bytes(written(ANY_BASE, (FrameKind.FULL, b'{"a":1}'), ONE, tail=TORN))
     reading = read(tmp_path)
     assert (reading.snapshot, reading.crc32, reading.records, reading.durable) == (b'{"a":1}', None, (b"1",), 0)
 

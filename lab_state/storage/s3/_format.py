@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from lab_state import _journal as journal
 from lab_state._buffers import join_in_thread
-from lab_state._journal import Kind
+from lab_state._journal import FrameKind
 from lab_state.exceptions import CorruptionError
 
 SEQ = "labstateseq"
@@ -78,7 +78,7 @@ class Names(NamedTuple):
 
 def frame(name: str, number: int, record: bytes) -> bytes:
     """The body of a record object. Its checksum covers the state's name and the number too."""
-    return join_in_thread(journal.frame_parts(_salt(name, number), Kind.RECORD, record))
+    return join_in_thread(journal.frame_parts(_salt(name, number), FrameKind.RECORD, record))
 
 
 def unframe(name: str, number: int, body: bytes, path: str) -> bytes:
@@ -87,7 +87,7 @@ def unframe(name: str, number: int, body: bytes, path: str) -> bytes:
     Raises:
         CorruptionError: The object is damaged, or belongs elsewhere.
     """
-    record = journal.payload(body, _salt(name, number), Kind.RECORD)
+    record = journal.payload(body, _salt(name, number), FrameKind.RECORD)
     if record is None:
         raise CorruptionError(path, 0, "its checksum does not match its contents; restore a copy")
     return record
