@@ -65,9 +65,9 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
 
 async def _loaded(session: StorageSession) -> Snapshot:
     snapshot, records = session.recovery[:2]
-    begin = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path)
+    start = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path)
     await asyncio.sleep(0)
-    return replay(begin, records, session.path)
+    return replay(start, records, session.path)
 
 
 async def _write(name: str, target: Storage, state: Snapshot, tell: Progress) -> None:

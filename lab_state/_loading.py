@@ -68,9 +68,9 @@ def _is_the_same(before: tuple[Reading, str], now: tuple[Reading, str]) -> bool:
 
 async def _decoded(reading: Reading) -> Loaded:
     snapshot, records, durable, live, path, crc = reading
-    begin = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, path, crc)
+    start = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, path, crc)
     await asyncio.sleep(0)
-    settled = replay(begin, records[:durable], path)
-    whole = replay(settled, records[durable:], path, first=durable + 1)
+    durable_state = replay(start, records[:durable], path)
+    whole = replay(durable_state, records[durable:], path, first=durable + 1)
     size = len(snapshot or b"") + sum(map(len, records))
-    return Loaded(whole, settled.revision, live, path, size)
+    return Loaded(whole, durable_state.revision, live, path, size)

@@ -40,7 +40,7 @@ from lab_state import (
     copy_state,
     read_state,
 )
-from lab_state.storage._protocol import Snapshot
+from lab_state.storage._protocol import SnapshotSource
 from lab_state.storage.s3 import _Claim
 
 R = TypeVar("R")
@@ -214,13 +214,13 @@ class WaitingSession:
     def warning(self) -> str | None:
         return self._inner.warning
 
-    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
+    async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:
         await asyncio.sleep(0)
         due = await self._inner.commit(record, snapshot)
         await asyncio.sleep(0)
         return due
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
+    async def checkpoint(self, snapshot: SnapshotSource) -> None:
         await asyncio.sleep(0)
         await self._inner.checkpoint(snapshot)
         await asyncio.sleep(0)

@@ -26,7 +26,7 @@ from lab_state import (
 )
 from lab_state._snapshots import SnapshotViews
 from lab_state._state import Overlay
-from lab_state.storage import Snapshot
+from lab_state.storage import SnapshotSource
 from lab_state.testing import FaultyStorage, ManualClock
 
 
@@ -643,11 +643,11 @@ class _UncleanSession:
         self.snapshot_bytes = self.journal_bytes = self.progress = 0
         self.warning = None
 
-    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
+    async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:
         await self._inner.commit(record, snapshot)
         return True
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
+    async def checkpoint(self, snapshot: SnapshotSource) -> None:
         await self._inner.checkpoint(snapshot)
 
     async def aclose(self) -> None:

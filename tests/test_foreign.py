@@ -18,7 +18,7 @@ from lab_state._flusher import Flusher
 from lab_state._log import Log
 from lab_state._watch import Watchers
 from lab_state.integrations import _lifespan
-from lab_state.storage import Reading, Snapshot
+from lab_state.storage import Reading, SnapshotSource
 from lab_state.testing import FaultyStorage, ManualClock
 
 
@@ -332,11 +332,13 @@ class StrangeSession:
             self._during = ""
             raise self._problem()
 
-    def commit(self, record: bytes, snapshot: Snapshot) -> Any:  # it raises when it is called, not when it is awaited
+    def commit(
+        self, record: bytes, snapshot: SnapshotSource
+    ) -> Any:  # it raises when it is called, not when it is awaited
         self._strange("commit")
         return self._inner.commit(record, snapshot)
 
-    def checkpoint(self, snapshot: Snapshot) -> Any:
+    def checkpoint(self, snapshot: SnapshotSource) -> Any:
         self._strange("checkpoint")
         return self._inner.checkpoint(snapshot)
 

@@ -10,7 +10,7 @@ from running import flusher_of, idle, until
 
 from lab_state import Config, Manager, MemoryStorage, UnavailableError
 from lab_state._standstill import Standstill
-from lab_state.storage import Reading, Snapshot, StorageSession
+from lab_state.storage import Reading, SnapshotSource, StorageSession
 from lab_state.testing import FaultyStorage, ManualClock
 
 
@@ -45,11 +45,11 @@ class SlowSession:
         if self._storage.error is not None:
             raise self._storage.error
 
-    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
+    async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:
         await self._wait()
         return await self._inner.commit(record, snapshot)
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
+    async def checkpoint(self, snapshot: SnapshotSource) -> None:
         await self._inner.checkpoint(snapshot)
 
     async def aclose(self) -> None:
@@ -175,12 +175,12 @@ async def test_encoding_is_progress(
     """A large state that is encoded slowly, before the storage has a byte of it, does not end the stop."""
 
     class Reading(SlowSession):
-        async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
+        async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:
             async for _ in snapshot():  # as a storage that must write everything anew
                 clock.advance(2.0)
             return await self._inner.commit(record, snapshot)
 
-        async def checkpoint(self, snapshot: Snapshot) -> None:
+        async def checkpoint(self, snapshot: SnapshotSource) -> None:
             async def slices() -> object:
                 async for part in snapshot():
                     clock.advance(2.0)

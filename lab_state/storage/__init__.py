@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lab_state.storage._protocol import Reading, Recovery, Snapshot, Storage, StorageSession
+from lab_state.storage._protocol import Reading, Recovery, SnapshotSource, Storage, StorageSession
 from lab_state.storage.file import FileStorage
 from lab_state.storage.memory import MemoryStorage
 from lab_state.storage.s3 import S3Storage
@@ -13,7 +13,7 @@ __all__ = [
     "Reading",
     "Recovery",
     "S3Storage",
-    "Snapshot",
+    "SnapshotSource",
     "Storage",
     "StorageSession",
 ]

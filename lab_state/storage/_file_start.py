@@ -69,7 +69,7 @@ def _discard_temporaries(paths: Paths, lock: Lock, leftovers: Leftovers, *, is_n
             return
     for file in left:
         fs.discard(file)
-    lock.settle(left)
+    lock.note_left(left)
 
 
 def _check_there(paths: Paths) -> None:
@@ -95,7 +95,7 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
     if torn and data is not None:
         _keep_torn(paths.journal, data, size - torn, leftovers)
     writer = Writer(name, paths, lock)
-    writer.base, writer.snapshot = base, fingerprint
+    writer.base, writer.snapshot_fingerprint = base, fingerprint
     writer.snapshot_bytes = 0 if fingerprint is None else fingerprint.size
     writer.end = size
     writer.need = Need.FULL if accepted.unclean else Need.NEW
@@ -104,14 +104,14 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
     return writer, Recovery(snapshot, accepted.records, accepted.unclean, torn, crc)
 
 
-def _keep_torn(path: str, data: bytes, begin: int, leftovers: Leftovers) -> None:
+def _keep_torn(path: str, data: bytes, start: int, leftovers: Leftovers) -> None:
     """Put a torn tail aside for inspection, and keep the newest few."""
     try:
         older = leftovers.torn(path)
         while len(older) >= _TORN_KEPT:
             fs.discard(older.pop(0))
         # In pieces: one copy of all of it would hold up every other thread.
-        tail = [data[at : at + _COPIED_AT_ONCE] for at in range(begin, len(data), _COPIED_AT_ONCE)]
+        tail = [data[at : at + _COPIED_AT_ONCE] for at in range(start, len(data), _COPIED_AT_ONCE)]
         kept = f"{path}.torn-{time.time_ns() // 1_000_000}"
         fs.close(fs.create(kept, tail, fs.Progress()))
         leftovers.add(path, kept)

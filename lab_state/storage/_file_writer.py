@@ -169,7 +169,7 @@ class Writer:
         self.paths: Paths = paths
         self.lock: Lock = lock
         self.base: str = NO_BASE
-        self.snapshot: lookup.Fingerprint | None = None
+        self.snapshot_fingerprint: lookup.Fingerprint | None = None
         self.need: Need = Need.NEW
         self.unsynced: bool = True
         self.snapshot_bytes: int = 0
@@ -221,7 +221,7 @@ class Writer:
 
     # Checkpoints
 
-    def begin_checkpoint(self, *paths: str) -> None:
+    def note_checkpoint(self, *paths: str) -> None:
         """Note the temporary files of a checkpoint before they are made. `end_checkpoint` follows in any case."""
         self.lock.check()
         self.lock.note(*paths)
@@ -268,7 +268,7 @@ class Writer:
         except StorageError:
             self._poison()
             raise
-        self.base, self.snapshot, self.snapshot_bytes, self.unsynced = upcoming.base, snapshot, size, False
+        self.base, self.snapshot_fingerprint, self.snapshot_bytes, self.unsynced = upcoming.base, snapshot, size, False
         upcoming.add(since[upcoming.records :])
         self._put_in_place(upcoming, self.replaced)
 
@@ -394,7 +394,7 @@ class Writer:
     def _check_snapshot(self) -> None:
         """Behind a snapshot that is gone, a record would be refused by the next start."""
         relied_on = self.need is not Need.FULL and not self.starts_full
-        if relied_on and lookup.fingerprint(self.paths.snapshot) != self.snapshot:
+        if relied_on and lookup.fingerprint(self.paths.snapshot) != self.snapshot_fingerprint:
             _logger.error("%s was deleted or replaced while in use: writing everything anew", self.paths.snapshot)
             self._poison()
 

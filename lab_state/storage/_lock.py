@@ -22,7 +22,7 @@ from lab_state.storage import _lookup as lookup
 from lab_state.storage._proc_locks import find_holders
 
 
-class Holder(msgspec.Struct, frozen=True):
+class LockHolder(msgspec.Struct, frozen=True):
     """The holder of a lock, as the lock file names it.
 
     Anyone who may write the file can put anything there. The bounds keep line breaks
@@ -104,7 +104,7 @@ class Lock:
     def _left(self, said: bytes) -> tuple[str, ...] | None:
         """Return what temporary files there may be, as the last session said; a power cut may have undone that."""
         try:
-            last = msgspec.json.decode(said, type=Holder)
+            last = msgspec.json.decode(said, type=LockHolder)
         except NOT_JSON:
             return None
         directory, name = os.path.split(self.path.removesuffix(".lock"))
@@ -123,7 +123,7 @@ class Lock:
         if not lookup.is_open(self._fd, self._identity):
             return
         making = (*(self.left or ()), *self._making)
-        holder = Holder(
+        holder = LockHolder(
             _host(),
             os.getpid(),
             self._since,
@@ -154,7 +154,7 @@ class Lock:
         finally:
             self.forget(*paths)
 
-    def settle(self, left: tuple[str, ...]) -> None:
+    def note_left(self, left: tuple[str, ...]) -> None:
         """Note which of these are still left of earlier sessions."""
         left = tuple(path for path in left if not lookup.is_gone(path))
         with self._telling:
@@ -164,7 +164,7 @@ class Lock:
 
     def _who(self) -> str:
         try:
-            holder = msgspec.json.decode(fs.read_lock(self._fd, self.path), type=Holder)
+            holder = msgspec.json.decode(fs.read_lock(self._fd, self.path), type=LockHolder)
         except NOT_JSON:  # it has the lock, but has not yet said who it is
             holder = None
         if self._identity in _ours:
@@ -234,7 +234,7 @@ _ours: dict[lookup.Identity, Lock] = {}
 """The locks of this process. Neither pid nor host name tells: two containers can have both in common."""
 
 
-def describe(holder: Holder | None, shown: list[int], path: str) -> str:
+def describe(holder: LockHolder | None, shown: list[int], path: str) -> str:
     """Return who holds a lock that is not this process's own, for the message.
 
     Args:

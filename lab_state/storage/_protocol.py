@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple, Protocol
 
-Snapshot = Callable[[], AsyncIterator[bytes]]
+SnapshotSource = Callable[[], AsyncIterator[bytes]]
 """Takes a view of the state, at one revision, at the moment of the call; gives it in slices.
 
 The slices come one after the other, and the event loop runs between two. For a
@@ -121,7 +121,7 @@ class StorageSession(Protocol):
         """Return a fault that does not fail calls, and what to do about it; `None` for none. `status()` shows it."""
         ...
 
-    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
+    async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:
         """Make one record durable.
 
         Args:
@@ -139,7 +139,7 @@ class StorageSession(Protocol):
         """
         ...
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
+    async def checkpoint(self, snapshot: SnapshotSource) -> None:
         """Write a snapshot in place of everything before it.
 
         Runs beside commits and does not hold them up. Records committed after the

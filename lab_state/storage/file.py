@@ -41,7 +41,7 @@ from lab_state.storage._file_reader import read_files
 from lab_state.storage._file_start import open_writer
 from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, NewJournal, Writer
 from lab_state.storage._leftovers import Leftovers
-from lab_state.storage._protocol import Reading, Recovery, Snapshot
+from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
 from lab_state.storage._worker import Threads, Worker
 
 _MOST_OPEN = 64
@@ -224,7 +224,7 @@ class FileSession:
         """
         return self._writer.progress.count + self._commits.waited + self._checkpoints.waited
 
-    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
+    async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:
         """Append one frame and sync, in one hop; see `StorageSession.commit`."""
         self._check_open()
         full_needed = False
@@ -238,7 +238,7 @@ class FileSession:
             self._journals.used(self._own)
         return self._writer.checkpoint_due
 
-    async def _commit_full(self, record: bytes, snapshot: Snapshot) -> None:
+    async def _commit_full(self, record: bytes, snapshot: SnapshotSource) -> None:
         """Commit with the whole state; in a frame of its own, since the error's traceback keeps that of its caller."""
         full = await collect(snapshot())
         self._check_open()
@@ -249,7 +249,7 @@ class FileSession:
         with contextlib.suppress(RuntimeError):  # it is being closed
             self._commits.submit(self._writer.rest)
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
+    async def checkpoint(self, snapshot: SnapshotSource) -> None:
         """Write the snapshot beside the commits, then publish it; see `StorageSession.checkpoint`."""
         try:
             await self._checkpoint(snapshot)
@@ -259,7 +259,7 @@ class FileSession:
             # Where somebody has deleted the journal, what it held is in memory alone: not to be left at that.
             await self._checkpoint(snapshot)
 
-    async def _checkpoint(self, snapshot: Snapshot) -> None:
+    async def _checkpoint(self, snapshot: SnapshotSource) -> None:
         self._check_open()
         writer, thread = self._writer, self._checkpoints
         slices = snapshot()
@@ -276,7 +276,7 @@ class FileSession:
                 await self._run(self._commits, writer.repair, full, generation)
                 generation, slices = writer.generation, _one(full)
             counted = _Counted(slices)
-            await self._run(thread, writer.begin_checkpoint, new.path, upcoming.path)
+            await self._run(thread, writer.note_checkpoint, new.path, upcoming.path)
             await self._run(thread, new.open)
             await new.write(counted.slices(), thread, self._check_open)
             await self._run(thread, new.finish)

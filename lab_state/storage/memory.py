@@ -11,14 +11,14 @@ from lab_state import _journal as journal
 from lab_state._buffers import collect
 from lab_state._journal import NO_BASE, FrameKind
 from lab_state.exceptions import LockedError, UnsupportedError
-from lab_state.storage._protocol import Reading, Recovery, Snapshot
+from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
 
 _MIN_CHECKPOINT_BYTES = 64 * 1024
 _LARGE = 1024 * 1024
 
 
-class Place:
-    """Where one state is: what a file would hold, and whether someone has it open."""
+class StoredState:
+    """One state in memory: its snapshot, its journal, and the session that has it open, if any."""
 
     def __init__(self) -> None:
         self.snapshot: bytes | None = None
@@ -35,7 +35,7 @@ class MemoryStorage:
 
     def __init__(self) -> None:
         """An object with no states."""
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, StoredState] = {}
 
     def __repr__(self) -> str:
         """The names of the states."""
@@ -43,65 +43,65 @@ class MemoryStorage:
 
     async def open(self, name: str) -> MemorySession:
         """Lock the state and load it; see `Storage.open`."""
-        place = self.places.setdefault(name, Place())
-        if place.session is not None:
+        stored = self.places.setdefault(name, StoredState())
+        if stored.session is not None:
             raise LockedError(f"{name!r} is open in this {type(self).__name__} already: stop its manager first")
-        return MemorySession(place, name)
+        return MemorySession(stored, name)
 
     async def read(self, name: str) -> Reading:
         """Read the state beside its manager; see `Storage.read`. Every record is durable."""
         path = _path(name)
-        if (place := self.places.get(name)) is None:
+        if (stored := self.places.get(name)) is None:
             raise UnsupportedError(f"there is no state at {path}: check the name and the storage")
-        data = None if place.journal is None else bytes(place.journal)
+        data = None if stored.journal is None else bytes(stored.journal)
         scan = None if data is None else journal.scan(data, name, path)
-        records = journal.accept(scan, len(data or b""), _base(place.snapshot), path).records
-        return Reading(place.snapshot, records, len(records), place.session is not None, path)
+        records = journal.accept(scan, len(data or b""), _base(stored.snapshot), path).records
+        return Reading(stored.snapshot, records, len(records), stored.session is not None, path)
 
 
 class MemorySession:
     """A state in memory, owned until `aclose`; see `StorageSession`."""
 
-    def __init__(self, place: Place, name: str) -> None:
+    def __init__(self, stored: StoredState, name: str) -> None:
         self._name = name
-        self._place = place
+        self._stored = stored
         self.path: str = _path(name)
         self.progress: int = 0
         self.warning: str | None = None
-        base = _base(place.snapshot)
-        data = bytes(place.journal or b"")
-        scan = None if place.journal is None else journal.scan(data, name, self.path)
+        base = _base(stored.snapshot)
+        data = bytes(stored.journal or b"")
+        scan = None if stored.journal is None else journal.scan(data, name, self.path)
         accepted = journal.accept(scan, len(data), base, self.path)
         torn = len(data) - scan.end if scan is not None else 0
         # Memory does not tear: this journal was damaged by hand. Drop the tail as a disk would.
         self._salt = scan.header.salt if scan is not None else journal.new_salt()
-        if place.journal is None:
-            place.journal = bytearray(journal.header(name, self._salt, base))
+        if stored.journal is None:
+            stored.journal = bytearray(journal.header(name, self._salt, base))
         elif torn:
-            del place.journal[-torn:]
-        self._journal = place.journal
+            del stored.journal[-torn:]
+        self._journal = stored.journal
         self._end = len(self._journal)  # behind it is the frame that is being appended
         self._crc = 0  # of the snapshot that is being made
-        self.recovery: Recovery = Recovery(place.snapshot, accepted.records, unsettled=False, dropped_bytes=torn)
-        place.session = self
+        self.recovery: Recovery = Recovery(stored.snapshot, accepted.records, unsettled=False, dropped_bytes=torn)
+        stored.session = self
         forks.disown_in_children(self)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Let go. Runs in a forked child, whose managers may use the copy that is there."""
-        if self._place.session is self:
-            self._place.session = None
+        if self._stored.session is self:
+            self._stored.session = None
 
     @property
     def snapshot_bytes(self) -> int:
         """The size of the snapshot."""
-        return len(self._place.snapshot or b"")
+        return len(self._stored.snapshot or b"")
 
     @property
     def journal_bytes(self) -> int:
         """The size of the journal."""
         return self._end
 
-    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:  # noqa: ARG002 -- memory can always append
+    async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- memory can always append
         """Append one frame; see `StorageSession.commit`. A large one is appended in steps."""
         self._check_open()
         if len(record) < _LARGE:
@@ -112,7 +112,7 @@ class MemorySession:
         self.progress += len(record)
         return self.journal_bytes > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
+    async def checkpoint(self, snapshot: SnapshotSource) -> None:
         """Replace the snapshot and the journal at once; see `StorageSession.checkpoint`."""
         self._check_open()
         slices = snapshot()
@@ -123,7 +123,7 @@ class MemorySession:
         # What is behind the view stays, with a frame that is being appended.
         self._journal[:before] = header
         self._end += len(header) - before
-        self._place.snapshot = data
+        self._stored.snapshot = data
         self.recovery = self.recovery.used()
 
     async def _counted(self, slices: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -139,17 +139,17 @@ class MemorySession:
                 await asyncio.sleep(0)
                 self._check_open()
         except BaseException:
-            if self._place.session is self:  # else the next session has dropped it, as a torn tail
+            if self._stored.session is self:  # else the next session has dropped it, as a torn tail
                 del self._journal[self._end :]
             raise
 
     async def aclose(self) -> None:
         """Let go; see `StorageSession.aclose`."""
-        if self._place.session is self:
-            self._place.session = None
+        if self._stored.session is self:
+            self._stored.session = None
 
     def _check_open(self) -> None:
-        if self._place.session is not self:
+        if self._stored.session is not self:
             raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar, get_args, runtime_checkable
 
 from lab_state.exceptions import StorageError, UnavailableError
-from lab_state.storage._protocol import Reading, Recovery, Snapshot, Storage, StorageSession
+from lab_state.storage._protocol import Reading, Recovery, SnapshotSource, Storage, StorageSession
 from lab_state.testing._conformance import StorageConformance
 
 __all__ = ["FaultyStorage", "ManualClock", "Moment", "Operation", "StorageConformance"]
@@ -310,10 +310,10 @@ class _FaultySession:
     def warning(self) -> str | None:
         return self._inner.warning
 
-    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:
+    async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:
         return await self._call("commit", lambda: self._inner.commit(record, snapshot), len(record))
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
+    async def checkpoint(self, snapshot: SnapshotSource) -> None:
         await self._call("checkpoint", lambda: self._inner.checkpoint(snapshot))
 
     async def aclose(self) -> None:

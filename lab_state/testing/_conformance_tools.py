@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from lab_state.exceptions import UnavailableError
-from lab_state.storage._protocol import Snapshot, Storage, StorageSession
+from lab_state.storage._protocol import SnapshotSource, Storage, StorageSession
 
 E = TypeVar("E", bound=BaseException)
 R = TypeVar("R")
@@ -47,7 +47,7 @@ async def opened(storage: Storage, name: str = NAME) -> AsyncGenerator[StorageSe
         await session.aclose()
 
 
-def given(*slices: bytes) -> Snapshot:
+def given(*slices: bytes) -> SnapshotSource:
     """A view in these slices."""
 
     async def view() -> AsyncIterator[bytes]:
@@ -57,7 +57,7 @@ def given(*slices: bytes) -> Snapshot:
     return view
 
 
-def failing(*slices: bytes) -> Snapshot:
+def failing(*slices: bytes) -> SnapshotSource:
     """A view that ends with an error behind these slices."""
 
     async def view() -> AsyncIterator[bytes]:

@@ -266,7 +266,11 @@ def journal_before_snapshot(patch: Patch) -> None:
         self._put_in_place(upcoming)
         _fs.rename(new, self.paths.snapshot)
         _fs.sync_directory(self.paths.directory)
-        self.base, self.snapshot, self.snapshot_bytes = upcoming.base, _lookup.fingerprint(self.paths.snapshot), size
+        self.base, self.snapshot_fingerprint, self.snapshot_bytes = (
+            upcoming.base,
+            _lookup.fingerprint(self.paths.snapshot),
+            size,
+        )
 
     patch.setattr(Writer, "publish", publish)
 

@@ -39,7 +39,7 @@ from lab_state.cache._source import Found as Fetched
 from lab_state.storage._protocol import Recovery
 from lab_state.storage.s3._format import Names, frame, stamp_in_body, stamp_in_metadata, stamped, unframe
 from lab_state.storage.s3._open import _stamp, gap
-from lab_state.storage.s3._outcomes import Found
+from lab_state.storage.s3._outcomes import ObjectInfo
 from lab_state.testing import ManualClock
 
 _SILENT = logging.Logger("fuzzing", logging.CRITICAL)  # noqa: LOG001 -- used here only
@@ -137,7 +137,7 @@ def s3(data: bytes) -> None:
         assert found is None or f'"seq":{found.seq},"fence":{found.fence}' in re.sub(
             r":0+(?=\d)", ":", snapshot.decode("latin1")
         )
-        _stamp((Found("", metadata if mode & 2 else {}, len(snapshot)), snapshot), "p")
+        _stamp((ObjectInfo("", metadata if mode & 2 else {}, len(snapshot)), snapshot), "p")
         told = stamp_in_metadata(metadata, "p")
         assert told is None or stamp_in_metadata(told.metadata(), "p") == told
         plain = decode_snapshot(snapshot, "p")

@@ -13,7 +13,7 @@ from typing import Any
 
 from lab_state import S3Storage
 from lab_state._clock import Clock
-from lab_state.storage._protocol import Snapshot
+from lab_state.storage._protocol import SnapshotSource
 from lab_state.storage.s3._time import Time
 from lab_state.testing import ManualClock
 
@@ -65,7 +65,7 @@ def client(url: str | None = None) -> Any:
     )
 
 
-def given(*slices: bytes) -> Snapshot:
+def given(*slices: bytes) -> SnapshotSource:
     """Return a state, as a storage is given it."""
 
     async def view() -> AsyncIterator[bytes]:

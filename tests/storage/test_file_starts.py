@@ -75,7 +75,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "reading": (_fs, "read"),
     "scanning": (_journal, "scan"),
     "the recovery": (_file_start, "Recovery"),
-    "temporary files": (Lock, "settle"),
+    "temporary files": (Lock, "note_left"),
     "the session": (file.FileSession, "__init__"),
     "decoding": (manager, "decode_snapshot"),
     "the map": (manager, "State"),

@@ -19,7 +19,7 @@ import pytest
 
 from lab_state import FileStorage, LockedError, Manager, UnavailableError
 from lab_state.storage import _fs, _lock, _lookup
-from lab_state.storage._lock import Holder, Lock, describe
+from lab_state.storage._lock import Lock, LockHolder, describe
 
 HOST = socket.gethostname()
 STARTED = "2026-01-01T00:00:00+0000"
@@ -123,7 +123,7 @@ def test_another_manager_in_this_process(tmp_path: Path) -> None:
     Lock(str(tmp_path / "other.lock")).release()
 
 
-MINE = Holder(HOST, os.getpid(), STARTED)
+MINE = LockHolder(HOST, os.getpid(), STARTED)
 
 
 def ended() -> int:
@@ -138,22 +138,22 @@ def ended() -> int:
     [
         (None, [], "another writer"),
         (MINE, [], f"{MINE}, in another container"),
-        (Holder("elsewhere", 7, STARTED), [], f"pid 7 on elsewhere, since {STARTED}"),
-        (Holder("elsewhere", 7, STARTED), [1], f"pid 1 on {HOST}"),
-        (Holder(HOST, 1, STARTED), [], f"pid 1 on {HOST}, since {STARTED}"),
-        (Holder(HOST, 1, STARTED), [1], f"pid 1 on {HOST}, since {STARTED}"),
+        (LockHolder("elsewhere", 7, STARTED), [], f"pid 7 on elsewhere, since {STARTED}"),
+        (LockHolder("elsewhere", 7, STARTED), [1], f"pid 1 on {HOST}"),
+        (LockHolder(HOST, 1, STARTED), [], f"pid 1 on {HOST}, since {STARTED}"),
+        (LockHolder(HOST, 1, STARTED), [1], f"pid 1 on {HOST}, since {STARTED}"),
     ],
     # The texts have the pid of the test's process in them, and the processes of a run must agree on the names.
     ids=["no holder", "this pid", "elsewhere", "elsewhere, shown", "this host", "this host, shown"],
 )
-def test_what_is_told(holder: Holder | None, shown: list[int], expected: str) -> None:
+def test_what_is_told(holder: LockHolder | None, shown: list[int], expected: str) -> None:
     """`/proc/locks` goes before the lock file, and the file's word counts where the kernel does not show the holder."""
     assert describe(holder, shown, "x.lock") == expected
 
 
 def test_a_holder_that_neither_runs_here_nor_shows() -> None:
     """It may be in another container, or its child has the lock: both are said."""
-    holder = Holder(HOST, ended(), STARTED)
+    holder = LockHolder(HOST, ended(), STARTED)
     told = describe(holder, [], "x.lock")
     assert told == f"{holder}, which does not run here: it is in another container, or its child holds the lock"
 
@@ -229,7 +229,7 @@ def test_a_descriptor_that_is_another_files_by_now(tmp_path: Path) -> None:
     try:
         with lock.noted(str(tmp_path / "lab.json.01234567.tmp")):
             assert other.read_bytes() == b"precious" * 100
-        lock.settle((str(tmp_path),))
+        lock.note_left((str(tmp_path),))
         lock.release()
         assert other.read_bytes() == b"precious" * 100
     finally:

@@ -9,14 +9,14 @@ import pytest
 
 from lab_state import Config, Manager, MemoryStorage, UnsupportedError
 from lab_state._journal import FrameKind, frame, frame_in_steps
-from lab_state.storage import Snapshot
+from lab_state.storage import SnapshotSource
 from lab_state.storage.memory import MemorySession
 
 LARGE = b'{"from":0,"to":1,"clear":false,"set":{"large":"%s"},"delete":[],"expires":{}}' % (b"x" * 2_000_000)
 SMALL = b'{"from":1,"to":2,"clear":false,"set":{"small":1},"delete":[],"expires":{}}'
 
 
-def snapshot_of(data: bytes) -> Snapshot:
+def snapshot_of(data: bytes) -> SnapshotSource:
     async def slices() -> AsyncIterator[bytes]:
         yield data
 

@@ -26,8 +26,8 @@ from lab_state.storage.s3._outcomes import (
     WRITE_ID,
     WRITES,
     Failure,
-    Found,
     Next,
+    ObjectInfo,
     Verdict,
     advice,
     after_look,
@@ -127,7 +127,7 @@ Q, U, OTHER = '"e1"', "e1", '"e2"'
 )
 def test_after_look(answer: Verdict, write_id: str | None, etag: str, if_match: str | None, what: Next) -> None:
     """After an answer that was not a success, what is under the key decides."""
-    found = None if write_id is None else Found(etag, {WRITE_ID: write_id} if write_id else {}, 1)
+    found = None if write_id is None else ObjectInfo(etag, {WRITE_ID: write_id} if write_id else {}, 1)
     assert after_look(answer, found, OURS, if_match) is what
 
 

@@ -24,7 +24,7 @@ from lab_state import (
     read_state,
 )
 from lab_state.storage.s3._client import Requests
-from lab_state.storage.s3._outcomes import Found
+from lab_state.storage.s3._outcomes import ObjectInfo
 from lab_state.testing._conformance_tools import opened
 
 NAME = "lab"
@@ -128,7 +128,7 @@ async def test_a_snapshot_replaced_again_and_again(bucket: Bucket, monkeypatch: 
     etags = itertools.count()
 
     async def headed(store: Requests, key: str) -> Any:
-        return Found(f'"{next(etags)}"', {}, 7)
+        return ObjectInfo(f'"{next(etags)}"', {}, 7)
 
     monkeypatch.setattr(Requests, "head", headed)
     with pytest.raises(UnavailableError, match=r"reading s3://.* failed \d+ times in 30 s"):

@@ -23,7 +23,7 @@ from lab_state import Config, CorruptionError, Manager
 from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state.storage.s3._format import FENCE, SEQ, Names, unframe
 from lab_state.storage.s3._open import _stamp, open_state
-from lab_state.storage.s3._outcomes import Found
+from lab_state.storage.s3._outcomes import ObjectInfo
 
 NAME = "lab"
 REFUSED = -1
@@ -45,11 +45,11 @@ class Answers:
     def __init__(self, world: World) -> None:
         self.world = world
 
-    async def head(self, key: str) -> Found | None:
+    async def head(self, key: str) -> ObjectInfo | None:
         there = self.world.get(key)
         return None if there is None else _found(there)
 
-    async def get(self, key: str) -> tuple[Found, bytes] | None:
+    async def get(self, key: str) -> tuple[ObjectInfo, bytes] | None:
         there = self.world.get(key)
         return None if there is None else (_found(there), there.body)
 
@@ -75,8 +75,8 @@ class Answers:
         """Do nothing: there is nothing to wait for."""
 
 
-def _found(there: Object) -> Found:
-    return Found(f'"{hashlib.md5(there.body).hexdigest()}"', there.metadata, len(there.body))
+def _found(there: Object) -> ObjectInfo:
+    return ObjectInfo(f'"{hashlib.md5(there.body).hexdigest()}"', there.metadata, len(there.body))
 
 
 class Case(NamedTuple):

@@ -20,9 +20,9 @@ from lab_state.storage.s3._outcomes import (
     WRITE_ID,
     WRITES,
     Failure,
-    Found,
     Next,
     NotOursError,
+    ObjectInfo,
     Verdict,
     advice,
     after_look,
@@ -132,20 +132,20 @@ class Requests:
 
     # Reading
 
-    async def head(self, key: str) -> Found | None:
+    async def head(self, key: str) -> ObjectInfo | None:
         """What HEAD tells of an object; `None` for none."""
         return await self._head(key, self.tries("looking at", key))
 
-    async def _head(self, key: str, tries: Tries) -> Found | None:
-        async def once(client: Client, _: Limit) -> Found:
+    async def _head(self, key: str, tries: Tries) -> ObjectInfo | None:
+        async def once(client: Client, _: Limit) -> ObjectInfo:
             return _found(await client.head_object(Bucket=self._bucket, Key=key))
 
         return await self._read(once, tries)
 
-    async def get(self, key: str) -> tuple[Found, bytes] | None:
+    async def get(self, key: str) -> tuple[ObjectInfo, bytes] | None:
         """Return an object with its body; `None` for none."""
 
-        async def once(client: Client, limit: Limit) -> tuple[Found, bytes]:
+        async def once(client: Client, limit: Limit) -> tuple[ObjectInfo, bytes]:
             response = await client.get_object(Bucket=self._bucket, Key=key)
             parts: list[bytes] = []
             async with response["Body"] as body:
@@ -344,6 +344,6 @@ def _parts(keys: list[str]) -> Iterator[list[str]]:
     return (keys[start : start + _MOST_DELETED_AT_ONCE] for start in range(0, len(keys), _MOST_DELETED_AT_ONCE))
 
 
-def _found(response: dict[str, Any]) -> Found:
+def _found(response: dict[str, Any]) -> ObjectInfo:
     metadata = {str(key).lower(): str(value) for key, value in response.get("Metadata", {}).items()}
-    return Found(unquoted(str(response.get("ETag", ""))), metadata, int(response["ContentLength"]))
+    return ObjectInfo(unquoted(str(response.get("ETag", ""))), metadata, int(response["ContentLength"]))

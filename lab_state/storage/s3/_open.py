@@ -38,7 +38,7 @@ from lab_state.storage.s3._format import (
     stamp_in_metadata,
     unframe,
 )
-from lab_state.storage.s3._outcomes import WRITE_ID, Found, NotOursError
+from lab_state.storage.s3._outcomes import WRITE_ID, NotOursError, ObjectInfo
 
 _AT_ONCE = 12
 _SAME_SNAPSHOT = 3
@@ -184,7 +184,7 @@ class Loader:
         self._names = names
         self._path = names.url(names.snapshot)
         self._looked = False
-        self._snapshot: tuple[Found, bytes] | None = None
+        self._snapshot: tuple[ObjectInfo, bytes] | None = None
         self._stamp: Stamp | None = None
         self._crc: int | None = None
         self._base = NO_BASE
@@ -318,7 +318,7 @@ class Loader:
         )
 
 
-def _stamp(got: tuple[Found, bytes] | None, path: str) -> Stamp | None:
+def _stamp(got: tuple[ObjectInfo, bytes] | None, path: str) -> Stamp | None:
     if got is None:
         return None
     found, data = got
@@ -340,7 +340,7 @@ def gap(listed: dict[int, int], covered: int, fence: int | None, names: Names) -
     )
 
 
-def _object(names: Names, number: int, found: Found, body: bytes) -> _Object:
+def _object(names: Names, number: int, found: ObjectInfo, body: bytes) -> _Object:
     """Read an object. What is empty, and was written by us without an owner, was a record once."""
     path = names.url(names.record(number))
     if not body:

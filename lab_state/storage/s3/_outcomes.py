@@ -66,7 +66,7 @@ class Next(Enum):
     GONE = "there is no object any more"
 
 
-class Found(NamedTuple):
+class ObjectInfo(NamedTuple):
     """An object as HEAD or GET shows it."""
 
     etag: str
@@ -81,7 +81,7 @@ class NotOursError(Exception):
         found: What is there; `None` for nothing.
     """
 
-    def __init__(self, found: Found | None) -> None:
+    def __init__(self, found: ObjectInfo | None) -> None:
         super().__init__()
         self.found = found
 
@@ -167,7 +167,7 @@ def verdict(failure: Failure) -> Verdict:  # noqa: PLR0911 -- a row of the table
     return Verdict.DENIED
 
 
-def after_look(answer: Verdict, found: Found | None, write_id: str, if_match: str | None) -> Next:
+def after_look(answer: Verdict, found: ObjectInfo | None, write_id: str, if_match: str | None) -> Next:
     """What to do after a conditional write, knowing what is under its key now.
 
     Args:

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple, NoReturn
 
 from lab_state._log import Log
 from lab_state.exceptions import FencedError, StorageError, UnavailableError, UnsupportedError
-from lab_state.storage._protocol import Recovery, Snapshot
+from lab_state.storage._protocol import Recovery, SnapshotSource
 from lab_state.storage.s3._body import LONG, Body, Spool
 from lab_state.storage.s3._client import Requests
 from lab_state.storage.s3._format import BASE, OWN_BASE, OWNER, Names, Stamp, frame, stamp_in_metadata, stamped
 from lab_state.storage.s3._open import Opened, new_write_id
-from lab_state.storage.s3._outcomes import WRITE_ID, Found, NotOursError
+from lab_state.storage.s3._outcomes import WRITE_ID, NotOursError, ObjectInfo
 
 _logger = Log(logging.getLogger("lab_state"))
 
@@ -87,7 +87,7 @@ class S3Session:
 
     # Commits
 
-    async def commit(self, record: bytes, snapshot: Snapshot) -> bool:  # noqa: ARG002 -- there is always room for a number
+    async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- there is always room for a number
         """Create one record object, after the one whose outcome is unknown; see `StorageSession.commit`."""
         self._check()
         self._committing = _begin(self._commit(record, self._committing))
@@ -98,11 +98,11 @@ class S3Session:
     async def _commit(self, record: bytes, before: asyncio.Task[None] | None) -> None:
         await _ended(before)
         if self._pending is not None:
-            await self._settle(self._pending)
+            await self._send_until_known(self._pending)
         number = self._seq + 1
         body = await self._framed(number, record)
         self._pending = _Pending(number, body, {WRITE_ID: new_write_id(), BASE: self._base})
-        await self._settle(self._pending)
+        await self._send_until_known(self._pending)
 
     async def _framed(self, number: int, record: bytes) -> Body:
         name = self._names.name
@@ -111,7 +111,7 @@ class S3Session:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._store.thread, lambda: Body.of(frame(name, number, record)))
 
-    async def _settle(self, pending: _Pending) -> None:
+    async def _send_until_known(self, pending: _Pending) -> None:
         """Send a record until it is known to be there; whatever else happens, it stays pending."""
         self._check_deposed()
         number, body, metadata = pending
@@ -122,7 +122,7 @@ class S3Session:
         self._seq, self._pending = number, None
         self._records[number] = body.size
 
-    def _depose(self, what: str, found: Found | None) -> NoReturn:
+    def _depose(self, what: str, found: ObjectInfo | None) -> NoReturn:
         owner = "" if found is None else found.metadata.get(OWNER, "")
         by = f" ({owner})" if owner else ""
         self._fenced_because(f"a newer writer{by} owns {self.path}: {what} not ours")
@@ -133,7 +133,7 @@ class S3Session:
 
     # Checkpoints
 
-    async def checkpoint(self, snapshot: Snapshot) -> None:
+    async def checkpoint(self, snapshot: SnapshotSource) -> None:
         """Spool the snapshot, then put it in place of the old one; see `StorageSession.checkpoint`."""
         self._check()
         await _ended(self._publishing)
