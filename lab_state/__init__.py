@@ -10,7 +10,7 @@ from lab_state._state_view import StateView, read_state
 from lab_state._status import MirrorStatus, Status
 from lab_state._transaction import Transaction
 from lab_state._watch import Change
-from lab_state.blocking import Blocking
+from lab_state.blocking import Blocking, BlockingEntry
 from lab_state.cache import Cache, CacheSession, MemoryCache, Reader, RedisCache
 from lab_state.config import Config
 from lab_state.entry import Entry
@@ -42,7 +42,7 @@ from lab_state.storage import (
     StorageSession,
 )
 
-__version__ = "0.1.0"
+__version__: str = "0.1.0"
 
 __all__ = [  # noqa: RUF022 -- in groups, each sorted
     # the manager
@@ -55,6 +55,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Timer",
     # its handles
     "Blocking",
+    "BlockingEntry",
     "Change",
     "Entry",
     "Namespace",

@@ -1,4 +1,9 @@
-"""What a caller may pass: keys, times, defaults, functions. Pure."""
+"""Checks of arguments: keys, times, defaults, functions. Pure and synchronous.
+
+An argument of a wrong Python type is a `TypeError`, and wrong content is an `Invalid...Error`. A key
+is always an `InvalidKeyError` and a value always an `InvalidValueError`: both come from outside the
+program more often than other arguments do, and one handler is enough for them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import inspect
 import math
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from lab_state.exceptions import InvalidKeyError, InvalidValueError
 
@@ -20,10 +25,10 @@ LONGEST_TTL = 10_000_000_000
 
 
 def check_key(key: object) -> str:
-    """The key as a plain `str`, if it is within bounds.
+    """Return a key as a plain `str`.
 
     Raises:
-        InvalidKeyError: It is not.
+        InvalidKeyError: It is not a `str`, or out of bounds.
     """
     if not isinstance(key, str):
         raise InvalidKeyError(f"a key must be a str, not {type(key).__name__}")
@@ -41,15 +46,27 @@ def check_key(key: object) -> str:
     return str.__str__(key)
 
 
-def milliseconds(ttl: Seconds) -> int:
-    """A time to live in whole milliseconds, rounded up.
+def check_prefix(prefix: object) -> str:
+    """Return a prefix of keys as a plain `str`.
 
     Raises:
-        InvalidValueError: It is not a time, or out of bounds.
+        TypeError: It is not a `str`.
+    """
+    if not isinstance(prefix, str):
+        raise TypeError(f"a prefix must be a str, not {type(prefix).__name__}")
+    return str.__str__(prefix)
+
+
+def milliseconds(ttl: Seconds) -> int:
+    """Return a time to live in whole milliseconds, rounded up.
+
+    Raises:
+        InvalidValueError: It is out of bounds.
+        TypeError: It is not a number and not a `timedelta`.
     """
     seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise InvalidValueError(f"ttl must be a number of seconds or a timedelta, not {type(ttl).__name__}")
+        raise TypeError(f"ttl must be a number of seconds or a timedelta, not {type(ttl).__name__}")
     if not 0 < seconds <= LONGEST_TTL:
         raise InvalidValueError(
             f"ttl must be above 0 and at most {LONGEST_TTL} seconds; to delete a key use delete(), "
@@ -78,6 +95,16 @@ def check_timeout(timeout: object) -> float:
     return seconds
 
 
+def check_revision(revision: object) -> None:
+    """Make sure that an argument is a revision.
+
+    Raises:
+        TypeError: It is not an `int`.
+    """
+    if isinstance(revision, bool) or not isinstance(revision, int):
+        raise TypeError(f"a revision is an int, such as a write returns; not {type(revision).__name__}")
+
+
 def check_default(default: object) -> None:
     """Refuse a class: `get(key, User)` would give plain JSON, or `User` itself.
 
@@ -93,28 +120,40 @@ def as_text(key: Any) -> Any:
     return str.__str__(key) if isinstance(key, str) else key
 
 
-def many_keys(keys: Iterable[str]) -> Iterable[str]:
-    """The keys; one `str` is a mistake."""
-    if isinstance(keys, str):
-        raise InvalidKeyError("many keys were expected, not one str; pass a list")
-    return keys
+def many_keys(keys: object) -> Iterable[str]:
+    """Return an argument that holds several keys.
+
+    Raises:
+        TypeError: It is one `str`, which would be taken for its characters, or is not iterable.
+    """
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
+        raise TypeError(f"several keys were expected, such as a list of str, not one {type(keys).__name__}")
+    return cast("Iterable[str]", keys)
 
 
 def check_callable(call: str, fn: object) -> None:
-    """Refuse a value where a function belongs."""
+    """Make sure that an argument is a function.
+
+    Raises:
+        TypeError: It cannot be called.
+    """
     if not callable(fn):
-        raise InvalidValueError(
+        raise TypeError(
             f"{call}() needs a function, not {type(fn).__name__}; to store a value as it is use set() or set_if_absent()"
         )
 
 
 def name_of(fn: object) -> str:
-    """How a message names a function."""
+    """Return the name of a function for a message."""
     return getattr(fn, "__qualname__", None) or repr(type(fn).__qualname__)
 
 
 def plain_result(call: str, fn: object, result: object) -> object:
-    """What a function returned, unless that is to be awaited."""
+    """Return the result of a function.
+
+    Raises:
+        InvalidValueError: It is an awaitable.
+    """
     if inspect.isawaitable(result):
         if inspect.iscoroutine(result):
             result.close()

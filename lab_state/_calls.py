@@ -1,14 +1,17 @@
-"""The calls whose change depends on what is there, and those that wait until it is durable.
+"""`Calls`: the calls whose change depends on what is there, and those that wait for durability.
 
-With those of `_reads.py` and `_writing.py` they are the base of the manager: every call once, under a prefix.
+With the calls of `_reads.py` and `_writing.py` they are the base of the manager. Each call is written
+once, for the keys under a prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import math
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, overload
 
-from lab_state._arguments import Seconds, check_callable, check_timeout, name_of, plain_result
+from lab_state._arguments import Seconds, check_callable, check_revision, check_timeout, name_of, plain_result
 from lab_state._entries import MISSING
 from lab_state._reads import MISSING_VALUE
 from lab_state._writing import Writing
@@ -19,25 +22,31 @@ R = TypeVar("R")
 
 
 class Calls(Writing):
-    """Reading and writing.
+    """The calls that read and those that write.
 
-    A read never waits; it sees every change made so far and gives a fresh value each
-    time, which the caller may change without touching the state. A write is atomic,
-    in memory at once, and durable later: see `Config.flush_interval`. Where that is
-    0, a write returns when it is durable; if it raises `StorageError`, or its caller
-    is cancelled, the change stays and is retried: it is not durable yet, not undone.
+    A read never waits. It sees every change made so far, and returns a fresh value each time,
+    so changing that value does not change the state. A write is atomic and is in memory at
+    once. It becomes durable later; see `Config.flush_interval`. With an interval of 0, a write
+    returns when it is durable. If it then raises `StorageError`, or its caller is cancelled,
+    the change stays in memory and is tried again: it is not durable yet, but not undone.
 
-    Once the manager knows that a newer writer owns the state, every write raises
-    `FencedError` and changes nothing, whatever `Config.flush_interval` is, also where
-    it would have changed nothing anyway. Reads go on. If the manager's flush task has
-    ended before `stop()`, because other code cancelled it, every write raises
-    `UnavailableError` in the same way; see `Status.task_failure`.
+    Once the manager knows that a newer writer owns the state, each write raises
+    `FencedError` and changes nothing, whatever `Config.flush_interval` is. This is so for
+    writes that would change nothing too. Reads go on. If other code has cancelled the flush
+    task of the manager, each write raises `UnavailableError` in the same way until `stop()`;
+    see `Status.task_failure`.
 
-    Every call raises `ClosedError` before `start()` and after `stop()`, and
-    `InvalidKeyError` for a key that is not a `str` of 1 to 1,024 characters without
-    NUL and lone surrogates, and not `$lab_state`; only `in` says no to such a key. A
-    write on another event loop than that of `start()` raises `RuntimeError`, as far as
-    it is noticed: `set` of a key that is about to be flushed anyway does not look.
+    Each call raises `ClosedError` before `start()` and after `stop()`. Each call with a key
+    raises `InvalidKeyError` unless the key is a `str` of 1 to 1,024 characters, without NUL
+    and lone surrogates, and not `$lab_state`; only `in` returns False for it. Each other
+    argument of a wrong Python type raises `TypeError`. A write on another event loop than that
+    of `start()` raises `RuntimeError`. There is one exception: `set` of a key that is about to
+    be flushed anyway does not check the loop.
+
+    A call whose name ends in `_nowait` is the same call without `await`, for callbacks and other
+    synchronous code on the event loop. Reads never wait, so each has such a twin. A write has one
+    if it may touch memory alone: `set`, `delete` and `update`. The twin of a write becomes durable
+    with the next flush, as the write itself does.
     """
 
     __slots__ = ()
@@ -65,33 +74,52 @@ class Calls(Writing):
         return value
 
     @overload
-    async def update(self, key: str, fn: Callable[[T], T], *, type: type[T]) -> T: ...
+    async def update(self, key: str, fn: Callable[[T], T], *, type: type[T], ttl: Seconds | None = ...) -> T: ...
     @overload
-    async def update(self, key: str, fn: Callable[[T], T], default: T, *, type: type[T]) -> T: ...
+    async def update(
+        self, key: str, fn: Callable[[T], T], default: T, *, type: type[T], ttl: Seconds | None = ...
+    ) -> T: ...
     @overload
-    async def update(self, key: str, fn: Callable[[Any], R], default: object = ...) -> R: ...
-    async def update(self, key: str, fn: Callable[[Any], Any], default: object = MISSING, *, type: Any = Any) -> Any:
+    async def update(
+        self, key: str, fn: Callable[[Any], R], default: object = ..., *, ttl: Seconds | None = ...
+    ) -> R: ...
+    async def update(
+        self,
+        key: str,
+        fn: Callable[[Any], Any],
+        default: object = MISSING,
+        *,
+        type: Any = Any,
+        ttl: Seconds | None = None,
+    ) -> Any:
         """Replace a value by the result of `fn`, atomically, and return that result.
 
         Args:
             key: The key.
-            fn: A plain function: value in, value out. If it raises, nothing changes.
+            fn: A plain function that is given the value and returns the new one. If it
+                raises, nothing changes.
             default: What `fn` is given when the key is missing.
             type: What to decode the value as; the new value must be one too.
-
-        A key that expires still expires when it would have.
+            ttl: How long the key lives from now on; see `set`. Without it, or with `None`,
+                a key that is there keeps its time: it expires when it would have, or never.
+                To let a key live for good, use `touch(key, None)`.
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored or the new value is not a `type`.
             InvalidValueError: The new value cannot be kept, is an awaitable, or is
-                `None` where the old one was not: a forgotten `return`.
+                `None` where the old one was not: a forgotten `return`. Or `ttl` is out of
+                bounds.
+            TypeError: `fn` is not callable; or see `get` and `set`.
             StorageError: With a `flush_interval` of 0: not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         check_callable("update", fn)
+        lifetime = self._lifetime(ttl)
         await self._turn()
         old, at = self._replaceable(key, default, type)
+        if lifetime is not None:
+            at = self._at(lifetime)
         was_none = old is None
         new = plain_result("update", fn, fn(old))
         if new is None and not was_none:
@@ -117,13 +145,14 @@ class Calls(Writing):
         Args:
             key: The key.
             factory: A plain function, called only when the key is missing.
-            type: What to decode the value as; what `factory` makes must be one too.
-            ttl: How long what `factory` made lives; see `set`.
+            type: What to decode the value as; the result of `factory` must be one too.
+            ttl: How long the key lives if the result of `factory` is stored; see `set`.
 
         Raises:
             TypeMismatchError: The stored or the new value is not a `type`.
-            InvalidValueError: The new value cannot be kept, or is an awaitable; or `ttl`
+            InvalidValueError: The new value cannot be kept, or is an awaitable. Or `ttl`
                 is out of bounds.
+            TypeError: `factory` is not callable; or see `get` and `set`.
             StorageError: With a `flush_interval` of 0: not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -142,10 +171,11 @@ class Calls(Writing):
         Args:
             key: The key.
             value: The value; see `set`.
-            ttl: How long it lives; see `set`.
+            ttl: How long the key lives if the value is stored; see `set`.
 
         Raises:
             InvalidValueError: JSON cannot hold the value, or `ttl` is out of bounds.
+            TypeError: `ttl` is neither a number nor a `timedelta`.
             StorageError: With a `flush_interval` of 0: not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -158,55 +188,172 @@ class Calls(Writing):
         return True
 
     @overload
-    async def incr(self, key: str, delta: int = ..., *, default: int = ..., ttl: Seconds | None = ...) -> int: ...
+    async def incr(
+        self, key: str, delta: int = ..., *, type: type[int], default: int = ..., ttl: Seconds | None = ...
+    ) -> int: ...
     @overload
-    async def incr(self, key: str, delta: float = ..., *, default: float = ..., ttl: Seconds | None = ...) -> float: ...
-    async def incr(self, key: str, delta: float = 1, *, default: float = 0, ttl: Seconds | None = None) -> float:
+    async def incr(
+        self, key: str, delta: float = ..., *, type: type[float], default: float = ..., ttl: Seconds | None = ...
+    ) -> float: ...
+    @overload
+    async def incr(
+        self, key: str, delta: float = ..., *, type: Any = ..., default: float = ..., ttl: Seconds | None = ...
+    ) -> int | float: ...
+    async def incr(
+        self, key: str, delta: float = 1, *, type: Any = Any, default: float = 0, ttl: Seconds | None = None
+    ) -> int | float:
         """Add to a number, atomically, and return the new number.
+
+        The sum is an `int` if the stored number and `delta` are. Otherwise it is a `float`: 1.5 plus
+        1 is 2.5. With `type=int` a stored or new number that is a `float` is an error.
 
         Args:
             key: The key.
             delta: What to add; may be negative.
+            type: `int` or `float`, or a type of such a number: what to decode the stored
+                number as. The new number must be one too.
             default: The number to start from when the key is missing.
-            ttl: How long a number lives that starts here; see `set`. One that is there
-                keeps the time that it has: a counter for each window of time.
+            ttl: How long the key lives if it is missing; see `set`. A key that is there
+                keeps its time, so the number can count what happens in a period of time.
 
         Raises:
-            TypeMismatchError: The stored value is not a number.
-            InvalidValueError: `delta`, `default` or the sum is not a finite number; or
-                `ttl` is out of bounds.
+            TypeMismatchError: The stored value is not a number, or the stored or the new
+                number is not a `type`.
+            InvalidValueError: `delta`, `default` or the sum is not finite, or `ttl` is out of
+                bounds.
+            TypeError: `delta` or `default` is not a number; or see `get` and `set`.
             StorageError: With a `flush_interval` of 0: not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
-        for name, number in (("delta", delta), ("default", default)):
-            if not _is_number(number):
-                raise InvalidValueError(f"incr() needs an int or a float as {name}, not {number.__class__.__name__}")
+        _check_number("delta", delta)
+        _check_number("default", default)
         lifetime = self._lifetime(ttl)
         await self._turn()
-        old, at = self._replaceable(key, MISSING_VALUE, Any)
+        old, at = self._replaceable(key, MISSING_VALUE, type)
         if old is MISSING_VALUE:
             old, at = default, self._at(lifetime)
         if not _is_number(old):
             raise TypeMismatchError(f"key {key!r}: the value is not a number, but a {old.__class__.__name__}")
         try:
-            new: float = old + delta
+            new: int | float = old + delta
         except OverflowError:
             raise InvalidValueError("the sum is too large for a float") from None
-        await self._store(key, self._encode(new), at)
+        if type is not Any:
+            new = await self._replaced(key, new, type, at)
+        else:
+            await self._store(key, self._encode(new), at)
         return new
+
+    # Without waiting
+
+    # These are for callbacks and other synchronous code on the event loop. Each runs the call
+    # without `_nowait` to its end: `_check_nowait` makes sure that the call does not have to wait.
+
+    def set_nowait(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:
+        """Store a value, without waiting, and return the revision.
+
+        Args:
+            key: The key.
+            value: The value; see `set`.
+            ttl: How long the key lives; see `set`.
+
+        Raises:
+            RuntimeError: This is not the event loop of `start()`, `flush_interval` is 0, or a
+                transaction is open. Nothing was changed; the message says what to call.
+            InvalidValueError: JSON cannot hold the value, or `ttl` is out of bounds.
+            FencedError: A newer writer owns the state; nothing was changed.
+        """
+        self._check_nowait("set")
+        return at_once(self.set(key, value, ttl=ttl))
+
+    def delete_nowait(self, key: str) -> bool:
+        """Delete a key, without waiting, and return whether it was there.
+
+        Raises:
+            RuntimeError: This is not the event loop of `start()`, `flush_interval` is 0, or a
+                transaction is open. Nothing was changed; the message says what to call.
+            FencedError: A newer writer owns the state; nothing was changed.
+        """
+        self._check_nowait("delete")
+        return at_once(self.delete(key))
+
+    @overload
+    def update_nowait(self, key: str, fn: Callable[[T], T], *, type: type[T], ttl: Seconds | None = ...) -> T: ...
+    @overload
+    def update_nowait(
+        self, key: str, fn: Callable[[T], T], default: T, *, type: type[T], ttl: Seconds | None = ...
+    ) -> T: ...
+    @overload
+    def update_nowait(
+        self, key: str, fn: Callable[[Any], R], default: object = ..., *, ttl: Seconds | None = ...
+    ) -> R: ...
+    def update_nowait(
+        self,
+        key: str,
+        fn: Callable[[Any], Any],
+        default: object = MISSING,
+        *,
+        type: Any = Any,
+        ttl: Seconds | None = None,
+    ) -> Any:
+        """Replace a value by the result of `fn`, without waiting, and return that result.
+
+        Args:
+            key: The key.
+            fn: A plain function: value in, value out. If it raises, nothing changes.
+            default: What `fn` is given when the key is missing.
+            type: What to decode the value as; the new value must be one too.
+            ttl: How long the key lives from now on; see `update`.
+
+        Raises:
+            RuntimeError: This is not the event loop of `start()`, `flush_interval` is 0, or a
+                transaction is open. Nothing was changed; the message says what to call.
+            KeyNotFoundError: The key is missing, and there is no default.
+            TypeMismatchError: The stored or the new value is not a `type`.
+            InvalidValueError: As from `update`.
+            FencedError: A newer writer owns the state; nothing was changed.
+        """
+        self._check_nowait("update")
+        return at_once(self.update(key, fn, default, type=type, ttl=ttl))
+
+    def _check_nowait(self, call: str) -> None:
+        """Make sure that a write need not wait.
+
+        Raises:
+            RuntimeError: It would have to, or this is not the event loop of the manager.
+            ClosedError: The manager is not running.
+            StorageError: No change can become durable; see `Durability.check_writable`.
+        """
+        core = self._core
+        durability = core.durability
+        if running_loop() is not durability.loop:
+            raise RuntimeError(
+                f"{call}_nowait() belongs to the event loop that the manager of {core.name!r} was started on: "
+                f"from another thread, call blocking.{call}()"
+            )
+        durability.check_writable()
+        if core.transaction is not None:
+            raise RuntimeError(
+                f"{call}_nowait() cannot wait until the open transaction of {core.name!r} is over: "
+                f"await {call}(), or inside the transaction call the transaction itself"
+            )
+        if core.write_through:
+            raise RuntimeError(
+                f"{call}_nowait() cannot wait until its change is durable, as every write of {core.name!r} does "
+                f"(its flush_interval is 0): await {call}(), or choose another flush_interval"
+            )
 
     # Durability
 
     async def flush(self) -> None:
-        """Return when every change made so far is durable.
+        """Return when each change made so far is durable.
 
-        Writes nothing if nothing changed. Callers at the same time share one write.
+        It writes nothing if nothing changed. Callers at the same time share one write.
         Cancelling the caller does not cancel the write.
 
         Raises:
-            StorageError: The write failed; the changes stay in memory, and are retried
-                by the next flush, in the background too unless `flush_interval` is
-                `None`.
+            StorageError: The write failed. The changes stay in memory. The next flush
+                tries again, in the background too unless `flush_interval` is `None`.
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
         """
@@ -234,12 +381,38 @@ class Calls(Writing):
         """
         self._check_open()
         last = self._core.state.revision
-        if revision is not None and (isinstance(revision, bool) or not isinstance(revision, int)):
-            raise TypeError(f"a revision is an int, such as a write returns; not {type(revision).__name__}")
+        if revision is not None:
+            check_revision(revision)
         if revision is not None and revision > last:
             raise ValueError(f"there is no revision {revision} yet: the last one is {last}")
         seconds = check_timeout(timeout)
         await self._core.durability.wait_durable(last if revision is None else revision, seconds)
+
+
+def at_once(coroutine: Coroutine[Any, Any, R]) -> R:
+    """Run a coroutine that never waits to its end, and return its result."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: R = stop.value
+        return result
+    raise AssertionError("a call that never waits waited")
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop of this thread; `None` if none runs here."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _check_number(name: str, number: object) -> None:
+    """Make sure that an argument of `incr` is a finite number."""
+    if not _is_number(number):
+        raise TypeError(f"incr() needs an int or a float as {name}, not {number.__class__.__name__}")
+    if isinstance(number, float) and not math.isfinite(number):
+        raise InvalidValueError(f"incr() needs a finite number as {name}")
 
 
 def _is_number(value: object) -> bool:

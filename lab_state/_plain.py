@@ -1,4 +1,4 @@
-"""The calls of `Calls` without `await`, lifted from there: none is written twice."""
+"""`Plain`: the calls of `Calls` without `await`, made from them, so that none is written twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ P = ParamSpec("P")
 
 
 def plain(fn: Callable[Concatenate[Calls, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Plain, P], R]:
-    """The same call without `await`; carries every overload over."""
+    """Return a call without `await`, made from one of `Calls`. It has each of its overloads."""
 
     def call(self: Plain, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._run(fn(self._calls, *args, **kwargs))
@@ -23,7 +23,7 @@ def plain(fn: Callable[Concatenate[Calls, P], Coroutine[Any, Any, R]]) -> Callab
 
 
 class Plain(Handle):
-    """The calls, each run to its end by `_run`."""
+    """The calls without `await`. `_run` runs each to its end; a subclass says how."""
 
     __slots__ = ("_calls",)
 
@@ -34,7 +34,7 @@ class Plain(Handle):
         raise NotImplementedError
 
     def __bool__(self) -> Literal[True]:
-        """An empty state is still a state."""
+        """Return True: an empty state is a state too."""
         return True
 
     get: Final = plain(Calls.get)

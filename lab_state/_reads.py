@@ -1,8 +1,8 @@
-"""Every reading call, once, under a prefix.
+"""`Reads`: each reading call, written once, for the keys under a prefix.
 
-`get` is the hot path: one Python frame where the key is there and no type is asked for.
-What is rare (a missing key, a closed manager, a typed read) is in functions of its own
-behind one test.
+`get` is the hot path: one Python frame when the key is there and no type is asked for.
+Rare cases (a missing key, a closed manager, a typed read) are handled in separate functions,
+after one check.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, overload
 
 from msgspec import Raw
 
-from lab_state._arguments import as_text, check_default, check_key, many_keys
+from lab_state._arguments import as_text, check_default, check_key, check_prefix, many_keys
 from lab_state._core import Core
 from lab_state._entries import MISSING, Expiring, Stored
 from lab_state._handle import Handle
@@ -24,7 +24,11 @@ T = TypeVar("T")
 
 
 class Reads(Handle):
-    """The calls that change nothing."""
+    """The calls that change nothing.
+
+    Each call has a twin whose name ends in `_nowait`: the same call, without `await`, for callbacks
+    and other synchronous code on the event loop. `exists` has `in` for it.
+    """
 
     __slots__ = ("_core", "_prefix")
 
@@ -33,17 +37,22 @@ class Reads(Handle):
         self._prefix = prefix
 
     def __len__(self) -> int:
-        """How many keys there are. O(1), but for keys that expire this second, and in a namespace."""
+        """Return how many keys there are.
+
+        It costs one step for each key that expires within this second. In a namespace it looks
+        at every key of the state.
+        """
         self._check_open()
         if not self._prefix:
             return self._core.state.count()
-        return len(self._keys(""))
+        return len(self.keys_nowait(""))
 
     def __bool__(self) -> Literal[True]:
-        """An empty state is still a state."""
+        """Return True: an empty state is a state too."""
         return True
 
     def __contains__(self, key: object) -> bool:
+        """Return whether the key is there; False for an object that cannot be a key."""
         self._check_open()
         return isinstance(key, str) and self._core.state.has(self._prefix + str.__str__(key))
 
@@ -58,23 +67,25 @@ class Reads(Handle):
     async def get(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
         """Return the value of a key.
 
+        A missing key is an error unless a default is given: `get(key, None)` returns `None` for
+        it. A stored `null` is a value, and is returned as `None`.
+
         Args:
             key: The key.
-            default: What to return, as it is, when the key is missing.
+            default: The result when the key is missing. It is returned as it is.
             type: What to decode the value as: any type that msgspec decodes, a Pydantic
-                model, any type with something of Pydantic's in it, or a
-                `pydantic.TypeAdapter`.
+                model, any type that contains a type of Pydantic, or a `pydantic.TypeAdapter`.
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored value is not a `type`; the error says where.
-            TypeError: The type is none that can be decoded, as the message explains;
-                every call with a `type` raises it before it looks at a value. Or the
-                default is a class, which was meant to be the type.
+            TypeError: The type cannot be decoded; the message says why. Each call with a
+                `type` raises this before it looks at a value. Or the default is a class:
+                to decode the value, pass the class as `type`.
         """
         if default is not MISSING and default is not None:
             check_default(default)
-        # `_get`, written out: the call alone shows in the bench.
+        # `_get`, written out: the cost of one more call can be measured here.
         try:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
@@ -100,7 +111,7 @@ class Reads(Handle):
     @overload
     def get_nowait(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
     def get_nowait(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
-        """`get`, as a plain call, for callbacks and other synchronous code on the loop."""
+        """Return what `get` returns, as a plain call; see `get`."""
         check_default(default)
         return self._get(key, default, type)
 
@@ -109,11 +120,24 @@ class Reads(Handle):
     @overload
     async def get_many(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
     async def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
-        """The values of those of the keys that exist, in the order asked for.
+        """Return the keys that exist with their values, in the given order. Missing keys are left out.
+
+        Args:
+            keys: The keys.
+            type: What to decode each value as; see `get`.
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
+            TypeError: `keys` is one `str`, or no iterable; or see `get`.
         """
+        return self.get_many_nowait(keys, type=type)
+
+    @overload
+    def get_many_nowait(self, keys: Iterable[str], *, type: type[T]) -> dict[str, T]: ...
+    @overload
+    def get_many_nowait(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
+    def get_many_nowait(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
+        """Return what `get_many` returns, as a plain call; see `get_many`."""
         self._check_open()
         return self._all(many_keys(keys), type)
 
@@ -122,44 +146,88 @@ class Reads(Handle):
     @overload
     async def get_all(self, prefix: str = ..., *, type: Any = ...) -> dict[str, Any]: ...
     async def get_all(self, prefix: str = "", *, type: Any = Any) -> dict[str, Any]:
-        """Every key that starts with `prefix`, with its value: one consistent picture.
+        """Return each key that starts with `prefix`, with its value, all of one moment.
 
-        Costs what the number of all keys costs, on the event loop.
+        This looks at every key of the state, on the event loop.
+
+        Args:
+            prefix: How the keys begin; an empty one means all keys.
+            type: What to decode each value as; see `get`.
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
+            TypeError: `prefix` is not a `str`; or see `get`.
         """
-        return self._all(self._keys(prefix), type)
+        return self.get_all_nowait(prefix, type=type)
+
+    @overload
+    def get_all_nowait(self, prefix: str = ..., *, type: type[T]) -> dict[str, T]: ...
+    @overload
+    def get_all_nowait(self, prefix: str = ..., *, type: Any = ...) -> dict[str, Any]: ...
+    def get_all_nowait(self, prefix: str = "", *, type: Any = Any) -> dict[str, Any]:
+        """Return what `get_all` returns, as a plain call; see `get_all`."""
+        return self._all(self.keys_nowait(prefix), type)
 
     async def exists(self, key: str) -> bool:
-        """Whether the key is there."""
+        """Return whether the key is there."""
         return key in self or bool(self._missing(key, default=False))
 
     async def keys(self, prefix: str = "") -> list[str]:
-        """Every key that starts with `prefix`, in no particular order; costs what the number of all keys costs."""
-        return self._keys(prefix)
+        """Return each key that starts with `prefix`, in no particular order.
 
-    async def expires_in(self, key: str) -> float | None:
-        """The seconds until a key expires; `None` if it never does.
+        This looks at every key of the state, on the event loop.
+
+        Args:
+            prefix: How the keys begin; an empty one means all keys.
 
         Raises:
-            KeyNotFoundError: The key is missing.
+            TypeError: `prefix` is not a `str`.
         """
+        return self.keys_nowait(prefix)
+
+    def keys_nowait(self, prefix: str = "") -> list[str]:
+        """Return what `keys` returns, as a plain call; see `keys`."""
+        self._check_open()
+        names, cut = self._core.state.names(self._under(prefix)), len(self._prefix)
+        return [name[cut:] for name in names] if cut else names
+
+    @overload
+    async def expires_in(self, key: str) -> float | None: ...
+    @overload
+    async def expires_in(self, key: str, default: T) -> float | T | None: ...
+    async def expires_in(self, key: str, default: object = MISSING) -> object:
+        """Return the seconds until a key expires, above 0; `None` if it never does.
+
+        Args:
+            key: The key.
+            default: The result when the key is missing. It is returned as it is.
+
+        Raises:
+            KeyNotFoundError: The key is missing, and there is no default.
+        """
+        return self.expires_in_nowait(key, default)
+
+    @overload
+    def expires_in_nowait(self, key: str) -> float | None: ...
+    @overload
+    def expires_in_nowait(self, key: str, default: T) -> float | T | None: ...
+    def expires_in_nowait(self, key: str, default: object = MISSING) -> object:
+        """Return what `expires_in` returns, as a plain call; see `expires_in`."""
         if key not in self:
-            self._missing(key, MISSING)
+            return self._missing(key, default)
         at = self._expiry(key)
         return None if at is None else max(1, at - self._core.state.now()) / 1000
 
-    # What is rare on the hot path, and what the calls share
+    # Rare cases of the hot path, and steps that several calls share
 
     def _full(self, key: object) -> str:
-        """The key under the prefix; `check_key` has the bounds."""
+        """Return the key with the prefix before it. `check_key` checks its bounds."""
         if not isinstance(key, str):
             raise InvalidKeyError(f"a key must be a str, not {key.__class__.__name__}")
         return self._prefix + str.__str__(key)
 
     def _get(self, key: str, default: object, type_: Any) -> Any:
-        """The value of a key, or the default."""
+        """Return the value of a key, or the default."""
         if key.__class__ is not str:
             key = as_text(key)
         try:
@@ -179,7 +247,7 @@ class Reads(Handle):
         return self._decode(key, stored, default, type_)
 
     def _all(self, keys: Iterable[str], type_: Any) -> dict[str, Any]:
-        """The values of those of the keys that are there."""
+        """Return the values of those keys that are there."""
         if type_ is not Any:
             check_type(type_)
         found: dict[str, Any] = {}
@@ -190,36 +258,37 @@ class Reads(Handle):
         return found
 
     def _missing(self, key: object, default: object, type_: Any = Any) -> Any:
-        """What a read gives for a key that was not found."""
+        """Return the default for a key that was not found, or raise what is wrong with the key or the call."""
         if key.__class__ is not str and isinstance(key, str):
-            return self._get(str.__str__(key), default, type_)  # its own class may have changed the prefix
+            return self._get(str.__str__(key), default, type_)  # a class of its own may have changed the prefix
         self._check_open()
         if type_ is not Any:
             check_type(type_)
         try:
             check_key(self._full(key))
         except InvalidKeyError as error:
-            raise error from None  # not from the dict's own
+            raise error from None  # not from the `KeyError` of the dict
         if default is MISSING:
             self._core.counters.get_errors += 1
             raise KeyNotFoundError(str(key)) from None
         return default
 
     def _decode(self, key: str, stored: Stored, default: object, type_: Any) -> Any:
+        """Return a stored value as a `type_`; the default if its time is over."""
         if stored.__class__ is not bytes and isinstance(stored, Expiring):  # type: ignore[redundant-expr]  # a Json is bytes
             alive = self._core.state.alive(stored)
             if alive is MISSING:
                 return self._missing(key, default)
             stored = alive
         try:
-            value = decode_value(stored, type_)  # pyright: ignore[reportArgumentType] -- none that expires any more
+            value = decode_value(stored, type_)  # pyright: ignore[reportArgumentType] -- not an `Expiring` here
         except TypeMismatchError as error:
             self._core.counters.get_errors += 1
             raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
         return value
 
     def _expiry(self, key: str) -> int | None:
-        """When a key that is there expires, in milliseconds."""
+        """Return when a key that is there expires, in milliseconds; `None` if it never does."""
         stored = self._core.state.entries[self._full(key)]
         return stored.at if isinstance(stored, Expiring) else None
 
@@ -227,23 +296,18 @@ class Reads(Handle):
         self._core.check_open()
 
     def _under(self, prefix: object) -> str:
-        """A prefix under this one."""
-        if not isinstance(prefix, str):
-            raise InvalidKeyError(f"a prefix must be a str, not {prefix.__class__.__name__}")
-        return self._prefix + str.__str__(prefix)
+        """Return a prefix with this one before it."""
+        return self._prefix + check_prefix(prefix)
 
     def _nested(self, name: str) -> str:
-        """The prefix of a namespace."""
+        """Return the prefix of a namespace."""
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a namespace must be a str, not {name.__class__.__name__}")
         prefix = check_key(f"{self._under(name)}/")
         if not name or name.endswith("/"):
             raise InvalidKeyError("a namespace needs a name of 1 character or more, without a slash at its end")
         return prefix
 
-    def _keys(self, prefix: str) -> list[str]:
-        self._check_open()
-        names, cut = self._core.state.names(self._under(prefix)), len(self._prefix)
-        return [name[cut:] for name in names] if cut else names
-
 
 MISSING_VALUE = object()
-"""A default that no caller can have passed."""
+"""A default that a caller cannot have passed."""

@@ -1,4 +1,4 @@
-"""A transaction: its calls, and the changes that it makes until it is committed."""
+"""`Transaction`: its calls, and the changes that it holds until they are committed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Container, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar, cast, final
 
 from lab_state._arguments import Seconds
-from lab_state._calls import Calls
+from lab_state._calls import Calls, at_once
 from lab_state._core import Core
 from lab_state._durability import Durability
 from lab_state._entries import Absent, Expiring, Stored, StoredOrGone, Value
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class _Live:
-    """The entries of a state, whichever object holds them at the moment."""
+    """The present entries of a state, which may be another object after each call."""
 
     __slots__ = ("_state",)
 
@@ -51,16 +51,16 @@ class _Entries(Layer):
 
 
 class Draft(State):
-    """A state over another one, which nobody else changes meanwhile.
+    """A state over another state, which nothing else changes as long as the draft exists.
 
-    `changes` is the top layer of `entries`, so that one store does for both. The
-    revision is the one that a commit will make.
+    `changes` is the top layer of `entries` too, so one store changes both. `revision` is the
+    revision that the commit will make.
     """
 
     __slots__ = ("_only_values", "base")
 
     def __init__(self, base: State) -> None:
-        """Begin with what is there."""
+        """Begin with the entries of `base`, and no changes."""
         self.base = base
         self._only_values = True
         super().__init__(base.monotonic)
@@ -68,17 +68,17 @@ class Draft(State):
         self.revision = base.revision + 1
 
     def now(self) -> int:
-        """The time of the state beneath."""
+        """Return the time of the state beneath."""
         return self.base.now()
 
     def has(self, key: str) -> bool:
-        """Whether a key is there."""
+        """Return whether a key is there."""
         return key in self.entries and self._lives(key)
 
     def count(self) -> int:
         """Return how many keys there are.
 
-        It costs a step for each change, and for each key that expires in this very second.
+        It costs one step for each change, and for each key that expires within this second.
         """
         total = len(self.entries)
         if self.expires:
@@ -90,11 +90,11 @@ class Draft(State):
 
     @property
     def expires(self) -> bool:
-        """Whether anything does, in the state beneath too."""
+        """Whether a key expires, here or in the state beneath."""
         return bool(self.expiries) or bool(self.base.expiries)
 
     def merge(self) -> int | None:
-        """Make it all one change of the state beneath; returns its revision, `None` if it changed nothing."""
+        """Apply all changes to the state beneath, as one; return its revision, or `None` if nothing changed."""
         changes: dict[str, StoredOrGone] = self.changes
         if self._only_values:
             return self.base.set_many(cast("dict[str, Value]", changes)) if changes else None
@@ -105,7 +105,7 @@ class Draft(State):
         return self.base.apply(changes, cleared=self.cleared)
 
     def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
-        """Make them in the draft; however many, they are one change."""
+        """Apply changes to the draft. All of its changes have one revision."""
         self._only_values = False
         super().apply(changes, cleared=cleared)
         self.revision = self.base.revision + 1
@@ -122,9 +122,9 @@ class DraftCore(Core):
     """What the calls of a transaction share.
 
     Attributes:
-        changes: The changes of the draft; empty, and nobody's, when it is over.
-        known: Keys that need not be looked at.
-        revision: What `merge` makes it.
+        changes: The changes of the draft. After the transaction, an unused dict.
+        known: Keys that are already validated: those of the state. Empty after the transaction.
+        revision: The revision that `merge` will make.
     """
 
     __slots__ = ("_core", "changes", "known", "revision")
@@ -139,7 +139,12 @@ class DraftCore(Core):
 
     @property
     def durability(self) -> Durability:
-        """The manager's own; an error when the transaction is over."""
+        """The durability of the manager.
+
+        Raises:
+            RuntimeError: The transaction is over.
+            ClosedError: The manager is not running.
+        """
         if not self.is_held and self._core.is_open:
             raise RuntimeError(f"this transaction of {self.name!r} is over: begin another one")
         return self._core.durability
@@ -150,6 +155,7 @@ class DraftCore(Core):
         return self._core.transaction is self
 
     def begin(self) -> None:
+        """Begin a draft over the present state."""
         draft = Draft(self._core.state)
         self.state: State = draft
         self.changes = draft.changes
@@ -157,6 +163,12 @@ class DraftCore(Core):
         self.revision = draft.revision
 
     def merge(self) -> int | None:
+        """Commit the draft; return the revision, or `None` if it changed nothing.
+
+        Raises:
+            ClosedError: The manager was stopped meanwhile; nothing was changed.
+            FencedError: A newer writer owns the state; nothing was changed.
+        """
         if not self.is_held:
             self._core.check_process()
             raise ClosedError(
@@ -168,21 +180,21 @@ class DraftCore(Core):
         return self.state.merge()
 
     def end(self) -> None:
+        """Drop the draft. Every later call on it is an error."""
         self.state = State(float)
         self.changes, self.known = {}, ()
 
 
 @final
 class Transaction(Plain):
-    """The calls without `await`, on changes of their own that are not yet the state's.
+    """The calls without `await`, on changes that are not in the state yet.
 
-    They have the guarantees and errors of the calls of the same name of the manager,
-    see the changes made in the transaction so far, and never wait. The revision that
-    `set` and `set_many` return is the one that the whole transaction makes, if in the
-    end it changes anything.
+    Each has the guarantees and errors of the call of the same name of the manager. It sees
+    the changes made in the transaction so far, and never waits. `set` and `set_many` return the
+    revision that the whole transaction makes if it changes anything in the end.
 
     Raises:
-        RuntimeError: From every call: the transaction is over.
+        RuntimeError: From each call: the transaction is over.
     """
 
     __slots__ = ("_core", "_prefix")
@@ -193,25 +205,20 @@ class Transaction(Plain):
         self._prefix = prefix
 
     def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        try:
-            coroutine.send(None)
-        except StopIteration as stop:
-            result: R = stop.value
-            return result
-        raise AssertionError("a call on a draft waited")
+        return at_once(coroutine)
 
     def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:
-        """Store a value; see `set` of the manager."""
+        """Store a value; see `Manager.set`."""
         if ttl is not None:
             return self._run(self._calls.set(key, value, ttl=ttl))
-        # Written out: the way through a coroutine costs more than the work.
+        # Written out: the coroutine would cost more than the work.
         core = self._core
         try:
             stored = encode_value(value)
         except InvalidValueError:
             core.counters.set_errors += 1
             raise
-        full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- the calls' other face
+        full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `Transaction` and its calls are one object in two parts
         changes = core.changes
         if full not in changes and full not in core.known:
             self._calls._begin(full)  # noqa: SLF001 -- likewise
@@ -219,16 +226,18 @@ class Transaction(Plain):
         return core.revision
 
     def namespace(self, name: str) -> Transaction:
-        """The same transaction, for the keys that begin with `name` and a slash; see `Scope.namespace`."""
+        """Return the same transaction, for the keys that begin with `name` and a slash; see `Manager.namespace`."""
         return Transaction(self._core, self._calls._nested(name))  # noqa: SLF001 -- likewise
 
     def __repr__(self) -> str:
-        """The name of the state, and whether it is open."""
-        return f"<Transaction of {self._core.name!r}, {'open' if self._core.is_held else 'over'}>"
+        """Return the prefix, the name of the state, and whether the transaction is open."""
+        prefix = f"{self._prefix!r} of " if self._prefix else "of "
+        return f"<Transaction {prefix}{self._core.name!r}, {'open' if self._core.is_held else 'over'}>"
 
     def __len__(self) -> int:
-        """How many keys there are."""
+        """Return how many keys there are, with the changes made so far."""
         return len(self._calls)
 
     def __contains__(self, key: object) -> bool:
+        """Return whether the key is there, with the changes made so far."""
         return key in self._calls

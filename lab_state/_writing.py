@@ -1,8 +1,8 @@
-"""The calls that store and delete, and what all writing calls share.
+"""`Writing`: the calls that store and delete, and the steps that all writing calls share.
 
-`set` is the hot path: one Python frame where the value is a dict or a list. Rare cases
-(a new key, the first change since a commit, a value to be looked into) are handled in
-separate functions, after one check.
+`set` is the hot path: one Python frame when the value is a dict or a list. Rare cases (a new key,
+the first change since a commit, a value with parts to check) are handled in separate functions,
+after one check.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lab_state._arguments import Seconds, check_key, many_keys, milliseconds
+from lab_state._arguments import Seconds, check_key, check_prefix, many_keys, milliseconds
 from lab_state._entries import Expiring, Value
 from lab_state._json_keys import check_str_keys
 from lab_state._nesting import SHALLOW
@@ -33,7 +33,7 @@ from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 
 class Writing(Reads):
-    """The calls that store and delete, and the steps that writing calls are made of."""
+    """The calls that store and delete, and the steps that all writing calls share."""
 
     __slots__ = ()
 
@@ -43,24 +43,26 @@ class Writing(Reads):
         Args:
             key: The key.
             value: Anything that msgspec encodes as JSON, a Pydantic model, a path, an IP
-                address or a deque; what survives is in "Values and types". It is
-                encoded now, in one step of the event loop, so that writes keep their order:
-                a later change of the object changes nothing. A large value costs three to
-                five times `msgspec.json.encode` of it, about 3 ms for a megabyte of records;
-                one that is nested deeply, or refused, up to twenty times.
-            ttl: How long the key lives, in seconds or as a `timedelta`, above 0; for
-                good when not given, whatever was there before.
+                address or a deque. The page "Values and types" says what survives. The value is
+                encoded now, in one step of the event loop, so that writes keep their order.
+                A later change of the object does not change the state. A large value costs
+                three to five times `msgspec.json.encode` of it, about 3 ms for a megabyte of
+                records. A value that is nested deeply, or is refused, costs up to twenty times.
+            ttl: How long the key lives: seconds or a `timedelta`, above 0 and at most
+                10,000,000,000 seconds. Without it the key never expires, even if it would
+                have expired before.
 
         Raises:
             InvalidValueError: JSON cannot hold the value; the error says where in it.
                 Or `ttl` is out of bounds.
+            TypeError: `ttl` is neither a number nor a `timedelta`.
             StorageError: With a `flush_interval` of 0: not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         core = self._core
         if ttl is not None or core.blocked:
             return await self._put(key, value, ttl)
-        # `encode_value` and `State.apply` are written out here: the calls alone show in the bench.
+        # `encode_value` and `State.apply` are written out: the cost of two more calls can be measured here.
         try:
             if value.__class__ is dict or value.__class__ is list:
                 try:
@@ -102,22 +104,22 @@ class Writing(Reads):
         return revision
 
     async def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> int:
-        """Store all of them as one change, and return the revision. After a crash all are there, or none.
+        """Store several values as one change, and return the revision. After a crash all are there, or none.
 
         Args:
             values: The keys and their values.
-            ttl: How long they live, in seconds or as a `timedelta`, above 0; for good
-                when not given.
+            ttl: How long all of them live; see `set`.
 
         Raises:
             InvalidValueError: One of the values cannot be kept, or `ttl` is out of
                 bounds; none was stored.
+            TypeError: `values` is not a mapping; or see `set`.
             StorageError: With a `flush_interval` of 0: not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         self._check_writable()
         if not isinstance(values, Mapping):
-            raise InvalidValueError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
+            raise TypeError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
         encoded = {check_key(self._full(key)): self._encode_one(key, value) for key, value in values.items()}
         lifetime = self._lifetime(ttl)
         if self._core.blocked:
@@ -132,17 +134,17 @@ class Writing(Reads):
         return await self._written(state.apply(expiring, cleared=False))
 
     async def touch(self, key: str, ttl: Seconds | None) -> bool:
-        """Give a key another time to live, leave its value, and return whether it was there.
+        """Give a key another time to live, leave its value, and return whether the key was there.
 
-        For sessions that live as long as they are used.
+        It is meant for sessions that live as long as they are used.
 
         Args:
             key: The key.
-            ttl: How long it lives from now on, in seconds or as a `timedelta`, above 0;
-                `None` for good.
+            ttl: How long the key lives from now on; see `set`. `None`: it never expires.
 
         Raises:
             InvalidValueError: `ttl` is out of bounds.
+            TypeError: `ttl` is neither a number nor a `timedelta`, nor `None`.
             StorageError: With a `flush_interval` of 0: not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -166,9 +168,10 @@ class Writing(Reads):
         return await self.delete_many((key,)) == 1
 
     async def delete_many(self, keys: Iterable[str]) -> int:
-        """Delete those of the keys that are there, as one change, and return how many.
+        """Delete those of the keys that are there, as one change, and return how many were there.
 
         Raises:
+            TypeError: `keys` is one `str`, or no iterable.
             StorageError: With a `flush_interval` of 0: not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -181,26 +184,31 @@ class Writing(Reads):
         )
 
     async def delete_all(self, prefix: str = "") -> int:
-        """Delete every key that starts with `prefix`, as one change, and return how many.
+        """Delete each key that starts with `prefix`, as one change, and return how many there were.
+
+        Args:
+            prefix: How the keys begin; an empty one means all keys.
 
         Raises:
+            TypeError: `prefix` is not a `str`.
             StorageError: With a `flush_interval` of 0: not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
+        prefix = check_prefix(prefix)
         await self._turn()
-        keys = self._keys(prefix) if self._prefix or prefix else None
+        keys = self.keys_nowait(prefix) if self._prefix or prefix else None
         if keys is None:
             state = self._core.state
             before, count = state.revision, state.clear()
-            if state.revision > before:  # also where all of it had expired
+            if state.revision > before:  # a change too if every key had expired
                 await self._written(state.revision)
             return count
         return await self._deleted(self._core.state.delete_many([self._prefix + key for key in keys]))
 
-    # What the writing calls share
+    # Steps that the writing calls share
 
     async def _put(self, key: str, value: object, ttl: Seconds | None) -> int:
-        """`set` where it has more to do."""
+        """Store a value as `set` does, in the rare cases: with a `ttl`, or if the caller may have to wait."""
         stored = self._encode(value)
         lifetime = self._lifetime(ttl)
         check_key(self._full(key))
@@ -208,12 +216,16 @@ class Writing(Reads):
         return await self._store(key, stored, self._at(lifetime))
 
     async def _store(self, key: str, value: Value, at: int | None) -> int:
-        """Store one value, the caller's turn being now; `at` is when it expires, in milliseconds."""
+        """Store one value, and return the revision.
+
+        The caller has called `_turn` and has not awaited since. `at` is when the key expires, in
+        milliseconds since 1970; `None` if it never does.
+        """
         full = check_key(self._full(key))
         return await self._written(self._core.state.set(full, value if at is None else Expiring(value, at)))
 
     async def _replaced(self, key: str, value: object, type_: Any, at: int | None) -> Any:
-        """Store a value that must be a `type_`, and return it as a read would."""
+        """Store a value that must be a `type_`, and return it as a read would return it."""
         stored = self._encode(value)
         try:
             fresh = decode_value(stored, type_)
@@ -223,24 +235,26 @@ class Writing(Reads):
         return fresh
 
     def _lifetime(self, ttl: Seconds | None) -> int | None:
+        """Return a time to live in milliseconds; `None` if there is none."""
         try:
             return None if ttl is None else milliseconds(ttl)
-        except InvalidValueError:
+        except (InvalidValueError, TypeError):
             self._core.counters.set_errors += 1
             raise
 
     def _at(self, lifetime: int | None) -> int | None:
-        """When something expires that lives so many milliseconds from now."""
+        """Return when a key expires that lives for so many milliseconds from now on."""
         return None if lifetime is None else self._core.state.now() + lifetime
 
     def _replaceable(self, key: str, default: object, type_: Any) -> tuple[Any, int | None]:
-        """What a new value takes the place of, or `default`; and when it expires, whatever the time is by then."""
+        """Return the current value, or `default` if the key is missing, and when the key expires."""
         old = self._get(key, MISSING_VALUE, type_)
         if old is MISSING_VALUE:
             return self._missing(key, default), None
         return old, self._expiry(key)
 
     def _encode(self, value: object) -> Value:
+        """Return the stored form of a value; count it if it is refused."""
         try:
             return encode_value(value)
         except InvalidValueError:
@@ -248,14 +262,14 @@ class Writing(Reads):
             raise
 
     def _encode_one(self, key: str, value: object) -> Value:
-        """One of many values: the error says which."""
+        """Return the stored form of one of several values. The error names its key."""
         try:
             return self._encode(value)
         except InvalidValueError as error:
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
 
     def _begin(self, full: str) -> None:
-        """The first change of a key since the last commit."""
+        """Prepare the first change of a key since the last commit: check the loop and the key, note the time."""
         core = self._core
         core.durability.check_loop()
         state = core.state
@@ -264,21 +278,24 @@ class Writing(Reads):
         state.before_change()
 
     def _check_writable(self) -> None:
+        """Make sure that the manager is running, and that this is its event loop."""
         self._core.durability.check_loop()
 
     async def _turn(self) -> None:
-        """Wait until the caller may write. Until its next `await` it writes alone."""
+        """Wait until no transaction is open. Until its next `await` the caller writes alone."""
         self._check_writable()
         if self._core.blocked:
             await self._core.turn()
             self._check_writable()
 
     async def _written(self, revision: int) -> int:
+        """Return the revision; with a `flush_interval` of 0, when it is durable."""
         if self._core.write_through:
             await self._core.durability.make_latest_durable(revision)
         return revision
 
     async def _deleted(self, count: int) -> int:
+        """Return how many keys were deleted; with a `flush_interval` of 0, when that is durable."""
         if count:
             await self._written(self._core.state.revision)
         return count

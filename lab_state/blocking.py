@@ -1,18 +1,26 @@
-"""`Blocking`: the calls of a manager, for other threads."""
+"""`Blocking` and `BlockingEntry`: the calls of a manager, and one key with its type, for other threads."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
 import inspect
-from collections.abc import Coroutine
-from typing import Any, Final, TypeVar, final
+from collections.abc import Callable, Coroutine
+from operator import contains
+from typing import Any, Final, Generic, ParamSpec, TypeVar, cast, final, overload
 
-from lab_state._calls import Calls
+from lab_state._arguments import Seconds
+from lab_state._calls import Calls, running_loop
+from lab_state._entries import MISSING
+from lab_state._handle import Handle
 from lab_state._plain import Plain, plain
+from lab_state.entry import Entry, entry_of
 from lab_state.exceptions import ClosedError
 
+T = TypeVar("T")
+D = TypeVar("D")
 R = TypeVar("R")
+P = ParamSpec("P")
 
 _LOOK_AGAIN = 1.0
 _ENDED = "the event loop of the manager does not run; let the threads that use `blocking` end before it"
@@ -22,19 +30,56 @@ _ENDED = "the event loop of the manager does not run; let the threads that use `
 class Blocking(Plain):
     """The calls without `await`, for threads other than the event loop's.
 
-    For FastAPI's `def` endpoints, `asyncio.to_thread`, and threads of your own, any
-    number at once. Each call runs on the manager's event loop and returns or raises
-    what the call itself would; so a function given to `update` runs there, too. A
-    thread that is interrupted while it waits leaves its call to go on.
+    It is meant for FastAPI's `def` endpoints, `asyncio.to_thread`, and threads of your own. Any
+    number of threads can use it at once. Each call runs on the event loop of the manager, and
+    returns or raises what the call itself would. So a function given to `update` runs there too,
+    and `len` and `in` are a call each. If a thread is interrupted while it waits, its call goes on.
 
-    On top of what the call itself raises, each raises `RuntimeError` on the event
-    loop that it would wait for, where the call of the manager is to be awaited
-    instead; and `ClosedError` when that loop ends, within a second.
+    Each call can raise two more errors. It raises `RuntimeError` on the event loop of the
+    manager, because it would wait for itself: await the call of the manager instead. It raises
+    `ClosedError` within a second when that loop ends.
     """
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        """Return the prefix and the name of the state."""
+        core, prefix = self._calls._core, self._calls._prefix  # noqa: SLF001 -- `Blocking` and its calls are one object in two parts
+        return f"<Blocking {prefix!r} of {core.name!r}>" if prefix else f"<Blocking of {core.name!r}>"
+
+    def __len__(self) -> int:
+        """Return how many keys there are."""
+        return self._run(_called(len, self._calls))
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether the key is there; False for an object that cannot be a key."""
+        return self._run(_called(contains, self._calls, key))
+
+    @overload
+    def entry(self, key: str, type: type[T]) -> BlockingEntry[T]: ...
+    @overload
+    def entry(self, key: str, type: type[T], *, default: None) -> BlockingEntry[T | None]: ...
+    @overload
+    def entry(self, key: str, type: type[T], *, default: T) -> BlockingEntry[T]: ...
+    @overload
+    def entry(self, key: str, type: Any, *, default: Any = ...) -> BlockingEntry[Any]: ...
+    def entry(self, key: str, type: Any, *, default: Any = MISSING) -> BlockingEntry[Any]:
+        """Return a handle for one key, without `await`; see `Manager.entry`.
+
+        It can be made on any thread, before `start()` too.
+        """
+        return BlockingEntry(self, entry_of(self._calls, key, type, default))
+
+    def namespace(self, name: str) -> Blocking:
+        """Return the same calls for the keys that begin with `name` and a slash; see `Manager.namespace`.
+
+        It can be made on any thread, before `start()` too.
+        """
+        calls = self._calls
+        return Blocking(Calls(calls._core, calls._nested(name)))  # noqa: SLF001 -- as above
+
     def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
+        """Run a coroutine on the event loop of the manager, and return its result."""
         try:
             loop = self._loop()
             future = _submit(coroutine, loop)
@@ -43,7 +88,7 @@ class Blocking(Plain):
             raise
         while not future.done():
             concurrent.futures.wait([future], _LOOK_AGAIN)
-            if loop.is_closed():  # nobody is left to tell of a cancellation
+            if loop.is_closed():  # it will not run the cancellation
                 break
             if not loop.is_running():
                 future.cancel()
@@ -51,15 +96,16 @@ class Blocking(Plain):
             try:
                 return future.result()
             finally:
-                del future  # it holds the error, and that this frame
+                del future  # it refers to the error, and the error to this frame
         if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
             coroutine.close()
         raise ClosedError(_ENDED)
 
     def _loop(self) -> asyncio.AbstractEventLoop:
-        core = self._calls._core  # noqa: SLF001 -- the calls' other face
+        """Return the event loop of the manager, which is running in another thread."""
+        core = self._calls._core  # noqa: SLF001 -- as above
         loop = core.durability.loop
-        if _running_loop() is loop:
+        if running_loop() is loop:
             raise RuntimeError(
                 f"a call through `blocking` of {core.name!r} would wait for the event loop that it was made on: "
                 "await the call of the manager itself"
@@ -73,15 +119,84 @@ class Blocking(Plain):
     wait_durable: Final = plain(Calls.wait_durable)
 
 
+@final
+class BlockingEntry(Handle, Generic[T]):
+    """One key and its type, without `await`, for threads other than the event loop's.
+
+    Each call is the one of the same name of `Entry`, run as `Blocking` runs its calls.
+    """
+
+    __slots__ = ("_entry", "_run")
+
+    def __init__(self, blocking: Blocking, entry: Entry[T]) -> None:
+        self._entry = entry
+        self._run = blocking._run  # noqa: SLF001 -- of the same module
+
+    def __repr__(self) -> str:
+        """Return the key and the type."""
+        return repr(self._entry).replace("<Entry", "<BlockingEntry", 1)
+
+    @property
+    def key(self) -> str:
+        """The key as it was given, without the prefix of the namespace."""
+        return self._entry.key
+
+    def get(self) -> T:
+        """Return the value, or the default; see `Entry.get`."""
+        return self._run(self._entry.get())
+
+    def exists(self) -> bool:
+        """Return whether the key is there; see `Entry.exists`."""
+        return self._run(self._entry.exists())
+
+    @overload
+    def expires_in(self) -> float | None: ...
+    @overload
+    def expires_in(self, default: D) -> float | D | None: ...
+    def expires_in(self, default: object = MISSING) -> object:
+        """Return the seconds until the key expires; `None` if it never does; see `Entry.expires_in`."""
+        return self._run(self._entry.expires_in(default))
+
+    def set(self, value: T, *, ttl: Seconds | None = None) -> int:
+        """Store a value, and return the revision; see `Entry.set`."""
+        return self._run(self._entry.set(value, ttl=ttl))
+
+    def set_if_absent(self, value: T, *, ttl: Seconds | None = None) -> bool:
+        """Store a value if the key is missing, and return whether it was stored; see `Entry.set_if_absent`."""
+        return self._run(self._entry.set_if_absent(value, ttl=ttl))
+
+    def update(self, fn: Callable[[T], T], *, ttl: Seconds | None = None) -> T:
+        """Replace the value by the result of `fn`, atomically, and return that result; see `Entry.update`."""
+        return self._run(self._entry.update(fn, ttl=ttl))
+
+    @overload
+    def incr(self: BlockingEntry[int], delta: int = ..., *, ttl: Seconds | None = ...) -> int: ...
+    @overload
+    def incr(self: BlockingEntry[float], delta: float = ..., *, ttl: Seconds | None = ...) -> float: ...
+    def incr(self: BlockingEntry[Any], delta: float = 1, *, ttl: Seconds | None = None) -> float:
+        """Add to a number, atomically, and return the new number; see `Entry.incr`."""
+        return self._run(cast("Entry[float]", self._entry).incr(delta, ttl=ttl))
+
+    def touch(self, ttl: Seconds | None) -> bool:
+        """Give the key another time to live, and return whether it was there; see `Entry.touch`."""
+        return self._run(self._entry.touch(ttl))
+
+    def delete(self) -> bool:
+        """Delete the key, and return whether it was there; see `Entry.delete`."""
+        return self._run(self._entry.delete())
+
+    def pop(self) -> T:
+        """Delete the key, and return its value, or the default if it is missing; see `Entry.pop`."""
+        return self._run(self._entry.pop())
+
+
+async def _called(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a plain function on the event loop."""
+    return fn(*args, **kwargs)
+
+
 def _submit(coroutine: Coroutine[Any, Any, R], loop: asyncio.AbstractEventLoop) -> concurrent.futures.Future[R]:
     try:
         return asyncio.run_coroutine_threadsafe(coroutine, loop)
-    except RuntimeError:  # closed since it was looked at
+    except RuntimeError:  # it was closed since the check
         raise ClosedError(_ENDED) from None
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, Generic, TypeVar, cast, final
+from typing import Any, Generic, TypeVar, cast, final, overload
 
-from lab_state._arguments import Seconds
+from lab_state._arguments import Seconds, check_key
 from lab_state._calls import Calls
 from lab_state._entries import MISSING
 from lab_state._handle import Handle
 from lab_state._reads import MISSING_VALUE
+from lab_state._types import check_type, optional
 
 T = TypeVar("T")
+D = TypeVar("D")
+
+
+def entry_of(calls: Calls, key: str, type_: Any, default: Any) -> Entry[Any]:
+    """Return an entry with checked arguments; see `Scope.entry`."""
+    check_key(calls._full(key))  # noqa: SLF001 -- an entry and its calls are one object in two parts
+    check_type(type_)
+    return Entry(calls, key, optional(type_) if default is None else type_, default)
 
 
 @final
 class Entry(Handle, Generic[T]):
     """One key and its type.
 
-    The calls are those of the same name of the manager, with the same guarantees and
-    errors. Where the key is missing, `get` and `update` use the default, if there is one:
-    a copy, so that changing it changes nothing else.
+    Each call is the one of the same name of the manager, with the same guarantees and errors.
+    A value that is read must be a `T`, and so must a value that `update` or `incr` makes. If the
+    key is missing, `get`, `pop`, `update` and `incr` use the default of the entry, if it has one.
+    They use a copy of it, so changing the result changes nothing else.
     """
 
     __slots__ = ("_calls", "_default", "_key", "_type")
@@ -33,29 +43,126 @@ class Entry(Handle, Generic[T]):
         self._default = default
 
     def __repr__(self) -> str:
-        """The key and the type."""
+        """Return the key and the type."""
         return f"<Entry {self._key!r} of {self._type!r}>"
 
+    @property
+    def key(self) -> str:
+        """The key as it was given, without the prefix of the namespace."""
+        return self._key
+
+    # Reading
+
     async def get(self) -> T:
-        """The value, or the default."""
-        value = await self._calls.get(
-            self._key, MISSING if self._default is MISSING else MISSING_VALUE, type=self._type
-        )
-        return cast("T", deepcopy(self._default) if value is MISSING_VALUE else value)
+        """Return the value, or the default."""
+        return self.get_nowait()
 
-    async def set(self, value: T, *, ttl: Seconds | None = None) -> int:
-        """Store a value; returns the revision."""
-        return await self._calls.set(self._key, value, ttl=ttl)
-
-    async def update(self, fn: Callable[[T], T]) -> T:
-        """Replace the value by what `fn` makes of it, atomically; returns the new value."""
-        default = cast("T", deepcopy(self._default))  # the one that is not there stays itself
-        return await self._calls.update(self._key, fn, default, type=cast("type[T]", self._type))
-
-    async def delete(self) -> bool:
-        """Delete the key; returns whether it was there."""
-        return await self._calls.delete(self._key)
+    def get_nowait(self) -> T:
+        """Return the value, or the default, as a plain call; see `Manager.get_nowait`."""
+        found = self._calls.get_nowait(self._key, self._asked, type=self._type)
+        return self._or_default(found)
 
     async def exists(self) -> bool:
-        """Whether the key is there."""
+        """Return whether the key is there."""
         return await self._calls.exists(self._key)
+
+    @overload
+    async def expires_in(self) -> float | None: ...
+    @overload
+    async def expires_in(self, default: D) -> float | D | None: ...
+    async def expires_in(self, default: object = MISSING) -> object:
+        """Return the seconds until the key expires; `None` if it never does; see `Manager.expires_in`.
+
+        Args:
+            default: What to return when the key is missing. The default of the entry is a
+                value, so it is not used here.
+        """
+        return self._calls.expires_in_nowait(self._key, default)
+
+    @overload
+    def expires_in_nowait(self) -> float | None: ...
+    @overload
+    def expires_in_nowait(self, default: D) -> float | D | None: ...
+    def expires_in_nowait(self, default: object = MISSING) -> object:
+        """Return what `expires_in` returns, as a plain call."""
+        return self._calls.expires_in_nowait(self._key, default)
+
+    # Writing
+
+    async def set(self, value: T, *, ttl: Seconds | None = None) -> int:
+        """Store a value, and return the revision."""
+        return await self._calls.set(self._key, value, ttl=ttl)
+
+    def set_nowait(self, value: T, *, ttl: Seconds | None = None) -> int:
+        """Store a value, without waiting, and return the revision; see `Manager.set_nowait`."""
+        return self._calls.set_nowait(self._key, value, ttl=ttl)
+
+    async def set_if_absent(self, value: T, *, ttl: Seconds | None = None) -> bool:
+        """Store a value if the key is missing, and return whether it was stored."""
+        return await self._calls.set_if_absent(self._key, value, ttl=ttl)
+
+    async def update(self, fn: Callable[[T], T], *, ttl: Seconds | None = None) -> T:
+        """Replace the value by the result of `fn`, atomically, and return that result.
+
+        Args:
+            fn: A plain function: value in, value out; see `Manager.update`.
+            ttl: How long the key lives from now on. Not given, or `None`: the key expires
+                when it would have. To keep it for good, use `touch(None)`.
+        """
+        return await self._calls.update(self._key, fn, self._start, type=self._python_type, ttl=ttl)
+
+    def update_nowait(self, fn: Callable[[T], T], *, ttl: Seconds | None = None) -> T:
+        """Replace the value by the result of `fn`, without waiting; see `update` and `Manager.update_nowait`."""
+        return self._calls.update_nowait(self._key, fn, self._start, type=self._python_type, ttl=ttl)
+
+    @overload
+    async def incr(self: Entry[int], delta: int = ..., *, ttl: Seconds | None = ...) -> int: ...
+    @overload
+    async def incr(self: Entry[float], delta: float = ..., *, ttl: Seconds | None = ...) -> float: ...
+    async def incr(self: Entry[Any], delta: float = 1, *, ttl: Seconds | None = None) -> float:
+        """Add to a number, atomically, and return the new number.
+
+        If the key is missing, it starts from the default of the entry, or from 0.
+
+        Args:
+            delta: What to add; may be negative.
+            ttl: How long a number lives that starts here; see `Manager.incr`.
+        """
+        start: Any = 0 if self._default is MISSING else self._default
+        new: float = await self._calls.incr(self._key, delta, default=start, ttl=ttl, type=self._type)
+        return new
+
+    async def touch(self, ttl: Seconds | None) -> bool:
+        """Give the key another time to live, and return whether it was there; `None`: for good."""
+        return await self._calls.touch(self._key, ttl)
+
+    async def delete(self) -> bool:
+        """Delete the key, and return whether it was there."""
+        return await self._calls.delete(self._key)
+
+    def delete_nowait(self) -> bool:
+        """Delete the key, without waiting, and return whether it was there; see `Manager.delete_nowait`."""
+        return self._calls.delete_nowait(self._key)
+
+    async def pop(self) -> T:
+        """Delete the key, and return its value, or the default if it is missing."""
+        return self._or_default(await self._calls.pop(self._key, self._asked, type=self._type))
+
+    # The default
+
+    @property
+    def _asked(self) -> object:
+        """What a read is given as its default: it tells a missing key from a stored default."""
+        return MISSING if self._default is MISSING else MISSING_VALUE
+
+    @property
+    def _start(self) -> T:
+        """A copy of the default; `MISSING` if there is none, since a copy of `MISSING` is `MISSING` itself."""
+        return cast("T", deepcopy(self._default))
+
+    @property
+    def _python_type(self) -> type[T]:
+        return cast("type[T]", self._type)
+
+    def _or_default(self, found: object) -> T:
+        return self._start if found is MISSING_VALUE else cast("T", found)

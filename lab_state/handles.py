@@ -1,4 +1,4 @@
-"""The handles that narrow a manager: its namespaces, and what makes the others."""
+"""`Scope` and `Namespace`: the calls for the keys under a prefix, and the handles made from them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar, final, overload
 
-from lab_state._arguments import check_key
 from lab_state._calls import Calls
 from lab_state._entries import MISSING
 from lab_state._transaction import DraftCore, Transaction
-from lab_state._types import check_type, optional
 from lab_state._watch import Change, Watcher
 from lab_state.blocking import Blocking
-from lab_state.entry import Entry
+from lab_state.entry import Entry, entry_of
 
 T = TypeVar("T")
 
 
 class Scope(Calls):
-    """The calls, and the handles that narrow them: what a manager and a namespace are."""
+    """The calls, and the handles made from them: the common base of a manager and a namespace."""
 
     __slots__ = ()
 
@@ -32,56 +30,56 @@ class Scope(Calls):
     @overload
     def entry(self, key: str, type: Any, *, default: Any = ...) -> Entry[Any]: ...
     def entry(self, key: str, type: Any, *, default: Any = MISSING) -> Entry[Any]:
-        """Return a handle for one key. It may be made before `start()`, and kept.
+        """Return a handle for one key. It can be made before `start()`, and kept over restarts.
 
         Args:
             key: The key.
-            type: What its value is; see `get`.
-            default: What `get` returns, and `update` starts from, when the key is missing.
-                Where it is `None`, the value may be `None`, too.
+            type: The type of its value; see `get`.
+            default: The value that `get`, `pop`, `update` and `incr` use when the key is
+                missing. If it is `None`, the stored value may be `None` too.
 
         Raises:
             InvalidKeyError: The key is out of bounds.
-            TypeError: The type is none that can be decoded; see `get`. A class that is
-                defined further down in the file cannot be named yet.
+            TypeError: The type cannot be decoded; see `get`. Or it names a class that is
+                defined further down in its module: make the entry after that class.
         """
-        check_key(self._full(key))
-        check_type(type)
-        return Entry(self, key, optional(type) if default is None else type, default)
+        return entry_of(self, key, type, default)
 
     def namespace(self, name: str) -> Namespace:
-        """A handle for the keys that begin with `name` and a slash; it may be made before `start()`, and kept.
+        """Return a handle for the keys that begin with `name` and a slash.
+
+        It can be made before `start()`, and kept over restarts. Namespaces can be nested.
 
         Args:
-            name: 1 character or more, no slash at its end; namespaces can be nested.
+            name: 1 character or more, without a slash at its end.
 
         Raises:
             InvalidKeyError: The name is out of bounds for the beginning of a key.
+            TypeError: It is not a `str`.
         """
         return Namespace(self._core, self._nested(name))
 
     @property
     def blocking(self) -> Blocking:
-        """The same calls without `await`, for other threads."""
+        """The calls without `await`, for threads other than the event loop's."""
         return Blocking(self)
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """Make several changes as one: all of them or none, in memory and after a crash.
 
-        Inside, call the transaction, without `await`. Leaving makes all its changes at
-        once, as one revision; an exception or a cancellation drops them. One is open at
-        a time: another one, and writers, wait for it. Readers never wait, and see what
-        was before.
+        Inside the block, call the transaction, without `await`. At the end of the block all its
+        changes are made at once, as one revision. An exception or a cancellation drops them.
+        One transaction is open at a time: other transactions and writers wait until it is over.
+        Readers never wait. They see the state from before the transaction.
 
         Raises:
-            RuntimeError: At entering, and from every call of the manager that writes:
-                this task is inside a transaction of the same manager. It would wait
-                for itself.
-            ClosedError: At entering: the manager is not running. At leaving: it was
+            RuntimeError: At the beginning, and from each writing call of the manager inside:
+                this task is inside a transaction of the same manager, and would wait for itself.
+            ClosedError: At the beginning: the manager is not running. At the end: it was
                 stopped meanwhile, and nothing was changed.
-            FencedError: At entering, and at leaving: a newer writer owns the state.
+            FencedError: At the beginning or at the end: a newer writer owns the state.
                 Nothing was changed.
-            StorageError: At leaving, with a `flush_interval` of 0: not durable yet.
+            StorageError: At the end, with a `flush_interval` of 0: not durable yet.
         """
         return self._transaction()
 
@@ -104,22 +102,21 @@ class Scope(Calls):
     def watch(self, prefix: str = "", *, durable: bool = False) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """Iterate over the keys that change from now on.
 
-        Open it first, then read: what changes after that is told. A reader that is slow
-        is told the last change of each key only; with more than 10,000 keys to tell, or
-        when more than 10,000 keys were deleted at once, it is told one `resync` instead:
-        read again.
-        The iteration ends when the manager stops or the block is left, after what was
-        left to tell. One task reads it.
+        Open the watch first, then read the state: each later change is told. A slow reader is
+        told only the last change of each key. If more than 10,000 keys wait to be told, or more
+        than 10,000 keys were deleted at once, one `resync` is told instead: read the state
+        again. The iteration ends when the manager stops or the block is left, after the changes
+        that were still waiting. One task reads it.
 
         Args:
-            prefix: Which keys: those that begin with it.
-            durable: Whether to tell changes only when they are durable; those that
-                were made, but not durable, before the watch was opened are told too.
+            prefix: How the keys begin; an empty one means all keys.
+            durable: Whether to tell a change only when it is durable. A change that was not
+                durable when the watch was opened is then told too.
 
         Raises:
-            InvalidKeyError: The prefix is not a `str`.
-            ClosedError: At entering: the manager is not running.
-            RuntimeError: At entering: this is not the event loop of `start()`.
+            TypeError: The prefix is not a `str`.
+            ClosedError: At the beginning: the manager is not running.
+            RuntimeError: At the beginning: this is not the event loop of `start()`.
         """
         return self._watch(prefix, durable=durable)
 
@@ -133,10 +130,15 @@ class Scope(Calls):
 
 @final
 class Namespace(Scope):
-    """The calls of the manager, for the keys under one prefix, which they leave out."""
+    """The calls of the manager for the keys under one prefix. They take and return keys without it."""
 
     __slots__ = ()
 
+    @property
+    def prefix(self) -> str:
+        """How the keys begin in the whole state: `"users/"`, or `"web/sessions/"` where namespaces are nested."""
+        return self._prefix
+
     def __repr__(self) -> str:
-        """The name of the state and the prefix."""
+        """Return the prefix and the name of the state."""
         return f"<Namespace {self._prefix!r} of {self._core.name!r}>"

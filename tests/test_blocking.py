@@ -149,6 +149,8 @@ def test_every_call_is_lifted() -> None:
         if name[0] != "_" and inspect.iscoroutinefunction(function)
     }
     lifted = {name: getattr(Blocking, name) for cls in (Plain, Blocking) for name in vars(cls) if name[0] != "_"}
+    for name in ("entry", "namespace"):  # they make handles, and wait for nothing
+        del lifted[name]
     assert lifted.keys() == calls.keys() == SAME.keys()
     for name, function in lifted.items():
         assert (function.__name__, function.__doc__) == (name, calls[name].__doc__)
@@ -574,7 +576,7 @@ def application(directory: Path) -> FastAPI:
 
     @app.post("/count")
     def count() -> int:
-        return state.blocking.incr("n")
+        return state.blocking.incr("n", type=int)
 
     @app.get("/count")
     def read() -> int:

@@ -176,7 +176,7 @@ async def test_a_manager_that_does_not_run_can_be_used_in_a_child(tmp_path: Path
 
     async def use() -> int:
         async with state:
-            return await state.incr("a")
+            return await state.incr("a", type=int)
 
     assert await in_child(lambda: asyncio.run(use())) == 1 + before
     async with state:

@@ -190,7 +190,7 @@ async def test_faults_at_random_are_the_same_for_the_same_seed() -> None:
             await state.start()
             assert await state.get("n", 0) >= acknowledged
             for _ in range(5):
-                number = await state.incr("n")
+                number = await state.incr("n", type=int)
                 try:
                     await state.flush()
                     acknowledged = number

@@ -338,20 +338,26 @@ WRITES: dict[str, Callable[[Manager, Any], Any]] = {
 
 
 class TestBounds:
-    @pytest.mark.parametrize("ttl", [0, -1, -0.0, math.nan, math.inf, -math.inf, 1e11, 10**400, True, "x", [5]])
+    @pytest.mark.parametrize(
+        ("ttl", "error"),
+        [
+            *((ttl, InvalidValueError) for ttl in (0, -1, -0.0, math.nan, math.inf, -math.inf, 1e11, 10**400)),
+            *((ttl, TypeError) for ttl in (True, "x", [5])),
+        ],
+    )
     @pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
     async def test_a_ttl_out_of_bounds_changes_nothing(
-        self, clock: ManualClock, write: Callable[[Manager, Any], Any], ttl: Any
+        self, clock: ManualClock, write: Callable[[Manager, Any], Any], ttl: Any, error: type[Exception]
     ) -> None:
-        """InvalidValueError from every call that takes one; memory, times and revision are unchanged."""
+        """An error from every call that takes one; memory, times and revision are unchanged."""
         async with manager(MemoryStorage(), clock) as state:
             await state.set("a", 1, ttl=5)
-            with pytest.raises(InvalidValueError, match="ttl must be"):
+            with pytest.raises(error, match="ttl must be"):
                 await write(state, ttl)
             assert (await state.get_all(), state.revision) == ({"a": 1}, 1)
             assert await state.expires_in("a") == 5.0
             async with state.transaction() as tx:
-                with pytest.raises(InvalidValueError, match="ttl must be"):
+                with pytest.raises(error, match="ttl must be"):
                     tx.set("a", 2, ttl=ttl)
             assert state.revision == 1
 
@@ -792,11 +798,13 @@ async def test_a_time_goes_with_every_commit(clock: ManualClock) -> None:
 
 
 async def test_a_ttl_that_is_refused_counts(clock: ManualClock) -> None:
-    """A ttl out of bounds is a set that failed."""
+    """A ttl that is wrong is a set that failed."""
     async with manager(MemoryStorage(), clock) as state:
         with pytest.raises(InvalidValueError):
             await state.set("a", 1, ttl=0)
-        assert state.metrics().operations["set", "error"] == 1
+        with pytest.raises(TypeError):
+            await state.set("a", 1, ttl="1")  # type: ignore[arg-type]
+        assert state.metrics().operations["set", "error"] == 2
 
 
 class TestTouch:
@@ -848,5 +856,5 @@ async def test_what_is_no_function(name: str, clock: ManualClock) -> None:
     """A value where a function is needed is refused, with the calls that take a value."""
     async with manager(MemoryStorage(), clock) as state:
         await state.set("a", 1)
-        with pytest.raises(InvalidValueError, match="needs a function, not int; to store a value as it is use set"):
+        with pytest.raises(TypeError, match="needs a function, not int; to store a value as it is use set"):
             await getattr(state, name)("a", 5)

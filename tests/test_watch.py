@@ -15,7 +15,6 @@ from lab_state import (
     Change,
     ClosedError,
     Config,
-    InvalidKeyError,
     Manager,
     MemoryStorage,
     UnavailableError,
@@ -303,9 +302,9 @@ class TestWhich:
 
     @pytest.mark.parametrize("prefix", [None, 5, b"a", ["a"]], ids=repr)
     async def test_a_prefix_that_is_no_str(self, state: Manager, prefix: Any) -> None:
-        """It is InvalidKeyError, and there is no watch."""
+        """It is TypeError, and there is no watch."""
         for scope in (state, state.namespace("n")):
-            with pytest.raises(InvalidKeyError, match="a prefix must be a str"):
+            with pytest.raises(TypeError, match="a prefix must be a str"):
                 async with scope.watch(prefix):
                     raise AssertionError
         assert state._core.state.on_change is None

@@ -28,7 +28,7 @@ Total = Annotated[Entry[int], Depends(entry("total", int, default=0))]
 
 @app.post("/visits/{page}")
 async def visit(page: str, state: Visits) -> int:
-    return await state.incr(f"page/{page}")
+    return await state.incr(f"page/{page}", type=int)
 
 
 @app.get("/visits")

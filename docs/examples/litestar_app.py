@@ -26,7 +26,7 @@ manager = Manager(
 
 @post("/visits/{page:str}", status_code=200)
 async def visit(page: FromPath[str], visits: NamedDependency[Manager]) -> int:
-    return await visits.incr(f"page/{page}")
+    return await visits.incr(f"page/{page}", type=int)
 
 
 @get("/visits")

@@ -31,7 +31,7 @@ errors(app)  # a write that failed is 503. Fenced: the same request, a second la
 
 @app.post("/visits/{page}")
 async def visit(page: str) -> int:
-    return await visits.incr(f"page/{page}")
+    return await visits.incr(f"page/{page}", type=int)
 
 
 @app.get("/visits/{page}")

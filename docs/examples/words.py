@@ -42,7 +42,7 @@ async def add(line: Line) -> int:
     words = len(line.text.split())
     _, total = await asyncio.gather(
         state.set(f"line/{line.module}/{line.number}", line),
-        state.incr(f"words/{line.module}", words),
+        state.incr(f"words/{line.module}", words, type=int),
     )
     return total
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 from lab_state import _forks as forks
-from lab_state._arguments import check_default, check_key, check_timeout, many_keys
+from lab_state._arguments import check_default, check_key, check_prefix, check_revision, check_timeout, many_keys
 from lab_state._clock import Clock, SystemClock, within
 from lab_state._entries import MISSING, Expiring, Json, Stored
 from lab_state._handle import Handle
@@ -22,7 +22,6 @@ from lab_state.cache._revision_guard import RevisionGuard
 from lab_state.cache._source import Found, Source
 from lab_state.exceptions import (
     ClosedError,
-    InvalidKeyError,
     KeyNotFoundError,
     StorageError,
     TypeMismatchError,
@@ -268,9 +267,10 @@ class Reader(Handle):
         Raises:
             WaitTimeoutError: It was not reached in time. It is an `UnavailableError` and a
                 `TimeoutError`.
-            TypeError: The timeout is not a number.
+            TypeError: The revision is not an `int`, or the timeout is not a number.
             ValueError: The timeout is out of bounds.
         """
+        check_revision(revision)
         deadline = self._clock.monotonic() + check_timeout(timeout)
         while True:
             moved = self._open.moved
@@ -313,14 +313,14 @@ class Reader(Handle):
             prefix: Only keys that start with it.
 
         Raises:
-            InvalidKeyError: At entering: the prefix is not a `str`.
+            TypeError: At entering: the prefix is not a `str`.
             ClosedError: At entering: the reader is not open.
         """
         return self._watch(prefix)
 
     @asynccontextmanager
     async def _watch(self, prefix: str) -> AsyncGenerator[AsyncIterator[Change]]:
-        watcher = Watcher(_checked(prefix), 0, -1, durable=True)
+        watcher = Watcher(check_prefix(prefix), 0, -1, durable=True)
         watchers = self._open.watchers
         watchers.add(watcher)
         try:
@@ -348,7 +348,7 @@ class Reader(Handle):
 
     async def _every(self, prefix: str) -> dict[str, Stored]:
         _ = self._open
-        prefix = _checked(prefix)
+        prefix = check_prefix(prefix)
         if self._local.fresh:
             return {key: value for key, value in self._local.shown.items() if key.startswith(prefix)}
         _, found = await self._read(self._source.fetch_all())
@@ -428,9 +428,3 @@ def _asked(key: object) -> str:
     except UnicodeEncodeError:
         return check_key(key)
     return str.__str__(key)
-
-
-def _checked(prefix: object) -> str:
-    if not isinstance(prefix, str):
-        raise InvalidKeyError(f"a prefix must be a str, not {prefix.__class__.__name__}")
-    return prefix

@@ -45,12 +45,12 @@ def names(request: Request[Any, Any, Any]) -> list[str]:
 
 @post("/notes", status_code=200)
 async def note(notes: NamedDependency[Manager], tags: NamedDependency[Manager]) -> list[int]:
-    return [await notes.incr("n"), await tags.incr("n", 10)]
+    return [await notes.incr("n", type=int), await tags.incr("n", 10, type=int)]
 
 
 @get("/plain", sync_to_thread=True)
 def without_await(notes: NamedDependency[Manager]) -> int:
-    return notes.blocking.incr("n")
+    return notes.blocking.incr("n", type=int)
 
 
 @websocket("/socket")

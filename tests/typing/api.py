@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from lab_state import (
     Blocking,
+    BlockingEntry,
     Cache,
     Change,
     Config,
@@ -31,6 +32,9 @@ from lab_state import (
     Storage,
     StorageSession,
     Transaction,
+    __version__,
+    escape_key,
+    escape_name,
     read_state,
 )
 from lab_state.testing import FaultyStorage, ManualClock
@@ -60,8 +64,32 @@ async def reading(state: Manager) -> None:
     assert_type(await state.keys(), list[str])
     assert_type(await state.exists("key"), bool)
     assert_type(await state.expires_in("key"), float | None)
+    assert_type(await state.expires_in("key", 0.0), float | None)
+    assert_type(await state.expires_in("key", "gone"), float | str | None)
     assert_type(len(state), int)
     assert_type("key" in state, bool)
+
+
+def reading_at_once(state: Manager) -> None:
+    assert_type(state.get_nowait("key"), Any)
+    assert_type(state.get_nowait("key", type=User), User)
+    assert_type(state.get_many_nowait(["a"], type=User), dict[str, User])
+    assert_type(state.get_many_nowait(["a"]), dict[str, Any])
+    assert_type(state.get_all_nowait("a", type=int), dict[str, int])
+    assert_type(state.get_all_nowait(), dict[str, Any])
+    assert_type(state.keys_nowait("a"), list[str])
+    assert_type(state.expires_in_nowait("key"), float | None)
+    assert_type(state.expires_in_nowait("key", "gone"), float | str | None)
+
+
+def writing_at_once(state: Manager, users: Namespace, ttl: timedelta) -> None:
+    assert_type(state.set_nowait("key", User("Ann"), ttl=ttl), int)
+    assert_type(state.delete_nowait("key"), bool)
+    assert_type(state.update_nowait("key", lambda n: n + 1, 0, type=int, ttl=5), int)
+    assert_type(state.update_nowait("key", lambda user: user, type=User), User)
+    assert_type(state.update_nowait("key", lambda _: "text"), str)
+    assert_type(users.set_nowait("key", 1), int)
+    state.set_nowait(5, 1)  # type: ignore[arg-type]
 
 
 async def writing(state: Manager) -> None:
@@ -75,8 +103,12 @@ async def writing(state: Manager) -> None:
     assert_type(await state.update("key", lambda n: n + 1, 0, type=int), int)
     assert_type(await state.update("key", lambda user: user, type=User), User)
     assert_type(await state.update("key", lambda _: "text"), str)
-    assert_type(await state.incr("key"), int)
-    assert_type(await state.incr("key", 0.5), float)
+    assert_type(await state.update("key", lambda n: n + 1, 0, type=int, ttl=5), int)
+    assert_type(await state.incr("key"), int | float)
+    assert_type(await state.incr("key", type=int), int)
+    assert_type(await state.incr("key", 2, type=int, default=5, ttl=5), int)
+    assert_type(await state.incr("key", 0.5, type=float), float)
+    assert_type(await state.incr("key", 0.5), int | float)
     assert_type(await state.set_if_absent("key", 1), bool)
     assert_type(await state.get_or_set("key", lambda: User("Ann"), type=User), User)
     assert_type(await state.get_or_set("key", dict), Any)
@@ -88,8 +120,8 @@ async def expiring(state: Manager, ttl: timedelta) -> None:
     assert_type(await state.set("key", 1, ttl=None), int)
     assert_type(await state.set_many({"key": 1}, ttl=0.5), int)
     assert_type(await state.set_if_absent("key", 1, ttl=ttl), bool)
-    assert_type(await state.incr("key", ttl=5), int)
-    assert_type(await state.incr("key", 0.5, ttl=ttl), float)
+    assert_type(await state.incr("key", ttl=5), int | float)
+    assert_type(await state.incr("key", 0.5, ttl=ttl), int | float)
     assert_type(await state.get_or_set("key", lambda: User("Ann"), type=User, ttl=5), User)
     assert_type(await state.get_or_set("key", dict, ttl=ttl), Any)
 
@@ -97,6 +129,7 @@ async def expiring(state: Manager, ttl: timedelta) -> None:
 async def namespaces(state: Manager) -> None:
     users = state.namespace("users")
     assert_type(users, Namespace)
+    assert_type(users.prefix, str)
     assert_type(users.namespace("deep"), Namespace)
     assert_type(users.blocking, Blocking)
     assert_type(users.transaction(), AbstractAsyncContextManager[Transaction])
@@ -121,7 +154,7 @@ async def namespaces(state: Manager) -> None:
     assert_type(await users.update("key", lambda n: n + 1, 0, type=int), int)
     assert_type(await users.get_or_set("key", dict), Any)
     assert_type(await users.set_if_absent("key", 1), bool)
-    assert_type(await users.incr("key"), int)
+    assert_type(await users.incr("key"), int | float)
     await users.flush()
     await users.wait_durable(5)
 
@@ -142,8 +175,26 @@ async def entries(state: Manager, ttl: timedelta) -> None:
     assert_type(await counter.set(1), int)
     assert_type(await counter.set(1, ttl=ttl), int)
     assert_type(await counter.update(lambda n: n + 1), int)
+    assert_type(await counter.update(lambda n: n + 1, ttl=ttl), int)
     assert_type(await counter.delete(), bool)
     assert_type(await counter.exists(), bool)
+    assert_type(counter.key, str)
+    assert_type(await counter.incr(), int)
+    assert_type(await counter.incr(2, ttl=ttl), int)
+    assert_type(await state.entry("mean", float).incr(0.5), float)
+    assert_type(await counter.pop(), int)
+    assert_type(await state.entry("user", User, default=None).pop(), User | None)
+    assert_type(await counter.set_if_absent(1, ttl=ttl), bool)
+    assert_type(await counter.touch(None), bool)
+    assert_type(await counter.expires_in(), float | None)
+    assert_type(await counter.expires_in("gone"), float | str | None)
+    assert_type(counter.get_nowait(), int)
+    assert_type(counter.set_nowait(1, ttl=5), int)
+    assert_type(counter.update_nowait(lambda n: n + 1, ttl=5), int)
+    assert_type(counter.delete_nowait(), bool)
+    assert_type(counter.expires_in_nowait(0), float | int | None)
+    await counter.incr(0.5)  # type: ignore[arg-type]
+    await state.entry("user", User).incr()  # type: ignore[misc]
     await counter.set("text")  # type: ignore[arg-type]
     await counter.update(lambda _: "text")  # type: ignore[arg-type,return-value]
 
@@ -182,8 +233,8 @@ async def transactions(state: Manager) -> None:
         assert_type(tx.get_or_set("key", lambda: User("Ann"), type=User), User)
         assert_type(tx.get_or_set("key", dict, ttl=5), Any)
         assert_type(tx.set_if_absent("key", 1, ttl=5), bool)
-        assert_type(tx.incr("key"), int)
-        assert_type(tx.incr("key", 0.5, ttl=5), float)
+        assert_type(tx.incr("key"), int | float)
+        assert_type(tx.incr("key", 0.5, ttl=5), int | float)
         tx.set(5, 1)  # type: ignore[arg-type]
         tx.get()  # type: ignore[call-overload]
 
@@ -219,8 +270,30 @@ def threads(state: Manager) -> None:
     assert_type(calls.get_or_set("key", lambda: User("Ann"), type=User), User)
     assert_type(calls.get_or_set("key", dict, ttl=5), Any)
     assert_type(calls.set_if_absent("key", 1, ttl=5), bool)
-    assert_type(calls.incr("key"), int)
-    assert_type(calls.incr("key", 0.5, ttl=5), float)
+    assert_type(calls.incr("key"), int | float)
+    assert_type(calls.incr("key", 0.5, ttl=5), int | float)
+    assert_type(calls.incr("key", type=int), int)
+    assert_type(calls.expires_in("key", "gone"), float | str | None)
+    assert_type(len(calls), int)
+    assert_type("key" in calls, bool)
+    assert_type(calls.namespace("users"), Blocking)
+    counter = calls.entry("counter", int, default=0)
+    assert_type(counter, BlockingEntry[int])
+    assert_type(calls.entry("user", User, default=None), BlockingEntry[User | None])
+    assert_type(counter.key, str)
+    assert_type(counter.get(), int)
+    assert_type(counter.exists(), bool)
+    assert_type(counter.expires_in(), float | None)
+    assert_type(counter.expires_in("gone"), float | str | None)
+    assert_type(counter.set(1, ttl=5), int)
+    assert_type(counter.set_if_absent(1, ttl=5), bool)
+    assert_type(counter.update(lambda n: n + 1, ttl=5), int)
+    assert_type(counter.incr(2, ttl=5), int)
+    assert_type(calls.entry("mean", float).incr(0.5), float)
+    assert_type(counter.touch(5), bool)
+    assert_type(counter.delete(), bool)
+    assert_type(counter.pop(), int)
+    counter.set("text")  # type: ignore[arg-type]
     calls.flush()
     calls.wait_durable(5)
     calls.wait_durable(5, timeout=0.5)
@@ -298,3 +371,9 @@ async def storages(file: FileStorage, memory: MemoryStorage, faulty: FaultyStora
         Config("name", 1.0)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     session: StorageSession = await file.open("name")
     assert_type(session.recovery, Recovery)
+
+
+def texts() -> None:
+    assert_type(escape_key("any text"), str)
+    assert_type(escape_name("any text"), str)
+    assert_type(__version__, str)
