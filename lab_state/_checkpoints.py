@@ -23,7 +23,7 @@ class Checkpoints:
 
     Attributes:
         due: Whether a checkpoint is due.
-        records: How many records the storage keeps behind the last snapshot.
+        records: The number of records that the storage keeps after the last snapshot.
         task: The task of the last checkpoint, `None` before the first one.
     """
 
@@ -71,7 +71,7 @@ class Checkpoints:
             await asyncio.wait({self.task})
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Note that the task has ended. If it was ended from outside, the checkpoint is due again."""
+        """Note that the task has ended. If it was cancelled from outside, the checkpoint is due again."""
         if task.cancelled():
             self.due = True
         elif (problem := task.exception()) is not None:
@@ -91,7 +91,7 @@ class Checkpoints:
 
         def snapshot() -> AsyncIterator[bytes]:
             nonlocal before
-            before = self.records  # what is committed from here on stays behind the snapshot
+            before = self.records  # records of later commits stay after the snapshot
             return views.take()
 
         try:
@@ -100,7 +100,7 @@ class Checkpoints:
             self._failed(error)
         else:
             self.records -= before
-            self.due = False  # what commits said meanwhile was about the journal that is gone
+            self.due = False  # commits may have set it meanwhile, for the journal that is now dropped
             self._outcomes.checkpoint_succeeded()
         finally:
             await views.fold()

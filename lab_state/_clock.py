@@ -1,4 +1,7 @@
-"""The clock of a manager, an argument so that tests need not sleep; and pauses measured by it."""
+"""The clock of a manager, waits and pauses by that clock.
+
+The clock is an argument, so that tests do not have to sleep.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from typing import Protocol
 
 
 class Timer(Protocol):
-    """What `Clock.call_later` gives."""
+    """A call that `Clock.call_later` has scheduled."""
 
     def cancel(self) -> None:
-        """Do not call. Nothing happens when it was called already."""
+        """Do not make the call. If it was made already, do nothing."""
 
 
 class Clock(Protocol):
-    """Where a manager gets the time from; `lab_state.testing.ManualClock` is another one."""
+    """The source of time of a manager. `lab_state.testing.ManualClock` is one for tests."""
 
     def time(self) -> float:
         """Seconds since 1970; may jump."""
@@ -50,11 +53,11 @@ class SystemClock:
 
 
 class GuardedClock:
-    """A clock of the application's. When it raises, its last time stands, and the event loop's timers are used.
+    """A clock of the application. While it raises, its last time is used, and the timers of the event loop.
 
     Attributes:
-        strict: Whether an error of the clock is raised instead, to the caller, who can
-            mend it: during `start()`.
+        strict: Whether an error of the clock is raised to the caller instead. It is during
+            `start()`, because the caller can mend the clock then.
     """
 
     def __init__(self, clock: Clock, failed: Callable[[Exception], object]) -> None:
@@ -98,12 +101,22 @@ class GuardedClock:
 
 
 def resolver(future: asyncio.Future[None]) -> Callable[[], None]:
-    """Sets the result of a future that nobody may have cancelled."""
+    """Return a callback that resolves the future unless it is already done."""
     return lambda: None if future.done() else future.set_result(None)
 
 
+async def sleep(clock: Clock, seconds: float) -> None:
+    """Wait for so many seconds of the clock. A caller that is cancelled leaves no timer."""
+    woken = asyncio.get_running_loop().create_future()
+    timer = clock.call_later(seconds, resolver(woken))
+    try:
+        await woken
+    finally:
+        timer.cancel()
+
+
 class within:  # noqa: N801 -- used as asyncio.timeout is
-    """`asyncio.timeout`, by a clock: cancel what runs in it after so many seconds, and raise `TimeoutError`."""
+    """`asyncio.timeout` by a clock: after `seconds`, it cancels its block and raises `TimeoutError`."""
 
     __slots__ = ("_cancelling", "_clock", "_expired", "_seconds", "_task", "_timer")
 
@@ -122,7 +135,7 @@ class within:  # noqa: N801 -- used as asyncio.timeout is
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._timer.cancel()
-        # Was it cancelled by something else as well, then that cancellation goes on.
+        # If the task was cancelled for another reason as well, that cancellation is passed on.
         if self._expired and self._task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
             raise TimeoutError from error
 
@@ -135,11 +148,12 @@ class Pauses:
     """Growing pauses between attempts that fail.
 
     Attributes:
-        failures: How many failed since the last success.
+        failures: How many attempts failed since the last success.
         until: When the pause is over, in seconds of `monotonic`.
     """
 
     def __init__(self, clock: Clock, first: float, longest: float) -> None:
+        """Take the first pause and the longest pause, in seconds."""
         self._clock = clock
         self._first = first
         self._longest = longest
@@ -148,20 +162,20 @@ class Pauses:
 
     @property
     def are_over(self) -> bool:
-        """Whether it is time for another attempt."""
+        """Whether the next attempt may begin."""
         return self._clock.monotonic() >= self.until
 
     def start(self) -> float:
-        """After a failure: a pause twice as long as the one before; returns its seconds."""
+        """Start a pause after a failure, and return its seconds: twice those of the last pause, up to the longest."""
         self.failures += 1
         pause = min(self._longest, self._first * 2.0 ** min(self.failures - 1, 30))
         self.until = self._clock.monotonic() + pause
         return pause
 
     def reset(self) -> None:
-        """After a success."""
+        """Forget the failures, after a success."""
         self.failures, self.until = 0, 0.0
 
     def never_end(self) -> None:
-        """After a failure that is final."""
+        """Make the present pause endless, after a failure that is final."""
         self.until = math.inf

@@ -111,7 +111,7 @@ class Core:
         """Refuse every call. Runs in a forked child."""
         self.is_inherited = True
         self.counters = self.counted()
-        self.state, self._durability = State(float), None
+        self.state, self._durability = State(), None
         self.write_through = False
         self.update_followup()
         held, self.transaction = self.transaction, None

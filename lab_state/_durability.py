@@ -1,9 +1,10 @@
-"""What is durable of one state, and who waits for it.
+"""The durable revision of one state, and the callers that wait for it.
 
-Theory of operation. Callers say up to which revision they wait, and for whom: the commit
-under way if it holds all of that, else the next one, which they ask for; or whichever
-commit it will be. So all who wait share one write (group commit). Each has a future of
-its own: cancelling one touches neither the write nor the others. Who commits is `Flusher`.
+Theory of operation. A caller waits for a revision. If the commit under way holds that
+revision, the caller waits for this commit. Otherwise it asks for the next one. A caller
+that asks for nothing waits until any commit has made the revision durable. So all callers
+that wait share one write (group commit). Each has a future of its own: if one is
+cancelled, the write and the other callers go on. `Flusher` makes the commits.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ Waiter = tuple[int, "asyncio.Future[None]"]
 
 
 class Waiters:
-    """Callers in three lists.
+    """The callers that wait, in three lists.
 
     Attributes:
-        next: Wait for the next commit; they asked for one.
-        current: Wait for the commit under way.
-        passive: Wait for whichever commit it will be; they asked for nothing.
+        next: Those that asked for the next commit.
+        current: Those that wait for the commit under way.
+        passive: Those that wait for any commit, and asked for none.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class Waiters:
         self.passive: list[Waiter] = []
 
     async def wait(self, waiters: list[Waiter], revision: int) -> None:
-        """Wait in one of the lists."""
+        """Wait in one of the lists until `settle` or `fail`. A caller that is cancelled leaves the list."""
         future = asyncio.get_running_loop().create_future()
         waiters.append((revision, future))
         try:
@@ -50,11 +51,11 @@ class Waiters:
             raise
 
     def start_commit(self) -> None:
-        """A commit begins: who waits for the next one waits for this."""
+        """Move the callers that wait for the next commit to the current one, which starts now."""
         self.current, self.next = self.current + self.next, []
 
     def settle(self, durable: int) -> None:
-        """Wake all whose revision is durable."""
+        """Give a result to all callers whose revision is durable."""
         for waiters in (self.next, self.current, self.passive):
             if not waiters:
                 continue
@@ -66,53 +67,68 @@ class Waiters:
                     future.set_result(None)
             waiters[:] = rest
 
-    def fail(self, error: LabStateError, note: str, *, everyone: bool) -> None:
-        """Wake those of the commit under way with an error, or everyone.
+    def fail(self, error: LabStateError, note: str, *, all_lists: bool) -> None:
+        """Give an error to the callers that wait for the commit under way, or to all.
 
         Args:
-            error: The error; each gets a copy, since a raised exception carries the
-                traceback of who raised it.
-            note: What is to be said of the changes.
-            everyone: Whether nobody has anything to wait for any more.
+            error: The error. Each caller gets a copy, because an exception that is
+                raised gets the traceback of its caller.
+            note: Appended to the message: what became of the changes.
+            all_lists: Whether the callers in all three lists get it, because there will
+                be no further commit.
         """
-        for waiters in (self.current, self.next, self.passive) if everyone else (self.current,):
+        for waiters in (self.current, self.next, self.passive) if all_lists else (self.current,):
             for _, future in waiters:
                 if not future.done():
                     future.set_exception(copied(error, note))
-                    future.exception()  # a waiter that is cancelled right now will not look
+                    future.exception()  # marks it as retrieved: a caller that is cancelled right now will not do that
             waiters.clear()
 
     def forget_cancelled(self) -> None:
-        """Nobody waits for these any more."""
+        """Remove the callers that were cancelled."""
         for waiters in (self.next, self.current, self.passive):
             waiters[:] = [waiter for waiter in waiters if not waiter[1].cancelled()]
 
 
 def copied(error: E, note: str) -> E:
-    """The same error once more, whatever its constructor takes, with a word on the changes."""
+    """Return a copy of an error, with a note on the changes.
+
+    The note is appended to the message. An error with other arguments than one message gets
+    it as a note of the exception.
+    """
+    # Not `copy.copy`, which calls the constructor: that of a foreign storage's error may take other arguments.
     told = error.__class__.__new__(error.__class__)
-    told.__dict__.update(error.__dict__)
-    told.args = (f"{error} ({note})",) if len(error.args) == 1 else error.args
+    told.__dict__.update({name: list(value) if name == "__notes__" else value for name, value in vars(error).items()})
     told.__cause__ = error.__cause__
+    if len(error.args) == 1:
+        told.args = (f"{error} ({note})",)
+    else:
+        told.args = error.args
+        told.add_note(f"({note})")
     return told
 
 
 class Durability:
-    """What is durable, seen from one event loop.
+    """The durable revision of a state that was loaded, on one event loop.
 
     Attributes:
         state: The state, loaded.
-        durable_revision: Everything up to this revision is durable.
-        loop: The event loop that everything runs on.
+        durable_revision: Every change up to this revision is durable.
+        loop: The event loop of `start()`.
         write_through: Whether a write returns only when it is durable.
         refusal: Why no further change can become durable; `None` while one can.
-        refused: Called when `refusal` was set.
+        refused: A callback for the moment when `refusal` is set.
     """
 
     def __init__(self, name: str, state: State, clock: Clock, *, unsettled: bool, flush_interval: float | None) -> None:
-        """The running loop is the one that everything else must be called on.
+        """Take the running event loop. All other calls must be made on it.
 
-        `unsettled`: what was loaded may not be durable. `flush_interval` is that of `Config`.
+        Args:
+            name: The name of the state.
+            state: The state, loaded.
+            clock: The clock of the manager.
+            unsettled: Whether the changes that were loaded may not be durable.
+            flush_interval: That of `Config`.
         """
         self.state: State = state
         self.durable_revision: int = 0 if unsettled else state.revision
@@ -125,18 +141,19 @@ class Durability:
         self._only_when_asked = flush_interval is None
         self._waiters = Waiters()
         self._confirming = Waiters()
-        self._begun = self._wanted = 0  # commits: how many, and up to which one somebody wants
+        self._begun = 0  # how many commits were started
+        self._wanted = 0  # the number of the last commit that a caller of `confirm_ownership` wants
         self._under_way: ChangeSet | None = None
         self._wake = asyncio.Event()
-        self._due = False  # a background flush is
-        self._is_closed = False  # nobody commits any more
+        self._due = False  # whether a flush in the background is due
+        self._is_closed = False  # whether there will be no further commit
         self.refusal: LabStateError | None = None
         self.refused: Callable[[], object] = _nothing
 
     # Waiting
 
     async def make_durable(self, revision: int) -> None:
-        """Ask for a commit, and return when `revision` is durable."""
+        """Ask for a commit, and wait until `revision` is durable."""
         if self._must_wait(revision):
             taken, waiters = self._under_way, self._waiters
             if taken is not None and revision <= taken.end:
@@ -146,11 +163,13 @@ class Durability:
                 await waiters.wait(waiters.next, revision)
 
     async def make_latest_durable(self, revision: int) -> None:
-        """`durable`, for a change that the caller has just made: on this event loop, and in no commit yet."""
-        if get_ident() != self._thread or not self.loop.is_running():  # `check_loop` may be a system call
+        """Do as `make_durable` for the caller's latest change, which no commit can hold yet."""
+        if (
+            get_ident() != self._thread or not self.loop.is_running()
+        ):  # cheaper than `check_loop`, a system call on some systems
             self.check_loop()
-        self._wake.set()  # a commit will come: `check_writable`, or what stands for it, came before the change
-        # `Waiters.wait`, written out: a coroutine less for each of a hundred writers.
+        self._wake.set()  # a commit will come: the caller has checked that it can write
+        # The body of `Waiters.wait`, which saves a coroutine for each of a hundred writers.
         future: asyncio.Future[None] = self.loop.create_future()
         self._waiters.next.append((revision, future))
         try:
@@ -180,16 +199,16 @@ class Durability:
             )
 
     async def wait_flushed(self, revision: int) -> None:
-        """Return when `revision` is durable; asks for a commit where the background makes them anyway."""
+        """Wait until `revision` is durable. Ask for a commit, unless `flush_interval` is `None`."""
         await (self.wait_durable if self._only_when_asked else self.make_durable)(revision)
 
     async def confirm_ownership(self) -> None:
-        """Return when a commit that began after the call has succeeded: nobody else owns the state.
+        """Wait for a commit that started after this call, which proves that this writer owns the state.
 
-        It is made even if nothing changed.
+        The commit is made even if nothing has changed.
 
         Raises:
-            FencedError: Somebody does.
+            FencedError: Another writer owns the state.
             StorageError: The commit failed.
         """
         self._must_wait(-1, even_durable=True)
@@ -198,7 +217,7 @@ class Durability:
         await self._confirming.wait(self._confirming.next, self._wanted)
 
     def _must_wait(self, revision: int, *, even_durable: bool = False) -> bool:
-        """Whether a revision is not durable yet; raises if it never will be."""
+        """Return whether a revision is not durable yet. Raise if it never will be."""
         self.check_loop()
         if revision <= self._certain_revision and not even_durable:
             return False
@@ -207,11 +226,11 @@ class Durability:
         return True
 
     def check_writable(self) -> None:
-        """Make sure that a change that is made now can become durable.
+        """Check that a change that is made now can become durable.
 
         Raises:
-            FencedError: It cannot: a newer writer owns the state.
-            UnavailableError: It cannot before `stop()`: the flush task has ended.
+            FencedError: A newer writer owns the state.
+            UnavailableError: The flush task has ended. Only `stop()` can flush.
         """
         if self.refusal is not None:
             raise copied(self.refusal, "nothing was changed")
@@ -219,22 +238,22 @@ class Durability:
     def _refuse(self) -> None:
         if self.refusal is not None:
             raise copied(self.refusal, "not durable")
-        raise UnavailableError(f"nobody flushes {self._name!r} any more; stop() does, if it was not called yet")
+        raise UnavailableError(f"the flush task of {self._name!r} has ended; call stop() to write what is left")
 
     def _give_up(self, error: LabStateError) -> None:
-        """Nobody has anything to wait for any more."""
+        """Give an error to all callers that wait. There will be no further commit."""
         self._is_closed = True
-        self._waiters.fail(error, "not durable", everyone=True)
-        self._confirming.fail(error, "not confirmed", everyone=True)
+        self._waiters.fail(error, "not durable", all_lists=True)
+        self._confirming.fail(error, "not confirmed", all_lists=True)
 
     def _refuse_from_now_on(self, error: LabStateError) -> None:
-        """Refuse every further change, and tell all callers that wait or write."""
+        """Refuse every further change. All callers that wait or write get the error."""
         self.refusal = error
         self._give_up(error)
         self.refused()
 
     def _put_back(self) -> None:
-        """Count the changes of the commit under way as unflushed again, if there is one."""
+        """Put the changes of the commit under way back to the unflushed ones, if there is a commit."""
         if (taken := self._under_way) is not None:
             self.state.put_back(taken)
             self._under_way = None
@@ -246,10 +265,10 @@ class Durability:
     # The event loop
 
     def check_loop(self) -> None:
-        """Whether this is the event loop that the manager was started on.
+        """Check that the caller runs on the event loop that the manager was started on.
 
         Raises:
-            RuntimeError: It is another one, or another thread's.
+            RuntimeError: It runs on another event loop, or in another thread.
         """
         if asyncio.get_running_loop() is not self.loop:
             raise RuntimeError(
@@ -258,15 +277,16 @@ class Durability:
             )
 
     def move(self) -> None:
-        """Let this event loop do the stop, if the one of the start is closed; what ran there has ended.
+        """Move to the running event loop, for a stop, if the event loop of the start is closed.
 
         Raises:
-            RuntimeError: It is not closed.
+            RuntimeError: The event loop of the start is another one, and not closed.
         """
         if self.loop.is_closed():
             self.loop, self._thread = asyncio.get_running_loop(), get_ident()
-            self._put_back()  # closed over it, without a cancellation
-            self._wake = asyncio.Event()  # who waited for these has ended
+            self._put_back()  # the loop was closed during a commit, which was not cancelled
+            # All tasks of the old loop have ended, so no task waits for these three.
+            self._wake = asyncio.Event()
             self._waiters, self._confirming = Waiters(), Waiters()
         self.check_loop()
 
@@ -279,12 +299,12 @@ class Durability:
 
     @property
     def task_failure(self) -> str | None:
-        """Return how the flush task has ended before `stop`, if it has."""
+        """How the flush task has ended before `stop`; `None` if it has not."""
         return None if self.refusal is None or self.fenced else str(self.refusal)
 
     @property
     def unflushed_keys(self) -> int:
-        """How many keys have changes that are not durable; a cleared state counts as one more."""
+        """The number of keys with changes that are not durable. A state that was cleared counts as one more."""
         pending = len(self.state.changes) + self.state.cleared
         if (taken := self._under_way) is not None:
             pending += len(taken.changes) + taken.cleared
@@ -292,7 +312,7 @@ class Durability:
 
     @property
     def unflushed_age(self) -> float:
-        """How old the oldest change is that is not durable, in seconds; 0 when all is durable."""
+        """The age of the oldest change that is not durable, in seconds; 0 if all are durable."""
         if (taken := self._under_way) is not None:
             return max(0.0, self._clock.monotonic() - taken.since)
         if self.state.revision > self.state.taken:
@@ -301,12 +321,12 @@ class Durability:
 
     @property
     def _unflushed(self) -> bool:
-        """Whether a commit has anything to do; one under way does not count."""
+        """Whether there is work for a commit. The commit under way is not counted."""
         return self._unsettled or self._wanted > self._begun or self.state.revision > self.state.taken
 
     @property
     def _certain_revision(self) -> int:
-        """The durable revision, as far as anyone can rely on it."""
+        """The durable revision; -1 as long as the loaded changes themselves may not be durable."""
         return -1 if self._unsettled else self.durable_revision
 
     @property

@@ -1,10 +1,10 @@
 """The one task that awaits a storage.
 
-Theory of operation. Writers change the map and go on. The task wakes up once an
-interval, or when someone waits for durability, takes the changes away, and commits
-them as one record. A commit that fails puts the changes back under what came since,
-and is repeated after growing pauses. Who waits is in `_durability.py`, what became of a
-commit in `_outcomes.py`.
+Theory of operation. Writers change the map and go on. The task wakes up once an interval,
+or when a caller waits for durability. It takes the changes away and commits them as one
+record. If a commit fails, its changes are put back under newer ones, and the commit is
+repeated after growing pauses. The callers that wait are in `_durability.py`, the outcomes
+of commits in `_outcomes.py`.
 
 The task never cancels a storage call. At the deadline of `stop`, a call that hangs is left
 to end by itself, and the session is closed after it. So no second writer can open the state
@@ -21,7 +21,7 @@ from weakref import finalize
 
 from lab_state._buffers import join_in_steps
 from lab_state._checkpoints import Checkpoints
-from lab_state._clock import Clock, Timer, resolver
+from lab_state._clock import Clock, Timer, sleep
 from lab_state._codec import encode_record, encode_small_record
 from lab_state._durability import Waiters, copied
 from lab_state._early import LOOK_EVERY, EarlyFlush
@@ -32,19 +32,22 @@ from lab_state._metrics import FlushTimes
 from lab_state._outcomes import Outcomes
 from lab_state._snapshots import SnapshotViews
 from lab_state._standstill import Standstill
-from lab_state._state import State
+from lab_state._state import State, ignore
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
 from lab_state.storage._protocol import StorageSession
 
 _FREED_AT_ONCE = 1000
+"""Entries that one step of the event loop frees."""
+
 _LAST_CHANCE = 0.5
+"""Seconds before the deadline of `stop` that are kept for a last commit, or for the close of the session."""
 
 
 class Flusher(Outcomes):
-    """Makes the changes of one state durable, from one start to one stop."""
+    """The task that makes the changes of one state durable, from one start to one stop."""
 
-    # They belong to the base classes, and are assigned here as well.
+    # Attributes of the base classes that are assigned here as well.
     durable_revision: int
     refusal: LabStateError | None
     last_error: StorageError | None
@@ -60,32 +63,41 @@ class Flusher(Outcomes):
         times: FlushTimes,
         on_fenced: Callable[[FencedError], object] | None = None,
     ) -> None:
-        """Prepare for the running event loop. Nothing happens before `begin`, and every call needs that loop.
+        """Prepare for the running event loop. Nothing happens before `start`, and every call needs that loop.
 
-        `committed` is called with what has become durable, and returns whether that is
-        looked at later; `times` takes how long it took. `on_fenced` is the application's.
+        Args:
+            state: The state, loaded.
+            session: The storage, opened.
+            config: The settings.
+            clock: The clock of the manager.
+            logger: The logger of the manager.
+            committed: `committed(changes)` is called after each commit. It returns True if
+                it keeps a reference to them.
+            times: Takes the seconds of each commit.
+            on_fenced: The function of the application; see `Manager`.
         """
         super().__init__(state, session.recovery, config, clock, logger, times, on_fenced)
         state.free = self._free
         self._committed = committed
         self._session = session
         self._abandoned = self._aborted = False
-        self.forgotten: finalize[Any, Any] | None = None  # closes the session when all else is collected
+        self.forgotten: finalize[Any, Any] | None = None  # closes the session when all other objects are collected
         self._deadline = math.inf
-        _ = session.progress  # without it stop() could not tell a slow storage from one that hangs: not noticed then
-        self._slices = 0  # of records and snapshots, given to the storage: to encode them is progress too
+        # An error here is raised by start(). Without `progress`, stop() could not tell a slow storage from one that hangs.
+        _ = session.progress
+        self._slices = 0  # how many slices of records and snapshots were encoded, which is progress, too
         self._stop_error: LabStateError | None = None
         self.checkpoints: Checkpoints = Checkpoints(config.name, session, self, self._checkpoint_pauses, self._count)
         self.checkpoints.records = len(session.recovery.records) + self._unsettled
         if self._unsettled:
             self._wake_up()
         self._timer: Timer | None = None
-        # A record of a bulk writer does not become as large as what it writes in an interval.
+        # Without this, the record of a bulk writer would be as large as all its writes of one interval.
         often = self._interval is None or self._interval <= LOOK_EVERY
         self._early = None if often else EarlyFlush(state, clock, self._wake_up)
 
     def start(self) -> None:
-        """Begin to flush in the background. If this raises, nothing has begun."""
+        """Start to flush in the background. If this raises, nothing was started."""
         self._start(self._run())
         try:
             self._arm()
@@ -94,18 +106,19 @@ class Flusher(Outcomes):
             raise
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- a bound on what it does, not on being awaited
-        """Flush, checkpoint, close the session; end once there was no progress for `timeout` seconds.
+        """Flush, write a checkpoint and close the session.
 
-        A flush that fails is tried again until `timeout` seconds after the call.
+        The call ends early when there was no progress for `timeout` seconds. A flush that
+        fails is repeated until `timeout` seconds after the call.
 
         Raises:
-            StorageError: What kept the last flush from succeeding.
+            StorageError: The last flush failed, with this error.
         """
         self._stopping = True
         self._deadline = self._clock.monotonic() + timeout
         self._end_timers()
         standstill = Standstill(self._clock, timeout, self._progress)
-        if self._task.done() or self._task.get_loop() is not self.loop:  # its loop was torn down before
+        if self._task.done() or self._task.get_loop() is not self.loop:  # its event loop was closed before
             self._start(self._run())
         self._wake.set()
         await asyncio.wait({self._task, standstill.reached}, return_when=asyncio.FIRST_COMPLETED)
@@ -116,22 +129,25 @@ class Flusher(Outcomes):
             raise self._stop_error
 
     def remember(self) -> None:
-        """Note that the session is closed, or left to its storage call. Collecting this has nothing left to do then."""
+        """Note that the session is closed, or will be when its storage call ends.
+
+        From then on, the garbage collector does not have to close it.
+        """
         if self.forgotten is not None:
             self.forgotten.detach()
 
     @property
     def is_aborted(self) -> bool:
-        """Return whether it was ended without writing anything."""
+        """Whether `abort` was called."""
         return self._aborted
 
     def nudge(self) -> None:
-        """A change that nobody waits for was made: flush, if that is what each write does."""
+        """Flush now if `flush_interval` is 0. Called after an expiry sweep, for which no caller waits."""
         if self.write_through:
             self._wake_up()
 
     def abort(self) -> StorageSession:
-        """End without writing anything, as a crash would; for tests of crashes. Returns the session, open."""
+        """End as a crash would, without a write, and return the open session. For tests of crashes."""
         self._stopping = self._aborted = True
         self.remember()
         self._end_timers()
@@ -141,7 +157,7 @@ class Flusher(Outcomes):
         return self._session
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Commit nothing. Runs in a forked child. If the task runs there, it finds nothing to do."""
+        """Make sure that no commit is made in a forked child, where this runs."""
         self._pauses.never_end()
         self._checkpoint_pauses.never_end()
         self._waiters, self._confirming = Waiters(), Waiters()
@@ -155,13 +171,13 @@ class Flusher(Outcomes):
         super().move()
 
     def discard_entries(self) -> None:
-        """After `stop`: nobody reads them any more, but for a storage call that is still under way, and its views."""
-        self.state.free = len  # not a cycle
+        """Free the entries after `stop()`, unless a storage call still in flight may read them."""
+        self.state.free = ignore  # not a method of this object, which refers to the state
         if self._task.done() and not self._abandoned and isinstance(self.state.entries, dict):
             self._free(self.state.entries)
 
     def _free(self, large: dict[Any, Any]) -> None:
-        """Free a map in steps: a million values at once would hold up the event loop."""
+        """Free a map in steps. A million values at once would hold up the event loop."""
         for _ in range(min(len(large), _FREED_AT_ONCE)):
             large.popitem()
         if large:
@@ -175,10 +191,10 @@ class Flusher(Outcomes):
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Nobody may wait for a task that is gone; what it should have made durable decides."""
+        """End all waits when the task has ended. Its outcome depends on the changes that are not durable."""
         problem = None if task.cancelled() else task.exception()
         what = "was cancelled" if task.cancelled() else f"failed: {problem!r}" if problem is not None else "ended"
-        # Who waits is told before foreign code is called: a logger.
+        # The callers get their result before foreign code is called: a logger.
         self._waiters.settle(self._certain_revision)
         if not self._stopping:
             self._refuse_from_now_on(
@@ -203,11 +219,11 @@ class Flusher(Outcomes):
         if lost:
             error = self._stop_error = self._stop_error or error
         self._give_up(error)
-        if cut_off:  # so may be the caller of stop(): then the log alone tells
+        if cut_off:  # the caller of stop() may have been cancelled as well: then only the log shows the error
             self._logger.error("%s: stop() failed: %s", self._name, error)
 
     def _abandon(self, timeout: float) -> None:
-        """Leave a storage call that hangs to itself; the session is closed when it ends."""
+        """Stop waiting for a storage call that hangs. The session is closed when the call ends."""
         self._abandoned = True
         if self._all_durable:
             self._logger.warning(
@@ -219,7 +235,7 @@ class Flusher(Outcomes):
             return
         why = "" if self._failure is None else f"; the flush before failed: {self._failure}"
         self._stop_error = UnavailableError(
-            f"stop() gave up, since the storage made no progress for {timeout} s: {self.unflushed_keys} changed keys of "
+            f"stop() gave up, because the storage made no progress for {timeout} s: {self.unflushed_keys} changed keys of "
             f"{self._name!r} may not be durable; the state stays locked until the storage answers{why}"
         )
         self._stop_error.__cause__ = self._failure
@@ -227,17 +243,17 @@ class Flusher(Outcomes):
 
     @property
     def snapshot_bytes(self) -> int:
-        """The size of the snapshot."""
+        """The size of the snapshot, in bytes."""
         return self._session.snapshot_bytes
 
     @property
     def journal_bytes(self) -> int:
-        """The size of the journal."""
+        """The size of the journal, in bytes."""
         return self._session.journal_bytes
 
     @property
     def storage_warning(self) -> str | None:
-        """Return the fault that the storage asks the operator to mend."""
+        """A fault that the operator should mend, as the storage describes it; `None` if there is none."""
         return self._session.warning
 
     # The task
@@ -249,12 +265,12 @@ class Flusher(Outcomes):
                     await self._work()
                     break
                 except (KeyboardInterrupt, SystemExit) as interrupt:
-                    # It was sent to the program, and hit this task by chance: the loop gets it, and the work goes on.
+                    # A signal handler raised it while this task happened to run. The loop gets it, and the task goes on.
                     self._survive(interrupt)
                     self.loop.call_soon(pass_on, interrupt)
-        except GeneratorExit:  # its loop was closed under it: whoever stops has another task
+        except GeneratorExit:  # its event loop was closed: `stop` starts another task
             raise
-        except BaseException as error:  # the loop cancels all its tasks
+        except BaseException as error:  # the event loop cancels all its tasks
             if self._stopping and not self._aborted:
                 await self._close(hurried=self._abandoned and isinstance(error, asyncio.CancelledError))
             raise
@@ -268,29 +284,29 @@ class Flusher(Outcomes):
             try:
                 await self._commit_all()
                 self.checkpoint_if_due()
-            except Exception as problem:  # noqa: BLE001 -- all who write wait for this task
+            except Exception as problem:  # noqa: BLE001 -- all writers depend on this task
                 self._survive(problem)
             # The callers that waited run now. What they write at once is committed without another turn of the loop.
             await asyncio.sleep(0)
         await self._finish()
 
     def _survive(self, problem: BaseException) -> None:
-        """Treat what was raised beside a storage call as a failed commit."""
+        """Treat an error that was raised outside a storage call as a failed commit."""
         self._put_back()
         self._waiters.settle(self._certain_revision)
-        self._waiters.start_commit()  # those too who came since: it is not known how far the commit got
+        self._waiters.start_commit()  # newer callers too: it is unknown how far the commit got
         self._failed(storage_error(problem))
 
     async def _commit_all(self) -> None:
         while self._waiters.next or (self._due and self._pauses.are_over):
             self._due = False
-            if not self._unflushed:  # what they wait for was committed with others
+            if not self._unflushed:  # an earlier commit has included their changes
                 self._waiters.settle(self._certain_revision)
                 return
             await self._commit()
 
     async def _commit(self) -> StorageError | None:
-        """One commit of all that is unflushed."""
+        """Commit all unflushed changes, and return the error if that failed."""
         self._begun += 1
         number = self._begun
         views = SnapshotViews(self.state, given=self._count)
@@ -298,18 +314,18 @@ class Flusher(Outcomes):
         try:
             self._waiters.start_commit()
             started = self._clock.monotonic()
-            # Noted before it is taken, and forgotten when it is durable: whatever interrupts this loses none of it.
+            # The changes are noted before they are taken, and forgotten when they are durable. So no interrupt loses any.
             taken = self._under_way = self.state.untaken()
             self.state.take(taken)
             due = await self._write(taken, views)
             self.durable_revision = taken.end
-        except Exception as problem:  # noqa: BLE001 -- whatever it is, the changes note and who waits is told
+        except Exception as problem:  # noqa: BLE001 -- with any error, the changes stay and the callers get it
             self._put_back()
             error = storage_error(problem)
             self._failed(error)
             return error
-        except BaseException:  # the loop cancels all its tasks
-            if self._under_way is taken:  # else `move` has done it
+        except BaseException:  # the event loop cancels all its tasks
+            if self._under_way is taken:  # otherwise `move` has put them back
                 self._put_back()
             raise
         else:
@@ -325,11 +341,11 @@ class Flusher(Outcomes):
             await views.fold()
 
     def _hand_on(self, taken: ChangeSet) -> bool:
-        """Tell those who follow what is durable, and return whether they will look at it later."""
+        """Pass durable changes to the watchers and the mirror. Return True if they keep a reference to them."""
         try:
             return self._committed(taken)
-        except Exception as problem:  # noqa: BLE001 -- they must not end the task
-            self._logger.error("%s: those who follow could not be told of a commit: %r", self._name, problem)  # noqa: TRY400 -- one line
+        except Exception as problem:  # noqa: BLE001 -- their errors must not end the task
+            self._logger.error("%s: the watchers and the mirror could not be told of a commit: %r", self._name, problem)  # noqa: TRY400 -- one line
             return True
 
     async def _write(self, taken: ChangeSet, views: SnapshotViews) -> bool:
@@ -337,10 +353,10 @@ class Flusher(Outcomes):
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
 
     def _progress(self) -> int:
-        """Return a number that grows while anything is written, or made ready for it."""
+        """Return a number that grows while bytes are written, or encoded in order to be written."""
         try:
             return self._session.progress + self._slices
-        except Exception:  # noqa: BLE001 -- a storage that breaks its promise must not make stop() endless
+        except Exception:  # noqa: BLE001 -- with a storage that breaks its promise, stop() must still end
             return self._slices
 
     def _count(self) -> None:
@@ -375,7 +391,7 @@ class Flusher(Outcomes):
     # The end
 
     async def _finish(self) -> None:
-        """The last flush, and a checkpoint as far as time allows."""
+        """Make the last flush, and a checkpoint if there is time for it."""
         error = await self._last_flush()
         self._is_closed = True
         if error is not None:
@@ -389,25 +405,30 @@ class Flusher(Outcomes):
             self._stop_error = copied(self.refusal, "nothing of this writer is lost: all of it was durable before")
 
     async def _close(self, *, hurried: bool) -> None:
-        """The end of the session. `hurried`: of the event loop as well, and `stop` has given the storage up."""
+        """Close the session.
+
+        Args:
+            hurried: Whether the event loop ends as well, and `stop` no longer waits for the
+                storage.
+        """
         if not hurried:
-            await self._let_go()
+            await self._close_session()
             return
-        letting_go = asyncio.create_task(self._let_go())
-        await asyncio.wait({letting_go}, timeout=_LAST_CHANCE)
-        # Out of the wait for a checkpoint, into `aclose`, and out of that: what it has begun goes on.
+        closing = asyncio.create_task(self._close_session())
+        await asyncio.wait({closing}, timeout=_LAST_CHANCE)
+        # The first cancellation ends the wait for a checkpoint, the second the wait in `aclose`. The close itself goes on.
         for _ in range(2):
-            letting_go.cancel()
+            closing.cancel()
             await asyncio.sleep(0)
 
-    async def _let_go(self) -> None:
+    async def _close_session(self) -> None:
         try:
             await self.checkpoints.ended()
         finally:
             try:
                 await only_storage_errors(self._session.aclose)
             except StorageError as error:
-                self._logger.warning("%s: letting go of the storage failed: %s", self._name, error)
+                self._logger.warning("%s: the storage could not be closed: %s", self._name, error)
 
     async def _last_flush(self) -> StorageError | None:
         error: StorageError | None = None
@@ -417,15 +438,10 @@ class Flusher(Outcomes):
                 until = self._pauses.until
                 is_last = until >= self._deadline
                 if is_last:
-                    until = self._deadline - _LAST_CHANCE  # one more, with the time that a commit takes
+                    until = self._deadline - _LAST_CHANCE  # one more attempt, with enough time for a commit
                 pause = until - self._clock.monotonic()
-                # A pause that is over already is no reason to give up: to log, or to fold a view, took as long.
+                # A pause that is over already is no reason to give up: logging, or folding a view, may have taken as long.
                 if not isinstance(error, UnavailableError) or (is_last and pause <= 0):
                     break
-                await self._sleep(max(pause, 0.0))
+                await sleep(self._clock, max(pause, 0.0))
         return error
-
-    async def _sleep(self, seconds: float) -> None:
-        woken = asyncio.get_running_loop().create_future()
-        self._clock.call_later(seconds, resolver(woken))
-        await woken

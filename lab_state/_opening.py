@@ -1,11 +1,11 @@
-"""Opening a state that another writer may still hold: try again until it lets go, or the time is up."""
+"""The opening of a state that another writer may still hold: it is repeated until the lock is free or the time is up."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 
-from lab_state._clock import Clock, Pauses, resolver
+from lab_state._clock import Clock, Pauses, sleep
 from lab_state._log import Log
 from lab_state.config import Config
 from lab_state.exceptions import LockedError
@@ -17,9 +17,9 @@ _TOLD_EVERY = 10.0
 
 
 async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) -> StorageSession:
-    """Open the state; while it is locked, try again for `Config.lock_timeout` seconds.
+    """Open the state. While it is locked, try again for `Config.lock_timeout` seconds.
 
-    Cancelling the caller ends the wait. Nothing is held then.
+    If the caller is cancelled, the wait ends, and nothing stays open.
 
     Raises:
         LockedError: The time is up, and another writer still holds the state.
@@ -38,26 +38,17 @@ async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) ->
             if now >= end:
                 raise
             if now >= tell_at:
-                bound = "until it is let go" if seconds is None else f"for {end - now:g} s more at most"
+                bound = "until the lock is free" if seconds is None else f"for {end - now:g} s more at most"
                 logger.warning("%s: start() waits %s: %s", config.name, bound, error)
                 tell_at = now + _TOLD_EVERY
-        await _sleep(clock, min(pauses.start(), end - now))
-
-
-async def _sleep(clock: Clock, seconds: float) -> None:
-    woken = asyncio.get_running_loop().create_future()
-    timer = clock.call_later(seconds, resolver(woken))
-    try:
-        await woken
-    finally:
-        timer.cancel()
+        await sleep(clock, min(pauses.start(), end - now))
 
 
 def check_asyncio() -> None:
-    """Make sure that asyncio runs the caller.
+    """Check that asyncio runs the caller.
 
     Raises:
-        RuntimeError: Something else does, such as trio.
+        RuntimeError: Another event loop runs it, such as that of trio.
     """
     try:
         asyncio.get_running_loop()

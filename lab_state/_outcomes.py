@@ -1,4 +1,8 @@
-"""The outcomes of commits and checkpoints: counted, told to waiting calls, logged, and repeated after a pause."""
+"""The outcomes of commits and checkpoints.
+
+Each is counted. A failure is logged, and repeated after a pause. The callers that wait for a
+commit get its outcome.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,14 @@ _LONGEST_PAUSE = 5.0
 
 
 class Outcomes(Durability):
-    """The outcomes of the commits and checkpoints of one state. `Flusher` makes them.
+    """The outcomes of the commits and checkpoints of one state. `Flusher` makes the commits.
 
     Attributes:
-        flushes: How many commits succeeded.
-        failures: How many commits and checkpoints failed.
-        last_error: What the last attempt failed with; `None` when it succeeded.
-        last_flush_at: When the last commit succeeded, in seconds since 1970.
-        last_flush_seconds: How long it took.
+        flushes: The number of commits that succeeded.
+        failures: The number of commits and checkpoints that failed.
+        last_error: The error of the last attempt; `None` if it succeeded.
+        last_flush_at: The time of the last commit that succeeded, in seconds since 1970.
+        last_flush_seconds: The seconds that it took.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
@@ -51,7 +55,7 @@ class Outcomes(Durability):
         self.last_error: StorageError | None = None
         self.last_flush_at: float | None = None
         self.last_flush_seconds: float | None = None
-        self._failure: StorageError | None = None  # what the last commit failed with
+        self._failure: StorageError | None = None  # the error of the last commit
         self._interval = config.flush_interval
         self._logger = logger
         self._times = times
@@ -83,16 +87,16 @@ class Outcomes(Durability):
         if self._stopping or isinstance(error, FencedError):
             note = "not durable"
         elif retried:
-            note = "not durable yet: the changes note in memory, and it is tried again"
+            note = "not durable yet: the changes stay in memory, and the flush is repeated"
         else:
-            note = "not durable yet: the changes note in memory, and the next flush() tries again"
-        # Who waits is told before foreign code is called: a logger, a clock.
-        self._confirming.fail(error, note, everyone=True)
+            note = "not durable yet: the changes stay in memory, and the next flush() repeats it"
+        # The callers get the error before foreign code is called: a logger, a clock.
+        self._confirming.fail(error, note, all_lists=True)
         if isinstance(error, FencedError):
             self._fence(error)
             return
-        self._waiters.fail(error, note, everyone=False)
-        if not self._stopping:  # who asks `confirm()` waits for the end of the pause, whatever the interval
+        self._waiters.fail(error, note, all_lists=False)
+        if not self._stopping:  # a call of `confirm_ownership` waits for the end of the pause, with any interval
             self._clock.call_later(pause, self._wake_up if retried else self._wake.set)
         self._logger.error("%s: a flush failed; %s: %s", self._name, note, error)
 
@@ -114,7 +118,7 @@ class Outcomes(Durability):
     def checkpoint_succeeded(self) -> None:
         """Note that a checkpoint succeeded."""
         self._checkpoint_pauses.reset()
-        if not self._pauses.failures:  # else a commit still fails, and the error is its
+        if not self._pauses.failures:  # otherwise commits still fail, and the error is of the last one
             self.last_error = None
 
     def checkpoint_failed(self, error: StorageError) -> None:
@@ -127,4 +131,6 @@ class Outcomes(Durability):
             return
         if not self._stopping:
             self._clock.call_later(pause, self._wake.set)
-        self._logger.warning("%s: a checkpoint failed; nothing is lost, the journal goes on: %s", self._name, error)
+        self._logger.warning(
+            "%s: a checkpoint failed; nothing is lost, because the journal has all changes: %s", self._name, error
+        )

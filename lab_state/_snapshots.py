@@ -1,4 +1,4 @@
-"""Views of the state for a storage: taken, given in slices, and folded back."""
+"""Views of the state for a storage: taken, encoded in slices, and merged back."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lab_state._entries import Stored
 from lab_state._state import State
 
 _FOLDED_AT_ONCE = 1000
+"""Writes that one step of the event loop merges, at least."""
 
 
 class SnapshotViews:
@@ -24,15 +25,15 @@ class SnapshotViews:
         given: Callable[[], object] = lambda: None,
         own: bool = False,
     ) -> None:
-        """Take no view yet.
+        """Prepare. `take` and `freeze` take views.
 
         Args:
             state: The state.
-            durable: Is awaited with the revision of a view before its last slice is given.
+            durable: Is awaited with the revision of a view before its last slice is yielded.
             given: Is called for each slice.
-            own: Whether values that keep the buffer alive from which they were loaded are
-                replaced by their own bytes. For a time both are in memory. A commit leaves
-                that to the checkpoint, since its storage may keep all of the view as well.
+            own: Whether to copy values that keep the buffer alive from which they were
+                loaded. For a time, buffer and copies are in memory. Only a checkpoint does
+                this, because the storage of a commit may keep all of the view as well.
         """
         self._state = state
         self._own = own
@@ -41,14 +42,14 @@ class SnapshotViews:
         self._taken: list[dict[str, Stored]] = []
 
     def take(self) -> AsyncIterator[bytes]:
-        """A view of the state at this moment, as a snapshot in slices."""
+        """Take a view of the state at this moment. Return its snapshot in slices."""
         view, state = self.freeze(), self._state
         own = self._own and state.borrowed
         slices = encode_snapshot(view, state.revision, state.now(), own=own, wall=state.wall())
         return self._given(slices, view, state.revision, own=own)
 
     def freeze(self) -> dict[str, Stored]:
-        """A view of the state at this moment, as it is."""
+        """Take a view of the state at this moment, and return it."""
         view = self._state.freeze()
         self._taken.append(view)
         return view
@@ -71,14 +72,14 @@ class SnapshotViews:
         yield last
 
     async def fold(self) -> None:
-        """Bring home what was written beside the views, faster than more can come; once for each."""
+        """Merge the writes made meanwhile back into each view, in steps that outpace new writes. A second call does nothing."""
         while self._taken:
             view = self._taken.pop()
             try:
-                while self._state.fold(view, _FOLDED_AT_ONCE):  # noqa: ASYNC110 -- others write meanwhile
+                while self._state.fold(view, _FOLDED_AT_ONCE):  # noqa: ASYNC110 -- writers go on meanwhile
                     await asyncio.sleep(0)
             except asyncio.CancelledError:
                 self._state.fold(view, sys.maxsize)
                 raise
-            if self._state.entries is not view:  # a copy, or what was deleted meanwhile
+            if self._state.entries is not view:  # it was a copy, or the state was cleared meanwhile
                 self._state.free(view)

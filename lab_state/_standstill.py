@@ -1,4 +1,4 @@
-"""Noticing that something that should go on stands still."""
+"""A watchdog for work that should make progress."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _LOOKS = 8
 
 
 class Standstill:
-    """Looks at a number that grows while there is progress.
+    """A watchdog that reads a number, which grows as long as there is progress.
 
     Attributes:
-        reached: Done when the number has not grown for `seconds`: not earlier, and at most
-            an eighth later.
+        reached: A future that is done when the number has not grown for `seconds`. It is
+            never done earlier, and at most an eighth of `seconds` later.
     """
 
     def __init__(self, clock: Clock, seconds: float, number: Callable[[], int]) -> None:
-        """Begin to look at once. `seconds` are of the clock, above 0."""
+        """Read the number at once, and then eight times in `seconds`, which are of the clock and above 0."""
         self.reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock = clock
         self._seconds = seconds
@@ -29,7 +29,7 @@ class Standstill:
         self._wait()
 
     def _wait(self) -> None:
-        # The difference is exact where it is small, so no look comes a moment before the end again and again.
+        # A small difference of floats is exact. So the timer does not end just before `_end` again and again.
         self._timer = self._clock.call_later(
             min(self._end - self._clock.monotonic(), self._seconds / _LOOKS), self._look
         )
@@ -44,6 +44,6 @@ class Standstill:
             self._wait()
 
     def cancel(self) -> None:
-        """Stop looking."""
+        """Stop the watchdog."""
         self._timer.cancel()
         self.reached.cancel()

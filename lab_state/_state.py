@@ -1,19 +1,19 @@
 """The map in memory: entries, unflushed changes, revisions. Pure and synchronous.
 
-Theory of operation. `entries` maps keys to stored values. A scalar is stored as it
-is; everything else as its JSON, so that no caller's object is ever shared. `changes`
-holds what was changed since the last commit took the changes away, key to stored value
-or `Absent.DELETED`; `cleared` says that everything older was deleted first. A commit
-takes the changes by swapping in an empty dict (`take`); a commit that failed puts them
-back under what came since (`put_back`).
+Theory of operation. `entries` maps keys to stored values. A scalar is stored as it is.
+Any other value is stored as its JSON, so no object of a caller is shared. `changes` holds
+the keys that changed since the last commit took the changes away: each with its stored
+value, or with `DELETED` or `EXPIRED`. If `cleared` is set, everything older was deleted
+first. A commit takes the changes by putting an empty dict in their place (`take`). If the
+commit fails, they are put back under newer changes (`put_back`).
 
-A snapshot needs a view that stands still while writers go on. `freeze` gives the
-dict itself as that view and puts an `Overlay` over it that takes the writes; `fold`
-brings them home in small steps afterwards. So neither step costs what the size of
-the state costs. Whoever reads or writes `entries` cannot tell the two apart.
+A snapshot needs a view that does not change while writers go on. `freeze` returns the dict
+itself as the view, and puts an `Overlay` over it that takes the writes. Afterwards `fold`
+merges them into the dict in small steps. So the cost of neither depends on the size of
+the state. Reading and writing `entries` works the same with and without an overlay.
 
-A value that expires is in `entries` until a sweep finds it, so whoever reads one asks
-`alive`; `count` and `names` leave out what is due.
+A value that expires stays in `entries` until a sweep removes it. So each read asks `alive`.
+`count` and `names` leave out keys that are due.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from lab_state._entries import DELETED, EXPIRED, MISSING, Absent, ChangeSet, Exp
 from lab_state._expiry import Expiries
 
 OnChange: TypeAlias = Callable[[str | None, StoredOrGone, int], None]
-"""Is told a key, what became of it, and the revision; `None` when everything was deleted at once."""
+"""A callback that gets a key, its new value or `DELETED` or `EXPIRED`, and the revision.
+
+The key is `None` if all keys were deleted at once.
+"""
 
 WATCHED_CLEAR = 10_000
-"""Up to so many keys are deleted one by one, where someone watches, instead of all at once."""
+"""With a watch, a clear of up to so many keys deletes them one by one, so that each is reported."""
 
 
 class Readable(Protocol):
-    """What can lie beneath a layer."""
+    """A map that can lie below a layer."""
 
     def __getitem__(self, key: str, /) -> Stored: ...
     def __contains__(self, key: object, /) -> bool: ...
@@ -41,7 +44,7 @@ class Readable(Protocol):
 
 
 class Layer:
-    """Takes the writes, in `top`, while the map beneath, `base`, stays as it is."""
+    """A map over another one. `top` takes the writes, and the map below, `base`, stays as it is."""
 
     __slots__ = ("base", "top")
 
@@ -85,7 +88,7 @@ class Layer:
 
 
 class Overlay(Layer):
-    """A layer over a view that is folded into it in the end."""
+    """A layer over a view. In the end its writes are merged into the view."""
 
     __slots__ = ("_left", "_size", "view")
 
@@ -108,7 +111,7 @@ class Overlay(Layer):
         self._size -= 1
 
     def fold(self, most: int) -> bool:
-        """Move up to `most` writes into the view, or as many as keep ahead of new ones; False once none is left."""
+        """Move `most` writes into the view, and more if new writes come faster. Return False when none is left."""
         came = 0 if self._left is None else len(self.top) - self._left
         for _ in range(min(max(most, 2 * came), len(self.top))):
             key, value = self.top.popitem()
@@ -120,34 +123,43 @@ class Overlay(Layer):
         return bool(self.top)
 
 
+def no_clock() -> float:
+    """Return 0.0, in place of a clock, where time stands still."""
+    return 0.0
+
+
+def ignore(_: object) -> None:
+    """Do nothing, in place of a callback."""
+
+
 class State:
     """The map of one manager.
 
     Attributes:
-        entries: Key to stored value. `clear`, `freeze` and `fold` put another object
-            in its place, so ask for it each time.
-        changes: What changed since the last `take`.
+        entries: Stored values by key. `clear`, `freeze` and `fold` replace this object:
+            read the attribute each time.
+        changes: The keys that changed since the last `take`.
         cleared: Whether everything older than `changes` was deleted first.
         revision: The number of the last change.
         taken: The revision up to which changes were taken.
-        since: When the oldest change that was not taken was made, in seconds of
+        since: The time of the oldest change that was not taken, in seconds of
             `monotonic`.
-        deleted: How many keys were deleted, since the state was loaded.
-        swept: How many had expired.
-        expiries: Finds the keys that are due.
-        monotonic: The clock that is never set.
-        on_change: Called after each change, where someone watches; `set` of `Calls` does so itself.
-        on_first_change: Called before the first change that was not taken, where that is of
-            interest.
-        free: Called with a map that nobody needs any more, and that may be large.
-        borrowed: Whether entries may be views that keep the buffer alive that they
-            were loaded from.
+        deleted: The number of keys that were deleted since the state was loaded.
+        swept: The number of keys that were deleted by sweeps.
+        expiries: The index of keys that expire.
+        monotonic: The clock that never goes back.
+        on_change: Called after each change, if there is a watch. The hot path of `set`
+            calls it itself.
+        on_first_change: Called before the first change after a `take`, if it is set.
+        free: Called with a map that is no longer needed, and may be large.
+        borrowed: Whether values may be views that keep the buffer alive from which they
+            were loaded.
     """
 
     __slots__ = (
         "_epoch",
-        "_first",
-        "_more",
+        "_loaded_revision",
+        "_stored_more",
         "_wall_clock",
         "borrowed",
         "changes",
@@ -166,19 +178,28 @@ class State:
     )
 
     def __init__(
-        self, monotonic: Callable[[], float], start: float = 0.0, wall_clock: Callable[[], float] = float
+        self,
+        monotonic: Callable[[], float] = no_clock,
+        start: float = 0.0,
+        wall_clock: Callable[[], float] = no_clock,
     ) -> None:
-        """Nothing in it; the time is `start`, and the wall clock beside it shows its own, in seconds since 1970."""
+        """Make an empty state.
+
+        Args:
+            monotonic: The clock that never goes back. Without it, the time of the state stands.
+            start: The time of the state now, in seconds since 1970.
+            wall_clock: The wall clock, in seconds since 1970.
+        """
         self.monotonic: Callable[[], float] = monotonic
         self._wall_clock = wall_clock
         self._epoch = start - monotonic()
         self.on_change: OnChange | None = None
         self.on_first_change: Callable[[], object] | None = None
-        self.free: Callable[[dict[Any, Any]], object] = len
+        self.free: Callable[[dict[Any, Any]], object] = ignore
         self.load({}, 0)
 
     def load(self, entries: dict[str, Stored], revision: int, expires: Mapping[str, int] | None = None) -> None:
-        """Begin with these values, all of them taken; `expires` has times in milliseconds."""
+        """Replace the contents by loaded ones, which count as taken. `expires` has times in milliseconds since 1970."""
         self.entries: dict[str, Stored] | Layer = entries
         self.borrowed: bool = bool(entries)
         self.changes: dict[str, StoredOrGone] = {}
@@ -188,34 +209,39 @@ class State:
         self.since: float = self.monotonic()
         self.deleted: int = 0
         self.swept: int = 0
-        self._first = revision
-        self._more = 0
-        self.expiries: Expiries = Expiries(0 if expires else self.now())  # what is overdue keeps its second
+        self._loaded_revision = revision
+        self._stored_more = 0  # see `stored`
+        self.expiries: Expiries = Expiries(0 if expires else self.now())  # keys that are overdue keep their second
         for key, at in (expires or {}).items():
             entries[key] = Expiring(cast("Value", entries[key]), at)
             self.expiries.add(key, at)
 
     @property
     def stored(self) -> int:
-        """How many values were stored since the state was loaded: one for each `set`, and so not counted there."""
-        return self.revision - self._first + self._more
+        """The number of values stored since the state was loaded.
+
+        Every change but `set` adds the number of its values, less one, to `_stored_more`. So the
+        sum below is exact, and `set` does not have to count. A counter would cost it 3 %: an
+        increment took 52 ns, and a `set` 1,560 ns, in the same process.
+        """
+        return self.revision - self._loaded_revision + self._stored_more
 
     # Time
 
     def now(self) -> int:
-        """Milliseconds since 1970: the wall clock at the start, and what has passed since."""
+        """Return the time that expiry goes by: that of the start plus what has passed, in milliseconds since 1970."""
         return int((self._epoch + self.monotonic()) * 1000)
 
     def wall(self) -> int:
-        """Milliseconds since 1970, as the wall clock has it now; for the next start to count from."""
+        """Return the time of the wall clock, in milliseconds since 1970. The next start continues from it."""
         return int(self._wall_clock() * 1000)
 
     def alive(self, expiring: Expiring) -> Value | Literal[Absent.MISSING]:
-        """The value, if its time has not come."""
+        """Return the value if it has not expired, and `MISSING` otherwise."""
         return expiring.value if expiring.at > self.now() else MISSING
 
     def has(self, key: str) -> bool:
-        """Whether a key is there."""
+        """Return whether a key exists."""
         if key not in self.entries:
             return False
         return not self.expiries or self._lives(key)
@@ -225,11 +251,11 @@ class State:
         return not isinstance(stored, Expiring) or self.alive(stored) is not MISSING
 
     def count(self) -> int:
-        """How many keys there are. Costs what the number of keys costs that expire in this very second, at most."""
+        """Return the number of keys. The cost depends only on the number of keys that expire in the current second."""
         return len(self.entries) - (self.expiries.due(self.now()) if self.expiries else 0)
 
     def names(self, prefix: str) -> list[str]:
-        """The keys that begin with it."""
+        """Return the keys that begin with `prefix`."""
         if self.expires:
             now = self.now()
             return [
@@ -243,14 +269,14 @@ class State:
 
     @property
     def expires(self) -> bool:
-        """Whether anything does."""
+        """Whether any key expires."""
         return bool(self.expiries)
 
     def sweep(self, most: int) -> int:
-        """Take away keys whose time is over, as one change; returns how many were looked at, up to `most`."""
+        """Delete expired keys, as one change. Return the number of keys that were examined, up to `most`."""
         now, entries = self.now(), self.entries
         keys = self.expiries.take(now, most)
-        found = [key for key in keys if is_due(entries, key, now)]  # whatever the index says
+        found = [key for key in keys if is_due(entries, key, now)]  # the index alone does not decide
         self._drop(found, EXPIRED)
         self.deleted -= len(found)
         self.swept += len(found)
@@ -259,24 +285,24 @@ class State:
     # Changes
 
     def before_change(self) -> None:
-        """Before a change: note the time, if it is the first that was not taken."""
+        """Prepare a change. If it is the first after a `take`, note its time and call `on_first_change`."""
         if self.revision == self.taken:
             self.since = self.monotonic()
             if self.on_first_change is not None:
                 self.on_first_change()
 
     def set(self, key: str, stored: Stored) -> int:
-        """Store one value; returns the new revision."""
+        """Store one value, and return the new revision."""
         return self.apply({key: stored}, cleared=False)
 
     def keep_decoded(self, key: str, stored: Stored, same: Value) -> None:
-        """Keep a stored value in another form, which is no change."""
-        # An overlay would take it for a write; one that expires is kept within.
+        """Replace a stored value by the same value in decoded form. This is not a change, and makes no revision."""
+        # An overlay would treat it as a write. A value that expires is inside an `Expiring`, and stays as it is.
         if self.entries.__class__ is dict and self.entries[key] is stored:
             self.entries[key] = same
 
     def set_many(self, values: Mapping[str, Value]) -> int:
-        """Store all of them, which do not expire, as one change; returns the new revision."""
+        """Store values that do not expire, as one change, and return the new revision."""
         entries = self.entries
         if not isinstance(entries, dict) or self.on_change is not None:
             return self.apply(values, cleared=False)
@@ -287,11 +313,11 @@ class State:
                 self.expiries.discard(key)
         entries.update(values)
         self.changes.update(values)
-        self._more += len(values) - 1
+        self._stored_more += len(values) - 1
         return self.revision
 
     def delete_many(self, keys: Iterable[str]) -> int:
-        """Delete those of them that are there, as one change; returns how many."""
+        """Delete those of the keys that exist, as one change, and return their number."""
         found = {key for key in keys if self.has(key)}
         self._drop(found, DELETED)
         return len(found)
@@ -301,16 +327,18 @@ class State:
             self.apply(dict.fromkeys(keys, how), cleared=False)
 
     def clear(self) -> int:
-        """Delete everything; returns how many. Costs the same for any size."""
+        """Delete all keys, and return their number. The cost does not depend on it."""
         count = self.count()
         if len(self.entries):
             self.apply({}, cleared=True)
         return count
 
     def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
-        """Make all of them as one change, on an empty map if `cleared`; returns the new revision.
+        """Make several changes as one, and return the new revision.
 
-        What is deleted must be there.
+        Args:
+            changes: The changes by key. A key that is deleted must exist.
+            cleared: Whether to delete all keys first.
         """
         if cleared and self.on_change is not None and len(self.entries) <= WATCHED_CLEAR:
             changes, cleared = {**dict.fromkeys(self.entries, DELETED), **changes}, False
@@ -334,7 +362,7 @@ class State:
                 entries[key] = stored
             mine[key] = stored
         self.deleted += absent
-        self._more += len(changes) - absent - 1
+        self._stored_more += len(changes) - absent - 1
         if self.on_change is not None:
             if cleared:
                 self.on_change(None, DELETED, self.revision)
@@ -347,7 +375,7 @@ class State:
         self.entries, self.changes = {}, {}
         for unneeded in (changes, *self.expiries.clear()):
             self.free(unneeded)
-        self.free(entries if isinstance(entries, dict) else entries.top)  # a view is somebody's
+        self.free(entries if isinstance(entries, dict) else entries.top)  # a view below it is still being read
         self.cleared = True
 
     def untaken(self) -> ChangeSet:
@@ -356,23 +384,23 @@ class State:
         return ChangeSet(self.taken, self.revision, self.cleared, self.changes, self.since, time, wall)
 
     def take(self, taken: ChangeSet | None = None) -> ChangeSet:
-        """Take the changes away for a commit.
+        """Take the changes away for a commit, and return them.
 
         Args:
-            taken: What `untaken` has just returned, for a caller that keeps it: whatever
-                interrupts this, `put_back` of it loses nothing.
+            taken: The result of a call of `untaken` just before, if the caller keeps it.
+                If this method is interrupted, `put_back` of it loses no change.
         """
         if taken is None:
             taken = self.untaken()
-        self.cleared = False  # before the changes go: `put_back` drops what is older than a clear
+        self.cleared = False  # first, because `put_back` drops everything older than a clear
         self.changes, self.taken = {}, self.revision
         return taken
 
     def put_back(self, taken: ChangeSet) -> None:
-        """Put back the changes of a failed commit, under newer ones. A second call changes nothing."""
+        """Put the changes of a failed commit back under newer ones. A second call changes nothing."""
         if not self.cleared:
             older, newer = taken.changes, self.changes
-            if len(newer) <= len(older):  # the smaller one moves
+            if len(newer) <= len(older):  # the smaller dict is copied into the larger one
                 older.update(newer)
                 self.changes = older
             else:
@@ -382,10 +410,10 @@ class State:
         self.taken, self.since = taken.start, taken.since
 
     def freeze(self) -> dict[str, Stored]:
-        """A view of the entries that stands still until `fold` was called with it.
+        """Return a view of the entries, which does not change until `fold` is called with it.
 
-        One view is free; another one at the same time is a copy, which costs what the
-        size of the state costs. That happens when a sync fails while a checkpoint runs.
+        The first view costs nothing. A second view at the same time is a copy of the state.
+        That happens when a sync fails while a checkpoint runs.
         """
         if isinstance(self.entries, Overlay):
             return dict(self.entries.items())
@@ -396,16 +424,16 @@ class State:
 
     @property
     def frozen(self) -> bool:
-        """Whether a view stands still, so that another one would be a copy."""
+        """Whether there is a view, so that another one would be a copy."""
         return isinstance(self.entries, Overlay)
 
     def owned(self, view: dict[str, Stored]) -> None:
-        """Every value of a view was replaced by one of its own; note it, if that is the view that comes home."""
+        """Note that no value of a view keeps a loaded buffer alive, if the view is to be merged back."""
         if isinstance(self.entries, Overlay) and self.entries.view is view:
             self.borrowed = False
 
     def fold(self, view: dict[str, Stored], most: int) -> bool:
-        """Give a view back, about `most` writes at a time; False once that is done."""
+        """Merge about `most` of the writes made meanwhile into a view. Return False when the view is merged."""
         entries = self.entries
         if isinstance(entries, Overlay) and entries.view is view:
             if entries.fold(most):
@@ -415,7 +443,7 @@ class State:
 
 
 def is_due(entries: dict[str, Stored] | Layer, key: str, now: int) -> bool:
-    """Whether the entry of a key has expired."""
+    """Return whether the entry of a key exists and has expired."""
     if key not in entries:
         return False
     stored = entries[key]

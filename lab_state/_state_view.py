@@ -39,7 +39,7 @@ class StateView(Reads):
         due = {key for key, at in found.expires.items() if at <= time * 1000}
         for key in due:
             del found.entries[key]
-        state = State(float, time)  # `float()` is 0.0 at any time
+        state = State(start=time)
         expires = {key: at for key, at in found.expires.items() if key not in due}
         state.load(found.entries, found.revision, expires)
         self._path = loaded.path

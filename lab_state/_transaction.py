@@ -130,7 +130,7 @@ class DraftCore(Core):
     __slots__ = ("_core", "changes", "known", "revision")
 
     def __init__(self, core: Core) -> None:
-        super().__init__(core.name, State(float))
+        super().__init__(core.name, State())
         self._core = core
         self.counters: Counters = core.counters
         self.changes: dict[str, StoredOrGone] = {}
@@ -181,7 +181,7 @@ class DraftCore(Core):
 
     def end(self) -> None:
         """Drop the draft. Every later call on it is an error."""
-        self.state = State(float)
+        self.state = State()
         self.changes, self.known = {}, ()
 
 

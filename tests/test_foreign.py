@@ -395,7 +395,7 @@ class TestStorage:
         """Where the end of a session raises what none should, stop() returns, and says so."""
         async with Manager("test", StrangeStorage(memory, LookupError, "aclose")) as state:
             await state.set("a", 1)
-        assert "letting go of the storage failed: the write ended with LookupError" in caplog.text
+        assert "the storage could not be closed: the write ended with LookupError" in caplog.text
 
 
 class TestTasks:
@@ -456,7 +456,7 @@ class TestTasks:
                 await state.set("a", 1)
                 await state.flush()
             await until(lambda: mirror_of(state).revision == 1)
-            assert "those who follow could not be told of a commit: MemoryError()" in caplog.text
+            assert "the watchers and the mirror could not be told of a commit: MemoryError()" in caplog.text
             await state.set("b", 1)
             await state.flush()
             assert state.durable_revision == 2

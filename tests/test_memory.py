@@ -44,7 +44,7 @@ async def test_a_commit_of_everything_leaves_no_copy_of_it_behind(tmp_path: Path
 async def test_only_a_checkpoint_gives_values_bytes_of_their_own() -> None:
     """A commit that needs the whole state reads what was loaded as it is; a checkpoint copies it."""
     for own in (False, True):
-        state = State(float)
+        state = State()
         state.load({"a": Raw(b"[1]")}, 1)
         views = SnapshotViews(state, own=own)
         data = b"".join([part async for part in views.take()])

@@ -93,7 +93,7 @@ async def test_a_start_without_a_bound_is_told_of_every_ten_seconds(
     assert not starting.done()
     assert storage.calls.count("open") > 70
     assert len(warnings(caplog)) == 4
-    assert all("start() waits until it is let go: 'test' is open" in line for line in warnings(caplog))
+    assert all("start() waits until the lock is free: 'test' is open" in line for line in warnings(caplog))
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting

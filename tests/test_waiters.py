@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from lab_state import UnavailableError
-from lab_state._durability import Waiters
+from lab_state import CorruptionError, StorageError, UnavailableError
+from lab_state._durability import Waiters, copied
 
 
 async def begin(waiters: Waiters, *revisions: int) -> list[asyncio.Task[None]]:
@@ -34,7 +34,7 @@ async def test_one_that_is_being_cancelled_is_passed_over() -> None:
         (cancelled,) = await begin(waiters, 1)
         cancelled.cancel()
         if fail:
-            waiters.fail(UnavailableError("x"), "lost", everyone=True)
+            waiters.fail(UnavailableError("x"), "lost", all_lists=True)
         else:
             waiters.settle(9)
         assert (await asyncio.gather(cancelled, return_exceptions=True))[0].__class__ is asyncio.CancelledError
@@ -48,3 +48,25 @@ async def test_a_cancelled_caller_is_forgotten() -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert waiters.next == []
+
+
+class StatusError(StorageError):
+    def __init__(self, *, status: int) -> None:
+        super().__init__("no answer")
+        self.status = status
+
+
+def test_a_copy_of_an_error_says_what_became_of_the_changes() -> None:
+    """Whatever the constructor takes, the copy has the note, and the error itself stays as it was."""
+    error = StatusError(status=503)
+    copy = copied(error, "not durable")
+    assert (str(copy), copy.status, str(error)) == ("no answer (not durable)", 503, "no answer")
+
+
+def test_an_error_with_several_arguments_gets_a_note() -> None:
+    """The message of such an error is made from its arguments, so the note is one of the exception."""
+    error = CorruptionError("a.json", 3, "restore it")
+    error.add_note("of the application")
+    copy = copied(error, "not durable")
+    assert (str(copy), copy.__notes__) == (str(error), ["of the application", "(not durable)"])
+    assert error.__notes__ == ["of the application"]

@@ -624,7 +624,7 @@ class TestTheEnd:
 
     async def test_an_end_in_the_turn_of_a_change(self) -> None:
         """What changed in the very turn in which the end comes is told, too, and once."""
-        state = State(float)
+        state = State()
         watchers = Watchers(state)
         watcher = Watcher("", 0, 0, durable=False)
         watchers.add(watcher)
@@ -868,7 +868,7 @@ async def test_a_watch_opened_after_a_large_delete_all(state: Manager) -> None:
 
 async def test_the_end_tells_everything_at_once() -> None:
     """What was not handed out when it ends, is: however much."""
-    watchers = Watchers(State(float))
+    watchers = Watchers(State())
     watcher = Watcher("", 0, 0, durable=False)
     watchers.add(watcher)
     for number in range(3_500):

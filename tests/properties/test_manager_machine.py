@@ -360,7 +360,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """Crash; the state is then as it was at some moment since the last acknowledged one."""
         self.crash(self.runner.run(self._crash()))
         self.start()
-        found = self.state._core.state._first
+        found = self.state._core.state._loaded_revision
         assert self.acknowledged <= found <= self.revision
         self.model, self.revision, self.acknowledged = self.history[found].twin(), found, found
         self.history = {found: self.model.twin()}
