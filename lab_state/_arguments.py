@@ -21,7 +21,7 @@ MAX_KEY_LENGTH = 1024
 Seconds: TypeAlias = float | timedelta
 
 LONGEST_TTL = 10_000_000_000
-"""Seconds, about 317 years: with it, a time in milliseconds is still exact in every JSON reader."""
+"""Seconds, about 317 years. A time in milliseconds that far ahead is still exact in every JSON reader."""
 
 
 def check_key(key: object) -> str:
@@ -106,17 +106,17 @@ def check_revision(revision: object) -> None:
 
 
 def check_default(default: object) -> None:
-    """Refuse a class: `get(key, User)` would give plain JSON, or `User` itself.
+    """Refuse a class as a default: `get(key, User)` would return plain JSON, or `User` itself.
 
     Raises:
-        TypeError: It is one.
+        TypeError: The default is a class.
     """
     if isinstance(default, type):
         raise TypeError(f"the default is a class; to have the value decoded as one, write type={default.__name__}")
 
 
 def as_text(key: Any) -> Any:
-    """Return a key as plain text. The key may be of a class of its own; `Markup` would change the prefix."""
+    """Return a key as a plain `str`. A subclass such as `Markup` would change the prefix that is put before it."""
     return str.__str__(key) if isinstance(key, str) else key
 
 

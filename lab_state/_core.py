@@ -1,4 +1,4 @@
-"""What a manager and its handles share; and whose turn it is to write."""
+"""The object that a manager shares with its handles, and the order in which writers get their turn."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ from lab_state.exceptions import ClosedError, LabStateError, UnsupportedError
 
 
 class OpenTransaction(Protocol):
-    """A transaction."""
+    """A transaction that is open, or was."""
 
     @property
     def is_held(self) -> bool:
-        """Whether it is open."""
+        """Whether the transaction is open."""
         ...
 
     def end(self) -> None:
-        """Show nothing more."""
+        """Drop the changes, and show an empty state from now on."""
         ...
 
 
 _INSIDE: ContextVar[tuple[OpenTransaction, ...]] = ContextVar("lab_state transactions", default=())
-"""The transactions that this task, or the one that it comes from, is inside of."""
+"""The transactions that the present task is inside of, or was started inside of."""
 
 
 class Core:
-    """The state and the transaction that a manager and its handles share.
+    """The state, and the transaction, that a manager shares with its handles.
 
     Attributes:
         name: The name of the state.
-        state: The state; a closed, empty one before `start()` and from `stop()` on. A
-            call that finds its key there so knows that the manager is running.
-        transaction: The transaction that is open: writers wait for it.
+        state: The state. It is an empty one before `start()` and after `stop()`. So a call
+            that finds its key in it knows that the manager is running.
+        transaction: The transaction that is open; `None` if none is. Writers wait for it.
         blocked: Whether a writer must call `turn` first: a transaction is open, or no
-            change can become durable. Otherwise it need not take the lock, since it
-            does not await before it is done.
-        counters: What is counted here, and what the states of earlier starts counted.
-        has_followup: Whether a write has something to do when it is done: tell those who
-            watch, take the key's time away, or wait until it is durable.
-        timed: Whether keys may have a time at which they expire.
-        is_inherited: Whether this is a forked child, and the manager runs in its parent.
+            change can become durable. Otherwise a writer does not need the lock, because
+            it changes the state without an `await`.
+        counters: Counts of calls that failed, and the counts of earlier starts.
+        has_followup: True if a write must notify watchers, drop an expiry or wait for
+            durability.
+        timed: Whether any key may expire.
+        is_inherited: Whether this is a forked child of the process that the manager runs
+            in.
     """
 
     __slots__ = (
@@ -83,7 +84,14 @@ class Core:
         self._released: Callable[[], None] = _nothing
 
     def open(self, state: State, durability: Durability, watchers: Watchers, released: Callable[[], None]) -> None:
-        """Let the calls in; `released` is called when a transaction is over."""
+        """Accept calls from now on.
+
+        Args:
+            state: The state, loaded.
+            durability: Its durability. Its `refused` is set here.
+            watchers: The watches of this start.
+            released: A callback for the end of each transaction.
+        """
         self.state = state
         self._released = released
         self.write_through = durability.write_through
@@ -95,7 +103,7 @@ class Core:
         self._set_blocked()
 
     def close(self, closed: State) -> Watchers:
-        """Keep the calls out; returns the watchers, which still have to be closed."""
+        """Refuse calls from now on. Return the watchers, which still have to be closed."""
         _ = self.durability  # raises unless it is open
         self.counters = self.counted()
         self.state, self._durability = closed, None
@@ -103,7 +111,7 @@ class Core:
         self.update_followup()
         if self.transaction is not None:
             self.transaction.end()
-        self.release(self.transaction)  # who waits for a transaction is told that it is over
+        self.release(self.transaction)  # tasks that wait for it find the manager closed
         self._set_blocked()
         return self._watchers
 
@@ -121,10 +129,10 @@ class Core:
         self._watchers.disown(self._not_running())
 
     def check_process(self) -> None:
-        """Make sure that the manager does not run in the parent of this process.
+        """Check that the manager does not run in the parent of this process.
 
         Raises:
-            UnsupportedError: It does.
+            UnsupportedError: It runs there, and this is a forked child.
         """
         if self.is_inherited:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
             raise self._not_running()
@@ -140,7 +148,7 @@ class Core:
         )
 
     def counted(self) -> Counters:
-        """What was counted up to now, over restarts."""
+        """Return the counts of this start and of all earlier ones."""
         total, state = copy(self.counters), self.state
         total.sets += state.stored
         total.deletes += state.deleted
@@ -148,7 +156,7 @@ class Core:
         return total
 
     def update_followup(self) -> None:
-        """Whether a write has something to do when it is done may have changed."""
+        """Recompute `has_followup` and `timed`."""
         self.timed = self.state.expires
         self.has_followup = self.write_through or self.timed or self.state.on_change is not None
 
@@ -156,7 +164,7 @@ class Core:
 
     @contextmanager
     def watching(self, watcher: Watcher) -> Generator[Watcher]:
-        """Tell a watcher what changes, meanwhile."""
+        """Report changes to a watcher during the block."""
         self.durability.check_loop()
         watchers = self._watchers
         watchers.add(watcher)
@@ -175,7 +183,7 @@ class Core:
 
     @property
     def durability(self) -> Durability:
-        """Return what is durable, and who waits for it.
+        """The durability of the running state.
 
         Raises:
             ClosedError: The manager is not running.
@@ -193,7 +201,7 @@ class Core:
     # Transactions
 
     def _set_blocked(self) -> None:
-        """Note again whether a writer must call `turn`."""
+        """Recompute `blocked`."""
         self.blocked = self.transaction is not None or (
             self._durability is not None and self._durability.refusal is not None
         )
@@ -212,7 +220,13 @@ class Core:
             self._check_still(durability)
 
     async def acquire(self, holder: OpenTransaction) -> None:
-        """Let a transaction hold the lock; what it is done with is `release` and `leave`."""
+        """Acquire the lock for a transaction; pair with `release` and `leave`.
+
+        Raises:
+            RuntimeError: The caller is inside a transaction, or on another event loop.
+            ClosedError: The manager is not running, or was stopped during the wait.
+            StorageError: No change can become durable; see `Durability.check_writable`.
+        """
         self._check_outside()
         durability, lock = self.durability, self._lock
         durability.check_loop()
@@ -227,18 +241,18 @@ class Core:
         _INSIDE.set((*(other for other in _INSIDE.get() if other.is_held), holder))
 
     def release(self, holder: OpenTransaction | None) -> None:
-        """Let go of the lock, if this is who holds it."""
+        """Release the lock, if this transaction holds it."""
         if holder is not None and self.transaction is holder:
             self.transaction = None
             self._set_blocked()
-            with suppress(RuntimeError):  # who waits for it does so on a loop that is closed
+            with suppress(RuntimeError):  # the task that waits for it may be of an event loop that is closed
                 self._lock.release()
             if self.is_open:
                 self._released()
 
     @staticmethod
     def leave(holder: OpenTransaction) -> None:
-        """The caller is inside no more. By value: who leaves may not be the task that entered."""
+        """Remove the transaction from this context. Sets a new value, because another task may leave than entered."""
         _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not holder))
 
     def _check_still(self, durability: Durability) -> None:

@@ -1,7 +1,7 @@
-"""A flush that begins before its interval is over, once many bytes are unflushed.
+"""A flush before its interval is over, when many bytes are unflushed.
 
-The changes are looked at while there are any, a few times a second, so that `set` need not
-count them.
+While there are changes, a timer estimates their size a few times a second. So `set` does not
+have to count bytes.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from lab_state._entries import Expiring, StoredOrGone
 from lab_state._state import State
 
 MANY_BYTES = 8 * 1024 * 1024
-"""From so many changed bytes on, a flush begins."""
+"""With so many changed bytes, a flush is started."""
 
 LOOK_EVERY = 1 / 16
-"""Seconds between two looks; exact in binary, so that the clock of a test stays so."""
+"""Seconds between two estimates. The number is exact in binary, so the sums of a test's clock are exact."""
 
 _MEASURED_AT_ONCE = 20_000
 
 
 class EarlyFlush:
-    """Looks at the changes of one state, from the first one after a commit to the next commit."""
+    """The timer that estimates the size of the changes, from the first one after a commit to the next commit."""
 
     def __init__(self, state: State, clock: Clock, flush: Callable[[], object]) -> None:
-        """Take `flush`, which is called when many bytes have changed.
+        """Prepare to call `flush` when `MANY_BYTES` have changed.
 
-        They are counted since the last commit began, or since `flush` was called.
+        Bytes count since the start of the last commit, or since the last call of `flush`.
         """
         self._state = state
         self._clock = clock
         self._flush = flush
         self._timer: Timer | None = None
         self._changes = state.changes
-        self._keys = 0  # so many of them were measured
+        self._keys = 0  # the number of changed keys at the last estimate
         self._stored = state.stored
         self._bytes = 0
-        self._asked = 0  # the bytes when `flush` was called last
+        self._asked = 0  # the estimate at the last call of `flush`
         state.on_first_change = self._wait
 
     def _wait(self) -> None:
@@ -54,7 +54,7 @@ class EarlyFlush:
         if state.changes is not self._changes:
             self._changes, self._keys, self._bytes, self._asked = state.changes, 0, 0, 0
         keys, stored = len(state.changes), state.stored
-        if stored - self._stored > keys - self._keys:  # some keys were set again: their values may be larger now
+        if stored - self._stored > keys - self._keys:  # some keys were set again, and their values may be larger now
             self._bytes = _size(state.changes, keys, timed=state.expires)
         else:
             self._bytes += _size(state.changes, keys - self._keys, timed=state.expires)
@@ -66,19 +66,19 @@ class EarlyFlush:
         self._wait()
 
     def cancel(self) -> None:
-        """Stop looking."""
+        """Stop the timer."""
         self._state.on_first_change = None
         if self._timer is not None:
             self._timer.cancel()
 
 
 def _size(changes: dict[str, StoredOrGone], newest: int, *, timed: bool) -> int:
-    """Estimate the bytes of the newest changes in a record. If there are very many, measure only some of them."""
+    """Estimate the bytes that the newest changes take in a record. Of very many, measure only some."""
     some = min(newest, _MEASURED_AT_ONCE)
     if some <= 0:
         return 0
     keys = sum(map(len, islice(reversed(changes), some)))
-    # What an object has beside its text stands for the punctuation around it.
+    # The overhead of a Python object stands for the punctuation around the value.
     measure: Callable[[StoredOrGone], int] = _size_of if timed else getsizeof
     values = sum(measure(stored) for stored in islice(reversed(changes.values()), some))
     return (keys + values) * newest // some

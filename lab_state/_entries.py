@@ -1,4 +1,4 @@
-"""What a map holds: stored values, and the changes of one commit."""
+"""The types of stored values, and the changes of one commit."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from msgspec import Raw
 Json = NewType("Json", bytes)
 """The bytes of exactly one JSON value in UTF-8.
 
-Only code that checked the bytes makes one. So values put side by side are members of an
-object, never more members than values.
+Only code that has checked the bytes makes one. So values that are joined with commas are
+as many members of an object as there are values.
 """
 
 Value: TypeAlias = str | int | float | bool | Json | Raw | None
-"""A JSON scalar, or the JSON of anything else.
+"""A JSON scalar, or the JSON of any other value.
 
-That is a `Json` where it was set, and a `Raw` where it was loaded: a view of the buffer,
-of one value too, since the parser found where it ends.
+The JSON is a `Json` if the value was set, and a `Raw` if it was loaded. A `Raw` is a view of
+the loaded buffer. It is exactly one value as well, because the parser found its end.
 """
 
 
 class Expiring(NamedTuple):
-    """A value that is gone from `at` on, in milliseconds since 1970."""
+    """A value with its expiry: the key does not exist from `at` on, in milliseconds since 1970."""
 
     value: Value
     at: int
 
 
 class Absent(Enum):
-    """The ways of not being there."""
+    """The reasons why there is no value."""
 
     MISSING = "missing"
     DELETED = "deleted"
@@ -42,18 +42,24 @@ DELETED: Literal[Absent.DELETED] = Absent.DELETED
 EXPIRED: Literal[Absent.EXPIRED] = Absent.EXPIRED
 
 Stored: TypeAlias = Value | Expiring
-"""A value as it is kept."""
+"""A value as it is stored."""
 
 StoredOrGone: TypeAlias = Stored | Literal[Absent.DELETED, Absent.EXPIRED]
-"""What became of a key."""
+"""The effect of a change on one key: its new value, or the reason why there is none."""
 
 
 class ChangeSet(NamedTuple):
-    """What one commit makes durable: everything above revision `start` up to `end`.
+    """The changes that one commit makes durable.
 
-    `since` is when the oldest of it was made, in seconds of `monotonic`; `time` and
-    `wall` are when it was taken, in milliseconds of `State.now` and of the wall clock; 0
-    where nothing expires.
+    Attributes:
+        start: The first of them has the next revision after this one.
+        end: The revision of the last of them.
+        cleared: Whether all keys were deleted before `changes`.
+        changes: The last effect on each key that changed.
+        since: The time of the oldest change, in seconds of `State.monotonic`.
+        time: `State.now` when they were taken, in milliseconds; 0 if no key expires.
+        wall: The time of the wall clock then, in milliseconds since 1970; 0 if no key
+            expires.
     """
 
     start: int

@@ -1,17 +1,18 @@
-"""What expires when. Pure and synchronous.
+"""The times at which keys expire, and the index that finds keys that are due. Pure and synchronous.
 
-Theory of operation. A value that expires is kept wrapped, with the time, so that a view
-of the entries holds the times too and nothing else is asked when a value is read. The
-index beside it, `Expiries`, only finds what is due: a bucket of keys for each second, so
-that a sweep looks at the seconds that passed since the last one and at nothing else, and
-what is due is counted without a look at each key.
+Theory of operation. A value that expires is stored together with its time, as an
+`Expiring`. So a view of the entries contains the times, and a read needs nothing else. The
+index `Expiries` only finds keys that are due. It has a bucket of keys for each second. A
+sweep looks only at the seconds since the last sweep, and most keys that are due are counted
+by bucket.
 
-While there is a watch, keys must be found at their time, not with their second. Then the keys
-of the next few seconds are in a heap, too. A key that is deleted or gets another time leaves
-its place in the heap behind. That is noticed when its time comes.
+While there is a watch, a key must be found at its exact time, not at the end of its second.
+Then the keys of the next few seconds are in a heap, too. If a key is deleted or gets another
+time, its old place in the heap stays. It is skipped when its time comes.
 
-Time here is the state's own (`State.now`): it starts from the wall clock, and then counts
-the seconds that pass, so a wall clock that is set while the manager runs expires nothing.
+The time here is the time of the state (`State.now`). It starts from the wall clock, and then
+counts the seconds that pass. So no key expires when the wall clock is set while the manager
+runs.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _AHEAD = 3
-"""Keys of so many seconds are in the heap, the present one included: more than passes between two sweeps."""
+"""Keys of so many seconds are in the heap, with the present second: more seconds than pass between two sweeps."""
 
 _LEFT_BEHIND = 4
-"""So many places of the heap are looked at for each key that may be taken."""
+"""For each key that a sweep may take, it examines at most so many places of the heap."""
 
 
 def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
-    """Return the time that expiry goes by, and how far the wall clock is behind the recorded time.
+    """Return the time of a state that is loaded, and how far the wall clock is behind the recorded time.
 
-    It goes on from `time` with what the wall clock has gone on since. Where the wall clock was
-    wrong when this was written, or is behind, keys live longer.
+    The time of the state is `time` plus what has passed on the wall clock since. If the wall
+    clock was wrong at the write, or is behind now, keys live longer.
 
     Args:
-        time: The time of the state when it was written, in milliseconds since 1970.
-        wall: What the wall clock showed then, likewise.
-        now: What the wall clock shows now, in seconds since 1970.
+        time: The time of the state at the write, in milliseconds since 1970.
+        wall: The time of the wall clock at the write, in milliseconds since 1970.
+        now: The time of the wall clock now, in seconds since 1970.
 
     Returns:
-        Both in seconds; the second is 0 where the wall clock is not behind.
+        Both in seconds. The second is 0 if the wall clock is not behind.
     """
     passed = now - max(wall, time) / 1000
     return time / 1000 + max(0.0, passed), max(0.0, -passed)
@@ -49,36 +50,39 @@ class Bucket(dict[str, int]):
     """Keys that expire in the same second, with their times in milliseconds.
 
     Attributes:
-        first: No time is before this one.
-        last: No time is behind this one.
+        first: No time is earlier than this one.
+        last: No time is later than this one.
     """
 
     __slots__ = ("first", "last")
 
     def __init__(self, at: int) -> None:
-        """For keys of about this time."""
+        """Make an empty bucket for keys of the second of `at`."""
         super().__init__()
         self.first: int = at
         self.last: int = at
 
 
 class Expiries:
-    """Keys by the second in which they expire.
+    """An index of keys by the second in which they expire.
 
     Attributes:
-        on_first: Called when the first key has come in.
-        on_nearer: Called when a key has come in that is due before those in the heap.
+        on_first: Called when a key is added to an empty index.
+        on_nearer: Called when a key is added that is due before all others in the heap.
     """
 
     __slots__ = ("_buckets", "_heap", "_heaped", "_loading", "_next", "_second", "on_first", "on_nearer")
 
     def __init__(self, now: int) -> None:
-        """No keys; what is due at `now` comes with the next sweep."""
+        """Make an empty index. A key that is added with a time before `now` is due at the next sweep.
+
+        `now` is in milliseconds since 1970.
+        """
         self._second: dict[str, int] = {}
         self._buckets: dict[int, Bucket] = {}
         self._next = now // 1000
         self._heap: list[tuple[int, str]] | None = None
-        self._heaped = -1  # keys of earlier seconds are in the heap
+        self._heaped = -1  # the heap has the keys of all seconds before this one
         self._loading: tuple[Bucket, list[str]] | None = None
         self.on_first: Callable[[], object] | None = None
         self.on_nearer: Callable[[], object] | None = None
@@ -90,7 +94,7 @@ class Expiries:
         return key in self._second
 
     def add(self, key: str, at: int) -> None:
-        """A key expires at this time, in milliseconds, and at no other."""
+        """Add a key with its time, in milliseconds since 1970, in place of an earlier time."""
         is_first = not self._second
         self.discard(key)
         second = self._second[key] = max(at // 1000, self._next)
@@ -105,7 +109,7 @@ class Expiries:
             self.on_first()
 
     def discard(self, key: str) -> None:
-        """A key is gone."""
+        """Remove a key from the index, if it is in it."""
         second = self._second.pop(key, None)
         if second is not None:
             bucket = self._buckets[second]
@@ -114,7 +118,7 @@ class Expiries:
                 del self._buckets[second]
 
     def clear(self) -> tuple[dict[Any, Any], ...]:
-        """All keys are gone; returns the maps that held them."""
+        """Remove all keys, and return the maps that held them, so that the caller can free them in steps."""
         held = self._second, self._buckets
         self._second, self._buckets = {}, {}
         if self._heap is not None:
@@ -122,12 +126,12 @@ class Expiries:
         return held
 
     def attend(self, *, wanted: bool) -> None:
-        """Begin, or end, to give keys at their time; see `load`."""
+        """Start or stop to find keys at their exact time; see `load`."""
         self._heap = [] if wanted else None
         self._heaped, self._loading = -1, None
 
     def load(self, now: int, most: int) -> bool:
-        """Put keys of the next seconds into the heap, up to `most`; returns whether there are more."""
+        """Put keys of the next seconds into the heap, up to `most`. Return whether there are more."""
         if self._heap is None:
             return False
         present = now // 1000
@@ -151,7 +155,7 @@ class Expiries:
         return False
 
     def nearest(self) -> int | None:
-        """Return when to look at the heap again, in milliseconds: the time of a key, which may be gone."""
+        """Return the first time in the heap, in milliseconds. Its key may have been removed since."""
         return self._heap[0][0] if self._heap else None
 
     def _put_in_heap(self, at: int, key: str) -> None:
@@ -161,7 +165,7 @@ class Expiries:
             self.on_nearer()
 
     def due(self, now: int) -> int:
-        """How many keys are due. Looks at each of those that expire this very second, at most."""
+        """Return the number of keys that are due. Only keys that expire in the current second are examined one by one."""
         total = 0
         for bucket in self.passed(now):
             if bucket.last <= now:
@@ -171,7 +175,7 @@ class Expiries:
         return total
 
     def passed(self, now: int) -> Iterator[Bucket]:
-        """The buckets that may hold keys that are due, in order of time."""
+        """Return the buckets that may hold keys that are due, in order of time."""
         end = now // 1000 + 1
         if end - self._next <= len(self._buckets):
             seconds = [second for second in range(self._next, end) if second in self._buckets]
@@ -180,9 +184,9 @@ class Expiries:
         return (self._buckets[second] for second in seconds)
 
     def take(self, now: int, most: int) -> list[str]:
-        """Take up to `most` keys whose second is over out of the index, those of the oldest first.
+        """Remove up to `most` keys that are due, and return them.
 
-        And those in the heap whose time is over.
+        Keys whose second is over come first, in order of time, and then those in the heap.
         """
         over = now // 1000 * 1000 - 1
         taken: list[str] = []

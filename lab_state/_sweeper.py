@@ -1,7 +1,7 @@
-"""Deletes what has expired: many keys at once, in steps, and no timer for each.
+"""The deletion of expired keys: many keys at once, in steps, with one timer for all.
 
-Once a second is enough, because no read shows an expired key. While there is a watch, the
-timer is for the next key that is due, so that its end is told at its time.
+One sweep in a second is enough, because no read returns an expired key. While there is a
+watch, the timer ends when the next key is due, so that its expiry is reported in time.
 """
 
 from __future__ import annotations
@@ -12,20 +12,27 @@ from lab_state._clock import Clock, Timer
 from lab_state._state import State
 
 _PERIOD = 1.0
-_AT_ONCE = 500
+"""Seconds between two sweeps without a watch."""
+
+_KEYS_PER_STEP = 500
 _GAP = 0.02
-"""Seconds between two sweeps, at least, so that keys which are due one after the other are swept together."""
+"""Seconds between two sweeps, at least. Keys that are due shortly after each other are swept together."""
 
 
 class Sweeper:
-    """Sweeps one state once a second, or when a key is due, as long as something in it expires."""
+    """The timer that sweeps one state, once a second or when a key is due, as long as any key expires."""
 
     def __init__(
         self, state: State, clock: Clock, busy: Callable[[], bool], swept: Callable[[], None], begun: Callable[[], None]
     ) -> None:
-        """Begin; `busy` says whether a transaction is open.
+        """Start the timer, if any key expires.
 
-        `swept` is called after a change, `begun` when a key expires where none did.
+        Args:
+            state: The state.
+            clock: The clock of the manager.
+            busy: Returns whether a transaction is open. A sweep waits for its end.
+            swept: Called after each sweep that deleted keys.
+            begun: Called when a key gets a time and no other key had one.
         """
         self._state = state
         self._clock = clock
@@ -33,7 +40,7 @@ class Sweeper:
         self._swept = swept
         self._begun = begun
         self._timer: Timer | None = None
-        self._due = 0.0  # when the timer ends
+        self._due = 0.0  # the time at which the timer ends
         self._put_off = False
         self._looking_ahead = False
         state.expiries.on_first = self._first
@@ -41,21 +48,21 @@ class Sweeper:
             self._arm(_PERIOD)
 
     def stop(self) -> None:
-        """Sweep no more."""
+        """Stop the timer. No sweep is made after this."""
         self._state.expiries.on_first = None
         self._state.expiries.on_nearer = None
         self._put_off = False
         self._disarm()
 
     def attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
-        """Sweep keys when they are due, while there is a watch. Without one, sweep them with their second."""
+        """Sweep keys when they are due, if there is a watch. Otherwise sweep them when their second is over."""
         self._state.expiries.attend(wanted=watched)
         self._state.expiries.on_nearer = self._nearer if watched else None
         if watched and self._state.expiries:
             self._look_ahead()
 
     def resume(self) -> None:
-        """A transaction is over: do at once what was put off for it, or they could follow each other for ever."""
+        """Sweep at once at the end of a transaction, if a sweep waited. Another transaction could begin otherwise."""
         if self._put_off:
             self._tick()
 
@@ -68,10 +75,10 @@ class Sweeper:
             self._arm(self._delay())
 
     def _look_ahead(self) -> None:
-        """Find the keys of the next seconds, a step of it, and arm the timer."""
+        """Find some of the keys of the next seconds, and set the timer."""
         self._looking_ahead = True
         try:
-            more = self._state.expiries.load(self._state.now(), _AT_ONCE)
+            more = self._state.expiries.load(self._state.now(), _KEYS_PER_STEP)
         finally:
             self._looking_ahead = False
         self._arm(0.0 if more else self._delay())
@@ -80,12 +87,12 @@ class Sweeper:
         at = self._state.expiries.nearest()
         if at is None:
             return _PERIOD
-        # `now` leaves out what is less than a millisecond.
+        # `now` drops fractions of a millisecond.
         left = (at - self._state.now() + 1) / 1000
         return min(_PERIOD, max(left, _GAP)) if left > 0 else 0.0
 
     def _arm(self, delay: float) -> None:
-        """Sweep after so many seconds, unless that is done earlier."""
+        """Set the timer to so many seconds, unless it ends earlier."""
         due = self._clock.monotonic() + delay
         if self._put_off or (self._timer is not None and self._due <= due):
             return
@@ -104,13 +111,13 @@ class Sweeper:
             return
         before = self._state.revision
         try:
-            more = self._state.sweep(_AT_ONCE) == _AT_ONCE
+            more = self._state.sweep(_KEYS_PER_STEP) == _KEYS_PER_STEP
             if self._state.revision > before:
                 self._swept()
             if more:
                 self._arm(0.0)
             elif self._state.expiries:
                 self._look_ahead()
-        except BaseException:  # memory ran out, or an interrupt: the event loop tells, and the next sweep comes
+        except BaseException:  # out of memory, or an interrupt: the event loop reports it, and sweeps go on
             self._arm(_PERIOD)
             raise
