@@ -19,7 +19,7 @@ from lab_state._arguments import LONGEST_TTL, milliseconds
 from lab_state._entries import DELETED, EXPIRED, MISSING, ChangeSet, Expiring, Stored, StoredOrGone
 from lab_state._expiry import Expiries
 from lab_state._state import State
-from lab_state._sweeper import _AT_ONCE, Sweeper
+from lab_state._sweeper import _KEYS_PER_STEP, Sweeper
 from lab_state.exceptions import InvalidValueError
 from lab_state.testing import ManualClock
 
@@ -632,8 +632,8 @@ def test_a_key_that_stays_stops_the_sweeper_at_its_old_time() -> None:
 
 def test_many_keys_are_swept_in_steps() -> None:
     """A sweep takes a few hundred keys at a time, one change each, and lets other timers in between."""
-    assert _AT_ONCE <= 1_000
-    swept = Swept([START + 500] * (3 * _AT_ONCE + 1))
+    assert _KEYS_PER_STEP <= 1_000
+    swept = Swept([START + 500] * (3 * _KEYS_PER_STEP + 1))
     seen: list[int] = []
 
     def look() -> None:
@@ -643,14 +643,14 @@ def test_many_keys_are_swept_in_steps() -> None:
 
     swept.clock.call_later(1.0, look)
     swept.clock.advance(1)
-    assert seen == [2 * _AT_ONCE + 1, _AT_ONCE + 1, 1, 0]
+    assert seen == [2 * _KEYS_PER_STEP + 1, _KEYS_PER_STEP + 1, 1, 0]
     assert swept.told == [11, 12, 13, 14]
     assert swept.timers == 0
 
 
 def test_no_step_more_than_needed() -> None:
     """Exactly as many keys as one step takes are one change, and the sweeper rests."""
-    swept = Swept([START + 500] * _AT_ONCE)
+    swept = Swept([START + 500] * _KEYS_PER_STEP)
     swept.clock.advance(1)
     assert (swept.told, swept.timers) == ([11], 0)
 
@@ -739,7 +739,7 @@ def test_watched_keys_that_are_due_together_are_swept_together() -> None:
 def test_many_watched_keys_are_looked_for_in_steps(later: int) -> None:
     """Of 5,000 keys in one second, 500 are put in order at once; all are swept at their time all the same."""
     swept = watched([START + later + 900] * 5_000)
-    assert len(swept.state.expiries._heap or ()) == _AT_ONCE
+    assert len(swept.state.expiries._heap or ()) == _KEYS_PER_STEP
     assert swept.timers == 1
     swept.clock.advance((later + 899) / 1000)
     assert len(swept.state.entries) == 5_000

@@ -30,7 +30,7 @@ from lab_state import (
     TypeMismatchError,
 )
 from lab_state._entries import Expiring
-from lab_state._sweeper import _AT_ONCE
+from lab_state._sweeper import _KEYS_PER_STEP
 from lab_state.storage.file import FileSession
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -622,8 +622,8 @@ class TestSweeping:
 
             clock.call_later(0.5, look)
             clock.advance(0.5)
-            assert sizes == list(range(100_001 - _AT_ONCE, 0, -_AT_ONCE))
-            assert state.revision == 2 + 100_000 / _AT_ONCE
+            assert sizes == list(range(100_001 - _KEYS_PER_STEP, 0, -_KEYS_PER_STEP))
+            assert state.revision == 2 + 100_000 / _KEYS_PER_STEP
             assert await state.get_all() == {"stays": 1}
 
     @pytest.mark.parametrize("interval", [0, 1.0])
