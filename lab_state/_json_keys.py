@@ -45,14 +45,14 @@ def pack(value: Any) -> bytes | None:
     The keys of a large outermost dict are left out.
     """
     try:
-        if value.__class__ is dict and len(value) > _MANY and _have_own_texts(value):
+        if value.__class__ is dict and len(value) > _MANY and have_own_texts(value):
             value = [*value.values()]
         return check_str_keys(value)
     except Exception:  # noqa: BLE001 -- whatever the reason is, the JSON is examined
         return None
 
 
-def _have_own_texts(keys: dict[Any, Any]) -> bool:
+def have_own_texts(keys: dict[Any, Any]) -> bool:
     """Return whether all keys are of `str`, or all of `int`. Objects of a subclass could have any text."""
     try:
         msgspec.convert(keys, _Keys)

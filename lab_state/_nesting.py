@@ -24,6 +24,9 @@ _MOST_ROUNDS = 12
 _LONGEST_UNIT = 64
 _SHORT = 8 * 1024
 
+_FEW = 16
+"""If there are so many brackets for each quote, texts are worth removing one by one."""
+
 
 def too_deep(data: bytes) -> bool:
     """Return whether JSON has more than `MAX_DEPTH` levels of nesting."""
@@ -37,6 +40,8 @@ def deeper(data: bytes, levels: int) -> bool:
     if _BACKSLASH in data and b'\\"' in data:
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     structure = data.translate(None, _DROPPED)
+    if structure.count(b'"') * _FEW < len(structure):
+        structure = _outside(structure)
     rest, gone = _without_what_repeats(structure)  # no more than so many levels went with what is gone
     rest = rest.replace(b'""', b"")
     for _ in range(_MOST_ROUNDS):
@@ -52,13 +57,22 @@ def deeper(data: bytes, levels: int) -> bool:
 
 def _without_what_repeats(structure: bytes) -> tuple[bytes, int]:
     """Remove most of a list of records that are alike, and return how many levels that may have had."""
-    first = structure[1:9]
-    unit = structure[1 : max(0, structure.find(first, 9, _LONGEST_UNIT))]
-    outside = unit.split(b'"')
-    # From inside of a string too, it must leave things as they were.
-    if not unit or len(outside) % 2 == 0 or any(_balance(b"".join(outside[half::2])) for half in (0, 1)):
+    middle = len(structure) // 2
+    length = structure.find(structure[middle : middle + 8], middle + 8, middle + _LONGEST_UNIT) - middle
+    unit = structure[middle : middle + max(0, length)]
+    halves = unit.split(b'"')
+    if not unit or len(halves) % 2 == 0:
         return structure, 0
-    return structure.replace(unit, b""), len(unit)
+    start, end = structure.find(unit), structure.rfind(unit) + length
+    times, more = divmod(end - start, length)
+    if not more and structure[start:end] == unit * times:  # which costs far less than to look for each
+        outside = structure.count(b'"', 0, start) % 2
+        if not _balance(b"".join(halves[outside::2])):
+            return structure[:start] + structure[end:], length
+    # From inside of a string too, it must leave things as they were.
+    if any(_balance(b"".join(halves[half::2])) for half in (0, 1)):
+        return structure, 0
+    return structure.replace(unit, b""), length
 
 
 def _balance(brackets: bytes) -> int:
@@ -67,5 +81,9 @@ def _balance(brackets: bytes) -> int:
 
 def _levels(structure: bytes) -> int:
     """Count the levels in quotes and brackets alone."""
-    outside = b"".join(structure.split(b'"')[::2])
-    return max(accumulate(memoryview(outside.translate(_STEPS)).cast("b")), default=0)
+    return max(accumulate(memoryview(_outside(structure).translate(_STEPS)).cast("b")), default=0)
+
+
+def _outside(structure: bytes) -> bytes:
+    """Remove quotes and what is between them."""
+    return b"".join(structure.split(b'"')[::2])

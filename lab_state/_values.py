@@ -24,6 +24,7 @@ from lab_state._entries import Json, Value
 from lab_state._json_keys import double_key, pack
 from lab_state._models import HIDDEN, NOT_FINITE, class_of, first_problem, path_of, step_of, write
 from lab_state._nesting import MAX_DEPTH, SHALLOW, deeper, too_deep
+from lab_state._records import is_flat
 from lab_state._types import decode_json, is_text, undecodable
 from lab_state.exceptions import InvalidValueError
 
@@ -96,8 +97,7 @@ def encode_value(value: object) -> Value:
         _check_scalar(cast("str | float | None", value))
         return cast("Value", value)
     try:
-        # A msgspec.Raw, or a model's own serializer, may have put anything there.
-        check_json(data := encode(value))
+        data = encode(value)
         if kind is Raw:
             decode_json(data)  # numbers out of range
     except MemoryError:
@@ -126,14 +126,18 @@ def check_encoded(value: object, data: bytes) -> None:
     Raises:
         InvalidValueError: It would be read back as another value, or not at all.
     """
+    size = len(data)
     try:
-        if not data.isascii():
-            data.decode()  # a Raw may hold anything
-        if len(data) > _MOST_DIGITS and _may_have_longer_ints():
+        if size > _MOST_DIGITS and _may_have_longer_ints():
             decode_json(data)
-    except (UnicodeDecodeError, msgspec.MsgspecError):
+        if is_flat(value, size):
+            return
+        check_json(data)  # a msgspec.Raw, or a model's own serializer, may have put anything there
+        if not data.isascii():
+            data.decode()
+    except (UnicodeDecodeError, msgspec.MsgspecError, RecursionError):
         raise _refusal(value) from None
-    if len(data) >= SHALLOW and too_deep(data):
+    if size >= SHALLOW and too_deep(data):
         raise _refusal(value)
     if (packed := pack(value)) is not None:
         check_packed(value, data, packed)

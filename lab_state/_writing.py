@@ -67,10 +67,13 @@ class Writing(Reads):
             if value.__class__ is dict or value.__class__ is list:
                 try:
                     stored: Any = encode(value)
-                    check_json(stored)  # a `msgspec.Raw` inside may hold anything
-                    if not stored.isascii():
-                        stored.decode()
-                    packed = check_str_keys(value) if len(stored) < SHALLOW else None
+                    if len(stored) < SHALLOW:
+                        check_json(stored)  # a `msgspec.Raw` inside may hold anything
+                        if not stored.isascii():
+                            stored.decode()
+                        packed = check_str_keys(value)
+                    else:
+                        packed = None
                 except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
                     stored = encode_value(value)
                 else:

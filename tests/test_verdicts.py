@@ -6,16 +6,24 @@ import json
 import math
 import struct
 from datetime import UTC, datetime, time, timedelta, timezone
+from enum import StrEnum
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lab_state import Config, InvalidValueError, Manager, MemoryStorage
 from lab_state._json_keys import check_str_keys
-from lab_state._values import ALL_ONES, COLON, DEL, encode_value, find_colon, find_del, find_ones
+from lab_state._records import is_flat
+from lab_state._values import ALL_ONES, COLON, DEL, SCALARS, encode_value, find_colon, find_del, find_ones
+
+
+class Color(StrEnum):
+    RED = "red"
+
 
 ZONES = st.integers(-86_399, 86_399).map(lambda seconds: timezone(timedelta(seconds=seconds)))
 ZONED = (
@@ -92,3 +100,51 @@ async def test_each_way_to_check_a_value_gives_the_same_verdict(value: Any, more
 
 async def _encode(_: str, value: object) -> object:
     return encode_value(value)
+
+
+_NAMES = st.sampled_from(["id", "a b", "", "é", "class", "f1", '"', "\\", "\n", 1, 2.5])
+_SCALARS = (
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3) | st.just(Color.RED)
+)
+_OTHERS = st.lists(st.none(), max_size=1) | st.just(msgspec.Raw(b"1")) | st.times(timezones=ZONED) | st.just(b"x")
+_RECORDS = st.lists(st.dictionaries(_NAMES, _SCALARS | _OTHERS, max_size=3), min_size=1, max_size=3)
+
+
+def _is_scalar(value: object) -> bool:
+    return value is None or isinstance(value, int | str) or (isinstance(value, float) and math.isfinite(value))
+
+
+@given(records=_RECORDS, scalars=st.lists(_SCALARS | _OTHERS, min_size=1, max_size=3), more=st.sampled_from([1, 300]))
+def test_what_is_found_to_be_flat_is_flat(records: list[Any], scalars: list[Any], more: int) -> None:
+    """Only lists and dicts of scalars, or of records of scalars with `str` keys, need no other check."""
+    names = list(records[0])
+    named = {str(n): record for n, record in enumerate(records)}
+    if is_flat(records * more, 10**6):
+        assert all(type(name) is str for record in records for name in record)
+        assert all(_is_scalar(part) for record in records for part in record.values())
+        assert is_flat(named, 10**6)
+    elif names and not set(names) & {'"', "\\", "\n", 1, 2.5} and all(set(record) <= set(names) for record in records):
+        assert not all(_is_scalar(part) for record in records for part in record.values())
+    same = all(map(_is_scalar, scalars))
+    if type(scalars[0]) in SCALARS:
+        assert is_flat(scalars * more, 10**6) is is_flat(dict(enumerate(scalars)), 10**6) is same
+    assert not is_flat(tuple(scalars), 10**6)
+    assert not is_flat({1.5: 1}, 10**6)
+
+
+def test_a_class_is_made_when_it_pays() -> None:
+    """The class for a kind of record is made when enough bytes of it were checked, and for ordinary keys alone."""
+    record = {"made when it pays": 1}
+    assert [is_flat([record], 32 * 1024) for _ in range(3)] == [False, True, True]
+    assert not is_flat([{str(n): n for n in range(33)}], 10**6)
+    assert not is_flat([{"x" * 1025: 1}], 10**6)
+    assert not is_flat([record], 4095)
+
+
+def test_classes_are_dropped_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of records that were seen once do not stay for good."""
+    monkeypatch.setattr("lab_state._records._MOST_CLASSES", 3)
+    monkeypatch.setattr("lab_state._records._classes", classes := dict[Any, Any]())
+    for number in range(10):
+        assert is_flat([{f"key {number}": 1}], 10**6)
+        assert len(classes) <= 3

@@ -1,0 +1,92 @@
+"""Check flat lists of records for about the price of encoding them. Pure.
+
+The records are converted to Structs, slice by slice, and the Structs are dropped. Their class has a
+field for each key of the first record. A field takes a `str`, an `int`, a `bool`, `None` or a finite
+float, and nothing else. So a list that can be converted has only keys that are a `str`, no NaN, no
+time, no `msgspec.Raw`, and no more than two levels. It needs none of the other checks.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import msgspec
+
+from lab_state._json_keys import have_own_texts
+
+_Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+_Scalar = str | int | _Finite | bool | None
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
+_LEAST = 4 * 1024
+"""For values of fewer bytes, the exception of a list that cannot be converted costs more than is gained."""
+
+_SLICE = 256
+"""So many items are converted together: the memory of one slice is used for the next."""
+
+_ENOUGH = 64 * 1024
+"""A class costs 100 to 700 microseconds. It is made when so many bytes of such records were checked without it."""
+
+_MOST_FIELDS, _LONGEST_NAMES = 32, 1024
+_MOST_CLASSES = 256
+
+_classes: dict[tuple[str, ...], Any] = {}
+"""For the keys of a record: the type of a list of them, `None` if there can be none, or how many bytes were checked."""
+
+
+def is_flat(value: Any, size: int) -> bool:
+    """Return whether a value is found to be a list or a dict of scalars, or of records of scalars.
+
+    Args:
+        value: The value.
+        size: How many bytes of JSON it has. An empty list has two.
+    """
+    if size < _LEAST:
+        return False
+    items = value
+    if value.__class__ is dict:
+        if not have_own_texts(value):
+            return False
+        items = [*value.values()]
+    elif value.__class__ is not list:
+        return False
+    kind = _type_of(items[0], size)
+    if kind is None:
+        return False
+    try:
+        for start in range(0, len(items), _SLICE):
+            msgspec.convert(items[start : start + _SLICE], kind)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _type_of(first: Any, size: int) -> Any:
+    """Return the type of a list that begins with an item, or `None` if the list must be checked in another way."""
+    if first.__class__ in _SCALARS:
+        return list[_Scalar]
+    if first.__class__ is not dict or len(first) > _MOST_FIELDS:
+        return None
+    names = tuple(first)
+    kind = _classes.get(names, 0)
+    if kind.__class__ is not int:
+        return kind
+    if {*map(type, names)} != {str} or sum(map(len, names)) > _LONGEST_NAMES:
+        return None
+    if len(_classes) >= _MOST_CLASSES:
+        _classes.clear()
+    _classes[names] = kind = _list_of(names) if kind + size >= _ENOUGH else kind + size
+    return None if kind.__class__ is int else kind
+
+
+def _list_of(names: tuple[str, ...]) -> Any:
+    """Return the type of a list of records with these keys, or `None` if msgspec takes one of them for no name."""
+    fields = {f"f{number}": name for number, name in enumerate(names)}
+    try:
+        record = msgspec.defstruct(
+            "Record", [(field, _Scalar, None) for field in fields], rename=fields, forbid_unknown_fields=True, gc=False
+        )
+    except ValueError:
+        return None
+    return list[record]  # type: ignore[valid-type]
