@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from lab_state._flusher import Flusher
-from lab_state.cache._mirror import Mirror
+from lab_state.cache._mirror import MirrorWriter
 
 Phase = Literal["new", "starting", "running", "stopping", "stopped"]
 
@@ -77,7 +77,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     mirror: MirrorStatus | None = None
 
 
-def status_of(phase: Phase, flusher: Flusher, mirror: Mirror | None) -> Status:
+def status_of(phase: Phase, flusher: Flusher, mirror: MirrorWriter | None) -> Status:
     """Return the status of a manager whose flusher has begun."""
     return Status(
         phase=phase,
@@ -100,6 +100,6 @@ def status_of(phase: Phase, flusher: Flusher, mirror: Mirror | None) -> Status:
     )
 
 
-def _mirror_status(mirror: Mirror) -> MirrorStatus:
+def _mirror_status(mirror: MirrorWriter) -> MirrorStatus:
     error = None if mirror.last_error is None else str(mirror.last_error)
     return MirrorStatus(up=mirror.up, revision=mirror.revision, error=error)

@@ -30,7 +30,7 @@ from lab_state._state import State
 from lab_state._status import MirrorStatus, Phase, Status, status_of
 from lab_state._sweeper import Sweeper
 from lab_state._watch import Watchers
-from lab_state.cache._mirror import Mirror
+from lab_state.cache._mirror import MirrorWriter
 from lab_state.cache._protocol import Cache
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LockedError
@@ -123,7 +123,7 @@ class Manager(Scope):
         self._storage = storage
         self._on_fenced = on_fenced
         self._cache = cache
-        self._mirror: Mirror | None = None
+        self._mirror: MirrorWriter | None = None
         self._mirrored = None if cache is None else MirrorCounts()
         if logger is not None:
             check_logger(logger)
@@ -210,9 +210,9 @@ class Manager(Scope):
         """Start the tasks. If this raises, none of them runs."""
         watchers = Watchers(state)
         committed = watchers.committed
-        mirror: Mirror | None = None
+        mirror: MirrorWriter | None = None
         if self._cache is not None and self._mirrored is not None:
-            mirror = follower = Mirror(self._config.name, self._cache, self._clock, self._logger, self._mirrored)
+            mirror = follower = MirrorWriter(self._config.name, self._cache, self._clock, self._logger, self._mirrored)
 
             def committed(taken: ChangeSet) -> bool:
                 try:

@@ -626,7 +626,7 @@ async def test_a_reader_cancelled_wherever_it_waits(name: str, *, local: bool, l
                     through = await cancelled_at(close, number, late=late)
                     await writing
             await reader.aclose()
-            assert not cache.places[NAME].followers
+            assert not cache.mirrors[NAME].followers
             return through
 
     async def write(state: Manager) -> None:

@@ -288,7 +288,7 @@ class TestClock:
         async with state:
             assert await state.get("a") == 1
 
-    @pytest.mark.parametrize("name", ["Mirror._run", "Flusher._run"])
+    @pytest.mark.parametrize("name", ["MirrorWriter._run", "Flusher._run"])
     async def test_a_start_without_a_task_leaves_nothing(
         self, memory: MemoryStorage, clock: ManualClock, name: str
     ) -> None:
@@ -471,14 +471,14 @@ class TestTasks:
             await until(lambda: mirror_of(state).up)
             assert state._mirror is not None
             fails = iter([MemoryError()])
-            inner = getattr(state._mirror._pending, call)
+            inner = getattr(state._mirror._backlog, call)
 
             def once(argument: Any) -> Any:
                 if (problem := next(fails, None)) is not None:
                     raise problem
                 return inner(argument)
 
-            monkeypatch.setattr(state._mirror._pending, call, once)
+            monkeypatch.setattr(state._mirror._backlog, call, once)
             await state.set("a", 1)
             await state.flush()
             await until(lambda: mirror_of(state).revision == 1)
@@ -487,7 +487,7 @@ class TestTasks:
             await state.set("b", 1)
             await state.flush()
             await until(lambda: mirror_of(state).revision == 2)
-            assert {"a", "b"} < cache.places["test"].values.keys()
+            assert {"a", "b"} < cache.mirrors["test"].values.keys()
 
     async def test_a_cache_that_cancels_itself(
         self, storage: FaultyStorage, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
@@ -533,7 +533,7 @@ class TestTasks:
         await idle()
         failure = state.status().task_failure
         what = "was cancelled" if how == "cancelled" else "failed: MemoryError()"
-        assert failure == f"the mirror's task of 'test' {what}: the cache is not kept up to date"
+        assert failure == f"the mirror task of 'test' {what}: the mirror is not updated"
         assert (mirror_of(state).up, failure in caplog.text) == (False, True)
         assert _lifespan.health_of({"test": state}, 30)[0] == 503
         await state.set("a", 1)

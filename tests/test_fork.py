@@ -258,7 +258,7 @@ def test_an_inherited_event_loop_writes_nothing(tmp_path: Path, caplog: pytest.L
         caplog.clear()
         cache.is_there = True
         runner.run(turns())
-        return [sorted(path.name for path in tmp_path.iterdir()), list(cache.places), caplog.messages]
+        return [sorted(path.name for path in tmp_path.iterdir()), list(cache.mirrors), caplog.messages]
 
     with asyncio.Runner() as runner:
         runner.run(state.start())

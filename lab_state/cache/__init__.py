@@ -1,4 +1,4 @@
-"""Where copies of states are kept that other processes read."""
+"""Mirrors: copies of states that other processes read."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What has become durable and is not in the mirror yet. Pure and synchronous.
+"""The durable changes that are not in the mirror yet. Pure and synchronous.
 
-Commits are queued as they come, which costs the flusher nothing, and merged key by key
-by the mirror's own task, in small steps. Above a bound nothing is kept: then the whole
-state is brought anew, and that is all there is to know.
+The flusher adds each commit to a queue, which costs it almost nothing. The mirror's own
+task merges the commits key by key, in small steps. Above a bound nothing is kept; then the
+mirror has to be filled.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ MOST_BYTES = 32 * 1024 * 1024
 
 
 class Backlog:
-    """Commits, coalesced.
+    """Commits, merged.
 
     Attributes:
-        overflowed: There were too many to keep.
-        end: The last revision in it.
+        overflowed: Whether there were too many to keep, so that the mirror must be filled.
+        end: The last revision in it; 0 while it is empty.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Nothing is pending, whatever there was."""
+        """Drop everything, and forget an overflow."""
         self.overflowed: bool = False
         self.end: int = 0
         self._queue: deque[tuple[ChangeSet, Iterator[tuple[str, StoredOrGone]]]] = deque()
@@ -43,16 +43,16 @@ class Backlog:
 
     @property
     def keys(self) -> int:
-        """How many keys there are; those that are not merged count once for each commit."""
+        """The number of keys. A key that is not merged yet counts once for each commit."""
         return len(self._changes) + self._queued
 
     def overflow(self) -> None:
-        """Keep nothing until `clear`: something is missing, or too much was to be kept."""
+        """Drop everything, and keep nothing until `clear`, because changes are missing or too many."""
         self.clear()
         self.overflowed = True
 
     def add(self, taken: ChangeSet) -> None:
-        """A commit was made."""
+        """Add the changes of a commit."""
         if self.overflowed:
             return
         if self.keys + len(taken.changes) > MOST_KEYS:
@@ -63,7 +63,7 @@ class Backlog:
         self.end = max(self.end, taken.end)
 
     def merge(self, most: int) -> bool:
-        """Merge up to `most` keys; False once all are."""
+        """Merge up to `most` keys. Return whether there are more."""
         while self._queue and most:
             taken, rest = self._queue[0]
             if taken.cleared:
@@ -82,13 +82,13 @@ class Backlog:
         return bool(self._queue)
 
     def take(self, start: int) -> ChangeSet:
-        """All of it, merged, as one step from revision `start`; then nothing is pending."""
+        """Return everything that is merged as one step from revision `start`, and become empty."""
         taken = ChangeSet(start, self.end, self._cleared, self._changes, 0.0)
         self.clear()
         return taken
 
     def put_back(self, taken: ChangeSet) -> None:
-        """What could not be brought, under what came since."""
+        """Add changes that `take` returned and that did not reach the mirror. Newer changes win."""
         if self.overflowed:
             return
         self._queue.appendleft((taken, iter(taken.changes.items())))

@@ -1,9 +1,9 @@
-"""One connection to Redis, made by redis-py: TLS, ACL, sockets and Sentinel are its business.
+"""A connection to Redis. redis-py makes it, with TLS, ACL, sockets and Sentinel.
 
-Commands are written and answers read one by one, since a step of many keys is sent in
-slices between which the event loop runs; redis-py's pipelines pack all of it at once.
+Commands are sent and answers are read one by one, because a step of many keys is sent in
+slices, and the event loop runs between them. A pipeline of redis-py packs everything at once.
 
-No message of redis-py's is passed on: an answer may quote what it was sent.
+No message of redis-py is passed on, because an answer may quote the command.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _ADVICE: dict[str, str] = {
 
 
 Command: TypeAlias = bytes | tuple[bytes, ...]
-"""A command as it is sent; where it has a large value, in parts, of which that is one."""
+"""The bytes of a command. If it has a large value, they are several parts, and the value is one of them."""
 
 
 def command(*args: bytes) -> bytes:
-    """A command as it is sent."""
+    """Return the bytes of a command."""
     return b"*%d\r\n" % len(args) + b"".join([b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in args])
 
 
 def hset(key: bytes, members: Mapping[str, bytes]) -> Command:
-    """`HSET` with all of them."""
+    """Return `HSET` with these members."""
     parts: list[bytes] = []
     body = [b"*%d\r\n$4\r\nHSET\r\n$%d\r\n%b\r\n" % (2 + 2 * len(members), len(key), key)]
     for member, value in members.items():
@@ -65,12 +65,12 @@ def hset(key: bytes, members: Mapping[str, bytes]) -> Command:
 
 
 def sent_bytes(commands: Iterable[Command]) -> int:
-    """Return how many bytes these commands have."""
+    """Return the number of bytes of these commands."""
     return sum(len(each) if isinstance(each, bytes) else sum(map(len, each)) for each in commands)
 
 
 def _pieces(commands: Iterable[Command]) -> Iterator[bytes]:
-    """Join what is small, and split what is large."""
+    """Join small parts, and split large ones."""
     small: list[bytes] = []
     for part in chain.from_iterable((each,) if isinstance(each, bytes) else each for each in commands):
         if len(part) <= _SENT_AT_ONCE:
@@ -84,9 +84,9 @@ def _pieces(commands: Iterable[Command]) -> Iterator[bytes]:
 
 
 def _check_url(url: str) -> None:
-    """Refuse a URL in which the user or the password ends too early.
+    """Refuse a URL with a special character in the user or the password that is not escaped.
 
-    A part of the password would then pass for a port, a host or a path, which messages show.
+    A part of the password would be read as a port, a host or a path, and messages show those.
     """
     scheme, _, rest = url.partition("://")
     address = re.split("[/?#]", rest, maxsplit=1)[0]
@@ -98,13 +98,13 @@ def _check_url(url: str) -> None:
 
 
 class Dialer:
-    """Makes connections to one server, or to whichever one Sentinel names."""
+    """Makes connections to one server, or to the primary that Sentinel names."""
 
     def __init__(self, url: str | ConnectionPool) -> None:
-        """As redis-py reads it.
+        """Take a URL or a pool, as redis-py does.
 
         Raises:
-            ValueError: It is no URL of Redis.
+            ValueError: It is not a URL of Redis.
         """
         if isinstance(url, str):
             _check_url(url)
@@ -114,11 +114,11 @@ class Dialer:
             raise ValueError(
                 "not a URL of Redis: it begins with redis://, rediss:// or unix://, and its options are redis-py's"
             ) from None
-        self._pool = pool  # a connection by Sentinel asks its pool where to go, and keeps no more than a weak reference
+        self._pool = pool  # a connection by Sentinel asks its pool for the address, and has only a weak reference to it
         self._make: Any = pool.connection_class
-        # Without what redis-py 8 adds for RESP3.
+        # Without the options that redis-py 8 adds for RESP3.
         given: dict[str, Any] = {k: v for k, v in pool.connection_kwargs.items() if not k.startswith(("maint", "orig"))}
-        # One timeout for all the answers of a round trip; redis-py would set one for each.
+        # One timeout for all answers of a round trip. redis-py would have one for each answer.
         self._timeout: float = given.get("socket_timeout") or _TIMEOUT
         self._options: dict[str, Any] = {
             **given,
@@ -127,39 +127,40 @@ class Dialer:
             "protocol": 2,
         }
         if (driver := getattr(redis, "DriverInfo", None)) is not None and "driver_info" not in given:
-            # Else redis-py asks the file system for its version, at each connection.
+            # Otherwise redis-py reads its version from the file system at each connection.
             self._options["driver_info"] = driver(lib_version=redis.__version__)
-        self.path: str = (
-            f"unix:{given['path']}"
-            if "path" in given
-            else f"{given['host']}:{given.get('port', 6379)}"
-            if "host" in given
-            else "localhost:6379"
-            if isinstance(url, str)
-            else "Redis by Sentinel"
-        )
+        self.path: str = _address(given, is_url=isinstance(url, str))
 
     async def connect(self, clock: Clock) -> Connection:
-        """Open a connection whose timeouts go by this clock.
+        """Open a connection. Its timeouts are measured by a clock.
 
         Raises:
-            StorageError: There is none to be had.
+            StorageError: It cannot be opened.
         """
         connection = self._make(**self._options)
-        link = Connection(connection, self.path, self._timeout, clock)
-        with link.translated():
+        opened = Connection(connection, self.path, self._timeout, clock)
+        with opened.translated():
             try:
                 with within(clock, self._timeout):
                     await _prepare_tls(connection)
                     await connection.connect()
             except BaseException:
-                await link.aclose()
+                await opened.aclose()
                 raise
-        return link
+        return opened
+
+
+def _address(options: Mapping[str, Any], *, is_url: bool) -> str:
+    """Return where a connection with these options goes, without credentials."""
+    if "path" in options:
+        return f"unix:{options['path']}"
+    if "host" in options:
+        return f"{options['host']}:{options.get('port', 6379)}"
+    return "localhost:6379" if is_url else "Redis by Sentinel"
 
 
 async def _prepare_tls(connection: Any) -> None:
-    """Read the certificates in a thread. redis-py would do it on the event loop, at each connection."""
+    """Read the certificates in a thread. redis-py would read them on the event loop, at each connection."""
     context = getattr(connection, "ssl_context", None)
     if context is not None:
         worker = Worker(Threads("lab_state TLS"))
@@ -170,10 +171,10 @@ async def _prepare_tls(connection: Any) -> None:
 
 
 class Connection:
-    """One connection."""
+    """A connection to Redis."""
 
     def __init__(self, connection: Any, path: str, timeout: float, clock: Clock) -> None:
-        """Take a connection. One round trip may take `timeout` seconds of the clock."""
+        """Take a connection of redis-py. A round trip may take `timeout` seconds of the clock."""
         self.clock: Clock = clock
         self._connection = connection
         self._path = path
@@ -184,12 +185,12 @@ class Connection:
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Refuse every call. Runs in a forked child.
 
-        The connection stays open: closing it would take it out of the parent's selector.
+        The connection stays open, because closing it would remove it from the parent's selector.
         """
         self._is_parents = True
 
     async def send(self, *commands: Command) -> None:
-        """Send commands. A large value goes in pieces, each of which may take as long as an answer."""
+        """Send commands. A large value is sent in pieces. The timeout of an answer holds for each piece."""
         for number, piece in enumerate(_pieces(commands)):
             if number:
                 await asyncio.sleep(0)
@@ -199,12 +200,12 @@ class Connection:
                     await self._connection.send_packed_command(piece, check_health=False)
 
     async def answers(self, count: int) -> list[Any]:
-        """The next answers."""
+        """Return the next answers. An error of a command is one of them, and is not raised."""
         with self.translated(), within(self.clock, self._timeout):
             return [await self._next() for _ in range(count)]
 
     async def read(self) -> Any:
-        """The next answer, however long it takes; an error that is the answer to a command is returned."""
+        """Wait for the next answer without a timeout. An error of a command is returned, and is not raised."""
         with self.translated():
             return await self._next()
 
@@ -216,12 +217,12 @@ class Connection:
             return error
 
     async def call(self, *commands: bytes) -> list[Any]:
-        """Send commands together; their answers."""
+        """Send commands together, and return their answers."""
         await self.send(*commands)
         return await self.answers(len(commands))
 
     async def transaction(self, *commands: bytes) -> list[Any]:
-        """The answers of commands that are carried out in one moment."""
+        """Run commands as one transaction, and return their answers."""
         answers = await self.call(MULTI, *commands, EXEC)
         self.good(answers)
         executed: list[Any] = answers[-1]
@@ -232,46 +233,46 @@ class Connection:
         """Make sure that none of the answers is an error.
 
         Raises:
-            StorageError: One is.
+            StorageError: One of them is an error.
         """
         for answer in answers:
             if isinstance(answer, Exception):
                 raise self.problem(answer)
 
     def watched(self, answer: Any) -> None:
-        """Make sure that `WATCH` was carried out.
+        """Make sure that `WATCH` succeeded.
 
         Raises:
-            UnsupportedError: The server refuses it, to this user or to all.
+            UnsupportedError: The server refuses it to this user, or to all users.
             StorageError: It failed.
         """
         if isinstance(answer, problems.NoPermissionError) or answer.__class__ is problems.ResponseError:
             raise UnsupportedError(
-                f"{self._path}: it refuses WATCH, without which a writer that was replaced could overwrite its "
-                "successor's copy: give the user the right (ACL SETUSER <user> +watch), or use a server or a proxy that "
+                f"{self._path}: it refuses WATCH, without which a writer that was replaced could overwrite the "
+                "mirror of its successor: give the user the right (ACL SETUSER <user> +watch), or use a server or a proxy that "
                 "has WATCH"
             )
         self.good([answer])
 
     async def aclose(self) -> None:
-        """End the connection, whatever is under way."""
+        """Close the connection, also during a call."""
         if self._is_parents:  # pragma: no cover -- likewise
             return
-        with contextlib.suppress(Exception):  # it ends either way
+        with contextlib.suppress(Exception):  # it is closed in any case
             await self._connection.disconnect(nowait=True)
 
     def _check_connected(self) -> None:
         if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(f"{self._path}: the connection belongs to the parent of this forked process")
-        if not self._connection.is_connected:  # redis-py would connect anew, and forget what it watched
-            raise UnavailableError(f"{self._path}: the connection was lost")
+        if not self._connection.is_connected:  # redis-py would connect again, without the watched keys
+            raise self._lost()
 
     def problem(self, error: BaseException) -> StorageError:
-        """What to tell of an error."""
+        """Return the error to raise for an error of redis-py or of the network."""
         name = type(error).__name__
         code = str(error).partition(" ")[0]
         if name == "ResponseError" and code.isupper() and code.isalpha():
-            name = code  # the first word is the server's code; what follows may quote
+            name = code  # the first word is the code of the server; the rest may quote the command
         kind = (
             UnsupportedError
             if isinstance(
@@ -284,11 +285,19 @@ class Connection:
 
     @contextmanager
     def translated(self) -> Generator[None]:
-        """Errors of redis-py and of the network are told as ours."""
+        """Replace errors of redis-py and of the network by `StorageError`."""
         try:
             yield
-        except (problems.RedisError, OSError, EOFError, AttributeError) as error:
+        except (problems.RedisError, OSError, EOFError) as error:
             raise self.problem(error) from None
+        except AttributeError:
+            # redis-py uses its stream without a check, though another task may have closed it meanwhile.
+            if self._connection.is_connected:
+                raise
+            raise self._lost() from None
+
+    def _lost(self) -> UnavailableError:
+        return UnavailableError(f"{self._path}: the connection was lost")
 
 
 MULTI, EXEC = command(b"MULTI"), command(b"EXEC")

@@ -1,16 +1,15 @@
-"""What is kept and told, as bytes. Pure.
+"""The bytes of a mirror and of its messages. Pure.
 
-Each of the two hashes of a state, values and expiry times, has one more field,
-`$lab_state`, with the same JSON: format, revision, writer, and which fill it was that put
-the copy there. So a reader notices a hash that is gone, evicted or of another time, and
-never takes it for an empty one.
+A state has two hashes: values and expiry times. Each has one more field, `$lab_state`, with
+the same JSON: format, revision, writer, and the id of the fill that wrote the mirror. So a
+reader notices a hash that is missing, evicted or old, and never takes it for an empty one.
 
-Any client may write here, so nothing that is read is trusted to be lab_state's.
+Any client may write here, so nothing that is read is assumed to be from lab_state.
 
 A message on the channel is a step: `{"from":41,"to":42,"set":{...},"delete":[...],
-"expires":{...}}`. `clear`: what was there before was deleted first. `more`: the step has
-another message. `resync`: it is not told; read again. Where `from` equals `to`, the
-writer says that it lives.
+"expires":{...}}`. With `clear`, everything was deleted first. With `more`, the step has
+another message. With `resync`, the message has no changes, and everything must be read. If
+`from` equals `to`, the message is a heartbeat: the writer lives.
 """
 
 from __future__ import annotations
@@ -35,21 +34,21 @@ T = TypeVar("T")
 
 FORMAT = 1
 HEAD = RESERVED
-"""The field that says whose the hash is. No key can have its name."""
+"""The field with format, revision and writer. No key can have its name."""
 
 _MOST_KEYS = 50
 _MOST_BYTES = 32 * 1024
 _LARGE = 64 * 1024
 
 MOST_TOLD = 4 * 1024 * 1024
-"""Of a step: one with more bytes is told as a resync."""
+"""How many bytes the messages of a step may have. For a larger step, a resync is sent."""
 
 Revision: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
-"""The highest integer that every JSON reader holds exactly. A higher number is no revision of a state."""
+"""A revision in JSON. Every JSON reader holds integers below 2**53 exactly. No state has a higher revision."""
 
 
 class Keys:
-    """The names of what is kept for one state."""
+    """The names of the keys and of the channel of one state."""
 
     def __init__(self, prefix: str, name: str) -> None:
         self.values: bytes = f"{prefix}{{{name}}}".encode()
@@ -57,13 +56,13 @@ class Keys:
         self.channel: bytes = self.values + b":changes"
 
     def fill(self) -> tuple[bytes, bytes]:
-        """Where a fill goes meanwhile. New each time: nothing that comes late can get in."""
+        """Return new names for the two hashes of a fill. They are new each time, so no late command can change them."""
         values = self.values + b":fill:" + os.urandom(8).hex().encode()
         return values, values + b":expires"
 
 
 class Head(msgspec.Struct, frozen=True):
-    """The contents of `$lab_state`. Each fill has another `fill`."""
+    """The contents of `$lab_state`. Each fill has a different `fill`."""
 
     format: int
     revision: Revision
@@ -72,7 +71,7 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"start": "from", "end": "to"}):
-    """A step, or a part of one."""
+    """A step, or a part of a step."""
 
     start: Revision
     end: Revision
@@ -103,17 +102,17 @@ def parse_message(data: bytes) -> Message | None:
 
 
 def new_fill() -> str:
-    """Return a name for a fill."""
+    """Return a new id for a fill."""
     return os.urandom(4).hex()
 
 
 def head(revision: int, writer: str, fill: str) -> bytes:
-    """The field of both hashes."""
+    """Return the contents of `$lab_state`."""
     return encode(Head(FORMAT, revision, writer, fill))
 
 
 def parse_head(data: bytes) -> Head | None:
-    """What the field says; `None` if it is none of ours.
+    """Return what `$lab_state` contains; `None` if it is not from lab_state.
 
     Raises:
         UnsupportedError: A newer version of lab_state wrote it.
@@ -127,31 +126,31 @@ def parse_head(data: bytes) -> Head | None:
 
 
 def seen_in(values: bytes | None, expires: bytes | None) -> tuple[Seen, str]:
-    """Return what a writer sees in the fields of both hashes: whose copy it is, and which fill put it there."""
+    """Return what a writer reads from `$lab_state` of both hashes: writer and revision, and the id of the fill."""
     found = None if values is None or values != expires else _read(_decode_head, values)
     if found is None:
         return Seen(None, 0), ""
-    # A copy of another format is another writer's, whatever it says: no writer is named "".
+    # A mirror of another format is another writer's in any case. No writer has the id "".
     return Seen(found.writer if found.format == FORMAT else "", found.revision), found.fill
 
 
 def parse_time(data: bytes) -> int:
-    """When a key expires, in milliseconds since 1970.
+    """Return when a key expires, in milliseconds since 1970.
 
     Raises:
-        UnavailableError: It is no time.
+        UnavailableError: It is not a number.
     """
     try:
         return int(data)
     except ValueError:
         raise UnavailableError(
-            "an expiry time in the copy is not from lab_state: another client has written there; a manager that runs "
-            "fills the copy anew within seconds"
+            "an expiry time in the mirror is not from lab_state: another client has written there; a running manager "
+            "fills the mirror again within seconds"
         ) from None
 
 
 def message(start: int, end: int, writer: str, part: Slice, *, clear: bool = False, more: bool = False) -> bytes:
-    """One message of a step."""
+    """Return one message of a step."""
     values = {key: Raw(data) for key, data in part.values.items()}
     return encode(
         Message(
@@ -168,20 +167,21 @@ def message(start: int, end: int, writer: str, part: Slice, *, clear: bool = Fal
 
 
 def resync(start: int, end: int, writer: str) -> bytes:
-    """The message of a step that is not told."""
+    """Return the message of a step whose changes are not sent, so that everything must be read."""
     return encode(Message(start=start, end=end, writer=writer, resync=True))
 
 
 def told_bytes(part: Slice) -> int:
-    """Estimate how many bytes a message of a part has."""
+    """Estimate the bytes of a message with a slice."""
     return sum(map(len, part.values)) + sum(map(len, part.values.values())) + sum(map(len, part.deleted))
 
 
 def slices(items: Iterable[tuple[str, StoredOrGone]], ahead: int) -> Iterator[Slice | None]:
-    """Split the whole copy into parts. A `None` lets the event loop run while a large value is encoded.
+    """Yield the slices of a fill or of a step.
 
-    `ahead` is how far the wall clock is ahead of the state's own time, in milliseconds:
-    readers go by the wall clock.
+    `None` comes between them while a large value is encoded, so that the event loop can run.
+    `ahead` is how far the wall clock is ahead of the state's own time, in milliseconds. It is
+    added to each expiry time, because readers use the wall clock.
     """
     values: dict[str, bytes] = {}
     expires: dict[str, int] = {}

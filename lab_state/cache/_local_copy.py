@@ -1,12 +1,17 @@
-"""What a reader with `local=True` has in memory. Pure and synchronous.
+"""The local copy of a mirror that a reader with `local=True` keeps in memory. Pure and synchronous.
 
-Theory of operation. Messages are kept from the moment of subscribing. Then the head is
-noted, everything is read in steps, and the head is noted again. What was read may be of
-any revision between the two; but the messages from the first head on say every key that
-changed since, and lead to one revision exactly, at or above the second head. A ping on the subscription, after the
-second head, makes sure that they are all there. From then
-on each message leads to the next. One that does not begin where the copy is means that
-something was lost, and then nothing is shown until it is loaded again.
+How it is loaded:
+
+1. The reader subscribes. From then on, messages are kept.
+2. It reads the head. This is the first revision.
+3. It reads everything, in parts. Each part may be of a different revision.
+4. It reads the head again, and sends a ping on the subscription. When the ping is answered,
+   all messages up to the second head have come.
+5. It applies the kept messages after the first revision. They contain every key that changed
+   since then. So the copy is exactly at the revision of the last message.
+
+After that, each message continues at the revision of the copy. If one does not, a message
+was lost. Then nothing is shown until the copy is loaded again.
 """
 
 from __future__ import annotations
@@ -19,19 +24,19 @@ import msgspec
 from lab_state._entries import Expiring, Json, Stored, Value
 from lab_state._not_json import NOT_JSON
 from lab_state.cache._format import Head, Message, parse_time
-from lab_state.cache._source import Found
+from lab_state.cache._source import Fetched
 
 _MOST_KEPT = 100_000
 _OBJECT_OR_ARRAY = (b"{", b"[")
 
 
 class LocalCopy:
-    """Keys and values, as a manager has them.
+    """Keys and values of a mirror, in the form in which a manager stores them.
 
     Attributes:
-        shown: What may be read; empty while it is not known to be all there is.
-        fresh: Whether it is.
-        head: Whose copy it is, and at which revision; `None` before the first load.
+        shown: What may be read; empty while the copy is not fresh.
+        fresh: Whether the copy is complete and up to date.
+        head: Writer and revision of the mirror of which this is a copy; `None` before the first load.
         highest: The highest revision that could be read here.
     """
 
@@ -41,20 +46,20 @@ class LocalCopy:
         self.head: Head | None = None
         self.highest: int = 0
         self._entries: dict[str, Stored] = {}
-        self._whole = False  # whether that is all there is at `head`; no load that broke off left it so
+        self._whole = False  # whether `_entries` are everything at `head`, and not what an interrupted load has left
         self._kept: deque[Sequence[Message]] | None = None
 
-    def lose(self) -> None:
-        """Something may be missing."""
+    def invalidate(self) -> None:
+        """Show nothing until the copy is loaded again, because changes may be missing."""
         self.fresh, self.shown, self._kept = False, {}, None
 
-    def forget(self) -> None:
-        """Count no revision as read, because the copy that was read here was not the state."""
-        self.lose()
+    def reset(self) -> None:
+        """Forget the copy and its highest revision, because it was not a copy of the state."""
+        self.invalidate()
         self.highest, self._whole = 0, False
 
-    def tell(self, step: Sequence[Message]) -> bool:
-        """The messages of one step came; False if it does not fit, and the copy must be loaded."""
+    def receive(self, step: Sequence[Message]) -> bool:
+        """Apply or keep the messages of one step. Return False if the copy must be loaded again."""
         if self.fresh:
             return self._apply(step)
         if self._kept is not None:
@@ -65,20 +70,20 @@ class LocalCopy:
 
     # Loading
 
-    def begin(self) -> None:
-        """Keep what comes from now on."""
-        self.lose()
+    def start_loading(self) -> None:
+        """Keep the messages from now on."""
+        self.invalidate()
         self._kept = deque()
 
-    def read_from(self, head: Head) -> bool:
-        """The first head; False if nothing need be read: the copy is at it already."""
+    def set_head(self, head: Head) -> bool:
+        """Take the first head of a load. Return False if the copy is already there, so that nothing need be read."""
         if self._whole and head == self.head:
             return False
         self.head, self._entries, self._whole = head, {}, False
         return True
 
-    def add(self, found: Found) -> None:
-        """A part of what is read: values first, then the times."""
+    def add(self, found: Fetched) -> None:
+        """Add a part of what is read. Values come before their expiry times."""
         entries = self._entries
         for key, data in found.values.items():
             entries[key] = _stored(data)
@@ -88,9 +93,10 @@ class LocalCopy:
                 entries[key] = Expiring(value.value if isinstance(value, Expiring) else value, parse_time(at))
 
     def replay(self, most: int) -> bool:
-        """Apply about so many keys of the changes that came meanwhile, and return whether there are more.
+        """Apply about `most` keys of the kept messages, and return whether there are more.
 
-        What does not fit ends the loading; `arrive` says so.
+        A message that does not continue at the revision of the copy ends this. Then
+        `finish_loading` returns False.
         """
         kept, head = self._kept, self.head
         while kept and head is not None and most > 0:
@@ -102,10 +108,11 @@ class LocalCopy:
             most -= 1 + sum(len(message.set) + len(message.delete) for message in step)
         return bool(kept) and head is not None
 
-    def arrive(self, last: Head) -> bool:
-        """After the second head, and every message up to it: whether the copy may be read; if not, begin anew.
+    def finish_loading(self, last: Head) -> bool:
+        """Return whether the copy may be read. If not, it must be loaded again.
 
-        A fill meanwhile, even at the same revision, may mean that what was read was half of something.
+        `last` is the second head. All messages up to it have come. If there was a fill
+        meanwhile, also at the same revision, the parts that were read may not fit together.
         """
         kept, self._kept = self._kept, None
         if kept is None or self.head is None or any(step[-1].resync for step in kept):
@@ -120,10 +127,10 @@ class LocalCopy:
 
     def _apply(self, step: Sequence[Message]) -> bool:
         head, end = self.head, step[-1]
-        assert head is not None  # what is fresh has one
+        assert head is not None  # a copy that is fresh, or being loaded, has a head
         if end.writer != head.writer or end.start > head.revision or end.end < head.revision:
             return False
-        if end.resync:  # a fill, at this revision too
+        if end.resync:  # a fill, possibly at the same revision
             return False
         if end.end == head.revision:
             return True
@@ -146,7 +153,7 @@ class LocalCopy:
 
 
 def _stored(data: bytes) -> Value:
-    """JSON as a manager keeps it: a scalar as it is. Who reads what is not JSON is told."""
+    """Return a value as a manager stores it: a scalar decoded, all else as JSON. Invalid JSON is an error when it is read."""
     if data[:1] in _OBJECT_OR_ARRAY:
         return Json(data)
     try:

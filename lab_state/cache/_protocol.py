@@ -1,8 +1,8 @@
-"""What a cache promises to the mirror that feeds it.
+"""What a cache promises to the mirror writer that feeds it.
 
-A cache keeps, for each name, a copy of one state that others may read: every value as
-JSON, when it expires, the revision, and who wrote it. It shows one revision at a time,
-whole. It is never read back into a manager.
+A cache keeps one mirror for each name: a copy of a state that others may read. It has
+every value as JSON, its expiry time, the revision, and the id of its writer. It shows one
+whole revision at a time. A manager never reads it back.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 
 
 class Slice(NamedTuple):
-    """A part of a state, or of a change, small enough to give the event loop back after it.
+    """A part of a fill or of a step. It is small, so that the event loop can run after it.
 
     Attributes:
-        values: The JSON of what is set.
-        expires: When those of them expire that do, in milliseconds since 1970.
-        deleted: What is deleted.
+        values: The JSON of each key that is set.
+        expires: For each of these keys that expires, the time in milliseconds since 1970.
+        deleted: The keys that are deleted.
     """
 
     values: dict[str, bytes]
@@ -26,7 +26,13 @@ class Slice(NamedTuple):
 
 
 class Step(NamedTuple):
-    """From one revision to a later one; `cleared`: what was there before was deleted first."""
+    """A change of a mirror from one revision to a later one.
+
+    Attributes:
+        start: The revision before it.
+        end: The revision after it.
+        cleared: Whether everything that was there before is deleted first.
+    """
 
     start: int
     end: int
@@ -34,77 +40,77 @@ class Step(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Who wrote the copy that is there, and at which revision; `None`: there is none that is whole."""
+    """Who wrote the mirror that is there, and its revision. The writer is `None` if there is no whole mirror."""
 
     writer: str | None
     revision: int
 
 
 SPOILT = Seen(None, -1)
-"""There is a copy of this writer's, but another client has written to it."""
+"""There is a mirror of this writer, but another client has written to it."""
 
 
 class CacheSession(Protocol):
-    """One writer's hold on the copy of one state.
+    """The right of one writer to write the mirror of one state.
 
-    One call is under way at a time. Each raises `StorageError` or a subclass, and nothing
-    else; then the outcome is unknown, readers see the state before or after the call and
-    nothing between, and the session is of no more use than to be closed.
+    Calls do not overlap. Each raises `StorageError` or a subclass, and no other error. After
+    an error the outcome is unknown: readers see the mirror as it was before or after the
+    call, and nothing between. Then the session can only be closed.
     """
 
     async def look(self) -> Seen:
-        """Return which copy is there.
+        """Return who wrote the mirror that is there, and its revision.
 
-        If it was this writer's when the session looked, filled or applied last, and still
-        is, those who follow it are told that its writer lives. `SPOILT` if another client
-        has touched it since.
+        It may be this writer's, unchanged since the session's last call. Then readers that
+        follow it get the message that its writer lives. If another client has changed it
+        since then, the answer is `SPOILT`.
         """
         ...
 
     async def fill(self, revision: int, slices: AsyncIterator[Slice], over: Seen) -> bool:
-        """Put a whole state in the place of whatever is there, in one moment.
+        """Replace the mirror by a whole state, in one moment.
 
         Args:
             revision: The revision of the state.
-            slices: The state. The last one comes when all of it is durable; empty ones
-                may come meanwhile, so that what was brought so far is kept.
-            over: What `look` saw. If another writer has put something else there since,
-                nothing is done. What this writer put there itself is replaced.
+            slices: The state. The last slice comes when all of it is durable. Meanwhile there
+                may be empty slices, so that a cache does not drop what it got so far.
+            over: What `look` returned. If another writer has written a mirror since then,
+                nothing is done. A mirror of this writer is replaced in any case.
 
         Returns:
-            Whether it was done.
+            Whether the mirror was replaced.
         """
         ...
 
     async def apply(self, step: Step, slices: AsyncIterator[Slice]) -> bool:
-        """Take this writer's copy from one revision to a later one, in one moment.
+        """Change this writer's mirror from one revision to a later one, in one moment.
 
         Args:
             step: The two revisions.
-            slices: What changed, each key once.
+            slices: The changes. Each key comes once.
 
         Returns:
-            Whether it was done. If not, the copy is not this writer's at `step.start`,
-            and nothing was changed.
+            Whether it was changed. If not, the mirror is not this writer's at `step.start`,
+            and it is as it was.
         """
         ...
 
     async def aclose(self) -> None:
-        """Let go; the copy stays. Idempotent, raises nothing, and waits for nobody."""
+        """End the session; the mirror stays. A second call does nothing. It raises nothing, and does not wait."""
         ...
 
 
 class Cache(Protocol):
-    """Configuration: where copies are kept. One object may serve any number of names."""
+    """The place of mirrors. One object may serve any number of names."""
 
     async def open(self, name: str, writer: str) -> CacheSession:
-        """Begin to write the copy of a state.
+        """Open a session that writes the mirror of a state.
 
         Args:
             name: The name of the state.
-            writer: Who writes; no two writers have the same.
+            writer: The id of the writer. No two writers have the same.
 
         Raises:
-            StorageError: It cannot be reached, or refuses.
+            StorageError: The cache cannot be reached, or refuses.
         """
         ...

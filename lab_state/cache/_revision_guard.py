@@ -7,22 +7,22 @@ from typing import NamedTuple
 
 from lab_state.cache._feed import logger
 from lab_state.cache._format import Head, parse_head
-from lab_state.cache._source import Found
+from lab_state.cache._source import Fetched
 from lab_state.exceptions import UnavailableError
 
 STANDS_SECONDS = 10.0
-"""If a live writer reports a lower revision for this long, it is right."""
+"""If a living writer reports a lower revision for so many seconds, that revision is accepted."""
 
 
 class Accepted(NamedTuple):
-    """What may be shown: its head, and whether the reader goes back to a lower revision with it."""
+    """A head that may be shown, and whether the reader goes back to a lower revision with it."""
 
     head: Head
     went_back: bool
 
 
 class RevisionGuard:
-    """Refuses revisions below those that were read before, until a live writer has confirmed one for ten seconds.
+    """Refuses revisions below those that were read before, until a living writer has reported one for ten seconds.
 
     Attributes:
         seen: The highest revision that was read. No later read may return a lower one.
@@ -39,7 +39,7 @@ class RevisionGuard:
         """Keep the highest revision for the next time that the reader is opened."""
         self.seen, self._lower = max(self.seen, highest), None
 
-    def accept(self, found: Found, floor: int, lives: Callable[[str, int], bool], now: float) -> Accepted:
+    def accept(self, found: Fetched, floor: int, lives: Callable[[str, int], bool], now: float) -> Accepted:
         """Return the head of what was read, if it may be shown.
 
         Args:
@@ -54,21 +54,21 @@ class RevisionGuard:
         """
         if found.head is None and found.head_of_expires is None:
             raise UnavailableError(
-                f"there is no copy of {self._name!r} at {self._path}: start its manager with this cache; "
-                "if it runs, it fills it within seconds"
+                f"there is no mirror of {self._name!r} at {self._path}: start its manager with this cache; "
+                "if it runs, it fills the mirror within seconds"
             )
         head = parse_head(found.head or b"") if found.head == found.head_of_expires else None
         if head is None:
             raise UnavailableError(
-                f"half of the copy of {self._name!r} at {self._path} is gone or not lab_state's: the manager fills "
-                "it anew within seconds; if Redis evicts keys, set maxmemory-policy to noeviction"
+                f"half of the mirror of {self._name!r} at {self._path} is missing or not from lab_state: the manager fills "
+                "it again within seconds; if Redis evicts keys, set maxmemory-policy to noeviction"
             )
         went_back = head.revision < floor and self._stands(head, floor, lives, now)
         if head.revision < floor and not went_back:
             raise UnavailableError(
-                f"the copy of {self._name!r} at {self._path} is at revision {head.revision}, and {floor} was "
-                "read before: Redis came back with old data, and the manager fills it anew within seconds; if the "
-                f"state itself was restored from a backup, its manager says so, and reads go on after {STANDS_SECONDS:g} s"
+                f"the mirror of {self._name!r} at {self._path} is at revision {head.revision}, and {floor} was "
+                "read before: Redis came back with old data, and the manager fills it again within seconds; if the "
+                f"state itself was restored from a backup, its manager reports that, and reads go on after {STANDS_SECONDS:g} s"
             )
         self.seen = head.revision if went_back else max(self.seen, head.revision)
         self._lower = None
@@ -83,7 +83,7 @@ class RevisionGuard:
         elif now - self._lower[1] >= STANDS_SECONDS:
             logger.warning(
                 "%s: revision %d was read before, but its manager is at %d: the state was restored from a backup, or "
-                "another client had written to the copy; reads go on from there",
+                "another client had written to the mirror; reads go on from there",
                 self._path,
                 floor,
                 head.revision,

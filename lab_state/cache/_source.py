@@ -6,15 +6,15 @@ from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple, Protocol
 
 
-class Found(NamedTuple):
-    """What was read in one moment.
+class Fetched(NamedTuple):
+    """A part of a mirror, as it was at one moment.
 
     Attributes:
-        head: The field `$lab_state` of the values; `None` if it is not there.
-        head_of_expires: The same of the expiry times: as long as the copy is whole, the
-            same bytes.
-        values: The JSON of those of the keys that are there.
-        expires: When those of them expire that do, in milliseconds since 1970.
+        head: The field `$lab_state` of the values; `None` if it is missing.
+        head_of_expires: The field `$lab_state` of the expiry times. It has the same bytes as
+            `head`, as long as the mirror is whole.
+        values: The JSON of each requested key that exists.
+        expires: For each of these keys that expires, the time in milliseconds since 1970.
     """
 
     head: bytes | None
@@ -24,56 +24,59 @@ class Found(NamedTuple):
 
 
 class Subscription(Protocol):
-    """Follows the changes of a copy: every message from the moment of subscribing on, in order."""
+    """The messages about changes of a mirror: all of them, in order, from the subscribing on."""
 
     async def receive(self) -> bytes:
-        """The next message.
+        """Return the next message.
 
         Raises:
-            StorageError: The subscription is lost, and so may be messages.
+            StorageError: The subscription is lost, so messages may be lost too.
         """
         ...
 
     async def ping(self) -> None:
         """Make sure that the subscription is not lost.
 
-        Returns when `receive`, which somebody goes on calling, has given every message that
-        was sent before the call.
+        Another task calls `receive` meanwhile. This call returns when `receive` has returned
+        every message that was sent before it.
 
         Raises:
-            StorageError: It is lost.
+            StorageError: The subscription is lost.
         """
         ...
 
     async def aclose(self) -> None:
-        """Follow no more. Idempotent, raises nothing."""
+        """End the subscription. A second call does nothing. It raises nothing."""
         ...
 
 
 class Source(Protocol):
-    """One copy, to be read. Every call raises `StorageError` or a subclass, and nothing else."""
+    """One mirror, to be read. Every call raises `StorageError` or a subclass, and no other error."""
 
     @property
     def path(self) -> str:
-        """Where it is, for messages; without credentials."""
+        """Where the mirror is, for messages; without credentials."""
         ...
 
-    async def fetch(self, keys: Sequence[str]) -> Found:
-        """Some keys, in one moment."""
+    async def fetch(self, keys: Sequence[str]) -> Fetched:
+        """Return some keys, all from one moment."""
         ...
 
-    async def fetch_all(self) -> Found:
-        """Every key, in one moment."""
+    async def fetch_all(self) -> Fetched:
+        """Return every key, all from one moment."""
         ...
 
-    def scan(self) -> AsyncIterator[Found]:
-        """Every key, in steps: what is there throughout comes once or more often; the heads may be `None`."""
+    def scan(self) -> AsyncIterator[Fetched]:
+        """Yield every key, in parts.
+
+        A key that exists all the time comes once or more often. The heads may be `None`.
+        """
         ...
 
     async def subscribe(self) -> Subscription:
-        """Follow the changes."""
+        """Subscribe to the changes."""
         ...
 
     async def aclose(self) -> None:
-        """Let go. Idempotent, raises nothing."""
+        """Close all connections. A second call does nothing. It raises nothing."""
         ...

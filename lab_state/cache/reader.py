@@ -1,8 +1,7 @@
-"""`Reader`: reads the copy of a state, in any process."""
+"""`Reader`: reads the mirror of a state, in any process."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
@@ -15,11 +14,11 @@ from lab_state._entries import MISSING, Expiring, Json, Stored
 from lab_state._handle import Handle
 from lab_state._types import check_type, decode_value
 from lab_state._watch import Change, Watcher
-from lab_state.cache._feed import Feed, either
+from lab_state.cache._feed import Feed, wait_for_event
 from lab_state.cache._format import HEAD, Head, parse_time
 from lab_state.cache._local_copy import LocalCopy
 from lab_state.cache._revision_guard import RevisionGuard
-from lab_state.cache._source import Found, Source
+from lab_state.cache._source import Fetched, Source
 from lab_state.exceptions import (
     ClosedError,
     KeyNotFoundError,
@@ -33,27 +32,29 @@ from lab_state.exceptions import (
 T = TypeVar("T")
 
 _LOOK_AGAIN_SECONDS = 1.0
+"""How often `wait_revision` reads the revision without a message."""
 
 
 class Reader(Handle):
-    """Reads the copy of a state that its manager keeps in a cache; changes nothing.
+    """Reads the mirror of a state that its manager keeps in a cache. It changes nothing.
 
-    Use it with `async with`, which waits for nobody: a worker may start before the writer,
-    or before Redis. Each read gives keys, expiry and revision of one moment, and only
-    what is durable. No read gives a revision below one that an earlier read has given,
-    but for one case: the writer lives, and has said for ten seconds that it is at a lower
-    one. Then the state itself was put back, or what was read was never its own. Until
-    then reads raise `UnavailableError`; a WARNING says when they go on.
+    Use it with `async with`. Entering does not wait, so a worker may start before the writer
+    and before Redis. Each read returns keys, expiry and revision of one moment, and only
+    durable changes. A read never returns a lower revision than an earlier read, with one
+    exception: a living writer has reported a lower revision for ten seconds. Then the state
+    itself was restored, or another client had written what was read before. Until then reads
+    raise `UnavailableError`; a WARNING is logged when they go on.
 
-    A read raises `UnavailableError` while there is no copy, or one that is older than what
-    this reader has seen; never is a key called missing for that. The message says what to
-    do; for a web application it is a 503, since the writer mends it by itself. It raises
-    `UnsupportedError` when the server refuses the user, or the copy has a newer format,
-    `ClosedError` outside `async with`, and `InvalidKeyError` for a key that no state can have.
+    A read raises `UnavailableError` while there is no mirror, or while its revision is lower than
+    one that this reader has read. A key is never reported as missing for that reason. The
+    message says what to do. In a web application this is a 503, because the writer repairs the
+    mirror by itself. A read raises `UnsupportedError` if the server refuses the user or if the
+    mirror has a newer format, `ClosedError` outside `async with`, and `InvalidKeyError` for a key
+    that no state can have.
 
-    With `local=True` a read is one of memory, and costs no round trip. The copy is loaded
-    in the background; before that, and whenever its subscription is lost, reads go to the
-    cache itself.
+    With `local=True` the reader keeps a local copy. Reads are from memory, without a round trip.
+    The copy is loaded in the background. Before that, and while the subscription is lost, reads
+    go to the cache.
     """
 
     _kind = "a reader"
@@ -67,11 +68,11 @@ class Reader(Handle):
         self._local = LocalCopy()
         self._feed: Feed | None = None
         self._guard = RevisionGuard(name, source.path)
-        self._readable = False  # whether the last read of the copy succeeded
+        self._readable = False  # whether the last read of the mirror succeeded
         self._is_parents = False
 
     def __repr__(self) -> str:
-        """Which copy, and where."""
+        """Return the name of the state, and where the mirror is."""
         return f"<Reader {self._name!r} at {self._source.path}{', local' if self._is_local else ''}>"
 
     @property
@@ -81,20 +82,20 @@ class Reader(Handle):
 
     @property
     def up(self) -> bool:
-        """Return whether reads succeed and the reader hears of changes. It is False outside `async with`.
+        """Whether reads succeed and the reader gets the changes. It is False outside `async with`.
 
-        Without `local`, it is what the last read of the copy said. If nothing is read, the
-        reader reads its head every two seconds.
+        Without `local`, this is the result of the last read. If the application reads nothing,
+        the reader itself reads the revision every two seconds.
         """
         follows = self._feed is not None and self._feed.revision >= 0
         return follows and (self._local.fresh or self._readable)
 
     async def __aenter__(self) -> Self:
-        """Begin to follow the changes, in the background.
+        """Open the reader. A background task begins to receive the changes.
 
         Raises:
-            RuntimeError: It is open already.
-            UnsupportedError: It was open when this process was forked.
+            RuntimeError: The reader is already open.
+            UnsupportedError: The reader was open when this process was forked.
         """
         self._check_process()
         forks.disown_in_children(self)
@@ -107,18 +108,18 @@ class Reader(Handle):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Let go of all connections."""
+        """Close the reader; see `aclose`."""
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Let go of all connections. Open watches end. A second call does nothing.
+        """Close all connections. Open watches end. A second call does nothing.
 
-        In a forked child it does nothing: the connections are the parent's.
+        In a forked child it does nothing, because the connections are the parent's.
         """
         if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
             return
         feed, self._feed = self._feed, None
-        self._local.lose()
+        self._local.invalidate()
         self._guard.close(self._local.highest)
         self._readable = False
         if feed is not None:
@@ -126,18 +127,18 @@ class Reader(Handle):
         await self._source.aclose()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Refuse every call, if the reader is open. Runs in a forked child; the parent's reader goes on."""
+        """Refuse every call if the reader is open. Runs in a forked child. The parent's reader is not affected."""
         if self._feed is None:
             return
         forks.keep(self._feed)
         for watcher in self._feed.watchers:
             watcher.disown(self._refusal())
         self._feed, self._is_parents = None, True
-        self._local.lose()
+        self._local.invalidate()
 
     def _refusal(self) -> UnsupportedError:  # pragma: no cover -- likewise
         return UnsupportedError(
-            f"the reader of {self._name!r} is open in the parent of this forked process: open one of its own here"
+            f"the reader of {self._name!r} is open in the parent of this forked process: open another one here"
         )
 
     def _check_process(self) -> None:
@@ -159,14 +160,14 @@ class Reader(Handle):
 
         Args:
             key: The key.
-            default: What to return, as it is, when the key is missing.
-            type: What to decode the value as; see `Manager.get`.
+            default: Returned unchanged if the key is missing.
+            type: The type to decode the value as; see `Manager.get`.
 
         Raises:
-            KeyNotFoundError: The key is missing, and there is no default.
+            KeyNotFoundError: The key is missing, and no default was given.
             TypeMismatchError: The stored value is not a `type`; the error says where.
-            TypeError: The type is none that can be decoded, or the default is a class,
-                which was meant to be the type.
+            TypeError: The type cannot be decoded, or the default is a class: give it as
+                `type=`.
             UnavailableError: See the class.
         """
         check_default(default)
@@ -188,7 +189,7 @@ class Reader(Handle):
     @overload
     async def get_many(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
     async def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
-        """The values of those of the keys that exist, in the order asked for, of one moment.
+        """Return the values of those keys that exist, in the given order, all from one moment.
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
@@ -208,10 +209,10 @@ class Reader(Handle):
     @overload
     async def get_all(self, prefix: str = ..., *, type: Any = ...) -> dict[str, Any]: ...
     async def get_all(self, prefix: str = "", *, type: Any = Any) -> dict[str, Any]:
-        """Every key that starts with `prefix`, with its value, of one moment.
+        """Return every key that starts with `prefix`, with its value, all from one moment.
 
-        Costs what the number of all keys costs: on the event loop, and without `local`
-        in Redis too, which answers nobody else meanwhile.
+        The cost grows with the number of all keys, on the event loop. Without `local` it does so
+        in Redis too, which answers no other client meanwhile.
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
@@ -222,7 +223,7 @@ class Reader(Handle):
         return self._all_decoded(await self._every(prefix), type)
 
     async def exists(self, key: str) -> bool:
-        """Whether the key is there.
+        """Return whether the key exists.
 
         Raises:
             UnavailableError: See the class.
@@ -233,7 +234,7 @@ class Reader(Handle):
         return bool(self._alive(found))
 
     async def keys(self, prefix: str = "") -> list[str]:
-        """Every key that starts with `prefix`, in no particular order; costs what `get_all` costs.
+        """Return every key that starts with `prefix`, in no particular order. It costs as much as `get_all`.
 
         Raises:
             UnavailableError: See the class.
@@ -243,7 +244,7 @@ class Reader(Handle):
     # Revisions
 
     async def revision(self) -> int:
-        """The revision that a read would give now.
+        """Return the revision that a read would return now.
 
         Raises:
             UnavailableError: See the class.
@@ -253,11 +254,11 @@ class Reader(Handle):
             return self._local.highest
         return (await self._head()).revision
 
-    async def wait_revision(self, revision: int, timeout: float | None = 5.0) -> None:  # noqa: ASYNC109 -- told as a StorageError
-        """Wait until reads give this revision or a later one. Then a caller reads its own writes.
+    async def wait_revision(self, revision: int, timeout: float | None = 5.0) -> None:  # noqa: ASYNC109 -- raised as a StorageError
+        """Wait until reads return this revision or a later one. Then a caller reads its own writes.
 
-        The writer gives the revision: `set()` returns it. With its `flush_interval` at 0 it
-        is durable by then, and here within milliseconds; otherwise after the next flush.
+        A write of the manager returns its revision. With a `flush_interval` of 0 the change is
+        durable by then, and here within milliseconds. Otherwise it is here after the next flush.
 
         Args:
             revision: The revision.
@@ -265,25 +266,30 @@ class Reader(Handle):
                 a limit. A last read may take a second more.
 
         Raises:
-            WaitTimeoutError: It was not reached in time. It is an `UnavailableError` and a
+            WaitTimeoutError: The revision was not reached in time. It is an `UnavailableError` and a
                 `TimeoutError`.
             TypeError: The revision is not an `int`, or the timeout is not a number.
             ValueError: The timeout is out of bounds.
         """
         check_revision(revision)
         deadline = self._clock.monotonic() + check_timeout(timeout)
+        look, problem = True, ""
         while True:
             moved = self._open.moved
-            reached, problem = await self._reached(max(deadline - self._clock.monotonic(), _LOOK_AGAIN_SECONDS))
-            if reached >= revision:
-                return
-            if not await self._worth_a_look(revision, moved, deadline):
+            if look:
+                reached, problem = await self._reached(max(deadline - self._clock.monotonic(), _LOOK_AGAIN_SECONDS))
+                if reached >= revision:
+                    return
+            if (left := deadline - self._clock.monotonic()) <= 0:
                 raise WaitTimeoutError(
-                    f"the copy of {self._name!r} has not reached revision {revision} within {timeout} s: {problem}"
+                    f"the mirror of {self._name!r} has not reached revision {revision} within {timeout} s: {problem}"
                 )
+            heard = await wait_for_event(moved, self._clock, min(left, _LOOK_AGAIN_SECONDS))
+            # A message with a lower revision is not worth a round trip.
+            look = not heard or self._is_local or self._open.revision >= revision
 
     async def _reached(self, seconds: float) -> tuple[int, str]:
-        """Return the revision that a read would give, or -1 if it would fail, and the same in words."""
+        """Return the revision that a read would return, and the same in words; -1 and the reason if it would fail."""
         try:
             with within(self._clock, seconds):
                 reached = await self.revision()
@@ -293,21 +299,12 @@ class Reader(Handle):
             return -1, f"{self._source.path} does not answer"
         return reached, f"it is at {reached}"
 
-    async def _worth_a_look(self, revision: int, moved: asyncio.Event, deadline: float) -> bool:
-        """Wait until the feed hears of the revision, for at most a second; return False at the deadline."""
-        while (left := deadline - self._clock.monotonic()) > 0:
-            heard = await either(moved, self._clock, min(left, _LOOK_AGAIN_SECONDS))
-            if not heard or self._is_local or self._open.revision >= revision:
-                return True
-            moved = self._open.moved
-        return False
-
     def watch(self, prefix: str = "") -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """Iterate over the keys that change, as `Manager.watch` does.
 
-        Open it, then read. Only durable changes are told. The revision of a change is that
-        of the step that brought it to the copy. An expiry is told as `delete`. A `resync`
-        comes at the beginning, and after a lost subscription: read again.
+        Open the watch, and then read. Only durable changes come. The revision of a change is that
+        of the step that wrote it to the mirror. An expiry comes as `delete`. A `resync` comes
+        at the beginning and after a lost subscription: then read everything.
 
         Args:
             prefix: Only keys that start with it.
@@ -329,7 +326,7 @@ class Reader(Handle):
             watchers.remove(watcher)
             watcher.close()
 
-    # What the calls share
+    # Shared by the calls
 
     @property
     def _open(self) -> Feed:
@@ -339,7 +336,7 @@ class Reader(Handle):
         return self._feed
 
     async def _some(self, keys: Sequence[str]) -> dict[str, Stored]:
-        """Those of the keys that are there; they may have expired."""
+        """Return those keys that exist. They may have expired."""
         _ = self._open
         if self._local.fresh:
             entries = self._local.shown
@@ -357,9 +354,11 @@ class Reader(Handle):
     async def _head(self) -> Head:
         return (await self._read(self._source.fetch([])))[0]
 
-    async def _read(self, fetching: Awaitable[Found]) -> tuple[Head, dict[str, Stored]]:
-        """Read the copy, if it may be shown, and note whether that succeeded."""
-        floor = max(self._guard.seen, self._local.highest)  # what another read gives meanwhile does not count
+    async def _read(self, fetching: Awaitable[Fetched]) -> tuple[Head, dict[str, Stored]]:
+        """Read the mirror, check whether it may be shown, and note whether that succeeded."""
+        floor = max(
+            self._guard.seen, self._local.highest
+        )  # as of now: another read may return a higher revision meanwhile
         try:
             found = await fetching
             head, stored = self._checked_head(found, floor), _stored(found)
@@ -369,20 +368,20 @@ class Reader(Handle):
         self._readable = True
         return head, stored
 
-    def _checked_head(self, found: Found, floor: int) -> Head:
-        """Return the head of what was read, if it may be shown. Start over if the reader goes back to a lower revision."""
+    def _checked_head(self, found: Fetched, floor: int) -> Head:
+        """Return the head of what was read, if it may be shown. Continue from it if the reader goes back."""
         accepted = self._guard.accept(found, floor, self._lives, self._clock.monotonic())
         if accepted.went_back:
-            assert self._feed is not None  # it says that the writer lives
-            self._local.forget()
-            self._feed.begin_anew(accepted.head.revision)
+            assert self._feed is not None  # it has reported that the writer lives
+            self._local.reset()
+            self._feed.restart_from(accepted.head.revision)
         return accepted.head
 
     def _lives(self, writer: str, below: int) -> bool:
         return self._feed is not None and self._feed.lives(writer, below)
 
     def _alive(self, entries: dict[str, Stored]) -> dict[str, Stored]:
-        """Those whose time has not come."""
+        """Return the entries that have not expired."""
         now = self._clock.time() * 1000
         return {key: stored for key, stored in entries.items() if not isinstance(stored, Expiring) or stored.at > now}
 
@@ -407,19 +406,19 @@ class Reader(Handle):
         return {key: self._decoded(key, stored, MISSING, type_) for key, stored in self._alive(entries).items()}
 
 
-def _stored(found: Found) -> dict[str, Stored]:
+def _stored(found: Fetched) -> dict[str, Stored]:
     expires = found.expires
     return {
         key: Expiring(Json(data), parse_time(expires[key])) if key in expires else Json(data)
-        for key, data in found.values.items()  # as far as it is JSON: who reads what is none is told
+        for key, data in found.values.items()  # invalid JSON is an error when it is decoded
     }
 
 
 def _asked(key: object) -> str:
-    """Return a key as a plain `str`, if a state may hold it. An imported state may hold keys out of bounds.
+    """Return a key as a plain `str`, if a state can hold it. An imported state may hold keys that `set` refuses.
 
     Raises:
-        InvalidKeyError: No state holds it.
+        InvalidKeyError: No state can hold it.
     """
     if not isinstance(key, str) or key == HEAD:
         return check_key(key)

@@ -182,9 +182,9 @@ async def _transactions(count: int, steps: Steps, tell: Callable[[str], None]) -
 
 def _told(steps: int) -> LocalCopy:
     local = LocalCopy()
-    local.begin()
-    local.read_from(Head(1, 0, "w"))
+    local.start_loading()
+    local.set_head(Head(1, 0, "w"))
     values = {f"k{number}": Raw(b"[1]") for number in range(1_000)}
     for number in range(steps):
-        local.tell([Message(start=number, end=number + 1, writer="w", set=values)])
+        local.receive([Message(start=number, end=number + 1, writer="w", set=values)])
     return local

@@ -18,7 +18,7 @@ NOW = 1_700_000_000
 
 def times(cache: Any) -> dict[str, int]:
     """Return when keys expire in the copy, in seconds after the beginning of the test."""
-    expires = cache.places["name"].expires
+    expires = cache.mirrors["name"].expires
     return {key: int(at) // 1000 - NOW for key, at in expires.items() if key != "$lab_state"}
 
 

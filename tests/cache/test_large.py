@@ -131,7 +131,7 @@ async def test_a_copy_that_is_replaced_is_freed_in_steps(by: str) -> None:
     session = await cache.open("name", "one")
     many = Slice({f"k{number}": b"1" for number in range(2_500)}, {}, [])
     assert await session.fill(5, parts(many), Seen(None, 0))
-    old = cache.places["name"].values
+    old = cache.mirrors["name"].values
     if by == "fill":
         assert await session.fill(6, parts(values(a=b"2")), Seen("one", 5))
     else:
@@ -141,7 +141,7 @@ async def test_a_copy_that_is_replaced_is_freed_in_steps(by: str) -> None:
         await asyncio.sleep(0)
         sizes.append(len(old))
     assert sizes == [1_501, 501, 0]
-    assert cache.places["name"].values.keys() == {"a", "$lab_state"}
+    assert cache.mirrors["name"].values.keys() == {"a", "$lab_state"}
 
 
 async def test_a_local_reader_in_memory_reads_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:

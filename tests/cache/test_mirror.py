@@ -76,12 +76,12 @@ async def test_a_start_fills_with_what_was_recovered(faulty: FaultyCache, clock:
     async with manager(faulty, clock, storage) as state:
         await state.set("a", [1], ttl=100)
         await state.set("b", 2)
-    faulty.inner.places["name"].values["a"] = b"spoilt"
+    faulty.inner.mirrors["name"].values["a"] = b"spoilt"
     async with manager(faulty, clock, storage) as state:
         await until(lambda: mirror_of(state).up)
         assert faulty.entries == {"a": [1], "b": 2}
         assert state.status().flushes == 0
-        assert faulty.inner.places["name"].expires["a"] == b"1700000100000"
+        assert faulty.inner.mirrors["name"].expires["a"] == b"1700000100000"
 
 
 async def test_steps_are_coalesced(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
@@ -110,7 +110,7 @@ async def test_a_view_is_shown_only_when_it_is_durable(faulty: FaultyCache, cloc
         await until(lambda: faulty.revision == 0)
         await state.set("a", 1)
         storage.hang("commit")
-        del faulty.inner.places["name"].values["$lab_state"]
+        del faulty.inner.mirrors["name"].values["$lab_state"]
         clock.advance(2)
         await until(lambda: faulty.calls.count("fill") == 2)
         for _ in range(3):
@@ -174,8 +174,8 @@ async def test_an_outage_is_told_once_and_mended(
         assert faulty.entries == {"a": "secret", "b": 1, "c": 1}
         assert faulty.calls.count("fill") == 1
     assert [line.partition(":")[2][:25] for line in lines(caplog)] == [
-        " the mirror is behind, an",
-        " the mirror is back, at r",
+        " the mirror is behind, so",
+        " the mirror works again, ",
     ]
     assert "secret" not in caplog.text
     assert state.metrics().operations["mirror", "error"] == 4
@@ -202,7 +202,7 @@ async def test_a_cache_that_breaks_its_promise(faulty: FaultyCache, clock: Manua
     faulty.fail("open", ZeroDivisionError("with a secret"))
     async with manager(faulty, clock) as state:
         await until(lambda: mirror_of(state).error is not None)
-        assert mirror_of(state).error == "the cache failed with ZeroDivisionError, which none should raise"
+        assert mirror_of(state).error == "the cache failed with ZeroDivisionError, which a cache must not raise"
         clock.advance(1)
         await until(lambda: mirror_of(state).up)
 
@@ -247,13 +247,13 @@ async def test_a_copy_that_is_lost_is_filled(faulty: FaultyCache, clock: ManualC
     async with manager(faulty, clock) as state:
         await state.set("a", 1)
         await until(lambda: faulty.revision == 1)
-        faulty.inner.places["name"].values.clear()
+        faulty.inner.mirrors["name"].values.clear()
         clock.advance(2)
         await until(lambda: faulty.entries == {"a": 1})
-        old = dict(faulty.inner.places["name"].values)
+        old = dict(faulty.inner.mirrors["name"].values)
         await state.set("b", 1)
         await until(lambda: faulty.revision == 2)
-        faulty.inner.places["name"].values = old
+        faulty.inner.mirrors["name"].values = old
         await state.set("c", 1)
         await until(lambda: faulty.revision == 3)
         assert faulty.entries == {"a": 1, "b": 1, "c": 1}
@@ -292,7 +292,7 @@ async def test_a_fenced_writer_gives_way(
     assert await other.fill(9, _nothing(), await other.look())
     clock.advance(2)
     await until(lambda: state._mirror is not None and state._mirror._task.done())
-    assert faulty.inner.places["name"].seen() == ("other", 9)
+    assert faulty.inner.mirrors["name"].seen() == ("other", 9)
     assert not mirror_of(state).up
     assert [line for line in lines(caplog) if "the mirror" in line] == []
     calls = len(faulty.calls)
@@ -314,7 +314,7 @@ async def test_a_confirmation_that_fails(faulty: FaultyCache, clock: ManualClock
         assert await other.fill(9, _nothing(), await other.look())
         clock.advance(2)
         await until(lambda: mirror_of(state).error is not None)
-        assert faulty.inner.places["name"].seen() == ("other", 9)
+        assert faulty.inner.mirrors["name"].seen() == ("other", 9)
         clock.advance(1)
         await until(lambda: faulty.revision == 0)
 
@@ -326,14 +326,14 @@ async def test_a_fill_that_is_not_made(
 
     def disturbed(items: Any, ahead: int) -> Any:
         monkeypatch.undo()
-        place = faulty.inner.places["name"]
+        place = faulty.inner.mirrors["name"]
         place.values["$lab_state"] = place.expires["$lab_state"] = b'{"format":1,"revision":1,"writer":"x"}'
         return slices(items, ahead)
 
     monkeypatch.setattr(lab_state.cache._mirror, "slices", disturbed)
     async with manager(faulty, clock) as state:
         await until(lambda: mirror_of(state).error is not None)
-        assert mirror_of(state).error == "the copy was changed by somebody else while it was filled"
+        assert mirror_of(state).error == "another writer replaced the mirror while it was filled"
         assert faulty.calls.count("fill") == 1
         clock.advance(1)
         await until(lambda: mirror_of(state).up)
@@ -395,8 +395,8 @@ async def test_a_large_fill_is_told(
 ) -> None:
     """A large state says how far its fill is."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(lab_state.cache._mirror, "_LARGE", 10)
-    monkeypatch.setattr(lab_state.cache._mirror, "_TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(lab_state.cache._mirror, "_LARGE_KEYS", 10)
+    monkeypatch.setattr(lab_state.cache._mirror, "_PROGRESS_SECONDS", 0.0)
     storage = MemoryStorage()
     async with manager(None, clock, storage) as state:
         await state.set_many({str(number): number for number in range(120)})

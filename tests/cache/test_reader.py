@@ -28,7 +28,7 @@ from lab_state import (
 from lab_state.cache import Slice, _feed
 from lab_state.cache._format import Head, Message, message, parse_message, resync
 from lab_state.cache._local_copy import LocalCopy
-from lab_state.cache._source import Found
+from lab_state.cache._source import Fetched
 from lab_state.testing import ManualClock
 
 HEAD = "$lab_state"
@@ -117,9 +117,9 @@ async def test_no_copy_is_not_missing(cache: Any, local: Any) -> None:
     """Where there is no copy, or half of one, no key is called missing."""
     async with cache.reader("name", local=local) as reader:
         for call in (reader.get("a", 1), reader.get_many(["a"]), reader.get_all(), reader.exists("a"), reader.keys()):
-            with pytest.raises(UnavailableError, match="no copy of 'name'"):
+            with pytest.raises(UnavailableError, match="no mirror of 'name'"):
                 await call
-        with pytest.raises(WaitTimeoutError, match=r"revision 3 within 0.01 s: there is no copy"):
+        with pytest.raises(WaitTimeoutError, match=r"revision 3 within 0.01 s: there is no mirror"):
             await reader.wait_revision(3, timeout=0.01)
 
 
@@ -129,11 +129,11 @@ async def test_half_a_copy_is_not_read(lost: tuple[str, bytes | None]) -> None:
     cache = MemoryCache()
     async with writer(cache) as state, cache.reader("name") as reader:
         await reader.wait_revision(await state.set("a", 1))
-        which = getattr(cache.places["name"], lost[0])
+        which = getattr(cache.mirrors["name"], lost[0])
         which.clear()
         if lost[1] is not None:
             which[HEAD] = lost[1]
-        with pytest.raises(UnavailableError, match="half of the copy"):
+        with pytest.raises(UnavailableError, match="half of the mirror"):
             await reader.get("a")
 
 
@@ -141,7 +141,7 @@ async def test_a_newer_format_is_refused() -> None:
     """What a newer version wrote is not guessed at."""
     cache = MemoryCache()
     async with cache.reader("name") as reader:
-        place = cache.places["name"]
+        place = cache.mirrors["name"]
         place.values[HEAD] = place.expires[HEAD] = b'{"format":2,"revision":1,"writer":"x"}'
         with pytest.raises(UnsupportedError, match="format 2"):
             await reader.get("a")
@@ -153,7 +153,7 @@ async def test_a_reader_never_goes_back(until: Any) -> None:
     async with writer(cache, clock) as state, cache.reader("name", clock=clock) as reader:
         await state.set("a", 1)
         await until(lambda: mirror_of(state).revision == 1)
-        place = cache.places["name"]
+        place = cache.mirrors["name"]
         old = dict(place.values), dict(place.expires)
         await reader.wait_revision(await state.set("a", 2))
         place.values, place.expires = old
@@ -172,7 +172,7 @@ async def test_a_local_reader_does_not_go_back_either(until: Any) -> None:
     async with writer(cache, clock) as state, cache.reader("name", local=True, clock=clock) as reader:
         await reader.wait_revision(await state.set("a", 1))
         await until(lambda: reader._local.fresh)
-        place = cache.places["name"]
+        place = cache.mirrors["name"]
         old = dict(place.values), dict(place.expires)
         await state.set("a", 2)
         await until(lambda: reader._local.shown["a"] == 2)
@@ -192,7 +192,7 @@ async def test_a_slow_read_may_be_overtaken(monkeypatch: pytest.MonkeyPatch) -> 
         await reader.wait_revision(await state.set("a", 1))
         fetch, going = reader._source.fetch, asyncio.Event()
 
-        async def slow(keys: Any) -> Found:
+        async def slow(keys: Any) -> Fetched:
             found = await fetch(keys)
             await going.wait()
             return found
@@ -258,7 +258,7 @@ async def test_waiting_looks_again(until: Any) -> None:
         await reader.wait_revision(await state.set("a", 1))
         waiting = asyncio.create_task(reader.wait_revision(2))
         await until(lambda: len(clock._timers) >= 2)
-        cache.places["name"].followers.clear()
+        cache.mirrors["name"].followers.clear()
         await state.set("a", 2)
         await until(lambda: mirror_of(state).revision == 2)
         assert not waiting.done()
@@ -307,15 +307,15 @@ async def test_a_lost_subscription(until: Any, caplog: pytest.LogCaptureFixture,
         await reader.wait_revision(await state.set("a", 1))
         await until(lambda: not local or reader._local.fresh)
         async with reader.watch() as changes:
-            [subscription] = cache.places["name"].followers
+            [subscription] = cache.mirrors["name"].followers
             subscription.cut()
-            await until(lambda: not cache.places["name"].followers)
+            await until(lambda: not cache.mirrors["name"].followers)
             assert not reader._local.fresh
             await state.set("a", 2)
             await until(lambda: mirror_of(state).revision == 2)
             assert await reader.get("a") == 2  # from the cache itself
             clock.advance(1)
-            await until(lambda: bool(cache.places["name"].followers))
+            await until(lambda: bool(cache.mirrors["name"].followers))
             while (await anext(changes)).kind != "resync":
                 pass
             await state.set("a", 3)
@@ -323,7 +323,7 @@ async def test_a_lost_subscription(until: Any, caplog: pytest.LogCaptureFixture,
             await until(lambda: not local or reader._local.fresh)
             assert await reader.get("a") == 3
     told = [record.message[:40] for record in caplog.records if "a reader" in record.message]
-    assert told == ["a reader does not hear of changes for th", "a reader hears of changes again"]
+    assert told == ["a reader gets no changes at present, and", "a reader gets changes again"]
 
 
 async def test_a_silent_subscription_is_asked(until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,7 @@ async def test_a_silent_subscription_is_asked(until: Any, monkeypatch: pytest.Mo
     async with writer(cache) as state, cache.reader("name", local=True, clock=clock) as reader:
         await reader.wait_revision(await state.set("a", 1))
         await until(lambda: reader._local.fresh)
-        place = cache.places["name"]
+        place = cache.mirrors["name"]
         [before] = place.followers
         pings: list[int] = []
         ping = before.ping
@@ -368,17 +368,17 @@ async def test_a_copy_that_does_not_fit_is_loaded_again(until: Any, monkeypatch:
     async with writer(cache) as state, cache.reader("name", local=True) as reader:
         await reader.wait_revision(await state.set("a", 1))
         await until(lambda: reader._local.fresh)
-        own = cache.places["name"].seen().writer or ""
+        own = cache.mirrors["name"].seen().writer or ""
         nothing = Slice({}, {}, [])
-        begin, begun = reader._local.begin, [0]
+        begin, begun = reader._local.start_loading, [0]
 
         def counted() -> None:
             begun[0] += 1
             begin()
 
-        monkeypatch.setattr(reader._local, "begin", counted)
+        monkeypatch.setattr(reader._local, "start_loading", counted)
         for data in (message(1, 1, "other", nothing), message(5, 6, own, nothing), resync(1, 9, own)):
-            cache.places["name"].publish([data])
+            cache.mirrors["name"].publish([data])
             await until(lambda: begun[0] and reader._local.fresh)
             begun[0] = 0
             assert await reader.get("a") == 1
@@ -403,24 +403,24 @@ def test_more_messages_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_local_copy, "_MOST_KEPT", 2)
     local, head = LocalCopy(), Head(1, 5, "w")
-    local.begin()
-    assert local.read_from(head)
+    local.start_loading()
+    assert local.set_head(head)
     step = [parsed(message(5, 6, "w", Slice({}, {}, [])))]
-    assert [local.tell(step) for _ in range(4)] == [True] * 4
-    assert not local.arrive(head)
+    assert [local.receive(step) for _ in range(4)] == [True] * 4
+    assert not local.finish_loading(head)
 
 
 def test_a_load_that_broke_off() -> None:
     """What was read in part is not taken for the whole when the copy is still where it was."""
     local, head = LocalCopy(), Head(1, 5, "w")
     for _ in range(2):
-        local.begin()
-        assert local.read_from(head)
-    local.add(Found(None, None, {"a": b"1"}, {}))
-    assert local.arrive(head)
-    local.begin()
-    assert not local.read_from(head)
-    assert local.arrive(head)
+        local.start_loading()
+        assert local.set_head(head)
+    local.add(Fetched(None, None, {"a": b"1"}, {}))
+    assert local.finish_loading(head)
+    local.start_loading()
+    assert not local.set_head(head)
+    assert local.finish_loading(head)
     assert local.shown == {"a": 1}
 
 
@@ -438,13 +438,13 @@ def test_a_load_that_broke_off() -> None:
 def test_where_a_load_arrives(told: list[tuple[int, int]], last: tuple[int, str], good: Any) -> None:
     """A load is good if the messages lead from the first head to the second one, or beyond."""
     local = LocalCopy()
-    local.begin()
-    assert local.read_from(Head(1, 5, "w"))
-    local.add(Found(None, None, {"a": b"1", "b": b"{}"}, {"a": b"5", "gone": b"5"}))
-    local.add(Found(None, None, {}, {"a": b"7"}))
+    local.start_loading()
+    assert local.set_head(Head(1, 5, "w"))
+    local.add(Fetched(None, None, {"a": b"1", "b": b"{}"}, {"a": b"5", "gone": b"5"}))
+    local.add(Fetched(None, None, {}, {"a": b"7"}))
     for start, end in told:
-        local.tell([parsed(message(start, end, "w", Slice({"n": b"%d" % end}, {}, [])))])
-    assert local.arrive(Head(1, *last)) is good
+        local.receive([parsed(message(start, end, "w", Slice({"n": b"%d" % end}, {}, [])))])
+    assert local.finish_loading(Head(1, *last)) is good
     assert local.fresh is good
     assert local.shown.get("n") == (told[-1][1] if good and told else None)
     assert local.shown.get("a") == ((1, 7) if good else None)
@@ -472,7 +472,7 @@ async def test_an_outage_is_told_once(
         for number in range(1, 4):
             await until(lambda number=number: tried[0] == number)
             clock.advance(5)
-    assert [record.message[:25] for record in caplog.records] == ["a reader does not hear of"]
+    assert [record.message[:25] for record in caplog.records] == ["a reader gets no changes "]
 
 
 @pytest.mark.parametrize("spoilt", [b"", b"nonsense", b'"\x89"', b"[1,", b"\xff"])
@@ -483,7 +483,7 @@ async def test_a_value_that_somebody_else_spoilt(until: Any, spoilt: bytes) -> N
         await state.set_many({"a": 1, "b": 2})
         async with cache.reader("name") as remote:
             await remote.wait_revision(1)
-        cache.places["name"].values["a"] = spoilt
+        cache.mirrors["name"].values["a"] = spoilt
         async with cache.reader("name", local=True) as local:
             await until(lambda: local._local.fresh)
             for reader in (local, await remote.__aenter__()):
@@ -502,15 +502,15 @@ async def test_a_time_that_somebody_else_spoilt(until: Any) -> None:
         await state.set("a", 1, ttl=1000)
         async with cache.reader("name", clock=clock) as remote, cache.reader("name", local=True, clock=clock) as local:
             await remote.wait_revision(1)
-            good = cache.places["name"].expires["a"]
-            cache.places["name"].expires["a"] = b"soon"
+            good = cache.mirrors["name"].expires["a"]
+            cache.mirrors["name"].expires["a"] = b"soon"
             for _ in range(20):
                 await asyncio.sleep(0)
                 clock.advance(5)
             for reader in (remote, local):
-                with pytest.raises(UnavailableError, match="an expiry time in the copy is not from lab_state"):
+                with pytest.raises(UnavailableError, match="an expiry time in the mirror is not from lab_state"):
                     await reader.get("a")
-            cache.places["name"].expires["a"] = good
+            cache.mirrors["name"].expires["a"] = good
             clock.advance(10)
             await until(lambda: local._local.fresh)
             assert await local.get("a") == 1
@@ -519,11 +519,11 @@ async def test_a_time_that_somebody_else_spoilt(until: Any) -> None:
 def loading(steps: int) -> LocalCopy:
     """Return a local copy that is read at revision 0, and was told of so many steps of ten keys meanwhile."""
     local = LocalCopy()
-    local.begin()
-    assert local.read_from(Head(1, 0, "w"))
+    local.start_loading()
+    assert local.set_head(Head(1, 0, "w"))
     for number in range(steps):
         values = {f"k{key}": b"%d" % number for key in range(10)}
-        local.tell([parsed(message(number, number + 1, "w", Slice(values, {}, [])))])
+        local.receive([parsed(message(number, number + 1, "w", Slice(values, {}, [])))])
     return local
 
 
@@ -536,8 +536,8 @@ def test_what_was_told_during_a_load_is_applied_in_steps() -> None:
         assert local.head is not None
         assert local.head.revision <= turns * 10
     assert turns >= 25
-    assert local.arrive(Head(1, 300, "w"))
-    assert at_once.arrive(Head(1, 300, "w"))
+    assert local.finish_loading(Head(1, 300, "w"))
+    assert at_once.finish_loading(Head(1, 300, "w"))
     assert local.shown == at_once.shown == {f"k{key}": 299 for key in range(10)}
 
 
@@ -545,16 +545,16 @@ def test_what_does_not_fit_ends_a_load_in_steps() -> None:
     """A gap, or a step that is not told, is found while it is applied; then nothing is shown."""
     for told in (message(301, 302, "w", Slice({}, {}, [])), resync(300, 301, "w")):
         local = loading(300)
-        local.tell([parsed(told)])
+        local.receive([parsed(told)])
         while local.replay(1_000):
             pass
-        assert not local.arrive(Head(1, 300, "w"))
+        assert not local.finish_loading(Head(1, 300, "w"))
         assert local.shown == {}
     nothing = LocalCopy()
-    nothing.begin()
-    nothing.tell([parsed(message(0, 1, "w", Slice({}, {}, [])))])
+    nothing.start_loading()
+    nothing.receive([parsed(message(0, 1, "w", Slice({}, {}, [])))])
     assert not nothing.replay(1)  # no head was seen, so nothing can be applied
-    assert not nothing.arrive(Head(1, 1, "w"))
+    assert not nothing.finish_loading(Head(1, 1, "w"))
 
 
 async def test_a_load_beside_a_writer_gives_the_loop_back(monkeypatch: pytest.MonkeyPatch) -> None:

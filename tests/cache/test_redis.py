@@ -16,8 +16,8 @@ from redis.asyncio import ConnectionPool
 import lab_state.cache._connection
 import lab_state.cache._feed
 import lab_state.cache._mirror
+import lab_state.cache._redis_session
 import lab_state.cache._redis_source
-import lab_state.cache.redis
 from lab_state import Config, Manager, MemoryStorage, RedisCache, UnavailableError, UnsupportedError
 from lab_state.cache._format import message
 
@@ -31,7 +31,7 @@ def manager(url: str, name: str = "name") -> Manager:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make beats and pauses as short as a test can bear."""
-    monkeypatch.setattr(lab_state.cache._mirror, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(lab_state.cache._mirror, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(lab_state.cache._mirror, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(lab_state.cache._mirror, "_LONGEST_PAUSE", 0.05)
 
@@ -177,7 +177,7 @@ async def test_a_step_that_is_too_large_to_be_told(
     redis_server: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those who follow load it instead."""
-    monkeypatch.setattr(lab_state.cache.redis, "MOST_TOLD", 1000)
+    monkeypatch.setattr(lab_state.cache._redis_session, "MOST_TOLD", 1000)
     cache = RedisCache(redis_server.url)
     async with manager(redis_server.url) as state, cache.reader("name", local=True) as reader:
         await reader.wait_revision(0)
@@ -191,7 +191,7 @@ async def test_one_value_that_is_too_large_to_be_told(
     redis_server: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of one large value is told as a resync: no message of its size is made."""
-    monkeypatch.setattr(lab_state.cache.redis, "MOST_TOLD", 1000)
+    monkeypatch.setattr(lab_state.cache._redis_session, "MOST_TOLD", 1000)
     told: list[bytes] = []
     real = message
 
@@ -199,7 +199,7 @@ async def test_one_value_that_is_too_large_to_be_told(
         told.append(real(*args, **options))
         return told[-1]
 
-    monkeypatch.setattr(lab_state.cache.redis, "message", noted)
+    monkeypatch.setattr(lab_state.cache._redis_session, "message", noted)
     cache = RedisCache(redis_server.url)
     async with manager(redis_server.url) as state, cache.reader("name", local=True) as reader:
         await reader.wait_revision(0)
@@ -211,7 +211,7 @@ async def test_one_value_that_is_too_large_to_be_told(
 
 async def test_more_readers_than_connections_are_kept(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each read that is under way has a connection; few are kept."""
-    monkeypatch.setattr(lab_state.cache._redis_source, "_MOST_LINKS", 2)
+    monkeypatch.setattr(lab_state.cache._redis_source, "_MOST_FREE", 2)
     async with manager(redis_server.url) as state, RedisCache(redis_server.url).reader("name") as reader:
         await reader.wait_revision(await state.set("a", 1))
         assert await asyncio.gather(*(reader.get("a") for _ in range(10))) == [1] * 10
@@ -244,7 +244,7 @@ async def test_redis_dies_and_comes_back(own_redis: Any, until: Any, caplog: pyt
         await until(lambda: mirror_of(state).up)
     told = [record.message for record in caplog.records]
     assert ["is behind" in line for line in told] == [True, False]
-    assert "is back" in told[1]
+    assert "works again" in told[1]
     assert "secret" not in caplog.text
 
 
@@ -422,6 +422,26 @@ async def test_a_session_after_its_connection(redis_server: Any) -> None:
     await session.aclose()
     with pytest.raises(UnavailableError, match="the connection was lost"):
         await session.look()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+async def test_an_attribute_error_of_a_closed_connection_only(
+    redis_server: Any, monkeypatch: pytest.MonkeyPatch, *, closed: bool
+) -> None:
+    """redis-py raises AttributeError where its stream was closed meanwhile. On an open connection it is a mistake in code."""
+    session: Any = await RedisCache(redis_server.url).open("name", "one")
+    connection = session._connection._connection
+
+    async def mistaken(*_: object, **__: object) -> None:
+        if closed:
+            await connection.disconnect(nowait=True)
+        raise AttributeError("'NoneType' object has no attribute 'drain'")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(connection, "send_packed_command", mistaken)
+        with pytest.raises(UnavailableError if closed else AttributeError, match="lost" if closed else "NoneType"):
+            await session.look()
+    await session.aclose()
 
 
 async def test_a_user_who_may_not_look(own_redis: Any) -> None:

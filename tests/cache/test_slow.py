@@ -54,7 +54,7 @@ async def test_a_fill_that_waits_for_a_commit_is_not_cut_off(
     async with manager(faulty, clock, storage, interval=None) as state:
         await until(lambda: faulty.revision == 0)
         await state.set("large", LARGE)
-        del faulty.inner.places["name"].values["$lab_state"]
+        del faulty.inner.mirrors["name"].values["$lab_state"]
         clock.advance(2)
         await until(lambda: faulty.calls.count("fill") == 2)
         await asyncio.sleep(0.01)
@@ -76,7 +76,7 @@ async def test_a_fill_goes_on_while_checkpoints_fail(faulty: FaultyCache, clock:
         await until(lambda: state.status().flush_failures == 1)
         await until(lambda: faulty.revision == 1)
         holding(faulty)
-        del faulty.inner.places["name"].values["$lab_state"]
+        del faulty.inner.mirrors["name"].values["$lab_state"]
         clock.advance(2)
         await until(lambda: faulty.calls[-1:] == ["fill"])
         await until(lambda: state.status().flush_failures == 2)
@@ -96,7 +96,7 @@ async def test_a_timeout_of_the_cache_is_its_own(faulty: FaultyCache, clock: Man
     faulty.fail("fill", TimeoutError())
     async with manager(faulty, clock) as state:
         await until(lambda: mirror_of(state).error is not None)
-        assert mirror_of(state).error == "the cache failed with TimeoutError, which none should raise"
+        assert mirror_of(state).error == "the cache failed with TimeoutError, which a cache must not raise"
         clock.advance(1)
         await until(lambda: mirror_of(state).up)
 

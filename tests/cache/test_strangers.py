@@ -47,8 +47,8 @@ def local(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def own(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> RedisCache:
     """Return copies on the real server, with beats and looks as short as a test can bear."""
-    monkeypatch.setattr(lab_state.cache._mirror, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(lab_state.cache._feed, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(lab_state.cache._mirror, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(lab_state.cache._feed, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(lab_state.cache._revision_guard, "STANDS_SECONDS", 0.1)
     return RedisCache(redis_server.url)
 
@@ -84,17 +84,17 @@ async def test_a_message_that_cannot_be_read_is_left_out(
     async with writer(cache) as state, cache.reader("name", local=local, clock=clock) as reader:
         await reader.wait_revision(await state.set("a", 1))
         await until(lambda: not local or reader._local.fresh)
-        [subscription] = cache.places["name"].followers
+        [subscription] = cache.mirrors["name"].followers
         async with reader.watch() as changes:
-            cache.places["name"].publish([data, data])
+            cache.mirrors["name"].publish([data, data])
             await until(lambda: "is not from lab_state" in caplog.text)
             assert (await anext(changes)).kind == "resync"
-            cache.places["name"].publish([data])
+            cache.mirrors["name"].publish([data])
             await reader.wait_revision(await state.set("a", 2))
             assert (await anext(changes)).key == "a"
         await until(lambda: not local or reader._local.fresh)
         assert await reader.get("a") == 2
-        assert list(cache.places["name"].followers) == [subscription]
+        assert list(cache.mirrors["name"].followers) == [subscription]
         assert reader.up
     assert len(lines(caplog)) == 1
 
@@ -107,7 +107,7 @@ async def test_messages_that_cannot_be_read_are_not_a_sign_of_life(
     session = await cache.open("name", "one")
     assert await session.fill(1, parts(NOTHING), await session.look())
     async with cache.reader("name", local=True, clock=clock) as reader:
-        place = cache.places["name"]
+        place = cache.mirrors["name"]
         await until(lambda: reader._local.fresh)
         place.publish([b"{}"])
         await until(lambda: bool(lines(caplog)))
@@ -130,7 +130,7 @@ async def test_a_step_that_is_never_ended(until: Any, monkeypatch: pytest.Monkey
     async with writer(cache) as state, cache.reader("name", local=True) as reader:
         await reader.wait_revision(await state.set("a", 1))
         await until(lambda: reader._local.fresh)
-        place = cache.places["name"]
+        place = cache.mirrors["name"]
         own = place.seen().writer or ""
         strange = message(0, 1, own, Slice({"strange": b'"%b"' % (b"x" * 300)}, {}, []), more=True)
         place.publish([strange])
@@ -152,7 +152,7 @@ async def test_a_step_that_is_too_long_to_be_true(until: Any) -> None:
     async with writer(cache) as state, cache.reader("name", local=True) as reader:
         await reader.wait_revision(await state.set("a", 1))
         await until(lambda: reader._local.fresh)
-        place = cache.places["name"]
+        place = cache.mirrors["name"]
         place.publish([message(1, 10_000_000, place.seen().writer or "", Slice({"a": b"666"}, {}, []))])
         await until(lambda: all(follower.queue.empty() for follower in place.followers))
         await until(lambda: reader._local.fresh)
@@ -172,15 +172,15 @@ async def test_whatever_a_source_raises_a_reader_goes_on(
         async def broken() -> bytes:
             raise ZeroDivisionError("a secret")
 
-        [subscription] = cache.places["name"].followers
+        [subscription] = cache.mirrors["name"].followers
         monkeypatch.setattr(subscription, "receive", broken)
-        cache.places["name"].publish([b"wake up"])
+        cache.mirrors["name"].publish([b"wake up"])
         subscription.queue.put_nowait(None)
-        await until(lambda: not cache.places["name"].followers)
+        await until(lambda: not cache.mirrors["name"].followers)
         clock.advance(1)
         await until(lambda: reader._local.fresh)
         assert await reader.get("a") == 1
-    assert "does not hear of changes" in lines(caplog)[0] or "ZeroDivisionError" in caplog.text
+    assert "gets no changes at present" in lines(caplog)[0] or "ZeroDivisionError" in caplog.text
     assert "secret" not in caplog.text
 
 
@@ -197,7 +197,7 @@ async def test_a_logger_that_raises_ends_no_reader(until: Any, what: bytes | Non
         async with writer(cache) as state, cache.reader("name", local=True, clock=clock) as reader:
             await reader.wait_revision(await state.set("a", 1))
             await until(lambda: reader._local.fresh)
-            [subscription] = cache.places["name"].followers
+            [subscription] = cache.mirrors["name"].followers
             subscription.queue.put_nowait(what)
             await until(subscription.queue.empty)
             await settle(clock, 5)
@@ -229,8 +229,8 @@ async def test_a_field_that_is_no_utf_8(
         assert await reader.get_all() == {"a": 1}
         assert redis_server.call("HKEYS", VALUES) == [b"$lab_state", b"a"] or redis_server.call("HLEN", VALUES) == 2
     told = lines(caplog)
-    assert sum("a field of the copy is not from lab_state" in line for line in told) in {1, 2}
-    assert sum("another client has written to the copy" in line for line in told) == 1
+    assert sum("a field of the mirror is not from lab_state" in line for line in told) in {1, 2}
+    assert sum("another client has written to the mirror" in line for line in told) == 1
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ async def test_a_client_that_never_stops(
             clock.advance(1)
             await asyncio.sleep(0.005)
         assert 2 <= state.metrics().operations["fill", "success"] - fills < 10
-        await until(lambda: "another client writes to the copy again and again" in str(mirror_of(state).error))
+        await until(lambda: "another client writes to the mirror repeatedly" in str(mirror_of(state).error))
         clock.advance(300)
         await until(lambda: mirror_of(state).up)
         assert redis_server.call("HGET", VALUES, "a") == b"1"
@@ -349,7 +349,7 @@ async def test_a_value_that_is_nested_too_deeply(until: Any) -> None:
         await state.set_many({"a": 1, "b": 2})
         await until(lambda: mirror_of(state).revision == 1)
         for data in (DEEP, b" " + DEEP):
-            cache.places["name"].values["a"] = data
+            cache.mirrors["name"].values["a"] = data
             async with cache.reader("name") as remote, cache.reader("name", local=True) as reader:
                 await until(lambda reader=reader: reader._local.fresh)
                 for each in (remote, reader):
@@ -369,9 +369,9 @@ async def test_waiting_for_a_revision_that_is_gone(cache: Any, redis_server: Any
         assert await session.fill(3, parts(NOTHING), await session.look())
         await reader.wait_revision(3)
         if isinstance(cache, MemoryCache):
-            cache.places["name"].values.clear()
+            cache.mirrors["name"].values.clear()
             if lost == "both":
-                cache.places["name"].expires.clear()
+                cache.mirrors["name"].expires.clear()
         else:
             redis_server.call("DEL", VALUES, *([EXPIRES] if lost == "both" else []))
         async with asyncio.timeout(5):
@@ -389,7 +389,7 @@ async def test_waiting_by_a_clock_that_stands(monkeypatch: pytest.MonkeyPatch) -
         await settle(clock, 6)
         assert not waiting.done()
         await settle(clock, 1)
-        with pytest.raises(UnavailableError, match="within 7 s: there is no copy"):
+        with pytest.raises(UnavailableError, match="within 7 s: there is no mirror"):
             await waiting
 
         async def hangs(_: Any) -> Any:
@@ -412,7 +412,7 @@ async def test_a_reader_that_cannot_read_is_not_up(until: Any, kind: str, local:
             await reader.wait_revision(await state.set("a", 1))
             await until(lambda: reader.up)
         await until(lambda: not local or reader._local.fresh)
-        place = cache.places["name"]
+        place = cache.mirrors["name"]
         before = dict(place.values), dict(place.expires)
         if kind == "gone":
             place.values, place.expires = {}, {}
@@ -437,7 +437,7 @@ async def test_a_revision_that_was_too_high(until: Any, local: Any, caplog: pyte
     async with writer(cache, clock) as state, cache.reader("name", local=local, clock=clock) as reader:
         await reader.wait_revision(await state.set("a", 1))
         await until(lambda: not local or reader._local.fresh)
-        place = cache.places["name"]
+        place = cache.mirrors["name"]
         if local:
             place.publish([message(1, 900_000, place.seen().writer or "", Slice({"a": b"666"}, {}, []))])
             await until(lambda: reader._local.highest == 900_000)
@@ -473,7 +473,7 @@ async def test_a_lower_revision_of_a_writer_that_is_silent(until: Any) -> None:
             await settle(clock, 9)
             with pytest.raises(UnavailableError, match="is at revision 5, and 9 was read before"):
                 await reader.get("a")
-        place = cache.places["name"]
+        place = cache.mirrors["name"]
         for number in range(12):
             name = f"writer {number}"
             place.values["$lab_state"] = place.expires["$lab_state"] = head(5, name, "")

@@ -35,7 +35,7 @@ from lab_state._state import State
 from lab_state._types import decode_value
 from lab_state.cache._format import Head, Message, parse_head, parse_message, seen_in
 from lab_state.cache._local_copy import LocalCopy
-from lab_state.cache._source import Found as Fetched
+from lab_state.cache._source import Fetched
 from lab_state.storage._protocol import Recovery
 from lab_state.storage.s3._format import Names, frame, stamp_in_body, stamp_in_metadata, stamped, unframe
 from lab_state.storage.s3._open import _stamp, gap
@@ -169,7 +169,7 @@ def cache(data: bytes) -> None:
     reader = memory.reader(NAME, clock=ManualClock())
     lives = bool(mode & 8)
     reader._feed = cast("Any", SimpleNamespace(revision=0, lives=lambda *_: lives))  # it is open
-    place = memory.places[NAME]
+    place = memory.mirrors[NAME]
     place.values["$lab_state"], place.expires["$lab_state"] = head, head if not mode & 2 else pieces[-1]
     messages = []
     for piece in pieces[1:]:
@@ -195,17 +195,17 @@ def cache(data: bytes) -> None:
         begin = parse_head(head)
         if begin is None:
             return
-        local.begin()
-        assert local.read_from(begin)
+        local.start_loading()
+        assert local.set_head(begin)
         for message in told[::2]:
-            local.tell([message])
+            local.receive([message])
         all_keys = {key: place.values[key] for key in keys}
         local.add(Fetched(None, None, all_keys, {key: at for key, at in place.expires.items() if key in all_keys}))
-        if local.arrive(Head(1, told[0].end if mode & 4 and told else begin.revision, begin.writer)):
+        if local.finish_loading(Head(1, told[0].end if mode & 4 and told else begin.revision, begin.writer)):
             for message in told[1::2]:
-                local.tell([message])
+                local.receive([message])
     except LabStateError:
-        local.lose()
+        local.invalidate()
     reader._local = local
     answered(reader.get_all)
 

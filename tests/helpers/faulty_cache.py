@@ -44,12 +44,12 @@ class FaultyCache:
     @property
     def entries(self) -> dict[str, Any]:
         """What is shown, without the head."""
-        values = self.inner.places["name"].values if self.inner.places else {}
+        values = self.inner.mirrors["name"].values if self.inner.mirrors else {}
         return {key: msgspec.json.decode(data) for key, data in values.items() if key != "$lab_state"}
 
     @property
     def revision(self) -> int:
-        seen = self.inner.places["name"].seen() if self.inner.places else Seen(None, 0)
+        seen = self.inner.mirrors["name"].seen() if self.inner.mirrors else Seen(None, 0)
         return -1 if seen.writer is None else seen.revision
 
 

@@ -145,7 +145,7 @@ async def test_a_reader_whose_copy_is_gone_is_not_healthy() -> None:
         async with Manager("jobs", MemoryStorage(), cache):
             await until(lambda: jobs.up)
             assert (await ask("/health"))[0] == 200
-        place = cache.places["jobs"]
+        place = cache.mirrors["jobs"]
         before = dict(place.values), dict(place.expires)
         place.values.clear()
         place.expires.clear()
