@@ -1,6 +1,6 @@
-"""The directory of the files of a state: found, made, synced, and tried out at the start.
+"""The directory of a state's files: find it, create it, sync it, and try it out at the start.
 
-Synchronous, in a thread of the storage's, as `_fs`.
+All functions are synchronous. They run in a thread of the storage, as those of `_fs`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ _UNCHANGEABLE = 0x10 | 0x20
 
 
 def opened(path: str, *, create: bool) -> str:
-    """Find the directory, or make it; return its real path, so that a link that is changed later changes nothing.
+    """Find the directory, or create it; return its real path.
+
+    The real path has no symbolic links. So a link that is changed later has no effect.
 
     Args:
-        path: Where it is; a relative path begins in the current directory.
-        create: Whether it is made if it is missing.
+        path: The path; a relative one starts in the current directory.
+        create: Whether to create a missing directory.
 
     Raises:
-        StorageError: It cannot be made, or is none.
-        UnsupportedError: It is missing, and is not to be made; or the path is relative, and
-            the current directory is gone.
+        StorageError: The directory cannot be created, or the path is not a directory.
+        UnsupportedError: The directory is missing, and `create` is False. Or the path is
+            relative, and the current directory was deleted.
     """
     whole = absolute(path)
     if create:
@@ -58,28 +60,28 @@ def opened(path: str, *, create: bool) -> str:
 
 
 def missing(path: str) -> UnsupportedError:
-    """Return the error for a state that must be there, and is not."""
+    """Return the error for a missing state where `create` is False."""
     return UnsupportedError(
         f"there is no state at {path}, and create=False: see that the volume is mounted and the path is right; "
-        "to begin an empty state, start once with create=True and make a change"
+        "to create an empty state, start once with create=True and make a change"
     )
 
 
 def absolute(path: str) -> str:
-    """Return the path from the root on, without slashes at its end."""
+    """Return the absolute path, without slashes at its end."""
     if not os.path.isabs(path):
         try:
             path = os.path.join(os.getcwd(), path)
         except FileNotFoundError:
             raise UnsupportedError(
-                f"the relative path {path!r} leads nowhere, since the current directory of this process was deleted: "
-                "give an absolute path, or start the process in a directory that stays"
+                f"the relative path {path!r} cannot be resolved, because the current directory of this process was deleted: "
+                "give an absolute path, or start the process in another directory"
             ) from None
     return path.rstrip(os.sep) or os.sep
 
 
 def _make(path: str) -> None:
-    """Make a directory that only this user can enter, with those above it, durably."""
+    """Create a directory that only this user can enter, and missing ones above it, durably."""
     with translated("making the directory", path):
         new = [path, *itertools.takewhile(lambda parent: not os.path.exists(parent), _parents(path))]
         for directory in reversed(new):
@@ -88,7 +90,7 @@ def _make(path: str) -> None:
             except FileExistsError:
                 if os.path.islink(directory) and not os.path.exists(directory):
                     raise UnsupportedError(
-                        f"{directory} is a symbolic link that leads nowhere: mount what it leads to, or remove it"
+                        f"{directory} is a broken symbolic link: mount its target, or remove the link"
                     ) from None
                 if not os.path.isdir(directory):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
@@ -96,18 +98,18 @@ def _make(path: str) -> None:
                 try:
                     fs.sync_names(os.path.dirname(directory))
                 except BaseException:
-                    # Not to be found by the next attempt, whose sync would return without having made it durable.
+                    # Remove it: the next attempt would find it, and a second sync would not make it durable.
                     with contextlib.suppress(OSError):
                         os.rmdir(directory)
                     raise
 
 
 def sync_parents(path: str) -> None:
-    """Make the name of a directory durable, and those of the directories above it.
+    """Make the names of a directory and of the directories above it durable.
 
-    The directory may be there only because another process made it, and was killed before
-    its sync, or because it was copied. Nothing above a mount point is synced, nor what is
-    in a directory that cannot be read: no name of ours was made there.
+    The directory may have been created by a process that was killed before its sync, or
+    copied. Directories above a mount point, and directories that cannot be read, are not
+    synced: this library created no name there.
     """
     with translated("syncing the directories above", path):
         device = os.stat(path).st_dev
@@ -118,7 +120,7 @@ def sync_parents(path: str) -> None:
 
 
 def _parents(path: str) -> Iterator[str]:
-    """Return the directories above, the nearest first."""
+    """Yield the directories above, the nearest first."""
     while (parent := os.path.dirname(path)) != path:
         yield parent
         path = parent
@@ -127,19 +129,22 @@ def _parents(path: str) -> Iterator[str]:
 def try_out(
     path: str, file: str, tried: set[lookup.Identity], noted: Callable[..., AbstractContextManager[None]]
 ) -> bool:
-    """Do in the directory what a commit will have to do: create, rename and delete a file, and sync.
-
-    Return whether the names in it can be relied on: after a failed sync, no later one makes
-    them durable.
+    """Try in the directory what a commit will do: create, rename and delete a file, and sync.
 
     Args:
         path: The directory.
-        file: What the temporary files are named after.
-        tried: Directories that were tried out. This one is added; if it is there, nothing is done.
-        noted: Gives the context in which there may be temporary files of these names.
+        file: The temporary files get names that start with this path.
+        tried: Directories that were tried out. This one is added. If it is in the set,
+            nothing is done.
+        noted: Returns a context manager; within it, temporary files of these names may exist.
+
+    Returns:
+        Whether the names in the directory can be relied on. After a failed sync they cannot:
+        no later sync would make them durable.
 
     Raises:
-        StorageError: It cannot be done. A full disk, and an error of the sync, are logged alone.
+        StorageError: One of these operations failed. A full disk and a failed sync are only
+            logged.
     """
     with translated("looking up", path):
         found = os.stat(path)
@@ -153,12 +158,12 @@ def try_out(
     except UnavailableError as error:
         if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _logger.warning("%s was opened, but nothing can be written there now: %s", path, error)
+        _logger.warning("%s was opened, but cannot be written to now: %s", path, error)
         return True
     try:
         fs.sync_directory(path)
     except UnavailableError as error:
-        _logger.warning("what was found may not be durable, so the next commit writes everything anew: %s", error)
+        _logger.warning("the files found may not be durable, so the next commit writes everything anew: %s", error)
         return False
     tried.add(identity)
     return True
@@ -175,13 +180,14 @@ def _create_and_rename(first: str, second: str) -> None:
 
 
 def check_replaceable(path: str, directory: str) -> None:
-    """Refuse a file that a rename cannot replace, before anything is promised that needs it.
+    """Refuse a file that a rename cannot replace, before a commit relies on the rename.
 
-    Nothing is wrong if there is no file.
+    A missing file is accepted.
 
     Raises:
-        UnsupportedError: Something is mounted there, or `chattr` or the sticky bit forbids it.
-        StorageError: It cannot be looked at.
+        UnsupportedError: The file is a mount point, or `chattr` or the sticky bit forbids
+            the rename.
+        StorageError: The file cannot be looked up.
     """
     with translated("looking at", path):
         try:
@@ -195,7 +201,7 @@ def check_replaceable(path: str, directory: str) -> None:
             )
         if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, found.st_uid, above.st_uid):
             raise UnsupportedError(
-                f"{path} is another user's, in a directory with the sticky bit, so that it cannot be replaced: "
+                f"{path} belongs to another user, and its directory has the sticky bit, so it cannot be replaced: "
                 "give the file to this user, or choose another directory"
             )
         if _flags_of(path) & _UNCHANGEABLE:
@@ -203,7 +209,7 @@ def check_replaceable(path: str, directory: str) -> None:
 
 
 def _mount_of(path: str) -> bytes:
-    """Return what tells the mount that a path is on from all others; empty where the kernel does not say."""
+    """Return the id of the mount that a path is on; empty if the kernel does not tell."""
     if not hasattr(os, "O_PATH"):  # pragma: no cover -- Linux has it
         return b""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -215,13 +221,13 @@ def _mount_of(path: str) -> bytes:
 
 
 def _flags_of(path: str) -> int:
-    """Return what `lsattr` shows; 0 where it cannot be had."""
+    """Return the flags that `lsattr` shows; 0 if they cannot be read."""
     if sys.platform != "linux":  # pragma: no cover -- never run there
         return 0
     fd = fs.open_regular(path, os.O_RDONLY)
     try:
         return int.from_bytes(fcntl.ioctl(fd, _GET_FLAGS, bytes(8))[:4], sys.byteorder)
-    except OSError:  # most file systems have none
+    except OSError:  # most file systems have no flags
         return 0
     finally:
         fs.close(fd)

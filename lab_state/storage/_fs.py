@@ -1,13 +1,15 @@
 """The only module that opens, syncs, renames or locks a file.
 
-Every function but `stream` is synchronous and runs in a thread of the storage's. The
-rules: a new file is written under a temporary name in the same directory, synced,
-renamed, and its directory synced, before anything relies on it; a failed sync is never
-repeated, since the kernel marks the pages clean all the same (Rebello et al., "Can
-Applications Recover from fsync Failures?", USENIX ATC 2020).
+All functions are synchronous, except `NewFile.write`. They run in a thread of the storage.
+Two rules hold:
 
-Linux is what is tested. macOS has no `fdatasync`, and its `fsync` does not reach the
-platter: `F_FULLFSYNC` does. Windows has no `fcntl`: importing works, opening does not.
+* A new file is written under a temporary name in the same directory, synced and renamed.
+  Then its directory is synced. Nothing relies on the file before.
+* A failed sync is never repeated, because the kernel marks the pages clean all the same
+  (Rebello et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020).
+
+Only Linux is tested. macOS has no `fdatasync`, and its `fsync` does not reach the platter;
+`F_FULLFSYNC` does. Windows has no `fcntl`: importing works there, opening does not.
 """
 
 from __future__ import annotations
@@ -34,44 +36,51 @@ if sys.platform != "win32":  # pragma: no branch -- never run there
     import fcntl
 
 _SYNCED_AT_ONCE = 1024 * 1024
-"""Of a large new file. A journal's sync has to wait for what the file system has taken in of it by then."""
+"""How many bytes of a large new file are written between two syncs.
+
+The sync of a journal has to wait for the bytes of other files that the file system has
+accepted by then.
+"""
 
 _APPENDED_AT_ONCE = 4 * 1024 * 1024
-"""Of a large record, between two syncs: one sync of a hundred megabytes cannot be told from a disk that hangs."""
+"""How many bytes of a large record are written between two syncs.
+
+One sync of a hundred megabytes looks like a disk that hangs.
+"""
 
 _COPIED = 64 * 1024
-"""Up to so many bytes are copied to spare a system call; a copy of more would hold up every other thread."""
+"""Up to so many bytes are copied to save a system call. A larger copy would block every other thread."""
 
 
 _NOT_FOR_DIRECTORIES = {errno.EINVAL, errno.ENOSYS}
-"""The errors of a file system that cannot sync a directory: CIFS, FUSE, DrvFs."""
+"""The errors of file systems that cannot sync a directory: CIFS, FUSE, DrvFs."""
 
 
 class Progress:
-    """The number of bytes that were handed to the disk.
+    """The number of bytes that were written to the disk.
 
     Attributes:
-        count: The number. It never goes back, and may be read from any thread.
+        count: The number. It never decreases. Any thread may read it.
     """
 
     def __init__(self) -> None:
         self.count: int = 0
-        self._lock = threading.Lock()  # a checkpoint counts beside a commit
+        self._lock = threading.Lock()  # a checkpoint and a commit may count at the same time
 
     def add(self, size: int) -> None:
-        """Count so many bytes more; from any thread."""
+        """Add a number of bytes. Any thread may call this."""
         with self._lock:
             self.count += size
 
 
 def open_lock(path: str) -> int:
-    """Open a lock file, or make it; return its descriptor."""
+    """Open a lock file, or create it; return its descriptor."""
     with translated("opening", path):
         return open_regular(path, os.O_RDWR | os.O_CREAT)
 
 
 def try_lock(fd: int, path: str) -> bool:
-    """Lock a file without waiting; return whether this succeeded."""
+    """Try to lock a file without waiting; return whether this succeeded."""
     if sys.platform == "win32":  # pragma: no cover -- never run there
         raise UnsupportedError("FileStorage needs flock, which this platform does not have")
     with translated("locking", path):
@@ -83,18 +92,18 @@ def try_lock(fd: int, path: str) -> bool:
 
 
 def unlock(fd: int) -> None:
-    """Let go of the lock, for each descriptor that shares it."""
+    """Release the lock, for every descriptor that shares it."""
     fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def read_lock(fd: int, path: str) -> bytes:
-    """Return what a lock file says."""
+    """Return the content of a lock file."""
     with translated("reading", path):
         return os.pread(fd, 4096, 0)
 
 
 def write_lock(fd: int, data: bytes) -> None:
-    """Say in a lock file who holds it. If that fails, as on a full disk, the lock holds all the same."""
+    """Write to a lock file who holds it. If that fails, as on a full disk, the lock is held all the same."""
     try:
         os.ftruncate(fd, os.pwrite(fd, data, 0))
     except OSError:
@@ -103,21 +112,21 @@ def write_lock(fd: int, data: bytes) -> None:
 
 
 def reopen(path: str) -> int:
-    """Open a file for writing that this session has made; return its descriptor."""
+    """Open a file for writing that this session created; return its descriptor."""
     with translated("opening", path):
         return open_regular(path, os.O_RDWR)
 
 
 def open_regular(path: str, flags: int) -> int:
-    """Open a regular file, and nothing else that may have its name.
+    """Open a regular file; refuse anything else that may have its name.
 
-    The opening of a FIFO waits for its other end, and that of a device may do something. So
-    the name is looked up first. `O_NONBLOCK` and the second look are for what is put there
-    in between.
+    Opening a FIFO waits for its other end, and opening a device may have an effect. So the
+    type is checked first. `O_NONBLOCK` and the second check are for something that is put
+    there in between.
 
     Raises:
-        OSError: What `os.open` raises.
-        UnsupportedError: It is a link, a FIFO, a socket or a device.
+        OSError: See `os.open`.
+        UnsupportedError: It is a symbolic link, a FIFO, a socket or a device.
     """
     try:
         check_regular(path, os.lstat(path).st_mode)
@@ -134,14 +143,14 @@ def open_regular(path: str, flags: int) -> int:
 
 
 def read(path: str, most: int = -1) -> bytes | None:
-    """Return the bytes of a regular file; `None` only when nothing has that name.
+    """Return the bytes of a regular file; `None` only if nothing has that name.
 
     Args:
         path: The file.
-        most: How many bytes to read, from the first; all of them if it is negative.
+        most: How many bytes to read from the start; all of them if negative.
 
     Raises:
-        StorageError: It cannot be read. A link that leads nowhere is no missing file.
+        StorageError: The file cannot be read. A broken symbolic link is an error too.
     """
     with translated("reading", path):
         try:
@@ -156,13 +165,13 @@ def read(path: str, most: int = -1) -> bytes | None:
 
 
 def create(path: str, parts: Sequence[bytes], progress: Progress, *replaced: str) -> int:
-    """Make a new file with these bytes, and sync; return its descriptor. A failure leaves nothing behind.
+    """Create a file with these bytes, and sync it; return its descriptor. After a failure it does not exist.
 
     Args:
-        path: Its name.
-        parts: What is in it.
+        path: The name of the file.
+        parts: The bytes of the file.
         progress: Counts the bytes.
-        replaced: What it will replace; see `_ownership.keep`.
+        replaced: The files that it will replace; see `_ownership.keep`.
     """
     with translated("writing", path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -182,26 +191,26 @@ def create(path: str, parts: Sequence[bytes], progress: Progress, *replaced: str
 
 
 def create_empty(path: str) -> int:
-    """Make a new file, which is not synced; return its descriptor."""
+    """Create an empty file without a sync; return its descriptor."""
     with translated("creating", path):
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
 def close(fd: int) -> None:
-    """Close a file whose bytes were synced, or given up: an error now has nothing to say."""
+    """Close a file whose bytes were synced or are not needed, and ignore an error: it would mean nothing."""
     with contextlib.suppress(OSError):
         os.close(fd)
 
 
 class NewFile:
-    """A new file that is written in slices, one hop to a thread each, so that other work goes on between two.
+    """A new file that is written in slices. Each slice is one call in a thread, so other work goes on between two.
 
-    Every method but `write` is synchronous. Call them all in one thread; then `discard`
-    may follow at any time, whatever was cancelled before it.
+    Every method except `write` is synchronous. Call them all in one worker. Then `discard`
+    may be called at any time, also after a cancellation.
     """
 
     def __init__(self, path: str, progress: Progress, *replaced: str) -> None:
-        """Prepare a file. No file is touched. `_ownership.keep` needs the file that it will replace."""
+        """Prepare a file without creating it. `replaced` is for `_ownership.keep`."""
         self.path = path
         self._progress = progress
         self._replaced = replaced
@@ -209,19 +218,19 @@ class NewFile:
         forks.disown_in_children(self)
 
     def open(self) -> None:
-        """Begin."""
+        """Create the file."""
         with translated("opening", self.path):
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     async def write(self, slices: AsyncIterator[bytes], thread: Worker, check: Callable[[], object]) -> None:
-        """Write the slices, in the thread.
+        """Write the slices in the thread.
 
-        `check` is called before each hop there, and raises once `discard` is on its way:
-        what came behind it would go to whatever file has the descriptor's number then.
+        `check` is called before each call in the thread. It must raise once `discard` is
+        queued: after that, the number of the descriptor may belong to another file.
         """
         with translated("writing", self.path):
-            # The descriptor stays ours: a file object of aiofiles' own would leak when its opening is cancelled,
-            # and its context manager closes it in the event loop's own threads, whatever the executor.
+            # `closefd=False`: a file that aiofiles opens itself would leak if its opening is cancelled, and the context
+            # manager of aiofiles closes a file in the default executor of the loop, whatever executor is given.
             check()
             file = await aiofiles.open(self._fd, "wb", buffering=0, closefd=False, executor=thread)
             unsynced = 0
@@ -239,19 +248,19 @@ class NewFile:
                         unsynced = 0
 
     def finish(self) -> None:
-        """Sync and close."""
+        """Sync the file and close it."""
         with translated("syncing", self.path):
             keep(self._fd, *self._replaced)
             _sync(self._fd)
         self._close()
 
     def discard(self) -> None:
-        """Close, and delete as far as that is possible."""
+        """Close the file, and delete it if possible."""
         self._close()
         discard(self.path)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Close the descriptor. Runs in a forked child. The file is the parent's."""
+        """Close the descriptor. Runs in a forked child: the file belongs to the parent."""
         self._close()
 
     def _close(self) -> None:
@@ -271,7 +280,7 @@ def sync(path: str) -> None:
 
 
 def rename(temporary: str, path: str) -> None:
-    """Put a synced file in place of another; durable only after `sync_directory`."""
+    """Rename a synced file to the name of another. The rename is durable only after `sync_directory`."""
     with translated("renaming", path):
         os.replace(temporary, path)
 
@@ -283,9 +292,10 @@ def sync_directory(path: str) -> None:
 
 
 def hold(path: str) -> int:
-    """Keep what is in a file from being freed before the descriptor is closed, whatever takes its place.
+    """Open a file so that its blocks are freed by `close`, not by the rename that replaces it.
 
-    For the file system, freeing a hundred megabytes takes tens of milliseconds. -1 if it cannot be kept.
+    Freeing a hundred megabytes takes the file system tens of milliseconds. Return the
+    descriptor, or -1 if the file cannot be opened.
     """
     try:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -294,12 +304,12 @@ def hold(path: str) -> int:
 
 
 def temporary(path: str) -> str:
-    """A name for a file that is to take the place of `path`; no other attempt, and no other writer, has it."""
+    """Return a temporary name for a file that will replace `path`. No other attempt and no other writer uses it."""
     return f"{path}.{os.urandom(4).hex()}.tmp"
 
 
 def discard(path: str) -> None:
-    """Delete a temporary file, as far as that is possible; the next start tries again."""
+    """Delete a temporary file if possible. If not, the next start tries again."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
@@ -313,11 +323,11 @@ class TornWriteError(Exception):
 
 
 def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: Progress) -> None:
-    """Write at the end of a file, and sync. Large data goes in steps, each synced.
+    """Append to a file, and sync. Large data are written in steps, each of them synced.
 
     Raises:
         StorageError: The write failed and was undone.
-        TornWriteError: With the `StorageError`: the end of the file is unknown.
+        TornWriteError: The end of the file is unknown. Its `error` is the `StorageError`.
     """
     end = offset
     for step in _steps(parts):
@@ -330,7 +340,7 @@ def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: Pr
                 os.ftruncate(fd, offset)
             except OSError:
                 raise TornWriteError(storage_error("writing", path, error)) from error
-            if end > offset:  # the steps before are on the disk: so must be their end
+            if end > offset:  # earlier steps are on the disk: the truncation must be too
                 _sync_or_tear(fd, path)
             raise storage_error("writing", path, error) from error
     _sync_or_tear(fd, path)
@@ -366,7 +376,7 @@ def _cut(parts: Sequence[bytes]) -> Iterator[Sequence[memoryview]]:
 
 
 def _write(fd: int, parts: Sequence[bytes | memoryview], offset: int, progress: Progress) -> int:
-    """Write the parts one after the other, and return the offset behind them."""
+    """Write the parts one after the other; return the offset after them."""
     for batch in (b"".join(parts),) if sum(map(len, parts)) <= _COPIED else _batched(parts):
         rest = memoryview(batch)
         while rest:
@@ -378,7 +388,7 @@ def _write(fd: int, parts: Sequence[bytes | memoryview], offset: int, progress: 
 
 
 def _batched(parts: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-    """Small parts joined, to spare system calls; a large one as it is."""
+    """Join small parts, to save system calls. Yield a large part as it is."""
     batch: list[bytes | memoryview] = []
     size = 0
     for part in parts:
@@ -418,15 +428,15 @@ def sync_names(path: str) -> None:
 
 
 def spool(in_memory: int) -> IO[bytes]:
-    """A temporary file without a name, which is memory alone up to so many bytes."""
+    """Return a temporary file without a name. Up to `in_memory` bytes it is kept in memory."""
     return tempfile.SpooledTemporaryFile(max_size=in_memory)
 
 
 def add_to_spool(file: IO[bytes], parts: list[bytes]) -> None:
-    """Write at the end of it.
+    """Append to a spool.
 
     Raises:
-        StorageError: There is no room, or no directory for temporary files.
+        StorageError: The disk is full, or there is no directory for temporary files.
     """
     with translated("writing a temporary file in", tempfile.tempdir or "TMPDIR"):
         file.writelines(parts)

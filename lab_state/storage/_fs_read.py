@@ -1,7 +1,7 @@
-"""Files of another process, opened for reading only, while that process replaces them.
+"""Reading files that another process may replace meanwhile.
 
-Nothing here makes, changes or locks a file. So it works without the permission to write,
-and on a file system that is mounted read-only.
+Nothing here creates, changes or locks a file. So the permission to write is not needed, and
+the file system may be mounted read-only.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from lab_state.storage._os_errors import storage_error, translated
 
 
 class OpenFile(NamedTuple):
-    """A file that is open for reading; `status` is of the moment when it was opened.
+    """A file that is open for reading. `status` is what `fstat` returned when it was opened.
 
-    As long as it is open, no other file can get its inode number.
+    While it is open, no other file can get its inode number.
     """
 
     fd: int
@@ -30,13 +30,13 @@ class OpenFile(NamedTuple):
         return self.status.st_dev, self.status.st_ino
 
     def read(self, most: int | None = None) -> bytes:
-        """Return the bytes from the beginning to the end that the file has now, or the first `most` of them."""
+        """Return the bytes from the start to the present end of the file, or the first `most` of them."""
         with translated("reading", self.path):
             left = os.fstat(self.fd).st_size
             left = left if most is None else min(left, most)
             parts: list[bytes] = []
             offset = 0
-            # One call for all but huge files: then there is nothing to join.
+            # One call is enough for all but huge files. Then nothing has to be joined.
             while left > 0 and (part := os.pread(self.fd, left, offset)):
                 parts.append(part)
                 offset += len(part)
@@ -44,19 +44,19 @@ class OpenFile(NamedTuple):
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         os.close(self.fd)
 
 
 def open_to_read(path: str) -> OpenFile | None:
-    """Open a file; `None` only when nothing has that name. A symbolic link is followed.
+    """Open a file for reading; return `None` only if nothing has that name. Follow a symbolic link.
 
     Raises:
-        UnsupportedError: It is no regular file, or a link that leads nowhere.
+        UnsupportedError: It is not a regular file, or it is a broken symbolic link.
         StorageError: It cannot be opened.
     """
     try:
-        # To open a device may do something. So the name is looked up first, and again what was opened.
+        # Opening a device may have an effect. So the type is checked first, and again after opening.
         _check_regular(path, os.stat(path))
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -85,12 +85,12 @@ def _check_regular(path: str, status: os.stat_result) -> None:
 
 
 def has_moved(path: str, opened: OpenFile | None, *, grows: bool = False) -> bool:
-    """Return whether a name leads to another file than it did, or to one that was changed.
+    """Return whether a path now names another file, or the file was changed.
 
     Args:
-        path: The name.
-        opened: The file that it led to; `None` where there was none.
-        grows: Whether the file may have another size and be the same.
+        path: The path.
+        opened: The file that it named before; `None` if there was none.
+        grows: Whether a new size and time do not count as a change.
     """
     now = _status(path)
     if now is None or opened is None:
@@ -102,7 +102,7 @@ def has_moved(path: str, opened: OpenFile | None, *, grows: bool = False) -> boo
 
 
 def is_there(path: str) -> bool:
-    """Return whether something has that name."""
+    """Return whether a file of any type has that name."""
     return _status(path) is not None
 
 

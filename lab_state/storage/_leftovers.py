@@ -1,7 +1,7 @@
-"""Files that earlier sessions left beside those of a state, found by one listing for each storage object.
+"""Files that earlier sessions left, found by one listing of the directory for each storage object.
 
-A directory may hold the files of many states. So a start does not list it where the lock
-file says which temporary files there may be.
+A directory may hold the files of many states. So a start does not list it if the lock file
+says which temporary files may exist.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from lab_state import _forks as forks
 from lab_state.storage import _lookup as lookup
 
 _LEFT = re.compile(r"(.+\.(?:json|journal))\.(?:[0-9a-f]{8}\.tmp|torn-\d+)")
-"""A temporary file, or a torn tail. No state has such a file."""
+"""The name of a temporary file or of a torn tail. No file of a state has such a name."""
 
 
 class Leftovers:
-    """The temporary files and torn tails in directories, as they were when each was listed first."""
+    """The temporary files and torn tails in directories, as of the first listing of each directory."""
 
     def __init__(self) -> None:
-        """Begin with nothing listed."""
+        """Start without any listing."""
         self._lock = threading.Lock()
         self._found: dict[str, dict[str, list[str]]] = {}
 
     def __reduce__(self) -> tuple[type[Leftovers], tuple[()]]:
-        """Let a copy of a storage object list anew."""
+        """Let a copy of a storage object make its own listings."""
         return Leftovers, ()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Replace the lock. Runs in a forked child. The thread that held it, listing a directory, is the parent's."""
+        """Replace the lock. Runs in a forked child: a thread of the parent may hold the old one."""
         self._lock = threading.Lock()
 
     def temporary(self, path: str) -> list[str]:
-        """Return the temporary files that were to take the place of a file.
+        """Return the temporary files that were to replace a file.
 
         Raises:
             StorageError: The directory cannot be listed.
@@ -42,7 +42,7 @@ class Leftovers:
         return [file for file in self._beside(path) if file.endswith(".tmp")]
 
     def torn(self, path: str) -> list[str]:
-        """Return the torn tails of a journal, the oldest first; the caller may add to them.
+        """Return the torn tails of a journal, the oldest first. The caller may change the list.
 
         Raises:
             StorageError: The directory cannot be listed.

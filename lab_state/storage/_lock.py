@@ -1,4 +1,4 @@
-"""The lock of a state on disk, and the message for a refused process."""
+"""The lock of a state on disk, and the message for a process that does not get it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lab_state.storage._proc_locks import find_holders
 
 
 class LockHolder(msgspec.Struct, frozen=True):
-    """The holder of a lock, as the lock file names it.
+    """The content of a lock file: the process that holds the lock, and its temporary files.
 
-    Anyone who may write the file can put anything there. The bounds keep line breaks
-    and escape sequences out of messages and logs.
+    Every user with write access to the file can put anything there. The bounds keep line
+    breaks and escape sequences out of messages and logs.
 
     Attributes:
         host: The name of the machine.
         pid: The process.
         started: When it took the lock.
-        boot: What tells this run of the kernel from all others. Empty where what earlier
-            sessions left is not known.
-        inode: Of the lock file: in a copy, it is another one.
-        making: The names of temporary files that there may be.
+        boot: The boot id of the kernel. Empty if the files that earlier sessions left are
+            not known.
+        inode: The inode of the lock file. A copy of the file has another one.
+        making: The names of temporary files that may exist.
     """
 
     host: Annotated[str, msgspec.Meta(pattern=r"^[\w.:?-]{1,255}\Z")]
@@ -53,15 +53,15 @@ class LockHolder(msgspec.Struct, frozen=True):
 class Lock:
     """An advisory lock on a file that is never renamed and never unlinked.
 
-    `flock`, not `lockf`: the latter is dropped when anyone in the process closes any
-    descriptor of the file, and does not exclude another manager in the same process.
+    It uses `flock`, not `lockf`. A `lockf` lock is dropped when any descriptor of the file
+    is closed in the process. It also does not exclude another manager in the same process.
 
     Attributes:
         path: The lock file.
-        is_parents: Whether this is a forked child, and the lock its parent's.
-        is_new: Whether the lock file said nothing, as a new one does.
-        left: The temporary files that earlier sessions may have left; `None` where
-            that is not known.
+        is_parents: Whether this process is a forked child, and the lock belongs to its parent.
+        is_new: Whether the lock file was empty, as a new one is.
+        left: The temporary files that earlier sessions may have left; `None` if they are
+            not known.
     """
 
     def __init__(self, path: str) -> None:
@@ -75,7 +75,7 @@ class Lock:
         self._telling = threading.Lock()
         self._since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._opening = True
-        forks.disown_in_children(self)  # before there is a descriptor: a fork can come at any time
+        forks.disown_in_children(self)  # before the file is opened: a fork can happen at any time
         try:
             self._fd = fs.open_lock(path)
             self._identity = lookup.identity(self._fd, path)
@@ -86,7 +86,7 @@ class Lock:
             raise
 
     def _give_up(self) -> None:
-        if self._opening:  # `_close` could not tell whose descriptor it is
+        if self._opening:  # the identity is not known yet, so `_close` could not check the descriptor
             fs.close(self._fd)
         self._opening = False
         self._close()
@@ -102,7 +102,10 @@ class Lock:
         self._tell()
 
     def _left(self, said: bytes) -> tuple[str, ...] | None:
-        """Return what temporary files there may be, as the last session said; a power cut may have undone that."""
+        """Return the temporary files that may exist, from the content of the lock file; `None` if it cannot be relied on.
+
+        A power cut may have undone the last write of that content, so the boot id is compared.
+        """
         try:
             last = msgspec.json.decode(said, type=LockHolder)
         except NOT_JSON:
@@ -116,9 +119,10 @@ class Lock:
         return tuple(os.path.join(directory, file) for file in last.making)
 
     def _tell(self) -> None:
-        """Say in the lock file who holds it, and which temporary files there may be.
+        """Write to the lock file who holds it, and which temporary files may exist.
 
-        Other code may have closed the descriptor. Another file has its number then, and is not written.
+        If other code closed the descriptor, its number may belong to another file. Then nothing
+        is written.
         """
         if not lookup.is_open(self._fd, self._identity):
             return
@@ -134,20 +138,20 @@ class Lock:
         fs.write_lock(self._fd, msgspec.json.encode(holder) + b"\n")
 
     def note(self, *paths: str) -> None:
-        """Say that there may be these temporary files from now on; the next start deletes them, if they are left."""
+        """Note temporary files in the lock file before they are created. The next start deletes those that are left."""
         with self._telling:
             self._making.update(paths)
             self._tell()
 
     def forget(self, *paths: str) -> None:
-        """Say that these temporary files are gone, unless one could not be deleted."""
+        """Remove temporary files from the lock file, except those that could not be deleted."""
         with self._telling:
             self._making.difference_update([path for path in paths if lookup.is_gone(path)])
             self._tell()
 
     @contextmanager
     def noted(self, *paths: str) -> Generator[None]:
-        """Call `note`, and then `forget` when the block is left."""
+        """Call `note` before the block and `forget` after it."""
         self.note(*paths)
         try:
             yield
@@ -155,7 +159,7 @@ class Lock:
             self.forget(*paths)
 
     def note_left(self, left: tuple[str, ...]) -> None:
-        """Note which of these are still left of earlier sessions."""
+        """Note which of these files of earlier sessions still exist."""
         left = tuple(path for path in left if not lookup.is_gone(path))
         with self._telling:
             if self.left != left:
@@ -165,7 +169,7 @@ class Lock:
     def _who(self) -> str:
         try:
             holder = msgspec.json.decode(fs.read_lock(self._fd, self.path), type=LockHolder)
-        except NOT_JSON:  # it has the lock, but has not yet said who it is
+        except NOT_JSON:  # it holds the lock, but has not yet written who it is
             holder = None
         if self._identity in _ours:
             who = f"pid {os.getpid()}" if holder is None else str(holder)
@@ -174,10 +178,10 @@ class Lock:
         return describe(holder, shown, self.path)
 
     def check_process(self) -> None:
-        """Make sure that this is the process that took the lock. Does not block.
+        """Check that this process took the lock. Does not block.
 
         Raises:
-            UnsupportedError: It is a child, forked since: it has no threads to write with.
+            UnsupportedError: This process is a forked child, which has no threads to write with.
         """
         if self.is_parents:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(
@@ -185,12 +189,11 @@ class Lock:
             )
 
     def check(self) -> None:
-        """Make sure that the path still names the file that is locked, and that the lock is held.
+        """Check that the path still names the locked file, and that the lock is still held.
 
         Raises:
-            FencedError: The file was deleted or replaced, or other code in this process
-                closed its descriptor, and so the lock is gone. Another process can own the
-                state by now.
+            FencedError: The lock is gone: the file was deleted or replaced, or other code in
+                this process closed its descriptor. Another process may own the state now.
         """
         if lookup.is_same_file(self.path, self._fd, self._identity):
             return
@@ -205,9 +208,9 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Let go. Idempotent. A descriptor that is another file's by now is left alone."""
+        """Release the lock. A second call does nothing. A descriptor that now belongs to another file is not closed."""
         try:
-            # First, and not by closing alone: a child that is forked from here on may keep the descriptor.
+            # Unlock before closing: a child that is forked now may keep a copy of the descriptor.
             if lookup.is_open(self._fd, self._identity):
                 fs.unlock(self._fd)
         finally:
@@ -222,25 +225,25 @@ class Lock:
             fs.close(fd)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Close the descriptor. Runs in a forked child. The lock stays the parent's, and ends with it."""
+        """Close the descriptor. Runs in a forked child. The parent keeps the lock."""
         self.is_parents = True
         self._close()
-        if self._opening:  # the parent was about to note which file it is
+        if self._opening:  # the identity was not known yet when the parent forked
             for fd in lookup.descriptors(self.path):
                 fs.close(fd)
 
 
 _ours: dict[lookup.Identity, Lock] = {}
-"""The locks of this process. Neither pid nor host name tells: two containers can have both in common."""
+"""The locks of this process. Pid and host name cannot tell: two containers can have the same ones."""
 
 
 def describe(holder: LockHolder | None, shown: list[int], path: str) -> str:
-    """Return who holds a lock that is not this process's own, for the message.
+    """Return who holds a lock that this process does not hold, for the message.
 
     Args:
-        holder: What the lock file says; `None` if nothing can be made of it.
-        shown: The processes that took it, as `/proc/locks` has them. Empty where it does
-            not show them.
+        holder: The content of the lock file; `None` if it cannot be decoded.
+        shown: The processes that took the lock, from `/proc/locks`. Empty if it does not
+            show them.
         path: The lock file.
     """
     host = _host()
@@ -260,7 +263,7 @@ def describe(holder: LockHolder | None, shown: list[int], path: str) -> str:
 
 @functools.cache
 def _boot() -> str:
-    """Return what tells this run of the kernel from all others; empty where that is not to be had."""
+    """Return the boot id of the kernel; empty if it cannot be read."""
     try:
         return (fs.read("/proc/sys/kernel/random/boot_id") or b"").decode("ascii", "replace").strip()
     except StorageError:
@@ -268,16 +271,16 @@ def _boot() -> str:
 
 
 def _host() -> str:
-    """Return the name of this machine, as it can stand in a message."""
+    """Return the name of this machine, with only characters that are safe in a message."""
     return "".join(char if char.isalnum() or char in "_.:-" else "?" for char in socket.gethostname())[:255] or "?"
 
 
 def _is_running(pid: int) -> bool:
-    """Return whether there is such a process, in this pid namespace or in that of `/proc`, which may be another one."""
+    """Return whether such a process exists in this pid namespace, or in that of `/proc`, which may be another one."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return lookup.fingerprint(f"/proc/{pid}") is not None
-    except PermissionError:  # another user's, which `/proc` may hide
+    except PermissionError:  # it belongs to another user, and `/proc` may hide it
         return True
     return True

@@ -1,6 +1,7 @@
-"""Looking files up: which one a path or a descriptor leads to, and whether it is as it was left.
+"""Lookups: which file a path or a descriptor refers to, and whether it is as it was left.
 
-Synchronous, in a thread of the storage's, as `_fs`. Nothing here opens or changes a file.
+All functions are synchronous. They run in a thread of the storage, as those of `_fs`. None
+of them opens or changes a file.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ from typing import NamedTuple, TypeAlias
 from lab_state.storage._os_errors import storage_error, translated
 
 Identity: TypeAlias = tuple[int, int]
-"""Device and inode: what tells a file from all others, as long as it is open, since no other can get the number."""
+"""Device and inode. They identify a file as long as it is open: until then no other file can get the inode."""
 
 NO_FILE: Identity = (-1, -1)
 
 
 def identity(fd: int, path: str) -> Identity:
-    """Which file this is."""
+    """Return the identity of an open file."""
     with translated("looking up", path):
         found = os.fstat(fd)
         return found.st_dev, found.st_ino
 
 
 def is_open(fd: int, which: Identity) -> bool:
-    """Return whether a descriptor is still that of a file; else its number may be another file's.
+    """Return whether a descriptor still refers to a file. If not, its number may belong to another file.
 
-    An error other than that there is no such descriptor does not say whose it is.
+    Return True if the lookup fails with any other error than that there is no such
+    descriptor: then the answer is not known.
     """
     try:
         found = os.fstat(fd)
@@ -38,8 +40,8 @@ def is_open(fd: int, which: Identity) -> bool:
 
 
 def is_file(path: str, which: Identity) -> bool:
-    """Return whether the path itself, and no link, still names a file that is open."""
-    try:  # not `translated`: each commit asks twice, and it would cost as much as the call
+    """Return whether a path, without following a link, still names an open file."""
+    try:  # not `translated`: it would cost as much as the call
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -49,10 +51,10 @@ def is_file(path: str, which: Identity) -> bool:
 
 
 class Fingerprint(NamedTuple):
-    """The marks that tell a file from another one of its name, and mostly from its state before a change in place.
+    """The identity, the size and the time of a file. They show that it was replaced or, mostly, that it was changed.
 
-    The size is exact. The time may be as coarse as the file system keeps it, and some file
-    systems set it once more later.
+    The size is exact. The time is as coarse as the file system keeps it. Some file systems
+    set it a second time later.
     """
 
     device: int
@@ -62,15 +64,15 @@ class Fingerprint(NamedTuple):
 
     @property
     def identity(self) -> Identity:
-        """Return which file it is."""
+        """Return the identity of the file."""
         return self.device, self.inode
 
     def is_same_file(self, other: Fingerprint | None) -> bool:
-        """Return whether both are of one file, changed or not. While it is open, no other gets its number."""
+        """Return whether both belong to the same file, changed or not. This holds only while the file is open."""
         return other is not None and self[:2] == other[:2]
 
     def is_same_size(self, other: Fingerprint | None) -> bool:
-        """Return whether both are of one file, of one size."""
+        """Return whether both belong to the same file and have the same size."""
         return other is not None and self[:3] == other[:3]
 
 
@@ -79,8 +81,8 @@ UNKNOWN = Fingerprint(*NO_FILE, -1, -1)
 
 
 def is_same_file(path: str, fd: int, which: Identity) -> bool:
-    """Return whether a path, and no link, and a descriptor are still those of a file. `False` for any error."""
-    try:  # not `translated`: each commit asks, and it would cost as much as the call
+    """Return whether a path, without following a link, and a descriptor refer to this file. Return False on an error."""
+    try:  # not `translated`: each commit calls this, and it would cost as much as the call
         named, opened = os.lstat(path), os.fstat(fd)
     except OSError:
         return False
@@ -88,9 +90,9 @@ def is_same_file(path: str, fd: int, which: Identity) -> bool:
 
 
 def is_as_left(path: str, fd: int, left: Fingerprint) -> bool:
-    """Return whether a path and a descriptor are still those of a file, and its fingerprint is still this one.
+    """Return whether a path and a descriptor refer to the file with this fingerprint. Return False on an error.
 
-    Each commit asks. Where the answer is no, or there was an error, `fingerprint` tells more.
+    Each commit calls this. If the answer is False, `fingerprint` tells more.
     """
     try:
         named, opened = os.lstat(path), os.fstat(fd)
@@ -105,7 +107,7 @@ def is_as_left(path: str, fd: int, left: Fingerprint) -> bool:
 
 
 def is_gone(path: str) -> bool:
-    """Return whether there is no such file, for certain."""
+    """Return whether a file certainly does not exist."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -116,7 +118,7 @@ def is_gone(path: str) -> bool:
 
 
 def fingerprint(path: str) -> Fingerprint | None:
-    """Return the fingerprint of a file, or of a link in its place; `None` when there is none."""
+    """Return the fingerprint of a file, or of a link in its place; `None` if there is none."""
     try:  # not `translated`: as above
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -127,7 +129,7 @@ def fingerprint(path: str) -> Fingerprint | None:
 
 
 def fingerprint_of(fd: int, path: str) -> Fingerprint:
-    """Return the fingerprint of an open file; the path is for the message."""
+    """Return the fingerprint of an open file. The path is for the message."""
     try:  # not `translated`: as above
         found = os.fstat(fd)
     except OSError as error:
@@ -136,12 +138,12 @@ def fingerprint_of(fd: int, path: str) -> Fingerprint:
 
 
 def descriptors(path: str) -> list[int]:
-    """Return the descriptors of this process on a file; none where `/proc` does not show them."""
+    """Return the descriptors of this process for a file; an empty list if `/proc` does not show them."""
     found: list[int] = []
     with contextlib.suppress(OSError):
         file = os.stat(path)
         for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # that of the listing itself is closed by now
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed
                 if os.path.samestat(os.fstat(int(name)), file):
                     found.append(int(name))
     return found

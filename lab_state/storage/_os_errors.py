@@ -1,4 +1,4 @@
-"""What an error of the operating system means for a storage, and what to do about it. Pure."""
+"""The meaning of operating system errors for a storage, and their remedies. Pure."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _TO_BE_MENDED = {
     errno.EMFILE: "close some, or raise the limit on open files",
     errno.ENFILE: "close some, or raise the limit on open files",
 }
-"""What a repetition may find mended, without a new start."""
+"""Errors that may be gone at the next attempt, without a new start."""
 
 
 @contextlib.contextmanager
 def translated(what: str, path: str) -> Generator[None, None, None]:
-    """Raise an `OSError` as the `StorageError` that says what to do about it."""
+    """Turn an `OSError` of the block into the `StorageError` with its remedy."""
     try:
         yield
     except OSError as error:
@@ -43,7 +43,7 @@ def translated(what: str, path: str) -> Generator[None, None, None]:
 
 
 def storage_error(what: str, path: str, error: OSError) -> StorageError:
-    """The error that says what failed, where, and what to do next."""
+    """Return the error that says what failed, where, and what to do next."""
     message = f"{what} {path} failed: {error.strerror or error}"
     if error.errno in _TO_BE_FIXED:
         return UnsupportedError(f"{message}; {_TO_BE_FIXED[error.errno]}")
@@ -53,9 +53,9 @@ def storage_error(what: str, path: str, error: OSError) -> StorageError:
 
 
 def is_out_of_descriptors(error: StorageError) -> bool:
-    """Return whether nothing could be opened at all: the process or the machine has too many open files.
+    """Return whether the cause is that the process or the machine has too many open files.
 
-    Such an error says nothing about the file.
+    Such an error says nothing about the file itself.
     """
     cause = error.__cause__
     return isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)
@@ -74,11 +74,11 @@ _NOT_REGULAR = {
 
 
 def check_regular(path: str, mode: int) -> None:
-    """Refuse what is not a regular file.
+    """Refuse anything that is not a regular file.
 
     Args:
-        path: Where it is, for the message.
-        mode: Its `st_mode`, by `lstat`.
+        path: The path, for the message.
+        mode: The `st_mode` that `lstat` returned.
 
     Raises:
         UnsupportedError: It is a symbolic link, a FIFO, a socket or a device.

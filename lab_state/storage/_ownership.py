@@ -1,7 +1,8 @@
-"""Owner, group, mode and access list of a file that is replaced: the new one gets them, as far as this process may.
+"""Keeping owner, group, mode and access list when a file is replaced, as far as this process may set them.
 
-Whatever cannot be kept makes the new file narrower, never wider: a process that is not in the
-file's group leaves the group out, and not its own group in.
+If something cannot be kept, the new file has fewer permissions, never more. For example, a
+process that is not a member of the file's group removes the group's permissions. It does
+not give them to its own group.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ _OWNER = 0o700
 
 
 def keep(fd: int, *replaced: str) -> None:
-    """Give a new file what the file has that it replaces.
+    """Give a new file the owner, group, mode and access list of the file that it replaces.
 
     Args:
         fd: The new file, which only this user may read so far.
-        replaced: The path of the file, then that of one to go by if there is none yet.
-            Without any, nothing is changed. What is no part of `rwx`, as the setuid bit, is left out.
+        replaced: The path of the replaced file, then the path of a model to use if there is
+            no such file yet. Without either, nothing is changed. Only the `rwx` bits of the
+            mode are kept, not the setuid bit, for example.
 
     Raises:
-        OSError: The replaced file cannot be looked at. What this process may not set is no error.
+        OSError: The replaced file cannot be looked up. It is no error if this process may
+            not set something.
     """
     found = _first(replaced)
     if found is None:
@@ -42,14 +45,14 @@ def keep(fd: int, *replaced: str) -> None:
         mode = narrowed(mode)
     if not (has_group or acl is None) or not _set_access_list(fd, acl):
         mode &= _OWNER
-    # The mode before the owner: after giving a file away, this process may not change its mode.
+    # First the mode, then the owner: after a change of owner, this process may not change the mode.
     _done(os.fchmod, fd, mode)
     if old.st_uid != new.st_uid:
         _done(os.fchown, fd, old.st_uid, -1)
 
 
 def _first(paths: Iterable[str]) -> tuple[str, os.stat_result] | None:
-    """Return the first regular file that there is; the mode of a link is 0777."""
+    """Return the first path that is a regular file, with its status. A link is skipped: its mode is 0777."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             found = os.lstat(path)
@@ -61,15 +64,15 @@ def _first(paths: Iterable[str]) -> tuple[str, os.stat_result] | None:
 def narrowed(mode: int) -> int:
     """Return the mode for a file whose group could not be kept.
 
-    Members of the old group are others now, and others are members of the new one. So both
-    get what both had.
+    Members of the old group now count as others, and some others are members of the new
+    group. So group and others both get only the permissions that both had.
     """
     shared = mode >> 3 & mode & 0o7
     return mode & _OWNER | shared << 3 | shared
 
 
 def _access_list(path: str) -> bytes | None:
-    """Return the access list; `None` if there is none, or no such thing."""
+    """Return the access list; `None` if there is none, or the file system has no access lists."""
     if sys.platform != "linux":  # pragma: no cover -- never run there
         return None
     try:
@@ -79,7 +82,7 @@ def _access_list(path: str) -> bytes | None:
 
 
 def _set_access_list(fd: int, acl: bytes | None) -> bool:
-    """Set it; without one, remove the one that the directory gave to the file. Return whether it is so."""
+    """Set the access list, or for `None` remove the one inherited from the directory; return whether this succeeded."""
     if sys.platform != "linux":  # pragma: no cover -- never run there
         return True
     if acl is not None:
@@ -92,7 +95,7 @@ def _set_access_list(fd: int, acl: bytes | None) -> bool:
 
 
 def _done(function: Callable[P, object], *arguments: P.args, **rest: P.kwargs) -> bool:
-    """Call a function of the system's; return whether this process may do that."""
+    """Call a function of the operating system; return whether it succeeded."""
     try:
         function(*arguments, **rest)
     except OSError:

@@ -1,13 +1,14 @@
-"""The holders of a lock, as Linux lists them in `/proc/locks`. Pure, but for the function that reads files.
+"""The holders of a lock, from `/proc/locks` of Linux. Pure, except `find_holders`, which reads files.
 
-A line of that file for each lock, and one with an arrow for each process that waits for it::
+The file has a line for each lock, and a line with an arrow for each process that waits for it::
 
     1: FLOCK  ADVISORY  WRITE 6835 fe:00:2147003 0 EOF
     1: -> FLOCK  ADVISORY  WRITE 6840 fe:00:2147003 0 EOF
 
-The process is the one that took the lock. It may be dead, where a child has inherited
-the lock. A holder in another pid namespace has no line, or one with the pid 0. The
-device is the file system's own, which `stat` gives as `st_dev` on most file systems.
+The line names the process that took the lock. That process may have ended, if a child
+inherited the lock. A holder in another pid namespace has no line, or a line with the pid 0.
+The device is the one of the file system. On most file systems `st_dev` of `stat` is the
+same.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ LOCKS = "/proc/locks"
 MOUNTS = "/proc/self/mountinfo"
 
 FIRST_PID_NAMESPACE = 0xEFFFFFFC
-"""The inode of `/proc/self/ns/pid` where this process sees all others: `PROC_PID_INIT_INO` of the kernel."""
+"""The inode of `/proc/self/ns/pid` in the namespace that sees all processes: `PROC_PID_INIT_INO` of the kernel."""
 
 _LINE = re.compile(
     r"^\d+: FLOCK +\S+ +\S+ +(-?\d+) ([0-9a-f]+):([0-9a-f]+):(\d+) ", re.MULTILINE
 )  # "-> FLOCK" waits, and does not match
 
 _SHOWN_AT_ONCE = 4000
-"""Up to about so many bytes the kernel gives in one piece. In a longer text, a line may be missing."""
+"""The kernel returns about so many bytes in one piece. In a longer text a line may be missing."""
 
 _AS_STAT_SAYS = {"ext2", "ext3", "ext4", "f2fs", "jfs", "tmpfs", "xfs"}
-"""File systems of this machine alone, where device and inode in `/proc/locks` are those of `stat`."""
+"""Local file systems for which `/proc/locks` shows the same device and inode as `stat`."""
 
 Read = Callable[[str], bytes | None]
-"""Give the bytes of a file, `None` where there is no such file; raise a `StorageError` where it cannot be read."""
+"""A function that returns the bytes of a file, or `None` if there is none. It raises `StorageError` on a failure."""
 
 
 def holders(text: str, device: int, inode: int) -> tuple[int, ...]:
-    """Return the pids of the processes that hold an flock on a file, as the text of `/proc/locks` has them.
+    """Return the pids of the processes that hold an flock on a file, from the text of `/proc/locks`.
 
     Args:
         text: The text of `/proc/locks`.
@@ -47,8 +48,8 @@ def holders(text: str, device: int, inode: int) -> tuple[int, ...]:
         inode: `st_ino` of the file.
 
     Returns:
-        The pids; 0 stands for a process of another pid namespace. Empty where no line
-        is about this file: then the lock is free, or its holder does not show here.
+        The pids; 0 stands for a process of another pid namespace. Empty if no line is
+        about this file: then the lock is free, or `/proc/locks` does not show its holder.
     """
     file = os.major(device), os.minor(device), inode
     return tuple(
@@ -59,15 +60,15 @@ def holders(text: str, device: int, inode: int) -> tuple[int, ...]:
 
 
 def find_holders(device: int, inode: int, read: Read) -> tuple[int, ...] | None:
-    """Read `/proc/locks`, and return what `holders` finds; `None` where there is no such file, or it cannot be read.
+    """Read `/proc/locks` and return the result of `holders`; `None` if that file is missing or cannot be read.
 
     Args:
         device: `st_dev` of the file.
         inode: `st_ino` of the file.
-        read: What reads a file.
+        read: The function that reads a file.
     """
     found: tuple[int, ...] = ()
-    for _ in range(3):  # the kernel gives a long text in pieces: a lock that is held may be between two of them
+    for _ in range(3):  # the kernel returns a long text in pieces, and a held lock may be missing between two of them
         try:
             data = read(LOCKS)
         except StorageError:
@@ -81,7 +82,7 @@ def find_holders(device: int, inode: int, read: Read) -> tuple[int, ...] | None:
 
 
 def would_show(mounts: str, device: int, pid_namespace: int) -> bool:
-    """Return whether a holder, if there were one, would have a line in `/proc/locks` for certain.
+    """Return whether `/proc/locks` would certainly show a holder of the lock, if there were one.
 
     Args:
         mounts: The text of `/proc/self/mountinfo`.
@@ -89,9 +90,9 @@ def would_show(mounts: str, device: int, pid_namespace: int) -> bool:
         pid_namespace: The inode of `/proc/self/ns/pid`.
 
     Returns:
-        False in another pid namespace than the machine's first, and on file systems
-        that give `stat` another device or inode (btrfs, overlay), or that other
-        machines lock too (NFS).
+        False outside the first pid namespace of the machine. Also False on file systems
+        for which `stat` shows another device or inode (btrfs, overlay), and on those that
+        other machines can lock (NFS).
     """
     if pid_namespace != FIRST_PID_NAMESPACE:
         return False

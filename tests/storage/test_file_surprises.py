@@ -178,7 +178,7 @@ async def test_another_users_file_under_the_sticky_bit(tmp_path: Path, monkeypat
     async with manager(tmp_path):
         pass
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.raises(UnsupportedError, match=r"lab\.json is another user's, in a directory with the sticky bit"):
+    with pytest.raises(UnsupportedError, match=r"lab\.json belongs to another user, and its directory has the sticky bit"):
         await manager(tmp_path).start()
     tmp_path.chmod(0o777)
     async with manager(tmp_path):
@@ -273,7 +273,7 @@ async def test_a_full_disk_is_no_reason_not_to_start(tmp_path: Path, caplog: pyt
         fail(patch, "replace", errno.ENOSPC)
         async with Manager("lab", storage) as state:
             assert await state.get_all() == {"a": 1}
-    assert "but nothing can be written there now" in caplog.text
+    assert "but cannot be written to now" in caplog.text
     assert storage._tried == set()
 
 
@@ -295,7 +295,7 @@ async def test_a_current_directory_that_is_gone(tmp_path: Path, monkeypatch: pyt
     async with manager(tmp_path / "state") as state:
         await state.set("a", 1)
     with pytest.raises(
-        UnsupportedError, match=r"'state' leads nowhere, since the current directory .* give an absolute"
+        UnsupportedError, match=r"'state' cannot be resolved, because the current directory .* give an absolute"
     ):
         await Manager("lab", FileStorage("state")).start()
     monkeypatch.chdir("/")
@@ -342,7 +342,7 @@ async def test_a_link_above_the_files_that_is_changed(tmp_path: Path) -> None:
 async def test_a_directory_that_is_a_link_that_leads_nowhere(tmp_path: Path, below: str) -> None:
     """It is refused: a disk that is not mounted is no reason to begin an empty state on the mount point."""
     (tmp_path / "link").symlink_to(tmp_path / "unmounted" / "state")
-    with pytest.raises(UnsupportedError, match=r"link is a symbolic link that leads nowhere: mount what it leads to"):
+    with pytest.raises(UnsupportedError, match=r"link is a broken symbolic link: mount its target"):
         await manager(tmp_path / "link" / below).start()
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
