@@ -1,4 +1,4 @@
-"""Where states are kept."""
+"""Storages: where states are kept."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a storage promises to the flusher.
+"""The contract between a storage and the flusher.
 
-A storage keeps, for each name, one snapshot and the records committed after it. It
-sees bytes, never a key or a value. `lab_state.testing.StorageConformance` checks what
-is written here.
+A storage keeps one snapshot for each name, and the records committed after it. It
+sees bytes, never a key or a value. `lab_state.testing.StorageConformance` checks this
+contract.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple, Protocol
 
 SnapshotSource = Callable[[], AsyncIterator[bytes]]
-"""Takes a view of the state, at one revision, at the moment of the call; gives it in slices.
+"""A function that returns the snapshot as an async iterator of slices.
 
-The slices come one after the other, and the event loop runs between two. For a
-checkpoint the last slice comes only when everything in the view has been committed,
-so a storage that publishes what it was given publishes nothing that could be undone;
-if that commit fails, the iterator raises its `StorageError`.
+The call takes a view of the state at its present revision. The event loop runs between
+two slices. For a checkpoint, the last slice comes only after everything in the view was
+committed. So a storage that publishes all slices publishes only what is durable. If that
+commit fails, the iterator raises its `StorageError`.
 """
 
 
 class Recovery(NamedTuple):
-    """What was found when a state was opened.
+    """The content of a state when it was opened.
 
     Attributes:
         snapshot: The bytes of the snapshot; `None` when there never was one.
-        records: The records committed after it, oldest first. Records that the
-            snapshot holds already may be among them.
-        unsettled: Whether what was recovered may not be durable: the last writer did
-            not end cleanly, and what is read may be in a cache alone. The first
-            commit, which comes at once then, even without a change, makes it durable.
-        dropped_bytes: The size of a torn tail that was dropped: never acknowledged.
-        crc32: The CRC-32 of the snapshot, where the storage has it at hand: it need not
-            be computed again.
+        records: The records committed after it, oldest first. Some of them may be
+            in the snapshot already.
+        unsettled: Whether a crash may still lose what was recovered. This is so when the
+            last writer did not end cleanly: what was read may be in a cache only. The
+            first commit makes it durable. It comes at once then, even without a change.
+        dropped_bytes: The size of a torn tail that was dropped. It was never acknowledged.
+        crc32: The CRC-32 of the snapshot, if the storage knows it. Then it is not
+            computed again.
     """
 
     snapshot: bytes | None
@@ -42,23 +42,23 @@ class Recovery(NamedTuple):
     crc32: int | None = None
 
     def used(self) -> Recovery:
-        """The same without the bytes."""
+        """Return a copy without the bytes."""
         return self._replace(snapshot=None, records=())
 
 
 class Reading(NamedTuple):
-    """A state as it was read without being opened.
+    """The content of a state that was read without being opened.
 
     Attributes:
         snapshot: The bytes of the snapshot; `None` when there never was one.
-        records: The records after it, oldest first. Records that the snapshot holds
-            already may be among them.
-        durable: How many of these records, from the first, are durable for certain. The
-            snapshot is. The others may still be lost: a writer that runs may be about to
-            make the last one durable.
-        live: Whether a writer has the state open; `None` where that cannot be told.
+        records: The records after it, oldest first. Some of them may be in the
+            snapshot already.
+        durable: How many of these records, counted from the first, are certainly durable.
+            The snapshot is durable too. A crash may still lose the other records: a
+            running writer may be about to sync the last one.
+        live: Whether a writer has the state open; `None` if the storage cannot tell.
         path: Where the state is, for messages; without credentials.
-        crc32: The CRC-32 of the snapshot, where the storage has it at hand.
+        crc32: The CRC-32 of the snapshot, if the storage knows it.
     """
 
     snapshot: bytes | None
@@ -72,53 +72,53 @@ class Reading(NamedTuple):
 class StorageSession(Protocol):
     """One state, owned by this writer until `aclose`.
 
-    At most one `commit` and one `checkpoint` are under way at a time. Each method
-    raises `StorageError` or a subclass, and nothing else, `from` the cause if its text
-    can hold no credential. A caller that is cancelled leaves the outcome unknown, as
-    after an error; what is on the storage is whole either way.
+    At most one `commit` and one `checkpoint` run at a time. Each method raises
+    `StorageError` or a subclass, and nothing else. It is raised `from` its cause if the
+    text of the cause cannot hold a credential. After a cancellation the outcome is
+    unknown, as after an error. The stored state is intact in both cases.
     """
 
     @property
     def recovery(self) -> Recovery:
-        """What was found when the state was opened.
+        """Return what was found when the state was opened.
 
-        After the first checkpoint it may be without its bytes, `Recovery.used`: by then
-        they were read, and they are as large as the state.
+        After the first checkpoint it may have no bytes any longer; see `Recovery.used`.
+        By then they were read, and they take as much memory as the state.
         """
         ...
 
     @property
     def path(self) -> str:
-        """Where the state is, for messages; without credentials."""
+        """Return where the state is, for messages; without credentials."""
         ...
 
     @property
     def snapshot_bytes(self) -> int:
-        """The size of the snapshot in bytes; 0 when there is none."""
+        """Return the size of the snapshot in bytes; 0 if there is none."""
         ...
 
     @property
     def journal_bytes(self) -> int:
-        """The size in bytes of what a checkpoint would drop."""
+        """Return the number of bytes that a checkpoint would drop."""
         ...
 
     @property
     def progress(self) -> int:
-        """Return how many bytes were handed to the disk or the store since the state was opened.
+        """Return how many bytes were written to the disk or sent to the store since the state was opened.
 
-        It grows while `commit` and `checkpoint` write or send, also within a large
-        write: every few MiB are counted once they are written, and synced where the
-        storage syncs, or sent. It never goes back, and what is written or sent again
-        need not be counted again. Read on the event loop at any time, after `aclose` as well.
+        The number grows while `commit` and `checkpoint` run. It also grows within a large
+        write: every few MiB are counted as soon as they are sent, or written and, if the
+        storage syncs, synced. It never decreases. A repetition need not be counted. The
+        event loop may read it at any time, also after `aclose`.
 
-        `stop()` ends when this stands still for `Config.stop_timeout` seconds: a slow
-        storage is told from one that hangs.
+        `stop()` gives up when the number has not changed for `Config.stop_timeout` seconds.
+        So it can tell a slow storage from one that hangs.
         """
         ...
 
     @property
     def warning(self) -> str | None:
-        """Return a fault that does not fail calls, and what to do about it; `None` for none. `status()` shows it."""
+        """Return a fault that makes no call fail, and its remedy; `None` if there is none. `status()` shows it."""
         ...
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:
@@ -126,39 +126,39 @@ class StorageSession(Protocol):
 
         Args:
             record: The record.
-            snapshot: For a storage that cannot append at the moment, and must write
-                everything anew. The view holds the record's changes.
+            snapshot: The whole state, for a storage that cannot append at the moment and
+                must write everything anew. It contains the record's changes.
 
         Returns:
-            Whether a checkpoint is due. When this returns, the record survives.
+            Whether a checkpoint is due. The record is durable by then.
 
         Raises:
-            StorageError: The outcome is unknown. The changes may be committed again,
-                in this record or in another that holds them too.
-            FencedError: A newer writer owns the state; so it is for every later call.
+            StorageError: The outcome is unknown. The flusher may commit the changes again,
+                in this record or in another one.
+            FencedError: A newer writer owns the state. Every later call raises this too.
         """
         ...
 
     async def checkpoint(self, snapshot: SnapshotSource) -> None:
-        """Write a snapshot in place of everything before it.
+        """Replace the snapshot and the records before it by a new snapshot.
 
-        Runs beside commits and does not hold them up. Records committed after the
+        Commits go on meanwhile and do not wait for it. Records committed after the
         view was taken are kept.
 
         Raises:
-            StorageError: What was there before is as good as it was, or the new
-                snapshot is in its place whole.
+            StorageError: Either the old snapshot and records are unchanged, or the new
+                snapshot has completely replaced them.
         """
         ...
 
     async def aclose(self) -> None:
-        """Let go of the state. Idempotent.
+        """Release the state. A second call does nothing.
 
-        What is still under way ends first, and the state stays owned until then, so
-        that no second writer can slip in; this holds when the caller is cancelled too.
+        Calls that are still running end first. The state stays owned until then, so no
+        second writer can open it meanwhile. This also holds when the caller is cancelled.
 
         Raises:
-            StorageError: Letting go failed. The session is closed all the same.
+            StorageError: The release failed. The session is closed all the same.
         """
         ...
 
@@ -170,25 +170,26 @@ class Storage(Protocol):
         """Become the only writer of a state, and load it.
 
         Raises:
-            LockedError: Someone else is the writer.
-            CorruptionError: What is stored is damaged; it was left untouched.
-            UnavailableError: It could not be read this time.
-            UnsupportedError: It cannot be read as it is: permissions, a newer format.
+            LockedError: Another writer has the state open.
+            CorruptionError: The stored data are damaged. They were not changed.
+            UnavailableError: The state could not be read this time. Try again.
+            UnsupportedError: The state cannot be read as it is: a permission is missing, or
+                the format is newer.
         """
         ...
 
     async def read(self, name: str) -> Reading:
-        """Read a state that another writer may have open, and leave everything as it is.
+        """Read a state that another writer may have open, and change nothing.
 
-        It takes no lock, replaces no writer and writes nothing. A writer that opens, writes
-        or closes the state meanwhile notices nothing. The result is the state at one moment
-        between call and return, and holds at least everything that was durable at the call.
-        A state that was opened and never written is empty.
+        This takes no lock, replaces no writer and writes nothing. It does not disturb a
+        writer that opens, writes or closes the state meanwhile. The result is the state at
+        one moment between call and return. It holds at least everything that was durable at
+        the call. A state that was opened and never written is empty.
 
         Raises:
-            UnsupportedError: There is no state of this name; or it cannot be read as it is:
-                permissions, a newer format.
-            CorruptionError: What is stored is damaged.
-            UnavailableError: It could not be read this time.
+            UnsupportedError: There is no state of this name. Or it cannot be read as it is: a
+                permission is missing, or the format is newer.
+            CorruptionError: The stored data are damaged.
+            UnavailableError: The state could not be read this time. Try again.
         """
         ...

@@ -1,12 +1,12 @@
-"""Threads that belong to a storage object, and a short way there and back.
+"""Threads of a storage object, and a fast way to call a function in one of them.
 
-`loop.run_in_executor` takes 30 to 50 microseconds more: a future with a condition, one more
-for the event loop, and locks. That is a fifth of what an SSD takes for a sync, and a single
-writer waits for all of it.
+`loop.run_in_executor` takes 30 to 50 microseconds more: it needs a future with a condition,
+a second future for the event loop, and locks. That is a fifth of the time of a sync on an
+SSD, and a single writer waits for all of it.
 
-A worker calls one function at a time, in order. It has no thread of its own: all workers of
-a storage object share its threads, so a state that is idle costs none. A thread that is
-free takes the worker that was handed something first.
+A worker calls one function at a time, in order. It has no thread of its own. All workers of
+a storage object share its threads, so an idle state needs none. A free thread serves the
+worker that has waited longest.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ R = TypeVar("R")
 _Work = Callable[[], None]
 
 _MOST = 32
-"""Threads of one storage object. A state whose disk hangs takes two of them at most."""
+"""The largest number of threads of one storage object. A state whose disk hangs blocks at most two of them."""
 
 _IDLE_SECONDS = 10.0
-"""Seconds for which a thread waits for work. Starting a thread takes as long as a sync of a fast disk."""
+"""How long an idle thread waits for work, in seconds. Starting a thread takes as long as a sync of a fast disk."""
 
 
 class Threads:
-    """Threads that are started when there is more to do than they can take, and end when they are idle.
+    """A pool of threads that grows with the work and ends idle threads.
 
-    One stays as long as there is a worker, so that a limit of processes that is reached
-    later keeps no state from being written and closed. The interpreter does not wait for a
-    call that hangs: to what is written, that is a crash.
+    One thread stays as long as there is a worker. So every state can be written and closed
+    even if the limit of processes is reached later. At its end, the interpreter does not
+    wait for a call that hangs. For the stored data that is the same as a crash.
     """
 
     def __init__(self, name: str) -> None:
-        """Take the name of the threads. None is started before a worker is handed something."""
+        """Set the name of the threads. The first one starts with the first call of a worker."""
         self._name = name
         self._reset()
 
@@ -52,39 +52,39 @@ class Threads:
         self._lock = threading.Lock()
         self._ready: SimpleQueue[Worker | None] = SimpleQueue()
         self._count = 0
-        self._free = 0  # threads that wait, less the workers that wait for one
-        self._workers = 0  # not told to end
+        self._free = 0  # idle threads, minus the workers that wait for a thread
+        self._workers = 0  # workers that were not shut down
         self.turns: int = 0  # how many calls have ended
-        self._dropped: deque[None] = deque()  # those that were not, and are gone
+        self._dropped: deque[None] = deque()  # one item for each worker that was collected without `shutdown`
 
     def __reduce__(self) -> tuple[type[Threads], tuple[str]]:
-        """Give a copy threads of its own: other processes may be given a storage object."""
+        """Give a copy threads of its own. A storage object may be sent to another process."""
         return Threads, (self._name,)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Begin anew. Runs in a forked child. The threads and their work are the parent's."""
+        """Start again without threads. Runs in a forked child: the threads and their work belong to the parent."""
         self._reset()
 
     def enter(self) -> None:
-        """Count one worker more."""
+        """Count a new worker."""
         forks.disown_in_children(self)
         with self._lock:
             self._workers += 1
 
     def leave(self) -> None:
-        """Count one worker less; with the last one, the threads end."""
+        """Count a worker that was shut down. After the last one, the threads end."""
         with self._lock:
             self._workers -= 1
             for _ in range(0 if self._workers else self._free):
                 self._ready.put(None)
 
     def drop(self) -> None:
-        """Leave, as `leave` does, when a worker is collected. That may come at any time, with the lock held or not."""
+        """Note that a worker was collected. May be called at any time, even while this thread holds the lock."""
         self._dropped.append(None)
         self._ready.put(None)
 
     def hand(self, worker: Worker, work: _Work) -> None:
-        """Let a thread call this, behind what the worker was handed before.
+        """Queue a call for a worker; it is made after the worker's earlier calls.
 
         Raises:
             UnavailableError: There is no thread, and none could be started.
@@ -95,7 +95,7 @@ class Threads:
                 return
             if self._free <= 0 and self._count < _MOST:
                 self._start()
-            worker.todo.append(work)  # first: the thread that gets the worker looks for it at once
+            worker.todo.append(work)  # before `put`: the thread that gets the worker looks here at once
             worker.is_queued = True
             self._free -= 1
             if self._free < 0:
@@ -107,7 +107,7 @@ class Threads:
         try:
             thread.start()
         except RuntimeError as error:
-            if self._count:  # those that there are come to it later
+            if self._count:  # a running thread will make the call later
                 return
             raise UnavailableError(
                 f"no thread could be started for {self._name}: raise the limit of processes (`ulimit -u`, or the pids "
@@ -117,7 +117,7 @@ class Threads:
         self._free += 1
 
     def next(self) -> Worker | None:
-        """Wait for a worker that has something to do; `None` if the thread that asks is to end."""
+        """Wait for a worker that has work; return `None` if the calling thread has to end."""
         while True:
             try:
                 worker = self._ready.get(timeout=_IDLE_SECONDS)
@@ -129,14 +129,14 @@ class Threads:
                 while self._dropped:
                     self._dropped.pop()
                     self._workers -= 1
-                # Without a thread that is free, there is a worker for this one already.
+                # If no thread is free, a worker already waits for this one.
                 if self._free > 0 and (self._count > 1 or not self._workers):
                     self._free -= 1
                     self._count -= 1
                     return None
 
     def done(self, worker: Worker) -> None:
-        """Let the worker wait again, behind the others, or until it is handed something."""
+        """Queue a worker again after a call, if it has more work; else note that it is idle."""
         with self._lock:
             self.turns += 1
             if worker.todo:
@@ -155,17 +155,17 @@ def _serve(threads: Threads) -> None:
         worker.has_thread()
         worker.todo.popleft()()
         threads.done(worker)
-        del worker  # or it would be kept until the next one comes
+        del worker  # else this variable would keep it alive until the next call
 
 
 class Worker(Executor):
     """Calls one function at a time, in order, in threads of a storage object.
 
     Attributes:
-        todo: What it was handed and has not begun.
+        todo: The calls that have not started.
         is_queued: Whether it waits for a thread, or has one.
-        waits_since: The turns of the threads when it began to wait for one that is free; `None` if it
-            does not.
+        waits_since: `Threads.turns` when it started to wait for a free thread; `None` if it
+            does not wait.
     """
 
     __slots__ = ("_is_told_to_end", "_threads", "_waited", "is_queued", "todo", "waits_since")
@@ -176,7 +176,7 @@ class Worker(Executor):
         self.waits_since: int | None = None
         self._waited = 0
         self._threads = threads
-        self._is_told_to_end = True  # until it is counted
+        self._is_told_to_end = True  # until `enter` has counted it
         threads.enter()
         self._is_told_to_end = False
 
@@ -185,21 +185,22 @@ class Worker(Executor):
             self._threads.drop()
 
     def has_thread(self) -> None:
-        """Note that the wait for a thread is over; in the thread."""
-        since, self.waits_since = self.waits_since, None  # first: `waited` must not count these turns twice
+        """Note that the worker has got a thread. Runs in that thread."""
+        since, self.waits_since = self.waits_since, None  # cleared first: `waited` must not count these turns twice
         if since is not None:
             self._waited += self._threads.turns - since
 
     @property
     def waited(self) -> int:
-        """Return how many calls of others have ended while this one waited for a thread. May be read from any thread."""
+        """Return how many calls of other workers ended while this one waited for a thread. Any thread may read it."""
         since = self.waits_since
         return self._waited if since is None else self._waited + self._threads.turns - since
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
-        """Call a function in a thread; its result is for the running event loop.
+        """Call a function in a thread; return a future of the running event loop.
 
-        Cancelled before its turn, it is not called; later, it goes on, and nobody is told.
+        If the future is cancelled before the function starts, the function is not called. If
+        it is cancelled later, the function goes on, and its result is dropped.
 
         Raises:
             UnavailableError: There is no thread, and none could be started.
@@ -210,14 +211,16 @@ class Worker(Executor):
         def work() -> None:
             if not future.cancelled():
                 outcome = _outcome(function, *args, **kwargs)
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+                with contextlib.suppress(RuntimeError):  # the loop is closed, so no task waits for the result
                     loop.call_soon_threadsafe(_settle, future, *outcome)
 
         self._put(work)
         return future
 
     def submit(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Call a function in a thread; its result is for any thread. Cancelled before its turn, it is not called.
+        """Call a function in a thread; return a future for any thread.
+
+        If the future is cancelled before the function starts, the function is not called.
 
         Raises:
             UnavailableError: There is no thread, and none could be started.
@@ -242,14 +245,14 @@ class Worker(Executor):
 
     def _put(self, work: _Work) -> None:
         if self._is_told_to_end:
-            raise RuntimeError("this worker was told to end")
+            raise RuntimeError("this worker was shut down")
         self._threads.hand(self, work)
 
 
 def _outcome(function: Callable[..., R], *args: Any, **kwargs: Any) -> tuple[Any, BaseException | None]:
     try:
         return function(*args, **kwargs), None
-    except BaseException as error:  # noqa: BLE001 -- whoever waits gets it
+    except BaseException as error:  # noqa: BLE001 -- the future raises it in the task or thread that waits
         return None, error
 
 

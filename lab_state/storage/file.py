@@ -2,20 +2,20 @@
 
 The rules, each with its reason, are in `docs/design/disk.md`. In short:
 
-* `<name>.json` is the snapshot, `<name>.journal` the records after it, `<name>.lock`
-  the lock.
-* A commit appends one frame and syncs. One frame is in flight at a time.
-* A checkpoint writes the snapshot under a temporary name beside the commits, then, in
-  one step that no commit interrupts: a frame that names the new snapshot, the rename,
-  a new journal.
-* After a failed sync the journal is never written again: the next commit writes a new
-  one that begins with the whole state. So does a start after an unclean end, since the
-  frames that it inherits may be in the page cache alone.
+* `<name>.json` is the snapshot. `<name>.journal` holds the records after it. `<name>.lock`
+  is the lock.
+* A commit appends one frame and syncs. Only one frame is in flight at a time.
+* A checkpoint writes the snapshot under a temporary name while commits go on. Then it
+  makes three changes in one step that no commit interrupts: it appends a frame that names
+  the new snapshot, renames the snapshot, and puts a new journal in place.
+* After a failed sync the journal is never written again. The next commit writes a new
+  journal that starts with the whole state. A start after an unclean end does the same,
+  because the frames that it finds may be in the page cache only.
 
-All that touches the journal is called by one worker, one function at a time, and keeps
-its own state there. So a caller that is cancelled tears nothing. A second worker writes
-the snapshot. Their threads belong to the storage object: what other code does in the
-event loop's own threads cannot hold up a write.
+One worker makes all calls that touch the journal, one at a time. Their state is kept in
+`Writer`, not in the caller. So a cancelled caller leaves nothing half done. A second
+worker writes the snapshot. The threads belong to the storage object: other code that
+fills the default executor of the event loop cannot delay a write.
 """
 
 from __future__ import annotations
@@ -45,35 +45,36 @@ from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
 from lab_state.storage._worker import Threads, Worker
 
 _MOST_OPEN = 64
-"""Journals of one storage object that stay open. Opening one again costs a tenth of a sync."""
+"""How many journals of one storage object stay open. Opening one again costs a tenth of a sync."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class FileStorage:
-    """States in a directory of this machine's, one snapshot and one journal each.
+    """States in a directory of this machine, each with one snapshot and one journal.
 
-    Durable means: survives SIGKILL, a crash of the machine and a power cut, as far as
-    the file system and the disk keep what they promise for `fsync`.
+    Durable means: survives SIGKILL, a crash of the machine and a power cut. This requires
+    that the file system and the disk keep their promises for `fsync`.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, create: bool = True) -> None:
-        """Take the settings. No file is touched before a manager starts.
+        """Check and keep the settings. No file is touched before a manager starts.
 
         Args:
-            directory: Where the files are. It is made when it is missing, with those
-                above it, for this user alone (mode 0700, files 0600). A relative path
-                begins where the process is at the start. Links are resolved then: one
-                that is changed later changes nothing.
-            create: Whether a state that is missing is begun, empty. With `False`, `start()`
-                raises `UnsupportedError` where there is no snapshot and no journal, and makes
-                nothing. It is for a volume that may not be mounted.
+            directory: Where the files are. If it is missing, `start()` creates it and the
+                directories above it, for this user only (mode 0700, files 0600). A relative
+                path is resolved at `start()`, from the current directory of the process.
+                Symbolic links are resolved then too. A link that is changed later has no
+                effect on a running manager.
+            create: Whether `start()` creates a missing state. With `False`, it raises
+                `UnsupportedError` if there is neither a snapshot nor a journal, and creates
+                nothing. Use this for a volume that may not be mounted.
 
         Raises:
-            TypeError: It is no path.
-            ValueError: It is empty, begins with `~`, has a NUL character, or characters
-                that this system's encoding of file names does not have.
+            TypeError: `directory` is not a path.
+            ValueError: `directory` is empty, starts with `~`, or contains a NUL character or
+                a character that the encoding of file names here does not have.
         """
         path = os.fspath(directory)
         if not isinstance(path, str):
@@ -98,7 +99,7 @@ class FileStorage:
         self._threads = Threads("lab_state files")
 
     def __repr__(self) -> str:
-        """The directory; there is nothing secret in it."""
+        """Return the directory. It holds nothing secret."""
         return f"FileStorage({self._directory!r})"
 
     async def open(self, name: str) -> FileSession:
@@ -109,7 +110,7 @@ class FileStorage:
             writer, recovery = await asyncio.shield(asyncio.wrap_future(opening))
             return FileSession(writer, recovery, commits, checkpoints, self._journals)
         except BaseException:
-            # Cancelled, the lock may be taken all the same: give it back before anyone is told.
+            # After a cancellation the lock may be taken all the same: release it before the caller goes on.
             giving_up = commits.submit(_give_up, opening)
             commits.shutdown()
             checkpoints.shutdown()
@@ -117,18 +118,18 @@ class FileStorage:
             raise
 
     async def read(self, name: str) -> Reading:
-        """Read the files beside the writer that may have them open; see `Storage.read`.
+        """Read the files while a writer may have them open; see `Storage.read`.
 
-        Needs the permission to read alone, and works on a file system that is mounted
-        read-only. A relative directory begins where the process is at the call. A caller
-        that is cancelled leaves nothing open.
+        This needs only the permission to read, and works on a file system that is mounted
+        read-only. A relative path is resolved at the call, from the current directory of the
+        process. A cancelled call leaves nothing open.
 
         Raises:
-            UnsupportedError: There is no state of this name in the directory; or a
+            UnsupportedError: There is no state of this name in the directory. Or a
                 permission is missing, or the format is newer.
-            CorruptionError: What is stored is damaged.
-            UnavailableError: It could not be read this time, or was replaced faster than it
-                could be read, for 5 s.
+            CorruptionError: The stored data are damaged.
+            UnavailableError: The files could not be read this time. Or they were replaced
+                faster than they could be read, for 5 s. Try again.
         """
         thread = Worker(self._threads)
         given_up = threading.Event()
@@ -145,10 +146,10 @@ def _give_up(opening: Future[tuple[Writer, Recovery]]) -> None:
 
 
 class Journals:
-    """The sessions of a storage object whose journals may be open: those that committed last.
+    """The sessions of a storage object whose journals may be open: those that committed most recently.
 
     Attributes:
-        last: The one that committed last.
+        last: The session that committed last.
     """
 
     def __init__(self) -> None:
@@ -161,13 +162,16 @@ class Journals:
         return Journals, ()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Begin anew. Runs in a forked child. The sessions are the parent's, and so is a thread that held the lock."""
+        """Start again without sessions. Runs in a forked child.
+
+        The sessions belong to the parent, and so does a thread that may have held the lock.
+        """
         self.last = None
         self._lock = threading.Lock()
         self._open = OrderedDict()
 
     def used(self, one: weakref.ref[FileSession]) -> None:
-        """Note that a session has committed; let the journal of another one rest, if there are too many open."""
+        """Note that a session has committed. If too many journals are open, close the one used least recently."""
         forks.disown_in_children(self)
         with self._lock:
             self.last = one
@@ -203,24 +207,25 @@ class FileSession:
 
     @property
     def path(self) -> str:
-        """The snapshot's path."""
+        """Return the path of the snapshot."""
         return self._writer.paths.snapshot
 
     @property
     def snapshot_bytes(self) -> int:
-        """The size of the snapshot."""
+        """Return the size of the snapshot."""
         return self._writer.snapshot_bytes
 
     @property
     def journal_bytes(self) -> int:
-        """The size of the journal."""
+        """Return the size of the journal."""
         return self._writer.end
 
     @property
     def progress(self) -> int:
-        """Return how many bytes commits and checkpoints have handed to the disk so far.
+        """Return a number that grows while commits and checkpoints make progress.
 
-        Until they get a thread, what other states have done is added: to wait for one's turn is not to hang.
+        It counts the bytes written to the disk. While a call waits for a thread, it also
+        counts the calls of other states: a call that waits for its turn does not hang.
         """
         return self._writer.progress.count + self._commits.waited + self._checkpoints.waited
 
@@ -239,24 +244,24 @@ class FileSession:
         return self._writer.checkpoint_due
 
     async def _commit_full(self, record: bytes, snapshot: SnapshotSource) -> None:
-        """Commit with the whole state; in a frame of its own, since the error's traceback keeps that of its caller."""
+        """Commit the whole state. In a function of its own, because an error's traceback keeps the locals of its caller."""
         full = await collect(snapshot())
         self._check_open()
         await self._commits.run(self._writer.commit, record, full)
 
     def rest(self) -> None:
-        """Close the journal until the next commit; from any thread."""
-        with contextlib.suppress(RuntimeError):  # it is being closed
+        """Close the journal until the next commit. Any thread may call this."""
+        with contextlib.suppress(RuntimeError):  # the session is being closed
             self._commits.submit(self._writer.rest)
 
     async def checkpoint(self, snapshot: SnapshotSource) -> None:
-        """Write the snapshot beside the commits, then publish it; see `StorageSession.checkpoint`."""
+        """Write the snapshot while commits go on, then publish it; see `StorageSession.checkpoint`."""
         try:
             await self._checkpoint(snapshot)
         except AbandonedError:
             if self._writer.need is not Need.FULL:
                 raise
-            # Where somebody has deleted the journal, what it held is in memory alone: not to be left at that.
+            # If the journal was deleted, its content is in memory only: write another snapshot now.
             await self._checkpoint(snapshot)
 
     async def _checkpoint(self, snapshot: SnapshotSource) -> None:
@@ -286,21 +291,21 @@ class FileSession:
             self.recovery = self.recovery.used()
         finally:
             writer.since = None
-            if self._closing is None:  # else it does that too
+            if self._closing is None:  # else `_close` does it
                 thread.submit(self._tidy, new, upcoming)
 
     def _tidy(self, new: fs.NewFile, upcoming: NewJournal) -> None:
-        """Let go of what a checkpoint has left; in its worker. What is in place stays."""
+        """Close and delete what a checkpoint left, except files already in place. Runs in its worker."""
         new.discard()
         self._writer.lock.forget(new.path)
-        self._commits.submit(self._writer.end_checkpoint, upcoming)  # behind whatever is there to put it in place
+        self._commits.submit(self._writer.end_checkpoint, upcoming)  # queued after the call that may put it in place
         self._writer.close_replaced()
 
     async def aclose(self) -> None:
-        """Wait for both workers, then let go of the lock; see `StorageSession.aclose`."""
-        self._writer.lock.check_process()  # the threads that would close it are the parent's
+        """Wait for both workers, then release the lock; see `StorageSession.aclose`."""
+        self._writer.lock.check_process()  # in a forked child there are no threads to close it
         if self._closing is None:
-            # Behind whatever is queued in either worker, and whether anyone waits or not.
+            # Queued after all calls of both workers. It runs even if this caller is cancelled.
             self._closing = Future()
             self._closing.set_running_or_notify_cancel()
             self._checkpoints.submit(self._close, self._closing)
@@ -311,15 +316,15 @@ class FileSession:
             if self._new is not None:
                 self._tidy(*self._new)
         finally:
-            # Not awaited here: with all threads in such waits, there would be none for the commits.
+            # Do not wait here: if all threads waited like this, no thread would be left for the commits.
             self._commits.submit(self._let_go, closing)
 
     def _let_go(self, closing: Future[None]) -> None:
-        """Let go of the files; behind the last commit."""
+        """Close the files and release the lock, after the last commit."""
         self._journals.left(self._own)
         try:
             self._writer.close()
-        except BaseException as error:  # noqa: BLE001 -- whoever closes the session gets it
+        except BaseException as error:  # noqa: BLE001 -- `aclose` raises it
             closing.set_exception(error)
         else:
             closing.set_result(None)
@@ -339,7 +344,7 @@ class FileSession:
 
 
 class _Counted:
-    """Slices on their way, with the size and CRC-32 of what went through."""
+    """An iterator of slices that counts their size and their CRC-32."""
 
     def __init__(self, slices: AsyncIterator[bytes]) -> None:
         self._slices = slices

@@ -1,4 +1,4 @@
-"""`MemoryStorage`: the same promise within one process, for tests and for state that may go."""
+"""`MemoryStorage`: states in memory, for tests and for states that need not outlive the process."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class MemoryStorage:
     """States in the memory of this process.
 
     Durable means: survives the manager. Another manager on the same object finds what
-    the one before left; when the object goes, so do the states.
+    the previous one left. The states are lost with the object.
     """
 
     def __init__(self) -> None:
-        """An object with no states."""
+        """Create a storage without states."""
         self.places: dict[str, StoredState] = {}
 
     def __repr__(self) -> str:
-        """The names of the states."""
+        """Return the names of the states."""
         return f"<MemoryStorage {sorted(self.places)}>"
 
     async def open(self, name: str) -> MemorySession:
@@ -73,32 +73,32 @@ class MemorySession:
         scan = None if stored.journal is None else journal.scan(data, name, self.path)
         accepted = journal.accept(scan, len(data), base, self.path)
         torn = len(data) - scan.end if scan is not None else 0
-        # Memory does not tear: this journal was damaged by hand. Drop the tail as a disk would.
+        # Memory has no torn writes: this journal was damaged on purpose. Drop the tail, as `FileStorage` does.
         self._salt = scan.header.salt if scan is not None else journal.new_salt()
         if stored.journal is None:
             stored.journal = bytearray(journal.header(name, self._salt, base))
         elif torn:
             del stored.journal[-torn:]
         self._journal = stored.journal
-        self._end = len(self._journal)  # behind it is the frame that is being appended
-        self._crc = 0  # of the snapshot that is being made
+        self._end = len(self._journal)  # a frame that is being appended comes after it
+        self._crc = 0  # of the snapshot that is being written
         self.recovery: Recovery = Recovery(stored.snapshot, accepted.records, unsettled=False, dropped_bytes=torn)
         stored.session = self
         forks.disown_in_children(self)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Let go. Runs in a forked child, whose managers may use the copy that is there."""
+        """Close the session. Runs in a forked child, whose managers may use its copy of the state."""
         if self._stored.session is self:
             self._stored.session = None
 
     @property
     def snapshot_bytes(self) -> int:
-        """The size of the snapshot."""
+        """Return the size of the snapshot."""
         return len(self._stored.snapshot or b"")
 
     @property
     def journal_bytes(self) -> int:
-        """The size of the journal."""
+        """Return the size of the journal."""
         return self._end
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- memory can always append
@@ -120,7 +120,7 @@ class MemorySession:
         data = await collect(self._counted(slices))
         self._check_open()
         header = journal.header(self._name, self._salt, journal.base_of(len(data), self._crc))
-        # What is behind the view stays, with a frame that is being appended.
+        # Records after the view are kept, and so is a frame that is being appended.
         self._journal[:before] = header
         self._end += len(header) - before
         self._stored.snapshot = data
@@ -139,12 +139,12 @@ class MemorySession:
                 await asyncio.sleep(0)
                 self._check_open()
         except BaseException:
-            if self._stored.session is self:  # else the next session has dropped it, as a torn tail
+            if self._stored.session is self:  # else the next session has dropped it as a torn tail
                 del self._journal[self._end :]
             raise
 
     async def aclose(self) -> None:
-        """Let go; see `StorageSession.aclose`."""
+        """Close the session; see `StorageSession.aclose`."""
         if self._stored.session is self:
             self._stored.session = None
 
