@@ -1,7 +1,7 @@
-"""The files of one state, read beside the writer that has it open. Blocking.
+"""Reading the files of a state while a writer may have it open. Blocking.
 
 The steps, each with its reason, are in `docs/design/disk.md`, "Reading without the lock".
-Nothing is made, changed or locked, not even for a moment: a `start()` would be refused then.
+No file is created, changed or locked. Even a short lock could make a `start()` fail.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ def read_files(
     Args:
         directory: Where the files are.
         name: The name of the state.
-        given_up: Set when no caller waits for the answer. Then this ends soon.
-        monotonic: The clock for the 5 s after which this gives up.
+        given_up: Set when the caller no longer waits for the answer. Then this ends soon.
+        monotonic: The clock that measures the 5 s after which this gives up.
+
+    Raises:
+        StorageError: See `Storage.read`.
     """
     paths = Paths.of(folder.absolute(directory), name)
     end = monotonic() + _LONGEST
@@ -50,7 +53,7 @@ def read_files(
                 if is_answer(before.seen if before else None, look.seen):
                     return look.reading()
             finally:
-                # Not before the comparison: as long as a file is open, no other one can get its inode number.
+                # Close the older files only after the comparison: an open file keeps its inode number.
                 before, older = look, before
                 if older is not None:
                     older.close()
@@ -68,7 +71,7 @@ def read_files(
 
 
 class _Look:
-    """One reading; the files stay open until `close`."""
+    """One reading of the files. They stay open until `close`."""
 
     def __init__(self, paths: Paths, name: str) -> None:
         self._paths = paths
@@ -94,7 +97,7 @@ class _Look:
                 self.snapshot_bytes = self._snapshot.read()
                 self._crc = zlib.crc32(self.snapshot_bytes)
                 base = journal.base_of(len(self.snapshot_bytes), self._crc)
-        # Only now: a reader that sees a new snapshot then sees the frame that names it, too.
+        # After the snapshot: a reader that saw a new snapshot then also sees the frame that names it.
         data = None if self._journal is None else self._journal.read()
         return Seen(
             None if self._journal is None else self._journal.identity,
@@ -104,7 +107,7 @@ class _Look:
         )
 
     def has_moved(self) -> bool:
-        """Return whether another file has a name now, or the snapshot was changed. Then waiting is useless."""
+        """Return whether a file was replaced, or the snapshot was changed. Then the next reading need not wait."""
         if has_moved(self._paths.journal, self._journal, grows=True):
             return True
         return self._read_snapshot and has_moved(self._paths.snapshot, self._snapshot)
@@ -114,7 +117,7 @@ class _Look:
 
         Raises:
             CorruptionError: The files are damaged, or do not belong together.
-            UnsupportedError: There are none, or a newer version wrote them.
+            UnsupportedError: There are no files, or a newer version wrote them.
         """
         accepted, error, durable, _ = self.seen.verdict
         if accepted is None:
@@ -128,14 +131,14 @@ class _Look:
         return Reading(snapshot, accepted.records, durable, is_held(self._paths.lock), self._paths.snapshot, crc)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for file in (self._journal, self._snapshot):
             if file is not None:
                 file.close()
 
 
 def is_held(path: str) -> bool | None:
-    """Return whether a process holds the lock; `None` where that cannot be told without trying to take it."""
+    """Return whether a process holds the lock; `None` if only an attempt to take it could tell."""
     try:
         lock = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""The start of a session on disk: lock, read, decide, and tidy up. Blocking.
+"""The start of a session on disk: take the lock, read the files, decide, and tidy up. Blocking.
 
 The rules, each with its reason, are in `docs/design/disk.md`.
 """
@@ -31,18 +31,21 @@ _COPIED_AT_ONCE = 1024 * 1024
 def open_writer(
     directory: str, name: str, tried: set[lookup.Identity], leftovers: Leftovers, *, create: bool = True
 ) -> tuple[Writer, Recovery]:
-    """Lock the state, read it, and decide what it holds.
+    """Lock the state, read its files, and decide what it holds.
 
     Args:
         directory: Where the files are.
         name: The name of the state.
         tried: The directories that were tried out; see `_directory.try_out`.
-        leftovers: What earlier sessions have left in them.
-        create: Whether a directory and a state that are missing are made.
+        leftovers: The files that earlier sessions left in them.
+        create: Whether a missing directory and a missing state are created.
+
+    Raises:
+        StorageError: See `Storage.open`.
     """
     paths = Paths.of(folder.opened(directory, create=create), name)
     if not create:
-        _check_there(paths)  # before there is a lock file
+        _check_there(paths)  # before the lock file is created
     lock = Lock(paths.lock)
     try:
         loaded = _load(paths, name, lock, leftovers)
@@ -59,7 +62,7 @@ def open_writer(
 
 
 def _discard_temporaries(paths: Paths, lock: Lock, leftovers: Leftovers, *, is_new: bool) -> None:
-    """Delete what earlier sessions were making when they ended. A new state has none; see `Lock.left`."""
+    """Delete the temporary files that earlier sessions left. A new state has none; see `Lock.left`."""
     left = () if lock.is_new and is_new else lock.left
     if left is None:
         try:
@@ -79,13 +82,13 @@ def _check_there(paths: Paths) -> None:
 
 def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
     fingerprint, data = lookup.fingerprint(paths.snapshot), fs.read(paths.journal)
-    # Beside a journal that has the whole state, it is looked at like any other, but not read: both would be in memory.
+    # If the journal holds the whole state, the snapshot is opened but not read: memory would hold both.
     is_needed = data is None or needs_snapshot(data, name, paths.journal)
     snapshot = fs.read(paths.snapshot, -1 if is_needed else 0)
     for path in (paths.snapshot, paths.journal):
         folder.check_replaceable(path, paths.directory)
     if snapshot is None and data is None:
-        _logger.info("no state at %s: beginning an empty one", paths.snapshot)
+        _logger.info("no state at %s: starting with an empty one", paths.snapshot)
     crc = None if snapshot is None else zlib.crc32(snapshot)
     base = NO_BASE if snapshot is None or crc is None else journal.base_of(len(snapshot), crc)
     scan = None if data is None else journal.scan(data, name, paths.journal)
@@ -105,15 +108,15 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
 
 
 def _keep_torn(path: str, data: bytes, start: int, leftovers: Leftovers) -> None:
-    """Put a torn tail aside for inspection, and keep the newest few."""
+    """Save a torn tail to a file of its own for inspection, and keep only the newest few."""
     try:
         older = leftovers.torn(path)
         while len(older) >= _TORN_KEPT:
             fs.discard(older.pop(0))
-        # In pieces: one copy of all of it would hold up every other thread.
+        # In pieces: copying it at once would block every other thread.
         tail = [data[at : at + _COPIED_AT_ONCE] for at in range(start, len(data), _COPIED_AT_ONCE)]
         kept = f"{path}.torn-{time.time_ns() // 1_000_000}"
         fs.close(fs.create(kept, tail, fs.Progress()))
         leftovers.add(path, kept)
     except StorageError as error:
-        _logger.warning("the torn tail of %s could not be put aside: %s", path, error)
+        _logger.warning("the torn tail of %s could not be saved: %s", path, error)

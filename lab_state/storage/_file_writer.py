@@ -1,8 +1,9 @@
-"""The journal of one state on disk: appending, replacing it behind a checkpoint. Blocking.
+"""The journal of one state on disk: append to it, and replace it after a checkpoint. Blocking.
 
-The rules, each with its reason, are in `docs/design/disk.md`. `Writer` is used from one
-thread, one function at a time, and keeps its own state there; so a caller that is
-cancelled tears nothing. What else the checkpoint's thread may do is said where it does it.
+The rules, each with its reason, are in `docs/design/disk.md`. `Writer` keeps its own state,
+and the worker for commits calls its methods one at a time. So a cancelled caller leaves
+nothing half done. The docstrings name the few methods that the worker for checkpoints
+calls.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _logger = Log(logging.getLogger("lab_state"))
 _MIN_CHECKPOINT_BYTES = 4 * 1024 * 1024
 _LEFT_TO_PUBLISH = 256 * 1024
 _LARGEST_READ_AGAIN = 16 * 1024 * 1024
-"""Of a journal: up to so many bytes, reading it costs less than writing the state anew."""
+"""A journal of up to so many bytes is read again: that costs less than writing the whole state."""
 _MOST_ROUNDS = 8
 
 
@@ -43,7 +44,7 @@ class Paths(NamedTuple):
 
     @classmethod
     def of(cls, directory: str, name: str) -> Paths:
-        """Those of the state of this name."""
+        """Return the paths for the state of this name."""
         path = os.path.join(directory, name)
         return cls(directory, f"{path}.json", f"{path}.journal", f"{path}.lock")
 
@@ -67,23 +68,24 @@ class FullNeededError(Exception):
 
 
 class AbandonedError(UnavailableError):
-    """The journal that a checkpoint began beside is not in use any more."""
+    """The journal that was in use when the checkpoint started has been replaced."""
 
 
 class NewJournal:
-    """A journal under a temporary name: nothing relies on it before `Writer` puts it in place.
+    """A new journal under a temporary name. Nothing relies on it until `Writer` puts it in place.
 
     Attributes:
         path: The temporary name.
         base: The snapshot that it follows.
-        salt: Of its frames.
-        fd: The file; -1 before `create`, and when it is in place or gone.
-        end: How many bytes there are, all of them synced.
+        salt: The salt of its frames.
+        fd: The descriptor of the file; -1 before `create`, and after the file was put in
+            place or closed.
+        end: The size of the file. All of it is synced.
         records: How many records were added.
     """
 
     def __init__(self, paths: Paths, name: str, progress: fs.Progress) -> None:
-        """Prepare a journal for the state of this name. No file is touched."""
+        """Prepare a journal for the state of this name. No file is created yet."""
         self.path: str = fs.temporary(paths.journal)
         self.base: str = NO_BASE
         self.salt: str = journal.new_salt()
@@ -96,14 +98,14 @@ class NewJournal:
         forks.disown_in_children(self)
 
     def create(self, base: str, *frames: tuple[FrameKind, bytes]) -> None:
-        """Make the file, with a header and these frames, and sync."""
+        """Create the file with a header and these frames, and sync it."""
         self.base = base
         parts = [journal.header(self._name, self.salt, base), *self._framed(frames)]
         self.fd = fs.create(self.path, parts, self._progress, *self._replaced)
         self.end = sum(map(len, parts))
 
     def add(self, records: list[bytes]) -> None:
-        """Write them behind what is there, and sync."""
+        """Append records, and sync."""
         if not records:
             return
         parts = self._framed((FrameKind.RECORD, record) for record in records)
@@ -115,14 +117,14 @@ class NewJournal:
         self.records += len(records)
 
     def check(self) -> lookup.Fingerprint:
-        """Return the fingerprint of the file, which must be what was written here.
+        """Return the fingerprint of the file, after a check that it is as it was written.
 
         Raises:
             UnavailableError: Other code closed the descriptor, or changed the file.
         """
         opened, named = lookup.fingerprint_of(self.fd, self.path), lookup.fingerprint(self.path)
         if not opened.is_same_file(named):
-            self.fd = -1  # the number is that of another file by now, which is not ours to close
+            self.fd = -1  # the number belongs to another file now; closing it would close that file
         if not opened.is_same_size(named) or opened.size != self.end:
             raise _spoiled(self.path)
         return opened
@@ -131,37 +133,39 @@ class NewJournal:
         return [part for frame in frames for part in journal.frame_parts(self.salt, *frame)]
 
     def discard(self) -> None:
-        """Close and delete it, unless it is in place."""
+        """Close and delete the file, unless it was put in place."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             fs.close(fd)
             fs.discard(self.path)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Close the file, which is the parent's. Runs in a forked child."""
+        """Close the file. Runs in a forked child: the file belongs to the parent."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             fs.close(fd)
 
 
 class Writer:
-    """The journal of one state; used from one thread, but for reading its numbers.
+    """The journal of one state. One thread at a time may call it; any thread may read its numbers.
 
     Attributes:
         name: The name of the state.
         paths: Where the files are.
         lock: The lock.
-        base: The snapshot that a new journal follows.
-        snapshot: The file that this names.
+        base: The snapshot that a new journal follows, by size and CRC-32.
+        snapshot_fingerprint: The file of that snapshot; `None` if there is none.
         need: What the next commit has to do.
-        unsynced: Whether what was found at the start may be in the page cache alone.
-        snapshot_bytes: Its size.
+        unsynced: Whether the files found at the start may be in the page cache only.
+        snapshot_bytes: The size of the snapshot.
         end: The size of the journal.
-        starts_full: Whether the journal begins with the whole state.
-        generation: Counts the journals given up because of an error.
-        since: The records committed since the view of a checkpoint, while there is one.
-        replaced: Files that have no name any more, for the checkpoint's thread to close.
-        progress: Counts the bytes that commits and checkpoints hand to the disk.
+        starts_full: Whether the journal starts with the whole state.
+        generation: Counts the journals that were given up, and those that start with the
+            whole state.
+        since: The records committed since a checkpoint took its view; `None` without a
+            checkpoint.
+        replaced: Descriptors of replaced files, which the worker for checkpoints closes.
+        progress: Counts the bytes that commits and checkpoints write to the disk.
     """
 
     def __init__(self, name: str, paths: Paths, lock: Lock) -> None:
@@ -188,7 +192,7 @@ class Writer:
     # Commits
 
     def commit(self, record: bytes, full: bytes | None) -> None:
-        """Make a record durable, alone or in the whole state."""
+        """Make a record durable: append it, or write the whole state `full` that contains it."""
         self._check()
         self._check_snapshot()
         if self.need is Need.FULL:
@@ -199,7 +203,7 @@ class Writer:
             self._create(self.base, (FrameKind.RECORD, record))
         else:
             self._append(FrameKind.RECORD, record)
-        if (since := self.since) is not None:  # the event loop may take it away meanwhile
+        if (since := self.since) is not None:  # read once: the event loop may set it to `None` meanwhile
             since.append(record)
 
     def _append(self, kind: FrameKind, payload: bytes) -> None:
@@ -216,23 +220,30 @@ class Writer:
         self._note()
 
     def _note(self) -> None:
-        """Note what our own write left. If that cannot be found out, the next commit reads the journal."""
+        """Note the fingerprint after our own write. If the lookup fails, the next commit reads the journal."""
         self._left = self._opened() or self._left._replace(size=self.end, modified=-1)
 
     # Checkpoints
 
     def note_checkpoint(self, *paths: str) -> None:
-        """Note the temporary files of a checkpoint before they are made. `end_checkpoint` follows in any case."""
+        """Note the temporary files of a checkpoint before they are created. `end_checkpoint` follows in any case.
+
+        The worker for checkpoints calls this.
+        """
         self.lock.check()
         self.lock.note(*paths)
 
     def end_checkpoint(self, upcoming: NewJournal) -> None:
-        """Let go of the upcoming journal, unless it is in place."""
+        """Discard the upcoming journal, unless it was put in place."""
         upcoming.discard()
         self.lock.forget(upcoming.path)
 
     def repair(self, full: bytes, generation: int) -> None:
-        """A new journal that begins with the whole state, unless a commit made one since the view was taken."""
+        """Create a journal that starts with the whole state.
+
+        Raises:
+            AbandonedError: A commit has created one since the view was taken.
+        """
         self._check()
         if self.need is not Need.FULL or generation != self.generation:
             raise self._abandoned()
@@ -241,7 +252,8 @@ class Writer:
     def prepare(self, upcoming: NewJournal, base: str, since: list[bytes]) -> None:
         """Write most of the journal that will follow a new snapshot, while commits go on and add to `since`.
 
-        In the checkpoint's thread; so `publish`, which commits wait for, has little left to do.
+        The worker for checkpoints calls this. So `publish`, which commits wait for, has little
+        left to do.
         """
         upcoming.create(base)
         for _ in range(_MOST_ROUNDS):
@@ -252,7 +264,11 @@ class Writer:
         self.replaced.append(fs.hold(self.paths.snapshot))
 
     def publish(self, new: str, upcoming: NewJournal, size: int, since: list[bytes], generation: int) -> None:
-        """Put a new snapshot in place of the old one, and the upcoming journal in place of the one so far."""
+        """Replace the old snapshot by a new one, and the current journal by the upcoming one.
+
+        Raises:
+            AbandonedError: The journal was given up since the view was taken.
+        """
         self._check()
         if self.need is Need.FULL or generation != self.generation:
             raise self._abandoned()
@@ -274,41 +290,44 @@ class Writer:
 
     def _abandoned(self) -> AbandonedError:
         return AbandonedError(
-            f"{self.paths.journal} was replaced meanwhile, so this checkpoint was abandoned; another is due"
+            f"{self.paths.journal} was replaced meanwhile, so this checkpoint was abandoned; another one follows"
         )
 
     def close_replaced(self) -> None:
-        """Close what has no name any more; in the checkpoint's thread, since the file system takes its time to free it."""
+        """Close the replaced files. The worker for checkpoints calls this, because freeing a file can take long."""
         while self.replaced:
             fs.close(self.replaced.pop())
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether the journal has grown so much that a byte changed costs about three written."""
+        """Return whether the journal is so large that a checkpoint pays: then each changed byte costs about three written."""
         return self.starts_full or self.end > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
 
     def close(self) -> None:
-        """Let go of the journal, then of the lock."""
+        """Close the journal, then release the lock."""
         self._use(-1)
         self.lock.release()
 
     def rest(self) -> None:
-        """Close the journal until the next commit, so that an idle state has one descriptor. All of it is synced."""
+        """Close the journal until the next commit, so that an idle state has one descriptor. The journal is synced."""
         if self.need is Need.NOTHING and self.since is None and lookup.is_open(self._fd, self._left.identity):
             fd, self._fd = self._fd, -1
             fs.close(fd)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Close all descriptors. Runs in a forked child. The files are the parent's; the lock refuses every call."""
+        """Close all descriptors. Runs in a forked child.
+
+        The files belong to the parent, and the lock refuses every call in the child.
+        """
         if not self._left.is_same_file(self._opened()):
-            self._fd = -1  # not ours to close, as in `_problem`
+            self._fd = -1  # the number belongs to another file, as in `_problem`
         self._use(-1)
         self.close_replaced()
 
     # What commits and checkpoints share
 
     def _check(self) -> None:
-        """Nobody else writes here, and what is written here can be found again."""
+        """Check the lock, and that the journal is as the last write left it; else give the journal up."""
         self.lock.check()
         if self.need is Need.NOTHING:
             if self._fd < 0:
@@ -317,7 +336,7 @@ class Writer:
                 self._look_into_journal()
 
     def _look_into_journal(self) -> None:
-        """Give the journal up, unless it holds what was written."""
+        """Give the journal up, unless it holds exactly what was written."""
         if self.need is Need.NOTHING and (
             problem := self._problem(lookup.fingerprint(self.paths.journal), self._opened())
         ):
@@ -346,21 +365,21 @@ class Writer:
             self._poison()
 
     def _opened(self) -> lookup.Fingerprint | None:
-        """Look at the journal by its descriptor; `None` if that is not possible."""
+        """Return the fingerprint of the open journal; `None` if the lookup fails."""
         try:
             return lookup.fingerprint_of(self._fd, self.paths.journal)
         except StorageError:
             return None
 
     def _problem(self, named: lookup.Fingerprint | None, opened: lookup.Fingerprint | None) -> str | None:
-        """Say what became of the journal since the last write; `None` if it holds what was written.
+        """Return what happened to the journal since the last write; `None` if it holds what was written.
 
-        The time of a file may change although its bytes did not. Then the bytes are read, once:
-        from then on, the times of this journal say nothing.
+        The time of a file may change although its bytes did not. Then the bytes are read and
+        compared, once. After that, the time of this journal is ignored.
         """
         left = self._left
         if not lookup.is_open(self._fd, left.identity):
-            self._fd = -1  # the number is that of another file by now, which is not ours to close
+            self._fd = -1  # the number belongs to another file now; closing it would close that file
             return "cannot be written: other code in this process closed its descriptor"
         if opened is None:
             return "cannot be looked up by its descriptor"
@@ -374,7 +393,7 @@ class Writer:
         return None
 
     def _is_intact(self) -> bool:
-        """Read the journal and return whether every frame in it is ours; one that is too large counts as changed.
+        """Read the journal and return whether every frame in it is ours. A journal that is too large counts as changed.
 
         Raises:
             UnavailableError: There are too many open files, so the journal could not be read.
@@ -392,7 +411,7 @@ class Writer:
         return found.header.salt == self._salt and found.end == len(data) == self.end
 
     def _check_snapshot(self) -> None:
-        """Behind a snapshot that is gone, a record would be refused by the next start."""
+        """Give the journal up if its snapshot is gone or was replaced: the next start would refuse the journal."""
         relied_on = self.need is not Need.FULL and not self.starts_full
         if relied_on and lookup.fingerprint(self.paths.snapshot) != self.snapshot_fingerprint:
             _logger.error("%s was deleted or replaced while in use: writing everything anew", self.paths.snapshot)
@@ -410,13 +429,16 @@ class Writer:
                 new.discard()
 
     def _put_in_place(self, new: NewJournal, replaced: list[int] | None = None) -> None:
-        """Until the rename, whatever was in use stays in use; its descriptor goes to `replaced`, or is closed."""
+        """Rename a new journal and use it. The old one stays in use until then.
+
+        The old descriptor is added to `replaced`, or closed without such a list.
+        """
         left = new.check()
         try:
             fs.rename(new.path, self.paths.journal)
             fs.sync_directory(self.paths.directory)
         except StorageError:
-            # Which of the two files a crash leaves is unknown: neither may be written.
+            # A crash may leave either file, so neither may be written again.
             self._poison()
             raise
         fd, new.fd = new.fd, -1
@@ -431,9 +453,10 @@ class Writer:
         self.need = Need.NOTHING
 
     def _sync_found(self, *, snapshot: bool) -> None:
-        """Sync what was found at the start, before the first journal relies on it: it may have been copied just now.
+        """Sync the files found at the start before the first journal relies on them: they may be fresh copies.
 
-        A failed sync of the snapshot is not repeated: the next journal holds everything instead.
+        A failed sync of the snapshot is not repeated. Instead, the next journal starts with the
+        whole state.
         """
         folder.sync_parents(self.paths.directory)
         self.unsynced = False
@@ -446,12 +469,13 @@ class Writer:
                 raise
 
     def _poison(self) -> None:
+        """Give the journal up: the next commit writes another one that starts with the whole state."""
         self.need = Need.FULL
         self.generation += 1
         self._use(-1)
 
     def _use(self, fd: int, left: lookup.Fingerprint = lookup.UNKNOWN) -> None:
-        """Another journal, or none, in place of the one that was open."""
+        """Close the open journal, if any, and use another one; -1 for none."""
         old, self._fd, self._left, self._is_timed = self._fd, fd, left, True
         if old >= 0:
             fs.close(old)

@@ -1,10 +1,10 @@
-"""The meaning of the files of a state that were read while a writer may have replaced them. Pure.
+"""Decisions about the files of a state that were read while a writer may have replaced them. Pure.
 
-A reader has no lock. It opens the journal, reads the snapshot, and only then reads the
-journal. In this order, a reader that sees a new snapshot also sees the frame `C` that names
-it. So there are readings that are an answer at once, whatever was renamed meanwhile; every
-other one may be due to a rename, and is believed only when a second reading, of the same
-files, says the same.
+A reader has no lock. It opens the journal, reads the snapshot, and then reads the journal.
+In this order, a reader that sees a new snapshot also sees the frame `C` that names it. So
+some readings are certain at once, whatever was renamed meanwhile. Every other reading may
+be the result of a rename. It is accepted only if a second reading of the same files gives
+the same result.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Verdict(NamedTuple):
     """The result of one reading.
 
     Attributes:
-        accepted: What `start()` would load; `None` where it would raise `error`.
+        accepted: What `start()` would load; `None` if it would raise `error`.
         error: What `start()` would raise.
-        durable: How many of the accepted records, from the first, are durable for certain.
-        sure: Whether this is an answer although the files may have been replaced meanwhile.
+        durable: How many of the accepted records, from the first, are certainly durable.
+        sure: Whether the result is certain although the files may have been replaced meanwhile.
     """
 
     accepted: Accepted | None
@@ -33,13 +33,13 @@ class Verdict(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Which files one reading read, by device and inode, and what they say.
+    """The files that one reading read, by device and inode, and its result.
 
     Attributes:
-        journal: The journal; `None` where there is none.
-        snapshot: The snapshot; `None` where there is none, or it was not needed.
+        journal: The journal; `None` if there is none.
+        snapshot: The snapshot; `None` if there is none, or it was not needed.
         base: The size and CRC-32 of the snapshot that was read.
-        verdict: What they say.
+        verdict: The result.
     """
 
     journal: tuple[int, int] | None
@@ -49,7 +49,7 @@ class Seen(NamedTuple):
 
 
 def needs_snapshot(start: bytes, name: str, path: str) -> bool:
-    """Return whether a journal that starts with these bytes follows a snapshot; True where its header is bad."""
+    """Return whether a journal that starts with these bytes follows a snapshot; True if its header is bad."""
     try:
         return journal.read_header(start, name, path).base != ANY_BASE
     except StorageError:
@@ -57,11 +57,11 @@ def needs_snapshot(start: bytes, name: str, path: str) -> bool:
 
 
 def judge(data: bytes | None, base: str, name: str, path: str) -> Verdict:
-    """Return what a journal and a snapshot say.
+    """Return the result of reading a journal and a snapshot.
 
     Args:
-        data: The bytes of the journal, read after the snapshot; `None` where there is none.
-        base: `base_of` the snapshot, `NO_BASE` where there is none.
+        data: The bytes of the journal, read after the snapshot; `None` if there is none.
+        base: `base_of` the snapshot, or `NO_BASE` if there is none.
         name: The name of the state.
         path: Where the journal is, for messages.
     """
@@ -72,22 +72,22 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Verdict:
         return Verdict(None, error, 0, sure=False)
     if scan is None:
         return Verdict(accepted, None, 0, sure=False)
-    # One frame is in flight: every other one is durable. The last may be about to be synced, or its sync failed.
+    # Only one frame is in flight, so all others are durable. The sync of the last one may be pending or have failed.
     last_is_record = bool(scan.frames) and scan.frames[-1].kind is FrameKind.RECORD
     return Verdict(accepted, None, len(accepted.records) - last_is_record, sure=_belongs(scan, base))
 
 
 def _belongs(scan: Scan, base: str) -> bool:
-    """Return whether the journal names the snapshot, or needs none."""
+    """Return whether the journal names this snapshot, or needs none."""
     return scan.header.base in (ANY_BASE, base) or (FrameKind.CHECKPOINT, base.encode()) in scan.frames
 
 
 def is_answer(before: Seen | None, now: Seen) -> bool:
-    """Return whether a reading can be believed.
+    """Return whether a reading can be accepted.
 
     Args:
-        before: The reading before it, whose files are still open; `None` for the first.
-        now: The reading. A journal that only grew is the same file.
+        before: The previous reading, whose files are still open; `None` for the first one.
+        now: The reading. A journal that only grew counts as the same file.
     """
     return now.verdict.sure or (before is not None and _key(before) == _key(now))
 

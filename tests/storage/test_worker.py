@@ -157,7 +157,7 @@ def test_a_worker_that_was_told_to_end(threads: Threads) -> None:
     last = worker.submit(int, "7")
     worker.shutdown()
     worker.shutdown()
-    with pytest.raises(RuntimeError, match="told to end"):
+    with pytest.raises(RuntimeError, match="shut down"):
         worker.submit(int)
     gate.set()
     assert last.result(10) == 7
