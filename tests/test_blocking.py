@@ -29,8 +29,10 @@ from running import running, until
 
 from lab_state import (
     Blocking,
+    BlockingEntry,
     ClosedError,
     Config,
+    Entry,
     FileStorage,
     InvalidKeyError,
     KeyNotFoundError,
@@ -106,7 +108,11 @@ SAME: dict[str, list[Callable[[Any], Any]]] = {
     "get_all": [lambda calls: calls.get_all("users/", type=User), lambda calls: calls.get_all(type=int)],
     "exists": [lambda calls: calls.exists("a"), lambda calls: calls.exists("")],
     "keys": [lambda calls: calls.keys("users/"), lambda calls: calls.keys()],
-    "expires_in": [lambda calls: calls.expires_in("a"), lambda calls: calls.expires_in("nope")],
+    "expires_in": [
+        lambda calls: calls.expires_in("a"),
+        lambda calls: calls.expires_in("nope"),
+        lambda calls: calls.expires_in("nope", None),
+    ],
     "set": [
         lambda calls: calls.set("a", {"x": [1, None]}),
         lambda calls: calls.set("new", 1.5, ttl=60),
@@ -126,10 +132,16 @@ SAME: dict[str, list[Callable[[Any], Any]]] = {
         lambda calls: calls.update("n", lambda n: n * 2, type=int),
         lambda calls: calls.update("n", lambda n: n // 0),
         lambda calls: calls.update("b", lambda n: n.append(1)),
+        lambda calls: calls.update("n", lambda n: n + 1, ttl=60),
     ],
     "get_or_set": [lambda calls: calls.get_or_set("new", lambda: User(1), type=User, ttl=60)],
     "set_if_absent": [lambda calls: calls.set_if_absent("a", 2), lambda calls: calls.set_if_absent("new", 2)],
-    "incr": [lambda calls: calls.incr("n", 0.5), lambda calls: calls.incr("b")],
+    "incr": [
+        lambda calls: calls.incr("n", 0.5),
+        lambda calls: calls.incr("b"),
+        lambda calls: calls.incr("n", type=int),
+        lambda calls: calls.incr("n", 0.5, type=int),
+    ],
     "flush": [lambda calls: calls.flush()],
     "wait_durable": [
         lambda calls: calls.wait_durable(9),
@@ -225,6 +237,100 @@ async def test_it_may_be_kept(memory: MemoryStorage, clock: ManualClock) -> None
     for expected in (1, 2):
         async with state:
             assert await asyncio.to_thread(calls.incr, "n") == expected
+
+
+# Its handles
+
+
+async def test_how_many_keys_and_which(state: Manager) -> None:
+    """`len` and `in` are answered by the event loop, in a namespace too."""
+    calls = state.blocking
+    assert await asyncio.to_thread(len, calls) == 4
+    assert await asyncio.to_thread(lambda: ("a" in calls, "nope" in calls, 5 in calls)) == (True, False, False)
+    users = calls.namespace("users")
+    assert await asyncio.to_thread(lambda: (len(users), "ann" in users, "a" in users)) == (1, True, False)
+    for call in (len, lambda calls: "a" in calls):
+        with pytest.raises(RuntimeError, match="await the call of the manager itself"):
+            call(calls)
+
+
+async def test_a_namespace_of_it(state: Manager) -> None:
+    """Keys leave the prefix out; namespaces nest; a name out of bounds is refused at once."""
+    users = state.blocking.namespace("users")
+    assert await asyncio.to_thread(users.get, "ann", type=User) == User(30)
+    await asyncio.to_thread(users.namespace("deep").set, "x", 1)
+    assert await state.get("users/deep/x") == 1
+    with pytest.raises(InvalidKeyError):
+        state.blocking.namespace("")
+    with pytest.raises(TypeError):
+        state.blocking.namespace(5)  # type: ignore[arg-type]
+
+
+ENTRY_CALLS: dict[str, list[Callable[[Any], Any]]] = {
+    "get": [lambda entry: entry.get()],
+    "exists": [lambda entry: entry.exists()],
+    "expires_in": [lambda entry: entry.expires_in(), lambda entry: entry.expires_in(-1.0)],
+    "set": [lambda entry: entry.set(5, ttl=60), lambda entry: entry.set(1j)],
+    "set_if_absent": [lambda entry: entry.set_if_absent(5, ttl=60)],
+    "update": [lambda entry: entry.update(lambda n: n + 1, ttl=60), lambda entry: entry.update(str)],
+    "incr": [lambda entry: entry.incr(), lambda entry: entry.incr(5, ttl=60), lambda entry: entry.incr(0.5)],
+    "touch": [lambda entry: entry.touch(60), lambda entry: entry.touch(0)],
+    "delete": [lambda entry: entry.delete()],
+    "pop": [lambda entry: entry.pop()],
+}
+
+
+def test_an_entry_has_every_call_of_an_entry() -> None:
+    """With the same arguments and result; and nothing else."""
+    names = {name for name, fn in vars(Entry).items() if name[0] != "_" and inspect.iscoroutinefunction(fn)}
+    mine = {name for name, fn in vars(BlockingEntry).items() if name[0] != "_" and inspect.isfunction(fn)}
+    assert mine == names == ENTRY_CALLS.keys()
+    for name in names:
+        assert (
+            inspect.signature(getattr(BlockingEntry, name)).parameters.keys()
+            == inspect.signature(getattr(Entry, name)).parameters.keys()
+        )
+
+
+@pytest.mark.parametrize("default", [{}, {"default": 7}], ids=["no default", "default"])
+@pytest.mark.parametrize("key", ["n", "b", "new"])
+@pytest.mark.parametrize("name", ENTRY_CALLS)
+async def test_each_call_of_an_entry_is_that_of_the_entry(
+    name: str, key: str, default: dict[str, int], clock: ManualClock
+) -> None:
+    """It gives the same result or error, and leaves the same behind."""
+    for call in ENTRY_CALLS[name]:
+        async with running(MemoryStorage(), clock) as one, running(MemoryStorage(), clock) as other:
+            await one.set_many(BEFORE)
+            await other.set_many(BEFORE)
+            expected = await outcome(lambda call=call: call(one.entry(key, int, **default)))  # type: ignore[misc]
+            entry = other.blocking.entry(key, int, **default)
+            assert await outcome(lambda call=call, entry=entry: asyncio.to_thread(call, entry)) == expected  # type: ignore[misc]
+            assert await other.get_all() == await one.get_all()
+            assert await other.expires_in(key, None) == await one.expires_in(key, None)
+
+
+async def test_an_entry_is_made_anywhere_and_checked_at_once(memory: MemoryStorage, clock: ManualClock) -> None:
+    """Before the start, on the event loop, in a namespace; a wrong key or type is refused there."""
+    state = Manager("test", memory, clock=clock)
+    entry = state.blocking.namespace("users").entry("n", int, default=None)
+    assert entry.key == "n"
+    async with state:
+        assert await asyncio.to_thread(entry.get) is None
+        await asyncio.to_thread(entry.set, 5)
+        assert await state.get("users/n") == 5
+    with pytest.raises(InvalidKeyError):
+        state.blocking.entry("", int)
+    with pytest.raises(TypeError):
+        state.blocking.entry("n", object)
+
+
+def test_what_they_say_of_themselves(memory: MemoryStorage) -> None:
+    """The repr has the prefix, the name of the state, the key and the type; never a value."""
+    calls = Manager("test", memory).blocking
+    assert repr(calls) == "<Blocking of 'test'>"
+    assert repr(calls.namespace("users")) == "<Blocking 'users/' of 'test'>"
+    assert repr(calls.entry("n", int, default=5)) == "<BlockingEntry 'n' of <class 'int'>>"
 
 
 # From the event loop itself

@@ -107,6 +107,58 @@ class TestEntry:
         assert await entry.update(lambda n: n + 1) == 6
         assert (await entry.get(), await state.get("n")) == (6, 6)
 
+    async def test_every_call_of_the_manager_for_its_key(self, state: Manager) -> None:
+        """Each does what that of the manager does, with the type."""
+        entry = state.entry("n", int)
+        assert await entry.expires_in("gone") == "gone"
+        assert await entry.set_if_absent(1, ttl=60) is True
+        assert await entry.set_if_absent(2) is False
+        assert await entry.expires_in() == 60
+        assert await entry.update(lambda n: n + 1, ttl=5) == 2
+        assert await entry.expires_in() == 5
+        assert await entry.incr(3) == 5
+        assert await entry.expires_in() == 5
+        assert await entry.touch(None) is True
+        assert await entry.expires_in() is None
+        assert await entry.pop() == 5
+        assert await entry.touch(5) is False
+        for call in (entry.pop, entry.expires_in):
+            with pytest.raises(KeyNotFoundError, match="no key 'n'"):
+                await call()
+
+    async def test_incr_starts_from_the_default(self, state: Manager) -> None:
+        """And from 0 without one; a default that is no number is a TypeError, and nothing changes."""
+        assert await state.entry("a", int).incr(ttl=5) == 1
+        assert await state.entry("b", int, default=10).incr(2) == 12
+        assert await state.entry("c", float, default=0.5).incr() == 1.5
+        assert await state.expires_in("a") == 5
+        for entry in (state.entry("x", int, default=None), state.entry("x", str, default="")):
+            with pytest.raises(TypeError, match="needs an int or a float as default"):
+                await entry.incr()  # type: ignore[misc]
+        assert "x" not in state
+
+    async def test_incr_gives_a_value_of_the_type(self, state: Manager) -> None:
+        """A float is no int, neither as the stored number nor as the sum."""
+        await state.set("n", 1.5)
+        with pytest.raises(TypeMismatchError, match="key 'n': not a `int`"):
+            await state.entry("n", int).incr()
+        await state.set("n", 1)
+        with pytest.raises(TypeMismatchError, match="the new value of 'n': not a `int`"):
+            await state.entry("n", int).incr(0.5)  # type: ignore[arg-type]
+        assert (await state.get("n"), state.revision) == (1, 2)
+        assert type(await state.entry("new", float).incr()) is float
+
+    async def test_pop_gives_the_default_of_a_missing_key(self, state: Manager) -> None:
+        """A copy of it; a value of another type is not deleted."""
+        default = [1]
+        entry = state.entry("list", list[int], default=default)
+        assert await entry.pop() == [1]
+        assert await entry.pop() is not default
+        await state.set("list", "text")
+        with pytest.raises(TypeMismatchError):
+            await entry.pop()
+        assert "list" in state
+
     async def test_none_is_a_default(self, state: Manager) -> None:
         """It is not the same as no default; and where it is the default, a stored None is a value of the type."""
         entry = state.entry("n", int, default=None)
@@ -208,11 +260,13 @@ class TestEntry:
         """The repr has the key, as it was given, and the type; never a value."""
         entry: Entry[int] = manager.namespace("x").entry("n", int, default=5)
         assert repr(entry) == "<Entry 'n' of <class 'int'>>"
+        assert entry.key == "n"
 
     async def test_what_a_transaction_says_of_itself(self, state: Manager) -> None:
         """The name of the state, and whether it is open."""
         async with state.transaction() as tx:
             assert repr(tx) == "<Transaction of 'test', open>"
+            assert repr(tx.namespace("users")) == "<Transaction 'users/' of 'test', open>"
         assert repr(tx) == "<Transaction of 'test', over>"
 
 
@@ -367,7 +421,9 @@ class TestNamespace:
 
     def test_what_it_says_of_itself(self, manager: Manager) -> None:
         """The repr has the name of the state and the prefix."""
-        assert repr(manager.namespace("a").namespace("b")) == "<Namespace 'a/b/' of 'test'>"
+        nested = manager.namespace("a").namespace("b")
+        assert repr(nested) == "<Namespace 'a/b/' of 'test'>"
+        assert nested.prefix == "a/b/"
 
     def test_it_has_the_signatures_of_the_manager(self) -> None:
         """Whatever a function needs of a manager, a namespace does as well."""

@@ -308,6 +308,29 @@ class TestWriting:
             await state.incr("new", default="0")  # type: ignore[call-overload]
         assert await state.get("n") == -2
 
+    async def test_incr_with_a_type(self, state: Manager) -> None:
+        """The stored number and the sum must be of it; without one an int may become a float."""
+        await state.set_many({"f": 1.5, "n": 1})
+        assert await state.incr("f") == 2.5
+        with pytest.raises(TypeMismatchError, match="key 'f': not a `int`"):
+            await state.incr("f", type=int)
+        with pytest.raises(TypeMismatchError, match="the new value of 'n': not a `int`"):
+            await state.incr("n", 0.5, type=int)
+        assert await state.get_all() == {"f": 2.5, "n": 1}
+        assert await state.incr("n", type=int) == 2
+        assert repr(await state.incr("n", type=float)) == "3.0"
+        await state.set("text", "x")
+        with pytest.raises(TypeMismatchError, match="not a number, but a str"):
+            await state.incr("text", type=int | str)
+
+    @pytest.mark.parametrize("prefix", [None, 0, False, b"", []])
+    async def test_delete_all_of_no_prefix_deletes_nothing(self, state: Manager, prefix: Any) -> None:
+        """What is false and no str is a TypeError, never every key."""
+        await state.set("a", 1)
+        with pytest.raises(TypeError, match="a prefix must be a str"):
+            await state.delete_all(prefix)
+        assert await state.get_all() == {"a": 1}
+
     async def test_set_if_absent_and_get_or_set(self, state: Manager) -> None:
         """The first one wins; a factory is called only when it is needed."""
         assert await state.set_if_absent("a", 1) is True

@@ -89,7 +89,11 @@ SAME: dict[str, list[Callable[[Any], Any]]] = {
     ],
     "exists": [lambda calls: calls.exists("a"), lambda calls: calls.exists("nope")],
     "keys": [lambda calls: calls.keys(), lambda calls: calls.keys("users/"), lambda calls: calls.keys(5)],
-    "expires_in": [lambda calls: calls.expires_in("a"), lambda calls: calls.expires_in("nope")],
+    "expires_in": [
+        lambda calls: calls.expires_in("a"),
+        lambda calls: calls.expires_in("nope"),
+        lambda calls: calls.expires_in("nope", 0.0),
+    ],
     "set": [
         lambda calls: calls.set("a", {"x": [1, None]}),
         lambda calls: calls.set("new", 1.5),
@@ -119,6 +123,9 @@ SAME: dict[str, list[Callable[[Any], Any]]] = {
         lambda calls: calls.update("new", lambda n: [*n, 1], []),
         lambda calls: calls.update("nope", lambda n: n),
         lambda calls: calls.update("b", lambda n: n.append(1)),
+        lambda calls: calls.update("n", lambda n: n + 1, ttl=60),
+        lambda calls: calls.update("new", lambda n: n + 1, 0, ttl=60),
+        lambda calls: calls.update("n", lambda n: n + 1, ttl=0),
     ],
     "get_or_set": [
         lambda calls: calls.get_or_set("a", dict),
@@ -133,6 +140,8 @@ SAME: dict[str, list[Callable[[Any], Any]]] = {
         lambda calls: calls.incr("n"),
         lambda calls: calls.incr("new", 0.5, default=1, ttl=60),
         lambda calls: calls.incr("b"),
+        lambda calls: calls.incr("n", type=int),
+        lambda calls: calls.incr("n", 0.5, type=int),
     ],
 }
 """Each call, as it is made of a manager and of a transaction."""
@@ -498,6 +507,10 @@ WAYS: dict[str, Callable[[Manager], Coroutine[Any, Any, object]]] = {
     "set of an entry": lambda state: state.entry("n", int).set(1),
     "set of an entry with ttl": lambda state: state.entry("n", int).set(1, ttl=5),
     "update of an entry": lambda state: state.entry("n", int).update(lambda n: n + 1),
+    "incr of an entry": lambda state: state.entry("n", int).incr(),
+    "pop of an entry": lambda state: state.entry("n", int).pop(),
+    "set_if_absent of an entry": lambda state: state.entry("k", int).set_if_absent(1),
+    "touch of an entry": lambda state: state.entry("n", int).touch(5),
     "delete of an entry": lambda state: state.entry("n", int).delete(),
     "set of a nested entry": lambda state: state.namespace("x").entry("n", int).set(1),
     "update of a nested entry": lambda state: state.namespace("x").entry("n", int).update(lambda n: n + 1),

@@ -321,6 +321,21 @@ class TestExpiresIn:
             with pytest.raises(InvalidKeyError):
                 await state.expires_in(bad)  # type: ignore[arg-type]
 
+    async def test_a_default(self, clock: ManualClock) -> None:
+        """It takes the place of a missing key, and of one that has expired, as it is; never of one that is there."""
+        default = object()
+        async with manager(MemoryStorage(), clock) as state:
+            await state.set("a", 1, ttl=1)
+            await state.set("b", 1)
+            assert (await state.expires_in("a", default), await state.expires_in("b", default)) == (1.0, None)
+            clock.advance(1)
+            assert await state.expires_in("a", default) is default
+            assert await state.expires_in("nope", None) is None
+            with pytest.raises(InvalidKeyError):
+                await state.expires_in("", default)
+            with pytest.raises(KeyNotFoundError):
+                await state.expires_in("a")
+
 
 WRITES: dict[str, Callable[[Manager, Any], Any]] = {
     "set": lambda state, ttl: state.set("a", 2, ttl=ttl),
@@ -332,8 +347,12 @@ WRITES: dict[str, Callable[[Manager, Any], Any]] = {
     "get_or_set": lambda state, ttl: state.get_or_set("new", lambda: 2, ttl=ttl),
     "incr": lambda state, ttl: state.incr("a", ttl=ttl),
     "incr new": lambda state, ttl: state.incr("new", ttl=ttl),
+    "update": lambda state, ttl: state.update("a", abs, ttl=ttl),
+    "update new": lambda state, ttl: state.update("new", abs, 5, ttl=ttl),
     "namespace": lambda state, ttl: state.namespace("n").set("a", 2, ttl=ttl),
     "entry": lambda state, ttl: state.entry("a", int).set(2, ttl=ttl),
+    "touch of an entry": lambda state, ttl: state.entry("a", int).touch(ttl),
+    "incr of an entry": lambda state, ttl: state.entry("a", int).incr(ttl=ttl),
 }
 
 
@@ -805,6 +824,43 @@ async def test_a_ttl_that_is_refused_counts(clock: ManualClock) -> None:
         with pytest.raises(TypeError):
             await state.set("a", 1, ttl="1")  # type: ignore[arg-type]
         assert state.metrics().operations["set", "error"] == 2
+
+
+class TestUpdate:
+    async def test_it_keeps_the_time_unless_another_is_given(self, clock: ManualClock) -> None:
+        """Not given, or None: as before. Given: from now on. For good: `touch(key, None)`."""
+        async with manager(MemoryStorage(), clock) as state:
+            await state.set("a", 1, ttl=10)
+            clock.advance(4)
+            assert await state.update("a", lambda a: a + 1) == 2
+            assert await state.expires_in("a") == 6
+            assert await state.update("a", lambda a: a + 1, ttl=None) == 3
+            assert await state.expires_in("a") == 6
+            assert await state.update("a", lambda a: a + 1, ttl=60) == 4
+            assert await state.expires_in("a") == 60
+            assert await state.touch("a", None)
+            assert await state.update("a", lambda a: a + 1) == 5
+            assert await state.expires_in("a") is None
+
+    async def test_a_key_that_was_missing_or_for_good(self, clock: ManualClock) -> None:
+        """It expires where a ttl is given, and only there."""
+        async with manager(MemoryStorage(), clock) as state:
+            assert await state.update("a", lambda a: a + 1, 0, ttl=5) == 1
+            assert await state.update("b", lambda b: b + 1, 0) == 1
+            assert (await state.expires_in("a"), await state.expires_in("b")) == (5, None)
+            assert await state.update("b", lambda b: b + 1, ttl=timedelta(seconds=5)) == 2
+            clock.advance(5)
+            assert len(state) == 0
+
+    async def test_a_ttl_that_is_refused(self, clock: ManualClock) -> None:
+        """The function is not called, and nothing changes."""
+        called: list[int] = []
+        async with manager(MemoryStorage(), clock) as state:
+            await state.set("a", 1, ttl=10)
+            for ttl, error in ((0, InvalidValueError), ("5", TypeError)):
+                with pytest.raises(error):
+                    await state.update("a", called.append, ttl=ttl)  # type: ignore[arg-type]
+            assert (called, await state.expires_in("a"), state.revision) == ([], 10, 1)
 
 
 class TestTouch:
