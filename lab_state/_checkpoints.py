@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from lab_state._clock import Pauses
+from lab_state._clock import Clock, Pauses
 from lab_state._foreign import only_storage_errors, storage_error
 from lab_state._outcomes import Outcomes
 from lab_state._snapshots import SnapshotViews
@@ -27,8 +27,14 @@ class Checkpoints:
         task: The task of the last checkpoint, `None` before the first one.
     """
 
-    def __init__(
-        self, name: str, session: StorageSession, outcomes: Outcomes, pauses: Pauses, given: Callable[[], object]
+    def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
+        self,
+        name: str,
+        session: StorageSession,
+        outcomes: Outcomes,
+        clock: Clock,
+        pauses: Pauses,
+        given: Callable[[], object],
     ) -> None:
         """Prepare for the running event loop.
 
@@ -36,6 +42,7 @@ class Checkpoints:
             name: The name of the state.
             session: The storage, opened.
             outcomes: Is told what came of each checkpoint.
+            clock: Measures how long a checkpoint takes.
             pauses: The pauses after checkpoints that failed.
             given: Is called for each slice of a snapshot.
         """
@@ -46,6 +53,7 @@ class Checkpoints:
         self._state = outcomes.state
         self._session = session
         self._outcomes = outcomes
+        self._clock = clock
         self._pauses = pauses
         self._given = given
 
@@ -88,6 +96,7 @@ class Checkpoints:
         durable = self._outcomes.make_durable if wait else None
         views = SnapshotViews(self._state, durable, given=self._given, own=True)
         before = self.records
+        started = self._clock.monotonic()
 
         def snapshot() -> AsyncIterator[bytes]:
             nonlocal before
@@ -101,7 +110,7 @@ class Checkpoints:
         else:
             self.records -= before
             self.due = False  # commits may have set it meanwhile, for the journal that is now dropped
-            self._outcomes.checkpoint_succeeded()
+            self._outcomes.checkpoint_succeeded(self._clock.monotonic() - started, self._session.snapshot_bytes)
         finally:
             await views.fold()
 

@@ -87,7 +87,9 @@ class Flusher(Outcomes):
         _ = session.progress
         self._slices = 0  # how many slices of records and snapshots were encoded, which is progress, too
         self._stop_error: LabStateError | None = None
-        self.checkpoints: Checkpoints = Checkpoints(config.name, session, self, self._checkpoint_pauses, self._count)
+        self.checkpoints: Checkpoints = Checkpoints(
+            config.name, session, self, clock, self._checkpoint_pauses, self._count
+        )
         self.checkpoints.records = len(session.recovery.records) + self._unsettled
         if self._unsettled:
             self._wake_up()
@@ -402,7 +404,7 @@ class Flusher(Outcomes):
         if error is None and self.checkpoints.records and not (self._abandoned or self.fenced):
             await self.checkpoints.write(wait=False)
         if self.refusal is not None and self.fenced and self._stop_error is None:
-            self._stop_error = copied(self.refusal, "nothing of this writer is lost: all of it was durable before")
+            self._stop_error = copied(self.refusal, "all its changes are durable: none is lost")
 
     async def _close(self, *, hurried: bool) -> None:
         """Close the session.

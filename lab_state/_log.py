@@ -47,6 +47,11 @@ class Log:
     def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any] | Logs) -> None:
         self._logger: Any = logger
 
+    def debug(self, message: str, *args: object) -> None:
+        """Log at level DEBUG, if the logger has that level."""
+        if hasattr(self._logger, "debug"):
+            self._tell("debug", message, args)
+
     def info(self, message: str, *args: object) -> None:
         """Log at level INFO."""
         self._tell("info", message, args)

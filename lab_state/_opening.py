@@ -1,4 +1,4 @@
-"""The opening of a state that another writer may still hold: it is repeated until the lock is free or the time is up."""
+"""The start of a manager: wait for a state that another writer holds, and load it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import asyncio
 import math
 
 from lab_state._clock import Clock, Pauses, sleep
+from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state._expiry import resumed
 from lab_state._log import Log
+from lab_state._state import State
 from lab_state.config import Config
 from lab_state.exceptions import LockedError
 from lab_state.storage._protocol import Storage, StorageSession
@@ -42,6 +45,60 @@ async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) ->
                 logger.warning("%s: start() waits %s: %s", config.name, bound, error)
                 tell_at = now + _TOLD_EVERY
         await sleep(clock, min(pauses.start(), end - now))
+
+
+def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began: float) -> State:
+    """Load the state from what its storage recovered, and log one line about it.
+
+    Args:
+        session: The session of the storage.
+        name: The name of the state, for the log.
+        clock: The clock of the manager.
+        logger: Takes the line, and warnings.
+        began: When the start began, in seconds of `clock.monotonic`.
+
+    Raises:
+        CorruptionError: The stored state is damaged.
+        UnsupportedError: It has a newer format.
+    """
+    snapshot, records, unsettled, dropped, crc = session.recovery
+    if dropped:
+        logger.warning(
+            "%s: the last %d bytes of its journal are not a whole record, as after a crash during a write; dropped",
+            session.path,
+            dropped,
+        )
+    found = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path, crc)
+    found = replay(found, records, session.path)
+    state = State(clock.monotonic, _time(found, session.path, clock, logger), clock.time)
+    state.load(found.entries, found.revision, found.expires)
+    if records or dropped or unsettled:
+        end = f"after an unclean end, {len(records)} records replayed"
+    else:
+        end = "a new state" if snapshot is None else "after a clean end"
+    seconds = clock.monotonic() - began
+    logger.info(
+        "%s: loaded %d keys at revision %d from %s in %.3f s: %s",
+        name,
+        len(found.entries),
+        found.revision,
+        session.path,
+        seconds,
+        end,
+    )
+    return state
+
+
+def _time(found: Snapshot, path: str, clock: Clock, logger: Log) -> float:
+    """Return the time by which keys expire, in seconds since 1970."""
+    wall = clock.time()
+    if not found.expires:
+        return wall
+    # By the wall clock. By the time of the state, if the wall clock was wrong when the state was written.
+    time, behind = resumed(found.time, found.wall, wall)
+    if behind:
+        logger.warning("%s: the wall clock is %.0f s behind what was written; keys live that much longer", path, behind)
+    return time
 
 
 def check_asyncio() -> None:

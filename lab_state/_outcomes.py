@@ -20,6 +20,7 @@ from lab_state.storage._protocol import Recovery
 
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
+_LONG_CHECKPOINT = 1.0
 
 
 class Outcomes(Durability):
@@ -76,7 +77,7 @@ class Outcomes(Durability):
         self._pauses.reset()
         self._waiters.settle(self.durable_revision)
         if failures:
-            self._logger.info("%s: flushed again after %d failures", self._name, failures)
+            self._logger.debug("%s: flushed again after %d failures", self._name, failures)
 
     def _failed(self, error: StorageError) -> None:
         self.failures += 1
@@ -115,11 +116,13 @@ class Outcomes(Durability):
         if self._on_fenced is not None:
             self.loop.call_soon(tell_fenced, self._on_fenced, error, self._name, self._logger)
 
-    def checkpoint_succeeded(self) -> None:
-        """Note that a checkpoint succeeded."""
+    def checkpoint_succeeded(self, seconds: float, size: int) -> None:
+        """Note that a checkpoint succeeded, and log it if it took more than a second."""
         self._checkpoint_pauses.reset()
         if not self._pauses.failures:  # otherwise commits still fail, and the error is of the last one
             self.last_error = None
+        if seconds > _LONG_CHECKPOINT:
+            self._logger.info("%s: a checkpoint of %d bytes took %.1f s", self._name, size, seconds)
 
     def checkpoint_failed(self, error: StorageError) -> None:
         """Note that a checkpoint failed, and log it. The task is woken when the pause is over."""

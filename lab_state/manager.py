@@ -16,16 +16,14 @@ import msgspec
 
 from lab_state import _forks as forks
 from lab_state._clock import Clock, GuardedClock, SystemClock
-from lab_state._codec import Snapshot, decode_snapshot, replay
 from lab_state._core import Core
 from lab_state._entries import ChangeSet
-from lab_state._expiry import resumed
 from lab_state._flusher import Flusher
 from lab_state._foreign import check_on_fenced
 from lab_state._forgotten import caller, note, started_here
 from lab_state._log import Log, Logs, check_logger
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
-from lab_state._opening import check_asyncio, opened
+from lab_state._opening import check_asyncio, loaded, opened
 from lab_state._state import State
 from lab_state._status import MirrorStatus, Phase, Status, status_of
 from lab_state._sweeper import Sweeper
@@ -65,6 +63,7 @@ class Manager(Scope):
         "_on_fenced",
         "_phase",
         "_started_at",
+        "_stop_began",
         "_stopping",
         "_storage",
         "_sweeper",
@@ -133,6 +132,7 @@ class Manager(Scope):
         )
         self._phase: Phase = "new"
         self._started_at = ""
+        self._stop_began = 0.0
         self._flusher: Flusher | None = None
         self._ended = Status(
             phase="new", keys=0, revision=0, durable_revision=0, mirror=None if cache is None else MirrorStatus()
@@ -187,9 +187,10 @@ class Manager(Scope):
         forks.disown_in_children(self)
         self._set_strict(strict=True)
         try:
+            began = self._clock.monotonic()
             session = await opened(self._storage, self._config, self._clock, self._logger)
             try:
-                state = self._load(session)
+                state = loaded(session, self._config.name, self._clock, self._logger, began)
                 self._run(state, session)
             except BaseException:
                 await session.aclose()
@@ -241,33 +242,6 @@ class Manager(Scope):
         self._flusher, self._mirror, self._sweeper = flusher, mirror, sweeper
         self._core.open(state, flusher, watchers, sweeper.resume)
 
-    def _load(self, session: StorageSession) -> State:
-        snapshot, records, _, dropped, crc = session.recovery
-        if dropped:
-            self._logger.warning(
-                "%s: the last %d bytes of its journal are no whole record, as after a crash during a write; dropped",
-                session.path,
-                dropped,
-            )
-        loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path, crc)
-        loaded = replay(loaded, records, session.path)
-        state = State(self._clock.monotonic, self._time(loaded, session.path), self._clock.time)
-        state.load(loaded.entries, loaded.revision, loaded.expires)
-        return state
-
-    def _time(self, loaded: Snapshot, path: str) -> float:
-        """What time it is for what expires, in seconds since 1970."""
-        wall = self._clock.time()
-        if not loaded.expires:
-            return wall
-        # By the wall clock; by the state's own, where that one was wrong when this was written.
-        time, behind = resumed(loaded.time, loaded.wall, wall)
-        if behind:
-            self._logger.warning(
-                "%s: the wall clock is %.0f s behind what was written; keys live that much longer", path, behind
-            )
-        return time
-
     async def stop(self) -> None:
         """Flush, write a checkpoint, and release the state.
 
@@ -303,6 +277,7 @@ class Manager(Scope):
             await asyncio.shield(self._stopping)
 
     def _begin_stop(self, flusher: Flusher) -> None:
+        self._stop_began = self._clock.monotonic()
         name = f"lab_state {self._config.name} stop"
         self._stopping = asyncio.create_task(self._stop(flusher), name=name)
 
@@ -342,6 +317,13 @@ class Manager(Scope):
                 self._mirror = None
                 self._flusher = None
                 flusher.discard_entries()
+        self._logger.info(
+            "%s: stopped at revision %d, durable up to revision %d, in %.3f s",
+            self._config.name,
+            flusher.state.revision,
+            flusher.durable_revision,
+            self._clock.monotonic() - self._stop_began,
+        )
 
     def __del__(self) -> None:
         flusher = getattr(self, "_flusher", None)
@@ -397,7 +379,9 @@ class Manager(Scope):
             self._clock.strict = strict
 
     def _clock_failed(self, error: Exception) -> None:
-        self._logger.error("%s: the clock failed, and its last time stands: %r", self._config.name, error)
+        self._logger.error(
+            "%s: the clock failed; its last time is used until it answers again: %r", self._config.name, error
+        )
 
     # Durability
 

@@ -200,7 +200,7 @@ async def test_a_checkpoint_finds_the_fence(
     await until(lambda: state.status().fenced)
     with pytest.raises(FencedError):
         await state.set("a", 1)
-    with pytest.raises(FencedError, match="nothing of this writer is lost"):
+    with pytest.raises(FencedError, match="all its changes are durable: none is lost"):
         await state.stop()
     assert len(errors(caplog)) == 1
     assert "the journal goes on" not in caplog.text

@@ -174,7 +174,7 @@ class TestInterval:
         self, storage: FaultyStorage, clock: ManualClock, caplog: pytest.LogCaptureFixture
     ) -> None:
         """The pauses double up to the longer of the interval and 5 s; the log tells of each failure, and of the end."""
-        caplog.set_level(logging.INFO)
+        caplog.set_level(logging.DEBUG, "lab_state")
         async with running(storage, clock, 1.0) as state:
             storage.fail("commit", times=8)
             await state.set("a", 1)
@@ -1187,7 +1187,7 @@ class TestConfirm:
 
     async def test_somebody_else_owns_it(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """A fenced writer is told so, now, later and by stop()."""
-        with pytest.raises(FencedError, match="nothing of this writer is lost"):
+        with pytest.raises(FencedError, match="all its changes are durable: none is lost"):
             async with running(storage, clock, None) as state:
                 storage.fail("commit", error=FencedError("a newer writer"), times=2)
                 for _ in range(2):

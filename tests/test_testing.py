@@ -137,7 +137,7 @@ async def test_the_power_is_cut_during_a_commit(moment: Any, found: int, caplog:
         assert state.durable_revision == (0 if moment == "torn" else found)
         await state.flush()
         assert state.durable_revision == found
-    assert ("are no whole record" in caplog.text) == (moment == "torn")
+    assert ("are not a whole record" in caplog.text) == (moment == "torn")
 
 
 async def test_the_power_is_cut_at_once() -> None:

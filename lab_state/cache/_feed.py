@@ -183,7 +183,7 @@ class Feed:
                 continue
             self._heard = self._clock.monotonic()
             if self._logged_lost:
-                logger.info("a reader gets changes again")
+                logger.debug("a reader gets changes again")
             self._logged_lost = False
             self._pauses.reset()
             self._collect(message, len(data))

@@ -360,7 +360,7 @@ class MirrorWriter:
             sent += len(part.values)
             if total >= _LARGE_KEYS and self._clock.monotonic() - logged >= _PROGRESS_SECONDS:
                 logged = self._clock.monotonic()
-                self._logger.info("%s: filling the mirror, %d of %d keys", self._name, sent, total)
+                self._logger.debug("%s: filling the mirror, %d of %d keys", self._name, sent, total)
         del view
         await views.fold()
         self._holding = None
@@ -373,7 +373,7 @@ class MirrorWriter:
         finally:
             durable.cancel()
         if total >= _LARGE_KEYS:
-            self._logger.info("%s: filled the mirror with %d keys", self._name, total)
+            self._logger.debug("%s: filled the mirror with %d keys", self._name, total)
 
     # Failures
 
@@ -385,7 +385,7 @@ class MirrorWriter:
             what = "was cancelled"
         if not (self._stopping or self._flusher.fenced):
             self.task_failure = f"the mirror task of {self._name!r} {what}: the mirror is not updated"
-            self._logger.error("%s", self.task_failure)
+            self._logger.error("the mirror task of %r %s: the mirror is not updated", self._name, what)
 
     async def _failed(self, error: StorageError) -> None:
         self._counts.failures += 1
@@ -404,7 +404,7 @@ class MirrorWriter:
         """End the pauses after a success, and log it if there was a failure before."""
         self._pauses.reset()
         if self.last_error is not None:
-            self._logger.info("%s: the mirror works again, at revision %s", self._name, self.revision)
+            self._logger.debug("%s: the mirror works again, at revision %s", self._name, self.revision)
         self.up, self.last_error = True, None
 
     async def _close(self) -> None:

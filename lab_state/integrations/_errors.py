@@ -58,6 +58,6 @@ def answer_to(error: Exception, asked: str, retry_after: int) -> Answer:
         _log.warning("%s answered with 503: %s", asked, told)
         body = msgspec.json.encode({"detail": "the state cannot be written at present; try again later"})
         return Answer(503, body, {"Retry-After": str(retry_after)}, 1013, "try again later")
-    _log.info("%s answered with 422: %s", asked, told)
+    _log.debug("%s answered with 422: %s", asked, told)
     body = msgspec.json.encode({"detail": str(error)})
     return Answer(422, body, {}, 1008, type(error).__name__)

@@ -87,8 +87,6 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
     snapshot = fs.read(paths.snapshot, -1 if is_needed else 0)
     for path in (paths.snapshot, paths.journal):
         folder.check_replaceable(path, paths.directory)
-    if snapshot is None and data is None:
-        _logger.info("no state at %s: starting with an empty one", paths.snapshot)
     crc = None if snapshot is None else zlib.crc32(snapshot)
     base = NO_BASE if snapshot is None or crc is None else journal.base_of(len(snapshot), crc)
     scan = None if data is None else journal.scan(data, name, paths.journal)

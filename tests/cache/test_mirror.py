@@ -152,7 +152,7 @@ async def test_an_outage_is_told_once_and_mended(
     faulty: FaultyCache, clock: ManualClock, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One line when it goes, one when it is back; writes and flushes go on; no refill when nothing was lost."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "lab_state")
     async with manager(faulty, clock) as state:
         await until(lambda: mirror_of(state).up)
         faulty.fail("apply", UnavailableError("gone"))
@@ -394,7 +394,7 @@ async def test_a_large_fill_is_told(
     clock: ManualClock, until: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A large state says how far its fill is."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "lab_state")
     monkeypatch.setattr(lab_state.cache._mirror, "_LARGE_KEYS", 10)
     monkeypatch.setattr(lab_state.cache._mirror, "_PROGRESS_SECONDS", 0.0)
     storage = MemoryStorage()

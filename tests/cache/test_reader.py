@@ -301,7 +301,7 @@ async def test_a_watch_ends_with_its_reader() -> None:
 
 async def test_a_lost_subscription(until: Any, caplog: pytest.LogCaptureFixture, local: Any) -> None:
     """It is logged once, made again after a pause, and every reader reads again."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "lab_state")
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache) as state, cache.reader("name", local=local, clock=clock) as reader:
         await reader.wait_revision(await state.set("a", 1))

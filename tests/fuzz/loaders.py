@@ -20,17 +20,17 @@ import msgspec
 from lab_state import (
     CorruptionError,
     LabStateError,
-    Manager,
     MemoryCache,
-    MemoryStorage,
     TypeMismatchError,
     UnsupportedError,
 )
 from lab_state import _journal as journal
+from lab_state import _opening as opening
 from lab_state._codec import Snapshot as Loaded
 from lab_state._codec import decode_snapshot, encode_record, encode_snapshot, replay
 from lab_state._entries import ChangeSet, Expiring
 from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
+from lab_state._log import Log
 from lab_state._state import State
 from lab_state._types import decode_value
 from lab_state.cache._format import Head, Message, parse_head, parse_message, seen_in
@@ -86,9 +86,9 @@ def recovered(snapshot: bytes | None, data: bytes | None) -> Recovery:
 
 def loaded(recover: Callable[[], Recovery]) -> None:
     """Load what was recovered as a start does, and write it again."""
-    manager = Manager(NAME, MemoryStorage(), clock=ManualClock(), logger=_SILENT)
     try:
-        state = manager._load(cast("Any", SimpleNamespace(recovery=recover(), path="p")))
+        session = cast("Any", SimpleNamespace(recovery=recover(), path="p"))
+        state = opening.loaded(session, NAME, ManualClock(), Log(_SILENT), 0.0)
     except (CorruptionError, UnsupportedError):
         return
     assert state.count() == len(state.names(""))

@@ -87,4 +87,5 @@ def manager(cache: Any, clock: ManualClock, storage: Any = None, interval: float
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.name == "lab_state"]
+    """Return the lines of lab_state, without those of start and stop."""
+    return [record.message for record in caplog.records if record.name == "lab_state" and record.levelname != "INFO"]

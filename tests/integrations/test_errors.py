@@ -146,7 +146,7 @@ async def test_a_failed_write_is_503(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A write that is not durable is 503 with `Retry-After`, one line of the log and no traceback; the next succeeds."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "lab_state")
     async with framework(Manager(Config(name="errors", flush_interval=0), storage)) as post:
         storage.fail("commit", times=1)
         detail = "the state cannot be written at present; try again later"
@@ -184,12 +184,12 @@ async def test_what_cannot_be_kept_is_422(
     line: str,
 ) -> None:
     """A bad key or value is 422 with the reason and no value, one line of the log, and changes nothing."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "lab_state")
     state = Manager("errors", storage)
     async with framework(state) as post:
         status, body, retry_after = await post(what)
         assert (status, retry_after, state.revision) == (422, None, 0)
-    assert [(level, said[: len(line)]) for level, said in told(caplog)] == [("INFO", line)]
+    assert [(level, said[: len(line)]) for level, said in told(caplog)] == [("DEBUG", line)]
     assert told(caplog)[0][1] == f"{line}{body['detail']}"
     assert SECRET not in f"{body}{caplog.text}"
     assert "Traceback" not in caplog.text
@@ -255,7 +255,7 @@ def test_a_websocket_is_closed_with_a_code(
     app: Starlette, code: int, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In Starlette: 1013 where the storage failed, 1008 for what cannot be kept; once, and with one line of the log."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "lab_state")
     with (
         TestClient(app) as client,
         pytest.raises(WebSocketDisconnect) as closed,

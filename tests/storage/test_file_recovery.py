@@ -172,7 +172,7 @@ async def test_a_torn_tail_is_put_aside(crashed: Path, caplog: pytest.LogCapture
         assert (await found(crashed))["new"] == 1
     (torn,) = crashed.glob("lab.journal.torn-*")
     assert (torn.read_bytes(), mode(torn)) == (data[last:-cut], 0o600)
-    assert f"the last {len(data) - cut - last} bytes of its journal are no whole record" in caplog.text
+    assert f"the last {len(data) - cut - last} bytes of its journal are not a whole record" in caplog.text
     async with manager(crashed):
         pass
     assert list(crashed.glob("lab.journal.torn-*")) == [torn]

@@ -351,15 +351,16 @@ async def test_a_directory_that_is_a_link_that_leads_nowhere(tmp_path: Path, bel
 
 
 async def test_a_start_without_a_state_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An INFO line names the place; a start that finds a state has none."""
-    caplog.set_level(logging.INFO)
-    for expected in (1, 0):
+    """The INFO line of a start names the place, and says whether there was a state."""
+    caplog.set_level(logging.INFO, "lab_state")
+    for keys, end in ((0, "a new state"), (1, "after a clean end")):
         caplog.clear()
         async with manager(tmp_path) as state:
             await state.set("a", 1)
-        told = [record for record in caplog.records if "no state at" in record.message]
-        assert [record.levelname for record in told] == ["INFO"] * expected
-        assert all(str(tmp_path / "lab.json") in record.message for record in told)
+        told = caplog.records[0]
+        assert told.levelname == "INFO"
+        assert f"loaded {keys} keys at revision {keys} from {tmp_path / 'lab.json'} in " in told.message
+        assert told.message.endswith(f" s: {end}")
 
 
 @pytest.mark.parametrize("left", ["nothing", "directory", "lock"])

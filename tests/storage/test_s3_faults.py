@@ -588,7 +588,7 @@ async def test_without_the_permission_to_delete(
         assert len(bucket.keys(JOURNAL)) == 4
 
         proxy.end_plans()
-        caplog.set_level(logging.INFO, "lab_state")
+        caplog.set_level(logging.DEBUG, "lab_state")
         await state.set("a", 3)
         await state.flush()
         await session.checkpoint(VIEW)

@@ -128,7 +128,7 @@ class S3Session:
         self._fenced_because(f"a newer writer{by} owns {self.path}: {what} not ours")
 
     def _fenced_because(self, why: str) -> NoReturn:
-        self._deposed = f"{why}. Stop this manager; its changes above the durable revision are not in the state"
+        self._deposed = f"{why}. Stop this manager; changes that it has not made durable are not in the state"
         raise FencedError(self._deposed) from None
 
     # Checkpoints
@@ -215,12 +215,12 @@ class S3Session:
             if self.warning is not None:
                 await self._delete(own)
                 self.warning = None
-                _logger.info("%s: records can be deleted again", self.path)
+                _logger.debug("%s: records can be deleted again", self.path)
             await self._clean_pages(covered)
         except UnsupportedError as refused:
             self._warn(str(refused))
         except StorageError as error:
-            _logger.warning("%s: what it covers stays until the next checkpoint: %s", self.path, error)
+            _logger.warning("%s: records that it covers stay until the next checkpoint: %s", self.path, error)
 
     async def _clean_pages(self, covered: int) -> None:
         """Delete from where the last call ended. After so many pages, leave the rest to the next checkpoint."""
@@ -241,7 +241,11 @@ class S3Session:
         told = self.warning is not None
         self.warning = f"records that the snapshot covers stay, and pile up, until they can be deleted: {refused}"
         if not told:
-            _logger.warning("%s: %s", self.path, self.warning)
+            _logger.warning(
+                "%s: records that the snapshot covers stay, and pile up, until they can be deleted: %s",
+                self.path,
+                refused,
+            )
 
     # The end
 
