@@ -104,7 +104,7 @@ GOOD: dict[str, Any] = {
 
 @asynccontextmanager
 async def opened(clock: ManualClock) -> AsyncIterator[tuple[Manager, dict[type, Any]]]:
-    """A manager that has `BEFORE`, and an object of each class with calls."""
+    """Yield a manager that has `BEFORE`, and an object of each class with calls."""
     async with AsyncExitStack() as stack:
         cache = MemoryCache()
         state = await stack.enter_async_context(
@@ -132,7 +132,7 @@ def calls_of(cls: type) -> list[str]:
 
 
 def parameters_of(cls: type, call: str) -> list[inspect.Parameter]:
-    """The parameters of a call; of one that is lifted from the manager, those of the manager."""
+    """Return the parameters of a call; of one that is lifted from the manager, those of the manager."""
     signature = inspect.signature(getattr(cls, call))
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
         signature = inspect.signature(getattr(Manager, call))

@@ -100,7 +100,7 @@ async def state(storage: FaultyStorage, clock: ManualClock) -> AsyncIterator[Man
 
 
 async def outcome(call: Callable[[], Any]) -> tuple[object, ...]:
-    """What a call gave, or how it failed."""
+    """Return what a call gave, or how it failed."""
     try:
         result = call()
         return (await result if inspect.isawaitable(result) else result,)
