@@ -1,7 +1,7 @@
-"""For tests: a clock that stands still, and a storage that fails on demand.
+"""Helpers for tests: a clock that moves on demand, and a storage that fails on demand.
 
-Public, for people who test an application that uses lab_state. Nothing here needs a
-test framework. `StorageConformance`, for people who write a storage, is here too.
+They are public, for tests of an application that uses lab_state. None of them needs a test
+framework. `StorageConformance` is for authors of a storage.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ R = TypeVar("R")
 Operation: TypeAlias = Literal["open", "commit", "checkpoint", "aclose", "read"]
 
 Moment: TypeAlias = Literal["before", "torn", "after"]
-"""When a fault comes: before an operation did anything; when half of a commit was written; when all was done."""
+"""When a fault comes: before an operation began, after half of a commit was written, or after the operation was done."""
 
 
 class _ManualTimer:
@@ -38,21 +38,21 @@ class _ManualTimer:
 
 
 class ManualClock:
-    """A clock that moves only when told to; give it to `Manager(clock=...)`."""
+    """A clock that moves only on demand: `Manager(clock=ManualClock())`."""
 
     def __init__(self, time: float = 1_700_000_000.0) -> None:
-        """Begin at `time`, in seconds since 1970."""
+        """Start the wall clock at `time`, in seconds since 1970."""
         self._time = time
         self._monotonic = 0.0
         self._timers: list[tuple[float, int, _ManualTimer]] = []
         self._numbers = itertools.count()
 
     def time(self) -> float:
-        """Seconds since 1970."""
+        """Return the wall clock: seconds since 1970."""
         return self._time
 
     def monotonic(self) -> float:
-        """Seconds since the clock was made."""
+        """Return the seconds by which `advance` has moved the clock."""
         return self._monotonic
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> _ManualTimer:
@@ -62,15 +62,15 @@ class ManualClock:
         return timer
 
     def advance(self, seconds: float) -> None:
-        """Move both clocks, and make the calls that fall due on the way, in order.
+        """Move both clocks, and make the calls that become due, in the order of their times.
 
-        What they wake runs when the caller next awaits.
+        Tasks that these calls wake run at the next `await` of the caller.
 
         Args:
             seconds: 0 or more.
         """
         if seconds < 0:
-            raise ValueError("a monotonic clock does not go back; use jump() for the wall clock")
+            raise ValueError("a monotonic clock cannot go back; use jump() for the wall clock")
         end = self._monotonic + seconds
         while self._timers and self._timers[0][0] <= end:
             due, _, timer = heapq.heappop(self._timers)
@@ -82,7 +82,7 @@ class ManualClock:
         self._monotonic = end
 
     def jump(self, seconds: float) -> None:
-        """Set the wall clock forward or back, as an administrator or NTP would."""
+        """Set the wall clock forward or back, as an administrator or NTP does."""
         self._time += seconds
 
 
@@ -96,33 +96,34 @@ class _Fault:
 class FaultyStorage:
     """Another storage, with faults on demand.
 
-    Faults asked for come one after the other, each at a call of its operation.
+    Faults are planned for each operation. Each call of the operation uses up one of them, in
+    the order in which they were planned.
 
     Attributes:
         calls: The operations so far, in order.
-        faults: How many of them failed. A test in which none did proves nothing.
+        faults: The number of calls that failed. If it is 0, the test has tested no fault.
     """
 
     def __init__(self, inner: Storage) -> None:
-        """Without a fault, `inner` answers."""
+        """Pass each call to `inner`, until a fault is planned."""
         self._inner = inner
         self._faults: dict[Operation, deque[_Fault | None]] = {}
         self._random: Callable[[Operation], _Fault | None] = _none
         self._resumed = asyncio.Event()
         self._sessions: list[_FaultySession] = []
         self._cut: list[_FaultySession] = []
-        self._torn: dict[str, int] = {}  # bytes of half a record, by the name of the state
+        self._torn: dict[str, int] = {}  # the bytes of a record that was torn, by the name of the state
         self.calls: list[Operation] = []
         self.faults: int = 0
 
     @classmethod
     def random(cls, inner: Storage, *, seed: int, rate: float) -> Self:
-        """A storage whose commits and checkpoints fail at random, before, torn or after.
+        """Return a storage whose commits and checkpoints fail at random, with any `Moment`.
 
         Args:
-            inner: What answers otherwise.
+            inner: The storage that gets the calls.
             seed: The same calls with the same seed have the same faults.
-            rate: How many of the calls fail: above 0, below 1.
+            rate: The share of the calls that fails: above 0, below 1.
 
         Raises:
             ValueError: `rate` is out of bounds.
@@ -130,7 +131,7 @@ class FaultyStorage:
         if not 0 < rate < 1:
             raise ValueError(f"rate must be above 0 and below 1, not {rate}: 0.1 is one call in ten")
         storage = cls(inner)
-        numbers = random.Random(seed)  # noqa: S311 -- it must be the same each time
+        numbers = random.Random(seed)  # noqa: S311 -- the numbers must be the same each time
 
         def drawn(operation: Operation) -> _Fault | None:
             comes = numbers.random() < rate
@@ -151,46 +152,45 @@ class FaultyStorage:
         times: int = 1,
         error: StorageError | None = None,
     ) -> None:
-        """Make the next calls of an operation fail, after the faults asked for so far.
+        """Make calls of an operation fail, after the faults that are planned already.
+
+        `aclose` releases the state with any moment, as every storage must.
 
         Args:
-            operation: Which one.
-            moment: `before` it did anything; `after` it did everything: the answer was
-                lost. A commit that is `torn` wrote half of its record: it is not there
-                when the state is opened again, unless a later commit held it too.
-            skip: How many calls succeed first.
-            times: How many calls fail, 1 or more.
-            error: What to raise; an `UnavailableError` when not given.
-
-        `aclose` lets go of the state in either case, as every storage must.
+            operation: The operation.
+            moment: `before`: it did nothing. `after`: it was done, and its answer is lost.
+                `torn`, for a commit: half of its record was written. Then the record is
+                missing when the state is opened again, unless a later commit contained it too.
+            skip: The number of calls that succeed first, 0 or more.
+            times: The number of calls that fail then, 1 or more.
+            error: The error to raise; without it, an `UnavailableError`.
 
         Raises:
-            ValueError: An argument is out of bounds; a test that never fails proves
-                nothing.
+            ValueError: An argument is out of bounds.
         """
         if times < 1:
-            raise ValueError("a fault comes once or more")
-        self._ask(operation, [_fault(operation, moment, error)] * times, skip)
+            raise ValueError("times must be 1 or more: without a fault, the test proves nothing")
+        self._plan(operation, [_fault(operation, moment, error)] * times, skip)
 
     def hang(self, operation: Operation, *, skip: int = 0) -> None:
-        """Make the next call of an operation, or one after `skip` more, wait for `resume()` before it begins."""
-        self._ask(operation, [_Fault("hang", UnavailableError("never raised"))], skip)
+        """Make a call of an operation wait for `resume()` before it begins. `skip` calls are not affected first."""
+        self._plan(operation, [_Fault("hang", UnavailableError("never raised"))], skip)
         self._resumed.clear()
 
     def resume(self) -> None:
-        """Let the calls that hang go on."""
+        """Let the calls that hang continue."""
         self._resumed.set()
 
     def cut_power(self, during: Operation | None = None, moment: Moment = "before", *, skip: int = 0) -> None:
-        """Cut the power: whatever is open writes nothing any more, and every call of it raises `StorageError`.
+        """Cut the power: open sessions write nothing more, and each call of them raises `StorageError`.
 
-        The next manager on this object finds what was durable, as after a reboot. The one
-        that was cut off is to be stopped still; that raises, if it had anything to write.
+        The next manager with this object finds what was durable, as after a reboot. A manager
+        that was cut off must still be stopped. That raises if it had anything to write.
 
         Args:
-            during: Cut it at the next call of this operation; at once when not given.
-            moment: When in it; see `fail`.
-            skip: How many calls succeed first.
+            during: Cut the power at the next call of this operation; without it, at once.
+            moment: The moment of the cut within that call; see `fail`.
+            skip: The number of calls that succeed first, 0 or more.
 
         Raises:
             ValueError: An argument is out of bounds.
@@ -198,20 +198,20 @@ class FaultyStorage:
         if during is not None:
             fault = _fault(during, moment, StorageError(_NO_POWER))
             fault.cuts = True
-            self._ask(during, [fault], skip)
+            self._plan(during, [fault], skip)
             return
         if skip or moment != "before":
-            raise ValueError("the power is cut at once: name the operation during which, to choose the moment")
+            raise ValueError("moment and skip need an operation: cut_power(during='commit', ...)")
         for session in self._sessions:
             session.has_power = False
         self._cut += self._sessions
         self._sessions = []
 
-    def _ask(self, operation: Operation, faults: list[_Fault], skip: int) -> None:
+    def _plan(self, operation: Operation, faults: list[_Fault], skip: int) -> None:
         if operation not in get_args(Operation):
             raise ValueError(f"there is no operation {operation!r}: use one of {get_args(Operation)}")
         if skip < 0:
-            raise ValueError("skip is how many calls succeed first, 0 or more")
+            raise ValueError("skip must be 0 or more: it is the number of calls that succeed first")
         self._faults.setdefault(operation, deque()).extend([*[None] * skip, *faults])
 
     async def open(self, name: str) -> StorageSession:
@@ -228,7 +228,7 @@ class FaultyStorage:
         return await self._faulty("read", lambda: self._inner.read(name))
 
     async def _reboot(self) -> None:
-        """Let go of what was open, after the power was cut."""
+        """Close the sessions that were open when the power was cut."""
         while self._cut:
             await self._cut.pop()._inner.aclose()  # noqa: SLF001 -- one class in two
 
@@ -236,8 +236,8 @@ class FaultyStorage:
         self, operation: Operation, call: Callable[[], Awaitable[R]], tear: Callable[[], object] | None = None
     ) -> R:
         self.calls.append(operation)
-        asked = self._faults.get(operation)
-        fault = asked.popleft() if asked else self._random(operation)
+        planned = self._faults.get(operation)
+        fault = planned.popleft() if planned else self._random(operation)
         if fault is None:
             return await call()
         if fault.kind == "hang":
@@ -246,7 +246,7 @@ class FaultyStorage:
         self.faults += 1
         if fault.kind == "after":
             result = await call()
-            if isinstance(result, _Closable):  # a session that nobody was given
+            if isinstance(result, _Closable):  # a session, which the caller does not get
                 await result.aclose()
         if fault.kind == "torn" and tear is not None:
             tear()
@@ -259,7 +259,7 @@ _NO_POWER = "the power was cut on demand; open the state again"
 
 
 def _none(_: Operation) -> None:
-    """No fault."""
+    """Return no fault."""
 
 
 def _fault(operation: Operation, moment: Moment, error: StorageError | None = None) -> _Fault:
@@ -330,7 +330,7 @@ class _FaultySession:
         async def powered() -> R:
             self._check_power()
             result = await call()
-            torn.pop(self._name, None)  # written over
+            torn.pop(self._name, None)  # overwritten
             return result
 
         self._check_power()

@@ -1,4 +1,4 @@
-"""What every storage must show; `lab_state.testing.StorageConformance` is its public name."""
+"""The conformance suite for storages. Its public name is `lab_state.testing.StorageConformance`."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from lab_state.testing._conformance_tools import (
 
 
 class StorageConformance(ReadingConformance):
-    """A suite of tests for a storage; subclass it and fill in the four hooks.
+    """A suite of tests for a storage. Make a subclass, and define the four methods of `Hooks`.
 
-    Each test method is a coroutine function without arguments, so any runner that runs
-    coroutines will do. Each must begin with an empty place: with pytest, make that in
-    an autouse fixture.
+    Each test method is a coroutine function without arguments, so any test runner for coroutines
+    can run it. Each test must begin with an empty place. With pytest, an autouse fixture can
+    create it.
     """
 
     sampled: int = 50
-    """In how many places, evenly spread, each part of what is stored is damaged; fewer where opening is slow."""
+    """At how many evenly spread offsets each stored part is damaged. Choose fewer if opening is slow."""
 
-    # What comes back
+    # Recovery
 
     async def test_a_new_state_is_empty(self) -> None:
-        """Opening what was never written recovers nothing, and that is no corruption."""
+        """A state that was never written opens empty, and not as a damaged one."""
         session = await self.make_storage().open(NAME)
         snapshot, records, _, dropped, _ = session.recovery
         assert (snapshot, records, dropped) == (None, (), 0)
         await session.aclose()
 
     async def test_records_come_back_in_order(self) -> None:
-        """What `commit` returned for is there after the next open, in order."""
+        """The next open recovers every record whose `commit` has returned, in order."""
         written = await self._commit_some(5)
         assert await self._recovered_records() == written
 
     async def test_records_survive_a_crash(self) -> None:
-        """A session that never ends cleanly loses no record."""
+        """A session that ends with a crash loses no record."""
         written = await self._commit_some(5, crash=True)
         assert written == await self._recovered_records()
 
     async def test_a_large_record_comes_back(self) -> None:
-        """A record of 4 MiB is one record, and whatever is in it passes for nothing else."""
+        """A record of 4 MiB comes back as one record, although its bytes look like frames of a journal."""
         large = b'00000000 5 R "x"\n' * (4 * 1024 * 1024 // 17)
         async with opened(self.make_storage()) as session:
             await session.commit(large, given(b"{}"))
@@ -71,7 +71,7 @@ class StorageConformance(ReadingConformance):
             assert session.recovery.records[-1:] == (b"2",)
 
     async def test_commits_beside_a_checkpoint_are_kept(self) -> None:
-        """A record committed while the snapshot is being written is recovered behind it."""
+        """A record that is committed while a snapshot is written is recovered after that snapshot."""
         async with opened(self.make_storage()) as session:
             await session.commit(b"before", given(b"{}"))
 
@@ -88,7 +88,7 @@ class StorageConformance(ReadingConformance):
             assert session.recovery.records[-2:] == (b"beside", b"after")
 
     async def test_many_checkpoints_leave_one_snapshot(self) -> None:
-        """The place does not grow with the number of checkpoints."""
+        """Ten checkpoints leave one snapshot, and the stored bytes do not grow with their number."""
         async with opened(self.make_storage()) as session:
             for number in range(10):
                 await session.commit(b"r" * 1000, given(b"{}"))
@@ -98,7 +98,7 @@ class StorageConformance(ReadingConformance):
         assert sum(map(len, self.read_raw(NAME).values())) < 2000
 
     async def test_a_checkpoint_that_fails_changes_nothing(self) -> None:
-        """When the view cannot be finished, what was there stays, and commits go on."""
+        """If a view raises, the old snapshot and all records stay, and commits go on."""
         async with opened(self.make_storage()) as session:
             await session.checkpoint(given(b"old"))
             await session.commit(b"1", given(b"{}"))
@@ -118,7 +118,7 @@ class StorageConformance(ReadingConformance):
             assert (one.recovery.records, two.recovery.records) == ((b"1",), (b"2",))
 
     async def test_sizes_are_told(self) -> None:
-        """The sizes in bytes grow with what is written."""
+        """`snapshot_bytes` and `journal_bytes` grow by the bytes that are written."""
         async with opened(self.make_storage()) as session:
             await session.checkpoint(given(b"x" * 500))
             assert session.snapshot_bytes == 500
@@ -128,7 +128,7 @@ class StorageConformance(ReadingConformance):
             assert NAME in session.path
 
     async def test_progress_is_told(self) -> None:
-        """`progress` grows by what a commit and a checkpoint write, never goes back, and can be read at any time."""
+        """`progress` grows by the bytes of a commit and of a checkpoint, never shrinks, and can be read at any time."""
         session = await self.make_storage().open(NAME)
         seen = [session.progress]
 
@@ -148,7 +148,7 @@ class StorageConformance(ReadingConformance):
         assert seen == sorted(seen)
 
     async def test_there_is_nothing_to_warn_of(self) -> None:
-        """A session on a place that is as it should be asks for nothing to be mended, before and after a checkpoint."""
+        """A session on an intact place has no warning, before and after a checkpoint."""
         async with opened(self.make_storage()) as session:
             assert session.warning is None
             await session.commit(b"1", given(b"{}"))
@@ -156,7 +156,7 @@ class StorageConformance(ReadingConformance):
             assert session.warning is None
 
     async def test_a_checkpoint_becomes_due(self) -> None:
-        """A journal that only grows asks for a checkpoint, and no longer once it had one."""
+        """`commit` returns True when the journal has grown large, and False after a checkpoint."""
         async with opened(self.make_storage()) as session:
             assert not await session.commit(b"small", given(b"{}"))
             assert await session.commit(b"r" * 8_000_000, given(b"{}"))
@@ -166,7 +166,7 @@ class StorageConformance(ReadingConformance):
     # One writer
 
     async def test_a_second_writer_is_refused(self) -> None:
-        """An open state is locked, for another storage on the same place too, until it is let go."""
+        """An open state is locked until it is closed, also for another storage object on the same place."""
         first = await self.make_storage().open(NAME)
         error = await raises(LockedError, self.make_storage().open(NAME))
         assert NAME in str(error)
@@ -177,7 +177,7 @@ class StorageConformance(ReadingConformance):
         await second.aclose()
 
     async def test_closing_twice_is_closing_once(self) -> None:
-        """`aclose` is idempotent, and does not let go of what a later session owns."""
+        """A second `aclose` does nothing, and does not release the lock of a later session."""
         first = await self.make_storage().open(NAME)
         await first.aclose()
         second = await self.make_storage().open(NAME)
@@ -205,7 +205,7 @@ class StorageConformance(ReadingConformance):
     # Cancellation
 
     async def test_open_can_be_cancelled_at_every_await(self) -> None:
-        """A cancelled open lets go of the state."""
+        """A cancelled `open` leaves the state unlocked and unchanged."""
         await self._commit_some(1)
         for number in range(200):
             session = await cancelled_at(number, self.make_storage().open(NAME))
@@ -218,7 +218,7 @@ class StorageConformance(ReadingConformance):
             raise AssertionError("open() awaits more than a hundred times")
 
     async def test_commit_can_be_cancelled_at_every_await(self) -> None:
-        """A cancelled commit is there or not; what was acknowledged before and after it is there."""
+        """A cancelled commit may be lost. The commits before and after it are recovered."""
 
         async def run(number: int) -> bool:
             async with opened(self.make_storage(), f"{NAME}-{number}") as session:
@@ -233,7 +233,7 @@ class StorageConformance(ReadingConformance):
         await until(run)
 
     async def test_checkpoint_can_be_cancelled_at_every_await(self) -> None:
-        """A cancelled checkpoint leaves the old snapshot or the new one, and no record is lost."""
+        """A cancelled checkpoint leaves the old snapshot or the new one, and loses no record."""
 
         async def run(number: int) -> bool:
             async with opened(self.make_storage(), f"{NAME}-{number}") as session:
@@ -252,7 +252,7 @@ class StorageConformance(ReadingConformance):
         await until(run)
 
     async def test_close_can_be_cancelled_at_every_await(self) -> None:
-        """A cancelled close lets go of the state all the same."""
+        """After a cancelled `aclose` and another one, the state can be opened."""
 
         async def run(number: int) -> bool:
             session = await self.make_storage().open(NAME)
@@ -266,7 +266,7 @@ class StorageConformance(ReadingConformance):
     # Through a manager
 
     async def test_a_manager_finds_what_it_left(self) -> None:
-        """Start, change, stop, and start again: values, deletions and revisions are there."""
+        """After a stop and a start, a manager has the same values, deletions and revision."""
         async with Manager(NAME, self.make_storage()) as state:
             await state.set_many({"a": 1, "b": [2, {"c": None}]})
             await state.set("gone", "x")
@@ -276,7 +276,7 @@ class StorageConformance(ReadingConformance):
             assert (await state.get_all(), state.revision, state.durable_revision) == (left, revision, revision)
 
     async def test_what_was_flushed_survives_a_crash(self) -> None:
-        """After `flush`, a crash loses nothing; what was not flushed may be gone."""
+        """A crash loses nothing that was flushed. Changes after the flush may be lost."""
         await self._crashed_manager({"a": 1, "b": 2})
         async with Manager(NAME, self.make_storage()) as state:
             assert await state.get_all() == {"a": 1, "b": 2}
@@ -287,7 +287,7 @@ class StorageConformance(ReadingConformance):
             assert await state.get_all() == {"a": 1, "b": 2, "c": 3}
 
     async def test_a_clean_stop_leaves_a_snapshot_alone(self) -> None:
-        """After `stop`, nothing need be replayed."""
+        """After `stop`, there is a snapshot and no record."""
         async with Manager(NAME, self.make_storage()) as state:
             await state.set("a", 1)
         async with opened(self.make_storage()) as session:
@@ -295,7 +295,7 @@ class StorageConformance(ReadingConformance):
             assert session.recovery.records == ()
 
     async def test_nothing_is_written_when_nothing_changed(self) -> None:
-        """Start, read, flush and stop leave every byte as it was."""
+        """Start, read, flush and stop without a change leave every byte as it was."""
         await self._stopped_manager({"a": 1})
         before = self.read_raw(NAME)
         async with Manager(NAME, self.make_storage()) as state:
@@ -304,12 +304,12 @@ class StorageConformance(ReadingConformance):
         assert self.read_raw(NAME) == before
 
     async def test_a_damaged_snapshot_is_refused_and_left_alone(self) -> None:
-        """A flipped bit of a snapshot is noticed; nothing is changed; putting it back mends it."""
+        """A start with a flipped bit in the snapshot is refused, and changes nothing. With the bit restored, it succeeds."""
         await self._stopped_manager({"key": "value", "other": [1, 2, 3]})
         await self._flip_bits({"key": "value", "other": [1, 2, 3]})
 
     async def test_a_damaged_journal_is_refused_or_torn(self) -> None:
-        """A flipped bit of the journal is noticed, or hits the last record, which is dropped whole."""
+        """A start with a flipped bit in the journal is refused, or drops the last record as a whole."""
         config = Config(name=NAME, flush_interval=None)
         manager = Manager(config, self.make_storage())
         await manager.start()
@@ -322,7 +322,7 @@ class StorageConformance(ReadingConformance):
         await self._flip_bits(*seen)
 
     async def test_empty_is_not_missing(self) -> None:
-        """A part that was cut to nothing is damage, not an empty state."""
+        """A stored part without bytes is damage, and not an empty state."""
         await self._stopped_manager({"a": 1})
         for part, data in self.read_raw(NAME).items():
             self.write_raw(NAME, part, b"")
@@ -359,15 +359,15 @@ class StorageConformance(ReadingConformance):
         await self._end(manager)
 
     async def _end(self, manager: Manager) -> None:
-        """End a manager as SIGKILL would."""
-        flusher = manager._flusher  # noqa: SLF001 -- no public call ends without writing
+        """End a manager as SIGKILL does."""
+        flusher = manager._flusher  # noqa: SLF001 -- every public call writes at the end
         assert flusher is not None  # the manager runs
         session = flusher.abort()
         await asyncio.sleep(0)
         await self.crash(session)
 
     async def _flip_bits(self, *allowed: dict[str, Any]) -> None:
-        """Flip single bits of each part; what loads must be one of the states allowed."""
+        """Flip single bits of each part. A start must be refused, or load one of the allowed states."""
         whole = dict(self.read_raw(NAME))
         for part, data in whole.items():
             step = max(1, len(data) // self.sampled)
@@ -380,7 +380,7 @@ class StorageConformance(ReadingConformance):
                 try:
                     await manager.start()
                 except (CorruptionError, UnsupportedError):
-                    assert self.read_raw(NAME) == before, "what is damaged must be left alone"
+                    assert self.read_raw(NAME) == before, "a refused start must not change a damaged part"
                 else:
                     assert await manager.get_all() in allowed
                     await manager.stop()

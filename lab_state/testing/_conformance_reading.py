@@ -1,4 +1,4 @@
-"""The tests that every storage must pass about `read`: a part of `lab_state.testing.StorageConformance`."""
+"""The tests of `Storage.read`: a part of `lab_state.testing.StorageConformance`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ReadingConformance(Hooks):
     """The tests of `Storage.read`. A storage without that method fails each of them."""
 
     async def test_reading_what_is_not_there(self) -> None:
-        """A state that was never opened is an error, not an empty state, and reading makes nothing."""
+        """A state that was never opened is an error and not an empty state. Reading creates nothing."""
         for _ in range(2):
             error = await raises(UnsupportedError, self.make_storage().read(NAME))
             assert NAME in str(error)
@@ -33,7 +33,7 @@ class ReadingConformance(Hooks):
             assert (reading.snapshot, reading.records, reading.durable) == (None, (), 0)
 
     async def test_reading_beside_a_writer(self) -> None:
-        """What was committed is read; nothing changes by that; the writer goes on."""
+        """A reading has the committed records. It changes nothing, and the writer can continue."""
         async with opened(self.make_storage()) as session:
             await session.commit(b"0", given(b"{}"))
             await session.checkpoint(given(b"snapshot"))
@@ -49,7 +49,7 @@ class ReadingConformance(Hooks):
                 assert NAME in reading.path
 
     async def test_reading_after_a_clean_end(self) -> None:
-        """The snapshot is read, and no writer has it open. Then it opens as ever."""
+        """After a clean end, a reading has the snapshot, and reports no writer. Then the state can be opened as usual."""
         async with opened(self.make_storage()) as session:
             await session.commit(b"1", given(b"{}"))
             await session.checkpoint(given(b"snapshot"))
@@ -60,7 +60,7 @@ class ReadingConformance(Hooks):
             assert session.recovery.snapshot == b"snapshot"
 
     async def test_reading_after_a_crash(self) -> None:
-        """What the next start would recover is read, before that start and after it."""
+        """A reading after a crash has what the next start recovers, before that start and after it."""
         session = await self.make_storage().open(NAME)
         for number in range(3):
             await session.commit(b"%d" % number, given(b"{}"))
@@ -72,7 +72,7 @@ class ReadingConformance(Hooks):
                 assert session.recovery.records == (b"0", b"1", b"2")
 
     async def test_reading_while_everything_is_replaced(self) -> None:
-        """Beside commits and checkpoints, each reading is one moment, with all that was durable at the call."""
+        """During commits and checkpoints, each reading is of one moment, and has everything that was durable at the call."""
         durable, applied, readings = 0, 0, 0
         begun = asyncio.Event()
 
@@ -84,7 +84,7 @@ class ReadingConformance(Hooks):
                     await session.commit(b"%d" % number, given(b"{}"))
                     durable = number
                     begun.set()
-                    await asyncio.sleep(0)  # the storage may not need to wait
+                    await asyncio.sleep(0)  # the storage might never wait
                     if number % _A_CHECKPOINT_EVERY == 0:
                         await session.checkpoint(given(b"%d" % number))
 
@@ -102,7 +102,7 @@ class ReadingConformance(Hooks):
         assert _one_moment(await storage.read(NAME)) == _COMMITS
 
     async def test_a_reading_of_what_is_damaged(self) -> None:
-        """A damaged part is refused, or hits the last record, which is left out; it is left alone, and never empty."""
+        """A damaged part is refused, or the damaged last record is dropped. No damaged state is empty, and reading changes no part."""
         manager = Manager(Config(name=NAME, flush_interval=None), self.make_storage())
         await manager.start()
         for number in range(2):
@@ -127,7 +127,7 @@ class ReadingConformance(Hooks):
         assert await (await read_state(NAME, self.make_storage())).get_all() == seen[-1]
 
     async def test_read_can_be_cancelled_at_every_await(self) -> None:
-        """A cancelled reading leaves nothing that is in the way of a writer."""
+        """A cancelled reading leaves nothing that stops a writer."""
         async with opened(self.make_storage()) as session:
             await session.commit(b"1", given(b"{}"))
             for number in range(400):
@@ -139,7 +139,7 @@ class ReadingConformance(Hooks):
         assert (await self.make_storage().read(NAME)).records == (b"1", b"2")
 
     async def test_a_closed_storage_session_is_read(self) -> None:
-        """Reading goes on for as long as the storage is there, also with the object that opened the state."""
+        """The object whose session was closed can still read the state."""
         storage = self.make_storage()
         session = await storage.open(NAME)
         await session.commit(b"1", given(b"{}"))
@@ -149,7 +149,7 @@ class ReadingConformance(Hooks):
 
 
 def _one_moment(reading: Reading) -> int:
-    """Return the number of the last record. None may be missing between the snapshot and it."""
+    """Return the number of the last record. No record may be missing between it and the snapshot."""
     reached = 0 if reading.snapshot is None else int(reading.snapshot)
     for number in map(int, reading.records):
         assert number <= reached + 1, "a record is missing"
@@ -158,7 +158,7 @@ def _one_moment(reading: Reading) -> int:
 
 
 def _damages(data: bytes) -> Iterator[bytes]:
-    """Yield the bytes with a flipped bit, in a few places, and then no bytes at all."""
+    """Yield the bytes with one flipped bit, at a few offsets, and then no bytes."""
     for offset in (0, len(data) // 3, 2 * len(data) // 3, len(data) - 1):
         damaged = bytearray(data)
         damaged[offset] ^= 1

@@ -1,4 +1,4 @@
-"""What the conformance suite is written with."""
+"""Helpers of the conformance suite."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ NAME = "conformance"
 
 
 class Hooks:
-    """The facts about the storage under test that a suite needs."""
+    """The four methods with which a suite reaches the storage under test."""
 
     def make_storage(self) -> Storage:
-        """Make a storage on the place of this test. Each call gives one on the same place."""
+        """Return a new storage object. All objects of one test must use the same place."""
         raise NotImplementedError
 
     async def crash(self, session: StorageSession) -> None:
-        """End a session as SIGKILL would: what it holds is let go, nothing is written."""
+        """End a session as SIGKILL does: locks and files are released, and nothing is written."""
         raise NotImplementedError
 
     def read_raw(self, name: str) -> Mapping[str, bytes]:
-        """Read everything that is stored for a state, part by part, past the storage."""
+        """Return everything that is stored for a state, part by part, without the storage."""
         raise NotImplementedError
 
     def write_raw(self, name: str, part: str, data: bytes | None) -> None:
-        """Replace one of these parts, past the storage, or delete it."""
+        """Replace one of these parts without the storage, or delete it if `data` is `None`."""
         raise NotImplementedError
 
 
 @asynccontextmanager
 async def opened(storage: Storage, name: str = NAME) -> AsyncGenerator[StorageSession]:
-    """A session, closed at the end."""
+    """Open a session, and close it at the end."""
     session = await storage.open(name)
     try:
         yield session
@@ -48,7 +48,7 @@ async def opened(storage: Storage, name: str = NAME) -> AsyncGenerator[StorageSe
 
 
 def given(*slices: bytes) -> SnapshotSource:
-    """A view in these slices."""
+    """Return a view with these slices."""
 
     async def view() -> AsyncIterator[bytes]:
         for part in slices:
@@ -58,7 +58,7 @@ def given(*slices: bytes) -> SnapshotSource:
 
 
 def failing(*slices: bytes) -> SnapshotSource:
-    """A view that ends with an error behind these slices."""
+    """Return a view that raises an error after these slices."""
 
     async def view() -> AsyncIterator[bytes]:
         for part in slices:
@@ -69,18 +69,18 @@ def failing(*slices: bytes) -> SnapshotSource:
 
 
 async def awaited(call: Awaitable[object]) -> None:
-    """As a coroutine, so that it can be a task."""
+    """Await a call. This is a coroutine, so that it can become a task."""
     await call
 
 
 async def got_through(call: Awaitable[object]) -> bool:
-    """Something else than `None` when it returns."""
+    """Await a call, and return True when it has returned."""
     await call
     return True
 
 
 async def raises(kind: type[E], call: Awaitable[object]) -> E:
-    """The error that it must raise."""
+    """Return the error that a call must raise."""
     try:
         await call
     except kind as error:
@@ -89,7 +89,7 @@ async def raises(kind: type[E], call: Awaitable[object]) -> E:
 
 
 async def until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
-    """Cancel at the first await, the second, and so on, in both ways, until the call gets through."""
+    """Run a call that is cancelled at its first await, then at the second, and so on, until one run is not cancelled."""
     for number in range(200):
         if await run(number):
             return
@@ -98,9 +98,9 @@ async def until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
 
 @types.coroutine
 def cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, Any, R | None]:
-    """Run a coroutine, and cancel it at one of its awaits as `Task.cancel` would; `None` if that hit it.
+    """Run a coroutine, and cancel it at one of its awaits as `Task.cancel` does. Return `None` if it was cancelled.
 
-    An even number means while it waits, an odd one when it has been woken.
+    An even number cancels it while it waits, an odd number after it was woken.
     """
     awaits, woken = divmod(number, 2)
     try:
@@ -112,7 +112,7 @@ def cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, An
         else:
             _ = asyncio.isfuture(waiting) and waiting.cancel()
         waiting = call.throw(asyncio.CancelledError())
-        while True:  # what the call still awaits to clean up
+        while True:  # what the call awaits to clean up
             yield waiting
             waiting = call.send(None)
     except asyncio.CancelledError:
