@@ -178,7 +178,9 @@ async def test_another_users_file_under_the_sticky_bit(tmp_path: Path, monkeypat
     async with manager(tmp_path):
         pass
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.raises(UnsupportedError, match=r"lab\.json belongs to another user, and its directory has the sticky bit"):
+    with pytest.raises(
+        UnsupportedError, match=r"lab\.json belongs to another user, and its directory has the sticky bit"
+    ):
         await manager(tmp_path).start()
     tmp_path.chmod(0o777)
     async with manager(tmp_path):
