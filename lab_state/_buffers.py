@@ -1,8 +1,8 @@
-"""Bytes put together from parts.
+"""Large bytes, joined from parts without a stall.
 
-`b"".join` of a hundred megabytes holds up every thread for as long as the copy takes. A
-`BytesIO` grows with its parts, mostly by moving pages rather than bytes, and in CPython
-gives away its buffer as it is.
+`b"".join` of a hundred megabytes holds up every thread during the copy. A `BytesIO` grows with
+its parts, mostly by moving pages rather than bytes. In CPython it returns its buffer without
+a copy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _QUICK_BYTES = 4096
 _COPIED_AT_ONCE = 1024 * 1024
 _LARGE = 1024 * 1024
 _ROOM = 40 * 1024 * 1024
-"""glibc gives blocks of more than 32 MiB pages of their own, whatever it was asked for before."""
+"""Bytes. glibc always allocates blocks of more than 32 MiB as pages of their own, which it can move."""
 
 
 class ByteBuffer:
-    """Bytes that grow part by part. To add a part costs what the part has, and never what is there."""
+    """Bytes that grow by parts. The cost of adding a part depends on the part, not on the bytes before it."""
 
     __slots__ = ("_buffer", "_is_roomy")
 
@@ -34,9 +34,9 @@ class ByteBuffer:
         self._buffer.write(part)
 
     def _make_room(self) -> None:
-        """Move to a block that grows by moving pages. A smaller one would be copied as a whole, once or twice.
+        """Move to a block that grows by moving pages. A smaller block would be copied once or twice.
 
-        The zeros take no memory before they are written over. `BytesIO` takes them over without a copy.
+        The zeros take no memory until they are overwritten. `BytesIO` uses them without a copy.
         """
         roomy = io.BytesIO(bytes(_ROOM))
         with self._buffer.getbuffer() as view:
@@ -44,13 +44,13 @@ class ByteBuffer:
         self._buffer, self._is_roomy = roomy, True
 
     def taken(self) -> bytes:
-        """Return all of it. Nothing may be added then."""
+        """Return all bytes. No part may be added after this."""
         self._buffer.truncate()
         return self._buffer.getvalue()
 
 
 def join_in_thread(parts: Iterable[bytes]) -> bytes:
-    """All of it, for a thread: the others get their turn between two megabytes."""
+    """Join the parts in a thread. Other threads can run after each megabyte."""
     together = ByteBuffer()
     for part in parts:
         with memoryview(part) as view:
@@ -60,7 +60,7 @@ def join_in_thread(parts: Iterable[bytes]) -> bytes:
 
 
 async def join_in_steps(parts: Iterable[bytes]) -> bytes:
-    """All of it; the loop runs between two parts that took any time to make, and at an empty one."""
+    """Join the parts. The event loop runs after each part that is not small, and after an empty one."""
     together = ByteBuffer()
     for part in parts:
         together.add(part)
@@ -70,7 +70,7 @@ async def join_in_steps(parts: Iterable[bytes]) -> bytes:
 
 
 async def collect(parts: AsyncIterable[bytes]) -> bytes:
-    """All of it; whoever gives the parts lets the loop run."""
+    """Join the parts of an async iterator, which is what yields to the event loop."""
     together = ByteBuffer()
     async for part in parts:
         together.add(part)

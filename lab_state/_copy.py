@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from lab_state._codec import Snapshot, decode_snapshot, encode_snapshot, replay
+from lab_state._codec import LoadedState, decode_snapshot, encode_snapshot, replay
 from lab_state._entries import Expiring, Stored
 from lab_state._loading import load
 from lab_state._values import encode
@@ -63,14 +63,14 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
     return len(loaded.state.entries)
 
 
-async def _loaded(session: StorageSession) -> Snapshot:
+async def _loaded(session: StorageSession) -> LoadedState:
     snapshot, records = session.recovery[:2]
-    start = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path)
+    start = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path)
     await asyncio.sleep(0)
     return replay(start, records, session.path)
 
 
-async def _write(name: str, target: Storage, state: Snapshot, tell: Progress) -> None:
+async def _write(name: str, target: Storage, state: LoadedState, tell: Progress) -> None:
     async def slices() -> AsyncIterator[bytes]:
         written = 0
         view = {key: _with_time(state, key) for key in state.entries}
@@ -89,7 +89,7 @@ async def _write(name: str, target: Storage, state: Snapshot, tell: Progress) ->
         await writing.aclose()
 
 
-async def _verify(name: str, target: Storage, state: Snapshot, tell: Progress) -> None:
+async def _verify(name: str, target: Storage, state: LoadedState, tell: Progress) -> None:
     session = await target.open(name)
     try:
         found = await _loaded(session)
@@ -104,12 +104,12 @@ async def _verify(name: str, target: Storage, state: Snapshot, tell: Progress) -
         await session.aclose()
 
 
-def _with_time(state: Snapshot, key: str) -> Stored:
+def _with_time(state: LoadedState, key: str) -> Stored:
     value, at = state.entries[key], state.expires.get(key)
     return value if at is None or isinstance(value, Expiring) else Expiring(value, at)
 
 
-def _bytes(state: Snapshot, key: str) -> bytes:
+def _bytes(state: LoadedState, key: str) -> bytes:
     value = state.entries[key]
     return bytes(value) if isinstance(value, (bytes, msgspec.Raw)) else encode(value)
 

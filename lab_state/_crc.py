@@ -1,9 +1,10 @@
-"""The CRC-32 of any part of a buffer, from the sums of what is before it.
+"""The CRC-32 of any part of a buffer, computed from the checksums of the bytes before it.
 
-zlib gives the checksum of a part only by reading it. Parts that overlap, as many as the
-bytes allow, would be read again and again. But a CRC is linear: two sums that go over the
-same bytes differ, at the end, by what the zeros of that length make of their difference
-at the beginning. So one pass over the buffer is enough for all of its parts.
+zlib has to read a part to compute its checksum. Many parts that overlap would be read again
+and again. But a CRC is linear. Take two checksums with different initial values, both over the
+same bytes. The difference of the results depends only on the difference of the initial values
+and on the number of bytes: it is the same as over so many zero bytes. So one pass over the
+buffer is enough for all of its parts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _Tables = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ..
 
 
 def running(data: bytes, start: int, ends: Iterable[int]) -> dict[int, int]:
-    """Return the CRC-32 of `data` from `start` to each of these ends, which ascend."""
+    """Return the CRC-32 of `data` from `start` to each of the ends, which must be in ascending order."""
     sums: dict[int, int] = {}
     crc, at = 0, start
     with memoryview(data) as view:
@@ -28,13 +29,13 @@ def running(data: bytes, start: int, ends: Iterable[int]) -> dict[int, int]:
 
 
 def part(before: int, whole: int, length: int, seed: int) -> int:
-    """Return the CRC-32 of the last `length` bytes, begun with `seed`.
+    """Return the CRC-32 of a part of a buffer.
 
     Args:
-        before: The sum up to where they begin.
-        whole: The sum up to where they end, begun at the same place.
-        length: How many there are.
-        seed: The sum that they go on from.
+        before: The checksum of the bytes before the part.
+        whole: The checksum of the same bytes and of the part.
+        length: The number of bytes of the part.
+        seed: The initial value of the result.
     """
     difference = before ^ seed
     shift = 0
@@ -48,7 +49,7 @@ def part(before: int, whole: int, length: int, seed: int) -> int:
 
 @cache
 def _zeros(length: int) -> _Tables:
-    """Make the tables that carry a sum over so many zero bytes: one for each of its four bytes."""
+    """Make the tables that advance a checksum over so many zero bytes: one table for each of its four bytes."""
     if length == 1:
         images = [_after_one(1 << bit) for bit in range(32)]
     else:
@@ -71,7 +72,7 @@ def _after_one(difference: int) -> int:
 
 
 def _by_value(images: list[int]) -> tuple[int, ...]:
-    """Return the image of each byte value, from the images of its bits."""
+    """Return the table of all 256 byte values, from the results for the eight single bits."""
     found = [0]
     for image in images:
         found += [image ^ other for other in found]

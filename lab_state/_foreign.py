@@ -1,4 +1,4 @@
-"""Calls of foreign code, a storage or a function of the application, from a task that must go on."""
+"""Calls of foreign code, a storage or a function of the application, from a task that must not end with them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ R = TypeVar("R")
 
 
 async def only_storage_errors(call: Callable[[], Coroutine[Any, Any, R]]) -> R:
-    """Await a call of a storage, and turn whatever it raises into a `StorageError`.
+    """Await a call of a storage. Turn each of its errors into a `StorageError`.
 
-    Only a cancellation of the caller's own task, an interrupt and the end of the loop pass.
+    These pass unchanged: a cancellation of the present task, an interrupt, the end of the
+    event loop.
     """
     try:
         return await call()
@@ -32,13 +33,13 @@ async def only_storage_errors(call: Callable[[], Coroutine[Any, Any, R]]) -> R:
 
 
 def is_cancelled() -> bool:
-    """Return whether this task was asked to end. Otherwise a `CancelledError` comes from what it awaited."""
+    """Return whether the present task was cancelled. Otherwise its `CancelledError` comes from a call that it awaits."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 def storage_error(problem: BaseException, blame: str = "") -> StorageError:
-    """Return a `StorageError` with a text: the error itself, or a new one that has it as its cause."""
+    """Return a `StorageError` whose text can be read: the error itself, or a new one with it as its cause."""
     if isinstance(problem, StorageError):
         with contextlib.suppress(Exception):
             str(problem)
@@ -54,19 +55,19 @@ def pass_on(interrupt: BaseException) -> NoReturn:
 
 
 def check_on_fenced(on_fenced: object) -> None:
-    """Refuse what cannot be called, or would have to be awaited.
+    """Refuse a function that cannot be called, or is async.
 
     Raises:
-        TypeError: It is such.
+        TypeError: It is no plain function.
     """
     if not callable(on_fenced):
         raise TypeError(f"on_fenced must be a function of one argument, the error; not {type(on_fenced).__name__}")
-    if inspect.iscoroutinefunction(on_fenced) or inspect.iscoroutinefunction(getattr(on_fenced, "__call__", None)):  # noqa: B004 -- not whether it can be called, but how
+    if inspect.iscoroutinefunction(on_fenced) or inspect.iscoroutinefunction(getattr(on_fenced, "__call__", None)):  # noqa: B004 -- asks whether the call is async
         raise TypeError("on_fenced must be a plain function, not async: nothing would await it")
 
 
 def tell_fenced(on_fenced: Callable[[FencedError], object], error: FencedError, name: str, logger: Log) -> None:
-    """Call the function of the application, and log what it raises."""
+    """Call the function of the application, and log its error."""
     try:
         result = on_fenced(error)
     except Exception as problem:  # noqa: BLE001 -- it is logged

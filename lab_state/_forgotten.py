@@ -1,4 +1,4 @@
-"""A manager that is forgotten while it runs: where it was started, and what it held goes back."""
+"""A manager that is collected while it runs: the place where it was started, and the close of its session."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from lab_state.storage._protocol import StorageSession
 
 _LONGEST_CLOSE = 10.0
+"""Seconds after which the thread that closes a session gives up."""
 
 
 class _Started(NamedTuple):
@@ -21,11 +22,11 @@ class _Started(NamedTuple):
 
 
 _started: weakref.WeakKeyDictionary[Any, _Started] = weakref.WeakKeyDictionary()
-"""What runs in this process: by the flusher, which lives as long as its event loop, or its manager, does."""
+"""The states that run in this process, by flusher. A flusher lives as long as its manager or its event loop."""
 
 
 def caller() -> str:
-    """Return the line of the application that awaits this."""
+    """Return the file, line and function of the application that awaits the present call."""
     frame = sys._getframe(1)  # noqa: SLF001 -- as `inspect` does, which is slow to import
     while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
@@ -37,10 +38,10 @@ def _is_ours(module: str) -> bool:
 
 
 def note(flusher: object, session: StorageSession, name: str, storage: str, where: str) -> weakref.finalize[Any, Any]:
-    """Note that a state was started; the session is closed when everything else of it is collected.
+    """Note that a state was started. Its session will be closed when the flusher is collected.
 
     Returns:
-        What `detach` is called on when the session is closed otherwise.
+        A finalizer. Its `detach` must be called when the session is closed in the normal way.
     """
     _started[flusher] = _Started(name, storage, where)
     closing = weakref.finalize(flusher, _close, session)
@@ -49,7 +50,7 @@ def note(flusher: object, session: StorageSession, name: str, storage: str, wher
 
 
 def started_here(name: str, storage: str) -> str:
-    """Say where a state of this process was started, for the message that it is locked; empty if it was not."""
+    """Return where this process started a state, as the end of a message; an empty text if it did not."""
     for started in list(_started.values()):
         if (started.name, started.storage) == (name, storage):
             return f"; the first one was started at {started.where}"
@@ -57,8 +58,8 @@ def started_here(name: str, storage: str) -> str:
 
 
 def _close(session: StorageSession) -> None:
-    """Let go of the lock and the files. The collector may run this anywhere: another thread does it."""
-    with contextlib.suppress(RuntimeError):  # the interpreter ends, and lets go of all
+    """Close a session in another thread, because the garbage collector may run this at any point of any thread."""
+    with contextlib.suppress(RuntimeError):  # the interpreter ends, which releases everything
         threading.Thread(target=_run_close, args=(session,), name="lab_state forgotten", daemon=True).start()
 
 
@@ -66,5 +67,5 @@ def _run_close(session: StorageSession) -> None:
     async def close() -> None:
         await asyncio.wait_for(session.aclose(), _LONGEST_CLOSE)
 
-    with contextlib.suppress(Exception):  # it was told that it was forgotten; nothing more can be done here
+    with contextlib.suppress(Exception):  # the warning about the manager was given already, and no caller is left
         asyncio.run(close())

@@ -1,4 +1,4 @@
-"""A forked child gives up the managers, locks and files that it inherited.
+"""Managers, locks and files in a forked child, which inherits them and must not use them.
 
 A child has the memory and the descriptors of its parent, and none of its threads. An
 `flock` belongs to the open file, which parent and child share. So the lock would stay held
@@ -18,7 +18,7 @@ class Inherited(Protocol):
     """An object that a forked child must not use."""
 
     def disown(self) -> None:
-        """Close the descriptors, and refuse every call from now on. Runs first of all in the child.
+        """Close the descriptors, and refuse every call from now on. Runs in the child before any other code.
 
         It must neither wait nor await. The thread that used the object may have been in
         the middle of any of its methods, and does not exist in the child.
@@ -26,31 +26,31 @@ class Inherited(Protocol):
         ...
 
 
-_known: WeakSet[Inherited] = WeakSet()
+_inherited: WeakSet[Inherited] = WeakSet()
 _kept: list[object] = []
 _is_registered = False
 
 
 def disown_in_children(inherited: Inherited) -> None:
-    """Call `disown` of this object in each child that is forked while the object lives."""
+    """Register an object: its `disown` is called in each child that is forked while the object lives."""
     global _is_registered  # noqa: PLW0603 -- a function cannot be unregistered, so there is one for all objects
     if not _is_registered:
         _is_registered = True
         if hasattr(os, "register_at_fork"):  # pragma: no branch -- Windows has no fork
             os.register_at_fork(after_in_child=_disown)
-    _known.add(inherited)
+    _inherited.add(inherited)
 
 
 def keep(*inherited: object) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
     """Keep these objects as long as the child lives.
 
-    The garbage collector would run what their tasks do at the end, and close their
-    connections: that takes a socket out of the selector, which the parent shares.
+    If they were collected, the last steps of their tasks would run, and their connections
+    would be closed. That removes a socket from the selector, which the parent shares.
     """
     _kept.extend(inherited)
 
 
 def _disown() -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-    for inherited in list(_known):
+    for inherited in list(_inherited):
         keep(inherited)
         inherited.disown()

@@ -1,4 +1,4 @@
-"""What a manager and its handles are: one object each, which cannot be copied or sent elsewhere."""
+"""The base class of managers and handles, which cannot be copied and cannot be pickled."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any, ClassVar, NoReturn, Self
 
 
 class Handle:
-    """An object that is bound to what runs in this process: a lock of the application, no data.
+    """An object that is bound to a running manager, and is no data.
 
-    A copy is the object itself. It can be referred to weakly, and an attribute can be put
-    over a method of it, as `mock.patch.object` does.
+    A copy of it is the object itself. It supports weak references. `mock.patch.object` can
+    replace a method of it.
     """
 
     __slots__ = ("__dict__", "__weakref__")

@@ -1,19 +1,18 @@
-r"""Journal, format 1: framing, checksums, and the scan that tells torn from damaged.
+r"""The journal, format 1: frames, checksums, and the scan that tells a torn tail from damage.
 
-Pure: bytes in, bytes or a verdict out. The journal is text, one frame a line::
+Pure and synchronous. The journal is text, with one frame in each line::
 
     <crc32, 8 hex digits> <payload length> <kind> <payload>\n
 
-The CRC-32 covers salt, length, kind and payload. The salt is drawn anew for each
-journal and stands in its header, so that nothing that was in the blocks of an older
-file, and nothing that a user's value spells, passes for a frame.
+The CRC-32 covers salt, length, kind and payload. The salt is random for each journal, and is
+in its header. So old bytes in the blocks of a reused file are no valid frame, and a user's
+value cannot contain one.
 
-The writer keeps one frame in flight: the next is written only after the sync of the
-one before returned. So bad bytes with no valid frame behind them are a torn tail,
-never acknowledged; bad bytes with a valid frame behind them are damage to
-acknowledged data. The same rule is behind etcd's WAL repair and RocksDB's
-`kPointInTimeRecovery`, which lack the guarantee of one frame in flight and so
-cannot always tell the two apart.
+The writer keeps one frame in flight: it writes the next frame only after the sync of the
+frame before has returned. So bad bytes that no valid frame follows are a torn tail, which
+was never acknowledged. Bad bytes that a valid frame follows are damage to acknowledged data.
+The WAL repair of etcd and `kPointInTimeRecovery` of RocksDB follow the same rule. Without the
+guarantee of one frame in flight, they cannot always tell the two apart.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ NO_BASE = "none"
 
 
 class FrameKind(StrEnum):
-    """What a frame holds."""
+    """The kind of a frame."""
 
     HEADER = "H"
     RECORD = "R"
@@ -53,7 +52,7 @@ _LETTERS = {kind: kind.value.encode() for kind in FrameKind}
 
 
 class Header(msgspec.Struct, frozen=True):
-    """The first line: which state this is, and which snapshot it follows."""
+    """The first line: the name of the state, and the snapshot that the journal follows."""
 
     format: int
     name: str
@@ -62,14 +61,20 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class Frame(NamedTuple):
-    """One frame behind the header."""
+    """One frame after the header."""
 
     kind: FrameKind
     payload: bytes
 
 
 class Scan(NamedTuple):
-    """What a journal holds. `end` is where the clean part ends; bytes behind it are a torn tail."""
+    """The contents of a journal.
+
+    Attributes:
+        header: The header.
+        frames: The valid frames after it.
+        end: The offset after the last valid frame. Bytes from there on are a torn tail.
+    """
 
     header: Header
     frames: tuple[Frame, ...]
@@ -79,7 +84,7 @@ class Scan(NamedTuple):
 _FRAME = re.compile(rb"([0-9a-f]{8}) ((\d{1,15}) ([A-Z]) )")
 _LONGEST_HEAD = 8 + 1 + 15 + 3
 _HEAD_BEHIND = re.compile(rb" (?=(\d{1,15}) [A-Z] )")
-"""The blank behind a checksum: one byte is found faster than eight digits. What is before it is looked at then."""
+"""The blank after a checksum. It is searched because one byte is found faster than eight digits, which are checked then."""
 
 _CHECKSUM = re.compile(rb"[0-9a-f]{8}")
 _SEARCHED_AT_ONCE = 256 * 1024
@@ -88,29 +93,29 @@ _PIECE = 256 * 1024
 
 
 def new_salt() -> str:
-    """16 random hex digits."""
+    """Return a new salt: 16 random hexadecimal digits."""
     return os.urandom(8).hex()
 
 
 def base_of(size: int, crc: int) -> str:
-    """The name by which a journal refers to a snapshot: the size and CRC-32 of its bytes."""
+    """Return the name by which a journal refers to a snapshot: the size and the CRC-32 of its bytes."""
     return f"{size}-{crc:08x}"
 
 
 def frame(salt: str, kind: FrameKind, payload: bytes) -> bytes:
-    """One line of the journal."""
+    """Return one line of the journal."""
     return b"".join(frame_parts(salt, kind, payload))
 
 
 def frame_parts(salt: str, kind: FrameKind, payload: bytes) -> tuple[bytes, bytes, bytes]:
-    """One line of the journal, in parts: a copy of a payload of megabytes would hold up every other thread."""
+    """Return one line of the journal, in parts. To copy a payload of megabytes would hold up every other thread."""
     head = b"%d %s " % (len(payload), _LETTERS[kind])
     crc = zlib.crc32(payload, zlib.crc32(head, zlib.crc32(salt.encode())))
     return b"%08x %s" % (crc, head), payload, b"\n"
 
 
 def frame_in_steps(salt: str, kind: FrameKind, payload: bytes) -> Iterator[bytes]:
-    """Split one line of the journal into pieces. The first ones are empty: one for each piece of the payload that was summed."""
+    """Yield one line of the journal in pieces. The first pieces are empty: one for each step of the checksum."""
     head = b"%d %s " % (len(payload), _LETTERS[kind])
     crc = zlib.crc32(head, zlib.crc32(salt.encode()))
     for start in range(0, len(payload), _PIECE):
@@ -123,7 +128,7 @@ def frame_in_steps(salt: str, kind: FrameKind, payload: bytes) -> Iterator[bytes
 
 
 def payload(data: bytes, salt: str, kind: FrameKind) -> bytes | None:
-    """The payload, if `data` is one valid frame of this kind and nothing else."""
+    """Return the payload if `data` is exactly one valid frame of this kind, and `None` otherwise."""
     found = _frame_at(data, 0, salt)
     if found is None or found[0] != kind.value.encode() or found[2] != len(data):
         return None
@@ -131,7 +136,7 @@ def payload(data: bytes, salt: str, kind: FrameKind) -> bytes | None:
 
 
 def header(name: str, salt: str, base: str) -> bytes:
-    """The first line of a journal."""
+    """Return the first line of a journal."""
     return frame(salt, FrameKind.HEADER, msgspec.json.encode(Header(FORMAT, name, salt, base)))
 
 
@@ -141,10 +146,10 @@ def scan(data: bytes, name: str, path: str) -> Scan:
     Args:
         data: The bytes of the journal.
         name: The name of the state that it must belong to.
-        path: Where it came from, for messages.
+        path: The file or object that it comes from, for messages.
 
     Raises:
-        CorruptionError: Acknowledged data is damaged, or the journal is another state's.
+        CorruptionError: Acknowledged data is damaged, or the journal is that of another state.
         UnsupportedError: A newer version of lab_state wrote it.
     """
     head, position = _read_header(data, name, path)
@@ -157,7 +162,7 @@ def scan(data: bytes, name: str, path: str) -> Scan:
         raise CorruptionError(
             path,
             position,
-            f"a valid frame follows at byte {behind}, so what is damaged was acknowledged; restore a copy",
+            f"a valid frame follows at byte {behind}, so the damaged bytes were acknowledged; restore a copy",
         )
     if head.base == ANY_BASE and not (frames and frames[0].kind is FrameKind.FULL):
         raise CorruptionError(path, position, "the frame with the whole state, which must come first, is missing")
@@ -165,17 +170,17 @@ def scan(data: bytes, name: str, path: str) -> Scan:
 
 
 def read_header(data: bytes, name: str, path: str) -> Header:
-    """Read the first line of a journal, of which `data` holds at least that.
+    """Read the header of a journal, of which `data` holds at least the first line.
 
     Raises:
-        CorruptionError: It is not a header, or another state's.
+        CorruptionError: The line is no header, or that of another state.
         UnsupportedError: A newer version of lab_state wrote it.
     """
     return _read_header(data, name, path)[0]
 
 
 def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
-    """The header and the offset behind it; its own payload holds the salt that proves it."""
+    """Return the header and the offset after it. Its checksum is verified with the salt in its own payload."""
     bad_line = CorruptionError(path, 0, "its first line is not a valid journal header; restore a copy")
     line = _FRAME.match(data)
     if line is None or line[4] != FrameKind.HEADER.value.encode():
@@ -198,12 +203,12 @@ def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
 
 
 def _frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int] | None:
-    """FrameKind, payload and the offset behind them, if a valid frame starts at `position`."""
+    """Return kind, payload and the offset after them if a valid frame starts at `position`, and `None` otherwise."""
     match = _FRAME.match(data, position)
     if match is None:
         return None
     end = match.end() + int(match[3])
-    # The last byte first: in a torn tail it spares the checksum of a long payload.
+    # The last byte is checked first. In a torn tail this saves the checksum of a long payload.
     if end >= len(data) or data[end] != _NEWLINE:
         return None
     with memoryview(data) as view:
@@ -220,11 +225,11 @@ def _known_kind(kind: bytes, position: int, path: str) -> FrameKind:
 
 
 def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
-    """Return the offset of the first valid frame at any byte from `position` on.
+    """Return the offset of the first valid frame that starts at any byte from `position` on.
 
-    Any byte, not any line: one flipped newline glues two frames, and a search by
-    lines would drop the acknowledged one. A user's value may spell as many heads as it
-    has room for, so the bytes are summed once for all of them.
+    The search goes by bytes, not by lines. One flipped newline joins two frames, and a search
+    by lines would drop the second, which was acknowledged. A user's value may contain very
+    many heads of frames, so the checksums of all of them are computed in one pass.
     """
     heads = list(_heads_behind(data, position))
     sums = _crc.running(data, position, sorted({at for head in heads for at in (head.covered, head.end)}))
@@ -236,7 +241,7 @@ def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
 
 
 class _Head(NamedTuple):
-    """The possible head of a frame, with the newline behind its payload in place."""
+    """A possible head of a frame, whose payload is followed by a newline."""
 
     start: int
     covered: int
@@ -245,7 +250,7 @@ class _Head(NamedTuple):
 
 
 def _heads_behind(data: bytes, position: int) -> Iterator[_Head]:
-    """Find all of them, in order. The search goes in pieces, because it holds up all other threads."""
+    """Yield all possible heads in order. The search goes in pieces, because it holds up all other threads."""
     for piece in range(position, len(data), _SEARCHED_AT_ONCE):
         stop = piece + _SEARCHED_AT_ONCE
         for match in _HEAD_BEHIND.finditer(data, piece, stop + _LONGEST_HEAD):
@@ -258,11 +263,12 @@ def _heads_behind(data: bytes, position: int) -> Iterator[_Head]:
 
 
 class Accepted(NamedTuple):
-    """Which state a journal and a snapshot stand for.
+    """The state that a journal and a snapshot make together.
 
     Attributes:
-        full: The state at the start of the journal, where that is not the snapshot.
-        records: The records behind it.
+        full: The state at the start of the journal, if the journal contains it. Otherwise
+            that is the snapshot.
+        records: The records after it.
         unclean: Whether the last writer did not end with a checkpoint.
     """
 
@@ -272,22 +278,24 @@ class Accepted(NamedTuple):
 
 
 def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Accepted:
-    """Decide what to load.
+    """Decide which state to load.
 
     Args:
-        found: The journal, if there is one.
-        size: Its size in bytes, a torn tail included.
-        snapshot_base: `base_of` the snapshot that is there, or `NO_BASE`.
-        path: Where the journal came from, for messages.
+        found: The journal; `None` if there is none.
+        size: Its size in bytes, with a torn tail.
+        snapshot_base: `base_of` the present snapshot, or `NO_BASE`.
+        path: The file or object of the journal, for messages.
 
     Raises:
-        CorruptionError: The two do not belong together.
+        CorruptionError: Journal and snapshot do not belong together.
     """
     if found is None:
         return Accepted(None, (), unclean=False)
     base, frames = found.header.base, found.frames
     if any(kind is FrameKind.FULL for kind, _ in frames[base == ANY_BASE :]):
-        raise CorruptionError(path, 0, "a frame with the whole state stands where none may; restore a copy")
+        raise CorruptionError(
+            path, 0, "a frame with the whole state is at a place where none is allowed; restore a copy"
+        )
     records = tuple(payload for kind, payload in frames if kind is FrameKind.RECORD)
     if base == ANY_BASE:
         return Accepted(frames[0].payload, records, unclean=True)
@@ -297,8 +305,8 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
             raise CorruptionError(
                 path,
                 0,
-                "the snapshot beside it is not the one that it follows; put that back, or delete this journal to go on "
-                "from the snapshot without the changes in it",
+                "the snapshot beside it is not the one that it follows; put the right snapshot back, or delete this journal "
+                "to continue from the present snapshot without the changes in the journal",
             )
         if snapshot_base == NO_BASE:
             raise CorruptionError(

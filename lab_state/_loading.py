@@ -6,7 +6,7 @@ import asyncio
 import os
 from typing import NamedTuple
 
-from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state._codec import LoadedState, decode_snapshot, replay
 from lab_state.exceptions import CorruptionError, UnavailableError
 from lab_state.storage._protocol import Reading, Storage
 
@@ -24,7 +24,7 @@ class Loaded(NamedTuple):
         size: How many bytes it has there.
     """
 
-    state: Snapshot
+    state: LoadedState
     durable_revision: int
     live: bool | None
     path: str
@@ -68,7 +68,7 @@ def _is_the_same(before: tuple[Reading, str], now: tuple[Reading, str]) -> bool:
 
 async def _decoded(reading: Reading) -> Loaded:
     snapshot, records, durable, live, path, crc = reading
-    start = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, path, crc)
+    start = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, path, crc)
     await asyncio.sleep(0)
     durable_state = replay(start, records[:durable], path)
     whole = replay(durable_state, records[durable:], path, first=durable + 1)

@@ -1,4 +1,4 @@
-"""A logger that never raises to its caller. Handlers, filters and formatters of the application may raise."""
+"""A logger that never raises. Handlers, filters and formatters of the application may raise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Logs(Protocol):
-    """The methods that a logger needs, of any origin. Each takes a complete message."""
+    """The methods that a logger of any library needs. Each takes a complete message."""
 
     def info(self, message: str, /) -> object:
         """Log at level INFO."""
@@ -24,7 +24,7 @@ class Logs(Protocol):
 
 
 def check_logger(logger: object) -> None:
-    """Refuse an object that takes no messages, before the first failure has to be logged.
+    """Refuse an object that is no logger, before there is a failure to log.
 
     Raises:
         TypeError: It is a class, or a method of a logger is missing.
@@ -36,10 +36,10 @@ def check_logger(logger: object) -> None:
 
 
 class Log:
-    """Passes messages on to a logger, and swallows what that raises.
+    """A logger that passes messages to another one, and swallows its errors.
 
-    A message that the logger refused goes to `logging.lastResort`: to stderr, from
-    WARNING on.
+    If the other logger raises, the message goes to `logging.lastResort`, which prints WARNING
+    and ERROR to stderr.
     """
 
     __slots__ = ("_logger",)
@@ -65,7 +65,7 @@ class Log:
         self._tell("error", message, args)
 
     def _tell(self, level: str, message: str, args: tuple[object, ...]) -> None:
-        # A logger that is not one of `logging` may take other keyword arguments, or keep them.
+        # A logger of another library may refuse `stacklevel`, or store it with the message.
         caller = {"stacklevel": 3} if isinstance(self._logger, logging.Logger) else {}
         text = message
         try:
@@ -73,7 +73,7 @@ class Log:
             getattr(self._logger, level)(text, **caller)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as problem:  # noqa: BLE001 -- whatever it is, it is not the caller's
+        except BaseException as problem:  # noqa: BLE001 -- no error of a logger concerns the caller
             with contextlib.suppress(Exception):
                 _last_resort(level, f"{text} (the logger raised {type(problem).__name__})")
 

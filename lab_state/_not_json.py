@@ -1,4 +1,4 @@
-"""Faults of JSON that another program, or damage, may have written: the exceptions, and what to tell about them."""
+"""Invalid JSON, from another program or from damage: the exceptions that reading raises, and the messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 NOT_JSON: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""No JSON, JSON of another shape, no UTF-8, and nesting deeper than the parser goes."""
+"""Raised for text that is no JSON, JSON of another shape, bytes that are no UTF-8, and nesting that is too deep."""
 
 _BYTE = re.compile(r" \(byte (\d+)\)")
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
@@ -18,11 +18,14 @@ _HIGH, _LOW = range(0xD800, 0xDC00), range(0xDC00, 0xE000)
 
 
 def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
-    """Return the offset and the kind of the fault in the bytes of a file that should hold a state."""
+    """Return the offset and a description of the fault in the bytes of a file that should contain a state."""
     if data.startswith(codecs.BOM_UTF8):
-        return 0, "it begins with a byte order mark, which JSON must not have; save it without"
+        return 0, "it begins with a byte order mark, which JSON must not have; save it without one"
     if not data.strip():
-        return 0, "it is empty, which no state is; restore a copy, or delete it and the journal beside it to start anew"
+        return (
+            0,
+            "it is empty, and a state never is; restore a copy, or delete it and the journal beside it to start anew",
+        )
     if data.lstrip()[:1] != b"{":
         return 0, "it is not a JSON object; a state is one object, with a member for each key"
     if (lone := _lone_surrogate(data)) is not None:
@@ -34,7 +37,7 @@ def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
 
 
 def _lone_surrogate(data: bytes) -> int | None:
-    """Find the escape of half a character that stands without the other half."""
+    """Return the offset of an escaped surrogate without its other half; `None` if there is none."""
     high = None
     for escape in _ESCAPE.finditer(data):
         code = int(escape[1] or b"0", 16)

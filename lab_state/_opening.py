@@ -6,7 +6,7 @@ import asyncio
 import math
 
 from lab_state._clock import Clock, Pauses, sleep
-from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state._codec import LoadedState, decode_snapshot, replay
 from lab_state._expiry import resumed
 from lab_state._log import Log
 from lab_state._state import State
@@ -68,7 +68,7 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
             session.path,
             dropped,
         )
-    found = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path, crc)
+    found = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path, crc)
     found = replay(found, records, session.path)
     state = State(clock.monotonic, _time(found, session.path, clock, logger), clock.time)
     state.load(found.entries, found.revision, found.expires)
@@ -89,7 +89,7 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
     return state
 
 
-def _time(found: Snapshot, path: str, clock: Clock, logger: Log) -> float:
+def _time(found: LoadedState, path: str, clock: Clock, logger: Log) -> float:
     """Return the time by which keys expire, in seconds since 1970."""
     wall = clock.time()
     if not found.expires:

@@ -1,4 +1,4 @@
-"""`read_state`: a state at one moment, without its lock."""
+"""`read_state`: a state at one moment, read without its lock."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lab_state.storage._protocol import Storage
 class StateView(Reads):
     """A state as it was at one moment: a copy in memory that never changes.
 
-    `read_state` makes it. It has the reading calls of a manager; none of them waits. Time
-    stands still in it too: what had expired at that moment is not there, what had not yet
-    expired stays, and `expires_in` counts from that moment.
+    `read_state` makes it. It has the reading calls of a manager, and none of them waits. Its
+    time stands still, too. Keys that had expired at that moment are not in it, and all other
+    keys stay. `expires_in` counts from that moment.
 
     Attributes:
         revision: The number of the last change in it.
-        durable_revision: Every change up to this one is durable for certain. It is lower
-            than `revision` where the last record may still be lost: the writer may be about
-            to sync it, or have ended without that. The next start, or the next
-            record, settles it.
-        wall: What the writer's wall clock showed at the last change, in seconds since 1970;
-            `None` where that is not recorded. It is recorded as long as a key expires.
-        live: Whether a writer has the state open; `None` where that cannot be told.
+        durable_revision: Every change up to this one is certainly durable. It is lower
+            than `revision` if the last record may still be lost: the writer may not have
+            synced it yet, or have ended without a sync. The next record or the next start
+            decides this.
+        wall: The time of the writer's wall clock at the last change, in seconds since 1970;
+            `None` if that is not recorded. It is recorded as long as any key expires.
+        live: Whether a writer has the state open; `None` if that is unknown.
     """
 
     __slots__ = ("_path", "durable_revision", "live", "revision", "wall")
@@ -55,7 +55,7 @@ class StateView(Reads):
 
 
 class _Still(Core):
-    """The part of a manager's core that reading calls need, for a state that never changes."""
+    """A core for the reading calls, for a state that never changes."""
 
     __slots__ = ()
 
@@ -66,20 +66,20 @@ class _Still(Core):
 async def read_state(name: str, storage: Storage, *, clock: Clock | None = None) -> StateView:
     """Read a state, whether a manager is running on it or not.
 
-    It takes no lock and writes nothing. A manager that starts, runs or stops meanwhile
-    notices nothing. The only permission needed is to read the files, so this works on a
+    It takes no lock and writes nothing. It does not disturb a manager that starts, runs or
+    stops meanwhile. It needs only the permission to read the files, so it works on a
     read-only mount. The result is the state at one moment between call and return. All its
-    keys are of the same moment, and everything that was durable at the call is in it.
-    Changes that a manager holds in memory and has not flushed are not in it.
+    keys are of the same moment. It contains every change that was durable at the call, and
+    no change that a manager has not flushed yet.
 
-    The files are read in the storage's own threads, in a time that grows with the state.
-    Decoding holds up the event loop as `start()` does, about 0.8 s for a million keys. A
-    caller that is cancelled leaves nothing open. Each call reads everything anew.
+    The files are read in the storage's own threads. The time grows with the state. Decoding
+    holds up the event loop as `start()` does, about 0.8 s for a million keys. If the caller is
+    cancelled, nothing stays open. Each call reads everything again.
 
     Args:
         name: The name of the state.
-        storage: Where it is.
-        clock: For tests; the machine's own when not given.
+        storage: The storage that contains it.
+        clock: A clock for tests. By default it is the clock of the machine.
 
     Returns:
         The state.
@@ -87,10 +87,10 @@ async def read_state(name: str, storage: Storage, *, clock: Clock | None = None)
     Raises:
         InvalidNameError: The name is out of bounds.
         UnsupportedError: There is no state of this name: check the name and the storage. Or it
-            cannot be read as it is: permissions, a newer format.
-        CorruptionError: What is stored is damaged; `start()` would refuse it as well.
+            cannot be read as it is, because of permissions or a newer format.
+        CorruptionError: The stored state is damaged. `start()` would refuse it as well.
         UnavailableError: It could not be read this time: read it again.
-        TypeError: That is no storage, or one without the method `read`.
+        TypeError: `storage` is no storage, or has no method `read`.
     """
     name = Config(name=name).name
     loaded = await load(name, storage)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from lab_state._arguments import MAX_KEY_LENGTH, RESERVED, check_key
-from lab_state._codec import Snapshot, decode_snapshot, encode_record, encode_small_record, encode_snapshot, replay
+from lab_state._codec import LoadedState, decode_snapshot, encode_record, encode_small_record, encode_snapshot, replay
 from lab_state._entries import DELETED, EXPIRED, Absent, ChangeSet, Expiring, Json, Stored, StoredOrGone, Value
 from lab_state._types import decode_value
 from lab_state._values import encode_value
@@ -135,7 +135,7 @@ def test_a_key_out_of_bounds(key: object, message: str) -> None:
 
 def test_a_record_comes_back() -> None:
     """A record sets and deletes when it is replayed, and moves the revision."""
-    before = Snapshot(stored({"kept": 1, "changed": 1, "deleted": 1}), 41)
+    before = LoadedState(stored({"kept": 1, "changed": 1, "deleted": 1}), 41)
     data = record({"changed": [2], "new": "é", "deleted": DELETED, "never there": DELETED}, 41, 44)
     after = replay(before, [data], PATH)
     assert plain(after.entries) == {"kept": 1, "changed": [2], "new": "é"}
@@ -145,11 +145,11 @@ def test_a_record_comes_back() -> None:
 def test_a_record_that_cleared_comes_back() -> None:
     """A record that cleared leaves only what it sets."""
     after = replay(
-        Snapshot(stored({"old": 1, "a": 1}), 1), [record({"a": 2, "old2": DELETED}, 1, 2, cleared=True)], PATH
+        LoadedState(stored({"old": 1, "a": 1}), 1), [record({"a": 2, "old2": DELETED}, 1, 2, cleared=True)], PATH
     )
     assert plain(after.entries) == {"a": 2}
-    after = replay(Snapshot(stored({"old": 1}), 1), [record({}, 1, 2, cleared=True)], PATH)
-    assert after == Snapshot({}, 2)
+    after = replay(LoadedState(stored({"old": 1}), 1), [record({}, 1, 2, cleared=True)], PATH)
+    assert after == LoadedState({}, 2)
 
 
 def test_a_record_is_one_json_object() -> None:
@@ -181,7 +181,7 @@ def test_a_large_record_comes_back() -> None:
     values = {f"key {number}": [number] if number % 2 else DELETED for number in range(7_001)}
     slices = list(encode_record(changes(values, 0, 1)))
     assert len(slices) >= 15
-    after = replay(Snapshot(stored(dict.fromkeys(values, 0)), 0), [b"".join(slices)], PATH)
+    after = replay(LoadedState(stored(dict.fromkeys(values, 0)), 0), [b"".join(slices)], PATH)
     assert plain(after.entries) == {key: value for key, value in values.items() if value is not DELETED}
 
 
@@ -209,35 +209,35 @@ def test_large_values_after_small_ones_come_in_small_slices() -> None:
 def test_large_values_come_back() -> None:
     """Large values come back from a record and from a snapshot."""
     values = large_values()
-    assert plain(replay(Snapshot({}, 0), [record(values, 0, 1)], PATH).entries) == values
+    assert plain(replay(LoadedState({}, 0), [record(values, 0, 1)], PATH).entries) == values
     assert plain(decode_snapshot(snapshot(values), PATH).entries) == values
 
 
 def test_stale_records_are_skipped() -> None:
     """A record that the snapshot holds already is skipped."""
     records = [record({"a": 1}, 0, 1), record({"a": 2}, 1, 2), record({"a": 3, "b": 1}, 2, 3)]
-    after = replay(Snapshot(stored({"a": 2}), 2), records, PATH)
+    after = replay(LoadedState(stored({"a": 2}), 2), records, PATH)
     assert (plain(after.entries), after.revision) == ({"a": 3, "b": 1}, 3)
-    assert plain(replay(Snapshot(stored({"x": 0}), 9), records, PATH).entries) == {"x": 0}
+    assert plain(replay(LoadedState(stored({"x": 0}), 9), records, PATH).entries) == {"x": 0}
 
 
 def test_a_record_that_the_snapshot_holds_in_part_is_replayed() -> None:
     """A record that begins below the snapshot's revision and ends above it is replayed whole."""
-    after = replay(Snapshot(stored({"a": 2}), 2), [record({"a": 3, "b": DELETED}, 0, 3)], PATH)
+    after = replay(LoadedState(stored({"a": 2}), 2), [record({"a": 3, "b": DELETED}, 0, 3)], PATH)
     assert (plain(after.entries), after.revision) == ({"a": 3}, 3)
 
 
 def test_a_doubled_record_changes_nothing() -> None:
     """A record that stands there twice counts once."""
     first, second = record({"a": 1}, 0, 1), record({"a": DELETED}, 1, 2)
-    assert replay(Snapshot({}, 0), [first, first, second, first, second], PATH) == Snapshot({}, 2)
+    assert replay(LoadedState({}, 0), [first, first, second, first, second], PATH) == LoadedState({}, 2)
 
 
 @pytest.mark.parametrize("revision", [0, 1, 3])
 def test_a_gap_is_refused(revision: int) -> None:
     """A record whose changes do not follow on those before it is CorruptionError, with the missing revisions."""
     with pytest.raises(CorruptionError) as caught:
-        replay(Snapshot({}, revision), [record({"a": 1}, 0, 1), record({"a": 2}, 4, 5)], PATH)
+        replay(LoadedState({}, revision), [record({"a": 1}, 0, 1), record({"a": 2}, 4, 5)], PATH)
     expected = max(revision, 1)
     assert caught.value.detail == f"the changes {expected + 1} to 4 are missing before record 2; restore a copy"
     assert caught.value.path == PATH
@@ -257,7 +257,7 @@ def test_a_gap_is_refused(revision: int) -> None:
 def test_what_is_not_a_record_is_refused(data: bytes) -> None:
     """Bytes that are no record are CorruptionError, with the number of the record."""
     with pytest.raises(CorruptionError) as caught:
-        replay(Snapshot({}, 0), [record({"a": 1}, 0, 1), data], PATH)
+        replay(LoadedState({}, 0), [record({"a": 1}, 0, 1), data], PATH)
     assert caught.value.detail == "record 2 has a valid checksum, but is not a record"
     assert caught.value.__suppress_context__
 
@@ -463,10 +463,13 @@ def test_a_newer_format_is_refused() -> None:
 @pytest.mark.parametrize(
     ("data", "detail"),
     [
-        (b"", "it is empty, which no state is; restore a copy, or delete it and the journal beside it to start anew"),
+        (
+            b"",
+            "it is empty, and a state never is; restore a copy, or delete it and the journal beside it to start anew",
+        ),
         (
             b" \n\t",
-            "it is empty, which no state is; restore a copy, or delete it and the journal beside it to start anew",
+            "it is empty, and a state never is; restore a copy, or delete it and the journal beside it to start anew",
         ),
         (b"[]", "it is not a JSON object; a state is one object, with a member for each key"),
         (b'"a"', "it is not a JSON object; a state is one object, with a member for each key"),
@@ -531,7 +534,7 @@ def test_a_go_programs_map_loads_as_it_is(tail: bytes) -> None:
 @pytest.mark.parametrize("data", [b"{}", b" { } \n"])
 def test_an_empty_object_is_an_empty_state(data: bytes) -> None:
     """An object without members is an empty state at revision 0."""
-    assert decode_snapshot(data, PATH) == Snapshot({}, 0)
+    assert decode_snapshot(data, PATH) == LoadedState({}, 0)
 
 
 @pytest.mark.parametrize("values", [{}, SAMPLE], ids=["empty", "sample"])
@@ -650,7 +653,7 @@ def test_a_record_of_what_expires() -> None:
         "time": 4_000,
         "wall": 0,
     }
-    after = replay(Snapshot({"gone": 1, "kept": 1}, 1), [data], PATH)
+    after = replay(LoadedState({"gone": 1, "kept": 1}, 1), [data], PATH)
     assert plain(after.entries) == {"kept": 1, "stays": 1, "a": [1], "b": "x"}
     assert (after.revision, after.expires, after.time) == (2, {"a": 5_000, "b": 5_001}, 4_000)
 
@@ -687,7 +690,7 @@ def test_many_that_expire_come_back(size: int) -> None:
     for slices in (record_slices, snapshot_slices):
         assert len(slices) >= 2 * (size // 500)
         assert max(map(len, slices)) < 500 * 32
-    assert times_of(values) == replay(Snapshot({}, 0), [b"".join(record_slices)], PATH).expires
+    assert times_of(values) == replay(LoadedState({}, 0), [b"".join(record_slices)], PATH).expires
     loaded = decode_snapshot(b"".join(snapshot_slices), PATH)
     assert (loaded.expires, len(loaded.entries)) == (times_of(values), size)
 
@@ -752,7 +755,7 @@ def test_a_time_without_a_value_is_damage(values: bytes) -> None:
     assert corruption(data).detail == expected
     wrong = b'{"from":0,"to":1,"clear":false,"set":%s,"delete":[],"expires":{"a":5},"time":1}' % values
     with pytest.raises(CorruptionError) as caught:
-        replay(Snapshot({"a": 1}, 0, {"a": 5}), [wrong], PATH)
+        replay(LoadedState({"a": 1}, 0, {"a": 5}), [wrong], PATH)
     assert (caught.value.path, caught.value.detail) == (PATH, expected)
 
 
@@ -761,7 +764,7 @@ def test_a_time_that_is_no_integer_is_damage(times: bytes) -> None:
     """A time is an integer, in a record and in a snapshot."""
     data = b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":%s}' % times
     with pytest.raises(CorruptionError, match="is not a record"):
-        replay(Snapshot({}, 0), [data], PATH)
+        replay(LoadedState({}, 0), [data], PATH)
     head = b'{"a":1,"$lab_state":{"format":1,"revision":1,"id":"0","expires":%s' % times
     corruption(head + b',"crc32":"%08x"}}' % zlib.crc32(head))
 
@@ -790,7 +793,7 @@ BEFORE: dict[str, int] = {"a": 5_000, "b": 6_000}
 )
 def test_replay_keeps_the_times(changed: dict[str, StoredOrGone], cleared: bool, expected: dict[str, int]) -> None:  # noqa: FBT001
     """A set without a time, a delete and a clear take the time away; a set with one brings it; others keep theirs."""
-    before = Snapshot({"a": 1, "b": 1, "stays": 1}, 1, BEFORE, 100)
+    before = LoadedState({"a": 1, "b": 1, "stays": 1}, 1, BEFORE, 100)
     after = replay(before, [record_at(changed, 1, 2, cleared=cleared)], PATH)
     assert after.expires == expected
     assert after.expires.keys() <= after.entries.keys()
@@ -806,9 +809,9 @@ def test_a_deleted_key_that_is_set_again_has_no_old_time() -> None:
         record_at({}, 3, 4, cleared=True),
         record_at({"b": 3}, 4, 5),
     ]
-    assert replay(Snapshot({}, 0), records[:1], PATH).expires == {"a": 5_000, "b": 5_001}
-    assert replay(Snapshot({}, 0), records[:3], PATH).expires == {"b": 5_001}
-    after = replay(Snapshot({}, 0), records, PATH)
+    assert replay(LoadedState({}, 0), records[:1], PATH).expires == {"a": 5_000, "b": 5_001}
+    assert replay(LoadedState({}, 0), records[:3], PATH).expires == {"b": 5_001}
+    after = replay(LoadedState({}, 0), records, PATH)
     assert (plain(after.entries), after.expires) == ({"b": 3}, {})
 
 
@@ -820,13 +823,13 @@ def test_the_time_of_a_replay_is_the_last(before: int) -> None:
         record_at(expiring({"b": 1}), 2, 3, 2_000),
         record_at({"c": 1}, 3, 4),  # nothing expires in the state: it has no time
     ]
-    assert replay(Snapshot({}, 1, {}, before), records, PATH).time == 2_000
+    assert replay(LoadedState({}, 1, {}, before), records, PATH).time == 2_000
 
 
 def test_a_stale_record_brings_no_time() -> None:
     """A record that the snapshot holds already changes neither the times nor the time."""
     stale = record_at(expiring({"a": 1}), 0, 1, 9_000)
-    assert replay(Snapshot({"a": 2}, 1, {}, 100), [stale], PATH) == Snapshot({"a": 2}, 1, {}, 100)
+    assert replay(LoadedState({"a": 2}, 1, {}, 100), [stale], PATH) == LoadedState({"a": 2}, 1, {}, 100)
 
 
 def test_values_that_expire_are_owned_after_a_snapshot() -> None:
@@ -866,7 +869,7 @@ def test_times_against_a_dict(commits: list[tuple[bool, dict[str, Any]]]) -> Non
         expected.update(changed)
         expected = {key: value for key, value in expected.items() if not isinstance(value, Absent)}
     for cut in {0, len(records) // 2}:
-        first = replay(Snapshot({}, 0), records[:cut], PATH)
+        first = replay(LoadedState({}, 0), records[:cut], PATH)
         view: dict[str, Stored] = {
             key: Expiring(value, first.expires[key]) if key in first.expires else value  # type: ignore[arg-type]
             for key, value in first.entries.items()
@@ -882,7 +885,7 @@ def test_a_record_that_sets_and_deletes_a_key_with_a_time() -> None:
     """A time for a key that the same record deletes is CorruptionError."""
     data = b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":["a"],"expires":{"a":5},"time":1}'
     with pytest.raises(CorruptionError, match="has an expiry time, but no value"):
-        replay(Snapshot({}, 0), [data], PATH)
+        replay(LoadedState({}, 0), [data], PATH)
 
 
 def test_the_wall_clock_is_kept_beside_the_time() -> None:
@@ -920,7 +923,7 @@ def test_numbers_that_nobody_can_count_with(where: str, number: int) -> None:
         decode_snapshot(b'%s,"crc32":"%08x"}}' % (covered, zlib.crc32(covered)), "path")
     record = b'{"from":0,"to":%d,"clear":false,"set":{"a":1},"delete":[],"expires":{"a":%d},"time":%d,"wall":%d}'
     with pytest.raises(CorruptionError):
-        replay(Snapshot({}, 0), [record % (told["revision"], told["at"], told["time"], told["wall"])], "path")
+        replay(LoadedState({}, 0), [record % (told["revision"], told["at"], told["time"], told["wall"])], "path")
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -935,5 +938,5 @@ def test_one_large_value_goes_out_in_pieces(value: Any, own: bool) -> None:  # n
         assert max(map(len, each)) <= 6 * 64 * 1024  # a character may take six bytes of JSON
         assert len(each) >= 3
     assert plain(decode_snapshot(b"".join(slices), PATH).entries) == values
-    assert plain(replay(Snapshot({}, 0), [b"".join(record_slices)], PATH).entries) == values
+    assert plain(replay(LoadedState({}, 0), [b"".join(record_slices)], PATH).entries) == values
     assert not own or not list(raws(view))

@@ -79,7 +79,7 @@ def test_a_ttl_out_of_bounds(ttl: float | timedelta) -> None:
 )
 def test_a_ttl_of_another_type(ttl: Any, name: str) -> None:
     """What is neither a number of seconds nor a timedelta is refused by its type, without its value."""
-    with pytest.raises(InvalidValueError) as caught:
+    with pytest.raises(TypeError) as caught:
         milliseconds(ttl)
     assert str(caught.value) == f"ttl must be a number of seconds or a timedelta, not {name}"
 

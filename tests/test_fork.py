@@ -293,13 +293,13 @@ def test_nothing_is_registered_before_the_first_start() -> None:
 
 async def test_what_is_gone_is_not_kept(tmp_path: Path) -> None:
     """Managers that came and went leave nothing behind to be looked at in a child."""
-    before = len(forks._known)
+    before = len(forks._inherited)
     for _ in range(20):
         async with Manager("lab", FileStorage(tmp_path)) as state:
             await state.set("a", 1)
     del state
     gc.collect()
-    assert len(forks._known) < before + 20
+    assert len(forks._inherited) < before + 20
 
 
 # Parents that are killed

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lab_state import FileStorage, Manager
-from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state._codec import LoadedState, decode_snapshot, replay
 from lab_state._journal import NO_BASE, Accepted, accept, base_of, scan
 from lab_state._types import decode_value
 
@@ -49,12 +49,12 @@ def read(name: str) -> bytes:
     return (V1 / name).read_bytes()
 
 
-def content(loaded: Snapshot) -> tuple[dict[str, Any], int]:
+def content(loaded: LoadedState) -> tuple[dict[str, Any], int]:
     entries: dict[str, Any] = dict(loaded.entries)
     return {key: decode_value(stored, Any) for key, stored in entries.items()}, loaded.revision
 
 
-def load(journal: str, snapshot: str | None) -> tuple[Accepted, int, Snapshot]:
+def load(journal: str, snapshot: str | None) -> tuple[Accepted, int, LoadedState]:
     """Return what the two files stand for: the verdict, the size of the torn tail, the state."""
     data = read(journal)
     base = NO_BASE if snapshot is None else base_of(len(read(snapshot)), zlib.crc32(read(snapshot)))

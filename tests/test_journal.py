@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab_state._codec import Snapshot, encode_record, replay
+from lab_state._codec import LoadedState, encode_record, replay
 from lab_state._entries import DELETED, ChangeSet, StoredOrGone
 from lab_state._journal import (
     ANY_BASE,
@@ -208,7 +208,7 @@ def test_a_zero_filled_frame_in_the_middle_is_damage(number: int) -> None:
     error = corruption(b"".join(parts))
     assert error.offset == at
     assert error.detail == (
-        f"a valid frame follows at byte {at + len(parts[number + 1])}, so what is damaged was acknowledged; restore a copy"
+        f"a valid frame follows at byte {at + len(parts[number + 1])}, so the damaged bytes were acknowledged; restore a copy"
     )
 
 
@@ -250,9 +250,9 @@ def test_a_payload_that_holds_frames_is_one_frame() -> None:
 # Whole frames moved about
 
 
-def load(data: bytes) -> Snapshot:
+def load(data: bytes) -> LoadedState:
     found = accept(scan(data, NAME, PATH), len(data), NO_BASE, PATH)
-    return replay(Snapshot({}, 0), found.records, PATH)
+    return replay(LoadedState({}, 0), found.records, PATH)
 
 
 FRAMES = [frame(SALT, FrameKind.RECORD, payload) for payload in RECORDS]
@@ -444,7 +444,9 @@ def test_a_restored_snapshot_is_accepted_beside_an_empty_journal() -> None:
 def test_records_beside_a_snapshot_that_they_do_not_follow_are_refused(snapshot_base: str) -> None:
     """Records that follow another snapshot than the one that is there, or that is missing, are refused."""
     error = not_accepted(snapshot_base, checkpoint_of(base_of(1, 1)), R0)
-    assert error.detail.startswith("the snapshot beside it is not the one that it follows; put that back, or delete")
+    assert error.detail.startswith(
+        "the snapshot beside it is not the one that it follows; put the right snapshot back, or delete"
+    )
 
 
 def test_records_of_a_first_journal_beside_a_snapshot_are_refused() -> None:
@@ -467,7 +469,7 @@ def test_a_missing_snapshot_is_refused(frames: tuple[tuple[FrameKind, bytes], ..
 def test_a_whole_state_in_the_wrong_place_is_refused(base: str, frames: tuple[tuple[FrameKind, bytes], ...]) -> None:
     """A frame with the whole state is refused anywhere but first in a journal with the base `*`."""
     error = not_accepted(BASE if base != NO_BASE else NO_BASE, *frames, base=base)
-    assert error.detail == "a frame with the whole state stands where none may; restore a copy"
+    assert error.detail == "a frame with the whole state is at a place where none is allowed; restore a copy"
 
 
 @pytest.mark.parametrize("base", [BASE, NO_BASE])

@@ -20,7 +20,7 @@ from recorder import DIRECTORY, NAME
 from world import QUIET, Clock, Contents, Version, abort, held, is_overdue
 
 from lab_state import Config, FileStorage, Manager
-from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state._codec import LoadedState, decode_snapshot, replay
 from lab_state.storage import _file_start
 from lab_state.storage._file_start import open_writer
 from lab_state.storage._leftovers import Leftovers
@@ -168,7 +168,7 @@ class Recovery:
 
 def _loaded(snapshot: bytes | None, records: tuple[bytes, ...]) -> Version:
     """Return what `Manager.start` makes of it."""
-    loaded = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, "snapshot")
+    loaded = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, "snapshot")
     loaded = replay(loaded, records, "journal")
     values = msgspec.json.decode(msgspec.json.encode(loaded.entries)) if loaded.entries else {}
     return Version(loaded.revision, values, dict(loaded.expires))

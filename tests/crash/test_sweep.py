@@ -32,7 +32,7 @@ from lab_state import (
     UnsupportedError,
 )
 from lab_state import _journal as journal
-from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state._codec import LoadedState, decode_snapshot, replay
 from lab_state._journal import NO_BASE, FrameKind
 from lab_state.storage import _directory, _fs, _lookup
 from lab_state.storage._file_start import open_writer
@@ -203,7 +203,7 @@ Outcome = tuple[int, Any]
 
 
 def state_of(snapshot: bytes | None, records: tuple[bytes, ...], crc: int | None = None) -> Outcome:
-    begin = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, SNAPSHOT, crc)
+    begin = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, SNAPSHOT, crc)
     entries, revision, expires, *_ = replay(begin, records, SNAPSHOT)
     values = msgspec.json.decode(msgspec.json.encode(entries))
     return revision, {key: [value, key in expires] for key, value in values.items()}

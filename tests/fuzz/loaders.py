@@ -26,7 +26,7 @@ from lab_state import (
 )
 from lab_state import _journal as journal
 from lab_state import _opening as opening
-from lab_state._codec import Snapshot as Loaded
+from lab_state._codec import LoadedState as Loaded
 from lab_state._codec import decode_snapshot, encode_record, encode_snapshot, replay
 from lab_state._entries import ChangeSet, Expiring
 from lab_state._journal import ANY_BASE, NO_BASE, FrameKind

@@ -29,7 +29,7 @@ from s3_proxy import Forward, Proxy, Request, Response, error
 from s3_world import QuickTime
 
 from lab_state import Config, FencedError, Manager, S3Storage, UnavailableError, UnsupportedError
-from lab_state._codec import Snapshot as Loaded
+from lab_state._codec import LoadedState as Loaded
 from lab_state._codec import decode_snapshot, replay
 from lab_state.storage.s3 import _connect, _open, _session
 from lab_state.storage.s3._client import Requests

@@ -20,7 +20,7 @@ from running import flusher_of
 from s3_world import Bucket
 
 from lab_state import Config, CorruptionError, Manager
-from lab_state._codec import Snapshot, decode_snapshot, replay
+from lab_state._codec import LoadedState, decode_snapshot, replay
 from lab_state.storage.s3._format import FENCE, SEQ, Names, unframe
 from lab_state.storage.s3._open import _stamp, open_state
 from lab_state.storage.s3._outcomes import ObjectInfo
@@ -139,7 +139,7 @@ async def opened(names: Names, world: World) -> Outcome:
         return REFUSED, None
     try:
         snapshot, found, *_ = loaded.recovery
-        begin = Snapshot({}, 0) if snapshot is None else decode_snapshot(snapshot, names.snapshot)
+        begin = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, names.snapshot)
         entries, revision, *_ = replay(begin, found, names.snapshot)
     except CorruptionError:
         return REFUSED, None
