@@ -24,11 +24,11 @@ class Clock(Protocol):
     """The source of time of a manager. `lab_state.testing.ManualClock` is one for tests."""
 
     def time(self) -> float:
-        """Seconds since 1970; may jump."""
+        """Return the seconds since 1970. The value may jump."""
         ...
 
     def monotonic(self) -> float:
-        """Seconds since some moment; never goes back."""
+        """Return the seconds since some moment. The value never goes back."""
         ...
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
@@ -40,15 +40,15 @@ class SystemClock:
     """The machine's own clock."""
 
     def time(self) -> float:
-        """`time.time`."""
+        """Return `time.time()`."""
         return time.time()
 
     def monotonic(self) -> float:
-        """`time.monotonic`."""
+        """Return `time.monotonic()`."""
         return time.monotonic()
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
-        """The event loop's own timer."""
+        """Call `callback` by a timer of the event loop."""
         return asyncio.get_running_loop().call_later(delay, callback)
 
 
@@ -69,7 +69,7 @@ class GuardedClock:
         self._monotonic = clock.monotonic()
 
     def time(self) -> float:
-        """Seconds since 1970; may jump."""
+        """Return the seconds since 1970. The value may jump."""
         try:
             self._time = self._clock.time()
         except Exception as error:  # noqa: BLE001 -- see the class
@@ -77,7 +77,7 @@ class GuardedClock:
         return self._time
 
     def monotonic(self) -> float:
-        """Seconds since some moment; never goes back."""
+        """Return the seconds since some moment. The value never goes back."""
         try:
             self._monotonic = self._clock.monotonic()
         except Exception as error:  # noqa: BLE001 -- see the class

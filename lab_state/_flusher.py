@@ -167,7 +167,7 @@ class Flusher(Outcomes):
             self._timer.cancel()
 
     def move(self) -> None:
-        """See `Durability.move`."""
+        """Move to the running event loop; see `Durability.move`."""
         if self.loop.is_closed():
             self.checkpoints.task = None
         super().move()
