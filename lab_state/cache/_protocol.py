@@ -24,6 +24,12 @@ class Slice(NamedTuple):
     expires: dict[str, int]
     deleted: list[str]
 
+    def __repr__(self) -> str:
+        """Return how many there are; the values may be secret."""
+        return (
+            f"<Slice of {len(self.values)} values, {len(self.expires)} expiry times, {len(self.deleted)} deleted keys>"
+        )
+
 
 class Step(NamedTuple):
     """A change of a mirror from one revision to a later one.

@@ -43,6 +43,10 @@ class RedisSession:
         self._unwatch = command(b"UNWATCH")
         self._count = command(b"HLEN", keys.expires)
 
+    def __repr__(self) -> str:
+        """Return the key of the mirror."""
+        return f"<RedisSession of {self._keys.values.decode()!r}>"
+
     async def look(self) -> Seen:
         """Return who wrote the mirror, and send a heartbeat if it is this session's; see `CacheSession.look`."""
         before, connection = self._seen, self._connection

@@ -70,6 +70,10 @@ class MemoryCacheSession:
         self._writer = writer
         self._seen = Seen(None, 0)
 
+    def __repr__(self) -> str:
+        """Return the writer, and what the mirror is."""
+        return f"<MemoryCacheSession of writer {self._writer!r}, {self._mirror.seen()!r}>"
+
     async def look(self) -> Seen:
         """Return who wrote the mirror; see `CacheSession.look`."""
         before, seen = self._seen, self._mirror.seen()

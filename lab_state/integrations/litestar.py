@@ -69,6 +69,10 @@ class LabStatePlugin(InitPlugin):
         self._parameters = served
         self._named = Named(by_name(served.values()))
 
+    def __repr__(self) -> str:
+        """Return what it serves."""
+        return f"<LabStatePlugin of {list(self._named)}>"
+
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Add the managers and readers to the application. Litestar calls this.
 
@@ -278,6 +282,10 @@ class LabStateStore(NamespacedStore):
         if not isinstance(namespace, Namespace):
             raise TypeError(f"a Namespace was expected, such as state.namespace('litestar'); not {namespace!r}")
         self.namespace = namespace
+
+    def __repr__(self) -> str:
+        """Return the namespace."""
+        return f"<LabStateStore in {self.namespace!r}>"
 
     def with_namespace(self, namespace: str) -> LabStateStore:
         """Return a store under this one. `delete_all` of this one empties it too; other calls do not see its values.

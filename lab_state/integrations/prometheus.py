@@ -66,6 +66,10 @@ class LabStateCollector(Collector):
         """
         self._managers = by_name(managers, (Manager,))
 
+    def __repr__(self) -> str:
+        """Return the names of the managers."""
+        return f"<LabStateCollector of {list(self._managers)}>"
+
     def describe(self) -> Iterator[Metric]:
         """Return the metrics without their values. So registering does not wait for an event loop."""
         return iter(_Families())

@@ -41,6 +41,13 @@ class Recovery(NamedTuple):
     dropped_bytes: int
     crc32: int | None = None
 
+    def __repr__(self) -> str:
+        """Return sizes and flags; the bytes may hold secrets."""
+        return (
+            f"<Recovery of {_sizes(self.snapshot, self.records)}, unsettled={self.unsettled}, "
+            f"dropped_bytes={self.dropped_bytes}>"
+        )
+
     def used(self) -> Recovery:
         """Return a copy without the bytes."""
         return self._replace(snapshot=None, records=())
@@ -67,6 +74,16 @@ class Reading(NamedTuple):
     live: bool | None
     path: str
     crc32: int | None = None
+
+    def __repr__(self) -> str:
+        """Return path, sizes and flags; the bytes may hold secrets."""
+        sizes = _sizes(self.snapshot, self.records)
+        return f"<Reading of {self.path}: {sizes}, {self.durable} of them durable, live={self.live}>"
+
+
+def _sizes(snapshot: bytes | None, records: tuple[bytes, ...]) -> str:
+    found = "no snapshot" if snapshot is None else f"a snapshot of {len(snapshot)} bytes"
+    return f"{found} and {len(records)} records"
 
 
 class StorageSession(Protocol):

@@ -205,6 +205,10 @@ class FileSession:
         self._closing: Future[None] | None = None
         self._new: tuple[fs.NewFile, NewJournal] | None = None
 
+    def __repr__(self) -> str:
+        """Return where the state is."""
+        return f"<FileSession of {self.path}>"
+
     @property
     def path(self) -> str:
         """Return the path of the snapshot."""

@@ -86,6 +86,10 @@ class MemorySession:
         stored.session = self
         forks.disown_in_children(self)
 
+    def __repr__(self) -> str:
+        """Return where the state is."""
+        return f"<MemorySession of {self.path}>"
+
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Close the session. Runs in a forked child, whose managers may use its copy of the state."""
         if self._stored.session is self:

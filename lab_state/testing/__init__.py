@@ -47,6 +47,10 @@ class ManualClock:
         self._timers: list[tuple[float, int, _ManualTimer]] = []
         self._numbers = itertools.count()
 
+    def __repr__(self) -> str:
+        """Return the seconds that have passed."""
+        return f"<ManualClock after {self._monotonic:g} s>"
+
     def time(self) -> float:
         """Return the wall clock: seconds since 1970."""
         return self._time
@@ -115,6 +119,10 @@ class FaultyStorage:
         self._torn: dict[str, int] = {}  # the bytes of a record that was torn, by the name of the state
         self.calls: list[Operation] = []
         self.faults: int = 0
+
+    def __repr__(self) -> str:
+        """Return the other storage."""
+        return f"<FaultyStorage of {self._inner!r}>"
 
     @classmethod
     def random(cls, inner: Storage, *, seed: int, rate: float) -> Self:
@@ -284,6 +292,9 @@ class _FaultySession:
         self._inner = inner
         self._name = name
         self._found_torn = torn
+
+    def __repr__(self) -> str:
+        return f"<FaultySession of {self._inner!r}>"
 
     @property
     def recovery(self) -> Recovery:

@@ -75,6 +75,10 @@ class S3Session:
         if undeletable is not None:
             self._warn(undeletable)
 
+    def __repr__(self) -> str:
+        """Return where the state is, without credentials."""
+        return f"<S3Session of {self.path}>"
+
     @property
     def journal_bytes(self) -> int:
         """The size of the records that the snapshot does not cover."""
