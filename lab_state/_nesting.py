@@ -30,13 +30,13 @@ _FEW = 16
 
 def too_deep(data: bytes) -> bool:
     """Return whether JSON has more than `MAX_DEPTH` levels of nesting."""
-    if len(data) < _SHORT and data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
-        return False
     return deeper(data, MAX_DEPTH)
 
 
 def deeper(data: bytes, levels: int) -> bool:
     """Return whether JSON has more than so many levels of nesting."""
+    if len(data) < _SHORT and (len(data) <= 2 * levels or data.count(b"[") + data.count(b"{") <= levels):
+        return False
     if _BACKSLASH in data and b'\\"' in data:
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     structure = data.translate(None, _DROPPED)

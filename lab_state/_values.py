@@ -12,8 +12,7 @@ import builtins
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime, time
+from collections.abc import Callable
 from math import isfinite
 from typing import Any, cast
 
@@ -24,6 +23,17 @@ from lab_state._entries import Json, Value
 from lab_state._json_keys import double_key, pack
 from lab_state._models import HIDDEN, NOT_FINITE, class_of, first_problem, path_of, step_of, write
 from lab_state._nesting import MAX_DEPTH, SHALLOW, deeper, too_deep
+from lab_state._parts import (
+    PLAIN,
+    SCALARS,
+    first_not_finite,
+    first_part,
+    innermost,
+    joined,
+    moved_time,
+    parts_of,
+    step_in,
+)
 from lab_state._records import is_flat
 from lab_state._types import decode_json, is_text, undecodable
 from lab_state.exceptions import InvalidValueError
@@ -37,24 +47,11 @@ DEL, COLON, ALL_ONES = 0x7F, ord(":"), 0xFF
 _MOST_DIGITS = 4300
 """An int of more is not read, by Python and by msgspec."""
 
-_MAX_PATH = 200
-
-SCALARS = frozenset({str, int, float, bool, type(None)})
-"""What is stored as it is."""
-
-_TIMES = (datetime, time)
-
-_PLAIN = frozenset({dict, list, tuple, set, frozenset})
-
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 
 _NO_ROOM = "so deep in calls, Python's recursion limit leaves no room for its nesting; it cannot be kept from here"
 _TOO_DEEP = f"more than {MAX_DEPTH} levels of nesting cannot be kept"
 _LONE_SURROGATE = "a str with a lone surrogate cannot be kept: UTF-8 cannot hold it"
-_ODD_OFFSET = "a time whose offset has seconds cannot be kept: JSON would move it; use .astimezone(timezone.utc)"
-_ZONE_OF_A_TIME = (
-    "a time of day with a zone cannot be kept: it has no offset without a date; keep the zone's key beside it"
-)
 _TOO_MANY_DIGITS = "an int of so many digits cannot be kept; store it as a str"
 
 
@@ -104,7 +101,7 @@ def encode_value(value: object) -> Value:
         raise
     except Exception:  # noqa: BLE001 -- a serializer of the caller's may raise anything, and quote the value
         raise _refusal(value) from None
-    if kind not in _PLAIN:
+    if kind not in PLAIN:
         _check_class(kind)
     check_encoded(value, data)
     return Json(data)
@@ -138,11 +135,11 @@ def check_encoded(value: object, data: bytes) -> None:
     except (UnicodeDecodeError, msgspec.MsgspecError, RecursionError):
         raise _refusal(value) from None
     if size >= SHALLOW and too_deep(data):
-        raise _refusal(value)
+        raise _refusal_of_depth(value)
     if (packed := pack(value)) is not None:
         check_packed(value, data, packed)
     else:
-        _check_keys(data)
+        _check_keys(value, data)
         if NULL in data:
             _check_finite(value)
         if _TIME.search(data):
@@ -161,63 +158,31 @@ def check_packed(value: object, data: bytes, packed: bytes) -> None:
     if (ones or (DEL in packed and find_del(packed))) and data.rfind(NULL) >= 0:  # quicker than `in`
         _check_finite(value)
     if ones or (COLON in packed and find_colon(packed)):
-        _check_times(value)
+        _check_times(value, keys=False)
 
 
-def _check_keys(data: bytes) -> None:
+def _check_keys(value: object, data: bytes) -> None:
     """Refuse two keys of a dict that are one key in JSON."""
-    if (double := double_key(data)) is not None:
+    # Most often, the innermost part with a key that is no `str` has them.
+    steps, part = innermost(value, lambda part: pack(part) is None)
+    if (double := double_key(encode(part))) is None and (double := double_key(data)) is not None:
+        steps = []
+    if double is not None:
         way, name = double
         raise InvalidValueError(
-            f"a dict with two keys that are both {name!r} in JSON cannot be kept", _shortened(path_of(way))
+            f"a dict with two keys that are both {name!r} in JSON cannot be kept",
+            joined([*steps, path_of(way).removeprefix("$")]),
         )
+
+
+def _check_times(value: object, *, keys: bool) -> None:
+    """Refuse times that msgspec would write as other times."""
+    if moved_time(value, keys=keys) is not None:
+        raise _refusal_of_time(value, keys=keys)
 
 
 _TIME = re.compile(rb':\d\d(?:\.\d+)?Z?"')
 """The end of a time in JSON. An offset of 30 seconds is written as `Z`."""
-
-
-def _check_times(value: Any, *, keys: bool = False) -> None:
-    """Refuse times that msgspec would write as other times, also as keys. Paths are made only if there is one."""
-    level = [value]
-    while level:
-        below: list[Any] = []
-        for item in level:
-            kind = item.__class__
-            if kind is dict:
-                parts = (*item, *item.values()) if keys else item.values()
-                below += [part for part in parts if part.__class__ not in SCALARS]
-            elif kind is list:
-                below += [part for part in item if part.__class__ not in SCALARS]
-            elif kind is datetime or kind is time or isinstance(item, _TIMES):
-                if item.tzinfo is not UTC and item.tzinfo is not None and _moved(item) is not None:
-                    raise _refusal_of_time(value)
-            else:
-                below += [part for _, part in _parts(item) if part.__class__ not in SCALARS]
-        level = below
-
-
-def _moved(item: datetime | time) -> str | None:
-    """Return why a time would be written as another time."""
-    if item.tzinfo is None:
-        return None
-    if (offset := item.utcoffset()) is None:
-        return _ZONE_OF_A_TIME
-    return _ODD_OFFSET if offset.total_seconds() % 60 else None
-
-
-def _refusal_of_time(value: object) -> InvalidValueError:
-    """Return why a value cannot be kept that contains such a time, and the path to it."""
-    stack: list[tuple[str, Any]] = [("$", value)]
-    while True:
-        path, item = stack.pop()
-        if isinstance(item, _TIMES):
-            if (why := _moved(item)) is not None:
-                return InvalidValueError(why, _shortened(path))
-        elif item.__class__ not in SCALARS:
-            if isinstance(item, dict):
-                stack.extend((path + step_of(key), key) for key in cast("dict[object, object]", item))
-            stack.extend((path + _step_in(item, step), part) for step, part in _parts(item))
 
 
 def _may_have_longer_ints() -> bool:
@@ -265,22 +230,8 @@ def _check_finite(value: object) -> None:
         tree = msgspec.to_builtins(value, enc_hook=_as_written)
     except Exception:  # noqa: BLE001 -- as in encode_value
         raise InvalidValueError("a model cannot be kept: its own serializer failed") from None
-    if (path := _first_not_finite(tree)) is not None:
+    if (path := first_not_finite(tree)) is not None:
         raise InvalidValueError(NOT_FINITE, path)
-
-
-def _first_not_finite(tree: object) -> str | None:
-    """Return the path of a NaN or an infinity. Parts that are neither numbers nor containers cost little."""
-    stack: list[tuple[str, object, int]] = [("$", [tree], 0)]
-    while stack:
-        path, item, depth = stack.pop()
-        for step, child in _parts(item):
-            kind: Any = child.__class__
-            if kind is float and not isfinite(cast("float", child)):
-                return _shortened(path + _step_in(item, step)).replace("$[0]", "$", 1)
-            if kind not in SCALARS and depth <= MAX_DEPTH:  # it may contain itself
-                stack.append((path + _step_in(item, step), child, depth + 1))
-    return None
 
 
 def _refusal(value: object) -> InvalidValueError:
@@ -292,11 +243,11 @@ def _refusal(value: object) -> InvalidValueError:
     way, steps, above = [value], [""], {id(value)}
     while len(way) <= MAX_DEPTH and (found := _first_refused(way[-1], MAX_DEPTH - len(way))) is not None:
         if (changed := _changed(way[-1])) is not None:
-            return InvalidValueError(str(changed.args[0]), _path([*steps, changed.path.removeprefix("$")]))
+            return InvalidValueError(str(changed.args[0]), joined([*steps, changed.path.removeprefix("$")]))
         step, part = found
-        steps.append(_step_in(way[-1], step))
+        steps.append(step_in(way[-1], step))
         if id(part) in above and part.__class__ not in SCALARS:
-            return InvalidValueError("a value that contains itself cannot be kept", _path(steps))
+            return InvalidValueError("a value that contains itself cannot be kept", joined(steps))
         way.append(part)
         above.add(id(part))
     good, refused = len(way), 0
@@ -310,16 +261,47 @@ def _refusal(value: object) -> InvalidValueError:
     path = "".join(steps[: refused + 1])
     if hasattr(type(part), "model_dump_json"):
         why, inside = _reason_of_model(part)
-        return InvalidValueError(why, _path([path, inside.removeprefix("$")]))
-    why = _TOO_DEEP if refused == MAX_DEPTH and cast("Any", part).__class__ in _PLAIN else _reason(part)
-    return InvalidValueError(why, _path([path]))
+        return InvalidValueError(why, joined([path, inside.removeprefix("$")]))
+    why = _TOO_DEEP if refused == MAX_DEPTH and cast("Any", part).__class__ in PLAIN else _reason(part)
+    return InvalidValueError(why, joined([path]))
+
+
+def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
+    """Return the first of the parts that cannot be encoded in so many levels."""
+    return first_part(container, lambda parts: _refused(parts, levels + 1))
+
+
+def _refusal_of_depth(value: Any) -> InvalidValueError:
+    """Return the path to what is one level too deep. Levels that lead to nothing else are passed quickly."""
+    steps: list[str] = []
+    part = value
+    while len(steps) < MAX_DEPTH and part.__class__ in PLAIN:
+        if part.__class__ is list and len(part) == 1:
+            steps.append("[0]")
+            part = part[0]
+            continue
+        inner = [found for found in parts_of(part) if found[1].__class__ not in SCALARS]
+        step, below = inner[0] if len(inner) == 1 else cast("Any", _first_refused(part, MAX_DEPTH - len(steps) - 1))
+        steps.append(step_in(part, step))
+        part = below
+    if len(steps) < MAX_DEPTH or cast("Any", part).__class__ not in PLAIN:  # a Raw, or an object with fields
+        return _refusal(value)
+    return InvalidValueError(_TOO_DEEP, joined(steps))
+
+
+def _refusal_of_time(value: object, *, keys: bool) -> InvalidValueError:
+    """Return why a value cannot be kept that has such a time in it, and the path to that."""
+    steps, part = innermost(value, lambda part: moved_time(part, keys=keys) is not None)
+    if isinstance(part, dict):
+        steps += [step_of(key) for key in cast("dict[object, object]", part) if moved_time(key) is not None][:1]
+    return InvalidValueError(str(moved_time(part)), joined(steps))
 
 
 def _changed(value: Any) -> InvalidValueError | None:
     """Return how a model is read back as something else, though it can be written."""
     if hasattr(class_of(value), "model_dump_json"):
         try:
-            if (path := _first_not_finite(value.model_dump(round_trip=True, warnings="none"))) is not None:
+            if (path := first_not_finite(value.model_dump(round_trip=True, warnings="none"))) is not None:
                 return InvalidValueError(NOT_FINITE, path)
             write(value)
         except InvalidValueError as error:
@@ -327,47 +309,6 @@ def _changed(value: Any) -> InvalidValueError | None:
         except Exception:  # noqa: BLE001, S110 -- looked at more closely
             pass
     return None
-
-
-def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
-    """Return the first of the parts that is refused. A single part is not tried. Without parts, return `None`."""
-    kind = container.__class__
-    if kind in SCALARS:
-        return None
-    steps: Sequence[object]
-    values: Sequence[object]
-    if kind is list or kind is tuple:
-        values, steps = container, range(len(container))
-    else:
-        steps, values = tuple(zip(*_parts(container), strict=True)) or ((), ())
-    first, end = 0, len(values)
-    while end - first > 1:
-        middle = (first + end) // 2
-        if _refused(values[first:middle], levels + 1):
-            end = middle
-        else:
-            first = middle
-    return (steps[first], values[first]) if values else None
-
-
-def _parts(container: Any) -> Iterable[tuple[object, object]]:
-    """Return the parts of an object, each with its key, its number or its step."""
-    kind: Any = container.__class__
-    if kind is dict:
-        items: Iterable[tuple[object, object]] = container.items()
-        return items
-    sequence: Iterable[object] = container
-    return enumerate(sequence) if kind in _PLAIN else _children(container)
-
-
-def _step_in(container: Any, step: object) -> str:
-    """Return the step of a path for a part that `_parts` gives."""
-    kind = container.__class__
-    return step_of(step) if kind is dict else f"[{step}]" if kind in _PLAIN else str(step)
-
-
-def _path(steps: list[str]) -> str:
-    return _shortened("$" + "".join(steps))
 
 
 def _refused(value: object, levels: int) -> bool:
@@ -432,7 +373,7 @@ def _reason(value: object) -> str:  # noqa: C901, PLR0911 -- a list of reasons
         return _reason_of_keys(cast("dict[object, object]", value))
     # Its parts can be encoded here, and so could it: there is more room than where it was refused. Beside Python's limit
     # coverage is not collected.
-    if kind in _PLAIN or kind is deque:
+    if kind in PLAIN or kind is deque:
         return _NO_ROOM  # pragma: no cover -- see above
     if is_text(kind):
         return f"a {kind.__name__} whose text is not UTF-8 cannot be kept"
@@ -473,32 +414,3 @@ def _class_name(kind: type) -> str:
     """Return the name of a class. If a built-in class has that name, add the module."""
     shadows = kind.__module__ != "builtins" and hasattr(builtins, kind.__name__)
     return f"{kind.__module__}.{kind.__qualname__}" if shadows else kind.__qualname__
-
-
-def _children(value: object) -> Iterator[tuple[str, object]]:
-    """The parts of a value, each with its step in the path."""
-    if isinstance(value, dict):
-        members = cast("dict[object, object]", value)
-        yield from ((step_of(key), child) for key, child in members.items())
-    elif isinstance(value, list | tuple | set | frozenset | deque):
-        items = cast("Iterable[object]", value)
-        yield from ((f"[{index}]", child) for index, child in enumerate(items))
-    else:
-        for name in _field_names(value):
-            yield f".{name}", getattr(value, name, None)
-
-
-def _field_names(value: object) -> Iterator[str]:
-    kind = type(value)
-    if isinstance(value, msgspec.Struct):
-        yield from kind.__struct_fields__  # type: ignore[attr-defined]
-    elif (fields := getattr(kind, "__dataclass_fields__", None)) is not None:
-        yield from fields
-    elif (attributes := getattr(kind, "__attrs_attrs__", None)) is not None:
-        yield from (attribute.name for attribute in attributes)
-    else:
-        yield from getattr(kind, "model_fields", ())  # Pydantic
-
-
-def _shortened(path: str) -> str:
-    return path if len(path) <= _MAX_PATH else f"{path[:_MAX_PATH]}..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
@@ -17,8 +18,19 @@ from hypothesis import strategies as st
 
 from lab_state import Config, InvalidValueError, Manager, MemoryStorage
 from lab_state._json_keys import check_str_keys
+from lab_state._parts import SCALARS
 from lab_state._records import is_flat
-from lab_state._values import ALL_ONES, COLON, DEL, SCALARS, encode_value, find_colon, find_del, find_ones
+from lab_state._values import (
+    ALL_ONES,
+    COLON,
+    DEL,
+    _refusal,
+    _refusal_of_depth,
+    encode_value,
+    find_colon,
+    find_del,
+    find_ones,
+)
 
 
 class Color(StrEnum):
@@ -148,3 +160,39 @@ def test_classes_are_dropped_when_there_are_many(monkeypatch: pytest.MonkeyPatch
     for number in range(10):
         assert is_flat([{f"key {number}": 1}], 10**6)
         assert len(classes) <= 3
+
+
+class Box(msgspec.Struct):
+    x: Any
+
+
+@given(
+    st.lists(st.sampled_from("[ld1tbs"), min_size=1, max_size=4),
+    st.integers(127, 140),
+    st.sampled_from([1, [1], {"a": {}}, msgspec.Raw(b"[[[[1]]]]")]),
+)
+def test_the_path_to_what_is_too_deep_is_that_of_the_general_search(shapes: list[str], levels: int, value: Any) -> None:
+    """Levels with one part, which are passed quickly, lead to the same place as those that are looked at."""
+    for level in range(levels):
+        shape = shapes[level % len(shapes)]
+        around = {"[": [value], "l": [1, value, "x"], "d": {"a": value, "b": 1}, "1": {"a b": value}, "t": (value,)}
+        value = around.get(shape, Box(value) if shape == "b" else [[[]], value, [1]])
+    with contextlib.suppress(InvalidValueError):
+        encode_value(value)
+        return
+    assert str(_refusal_of_depth(value)) == str(_refusal(value))
+
+
+@given(st.lists(st.sampled_from("lds"), max_size=5), st.sampled_from([30, 3601]), st.booleans())
+def test_the_path_to_a_time_leads_to_it(shapes: list[str], seconds: int, as_key: bool) -> None:  # noqa: FBT001
+    """Beside times that are kept, the path leads to the first one that is not, also where it is a key."""
+    odd = datetime(2026, 1, 1, tzinfo=timezone(timedelta(seconds=seconds)))
+    fine = datetime(2026, 1, 1, tzinfo=UTC)
+    value: Any = {odd: 1} if as_key else odd
+    path = f"[{odd!r}]" if as_key else ""
+    for shape in shapes:
+        value = {"l": [fine, value, odd], "d": {"x": value, "y": odd}, "s": Box(value)}[shape]
+        path = {"l": "[1]", "d": ".x", "s": ".x"}[shape] + path
+    with pytest.raises(InvalidValueError) as caught:
+        encode_value(value)
+    assert caught.value.path == "$" + path

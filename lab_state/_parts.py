@@ -1,0 +1,156 @@
+"""The parts of a value, each with its step in a path; and values that JSON would change. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime, time
+from math import isfinite
+from typing import Any, cast
+
+import msgspec
+
+from lab_state._models import step_of
+from lab_state._nesting import MAX_DEPTH
+
+SCALARS = frozenset({str, int, float, bool, type(None)})
+"""What is stored as it is."""
+
+PLAIN = frozenset({dict, list, tuple, set, frozenset})
+
+_TIMES = (datetime, time)
+_MAX_PATH = 200
+
+_ODD_OFFSET = "a time whose offset has seconds cannot be kept: JSON would move it; use .astimezone(timezone.utc)"
+_ZONE_OF_A_TIME = (
+    "a time of day with a zone cannot be kept: it has no offset without a date; keep the zone's key beside it"
+)
+
+
+def first_part(container: Any, refused: Callable[[Any], bool]) -> tuple[object, object] | None:
+    """Return the first of the parts that is refused, with its step. Without parts, return `None`.
+
+    Half of the parts are tried together, as a list. A part that is left alone is not tried.
+    """
+    kind = container.__class__
+    if kind in SCALARS:
+        return None
+    steps: Sequence[object]
+    values: Sequence[object]
+    if kind is list or kind is tuple:
+        values, steps = container, range(len(container))
+    else:
+        steps, values = tuple(zip(*parts_of(container), strict=True)) or ((), ())
+    first, end = 0, len(values)
+    while end - first > 1:
+        middle = (first + end) // 2
+        if refused(values[first:middle]):
+            end = middle
+        else:
+            first = middle
+    return (steps[first], values[first]) if values else None
+
+
+def innermost(value: Any, refused: Callable[[Any], bool]) -> tuple[list[str], Any]:
+    """Return the innermost part that is refused, and the steps to it."""
+    steps: list[str] = []
+    while (found := first_part(value, refused)) is not None and refused(found[1]):
+        steps.append(step_in(value, found[0]))
+        value = found[1]
+    return steps, value
+
+
+def parts_of(container: Any) -> Iterable[tuple[object, object]]:
+    """Return the parts of an object, each with its key, its number or its step."""
+    kind: Any = container.__class__
+    if kind is dict:
+        items: Iterable[tuple[object, object]] = container.items()
+        return items
+    sequence: Iterable[object] = container
+    return enumerate(sequence) if kind in PLAIN else _children(container)
+
+
+def step_in(container: Any, step: object) -> str:
+    """Return the step of a path for a part that `_parts` gives."""
+    kind = container.__class__
+    return step_of(step) if kind is dict else f"[{step}]" if kind in PLAIN else str(step)
+
+
+def joined(steps: list[str]) -> str:
+    return shortened("$" + "".join(steps))
+
+
+def _children(value: object) -> Iterator[tuple[str, object]]:
+    """The parts of a value, each with its step in the path."""
+    if isinstance(value, dict):
+        members = cast("dict[object, object]", value)
+        yield from ((step_of(key), child) for key, child in members.items())
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        items = cast("Iterable[object]", value)
+        yield from ((f"[{index}]", child) for index, child in enumerate(items))
+    else:
+        for name in _field_names(value):
+            yield f".{name}", getattr(value, name, None)
+
+
+def _field_names(value: object) -> Iterator[str]:
+    kind = type(value)
+    if isinstance(value, msgspec.Struct):
+        yield from kind.__struct_fields__  # type: ignore[attr-defined]
+    elif (fields := getattr(kind, "__dataclass_fields__", None)) is not None:
+        yield from fields
+    elif (attributes := getattr(kind, "__attrs_attrs__", None)) is not None:
+        yield from (attribute.name for attribute in attributes)
+    else:
+        yield from getattr(kind, "model_fields", ())  # Pydantic
+
+
+def shortened(path: str) -> str:
+    return path if len(path) <= _MAX_PATH else f"{path[:_MAX_PATH]}..."
+
+
+def first_not_finite(tree: object) -> str | None:
+    """Return the path of a NaN or an infinity. Parts that are neither numbers nor containers cost little."""
+    stack: list[tuple[str, object, int]] = [("$", [tree], 0)]
+    while stack:
+        path, item, depth = stack.pop()
+        for step, child in parts_of(item):
+            kind: Any = child.__class__
+            if kind is float and not isfinite(cast("float", child)):
+                return shortened(path + step_in(item, step)).replace("$[0]", "$", 1)
+            if kind not in SCALARS and depth <= MAX_DEPTH:  # it may contain itself
+                stack.append((path + step_in(item, step), child, depth + 1))
+    return None
+
+
+def moved_time(value: Any, *, keys: bool = True) -> str | None:
+    """Return why one of the times in a value would be written as another time.
+
+    Args:
+        value: The value. It does not contain itself.
+        keys: Whether the keys of dicts may be times.
+    """
+    level = [value]
+    while level:
+        below: list[Any] = []
+        for item in level:
+            kind = item.__class__
+            if kind is dict:
+                parts = (*item, *item.values()) if keys else item.values()
+                below += [part for part in parts if part.__class__ not in SCALARS]
+            elif kind is list:
+                below += [part for part in item if part.__class__ not in SCALARS]
+            elif kind is datetime or kind is time or isinstance(item, _TIMES):
+                if item.tzinfo is not UTC and item.tzinfo is not None and (why := _moved(item)) is not None:
+                    return why
+            else:
+                below += [part for _, part in parts_of(item) if part.__class__ not in SCALARS]
+        level = below
+    return None
+
+
+def _moved(item: datetime | time) -> str | None:
+    """Return why a time with a zone would be written as another time."""
+    if (offset := item.utcoffset()) is None:
+        return _ZONE_OF_A_TIME
+    return _ODD_OFFSET if offset.total_seconds() % 60 else None
