@@ -1,7 +1,7 @@
-"""`S3Storage`: states in an object store, each a snapshot and the records after it.
+"""`S3Storage`: states in an object store, each with a snapshot and the records after it.
 
-The steps are in `_open.py` and `_session.py`, the names and bytes in
-`_format.py`, what each answer means in `_outcomes.py`.
+`_open.py` and `_session.py` have the steps, `_format.py` the names and bytes of objects,
+and `_outcomes.py` the meaning of each answer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_PREFIX_BYTES = 512
 
 
 class _Claim:
-    """One state, open in this process until `release`."""
+    """The claim of this process on one state, until `release`."""
 
     _held: ClassVar[dict[tuple[str, ...], _Claim]] = {}
 
@@ -36,7 +36,7 @@ class _Claim:
         self._key = (endpoint_url or "", names.bucket, names.snapshot)
         self.pid = os.getpid()
         holder = self._held.get(self._key)
-        if holder is not None and holder.pid == self.pid:  # a forked child inherits what is not its own
+        if holder is not None and holder.pid == self.pid:  # a forked child inherits claims of its parent
             raise LockedError(
                 f"{names.url(names.snapshot)} is open in this process already: stop its manager first; "
                 "a state has one writer"
@@ -44,18 +44,18 @@ class _Claim:
         self._held[self._key] = self
 
     def release(self) -> None:
-        """Idempotent, and no harm to a later claim."""
+        """Give the claim up. A second call does nothing, and a later claim stays."""
         if self._held.get(self._key) is self:
             del self._held[self._key]
 
 
 class S3Storage:
-    """States in a bucket of S3, or of a store that speaks its language and honours conditional writes.
+    """States in a bucket of S3, or of a compatible store that honours conditional writes.
 
     Durable means: the store acknowledged it, so it survives the loss of this machine.
-    There is no lock: who opens a state owns it, and a writer in another process is
-    deposed: its next flush raises `FencedError`, and from then on so does every write. Within one process, opening what is
-    open raises `LockedError`.
+    There is no lock. A manager that opens a state becomes its owner and deposes a writer in
+    another process: the next flush of that writer raises `FencedError`, and from then on so
+    does every write. Within one process, opening a state that is open raises `LockedError`.
 
     Needs the extra: `pip install 'lab-state[s3]'`.
     """
@@ -73,17 +73,17 @@ class S3Storage:
         """Check and keep the settings. The first import and the first request come with `start()`.
 
         Args:
-            bucket: The bucket; it must exist.
-            prefix: What comes before the name of a state in its keys, without a slash at
-                either end, at most 512 bytes; it may be empty.
-            endpoint_url: Where the store is, such as `https://minio.example:9000`; `None`
-                for what botocore finds in the environment, or AWS. Then the bucket is
-                addressed in the path, unless `config` says otherwise.
-            region_name: The bucket's region; `None` for what botocore finds.
-            session: An aiobotocore session to take the credentials from; `None` for
-                botocore's usual chain.
-            config: An aiobotocore `AioConfig`, for timeouts, proxies and the like.
-                Retries are always this library's own.
+            bucket: The bucket. It must exist.
+            prefix: The first part of all keys, before the name of a state. It has at most
+                512 bytes and no slash at either end. It may be empty.
+            endpoint_url: The address of the store, such as `https://minio.example:9000`.
+                `None` means the one that botocore finds in the environment, else AWS. With
+                an address, the bucket is part of the path, unless `config` says otherwise.
+            region_name: The region of the bucket; `None` for the one that botocore finds.
+            session: An aiobotocore session that has the credentials; `None` for the usual
+                chain of botocore.
+            config: An aiobotocore `AioConfig`, for timeouts, proxies and similar settings.
+                Its retries are ignored: this library repeats requests itself.
 
         Raises:
             ImportError: The extra is missing: `pip install 'lab-state[s3]'`.
@@ -99,24 +99,23 @@ class S3Storage:
         self._time = Time(SystemClock())
 
     def __repr__(self) -> str:
-        """Where it is; there is nothing secret in it."""
+        """Return bucket, prefix and address. They hold nothing secret."""
         endpoint = "" if self._endpoint_url is None else f", endpoint_url={self._endpoint_url!r}"
         return f"S3Storage({self._bucket!r}, prefix={self._prefix!r}{endpoint})"
 
     async def open(self, name: str) -> S3Session:
-        """Depose whoever writes the state, and load it; see `Storage.open`.
+        """Depose the present writer of the state, if any, and load it; see `Storage.open`.
 
-        A caller that is cancelled leaves nothing open. A state open in this process is
-        refused.
+        A cancelled call leaves nothing open.
 
         Raises:
-            LockedError: This process has it open.
-            CorruptionError: What is stored is damaged; it was left untouched.
+            LockedError: This process has the state open.
+            CorruptionError: The stored data are damaged. They were not changed.
             UnavailableError: The store did not answer for half a minute.
             UnsupportedError: The extra cannot be imported, the store ignores conditions, the
-                bucket is missing, or a permission is; the message says which.
+                bucket is missing, or a permission is missing. The message says which.
         """
-        # In a task of its own: however often the caller is cancelled, what was begun is undone to its end.
+        # In a task of its own: it is undone completely, however often the caller is cancelled.
         opening = asyncio.create_task(self._open(Names.of(self._bucket, self._prefix, name)))
         try:
             return await asyncio.shield(opening)
@@ -126,19 +125,19 @@ class S3Storage:
             raise
 
     async def read(self, name: str) -> Reading:
-        """Read the state beside its writer, which notices nothing; see `Storage.read`.
+        """Read the state without disturbing its writer; see `Storage.read`.
 
-        Needs the permissions `s3:GetObject` and `s3:ListBucket` alone. Whether a writer has
-        the state open cannot be told: there is no lock.
+        Only the permissions `s3:GetObject` and `s3:ListBucket` are needed. `Reading.live` is
+        `None`: there is no lock that would show a writer.
 
         Raises:
-            CorruptionError: What is stored is damaged, or a record is missing.
+            CorruptionError: The stored data are damaged, or a record is missing.
             UnavailableError: The store did not answer for half a minute, or the state was
-                replaced faster than it could be read.
-            UnsupportedError: There is no state of this name; or the extra cannot be imported,
-                the bucket is missing, or a permission is; the message says which.
+                replaced faster than it could be read. Try again.
+            UnsupportedError: There is no state of this name, the extra cannot be imported, the
+                bucket is missing, or a permission is missing. The message says which.
         """
-        # As in `open`.
+        # In a task of its own, as in `open`.
         reading = asyncio.create_task(self._read(Names.of(self._bucket, self._prefix, name)))
         try:
             return await asyncio.shield(reading)
@@ -205,13 +204,13 @@ class S3Storage:
 
 
 async def _end(task: asyncio.Task[Any]) -> None:
-    """Wait until a task has ended, in one way or another."""
+    """Wait until a task has ended, and ignore its outcome."""
     await asyncio.wait({task})
-    _ = task.cancelled() or task.exception()  # its caller has it already
+    _ = task.cancelled() or task.exception()  # its caller already has the error
 
 
 async def _let_go(opening: asyncio.Task[S3Session]) -> None:
-    """Wait until an opening that was given up has undone itself, and close its session all the same."""
+    """Wait for the end of a cancelled opening, and close its session if it got one."""
     await asyncio.wait({opening})
     if not opening.cancelled() and opening.exception() is None:
         await opening.result().aclose()
@@ -243,7 +242,7 @@ def _import() -> None:
 
 def _checked_bucket(bucket: str) -> str:
     if not _BUCKET.fullmatch(str(bucket)):
-        shown = "this" if "@" in str(bucket) else repr(bucket)  # it may be a URL with a password
+        shown = "this" if "@" in str(bucket) else repr(bucket)  # it may be a URL with a password in it
         raise ValueError(f"{shown} is not the name of a bucket: letters, digits, dots and hyphens, 3 to 63 of them")
     return bucket
 

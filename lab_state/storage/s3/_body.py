@@ -1,4 +1,4 @@
-"""What a PUT sends: a few bytes; many, in parts; or a snapshot spooled to a temporary file and streamed from there."""
+"""The bodies of PUT requests: bytes, or a snapshot that is spooled to a temporary file and streamed from there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lab_state.storage import _fs as fs
 from lab_state.storage.s3._threads import Threads
 
 LONG = 256 * 1024
-"""From how many bytes on to hash and to frame in a thread, and to send in parts."""
+"""From this size in bytes on, data are hashed and framed in a thread, and sent in parts."""
 
 _IN_MEMORY = 8 * 1024 * 1024
 _BATCH = 1024 * 1024
@@ -22,7 +22,7 @@ _SENT_AT_ONCE = 64 * 1024
 
 
 class Body(NamedTuple):
-    """The body of a PUT, with the base64 of its MD5, which the store compares."""
+    """The body of a PUT, with its MD5 in base64, which the store checks."""
 
     content: bytes | Upload
     size: int
@@ -30,7 +30,7 @@ class Body(NamedTuple):
 
     @classmethod
     def of(cls, data: bytes) -> Body:
-        """Bytes; takes a millisecond for each MB."""
+        """Return a body of these bytes. This takes a millisecond for each MB."""
         content = data if len(data) < LONG else Upload(_Bytes(data))
         return cls(content, len(data), _base64(hashlib.md5(data, usedforsecurity=False)))
 
@@ -40,14 +40,14 @@ def _base64(digest: hashlib._Hash) -> str:
 
 
 class Spool:
-    """Bytes on their way, kept in memory or, when there are many, in a temporary file.
+    """The bytes of a snapshot before they are sent: in memory, or in a temporary file if there are many.
 
-    What touches the file runs in a thread, a megabyte at a time.
+    All access to the file is in a thread, a megabyte at a time.
     """
 
     def __init__(self, thread: Threads) -> None:
         self._thread = thread
-        self._lock = threading.Lock()  # a thread that nobody waits for any more may still be at work
+        self._lock = threading.Lock()  # a thread may still be at work after its caller was cancelled
         self._file: IO[bytes] | None = None
         self._digest = hashlib.md5(usedforsecurity=False)
         self._batch: list[bytes] = []
@@ -55,14 +55,14 @@ class Spool:
         self.size: int = 0
 
     async def add(self, part: bytes) -> None:
-        """At the end."""
+        """Append a part."""
         self._batch.append(part)
         self._batched += len(part)
         if self._batched >= _BATCH:
             await self._write()
 
     async def body(self) -> Body:
-        """All that was added; nothing may be added any more."""
+        """Return everything that was added as a body. Nothing may be added after that."""
         await self._write()
         return Body(Upload(self), self.size, _base64(self._digest))
 
@@ -80,7 +80,10 @@ class Spool:
             fs.add_to_spool(self._file, batch)
 
     async def read(self, position: int) -> bytes:
-        """Some bytes from there on, few enough to send without holding up the event loop; nothing at the end."""
+        """Return some bytes from a position on; no bytes at the end.
+
+        They are few enough to be sent without blocking the event loop.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, position)
 
     def _read(self, position: int) -> bytes:
@@ -90,10 +93,10 @@ class Spool:
             return self._file.read(_SENT_AT_ONCE)
 
     def discard(self) -> None:
-        """Let go of the file, when whatever is at work in a thread has ended."""
+        """Close the file, after the work in the thread has ended."""
         try:
             self._thread.submit(self._close)
-        except UnavailableError:  # no thread is to be had
+        except UnavailableError:  # no thread is available
             self._close()
 
     def _close(self) -> None:
@@ -103,7 +106,7 @@ class Spool:
 
 
 class _Bytes:
-    """Bytes that are read as a spool is."""
+    """Bytes with the interface of a spool."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -114,24 +117,24 @@ class _Bytes:
 
 
 class Upload:
-    """A spool as the body of a request, as often as it is sent."""
+    """A spool as the body of a request. It can be sent several times."""
 
     def __init__(self, spool: Spool | _Bytes) -> None:
         self._spool = spool
-        self.moved: Callable[[], object] = lambda: None  # called for each part that goes out
-        self.sent: int = 0  # bytes; what is sent again does not count
-        self.count: Callable[[int], object] = lambda _: None  # called with how many more
+        self.moved: Callable[[], object] = lambda: None  # called for each part that is sent
+        self.sent: int = 0  # in bytes; a repetition does not count
+        self.count: Callable[[int], object] = lambda _: None  # called with the number of new bytes
 
     def __len__(self) -> int:
-        """The size; botocore asks for it."""
+        """Return the size, for botocore."""
         return self._spool.size
 
     def read(self) -> bytes:
-        """Only there for botocore, which takes what has it for a file; aiohttp iterates."""
+        """Raise an error: botocore only checks that this method exists, and aiohttp iterates."""
         raise NotImplementedError
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """From the beginning, a part at a time."""
+        """Yield the parts from the start on."""
         position = 0
         while part := await self._spool.read(position):
             self.moved()

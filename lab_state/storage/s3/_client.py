@@ -1,4 +1,4 @@
-"""Requests to an object store, each repeated until its outcome is known or its time is up."""
+"""Requests to an object store. Each is repeated until its outcome is known or its time is over."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ R = TypeVar("R")
 _logger = Log(logging.getLogger("lab_state"))
 
 DEADLINE = 30.0
-"""For how many seconds a request is repeated, and a second more for each `SLOWEST` bytes."""
+"""For how many seconds a request is repeated, plus a second for each `SLOWEST` bytes."""
 
 SLOWEST = 256 * 1024
 
@@ -45,16 +45,16 @@ _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
 _TOLD_EVERY = 10.0
 _CHUNK = 1024 * 1024
-_LISTED_AT_ONCE = 100  # the answer is parsed on the event loop, at some 0.06 ms for each object
+_LISTED_AT_ONCE = 100  # the answer is parsed on the event loop, at about 0.06 ms for each object
 _MOST_DELETED_AT_ONCE = 1000
 _REPLACED = '"replaced"'
 
 
 class Tries:
-    """How often, and for how long, one request is repeated."""
+    """The repetitions of one request: their pauses and their end."""
 
     def __init__(self, time: Time, what: str, seconds: float, *, is_told: bool) -> None:
-        """Begin. With `is_told`, the log says from the second failure on that the caller still waits."""
+        """Start the time. With `is_told`, the log says from the second failure on that the caller still waits."""
         self._time = time
         self._what = what
         self._seconds = seconds
@@ -63,10 +63,10 @@ class Tries:
         self._tell_at = -math.inf if is_told else math.inf
 
     async def pause(self, why: Failure | str) -> None:
-        """After an attempt that failed: wait, or give up.
+        """Wait before the next attempt, after one that failed.
 
         Raises:
-            UnavailableError: The time is up.
+            UnavailableError: The time is over.
         """
         self._failed += 1
         left = self._end - self._time.clock.monotonic()
@@ -87,19 +87,19 @@ class Tries:
         await self._time.sleep(min(left, self._time.jitter(longest)))
 
     def refuse(self, failure: Failure, needs: str) -> StorageError:
-        """Return the error for a failure that no repetition mends. `needs` is the permission."""
+        """Return the error for a failure that a repetition does not fix. `needs` is the permission."""
         return UnsupportedError(f"{self._what} failed with {failure}: {advice(failure, needs)}")
 
 
 class Requests:
-    """One bucket, for one state.
+    """The requests of one session to one bucket.
 
-    No exception of the client's goes out, and none stays behind as a cause or a context:
-    its text may hold a credential, such as a proxy's, and tracebacks are printed.
+    No exception of the client is raised, nor kept as a cause or a context. Its text may
+    hold a credential, such as that of a proxy, and tracebacks are printed.
 
     Attributes:
-        thread: Where what would hold up the event loop is done.
-        sent: How many bytes of bodies were sent; what is sent again does not count.
+        thread: The threads for work that would block the event loop.
+        sent: How many bytes of bodies were sent; a repetition does not count.
         is_opening: Whether the state is being opened or read: a request that fails twice is logged then.
     """
 
@@ -115,7 +115,7 @@ class Requests:
 
     async def _client(self) -> Client:
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:  # the first request, or the first after the loop was closed over a session
+        if self._loop is not loop:  # the first request on this event loop
             self._connected = await self._connecting()
             self._loop = loop
         return self._connected
@@ -126,14 +126,14 @@ class Requests:
             await self._connected.close()
 
     def tries(self, doing: str, key: str, size: int = 0) -> Tries:
-        """For a request with so many bytes."""
+        """Return the repetitions for a request with a body of `size` bytes."""
         what = f"{doing} s3://{self._bucket}/{key}"
         return Tries(self.time, what, DEADLINE + size / SLOWEST, is_told=self.is_opening)
 
     # Reading
 
     async def head(self, key: str) -> ObjectInfo | None:
-        """What HEAD tells of an object; `None` for none."""
+        """Return what HEAD tells about an object; `None` if there is none."""
         return await self._head(key, self.tries("looking at", key))
 
     async def _head(self, key: str, tries: Tries) -> ObjectInfo | None:
@@ -143,7 +143,7 @@ class Requests:
         return await self._read(once, tries)
 
     async def get(self, key: str) -> tuple[ObjectInfo, bytes] | None:
-        """Return an object with its body; `None` for none."""
+        """Return an object with its body; `None` if there is none."""
 
         async def once(client: Client, limit: Limit) -> tuple[ObjectInfo, bytes]:
             response = await client.get_object(Bucket=self._bucket, Key=key)
@@ -157,7 +157,7 @@ class Requests:
         return await self._read(once, self.tries("reading", key))
 
     async def sizes(self, prefix: str, after: str) -> dict[str, int]:
-        """The keys with a prefix that come after another, with their sizes."""
+        """Return the sizes of all objects with a prefix and a key after `after`, by key."""
         sizes: dict[str, int] = {}
         token: str | None = None
         tries = self.tries("listing", prefix)
@@ -170,7 +170,7 @@ class Requests:
     async def page(
         self, prefix: str, after: str, token: str | None = None, tries: Tries | None = None
     ) -> tuple[dict[str, int], str | None]:
-        """Return some of these keys, in order, and the token of the next page; `None` behind the last."""
+        """Return one page of what `sizes` returns, and the token of the next page; `None` after the last page."""
         where: dict[str, Any] = {"StartAfter": after} if token is None else {"ContinuationToken": token}
 
         async def once(client: Client, _: Limit) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class Requests:
                     return await once(await self._client(), limit)
             except FAILURES as error:
                 failure = failure_of(error)
-            # Behind the handler, or the error would be the context of ours.
+            # After the handler: within it, the client's exception would be the context of ours.
             meaning = verdict(failure)
             if meaning is Verdict.REFUSED and failure.status == 404:  # noqa: PLR2004 -- 404 Not Found
                 return None
@@ -200,13 +200,13 @@ class Requests:
     # Writing
 
     async def put(self, key: str, body: Body, metadata: dict[str, str], if_match: str | None) -> str:
-        """Write an object if the one that is there has this ETag, or, with `None`, if none is there.
+        """Write an object if its present version has this ETag, or, with `None`, if there is none.
 
         Args:
-            key: Its key.
-            body: Its bytes.
-            metadata: Its metadata, with an id of this write's own under `WRITE_ID`.
-            if_match: The ETag.
+            key: The key.
+            body: The bytes.
+            metadata: The metadata. `WRITE_ID` is a new id for this write.
+            if_match: The ETag, or `None`.
 
         Returns:
             The ETag of the object written.
@@ -244,9 +244,9 @@ class Requests:
         return written or await self._etag(key, metadata[WRITE_ID], tries)
 
     async def put_anyhow(self, key: str, metadata: dict[str, str], if_match: str | None) -> bool:
-        """Write an empty object under a condition, once; whether the store said that it did.
+        """Write an empty object under a condition; return whether the store said that it was written.
 
-        For finding out whether it honours conditions: what is there afterwards does not matter.
+        This shows whether the store honours conditions. The object itself does not matter.
         """
         tries = self.tries("writing", key)
         while True:
@@ -287,7 +287,7 @@ class Requests:
         self.sent += size
 
     async def _etag(self, key: str, write_id: str, tries: Tries) -> str:
-        """For a store that does not tell the ETag of what was written."""
+        """Return the ETag of an object that was written, for a store whose answer does not have it."""
         found = await self._head(key, tries)
         ours = found is not None and found.metadata.get(WRITE_ID) == write_id
         return found.etag if found is not None and ours else _REPLACED
@@ -295,10 +295,10 @@ class Requests:
     # Deleting
 
     async def check_deletes(self, key: str) -> None:
-        """Ask once to delete an object, which need not be there. Only a plain refusal raises.
+        """Try once to delete an object, which need not exist. Ignore any failure but a refusal.
 
         Raises:
-            UnsupportedError: It is refused.
+            UnsupportedError: The store refuses deletions.
         """
         try:
             async with self.time.limit(STANDSTILL):
@@ -309,11 +309,11 @@ class Requests:
             raise self.tries("deleting", key).refuse(failure, DELETES)
 
     async def delete(self, keys: Iterable[str]) -> None:
-        """Delete objects; one that is not there is no error.
+        """Delete objects. A missing one is no error.
 
         Raises:
-            UnsupportedError: It is refused.
-            StorageError: Some may still be there.
+            UnsupportedError: The store refuses deletions.
+            StorageError: Some objects may still exist.
         """
         for part in _parts(list(keys)):
 
@@ -333,7 +333,7 @@ class Requests:
 
 
 def _refused(done: dict[str, Any]) -> Failure | None:
-    """Return the first refusal in the answer to a deletion of many."""
+    """Return the first failure in the answer to a deletion of many objects; `None` if there is none."""
     for error in done.get("Errors", ()):
         code = str(error.get("Code", ""))
         return Failure(403 if code == "AccessDenied" else 500, code)

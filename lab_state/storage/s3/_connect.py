@@ -1,6 +1,6 @@
-"""A client of an object store: its settings, and how it is made without holding up the event loop.
+"""The client of an object store: its settings, and its creation without blocking the event loop.
 
-The only module that imports aiobotocore; it is imported when a state is opened.
+This is the only module that imports aiobotocore. It is imported when a state is opened.
 """
 
 # aiobotocore and botocore have no types.
@@ -25,7 +25,7 @@ from lab_state.exceptions import UnsupportedError
 from lab_state.storage.s3._threads import Threads
 
 STANDSTILL = 15.0
-"""Seconds for which a request may stand still, including the wait for a connection."""
+"""How long a request may make no progress, in seconds. The wait for a connection is included."""
 
 _ENDPOINT_VARIABLES = frozenset({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
 
@@ -42,10 +42,10 @@ class Client(Protocol):
 
 
 class Resolver(AbstractResolver):
-    """Looks up host names in a thread of our own.
+    """A resolver that looks up host names in a thread of the session.
 
-    aiohttp would do it in the event loop's own threads, all of which may be waiting for
-    the very write that needs the connection.
+    aiohttp would use the default executor of the event loop. All its threads may be waiting
+    for the write that needs this connection.
     """
 
     def __init__(self, thread: Threads) -> None:
@@ -71,11 +71,11 @@ class Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Do nothing: the thread belongs to the session."""
+        """Do nothing, because the thread belongs to the session."""
 
 
 def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
-    """Merge the client's settings: our defaults, the caller's, and what the protocol needs, in this order."""
+    """Return the settings of the client: our defaults, then those of the caller, then what the protocol needs."""
     ours = AioConfig(connect_timeout=5, read_timeout=STANDSTILL, max_pool_connections=16)
     config: Any = ours if given is None else ours.merge(given)
     # A signed Content-MD5 covers each body. Signing a hash as well would read 100 MB on the event loop.
@@ -84,7 +84,7 @@ def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
         s3["addressing_style"] = "path"
     needed = AioConfig(
         s3={**s3, **(config.s3 or {})},
-        # One attempt: only the caller of `put` can tell whether the one before was done.
+        # One attempt: only `Requests.put` can tell whether the previous one was done.
         retries={"mode": "standard", "total_max_attempts": 1},
         connector_args={"resolver": Resolver(thread), **config.connector_args},
         warm_up_loader_caches=True,
@@ -96,7 +96,7 @@ def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
 
 @functools.cache
 def _loader() -> Any:
-    """Return botocore's description of S3. It is read once, because that takes 0.1 s."""
+    """Return the loader of botocore's description of S3. It is shared, because reading that takes 0.1 s."""
     return get_session().get_component("data_loader")
 
 
@@ -109,7 +109,11 @@ def _new_session() -> Any:
 async def connect(
     session: Any, config: Any, endpoint_url: str | None, region_name: str | None, thread: Threads
 ) -> Client:
-    """Make a client without holding up the event loop."""
+    """Return a new client, created without blocking the event loop.
+
+    Raises:
+        UnsupportedError: The settings are wrong.
+    """
     custom = endpoint_url is not None or not _ENDPOINT_VARIABLES.isdisjoint(os.environ)
     settings = client_config(config, thread, custom_endpoint=custom)
 
@@ -125,18 +129,18 @@ async def connect(
         problem = type(error).__name__
     if problem:  # its text may hold a credential, such as one in AWS_ENDPOINT_URL
         raise UnsupportedError(
-            f"no client could be made for S3 ({problem}): see the endpoint and the region, in the environment and in "
-            "~/.aws/config too, and the session and the config that S3Storage was given"
+            f"no client could be made for S3 ({problem}): check the endpoint and the region, in the environment and in "
+            "~/.aws/config too, and the arguments session and config of S3Storage"
         )
     made.meta.events.register("before-call.s3.PutObject", _expect_nothing)
     return cast("Client", made)
 
 
 def _made(session: Any, region_name: str | None, endpoint_url: str | None, settings: Any) -> Any:
-    """Make a client. Blocks: botocore reads a dozen files.
+    """Return a new client. Blocks: botocore reads a dozen files.
 
-    On a loop of its own, which ends; the client meets the event loop that it is used on
-    with its first request.
+    It is created on an event loop of its own, which ends. The client binds to the event
+    loop of its first request.
     """
 
     async def make() -> Any:
@@ -147,6 +151,6 @@ def _made(session: Any, region_name: str | None, endpoint_url: str | None, setti
 
 
 def _expect_nothing(params: dict[str, Any], **_: object) -> None:
-    """Send a body without asking first. The question costs more than a small body."""
+    """Send a small body without `Expect: 100-continue`: waiting for that answer costs more than the body."""
     if isinstance(params["body"], (bytes, io.BytesIO)):
         params["headers"].pop("Expect", None)

@@ -1,4 +1,4 @@
-"""The meaning of the client's exceptions, told without their text, which may hold a credential."""
+"""The meaning of the client's exceptions. Their text is not used, because it may hold a credential."""
 
 # aiobotocore and botocore have no types.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -31,25 +31,27 @@ _TLS_REASONS = frozenset(
         "WRONG_VERSION_NUMBER",
     }
 )
-"""The reasons of OpenSSL for which trying again does not help."""
+"""The errors of OpenSSL for which a repetition does not help."""
 
 FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSError)
 """The client's exceptions for a failed request."""
 
 
 def failure_of(error: Exception) -> Failure:
-    """Return the meaning of a client's exception, without the request and the address, which may hold secrets."""
+    """Return the meaning of a client's exception, without its request and its address, which may hold secrets."""
     if isinstance(error, ClientError):
         response: dict[str, Any] = error.response
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return Failure(int(status), str(response.get("Error", {}).get("Code", "")))
     causes = list(_causes(error))
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
-        reasons = (str(getattr(cause, "verify_message", "")).rstrip(".") for cause in causes)  # aiohttp's has none
+        reasons = (
+            str(getattr(cause, "verify_message", "")).rstrip(".") for cause in causes
+        )  # the exception of aiohttp has none
         return Failure(0, CERTIFICATE, next(filter(None, reasons), ""))
     detail = ""
     for cause in causes:
-        if (reason := getattr(cause, "reason", None)) in _TLS_REASONS:  # a `ssl.SSLError`, or aiohttp's
+        if (reason := getattr(cause, "reason", None)) in _TLS_REASONS:  # an `ssl.SSLError`, or the exception of aiohttp
             return Failure(0, TLS, str(reason))
         if isinstance(cause, aiohttp.ClientHttpProxyError):
             return Failure(0, f"{PROXY}{cause.status}")
@@ -63,7 +65,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Return an exception and those behind it. botocore and aiohttp hide them in various places."""
+    """Yield an exception and its causes. botocore and aiohttp keep them in various attributes."""
     left: list[Any] = [error]
     seen: list[Any] = []
     while left:

@@ -1,12 +1,13 @@
-"""The names and the bytes of what is kept in S3. Pure.
+"""The names and the bytes of the objects in S3. Pure.
 
-* `<prefix>/<name>.json` is the snapshot, as everywhere, with two more members in
-  `$lab_state`: `seq`, the number of the last record object that it covers, and
-  `fence`, the number of its writer's fence. Both are in the object's metadata too, so
-  that HEAD tells them.
-* `<prefix>/<name>.journal/<20 digits>` are the records, numbered from 1 without gaps,
-  one frame of the journal each. A fence takes a number among them, and is empty.
-* `<prefix>/<name>.probe` is where a store shows that it honours conditions.
+* `<prefix>/<name>.json` is the snapshot, in the same format as on disk. Its `$lab_state`
+  has two more members: `seq` is the number of the last record that it covers, and `fence`
+  is the number of its writer's fence. Both are also in the metadata of the object, so HEAD
+  returns them.
+* `<prefix>/<name>.journal/<20 digits>` are the records, numbered from 1 without gaps. Each
+  is one frame of the journal. A fence has a number of the same sequence, and is empty.
+* `<prefix>/<name>.probe` is the object with which a start checks that the store honours
+  conditions.
 """
 
 from __future__ import annotations
@@ -25,25 +26,26 @@ FENCE = "labstatefence"
 OWNER = "labstateowner"
 
 BASE = "labstatebase"
-"""The metadata key that says which snapshot a record follows.
+"""The metadata key for the snapshot that a record follows.
 
-`OWN_BASE` for one that the storage wrote, whose stamp says the rest; `NO_BASE` for none;
-else the size and the CRC-32 of a file that another program put there.
+The value is `OWN_BASE` for a snapshot that this library wrote: then its stamp says the
+rest. It is `NO_BASE` if there was no snapshot. Else it is the size and the CRC-32 of a file
+that another program put there.
 """
 
 OWN_BASE = "own"
 
 MOST_NUMBER = 10**19 - 1
-"""The last number of a record or a fence. At a thousand records a second it takes 300 million years."""
+"""The largest number of a record or a fence. At 1,000 records a second it is reached after 300 million years."""
 
 _TAIL = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
 _STAMPED = re.compile(rb',"seq":(\d{1,19}),"fence":(\d{1,19}),"crc32":"([0-9a-f]{8})"\}\}\Z')
 _TAIL_BYTES = 96
 
 _END_BYTES = 2 * _TAIL_BYTES
-"""How much of the end of a snapshot holds its stamp."""
+"""The last bytes of a snapshot that contain its stamp."""
 
-_NUMBER = re.compile(r"[0-9]{20}")  # `\d` would take digits of other scripts, too
+_NUMBER = re.compile(r"[0-9]{20}")  # `\d` would match digits of other scripts too
 _METADATA_NUMBER = re.compile(r"[0-9]{1,19}")
 
 
@@ -58,34 +60,34 @@ class Names(NamedTuple):
 
     @classmethod
     def of(cls, bucket: str, prefix: str, name: str) -> Names:
-        """Below a prefix, which may be empty."""
+        """Return the keys of a state under a prefix, which may be empty."""
         base = f"{prefix}/{name}" if prefix else name
         return cls(bucket, name, f"{base}.json", f"{base}.journal/", f"{base}.probe")
 
     def record(self, number: int) -> str:
-        """The key of a record or a fence."""
+        """Return the key of a record or a fence."""
         return f"{self.journal}{number:020d}"
 
     def number(self, key: str) -> int | None:
-        """The number of a record or a fence; `None` for a key that is neither."""
+        """Return the number in the key of a record or a fence; `None` for another key."""
         digits = key.removeprefix(self.journal)
         return int(digits) if _NUMBER.fullmatch(digits) else None
 
     def url(self, key: str) -> str:
-        """A key as messages show it."""
+        """Return a key as messages show it."""
         return f"s3://{self.bucket}/{key}"
 
 
 def frame(name: str, number: int, record: bytes) -> bytes:
-    """The body of a record object. Its checksum covers the state's name and the number too."""
+    """Return the body of a record object. Its checksum also covers the name of the state and the number."""
     return join_in_thread(journal.frame_parts(_salt(name, number), FrameKind.RECORD, record))
 
 
 def unframe(name: str, number: int, body: bytes, path: str) -> bytes:
-    """The record in an object.
+    """Return the record in an object.
 
     Raises:
-        CorruptionError: The object is damaged, or belongs elsewhere.
+        CorruptionError: The object is damaged, or belongs to another state or number.
     """
     record = journal.payload(body, _salt(name, number), FrameKind.RECORD)
     if record is None:
@@ -98,20 +100,21 @@ def _salt(name: str, number: int) -> str:
 
 
 class Stamp(NamedTuple):
-    """What a snapshot says about the journal behind it."""
+    """The numbers in a snapshot: the last record that it covers, and the fence of its writer."""
 
     seq: int
     fence: int
 
     def metadata(self) -> dict[str, str]:
-        """As the object's metadata."""
+        """Return the metadata of the object."""
         return {SEQ: str(self.seq), FENCE: str(self.fence)}
 
 
 def stamped(last: bytes, stamp: Stamp) -> bytes:
-    """The last slice of a snapshot with its stamp, where it ends as the codec's do; else as it is.
+    """Return the last slice of a snapshot with the stamp added.
 
-    The checksum in it covers every byte before; so it is carried on over what is put in.
+    A slice that does not end as those of the codec is returned unchanged. The checksum
+    covers every byte before it, so it is continued over the bytes that are inserted.
     """
     tail = _TAIL.search(last, max(0, len(last) - _TAIL_BYTES))
     if tail is None:
@@ -122,10 +125,10 @@ def stamped(last: bytes, stamp: Stamp) -> bytes:
 
 
 def stamp_in_metadata(metadata: dict[str, str], path: str) -> Stamp | None:
-    """The stamp as HEAD shows it; `None` for an object that someone else put there.
+    """Return the stamp in the metadata; `None` for an object that another program put there.
 
     Raises:
-        CorruptionError: It is not one.
+        CorruptionError: The metadata are damaged.
     """
     if SEQ not in metadata:
         return None
@@ -136,10 +139,10 @@ def stamp_in_metadata(metadata: dict[str, str], path: str) -> Stamp | None:
 
 
 def same_stamp(inside: Stamp | None, outside: Stamp | None, path: str) -> Stamp | None:
-    """The stamp in a snapshot and the one in its metadata are one, where both are there.
+    """Return the stamp of a snapshot, from its body or its metadata; `None` if it has none.
 
     Raises:
-        CorruptionError: They are not.
+        CorruptionError: Body and metadata have different stamps.
     """
     if inside is not None and outside is not None and inside != outside:
         raise CorruptionError(
@@ -149,10 +152,12 @@ def same_stamp(inside: Stamp | None, outside: Stamp | None, path: str) -> Stamp 
 
 
 def stamp_in_body(data: bytes, path: str) -> Stamp | None:
-    """The stamp in a snapshot itself, for a copy that lost its metadata; `None` when there is none.
+    """Return the stamp in the body of a snapshot; `None` if there is none.
+
+    It is needed for a copy that lost its metadata.
 
     Raises:
-        CorruptionError: The checksum beside it does not match.
+        CorruptionError: The checksum after it does not match.
     """
     found = _STAMPED.search(data, max(0, len(data) - _END_BYTES))
     if found is None:

@@ -1,15 +1,16 @@
 """Becoming the only writer of a state in S3, and loading it.
 
-1. Show that the store honours conditions, on an object of its own.
-2. Load: GET the snapshot, LIST what comes after the number it covers, GET the records.
-   No number may be missing. If one is, a checkpoint may have deleted it meanwhile, which
-   shows in the snapshot: load again. If the snapshot stays the same, it is damage, and
-   the start ends here. A fence above the damage would outlive it, and leave a gap for good.
-3. LIST again, and create a fence at the next number. An older writer finds it in the way
-   of its next record.
-4. Load again; only what changed is fetched. If the snapshot covers the fence's number, the
-   number had been used and deleted: the fence keeps nobody out, begin again. If something
-   is above the fence, a newer writer came: begin again.
+1. Check that the store honours conditions, with an object of its own.
+2. Load: GET the snapshot, LIST the records after the number that it covers, GET them. No
+   number may be missing. If one is missing, a checkpoint may have deleted it meanwhile.
+   Then the snapshot is another one: load again. If the snapshot stays the same, the state
+   is damaged, and the start ends here. A fence above the damage would stay after a repair,
+   and leave a gap for good.
+3. LIST again, and create a fence at the next number. The next record of an older writer
+   collides with it.
+4. Load again; only what changed is fetched. If the snapshot covers the number of the fence,
+   that number had been used and deleted. Then the fence stops no older writer: start again.
+   If there is an object above the fence, a newer writer came: start again.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ class Loaded(NamedTuple):
     """A state at one moment.
 
     Attributes:
-        etag: The snapshot's ETag; `None` when there is none.
-        snapshot_bytes: Its size.
-        base: What the next record says that it follows; see `BASE`.
+        etag: The ETag of the snapshot; `None` if there is none.
+        snapshot_bytes: The size of the snapshot.
+        base: The snapshot that the next record follows; see `BASE`.
         covered: The number of the last record that the snapshot covers.
-        last: The highest number behind it, a fence's too; `covered` where there is none.
-        records: The sizes of the records behind it, by number.
-        recovery: Their bytes.
+        last: The highest number after it, of a record or a fence; `covered` if there is none.
+        records: The sizes of the records after it, by number.
+        recovery: The bytes of the snapshot and the records.
     """
 
     etag: str | None
@@ -68,12 +69,12 @@ class Loaded(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A state that is ours, loaded.
+    """A state that was opened and loaded.
 
     Attributes:
         fence: The number of our fence.
-        loaded: What is below it.
-        undeletable: Why nothing can be deleted; `None` as far as is known.
+        loaded: The state below the fence.
+        undeletable: Why deletions are refused; `None` if they are not, or it is not known.
     """
 
     fence: int
@@ -82,15 +83,15 @@ class Opened(NamedTuple):
 
 
 def new_write_id() -> str:
-    """The id of one write, the same for all its attempts."""
+    """Return a new id for one write. All its attempts use the same id."""
     return uuid.uuid4().hex
 
 
 async def open_state(store: Requests, names: Names) -> Opened:
-    """Become the writer; see the module.
+    """Become the writer of a state, and load it; see the module.
 
     Raises:
-        StorageError: It could not; see `Storage.open`.
+        StorageError: See `Storage.open`.
     """
     await _probe(store, names)
     undeletable = await _undeletable(store, names)
@@ -103,16 +104,16 @@ async def open_state(store: Requests, names: Names) -> Opened:
             loaded = await loader.load_below(fence)
             if loaded is not None:
                 return Opened(fence, loaded, undeletable)
-        await tries.pause("others are opening it at the same time")
+        await tries.pause("other writers open it at the same time")
 
 
 async def _probe(store: Requests, names: Names) -> None:
-    """Refuse a store that writes although the condition does not hold."""
+    """Raise `UnsupportedError` if the store writes although the condition is not met."""
 
     async def written(if_match: str | None) -> bool:
         return await store.put_anyhow(names.probe, {WRITE_ID: new_write_id()}, if_match)
 
-    # The first may find nothing there; then the second must find the first.
+    # The first write may find no object. Then the second one must find the first.
     if (await written(None) and await written(None)) or await written(_NO_ETAG):
         raise UnsupportedError(
             f"the store of s3://{names.bucket} ignores If-None-Match or If-Match: it wrote where it should have "
@@ -122,7 +123,7 @@ async def _probe(store: Requests, names: Names) -> None:
 
 
 async def _undeletable(store: Requests, names: Names) -> str | None:
-    """Say why objects cannot be deleted: found at the first checkpoint, it would be told too late."""
+    """Return why objects cannot be deleted; `None` if they can. Checked here, since the first checkpoint is too late."""
     try:
         await store.check_deletes(names.journal + "none")
     except UnsupportedError as refused:
@@ -131,10 +132,10 @@ async def _undeletable(store: Requests, names: Names) -> str | None:
 
 
 async def _fence(store: Requests, names: Names, covered: int) -> int | None:
-    """Create a fence of ours above everything that is there; `None` if another writer came first."""
+    """Create a fence above all records and fences; return its number, or `None` if another writer came first."""
     listed = await numbers(store, names, covered)
     fence = covered + len(listed) + 1
-    if listed and max(listed) >= fence:  # a checkpoint deletes at this moment; the loader can tell it from damage
+    if listed and max(listed) >= fence:  # a checkpoint is deleting records; the loader can tell this from damage
         return None
     try:
         await store.put(names.record(fence), Body.of(b""), {WRITE_ID: new_write_id(), OWNER: _owner()}, None)
@@ -149,17 +150,19 @@ def _owner() -> str:
 
 
 async def numbers(store: Requests, names: Names, after: int) -> dict[int, int]:
-    """Return the numbers of records and fences above one, in order, with their sizes; a fence has none.
+    """Return the sizes of the records and fences above `after`, by number, in order. A fence has the size 0.
 
     Raises:
-        CorruptionError: A number is one that no writer reaches.
+        CorruptionError: A number is larger than any writer can reach.
     """
     listed = await store.sizes(names.journal, names.record(after))
     found = {number: size for key, size in listed.items() if (number := names.number(key)) is not None}
     for number in found:
         if number > MOST_NUMBER:
             path = names.url(names.record(number))
-            raise CorruptionError(path, 0, "no writer reaches this number; delete this object, which is a stray one")
+            raise CorruptionError(
+                path, 0, "no writer reaches this number, so this object is not part of the state; delete it"
+            )
     return {number: found[number] for number in sorted(found) if number > after}
 
 
@@ -168,7 +171,7 @@ class _Object(NamedTuple):
 
     Attributes:
         record: The record; `None` for a fence.
-        base: What it says that it follows; `None` if it says nothing.
+        base: The snapshot that the record follows; `None` if its metadata do not say.
     """
 
     record: bytes | None
@@ -176,10 +179,10 @@ class _Object(NamedTuple):
 
 
 class Loader:
-    """Loads a state as often as needed; what is still the same is not fetched again."""
+    """Loads a state, several times if needed. Objects that did not change are fetched once."""
 
     def __init__(self, store: Requests, names: Names) -> None:
-        """Begin with nothing fetched."""
+        """Start with nothing fetched."""
         self._store = store
         self._names = names
         self._path = names.url(names.snapshot)
@@ -188,26 +191,26 @@ class Loader:
         self._stamp: Stamp | None = None
         self._crc: int | None = None
         self._base = NO_BASE
-        self._same = 0  # how often the snapshot was the same although something was wrong
+        self._same = 0  # how often something was wrong while the snapshot stayed the same
         self._objects: dict[int, _Object] = {}  # a number is never used twice
 
     async def load(self) -> Loaded:
-        """Load what is there.
+        """Load the whole state.
 
         Raises:
-            CorruptionError: It is damaged.
-            StorageError: It could not be read.
+            CorruptionError: The state is damaged.
+            StorageError: The state could not be read.
         """
         loaded = await self._load(None)
         assert loaded is not None, "there is no fence that could fail"
         return loaded
 
     async def load_below(self, fence: int) -> Loaded | None:
-        """Load what is below a fence of ours; `None` if the fence does not hold.
+        """Load the state below our fence; return `None` if the fence does not stop older writers.
 
         Raises:
-            CorruptionError: It is damaged.
-            StorageError: It could not be read.
+            CorruptionError: The state is damaged.
+            StorageError: The state could not be read.
         """
         return await self._load(fence)
 
@@ -221,7 +224,7 @@ class Loader:
             if fence is not None and (covered >= fence or max(listed, default=0) > fence):
                 return None
             if self._snapshot is not None and self._stamp is None and self._same >= _SAME_SNAPSHOT:
-                # A file put there by hand does not say what it covers; the revisions in the records do.
+                # A file from another program does not say which records it covers. Their revisions do.
                 last = max(listed, default=covered + 1)
                 covered = min((number for number, size in listed.items() if size), default=last) - 1
                 listed = {number: size for number, size in listed.items() if number > covered}
@@ -233,15 +236,15 @@ class Loader:
             self._same += 1
             if self._same > _SAME_SNAPSHOT:
                 raise CorruptionError(self._path, 0, problem or "a record that is listed is missing; restore it")
-            await tries.pause("it changes while it is read")
+            await tries.pause("the state changes while it is read")
 
     async def _look(self) -> None:
-        """Fetch the snapshot, if it is another one than before."""
+        """Fetch the snapshot if it has changed."""
         if self._looked:
             found = await self._store.head(self._names.snapshot)
             if found == (None if self._snapshot is None else self._snapshot[0]):
                 return
-        self._snapshot = None  # it may be large, and so may the next one
+        self._snapshot = None  # freed first: it may be large, and so may the next one
         self._same = 0
         got = await self._store.get(self._names.snapshot)
         self._stamp = _stamp(got, self._path)
@@ -261,7 +264,7 @@ class Loader:
         return await asyncio.get_running_loop().run_in_executor(self._store.thread, zlib.crc32, data)
 
     async def _fetch(self, wanted: list[int]) -> bool:
-        """Fetch the objects under these numbers, some at a time; False if one is gone."""
+        """Fetch the objects with these numbers, some at a time; return False if one is missing."""
         left = iter([number for number in wanted if number not in self._objects])
         gone = False
 
@@ -284,9 +287,9 @@ class Loader:
         return not gone
 
     def _misfit(self, listed: dict[int, int]) -> str | None:
-        """Say which record follows another snapshot than the one that is there.
+        """Return what is wrong if a record follows another snapshot than this one; else `None`.
 
-        A snapshot with a stamp says itself which records come after it.
+        A snapshot with a stamp needs no check: the stamp says which records come after it.
         """
         if self._stamp is not None:
             return None
@@ -295,7 +298,7 @@ class Loader:
             if found is not None and found.record is not None and found.base not in {None, self._base}:
                 what = "is missing" if self._snapshot is None else "is not the one"
                 return (
-                    f"the snapshot that record {number} follows {what}; restore it. To begin with what is here, "
+                    f"the snapshot that record {number} follows {what}; restore it. To start with what is there, "
                     f"delete everything under {self._names.journal}"
                 )
         return None
@@ -326,7 +329,7 @@ def _stamp(got: tuple[ObjectInfo, bytes] | None, path: str) -> Stamp | None:
 
 
 def gap(listed: dict[int, int], covered: int, fence: int | None, names: Names) -> str | None:
-    """Say which numbers are missing between the snapshot and the last one, or the fence; `None` for none."""
+    """Return which numbers are missing between the snapshot and the last one, or the fence; `None` if none is."""
     end = max(listed, default=covered) if fence is None else fence
     if len(listed) == end - covered:
         return None
@@ -336,12 +339,17 @@ def gap(listed: dict[int, int], covered: int, fence: int | None, names: Names) -
         return f"the records from {first} on are missing from {names.journal}; restore them"
     return (
         f"the records {first} to {above - 1} are missing from {names.journal}; restore them, or, if "
-        f"{names.url(names.record(above))} and what comes after it are no part of this state, delete those"
+        f"{names.url(names.record(above))} and the objects after it are not part of this state, delete those"
     )
 
 
 def _object(names: Names, number: int, found: ObjectInfo, body: bytes) -> _Object:
-    """Read an object. What is empty, and was written by us without an owner, was a record once."""
+    """Return the content of an object.
+
+    Raises:
+        CorruptionError: It is damaged. An empty object is a fence, unless its metadata have
+            a write id but no owner: then it was a record.
+    """
     path = names.url(names.record(number))
     if not body:
         if WRITE_ID in found.metadata and OWNER not in found.metadata:

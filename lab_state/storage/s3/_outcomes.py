@@ -1,10 +1,9 @@
-"""What an answer of an object store means, and what to do next. Pure.
+"""The meaning of an answer of an object store, and what to do next. Pure.
 
-A conditional write carries an id of its own in the object's metadata. So whatever the
-answer was, a look at the object tells whether the write is the one that is there: an
-answer can be lost, and the HTTP client sends a request a second time, unasked, when a
-kept-alive connection drops under it; the second one is then refused because of the
-first.
+Each conditional write has an id of its own in the metadata of the object. So the object
+shows whether the write was done, whatever the answer was. This is needed for two reasons.
+An answer can be lost. And the HTTP client repeats a request on its own when a kept-alive
+connection drops; the store then refuses the second request because of the first.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ class Failure(NamedTuple):
 
     Attributes:
         status: The HTTP status; 0 when no answer came.
-        code: The store's own word, such as `SlowDown`; the kind of exception when no answer came.
-        detail: What more there is to tell. Never a text of the client's: it may hold a credential.
+        code: The error code of the store, such as `SlowDown`; the class of the exception
+            when no answer came.
+        detail: More about the failure. It is never a text of the client, which may hold a
+            credential.
     """
 
     status: int
@@ -27,47 +28,47 @@ class Failure(NamedTuple):
     detail: str = ""
 
     def __str__(self) -> str:
-        """As a message shows it."""
+        """Return the text for a message."""
         shown = f"{self.status} {self.code}" if self.status else self.code
         return f"{shown} ({self.detail})" if self.detail else shown
 
 
 CERTIFICATE = "CertificateError"
-"""The code of a failure: the server's certificate was not accepted."""
+"""The code of a failure: the certificate of the server was not accepted."""
 
 TLS = "TLSError"
-"""The code of a failure: the two sides do not agree on how to talk."""
+"""The code of a failure: both sides did not agree on a TLS protocol."""
 
 MISSING_FILE = "FileNotFoundError"
-"""The code of a failure: a file that the client's settings name."""
+"""The code of a failure: a file in the settings of the client is missing."""
 
 PROXY = "ProxyError"
-"""The code of a failure, with the status that a proxy answered."""
+"""The start of the code of a failure; the status that a proxy answered follows."""
 
 
 class Verdict(Enum):
-    """What a failure means."""
+    """The meaning of a failure."""
 
     REFUSED = "the condition did not hold"
     CONFLICT = "another write to the same key was under way"
-    UNKNOWN = "it may or may not have been done; trying again can help"
+    UNKNOWN = "it may have been done or not; a repetition can help"
     MISSING_BUCKET = "there is no such bucket"
     NOT_IMPLEMENTED = "the store does not know this request or this condition"
-    DENIED = "trying again changes nothing"
+    DENIED = "a repetition does not help"
 
 
 class Next(Enum):
-    """What follows a conditional write that was not plainly a success."""
+    """The next step after a conditional write that did not clearly succeed."""
 
     COMMITTED = "the object is ours"
     REPEAT = "send the same bytes with the same id again"
-    UNQUOTE = "send it again with the ETag unquoted, which is how some stores compare it"
-    LOST = "someone else's object is there"
-    GONE = "there is no object any more"
+    UNQUOTE = "send it again with the ETag unquoted, as some stores compare it"
+    LOST = "another writer's object is there"
+    GONE = "the object no longer exists"
 
 
 class ObjectInfo(NamedTuple):
-    """An object as HEAD or GET shows it."""
+    """The ETag, metadata and size of an object, from HEAD or GET."""
 
     etag: str
     metadata: dict[str, str]
@@ -75,10 +76,10 @@ class ObjectInfo(NamedTuple):
 
 
 class NotOursError(Exception):
-    """A conditional write was refused, and what is there is not ours.
+    """A conditional write was refused, and the object that is there was not written by us.
 
     Attributes:
-        found: What is there; `None` for nothing.
+        found: The object that is there; `None` if there is none.
     """
 
     def __init__(self, found: ObjectInfo | None) -> None:
@@ -87,13 +88,13 @@ class NotOursError(Exception):
 
 
 WRITE_ID = "labstatewid"
-"""The metadata key of a write's id; without separators, which some stores change."""
+"""The metadata key for the id of a write. It has no separators, because some stores change them."""
 
 _REFUSED = frozenset({304, 412})
 _PASSING_STATUS = frozenset({408, 429})
 _PASSING_CODES = frozenset(
     {
-        "BadDigest",  # the body was cut or changed on its way
+        "BadDigest",  # the body was cut or changed during the transfer
         "BandwidthLimitExceeded",
         "IncompleteBody",
         "InternalError",
@@ -149,8 +150,8 @@ _FINAL_WITHOUT_ANSWER = frozenset(
 )
 
 
-def verdict(failure: Failure) -> Verdict:  # noqa: PLR0911 -- a row of the table each
-    """What a failure means, whether the request had a condition or not."""
+def verdict(failure: Failure) -> Verdict:  # noqa: PLR0911 -- one for each row of the table
+    """Return the meaning of a failure, for requests with or without a condition."""
     status, code, _ = failure
     if status == 0:
         return Verdict.DENIED if code in _FINAL_WITHOUT_ANSWER else Verdict.UNKNOWN
@@ -168,21 +169,22 @@ def verdict(failure: Failure) -> Verdict:  # noqa: PLR0911 -- a row of the table
 
 
 def after_look(answer: Verdict, found: ObjectInfo | None, write_id: str, if_match: str | None) -> Next:
-    """What to do after a conditional write, knowing what is under its key now.
+    """Return what to do after a conditional write, from the object that is there now.
 
     Args:
-        answer: What the answer meant: `REFUSED`, `CONFLICT` or `UNKNOWN`.
-        found: What is there; `None` for nothing.
-        write_id: The write's id.
-        if_match: The ETag that it asked for, as it was sent; `None` when it asked for no object.
+        answer: The meaning of the answer: `REFUSED`, `CONFLICT` or `UNKNOWN`.
+        found: The object under the key; `None` if there is none.
+        write_id: The id of the write.
+        if_match: The ETag in its condition, as it was sent; `None` if the condition was that
+            no object exists.
     """
     if found is not None and found.metadata.get(WRITE_ID) == write_id:
         return Next.COMMITTED
     if answer is not Verdict.REFUSED:
         return Next.REPEAT
     if found is None:
-        # Without an ETag: what was in the way is gone again. Only a snapshot that covers
-        # this number has it deleted, and fences are never deleted, so it was ours.
+        # Without an ETag: the object that caused the refusal was deleted. Fences are never deleted, and
+        # records only by a snapshot that covers their number. So the object was ours.
         return Next.REPEAT if if_match is None else Next.GONE
     if if_match is not None and if_match != unquoted(if_match) and unquoted(found.etag) == unquoted(if_match):
         return Next.UNQUOTE
@@ -190,7 +192,7 @@ def after_look(answer: Verdict, found: ObjectInfo | None, write_id: str, if_matc
 
 
 def unquoted(etag: str) -> str:
-    """An ETag without its quotation marks."""
+    """Return an ETag without its quotation marks."""
     return etag.strip('"')
 
 
@@ -219,9 +221,9 @@ _BAD_CREDENTIALS = frozenset({"ExpiredToken", "InvalidAccessKeyId", "InvalidToke
 
 READS = (
     "s3:GetObject on the objects, or s3:ListBucket on the bucket, without which the store does not say that an object "
-    "is not there"
+    "is missing"
 )
-"""The permission that a GET or a HEAD needs; and so on."""
+"""The permission that a GET or a HEAD needs. The other constants name the permission of other requests."""
 
 LISTS = "s3:ListBucket on the bucket"
 WRITES = "s3:PutObject on the objects, and s3:GetObject to replace one"
@@ -229,30 +231,30 @@ DELETES = "s3:DeleteObject on the objects"
 
 _ADVICE = {
     CERTIFICATE: (
-        "its certificate is not accepted: correct the host in the endpoint, or renew the certificate, or name the file of "
+        "its certificate is not accepted: correct the host in the endpoint, renew the certificate, or name the file of "
         "the authority that signed it in AWS_CA_BUNDLE"
     ),
-    TLS: "one side speaks TLS and the other does not, or another version of it: see whether the endpoint is http or https",
-    MISSING_FILE: "a file that the settings name is not there, such as the one in AWS_CA_BUNDLE",
+    TLS: "one side does not use TLS, or uses another version of it: check whether the endpoint is http or https",
+    MISSING_FILE: "a file that the settings name is missing, such as the one in AWS_CA_BUNDLE",
     "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
 }
 
 
-def advice(failure: Failure, needs: str) -> str:  # noqa: PLR0911 -- a cause each
-    """Return what the operator has to do about a failure that trying again does not mend.
+def advice(failure: Failure, needs: str) -> str:  # noqa: PLR0911 -- one for each cause
+    """Return what the operator has to do about a failure that a repetition does not fix.
 
-    `needs` is the permission for what was tried.
+    `needs` is the permission that the request needs.
     """
     status, code, _ = failure
     kind = verdict(failure)
     if kind is Verdict.MISSING_BUCKET:
         return "there is no such bucket: create it, or correct its name or the endpoint"
     if kind is Verdict.NOT_IMPLEMENTED:
-        return "the store has no conditional writes, which keep two writers apart: use one that has"
+        return "the store has no conditional writes, which keep two writers apart: use one that has them"
     if code in _ADVICE:
         return _ADVICE[code]
     if code in _PROXY_REFUSES:
-        return "the proxy refuses the connection: correct its address or its credentials, or let the host pass"
+        return "the proxy refuses the connection: correct its address or its credentials, or let it allow the host"
     if code in _REGION or status in {301, 307}:
         return "the bucket is in another region: give S3Storage its region_name"
     if code in _NO_CREDENTIALS:
@@ -262,5 +264,7 @@ def advice(failure: Failure, needs: str) -> str:  # noqa: PLR0911 -- a cause eac
     if status == 403:  # noqa: PLR2004 -- 403 Forbidden
         return f"permission is missing: {needs}"
     if status == 0:
-        return "the settings of the client are wrong: see the environment, ~/.aws/config, and what S3Storage was given"
-    return "the store refuses this request, and trying again would not change that"
+        return (
+            "the settings of the client are wrong: check the environment, ~/.aws/config, and the arguments of S3Storage"
+        )
+    return "the store refuses this request, and a repetition would not change that"

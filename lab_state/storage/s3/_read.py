@@ -1,11 +1,14 @@
-"""Reading a state in S3 beside its writer: no fence, no probe, nothing is written.
+"""Reading a state in S3 while a writer may have it open: no fence, no probe, nothing is written.
 
-Load as a start does: GET the snapshot, LIST what comes after the number that it covers, GET the
-records; no number may be missing up to the last one listed. Then HEAD the snapshot: where it is
-another one by now, begin again. So no record behind the one that was read was deleted before the
-LIST: a checkpoint deletes only what a snapshot covers that is in place. Without this, a reader
-that read the snapshot before a checkpoint and listed after it would find nothing behind the old
-snapshot, and take that for the whole. A start has its fence for that.
+1. Load as a start does: GET the snapshot, LIST the records after the number that it covers,
+   and GET them. No number may be missing up to the last one listed.
+2. HEAD the snapshot. If it was replaced meanwhile, start again.
+
+Step 2 is needed because a checkpoint deletes the records that the new snapshot covers.
+Without it, a reader that read the snapshot before a checkpoint, and listed after it, would
+find no records, and would take the old snapshot for the whole state. If the snapshot is
+still the same after the LIST, no record after it was deleted before the LIST. A start does
+not need this step: it has its fence.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ async def read_objects(store: Requests, names: Names) -> Reading:
     """Read a state; see the module.
 
     Raises:
-        StorageError: It could not; see `Storage.read`.
+        StorageError: See `Storage.read`.
     """
     path = names.url(names.snapshot)
     tries = store.tries("reading", names.snapshot)
@@ -34,4 +37,4 @@ async def read_objects(store: Requests, names: Names) -> Reading:
             if snapshot is None and not loaded.last:
                 raise UnsupportedError(f"there is no state at {path}: check the name, the prefix and the bucket")
             return Reading(snapshot, records, len(records), None, path, crc)
-        await tries.pause("it was changed meanwhile")
+        await tries.pause("the state was changed meanwhile")

@@ -1,15 +1,15 @@
 """One state in S3, owned until `aclose`.
 
-* A commit creates one record object at the next number. If its outcome is unknown, it
-  stays pending, with its number, its bytes and its id, and is settled before anything
-  else is written.
-* A checkpoint notes the number that its view covers at the moment of the view, spools
-  the snapshot, and puts it in place of the one that was there. Only then are the
-  records that it covers deleted; fences never are.
-* Whoever finds a newer writer's fence, or its snapshot, is deposed for good.
+* A commit creates one record object at the next number. If its outcome is unknown, the
+  record stays pending, with its number, its bytes and its id. It is sent until its outcome
+  is known, before anything else is written.
+* A checkpoint notes the number that its view covers when it takes the view. It spools the
+  snapshot and replaces the old one. Only then it deletes the records that the snapshot
+  covers. Fences are never deleted.
+* A session that finds the fence or the snapshot of a newer writer is deposed for good.
 
-Each PUT runs in a task of its own, so a caller that is cancelled tears nothing; the next
-call, and `aclose`, wait for it.
+Each PUT runs in a task of its own. So a cancelled caller leaves nothing half done. The next
+call and `aclose` wait for that task.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _logger = Log(logging.getLogger("lab_state"))
 _MOST_RECORDS = 64
 _MIN_CHECKPOINT_BYTES = 1024 * 1024
 _MOST_PAGES = 100
-_MOST_REFUSALS = 4  # each sends the whole snapshot; more than late attempts of a writer can cause
+_MOST_REFUSALS = 4  # each sends the whole snapshot; late attempts of a writer cause fewer
 _MOST_SNAPSHOT_BYTES = 5 * 1024**3
 
 
 class _Pending(NamedTuple):
-    """A record that is about to be there, or may be."""
+    """A record that is being written, or whose outcome is unknown."""
 
     number: int
     body: Body
@@ -50,7 +50,7 @@ class S3Session:
     """A state in S3; see `StorageSession`."""
 
     def __init__(self, store: Requests, names: Names, opened: Opened, let_go: Callable[[], None]) -> None:
-        """`let_go` is called when the session has ended."""
+        """Take over an opened state. `let_go` is called when the session has ended."""
         fence, loaded, undeletable = opened
         self.recovery: Recovery = loaded.recovery
         self.path: str = names.url(names.snapshot)
@@ -61,7 +61,7 @@ class S3Session:
         self._etag = loaded.etag
         self._base = loaded.base
         self._seq = fence
-        self._records = dict(loaded.records)  # sizes, by number, of what the snapshot does not cover
+        self._records = dict(loaded.records)  # sizes, by number, of the records that the snapshot does not cover
         self._cleaned = 0
         self._pending: _Pending | None = None
         self._deposed: str | None = None
@@ -81,7 +81,7 @@ class S3Session:
 
     @property
     def journal_bytes(self) -> int:
-        """The size of the records that the snapshot does not cover."""
+        """Return the size of the records that the snapshot does not cover."""
         return sum(self._records.values())
 
     @property
@@ -92,7 +92,7 @@ class S3Session:
     # Commits
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- there is always room for a number
-        """Create one record object, after the one whose outcome is unknown; see `StorageSession.commit`."""
+        """Create one record object, after a pending one, if any; see `StorageSession.commit`."""
         self._check()
         self._committing = _begin(self._commit(record, self._committing))
         await asyncio.shield(self._committing)
@@ -116,7 +116,7 @@ class S3Session:
         return await loop.run_in_executor(self._store.thread, lambda: Body.of(frame(name, number, record)))
 
     async def _send_until_known(self, pending: _Pending) -> None:
-        """Send a record until it is known to be there; whatever else happens, it stays pending."""
+        """Send a record until it is known to be stored. On any failure it stays pending."""
         self._check_deposed()
         number, body, metadata = pending
         try:
@@ -138,7 +138,7 @@ class S3Session:
     # Checkpoints
 
     async def checkpoint(self, snapshot: SnapshotSource) -> None:
-        """Spool the snapshot, then put it in place of the old one; see `StorageSession.checkpoint`."""
+        """Spool the snapshot, then replace the old one; see `StorageSession.checkpoint`."""
         self._check()
         await _ended(self._publishing)
         self._check()
@@ -179,7 +179,7 @@ class S3Session:
         await self._clean(covered, own)
 
     async def _replace(self, body: Body, stamp: Stamp) -> int:
-        """Put a snapshot in place; returns the number that the one in place covers."""
+        """Replace the snapshot; return the number that the one in place then covers."""
         metadata = {WRITE_ID: new_write_id(), **stamp.metadata()}
         tries = self._store.tries("replacing", self._names.snapshot, body.size)
         for _ in range(_MOST_REFUSALS):
@@ -199,21 +199,22 @@ class S3Session:
             elif there.fence > self._fence:
                 self._depose("the snapshot is", found)
             else:
-                # An attempt of ours that arrived late, or one of a writer before us.
+                # A late attempt of ours, or of an earlier writer.
                 self._etag = found.etag
                 if there.fence == self._fence and there.seq >= stamp.seq:
                     self.snapshot_bytes = found.size
                     return there.seq
             await tries.pause("it was refused")
         raise UnavailableError(
-            f"the store refused {_MOST_REFUSALS} times to replace {self.path}, although it showed each time that it "
+            f"the store refused {_MOST_REFUSALS} times to replace {self.path}, although each time it showed that the object "
             "had not changed"
         )
 
     async def _clean(self, covered: int, own: list[int]) -> None:
-        """Delete the records that the snapshot covers, those that a crash left behind included, but no fence.
+        """Delete the records that the snapshot covers, including those that a crash left, but no fence.
 
-        Where deleting is refused, nothing is listed: `own`, which are known, show whether it still is.
+        While deletions are refused, nothing is listed. Then only `own`, the known records, are
+        deleted, to see whether the store still refuses.
         """
         try:
             if self.warning is not None:
@@ -227,21 +228,21 @@ class S3Session:
             _logger.warning("%s: records that it covers stay until the next checkpoint: %s", self.path, error)
 
     async def _clean_pages(self, covered: int) -> None:
-        """Delete from where the last call ended. After so many pages, leave the rest to the next checkpoint."""
+        """Delete from where the last call ended. After `_MOST_PAGES` pages, leave the rest to the next checkpoint."""
         for _ in range(_MOST_PAGES):
             if self._cleaned >= covered:
                 return
             page, more = await self._store.page(self._names.journal, self._names.record(self._cleaned))
             sizes = {number: size for key, size in page.items() if (number := self._names.number(key)) is not None}
             await self._delete([number for number, size in sizes.items() if size and number <= covered])
-            last = max(sizes, default=covered)  # behind the numbers come only keys that are none
+            last = max(sizes, default=covered)  # the keys after the numbers are not records
             self._cleaned = covered if more is None else min(last, covered)
 
     async def _delete(self, numbers: list[int]) -> None:
         await self._store.delete(map(self._names.record, numbers))
 
     def _warn(self, refused: str) -> None:
-        """Tell once that deleting is refused; `status()` shows it as long as it is so."""
+        """Log once that deletions are refused. `status()` shows it until they work again."""
         told = self.warning is not None
         self.warning = f"records that the snapshot covers stay, and pile up, until they can be deleted: {refused}"
         if not told:
@@ -254,7 +255,7 @@ class S3Session:
     # The end
 
     async def aclose(self) -> None:
-        """Wait for what is under way, then let go; see `StorageSession.aclose`."""
+        """Wait for running requests, then release the state; see `StorageSession.aclose`."""
         if self._closing is None or not _lives(self._closing):
             self._closing = _begin(self._close())
         await asyncio.shield(self._closing)
@@ -285,17 +286,18 @@ class S3Session:
 
 
 def _begin(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Start a task. Its exception is not reported as never retrieved: the caller that waits gets it."""
     task = asyncio.create_task(work)
-    task.add_done_callback(lambda task: task.cancelled() or task.exception())  # whoever waits hears of it
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())
     return task
 
 
 async def _ended(task: asyncio.Future[None] | None) -> None:
-    """Wait for the end of what was left behind."""
+    """Wait for a task of an earlier call, if there is one."""
     if task is not None and _lives(task):
         await asyncio.wait({task})
 
 
 def _lives(task: asyncio.Future[None]) -> bool:
-    """Whether it was begun on this event loop; one on a loop that was closed will never end."""
+    """Return whether a task belongs to this event loop. A task of a closed loop will never end."""
     return task.get_loop() is asyncio.get_running_loop()
