@@ -1,4 +1,4 @@
-"""Moving a state from one storage to another."""
+"""Copying a state from one storage to another."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from lab_state.exceptions import StorageError, UnsupportedError
 from lab_state.storage._protocol import Recovery, Storage, StorageSession
 
 Progress: TypeAlias = Callable[[Literal["read", "written", "verified"], int], object]
-"""Called with what was done and how many bytes it was so far."""
+"""A function that is called with a step and the number of bytes that it has processed."""
 
 _AT_ONCE = 1000
 
 
 async def copy_state(name: str, source: Storage, target: Storage, *, progress: Progress | None = None) -> int:
-    """Copy a state to another storage, and read it back from there.
+    """Copy a state to another storage, and read the copy back to compare it.
 
-    The source is read as `read_state` reads it: it is not opened, nothing is made or written
-    there, and a manager may be running on it. The copy is the state at one moment between
-    call and return, with everything that was durable at the call. To move a state, stop its
-    manager first: later changes are not in the copy.
+    The source is read as `read_state` reads it: it is not opened, nothing is written there,
+    and a manager may be running on it. The copy is the state at one moment between call and
+    return. It has everything that was durable at the call. To move a state, stop its manager
+    first: later changes are not in the copy.
 
-    When this returns, the target holds the state, durably, at the same revision. If it
-    raises or is cancelled, the target may hold a copy, which has to be deleted before the
-    next attempt.
+    When this returns, the target holds the state durably, at the same revision. If it raises
+    or is cancelled, the target may hold a copy. Delete that copy before the next attempt.
 
-    The state is in memory twice while it is compared, and decoding it holds the event
-    loop up as `start()` does; so this is for a script, or before a service begins.
+    During the comparison the state is in memory twice. Decoding blocks the event loop as
+    `start()` does. So use this in a script, or before a service starts.
 
     Args:
-        name: The name of the state, in both.
-        source: Where it is. The permission to read is enough.
-        target: Where it goes. Nothing may be there under this name.
-        progress: Called with `"read"`, `"written"` or `"verified"`, and bytes so far.
+        name: The name of the state in both storages.
+        source: The storage that has the state. The permission to read is enough.
+        target: The storage for the copy. It must have no state of this name.
+        progress: Called with `"read"`, `"written"` or `"verified"`, and the number of bytes so
+            far.
 
     Returns:
         How many keys were copied.
 
     Raises:
         InvalidNameError: The name is out of bounds.
-        TypeError: The source is no storage, or has no method `read`.
-        UnsupportedError: The target holds a state of this name, or the source holds none.
+        TypeError: The source is not a storage, or has no method `read`.
+        UnsupportedError: The target has a state of this name, or the source has none.
         StorageError: Reading or writing failed; see `Storage` and `StorageSession`.
     """
     name = Config(name=name).name
@@ -83,7 +83,7 @@ async def _write(name: str, target: Storage, state: LoadedState, tell: Progress)
     writing = await target.open(name)
     try:
         if not _is_empty(writing.recovery):
-            raise UnsupportedError(f"there is a state at {writing.path} already: delete it, or use another place")
+            raise UnsupportedError(f"there is a state at {writing.path} already: delete it, or use another target")
         await writing.checkpoint(slices)
     finally:
         await writing.aclose()
@@ -98,7 +98,9 @@ async def _verify(name: str, target: Storage, state: LoadedState, tell: Progress
             same = same and all(_bytes(found, key) == _bytes(state, key) for key in keys)
             await asyncio.sleep(0)
         if not same:
-            raise StorageError(f"what was read back from {session.path} is not what was written: the copy is no good")
+            raise StorageError(
+                f"the copy read back from {session.path} is not what was written: delete it, and try again"
+            )
         tell("verified", _size(session.recovery))
     finally:
         await session.aclose()
@@ -127,4 +129,4 @@ def _size(recovery: Recovery) -> int:
 
 
 def _silent(_: str, __: int) -> None:
-    """Nobody wants to know."""
+    """Do nothing: no progress was asked for."""

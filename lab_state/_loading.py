@@ -1,4 +1,4 @@
-"""A state read without being opened, and decoded."""
+"""Reading and decoding a state without opening it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MOST_READINGS = 10
 
 
 class Loaded(NamedTuple):
-    """A state as it was read.
+    """A state that was read.
 
     Attributes:
-        state: What is in it.
-        durable_revision: Everything up to this revision is durable for certain.
-        live: Whether a writer has it open; `None` where that cannot be told.
-        path: Where it is, for messages.
-        size: How many bytes it has there.
+        state: The content.
+        durable_revision: Everything up to this revision is certainly durable.
+        live: Whether a writer has the state open; `None` if the storage cannot tell.
+        path: Where the state is, for messages.
+        size: How many bytes it has in the storage.
     """
 
     state: LoadedState
@@ -32,13 +32,13 @@ class Loaded(NamedTuple):
 
 
 async def load(name: str, storage: Storage) -> Loaded:
-    """Read a state beside the writer that may have it open; decoding holds up the event loop as `start()` does.
+    """Read a state that a writer may have open, and decode it. Decoding blocks the event loop as `start()` does.
 
     Raises:
-        TypeError: The storage is none, or cannot read.
+        TypeError: `storage` is not a storage, or has no method `read`.
         StorageError: See `Storage.read`.
     """
-    # Storages that others wrote may be older than this method.
+    # A storage of another package may be older than the method `read`.
     if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "read", None)):
         raise TypeError(
             f"{type(storage).__name__} cannot be read without being opened: a storage needs "
@@ -52,7 +52,7 @@ async def load(name: str, storage: Storage) -> Loaded:
         try:
             return await _decoded(reading)
         except CorruptionError as error:
-            # Damage is there a second time; what a writer replaced meanwhile is not.
+            # Damage shows again in a second reading. The effect of a writer that replaced files meanwhile does not.
             if before is not None and _is_the_same(before, (reading, str(error))):
                 raise
             before = reading, str(error)
@@ -60,7 +60,7 @@ async def load(name: str, storage: Storage) -> Loaded:
 
 
 def _is_the_same(before: tuple[Reading, str], now: tuple[Reading, str]) -> bool:
-    """Return whether two readings have the same fault, and are of one state, which may have grown."""
+    """Return whether two readings have the same error and show the same state, which may have grown."""
     (first, error), (second, again) = before, now
     grown = first.snapshot == second.snapshot and first.records == second.records[: len(first.records)]
     return error == again and grown

@@ -8,6 +8,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from lab_state._clock import Pauses
 from lab_state._log import Log
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 from lab_state.storage.s3._body import Body, Upload
@@ -59,7 +60,7 @@ class Tries:
         self._what = what
         self._seconds = seconds
         self._end = time.clock.monotonic() + seconds
-        self._failed = 0
+        self._pauses = Pauses(time.clock, _FIRST_PAUSE, _LONGEST_PAUSE)
         self._tell_at = -math.inf if is_told else math.inf
 
     async def pause(self, why: Failure | str) -> None:
@@ -68,22 +69,20 @@ class Tries:
         Raises:
             UnavailableError: The time is over.
         """
-        self._failed += 1
+        longest = self._pauses.start()
+        failed = self._pauses.failures
         left = self._end - self._time.clock.monotonic()
         if left <= 0:
-            raise UnavailableError(
-                f"{self._what} failed {self._failed} times in {self._seconds:.0f} s, last with {why}"
-            )
-        if self._failed > 1 and (now := self._time.clock.monotonic()) >= self._tell_at:
+            raise UnavailableError(f"{self._what} failed {failed} times in {self._seconds:.0f} s, last with {why}")
+        if failed > 1 and (now := self._time.clock.monotonic()) >= self._tell_at:
             self._tell_at = now + _TOLD_EVERY
             _logger.warning(
                 "a start or a read waits for S3: %s failed %d times, last with %s; it is repeated for %.0f s more at most",
                 self._what,
-                self._failed,
+                failed,
                 why,
                 left,
             )
-        longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failed - 1, 30))
         await self._time.sleep(min(left, self._time.jitter(longest)))
 
     def refuse(self, failure: Failure, needs: str) -> StorageError:

@@ -7,7 +7,7 @@ import random
 from types import TracebackType
 from typing import Self
 
-from lab_state._clock import Clock, Timer
+from lab_state._clock import Clock, Timer, sleep
 
 
 class Time:
@@ -18,12 +18,7 @@ class Time:
 
     async def sleep(self, seconds: float) -> None:
         """Wait for so many seconds."""
-        woken = asyncio.get_running_loop().create_future()
-        timer = self.clock.call_later(seconds, lambda: None if woken.done() else woken.set_result(None))
-        try:
-            await woken
-        finally:
-            timer.cancel()
+        await sleep(self.clock, seconds)
 
     def jitter(self, longest: float) -> float:
         """Return a random number of seconds from 0 to `longest`.
