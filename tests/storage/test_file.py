@@ -64,7 +64,10 @@ def synced(disk: Disk) -> list[str]:
 
 
 async def test_a_directory_whose_sync_failed_is_made_again(tmp_path: Path, disk: Disk) -> None:
-    """The next start does not find it: a second sync would succeed although the name may never reach the disk."""
+    """A directory whose sync failed is removed.
+
+    A second sync would succeed although the name may never reach the disk.
+    """
     directory = tmp_path / "a" / "b"
     disk.fail("fsync", "above", skip=1)
     state = manager(directory)
@@ -77,7 +80,7 @@ async def test_a_directory_whose_sync_failed_is_made_again(tmp_path: Path, disk:
 
 
 async def test_a_directory_that_a_dead_process_made(tmp_path: Path, disk: Disk) -> None:
-    """Killed behind its mkdir, it did not sync: the first commit of a session syncs every name above it, once."""
+    """A process killed after its mkdir did not sync, so the first commit of each session syncs every name above, once."""
     directory = tmp_path / "a" / "b"
     directory.mkdir(parents=True)
     above = [str(tmp_path / "a"), str(tmp_path)]
@@ -96,7 +99,7 @@ async def test_a_directory_that_a_dead_process_made(tmp_path: Path, disk: Disk) 
 async def test_a_path_may_be_relative_and_end_with_a_slash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    """The directory is found from where the process is at the start, and stays that one."""
+    """A relative directory is resolved at the start, from the current directory of the process, and does not change later."""
     monkeypatch.chdir(tmp_path)
     async with Manager("lab", FileStorage(f"a/./b{ending}")) as state:
         monkeypatch.chdir("/")
@@ -109,7 +112,7 @@ async def test_a_path_may_be_relative_and_end_with_a_slash(
 async def test_nothing_is_synced_across_a_mount_point(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No directory was ever made across one, and the file system on the other side may not be able to."""
+    """Directories above a mount point are not synced: none was created there, and their file system may not support it."""
     directory = tmp_path / "a" / "b"
     directory.mkdir(parents=True)
     elsewhere = os.stat_result([0] * 10)
@@ -168,7 +171,7 @@ async def test_an_unused_state_leaves_only_its_lock(tmp_path: Path) -> None:
 
 
 async def test_a_foreign_map_is_rewritten_only_after_a_change(tmp_path: Path) -> None:
-    """The Go original's file is loaded as it is, left byte for byte alone, and rewritten after the first change."""
+    """A file of the Go original is loaded, left unchanged byte for byte, and rewritten after the first change."""
     path = tmp_path / "lab.json"
     original = json.dumps({"last": 12, "modules": {"a": [1, 2]}}, indent=2).encode()
     path.write_bytes(original)
@@ -408,7 +411,7 @@ def test_a_disk_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path,
 
 
 def test_a_file_that_cannot_be_looked_up_is_not_one_that_is_gone() -> None:
-    """What keeps a lookup from being answered is told; only "no such file" means that there is none."""
+    """A lookup that fails raises an error. Only "no such file" means that there is none."""
     longer = "x" * 300
     for look_up in (_lookup.fingerprint, lambda path: _lookup.is_file(path, _lookup.NO_FILE)):
         with pytest.raises(UnsupportedError, match=r"looking up x+ failed: File name too long; the path is too long"):

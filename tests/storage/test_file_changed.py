@@ -73,7 +73,7 @@ async def test_a_journal_that_disappears_before_a_checkpoint(tmp_path: Path) -> 
 
 
 async def test_a_journal_that_disappears_behind_the_last_flush(tmp_path: Path) -> None:
-    """What it held is in memory alone; a clean stop that has nothing to flush leaves everything all the same."""
+    """A journal that is deleted after the last flush: a clean stop with nothing to flush still writes everything."""
     async with manager(tmp_path) as state:
         await state.set("a", 1)
         await state.flush()
@@ -113,7 +113,7 @@ async def test_a_snapshot_that_disappears_is_written_anew(
 
 
 async def test_a_snapshot_that_disappears_before_a_checkpoint(tmp_path: Path) -> None:
-    """A clean stop puts another one in its place, since all that it needs is in memory."""
+    """A clean stop writes a new snapshot in place of a deleted one, because everything is in memory."""
     async with manager(tmp_path) as state:
         await state.set("a", 1)
     async with manager(tmp_path) as state:
@@ -145,7 +145,7 @@ async def test_a_lock_file_that_disappears_fences(tmp_path: Path, *, replaced: b
 
 
 async def test_a_directory_that_disappears(tmp_path: Path) -> None:
-    """When the whole directory goes, or a file takes its place, a commit raises a `StorageError`."""
+    """A commit raises a `StorageError` when the directory was deleted, or a file is in its place."""
     directory = tmp_path / "state"
     session = await FileStorage(directory).open("lab")
     shutil.rmtree(directory)
@@ -161,7 +161,7 @@ async def test_a_directory_that_disappears(tmp_path: Path) -> None:
 
 
 async def test_two_managers_in_one_process(tmp_path: Path) -> None:
-    """A second manager of the same name is refused, told host and pid, and welcome after the first one's stop."""
+    """A second manager of the same name gets an error with host and pid, and can start after the first one stopped."""
     first, second = manager(tmp_path), manager(tmp_path)
     await first.start()
     with pytest.raises(LockedError, match=rf"locked by pid {os.getpid()} on {socket.gethostname()}, since \d{{4}}-"):
@@ -173,7 +173,10 @@ async def test_two_managers_in_one_process(tmp_path: Path) -> None:
 
 
 async def test_two_processes(tmp_path: Path) -> None:
-    """A state that another process owns is refused, with its host and pid; its death gives it free."""
+    """A state that another process owns is refused, with its host and pid.
+
+    When that process ends, the state is free.
+    """
     child = start_child("serve", tmp_path)
     with pytest.raises(LockedError, match=rf"locked by pid {child.pid} on {socket.gethostname()}, .*stop it first"):
         await manager(tmp_path).start()
@@ -183,7 +186,7 @@ async def test_two_processes(tmp_path: Path) -> None:
 
 
 async def test_a_lock_whose_owner_has_not_said_who_it_is(tmp_path: Path) -> None:
-    """Whatever the lock file says, its owner is respected."""
+    """A lock is respected whatever the lock file contains."""
     async with manager(tmp_path):
         for text in (b"", b"\xff", b"[]"):
             (tmp_path / "lab.lock").write_bytes(text)
@@ -192,7 +195,7 @@ async def test_a_lock_whose_owner_has_not_said_who_it_is(tmp_path: Path) -> None
 
 
 async def test_the_lock_file_stays(tmp_path: Path) -> None:
-    """The lock file is never renamed nor deleted, so that two processes cannot lock two files."""
+    """The lock file is never renamed nor deleted. Otherwise two processes could lock two files."""
     inodes = set()
     for _ in range(3):
         async with manager(tmp_path) as state:
@@ -257,7 +260,7 @@ async def test_a_hung_write_keeps_the_lock(tmp_path: Path, disk: Disk) -> None:
 
 
 async def test_a_hung_checkpoint_keeps_the_lock(tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
-    """When stop() runs out of time over a checkpoint, everything is durable, and the state stays locked meanwhile."""
+    """When stop() runs out of time during a checkpoint, everything is durable, and the state stays locked until it ends."""
     state = manager(tmp_path, stop_timeout=0.05)
     await state.start()
     await state.set("a", 1)
@@ -285,7 +288,7 @@ def test_a_forked_child_cannot_use_the_session(tmp_path: Path) -> None:
 
 
 def test_a_forked_child_cannot_use_the_manager(tmp_path: Path) -> None:
-    """A child process that uses the manager it inherited, in the loop that it inherited, is told why at once."""
+    """A child process that uses an inherited manager, in the inherited loop, gets an error at once that says why."""
     report = run_child("inherited", tmp_path / "state")
     for call in ("set", "flush", "stop", "start"):
         error, message = report[call]
@@ -296,12 +299,12 @@ def test_a_forked_child_cannot_use_the_manager(tmp_path: Path) -> None:
 
 
 def test_stop_releases_the_lock_from_a_forked_child(tmp_path: Path) -> None:
-    """A child process that lives on does not keep the lock which it inherited, once the parent has stopped."""
+    """A child process that inherited the lock and lives on does not keep it after the parent has stopped."""
     assert run_child("outlived", tmp_path / "state") == {"error": None, "message": ""}
 
 
 def test_a_lock_is_released_once(tmp_path: Path) -> None:
-    """A second release does not close what another file got as its number."""
+    """A second release does not close a file that got the same descriptor number meanwhile."""
     lock = Lock(str(tmp_path / "lab.lock"))
     lock.release()
     with (tmp_path / "other").open("w") as other:

@@ -39,7 +39,7 @@ from lab_state.testing import ManualClock
 
 
 async def test_a_large_snapshot_is_synced_as_it_grows(tmp_path: Path, disk: Disk) -> None:
-    """A mebibyte at a time, so that no commit beside it waits for the sync of all of it."""
+    """A large snapshot is synced a mebibyte at a time, so no commit has to wait for one long sync."""
 
     async def slices() -> AsyncIterator[bytes]:
         for _ in range(10):
@@ -53,7 +53,7 @@ async def test_a_large_snapshot_is_synced_as_it_grows(tmp_path: Path, disk: Disk
 
 
 async def test_a_checkpoint_is_due_after_four_mebibytes(tmp_path: Path) -> None:
-    """A journal of up to 4 MiB is left to grow; above that a snapshot takes its place, and no caller waits."""
+    """A journal grows up to 4 MiB. Above that, a checkpoint replaces it, and no caller waits for the checkpoint."""
     state = manager(tmp_path)
     await state.start()
     for number in range(3):
@@ -71,7 +71,7 @@ async def test_a_checkpoint_is_due_after_four_mebibytes(tmp_path: Path) -> None:
 
 
 async def test_commits_go_on_beside_a_slow_snapshot(tmp_path: Path, disk: Disk) -> None:
-    """While a snapshot is being written, commits are acknowledged, survive a kill, and survive its publication."""
+    """While a snapshot is being written, commits are acknowledged. They survive a kill and the publication."""
     state = manager(tmp_path)
     await state.start()
     await state.set("large", "x" * DUE)
@@ -100,7 +100,7 @@ async def test_commits_go_on_beside_a_slow_snapshot(tmp_path: Path, disk: Disk) 
 
 
 async def test_the_next_journal_is_written_beside_the_commits(tmp_path: Path, disk: Disk) -> None:
-    """What was committed beside a snapshot is in the next journal before commits have to wait for its publication."""
+    """Records committed during a checkpoint are in the next journal before commits wait for the publication."""
     state = manager(tmp_path)
     await state.start()
     await state.set("large", "x" * DUE)
@@ -122,7 +122,7 @@ async def test_the_next_journal_is_written_beside_the_commits(tmp_path: Path, di
 
 
 def test_a_journal_is_not_prepared_for_ever(tmp_path: Path) -> None:
-    """Where more is committed while it is written than the end may hold, that is left to the end all the same."""
+    """If commits are faster than the preparation of the next journal, the preparation ends, and the publication adds the rest."""
     (tmp_path / "state").mkdir()
     writer, _ = _file_start.open_writer(str(tmp_path / "state"), "lab", set(), Leftovers())
     since: list[bytes] = []
@@ -141,7 +141,7 @@ def test_a_journal_is_not_prepared_for_ever(tmp_path: Path) -> None:
 
 
 async def test_what_is_replaced_is_closed_behind_the_commits(tmp_path: Path, disk: Disk) -> None:
-    """Files that a checkpoint replaced have no name, and are freed when it is tidied up; no file stays open."""
+    """Files that a checkpoint replaced stay open until it is tidied up, and are freed then. No file stays open."""
     session = await FileStorage(tmp_path).open("lab")
     callers: list[list[str]] = []
     close = disk.close
@@ -166,7 +166,7 @@ async def test_what_is_replaced_is_closed_behind_the_commits(tmp_path: Path, dis
 
 
 async def test_a_snapshot_that_cannot_be_kept_open_is_replaced_all_the_same(tmp_path: Path, disk: Disk) -> None:
-    """Where no descriptor is left, the file system frees it while commits wait, and that is all."""
+    """Without a free descriptor the old snapshot is not kept open. The rename frees it while commits wait."""
     session = await FileStorage(tmp_path).open("lab")
     await session.checkpoint(slices_of(b'{"a":1}'))
     disk.fail("open", "lab.json", errno.EMFILE)
@@ -176,7 +176,7 @@ async def test_a_snapshot_that_cannot_be_kept_open_is_replaced_all_the_same(tmp_
 
 
 async def test_what_was_loaded_is_let_go_of(tmp_path: Path) -> None:
-    """The first checkpoint has made it needless; it is as large as the state."""
+    """The first checkpoint frees the loaded bytes. They are no longer needed, and as large as the state."""
     for number in range(2):
         session = await FileStorage(tmp_path).open("lab")
         assert session.recovery.snapshot == (b'{"a":1}' if number else None)
@@ -194,7 +194,7 @@ def slices_of(*parts: bytes) -> Callable[[], AsyncIterator[bytes]]:
 
 
 def test_large_parts_are_written_as_they_are() -> None:
-    """Small parts are joined, to spare system calls; a large one is not copied."""
+    """Small parts are joined, to save system calls. A large part is not copied."""
     large = b"x" * 100_000
     parts = [b"head", large, b"\n", *[b"y" * 1000] * 100]
     batches = list(_fs._batched(parts))
@@ -230,7 +230,7 @@ async def test_a_journal_poisoned_beside_a_slow_snapshot(tmp_path: Path, disk: D
 
 
 async def test_a_commit_before_a_cancelled_checkpoint_survives(tmp_path: Path, disk: Disk) -> None:
-    """A checkpoint cancelled in its last step, behind a commit, does not drop what that commit acknowledged."""
+    """A checkpoint that is cancelled in its last step, after a commit, does not drop what that commit acknowledged."""
     session = await FileStorage(tmp_path).open("lab")
     await session.commit(b"first", view(b"one"))
     gate = disk.hold("fdatasync", "lab.journal")
@@ -268,7 +268,7 @@ async def test_group_commit_writes_one_frame(tmp_path: Path, disk: Disk) -> None
 
 
 async def test_a_session_closed_under_a_checkpoint_leaves_no_file(tmp_path: Path) -> None:
-    """What the checkpoint had begun to write is gone, and its caller is told."""
+    """If the session is closed during a checkpoint, its temporary files are deleted, and its caller gets an error."""
     session = await FileStorage(tmp_path).open("lab")
 
     async def closing() -> AsyncIterator[bytes]:
@@ -282,7 +282,7 @@ async def test_a_session_closed_under_a_checkpoint_leaves_no_file(tmp_path: Path
 
 
 async def test_a_session_closed_under_a_checkpoint_writes_into_no_other_file(tmp_path: Path) -> None:
-    """Where the close waits for a slow commit, slices that come meanwhile are refused: their descriptor is another's."""
+    """While a close waits for a slow commit, further slices of a checkpoint are refused: their descriptor may belong to another file."""
     session = await FileStorage(tmp_path).open("lab")
     gate, other = threading.Event(), tmp_path / "other"
     session._commits.submit(gate.wait)

@@ -39,7 +39,7 @@ from lab_state.testing import ManualClock
 
 
 def test_a_file_size_limit(tmp_path: Path) -> None:
-    """A real short write, then EFBIG: flushes fail, nothing acknowledged is touched, and more room mends all."""
+    """After a real short write and EFBIG, flushes fail, acknowledged data are unchanged, and a higher limit lets all succeed."""
     report = run_child("limited", tmp_path / "state", returncode=-signal.SIGKILL)
     assert report == {
         "failures": ["UnavailableError"] * 3,
@@ -136,7 +136,7 @@ else:
 
 
 async def test_a_failed_write_is_undone(tmp_path: Path, disk: Disk) -> None:
-    """Half a frame is cut off again with ftruncate, and the same journal goes on."""
+    """Half a frame is removed by ftruncate, and the same journal is used on."""
     state = manager(tmp_path)
     await state.start()
     await state.set("a", 1)
@@ -161,7 +161,7 @@ async def test_a_failed_write_is_undone(tmp_path: Path, disk: Disk) -> None:
 
 
 async def test_a_full_disk_leaves_no_temporary_file(tmp_path: Path, disk: Disk) -> None:
-    """A new journal and a snapshot that find no room are deleted again: they hold the missing room."""
+    """A new journal and a snapshot that do not fit on the disk are deleted, because they take up the missing space."""
     state = manager(tmp_path)
     await state.start()
     await state.set("a", 1)
@@ -178,7 +178,7 @@ async def test_a_full_disk_leaves_no_temporary_file(tmp_path: Path, disk: Disk) 
 
 
 async def test_a_full_disk_does_not_keep_a_state_from_being_read(crashed: Path, disk: Disk) -> None:
-    """With no room even for the name of the lock's owner, a state starts and can be read."""
+    """A state starts and can be read even if the lock file cannot be written."""
     disk.fail("pwrite", "lab.lock", errno.ENOSPC)
     disk.fill("lab.journal.tmp")
     async with manager(crashed) as state:
@@ -190,7 +190,7 @@ async def test_a_full_disk_does_not_keep_a_state_from_being_read(crashed: Path, 
 
 
 async def test_a_failed_ftruncate_poisons(tmp_path: Path, disk: Disk) -> None:
-    """Where half a frame cannot be cut off, the journal is given up for a new one with the whole state."""
+    """If half a frame cannot be removed, the journal is replaced by a new one with the whole state."""
     state = manager(tmp_path, clock=ManualClock())
     await state.start()
     await state.set("a", 1)
@@ -224,7 +224,7 @@ async def test_a_failed_fdatasync_poisons(tmp_path: Path, disk: Disk, code: int)
 
 
 async def test_a_failed_fdatasync_while_the_disk_is_full(tmp_path: Path, disk: Disk) -> None:
-    """While no new journal can be written, every flush fails, the old one stays untouched, and memory stays whole."""
+    """While no new journal can be written, every flush fails, the old journal is not touched, and memory keeps all changes."""
     state = manager(tmp_path, clock=ManualClock())
     await state.start()
     await state.set("a", 1)
@@ -247,7 +247,7 @@ async def test_a_failed_fdatasync_while_the_disk_is_full(tmp_path: Path, disk: D
 
 @pytest.mark.parametrize(("function", "name"), [("fsync", "directory"), ("replace", "lab.journal")])
 async def test_a_failed_name_of_the_first_journal_poisons(tmp_path: Path, disk: Disk, function: str, name: str) -> None:
-    """Where the rename of a new journal, or the sync of its directory, fails, it is not used."""
+    """If the rename of a new journal fails, or the sync of its directory, the new journal is not used."""
     state = manager(tmp_path, clock=ManualClock())
     await state.start()
     await state.set("a", 1)
@@ -262,7 +262,10 @@ async def test_a_failed_name_of_the_first_journal_poisons(tmp_path: Path, disk: 
 
 
 async def test_a_failed_sync_of_what_came_last_leaves_the_old_journal_in_use(tmp_path: Path, disk: Disk) -> None:
-    """The end of a new journal is written when the snapshot is in its place: if that fails, the old one names both."""
+    """The end of a new journal is written after the snapshot was replaced.
+
+    If that fails, the old journal names both snapshots.
+    """
     clock = ManualClock()
     state = manager(tmp_path, clock=clock)
     await state.start()
@@ -285,7 +288,7 @@ async def test_a_failed_sync_of_what_came_last_leaves_the_old_journal_in_use(tmp
 
 
 async def test_a_failed_fsync_of_a_new_journal_leaves_the_old_one_in_use(tmp_path: Path, disk: Disk) -> None:
-    """What fails before the rename of a new journal is thrown away, and is no reason to give up the old one."""
+    """A failure before the rename of a new journal discards the new one. The old one stays in use."""
     clock = ManualClock()
     state = manager(tmp_path, clock=clock)
     await state.start()
@@ -314,7 +317,7 @@ async def test_a_failed_fsync_of_a_new_journal_leaves_the_old_one_in_use(tmp_pat
 async def test_a_checkpoint_that_fails_behind_its_rename_poisons(
     tmp_path: Path, disk: Disk, function: str, name: str, skip: int
 ) -> None:
-    """From the frame C on, a failed sync or rename of the journal means a new journal with the whole state."""
+    """From the frame C on, a failed sync or rename of the journal leads to a new journal with the whole state."""
     state = manager(tmp_path, clock=ManualClock())
     await state.start()
     await state.set("a", "x" * DUE)
@@ -383,7 +386,7 @@ async def test_a_failed_rename_of_a_snapshot_leaves_the_journal_in_use(tmp_path:
 async def test_a_failing_checkpoint_leaves_commits_working(
     tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture, function: str, name: str
 ) -> None:
-    """However often a checkpoint fails, commits go on, it is logged, and a later one makes up for it."""
+    """However often a checkpoint fails, commits go on. Each failure is logged, and a later checkpoint succeeds."""
     clock = ManualClock()
     state = manager(tmp_path, clock=clock)
     await state.start()
@@ -435,7 +438,7 @@ async def test_a_commit_beside_the_repair_of_a_poisoned_journal_survives(tmp_pat
 
 
 async def test_a_failed_sync_of_a_restored_snapshot_is_not_repeated(tmp_path: Path, disk: Disk) -> None:
-    """What the kernel said it could not write is never relied on: the next journal holds everything itself."""
+    """A snapshot whose sync failed is never relied on: the next journal starts with the whole state."""
     (tmp_path / "lab.json").write_bytes(b'{"a":1}')
     state = manager(tmp_path)
     await state.start()
@@ -454,7 +457,7 @@ async def test_a_failed_sync_of_a_restored_snapshot_is_not_repeated(tmp_path: Pa
 
 
 async def test_a_checkpoint_repairs_a_poisoned_journal_by_itself(tmp_path: Path, disk: Disk) -> None:
-    """When the last checkpoint failed behind the rename and nothing changed since, stop() still leaves one clean file."""
+    """If the last checkpoint failed after the rename, and nothing changed since, stop() still leaves one clean file."""
     state = manager(tmp_path, clock=ManualClock())
     await state.start()
     await state.set("large", "x" * 2 * DUE)
@@ -467,7 +470,7 @@ async def test_a_checkpoint_repairs_a_poisoned_journal_by_itself(tmp_path: Path,
 
 
 async def test_a_journal_that_cannot_be_looked_up_leaves_no_descriptor(tmp_path: Path, disk: Disk) -> None:
-    """A new journal that is refused by `fstat` is closed and deleted, and the one before it stays in use."""
+    """A new journal for which `fstat` fails is closed and deleted, and the previous one stays in use."""
     async with manager(tmp_path) as state:
         await state.set("a", 1)
         before = len(list(Path("/proc/self/fd").iterdir()))

@@ -48,7 +48,7 @@ async def test_a_kill_loses_nothing_that_was_flushed(crashed: Path) -> None:
 
 
 async def test_the_first_act_after_a_kill(crashed: Path, disk: Disk) -> None:
-    """After a kill nothing counts as durable until a new journal with the whole state does, and flush waits for it."""
+    """After a kill nothing counts as durable until a new journal with the whole state is. A flush waits for it."""
     inherited = (crashed / "lab.journal").stat().st_ino
     gate = disk.hold("fsync", "lab.journal.tmp")
     snapshot = disk.hold("open", "lab.json.tmp")
@@ -98,7 +98,7 @@ async def test_durability_after_a_kill_does_not_wait_for_the_snapshot(crashed: P
 
 
 async def test_a_full_disk_after_a_kill(crashed: Path, disk: Disk) -> None:
-    """With no room for the first act, start succeeds, reads work, flush raises, and room mends it."""
+    """If the first commit after a kill finds the disk full, start and reads work, flush raises, and free space fixes it."""
     before = contents(crashed)
     disk.fill("lab.journal.tmp")
     state = manager(crashed, clock=ManualClock())
@@ -119,7 +119,7 @@ async def test_a_full_disk_after_a_kill(crashed: Path, disk: Disk) -> None:
 
 
 async def test_a_full_disk_after_a_kill_heals_by_itself(crashed: Path, disk: Disk) -> None:
-    """The first act is tried again in the background, without a flush."""
+    """The first commit after a kill is tried again in the background, without a flush."""
     clock = ManualClock()
     disk.fill("lab.journal.tmp")
     state = manager(crashed, clock=clock)
@@ -133,7 +133,7 @@ async def test_a_full_disk_after_a_kill_heals_by_itself(crashed: Path, disk: Dis
 
 
 async def test_killed_again_and_again(tmp_path: Path) -> None:
-    """Processes that are killed one after the other hand the state on."""
+    """A state passes through a series of processes that are all killed, and loses nothing."""
     for _ in range(3):
         child = start_child("serve", tmp_path)
         kill(child)
@@ -161,7 +161,10 @@ async def test_an_inherited_header_is_not_appended_to(tmp_path: Path, disk: Disk
 
 @pytest.mark.parametrize("cut", [1, 30])
 async def test_a_torn_tail_is_put_aside(crashed: Path, caplog: pytest.LogCaptureFixture, cut: int) -> None:
-    """A last frame that a crash cut short is copied aside, logged, dropped, and everything before it is there."""
+    """A last frame that a crash cut short is saved to another file, logged and dropped.
+
+    Everything before it is loaded.
+    """
     data = (crashed / "lab.journal").read_bytes()
     last = data.rindex(b"\n", 0, len(data) - 1) + 1
     (crashed / "lab.journal").write_bytes(data[:-cut])
@@ -179,7 +182,7 @@ async def test_a_torn_tail_is_put_aside(crashed: Path, caplog: pytest.LogCapture
 
 
 async def test_five_torn_tails_are_kept(crashed: Path) -> None:
-    """Of the torn tails that were put aside, the newest five are kept."""
+    """The newest five saved torn tails are kept."""
     for number in range(1, 8):
         (crashed / f"lab.journal.torn-{number:013}").write_bytes(b"%d" % number)
     with (crashed / "lab.journal").open("ab") as file:
@@ -193,7 +196,7 @@ async def test_five_torn_tails_are_kept(crashed: Path) -> None:
 async def test_a_torn_tail_that_cannot_be_put_aside(
     crashed: Path, disk: Disk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No room for the copy of a torn tail is logged, and keeps nothing from starting."""
+    """If a torn tail cannot be saved, this is logged, and the start succeeds."""
     monkeypatch.setattr("time.time_ns", lambda: 7_000_000)
     disk.fill("lab.journal.torn-7")
     with (crashed / "lab.journal").open("ab") as file:
@@ -207,7 +210,10 @@ async def test_a_torn_tail_that_cannot_be_put_aside(
 async def test_a_directory_that_cannot_be_listed(
     crashed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is logged that a torn tail and temporary files stay where they are; start, stop and the lock work."""
+    """If the directory cannot be listed, a log line says that torn tails and temporary files stay.
+
+    Start and stop work.
+    """
     stale = crashed / "lab.journal.00000000.tmp"
     stale.touch()
     with (crashed / "lab.journal").open("ab") as file:
@@ -241,7 +247,7 @@ def denied(*args: object) -> list[str]:
     ],
 )
 async def test_what_may_mend_itself_is_told_with_its_remedy(tmp_path: Path, disk: Disk, code: int, remedy: str) -> None:
-    """The error names the file, says why, and what to do; it is one that a repetition may find mended."""
+    """An error that may be gone at the next attempt names the file, the reason and the remedy."""
     state = manager(tmp_path)
     await state.start()
     await state.set("a", 1)
@@ -256,7 +262,7 @@ async def test_what_may_mend_itself_is_told_with_its_remedy(tmp_path: Path, disk
 
 
 async def test_a_state_whose_name_looks_like_a_torn_tail(crashed: Path) -> None:
-    """Putting a torn tail aside deletes no file of another state, whatever its name."""
+    """Saving a torn tail deletes no file of another state, whatever its name."""
     names = [f"lab.journal.torn-{number}" for number in range(7)]
     for name in names:
         async with manager(crashed, name) as state:
@@ -363,7 +369,7 @@ def no_record(directory: Path) -> None:
     ],
 )
 async def test_damage_is_refused_and_left_untouched(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    """Damage fails the start with its path, changes no byte, and the right files put back are opened as before."""
+    """Damage fails the start with its path, and changes no byte. After a repair the state opens as before."""
     directory = tmp_path / "state"
     async with manager(directory) as state:
         await state.set("snapshot", "snapshot")
@@ -392,7 +398,7 @@ async def test_damage_is_refused_and_left_untouched(tmp_path: Path, damage: Call
 
 
 async def test_the_other_states_name_is_in_the_message(tmp_path: Path) -> None:
-    """A journal that belongs to another state says so."""
+    """The error for a journal of another state names that state."""
     another_states_journal(tmp_path)
     with pytest.raises(CorruptionError, match="it is the journal of 'other', not of 'lab'; put the right file back"):
         await manager(tmp_path).start()

@@ -46,7 +46,10 @@ async def _gives_back(tmp_path: Path) -> AsyncIterator[None]:
 async def test_threads_that_cannot_be_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, there_are: int
 ) -> None:
-    """At the limit of processes: without a thread, start() is an UnavailableError, and nothing stays locked; one does."""
+    """If no thread can be started, start() raises an UnavailableError, and nothing stays locked.
+
+    One thread is enough.
+    """
     real, started = threading.Thread.start, 0
 
     def start(thread: threading.Thread) -> None:
@@ -93,7 +96,7 @@ async def test_whatever_fails(
     place: str,
     error: type[BaseException],
 ) -> None:
-    """Without memory, or interrupted, at any step of a start: the error is raised, and everything is given back."""
+    """A MemoryError or an interrupt at any step of a start is raised, and everything is released."""
 
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -107,7 +110,7 @@ async def test_whatever_fails(
 
 
 async def test_a_second_cancellation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start that is cancelled, and again while it gives back what it took, ends at once; the rest follows."""
+    """A start that is cancelled a second time, while it releases what it took, ends at once. The release goes on."""
     entered, gate = threading.Event(), threading.Event()
     real = _fs.try_lock
 

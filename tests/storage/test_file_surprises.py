@@ -74,7 +74,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("dangling", [False, True])
 async def test_a_link_in_place_of_a_file(tmp_path: Path, name: str, *, dangling: bool) -> None:
-    """It is refused, whether it leads somewhere or not, and what it leads to stays as it was."""
+    """A symbolic link in place of a file is refused, broken or not, and its target is not changed."""
     directory, target = tmp_path / "state", tmp_path / "target"
     directory.mkdir()
     if not dangling:
@@ -89,7 +89,7 @@ async def test_a_link_in_place_of_a_file(tmp_path: Path, name: str, *, dangling:
 
 @pytest.mark.parametrize("name", FILES)
 async def test_a_fifo_in_place_of_a_file(tmp_path: Path, name: str) -> None:
-    """It is refused at once: to open it would be to wait for its other end."""
+    """A FIFO in place of a file is refused at once. Opening it would wait for its other end."""
     os.mkfifo(tmp_path / name)
     async with asyncio.timeout(10):
         with pytest.raises(UnsupportedError, match=rf"{name} is a FIFO, not a file: move it away"):
@@ -100,7 +100,7 @@ async def test_a_fifo_in_place_of_a_file(tmp_path: Path, name: str) -> None:
 async def test_a_fifo_that_takes_the_place_of_a_file_while_it_is_opened(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file that was opened is looked at once more; a FIFO would read as an empty file."""
+    """The type is checked again after opening, because a FIFO put there meanwhile would read as an empty file."""
     os.mkfifo(tmp_path / name)
     real = _os_errors.check_regular
 
@@ -126,7 +126,7 @@ def test_what_else_a_name_may_stand_for(kind: int) -> None:
 
 
 async def test_a_lock_file_that_becomes_a_link_fences(tmp_path: Path) -> None:
-    """Another process, which refuses the link, has to find the lock under its name."""
+    """A lock file that was replaced by a link to it fences the writer: another process would refuse the link."""
     async with manager(tmp_path / "state") as state:
         await state.set("a", 1)
         lock = tmp_path / "state" / "lab.lock"
@@ -141,7 +141,7 @@ async def test_a_lock_file_that_becomes_a_link_fences(tmp_path: Path) -> None:
 
 
 async def test_a_host_name_that_is_no_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock file holds what can be written of it, and the message of a second writer names it."""
+    """A host name that is not UTF-8 is written to the lock file as far as possible, and the second writer's message has it."""
     monkeypatch.setattr(socket, "gethostname", lambda: "h\udcff")
     async with manager(tmp_path):
         with pytest.raises(LockedError, match=r"on h\?, since"):
@@ -152,7 +152,7 @@ async def test_a_host_name_that_is_no_utf_8(tmp_path: Path, monkeypatch: pytest.
 
 
 async def test_a_mount_point_in_place_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused at the start: no rename can replace it, so nothing would ever reach it."""
+    """A mount point in place of a file is refused at the start, because no rename can replace it."""
     async with manager(tmp_path) as state:
         await state.set("a", 1)
     for name in ("lab.json", "lab.journal"):
@@ -162,7 +162,10 @@ async def test_a_mount_point_in_place_of_a_file(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_is_mounted_where(tmp_path: Path) -> None:
-    """Mounts are told apart, even two of one file system; `chattr` is asked, where the file system has it."""
+    """Two mounts are told apart, even of one file system.
+
+    The flags of `chattr` are read if the file system has them.
+    """
     file = tmp_path / "file"
     file.touch()
     assert _directory._mount_of("/proc") != _directory._mount_of("/") == _directory._mount_of("/") != b""
@@ -172,7 +175,7 @@ def test_what_is_mounted_where(tmp_path: Path) -> None:
 
 
 async def test_another_users_file_under_the_sticky_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused at the start: only its owner can replace it, and that of the directory."""
+    """A file of another user in a directory with the sticky bit is refused at the start: this user cannot replace it."""
     (tmp_path / "lab.json").write_bytes(b"{}")
     tmp_path.chmod(0o1777)
     async with manager(tmp_path):
@@ -188,7 +191,7 @@ async def test_another_users_file_under_the_sticky_bit(tmp_path: Path, monkeypat
 
 
 async def test_an_immutable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused at the start."""
+    """An immutable file is refused at the start."""
     (tmp_path / "lab.json").write_bytes(b"{}")
     monkeypatch.setattr(_directory, "_flags_of", lambda path: 0x10)
     with pytest.raises(UnsupportedError, match=r"lab\.json is immutable or append-only: `chattr -i -a` it"):
@@ -222,7 +225,7 @@ def fail(patch: pytest.MonkeyPatch, function: str, code: int) -> None:
     ],
 )
 async def test_a_directory_in_which_a_commit_would_fail(tmp_path: Path, function: str, code: int, told: str) -> None:
-    """It is refused at the start, which leaves no file behind, and gives the lock back."""
+    """A directory in which a commit would fail is refused at the start. No file is left, and the lock is released."""
     state = manager(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         fail(patch, function, code)
@@ -234,7 +237,7 @@ async def test_a_directory_in_which_a_commit_would_fail(tmp_path: Path, function
 
 
 async def test_a_trial_whose_sync_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """No later sync makes the names durable that were found: the first commit writes everything anew."""
+    """If the sync at the start fails, the names found cannot be made durable, so the first commit writes everything anew."""
     async with manager(tmp_path) as state:
         await state.set("a", 1)
     state = manager(tmp_path)
@@ -250,7 +253,7 @@ async def test_a_trial_whose_sync_fails(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 async def test_a_directory_that_became_read_only(tmp_path: Path) -> None:
-    """It is refused at the start, although its files can be opened."""
+    """A directory that became read-only is refused at the start, although its files can be opened."""
     async with manager(tmp_path) as state:
         await state.set("a", 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -267,7 +270,7 @@ async def test_a_directory_that_became_read_only(tmp_path: Path) -> None:
 
 
 async def test_a_full_disk_is_no_reason_not_to_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What is there can be read; a warning says that nothing can be written, and the next start tries again."""
+    """On a full disk a start succeeds with a warning, the state can be read, and the next start tries the directory again."""
     async with manager(tmp_path) as state:
         await state.set("a", 1)
     storage = FileStorage(tmp_path)
@@ -280,7 +283,7 @@ async def test_a_full_disk_is_no_reason_not_to_start(tmp_path: Path, caplog: pyt
 
 
 async def test_a_directory_is_tried_out_once_for_each_storage(tmp_path: Path, synced: list[str]) -> None:
-    """The first start of a storage object pays for it; a start without a commit syncs nothing else."""
+    """Only the first start of a storage object tries the directory out. A start without a commit syncs nothing else."""
     storage = FileStorage(tmp_path)
     for name, expected in (("one", [str(tmp_path)]), ("two", []), ("one", [])):
         synced.clear()
@@ -289,7 +292,7 @@ async def test_a_directory_is_tried_out_once_for_each_storage(tmp_path: Path, sy
 
 
 async def test_a_current_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An absolute path needs none; a relative one is refused, with what to do."""
+    """Without a current directory an absolute path works. A relative one is refused with the remedy."""
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
@@ -304,13 +307,13 @@ async def test_a_current_directory_that_is_gone(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_path_that_cannot_be_encoded() -> None:
-    """It is refused where it is given."""
+    """A path that cannot be encoded is refused by the constructor."""
     with pytest.raises(ValueError, match=r"'a\\ud800' cannot be written in utf-8, the encoding of file names here"):
         FileStorage("a\ud800")
 
 
 async def test_a_path_that_is_no_utf_8(tmp_path: Path) -> None:
-    """It is a path like any other; the answer of `/health` escapes what JSON cannot hold of it."""
+    """A path that is not UTF-8 works. `/health` escapes the characters that JSON cannot hold."""
     state = manager(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")))
     async with state:
         await state.set("a", 1)
@@ -324,7 +327,7 @@ async def test_a_path_that_is_no_utf_8(tmp_path: Path) -> None:
 
 
 async def test_a_link_above_the_files_that_is_changed(tmp_path: Path) -> None:
-    """The directory is found once, at the start: a deployment that moves the link fences no writer."""
+    """The directory is resolved once, at the start. So a deployment that changes a link above it fences no writer."""
     (tmp_path / "release1" / "state").mkdir(parents=True)
     (tmp_path / "release2" / "state").mkdir(parents=True)
     (tmp_path / "current").symlink_to("release1")
@@ -342,7 +345,7 @@ async def test_a_link_above_the_files_that_is_changed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("below", ["", "state"])
 async def test_a_directory_that_is_a_link_that_leads_nowhere(tmp_path: Path, below: str) -> None:
-    """It is refused: a disk that is not mounted is no reason to begin an empty state on the mount point."""
+    """A broken link as the directory is refused: a disk that is not mounted must not become an empty state."""
     (tmp_path / "link").symlink_to(tmp_path / "unmounted" / "state")
     with pytest.raises(UnsupportedError, match=r"link is a broken symbolic link: mount its target"):
         await manager(tmp_path / "link" / below).start()
@@ -367,7 +370,7 @@ async def test_a_start_without_a_state_says_so(tmp_path: Path, caplog: pytest.Lo
 
 @pytest.mark.parametrize("left", ["nothing", "directory", "lock"])
 async def test_a_state_that_must_be_there(tmp_path: Path, left: str) -> None:
-    """With `create=False` a start without snapshot and journal is refused, and makes nothing."""
+    """With `create=False` a start without snapshot and journal is refused, and creates nothing."""
     directory = tmp_path / "not" / "mounted"
     if left != "nothing":
         directory.mkdir(parents=True)
@@ -386,14 +389,14 @@ async def test_a_state_that_must_be_there(tmp_path: Path, left: str) -> None:
 
 
 async def test_a_file_in_place_of_the_directory_of_a_state_that_must_be_there(tmp_path: Path) -> None:
-    """It is told from a directory that is missing."""
+    """With `create=False` the error for a file in place of the directory is not the one for a missing directory."""
     (tmp_path / "file").touch()
     with pytest.raises(UnsupportedError, match=r"file failed: Not a directory; .*choose another directory"):
         await Manager("lab", FileStorage(tmp_path / "file", create=False)).start()
 
 
 async def test_a_state_that_goes_while_it_is_locked(tmp_path: Path) -> None:
-    """With `create=False` it is looked for under the lock, too."""
+    """With `create=False` the files are looked up a second time, under the lock."""
     async with manager(tmp_path) as state:
         await state.set("a", 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -418,7 +421,7 @@ async def test_a_state_that_goes_while_it_is_locked(tmp_path: Path) -> None:
 async def test_a_copied_directory_is_synced_before_the_first_commit(
     tmp_path: Path, synced: list[str], how: str
 ) -> None:
-    """The snapshot, its directory and those above it, although the journal vouches for the snapshot."""
+    """In a copied directory the snapshot, the directory and those above it are synced, although the journal names the snapshot."""
     async with manager(tmp_path / "old") as state:
         await state.set("a", 1)
     directory = tmp_path / "new" / "state"
@@ -440,7 +443,7 @@ async def test_a_copied_directory_is_synced_before_the_first_commit(
 
 
 async def test_a_copy_of_a_killed_state_is_synced_before_the_first_commit(tmp_path: Path, synced: list[str]) -> None:
-    """The directories above it are; its snapshot and its journal are relied on no more."""
+    """In a copy of a killed state only the directories are synced: the first commit replaces snapshot and journal."""
     state = manager(tmp_path / "old")
     await state.start()
     await state.set("a", 1)
@@ -455,7 +458,7 @@ async def test_a_copy_of_a_killed_state_is_synced_before_the_first_commit(tmp_pa
 
 
 async def test_a_snapshot_that_only_its_owner_may_write_is_synced(tmp_path: Path, synced: list[str]) -> None:
-    """Nothing is written to it, so that permission to read is enough."""
+    """A snapshot that this user may only read is synced, because nothing is written to it."""
     (tmp_path / "lab.json").write_bytes(b'{"a":1}')
     opened: list[int] = []
     real = os.open
@@ -537,7 +540,10 @@ async def test_a_journal_that_is_changed_in_place(
     told: str,
     then: str,
 ) -> None:
-    """It is noticed before the next acknowledgement, logged, and everything is written anew."""
+    """A journal changed in place is noticed before the next acknowledgement.
+
+    It is logged, and everything is written anew.
+    """
     directory = tmp_path / "state"
     path = directory / "lab.journal"
     state = manager(directory)
@@ -562,7 +568,7 @@ async def test_a_journal_that_is_changed_in_place(
 
 
 async def test_a_journal_whose_time_alone_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is read, once, and stays in use: some file systems set the time of a file long after a write."""
+    """A journal whose time alone changes is read once and stays in use: some file systems set the time long after a write."""
     path = tmp_path / "lab.journal"
     reads: list[str] = []
     real = _fs.read
@@ -593,7 +599,7 @@ async def test_a_journal_whose_time_alone_changes(tmp_path: Path, caplog: pytest
 
 
 async def test_a_large_journal_whose_time_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is written anew without being read, which would cost as much."""
+    """A large journal whose time changes is written anew without being read, because reading would cost as much."""
     monkeypatch.setattr(_file_writer, "_LARGEST_READ_AGAIN", 100)
     path = tmp_path / "lab.journal"
     async with manager(tmp_path) as state:
@@ -621,7 +627,7 @@ def reopened(number: int, path: Path) -> int:
 async def test_a_descriptor_that_the_application_closed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, then: str, *, reused: bool
 ) -> None:
-    """Nothing is written to the file that has the number now, nor is that closed; everything is written anew."""
+    """If other code closed the descriptor, the file that now has its number is neither written nor closed."""
     directory, other = tmp_path / "state", tmp_path / "other"
     state = manager(directory)
     await state.start()
@@ -690,7 +696,7 @@ async def test_a_descriptor_that_cannot_be_looked_up(
 
 @pytest.mark.parametrize("reused", [False, True])
 async def test_a_lock_whose_descriptor_the_application_closed(tmp_path: Path, *, reused: bool) -> None:
-    """The lock is gone, and another writer may have it: nothing more is written, and no other file is closed."""
+    """If other code closed the lock, another writer may hold it: nothing more is written, and no other file is closed."""
     state = manager(tmp_path / "state")
     await state.start()
     await state.set("a", 1)
@@ -712,7 +718,10 @@ async def test_a_lock_whose_descriptor_the_application_closed(tmp_path: Path, *,
 
 @pytest.mark.parametrize("how", ["closed", "cut off", "replaced"])
 async def test_a_new_journal_that_is_not_what_was_written(tmp_path: Path, how: str) -> None:
-    """It is not put in place; the one before it stays in use, and the next attempt succeeds."""
+    """A new journal that other code changed is not put in place.
+
+    The old one stays in use, and the next attempt succeeds.
+    """
     other = tmp_path / "other"
     taken: list[int] = []
 
@@ -743,7 +752,7 @@ async def test_a_new_journal_that_is_not_what_was_written(tmp_path: Path, how: s
 
 
 async def test_a_new_snapshot_that_is_not_what_was_written(tmp_path: Path) -> None:
-    """It is not put in place, and the next checkpoint writes another one."""
+    """A new snapshot that other code changed is not put in place, and the next checkpoint writes another one."""
     async with manager(tmp_path) as state:
         await state.set("a", 1)
         with pytest.MonkeyPatch.context() as patch:

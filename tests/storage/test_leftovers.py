@@ -74,7 +74,7 @@ def said(directory: Path) -> dict[str, Any]:
 
 
 async def test_a_start_does_not_list_the_directory(tmp_path: Path, listed: list[str]) -> None:
-    """Neither for a new state nor for one that was stopped; what else is there does not matter to it."""
+    """A start does not list the directory, neither for a new state nor for one that was stopped cleanly."""
     for _ in range(3):
         await life(tmp_path)
         assert said(tmp_path)["making"] == []
@@ -83,7 +83,7 @@ async def test_a_start_does_not_list_the_directory(tmp_path: Path, listed: list[
 
 @pytest.mark.parametrize("function", ["_sync", "rename"])
 def test_what_a_kill_leaves_is_deleted_by_name(tmp_path: Path, listed: list[str], function: str) -> None:
-    """A process that is killed in a checkpoint has noted its temporary files; the next start deletes them, and those alone."""
+    """A checkpoint notes its temporary files. If the process is killed, the next start deletes exactly those."""
     killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path, function], timeout=60, check=False)
     assert killed.returncode == -9
     left = temporary(tmp_path)
@@ -123,7 +123,7 @@ def spoil(directory: Path, how: str) -> None:
     "how", ["no lock file", "a copy", "another boot", "an older version", "another file's name", "nothing that is read"]
 )
 async def test_where_the_lock_file_does_not_say_it(tmp_path: Path, listed: list[str], how: str) -> None:
-    """As after a power cut, the directory is listed, once for a storage object; no other state's files are touched."""
+    """If the lock file does not name the temporary files, the directory is listed once for a storage object."""
     directory = tmp_path / "state"
     for name in ("lab", "other"):
         async with Manager(name, FileStorage(directory)) as state:
@@ -143,7 +143,7 @@ async def test_where_the_lock_file_does_not_say_it(tmp_path: Path, listed: list[
 
 
 async def test_what_cannot_be_deleted_is_noted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is deleted by the first start that can."""
+    """A temporary file that cannot be deleted is noted again, and the first start that can deletes it."""
     await life(tmp_path)
     (tmp_path / STALE[0]).touch()
     (tmp_path / "lab.lock").write_text(json.dumps(said(tmp_path) | {"making": [STALE[0]]}))
@@ -160,7 +160,7 @@ async def test_what_cannot_be_deleted_is_noted_again(tmp_path: Path, monkeypatch
 async def test_a_kernel_that_does_not_tell_its_boot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: list[str]
 ) -> None:
-    """Then nothing that a lock file says is relied upon."""
+    """Without a boot id nothing in a lock file is relied on."""
     _lock._boot.cache_clear()
     real = _fs.read
     monkeypatch.setattr(_fs, "read", lambda path, *most: None if "boot_id" in path else real(path, *most))
@@ -173,7 +173,10 @@ async def test_a_kernel_that_does_not_tell_its_boot(
 
 
 def test_a_lock_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: list[str]) -> None:
-    """On a full disk it says nothing, rather than what was true before; the next start looks for itself."""
+    """A lock file that cannot be written on a full disk is emptied, so it says nothing false.
+
+    The next start lists the directory.
+    """
     asyncio.run(life(tmp_path))
 
     def full(fd: int, data: bytes, offset: int) -> int:
@@ -192,7 +195,7 @@ def test_a_lock_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.
 
 
 async def test_torn_tails_are_counted_by_the_storage_object(tmp_path: Path, listed: list[str]) -> None:
-    """The newest five are kept, and the directory is listed once."""
+    """The newest five torn tails are kept, and the directory is listed once."""
     storage = FileStorage(tmp_path)
     await life(tmp_path, storage)
     for _ in range(8):
@@ -204,7 +207,7 @@ async def test_torn_tails_are_counted_by_the_storage_object(tmp_path: Path, list
 
 
 async def test_a_storage_object_can_be_given_to_another_process(tmp_path: Path) -> None:
-    """Also after it was used: the copy has threads of its own, and lists anew."""
+    """A copy of a used storage object has threads of its own, and makes its own listings."""
     storage = FileStorage(tmp_path)
     await life(tmp_path, storage)
     await life(tmp_path, pickle.loads(pickle.dumps(storage)))

@@ -71,19 +71,19 @@ def says(pid: int | str, host: str = HOST, started: str = STARTED) -> str:
 
 
 def test_another_process(tmp_path: Path) -> None:
-    """It is named as the lock file says."""
+    """The error names the process that the lock file names."""
     with locked(tmp_path / "lab.lock", says("PID")) as pid:
         assert f"by pid {pid} on {HOST}, since {STARTED}: stop" in refusal(tmp_path)
 
 
 def test_a_process_with_our_pid_and_host_name(tmp_path: Path) -> None:
-    """As in two containers: it is not called this process, whatever the file says; the kernel knows who it is."""
+    """A process with our pid and host name, as in another container, is not called this process."""
     with locked(tmp_path / "lab.lock", says(os.getpid())) as pid:
         assert f"by pid {pid} on {HOST}: stop" in refusal(tmp_path)
 
 
 def test_a_dead_process_whose_child_holds_the_lock(tmp_path: Path) -> None:
-    """Its pid is not called the one to be stopped: the message says how to find its child."""
+    """If a child of a dead process holds the lock, the message does not name the dead process but says how to find the child."""
     with locked(tmp_path / "lab.lock", says("PID"), "fork") as pid:
         expected = (
             f"by a child of pid {pid} on {HOST}, since {STARTED}, which has ended (`fuser {tmp_path}/lab.lock` finds"
@@ -104,7 +104,10 @@ def test_a_dead_process_whose_child_holds_the_lock(tmp_path: Path) -> None:
     ],
 )
 def test_a_lock_file_that_was_written_by_others(tmp_path: Path, text: str) -> None:
-    """No line break and no escape sequence of it gets into the message; who holds the lock is found out without it."""
+    """Line breaks and escape sequences in a lock file do not get into the message.
+
+    The holder is found without the file.
+    """
     with locked(tmp_path / "lab.lock", text) as pid:
         message = refusal(tmp_path)
     assert f"by pid {pid} on {HOST}: stop" in message
@@ -112,7 +115,7 @@ def test_a_lock_file_that_was_written_by_others(tmp_path: Path, text: str) -> No
 
 
 def test_another_manager_in_this_process(tmp_path: Path) -> None:
-    """This is known by the file itself, and under another path of it too."""
+    """Another manager in this process is recognised by the file itself, also under another path."""
     lock = Lock(str(tmp_path / "lab.lock"))
     (tmp_path / "lab.lock").write_text(says(1, "elsewhere"))
     os.link(tmp_path / "lab.lock", tmp_path / "other.lock")
@@ -147,19 +150,19 @@ def ended() -> int:
     ids=["no holder", "this pid", "elsewhere", "elsewhere, shown", "this host", "this host, shown"],
 )
 def test_what_is_told(holder: LockHolder | None, shown: list[int], expected: str) -> None:
-    """`/proc/locks` goes before the lock file, and the file's word counts where the kernel does not show the holder."""
+    """`/proc/locks` is believed before the lock file. The lock file counts if the kernel does not show the holder."""
     assert describe(holder, shown, "x.lock") == expected
 
 
 def test_a_holder_that_neither_runs_here_nor_shows() -> None:
-    """It may be in another container, or its child has the lock: both are said."""
+    """For a holder that is not visible, the message says that it may be in another container, or its child has the lock."""
     holder = LockHolder(HOST, ended(), STARTED)
     told = describe(holder, [], "x.lock")
     assert told == f"{holder}, which does not run here: it is in another container, or its child holds the lock"
 
 
 def test_a_holder_of_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that may not be signalled runs."""
+    """A process that this user may not signal counts as running."""
 
     def refused(pid: int, number: int) -> None:
         raise PermissionError
@@ -169,7 +172,7 @@ def test_a_holder_of_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_host_name_that_cannot_stand_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel takes any bytes for one; the lock file names it without them."""
+    """A host name may have any bytes. The lock file has only the characters that are safe in a message."""
     monkeypatch.setattr(socket, "gethostname", lambda: "a b\n\x1b\udcff")
     lock = Lock(str(tmp_path / "lab.lock"))
     told = json.loads((tmp_path / "lab.lock").read_bytes())["host"]
@@ -178,7 +181,7 @@ def test_a_host_name_that_cannot_stand_in_a_message(tmp_path: Path, monkeypatch:
 
 
 def test_a_lock_does_not_leave_a_descriptor_behind_when_refused(tmp_path: Path) -> None:
-    """Nor does one that another process holds."""
+    """A refused lock leaves no descriptor open, in this process or with another process as the holder."""
     with (tmp_path / "lab.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         before = len(list(Path("/proc/self/fd").iterdir()))
@@ -189,7 +192,7 @@ def test_a_lock_does_not_leave_a_descriptor_behind_when_refused(tmp_path: Path) 
 
 
 def test_the_descriptors_of_a_file(tmp_path: Path) -> None:
-    """What a child looks for that was forked while its parent opened a lock."""
+    """The descriptors of a file are found by `/proc`, for a child that was forked while its parent opened a lock."""
     path = tmp_path / "lab.lock"
     assert _lookup.descriptors(str(path)) == []
     with path.open("w") as one, path.open("r") as two:
@@ -203,7 +206,7 @@ def test_a_file_that_cannot_be_looked_up_is_not_gone() -> None:
 
 
 def test_a_lock_that_cannot_be_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caller that closes the session is told, and the descriptor is closed all the same."""
+    """If the unlock fails, the caller that closes the session gets the error, and the descriptor is closed all the same."""
 
     def failing(_: int) -> None:
         raise OSError(5, "Input/output error")
@@ -219,7 +222,7 @@ def test_a_lock_that_cannot_be_let_go(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_descriptor_that_is_another_files_by_now(tmp_path: Path) -> None:
-    """Other code closed the lock's descriptor, and a file of its own has the number: no note is written to that file."""
+    """If other code closed the descriptor of the lock and another file has its number, nothing is written to that file."""
     other = tmp_path / "precious"
     other.write_bytes(b"precious" * 100)
     lock = Lock(str(tmp_path / "lab.lock"))
@@ -237,7 +240,7 @@ def test_a_descriptor_that_is_another_files_by_now(tmp_path: Path) -> None:
 
 
 def test_a_lock_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start tells so as an error of the storage, and lets go of the lock."""
+    """A lock file that cannot be read fails the start with a StorageError, and the lock is released."""
 
     def failing(*_: object) -> bytes:
         raise OSError(5, "Input/output error")
@@ -249,7 +252,7 @@ def test_a_lock_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_boot_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is taken for one that the kernel does not tell."""
+    """A boot id that cannot be read counts as missing."""
 
     def denied(_: str) -> bytes:
         raise UnavailableError("denied")

@@ -63,14 +63,14 @@ async def closed(directory: Path, count: int) -> None:
 
 
 async def test_an_idle_state_has_one_descriptor(tmp_path: Path, states: list[Manager]) -> None:
-    """That of its lock; the journals of the three that wrote last are open, and there are few threads."""
+    """An idle state has only the descriptor of its lock open. Three journals stay open, and there are few threads."""
     assert len(opened(tmp_path, ".lock")) == COUNT
     assert opened(tmp_path, ".journal") == [f"user{number}.journal" for number in range(COUNT - OPEN, COUNT)]
     assert sum(thread.name == "lab_state files" for thread in threading.enumerate()) < COUNT
 
 
 async def test_the_journal_of_an_idle_state_goes_on(tmp_path: Path, states: list[Manager]) -> None:
-    """The next write opens it again, and appends; another one is closed for it."""
+    """The next write of an idle state opens its journal again and appends. Another journal is closed instead."""
     before = (tmp_path / "user0.journal").stat()
     await states[0].set("b", 2)
     after = (tmp_path / "user0.journal").stat()
@@ -164,7 +164,7 @@ async def test_too_many_open_files_do_not_cost_the_journal(
 
 
 async def test_a_checkpoint_of_an_idle_state(tmp_path: Path, states: list[Manager]) -> None:
-    """A stop needs the journal once more; afterwards nothing of the state is open."""
+    """The stop of an idle state opens its journal again. Afterwards nothing of the state is open."""
     await states[0].stop()
     assert "user0.lock" not in opened(tmp_path, ".lock")
     assert "user0.journal" not in opened(tmp_path, ".journal")
@@ -199,14 +199,14 @@ async def test_a_session_that_was_dropped_is_passed_over(tmp_path: Path) -> None
 
 
 async def test_a_session_that_is_being_closed_is_left_alone(tmp_path: Path) -> None:
-    """Its journal is closed anyway."""
+    """`rest` of a session that is closed does nothing."""
     session = await FileStorage(tmp_path).open("lab")
     await session.aclose()
     session.rest()
 
 
 async def test_a_journal_that_rests_already_is_left_alone(tmp_path: Path) -> None:
-    """The second time there is nothing to close, and the next commit opens the journal again."""
+    """A second `rest` does nothing, and the next commit opens the journal again."""
     session = await FileStorage(tmp_path).open("lab")
 
     async def slices() -> AsyncIterator[bytes]:

@@ -42,7 +42,7 @@ def steps_to_append() -> int:
 
 @pytest.mark.parametrize("size", [0, 1, 256 * 1024, 256 * 1024 + 1, 1_000_000])
 def test_a_frame_in_steps(size: int) -> None:
-    """Put together, the steps are the frame; none is larger than a piece."""
+    """The joined steps are the frame, and no step is larger than a piece."""
     payload = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     pieces = list(frame_in_steps("salt", FrameKind.RECORD, payload))
     assert b"".join(pieces) == frame("salt", FrameKind.RECORD, payload)
@@ -66,7 +66,7 @@ async def test_a_large_record_is_durable_when_commit_returns() -> None:
 
 
 async def test_a_cancelled_commit_leaves_nothing() -> None:
-    """Cancelled halfway, the record is gone, and the next one stands where it would have been."""
+    """A commit that is cancelled halfway leaves nothing of its record, and the next record follows the previous one."""
     storage = MemoryStorage()
     session = await storage.open("x")
     for steps in (1, steps_to_append()):
@@ -82,7 +82,7 @@ async def test_a_cancelled_commit_leaves_nothing() -> None:
 
 
 async def test_a_session_that_is_closed_meanwhile() -> None:
-    """What was appended of the record is dropped by the next session, in which the commit changes nothing."""
+    """If the session is closed during a commit, the next session drops the part, and the old commit changes nothing there."""
     storage = MemoryStorage()
     session = await storage.open("x")
     task = await begun(session, steps_to_append())
@@ -97,7 +97,7 @@ async def test_a_session_that_is_closed_meanwhile() -> None:
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
 async def test_a_checkpoint_that_ends_meanwhile(is_cancelled: bool) -> None:  # noqa: FBT001 -- a parameter
-    """The journal is replaced under the record, which stays behind the snapshot, unless the commit is cancelled."""
+    """A checkpoint that ends during a commit keeps the record after its snapshot, unless the commit is cancelled."""
     storage = MemoryStorage()
     session = await storage.open("x")
     await session.commit(b"covered by the snapshot", NOTHING)
@@ -115,7 +115,7 @@ async def test_a_checkpoint_that_ends_meanwhile(is_cancelled: bool) -> None:  # 
 
 
 async def test_commits_beside_a_checkpoint() -> None:
-    """What is committed while a snapshot is made, large or small, stays behind it; what came before does not."""
+    """Records committed during a checkpoint, large or small, are kept after the snapshot. Earlier ones are dropped."""
     storage = MemoryStorage()
     session = await storage.open("x")
     await session.commit(b"covered by the snapshot", NOTHING)

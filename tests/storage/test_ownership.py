@@ -45,7 +45,10 @@ def mode(file: int | Path) -> int:
 
 
 async def test_the_mode_of_both_files_is_kept(tmp_path: Path) -> None:
-    """For the group of a backup, say; without the setuid bit. A journal that is new takes that of the snapshot."""
+    """A new file keeps the mode of the replaced one, without the setuid bit.
+
+    A first journal gets that of the snapshot.
+    """
     for _ in range(2):
         async with Manager(Config(name="lab", flush_interval=0), FileStorage(tmp_path)) as state:
             await state.incr("n")
@@ -62,14 +65,14 @@ async def test_the_mode_of_both_files_is_kept(tmp_path: Path) -> None:
 
 
 def test_without_a_file_to_replace(new: int, tmp_path: Path) -> None:
-    """The new one is its owner's alone; a link is no file to go by."""
+    """Without a file to replace, only the owner may use the new file. A link is not used as a model."""
     (tmp_path / "link").symlink_to("nowhere")
     keep(new, str(tmp_path / "none"), str(tmp_path / "link"))
     assert mode(new) == 0o600
 
 
 def test_an_owner_and_a_group_are_kept(new: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The group first, then the mode, then the owner: who has given a file away may not change it."""
+    """Group, mode and owner are set in this order: after a change of owner this process may not change the rest."""
     old.chmod(0o640)
     uid, gid = old.stat().st_uid, old.stat().st_gid
     calls: list[tuple[object, ...]] = []
@@ -85,7 +88,7 @@ def replaced(found: os.stat_result, uid: int, gid: int) -> os.stat_result:
 
 
 def test_a_group_that_cannot_be_kept(new: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is no wider for it: the group of the process gets only what all users had."""
+    """If the group cannot be kept, the group of the process gets only the permissions that all users had."""
 
     def forbidden(*_: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -108,12 +111,12 @@ def test_a_group_that_cannot_be_kept(new: int, old: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("mode", "expected"), [(0o644, 0o644), (0o640, 0o600), (0o604, 0o600), (0o675, 0o655)])
 def test_a_narrowed_mode(mode: int, expected: int) -> None:
-    """Group and others get what both had."""
+    """Group and others get only the permissions that both had."""
     assert narrowed(mode) == expected
 
 
 def test_an_access_list_is_kept(new: int, old: Path) -> None:
-    """What the mode shows of such a file for its group is the mask, which would let the group in."""
+    """An access list is kept. The group bits of such a file show its mask, which would give the group too much."""
     os.setxattr(old, ACL, access_list(12345, 4, 4))
     assert mode(old) == 0o640
     keep(new, str(old))
@@ -121,7 +124,7 @@ def test_an_access_list_is_kept(new: int, old: Path) -> None:
 
 
 def test_an_access_list_that_cannot_be_kept(new: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new file is its owner's alone."""
+    """If the access list cannot be kept, only the owner may use the new file."""
 
     def unsupported(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
@@ -133,7 +136,7 @@ def test_an_access_list_that_cannot_be_kept(new: int, old: Path, monkeypatch: py
 
 
 def test_an_access_list_of_the_directory_is_not_added(tmp_path: Path, old: Path) -> None:
-    """A new file inherits it, hidden by its mode; the mode of the old file would bring it out."""
+    """The access list that a new file inherits from the directory is removed: the mode of the old file would make it effective."""
     old.chmod(0o640)
     os.setxattr(tmp_path, DEFAULT_ACL, access_list(12345, 4, 4))
     fd = os.open(tmp_path / "inherits", os.O_RDWR | os.O_CREAT, 0o600)
@@ -148,7 +151,7 @@ def test_an_access_list_of_the_directory_is_not_added(tmp_path: Path, old: Path)
 
 
 def test_a_file_that_cannot_be_looked_up() -> None:
-    """It is an error: a file is never made wider, or narrower, by mistake."""
+    """A replaced file that cannot be looked up is an error, so permissions are never changed by mistake."""
     with pytest.raises(OSError, match="too long"):
         keep(-1, "x" * 300)
     assert _ownership._access_list("x" * 300) is None

@@ -46,12 +46,12 @@ MOUNTS = """\
     ],
 )
 def test_the_holders_of_a_lock_are_found(device: int, inode: int, pids: tuple[int, ...]) -> None:
-    """Only flocks count, not who waits for one; device and inode must both be the file's; 0 is another namespace."""
+    """Only flocks count, and no waiting process. Device and inode must both match. The pid 0 is another namespace."""
     assert holders(TEXT, device, inode) == pids
 
 
 def test_an_unknown_line_is_no_holder() -> None:
-    """Text that is no line of a lock names no process."""
+    """A line in another format names no process."""
     assert holders("", DEVICE, 1) == holders("FLOCK\n\nx: FLOCK ADVISORY WRITE y fe:00:1 0 EOF\n", DEVICE, 1) == ()
 
 
@@ -67,7 +67,7 @@ def test_a_real_lock_shows(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_the_file_tells_nothing() -> None:
-    """Without `/proc/locks`, or when it cannot be read, the answer is None, not that the lock is free."""
+    """Without `/proc/locks`, or if it cannot be read, the result is None, not that the lock is free."""
 
     def failing(path: str) -> bytes:
         raise UnavailableError(path)
@@ -77,7 +77,7 @@ def test_a_machine_without_the_file_tells_nothing() -> None:
 
 
 def test_a_long_text_is_read_again() -> None:
-    """The kernel gives many locks in pieces, so a lock that is held may be missing once."""
+    """A long text is read again, because the kernel returns it in pieces and a held lock may be missing once."""
     other = b"9: FLOCK  ADVISORY  WRITE 1 fe:00:5 0 EOF\n" * 200
     texts = [other, other + TEXT.encode(), other]
 
@@ -102,7 +102,7 @@ def test_a_long_text_is_read_again() -> None:
     ],
 )
 def test_where_a_holder_would_show(device: tuple[int, int], namespace: int, *, shown: bool) -> None:
-    """In the first pid namespace, on a local file system whose device `stat` gives as the kernel's; nowhere else."""
+    """A holder shows only in the first pid namespace, on a local file system whose device is the same for `stat`."""
     assert would_show(MOUNTS, os.makedev(*device), namespace) is shown
     assert not would_show("", os.makedev(*device), namespace)
     assert not would_show("29 1\n\n", os.makedev(*device), namespace)

@@ -85,7 +85,7 @@ async def recovered(directory: Path) -> tuple[bytes | None, tuple[bytes, ...]]:
 
 @pytest.mark.parametrize("size", [2 * STEP, 2 * STEP + 1])
 def test_the_steps_of_an_append(tmp_path: Path, size: int) -> None:
-    """Every byte is in one step, also where the last step is a whole one."""
+    """Every byte is in one step, also if the last step is full."""
     data = os.urandom(size)
     steps = [b"".join(step) for step in fs._steps([data[:10], data[10:]])]
     assert [len(step) for step in steps] == [STEP, STEP, 1][: len(steps)]
@@ -132,7 +132,7 @@ async def test_a_snapshot_of_one_large_slice_is_synced_as_it_grows(tmp_path: Pat
 
 
 async def test_many_small_parts_are_cut_into_steps(tmp_path: Path, calls: Os) -> None:
-    """What a new journal takes over from the old one beside a checkpoint is written in steps as well."""
+    """Records that a new journal takes over during a checkpoint are written in steps too."""
     session = await opened(tmp_path)
     synced = [session.progress]
 
@@ -166,7 +166,7 @@ async def test_a_sync_that_fails_within_a_large_commit_ends_the_journal(tmp_path
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 async def test_a_write_that_fails_within_a_large_commit_is_undone(tmp_path: Path, calls: Os, number: int) -> None:
-    """The steps before are taken back, on the disk too, and the journal goes on."""
+    """The earlier steps of a failed write are removed, on the disk too, and the journal is used on."""
     calls.small = 0
     session = await opened(tmp_path)
     size = (tmp_path / "test.journal").stat().st_size
@@ -180,7 +180,7 @@ async def test_a_write_that_fails_within_a_large_commit_is_undone(tmp_path: Path
 
 
 async def test_an_undo_that_cannot_be_synced_ends_the_journal(tmp_path: Path, calls: Os) -> None:
-    """Where the steps before may be on the disk, and their end not, the next commit writes everything anew."""
+    """If the sync of the truncation fails, the next commit writes everything anew."""
     calls.small = 0
     session = await opened(tmp_path)
     called: list[str] = []
@@ -229,7 +229,7 @@ async def test_a_body_counts_as_it_is_sent(bucket: Bucket, proxy: Proxy) -> None
 
 
 async def test_what_is_sent_again_does_not_count(bucket: Bucket, proxy: Proxy) -> None:
-    """A store that takes a body and refuses it, again and again, makes no progress."""
+    """A store that accepts a body and then refuses it, again and again, makes no progress."""
     session = await bucket.storage(proxy.url).open("test")
     before = session.progress
     proxy.plan("PUT", "test.journal/", answers(503, "SlowDown"), times=3)

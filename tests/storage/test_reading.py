@@ -72,7 +72,7 @@ DAMAGED = written(BASE, tail=b"x" + journal.frame(SALT, *ONE))
 def test_what_is_an_answer_at_the_first_reading(
     data: bytes, base: str, records: tuple[bytes, ...], durable: int
 ) -> None:
-    """The journal has the whole state, or names the snapshot, or needs none; every frame but the last is durable."""
+    """A first reading is accepted if the journal has the whole state, names the snapshot, or needs none."""
     verdict = judge(data, base, NAME, "path")
     assert verdict.accepted is not None
     assert (verdict.accepted.records, verdict.durable) == (records, durable)
@@ -96,7 +96,7 @@ def test_what_is_an_answer_at_the_first_reading(
     ],
 )
 def test_what_takes_a_second_reading(data: bytes | None, base: str, *, accepted: bool) -> None:
-    """Missing files, files that do not belong together, and damage are believed when they are there again."""
+    """Missing files, files that do not belong together, and damage are accepted only in a second reading."""
     seen = Seen((1, 2), (1, 3), base, judge(data, base, NAME, "path"))
     assert (seen.verdict.accepted is not None) is accepted
     assert (seen.verdict.error is not None) is not accepted
@@ -118,21 +118,21 @@ def test_what_takes_a_second_reading(data: bytes | None, base: str, *, accepted:
     ],
 )
 def test_another_second_reading_is_not_believed(change: dict[str, Any]) -> None:
-    """Another file, another snapshot or damage at another place: something was replaced meanwhile."""
+    """A second reading with another file, another snapshot or other damage is not accepted: something was replaced meanwhile."""
     seen = Seen((1, 2), (1, 3), BASE, judge(DAMAGED, BASE, NAME, "path"))
     assert is_answer(seen, seen)
     assert not is_answer(seen, seen._replace(**change))
 
 
 def test_damage_behind_which_the_journal_grew_is_the_same() -> None:
-    """A writer that appends does not make damage another one."""
+    """Damage is the same in two readings although a writer appended between them."""
     grown = judge(DAMAGED + journal.frame(SALT, *TWO), BASE, NAME, "path")
     seen = Seen((1, 2), (1, 3), BASE, judge(DAMAGED, BASE, NAME, "path"))
     assert is_answer(seen, seen._replace(verdict=grown))
 
 
 def test_only_a_journal_with_the_whole_state_needs_no_snapshot() -> None:
-    """A header that is bad tells nothing, so the snapshot is looked at."""
+    """The snapshot is not read only if the journal has the whole state. With a bad header it is read."""
     assert not needs_snapshot(written(ANY_BASE, (FrameKind.FULL, b"{}")), NAME, "path")
     assert needs_snapshot(written(BASE), NAME, "path")
     assert needs_snapshot(b"", NAME, "path")
@@ -172,7 +172,7 @@ def open_files() -> int:
 
 
 def read(directory: Path, **arguments: Any) -> Reading:
-    """Read, and leave no file open, however that ends."""
+    """Read a state, and check that no file stays open, whatever the outcome."""
     before = open_files()
     try:
         return read_files(str(directory), NAME, threading.Event(), **arguments)
@@ -181,7 +181,7 @@ def read(directory: Path, **arguments: Any) -> Reading:
 
 
 async def test_a_running_state_is_read(tmp_path: Path) -> None:
-    """All of it that is durable, although it is locked; no file is touched; the manager goes on."""
+    """A running, locked state is read with all that is durable. No file is changed, and the manager goes on."""
     manager = await some(tmp_path, stop=False)
     await manager.set("not flushed", 1)
     before = contents(tmp_path)
@@ -198,7 +198,7 @@ async def test_a_running_state_is_read(tmp_path: Path) -> None:
 
 
 async def test_a_state_of_a_dead_process_is_read(tmp_path: Path) -> None:
-    """As the next start would find it. The last record may be in the page cache alone, and counts as not durable."""
+    """A state of a dead process is read as the next start would find it. The last record counts as not durable."""
     await some(tmp_path)
     view = await read_state(NAME, FileStorage(tmp_path))
     assert await view.get_all() == {"a": 1, "b": [2], "c": 3}
@@ -206,7 +206,7 @@ async def test_a_state_of_a_dead_process_is_read(tmp_path: Path) -> None:
 
 
 async def test_a_mistyped_name_leaves_nothing(tmp_path: Path) -> None:
-    """It is an error that says where there is no state, and neither file nor directory is made."""
+    """Reading a name without a state is an error with its path, and creates neither file nor directory."""
     for directory in (tmp_path, tmp_path / "missing" / "deep"):
         with pytest.raises(UnsupportedError, match=r"there is no state at .*lab\.json: check the name"):
             await read_state(NAME, FileStorage(directory))
@@ -217,7 +217,7 @@ async def test_a_mistyped_name_leaves_nothing(tmp_path: Path) -> None:
 
 
 async def test_a_state_that_was_never_written_is_empty(tmp_path: Path) -> None:
-    """Where a lock file shows that it was opened, no files at all are an empty state, as for `start()`."""
+    """If there is only a lock file, the state was opened and is empty, as for `start()`."""
     async with Manager(NAME, FileStorage(tmp_path)):
         view = await read_state(NAME, FileStorage(tmp_path))
         assert (len(view), view.revision, view.live) == (0, 0, True)
@@ -251,7 +251,7 @@ def run(change: str, *arguments: str) -> Any:
 
 
 async def test_the_permission_to_read_is_enough(tmp_path: Path) -> None:
-    """A user who may read the files, and can write nothing there, reads a state that runs; starting needs more."""
+    """A user who may only read the files can read a running state, but cannot start it."""
     manager = await some(tmp_path, stop=False)
     for directory in list(tmp_path.parents)[:3]:  # as root, the reader becomes another user
         directory.chmod(directory.stat().st_mode | 0o11)
@@ -284,7 +284,7 @@ check(libc.mount(b"none", directory, None, 0x1021, None))  # MS_BIND | MS_REMOUN
 
 
 async def test_a_read_only_mount_is_read(tmp_path: Path) -> None:
-    """What a ConfigMap, a layer of an image or a CD holds can be read; it cannot be started."""
+    """On a read-only mount, such as a ConfigMap, an image layer or a CD, a state can be read, but not started."""
     await some(tmp_path)
     found = await asyncio.to_thread(run, READ_ONLY, str(tmp_path))
     assert found[:2] == [{"a": 1, "b": [2], "c": 3}, 3]
@@ -315,7 +315,7 @@ def dangling(path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["json", "journal"])
 @pytest.mark.parametrize("make", [fifo, directory, bound_socket, device, dangling], ids=lambda make: make.__name__)
 def test_what_is_no_file_is_refused(make: Callable[[Path], None], suffix: str, tmp_path: Path) -> None:
-    """A FIFO does not make it wait, a device is not read, and a link that leads nowhere is no missing file."""
+    """A FIFO is refused without waiting, a device without reading it, and a broken link is not a missing file."""
     path = tmp_path / f"{NAME}.{suffix}"
     make(path)
     with pytest.raises(UnsupportedError, match=f"{NAME}.{suffix} is "):
@@ -323,7 +323,7 @@ def test_what_is_no_file_is_refused(make: Callable[[Path], None], suffix: str, t
 
 
 def test_a_device_that_comes_between_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was looked up and what was opened may be two; the second is looked at again, and closed."""
+    """A device put in place between the check and the opening is noticed after opening, and closed."""
     path = tmp_path / "file"
     path.touch()
     opened = []
@@ -341,7 +341,7 @@ def test_a_device_that_comes_between_is_not_read(tmp_path: Path, monkeypatch: py
 
 
 async def test_a_link_to_the_files_is_followed(tmp_path: Path) -> None:
-    """A ConfigMap has links in the place of its files."""
+    """Symbolic links to the files are followed, as a ConfigMap has them."""
     await some(tmp_path / "real")
     (tmp_path / "links").mkdir()
     for suffix in ("json", "journal"):
@@ -351,7 +351,10 @@ async def test_a_link_to_the_files_is_followed(tmp_path: Path) -> None:
 
 
 def test_a_long_file_is_read_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel gives two gigabytes at most at once; a file that is cut meanwhile ends early."""
+    """A file is read in several calls, as the kernel returns at most two gigabytes.
+
+    One that is cut meanwhile ends early.
+    """
     path = tmp_path / "file"
     path.write_bytes(b"0123456789")
     file = open_to_read(str(path))
@@ -366,7 +369,7 @@ def test_a_long_file_is_read_in_several_calls(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_error_of_the_disk_is_no_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An I/O error, when reading or when looking a name up, is an `UnavailableError`, and descriptors are closed."""
+    """An I/O error in a read or a lookup is an `UnavailableError`, and descriptors are closed."""
     (tmp_path / f"{NAME}.journal").write_bytes(written(BASE))
 
     def fails(*_: object) -> Any:
@@ -387,7 +390,7 @@ def test_an_error_of_the_disk_is_no_missing_file(tmp_path: Path, monkeypatch: py
 
 
 class Steps:
-    """Called in place of `judge`; before each of the readings it does the next thing to the files."""
+    """A stand-in for `judge` that makes the next change to the files before each reading."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], object]) -> None:
         self.readings = 0
@@ -403,7 +406,7 @@ class Steps:
 
 
 def put(path: Path, data: bytes) -> None:
-    """Put another file in the place of this one, as a writer does."""
+    """Replace a file by another one, as a writer does."""
     new = path.with_name("new")
     new.write_bytes(data)
     new.replace(path)
@@ -414,7 +417,7 @@ def base(data: bytes) -> str:
 
 
 def test_files_replaced_meanwhile_are_read_again_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reading that fits nothing is repeated without a pause, since the names lead elsewhere by now."""
+    """If a file was replaced during a reading that is not accepted, the next reading follows without a pause."""
     old, new = b'{"old":1}', b'{"newer":1}'
     snapshot, log = tmp_path / f"{NAME}.json", tmp_path / f"{NAME}.journal"
     snapshot.write_bytes(new)
@@ -426,7 +429,7 @@ def test_files_replaced_meanwhile_are_read_again_at_once(tmp_path: Path, monkeyp
 
 
 def test_a_snapshot_changed_meanwhile_is_read_again_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot's name may lead to another file, or the file may be another in size or time."""
+    """The same holds if the snapshot was replaced, or has another size or time."""
     old, new = b'{"old":1}', b'{"newer":1}'
     snapshot, log = tmp_path / f"{NAME}.json", tmp_path / f"{NAME}.journal"
     log.write_bytes(written(base(new), ONE))
@@ -439,7 +442,7 @@ def test_a_snapshot_changed_meanwhile_is_read_again_at_once(tmp_path: Path, monk
 
 
 def test_an_old_snapshot_beside_the_next_journal_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`start()` would accept it. A reader must not: the changes between the two would be lost to it."""
+    """An old snapshot with the next journal is not accepted, although `start()` would: the changes between them would be lost."""
     old, new = b'{"old":1}', b'{"newer":1}'
     snapshot, log = tmp_path / f"{NAME}.json", tmp_path / f"{NAME}.journal"
     snapshot.write_bytes(old)
@@ -451,7 +454,7 @@ def test_an_old_snapshot_beside_the_next_journal_is_no_answer(tmp_path: Path, mo
 
 
 def test_files_missing_for_a_moment_are_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No files at all are believed only when they are missing twice; the same goes for the journal alone."""
+    """Missing files are accepted only if they are missing in two readings. The same holds for the journal alone."""
     data = b'{"a":1}'
     snapshot, log = tmp_path / f"{NAME}.json", tmp_path / f"{NAME}.journal"
     Steps(monkeypatch, lambda: put(snapshot, data), lambda: put(log, written(base(data), ONE)))
@@ -461,7 +464,7 @@ def test_files_missing_for_a_moment_are_not_missing(tmp_path: Path, monkeypatch:
 
 
 def test_a_journal_with_the_whole_state_needs_no_snapshot(tmp_path: Path) -> None:
-    """Whatever lies beside it, the state is what the journal holds; nothing else is read."""
+    """If the journal holds the whole state, nothing else is read, whatever the snapshot is."""
     (tmp_path / f"{NAME}.json").mkdir()
     (tmp_path / f"{NAME}.journal").write_bytes(written(ANY_BASE, (FrameKind.FULL, b'{"a":1}'), ONE, tail=TORN))
     reading = read(tmp_path)
@@ -469,7 +472,7 @@ def test_a_journal_with_the_whole_state_needs_no_snapshot(tmp_path: Path) -> Non
 
 
 def test_a_journal_with_the_whole_state_is_damaged(tmp_path: Path) -> None:
-    """It needs no snapshot, and none is looked at: what is wrong is still the same after the pause."""
+    """Damage in a journal with the whole state is accepted in the second reading, without reading a snapshot."""
     log = tmp_path / f"{NAME}.journal"
     log.write_bytes(written(ANY_BASE, ONE))
     (tmp_path / f"{NAME}.json").mkdir()
@@ -478,7 +481,7 @@ def test_a_journal_with_the_whole_state_is_damaged(tmp_path: Path) -> None:
 
 
 def test_a_reading_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the files change at each reading, it gives up after 5 s; when no caller waits, at once."""
+    """If the files change at each reading, it gives up after 5 s. If its caller was cancelled, it ends at once."""
     log = tmp_path / f"{NAME}.journal"
     log.write_bytes(b"0")
     numbers = iter(range(10))
@@ -496,7 +499,7 @@ def test_a_reading_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_a_caller_that_is_cancelled_ends_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its thread does not sit out the pause."""
+    """The thread of a cancelled reading does not wait until the end of its pause."""
     monkeypatch.setattr(_file_reader, "_PAUSE", 1000.0)
     begun = threading.Event()
     Steps(monkeypatch, begun.set)
@@ -515,7 +518,7 @@ async def test_a_caller_that_is_cancelled_ends_the_reading(tmp_path: Path, monke
 
 
 def test_whether_the_lock_is_held_cannot_always_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without `/proc`, in another pid namespace, or where the lock cannot be looked up, the answer is None."""
+    """Without `/proc`, in another pid namespace, or if the lock cannot be looked up, the result is None."""
     lock = tmp_path / "lock"
     assert is_held(str(lock)) is False
     lock.touch()
@@ -538,7 +541,7 @@ def test_whether_the_lock_is_held_cannot_always_be_told(tmp_path: Path, monkeypa
 
 
 class Told:
-    """A storage that gives these readings, one after the other, and the last again and again."""
+    """A storage that returns these readings in turn, and then repeats the last one."""
 
     def __init__(self, *readings: Reading) -> None:
         self.readings = list(readings)
@@ -561,7 +564,7 @@ def record(start: int, end: int, *, value: int = 1) -> bytes:
 
 
 async def test_what_is_durable_ends_before_the_last_records() -> None:
-    """The durable revision is that before the records that may still be lost."""
+    """The durable revision is the one before the records that may still be lost."""
     loaded = await load(NAME, Told(told(None, record(0, 3), record(3, 4), durable=1)))
     assert (loaded.state.revision, loaded.durable_revision) == (4, 3)
     loaded = await load(NAME, Told(told(None, record(0, 3), record(3, 4), durable=2)))
@@ -569,7 +572,7 @@ async def test_what_is_durable_ends_before_the_last_records() -> None:
 
 
 async def test_damage_is_believed_the_second_time() -> None:
-    """A gap or a bad snapshot that is there once may be the reader's own; a journal may grow meanwhile."""
+    """A gap or a bad snapshot is accepted only in a second reading. The journal may grow between the two."""
     gap, whole = told(None, record(0, 1), record(2, 3)), told(None, record(0, 1), record(1, 2))
     storage = Told(gap, whole)
     assert (await load(NAME, storage)).state.revision == 2
@@ -590,7 +593,7 @@ async def test_damage_is_believed_the_second_time() -> None:
 
 
 async def test_a_message_counts_all_records() -> None:
-    """The number of a record in a message is that in the journal, whatever is durable."""
+    """The number of a record in a message counts all records of the journal, durable or not."""
     storage = Told(told(None, record(0, 1), record(1, 2), record(5, 6), durable=2))
     with pytest.raises(CorruptionError, match="before record 3"):
         await load(NAME, storage)
@@ -598,13 +601,13 @@ async def test_a_message_counts_all_records() -> None:
 
 @pytest.mark.parametrize("storage", ["state", Path("state"), FileStorage, None, object()], ids=range(5))
 async def test_a_storage_that_cannot_read(storage: Any) -> None:
-    """A storage that was written before `read` existed, or what is none, is told what is missing."""
+    """For a storage without the method `read`, or something else, the error says what is missing."""
     with pytest.raises(TypeError, match="a storage needs `async def read"):
         await read_state(NAME, storage)
 
 
 async def test_a_manager_needs_no_read() -> None:
-    """A storage without that method still serves a manager."""
+    """A storage without the method `read` still serves a manager."""
 
     class Old:
         def __init__(self) -> None:
@@ -626,7 +629,7 @@ async def test_errors_of_a_storage_reach_the_caller() -> None:
 
 
 async def test_a_state_that_was_never_written_is_not_copied(tmp_path: Path) -> None:
-    """`copy_state` says that there is nothing, and makes nothing in the target."""
+    """`copy_state` of a state without content is an error, and creates nothing in the target."""
     target = MemoryStorage()
     async with Manager("lab", FileStorage(tmp_path)):
         pass

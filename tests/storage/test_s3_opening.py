@@ -134,7 +134,7 @@ def refuse(_: threading.Thread) -> None:
 
 
 async def test_no_thread_for_an_opening(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no thread can be started, opening says so, and leaves nothing open."""
+    """If no thread can be started, the opening is an error that says so, and nothing stays open."""
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(UnavailableError, match="ulimit -u"):
@@ -166,7 +166,7 @@ async def test_no_thread_for_a_write(bucket: Bucket, monkeypatch: pytest.MonkeyP
 
 
 async def test_a_store_whose_answers_disagree(bucket: Bucket, proxy: Proxy) -> None:
-    """A store that refuses to replace what HEAD shows unchanged gets the snapshot a few times, with pauses between."""
+    """If the store refuses to replace a snapshot that HEAD shows unchanged, it is sent a few times, with pauses."""
     storage = bucket.storage(proxy.url)
     session = await storage.open(NAME)
     await session.checkpoint(given(b"before"))

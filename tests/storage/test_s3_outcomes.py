@@ -126,7 +126,7 @@ Q, U, OTHER = '"e1"', "e1", '"e2"'
     ],
 )
 def test_after_look(answer: Verdict, write_id: str | None, etag: str, if_match: str | None, what: Next) -> None:
-    """After an answer that was not a success, what is under the key decides."""
+    """After an answer that was not a success, the object under the key decides."""
     found = None if write_id is None else ObjectInfo(etag, {WRITE_ID: write_id} if write_id else {}, 1)
     assert after_look(answer, found, OURS, if_match) is what
 
@@ -154,18 +154,18 @@ def test_after_look(answer: Verdict, write_id: str | None, etag: str, if_match: 
     ],
 )
 def test_advice(status: int, code: str, words: str) -> None:
-    """What cannot be mended by trying again is told with what to do about it."""
+    """An error that a repetition does not fix says what to do."""
     assert words in advice(Failure(status, code), WRITES)
 
 
 def test_failures_read_well() -> None:
-    """A message shows the status and the store's word, or the kind of error."""
+    """A message has the status and the code of the store, or the class of the exception."""
     assert (str(Failure(503, "SlowDown")), str(Failure(0, "ReadTimeoutError"))) == ("503 SlowDown", "ReadTimeoutError")
     assert (unquoted('"a"'), unquoted("a")) == ("a", "a")
 
 
 def test_names() -> None:
-    """Numbers have twenty digits, so that the store lists them in order; other keys have none."""
+    """Numbers have twenty digits, so the store lists them in order. Other keys have no number."""
     names = Names.of("bucket", "some/prefix", "name")
     assert names.snapshot == "some/prefix/name.json"
     assert names.record(42) == "some/prefix/name.journal/00000000000000000042"
@@ -208,13 +208,13 @@ def test_a_stamp_leaves_a_snapshot_valid() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"a":1}', b"x" * 500, b'{"crc32":"00000000"}'])
 def test_what_is_no_snapshot_of_ours_has_no_stamp(data: bytes) -> None:
-    """Other bytes go through as they are."""
+    """Bytes that do not end as a snapshot of ours are not changed."""
     assert stamped(data, Stamp(1, 1)) == data
     assert stamp_in_body(data, "path") is None
 
 
 def test_stamp_in_metadata() -> None:
-    """The metadata tells the stamp, or that there is none; half of one is damage."""
+    """The metadata have a stamp or none. Half a stamp is damage."""
     assert stamp_in_metadata(Stamp(3, 2).metadata(), "path") == Stamp(3, 2)
     assert stamp_in_metadata({"other": "1"}, "path") is None
     for metadata in (

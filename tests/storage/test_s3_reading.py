@@ -31,7 +31,7 @@ NAME = "lab"
 
 
 async def test_a_running_state_is_read(bucket: Bucket) -> None:
-    """No fence, no probe: the bucket is as it was, and the writer goes on."""
+    """Reading writes no fence and no probe. The bucket stays as it was, and the writer goes on."""
     async with Manager(Config(name=NAME, flush_interval=None), bucket.storage()) as state:
         await state.set("a", 1)
         await state.flush()
@@ -46,7 +46,7 @@ async def test_a_running_state_is_read(bucket: Bucket) -> None:
 
 
 async def test_a_mistyped_name_leaves_nothing_in_the_bucket(bucket: Bucket) -> None:
-    """It is an error, and nothing is written, by reading or by copying."""
+    """Reading or copying a name without a state is an error, and nothing is written."""
     for call in (read_state(NAME, bucket.storage()), copy_state(NAME, bucket.storage(), MemoryStorage())):
         with pytest.raises(UnsupportedError, match=r"there is no state at s3://.*lab\.json: check the name"):
             await call
@@ -54,7 +54,7 @@ async def test_a_mistyped_name_leaves_nothing_in_the_bucket(bucket: Bucket) -> N
 
 
 async def test_a_copy_leaves_its_source_alone(bucket: Bucket, tmp_path: Path) -> None:
-    """A writer on the source is not deposed, no object comes or goes; a mistyped name on disk leaves no file."""
+    """A copy deposes no writer of its source and creates no object there. A mistyped name on disk creates no file."""
     target = MemoryStorage()
     async with Manager(Config(name=NAME, flush_interval=None), bucket.storage()) as state:
         await state.set("a", 1)
@@ -71,7 +71,7 @@ async def test_a_copy_leaves_its_source_alone(bucket: Bucket, tmp_path: Path) ->
 
 
 def first(monkeypatch: pytest.MonkeyPatch, request: str, *, before: Any = None, after: Any = None) -> list[str]:
-    """Call something before or after the first such request; returns what was asked, as it comes."""
+    """Make a call before or after the first request of a kind; return the list of requests, as they come."""
     send, seen = getattr(Requests, request), list[str]()
 
     async def sent(store: Requests, *where: str) -> Any:
@@ -89,7 +89,7 @@ def first(monkeypatch: pytest.MonkeyPatch, request: str, *, before: Any = None, 
 
 
 async def test_a_checkpoint_between_snapshot_and_list(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All records behind the old snapshot are gone from the list. The old snapshot alone would be a loss."""
+    """A checkpoint between the snapshot and the list is noticed. The old snapshot alone would be a loss."""
     async with opened(bucket.storage(), NAME) as session:
         await session.checkpoint(given(b'{"old":1}'))
         for number in range(3):
@@ -101,7 +101,7 @@ async def test_a_checkpoint_between_snapshot_and_list(bucket: Bucket, monkeypatc
 
 
 async def test_a_checkpoint_between_list_and_records(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records that are gone by the time they are fetched were covered; everything is read again."""
+    """If records were deleted before they are fetched, a snapshot covers them, and everything is read again."""
     async with opened(bucket.storage(), NAME) as session:
         await session.commit(b"1", VIEW)
         first(monkeypatch, "sizes", after=lambda: session.checkpoint(given(b'{"new":1}')))
@@ -110,7 +110,7 @@ async def test_a_checkpoint_between_list_and_records(bucket: Bucket, monkeypatch
 
 
 async def test_a_missing_record_is_damage_for_a_reader(bucket: Bucket) -> None:
-    """While the snapshot stays the same, a gap is one; nothing is written for that."""
+    """A gap is damage while the snapshot stays the same, and nothing is written."""
     async with opened(bucket.storage(), NAME) as session:
         for number in range(3):
             await session.commit(b"%d" % number, VIEW)
@@ -123,7 +123,7 @@ async def test_a_missing_record_is_damage_for_a_reader(bucket: Bucket) -> None:
 
 
 async def test_a_snapshot_replaced_again_and_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that never finds the snapshot that it has read gives up after half a minute."""
+    """A reader gives up after half a minute if the snapshot is replaced during each reading."""
     bucket.put(f"state/modules/{NAME}.json", b'{"a":1}')
     etags = itertools.count()
 
@@ -136,7 +136,7 @@ async def test_a_snapshot_replaced_again_and_again(bucket: Bucket, monkeypatch: 
 
 
 async def test_a_snapshot_put_there_by_hand_is_read(bucket: Bucket) -> None:
-    """It says neither what it covers nor at which revision it is."""
+    """A snapshot without a stamp is read. It says neither what it covers nor its revision."""
     bucket.put(f"state/modules/{NAME}.json", b'{"a":1}')
     view = await read_state(NAME, bucket.storage())
     assert (await view.get_all(), view.revision) == ({"a": 1}, 0)
@@ -144,7 +144,7 @@ async def test_a_snapshot_put_there_by_hand_is_read(bucket: Bucket) -> None:
 
 @pytest.mark.parametrize("again", [False, True])
 async def test_a_reading_cancelled_anywhere(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, *, again: bool) -> None:
-    """Cancelled at any request, and once more while that is undone, it leaves no task, thread or connection."""
+    """A reading that is cancelled at any request, and once more later, leaves no task, thread or connection."""
     close, closed = Requests.aclose, list[Requests]()
 
     async def closed_slowly(store: Requests) -> None:

@@ -49,7 +49,7 @@ async def listening(serve: Serve, context: ssl.SSLContext | None = None) -> Asyn
 
 
 def certificate(directory: Path, *, host: str = "127.0.0.1", days: int = 2) -> ssl.SSLContext:
-    """Make a certificate that signs itself, in `directory / "cert.pem"`; what a server needs of it."""
+    """Write a self-signed certificate to `directory / "cert.pem"`; return the TLS settings of a server with it."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "store")])
     end = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
@@ -107,7 +107,7 @@ async def passed_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
 async def test_a_bad_certificate(  # noqa: PLR0917
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, days: int, words: str, *, trusted: bool
 ) -> None:
-    """A certificate that is not accepted is told at once, with the reason and what to do."""
+    """A certificate that is not accepted is an error at once, with the reason and the remedy."""
     context = certificate(tmp_path, host=host, days=days)
     if trusted:
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "cert.pem"))
@@ -119,7 +119,7 @@ async def test_a_bad_certificate(  # noqa: PLR0917
 
 
 async def test_a_good_certificate(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the authority's file in `AWS_CA_BUNDLE`, as the message says, the state opens."""
+    """With the file of the authority in `AWS_CA_BUNDLE`, as the message says, the state opens."""
     context = certificate(tmp_path)
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "cert.pem"))
     async with listening(passed_on, context) as port:
@@ -129,14 +129,14 @@ async def test_a_good_certificate(bucket: Bucket, tmp_path: Path, monkeypatch: p
 
 
 async def test_a_ca_bundle_that_is_missing(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that the settings name, and that is not there, is told at once."""
+    """A missing file that the settings name is an error at once."""
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "none.pem"))
     with pytest.raises(UnsupportedError, match="a file that the settings name"):
         await bucket.storage("https://127.0.0.1:1").open(NAME)
 
 
 async def test_tls_where_there_is_none(bucket: Bucket) -> None:
-    """An endpoint with https at a server that speaks http is told at once."""
+    """An endpoint with https at a server without TLS is an error at once."""
     with pytest.raises(UnsupportedError, match="http or https"):
         await bucket.storage(endpoint().replace("http:", "https:")).open(NAME)
 
@@ -152,7 +152,7 @@ async def test_tls_where_there_is_none(bucket: Bucket) -> None:
 async def test_a_password_of_a_proxy(
     bucket: Bucket, caplog: pytest.LogCaptureFixture, status: int, kind: type[StorageError], words: str
 ) -> None:
-    """What a proxy answers is told without the proxy's password, in no message, traceback or log line."""
+    """The error for a refusal of a proxy has its status. Its password is in no message, traceback or log line."""
     caplog.set_level(logging.DEBUG, "lab_state")
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -169,7 +169,7 @@ async def test_a_password_of_a_proxy(
 
 
 async def test_a_proxy_that_is_not_there(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
-    """A proxy that does not answer is tried for half a minute, and told with the system's word for it."""
+    """A proxy that does not answer is tried for half a minute. The error has the text of the system."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         config = AioConfig(proxies={"http": f"http://me:{SECRET}@127.0.0.1:{taken.getsockname()[1]}"})
@@ -180,14 +180,14 @@ async def test_a_proxy_that_is_not_there(bucket: Bucket, caplog: pytest.LogCaptu
 
 
 async def test_a_host_that_is_not_known(bucket: Bucket) -> None:
-    """A host without an address is tried for half a minute, and told as that."""
+    """A host without an address is tried for half a minute. The error says that."""
     with pytest.raises(UnavailableError, match="the name of the host is not known"):
         await bucket.storage("http://s3.invalid").open(NAME)
 
 
 @pytest.mark.parametrize("url", [f"https://me:{SECRET}@", f"https://me:{SECRET}@127.0.0.1:1/x y", "http://"])
 async def test_an_endpoint_of_the_environment(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """An endpoint in the environment that will not do is told without being quoted."""
+    """The error for a bad endpoint in the environment does not quote it."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     storage = S3Storage(bucket.name, region_name="us-east-1")
     storage._time = bucket.storage()._time
@@ -197,14 +197,14 @@ async def test_an_endpoint_of_the_environment(bucket: Bucket, monkeypatch: pytes
 
 
 async def test_a_region_that_is_none(bucket: Bucket) -> None:
-    """A region that cannot be one is told at once."""
+    """An invalid region is an error at once."""
     storage = S3Storage(bucket.name, endpoint_url=endpoint(), region_name="not a region")
     with pytest.raises(UnsupportedError, match="InvalidRegionError: the settings"):
         await storage.open(NAME)
 
 
 async def test_settings_that_cannot_be_read(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged file of settings is told at once."""
+    """A damaged settings file is an error at once."""
     (tmp_path / "config").write_text(f"[default\naws_secret_access_key = {SECRET}\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     with pytest.raises(UnsupportedError, match="settings") as caught:
@@ -214,7 +214,7 @@ async def test_settings_that_cannot_be_read(bucket: Bucket, tmp_path: Path, monk
 
 @pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (503, "SlowDown"), (412, "PreconditionFailed")])
 async def test_no_exception_of_the_client_is_chained(bucket: Bucket, proxy: Proxy, status: int, code: str) -> None:
-    """An error has no cause and no context but errors of ours, whatever the store answered."""
+    """The cause and the context of an error are errors of ours or none, whatever the store answered."""
     session = await bucket.storage(proxy.url).open(NAME)
     proxy.plan("PUT", ".journal", answers(status, code), times=float("inf"))
     if status == 412:
@@ -239,7 +239,7 @@ async def test_no_exception_of_the_client_is_chained(bucket: Bucket, proxy: Prox
     ],
 )
 def test_credentials_in_an_argument(bucket_name: str, arguments: dict[str, str]) -> None:
-    """A URL with a password where none belongs is refused without being quoted."""
+    """A URL with a password in the wrong argument is refused without being quoted."""
     with pytest.raises(ValueError, match=r".") as caught:
         S3Storage(bucket_name, **arguments)
     assert SECRET not in text_of(caught.value)

@@ -68,7 +68,7 @@ async def test_a_result_and_an_error_come_back(worker: Worker) -> None:
 
 
 async def test_calls_follow_each_other_in_order(worker: Worker) -> None:
-    """However they were handed in."""
+    """The calls of a worker are made in the order in which they were handed in."""
     seen: list[int] = []
     first, second = worker.run(seen.append, 1), worker.submit(seen.append, 2)
     await worker.run(seen.append, 3)
@@ -78,7 +78,7 @@ async def test_calls_follow_each_other_in_order(worker: Worker) -> None:
 
 
 async def test_an_answer_that_came_before_it_is_awaited_is_there(worker: Worker) -> None:
-    """The caller does not wait for a result that is there."""
+    """A result that came before it is awaited is returned at once."""
     answer = worker.run(int, "7")
     await worker.run(int, "8")
     assert answer.done()
@@ -86,7 +86,7 @@ async def test_an_answer_that_came_before_it_is_awaited_is_there(worker: Worker)
 
 
 async def test_a_submitted_call_that_fails_says_so(worker: Worker) -> None:
-    """Its future has the exception, and the thread goes on."""
+    """The future of a submitted call that fails has the exception, and the thread goes on."""
     failed = worker.submit(lambda: 1 / 0)
     assert isinstance(failed.exception(1), ZeroDivisionError)
     assert worker.submit(int, "7").result(1) == 7
@@ -94,7 +94,7 @@ async def test_a_submitted_call_that_fails_says_so(worker: Worker) -> None:
 
 @pytest.mark.parametrize("how", ["run", "submit"])
 async def test_cancelled_before_its_turn_it_is_not_called(worker: Worker, how: str) -> None:
-    """The result is no longer wanted."""
+    """A call that is cancelled before it starts is not made."""
     gate, called = threading.Event(), threading.Event()
     busy = worker.submit(gate.wait)
 
@@ -116,7 +116,7 @@ async def test_cancelled_before_its_turn_it_is_not_called(worker: Worker, how: s
 
 
 async def test_cancelled_later_it_goes_on_and_nobody_is_told(worker: Worker) -> None:
-    """The caller goes on at once; the result is dropped."""
+    """A call that is cancelled after it started goes on. Its caller continues at once, and the result is dropped."""
     begun, gate, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
@@ -139,7 +139,7 @@ async def test_cancelled_later_it_goes_on_and_nobody_is_told(worker: Worker) -> 
 
 
 def test_an_answer_for_a_loop_that_is_closed_is_dropped(worker: Worker) -> None:
-    """The thread goes on."""
+    """The result for a closed event loop is dropped, and the thread goes on."""
     gate = threading.Event()
 
     async def leave() -> None:
@@ -151,7 +151,7 @@ def test_an_answer_for_a_loop_that_is_closed_is_dropped(worker: Worker) -> None:
 
 
 def test_a_worker_that_was_told_to_end(threads: Threads) -> None:
-    """What was handed in before is done; afterwards nothing is taken, and the thread ends with the last worker."""
+    """After `shutdown` earlier calls are made and new ones are refused. The thread ends with the last worker."""
     worker, other = Worker(threads), Worker(threads)
     gate, _ = held([worker])
     last = worker.submit(int, "7")
@@ -167,7 +167,7 @@ def test_a_worker_that_was_told_to_end(threads: Threads) -> None:
 
 
 def test_threads_end_when_nobody_has_a_worker(threads: Threads) -> None:
-    """A session that was dropped leaves no thread behind."""
+    """Workers that were collected without `shutdown` leave no thread behind."""
     worker = Worker(threads)
     worker.submit(int).result(10)
     (thread,) = running()
@@ -178,7 +178,10 @@ def test_threads_end_when_nobody_has_a_worker(threads: Threads) -> None:
 
 
 def test_threads_end_when_they_are_idle(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but one, which stays as long as there is a worker: then a limit of processes keeps nothing from its end."""
+    """Idle threads end, except one that stays as long as there is a worker.
+
+    So a limit of processes prevents no close.
+    """
     monkeypatch.setattr(_worker, "_IDLE_SECONDS", 0.01)
     workers = [Worker(threads) for _ in range(5)]
     gate, futures = held(workers)
@@ -196,7 +199,7 @@ def test_threads_end_when_they_are_idle(threads: Threads, monkeypatch: pytest.Mo
 
 
 def test_many_workers_share_few_threads(threads: Threads) -> None:
-    """With every thread busy a worker waits for its turn, and none is forgotten."""
+    """If all threads are busy, a worker waits for its turn. Each one gets it."""
     workers = [Worker(threads) for _ in range(100)]
     gate, futures = held(workers[: _worker._MOST])
     waiting = [worker.submit(int, "7") for worker in workers for _ in range(2)]
@@ -211,7 +214,7 @@ def test_many_workers_share_few_threads(threads: Threads) -> None:
 
 
 def test_a_call_that_hangs_holds_up_its_own_worker_alone(threads: Threads) -> None:
-    """The others go on, in as many threads as they need."""
+    """A call that hangs blocks only its own worker. The others go on, in as many threads as they need."""
     stuck, other = Worker(threads), Worker(threads)
     gate, _ = held([stuck])
     behind = stuck.submit(int, "8")
@@ -224,7 +227,7 @@ def test_a_call_that_hangs_holds_up_its_own_worker_alone(threads: Threads) -> No
 
 
 def test_a_worker_with_much_to_do_lets_others_in(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one thread for two workers they take turns."""
+    """Two workers that share one thread take turns."""
     monkeypatch.setattr(_worker, "_MOST", 1)
     first, second = Worker(threads), Worker(threads)
     seen: list[str] = []
@@ -239,7 +242,7 @@ def test_a_worker_with_much_to_do_lets_others_in(threads: Threads, monkeypatch: 
 
 
 def test_a_thread_that_cannot_be_started(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is an UnavailableError where there is none; where there is one, it does what is to be done, later."""
+    """If no thread can be started, a call is an UnavailableError. If there is one already, it makes the call later."""
     first, second = Worker(threads), Worker(threads)
 
     def refused(_: threading.Thread) -> None:
@@ -282,7 +285,10 @@ def test_the_interpreter_ends_although_a_call_hangs() -> None:
 
 
 def test_waiting_for_a_thread_counts_the_calls_of_others(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While all threads are busy, each call that ends counts as progress of the workers that wait; a call that hangs does not."""
+    """While all threads are busy, each call that ends counts as progress of the waiting workers.
+
+    A call that hangs does not.
+    """
     monkeypatch.setattr(_worker, "_MOST", 1)
     workers = [Worker(threads) for _ in range(3)]
     first, _ = held(workers[:1])
@@ -309,7 +315,10 @@ def test_waiting_for_a_thread_counts_the_calls_of_others(threads: Threads, monke
 
 
 async def test_a_state_that_waits_for_a_thread_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The progress of its session grows with what other states do, so `stop()` goes on; it does not where they hang."""
+    """While a session waits for a thread, calls of other states are its progress, so `stop()` goes on.
+
+    If they hang, it ends.
+    """
     monkeypatch.setattr(_worker, "_MOST", 1)
     storage = FileStorage(tmp_path)
     session = await storage.open("lab")
