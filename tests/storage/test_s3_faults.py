@@ -534,7 +534,7 @@ async def test_a_failed_deletion_is_made_up_for(bucket: Bucket, proxy: Proxy, ca
     proxy.plan("POST", "?delete", answers(503, "SlowDown"), times=FOREVER)
     await session.checkpoint(given(b"a"))
     proxy.end_plans()
-    assert "stays until the next checkpoint" in caplog.text
+    assert "stay until the next checkpoint" in caplog.text
     assert session.warning is None
     assert session.journal_bytes == 0
     assert sum(bucket.keys(JOURNAL).values()) > 0
