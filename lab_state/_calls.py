@@ -44,9 +44,9 @@ class Calls(Writing):
     be flushed anyway does not check the loop.
 
     A call whose name ends in `_nowait` is the same call without `await`, for callbacks and other
-    synchronous code on the event loop. Reads never wait, so each has such a twin. A write has one
-    if it may touch memory alone: `set`, `delete` and `update`. The twin of a write becomes durable
-    with the next flush, as the write itself does.
+    synchronous code on the event loop. Reads never wait, so each has such a twin; that of `exists`
+    is `in`. Three writes have one: `set`, `delete` and `update`. It changes memory and returns, and
+    its change becomes durable with the next flush.
     """
 
     __slots__ = ()
@@ -61,6 +61,11 @@ class Calls(Writing):
     async def pop(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
     async def pop(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
         """Delete a key and return its value, or `default` if it is missing.
+
+        Args:
+            key: The key.
+            default: The result when the key is missing; see `get`.
+            type: What to decode the value as; see `get`.
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
@@ -396,7 +401,7 @@ def at_once(coroutine: Coroutine[Any, Any, R]) -> R:
     except StopIteration as stop:
         result: R = stop.value
         return result
-    raise AssertionError("a call that never waits waited")
+    raise AssertionError("the call had to wait")
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

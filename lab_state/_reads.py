@@ -27,7 +27,7 @@ class Reads(Handle):
     """The calls that change nothing.
 
     Each call has a twin whose name ends in `_nowait`: the same call, without `await`, for callbacks
-    and other synchronous code on the event loop. `exists` has `in` for it.
+    and other synchronous code on the event loop. The twin of `exists` is `in`.
     """
 
     __slots__ = ("_core", "_prefix")
@@ -45,7 +45,7 @@ class Reads(Handle):
         self._check_open()
         if not self._prefix:
             return self._core.state.count()
-        return len(self.keys_nowait(""))
+        return len(self._keys(""))
 
     def __bool__(self) -> Literal[True]:
         """Return True: an empty state is a state too."""
@@ -85,7 +85,7 @@ class Reads(Handle):
         """
         if default is not MISSING and default is not None:
             check_default(default)
-        # `_get`, written out: the cost of one more call can be measured here.
+        # `_get`, written out: the benchmark shows the cost of one more call.
         try:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
@@ -96,7 +96,7 @@ class Reads(Handle):
             try:
                 value = decode_json(stored)
             except NOT_JSON:
-                return self._decode(key, stored, default, type)  # which says so
+                return self._decode(key, stored, default, type)  # it raises the error
             if kind is Raw and value.__class__ in SCALARS:
                 self._core.state.keep_decoded(self._prefix + key, stored, value)
             return value
@@ -111,7 +111,7 @@ class Reads(Handle):
     @overload
     def get_nowait(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
     def get_nowait(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
-        """Return what `get` returns, as a plain call; see `get`."""
+        """Return the value of a key, as a plain call; see `get`."""
         check_default(default)
         return self._get(key, default, type)
 
@@ -128,7 +128,7 @@ class Reads(Handle):
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
-            TypeError: `keys` is one `str`, or no iterable; or see `get`.
+            TypeError: `keys` is one `str`, or is not iterable; or see `get`.
         """
         return self.get_many_nowait(keys, type=type)
 
@@ -137,7 +137,7 @@ class Reads(Handle):
     @overload
     def get_many_nowait(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
     def get_many_nowait(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
-        """Return what `get_many` returns, as a plain call; see `get_many`."""
+        """Return several keys with their values, as a plain call; see `get_many`."""
         self._check_open()
         return self._all(many_keys(keys), type)
 
@@ -165,8 +165,8 @@ class Reads(Handle):
     @overload
     def get_all_nowait(self, prefix: str = ..., *, type: Any = ...) -> dict[str, Any]: ...
     def get_all_nowait(self, prefix: str = "", *, type: Any = Any) -> dict[str, Any]:
-        """Return what `get_all` returns, as a plain call; see `get_all`."""
-        return self._all(self.keys_nowait(prefix), type)
+        """Return each key that starts with `prefix`, with its value, as a plain call; see `get_all`."""
+        return self._all(self._keys(prefix), type)
 
     async def exists(self, key: str) -> bool:
         """Return whether the key is there."""
@@ -183,13 +183,11 @@ class Reads(Handle):
         Raises:
             TypeError: `prefix` is not a `str`.
         """
-        return self.keys_nowait(prefix)
+        return self._keys(prefix)
 
     def keys_nowait(self, prefix: str = "") -> list[str]:
-        """Return what `keys` returns, as a plain call; see `keys`."""
-        self._check_open()
-        names, cut = self._core.state.names(self._under(prefix)), len(self._prefix)
-        return [name[cut:] for name in names] if cut else names
+        """Return each key that starts with `prefix`, as a plain call; see `keys`."""
+        return self._keys(prefix)
 
     @overload
     async def expires_in(self, key: str) -> float | None: ...
@@ -212,7 +210,7 @@ class Reads(Handle):
     @overload
     def expires_in_nowait(self, key: str, default: T) -> float | T | None: ...
     def expires_in_nowait(self, key: str, default: object = MISSING) -> object:
-        """Return what `expires_in` returns, as a plain call; see `expires_in`."""
+        """Return the seconds until a key expires, as a plain call; see `expires_in`."""
         if key not in self:
             return self._missing(key, default)
         at = self._expiry(key)
@@ -240,7 +238,7 @@ class Reads(Handle):
             try:
                 value = decode_json(stored)
             except NOT_JSON:
-                return self._decode(key, stored, default, type_)  # which says so
+                return self._decode(key, stored, default, type_)  # it raises the error
             if kind is Raw and value.__class__ in SCALARS:
                 self._core.state.keep_decoded(self._prefix + key, stored, value)
             return value
@@ -258,7 +256,7 @@ class Reads(Handle):
         return found
 
     def _missing(self, key: object, default: object, type_: Any = Any) -> Any:
-        """Return the default for a key that was not found, or raise what is wrong with the key or the call."""
+        """Return the default for a key that was not found, or raise an error about the key or the call."""
         if key.__class__ is not str and isinstance(key, str):
             return self._get(str.__str__(key), default, type_)  # a class of its own may have changed the prefix
         self._check_open()
@@ -295,8 +293,14 @@ class Reads(Handle):
     def _check_open(self) -> None:
         self._core.check_open()
 
+    def _keys(self, prefix: str) -> list[str]:
+        """Return each key that starts with a prefix."""
+        self._check_open()
+        names, cut = self._core.state.names(self._under(prefix)), len(self._prefix)
+        return [name[cut:] for name in names] if cut else names
+
     def _under(self, prefix: object) -> str:
-        """Return a prefix with this one before it."""
+        """Return a prefix as it is in the whole state."""
         return self._prefix + check_prefix(prefix)
 
     def _nested(self, name: str) -> str:

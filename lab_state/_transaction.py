@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class _Live:
-    """The present entries of a state, which may be another object after each call."""
+    """The entries of a state. Each call asks the state, because another object may hold them by then."""
 
     __slots__ = ("_state",)
 
@@ -51,7 +51,7 @@ class _Entries(Layer):
 
 
 class Draft(State):
-    """A state over another state, which nothing else changes as long as the draft exists.
+    """A state on top of another state, its base. Nothing else changes the base while the draft exists.
 
     `changes` is the top layer of `entries` too, so one store changes both. `revision` is the
     revision that the commit will make.

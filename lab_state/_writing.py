@@ -62,7 +62,7 @@ class Writing(Reads):
         core = self._core
         if ttl is not None or core.blocked:
             return await self._put(key, value, ttl)
-        # `encode_value` and `State.apply` are written out: the cost of two more calls can be measured here.
+        # `encode_value` and `State.apply` are written out: the benchmark shows the cost of two more calls.
         try:
             if value.__class__ is dict or value.__class__ is list:
                 try:
@@ -143,11 +143,11 @@ class Writing(Reads):
 
         Args:
             key: The key.
-            ttl: How long the key lives from now on; see `set`. `None`: it never expires.
+            ttl: How long the key lives from now on; see `set`. With `None` it never expires.
 
         Raises:
             InvalidValueError: `ttl` is out of bounds.
-            TypeError: `ttl` is neither a number nor a `timedelta`, nor `None`.
+            TypeError: `ttl` is not a number, a `timedelta` or `None`.
             StorageError: With a `flush_interval` of 0: not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -174,7 +174,7 @@ class Writing(Reads):
         """Delete those of the keys that are there, as one change, and return how many were there.
 
         Raises:
-            TypeError: `keys` is one `str`, or no iterable.
+            TypeError: `keys` is one `str`, or is not iterable.
             StorageError: With a `flush_interval` of 0: not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -199,7 +199,7 @@ class Writing(Reads):
         """
         prefix = check_prefix(prefix)
         await self._turn()
-        keys = self.keys_nowait(prefix) if self._prefix or prefix else None
+        keys = self._keys(prefix) if self._prefix or prefix else None
         if keys is None:
             state = self._core.state
             before, count = state.revision, state.clear()

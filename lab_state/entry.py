@@ -55,12 +55,11 @@ class Entry(Handle, Generic[T]):
 
     async def get(self) -> T:
         """Return the value, or the default."""
-        return self.get_nowait()
+        return self._or_default(await self._calls.get(self._key, self._asked, type=self._type))
 
     def get_nowait(self) -> T:
         """Return the value, or the default, as a plain call; see `Manager.get_nowait`."""
-        found = self._calls.get_nowait(self._key, self._asked, type=self._type)
-        return self._or_default(found)
+        return self._or_default(self._calls.get_nowait(self._key, self._asked, type=self._type))
 
     async def exists(self) -> bool:
         """Return whether the key is there."""
@@ -77,7 +76,7 @@ class Entry(Handle, Generic[T]):
             default: What to return when the key is missing. The default of the entry is a
                 value, so it is not used here.
         """
-        return self._calls.expires_in_nowait(self._key, default)
+        return await self._calls.expires_in(self._key, default)
 
     @overload
     def expires_in_nowait(self) -> float | None: ...

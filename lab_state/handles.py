@@ -102,16 +102,16 @@ class Scope(Calls):
     def watch(self, prefix: str = "", *, durable: bool = False) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """Iterate over the keys that change from now on.
 
-        Open the watch first, then read the state: each later change is told. A slow reader is
-        told only the last change of each key. If more than 10,000 keys wait to be told, or more
-        than 10,000 keys were deleted at once, one `resync` is told instead: read the state
+        Open the watch first, then read the state: so no later change is missed. A slow reader
+        gets only the last change of each key. If more than 10,000 keys are waiting for it, or
+        more than 10,000 keys were deleted at once, it gets one `resync` instead: read the state
         again. The iteration ends when the manager stops or the block is left, after the changes
-        that were still waiting. One task reads it.
+        that were still waiting. Only one task may read it.
 
         Args:
             prefix: How the keys begin; an empty one means all keys.
-            durable: Whether to tell a change only when it is durable. A change that was not
-                durable when the watch was opened is then told too.
+            durable: Whether a change is reported only when it is durable. Then a change that
+                was made before the watch was opened, but was not durable yet, is reported too.
 
         Raises:
             TypeError: The prefix is not a `str`.

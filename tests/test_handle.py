@@ -34,6 +34,7 @@ async def in_phase(phase: str) -> AsyncIterator[tuple[Manager, dict[str, Any]]]:
         "namespace": state.namespace("a"),
         "entry": state.entry("n", int, default=0),
         "blocking": state.blocking,
+        "blocking entry": state.blocking.entry("n", int, default=0),
         "reader": cache.reader("x"),
     }
     if phase != "new":
@@ -99,6 +100,7 @@ async def test_a_call_can_be_patched_on_one_object(monkeypatch: pytest.MonkeyPat
         with monkeypatch.context() as patched:
             patched.setattr(state, "get", mock.AsyncMock(return_value="patched"))
             assert (await state.get("k"), await other.get("k")) == ("patched", 2)
+            assert await state.entry("k", str).get() == "patched"
         assert await state.get("k") == 1
         entry, namespace = state.entry("k", int), state.namespace("a")
         for target in (entry, namespace, state.blocking):
