@@ -1,4 +1,4 @@
-"""Plain integers that a monitoring system reads now and then."""
+"""`Metrics`: counts for a monitoring system, and the counters that they are read from."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts since the manager was made, over restarts.
+    """Counts since the manager was created. A restart does not reset them.
 
     Attributes:
-        operations: How often, by operation and status, `success` or `error`. `set`:
-            values stored, and those refused. `get`: only those that failed, since the
-            key was missing, without a default, or the value of another type; to count
-            the others would cost as much as they do. `delete`: keys deleted.
-            `expire`: keys swept after their time. `flush`: commits, and those that failed. With
-            a cache, `mirror`: steps brought to it, and attempts that failed; `fill`: how often
-            it was filled anew.
-        flush_seconds: How long all commits that succeeded took, together.
-        flush_buckets: How many of them took up to so many seconds: bound and count,
-            each count with those before it; the last bound is infinity.
+        operations: The number of operations, by name and status (`success` or `error`).
+            `set`: values stored, and values refused. `get`: only calls that failed, because
+            the key was missing without a default, or the value had another type. Counting
+            the other calls would cost as much as the calls. `delete`: keys deleted.
+            `expire`: expired keys removed. `flush`: commits, and commits that failed. With a
+            cache, also `mirror`: steps sent to it, and attempts that failed; and `fill`: how
+            often the whole state was copied to it.
+        flush_seconds: The time that all successful commits took together, in seconds.
+        flush_buckets: A histogram of these times. Each pair is a bound in seconds and the
+            number of commits that took at most that long. The last bound is infinity.
     """
 
     operations: dict[tuple[str, str], int]
@@ -33,7 +33,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters:
-    """What is counted outside the state, and what states that are gone have counted."""
+    """The counts of calls that the state does not count itself, and the counts of earlier starts."""
 
     __slots__ = ("deletes", "expiries", "get_errors", "set_errors", "sets")
 
@@ -46,7 +46,7 @@ class Counters:
 
 
 class MirrorCounts:
-    """What was brought to a cache, and how often it failed."""
+    """The steps and fills of a mirror, and the attempts that failed."""
 
     def __init__(self) -> None:
         self.steps: int = 0
@@ -55,7 +55,7 @@ class MirrorCounts:
 
 
 class FlushTimes:
-    """How long commits took, and how many failed."""
+    """The times of successful commits, and the number of failed ones."""
 
     def __init__(self) -> None:
         self.failures: int = 0
@@ -63,23 +63,23 @@ class FlushTimes:
         self._counts = [0] * len(_BOUNDS)
 
     def add(self, seconds: float) -> None:
-        """One succeeded."""
+        """Add a successful commit."""
         self.seconds += seconds
         self._counts[bisect_left(_BOUNDS, seconds)] += 1
 
     @property
     def successes(self) -> int:
-        """How many succeeded."""
+        """The number of successful commits."""
         return sum(self._counts)
 
     @property
     def buckets(self) -> tuple[tuple[float, int], ...]:
-        """Bounds and cumulative counts."""
+        """The bounds and the cumulative counts."""
         return tuple(zip(_BOUNDS, itertools.accumulate(self._counts), strict=True))
 
 
 def metrics(counters: Counters, flushes: FlushTimes, mirror: MirrorCounts | None) -> Metrics:
-    """What there is to tell."""
+    """Return the counts as `Metrics`."""
     mirrored = {} if mirror is None else _mirrored(mirror)
     return Metrics(
         operations={

@@ -1,4 +1,4 @@
-"""`Status` and `MirrorStatus`: what a manager and its mirror look like at one moment."""
+"""`Status` and `MirrorStatus`: the state of health of a manager and of its mirror."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Phase = Literal["new", "starting", "running", "stopping", "stopped"]
 
 
 class MirrorStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What the copy in a cache looks like at one moment.
+    """The state of a mirror at one moment.
 
     Attributes:
-        up: Whether the cache answers and the copy is kept up to date. False while the
+        up: Whether the cache answers and the mirror is kept up to date. False while the
             manager does not run.
-        revision: The revision of the copy; `None` while it is not known.
+        revision: The revision of the mirror; `None` while it is not known.
         error: The error of the last attempt to bring changes to the cache; `None` when that
             attempt succeeded. The manager tries again by itself.
     """
@@ -29,10 +29,10 @@ class MirrorStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """What a manager looks like at one moment.
+    """The state of a manager at one moment.
 
     Attributes:
-        phase: Whether it is new, starting, running, stopping or stopped.
+        phase: `new`, `starting`, `running`, `stopping` or `stopped`.
         keys: The number of keys; 0 after `stop()`, when they are no longer in memory.
         revision: The number of the last change.
         durable_revision: Every change up to this revision is durable.
@@ -54,8 +54,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         task_failure: Which task of the manager has ended before `stop()`, and why;
             `None` while all of them run. Without its flush task a manager refuses every
             write with `UnavailableError`; `stop()` still flushes. Without the mirror's
-            task the copy in the cache is no longer kept up to date.
-        mirror: The copy in the cache; `None` if the manager has no cache.
+            task the mirror is no longer kept up to date.
+        mirror: The mirror in the cache; `None` if the manager has no cache.
     """
 
     phase: Phase

@@ -235,7 +235,7 @@ class Watchers:
             turn[key] = (changed, revision)
 
     def committed(self, taken: ChangeSet) -> bool:
-        """Queue changes that became durable. Return whether a reference to them is kept."""
+        """Add changes that became durable to the queue. Return whether a reference to them is kept."""
         if self._durable:
             if taken.cleared:
                 self._queue.append((self._durable, taken.end))

@@ -112,7 +112,7 @@ class FencedError(StorageError):
 
 
 class CorruptionError(StorageError):
-    """What is stored is damaged: restore it. It was left untouched, and is never treated as empty.
+    """The stored state is damaged: restore it. It was left untouched, and is never treated as empty.
 
     Attributes:
         path: The file or object.
