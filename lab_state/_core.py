@@ -33,13 +33,13 @@ _INSIDE: ContextVar[tuple[OpenTransaction, ...]] = ContextVar("lab_state transac
 """The transactions that the present task is inside of, or was started inside of."""
 
 
-class Core:
-    """The state, and the transaction, that a manager shares with its handles.
+class CallCore:
+    """The part of a core that calls use. A manager, a transaction and a `StateView` have one each.
 
     Attributes:
         name: The name of the state.
-        state: The state. It is an empty one before `start()` and after `stop()`. So a call
-            that finds its key in it knows that the manager is running.
+        state: The state. For a manager, it is an empty one before `start()` and after `stop()`. So a
+            call that finds its key in it knows that the manager is running.
         transaction: The transaction that is open; `None` if none is. Writers wait for it.
         blocked: Whether a writer must call `turn` first: a transaction is open, or no
             change can become durable. Otherwise a writer does not need the lock, because
@@ -48,35 +48,52 @@ class Core:
         has_followup: True if a write must notify watchers, drop an expiry or wait for
             durability.
         timed: Whether any key may expire.
-        is_inherited: Whether this is a forked child of the process that the manager runs
-            in.
+        write_through: Whether a write waits for durability.
     """
 
-    __slots__ = (
-        "_durability",
-        "_lock",
-        "_released",
-        "_watchers",
-        "blocked",
-        "counters",
-        "has_followup",
-        "is_inherited",
-        "name",
-        "state",
-        "timed",
-        "transaction",
-        "write_through",
-    )
+    __slots__ = ("blocked", "counters", "has_followup", "name", "state", "timed", "transaction", "write_through")
 
-    def __init__(self, name: str, closed: State) -> None:
-        self.counters: Counters = Counters()
+    def __init__(self, name: str, state: State, counters: Counters) -> None:
+        """Take the state; nothing blocks writers, and a write has no more to do."""
         self.name: str = name
-        self.state: State = closed
+        self.state: State = state
+        self.counters: Counters = counters
         self.transaction: OpenTransaction | None = None
         self.blocked: bool = False
         self.has_followup: bool = False
         self.timed: bool = False
         self.write_through: bool = False
+
+    @property
+    def durability(self) -> Durability:
+        """The durability of the running state.
+
+        Raises:
+            LabStateError: There is none; the error says why.
+        """
+        raise NotImplementedError
+
+    def check_open(self) -> None:
+        """Raise a `LabStateError` unless calls are allowed."""
+        _ = self.durability  # raises it
+
+    async def turn(self) -> None:
+        """Wait until the caller may write. Called only if `blocked` is set."""
+        raise NotImplementedError
+
+
+class Core(CallCore):
+    """The state, and the transaction, that a manager shares with its handles.
+
+    Attributes:
+        is_inherited: Whether this is a forked child of the process that the manager runs
+            in.
+    """
+
+    __slots__ = ("_durability", "_lock", "_released", "_watchers", "is_inherited")
+
+    def __init__(self, name: str, closed: State) -> None:
+        super().__init__(name, closed, Counters())
         self.is_inherited: bool = False
         self._watchers = Watchers(closed)
         self._lock = asyncio.Lock()
@@ -195,8 +212,8 @@ class Core:
 
     def check_open(self) -> None:
         """Raise a `ClosedError` unless the manager is running."""
-        if self._durability is None:
-            _ = self.durability  # which raises it
+        if self._durability is None:  # as in `durability`, without the cost of a property
+            raise self._not_running()
 
     # Transactions
 

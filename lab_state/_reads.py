@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, overload
 from msgspec import Raw
 
 from lab_state._arguments import as_text, check_default, check_key, check_prefix, many_keys
-from lab_state._core import Core
+from lab_state._core import CallCore
 from lab_state._entries import MISSING, Expiring, Stored
 from lab_state._handle import Handle
 from lab_state._parts import SCALARS
@@ -32,7 +32,7 @@ class Reads(Handle):
 
     __slots__ = ("_core", "_prefix")
 
-    def __init__(self, core: Core, prefix: str) -> None:
+    def __init__(self, core: CallCore, prefix: str) -> None:
         self._core = core
         self._prefix = prefix
 

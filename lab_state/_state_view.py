@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lab_state._clock import Clock, SystemClock
-from lab_state._core import Core
+from lab_state._core import CallCore
 from lab_state._expiry import resumed
 from lab_state._loading import Loaded, load
+from lab_state._metrics import Counters
 from lab_state._reads import Reads
 from lab_state._state import State
 from lab_state.config import Config
@@ -47,14 +48,14 @@ class StateView(Reads):
         self.durable_revision: int = loaded.durable_revision
         self.wall: float | None = found.wall / 1000 if found.expires and found.wall else None
         self.live: bool | None = loaded.live
-        super().__init__(_Still(name, state), "")
+        super().__init__(_Still(name, state, Counters()), "")
 
     def __repr__(self) -> str:
         """Name the place where it was read, and its revision."""
         return f"<StateView of {self._path} at revision {self.revision}>"
 
 
-class _Still(Core):
+class _Still(CallCore):
     """A core for the reading calls, for a state that never changes."""
 
     __slots__ = ()

@@ -7,10 +7,9 @@ from typing import Any, TypeVar, cast, final
 
 from lab_state._arguments import Seconds
 from lab_state._calls import Calls, at_once
-from lab_state._core import Core
+from lab_state._core import CallCore, Core
 from lab_state._durability import Durability
 from lab_state._entries import Absent, Expiring, Stored, StoredOrGone, Value
-from lab_state._metrics import Counters
 from lab_state._plain import Plain
 from lab_state._state import Layer, State, is_due
 from lab_state._values import encode_value
@@ -118,7 +117,7 @@ class Draft(State):
         self.expiries.clear()
 
 
-class DraftCore(Core):
+class DraftCore(CallCore):
     """What the calls of a transaction share.
 
     Attributes:
@@ -130,9 +129,8 @@ class DraftCore(Core):
     __slots__ = ("_core", "changes", "known", "revision")
 
     def __init__(self, core: Core) -> None:
-        super().__init__(core.name, State())
+        super().__init__(core.name, core.state, core.counters)
         self._core = core
-        self.counters: Counters = core.counters
         self.changes: dict[str, StoredOrGone] = {}
         self.known: Container[str] = ()
         self.revision: int = 0
@@ -157,7 +155,7 @@ class DraftCore(Core):
     def begin(self) -> None:
         """Begin a draft over the present state."""
         draft = Draft(self._core.state)
-        self.state: State = draft
+        self.state = draft
         self.changes = draft.changes
         self.known = draft.base.entries
         self.revision = draft.revision

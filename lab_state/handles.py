@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar, final, overload
 
 from lab_state._calls import Calls
+from lab_state._core import Core
 from lab_state._entries import MISSING
 from lab_state._transaction import DraftCore, Transaction
 from lab_state._watch import Change, Watcher
@@ -20,6 +21,11 @@ class Scope(Calls):
     """The calls, and the handles made from them: the common base of a manager and a namespace."""
 
     __slots__ = ()
+
+    _core: Core  # pyright: ignore[reportIncompatibleVariableOverride] -- it is assigned once, at the start
+
+    def __init__(self, core: Core, prefix: str) -> None:
+        super().__init__(core, prefix)
 
     @overload
     def entry(self, key: str, type: type[T]) -> Entry[T]: ...
