@@ -46,7 +46,6 @@ WRITES: dict[str, Write] = {
     "get_or_set": lambda state, value: state.get_or_set("note", lambda: value),
     "update": lambda state, value: state.update("note", lambda _: value, 1),
     "update, typed": lambda state, value: state.update("note", lambda _: value, [], type=list[Any]),
-    "incr, default": lambda state, value: state.incr("note", default=value),
     "entry.set": lambda state, value: state.entry("note", list[Any]).set(value),
     "entry.update": lambda state, value: state.entry("note", list[Any], default=[]).update(lambda _: value),
     "transaction": in_transaction,
