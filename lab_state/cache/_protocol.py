@@ -1,4 +1,4 @@
-"""What a cache promises to the mirror writer that feeds it.
+"""The promise of a cache to the mirror writer that feeds it.
 
 A cache keeps one mirror for each name: a copy of a state that others may read. It has
 every value as JSON, its expiry time, the revision, and the id of its writer. It shows one
@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Who wrote the mirror that is there, and its revision. The writer is `None` if there is no whole mirror."""
+    """The writer and the revision of the mirror that is there. The writer is `None` if there is no whole mirror."""
 
     writer: str | None
     revision: int

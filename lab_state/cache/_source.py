@@ -1,4 +1,4 @@
-"""What a reader reads from."""
+"""The source that a reader reads from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the web frameworks share: they run managers and readers with the application, find them by name, and check them."""
+"""The common part of the web frameworks: run managers and readers with the application, find and check them."""
 
 from __future__ import annotations
 

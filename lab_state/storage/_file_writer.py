@@ -35,7 +35,7 @@ _MOST_ROUNDS = 8
 
 
 class Paths(NamedTuple):
-    """Where the files of a state are."""
+    """The paths of the files of a state."""
 
     directory: str
     snapshot: str
@@ -56,7 +56,7 @@ def _spoiled(path: str) -> UnavailableError:
 
 
 class Need(Enum):
-    """What a commit has to do before it can append."""
+    """The work that a commit has to do before it can append."""
 
     NOTHING = "nothing"
     NEW = "a new journal behind the snapshot"
