@@ -40,7 +40,7 @@ _MOST_KEYS = 50
 _MOST_BYTES = 32 * 1024
 _LARGE = 64 * 1024
 
-MOST_TOLD = 4 * 1024 * 1024
+MOST_MESSAGE_BYTES = 4 * 1024 * 1024
 """How many bytes the messages of a step may have. For a larger step, a resync is sent."""
 
 Revision: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
@@ -171,7 +171,7 @@ def resync(start: int, end: int, writer: str) -> bytes:
     return encode(Message(start=start, end=end, writer=writer, resync=True))
 
 
-def told_bytes(part: Slice) -> int:
+def message_bytes(part: Slice) -> int:
     """Estimate the bytes of a message with a slice."""
     return sum(map(len, part.values)) + sum(map(len, part.values.values())) + sum(map(len, part.deleted))
 

@@ -16,7 +16,17 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from lab_state.cache._connection import EXEC, MULTI, Command, Connection, command, hset, sent_bytes
-from lab_state.cache._format import HEAD, MOST_TOLD, Keys, head, message, new_fill, resync, seen_in, told_bytes
+from lab_state.cache._format import (
+    HEAD,
+    MOST_MESSAGE_BYTES,
+    Keys,
+    head,
+    message,
+    message_bytes,
+    new_fill,
+    resync,
+    seen_in,
+)
 from lab_state.cache._protocol import SPOILT, Seen, Slice, Step
 
 _FILL_SECONDS = 60
@@ -118,13 +128,13 @@ class RedisSession:
         if step.cleared:
             commands.append(command(b"UNLINK", keys.values, keys.expires))
         self._expiring = self._expiring and not step.cleared
-        count, told, before = 0, 0, None
+        count, total, before = 0, 0, None
         connection, clear = self._connection, step.cleared
         async for part in slices:
             if before is not None:
                 commands += self._members(keys.values, keys.expires, before, replace=True)
-                told += told_bytes(before)
-                if told <= MOST_TOLD:
+                total += message_bytes(before)
+                if total <= MOST_MESSAGE_BYTES:
                     data = message(step.start, step.end, self._writer, before, clear=clear, more=True)
                     commands.append(command(b"PUBLISH", keys.channel, data))
                     clear = False
@@ -133,10 +143,10 @@ class RedisSession:
                 await connection.send(*commands)
                 count, commands = count + len(commands), []
         assert before is not None  # `slices` yields at least one
-        told += told_bytes(before)  # counted before a message is made: that of a large value would be as large
+        total += message_bytes(before)  # counted before a message is made: that of a large value would be as large
         data = (
             message(step.start, step.end, self._writer, before, clear=clear)
-            if told <= MOST_TOLD
+            if total <= MOST_MESSAGE_BYTES
             else resync(step.start, step.end, self._writer)
         )
         mark = head(step.end, self._writer, self._filled)

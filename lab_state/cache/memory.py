@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 from lab_state._clock import Clock
-from lab_state.cache._format import HEAD, MOST_TOLD, head, message, new_fill, resync, seen_in, told_bytes
+from lab_state.cache._format import HEAD, MOST_MESSAGE_BYTES, head, message, message_bytes, new_fill, resync, seen_in
 from lab_state.cache._protocol import Seen, Slice, Step
 from lab_state.cache._source import Fetched
 from lab_state.cache.reader import Reader
@@ -103,13 +103,13 @@ class MemoryCacheSession:
         """Change the mirror; see `CacheSession.apply`."""
         parts: list[Slice] = []
         messages: list[bytes] = []
-        told = 0
+        total = 0
         async for part in slices:
-            if parts and told <= MOST_TOLD:
+            if parts and total <= MOST_MESSAGE_BYTES:
                 messages.append(self._message(step, parts, more=True))
             parts.append(part)
-            told += told_bytes(part)
-        if told <= MOST_TOLD:
+            total += message_bytes(part)
+        if total <= MOST_MESSAGE_BYTES:
             messages.append(self._message(step, parts, more=False))
         else:
             messages = [resync(step.start, step.end, self._writer)]

@@ -53,11 +53,11 @@ def answer_to(error: Exception, asked: str, retry_after: int) -> Answer:
         retry_after: In how many seconds a caller may try again.
     """
     assert isinstance(error, LabStateError)
-    told = f"{type(error).__name__}: {error}"
+    problem = f"{type(error).__name__}: {error}"
     if isinstance(error, StorageError):
-        _log.warning("%s answered with 503: %s", asked, told)
+        _log.warning("%s answered with 503: %s", asked, problem)
         body = msgspec.json.encode({"detail": "the state cannot be written at present; try again later"})
         return Answer(503, body, {"Retry-After": str(retry_after)}, 1013, "try again later")
-    _log.debug("%s answered with 422: %s", asked, told)
+    _log.debug("%s answered with 422: %s", asked, problem)
     body = msgspec.json.encode({"detail": str(error)})
     return Answer(422, body, {}, 1008, type(error).__name__)

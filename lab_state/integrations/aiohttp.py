@@ -143,7 +143,7 @@ def errors(app: web.Application, *, retry_after: int = 1) -> None:
     `StorageError` becomes 503 with `Retry-After`, because the storage may work again by then.
     `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
     `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
-    without a value: a WARNING for 503, INFO for 422.
+    without a value: a WARNING for 503, DEBUG for 422.
 
     A middleware is added around those that exist, so each of them gets the error first.
     Sub-applications are covered. A response that has begun, such as that of a WebSocket,
@@ -169,9 +169,9 @@ def _answering(retry_after: int) -> Middleware:
         except ANSWERED as error:
             if request.writer.output_size > 0:  # aiohttp also checks this for a response that has begun
                 raise
-            told = answer_to(error, request.method, retry_after)
+            answered = answer_to(error, request.method, retry_after)
             return web.Response(
-                body=told.body, status=told.status, headers=told.headers, content_type="application/json"
+                body=answered.body, status=answered.status, headers=answered.headers, content_type="application/json"
             )
 
     return answering

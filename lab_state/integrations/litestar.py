@@ -135,7 +135,7 @@ def errors(
     `StorageError` becomes 503 with `Retry-After`, because the storage may work again by then.
     `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
     `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
-    without a value: a WARNING for 503, INFO for 422.
+    without a value: a WARNING for 503, DEBUG for 422.
 
     Litestar calls no exception handler for a WebSocket, but closes it with 4500.
 
@@ -149,8 +149,10 @@ def errors(
     seconds = check_retry_after(retry_after)
 
     def answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-        told = answer_to(error, request.method, seconds)
-        return Response(told.body, status_code=told.status, headers=told.headers, media_type="application/json")
+        answered = answer_to(error, request.method, seconds)
+        return Response(
+            answered.body, status_code=answered.status, headers=answered.headers, media_type="application/json"
+        )
 
     handlers: dict[int | type[Exception], Callable[[Request[Any, Any, Any], Any], Response[Any]]] = {}
     handlers.update(dict.fromkeys(ANSWERED, answer))

@@ -152,7 +152,7 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
     `StorageError` becomes 503 with `Retry-After`, because the storage may work again by then.
     `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
     `{"detail": ...}`, as in FastAPI. Each error is one line in the log `lab_state`, without
-    a traceback and without a value: a WARNING for 503, INFO for 422.
+    a traceback and without a value: a WARNING for 503, DEBUG for 422.
 
     A WebSocket is closed with 1013 (try again later) or with 1008. A response that has begun
     cannot be changed: then Starlette raises a `RuntimeError`. Mounted applications have error
@@ -173,11 +173,11 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
 
     async def answer(connection: Request | WebSocket, error: Exception) -> Response | None:
         if isinstance(connection, Request):
-            told = answer_to(error, connection.method, seconds)
-            return Response(told.body, told.status, told.headers, "application/json")
-        told = answer_to(error, "WebSocket", seconds)
+            answered = answer_to(error, connection.method, seconds)
+            return Response(answered.body, answered.status, answered.headers, "application/json")
+        answered = answer_to(error, "WebSocket", seconds)
         if WebSocketState.DISCONNECTED not in {connection.client_state, connection.application_state}:
-            await connection.close(told.close_code, told.close_reason)
+            await connection.close(answered.close_code, answered.close_reason)
         return None
 
     for kind in ANSWERED:

@@ -1,4 +1,4 @@
-"""What has become durable and is not in the mirror: merged as a dict would be, within bounds."""
+"""The durable changes that are not in the mirror yet: they are merged like updates of a dict, within bounds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def applied(before: dict[str, Any], taken: ChangeSet) -> dict[str, Any]:
 
 @given(st.lists(st.tuples(st.booleans(), CHANGES, st.booleans())), st.integers(1, 3))
 def test_merged_is_the_same_as_one_by_one(commits: list[tuple[bool, dict[str, Any], bool]], most: int) -> None:
-    """However commits are merged, taken and put back, the outcome is that of all of them in order."""
+    """In any sequence of merges, takes and put-backs, the result is that of all commits in order."""
     model: dict[str, Any] = {}
     mirror: dict[str, Any] = {}
     pending = Backlog()
@@ -53,7 +53,7 @@ def test_merged_is_the_same_as_one_by_one(commits: list[tuple[bool, dict[str, An
 
 
 def test_too_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the bound nothing is kept, until it is cleared."""
+    """Above the bound nothing is kept until `clear`."""
     monkeypatch.setattr(_backlog, "MOST_KEYS", 3)
     pending = Backlog()
     pending.add(changes(0, 1, {"a": 1, "b": 2}))
@@ -77,7 +77,7 @@ def test_too_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["str", "bytes", "raw", "expiring"],
 )
 def test_too_many_bytes(monkeypatch: pytest.MonkeyPatch, value: Any) -> None:
-    """Bytes are counted as they are replaced."""
+    """The bytes of a value that is replaced do not count."""
     monkeypatch.setattr(_backlog, "MOST_BYTES", 100)
     pending = Backlog()
     for number in range(5):

@@ -1,4 +1,4 @@
-"""Expiry as readers see it, who go by the wall clock, when that of the writer's machine moves."""
+"""Expiry for readers, which use the wall clock, when the wall clock of the writer is set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOW = 1_700_000_000
 
 
 def times(cache: Any) -> dict[str, int]:
-    """Return when keys expire in the copy, in seconds after the beginning of the test."""
+    """Return when keys expire in the mirror, in seconds after the beginning of the test."""
     expires = cache.mirrors["name"].expires
     return {key: int(at) // 1000 - NOW for key, at in expires.items() if key != "$lab_state"}
 
@@ -31,7 +31,7 @@ def local(request: pytest.FixtureRequest) -> bool:
 async def test_a_key_lives_for_readers_as_for_the_manager(
     clock: ManualClock, until: Any, local: Any, seconds: int
 ) -> None:
-    """After the wall clock was set, forward or back, a new key has its time to live, and no more."""
+    """After the wall clock was set forward or back, a new key lives for its ttl, and not longer."""
     cache = MemoryCache()
     async with manager(cache, clock) as state, cache.reader("name", local=local, clock=clock) as reader:
         clock.jump(seconds)
@@ -47,7 +47,7 @@ async def test_a_key_lives_for_readers_as_for_the_manager(
 
 @pytest.mark.parametrize("local", [True], ids=["local"])
 async def test_keys_that_are_there_get_new_times(clock: ManualClock, until: Any, local: Any) -> None:
-    """An idle writer finds within a beat that its machine slept; the times of the copy are those of its state again."""
+    """An idle writer notices within a heartbeat that its machine slept, and corrects the times in the mirror."""
     cache = MemoryCache()
     async with manager(cache, clock) as state, cache.reader("name", local=local, clock=clock) as reader:
         await state.set("session", "ann", ttl=3600)
@@ -65,7 +65,7 @@ async def test_keys_that_are_there_get_new_times(clock: ManualClock, until: Any,
 
 
 async def test_a_small_jump_changes_nothing(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """Below half a second, times stay as they are; a copy without times is never filled for a clock."""
+    """A drift below half a second changes no times. A mirror without times is never filled because of a clock."""
     async with manager(faulty, clock) as state:
         await state.set("a", 1)
         await until(lambda: faulty.revision == 1)
@@ -87,7 +87,7 @@ async def test_a_small_jump_changes_nothing(faulty: FaultyCache, clock: ManualCl
 
 
 async def test_new_times_that_could_not_be_brought(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """A fill that fails is tried again, though the copy is this writer's and at its revision."""
+    """A fill for new times that fails is tried again, though the mirror is this writer's and at its revision."""
     async with manager(faulty, clock) as state:
         await state.set("a", 1, ttl=50)
         await until(lambda: faulty.revision == 1)
@@ -110,7 +110,7 @@ async def held(clock: ManualClock, ends: asyncio.Event) -> str:
 
 
 async def test_a_timeout_by_a_clock(clock: ManualClock) -> None:
-    """It comes when the clock says so, and not when what it bounds has ended, or was cancelled by others as well."""
+    """A timeout comes at its time by the clock. It does not come after the call has ended, or was cancelled by other code too."""
     ends = asyncio.Event()
     late, early, cancelled = (
         asyncio.create_task(held(clock, event)) for event in (asyncio.Event(), ends, asyncio.Event())
@@ -129,7 +129,7 @@ async def test_a_timeout_by_a_clock(clock: ManualClock) -> None:
 
 
 async def test_a_redis_that_does_not_answer(redis_server: Any, proxy_to: Any, clock: ManualClock, until: Any) -> None:
-    """The timeouts of a connection go by the cache's clock; a reader's by its own."""
+    """The clock of the cache measures the timeouts of a connection. A reader's own clock measures the reader's."""
     proxy = await proxy_to(redis_server.port)
     cache = RedisCache(proxy.url, clock=clock)
     session = await cache.open("name", "one")

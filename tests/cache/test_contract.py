@@ -1,4 +1,4 @@
-"""What every cache must show: one revision at a time, whole, and nothing of another writer's undone."""
+"""What every cache promises: it shows one whole revision at a time, and does not undo another writer's mirror."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def shown(cache: Any) -> tuple[int, dict[str, Any]]:
 
 
 async def test_nothing_is_there_at_first(cache: Cache) -> None:
-    """No copy is there before the first fill."""
+    """There is no mirror before the first fill."""
     session = await cache.open("name", "one")
     assert await session.look() == NOTHING
     await session.aclose()
@@ -50,7 +50,7 @@ async def test_a_fill_is_shown(cache: Any) -> None:
 
 
 async def test_an_empty_state_is_a_copy(cache: Any) -> None:
-    """A state without keys is there, and not missing."""
+    """The mirror of a state without keys exists."""
     session = await cache.open("name", "one")
     assert await session.fill(0, parts(values()), NOTHING)
     assert await shown(cache) == (0, {})
@@ -58,7 +58,7 @@ async def test_an_empty_state_is_a_copy(cache: Any) -> None:
 
 
 async def test_a_fill_replaces_everything(cache: Any) -> None:
-    """What was there before a fill is gone, expiry times and all."""
+    """A fill removes every earlier key and expiry time."""
     first = await filled(cache)
     step = parts(Slice({"c": b"3"}, {"c": 9_999_999_999_999}, []))
     assert await first.apply(Step(5, 6, cleared=False), step)
@@ -70,7 +70,7 @@ async def test_a_fill_replaces_everything(cache: Any) -> None:
 
 
 async def test_steps_set_and_delete(cache: Any) -> None:
-    """A step sets, deletes, and takes expiry times away or brings them; deleting what is not there is no error."""
+    """A step sets and deletes keys, and adds and removes expiry times. Deleting a missing key is no error."""
     session = await filled(cache)
     assert await session.apply(Step(5, 6, cleared=False), parts(Slice({"a": b"2"}, {"a": 1}, ["b", "never"])))
     assert await shown(cache) == (6, {})  # `a` has expired
@@ -83,7 +83,7 @@ async def test_steps_set_and_delete(cache: Any) -> None:
 
 
 async def test_a_step_that_clears(cache: Any) -> None:
-    """A step may begin with nothing."""
+    """A step may clear everything first."""
     session = await filled(cache)
     assert await session.apply(Step(5, 6, cleared=True), parts(values(c=b"[]")))
     assert await shown(cache) == (6, {"c": []})
@@ -93,7 +93,7 @@ async def test_a_step_that_clears(cache: Any) -> None:
 
 
 async def test_a_large_step_is_one_step(cache: Any) -> None:
-    """Many slices, megabytes, and long and strange keys come out as they went in."""
+    """A step with many slices, megabytes, and long and strange keys is one step, and all of it comes back."""
     session = await filled(cache)
     keys = {f"{number} \r\n é€ {'k' * 900}": b'"%b"' % (b"x" * 1000) for number in range(3000)}
     items = list(keys.items())
@@ -106,7 +106,7 @@ async def test_a_large_step_is_one_step(cache: Any) -> None:
 
 
 async def test_only_the_own_copy_is_changed(cache: Any) -> None:
-    """A step on another writer's copy, or on another revision, is not made."""
+    """A step on another writer's mirror, or on another revision, is refused."""
     first = await filled(cache)
     assert not await first.apply(Step(4, 6, cleared=False), parts(values(a=b"2")))
     second = await filled(cache, writer="two", revision=9)
@@ -118,7 +118,7 @@ async def test_only_the_own_copy_is_changed(cache: Any) -> None:
 
 
 async def test_a_fill_over_something_else_is_not_made(cache: Any) -> None:
-    """A fill gives way to a copy that came after it had looked."""
+    """A fill is refused if another writer has written a mirror since `look`."""
     late = await cache.open("name", "late")
     seen = await late.look()
     session = await filled(cache)
@@ -131,7 +131,7 @@ async def test_a_fill_over_something_else_is_not_made(cache: Any) -> None:
 
 
 async def test_names_are_apart(cache: Any) -> None:
-    """Copies of other names are other copies."""
+    """Each name has a separate mirror."""
     session = await filled(cache)
     other = await cache.open("other", "one")
     assert await other.look() == NOTHING
@@ -142,7 +142,7 @@ async def test_names_are_apart(cache: Any) -> None:
 
 
 async def test_those_who_follow_are_told(cache: Any, until: Any) -> None:
-    """A reader with a copy of its own follows fills, steps, clears and beats."""
+    """A reader with a local copy follows fills, steps, clears and heartbeats."""
     reader: Reader = cache.reader("name", local=True)
     async with reader:
         session = await filled(cache)
@@ -164,7 +164,7 @@ async def test_those_who_follow_are_told(cache: Any, until: Any) -> None:
 
 
 async def test_a_fill_that_fails_changes_nothing(cache: Any) -> None:
-    """A view that cannot become durable is never shown."""
+    """A fill whose slices raise an error changes nothing."""
 
     async def failing() -> AsyncIterator[Slice]:
         yield values(a=b"7")

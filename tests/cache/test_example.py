@@ -55,7 +55,7 @@ async def ready(client: httpx.AsyncClient, url: str) -> None:
 
 
 async def test_four_workers_read_their_own_writes(own_redis: Any, tmp_path: Path) -> None:
-    """Each of many clients changes a key through some worker, and that worker reads the change; at last all do."""
+    """Each of many clients changes a key through a worker, and reads the change from that worker. In the end all workers have it."""
     ports = free_port(), free_port()
     environment = {
         "REDIS_URL": own_redis().url,

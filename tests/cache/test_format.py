@@ -1,4 +1,4 @@
-"""What a mirror is given, in parts."""
+"""The slices of a mirror."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from lab_state.cache._format import slices
 
 
 def test_a_part() -> None:
-    """A part has values as JSON, the times of those that expire, and the keys that were deleted."""
+    """A slice has values as JSON, the times of keys that expire, and the deleted keys."""
     items: list[tuple[str, StoredOrGone]] = [("good", Json(b"[1]")), ("kept", Expiring("x", 6)), ("gone", DELETED)]
     (part,) = slices(items, 0)
     assert part is not None

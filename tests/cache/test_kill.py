@@ -67,7 +67,7 @@ async def zygote(directory: Path) -> AsyncIterator[Zygote]:
 
 
 class Witness:
-    """What may be durable at each revision, and what readers saw meanwhile."""
+    """What may be durable at each revision, and what readers have read."""
 
     def __init__(self) -> None:
         self._model = worker.Model({}, 0)
@@ -103,7 +103,7 @@ class Witness:
 
 
 async def watch(reader: Reader, witness: Witness) -> None:
-    """Read for ever; what is read never goes back."""
+    """Read for ever, and check that revisions never go back."""
     last = 0
     while True:
         try:

@@ -34,7 +34,7 @@ def values(**entries: bytes) -> Slice:
 
 @pytest.mark.parametrize("text", ["é\n" * SIZE, '"' * SIZE, "x" * 65_536])
 def test_a_large_str_is_encoded_in_steps(text: str) -> None:
-    """A large str is encoded piece by piece, with a step of the event loop behind each, into the JSON that it has."""
+    """A large str is encoded in pieces, and the event loop runs after each. Together they are its JSON."""
     items: list[tuple[str, StoredOrGone]] = [("before", 1), ("large", Expiring(text, 5)), ("behind", "y")]
     found = list(slices(items, 0))
     assert found.count(None) >= len(text) // 65_536
@@ -43,7 +43,7 @@ def test_a_large_str_is_encoded_in_steps(text: str) -> None:
 
 
 def test_a_large_value_of_a_loaded_file_is_copied_in_steps() -> None:
-    """A large value that is a part of the file's bytes is copied piece by piece; one with bytes of its own is not."""
+    """A large value that is a part of the file's bytes is copied in pieces. A value with separate bytes is not copied."""
     data = b'["' + b"x" * SIZE + b'"]'
     (*steps, part, last) = slices([("large", Raw(data))], 0)
     assert set(steps) == {None}
@@ -57,7 +57,7 @@ def test_a_large_value_of_a_loaded_file_is_copied_in_steps() -> None:
 
 @pytest.mark.parametrize("size", [0, 65_536, 65_537, SIZE])
 def test_a_large_value_is_sent_in_pieces(size: int) -> None:
-    """No piece of a command is larger than 64 kB by more than what is beside the value, and together they are the command."""
+    """The pieces of a command have at most 64 kB of the value each, and together they are the command."""
     members = {"a": b"1", "large": b"x" * size, "é": b"22"}
     sent = hset(b"key", members)
     fields = b"".join(
@@ -100,7 +100,7 @@ async def test_large_values_in_redis(redis_server: Any, monkeypatch: pytest.Monk
 
 
 async def test_a_large_step_is_told_as_a_resync(until: Any) -> None:
-    """In memory too, a step that is too large to be told is one that is read again, and a small one is told."""
+    """In memory too, the message of a large step is a resync, and the message of a small one has the changes."""
     cache = MemoryCache()
     session = await cache.open("name", "one")
     assert await session.fill(5, parts(values(a=b"1")), Seen(None, 0))
@@ -126,7 +126,7 @@ async def test_a_large_step_is_told_as_a_resync(until: Any) -> None:
 
 @pytest.mark.parametrize("by", ["fill", "clear"])
 async def test_a_copy_that_is_replaced_is_freed_in_steps(by: str) -> None:
-    """A million keys that are replaced are not freed at once."""
+    """A million keys that are replaced are freed in steps."""
     cache = MemoryCache()
     session = await cache.open("name", "one")
     many = Slice({f"k{number}": b"1" for number in range(2_500)}, {}, [])
@@ -145,7 +145,7 @@ async def test_a_copy_that_is_replaced_is_freed_in_steps(by: str) -> None:
 
 
 async def test_a_local_reader_in_memory_reads_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A local copy of what is in memory is read some hundred keys at a time, times and all."""
+    """A local copy of a mirror in memory is read some hundred keys at a time, with expiry times."""
     monkeypatch.setattr(lab_state.cache.memory, "_SCANNED", 10)
     cache = MemoryCache()
     async with (

@@ -1,4 +1,4 @@
-"""The mirror beside a manager: what it brings, when, and what it does when a cache fails."""
+"""The mirror of a manager: which changes are sent to the cache, when, and what happens when a cache fails."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ async def test_a_manager_without_a_cache_has_no_mirror(clock: ManualClock) -> No
 
 @pytest.mark.parametrize("cache", [MemoryCache, "redis://host", 1])
 def test_a_cache_is_an_object(cache: Any) -> None:
-    """A class, or a URL, is no cache."""
+    """A class or a URL is refused as a cache."""
     with pytest.raises(TypeError, match="RedisCache"):
         Manager("name", MemoryStorage(), cache)
 
 
 async def test_a_start_fills_with_what_was_recovered(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """The copy of an earlier life is replaced, without a commit to ask whose the state is."""
+    """The mirror of an earlier start is replaced at a start, without a commit that confirms the ownership."""
     storage = MemoryStorage()
     async with manager(faulty, clock, storage) as state:
         await state.set("a", [1], ttl=100)
@@ -85,7 +85,7 @@ async def test_a_start_fills_with_what_was_recovered(faulty: FaultyCache, clock:
 
 
 async def test_steps_are_coalesced(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """What becomes durable while a step is under way goes in one step, and so do deletions and clears."""
+    """All changes that become durable during a step, deletions and clears too, are sent as one step."""
     async with manager(faulty, clock) as state:
         await until(lambda: faulty.revision == 0)
         faulty.going.clear()
@@ -104,7 +104,7 @@ async def test_steps_are_coalesced(faulty: FaultyCache, clock: ManualClock, unti
 
 
 async def test_a_view_is_shown_only_when_it_is_durable(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """A fill waits for the commit of what it holds, however long, and is kept alive meanwhile."""
+    """A fill waits until its view is durable, for any time, and is kept alive with empty slices."""
     storage = FaultyStorage(MemoryStorage())
     async with manager(faulty, clock, storage, interval=None) as state:
         await until(lambda: faulty.revision == 0)
@@ -125,7 +125,7 @@ async def test_a_view_is_shown_only_when_it_is_durable(faulty: FaultyCache, cloc
 
 
 async def test_a_view_is_of_the_moment_of_its_revision(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """What is changed while a cache has not asked for the first slice yet is not in the view."""
+    """A change after the view was taken and before the first slice is requested is not in the view."""
     faulty.held = "fill"
     faulty.going.clear()
     async with manager(faulty, clock, interval=None) as state:
@@ -137,7 +137,7 @@ async def test_a_view_is_of_the_moment_of_its_revision(faulty: FaultyCache, cloc
 
 
 async def test_the_sweep_is_mirrored(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """A key that expires goes."""
+    """A key that expires is deleted from the mirror."""
     async with manager(faulty, clock) as state:
         await state.set("a", 1, ttl=1)
         await until(lambda: faulty.entries == {"a": 1})
@@ -151,7 +151,7 @@ async def test_the_sweep_is_mirrored(faulty: FaultyCache, clock: ManualClock, un
 async def test_an_outage_is_told_once_and_mended(
     faulty: FaultyCache, clock: ManualClock, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One line when it goes, one when it is back; writes and flushes go on; no refill when nothing was lost."""
+    """An outage is one line at its beginning and one at its end. Writes and flushes go on, and no fill is needed."""
     caplog.set_level(logging.DEBUG, "lab_state")
     async with manager(faulty, clock) as state:
         await until(lambda: mirror_of(state).up)
@@ -183,7 +183,7 @@ async def test_an_outage_is_told_once_and_mended(
 
 @pytest.mark.parametrize("call", ["apply", "fill"])
 async def test_an_answer_that_was_lost(faulty: FaultyCache, clock: ManualClock, until: Any, call: str) -> None:
-    """What was carried out without an answer is recognised, and not brought again in full."""
+    """A step or a fill whose answer was lost is recognised, and not sent again."""
     if call == "fill":
         faulty.fail("fill", "after")
     async with manager(faulty, clock) as state:
@@ -198,7 +198,7 @@ async def test_an_answer_that_was_lost(faulty: FaultyCache, clock: ManualClock, 
 
 
 async def test_a_cache_that_breaks_its_promise(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """Whatever a cache raises, it is tried again."""
+    """After any exception of a cache, the task tries again."""
     faulty.fail("open", ZeroDivisionError("with a secret"))
     async with manager(faulty, clock) as state:
         await until(lambda: mirror_of(state).error is not None)
@@ -210,7 +210,7 @@ async def test_a_cache_that_breaks_its_promise(faulty: FaultyCache, clock: Manua
 async def test_more_than_is_kept(
     faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Above the bound the whole state is brought, once."""
+    """With more changes than are kept, the mirror is filled once."""
     monkeypatch.setattr(lab_state.cache._backlog, "MOST_KEYS", 10)
     async with manager(faulty, clock) as state:
         await until(lambda: mirror_of(state).up)
@@ -228,7 +228,7 @@ async def test_more_than_is_kept(
 async def test_a_commit_that_was_not_told(
     faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step without it would be wrong, so the whole state is brought."""
+    """If `committed` missed a commit, the mirror is filled, because a step without it would be wrong."""
     async with manager(faulty, clock) as state:
         await until(lambda: mirror_of(state).up)
         mirror = state._mirror
@@ -243,7 +243,7 @@ async def test_a_commit_that_was_not_told(
 
 
 async def test_a_copy_that_is_lost_is_filled(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """A beat, or the next step, finds that the copy is gone or old, and fills it."""
+    """A heartbeat or the next step finds that the mirror is missing or old, and fills it."""
     async with manager(faulty, clock) as state:
         await state.set("a", 1)
         await until(lambda: faulty.revision == 1)
@@ -260,7 +260,7 @@ async def test_a_copy_that_is_lost_is_filled(faulty: FaultyCache, clock: ManualC
 
 
 async def test_a_fill_that_somebody_was_faster_than(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """A fill that was not made is tried again, after a commit has shown whose the state is."""
+    """A fill that was refused is tried again, after a commit has confirmed the ownership."""
     storage = FaultyStorage(MemoryStorage())
     async with manager(faulty, clock, storage) as state:
         await until(lambda: mirror_of(state).up)
@@ -282,7 +282,7 @@ async def _nothing() -> AsyncIterator[Slice]:
 async def test_a_fenced_writer_gives_way(
     faulty: FaultyCache, clock: ManualClock, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A writer that finds another one's copy, and then that it was fenced, never touches it again."""
+    """A writer that finds another writer's mirror, and then that it is fenced, does not write to it."""
     storage = FaultyStorage(MemoryStorage())
     state = manager(faulty, clock, storage)
     await state.start()
@@ -305,7 +305,7 @@ async def test_a_fenced_writer_gives_way(
 
 
 async def test_a_confirmation_that_fails(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """While the storage cannot say whose the state is, another's copy stays."""
+    """While the storage cannot confirm the ownership, another writer's mirror stays."""
     storage = FaultyStorage(MemoryStorage())
     async with manager(faulty, clock, storage) as state:
         await until(lambda: mirror_of(state).up)
@@ -322,7 +322,7 @@ async def test_a_confirmation_that_fails(faulty: FaultyCache, clock: ManualClock
 async def test_a_fill_that_is_not_made(
     faulty: FaultyCache, clock: ManualClock, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy that is changed while it is filled is filled again, after a pause."""
+    """A mirror that another writer replaces during a fill is filled again after a pause."""
 
     def disturbed(items: Any, ahead: int) -> Any:
         monkeypatch.undo()
@@ -360,7 +360,7 @@ async def test_a_stop_waits_a_second_at_most(faulty: FaultyCache, clock: ManualC
 
 
 async def test_a_stop_brings_what_is_left(faulty: FaultyCache, clock: ManualClock) -> None:
-    """A short life leaves its copy behind."""
+    """A stop right after a change still sends the change."""
     async with manager(faulty, clock, interval=None) as state:
         await state.set("a", 1)
     assert faulty.entries == {"a": 1}
@@ -369,7 +369,7 @@ async def test_a_stop_brings_what_is_left(faulty: FaultyCache, clock: ManualCloc
 async def test_a_stop_does_not_try_what_fails(
     faulty: FaultyCache, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a cache that is away a stop is over at once."""
+    """A stop does not wait for a cache that cannot be reached."""
     faulty.fail("open", *[UnsupportedError("no")] * 9)
     async with manager(faulty, clock) as state:
         await state.set("a", 1)
@@ -377,7 +377,7 @@ async def test_a_stop_does_not_try_what_fails(
 
 
 def test_a_stop_on_another_loop(clock: ManualClock) -> None:
-    """A mirror whose loop was closed over it has ended; the state is stopped all the same."""
+    """If the event loop of the mirror was closed, the state can still be stopped on another one."""
     faulty = MemoryCache()
     state = Manager(Config(name="name", flush_interval=None), MemoryStorage(), faulty, clock=clock)
 
@@ -393,7 +393,7 @@ def test_a_stop_on_another_loop(clock: ManualClock) -> None:
 async def test_a_large_fill_is_told(
     clock: ManualClock, until: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A large state says how far its fill is."""
+    """The fill of a large state logs its progress."""
     caplog.set_level(logging.DEBUG, "lab_state")
     monkeypatch.setattr(lab_state.cache._mirror, "_LARGE_KEYS", 10)
     monkeypatch.setattr(lab_state.cache._mirror, "_PROGRESS_SECONDS", 0.0)
@@ -411,7 +411,7 @@ async def test_a_large_fill_is_told(
 
 
 async def test_a_checkpoint_waits_for_a_fill(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """Two views at a time would be a copy of the whole state."""
+    """A checkpoint waits for a fill, because two views at a time would need a copy of the state."""
     storage = FaultyStorage(MemoryStorage())
 
     async with manager(faulty, clock, storage) as state:
@@ -427,7 +427,7 @@ async def test_a_checkpoint_waits_for_a_fill(faulty: FaultyCache, clock: ManualC
 async def test_a_fill_waits_while_a_view_of_the_state_is_out(
     faulty: FaultyCache, clock: ManualClock, until: Any
 ) -> None:
-    """Beside a commit that writes everything anew, as after an unclean end, a fill makes no copy of all entries."""
+    """During a commit of the whole state, as after an unclean end, a fill waits and makes no copy of the entries."""
     async with manager(faulty, clock) as state:
         held = state._core.state
         view = held.freeze()

@@ -1,4 +1,4 @@
-"""What docs/cache.md says is run: its Python, and its redis-cli commands."""
+"""The Python and the redis-cli commands of docs/cache.md run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def output(command: str) -> str:
 
 
 async def test_redis_cli_reads_it(redis_server: Any, until: Any) -> None:
-    """The page's commands give what it says."""
+    """The redis-cli commands of the page print what it says."""
     beside = Path(redis_server.executable).with_name("redis-cli")
     cli = str(beside) if beside.exists() else shutil.which("redis-cli")
     assert cli is not None

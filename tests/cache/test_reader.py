@@ -1,4 +1,4 @@
-"""Reading a copy: types, expiry, revisions that never go back, and waiting for one's own write."""
+"""Reading a mirror: types, expiry, revisions that never go back, and waiting for one's own write."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def test_typed_reads(cache: Any, local: Any, until: Any) -> None:
 
 
 async def test_expiry(local: Any, until: Any) -> None:
-    """A key is gone when its time has come, whether or not the writer has swept it."""
+    """A key has expired at its time, whether or not the writer has swept it."""
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache, clock) as state, cache.reader("name", local=local, clock=clock) as reader:
         await state.set("a", {}, ttl=10)
@@ -114,7 +114,7 @@ async def test_expiry(local: Any, until: Any) -> None:
 
 
 async def test_no_copy_is_not_missing(cache: Any, local: Any) -> None:
-    """Where there is no copy, or half of one, no key is called missing."""
+    """Without a mirror, or with half of one, no key is reported as missing."""
     async with cache.reader("name", local=local) as reader:
         for call in (reader.get("a", 1), reader.get_many(["a"]), reader.get_all(), reader.exists("a"), reader.keys()):
             with pytest.raises(UnavailableError, match="no mirror of 'name'"):
@@ -138,7 +138,7 @@ async def test_half_a_copy_is_not_read(lost: tuple[str, bytes | None]) -> None:
 
 
 async def test_a_newer_format_is_refused() -> None:
-    """What a newer version wrote is not guessed at."""
+    """A mirror of a newer format is refused."""
     cache = MemoryCache()
     async with cache.reader("name") as reader:
         place = cache.mirrors["name"]
@@ -148,7 +148,7 @@ async def test_a_newer_format_is_refused() -> None:
 
 
 async def test_a_reader_never_goes_back(until: Any) -> None:
-    """A copy that is older than what was read is not read, and mended by the writer's next beat."""
+    """A mirror that is older than what was read is refused, and the writer's next heartbeat repairs it."""
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache, clock) as state, cache.reader("name", clock=clock) as reader:
         await state.set("a", 1)
@@ -167,7 +167,7 @@ async def test_a_reader_never_goes_back(until: Any) -> None:
 
 
 async def test_a_local_reader_does_not_go_back_either(until: Any) -> None:
-    """What was read from memory counts when Redis, asked instead of it, comes with old data."""
+    """After a read from memory, an older mirror in Redis is refused."""
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache, clock) as state, cache.reader("name", local=True, clock=clock) as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -186,7 +186,7 @@ async def test_a_local_reader_does_not_go_back_either(until: Any) -> None:
 
 
 async def test_a_slow_read_may_be_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read that was under way when another one saw more is not going back."""
+    """A read may return a lower revision than a read that began later and ended earlier."""
     cache = MemoryCache()
     async with writer(cache) as state, cache.reader("name") as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -252,7 +252,7 @@ async def test_waiting_for_a_revision(cache: Any, local: Any) -> None:
 
 
 async def test_waiting_looks_again(until: Any) -> None:
-    """A waiter that hears nothing looks by itself."""
+    """A waiter without a message reads the revision every second."""
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache) as state, cache.reader("name", clock=clock) as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -267,7 +267,7 @@ async def test_waiting_looks_again(until: Any) -> None:
 
 
 async def test_watching(cache: Any) -> None:
-    """A watch begins with a resync and tells what each step changed, under its prefix."""
+    """A watch begins with a resync, and then gets the changes of each step under its prefix."""
     async with writer(cache) as state, cache.reader("name") as reader:
         await reader.wait_revision(await state.set("x", 1))
         async with reader.watch("a/") as changes, reader.watch() as everything:
@@ -289,7 +289,7 @@ async def test_watching(cache: Any) -> None:
 
 
 async def test_a_watch_ends_with_its_reader() -> None:
-    """Who watches when the reader is closed is told that it is over."""
+    """A watch ends when its reader is closed."""
     cache = MemoryCache()
     async with cache.reader("name") as reader, reader.watch() as changes:
         await reader.aclose()
@@ -300,7 +300,7 @@ async def test_a_watch_ends_with_its_reader() -> None:
 
 
 async def test_a_lost_subscription(until: Any, caplog: pytest.LogCaptureFixture, local: Any) -> None:
-    """It is logged once, made again after a pause, and every reader reads again."""
+    """A lost subscription is logged once and made again after a pause, and every watch gets a resync."""
     caplog.set_level(logging.DEBUG, "lab_state")
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache) as state, cache.reader("name", local=local, clock=clock) as reader:
@@ -327,7 +327,7 @@ async def test_a_lost_subscription(until: Any, caplog: pytest.LogCaptureFixture,
 
 
 async def test_a_silent_subscription_is_asked(until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is silent, while the copy moves on, is lost; one where nothing changes is not."""
+    """A subscription without messages is lost if the mirror changes meanwhile. If nothing changes, it is not."""
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache) as state, cache.reader("name", local=True, clock=clock) as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -363,7 +363,7 @@ async def test_a_silent_subscription_is_asked(until: Any, monkeypatch: pytest.Mo
 
 
 async def test_a_copy_that_does_not_fit_is_loaded_again(until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of another writer, a gap, or a resync, is followed by a load."""
+    """After a step of another writer, a gap or a resync, the local copy is loaded again."""
     cache = MemoryCache()
     async with writer(cache) as state, cache.reader("name", local=True) as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -398,7 +398,7 @@ async def test_a_load_that_fails_is_tried_again(until: Any) -> None:
 
 
 def test_more_messages_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load during which too much happened begins anew."""
+    """A load with too many messages meanwhile begins again."""
     from lab_state.cache import _local_copy  # noqa: PLC0415 -- to be patched
 
     monkeypatch.setattr(_local_copy, "_MOST_KEPT", 2)
@@ -411,7 +411,7 @@ def test_more_messages_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_load_that_broke_off() -> None:
-    """What was read in part is not taken for the whole when the copy is still where it was."""
+    """After an interrupted load, the next one reads everything, also if the mirror has not changed."""
     local, head = LocalCopy(), Head(1, 5, "w")
     for _ in range(2):
         local.start_loading()
@@ -436,7 +436,7 @@ def test_a_load_that_broke_off() -> None:
     ],
 )
 def test_where_a_load_arrives(told: list[tuple[int, int]], last: tuple[int, str], good: Any) -> None:
-    """A load is good if the messages lead from the first head to the second one, or beyond."""
+    """A load succeeds if the messages lead from the first head to the second one or beyond it."""
     local = LocalCopy()
     local.start_loading()
     assert local.set_head(Head(1, 5, "w"))
@@ -459,7 +459,7 @@ def test_types() -> None:
 async def test_an_outage_is_told_once(
     caplog: pytest.LogCaptureFixture, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reader that fails to subscribe again and again says so once."""
+    """A reader that repeatedly fails to subscribe logs that once."""
     clock, reader, tried = ManualClock(), MemoryCache().reader("name", clock=None), [0]
     reader._clock = clock
 
@@ -477,7 +477,7 @@ async def test_an_outage_is_told_once(
 
 @pytest.mark.parametrize("spoilt", [b"", b"nonsense", b'"\x89"', b"[1,", b"\xff"])
 async def test_a_value_that_somebody_else_spoilt(until: Any, spoilt: bytes) -> None:
-    """Reading it is a `TypeMismatchError`; every other key is read, by a local copy too."""
+    """A value that is not JSON raises `TypeMismatchError`. Every other key can be read, from a local copy too."""
     cache = MemoryCache()
     async with writer(cache) as state:
         await state.set_many({"a": 1, "b": 2})
@@ -496,7 +496,7 @@ async def test_a_value_that_somebody_else_spoilt(until: Any, spoilt: bytes) -> N
 
 
 async def test_a_time_that_somebody_else_spoilt(until: Any) -> None:
-    """It is `UnavailableError`, not a key without a time; a local copy is made once it is mended."""
+    """An invalid expiry time raises `UnavailableError`. A local copy is loaded after the mirror is repaired."""
     cache, clock = MemoryCache(), ManualClock()
     async with writer(cache, clock) as state:
         await state.set("a", 1, ttl=1000)
@@ -517,7 +517,7 @@ async def test_a_time_that_somebody_else_spoilt(until: Any) -> None:
 
 
 def loading(steps: int) -> LocalCopy:
-    """Return a local copy that is read at revision 0, and was told of so many steps of ten keys meanwhile."""
+    """Return a local copy that was read at revision 0, and got so many steps of ten keys meanwhile."""
     local = LocalCopy()
     local.start_loading()
     assert local.set_head(Head(1, 0, "w"))
@@ -528,7 +528,7 @@ def loading(steps: int) -> LocalCopy:
 
 
 def test_what_was_told_during_a_load_is_applied_in_steps() -> None:
-    """However much came meanwhile, one step applies about as many keys as it is asked to; the outcome is the same."""
+    """The messages of a load are applied in steps of about as many keys as requested, with the same result as at once."""
     local, at_once = loading(300), loading(300)
     turns = 0
     while local.replay(100):
@@ -542,7 +542,7 @@ def test_what_was_told_during_a_load_is_applied_in_steps() -> None:
 
 
 def test_what_does_not_fit_ends_a_load_in_steps() -> None:
-    """A gap, or a step that is not told, is found while it is applied; then nothing is shown."""
+    """A gap or a resync among the messages ends the load, and nothing is shown."""
     for told in (message(301, 302, "w", Slice({}, {}, [])), resync(300, 301, "w")):
         local = loading(300)
         local.receive([parsed(told)])
@@ -558,7 +558,7 @@ def test_what_does_not_fit_ends_a_load_in_steps() -> None:
 
 
 async def test_a_load_beside_a_writer_gives_the_loop_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is told during a load is applied one step at a time, and the copy is the state of one moment."""
+    """During a load beside a writer, messages are applied in steps, and the copy is of one moment."""
     replays: list[bool] = []
     real = LocalCopy.replay
 

@@ -1,4 +1,4 @@
-"""A real redis-server: what is kept where, and every way in which it fails."""
+"""A real redis-server: its keys, and every way in which it fails."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def manager(url: str, name: str = "name") -> Manager:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make beats and pauses as short as a test can bear."""
+    """Make heartbeats and pauses short."""
     monkeypatch.setattr(lab_state.cache._mirror, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(lab_state.cache._mirror, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(lab_state.cache._mirror, "_LONGEST_PAUSE", 0.05)
 
 
 async def same(state: Manager, url: str) -> None:
-    """Check that the mirror becomes what the state is, and that a new reader reads it."""
+    """Check that the mirror becomes equal to the state, and that a new reader reads it."""
     async with RedisCache(url).reader("name") as reader:
         await reader.wait_revision(state.revision, timeout=20)
         assert await reader.get_all() == await state.get_all()
@@ -76,7 +76,7 @@ async def test_prefix_and_database(redis_server: Any) -> None:
 
 
 async def test_a_pool_of_redis_py(redis_server: Any) -> None:
-    """What a URL cannot say is said by a pool; its settings are used, and it is not."""
+    """A pool of redis-py can have settings that a URL cannot. Its settings are used, and not its connections."""
     pool = ConnectionPool(host="127.0.0.1", port=redis_server.port, decode_responses=True)
     async with Manager("name", MemoryStorage(), RedisCache(pool)) as state:
         await state.set("a", 1)
@@ -108,14 +108,14 @@ def test_a_url_that_is_none() -> None:
     ],
 )
 def test_a_password_that_ends_too_early(url: str) -> None:
-    """What would show a part of the password as a host, a port or a path is refused, without that part."""
+    """A URL that would show a part of the password as host, port or path is refused. The message has no part of it."""
     with pytest.raises(ValueError, match="write # as %23") as caught:
         RedisCache(url)
     assert "12345" not in str(caught.value)
 
 
 def test_signs_in_a_url() -> None:
-    """A password may have any sign, if it is escaped; so may an option. A path may have an at sign."""
+    """A password and an option may have any character, if it is escaped. A path may have an at sign."""
     for url in ("redis://me:1%2323%2F4%3F5%40@host:7000/2?client_name=a%40b", "redis://me:12@host:7000"):
         assert repr(RedisCache(url)) == "<RedisCache host:7000>"
     assert repr(RedisCache("unix:///a/b@c.sock?db=1")) == "<RedisCache unix:/a/b@c.sock>"
@@ -134,7 +134,7 @@ def test_without_redis_py() -> None:
 
 
 async def test_a_fill_is_forgotten_if_it_is_never_finished(redis_server: Any) -> None:
-    """A writer that dies while it fills leaves nothing for ever."""
+    """Redis drops the keys of a fill that does not end."""
     from lab_state.cache import Seen, Slice  # noqa: PLC0415
 
     session = await RedisCache(redis_server.url).open("name", "one")
@@ -153,7 +153,7 @@ async def test_a_fill_is_forgotten_if_it_is_never_finished(redis_server: Any) ->
 
 
 async def test_a_fill_that_redis_forgot_in_the_middle(redis_server: Any) -> None:
-    """A fill of which Redis has forgotten a part is not put in place."""
+    """A fill whose keys Redis has dropped meanwhile does not replace the mirror."""
     from lab_state.cache import Seen, Slice  # noqa: PLC0415
 
     session = await RedisCache(redis_server.url).open("name", "one")
@@ -176,8 +176,8 @@ async def test_a_fill_that_redis_forgot_in_the_middle(redis_server: Any) -> None
 async def test_a_step_that_is_too_large_to_be_told(
     redis_server: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those who follow load it instead."""
-    monkeypatch.setattr(lab_state.cache._redis_session, "MOST_TOLD", 1000)
+    """A step that is too large for messages is sent as a resync, and local copies load it."""
+    monkeypatch.setattr(lab_state.cache._redis_session, "MOST_MESSAGE_BYTES", 1000)
     cache = RedisCache(redis_server.url)
     async with manager(redis_server.url) as state, cache.reader("name", local=True) as reader:
         await reader.wait_revision(0)
@@ -190,8 +190,8 @@ async def test_a_step_that_is_too_large_to_be_told(
 async def test_one_value_that_is_too_large_to_be_told(
     redis_server: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step of one large value is told as a resync: no message of its size is made."""
-    monkeypatch.setattr(lab_state.cache._redis_session, "MOST_TOLD", 1000)
+    """A step of one large value is sent as a resync. No message of its size is made."""
+    monkeypatch.setattr(lab_state.cache._redis_session, "MOST_MESSAGE_BYTES", 1000)
     told: list[bytes] = []
     real = message
 
@@ -210,7 +210,7 @@ async def test_one_value_that_is_too_large_to_be_told(
 
 
 async def test_more_readers_than_connections_are_kept(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each read that is under way has a connection; few are kept."""
+    """Each read that runs has a connection. Only a few are kept afterwards."""
     monkeypatch.setattr(lab_state.cache._redis_source, "_MOST_FREE", 2)
     async with manager(redis_server.url) as state, RedisCache(redis_server.url).reader("name") as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -219,7 +219,7 @@ async def test_more_readers_than_connections_are_kept(redis_server: Any, monkeyp
 
 
 async def test_an_older_redis_py(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before redis-py 7 there was nothing to say about the driver."""
+    """Versions before redis-py 7 have no driver information, and work."""
     monkeypatch.delattr("redis.DriverInfo")
     assert "driver_info" not in RedisCache(redis_server.url)._dialer._options
 
@@ -228,7 +228,7 @@ async def test_an_older_redis_py(redis_server: Any, monkeypatch: pytest.MonkeyPa
 
 
 async def test_redis_dies_and_comes_back(own_redis: Any, until: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Writes go on; one line when it goes, one when it is back; and it is filled."""
+    """While Redis is down, writes go on. The log has one line at the beginning and one at the end, and the mirror is filled."""
     caplog.set_level(logging.DEBUG, "lab_state")
     redis = own_redis()
     async with manager(redis.url) as state:
@@ -249,7 +249,7 @@ async def test_redis_dies_and_comes_back(own_redis: Any, until: Any, caplog: pyt
 
 
 async def test_redis_comes_back_with_old_data(own_redis: Any, until: Any) -> None:
-    """A reader that had seen more is told so, never given the old; the writer fills it anew."""
+    """A reader refuses an older mirror than it has read, until the writer has filled it again."""
     redis = own_redis()
     async with manager(redis.url) as state, RedisCache(redis.url).reader("name") as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -272,7 +272,7 @@ async def test_redis_comes_back_with_old_data(own_redis: Any, until: Any) -> Non
     ids=lambda commands: "-".join(map(str, commands[0])),
 )
 async def test_what_others_do_is_mended(redis_server: Any, until: Any, commands: list[tuple[str, ...]]) -> None:
-    """A flush, another type under our keys, or half of the copy gone, is noticed within a beat and filled."""
+    """After FLUSHALL, another type in our keys, or the loss of one of them, the mirror is filled within a heartbeat."""
     async with manager(redis_server.url) as state:
         await state.set("a", 1)
         await until(lambda: mirror_of(state).revision == 1)
@@ -287,7 +287,7 @@ async def test_what_others_do_is_mended(redis_server: Any, until: Any, commands:
 
 
 async def test_a_read_only_replica(own_redis: Any, until: Any) -> None:
-    """A replica refuses; the status says what to do; a failover to it is followed."""
+    """A read-only replica refuses writes, and the status says what to do. After a failover to it, the mirror is filled there."""
     primary = own_redis()
     replica = own_redis("--replicaof", "127.0.0.1", str(primary.port))
     async with manager(replica.url) as state:
@@ -299,7 +299,7 @@ async def test_a_read_only_replica(own_redis: Any, until: Any) -> None:
 
 
 async def test_out_of_memory(own_redis: Any, until: Any) -> None:
-    """A full Redis keeps the last revision that it could take, whole, and takes the rest when it has room."""
+    """A full Redis keeps the last whole revision, and gets the rest when it has memory again."""
     redis = own_redis("--maxmemory", "3mb")
     async with manager(redis.url) as state, RedisCache(redis.url).reader("name") as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -313,7 +313,7 @@ async def test_out_of_memory(own_redis: Any, until: Any) -> None:
 
 
 async def test_wrong_password(own_redis: Any, until: Any) -> None:
-    """A refused password is told without being quoted; readers are told to mend the settings."""
+    """A refused password is reported without the password, with the remedy."""
     redis = own_redis("--requirepass", "right-one")
     right, wrong = (f"redis://:{word}-one@127.0.0.1:{redis.port}" for word in ("right", "wrong"))
     async with manager(wrong) as state:
@@ -329,7 +329,7 @@ async def test_wrong_password(own_redis: Any, until: Any) -> None:
 
 
 async def test_a_user_who_may_not(own_redis: Any, until: Any) -> None:
-    """An ACL that lacks a command is told as such."""
+    """A missing right in the ACL is reported as such."""
     redis = own_redis()
     redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all", "-unlink")
     async with manager(f"redis://poor:word@127.0.0.1:{redis.port}") as state:
@@ -339,7 +339,7 @@ async def test_a_user_who_may_not(own_redis: Any, until: Any) -> None:
 
 
 async def test_a_network_that_cuts(redis_server: Any, proxy_to: Any, until: Any) -> None:
-    """A cut in the middle of a step loses nothing, doubles nothing, and needs no fill."""
+    """A connection that is cut within a step loses nothing, repeats nothing, and needs no fill."""
     proxy = await proxy_to(redis_server.port)
     async with manager(proxy.url) as state:
         await until(lambda: mirror_of(state).up)
@@ -353,7 +353,7 @@ async def test_a_network_that_cuts(redis_server: Any, proxy_to: Any, until: Any)
 async def test_what_arrives_late_does_nothing(
     redis_server: Any, proxy_to: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step that a network holds back, and delivers after newer ones, is not carried out."""
+    """A step that the network delivers after newer ones is not executed."""
     monkeypatch.setattr(lab_state.cache._connection, "_TIMEOUT", 0.1)
     proxy = await proxy_to(redis_server.port)
     async with manager(proxy.url) as state:
@@ -368,7 +368,7 @@ async def test_what_arrives_late_does_nothing(
 
 
 async def test_a_slow_network(redis_server: Any, proxy_to: Any) -> None:
-    """A flush does not wait for the mirror, however slow that is, and changes are coalesced."""
+    """A flush does not wait for a slow mirror, and the changes are merged."""
     proxy = await proxy_to(redis_server.port)
     async with manager(proxy.url) as state:
         proxy.delay = 0.05
@@ -382,7 +382,7 @@ async def test_a_slow_network(redis_server: Any, proxy_to: Any) -> None:
 async def test_a_subscription_that_does_not_answer(
     redis_server: Any, proxy_to: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A local copy behind a network that swallows everything is given up, and loaded when it answers again."""
+    """A local copy is not shown while the network drops everything, and is loaded when it works again."""
     monkeypatch.setattr(lab_state.cache._redis_source, "_PING_SECONDS", 0.05)
     monkeypatch.setattr(lab_state.cache._feed, "SILENT_SECONDS", 0.05)
     proxy = await proxy_to(redis_server.port)
@@ -399,7 +399,7 @@ async def test_a_subscription_that_does_not_answer(
 
 
 async def test_old_connections_of_a_reader(own_redis: Any) -> None:
-    """A read on a connection that has died meanwhile is made on a new one."""
+    """A read on a connection that was lost meanwhile is repeated on a new one."""
     redis = own_redis()
     async with manager(redis.url) as state:
         await same(state, redis.url)
@@ -417,7 +417,7 @@ async def test_old_connections_of_a_reader(own_redis: Any) -> None:
 
 
 async def test_a_session_after_its_connection(redis_server: Any) -> None:
-    """A session never connects anew by itself: it would forget what it watched."""
+    """A session never connects again by itself, because the watched keys would be lost."""
     session = await RedisCache(redis_server.url).open("name", "one")
     await session.aclose()
     with pytest.raises(UnavailableError, match="the connection was lost"):
@@ -445,7 +445,7 @@ async def test_an_attribute_error_of_a_closed_connection_only(
 
 
 async def test_a_user_who_may_not_look(own_redis: Any) -> None:
-    """A user that may not read or subscribe is told so."""
+    """A user without the right to read or to subscribe gets an error that says so."""
     redis = own_redis()
     redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all", "-hget", "-subscribe")
     cache = RedisCache(f"redis://poor:word@127.0.0.1:{redis.port}")
@@ -458,7 +458,7 @@ async def test_a_user_who_may_not_look(own_redis: Any) -> None:
 
 
 async def test_an_answer_that_nobody_waits_for(redis_server: Any) -> None:
-    """A ping whose caller has gone is answered all the same."""
+    """The answer to a ping whose caller was cancelled is not taken for the next one's."""
     subscription = await RedisCache(redis_server.url).reader("name")._source.subscribe()
     receiving = asyncio.create_task(subscription.receive())
     pinging = asyncio.create_task(subscription.ping())

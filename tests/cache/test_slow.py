@@ -1,4 +1,4 @@
-"""A cache that is slower than the writer: it holds up no checkpoint, and has the state in the end."""
+"""A cache that is slower than the writer delays no checkpoint, and has the state in the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGE = "x" * 100_000
 
 
 def holding(faulty: FaultyCache, call: str = "fill") -> None:
-    """Let such calls hang."""
+    """Make calls of one kind hang."""
     faulty.held = call
     faulty.going.clear()
 
@@ -26,7 +26,7 @@ def holding(faulty: FaultyCache, call: str = "fill") -> None:
 async def test_a_fill_is_cut_off_for_a_checkpoint(
     faulty: FaultyCache, clock: ManualClock, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A checkpoint that is due is made at once, and the fill that held it up begins anew behind it."""
+    """A checkpoint that is due cuts a fill off, and the fill begins again after it."""
     storage = FaultyStorage(MemoryStorage())
     holding(faulty)
     async with manager(faulty, clock, storage) as state:
@@ -49,7 +49,7 @@ async def test_a_fill_is_cut_off_for_a_checkpoint(
 async def test_a_fill_that_waits_for_a_commit_is_not_cut_off(
     faulty: FaultyCache, clock: ManualClock, until: Any
 ) -> None:
-    """A fill that has given its view back holds up no checkpoint."""
+    """A fill that only waits for durability delays no checkpoint, and is not cut off."""
     storage = FaultyStorage(MemoryStorage())
     async with manager(faulty, clock, storage, interval=None) as state:
         await until(lambda: faulty.revision == 0)
@@ -66,7 +66,7 @@ async def test_a_fill_that_waits_for_a_commit_is_not_cut_off(
 
 
 async def test_a_fill_goes_on_while_checkpoints_fail(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """Cutting it off would be of no use to a checkpoint that cannot be made; one that can be is made behind it."""
+    """A fill is not cut off for a checkpoint that cannot be written. The checkpoint is written after the fill."""
     storage = FaultyStorage(MemoryStorage())
     async with manager(faulty, clock, storage) as state:
         await until(lambda: mirror_of(state).up)
@@ -92,7 +92,7 @@ async def test_a_fill_goes_on_while_checkpoints_fail(faulty: FaultyCache, clock:
 
 
 async def test_a_timeout_of_the_cache_is_its_own(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
-    """It is not mistaken for a fill that was cut off."""
+    """A `TimeoutError` of the cache is not taken for a fill that was cut off."""
     faulty.fail("fill", TimeoutError())
     async with manager(faulty, clock) as state:
         await until(lambda: mirror_of(state).error is not None)
@@ -102,7 +102,7 @@ async def test_a_timeout_of_the_cache_is_its_own(faulty: FaultyCache, clock: Man
 
 
 async def test_the_journal_of_a_state_with_a_slow_cache(faulty: FaultyCache, tmp_path: Path, until: Any) -> None:
-    """Files: though the cache takes nothing at all, each checkpoint that is due is made."""
+    """With files and a cache that accepts nothing, each checkpoint that is due is written."""
     holding(faulty)
     checkpoints = 0
     async with Manager(Config(name="name", flush_interval=None), FileStorage(tmp_path), faulty) as state:

@@ -1,4 +1,4 @@
-"""What other clients write to a copy, or send on its channel: it ends no reader and no mirror, and is mended."""
+"""Other clients that write to a mirror or send on its channel: no reader and no writer ends, and the mirror is repaired."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def local(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def own(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> RedisCache:
-    """Return copies on the real server, with beats and looks as short as a test can bear."""
+    """Return a cache on the real server, with short heartbeats and pauses."""
     monkeypatch.setattr(lab_state.cache._mirror, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(lab_state.cache._feed, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(lab_state.cache._revision_guard, "STANDS_SECONDS", 0.1)
@@ -79,7 +79,7 @@ async def settle(clock: ManualClock, seconds: float, step: float = 1.0) -> None:
 async def test_a_message_that_cannot_be_read_is_left_out(
     until: Any, caplog: pytest.LogCaptureFixture, data: bytes, local: Any
 ) -> None:
-    """It is told once, everything is read again once, and the same subscription goes on."""
+    """A message that cannot be decoded is logged once, and everything is read again once. The subscription goes on."""
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache) as state, cache.reader("name", local=local, clock=clock) as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -102,7 +102,7 @@ async def test_a_message_that_cannot_be_read_is_left_out(
 async def test_messages_that_cannot_be_read_are_not_a_sign_of_life(
     until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A subscription on which nothing else comes is asked, as a silent one is, and what has changed is read."""
+    """A subscription with only such messages is tested like one without messages, and changes are read."""
     clock, cache = ManualClock(), MemoryCache()
     session = await cache.open("name", "one")
     assert await session.fill(1, parts(NOTHING), await session.look())
@@ -124,7 +124,7 @@ async def test_messages_that_cannot_be_read_are_not_a_sign_of_life(
 
 
 async def test_a_step_that_is_never_ended(until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts of a stranger are no parts of the next step, and are not kept for ever."""
+    """Parts of a step of another client do not become parts of the next step, and are dropped."""
     monkeypatch.setattr(lab_state.cache._feed, "_MOST_BYTES", 1000)
     cache = MemoryCache()
     async with writer(cache) as state, cache.reader("name", local=True) as reader:
@@ -147,7 +147,7 @@ async def test_a_step_that_is_never_ended(until: Any, monkeypatch: pytest.Monkey
 
 
 async def test_a_step_that_is_too_long_to_be_true(until: Any) -> None:
-    """It is not applied, and no revision of it counts as read."""
+    """A step over too many revisions is not applied, and its revision does not count as read."""
     cache = MemoryCache()
     async with writer(cache) as state, cache.reader("name", local=True) as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -163,7 +163,7 @@ async def test_a_step_that_is_too_long_to_be_true(until: Any) -> None:
 async def test_whatever_a_source_raises_a_reader_goes_on(
     until: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error that no source should raise is told once, as a lost subscription is."""
+    """An error that a source must not raise is logged once, like a lost subscription."""
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache) as state, cache.reader("name", local=True, clock=clock) as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -186,7 +186,7 @@ async def test_whatever_a_source_raises_a_reader_goes_on(
 
 @pytest.mark.parametrize("what", [b"hello", None], ids=["strange", "lost"])
 async def test_a_logger_that_raises_ends_no_reader(until: Any, what: bytes | None) -> None:
-    """A filter that fails on our lines, as one does that expects a web request, changes nothing."""
+    """A logging filter that raises for our lines ends no reader."""
 
     def failing(record: logging.LogRecord) -> bool:
         return bool(record.request_id)  # type: ignore[attr-defined]
@@ -214,7 +214,7 @@ async def test_a_logger_that_raises_ends_no_reader(until: Any, what: bytes | Non
 async def test_a_field_that_is_no_utf_8(
     own: RedisCache, redis_server: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is no key of a state: each reader tells it once and leaves it out, and the writer fills the copy anew."""
+    """A field that is not UTF-8 is skipped, and each reader logs it once. The writer fills the mirror again."""
     async with writer(own) as state, own.reader("name") as remote, own.reader("name", local=True) as reader:
         await reader.wait_revision(await state.set("a", 1))
         await remote.wait_revision(1)
@@ -254,7 +254,7 @@ async def test_a_field_that_is_no_utf_8(
 async def test_what_another_client_writes_is_filled_anew(
     own: RedisCache, redis_server: Any, until: Any, commands: list[tuple[Any, ...]], busy: Any
 ) -> None:
-    """A beat of an idle writer, or its next step, finds it, and a new reader reads what the writer has."""
+    """A heartbeat or the next step finds the write of another client, and the mirror is filled."""
     async with writer(own) as state:
         await state.set_many({"a": 1, "b": 2})
         await until(lambda: mirror_of(state).revision == 1)
@@ -272,7 +272,7 @@ async def test_what_another_client_writes_is_filled_anew(
 async def test_a_step_finds_what_another_client_wrote(
     own: RedisCache, redis_server: Any, clock: ManualClock, until: Any
 ) -> None:
-    """Without a beat: the step is not made on a copy that was touched, and the whole state is brought."""
+    """Without a heartbeat, a step on a mirror that another client has changed is refused, and the mirror is filled."""
     async with writer(own, clock) as state:
         await state.set_many({"a": 1, "b": 2})
         await until(lambda: mirror_of(state).revision == 1)
@@ -285,7 +285,7 @@ async def test_a_step_finds_what_another_client_wrote(
 
 
 async def until_read(reader: Any, wanted: dict[str, Any]) -> None:
-    """Read until that is what is read."""
+    """Read until a value is read."""
     async with asyncio.timeout(10):
         while True:
             with contextlib.suppress(UnavailableError, UnsupportedError, TypeMismatchError):
@@ -295,7 +295,7 @@ async def until_read(reader: Any, wanted: dict[str, Any]) -> None:
 
 
 async def test_a_local_copy_of_what_was_spoilt_is_loaded_anew(own: RedisCache, redis_server: Any, until: Any) -> None:
-    """A reader that loaded what another client had written has the fill that mends it, at the same revision."""
+    """A local copy with another client's write is loaded again after the fill, though the revision is the same."""
     session = await own.open("name", "one")
     assert await session.fill(1, parts(Slice({"a": b"1"}, {}, [])), await session.look())
     redis_server.call("HSET", VALUES, "a", "666")
@@ -320,7 +320,7 @@ async def parts(*slices: Slice) -> Any:
 async def test_a_client_that_never_stops(
     own: RedisCache, redis_server: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The copy is filled anew after growing pauses, so that nothing else is held up; the status says why."""
+    """If another client writes repeatedly, the mirror is filled after growing pauses, and the status says why."""
     clock = ManualClock()
     async with Manager(Config(name="name", flush_interval=0), MemoryStorage(), own, clock=clock) as state:
         await state.set("a", 1)
@@ -343,7 +343,7 @@ async def test_a_client_that_never_stops(
 
 
 async def test_a_value_that_is_nested_too_deeply(until: Any) -> None:
-    """Reading it is a `TypeMismatchError`; every other key is read."""
+    """A value that is nested too deeply raises `TypeMismatchError`. Every other key can be read."""
     cache = MemoryCache()
     async with writer(cache) as state:
         await state.set_many({"a": 1, "b": 2})
@@ -363,7 +363,7 @@ async def test_a_value_that_is_nested_too_deeply(until: Any) -> None:
 
 @pytest.mark.parametrize("lost", ["values", "both"])
 async def test_waiting_for_a_revision_that_is_gone(cache: Any, redis_server: Any, lost: str, until: Any) -> None:
-    """Where a copy is gone that was heard of, waiting for its revision ends in time, and the loop runs meanwhile."""
+    """If the mirror is lost after its revision was announced, the wait for that revision ends in time, and the loop runs."""
     async with cache.reader("name") as reader:
         session = await cache.open("name", "one")
         assert await session.fill(3, parts(NOTHING), await session.look())
@@ -381,7 +381,7 @@ async def test_waiting_for_a_revision_that_is_gone(cache: Any, redis_server: Any
 
 
 async def test_waiting_by_a_clock_that_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy that is gone, and one that does not answer, are waited for by the reader's clock."""
+    """The reader's clock measures the wait for a lost mirror and for a cache that does not answer."""
     clock, cache = ManualClock(), MemoryCache()
     async with cache.reader("name", clock=clock) as reader:
         waiting = asyncio.create_task(reader.wait_revision(3, timeout=7))
@@ -405,7 +405,7 @@ async def test_waiting_by_a_clock_that_stands(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("kind", ["gone", "half", "newer", "lower"])
 async def test_a_reader_that_cannot_read_is_not_up(until: Any, kind: str, local: Any) -> None:
-    """Whatever makes reads fail turns `up`, and with it `/health`, within seconds, though nothing is read."""
+    """If reads fail for any reason, `up` and `/health` change within seconds, also if the application reads nothing."""
     clock, cache = ManualClock(), MemoryCache()
     async with cache.reader("name", local=local, clock=clock) as reader:
         async with writer(cache) as state:
@@ -432,7 +432,7 @@ async def test_a_reader_that_cannot_read_is_not_up(until: Any, kind: str, local:
 
 
 async def test_a_revision_that_was_too_high(until: Any, local: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Seen once, it makes reads fail for ten seconds; the living writer is right, and reads go on from there."""
+    """After a revision that was too high, reads fail for ten seconds. Then the living writer's revision is accepted."""
     clock, cache = ManualClock(), MemoryCache()
     async with writer(cache, clock) as state, cache.reader("name", local=local, clock=clock) as reader:
         await reader.wait_revision(await state.set("a", 1))
@@ -462,7 +462,7 @@ async def test_a_revision_that_was_too_high(until: Any, local: Any, caplog: pyte
 
 
 async def test_a_lower_revision_of_a_writer_that_is_silent(until: Any) -> None:
-    """Old data, of a writer that does not say that it lives, or of two in turn, is never read."""
+    """Old data of a writer without heartbeats, or of two writers in turn, is never read."""
     clock, cache = ManualClock(), MemoryCache()
     async with cache.reader("name", clock=clock) as reader:
         session = await cache.open("name", "one")
@@ -484,7 +484,7 @@ async def test_a_lower_revision_of_a_writer_that_is_silent(until: Any) -> None:
 
 
 async def test_keys_that_nobody_can_write_are_read(cache: Any, until: Any, local: Any) -> None:
-    """An imported state holds keys that `set` refuses: a reader reads them, as the manager does."""
+    """An imported state may have keys that `set` refuses. A reader reads them, as the manager does."""
     strange = ["", "k" * 5000, "a\0b"]
     session = await cache.open("name", "one")
     values = {key: b"%d" % number for number, key in enumerate(strange)}
@@ -509,7 +509,7 @@ async def test_keys_that_nobody_can_write_are_read(cache: Any, until: Any, local
 async def test_without_the_right_to_watch_nothing_is_brought(
     own_redis: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A user that may not `WATCH` is refused with the remedy: its steps could overwrite a successor's copy."""
+    """A user without the right to `WATCH` is refused with the remedy, because its steps could overwrite a successor's mirror."""
     monkeypatch.setattr(lab_state.cache._mirror, "_LONGEST_PAUSE", 0.05)
     redis = own_redis()
     redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all", "-watch")
@@ -528,7 +528,7 @@ async def test_without_the_right_to_watch_nothing_is_brought(
 
 @pytest.mark.parametrize("taken", ["watch", "unwatch"])
 async def test_a_right_that_is_taken_away_later(own_redis: Any, taken: str) -> None:
-    """Each answer to `WATCH` and `UNWATCH` is read: a session from which it is taken does no step more."""
+    """A session that loses the right to `WATCH` does not write any further step."""
     redis = own_redis()
     redis.call("ACL", "SETUSER", "poor", "on", ">word", "~*", "&*", "+@all")
     cache = RedisCache(f"redis://poor:word@127.0.0.1:{redis.port}")

@@ -1,4 +1,4 @@
-"""The ways to a server that are not a plain URL: a user with few rights, TLS, Sentinel."""
+"""Connections that are more than a plain URL: a user with few rights, TLS, Sentinel."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def documented() -> tuple[list[str], list[str]]:
 
 
 async def test_the_documented_rights_suffice(own_redis: Any) -> None:
-    """A writer and readers with the commands on the page, and no others, do all that they do."""
+    """A writer and readers need only the commands that the page lists."""
     server = own_redis()
     writer, reader = documented()
     for user, commands in (("writer", writer), ("reader", reader)):
@@ -105,7 +105,7 @@ async def with_tls(port: int, context: ssl.SSLContext) -> AsyncIterator[int]:
 
 
 async def test_tls(redis_server: Any, tmp_path: Path, until: Any) -> None:
-    """`rediss://` with a certificate that is trusted works; one that is not is an error, and nothing is sent."""
+    """`rediss://` works with a trusted certificate. With another one it is an error, and nothing is sent."""
     authority, other = trustme.CA(), trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost").configure_cert(context)
@@ -126,7 +126,7 @@ async def test_tls(redis_server: Any, tmp_path: Path, until: Any) -> None:
 
 
 async def test_a_failover(own_redis: Any, own_sentinel: Any, until: Any) -> None:
-    """When Sentinel makes a replica the primary, the copy is brought there, and readers go on, never backwards."""
+    """After Sentinel has made a replica the primary, the mirror is filled there, and readers never go back."""
     first = own_redis()
     second = own_redis("--replicaof", "127.0.0.1", str(first.port))
     await until(lambda: second.call("INFO", "replication")["master_link_status"] == "up", PATIENCE)
@@ -160,7 +160,7 @@ def known(sentinel: Any) -> bool:
 
 
 async def test_certificates_are_read_in_a_thread(monkeypatch: Any, until: Any) -> None:
-    """Each attempt to connect by TLS makes its context off the event loop, also while the server is away."""
+    """Each attempt to connect with TLS creates its context in a thread, also while the server is down."""
     made: list[str] = []
     real = ssl.create_default_context
 

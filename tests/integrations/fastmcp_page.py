@@ -67,7 +67,7 @@ async def authorize(http: httpx2.AsyncClient, client: str) -> int:
 
 
 async def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its blocks run one after the other, and the second client's answer comes from the cache."""
+    """The blocks of the page run one after the other, and the second client's answer comes from the cache."""
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
@@ -80,7 +80,7 @@ async def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
 async def test_a_registered_client_is_known_after_a_restart(tmp_path: Path, how: signal.Signals) -> None:
-    """Whatever ends the server: a client that was registered may log in, and a stranger may not."""
+    """After any end of the server, a registered client may log in, and an unknown one may not."""
     async with served(tmp_path) as process, httpx2.AsyncClient(base_url=await url_of(process)) as http:
         answer = await http.post("/register", json=CLIENT)
         assert answer.status_code == 201, answer.text
@@ -98,7 +98,7 @@ async def test_a_registered_client_is_known_after_a_restart(tmp_path: Path, how:
 
 
 async def test_a_second_process_is_told_who_has_the_state(tmp_path: Path) -> None:
-    """It ends, and the last line of the traceback names the process that has the state."""
+    """A second process ends, and the last line of the traceback names the process that has the state."""
     async with served(tmp_path) as first:
         await url_of(first)
         async with served(tmp_path) as second:

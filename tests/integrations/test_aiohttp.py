@@ -51,7 +51,7 @@ async def json_of(client: TestClient[Any, Any], path: str) -> Any:
 
 
 async def test_handlers_and_sub_applications_find_managers() -> None:
-    """A sub-application finds its parent's managers, and its own before those; the parent only its own."""
+    """A sub-application finds its own managers and then its parent's. The parent finds only its own."""
     parent = application(make("parent"), make("shared"))
     sub = application(make("sub"), make("shared"))
     parent.add_subapp("/sub/", sub)
@@ -78,7 +78,7 @@ async def test_a_manager_of_an_application() -> None:
 
 
 async def test_managers_live_as_long_as_the_application() -> None:
-    """They run while the server does, started in order and stopped in reverse with what else is to be cleaned up."""
+    """Managers run while the server runs. They are started in order and stopped in reverse, among the other members of `cleanup_ctx`."""
     first, second = make("first"), make("second")
     app = web.Application()
     seen = []
@@ -123,7 +123,7 @@ async def test_started_in_one_task_and_stopped_in_another() -> None:
 
 
 async def test_two_managers_of_one_name_are_an_error_at_once() -> None:
-    """In one call or in two; the application is left as it was."""
+    """Two managers of one name are refused, in one call or in two. The application stays as it was."""
     app = web.Application()
     with pytest.raises(ValueError, match="two are named 'a'"):
         setup(app, make("a"), make("a"))
@@ -136,7 +136,7 @@ async def test_two_managers_of_one_name_are_an_error_at_once() -> None:
 
 
 async def test_health() -> None:
-    """200 while all write, 503 when changes have not been durable for longer than the bound."""
+    """Health is 200 while all managers write, and 503 when changes have not been durable for longer than the bound."""
     clock, storage = ManualClock(), FaultyStorage(MemoryStorage())
     state = Manager(Config(name="a"), storage, clock=clock)
     storage.fail("commit", times=100)
@@ -155,7 +155,7 @@ async def test_health() -> None:
 
 
 async def test_health_without_managers() -> None:
-    """An application without managers is not healthy: it was meant to have some."""
+    """An application without managers is not healthy."""
     async with (
         TestClient(TestServer(application())) as client,
         client.get("/health") as response,

@@ -1,4 +1,4 @@
-"""What a caller of each framework is told when lab_state refuses, and what the log says."""
+"""The response of each framework when lab_state refuses a request, and the line in the log."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ async def test_a_failed_write_is_503(
     storage: FaultyStorage,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A write that is not durable is 503 with `Retry-After`, one line of the log and no traceback; the next succeeds."""
+    """A write that is not durable is 503 with `Retry-After` and one line in the log without a traceback. The next one succeeds."""
     caplog.set_level(logging.DEBUG, "lab_state")
     async with framework(Manager(Config(name="errors", flush_interval=0), storage)) as post:
         storage.fail("commit", times=1)
@@ -165,7 +165,7 @@ async def test_a_fenced_manager_is_503(
     storage: FaultyStorage,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A subclass of `StorageError` is answered like it, and the log says which it was."""
+    """A subclass of `StorageError` is answered in the same way, and the log names it."""
     async with framework(Manager(Config(name="errors", flush_interval=0), storage)) as post:
         assert (await post("fenced"))[::2] == (503, "7")
     assert [line.partition(": ")[2].partition(":")[0] for _, line in told(caplog)] == ["FencedError"]
@@ -183,7 +183,7 @@ async def test_what_cannot_be_kept_is_422(
     what: str,
     line: str,
 ) -> None:
-    """A bad key or value is 422 with the reason and no value, one line of the log, and changes nothing."""
+    """A bad key or value is 422 with the reason and without the value, and one line in the log. Nothing changes."""
     caplog.set_level(logging.DEBUG, "lab_state")
     state = Manager("errors", storage)
     async with framework(state) as post:
@@ -213,7 +213,7 @@ async def test_other_errors_are_the_frameworks(
     ids=["starlette", "aiohttp", "litestar"],
 )
 def test_retry_after_is_checked_at_once(errors: Callable[..., Any]) -> None:
-    """It is a whole number of seconds, 0 or more."""
+    """`retry_after` must be a whole number of seconds, 0 or more."""
     app: Any = web.Application() if errors is for_aiohttp.errors else Starlette()
     for wrong in (1.5, True, "1", None):
         with pytest.raises(TypeError, match="retry_after must be a whole number of seconds"):
@@ -254,7 +254,7 @@ def socket_of(what: str, *, accepted: bool = True, left: bool = False) -> Starle
 def test_a_websocket_is_closed_with_a_code(
     app: Starlette, code: int, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In Starlette: 1013 where the storage failed, 1008 for what cannot be kept; once, and with one line of the log."""
+    """Starlette closes a WebSocket once: with 1013 if the storage failed, with 1008 for a bad key or value. The log has one line."""
     caplog.set_level(logging.DEBUG, "lab_state")
     with (
         TestClient(app) as client,
@@ -267,7 +267,7 @@ def test_a_websocket_is_closed_with_a_code(
 
 
 def test_starlette_cannot_change_a_response_that_has_begun() -> None:
-    """An error amid a stream breaks it, so that no client takes it for complete."""
+    """An error within a stream breaks the response, so no client takes it for complete."""
 
     async def parts() -> AsyncIterator[str]:
         yield "begun"
@@ -283,7 +283,7 @@ def test_starlette_cannot_change_a_response_that_has_begun() -> None:
 
 
 async def test_aiohttp_does_not_change_a_response_that_has_begun(caplog: pytest.LogCaptureFixture) -> None:
-    """An error amid a stream breaks it, so that no client takes it for complete."""
+    """An error within a stream breaks the response, so no client takes it for complete."""
 
     async def endpoint(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()

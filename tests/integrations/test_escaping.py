@@ -1,4 +1,4 @@
-"""Any string as one part of a key."""
+"""Any text as one part of a key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ texts = st.text(st.characters(exclude_categories=()), max_size=300)
 @example("/" * 1000)
 @example("$lab_state")
 def test_a_text_survives(text: str) -> None:
-    """What was escaped is told back, and a part can follow a namespace: no slash, within bounds."""
+    """An escaped text can be read back. A part has no slash, and is short enough to follow a namespace."""
     assert unescape(escape(text)) == text
     found = part(text)
     check_key(f"namespace/{found}")
@@ -43,7 +43,7 @@ def test_different_texts_are_different_parts(one: str, other: str) -> None:
 
 
 def test_what_is_readable_stays_readable() -> None:
-    """Only what cannot be in a part is escaped."""
+    """Only characters that a part cannot have are escaped."""
     assert part("GET https://example.com/a b?ü=1%") == "GET https:%2F%2Fexample.com%2Fa b?ü=1%25"
 
 

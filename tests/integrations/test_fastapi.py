@@ -70,7 +70,7 @@ def both() -> FastAPI:
 
 
 def test_dependencies_of_every_kind_of_endpoint() -> None:
-    """Endpoints with and without `async`, WebSockets and mounted applications are given the same manager."""
+    """Endpoints with and without `async`, WebSockets and mounted applications get the same manager."""
     with TestClient(both()) as client:
         assert client.get("/async").json()[:2] == [1, 10]
         assert client.get("/plain").json() == [2, {"n": 2}]
@@ -83,7 +83,7 @@ def test_dependencies_of_every_kind_of_endpoint() -> None:
 
 
 def test_fifty_endpoints_in_threads_wait_for_durable_writes(tmp_path: Path) -> None:
-    """More `def` endpoints at once than there are threads: `blocking` never starves the write it waits for."""
+    """With more `def` endpoints at once than threads, each write through `blocking` still becomes durable."""
     state = Manager("my-module", FileStorage(tmp_path))
     app = FastAPI(lifespan=lifespan(state))
 
@@ -117,7 +117,7 @@ def test_an_entry_is_typed_and_has_its_default() -> None:
 
 
 def test_the_only_manager_needs_no_name() -> None:
-    """`manager()` is the only manager, and an error that names them where there are several."""
+    """`manager()` returns the only manager. If there are several, the error names them."""
     with TestClient(application(Manager("alone", MemoryStorage()))) as client:
         assert client.get("/only").json() == "alone"
     with (
@@ -137,7 +137,7 @@ def test_a_manager_that_the_application_does_not_have() -> None:
 
 
 def test_a_bad_key_is_an_error_at_once() -> None:
-    """An entry with a key out of bounds fails where it is written, not at the first request."""
+    """An entry with a bad key fails when the dependency is made, and not at the first request."""
     with pytest.raises(InvalidKeyError):
         entry("", int)
 
@@ -150,7 +150,7 @@ def test_openapi_shows_no_trace_of_the_dependencies() -> None:
 
 
 def test_health_is_a_route_like_others() -> None:
-    """`add_api_route` takes the health endpoint."""
+    """`add_api_route` accepts the health endpoint."""
     with TestClient(both()) as client:
         assert client.get("/health").json()["healthy"]
 

@@ -60,7 +60,7 @@ def store(state: Manager) -> LabStateStore:
 
 
 def test_it_is_what_it_claims(store: LabStateStore) -> None:
-    """It is an `AsyncKeyValue`, and has every optional protocol."""
+    """The store is an `AsyncKeyValue`, and has every optional protocol."""
     typed: AsyncKeyValue = store
     assert isinstance(typed, AsyncKeyValue)
     for protocol in (
@@ -75,7 +75,7 @@ def test_it_is_what_it_claims(store: LabStateStore) -> None:
 
 
 async def test_an_empty_store(store: LabStateStore) -> None:
-    """Nothing is there: `None`, no time, nothing deleted."""
+    """In an empty store, a read returns `None`, there is no ttl, and nothing can be deleted."""
     assert await store.get("key", collection="test") is None
     assert await store.ttl("key", collection="test") == (None, None)
     assert await store.delete("key", collection="test") is False
@@ -87,7 +87,7 @@ async def test_an_empty_store(store: LabStateStore) -> None:
 
 
 async def test_put_get_delete(store: LabStateStore) -> None:
-    """What is put is got until it is replaced or deleted."""
+    """A value can be read until it is replaced or deleted."""
     await store.put("key", ONE, collection="test")
     assert await store.get("key", collection="test") == ONE
     await store.put("key", TWO, collection="test")
@@ -98,7 +98,7 @@ async def test_put_get_delete(store: LabStateStore) -> None:
 
 
 async def test_many(store: LabStateStore) -> None:
-    """Many are put, got in the order asked for, with `None` for what is missing, and deleted."""
+    """Many values are stored, read in the given order with `None` for a missing key, and deleted."""
     await store.put_many(["a", "b"], (ONE, TWO), collection="test")
     assert await store.get_many(["b", "missing", "a", "b"], collection="test") == [TWO, None, ONE, TWO]
     assert await store.ttl_many(["a", "missing"], collection="test") == [(ONE, None), (None, None)]
@@ -145,7 +145,7 @@ async def test_values_survive(store: LabStateStore, value: dict[str, Any]) -> No
     ids=lambda value: ascii(value) if isinstance(value, str | float) else type(value).__name__,
 )
 async def test_what_json_cannot_hold_is_refused(store: LabStateStore, state: Manager, value: object) -> None:
-    """`SerializationError`, and what was there stays; types that lab_state alone would take are refused too."""
+    """A value that JSON cannot hold is a `SerializationError`, and the old value stays. Types that only lab_state accepts are refused too."""
     await store.put("key", ONE)
     with pytest.raises(SerializationError):
         await store.put_many(["key", "other"], [TWO, {"value": value}])
@@ -154,7 +154,7 @@ async def test_what_json_cannot_hold_is_refused(store: LabStateStore, state: Man
 
 
 async def test_what_is_too_deep_or_goes_round_is_refused(store: LabStateStore) -> None:
-    """Cycles, and more nesting than lab_state or Python take, are `SerializationError`."""
+    """Cycles, and deeper nesting than lab_state or Python accept, are a `SerializationError`."""
     cycle: dict[str, Any] = {}
     cycle["self"] = cycle
     deep: dict[str, Any] = {}
@@ -170,19 +170,19 @@ async def test_what_is_too_deep_or_goes_round_is_refused(store: LabStateStore) -
 
 @pytest.mark.parametrize("value", ["text", None, [1], {1: "int key"}], ids=repr)
 async def test_a_value_is_a_mapping_of_strings(store: LabStateStore, value: Any) -> None:
-    """Anything else is a `TypeError`, as in every store of py-key-value."""
+    """A value that is not a mapping of strings is a `TypeError`, as in every store of py-key-value."""
     with pytest.raises(TypeError):
         await store.put("key", value)
 
 
 async def test_any_mapping_will_do(store: LabStateStore) -> None:
-    """A mapping that is no `dict` is stored as one."""
+    """A mapping of another type is stored as a `dict`."""
     await store.put("key", MappingProxyType(ONE))
     assert await store.get("key") == ONE
 
 
 async def test_values_are_copies(store: LabStateStore) -> None:
-    """Neither what was put nor what was got shares anything with the store."""
+    """Neither a stored value nor a value that was read shares an object with the store."""
     value: dict[str, Any] = {"list": []}
     await store.put("key", value)
     value["list"].append(1)
@@ -193,7 +193,7 @@ async def test_values_are_copies(store: LabStateStore) -> None:
 
 
 async def test_ttl(store: LabStateStore, clock: ManualClock) -> None:
-    """A value tells how long it lives, and is gone then."""
+    """`ttl` returns the remaining time of a value, and the value expires then."""
     await store.put("key", ONE, ttl=100)
     assert await store.ttl("key") == (ONE, 100.0)
     clock.advance(99.5)
@@ -209,7 +209,7 @@ async def test_ttl(store: LabStateStore, clock: ManualClock) -> None:
 
 @pytest.mark.parametrize("ttl", [0, -100, float("nan"), float("inf"), True, "100", [1], 1e300], ids=repr)
 async def test_a_bad_ttl_is_refused(store: LabStateStore, ttl: Any) -> None:
-    """`InvalidTTLError`, and nothing is stored."""
+    """A bad ttl is an `InvalidTTLError`, and nothing is stored."""
     with pytest.raises(InvalidTTLError):
         await store.put("key", ONE, ttl=ttl)
     with pytest.raises(InvalidTTLError):
@@ -218,14 +218,14 @@ async def test_a_bad_ttl_is_refused(store: LabStateStore, ttl: Any) -> None:
 
 
 async def test_put_many_needs_as_many_values_as_keys(store: LabStateStore) -> None:
-    """Otherwise it is a `ValueError`, and nothing is stored."""
+    """Different numbers of keys and values are a `ValueError`, and nothing is stored."""
     with pytest.raises(ValueError, match="2 keys were given, and 1 values"):
         await store.put_many(["a", "b"], [ONE])
     assert await store.get("a") is None
 
 
 async def test_put_if_absent(store: LabStateStore, clock: ManualClock) -> None:
-    """Of many at once one wins, and an expired value is absent."""
+    """One of many concurrent `put_if_absent` calls wins. An expired value counts as absent."""
     won = await asyncio.gather(*(store.put_if_absent("key", {"winner": n}, ttl=10) for n in range(10)))
     assert won == [True] + [False] * 9
     assert await store.ttl("key") == ({"winner": 0}, 10.0)
@@ -234,7 +234,7 @@ async def test_put_if_absent(store: LabStateStore, clock: ManualClock) -> None:
 
 
 async def test_concurrent_use(store: LabStateStore) -> None:
-    """Tasks that work on keys of their own do not disturb each other."""
+    """Tasks with different keys do not disturb each other."""
 
     async def work(number: int) -> None:
         for i in range(5):
@@ -250,7 +250,7 @@ async def test_concurrent_use(store: LabStateStore) -> None:
 
 @pytest.mark.parametrize("call", ["get", "ttl", "delete"])
 async def test_keys_and_collections_are_strings(store: LabStateStore, call: str) -> None:
-    """Anything else is a `TypeError`; so is one string where many keys are expected."""
+    """A key or a collection that is not a string is a `TypeError`. So is one string instead of many keys."""
     for arguments in ((1,), (None,)):
         with pytest.raises(TypeError, match="a key must be a str"):
             await getattr(store, call)(*arguments)
@@ -285,7 +285,7 @@ names = st.one_of(
 @example({("a/b", "c"): 1, ("a", "b/c"): 2, ("a%2Fb", "c"): 3})
 @example({("c" * 2000, ""): 1, ("c" * 2000, "k" * 2000): 2, ("%", "k" * 2000): 3})
 def test_every_string_is_a_key_and_a_collection(values: dict[tuple[str, str], int]) -> None:
-    """No two collections and keys are mixed up, and each is told again."""
+    """No two pairs of collection and key share a value, and `keys` and `collections` return each text."""
 
     async def check() -> None:
         async with Manager("kv", MemoryStorage()) as state:
@@ -305,7 +305,7 @@ def test_every_string_is_a_key_and_a_collection(values: dict[tuple[str, str], in
 
 
 async def test_limits(store: LabStateStore) -> None:
-    """`limit` bounds what is listed; without it, everything is."""
+    """`limit` bounds a listing. Without it, everything is listed."""
     for n in range(5):
         await store.put_many(list("abcde"), [ONE] * 5, collection=f"c{n}")
     assert [len(await store.keys("c1", limit=limit)) for limit in (None, 2, 0, -1, 100)] == [5, 2, 0, 0, 5]
@@ -313,7 +313,7 @@ async def test_limits(store: LabStateStore) -> None:
 
 
 async def test_destroying(store: LabStateStore, state: Manager) -> None:
-    """A collection, and then everything, is destroyed; what is beside the store stays."""
+    """A collection and then the whole store is destroyed. Other keys of the state stay."""
     await state.set("beside", 1)
     for collection in ("a", "a/b", "b"):
         await store.put("key", ONE, collection=collection)
@@ -329,7 +329,7 @@ async def test_destroying(store: LabStateStore, state: Manager) -> None:
 
 
 async def test_put_many_and_delete_many_are_one_change(store: LabStateStore, state: Manager) -> None:
-    """All or nothing: each makes one revision."""
+    """`put_many` and `delete_many` make one revision each."""
     await store.put_many(["a", "b", "c"], [ONE, TWO, ONE])
     assert state.revision == 1
     await store.delete_many(["a", "b"])
@@ -337,7 +337,7 @@ async def test_put_many_and_delete_many_are_one_change(store: LabStateStore, sta
 
 
 async def test_what_others_keep_there_is_an_error(store: LabStateStore, state: Manager) -> None:
-    """A value that is not the store's is never taken for missing, nor for a value."""
+    """A value of other code in the namespace is an error. It is not taken for missing or for a value."""
     await state.set("mcp/test/key", 1)
     with pytest.raises(DeserializationError, match="nothing else may write in its namespace"):
         await store.get("key", collection="test")
@@ -354,7 +354,7 @@ async def test_what_others_keep_there_is_an_error(store: LabStateStore, state: M
 
 
 async def test_a_write_that_is_not_durable_yet(clock: ManualClock) -> None:
-    """With a `flush_interval` of 0 the storage's failure is a `StoreConnectionError`, and the change is there."""
+    """With a `flush_interval` of 0, a failure of the storage is a `StoreConnectionError`, and the change stays in memory."""
     faulty = FaultyStorage(MemoryStorage())
     async with Manager(Config(name="kv", flush_interval=0), faulty) as state:
         store = LabStateStore(state.namespace("mcp"))
@@ -375,7 +375,7 @@ async def test_a_write_that_is_not_durable_yet(clock: ManualClock) -> None:
 
 
 async def test_a_stopped_manager(store: LabStateStore, state: Manager) -> None:
-    """The store does not own the manager; when that is stopped, every call is `ClosedError`."""
+    """The store does not own the manager. When the manager is stopped, every call is a `ClosedError`."""
     await state.stop()
     for call in (store.get("key"), store.put("key", ONE), store.keys(), store.destroy(), store.ttl("key")):
         with pytest.raises(ClosedError):
@@ -383,7 +383,7 @@ async def test_a_stopped_manager(store: LabStateStore, state: Manager) -> None:
 
 
 def test_a_store_needs_a_namespace(state: Manager) -> None:
-    """A whole manager is refused, since `destroy` would empty it; so is a prefix that leaves no room."""
+    """A whole manager is refused, because `destroy` would empty it. So is a prefix that is too long for keys."""
     with pytest.raises(TypeError, match=r"such as state\.namespace\('mcp'\)"):
         LabStateStore(state)  # type: ignore[arg-type]
     LabStateStore(state.namespace("n" * 510))
@@ -397,7 +397,7 @@ class Product(BaseModel):
 
 
 async def test_wrappers_and_adapters_of_py_key_value(store: LabStateStore) -> None:
-    """Its wrappers and adapters take the store as they take any other."""
+    """The wrappers and adapters of py-key-value accept the store."""
     counted = StatisticsWrapper(PrefixCollectionsWrapper(store, prefix="app"))
     products = PydanticAdapter(counted, Product, default_collection="products")
     await products.put("1", Product(name="apple", price=0.5), ttl=60)

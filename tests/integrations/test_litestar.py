@@ -61,7 +61,7 @@ async def socket(socket: WebSocket[Any, Any, Any], notes: NamedDependency[Manage
 
 
 def test_handlers_are_given_the_managers_they_ask_for() -> None:
-    """By parameter, in handlers with and without `async` and in WebSockets; and by name in the application's state."""
+    """Handlers with and without `async` and WebSockets get managers by parameter. The application's state has them by name."""
     notes, tags = Manager("my-notes", MemoryStorage()), Manager("my-tags", MemoryStorage())
     app = Litestar([names, note, without_await, socket, health()], plugins=[LabStatePlugin(notes=notes, tags=tags)])
     for started in (0, 1):
@@ -83,7 +83,7 @@ def copied(state: ImmutableState) -> list[Any]:
 
 
 def test_a_handler_may_have_a_copy_of_the_state() -> None:
-    """`ImmutableState` is a deep copy of the application's state: in it are the same managers, and they run."""
+    """`ImmutableState`, a deep copy of the application's state, contains the same running managers."""
     notes = Manager("my-notes", MemoryStorage())
     with TestClient(Litestar([copied], plugins=[LabStatePlugin(notes=notes)])) as client:
         assert client.get("/copied").json() == [True, repr({"my-notes": notes}), {"my-notes": 0}]
@@ -119,7 +119,7 @@ async def test_what_had_started_is_stopped_when_a_later_one_fails() -> None:
 
 
 def test_arguments_are_checked_at_once() -> None:
-    """Names that are taken, two managers of one name and what is not a manager are errors at once."""
+    """Reserved names, two managers of one name, and other objects are errors at once."""
     state = Manager("a", MemoryStorage())
     with pytest.raises(ValueError, match="Litestar keeps the parameter 'state' for itself"):
         LabStatePlugin(state=state)
@@ -134,7 +134,7 @@ def test_arguments_are_checked_at_once() -> None:
 
 
 def test_health_turns_when_writes_are_not_durable_for_long() -> None:
-    """503 when the oldest change that is not durable is older than the bound."""
+    """Health is 503 when the oldest change that is not durable is older than the bound."""
     clock, storage = ManualClock(), FaultyStorage(MemoryStorage())
     state = Manager(Config(name="a", flush_interval=None), storage, clock=clock)
     app = Litestar([health("/live", max_unflushed_age=10)], plugins=[LabStatePlugin(a=state)])
@@ -248,7 +248,7 @@ async def test_values_are_readable_in_the_file(store: LabStateStore, state: Mana
     "key", [*string.punctuation, "fooü", "..", "", "a/b", "$lab_state", "\0", "\ud800", "k" * 5000], ids=ascii
 )
 async def test_any_string_is_a_key(store: LabStateStore, key: str) -> None:
-    """Keys of special characters, the empty one and long ones work, and are told apart."""
+    """Keys with special characters, the empty key and long keys work, and stay apart."""
     await store.set(key, b"value")
     await store.set(f"{key}.", b"other")
     assert await store.get(key) == b"value"
@@ -271,7 +271,7 @@ async def test_expiry(store: LabStateStore, clock: ManualClock, expires_in: int 
 
 @pytest.mark.parametrize("expires_in", [0, -1, timedelta(0), timedelta(seconds=-1)], ids=repr)
 async def test_what_has_expired_is_not_stored(store: LabStateStore, expires_in: int | timedelta) -> None:
-    """An expiry of 0 seconds or less leaves nothing, not what was there before either."""
+    """An expiry of 0 seconds or less stores nothing, and deletes the old value."""
     await store.set("key", b"old")
     await store.set("key", b"new", expires_in=expires_in)
     assert await store.get("key") is None
@@ -279,7 +279,7 @@ async def test_what_has_expired_is_not_stored(store: LabStateStore, expires_in: 
 
 @pytest.mark.parametrize("renew_for", [10, timedelta(seconds=10)], ids=repr)
 async def test_get_and_renew(store: LabStateStore, clock: ManualClock, renew_for: int | timedelta) -> None:
-    """Reading can renew: the value lives that long from then on."""
+    """A read can renew: the value expires that long after the read."""
     for value in (b"text", b"\xff"):
         await store.set("key", value, expires_in=1)
         clock.advance(0.5)
@@ -292,7 +292,7 @@ async def test_get_and_renew(store: LabStateStore, clock: ManualClock, renew_for
 
 
 async def test_what_does_not_expire_is_not_renewed(store: LabStateStore, state: Manager) -> None:
-    """Renewing what never expires, what is missing, or for 0 seconds changes nothing."""
+    """Renewing a value that does not expire, a missing value, or for 0 seconds changes nothing."""
     await store.set("key", b"value")
     revision = state.revision
     assert await store.get("key", renew_for=10) == b"value"
@@ -307,7 +307,7 @@ async def test_what_does_not_expire_is_not_renewed(store: LabStateStore, state: 
 
 
 async def test_renewing_does_not_bring_back_what_was_deleted(store: LabStateStore) -> None:
-    """However deletes, writes and renewals interleave, none is undone by a renewal."""
+    """In any order of deletes, writes and renewals, a renewal undoes none of them."""
     for _ in range(20):
         await store.set("key", b"old", expires_in=5)
         _, _, renewed = await asyncio.gather(
@@ -326,7 +326,7 @@ async def test_delete(store: LabStateStore) -> None:
 
 
 async def test_expires_in(store: LabStateStore, clock: ManualClock) -> None:
-    """Whole seconds, rounded up; -1 for what does not expire; `None` for what is missing or has expired."""
+    """`expires_in` returns whole seconds, rounded up; -1 for a value that does not expire; `None` for a missing or expired one."""
     assert await store.expires_in("key") is None
     await store.set("key", b"value")
     assert await store.expires_in("key") == -1
@@ -339,7 +339,7 @@ async def test_expires_in(store: LabStateStore, clock: ManualClock) -> None:
 
 
 async def test_delete_all(store: LabStateStore, state: Manager) -> None:
-    """Everything is gone, and nothing beside the store is touched."""
+    """`delete_all` deletes everything in the store, and nothing outside it."""
     await state.set("other", 1)
     for i in range(10):
         await store.set(f"key-{i}", b"value", expires_in=10 if i % 2 else None)
@@ -349,7 +349,7 @@ async def test_delete_all(store: LabStateStore, state: Manager) -> None:
 
 @pytest.mark.parametrize("name", ["foo", "foo/bar", "", "%", "n" * 1000], ids=repr)
 async def test_namespaces_are_apart(store: LabStateStore, name: str) -> None:
-    """A key here and the same key in a namespace are two."""
+    """The same key in a store and in a namespace of it has two values."""
     within = store.with_namespace(name)
     await store.set("bar", b"here")
     await within.set("bar", b"within")
@@ -362,7 +362,7 @@ async def test_namespaces_are_apart(store: LabStateStore, name: str) -> None:
 
 
 async def test_delete_all_of_a_namespace_stays_within(store: LabStateStore) -> None:
-    """A namespace's `delete_all` leaves what is above it and beside it."""
+    """`delete_all` of a namespace leaves its parent and its siblings."""
     within, beside = store.with_namespace("foo"), store.with_namespace("foo-bar")
     for one in (store, within, beside, within.with_namespace("deeper")):
         await one.set("key", b"value")
@@ -380,14 +380,14 @@ async def test_delete_all_reaches_the_namespaces_within(store: LabStateStore) ->
 
 
 async def test_namespaces_have_a_depth(store: LabStateStore) -> None:
-    """Namespaces that leave no room for a key are an error."""
+    """Namespaces that are nested too deeply for a key are an error."""
     with pytest.raises(InvalidKeyError):
         for _ in range(10):
             store = store.with_namespace("n" * 256)
 
 
 async def test_what_others_keep_there_is_an_error(store: LabStateStore, state: Manager) -> None:
-    """A value that is not the store's own is never taken for missing."""
+    """A value of other code in the namespace is an error, and is not taken for missing."""
     await state.set("litestar/key", 1)
     with pytest.raises(TypeMismatchError):
         await store.get("key")
@@ -405,6 +405,6 @@ async def test_the_store_does_not_own_the_manager(state: Manager) -> None:
 
 
 def test_a_store_needs_a_namespace() -> None:
-    """A whole manager is refused: `delete_all` would empty it."""
+    """A whole manager is refused, because `delete_all` would empty it."""
     with pytest.raises(TypeError, match=r"such as state\.namespace\('litestar'\)"):
         LabStateStore(Manager("web", MemoryStorage()))  # type: ignore[arg-type]

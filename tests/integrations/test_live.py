@@ -1,4 +1,4 @@
-"""Live updates: what clients are told, and how a stream ends, under the servers that run it."""
+"""Live updates: what clients get, and how a stream ends under each server."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def serving(server: str) -> AsyncIterator[tuple[asyncio.subprocess.Process
 
 @pytest.mark.parametrize("server", SERVERS)
 async def test_a_server_with_streams_stops_at_sigterm(server: str) -> None:
-    """With 100 streams and 20 WebSockets it is gone within a second; each client got all, and a clean end."""
+    """With 100 streams and 20 WebSockets, a server ends within a second after SIGTERM. Each client gets all changes and a clean end."""
     ready = asyncio.Semaphore(0)
 
     async def stream() -> bytes:
@@ -132,7 +132,7 @@ def handled() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 async def test_a_signal_is_noted_and_passed_on(handled: list[int], number: signal.Signals) -> None:
-    """The server's own handler runs, streams hear of it in the next turn, and the end restores the handler."""
+    """On a signal the server's own handler runs, and streams end in the next turn of the loop. Closing restores the handler."""
     theirs = signal.getsignal(number)
     stopping, heard = ServerStop(), asyncio.Event()
     stopping.listen()
@@ -150,7 +150,7 @@ async def test_a_signal_is_noted_and_passed_on(handled: list[int], number: signa
 
 
 async def test_a_handler_that_came_later_is_kept(handled: list[int]) -> None:
-    """It is heard before the next stream too, it stays after the end, and what it calls passes the signal on."""
+    """A handler that is installed after ours also ends the next stream. It stays after closing, and the server's handler is still called."""
     stopping = ServerStop()
     stopping.listen()
     ours = signal.getsignal(signal.SIGTERM)
@@ -177,7 +177,7 @@ async def test_a_handler_that_came_later_is_kept(handled: list[int]) -> None:
 
 @pytest.mark.parametrize("known", [signal.SIG_DFL, signal.SIG_IGN], ids=lambda known: known.name)
 async def test_where_a_server_has_no_handler_there_is_none_of_ours(handled: list[int], known: signal.Handlers) -> None:
-    """A signal that ends the process at once, or is ignored, stays as it is."""
+    """If the server has no handler for a signal, none is installed."""
     signal.signal(signal.SIGTERM, known)
     stopping = ServerStop()
     stopping.listen()
@@ -186,7 +186,7 @@ async def test_where_a_server_has_no_handler_there_is_none_of_ours(handled: list
 
 
 async def test_a_stream_that_is_opened_after_the_signal_ends_at_once(handled: list[int]) -> None:
-    """uvicorn, which remembers the signal, is asked when the first stream is opened."""
+    """If uvicorn got its signal before the first stream, that stream ends at once."""
 
     class Server:
         should_exit = True
@@ -203,7 +203,7 @@ async def test_a_stream_that_is_opened_after_the_signal_ends_at_once(handled: li
 
 
 def test_in_a_thread_there_are_no_signals(handled: list[int]) -> None:
-    """A server in another thread than the main one is left alone."""
+    """Outside the main thread, no signal handler is installed."""
     theirs = signal.getsignal(signal.SIGTERM)
 
     async def main() -> None:
@@ -219,7 +219,7 @@ def test_in_a_thread_there_are_no_signals(handled: list[int]) -> None:
 
 
 def test_a_signal_after_the_loop_has_ended_is_passed_on(handled: list[int]) -> None:
-    """A handler that could not be taken away needs no event loop."""
+    """Our handler passes a signal on after its event loop was closed."""
 
     async def main() -> None:
         stopping = ServerStop()
@@ -280,7 +280,7 @@ async def nobody_watches() -> None:
 
 
 async def test_heartbeats_keep_a_stream_alive(client: aiohttp.ClientSession) -> None:
-    """Without a change there are comments; a change comes in between, with its revision as id."""
+    """A stream without changes gets comments. A change comes between them, with its revision as id."""
     async with client.get("/events") as response:
         assert response.headers["Cache-Control"] == "no-store"
         assert response.headers["X-Accel-Buffering"] == "no"
@@ -305,7 +305,7 @@ async def test_a_client_that_leaves_is_noticed(client: aiohttp.ClientSession) ->
 
 
 async def test_a_websocket_whose_connection_is_cut_is_noticed(client: aiohttp.ClientSession) -> None:
-    """A client that goes away without a word ends the watch, at the latest with the next changes."""
+    """If the connection of a WebSocket is cut, the watch ends with the next changes at the latest."""
     connected = await client.ws_connect("/socket")
     assert await connected.receive_json() == ["", "resync"]
     transport = connected.get_extra_info("socket")
@@ -319,14 +319,14 @@ async def test_a_websocket_whose_connection_is_cut_is_noticed(client: aiohttp.Cl
 
 
 async def test_a_head_request_has_no_stream(client: aiohttp.ClientSession) -> None:
-    """It is answered with the headers alone, where the framework routes it, and leaves no watch."""
+    """A HEAD request gets only the headers, if the framework routes it, and leaves no watch."""
     async with client.head("/events") as response:
         assert await response.read() == b""
     await nobody_watches()
 
 
 async def test_a_slow_client_is_told_the_last_change_of_each_key(client: aiohttp.ClientSession) -> None:
-    """A client that does not read for 20,000 changes of a key gets far fewer of them, and the last one."""
+    """A client that does not read during 20,000 changes of a key gets a few of them, and the last one."""
     async with client.get("/events") as response:
         await response.content.readuntil(b"resync")
         for number in range(20_000):
@@ -343,7 +343,7 @@ async def test_a_slow_client_is_told_the_last_change_of_each_key(client: aiohttp
 
 
 async def test_connections_end_with_the_manager(client: aiohttp.ClientSession) -> None:
-    """When the manager stops, streams end, and WebSockets are closed with 1012; before or after they were accepted."""
+    """When the manager stops, streams end, and WebSockets are closed with 1012, also before they were accepted."""
     async with (
         client.get("/events") as response,
         client.ws_connect("/socket") as first,
@@ -359,7 +359,7 @@ async def test_connections_end_with_the_manager(client: aiohttp.ClientSession) -
 
 
 async def test_a_stream_ends_with_the_manager() -> None:
-    """When the manager stops, the stream ends, after what was left to tell."""
+    """When the manager stops, the stream ends after the remaining changes."""
     ending = EndEvent()
     state = Manager("a", MemoryStorage())
     await state.start()
@@ -371,7 +371,7 @@ async def test_a_stream_ends_with_the_manager() -> None:
 
 
 async def test_an_end_while_a_client_is_written_to() -> None:
-    """A stream that ends meanwhile tells no more, whatever is left to tell."""
+    """A stream whose end comes while it waits for the client sends no remaining changes."""
     ending = EndEvent()
     async with Manager("a", MemoryStorage()) as state:
         stream = event_stream(state.watch(), ending, data=None, heartbeat=60, retry=0)
@@ -383,7 +383,7 @@ async def test_an_end_while_a_client_is_written_to() -> None:
 
 
 async def test_an_end_that_comes_with_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An end in the very turn in which a heartbeat is due is an end, and no error."""
+    """If the end and a heartbeat come in the same turn of the loop, the stream ends without an error."""
     async with Manager("a", MemoryStorage()) as state:
         ending = EndEvent()
         stream = event_stream(state.watch(), ending, data=None, heartbeat=0.001, retry=0)
@@ -398,7 +398,7 @@ async def test_an_end_that_comes_with_a_heartbeat(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_a_watch_of_a_reader_begins_by_itself() -> None:
-    """A reader of the cache tells a `resync` at its beginning, so there is no second one."""
+    """The watch of a reader begins with a `resync`, and the stream adds no second one."""
     watcher = Watcher("", 0, -1, durable=True)
     watcher.resync(7)
 
@@ -440,7 +440,7 @@ async def test_times_are_checked(times: dict[str, Any], error: type[Exception], 
 
 
 async def test_without_a_lifespan_there_is_no_stream() -> None:
-    """Where the managers were not given to the application, the error says so."""
+    """If the application has no managers, the error says so."""
     watch = live_apps.state.watch()
     scope = {"type": "http", "state": {}}
     with pytest.raises(LookupError, match="the application's lifespan does not run"):

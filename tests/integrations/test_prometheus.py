@@ -1,4 +1,4 @@
-"""Prometheus: what a scrape tells, from whatever thread it comes."""
+"""Prometheus: what a scrape returns, in any thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def value_of(registry: CollectorRegistry, metric: str, **labels: str) -> float |
 
 
 async def test_what_is_told() -> None:
-    """Every figure of the status and the counters is there under its name."""
+    """Each figure of the status and each counter has a metric."""
     clock, storage = ManualClock(), FaultyStorage(MemoryStorage())
     async with Manager(Config(name="a", flush_interval=None), storage, clock=clock) as state:
         registry = scrape(state)
@@ -95,7 +95,7 @@ async def test_the_histogram_of_flushes() -> None:
 
 
 async def test_several_managers_in_one_collector() -> None:
-    """Each has its own label, and one that does not run is down, with what it counted."""
+    """Each manager has its own label. One that does not run is down, and its counters are still there."""
     a, b = Manager("a", MemoryStorage()), Manager("b", MemoryStorage())
     registry = scrape(a, b)
     assert value_of(registry, "up") == 0
@@ -143,7 +143,7 @@ async def test_the_server_of_prometheus_scrapes_while_keys_expire() -> None:
 
 
 def test_a_loop_that_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A manager whose loop does not answer is told as down, and the others all the same."""
+    """A manager whose loop does not answer is reported as down. The others are reported as usual."""
     monkeypatch.setattr(prometheus, "_PATIENCE", 0.01)
     held, scraped = threading.Event(), threading.Event()
     state, other = Manager("a", MemoryStorage()), Manager("b", MemoryStorage())
@@ -164,7 +164,7 @@ def test_a_loop_that_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loop_that_is_gone() -> None:
-    """A manager that was left running on a loop that was closed is still read."""
+    """A manager whose event loop was closed while it ran is still read."""
     state = Manager(Config(name="a", flush_interval=None), MemoryStorage())
 
     async def main() -> None:
@@ -177,7 +177,7 @@ def test_a_loop_that_is_gone() -> None:
 
 
 def test_a_loop_that_closes_during_the_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop that is closed between being looked at and being asked is told as down."""
+    """If the loop is closed during a scrape, the manager is reported as down."""
     state = Manager("a", MemoryStorage())
     with asyncio.Runner() as runner:
         runner.run(state.start())

@@ -1,4 +1,4 @@
-"""Readers of another process's state in an application: run, found and looked after as managers are."""
+"""Readers of another process's state in an application: they run, are found and are checked as managers are."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def in_litestar(own: Manager, jobs: Reader) -> AsyncIterator[Ask]:
 async def test_an_application_reads_a_state_that_is_not_its_own(
     serve: Callable[[Manager, Reader], AbstractAsyncContextManager[Ask]],
 ) -> None:
-    """The reader is open while the application runs; its health turns when there is no copy to read, and back."""
+    """The reader is open while the application runs. Its health changes when there is no mirror, and back."""
     cache = MemoryCache()
     own, jobs = Manager("own", MemoryStorage()), cache.reader("jobs")
     async with serve(own, jobs) as ask:
@@ -132,7 +132,7 @@ async def test_an_application_reads_a_state_that_is_not_its_own(
 
 
 async def test_a_reader_whose_copy_is_gone_is_not_healthy() -> None:
-    """Though nothing is read, and its subscription lives; once there is a copy again, it is healthy again."""
+    """A reader whose mirror is lost is not healthy, though nothing is read and the subscription works. With a new mirror it is healthy again."""
     cache, clock = MemoryCache(), ManualClock()
     jobs = cache.reader("jobs", clock=clock)
 
@@ -156,7 +156,7 @@ async def test_a_reader_whose_copy_is_gone_is_not_healthy() -> None:
 
 
 def test_a_reader_is_not_found_as_a_manager() -> None:
-    """Nor a manager as a reader: each is asked for by its own name, and the error names those there are."""
+    """`manager` does not find a reader, and `reader` finds no manager. The error names those that exist."""
     app = web.Application()
     aiohttp.setup(app, Manager("own", MemoryStorage()), MemoryCache().reader("jobs"), MemoryCache().reader("users"))
     assert aiohttp.reader(app, "users").name == "users"
@@ -169,14 +169,14 @@ def test_a_reader_is_not_found_as_a_manager() -> None:
 
 
 async def test_a_reader_and_a_manager_of_one_state_are_an_error() -> None:
-    """Who has the manager needs no copy."""
+    """A reader and a manager of one state in one application are refused."""
     cache = MemoryCache()
     with pytest.raises(ValueError, match="two are named 'jobs'; in one application each manager and reader needs"):
         starlette.lifespan(Manager("jobs", MemoryStorage(), cache), cache.reader("jobs"))
 
 
 async def test_a_reader_that_is_open_already_cannot_be_served() -> None:
-    """The error comes at startup, and what had been started before it is stopped."""
+    """A reader that is open already is an error at startup, and everything that was started before it is stopped."""
     own, jobs = Manager("own", MemoryStorage()), MemoryCache().reader("jobs")
     async with jobs, contextlib.AsyncExitStack() as stack:
         with pytest.raises(RuntimeError, match="open already"):

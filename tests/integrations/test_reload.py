@@ -78,7 +78,7 @@ async def started(server: str, directory: Path, lock_timeout: float) -> AsyncIte
 
 
 class Clients:
-    """Clients of a server, which try again where no answer came."""
+    """Clients of a server that try again after a request without an answer."""
 
     def __init__(self, url: str) -> None:
         self._session = aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=30))
@@ -113,7 +113,7 @@ class Clients:
 
 
 class Withheld:
-    """A request body without its end: the request is under way until `end` is set."""
+    """A request body that ends when `end` is set."""
 
     def __init__(self) -> None:
         self.arrived = asyncio.Event()
@@ -128,7 +128,7 @@ class Withheld:
 
 @pytest.mark.parametrize("server", SERVERS)
 async def test_a_graceful_reload_loses_no_answer(server: str, tmp_path: Path) -> None:
-    """With `lock_timeout`, the new worker waits for the request under way; each visit is answered, and kept."""
+    """With `lock_timeout`, the new worker waits for the running request. Each visit is answered and stored."""
     async with started(server, tmp_path, lock_timeout=20) as running:
         await running.says(LISTENS[server])
         clients, withheld = Clients(running.url), Withheld()

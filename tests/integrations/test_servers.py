@@ -1,4 +1,4 @@
-"""The example applications under real servers, over HTTP: what was called durable is there, whatever ends them."""
+"""The example applications under real servers, over HTTP: after any end, each change that was acknowledged is there."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def lines_of(process: asyncio.subprocess.Process) -> list[str]:
 
 
 class Visitors:
-    """Clients that write all the time, each visit to a page of its own, until the server is gone."""
+    """Clients that write all the time, each visit to a different page, until the server has ended."""
 
     def __init__(self, process: asyncio.subprocess.Process, how: signal.Signals) -> None:
         self._process, self._how = process, how
@@ -177,7 +177,7 @@ async def test_the_examples_serve(server: str, tmp_path: Path) -> None:
 
 
 async def test_a_deposed_process_ends_itself_and_loses_nothing(tmp_path: Path) -> None:
-    """On S3: it refuses with 503 and Retry-After, and ends gracefully; its successor has all that it answered."""
+    """A deposed process on S3 answers 503 with Retry-After, and ends gracefully. Its successor has every change that was acknowledged."""
     bucket = uuid.uuid4().hex
     await asyncio.to_thread(lambda: client().create_bucket(Bucket=bucket))
     place = {"BUCKET": bucket, "AWS_ENDPOINT_URL": endpoint()}

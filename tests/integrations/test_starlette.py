@@ -1,4 +1,4 @@
-"""Starlette: the lifespan, where managers are found, and the health route."""
+"""Starlette: the lifespan, how managers are found, and the health route."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ async def test_a_stop_that_fails_does_not_keep_the_others_from_stopping() -> Non
 
 
 async def test_started_in_one_task_and_stopped_in_another() -> None:
-    """A server, or a fixture of pytest-asyncio, may leave the lifespan in another task than it entered it."""
+    """A server or a fixture of pytest-asyncio may enter and leave the lifespan in different tasks."""
     state = make("my-module")
     running = lifespan(state)(None)
     await asyncio.create_task(running.__aenter__())
@@ -158,7 +158,7 @@ async def test_started_in_one_task_and_stopped_in_another() -> None:
 
 
 def test_the_state_of_the_inner_lifespan_is_merged() -> None:
-    """What the inner lifespan yields is in `request.state` beside the managers, and it may use them."""
+    """`request.state` has the state of the inner lifespan beside the managers. The inner lifespan may use the managers."""
     state = make("my-module")
 
     @asynccontextmanager
@@ -174,7 +174,7 @@ def test_the_state_of_the_inner_lifespan_is_merged() -> None:
 
 
 async def test_an_inner_lifespan_with_managers_of_its_own_is_refused() -> None:
-    """Two lifespans of lab_state one in the other would hide managers: an error at startup, and all are stopped."""
+    """A lifespan of lab_state inside another one would hide managers. It is an error at startup, and all managers are stopped."""
     outer, within = make("outer"), make("within")
     with pytest.raises(RuntimeError, match="give all to one lifespan"):
         await lifespan(outer, inner=lifespan(within))(None).__aenter__()
@@ -182,7 +182,7 @@ async def test_an_inner_lifespan_with_managers_of_its_own_is_refused() -> None:
 
 
 def test_arguments_are_checked_at_once() -> None:
-    """Nothing, two of one name, and what is neither manager nor reader, are errors where the lifespan is made."""
+    """No manager, two of one name, and other objects are errors when the lifespan is made."""
     with pytest.raises(ValueError, match="one or more"):
         lifespan()
     with pytest.raises(ValueError, match="two are named 'a'"):
@@ -195,7 +195,7 @@ def test_arguments_are_checked_at_once() -> None:
 
 
 def test_a_manager_that_is_not_there() -> None:
-    """The error names the managers that there are; without a name there must be one alone."""
+    """The error names the managers that exist. Without a name, there must be exactly one."""
     with TestClient(application(make("a"), make("b-c"))) as client:
         assert client.get("/?name=b-c").json() == 1
         with pytest.raises(LookupError, match="there is no manager 'd'; this application has 'a', 'b-c'"):
@@ -215,7 +215,7 @@ def test_a_lifespan_that_did_not_run() -> None:
 
 
 def test_health_tells_the_status_and_no_value() -> None:
-    """200, with the status of each manager under its name; no value is in it."""
+    """Health is 200, with the status of each manager under its name, and without values."""
     state = make("a")
     with TestClient(application(state, make("b"))) as client:
         assert client.portal is not None
@@ -230,7 +230,7 @@ def test_health_tells_the_status_and_no_value() -> None:
 
 
 def test_health_turns_when_writes_are_not_durable_for_long() -> None:
-    """503 when the oldest change that is not durable is older than the bound, and 200 when it is durable again."""
+    """Health is 503 when the oldest change that is not durable is older than the bound, and 200 when it is durable."""
     clock = ManualClock()
     storage = FaultyStorage(MemoryStorage())
     state = Manager(Config(name="a", flush_interval=1), storage, clock=clock)
@@ -254,7 +254,7 @@ def test_health_turns_when_writes_are_not_durable_for_long() -> None:
 
 
 def test_health_when_a_newer_writer_owns_the_state() -> None:
-    """503 as soon as a manager has found out, also when nothing is left to be made durable."""
+    """Health is 503 as soon as a manager knows that it is fenced, also without unflushed changes."""
     storage = FaultyStorage(MemoryStorage())
     state = Manager(Config(name="a", flush_interval=None), storage, clock=ManualClock())
     with pytest.raises(FencedError), TestClient(application(state)) as client:
@@ -271,7 +271,7 @@ def test_health_when_a_newer_writer_owns_the_state() -> None:
 
 
 async def test_health_when_a_manager_does_not_run() -> None:
-    """503 when a manager was stopped, or the lifespan did not run."""
+    """Health is 503 if a manager was stopped, or if the lifespan did not run."""
     state = make("a")
     endpoint = health()
     async with lifespan(state)(None) as given:
@@ -286,14 +286,14 @@ async def test_health_when_a_manager_does_not_run() -> None:
 
 @pytest.mark.parametrize("bound", [0, -1, float("nan")])
 def test_the_bound_must_be_above_0(bound: float) -> None:
-    """A bound of 0 seconds, or none that is a number, is an error at once."""
+    """A bound of 0 seconds or less, or NaN, is an error at once."""
     with pytest.raises(ValueError, match="above 0 seconds"):
         health(max_unflushed_age=bound)
 
 
 @pytest.mark.parametrize("bound", [True, "10"])
 def test_the_bound_must_be_a_number(bound: Any) -> None:
-    """A bound that is no number is an error at once."""
+    """A bound that is not a number is an error at once."""
     with pytest.raises(TypeError, match="a number of seconds or None"):
         health(max_unflushed_age=bound)
 
