@@ -193,7 +193,10 @@ class Application:
         return False
 
     async def _change(self, revision: int) -> None:
-        """Make a change. A change that fails is in memory all the same; the application goes on although it is not durable."""
+        """Make a change.
+
+        If it fails, it is in memory all the same, and the application goes on although it is not durable.
+        """
         say("try", revision=revision)
         if await self._told("change", change(self._state, revision)) and self._plan.interval == 0:
             say("durable", revision=revision)
@@ -206,7 +209,7 @@ class Application:
         say("durable", revision=self._state.durable_revision)
 
     def _fill(self, revision: int) -> None:
-        """Fill the disk, or make room again."""
+        """Fill the disk, or free the space again."""
         if self._plan.limit is not None:
             _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (self._plan.limit if revision in FULL else most, most))

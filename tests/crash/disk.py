@@ -64,7 +64,7 @@ class Unlink(NamedTuple):
 
 
 class Sync(NamedTuple):
-    """Of a file; `ok` says what the call returned."""
+    """A sync of a file; `ok` says what the call returned."""
 
     inode: int
     ok: bool
@@ -76,20 +76,20 @@ class SyncDirectory(NamedTuple):
 
 
 class Try(NamedTuple):
-    """No operation: from here on, this version may be on the disk."""
+    """A mark without an operation: from here on, this version may be on the disk."""
 
     version: int
 
 
 class Ack(NamedTuple):
-    """No operation: from here on, this version, or one numbered `first` or above that is later, must be there."""
+    """A mark without an operation: from here on, this version, or a later one numbered `first` or above, must be there."""
 
     version: int
     first: int
 
 
 class Withdraw(NamedTuple):
-    """No operation: what was promised so far holds no more, since the user is about to change files."""
+    """A mark without an operation: earlier promises no longer hold, because the user is about to change files."""
 
 
 Operation: TypeAlias = Create | Write | Truncate | Rename | Unlink | Sync | SyncDirectory
@@ -105,7 +105,7 @@ class Fate(Enum):
 
 
 class Outcome(IntEnum):
-    """What a crash makes of a change that is not sure."""
+    """The effect of a crash on a change that is not durable."""
 
     KEPT = 0
     LOST = 1

@@ -30,7 +30,7 @@ MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 
 
 class ViolationError(Exception):
-    """A state that the library refuses, or takes for something that never was."""
+    """A state that the library refuses, or that never existed."""
 
 
 class Recovery:
@@ -68,7 +68,7 @@ class Recovery:
         shutil.rmtree(self._root)
 
     def put(self, state: State) -> Path:
-        """Make the directory what the state says; returns it."""
+        """Make the directory equal to the state; return it."""
         for path in self._known:
             for name in os.listdir(f"{self._root}/{path}"):  # noqa: PTH208 -- ten times as fast as pathlib
                 if f"{path}/{name}" not in self._known:

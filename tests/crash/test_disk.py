@@ -10,7 +10,7 @@ DIRECTORY: State = {"d": None}
 
 
 def left(*operations: Operation, start: State = DIRECTORY, limit: int = 10_000) -> list[State]:
-    """Return every distinct state that a crash may leave behind these operations, without the directory."""
+    """Return every distinct state that a crash may leave after these operations, without the directory."""
     disk = Disk(start)
     for operation in operations:
         disk.apply(operation)
@@ -27,7 +27,7 @@ def contents(*operations: Operation, start: State) -> set[bytes | None]:
 
 
 def test_an_unsynced_write() -> None:
-    """It is kept, lost, torn in half, zeroed, or shows what the blocks had before."""
+    """An unsynced write is kept, lost, torn in half, zeroed, or shows the old content of its blocks."""
     start = {"d": None, "d/f": b"old"}
     assert contents(Write(1, 3, b"more"), start=start) == {
         b"oldmore",
@@ -40,7 +40,7 @@ def test_an_unsynced_write() -> None:
 
 
 def test_chunks_are_independent() -> None:
-    """The second chunk may be there without the first one: 5 outcomes each."""
+    """The second chunk of a write may be kept without the first one. Each has 5 outcomes."""
     data = b"a" * CHUNK + b"b" * 10
     start = {"d": None, "d/f": b""}
     found = contents(Write(1, 0, data), start=start)
@@ -51,7 +51,7 @@ def test_chunks_are_independent() -> None:
 
 
 def test_a_sync_makes_sure() -> None:
-    """Behind it there is one state; what is written later is in doubt again."""
+    """After a sync there is one state. Later writes are uncertain again."""
     start = {"d": None, "d/f": b""}
     assert contents(Write(1, 0, b"abcd"), Sync(1, ok=True), start=start) == {b"abcd"}
     assert b"abcd" in contents(Write(1, 0, b"abcd"), Sync(1, ok=True), Write(1, 4, b"e"), start=start)
@@ -59,7 +59,7 @@ def test_a_sync_makes_sure() -> None:
 
 
 def test_a_failed_sync_dooms() -> None:
-    """What was pending then may never come, whatever later syncs say; what is written later is forced by them."""
+    """Writes before a failed sync may be lost for ever. Later syncs only make later writes durable."""
     found = contents(
         Write(1, 0, b"abcd"), Sync(1, ok=False), Sync(1, ok=True), Write(1, 4, b"e"), Sync(1, ok=True),
         start={"d": None, "d/f": b""},
@@ -68,14 +68,14 @@ def test_a_failed_sync_dooms() -> None:
 
 
 def test_a_truncation() -> None:
-    """It is kept or lost, and a sync forces it."""
+    """A truncation is kept or lost, and a sync makes it durable."""
     start = {"d": None, "d/f": b"abcd"}
     assert contents(Truncate(1, 1), start=start) == {b"a", b"abcd"}
     assert contents(Truncate(1, 1), Sync(1, ok=True), start=start) == {b"a"}
 
 
 def test_a_sync_of_a_file_does_not_force_its_name() -> None:
-    """That of its directory does."""
+    """The name of a file is durable only after the sync of its directory."""
     made = (Create("d/f", 1), Write(1, 0, b"x"), Sync(1, ok=True))
     assert left(*made) == [{"d/f": b"x"}, {}]
     assert left(*made, SyncDirectory("d", ok=True)) == [{"d/f": b"x"}]
@@ -84,7 +84,10 @@ def test_a_sync_of_a_file_does_not_force_its_name() -> None:
 
 
 def test_a_rename_is_atomic() -> None:
-    """There is the old file or the new one, and with the old one the new one under its first name, or not."""
+    """After a rename there is the old file or the new one.
+
+    With the old one, the new one may exist under its first name.
+    """
     start = {"d": None, "d/f": b"old"}
     replaced = (Create("d/t", 2), Write(2, 0, b"new"), Sync(2, ok=True), Rename("d/t", "d/f", 2))
     found = left(*replaced, start=start)
@@ -96,14 +99,14 @@ def test_a_rename_is_atomic() -> None:
 
 
 def test_a_removed_name_may_stay() -> None:
-    """Until its directory is synced."""
+    """A removed name may come back until its directory is synced."""
     start = {"d": None, "d/f": b"x"}
     assert left(Unlink("d/f"), start=start) == [{}, {"d/f": b"x"}]
     assert left(Unlink("d/f"), SyncDirectory("d", ok=True), start=start) == [{}]
 
 
 def test_a_lost_directory_takes_all_with_it() -> None:
-    """A file whose name is synced is lost with a directory whose name is not."""
+    """A file with a synced name is lost if the name of its directory is lost."""
     made = (
         Create("d", 0, is_directory=True), Create("d/f", 1), Write(1, 0, b"x"), Sync(1, ok=True),
         SyncDirectory("d", ok=True),
@@ -113,7 +116,10 @@ def test_a_lost_directory_takes_all_with_it() -> None:
 
 
 def test_where_there_are_too_many_states() -> None:
-    """A choice of about as many as are asked for, all kept and all lost among them, the same for the same seed."""
+    """If there are too many states, a sample is chosen, always the same for one seed.
+
+    All kept and all lost are in it.
+    """
     data = bytes(range(256)) * 16
     start = {"d": None, "d/f": b""}
     found = left(Write(1, 0, data), start=start, limit=100)

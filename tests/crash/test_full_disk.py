@@ -30,7 +30,7 @@ PAGES = 16
 @pytest.mark.timeout(60 + 2 * len(LIMITS))
 @pytest.mark.parametrize("patient", [False, True])
 def test_a_limit_on_the_size_of_files(tmp_path: Path, *, patient: bool) -> None:
-    """A real short write, then EFBIG, wherever the limit is; a caller that waits, or flushes, has everything in the end."""
+    """After a real short write and EFBIG at any offset, a caller that waits or flushes has everything in the end."""
     errors: Counter[str] = Counter()
     with in_memory(tmp_path) as directory, zygote() as children:
         for number, limit in enumerate(LIMITS):
@@ -76,7 +76,7 @@ def tmpfs() -> Iterator[Path]:
 )
 @pytest.mark.parametrize("patient", [False, True])
 def test_a_full_file_system(*, patient: bool) -> None:
-    """With no page left, or one, or more, for new files: nothing acknowledged is lost, and room mends all."""
+    """With no page left, or a few, nothing acknowledged is lost, and free space fixes everything."""
     errors: Counter[str] = Counter()
     with tmpfs() as directory, zygote() as children:
         for left in range(PAGES):

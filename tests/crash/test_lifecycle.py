@@ -84,7 +84,7 @@ async def flushing(state: Manager, gates: Gates) -> asyncio.Task[None]:
 def test_a_loop_that_closes_under_a_pending_flush(
     tmp_path: Path, gates: Gates, caplog: pytest.LogCaptureFixture, *, cancelled: bool, early: bool
 ) -> None:
-    """Whether its tasks are cancelled or just forgotten, stop() on another loop makes everything durable."""
+    """If the loop ends during a flush, with its tasks cancelled or forgotten, stop() on another loop makes everything durable."""
     caplog.set_level(logging.CRITICAL)
     state = manager(tmp_path)
     kept: list[asyncio.Task[None]] = []
@@ -117,7 +117,10 @@ def test_a_loop_that_closes_under_a_pending_flush(
 async def test_a_stop_during_a_flush_during_a_checkpoint(
     tmp_path: Path, gates: Gates, order: tuple[str, str], *, impatient: bool
 ) -> None:
-    """Whichever ends first, and whether the stop is cancelled: all is durable, and no caller waits for ever."""
+    """A stop during a flush and a checkpoint makes all durable in any order, also if it is cancelled.
+
+    No caller waits for ever.
+    """
     state = manager(tmp_path)
     await state.start()
     gates.hold("checkpoint")
@@ -169,7 +172,7 @@ async def test_a_stop_that_runs_out_of_time_says_what_is_not_durable(tmp_path: P
 
 
 class OwnError(Exception):
-    """What a function of the application's raises."""
+    """An error of a function of the application."""
 
 
 def failing(value: object) -> object:
@@ -178,7 +181,7 @@ def failing(value: object) -> object:
 
 @pytest.mark.parametrize("interval", [0, None])
 async def test_what_a_function_raises_is_its_callers_alone(tmp_path: Path, interval: float | None) -> None:
-    """An update, a factory, a transaction or a reader that raises changes nothing, for now and for the next start."""
+    """An update, a factory, a transaction or a reader that raises changes nothing, now and for the next start."""
     state = manager(tmp_path, interval)
     await state.start()
     await state.set("a", {"n": 1})

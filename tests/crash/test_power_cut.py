@@ -100,7 +100,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
 
 
 def test_a_cut_is_a_cut(disk: Disk) -> None:
-    """What was synced, name and bytes, is there after the cut; what was not is gone."""
+    """After a cut, synced names and bytes are there, and unsynced ones are gone."""
     disk.mount("defaults")
     for name, synced in (("synced", True), ("unsynced", False)):
         with (disk.point / name).open("wb") as file:
@@ -122,7 +122,7 @@ async def start_and_set(directory: Path) -> None:
 
 
 def test_a_copied_directory(disk: Disk, tmp_path: Path) -> None:
-    """A state that was copied there, and that nothing synced, is there after a cut behind the first commit."""
+    """A copied state that was not synced is there after a cut that follows the first commit."""
     asyncio.run(start_and_set(tmp_path / "old"))
     disk.mount("defaults")
     shutil.copytree(tmp_path / "old", disk.point / "new" / "state")

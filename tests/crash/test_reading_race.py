@@ -113,10 +113,9 @@ def race(tmp_path: Path) -> Iterator[Race]:
 
 @pytest.mark.timeout(60 + SLOWEST * READS)
 def test_readings_beside_a_writer(tmp_path: Path, monkeypatch: Patch) -> None:
-    """Each is one state, all keys of one moment, with all that was durable at the call; none is falsely damaged.
+    """Each reading is one state, all keys of one moment, with all that was durable at the call.
 
-    The writer makes checkpoints all the time, its writes, syncs and renames fail at random, it
-    stops, dies and is killed. The number of its readings is `LAB_STATE_READINGS`.
+    None is reported as damaged.
     """
     dice = random.Random(20_250_304)
 
@@ -168,12 +167,12 @@ def _slow_reader(monkeypatch: Patch) -> None:
 
 
 def first_reading_believed(patch: Patch) -> None:
-    """Take everything that is found for the answer."""
+    """Accept the first reading, whatever it is."""
     patch.setattr(_file_reader, "is_answer", lambda before, now: True)
 
 
 def snapshot_read_first(patch: Patch) -> None:
-    """Open the journal after the snapshot, and take what `start()` would accept for the answer."""
+    """Open the journal after the snapshot, and accept what `start()` would accept."""
 
     def read(self: Look) -> Seen:
         self._snapshot = open_to_read(self._paths.snapshot)
@@ -192,7 +191,7 @@ def snapshot_read_first(patch: Patch) -> None:
 
 
 def last_record_called_durable(patch: Patch) -> None:
-    """Take a frame that can be read for one that was synced."""
+    """Count a frame that can be read as synced."""
 
     def judged(data: bytes | None, base: str, name: str, path: str) -> Verdict:
         verdict = judge(data, base, name, path)
@@ -219,7 +218,7 @@ def lock_shared_meanwhile(patch: Patch) -> None:
     ids=lambda bug: bug.__name__,
 )
 def test_a_wrong_reader_is_found(bug: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch) -> None:
-    """The race shows a reader that does without one of the rules."""
+    """The race finds a reader that breaks one of the rules."""
 
     async def run(race: Race) -> None:
         end = time.monotonic() + 60

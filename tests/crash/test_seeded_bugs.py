@@ -43,5 +43,5 @@ def violation(bug: Bug, recovery: Recovery) -> str | None:
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.apply.__name__)
 def test_a_bug_is_found(bug: Bug, recovery: Recovery) -> None:
-    """A workload that is made for it shows a crash after which something is lost, refused or never was."""
+    """The workload for a bug shows a crash after which something is lost, is refused, or was never there."""
     assert violation(bug, recovery) is not None

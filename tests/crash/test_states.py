@@ -137,7 +137,7 @@ def test_a_crash(share: Share, explorer: Explorer, tally: Tally) -> None:
 
 @pytest.mark.parametrize("share", RECOVERIES, ids=lambda share: share.workload.__name__)
 def test_a_crash_while_recovering(share: Share, explorer: Explorer, tally: Tally) -> None:
-    """A crash while the library recovers from a crash, or while it recovers from that one, loses nothing either."""
+    """A crash during a recovery, and one during the recovery after that, lose nothing."""
     for seed in itertools.count():
         first = record(share.workload, seed)
         for position, second in enumerate(recoveries(first, explorer, f"{seed}", 64)):
@@ -178,10 +178,7 @@ def recoveries(recording: Recording, explorer: Explorer, seed: str, number: int)
     ids=[f"{plans.__name__}{'-restart' * restart}-{share.workload.__name__}" for plans, restart, share in FAULTS],
 )
 def test_a_crash_after_a_fault(plans: Plans, *, restart: bool, share: Share, explorer: Explorer, tally: Tally) -> None:
-    """A crash after a call to the disk has failed loses nothing: the same process goes on, or another one.
-
-    The other one finds in the page cache what will never reach the disk, and builds on it.
-    """
+    """A crash after a failed call to the disk loses nothing, whether the process goes on or another one starts."""
     for seed in itertools.count():
         every = list(plans(record(share.workload, seed)))
         random.Random(seed).shuffle(every)

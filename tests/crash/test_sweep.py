@@ -50,7 +50,7 @@ TRIED: set[tuple[int, int]] = set()
 
 
 class Broken:
-    """The module `os` as `_fs` sees it; calls that are in `calls`, as function and end of the path, fail."""
+    """The module `os` as `_fs` sees it. The calls in `calls`, named by function and end of the path, fail."""
 
     def __init__(self) -> None:
         self.calls: set[tuple[str, str]] = set()
@@ -288,11 +288,7 @@ ON_DISK, MANAGED = 97, 1009
 
 
 def sweep(case: Case, name: str, damaged: Iterator[tuple[bytes, set[int]]]) -> int:
-    """Look what becomes of each damaged version of a file; the second part says which revisions are right.
-
-    Returns:
-        How many of them there were.
-    """
+    """Check each damaged version of a file. The second part of each item says which revisions are right."""
     path = case.directory / name
     other = case.directory / (SNAPSHOT if name == JOURNAL else JOURNAL)
     beside = other.read_bytes() if other.exists() else None
@@ -355,7 +351,7 @@ def test_bytes_that_were_never_written_behind_a_journal(journaled: Case) -> None
 
 
 def test_bytes_lost_and_bytes_put_in(journaled: Case) -> None:
-    """Where bytes are missing or too many, whole frames are left, or it is refused: nothing is ever made up."""
+    """Missing or additional bytes leave whole frames, or are refused. No data are invented."""
     lines = lines_of(journaled)
     data, ends = b"".join(lines), list(accumulate(map(len, lines)))
 
@@ -374,7 +370,7 @@ def test_bytes_lost_and_bytes_put_in(journaled: Case) -> None:
 
 
 def test_whole_frames_dropped_doubled_and_swapped(journaled: Case) -> None:
-    """Frames lost, repeated or out of order are refused, or make no difference: the snapshot or a double holds them."""
+    """Lost, repeated or swapped frames are refused, or have no effect because the snapshot or a double holds them."""
     lines = lines_of(journaled)
     number = len(lines)
 
@@ -395,7 +391,7 @@ def test_whole_frames_dropped_doubled_and_swapped(journaled: Case) -> None:
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_every_bit_length_and_block_of_a_snapshot(stopped: Case, *, alone: bool) -> None:
-    """A damaged snapshot is refused, with its journal beside it and without: never taken for another state."""
+    """A damaged snapshot is refused, with its journal and without. It is never taken for another state."""
     data = (stopped.directory / SNAPSHOT).read_bytes()
     if alone:
         (stopped.directory / JOURNAL).unlink()
@@ -416,6 +412,6 @@ def test_every_damage_of_a_snapshot_with_records_behind_it(checkpointed: Case) -
 
 
 def test_every_damage_of_a_snapshot_that_does_not_count(poisoned: Case) -> None:
-    """Beside a journal that begins with the whole state, the snapshot may be damaged in any way."""
+    """If the journal starts with the whole state, the snapshot may be damaged in any way."""
     data = (poisoned.directory / SNAPSHOT).read_bytes()
     assert sweep(poisoned, SNAPSHOT, ((damage.data, {5}) for damage in every_damage(data))) == count_of(data)

@@ -37,7 +37,7 @@ class DiedError(Exception):
 
 
 class Version(NamedTuple):
-    """What the state was at one revision, in one process: after a restart, a revision may come once more."""
+    """The state at one revision in one process. After a restart, a revision may come again."""
 
     revision: int
     values: dict[str, Any]
@@ -45,7 +45,7 @@ class Version(NamedTuple):
 
 
 class Clock(ManualClock):
-    """What is due at once is called at once; for all else the clock stands still."""
+    """A clock that stands still. Calls that are due at once are made at once."""
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Any:
         if delay <= 0:
@@ -296,7 +296,7 @@ class World:
         await self._make({}, {}, self.state.delete_all())
 
     async def transaction(self, put: dict[str, Any], gone: tuple[str, ...] = (), *, give_up: bool = False) -> None:
-        """Make several changes as one; if it is given up, none."""
+        """Make several changes as one, or none if the transaction is given up."""
         values, expires = self._copy()
         values.update(put)
         for key in gone:
@@ -422,7 +422,7 @@ def flusher_of(manager: Manager) -> Flusher:
 
 
 async def abort(manager: Manager) -> None:
-    """Do to a manager what a crash does: nothing more is written; the threads and the lock are gone."""
+    """End a manager as a crash does: nothing more is written, and its threads and its lock are gone."""
     flusher = flusher_of(manager)
     session = flusher.abort()
     await asyncio.wait([task for task in (flusher._task, flusher.checkpoints.task) if task is not None])

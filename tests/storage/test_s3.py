@@ -55,14 +55,14 @@ SNAPSHOT = f"state/modules/{NAME}.json"
 
 @pytest.mark.parametrize("bucket", ["", "a", "a/../b c", "with space", "-a-", "ä-bucket", 7, "x" * 3000])
 def test_a_bad_bucket(bucket: Any) -> None:
-    """What cannot be the name of a bucket is refused before anything is asked."""
+    """An invalid bucket name is refused by the constructor, before any request."""
     with pytest.raises(ValueError, match="is not the name of a bucket"):
         S3Storage(bucket)
 
 
 @pytest.mark.parametrize("prefix", ["/a", "a/", "a//b", "/", "a/../b", "./a", "a\nb", "a\x00b", "p" * 600])
 def test_a_bad_prefix(prefix: str) -> None:
-    """A prefix has no empty part, no dots for a part, nothing that cannot be printed, and a bounded length."""
+    """A prefix has no empty part, no part of dots, only printable characters, and a bounded length."""
     with pytest.raises(ValueError, match="prefix"):
         S3Storage("bucket", prefix=prefix)
 
@@ -81,14 +81,14 @@ def test_a_bad_prefix(prefix: str) -> None:
     ],
 )
 def test_a_bad_endpoint(url: str, words: str) -> None:
-    """An endpoint is http or https and a host; what is wrong is said without repeating what may be secret."""
+    """An endpoint is http or https with a host. The error does not quote a part that may be secret."""
     with pytest.raises(ValueError, match=words) as caught:
         S3Storage("bucket", endpoint_url=url)
     assert "hidden" not in str(caught.value)
 
 
 def test_repr() -> None:
-    """It shows where the states are."""
+    """The text of a storage shows where the states are."""
     assert repr(S3Storage("bucket")) == "S3Storage('bucket', prefix='state/modules')"
     shown = repr(S3Storage("bucket", prefix="", endpoint_url="http://[::1]:9000"))
     assert shown == "S3Storage('bucket', prefix='', endpoint_url='http://[::1]:9000')"
@@ -104,7 +104,7 @@ def run(code: str) -> str:
 
 
 def test_nothing_is_imported_before_it_is_opened() -> None:
-    """Making a storage, and a manager with it, imports no client."""
+    """Creating a storage, and a manager with it, does not import the client."""
     code = (
         "import sys; from lab_state import Manager, S3Storage; Manager('a', S3Storage('bucket'));"
         "print(sorted({'aiobotocore', 'botocore', 'aiohttp'} & {name.split('.')[0] for name in sys.modules}))"
@@ -130,7 +130,7 @@ sys.meta_path.insert(0, Refused())
 
 @pytest.mark.parametrize("how", MISSING)
 def test_without_the_extra(how: str, tmp_path: Path) -> None:
-    """Where aiobotocore is missing, the constructor raises an ImportError that names the extra and the command."""
+    """If aiobotocore is missing, the constructor raises an ImportError that names the extra and the command."""
     for name in ("lab_state", "msgspec", "aiofiles"):
         (tmp_path / name).symlink_to(Path(str(importlib.import_module(name).__file__)).parent)
     code = MISSING[how].replace("NEEDED", repr(str(tmp_path))) + (
@@ -142,7 +142,7 @@ def test_without_the_extra(how: str, tmp_path: Path) -> None:
 
 
 def test_an_extra_that_is_broken() -> None:
-    """Where aiobotocore is there and cannot be imported, `start()` says what to install anew."""
+    """If aiobotocore cannot be imported, `start()` says what to install again."""
     code = (
         "import sys, asyncio; sys.modules['aiohttp'] = None\n"
         "from lab_state import Manager, S3Storage, UnsupportedError\n"
@@ -173,7 +173,7 @@ async def test_a_session_of_the_callers(bucket: Bucket) -> None:
 
 
 async def test_bad_settings_of_the_environment(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What keeps a client from being made is told, and leaves nothing open."""
+    """Settings with which no client can be created are an error that names them, and nothing stays open."""
     storage = bucket.storage()
     with monkeypatch.context() as patch:
         patch.setenv("AWS_PROFILE", "no-such-profile")
@@ -184,7 +184,7 @@ async def test_bad_settings_of_the_environment(bucket: Bucket, monkeypatch: pyte
 
 
 def test_the_path_has_the_bucket_at_custom_endpoints_only() -> None:
-    """On AWS, botocore's own way of addressing is kept; bodies are never read to sign them."""
+    """On AWS the bucket is addressed as botocore does it. Bodies are never read to sign them."""
     from lab_state.storage.s3._connect import client_config  # noqa: PLC0415
 
     with Threads("test") as thread:
@@ -208,7 +208,7 @@ async def test_a_limit_that_has_ended_starts_no_timer() -> None:
 
 
 async def test_a_pause_is_by_the_clock() -> None:
-    """A pause ends when the clock says so; one that is cancelled leaves no timer behind."""
+    """A pause ends by the given clock. A cancelled pause leaves no timer behind."""
     clock = ManualClock()
     pauses = [asyncio.create_task(Time(clock).sleep(seconds)) for seconds in (1.0, 2.0)]
     await asyncio.sleep(0)
@@ -221,7 +221,7 @@ async def test_a_pause_is_by_the_clock() -> None:
 
 
 async def test_host_names_are_looked_up_in_a_thread_of_its_own(bucket: Bucket) -> None:
-    """A name is resolved without the event loop's own threads, which may all wait for the write."""
+    """Host names are looked up without the default executor of the loop, whose threads may all wait for the write."""
     url = endpoint().replace("127.0.0.1", "localhost")
     used: list[object] = []
     loop = asyncio.get_running_loop()
@@ -246,14 +246,14 @@ async def test_host_names_are_looked_up_in_a_thread_of_its_own(bucket: Bucket) -
 
 
 async def test_no_bucket() -> None:
-    """A bucket that is not there is told as that."""
+    """The error for a missing bucket says so."""
     storage = S3Storage("no-such-bucket-here", endpoint_url=endpoint(), region_name="us-east-1")
     with pytest.raises(UnsupportedError, match="no such bucket"):
         await storage.open(NAME)
 
 
 async def test_no_network(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
-    """Where no server answers, opening warns every 10 s, gives up after half a minute, and leaves nothing open."""
+    """If no server answers, an opening warns every 10 s, gives up after half a minute, and leaves nothing open."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         storage = bucket.storage(f"http://127.0.0.1:{taken.getsockname()[1]}")
@@ -287,7 +287,7 @@ async def test_no_network(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> N
 async def test_a_store_that_refuses(  # noqa: PLR0917
     bucket: Bucket, proxy: Proxy, method: str, part: str, status: int, code: str, words: str
 ) -> None:
-    """A refusal at any step of opening is told at once, with what to do, and leaves nothing open."""
+    """A refusal at any step of an opening is an error at once, with the remedy, and nothing stays open."""
     proxy.plan(method, part, answers(status, code), times=2)
     storage = bucket.storage(proxy.url)
     with pytest.raises(UnsupportedError, match=words):
@@ -298,7 +298,7 @@ async def test_a_store_that_refuses(  # noqa: PLR0917
 
 
 async def test_a_probe_is_repeated(bucket: Bucket, proxy: Proxy) -> None:
-    """The store is given another chance to show what it can when the network fails it."""
+    """The check of the conditions is repeated if the network fails."""
     proxy.plan("PUT", ".probe", lost, times=3)
     session = await bucket.storage(proxy.url).open(NAME)
     await session.aclose()
@@ -306,7 +306,7 @@ async def test_a_probe_is_repeated(bucket: Bucket, proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("header", ["if-match", "if-none-match"])
 async def test_a_store_that_ignores_conditions(bucket: Bucket, proxy: Proxy, header: str) -> None:
-    """A store that writes although the condition does not hold is refused before anything else is written."""
+    """A store that writes although the condition is not met is refused before anything else is written."""
 
     async def ignore(request: Any, forward: Any) -> Any:
         response = await forward(request)
@@ -360,7 +360,7 @@ async def test_rclone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 async def test_a_versioned_bucket() -> None:
-    """With versioning on it works, or, where the store then ignores conditions, is refused."""
+    """A bucket with versioning works. If the store then ignores conditions, it is refused."""
     bucket = Bucket(versioned=True)
     try:
         session = await bucket.storage().open(NAME)
@@ -380,7 +380,10 @@ async def test_a_versioned_bucket() -> None:
 
 
 async def test_what_is_left_in_the_bucket(bucket: Bucket) -> None:
-    """After a clean stop: one JSON object, the fence, and the probe; the stamp is in the snapshot and its metadata."""
+    """A clean stop leaves one JSON object, the fence and the probe.
+
+    The stamp is in the snapshot and in its metadata.
+    """
     async with Manager(NAME, bucket.storage()) as state:
         await state.set_many({"a": 1, "b": [1, 2]})
     assert set(bucket.keys()) == {SNAPSHOT, f"{JOURNAL}{1:020d}", f"state/modules/{NAME}.probe"}
@@ -393,7 +396,7 @@ async def test_what_is_left_in_the_bucket(bucket: Bucket) -> None:
 
 
 async def test_without_a_prefix(bucket: Bucket) -> None:
-    """With an empty prefix the keys begin with the name."""
+    """With an empty prefix the keys start with the name."""
     async with Manager(NAME, bucket.storage(prefix="")) as state:
         await state.set("a", 1)
     assert f"{NAME}.json" in set(bucket.keys())
@@ -403,7 +406,7 @@ PLAIN = b'{"visits": 3, "user": {"name": "ann"}}'
 
 
 async def test_a_plain_file_is_imported(bucket: Bucket) -> None:
-    """A JSON object that another program left is the state, at revision 0, and becomes ours at the first checkpoint."""
+    """A JSON object of another program is loaded at revision 0. The first checkpoint replaces it."""
     bucket.put(SNAPSHOT, PLAIN)
     for expected in (3, 4, 5):
         async with Manager(NAME, bucket.storage()) as state:
@@ -413,7 +416,7 @@ async def test_a_plain_file_is_imported(bucket: Bucket) -> None:
 
 
 async def test_a_plain_file_keeps_its_records(bucket: Bucket) -> None:
-    """What was committed on top of an imported file, before a checkpoint, is there after a crash."""
+    """Records committed after an imported file, before a checkpoint, are loaded after a crash."""
     bucket.put(SNAPSHOT, PLAIN)
     session = await bucket.storage().open(NAME)
     await session.commit(b"1", VIEW)
@@ -424,7 +427,7 @@ async def test_a_plain_file_keeps_its_records(bucket: Bucket) -> None:
 
 
 async def test_a_file_edited_by_hand(bucket: Bucket) -> None:
-    """A snapshot without our member, put in place of one after a clean stop, is the state."""
+    """After a clean stop, a snapshot without our member that replaces ours is loaded."""
     for number in range(3):
         async with Manager(NAME, bucket.storage()) as state:
             await state.set("visits", number)
@@ -437,7 +440,7 @@ async def test_a_file_edited_by_hand(bucket: Bucket) -> None:
 
 
 async def test_a_file_put_there_beside_records_that_are_not_its_own(bucket: Bucket) -> None:
-    """A hand-made snapshot beside records of the old one is refused: they say that they follow another one."""
+    """A hand-made snapshot is refused if there are records of the old one: they name another snapshot."""
     async with Manager(NAME, bucket.storage()) as state:
         await state.set("a", 1)
     session = await bucket.storage().open(NAME)
@@ -449,7 +452,7 @@ async def test_a_file_put_there_beside_records_that_are_not_its_own(bucket: Buck
 
 
 async def test_a_copy_that_lost_its_metadata(bucket: Bucket) -> None:
-    """A snapshot restored without its metadata tells by its own member what it covers."""
+    """A snapshot restored without its metadata has the number that it covers in its own member."""
     for number in range(3):
         async with Manager(NAME, bucket.storage()) as state:
             await state.set("visits", number)
@@ -469,7 +472,7 @@ async def test_metadata_of_another_snapshot(bucket: Bucket) -> None:
 
 
 async def test_a_deleted_snapshot_is_not_empty(bucket: Bucket) -> None:
-    """Fences of more than one start without their snapshot are damage, not a new state."""
+    """Fences of several starts without a snapshot are damage, not a new state."""
     for number in range(2):
         async with Manager(NAME, bucket.storage()) as state:
             await state.set("visits", number)
@@ -479,7 +482,7 @@ async def test_a_deleted_snapshot_is_not_empty(bucket: Bucket) -> None:
 
 
 async def test_a_foreign_object_under_the_name(bucket: Bucket) -> None:
-    """An object that is no JSON object is refused, and left alone."""
+    """An object that is not a JSON object is refused and not changed."""
     bucket.put(SNAPSHOT, b"\x89PNG")
     with pytest.raises(CorruptionError, match="not a JSON object"):
         await Manager(NAME, bucket.storage()).start()
@@ -490,7 +493,7 @@ async def test_a_foreign_object_under_the_name(bucket: Bucket) -> None:
 
 
 async def test_another_address_is_another_claim(bucket: Bucket, proxy: Proxy) -> None:
-    """Within a process a state is locked by its address and keys, until its session has ended."""
+    """Within a process a state is locked by its address and key, until its session has ended."""
     session = await bucket.storage().open(NAME)
     with pytest.raises(LockedError, match="in this process"):
         await bucket.storage().open(NAME)
@@ -504,7 +507,7 @@ async def test_another_address_is_another_claim(bucket: Bucket, proxy: Proxy) ->
 
 
 async def test_a_claim_of_a_parent_is_not_held(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forked child does not hold what its parent has open."""
+    """A forked child does not hold the claims of its parent."""
     names = Names.of(bucket.name, "", NAME)
     claim = module._Claim(None, names)
     monkeypatch.setattr(claim, "pid", -1)
@@ -529,7 +532,7 @@ async def test_a_session_is_refused_in_a_child(bucket: Bucket) -> None:
 
 
 def test_a_session_whose_loop_was_closed(bucket: Bucket) -> None:
-    """After the event loop was closed over a manager, another loop can stop it, and what was unflushed is written."""
+    """If the event loop of a manager was closed, another loop can stop it, and unflushed changes are written."""
     manager = Manager(Config(name=NAME, flush_interval=None), bucket.storage())
 
     async def begin() -> None:
@@ -550,7 +553,7 @@ def test_a_session_whose_loop_was_closed(bucket: Bucket) -> None:
 
 
 async def test_closing_waits_for_what_is_under_way(bucket: Bucket, proxy: Proxy) -> None:
-    """A commit that was left behind ends before the state is let go."""
+    """A commit whose caller was cancelled ends before the state is released."""
     session = await bucket.storage(proxy.url).open(NAME)
     proxy.plan("PUT", JOURNAL, hang := Hang())
     committing = asyncio.create_task(session.commit(b"1", VIEW))
@@ -570,7 +573,7 @@ async def test_closing_waits_for_what_is_under_way(bucket: Bucket, proxy: Proxy)
 
 
 async def test_a_commit_begun_before_the_close_ends_well(bucket: Bucket) -> None:
-    """Closing waits for a commit that was asked for, even if nothing of it was sent yet."""
+    """Closing waits for a commit that was started, even if nothing was sent yet."""
     session = await bucket.storage().open(NAME)
     committing = asyncio.create_task(session.commit(b"1" * 300_000, VIEW))  # long enough to be framed in a thread
     await asyncio.sleep(0)
@@ -582,7 +585,7 @@ async def test_a_commit_begun_before_the_close_ends_well(bucket: Bucket) -> None
 
 
 async def test_a_checkpoint_begun_before_the_close_ends_well(bucket: Bucket) -> None:
-    """Closing waits for a checkpoint whose view is still being spooled, and lets go after it."""
+    """Closing waits for a checkpoint that is still spooling, and then releases the state."""
     session = await bucket.storage().open(NAME)
     reached, released = asyncio.Event(), asyncio.Event()
 
@@ -607,7 +610,7 @@ async def test_a_checkpoint_begun_before_the_close_ends_well(bucket: Bucket) -> 
 
 
 async def test_an_open_that_is_cancelled_at_its_end(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cancelled when the session is there already, it is closed before the caller is told."""
+    """If an opening is cancelled when the session exists, the session is closed before the caller continues."""
     storage = bucket.storage()
     begun = storage._open
 
@@ -626,7 +629,7 @@ async def test_an_open_that_is_cancelled_at_its_end(bucket: Bucket, monkeypatch:
 
 
 async def test_a_checkpoint_that_is_cancelled_is_waited_for(bucket: Bucket, proxy: Proxy) -> None:
-    """A snapshot on its way when its caller is cancelled arrives whole, before the next one is taken."""
+    """A snapshot that is being sent when its caller is cancelled is sent completely before the next one."""
     session = await bucket.storage(proxy.url).open(NAME)
     proxy.plan("PUT", SNAPSHOT, hang := Hang())
     checkpointing = asyncio.create_task(session.checkpoint(given(b"first")))
@@ -651,7 +654,7 @@ async def test_a_snapshot_beyond_one_put(bucket: Bucket, monkeypatch: pytest.Mon
 
 
 async def test_no_room_for_temporary_files(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a directory for temporary files a large snapshot fails, and nothing else does."""
+    """Without a directory for temporary files a large snapshot fails, and commits work."""
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -665,7 +668,7 @@ async def test_no_room_for_temporary_files(bucket: Bucket, monkeypatch: pytest.M
 
 
 def test_an_upload_is_not_read() -> None:
-    """Only aiohttp sends it, which iterates; `read` is there for botocore to find."""
+    """Only aiohttp sends an upload, by iterating. `read` exists because botocore looks for it."""
     with pytest.raises(NotImplementedError):
         Upload.read(Upload.__new__(Upload))
 
@@ -674,7 +677,7 @@ def test_an_upload_is_not_read() -> None:
 
 
 async def test_a_state_moves_from_disk_to_s3_and_back(bucket: Bucket, tmp_path: Path) -> None:
-    """`copy_state` takes everything along, at its revision, shows progress, and leaves the source as it was."""
+    """`copy_state` copies everything at the same revision, reports progress, and does not change the source."""
     disk, back = FileStorage(tmp_path / "a"), FileStorage(tmp_path / "b")
     manager = Manager(Config(name=NAME, flush_interval=None), disk)
     await manager.start()
@@ -699,7 +702,7 @@ async def test_a_state_moves_from_disk_to_s3_and_back(bucket: Bucket, tmp_path: 
 
 
 async def test_a_copy_never_overwrites(tmp_path: Path) -> None:
-    """A target that holds a state is refused, as are a source without one and a bad name; locks are let go."""
+    """A target that has a state is refused, as are a source without one and a bad name. All locks are released."""
     source, target = FileStorage(tmp_path), MemoryStorage()
     with pytest.raises(UnsupportedError, match="there is no state"):
         await copy_state(NAME, source, target)
@@ -716,7 +719,7 @@ async def test_a_copy_never_overwrites(tmp_path: Path) -> None:
 
 
 async def test_a_copy_is_read_back(tmp_path: Path) -> None:
-    """A target that keeps something else than it was given is found out."""
+    """A target that does not keep what was written is noticed."""
 
     class Forgetful(MemoryStorage):
         async def open(self, name: str) -> Any:

@@ -52,7 +52,10 @@ def time_of(storage: S3Storage) -> QuickTime:
 
 
 async def records(bucket: Bucket) -> tuple[bytes, ...]:
-    """Return what a new writer finds; the registry of the process does not see past the proxy's address."""
+    """Return what a new writer finds.
+
+    The claims of the process do not stop it, because the address of the proxy differs.
+    """
     session = await bucket.storage().open(NAME)
     await session.aclose()
     return session.recovery.records
@@ -85,7 +88,7 @@ async def records(bucket: Bucket) -> tuple[bytes, ...]:
 )
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_commit_gets_through(bucket: Bucket, proxy: Proxy, fault: object, times: int) -> None:
-    """Whatever happens to a commit's request or its answer, it is there once when `commit` returns, at its number."""
+    """Whatever happens to the request of a commit or its answer, the record is stored once when `commit` returns."""
     session = await bucket.storage(proxy.url).open(NAME)
     await session.commit(b"before", VIEW)
     proxy.plan("PUT", JOURNAL, fault, times=times)  # type: ignore[arg-type]
@@ -97,7 +100,7 @@ async def test_a_commit_gets_through(bucket: Bucket, proxy: Proxy, fault: object
 
 
 async def test_a_look_that_fails_decides_nothing(bucket: Bucket, proxy: Proxy) -> None:
-    """When the answer is lost and HEAD fails too, HEAD is repeated; the commit is neither lost nor doubled."""
+    """If the answer is lost and HEAD fails too, HEAD is repeated. The commit is neither lost nor doubled."""
     session = await bucket.storage(proxy.url).open(NAME)
     proxy.plan("PUT", JOURNAL, done_but_answers(503), times=1)
     proxy.plan("HEAD", JOURNAL, answers(500), times=3)
@@ -108,7 +111,7 @@ async def test_a_look_that_fails_decides_nothing(bucket: Bucket, proxy: Proxy) -
 
 @pytest.mark.parametrize("after", [False, True])
 async def test_a_request_that_hangs_is_given_up(bucket: Bucket, proxy: Proxy, *, after: bool) -> None:
-    """A request that stands still for a quarter of a minute is repeated; one that arrives late does no harm."""
+    """A request without progress for 15 s is repeated. If it arrives late, it does no harm."""
     storage = bucket.storage(proxy.url)
     session = await storage.open(NAME)
     proxy.plan("PUT", JOURNAL, hang := Hang(after=after))
@@ -124,7 +127,7 @@ async def test_a_request_that_hangs_is_given_up(bucket: Bucket, proxy: Proxy, *,
 
 @pytest.mark.parametrize("fault", [lost, answer_lost, answers(503), done_but_answers(500)])
 async def test_an_unknown_outcome_is_settled_first(bucket: Bucket, proxy: Proxy, fault: object) -> None:
-    """A record whose outcome is unknown keeps its number and bytes; the next commit settles it, then writes its own."""
+    """A record with an unknown outcome keeps its number and bytes. The next commit sends it before its own record."""
     session = await bucket.storage(proxy.url).open(NAME)
     proxy.plan("PUT", JOURNAL, fault, times=FOREVER)  # type: ignore[arg-type]
     proxy.plan("HEAD", JOURNAL, lost, times=FOREVER)
@@ -152,7 +155,7 @@ async def test_an_opening_warns_from_the_second_failure_on(
 
 
 async def test_pauses_grow_and_end(bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
-    """Attempts are repeated after random pauses of at most 2 s, for half a minute. Only an opening logs them."""
+    """Requests are repeated after random pauses of at most 2 s, for half a minute. Only an opening logs this."""
     storage = bucket.storage(proxy.url)
     session = await storage.open(NAME)
     proxy.plan("PUT", JOURNAL, answers(503, "SlowDown"), times=FOREVER)
@@ -179,7 +182,7 @@ async def test_pauses_grow_and_end(bucket: Bucket, proxy: Proxy, caplog: pytest.
 async def test_what_cannot_succeed_is_not_repeated(
     bucket: Bucket, proxy: Proxy, status: int, code: str, words: str
 ) -> None:
-    """A refusal that has nothing to do with the condition is told at once, and the record stays pending."""
+    """A refusal for another reason than the condition is an error at once, and the record stays pending."""
     session = await bucket.storage(proxy.url).open(NAME)
     proxy.plan("PUT", JOURNAL, answers(status, code))
     with pytest.raises(UnsupportedError, match=words):
@@ -223,7 +226,10 @@ async def deposed(session: StorageSession) -> None:
 
 
 async def test_a_deposed_writer_hears_of_it_at_its_next_commit(bucket: Bucket, proxy: Proxy) -> None:
-    """After another opened the state, the first one's next commit fails, as does every later call, without a request."""
+    """After another writer opened the state, the next commit of the first one fails.
+
+    So do later calls, without a request.
+    """
     old = await bucket.storage(proxy.url).open(NAME)
     await old.commit(b"1", VIEW)
     new = await bucket.storage().open(NAME)
@@ -239,7 +245,7 @@ async def test_a_deposed_writer_hears_of_it_at_its_next_commit(bucket: Bucket, p
 
 
 async def test_a_writer_that_sleeps_over_a_checkpoint_is_deposed_all_the_same(bucket: Bucket, proxy: Proxy) -> None:
-    """A number is never free again: the fence stays when the records around it are deleted."""
+    """A number is never free again: a fence stays when the records before it are deleted."""
     old = await bucket.storage(proxy.url).open(NAME)
     await old.commit(b"1", VIEW)
     new = await bucket.storage().open(NAME)
@@ -252,7 +258,7 @@ async def test_a_writer_that_sleeps_over_a_checkpoint_is_deposed_all_the_same(bu
 
 
 async def test_a_pending_record_of_a_deposed_writer(bucket: Bucket, proxy: Proxy) -> None:
-    """A record that never arrived finds its number taken by the successor's fence."""
+    """A record that never arrived finds its number taken by the fence of the next writer."""
     old = await bucket.storage(proxy.url).open(NAME)
     proxy.plan("PUT", JOURNAL, lost, times=FOREVER)
     with pytest.raises(UnavailableError):
@@ -265,7 +271,7 @@ async def test_a_pending_record_of_a_deposed_writer(bucket: Bucket, proxy: Proxy
 
 
 async def test_a_pending_record_that_the_successor_saw(bucket: Bucket, proxy: Proxy) -> None:
-    """A record that did arrive is acknowledged late, also when the successor's checkpoint covered and deleted it."""
+    """A record that did arrive is acknowledged late, even if the next writer has covered and deleted it."""
     old = await bucket.storage(proxy.url).open(NAME)
     proxy.plan("PUT", JOURNAL, answer_lost, times=FOREVER)
     proxy.plan("HEAD", JOURNAL, lost, times=FOREVER)
@@ -285,7 +291,7 @@ async def test_a_pending_record_that_the_successor_saw(bucket: Bucket, proxy: Pr
 
 
 async def test_an_opener_that_loses_the_race_begins_again(bucket: Bucket, proxy: Proxy) -> None:
-    """Whose fence finds another in its place looks again, and opens above it."""
+    """An opener whose fence collides with another one loads again, and opens above it."""
     rival = bucket.storage()
     sessions: list[StorageSession] = []
 
@@ -301,7 +307,7 @@ async def test_an_opener_that_loses_the_race_begins_again(bucket: Bucket, proxy:
 
 
 async def test_an_opener_that_is_overtaken_while_it_loads_begins_again(bucket: Bucket, proxy: Proxy) -> None:
-    """A record that a newer writer wrote above our fence is never loaded under it."""
+    """A record that a newer writer wrote above our fence is never loaded."""
     rival = bucket.storage()
     sessions: list[StorageSession] = []
 
@@ -318,7 +324,7 @@ async def test_an_opener_that_is_overtaken_while_it_loads_begins_again(bucket: B
 
 
 async def test_a_deletion_under_an_opener_is_not_damage(bucket: Bucket, proxy: Proxy) -> None:
-    """An opener that lists while a checkpoint deletes makes no fence above the gap; it loads again."""
+    """An opener that lists while a checkpoint deletes creates no fence above the gap, but loads again."""
     old = await bucket.storage().open(NAME)
     for number in range(3):
         await old.commit(b"%d" % number, VIEW)
@@ -339,7 +345,7 @@ async def test_a_deletion_under_an_opener_is_not_damage(bucket: Bucket, proxy: P
 
 
 async def test_a_fence_at_a_used_number_is_void(bucket: Bucket, proxy: Proxy) -> None:
-    """A fence whose number the snapshot covers keeps no writer out, so the opener begins again."""
+    """A fence whose number the snapshot covers stops no writer, so the opener starts again."""
     other = await bucket.storage().open(NAME)
 
     async def cover() -> None:
@@ -357,7 +363,7 @@ async def test_a_fence_at_a_used_number_is_void(bucket: Bucket, proxy: Proxy) ->
 
 
 async def test_a_checkpoint_while_loading_is_noticed(bucket: Bucket, proxy: Proxy) -> None:
-    """Records that a late checkpoint deletes under an opener are found in the new snapshot."""
+    """If a checkpoint deletes records during an opening, they are found in the new snapshot."""
     old = await bucket.storage().open(NAME)
     await old.commit(b"1", VIEW)
     proxy.plan("GET", f"{JOURNAL}{2:020d}", Before(lambda: old.checkpoint(given(b"late"))))
@@ -368,7 +374,7 @@ async def test_a_checkpoint_while_loading_is_noticed(bucket: Bucket, proxy: Prox
 
 
 async def test_a_checkpoint_between_two_looks_is_noticed(bucket: Bucket, proxy: Proxy) -> None:
-    """A snapshot read before a checkpoint, with a list made after it, is not taken for damage."""
+    """A snapshot read before a checkpoint, and a list made after it, are not taken for damage."""
     old = await bucket.storage().open(NAME)
     await old.commit(b"1", VIEW)
 
@@ -388,7 +394,7 @@ async def test_a_checkpoint_between_two_looks_is_noticed(bucket: Bucket, proxy: 
 
 
 async def test_opening_gives_up_when_others_never_stop(bucket: Bucket, proxy: Proxy) -> None:
-    """An opener that is overtaken again and again says so after half a minute."""
+    """An opener that is overtaken again and again gives up after half a minute with an error."""
 
     async def overtake(request: Request, forward: Forward) -> Response | None:
         key = request.target.partition("?")[0].removeprefix(f"/{bucket.name}/")
@@ -417,7 +423,7 @@ async def test_opening_gives_up_when_others_never_stop(bucket: Bucket, proxy: Pr
 )
 @pytest.mark.parametrize("before", [0, 1])
 async def test_a_checkpoint_gets_through(bucket: Bucket, proxy: Proxy, fault: object, before: int) -> None:
-    """Whatever happens to its request, the snapshot is there when `checkpoint` returns, and the next one follows it."""
+    """Whatever happens to its request, the snapshot is stored when `checkpoint` returns, and the next one succeeds."""
     session = await bucket.storage(proxy.url).open(NAME)
     for number in range(before):
         await session.checkpoint(given(b"before %d" % number))
@@ -432,7 +438,7 @@ async def test_a_checkpoint_gets_through(bucket: Bucket, proxy: Proxy, fault: ob
 
 @pytest.mark.parametrize("fault", [answer_lost, lost])
 async def test_a_checkpoint_of_unknown_outcome_deletes_nothing(bucket: Bucket, proxy: Proxy, fault: object) -> None:
-    """When the outcome stays unknown the records stay, and the next checkpoint goes on from whatever is there."""
+    """If the outcome of a checkpoint stays unknown, the records stay, and the next checkpoint continues from either result."""
     session = await bucket.storage(proxy.url).open(NAME)
     await session.checkpoint(given(b"before"))
     await session.commit(b"1", VIEW)
@@ -449,7 +455,7 @@ async def test_a_checkpoint_of_unknown_outcome_deletes_nothing(bucket: Bucket, p
 
 
 async def test_a_late_snapshot_that_covers_as_much_is_adopted(bucket: Bucket, proxy: Proxy) -> None:
-    """An attempt that failed and arrived all the same is as good as the one that finds it."""
+    """A failed attempt that arrived later counts as the success of the attempt that finds it."""
     session = await bucket.storage(proxy.url).open(NAME)
     await session.commit(b"1", VIEW)
     proxy.plan("PUT", SNAPSHOT, answer_lost, times=FOREVER)
@@ -465,7 +471,7 @@ async def test_a_late_snapshot_that_covers_as_much_is_adopted(bucket: Bucket, pr
 
 
 async def test_a_successors_snapshot_deposes(bucket: Bucket, proxy: Proxy) -> None:
-    """A writer that finds a snapshot of a higher fence in the way of its own is deposed."""
+    """A writer that finds a snapshot with a higher fence is deposed."""
     old = await bucket.storage(proxy.url).open(NAME)
     new = await bucket.storage().open(NAME)
     await new.checkpoint(given(b"new"))
@@ -477,7 +483,7 @@ async def test_a_successors_snapshot_deposes(bucket: Bucket, proxy: Proxy) -> No
 
 
 async def test_a_snapshot_that_someone_put_there_is_not_overwritten(bucket: Bucket) -> None:
-    """A file put in place of the snapshot while the manager runs stays, and the manager stops writing."""
+    """A file that replaces the snapshot while the manager runs stays, and the manager stops writing."""
     session = await bucket.storage().open(NAME)
     bucket.put(SNAPSHOT, b'{"by":"hand"}')
     with pytest.raises(FencedError):
@@ -487,7 +493,7 @@ async def test_a_snapshot_that_someone_put_there_is_not_overwritten(bucket: Buck
 
 
 async def test_a_snapshot_that_was_deleted_is_written_anew(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
-    """A deleted snapshot is logged as an error, and mended by the next checkpoint."""
+    """A deleted snapshot is logged as an error, and the next checkpoint writes it again."""
     session = await bucket.storage().open(NAME)
     await session.checkpoint(given(b"1"))
     bucket.delete(SNAPSHOT)
@@ -499,7 +505,7 @@ async def test_a_snapshot_that_was_deleted_is_written_anew(bucket: Bucket, caplo
 
 @pytest.mark.parametrize("head_quotes", [True, False])
 async def test_a_store_that_compares_unquoted(bucket: Bucket, proxy: Proxy, *, head_quotes: bool) -> None:
-    """Where the right ETag is refused in quotes, it is sent without, and so from then on."""
+    """If the right ETag is refused in quotes, it is sent without quotes, and from then on always."""
     asked: list[str] = []
 
     async def picky(request: Request, forward: Forward) -> Response | None:
@@ -528,7 +534,7 @@ async def test_a_store_that_compares_unquoted(bucket: Bucket, proxy: Proxy, *, h
 
 
 async def test_a_failed_deletion_is_made_up_for(bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
-    """What a checkpoint could not delete is logged, does no harm, and goes with the next one."""
+    """Records that a checkpoint could not delete are logged, do no harm, and are deleted by the next one."""
     session = await bucket.storage(proxy.url).open(NAME)
     await session.commit(b"1", VIEW)
     proxy.plan("POST", "?delete", answers(503, "SlowDown"), times=FOREVER)
@@ -572,7 +578,10 @@ def undeleted(code: str) -> Action:
 async def test_without_the_permission_to_delete(
     bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture, denied: Action
 ) -> None:
-    """It is told at the start, once, and in `status()`; checkpoints do not list what they cannot delete."""
+    """A missing permission to delete is logged once, at the start, and shown in `status()`.
+
+    Checkpoints then list nothing.
+    """
     proxy.plan("POST", "?delete", denied, times=FOREVER)
     async with Manager(Config(name=NAME, flush_interval=None), bucket.storage(proxy.url)) as state:
         assert "s3:DeleteObject" in (state.status().storage_warning or "") or "NotImplemented" in caplog.text
@@ -600,7 +609,7 @@ async def test_without_the_permission_to_delete(
 
 
 async def test_a_permission_that_is_taken_away(bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
-    """A right to delete that is lost while a manager runs is told once, with the permission."""
+    """If the permission to delete is lost while a manager runs, this is logged once, with the name of the permission."""
     session = await bucket.storage(proxy.url).open(NAME)
     assert session.warning is None
     proxy.plan("POST", "?delete", answers(403, "AccessDenied"), times=FOREVER)
@@ -614,7 +623,7 @@ async def test_a_permission_that_is_taken_away(bucket: Bucket, proxy: Proxy, cap
 
 @pytest.mark.parametrize("fault", [answers(500), lost, answers(404, "NoSuchKey")])
 async def test_a_question_about_deleting_that_is_not_answered(bucket: Bucket, proxy: Proxy, fault: Action) -> None:
-    """Whether objects can be deleted is asked once; without an answer the start goes on."""
+    """The permission to delete is checked once. Without an answer the start goes on."""
     proxy.plan("POST", "?delete", fault)
     session = await bucket.storage(proxy.url).open(NAME)
     assert session.warning is None
@@ -624,7 +633,7 @@ async def test_a_question_about_deleting_that_is_not_answered(bucket: Bucket, pr
 async def test_cleaning_goes_on_from_where_it_stood(
     bucket: Bucket, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a crash left behind is deleted some pages at a checkpoint, however much it is; no page is listed twice."""
+    """Objects that a crash left are deleted some pages at each checkpoint. No page is listed twice."""
     monkeypatch.setattr("lab_state.storage.s3._client._LISTED_AT_ONCE", 3)
     monkeypatch.setattr("lab_state.storage.s3._session._MOST_PAGES", 2)
     old = await bucket.storage().open(NAME)
@@ -652,7 +661,7 @@ async def _leave(*_: object) -> None:
 
 
 async def test_what_a_crash_left_behind_is_cleaned(bucket: Bucket, proxy: Proxy) -> None:
-    """Records that a killed writer had no time to delete go with the successor's first checkpoint; fences stay."""
+    """Records that a killed writer did not delete are deleted by the first checkpoint of the next one. Fences stay."""
     old = await bucket.storage(proxy.url).open(NAME)
     await old.commit(b"1", VIEW)
     proxy.plan("POST", "?delete", answers(403, "AccessDenied"), times=FOREVER)
@@ -666,7 +675,7 @@ async def test_what_a_crash_left_behind_is_cleaned(bucket: Bucket, proxy: Proxy)
 
 
 async def test_checkpoints_become_due(bucket: Bucket) -> None:
-    """A checkpoint is due after 64 records, or when they have as many bytes as the snapshot, from a megabyte on."""
+    """A checkpoint is due after 64 records, or when they are as large as the snapshot and at least a megabyte."""
     session = await bucket.storage().open(NAME)
     due = [await session.commit(b"%d" % number, VIEW) for number in range(64)]
     assert due == [False] * 63 + [True]
@@ -680,7 +689,7 @@ async def test_checkpoints_become_due(bucket: Bucket) -> None:
 
 
 async def test_a_large_snapshot_goes_through_a_file(bucket: Bucket, proxy: Proxy) -> None:
-    """A snapshot of 20 MB is spooled, streamed, and streamed again from its beginning when that fails."""
+    """A snapshot of 20 MB is spooled and streamed. After a failure it is streamed again from the start."""
     data = b"0123456789abcdef" * 64 * 1024
     session = await bucket.storage(proxy.url).open(NAME)
     proxy.plan("PUT", SNAPSHOT, answers(500))
@@ -692,7 +701,7 @@ async def test_a_large_snapshot_goes_through_a_file(bucket: Bucket, proxy: Proxy
 
 
 async def test_a_second_page_of_the_list_is_read(bucket: Bucket, proxy: Proxy) -> None:
-    """Numbers beyond the first page of a list count."""
+    """Numbers after the first page of a list count."""
     session = await bucket.storage(proxy.url).open(NAME)
     for number in range(2, 1003):
         bucket.put(f"{JOURNAL}{number:020d}", b"", {WRITE_ID: "theirs", OWNER: "theirs"})
@@ -708,7 +717,7 @@ async def test_a_second_page_of_the_list_is_read(bucket: Bucket, proxy: Proxy) -
 
 @pytest.mark.parametrize("fault", [cut, answer_lost, answers(503), answers(500)])
 async def test_loading_is_repeated(bucket: Bucket, proxy: Proxy, fault: object) -> None:
-    """Answers that are cut or lost while loading are asked for again; half an object is never taken for the whole."""
+    """Answers that are cut or lost during loading are requested again. Half an object is never taken for the whole."""
     first = await bucket.storage().open(NAME)
     await first.checkpoint(given(b"snapshot"))
     await first.commit(b"1", VIEW)
@@ -723,7 +732,7 @@ async def test_loading_is_repeated(bucket: Bucket, proxy: Proxy, fault: object) 
 
 
 async def test_an_answer_that_hangs_while_loading_is_given_up(bucket: Bucket, proxy: Proxy) -> None:
-    """A record that does not come within a quarter of a minute is asked for again."""
+    """A record that does not arrive within 15 s is requested again."""
     first = await bucket.storage().open(NAME)
     await first.commit(b"1", VIEW)
     await first.aclose()
@@ -766,7 +775,10 @@ async def test_a_missing_record_is_damage(bucket: Bucket) -> None:
     ],
 )
 async def test_a_stray_object_leaves_nothing_behind(bucket: Bucket, number: int, body: bytes, *, edited: bool) -> None:
-    """A start that is refused for an object under a wrong number writes no fence: without the object, all is well."""
+    """A start that is refused because of an object with a wrong number writes no fence.
+
+    Without the object it succeeds.
+    """
     async with Manager(NAME, bucket.storage()) as state:
         await state.set("a", 1)
     if edited:
@@ -784,7 +796,7 @@ async def test_a_stray_object_leaves_nothing_behind(bucket: Bucket, number: int,
 
 
 async def test_a_gap_names_what_is_above_it(bucket: Bucket) -> None:
-    """It is not known whether records are missing or one is too many, so the error names both."""
+    """Either records are missing, or the object above the gap is stray. The error names both."""
     stray = f"{JOURNAL}{9_999:020d}"
     bucket.put(stray, b"x")
     with pytest.raises(CorruptionError, match=rf"records 1 to 9998 are missing .*{stray} .*delete"):
@@ -792,7 +804,7 @@ async def test_a_gap_names_what_is_above_it(bucket: Bucket) -> None:
 
 
 async def test_a_fence_that_vanishes_is_damage(bucket: Bucket, proxy: Proxy) -> None:
-    """A fence that was deleted again, or that the store does not list, is refused."""
+    """A fence that was deleted, or that the store does not list, is refused."""
 
     async def vanished(request: Request, forward: Forward) -> Response | None:
         response = await forward(request)
@@ -805,7 +817,7 @@ async def test_a_fence_that_vanishes_is_damage(bucket: Bucket, proxy: Proxy) -> 
 
 
 async def test_digits_of_other_scripts_are_no_number(bucket: Bucket) -> None:
-    """A key whose name only looks like a number belongs to another program."""
+    """A key with digits of another script is not a number, and belongs to another program."""
     bucket.put(f"{JOURNAL}{'٣' * 20}", b"x")
     assert await records(bucket) == ()
 
@@ -814,7 +826,7 @@ async def test_digits_of_other_scripts_are_no_number(bucket: Bucket) -> None:
 
 
 async def test_a_file_put_there_in_the_first_run(bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
-    """A snapshot copied into place while the first manager runs is not merged: it deposes, and is refused beside records."""
+    """A snapshot put in place while the first manager runs is not merged: it deposes, and is refused if there are records."""
     state = Manager(Config(name=NAME, flush_interval=0), bucket.storage())
     await state.start()
     await state.set("mine", 1)
@@ -833,7 +845,7 @@ async def test_a_file_put_there_in_the_first_run(bucket: Bucket, caplog: pytest.
 
 @pytest.mark.parametrize("there", [b'{"theirs": 2}', None])
 async def test_an_imported_file_that_is_exchanged(bucket: Bucket, there: bytes | None) -> None:
-    """Records on top of an imported file are refused beside another one, or none, and taken when it is back."""
+    """Records after an imported file are refused with another file or none, and loaded when the file is back."""
     bucket.put(SNAPSHOT, b'{"theirs": 1}')
     session = await bucket.storage().open(NAME)
     await session.commit(b"1", VIEW)
@@ -863,7 +875,7 @@ async def test_a_large_imported_file(bucket: Bucket) -> None:
 
 
 async def test_a_record_without_its_metadata(bucket: Bucket) -> None:
-    """A record restored without its metadata says nothing of a snapshot, and is taken."""
+    """A record restored without its metadata does not name a snapshot, and is loaded."""
     session = await bucket.storage().open(NAME)
     await session.commit(b"1", VIEW)
     await session.aclose()
@@ -892,7 +904,7 @@ async def test_other_objects_below_the_journal_are_ignored(bucket: Bucket) -> No
 
 
 async def test_a_manager_survives_an_outage(bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
-    """While the store is away the changes stay in memory, and are written when it is back, without being asked."""
+    """During an outage of the store changes stay in memory. They are written when it is back, without a call."""
     async with Manager(Config(name=NAME, flush_interval=0.01), bucket.storage(proxy.url)) as state:
         await state.set("a", 1)
         await state.flush()
@@ -908,7 +920,10 @@ async def test_a_manager_survives_an_outage(bucket: Bucket, proxy: Proxy, caplog
 
 
 async def test_a_rolling_deployment(bucket: Bucket, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
-    """The new manager has everything that the old one acknowledged; the old one's next flush and its stop say so."""
+    """The new manager has everything that the old one acknowledged.
+
+    The next flush and the stop of the old one raise an error.
+    """
     old = Manager(Config(name=NAME, flush_interval=None), bucket.storage(proxy.url))
     await old.start()
     await old.set("a", 1)

@@ -40,7 +40,7 @@ Outcome = tuple[int, Any]
 
 
 class Answers:
-    """The requests that opening makes, answered from a dict as a store would."""
+    """A stand-in for `Requests` that answers from a dict as a store would."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -130,7 +130,7 @@ async def written() -> Case:
 
 
 async def opened(names: Names, world: World) -> Outcome:
-    """Return what a start would find: revision and state. What the storage refuses, it leaves as it was, without a fence."""
+    """Return what a start would find: revision and state. A refused state must be unchanged, without a fence."""
     before = dict(world)
     try:
         loaded = (await open_state(Answers(world), names)).loaded  # type: ignore[arg-type]
@@ -171,7 +171,7 @@ Changed = dict[str, Object | None]
 
 
 async def judge(case: Case, changed: Changed, right: set[int], *, managed: bool) -> None:
-    """Look what becomes of a damaged world, and of the same when what was damaged is put back."""
+    """Check the outcome for a damaged world, and for the same world after the repair."""
     damaged = {**case.world, **changed}
     world = {key: there for key, there in damaged.items() if there is not None}
     before = dict(world)
@@ -248,7 +248,7 @@ async def test_every_bit_length_and_block_of_a_record(case: Case) -> None:
 
 
 async def test_every_bit_of_the_metadata_of_a_snapshot(case: Case) -> None:
-    """Numbers that are damaged, or missing, or another snapshot's, are refused; those in the snapshot itself do too."""
+    """Damaged numbers in the metadata, missing ones, or those of another snapshot are refused."""
     key, whole = case.names.snapshot, case.world[case.names.snapshot]
     latest, count = max(case.history), 0
     for name in (SEQ, FENCE):
@@ -269,7 +269,10 @@ async def test_every_bit_of_the_metadata_of_a_snapshot(case: Case) -> None:
 
 
 async def test_objects_lost_emptied_doubled_and_swapped(case: Case) -> None:
-    """A record or a fence that is missing, empty, or under another's number is refused; the last ones may be lost."""
+    """A record or a fence that is missing, empty, or under another number is refused.
+
+    Only the last ones may be lost.
+    """
     names, world = case.names, case.world
     numbers = [number for key in world if (number := names.number(key)) is not None and number > 12]
     latest, last = max(case.history), max(numbers)
