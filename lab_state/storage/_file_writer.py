@@ -155,7 +155,7 @@ class Writer:
         lock: The lock.
         base: The snapshot that a new journal follows, by size and CRC-32.
         snapshot_fingerprint: The file of that snapshot; `None` if there is none.
-        need: What the next commit has to do.
+        need: The work that the next commit has to do first.
         unsynced: Whether the files found at the start may be in the page cache only.
         snapshot_bytes: The size of the snapshot.
         end: The size of the journal.

@@ -84,7 +84,7 @@ class Threads:
         self._ready.put(None)
 
     def hand(self, worker: Worker, work: _Work) -> None:
-        """Queue a call for a worker; it is made after the worker's earlier calls.
+        """Add a call to the queue of a worker. It is made after the worker's earlier calls.
 
         Raises:
             UnavailableError: There is no thread, and none could be started.
@@ -136,7 +136,7 @@ class Threads:
                     return None
 
     def done(self, worker: Worker) -> None:
-        """Queue a worker again after a call, if it has more work; else note that it is idle."""
+        """Put a worker back into the queue after a call, if it has more work; else note that it is idle."""
         with self._lock:
             self.turns += 1
             if worker.todo:
