@@ -64,7 +64,7 @@ class Need(Enum):
 
 
 class FullNeededError(Exception):
-    """The journal cannot be appended to, and the whole state was not at hand."""
+    """The journal cannot be appended to, and the whole state was not given."""
 
 
 class AbandonedError(UnavailableError):
