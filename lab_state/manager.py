@@ -230,7 +230,7 @@ class Manager(Scope):
             flusher.nudge()
         with ExitStack() as undo:
             if mirror is not None:
-                mirror.begin(flusher)
+                mirror.start(flusher)
                 undo.callback(mirror.abort)
             core = self._core  # a reference to the manager would keep a forgotten one from being collected
             sweeper = Sweeper(state, self._clock, lambda: core.blocked, flusher.nudge, core.update_followup)

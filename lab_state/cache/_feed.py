@@ -148,7 +148,7 @@ class Feed:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, subscription: Subscription) -> None:
-        """Read the head every two seconds. The first head begins with a `resync`, because earlier changes were missed."""
+        """Read the head every two seconds. The first time, send a `resync`, because earlier changes were missed."""
         while True:
             self._poll_now.clear()
             try:

@@ -90,7 +90,7 @@ class MirrorWriter:
     """
 
     def __init__(self, name: str, cache: Cache, clock: Clock, logger: Log, counts: MirrorCounts) -> None:
-        """Prepare; `begin` starts the task."""
+        """Prepare; `start` starts the task."""
         self.revision: int | None = None
         self.up: bool = False
         self.last_error: StorageError | None = None
@@ -118,7 +118,7 @@ class MirrorWriter:
         self._stopping = False
         self._holding: asyncio.Timeout | None = None  # bounds a fill, while it holds a view
 
-    def begin(self, flusher: Flusher) -> None:
+    def start(self, flusher: Flusher) -> None:
         """Start the task for the state of a flusher. If this raises, no task was started."""
         self._flusher = flusher
         self._schedule_heartbeat()
