@@ -61,13 +61,21 @@ def have_own_texts(keys: dict[Any, Any]) -> bool:
     return True
 
 
+def is_canonical(data: bytes) -> bool:
+    """Return whether JSON is as msgspec would write it again. The first of two members would be missing."""
+    try:
+        return _encode(_decode(data)) == data
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return False
+
+
 def double_key(data: bytes) -> tuple[list[str | int], str] | None:
     """Find the first object of valid JSON that has a member twice. Return the path to it, and the name; or `None`."""
+    if is_canonical(data):
+        return None
     try:
-        if _encode(_decode(data)) == data:  # the first of two members would be missing
-            return None
         whole = json.loads(data, object_pairs_hook=_Object)
-    except (msgspec.MsgspecError, ValueError, RecursionError):  # refused for this elsewhere
+    except (ValueError, RecursionError):  # refused for this elsewhere
         return None
     stack: list[tuple[list[str | int], Any]] = [([], whole)]
     while stack:

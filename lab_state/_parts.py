@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime, time
+from datetime import UTC, datetime, time, timezone
 from math import isfinite
 from typing import Any, cast
 
@@ -130,7 +130,7 @@ def moved_time(value: Any, *, keys: bool = True) -> str | None:
         value: The value. It does not contain itself.
         keys: Whether the keys of dicts may be times.
     """
-    level = [value]
+    level, fixed = [value], None
     while level:
         below: list[Any] = []
         for item in level:
@@ -141,8 +141,12 @@ def moved_time(value: Any, *, keys: bool = True) -> str | None:
             elif kind is list:
                 below += [part for part in item if part.__class__ not in SCALARS]
             elif kind is datetime or kind is time or isinstance(item, _TIMES):
-                if item.tzinfo is not UTC and item.tzinfo is not None and (why := _moved(item)) is not None:
+                if (zone := item.tzinfo) is None or zone is UTC or zone is fixed:
+                    continue
+                if (why := _moved(item)) is not None:
                     return why
+                if zone.__class__ is timezone:
+                    fixed = zone  # its offset is the same at all times
             else:
                 below += [part for _, part in parts_of(item) if part.__class__ not in SCALARS]
         level = below

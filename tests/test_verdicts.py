@@ -12,6 +12,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import msgspec
+import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,10 +58,12 @@ def test_each_time_shows_in_messagepack(at: datetime | time) -> None:
 
 @given(st.floats() | st.binary(min_size=8, max_size=8).map(lambda bits: struct.unpack(">d", bits)[0]))
 def test_each_nan_shows_in_messagepack(number: float) -> None:
-    """The patterns find each NaN and infinity, of either sign and with each payload, and no other number."""
+    """The patterns find each NaN and infinity, of either sign and with each payload, and few other numbers."""
     packed = check_str_keys({"a": -1, "b": [number]})
     found = (DEL in packed and find_del(packed)) or (ALL_ONES in packed and find_ones(packed))
-    assert bool(found) is not math.isfinite(number)
+    assert found or math.isfinite(number)
+    packed = check_str_keys([-1, 1.5, 127, 255, 1e308])
+    assert find_del(packed) is find_ones(packed) is None
 
 
 def _differs(value: Any) -> bool:
@@ -162,6 +165,12 @@ def test_classes_are_dropped_when_there_are_many(monkeypatch: pytest.MonkeyPatch
         assert len(classes) <= 3
 
 
+class Model(pydantic.BaseModel):
+    """A model is packed as NaN."""
+
+    x: int | None
+
+
 class Box(msgspec.Struct):
     x: Any
 
@@ -196,3 +205,22 @@ def test_the_path_to_a_time_leads_to_it(shapes: list[str], seconds: int, as_key:
     with pytest.raises(InvalidValueError) as caught:
         encode_value(value)
     assert caught.value.path == "$" + path
+
+
+@pytest.mark.parametrize("number", [math.nan, -math.nan, math.inf, -math.inf], ids=range(4))
+@pytest.mark.parametrize("size", [10, 20_000])
+def test_the_path_to_a_nan_leads_to_it(number: float, size: int) -> None:
+    """In a small value and in a large one, with numbers whose bytes look like a NaN, and beside a model."""
+    looks_like_nan = 0xCB7FF8CBFFF8
+    value = [None, looks_like_nan, {"x": ["a" * size, {"y": number}, number]}, number]
+    with pytest.raises(InvalidValueError) as caught:
+        encode_value(value)
+    assert caught.value.path in {"$[2].x[1].y", "$[3]"}
+    with pytest.raises(InvalidValueError) as caught:
+        encode_value([None, {"x": ["a" * size, {"y": number}]}])
+    assert caught.value.path == "$[1].x[1].y"
+    encode_value([None, looks_like_nan, "a" * size])
+    with pytest.raises(InvalidValueError) as caught:
+        encode_value([Model(x=None), "a" * size, number])
+    assert caught.value.path == "$[2]"
+    encode_value([Model(x=None), "a" * size])
