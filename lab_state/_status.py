@@ -90,16 +90,20 @@ def status_of(phase: Phase, flusher: Flusher, mirror: MirrorWriter | None) -> St
         last_flush_seconds=flusher.last_flush_seconds,
         flushes=flusher.flushes,
         flush_failures=flusher.failures,
-        last_error=None if flusher.last_error is None else str(flusher.last_error),
+        last_error=_printable(flusher.last_error),
         snapshot_bytes=flusher.snapshot_bytes,
         journal_bytes=flusher.journal_bytes,
-        storage_warning=flusher.storage_warning,
+        storage_warning=_printable(flusher.storage_warning),
         fenced=flusher.fenced,
-        task_failure=flusher.task_failure or (None if mirror is None else mirror.task_failure),
+        task_failure=_printable(flusher.task_failure or (None if mirror is None else mirror.task_failure)),
         mirror=None if mirror is None else _mirror_status(mirror),
     )
 
 
 def _mirror_status(mirror: MirrorWriter) -> MirrorStatus:
-    error = None if mirror.last_error is None else str(mirror.last_error)
-    return MirrorStatus(up=mirror.up, revision=mirror.revision, error=error)
+    return MirrorStatus(up=mirror.up, revision=mirror.revision, error=_printable(mirror.last_error))
+
+
+def _printable(message: object | None) -> str | None:
+    """Return a message as text that can be encoded as UTF-8 and JSON. A path in it may hold other characters."""
+    return None if message is None else str(message).encode(errors="backslashreplace").decode()

@@ -199,17 +199,12 @@ def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, b
             problem = None if one.up else "gets no changes: there is no mirror, or it cannot be reached"
         else:
             status = one.status()
-            managers[name] = msgspec.structs.replace(status, last_error=_printable(status.last_error))
+            managers[name] = status
             problem = _problem(status, bound)
         if problem is not None:
             problems.append(f"{name} {problem}")
     body: dict[str, Any] = {"healthy": not problems, "problems": problems, "managers": managers, "readers": readers}
     return 503 if problems else 200, msgspec.json.encode(body)
-
-
-def _printable(message: str | None) -> str | None:
-    """Escape characters that UTF-8 cannot hold: the message may name such a path."""
-    return None if message is None else message.encode(errors="backslashreplace").decode()
 
 
 def _problem(status: Status, bound: float) -> str | None:

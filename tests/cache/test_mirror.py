@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -25,6 +26,7 @@ from lab_state import (
 )
 from lab_state.cache import Slice
 from lab_state.cache._format import slices
+from lab_state.integrations._lifespan import health_of
 from lab_state.testing import FaultyStorage, ManualClock
 
 # What is brought
@@ -52,6 +54,18 @@ async def test_what_is_durable_is_brought(faulty: FaultyCache, clock: ManualCloc
 async def test_a_manager_with_a_cache_has_a_mirror_before_its_start(faulty: FaultyCache, clock: ManualClock) -> None:
     """`status().mirror` of a manager with a cache is a MirrorStatus before `start()` too, which is not up."""
     assert manager(faulty, clock).status().mirror == MirrorStatus(up=False, revision=None, error=None)
+
+
+async def test_the_health_page_shows_the_mirror(faulty: FaultyCache, clock: ManualClock, until: Any) -> None:
+    """`/health` has the mirror as an object, or null without a cache. An error may name a path that is not UTF-8."""
+    faulty.fail("open", UnavailableError("no socket at /\udcff"))
+    async with manager(faulty, clock) as state, manager(None, clock) as other:
+        await until(lambda: mirror_of(state).error is not None)
+        code, body = health_of({"name": state, "other": other}, 30)
+    told = json.loads(body)["managers"]
+    assert code == 200
+    assert told["name"]["mirror"] == {"up": False, "revision": None, "error": r"no socket at /\udcff"}
+    assert told["other"]["mirror"] is None
 
 
 async def test_a_manager_without_a_cache_has_no_mirror(clock: ManualClock) -> None:

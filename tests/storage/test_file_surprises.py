@@ -324,6 +324,7 @@ async def test_a_path_that_is_no_utf_8(tmp_path: Path) -> None:
             code, body = health_of({"lab": state}, 30)
         assert code == 200
         assert r"/\udcff/lab.journal failed" in json.loads(body)["managers"]["lab"]["last_error"]
+        assert r"/\udcff/lab.journal failed" in str(state.status().last_error)
 
 
 async def test_a_link_above_the_files_that_is_changed(tmp_path: Path) -> None:
