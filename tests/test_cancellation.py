@@ -341,8 +341,13 @@ CALLS: dict[str, Callable[[Any], Coroutine[Any, Any, Any]]] = {
 ENTRY_CALLS: dict[str, Callable[[Any], Coroutine[Any, Any, Any]]] = {
     "delete": lambda entry: entry.delete(),
     "exists": lambda entry: entry.exists(),
+    "expires_in": lambda entry: entry.expires_in(),
     "get": lambda entry: entry.get(),
+    "incr": lambda entry: entry.incr(),
+    "pop": lambda entry: entry.pop(),
     "set": lambda entry: entry.set(3),
+    "set_if_absent": lambda entry: entry._calls.entry("new", int).set_if_absent(3),
+    "touch": lambda entry: entry.touch(60),
     "update": lambda entry: entry.update(lambda old: old + 1),
 }
 
