@@ -94,7 +94,7 @@ class Checkpoints:
         """
         self.due = False
         durable = self._outcomes.make_durable if wait else None
-        views = SnapshotViews(self._state, durable, given=self._given, own=True)
+        views = SnapshotViews(self._state, durable, given=self._given, copy_loaded=True)
         before = self.records
         started = self._clock.monotonic()
 

@@ -37,7 +37,7 @@ from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedEr
 FORMAT = 1
 
 _CRC = b',"crc32":"'
-_OWN_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
+_MEMBER_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
 _END_BYTES = len(b',"crc32":"00000000"}}')
 _SLICE_BYTES = 64 * 1024
 _KEY_BYTES = 128  # a key counts as so many bytes, because it takes time even if its value is small
@@ -216,18 +216,18 @@ def pieces(large: Value) -> Iterator[bytes]:
             yield bytes(view[start : start + _SLICE_BYTES])
 
 
-def _owned(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterator[dict[str, Value]]:
+def _copied(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterator[dict[str, Value]]:
     for part in parts:
         for key in part:
             stored = view[key]
             value = stored.value if isinstance(stored, Expiring) else stored
             if isinstance(value, Raw):
-                own = ByteBuffer()
+                buffer = ByteBuffer()
                 for number, piece in enumerate(pieces(value)):
                     if number:
                         yield {}
-                    own.add(piece)
-                copy = Json(own.taken())
+                    buffer.add(piece)
+                copy = Json(buffer.taken())
                 view[key] = Expiring(copy, stored.at) if isinstance(stored, Expiring) else copy
         yield part
 
@@ -275,7 +275,9 @@ def replay(snapshot: LoadedState, records: Iterable[bytes], path: str, *, first:
     return LoadedState(entries, revision, expires, time, wall)
 
 
-def encode_snapshot(view: dict[str, Stored], revision: int, time: int, *, own: bool, wall: int = 0) -> Iterator[bytes]:
+def encode_snapshot(
+    view: dict[str, Stored], revision: int, time: int, *, copy_loaded: bool, wall: int = 0
+) -> Iterator[bytes]:
     """Encode the snapshot of a view, in slices. Between two slices the event loop may run. A slice may be empty.
 
     Args:
@@ -283,22 +285,22 @@ def encode_snapshot(view: dict[str, Stored], revision: int, time: int, *, own: b
         revision: The revision of the view.
         time: The time of the state, in milliseconds since 1970.
         wall: The time of the wall clock, in milliseconds since 1970.
-        own: Whether to replace values in the view that keep the buffer alive from which
+        copy_loaded: Whether to replace values in the view that keep the buffer alive from which
             they were loaded.
     """
     crc = 0
-    for data in _uncovered(view, revision, time, wall, own=own):
+    for data in _uncovered(view, revision, time, wall, copy_loaded=copy_loaded):
         crc = zlib.crc32(data, crc)
         yield data
     yield b'%s%08x"}}' % (_CRC, crc)
 
 
-def _uncovered(view: dict[str, Stored], revision: int, time: int, wall: int, *, own: bool) -> Iterator[bytes]:
+def _uncovered(view: dict[str, Stored], revision: int, time: int, wall: int, *, copy_loaded: bool) -> Iterator[bytes]:
     """Encode everything that the checksum covers."""
     opening = b"{"
     expires: dict[str, int] = {}
     parts = _parts(view.items(), expires, [])
-    for part in _members(_owned(parts, view) if own else parts):
+    for part in _members(_copied(parts, view) if copy_loaded else parts):
         yield opening + part if part else b""
         opening = b"" if part else opening
     member = encode({"format": FORMAT, "revision": revision, "id": os.urandom(8).hex()})
@@ -323,32 +325,32 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedSta
         entries: dict[str, Any] = _decode_entries(data)
     except NOT_JSON as error:
         raise CorruptionError(path, *not_an_object(data, error)) from None
-    own = entries.pop(RESERVED, None)
-    if own is None:
+    member = entries.pop(RESERVED, None)
+    if member is None:
         _check_foreign(data, entries, path)
         return LoadedState(entries, 0)
-    meta = _check_own(data, own, path, zlib.crc32(data) if crc is None else crc)
+    meta = _check_member(data, member, path, zlib.crc32(data) if crc is None else crc)
     _check_times(meta.expires, entries, path)
     return LoadedState(entries, meta.revision, meta.expires, meta.time, meta.wall)
 
 
-def _check_own(data: bytes, own: Raw, path: str, crc: int) -> Meta:
+def _check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
     """Decode the reserved member, and check it against `crc`, the checksum of all bytes."""
     try:
-        found = msgspec.json.decode(own, type=_AnyFormat).format
+        found = msgspec.json.decode(member, type=_AnyFormat).format
         if found > FORMAT:
             raise UnsupportedError(
                 f"{path} has format {found}, this version of lab_state knows {FORMAT}: use the version that wrote it; "
                 "the file was left untouched"
             )
-        meta = msgspec.json.decode(own, type=Meta)
+        meta = msgspec.json.decode(member, type=Meta)
     except NOT_JSON:
-        _refuse_own(path, "its member is damaged")
+        _refuse_member(path, "its member is damaged")
     # The member has the checksum of all bytes before it. Continued over the last bytes, it must give that of all bytes.
-    end = _OWN_END.search(data, max(0, len(data) - _END_BYTES))
+    end = _MEMBER_END.search(data, max(0, len(data) - _END_BYTES))
     claimed = end is not None and end[1].decode() == meta.crc32 and zlib.crc32(end[0], int(end[1], 16)) == crc
     if not claimed or meta.format != FORMAT or meta.revision < 0:
-        _refuse_own(path, "its checksum does not match its contents")
+        _refuse_member(path, "its checksum does not match its contents")
     return meta
 
 
@@ -358,7 +360,7 @@ def _check_times(expires: Mapping[str, int], entries: Container[str], path: str)
             raise CorruptionError(path, 0, f"{key!r} has an expiry time, but no value; restore a copy")
 
 
-def _refuse_own(path: str, what: str) -> NoReturn:
+def _refuse_member(path: str, what: str) -> NoReturn:
     raise CorruptionError(
         path,
         0,
@@ -370,13 +372,13 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
     """Check each key and each value of a file without a checksum. Each must be one that can be read and written."""
     tail = data[data.rfind(b'{"format":') : -1]
     for suspect in (next(reversed(entries.values()), Raw(b"null")), tail):
-        if _looks_like_own(suspect):
+        if _looks_like_member(suspect):
             raise CorruptionError(
                 path,
                 len(data) - len(tail),
                 f"the member {RESERVED!r} is there, but its name is damaged; restore a copy",
             )
-    if _OWN_END.search(data):
+    if _MEMBER_END.search(data):
         raise CorruptionError(
             path,
             len(data) - len(tail),
@@ -404,7 +406,7 @@ def _why_not(value: Raw) -> str | None:
     return f"has more than {MAX_DEPTH} levels of nesting" if too_deep(bytes(value)) else None
 
 
-def _looks_like_own(value: Raw | bytes) -> bool:
+def _looks_like_member(value: Raw | bytes) -> bool:
     try:
         members = msgspec.json.decode(value, type=dict[str, Raw])
     except NOT_JSON:

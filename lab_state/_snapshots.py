@@ -23,7 +23,7 @@ class SnapshotViews:
         durable: Callable[[int], Awaitable[None]] | None = None,
         *,
         given: Callable[[], object] = lambda: None,
-        own: bool = False,
+        copy_loaded: bool = False,
     ) -> None:
         """Prepare. `take` and `freeze` take views.
 
@@ -31,12 +31,12 @@ class SnapshotViews:
             state: The state.
             durable: Is awaited with the revision of a view before its last slice is yielded.
             given: Is called for each slice.
-            own: Whether to copy values that keep the buffer alive from which they were
+            copy_loaded: Whether to copy values that keep the buffer alive from which they were
                 loaded. For a time, buffer and copies are in memory. Only a checkpoint does
                 this, because the storage of a commit may keep all of the view as well.
         """
         self._state = state
-        self._own = own
+        self._copy_loaded = copy_loaded
         self._one_given = given
         self._durable = durable
         self._taken: list[dict[str, Stored]] = []
@@ -44,9 +44,9 @@ class SnapshotViews:
     def take(self) -> AsyncIterator[bytes]:
         """Take a view of the state at this moment. Return its snapshot in slices."""
         view, state = self.freeze(), self._state
-        own = self._own and state.borrowed
-        slices = encode_snapshot(view, state.revision, state.now(), own=own, wall=state.wall())
-        return self._given(slices, view, state.revision, own=own)
+        copy_loaded = self._copy_loaded and state.borrowed
+        slices = encode_snapshot(view, state.revision, state.now(), copy_loaded=copy_loaded, wall=state.wall())
+        return self._given(slices, view, state.revision, copy_loaded=copy_loaded)
 
     def freeze(self) -> dict[str, Stored]:
         """Take a view of the state at this moment, and return it."""
@@ -55,7 +55,7 @@ class SnapshotViews:
         return view
 
     async def _given(
-        self, slices: Iterator[bytes], view: dict[str, Stored], revision: int, *, own: bool
+        self, slices: Iterator[bytes], view: dict[str, Stored], revision: int, *, copy_loaded: bool
     ) -> AsyncIterator[bytes]:
         last = b""
         for part in slices:
@@ -64,8 +64,8 @@ class SnapshotViews:
                 yield last
             await asyncio.sleep(0)
             last = part
-        if own:
-            self._state.owned(view)
+        if copy_loaded:
+            self._state.note_copied(view)
         if self._durable is not None:
             await self._durable(revision)
         self._one_given()

@@ -427,7 +427,7 @@ class State:
         """Whether there is a view, so that another one would be a copy."""
         return isinstance(self.entries, Overlay)
 
-    def owned(self, view: dict[str, Stored]) -> None:
+    def note_copied(self, view: dict[str, Stored]) -> None:
         """Note that no value of a view keeps a loaded buffer alive, if the view is to be merged back."""
         if isinstance(self.entries, Overlay) and self.entries.view is view:
             self.borrowed = False

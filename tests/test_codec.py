@@ -52,7 +52,7 @@ def plain(entries: Mapping[str, Stored]) -> dict[str, Any]:
 
 
 def snapshot(values: Mapping[str, Any], revision: int = 42) -> bytes:
-    return b"".join(encode_snapshot(stored(values), revision, 0, own=False))
+    return b"".join(encode_snapshot(stored(values), revision, 0, copy_loaded=False))
 
 
 def changes(values: Mapping[str, Any], start: int, end: int, *, cleared: bool = False) -> ChangeSet:
@@ -194,7 +194,9 @@ def test_large_values_come_in_small_slices(what: str) -> None:
     """No slice is much larger than one value or 128 KiB, from the first slice on."""
     values = large_values()
     slices = list(
-        encode_record(changes(values, 0, 1)) if what == "record" else encode_snapshot(stored(values), 1, 0, own=False)
+        encode_record(changes(values, 0, 1))
+        if what == "record"
+        else encode_snapshot(stored(values), 1, 0, copy_loaded=False)
     )
     assert len(b"".join(slices)) > 150 * 64_000
     assert max(map(len, slices)) < 8 * SLICE_BYTES
@@ -203,7 +205,7 @@ def test_large_values_come_in_small_slices(what: str) -> None:
 def test_large_values_after_small_ones_come_in_small_slices() -> None:
     """Large values behind thousands of small ones come in small slices too."""
     values = {f"small {number}": number for number in range(2_000)} | large_values()
-    assert max(map(len, encode_snapshot(stored(values), 1, 0, own=False))) < 8 * SLICE_BYTES
+    assert max(map(len, encode_snapshot(stored(values), 1, 0, copy_loaded=False))) < 8 * SLICE_BYTES
 
 
 def test_large_values_come_back() -> None:
@@ -282,7 +284,7 @@ def test_records_and_snapshots_agree(before: dict[str, Any], commits: list[tuple
     loaded = replay(decode_snapshot(snapshot(before, 0), PATH), records, PATH)
     assert plain(loaded.entries) == expected
     assert loaded.revision == len(commits)
-    again = decode_snapshot(b"".join(encode_snapshot(loaded.entries, 7, 0, own=True)), PATH)
+    again = decode_snapshot(b"".join(encode_snapshot(loaded.entries, 7, 0, copy_loaded=True)), PATH)
     assert plain(again.entries) == expected
 
 
@@ -297,7 +299,7 @@ def test_records_and_snapshots_agree(before: dict[str, Any], commits: list[tuple
 @pytest.mark.parametrize("own", [False, True])
 def test_a_snapshot_comes_back(values: dict[str, Any], own: bool) -> None:  # noqa: FBT001
     """A snapshot comes back with the same entries, in the same order, and the same revision."""
-    data = b"".join(encode_snapshot(stored(values), 2**40, 0, own=own))
+    data = b"".join(encode_snapshot(stored(values), 2**40, 0, copy_loaded=own))
     loaded = decode_snapshot(data, PATH)
     assert plain(loaded.entries) == values
     assert list(loaded.entries) == list(values)
@@ -319,7 +321,7 @@ def test_a_snapshot_is_one_json_object() -> None:
 
 def test_a_large_snapshot_comes_in_slices() -> None:
     """A snapshot of 5,000 keys is made in many slices."""
-    assert len(list(encode_snapshot(stored({f"key {n}": n for n in range(5_000)}), 1, 0, own=False))) >= 10
+    assert len(list(encode_snapshot(stored({f"key {n}": n for n in range(5_000)}), 1, 0, copy_loaded=False))) >= 10
 
 
 def test_no_two_snapshots_are_equal() -> None:
@@ -334,22 +336,22 @@ def raws(entries: Mapping[str, Stored]) -> Iterator[Raw]:
 
 
 def test_values_are_owned_after_a_snapshot() -> None:
-    """`own=True` replaces the values that keep the file's buffer alive, and changes no value."""
+    """`copy_loaded=True` replaces the values that keep the file's buffer alive, and changes no value."""
     loaded = decode_snapshot(snapshot(SAMPLE | {f"key {n}": [n] for n in range(1_000)}), PATH).entries
     assert all(value.copy() is not value for value in raws(loaded))
     before = plain(loaded)
-    list(encode_snapshot(loaded, 1, 0, own=True))
+    list(encode_snapshot(loaded, 1, 0, copy_loaded=True))
     assert not list(raws(loaded))
     assert plain(loaded) == before
 
 
 def test_values_are_left_alone_when_they_are_owned() -> None:
-    """`own=False` leaves the view as it is, and `own=True` copies nothing that is owned."""
+    """`copy_loaded=False` leaves the view as it is, and `copy_loaded=True` copies nothing that is owned."""
     borrowed = decode_snapshot(snapshot(SAMPLE), PATH).entries
     owned: dict[str, Stored] = {"a": 1, "b": Json(b"[1]")}
     for entries, own in ((borrowed, False), (owned, True)):
         before = dict(entries)
-        list(encode_snapshot(entries, 1, 0, own=own))
+        list(encode_snapshot(entries, 1, 0, copy_loaded=own))
         assert all(entries[key] is value for key, value in before.items())
 
 
@@ -661,7 +663,7 @@ def test_a_record_of_what_expires() -> None:
 def test_a_snapshot_of_what_expires() -> None:
     """A snapshot has the times and its own time in the reserved member, and they come back beside plain values."""
     view = stored({"stays": 1}) | expiring({"a": [1], "é": "x"})
-    data = b"".join(encode_snapshot(view, 7, 4_000, own=False))
+    data = b"".join(encode_snapshot(view, 7, 4_000, copy_loaded=False))
     read = json.loads(data)
     member = read.pop("$lab_state")
     assert read == {"stays": 1, "a": [1], "é": "x"}
@@ -675,7 +677,7 @@ def test_a_snapshot_of_what_expires() -> None:
 def test_where_nothing_expires_no_time_is_written() -> None:
     """`time` stands beside `expires` alone."""
     assert b"time" not in record_at({"a": 1, "b": EXPIRED}, 0, 1)
-    data = b"".join(encode_snapshot(stored({"a": 1}), 1, 4_000, own=False))
+    data = b"".join(encode_snapshot(stored({"a": 1}), 1, 4_000, copy_loaded=False))
     assert b"time" not in data
     assert b"expires" not in data
     assert (decode_snapshot(data, PATH).expires, decode_snapshot(data, PATH).time) == ({}, 0)
@@ -686,7 +688,7 @@ def test_many_that_expire_come_back(size: int) -> None:
     """Thousands of times are made in many slices, in a record and in a snapshot, and all come back."""
     values = expiring({f"key {number}": [number] for number in range(size)}, 10**12)
     record_slices = list(encode_record(ChangeSet(0, 1, False, dict(values), 0.0, 5)))
-    snapshot_slices = list(encode_snapshot(values, 1, 5, own=False))
+    snapshot_slices = list(encode_snapshot(values, 1, 5, copy_loaded=False))
     for slices in (record_slices, snapshot_slices):
         assert len(slices) >= 2 * (size // 500)
         assert max(map(len, slices)) < 500 * 32
@@ -698,7 +700,7 @@ def test_many_that_expire_come_back(size: int) -> None:
 def test_large_values_that_expire_come_in_small_slices() -> None:
     """What expires is measured for slices like what stays."""
     values = expiring(large_values())
-    assert max(map(len, encode_snapshot(values, 1, 0, own=False))) < 8 * SLICE_BYTES
+    assert max(map(len, encode_snapshot(values, 1, 0, copy_loaded=False))) < 8 * SLICE_BYTES
     assert max(map(len, encode_record(ChangeSet(0, 1, False, dict(values), 0.0)))) < 8 * SLICE_BYTES
 
 
@@ -732,7 +734,7 @@ def test_as_many_members_as_keys(kind: Any, texts: list[str], wrap: Any) -> None
     data = b"".join(encode_record(ChangeSet(0, 1, False, dict(accepted), 0.0)))
     timed = {key: Expiring(cast("Value", value), 5_000) for key, value in accepted.items()}
     slow = b"".join(encode_record(ChangeSet(0, 1, False, dict(timed), 0.0, 4_000)))
-    whole = b"".join(encode_snapshot(dict(accepted), 1, 0, own=False))
+    whole = b"".join(encode_snapshot(dict(accepted), 1, 0, copy_loaded=False))
     (part,) = parts_for_the_mirror(accepted.items(), 0)
     assert part is not None
     for found in (
@@ -771,7 +773,7 @@ def test_a_time_that_is_no_integer_is_damage(times: bytes) -> None:
 
 def test_every_flipped_bit_of_a_time_is_noticed() -> None:
     """A single flipped bit in a snapshot with times is an error, never another time."""
-    assert_every_flip_is_noticed(b"".join(encode_snapshot(expiring({"a": 1, "b": [2]}), 1, 4_000, own=False)))
+    assert_every_flip_is_noticed(b"".join(encode_snapshot(expiring({"a": 1, "b": [2]}), 1, 4_000, copy_loaded=False)))
 
 
 BEFORE: dict[str, int] = {"a": 5_000, "b": 6_000}
@@ -833,8 +835,8 @@ def test_a_stale_record_brings_no_time() -> None:
 
 
 def test_values_that_expire_are_owned_after_a_snapshot() -> None:
-    """`own=True` replaces what keeps the file's buffer alive within what expires, too, and changes no value or time."""
-    data = b"".join(encode_snapshot(expiring({"a": [1], "b": {"c": 2}, "d": "x"}), 1, 0, own=False))
+    """`copy_loaded=True` replaces what keeps the file's buffer alive within what expires, too, and changes no value or time."""
+    data = b"".join(encode_snapshot(expiring({"a": [1], "b": {"c": 2}, "d": "x"}), 1, 0, copy_loaded=False))
     loaded = decode_snapshot(data, PATH)
     view: dict[str, Stored] = {
         key: Expiring(value, loaded.expires[key])
@@ -843,14 +845,14 @@ def test_values_that_expire_are_owned_after_a_snapshot() -> None:
     }
     assert [type(value.value) for value in view.values() if isinstance(value, Expiring)] == [Raw, Raw, Raw]
     untouched = dict(view)
-    list(encode_snapshot(view, 1, 0, own=False))
+    list(encode_snapshot(view, 1, 0, copy_loaded=False))
     assert all(view[key] is value for key, value in untouched.items())
-    again = b"".join(encode_snapshot(view, 1, 0, own=True))
+    again = b"".join(encode_snapshot(view, 1, 0, copy_loaded=True))
     times = {"a": (b"[1]", 5_000), "b": (b'{"c":2}', 5_001), "d": (b'"x"', 5_002)}
     assert view == times
     assert decode_snapshot(again, PATH) == loaded
     owned = dict(view)
-    list(encode_snapshot(view, 1, 0, own=True))
+    list(encode_snapshot(view, 1, 0, copy_loaded=True))
     assert all(view[key] is value for key, value in owned.items())
 
 
@@ -874,7 +876,7 @@ def test_times_against_a_dict(commits: list[tuple[bool, dict[str, Any]]]) -> Non
             key: Expiring(value, first.expires[key]) if key in first.expires else value  # type: ignore[arg-type]
             for key, value in first.entries.items()
         }
-        middle = decode_snapshot(b"".join(encode_snapshot(view, cut, 1, own=True)), PATH)
+        middle = decode_snapshot(b"".join(encode_snapshot(view, cut, 1, copy_loaded=True)), PATH)
         last = replay(middle, records[cut:], PATH)
         assert last.expires == times_of(expected)
         values = {key: value.value if isinstance(value, Expiring) else value for key, value in expected.items()}
@@ -890,7 +892,7 @@ def test_a_record_that_sets_and_deletes_a_key_with_a_time() -> None:
 
 def test_the_wall_clock_is_kept_beside_the_time() -> None:
     """What the wall clock showed is kept, in a snapshot and in a record, where something expires."""
-    data = b"".join(encode_snapshot(expiring({"a": 1}), 1, 2_000, own=False, wall=7_000))
+    data = b"".join(encode_snapshot(expiring({"a": 1}), 1, 2_000, copy_loaded=False, wall=7_000))
     loaded = decode_snapshot(data, PATH)
     assert (loaded.time, loaded.wall) == (2_000, 7_000)
     changed = ChangeSet(1, 2, False, dict(expiring({"b": 1})), 0.0, 3_000, 8_000)
@@ -900,7 +902,7 @@ def test_the_wall_clock_is_kept_beside_the_time() -> None:
 
 def test_bytes_lost_from_a_snapshot_make_no_other_state() -> None:
     """What is left may be good JSON, without the member; but it ends as a state does, and so it is refused."""
-    data = b"".join(encode_snapshot({"a": Json(b'{"text":"0123456789"}')}, 5, 0, own=False))
+    data = b"".join(encode_snapshot({"a": Json(b'{"text":"0123456789"}')}, 5, 0, copy_loaded=False))
     lost = data[: data.index(b"567")] + data[data.index(b'"id":"') + 6 :]
     assert msgspec.json.decode(lost).keys() == {"a"}
     with pytest.raises(CorruptionError, match="bytes before the end are missing"):
@@ -932,7 +934,7 @@ def test_one_large_value_goes_out_in_pieces(value: Any, own: bool) -> None:  # n
     """No slice of a record or a snapshot is larger than a piece, whatever one value has, and it comes back as it was."""
     values = {"before": 1, "large": value, "behind": [2]}
     view = dict(decode_snapshot(snapshot(values), PATH).entries) if own else stored(values)
-    slices = list(encode_snapshot(view, 1, 0, own=own))
+    slices = list(encode_snapshot(view, 1, 0, copy_loaded=own))
     record_slices = list(encode_record(ChangeSet(0, 1, False, dict(stored(values)), 0.0)))
     for each in (slices, record_slices):
         assert max(map(len, each)) <= 6 * 64 * 1024  # a character may take six bytes of JSON

@@ -46,7 +46,7 @@ async def test_only_a_checkpoint_gives_values_bytes_of_their_own() -> None:
     for own in (False, True):
         state = State()
         state.load({"a": Raw(b"[1]")}, 1)
-        views = SnapshotViews(state, own=own)
+        views = SnapshotViews(state, copy_loaded=own)
         data = b"".join([part async for part in views.take()])
         await views.fold()
         assert data.startswith(b'{"a":[1],')

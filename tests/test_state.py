@@ -591,10 +591,10 @@ def test_owned_values_are_noted_for_the_view_that_comes_home() -> None:
     state = State(lambda: 0.0)
     state.load({"a": 1}, 1)
     view, copy = state.freeze(), state.freeze()
-    state.owned(copy)
+    state.note_copied(copy)
     assert state.borrowed
-    state.owned(view)
+    state.note_copied(view)
     assert not state.borrowed
     state.fold(view, 1)
-    state.owned(view)
+    state.note_copied(view)
     assert not state.borrowed

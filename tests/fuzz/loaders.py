@@ -93,7 +93,7 @@ def loaded(recover: Callable[[], Recovery]) -> None:
         return
     assert state.count() == len(state.names(""))
     written = b"".join(
-        encode_snapshot(dict(state.entries.items()), state.revision, state.now(), own=True, wall=state.wall())
+        encode_snapshot(dict(state.entries.items()), state.revision, state.now(), copy_loaded=True, wall=state.wall())
     )
     assert values(decode_snapshot(written, "p")) == readable(state)
     taken = ChangeSet(0, max(1, state.revision), True, dict(state.entries.items()), 0.0, state.now(), state.wall())

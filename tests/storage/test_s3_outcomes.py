@@ -193,7 +193,7 @@ def test_every_flipped_bit_of_a_record_is_noticed() -> None:
 
 def test_a_stamp_leaves_a_snapshot_valid() -> None:
     """With its stamp a snapshot still decodes, its checksum covers the stamp, and the stamp can be read."""
-    *slices, last = encode_snapshot({"a": 1, "b": Json(b"[1]")}, 5, 0, own=False)
+    *slices, last = encode_snapshot({"a": 1, "b": Json(b"[1]")}, 5, 0, copy_loaded=False)
     data = b"".join(slices) + stamped(last, Stamp(9, 4))
     assert decode_snapshot(data, "path").revision == 5
     member = json.loads(data)["$lab_state"]
