@@ -1,8 +1,8 @@
 """The checkpoints of one state: when one is due, and the task that writes it.
 
-A checkpoint runs in a task of its own, beside the commits. After a commit the storage says
-whether a checkpoint is due. A checkpoint that failed is due again after a pause. `Outcomes` notes
-what came of each. There is one checkpoint at a time.
+A checkpoint runs in a separate task, while commits go on. After a commit the storage says
+whether a checkpoint is due. A checkpoint that failed is due again after a pause. `Outcomes`
+counts and logs failures. There is at most one checkpoint at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Checkpoints:
         Args:
             name: The name of the state.
             session: The storage, opened.
-            outcomes: Is told what came of each checkpoint.
+            outcomes: Gets the outcome of each checkpoint.
             clock: Measures how long a checkpoint takes.
             pauses: The pauses after checkpoints that failed.
             given: Is called for each slice of a snapshot.

@@ -139,9 +139,9 @@ class Core(CallCore):
         self.state, self._durability = State(), None
         self.write_through = False
         self.update_followup()
-        held, self.transaction = self.transaction, None
-        if held is not None:
-            held.end()
+        transaction, self.transaction = self.transaction, None
+        if transaction is not None:
+            transaction.end()
         self._set_blocked()
         self._watchers.disown(self._not_running())
 
@@ -236,7 +236,7 @@ class Core(CallCore):
         async with self._lock:
             self._check_still(durability)
 
-    async def acquire(self, holder: OpenTransaction) -> None:
+    async def acquire(self, transaction: OpenTransaction) -> None:
         """Acquire the lock for a transaction; pair with `release` and `leave`.
 
         Raises:
@@ -254,12 +254,12 @@ class Core(CallCore):
         except LabStateError:
             lock.release()
             raise
-        self.transaction, self.blocked = holder, True
-        _INSIDE.set((*(other for other in _INSIDE.get() if other.is_held), holder))
+        self.transaction, self.blocked = transaction, True
+        _INSIDE.set((*(other for other in _INSIDE.get() if other.is_held), transaction))
 
-    def release(self, holder: OpenTransaction | None) -> None:
+    def release(self, transaction: OpenTransaction | None) -> None:
         """Release the lock, if this transaction holds it."""
-        if holder is not None and self.transaction is holder:
+        if transaction is not None and self.transaction is transaction:
             self.transaction = None
             self._set_blocked()
             with suppress(RuntimeError):  # the task that waits for it may be of an event loop that is closed
@@ -268,9 +268,9 @@ class Core(CallCore):
                 self._released()
 
     @staticmethod
-    def leave(holder: OpenTransaction) -> None:
+    def leave(transaction: OpenTransaction) -> None:
         """Remove the transaction from this context. Sets a new value, because another task may leave than entered."""
-        _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not holder))
+        _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not transaction))
 
     def _check_still(self, durability: Durability) -> None:
         if self._durability is not durability:

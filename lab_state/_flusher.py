@@ -288,7 +288,7 @@ class Flusher(Outcomes):
                 self.checkpoint_if_due()
             except Exception as problem:  # noqa: BLE001 -- all writers depend on this task
                 self._survive(problem)
-            # The callers that waited run now. What they write at once is committed without another turn of the loop.
+            # The callers that waited run now. If they write at once, the next commit needs no further turn of the loop.
             await asyncio.sleep(0)
         await self._finish()
 

@@ -312,6 +312,6 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
             raise CorruptionError(
                 path,
                 0,
-                "the snapshot that it follows is missing; put it back, or delete this journal too to start anew",
+                "the snapshot that it follows is missing; put it back, or delete this journal too to start with an empty state",
             )
     return Accepted(None, records, unclean=bool(frames) or size > found.end)

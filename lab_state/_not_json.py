@@ -24,7 +24,7 @@ def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
     if not data.strip():
         return (
             0,
-            "it is empty, and a state never is; restore a copy, or delete it and the journal beside it to start anew",
+            "it is empty, and a state never is; restore a copy, or delete it and the journal beside it to start with an empty state",
         )
     if data.lstrip()[:1] != b"{":
         return 0, "it is not a JSON object; a state is one object, with a member for each key"

@@ -102,7 +102,7 @@ class Outcomes(Durability):
         self._logger.error("%s: a flush failed; %s: %s", self._name, note, error)
 
     def _fence(self, error: FencedError) -> None:
-        """Refuse every write for good: a newer writer owns the state."""
+        """Refuse every write from now on: a newer writer owns the state."""
         if self.fenced:
             return
         self._pauses.never_end()
