@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Timer(Protocol):
@@ -113,6 +113,18 @@ async def sleep(clock: Clock, seconds: float) -> None:
         await woken
     finally:
         timer.cancel()
+
+
+async def done_within(future: asyncio.Future[Any], clock: Clock, seconds: float) -> bool:
+    """Wait for a future, for at most so many seconds of the clock. Return whether it is done."""
+    timeout = asyncio.get_running_loop().create_future()
+    timer = clock.call_later(seconds, resolver(timeout))
+    try:
+        await asyncio.wait({future, timeout}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        timer.cancel()
+        timeout.cancel()
+    return future.done()
 
 
 class within:  # noqa: N801 -- used as asyncio.timeout is

@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from lab_state._clock import Clock, Pauses, resolver
+from lab_state._clock import Clock, Pauses, done_within, sleep
 from lab_state._entries import DELETED
 from lab_state._log import Log
 from lab_state._watch import MOST_PENDING, Group, Told
@@ -111,7 +111,7 @@ class Feed:
                 self._lost(
                     UnavailableError(f"{self._source.path}: {type(error).__name__}, which a source must not raise")
                 )
-            await self._sleep(self._pauses.start())
+            await sleep(self._clock, self._pauses.start())
 
     def _lost(self, error: StorageError) -> None:
         if not self._logged_lost:
@@ -273,18 +273,12 @@ class Feed:
             await asyncio.sleep(0)
         return local.finish_loading(last)
 
-    async def _sleep(self, seconds: float) -> None:
-        await wait_for_event(asyncio.Event(), self._clock, seconds)
-
 
 async def wait_for_event(event: asyncio.Event, clock: Clock, seconds: float) -> bool:
     """Wait for an event, for at most `seconds` of a clock. Return whether it is set."""
-    timeout = asyncio.get_running_loop().create_future()
-    timer = clock.call_later(seconds, resolver(timeout))
     waiting = asyncio.ensure_future(event.wait())
     try:
-        await asyncio.wait({waiting, timeout}, return_when=asyncio.FIRST_COMPLETED)
+        await done_within(waiting, clock, seconds)
     finally:
-        timer.cancel()
         waiting.cancel()
     return event.is_set()

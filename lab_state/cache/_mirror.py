@@ -31,9 +31,8 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncGenerator
-from typing import Any
 
-from lab_state._clock import Clock, Pauses, Timer, resolver
+from lab_state._clock import Clock, Pauses, Timer, done_within
 from lab_state._entries import ChangeSet, Stored
 from lab_state._flusher import Flusher
 from lab_state._foreign import is_cancelled
@@ -108,9 +107,7 @@ class MirrorWriter:
         self._spoilt_pauses = Pauses(clock, _FIRST_SPOILT, _LONGEST_SPOILT)
         self._session: CacheSession | None = None
         self._seen: Seen | None = None  # the result of the last `look`, if nothing was written since
-        self._ahead = (
-            0  # how far the wall clock is ahead of the state's time, in the mirror's expiry times, in milliseconds
-        )
+        self._ahead = 0  # milliseconds from the state's time to the wall clock, as added to the mirror's expiry times
         self._has_times = False  # whether the mirror may have expiry times
         self._tried: int | None = None  # the revision of a step whose outcome is unknown
         self._is_owner = True  # the storage has confirmed it just now
@@ -164,7 +161,7 @@ class MirrorWriter:
         if task.get_loop() is not asyncio.get_running_loop():
             return  # its event loop was closed while it ran
         self._wake.set()
-        await self._wait(task, STOP_SECONDS)
+        await done_within(task, self._clock, STOP_SECONDS)
         task.cancel()
         await asyncio.wait({task})
 
@@ -367,7 +364,7 @@ class MirrorWriter:
         durable = asyncio.ensure_future(self._flusher.wait_flushed(revision))
         try:
             while not durable.done():
-                if not await self._wait(durable, _KEPT_SECONDS):
+                if not await done_within(durable, self._clock, _KEPT_SECONDS):
                     yield Slice({}, {}, [])
             await durable
         finally:
@@ -422,17 +419,6 @@ class MirrorWriter:
         self._schedule_heartbeat()
         self._idle = True
         self._wake.set()
-
-    async def _wait(self, future: asyncio.Future[Any], seconds: float) -> bool:
-        """Wait for a future, for at most `seconds` of the clock. Return whether it is done."""
-        timeout = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_later(seconds, resolver(timeout))
-        try:
-            await asyncio.wait({future, timeout}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            timer.cancel()
-            timeout.cancel()
-        return future.done()
 
 
 def _ahead(state: State) -> int:

@@ -83,9 +83,8 @@ class RedisSession:
         # Written once, at the beginning. If it is missing at the end, Redis dropped the keys meanwhile.
         marks = [hset(key, {HEAD: mark}) for key in there]
         keep = [command(b"EXPIRE", key, b"%d" % _FILL_SECONDS) for key in there]
-        self._connection.good(
-            await self._connection.call(self._unwatch)
-        )  # what is written beside the mirror depends on no watched key
+        # The commands beside the mirror must not fail because of a watched key.
+        self._connection.good(await self._connection.call(self._unwatch))
         unanswered: deque[int] = deque()
         async for part in slices:
             # One transaction, so that the keys never exist without a time to live.

@@ -356,9 +356,8 @@ class Reader(Handle):
 
     async def _read(self, fetching: Awaitable[Fetched]) -> tuple[Head, dict[str, Stored]]:
         """Read the mirror, check whether it may be shown, and note whether that succeeded."""
-        floor = max(
-            self._guard.seen, self._local.highest
-        )  # as of now: another read may return a higher revision meanwhile
+        # The floor is that of now. Another read may return a higher revision meanwhile.
+        floor = max(self._guard.seen, self._local.highest)
         try:
             found = await fetching
             head, stored = self._checked_head(found, floor), _stored(found)

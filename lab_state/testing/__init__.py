@@ -238,7 +238,7 @@ class FaultyStorage:
     async def _reboot(self) -> None:
         """Close the sessions that were open when the power was cut."""
         while self._cut:
-            await self._cut.pop()._inner.aclose()  # noqa: SLF001 -- one class in two
+            await self._cut.pop()._inner.aclose()  # noqa: SLF001 -- storage and session work together
 
     async def _faulty(
         self, operation: Operation, call: Callable[[], Awaitable[R]], tear: Callable[[], object] | None = None
@@ -328,7 +328,7 @@ class _FaultySession:
         await self._call("checkpoint", lambda: self._inner.checkpoint(snapshot))
 
     async def aclose(self) -> None:
-        if self in self._storage._sessions:  # noqa: SLF001 -- one class in two
+        if self in self._storage._sessions:  # noqa: SLF001 -- storage and session work together
             self._storage._sessions.remove(self)  # noqa: SLF001 -- likewise
         if not self.has_power:
             await self._inner.aclose()
