@@ -81,7 +81,7 @@ def joined(steps: list[str]) -> str:
 
 
 def _children(value: object) -> Iterator[tuple[str, object]]:
-    """The parts of a value, each with its step in the path."""
+    """Yield the parts of a value, each with its step in the path."""
     if isinstance(value, dict):
         members = cast("dict[object, object]", value)
         yield from ((step_of(key), child) for key, child in members.items())

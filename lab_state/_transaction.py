@@ -118,7 +118,7 @@ class Draft(State):
 
 
 class DraftCore(CallCore):
-    """What the calls of a transaction share.
+    """The common part of the calls of a transaction.
 
     Attributes:
         changes: The changes of the draft. After the transaction, an unused dict.

@@ -1,4 +1,4 @@
-"""What a value is read as: a decoder for each type, made once, and types that cannot be decoded. Pure.
+"""The types that a value is read as: a decoder for each, made once, and types that cannot be decoded. Pure.
 
 msgspec decodes, and Pydantic where a type has something of Pydantic's in it.
 """

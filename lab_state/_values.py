@@ -206,7 +206,7 @@ def _may_have_longer_ints() -> bool:
 
 
 def size_of(stored: Value) -> int:
-    """About how many bytes of JSON it is."""
+    """Return about how many bytes of JSON a value is."""
     if isinstance(stored, Raw):
         return memoryview(stored).nbytes
     return len(stored) if isinstance(stored, bytes | str) else 8
@@ -231,7 +231,7 @@ def _check_encodes(value: object, why_not: str) -> None:
 
 
 def _as_written(value: object) -> object:
-    """What `to_builtins` leaves to us, as what its JSON holds, NaN and all."""
+    """Return what the JSON of a value holds, also NaN, for a class that `to_builtins` leaves to us."""
     if isinstance(value, Raw):
         return decode_json(value)
     if hasattr(type(value), "model_dump"):

@@ -327,7 +327,7 @@ Typed = tuple[Any, st.SearchStrategy[Any]]
 
 
 def typed(depth: int = 2) -> st.SearchStrategy[Typed]:
-    """A type, and a strategy for its values."""
+    """Return a strategy for a type and its values."""
     scalars = st.sampled_from(list(SCALARS.items()))
     if not depth:
         return scalars

@@ -32,7 +32,7 @@ SECRET = "hunter2"
 
 
 def kept(value: Any, type_: Any = None) -> Any:
-    """What is read back."""
+    """Return what is read back."""
     return decode_value(encode_value(value), type(value) if type_ is None else type_)
 
 
@@ -607,7 +607,7 @@ def test_an_int_of_too_many_digits_is_refused_where_pythons_limit_was_lifted() -
 
 
 def numpy_class(name: str, ndim: int, plain: object) -> object:
-    """An object as those of numpy are, which is not needed for this."""
+    """Return an object like those of numpy, which is not needed for this."""
     return type(name, (), {"__module__": "numpy", "ndim": ndim, "item": lambda _: plain})()
 
 

@@ -114,7 +114,7 @@ def mismatch(value: object, type_: Any) -> TypeMismatchError:
 
 
 def shown(error: BaseException) -> str:
-    """Everything that a log would show of an error."""
+    """Return everything that a log would show of an error."""
     return "".join(traceback.format_exception(error)) + repr(error) + repr(vars(error))
 
 
