@@ -49,7 +49,7 @@ class Manager(Scope):
     """
 
     _kind = "a manager"
-    _remedy = "make one of another name in the other process: a state has one writer"
+    _remedy = "make one with another name in the other process: a state has one writer"
 
     __slots__ = (
         "_cache",
@@ -87,7 +87,7 @@ class Manager(Scope):
             config: The settings, or just the name of the state.
             storage: Where the state is kept. One object may serve any number of
                 managers, each with its own name.
-            cache: Where the manager keeps a copy that other processes read, such as
+            cache: Where the manager keeps a mirror that other processes read, such as
                 `RedisCache(url)`. No call waits for it or fails because of it;
                 `status().mirror` shows its errors.
             logger: Takes the messages listed on the page "Logging"; by default
@@ -114,7 +114,8 @@ class Manager(Scope):
             raise TypeError(f"config must be a Config or a str, the name of the state; not {type(config).__name__}")
         # A path has a method `open` as well, which would create or truncate a file.
         if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "open", None)):
-            raise TypeError(f"storage must be an object such as FileStorage('directory'), not {storage!r}")
+            kind = storage if isinstance(storage, type) else type(storage)
+            raise TypeError(f"storage must be an object such as FileStorage('directory'), not {kind.__name__}")
         if cache is not None and (isinstance(cache, type) or not callable(getattr(cache, "open", None))):
             raise TypeError(f"cache must be an object such as RedisCache('redis://host'), not {type(cache).__name__}")
         if on_fenced is not None:

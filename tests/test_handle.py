@@ -186,9 +186,11 @@ async def test_loggers_of_others_get_the_whole_message() -> None:
                     await state.flush()
     finally:
         loguru.logger.remove(number)
-    for text in (lines[0], entries[0]["event"]):
-        assert "bot: a flush failed" in text
-        assert "%s" not in text
+    for texts in (lines, [entry["event"] for entry in entries]):
+        assert ["bot: loaded" in text for text in texts] == [True, False, False]
+        assert "bot: a flush failed" in texts[1]
+        assert "bot: stopped" in texts[2]
+        assert not any("%s" in text for text in texts)
 
 
 def test_another_event_loop_than_asyncios_is_named() -> None:

@@ -83,9 +83,12 @@ def test_what_is_no_argument_is_refused_at_once() -> None:
     """A storage, a config or a directory of the wrong kind is a clear error where it is given."""
     with pytest.raises(TypeError, match="config must be a Config or a str"):
         Manager(5, MemoryStorage())  # type: ignore[arg-type]
-    for storage in ("state", Path("state"), MemoryStorage, None):
-        with pytest.raises(TypeError, match="storage must be an object"):
+    for storage, kind in (("s3://me:hunter2@host", "str"), (MemoryStorage, "MemoryStorage"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"storage must be an object .*, not {kind}$") as caught:
             Manager(Config(name="x"), storage)  # type: ignore[arg-type]
+        assert "hunter2" not in str(caught.value)
+    with pytest.raises(TypeError, match="storage must be an object"):
+        Manager(Config(name="x"), Path("state"))  # type: ignore[arg-type]
     for directory, problem in (("a\0b", "NUL"), ("", "is empty; for the current directory"), ("~/a", "expanduser")):
         with pytest.raises(ValueError, match=problem):
             FileStorage(directory)
