@@ -14,6 +14,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 from lab_state._log import Log
 from lab_state.exceptions import UnavailableError, UnsupportedError
@@ -30,6 +31,21 @@ _GET_FLAGS = 0x80086601
 """Linux: `FS_IOC_GETFLAGS`."""
 _UNCHANGEABLE = 0x10 | 0x20
 """Linux: `FS_IMMUTABLE_FL` and `FS_APPEND_FL`, which `chattr` sets."""
+
+
+class Paths(NamedTuple):
+    """The paths of the files of a state."""
+
+    directory: str
+    snapshot: str
+    journal: str
+    lock: str
+
+    @classmethod
+    def of(cls, directory: str, name: str) -> Paths:
+        """Return the paths for the state of this name."""
+        path = os.path.join(directory, name)
+        return cls(directory, f"{path}.json", f"{path}.journal", f"{path}.lock")
 
 
 def opened(path: str, *, create: bool) -> str:

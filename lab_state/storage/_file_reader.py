@@ -17,7 +17,7 @@ from lab_state._journal import NO_BASE
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
-from lab_state.storage._file_writer import Paths
+from lab_state.storage._directory import Paths
 from lab_state.storage._fs_read import OpenFile, has_moved, is_there, open_to_read
 from lab_state.storage._proc_locks import MOUNTS, find_holders, would_show
 from lab_state.storage._protocol import Reading

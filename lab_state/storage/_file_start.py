@@ -16,7 +16,8 @@ from lab_state.exceptions import StorageError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
-from lab_state.storage._file_writer import Need, Paths, Writer
+from lab_state.storage._directory import Paths
+from lab_state.storage._file_writer import Need, Writer
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
 from lab_state.storage._protocol import Recovery

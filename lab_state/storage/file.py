@@ -39,8 +39,9 @@ from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._file_reader import read_files
 from lab_state.storage._file_start import open_writer
-from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, NewJournal, Writer
+from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, Writer
 from lab_state.storage._leftovers import Leftovers
+from lab_state.storage._new_journal import NewJournal
 from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
 from lab_state.storage._worker import Threads, Worker
 

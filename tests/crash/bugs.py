@@ -19,10 +19,12 @@ from lab_state._entries import ChangeSet
 from lab_state._journal import ANY_BASE, Accepted, FrameKind, Scan
 from lab_state._state import State
 from lab_state.storage import _directory, _file_start, _fs, _lookup
-from lab_state.storage._file_writer import Need, NewJournal, Paths, Writer
+from lab_state.storage._directory import Paths
+from lab_state.storage._file_writer import Need, Writer
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
 from lab_state.storage._lookup import Fingerprint
+from lab_state.storage._new_journal import NewJournal
 from lab_state.storage._os_errors import translated
 from lab_state.storage._protocol import Recovery
 

@@ -36,8 +36,8 @@ from lab_state._codec import LoadedState, decode_snapshot, replay
 from lab_state._journal import NO_BASE, FrameKind
 from lab_state.storage import _directory, _fs, _lookup
 from lab_state.storage._file_start import open_writer
-from lab_state.storage._file_writer import NewJournal
 from lab_state.storage._leftovers import Leftovers
+from lab_state.storage._new_journal import NewJournal
 
 NAME = "lab"
 SNAPSHOT, JOURNAL = f"{NAME}.json", f"{NAME}.journal"

@@ -33,8 +33,9 @@ from lab_state import (
     UnsupportedError,
 )
 from lab_state import _journal as journal
-from lab_state.storage import _file_start, _file_writer, _fs
+from lab_state.storage import _file_start, _fs
 from lab_state.storage._leftovers import Leftovers
+from lab_state.storage._new_journal import NewJournal
 from lab_state.testing import ManualClock
 
 
@@ -127,7 +128,7 @@ def test_a_journal_is_not_prepared_for_ever(tmp_path: Path) -> None:
     writer, _ = _file_start.open_writer(str(tmp_path / "state"), "lab", set(), Leftovers())
     since: list[bytes] = []
 
-    class Upcoming(_file_writer.NewJournal):
+    class Upcoming(NewJournal):
         def add(self, records: list[bytes]) -> None:
             super().add(records)
             since.append(b"x" * 300_000)

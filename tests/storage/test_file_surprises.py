@@ -32,7 +32,8 @@ from lab_state import _journal as journal
 from lab_state._journal import FrameKind
 from lab_state.integrations._lifespan import health_of
 from lab_state.storage import _directory, _file_writer, _fs, _lock, _lookup, _os_errors
-from lab_state.storage._file_writer import NewJournal, Writer
+from lab_state.storage._file_writer import Writer
+from lab_state.storage._new_journal import NewJournal
 from lab_state.storage.file import FileSession
 
 FILES = ["lab.json", "lab.journal", "lab.lock"]
