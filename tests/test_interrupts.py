@@ -44,6 +44,7 @@ class Interrupt:
     @contextlib.contextmanager
     def armed(self) -> Any:
         before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 reports opcodes only if a frame had asked for them before
         sys.settrace(self._trace)
         try:
             yield
