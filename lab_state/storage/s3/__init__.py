@@ -182,7 +182,7 @@ class S3Storage:
 
     async def _open_with(self, names: Names, store: Requests, let_go: Any) -> S3Session:
         from lab_state.storage.s3._open import open_state  # noqa: PLC0415 -- see _import
-        from lab_state.storage.s3._session import S3Session  # noqa: PLC0415
+        from lab_state.storage.s3._session import S3Session  # noqa: PLC0415 -- likewise
 
         try:
             found = await open_state(store, names)
