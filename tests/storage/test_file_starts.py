@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lab_state import Config, FileStorage, Manager, UnavailableError, _journal, _state, _sweeper, manager
+from lab_state import Config, FileStorage, Manager, UnavailableError, _journal, _opening, _state, _sweeper, manager
 from lab_state.storage import _file_start, _fs, file
 from lab_state.storage._lock import Lock
 
@@ -80,7 +80,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "the recovery": (_file_start, "Recovery"),
     "temporary files": (Lock, "note_left"),
     "the session": (file.FileSession, "__init__"),
-    "decoding": (manager, "decode_snapshot"),
+    "decoding": (_opening, "decode_snapshot"),
     "the map": (manager, "State"),
     "the flush task": (manager, "Flusher"),
     "sweeping": (_state.State, "sweep"),
