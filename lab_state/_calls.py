@@ -102,7 +102,8 @@ class Calls(Writing):
         Args:
             key: The key.
             fn: A plain function that is given the value and returns the new one. If it
-                raises, nothing changes.
+                raises, nothing changes. If it changes this key itself, with `set_nowait`,
+                its result overwrites that.
             default: What `fn` is given when the key is missing.
             type: What to decode the value as; the new value must be one too.
             ttl: How long the key lives from now on; see `set`. Without it, or with `None`,
@@ -149,7 +150,8 @@ class Calls(Writing):
 
         Args:
             key: The key.
-            factory: A plain function, called only when the key is missing.
+            factory: A plain function, called only when the key is missing. If it sets this
+                key itself, with `set_nowait`, its result overwrites that.
             type: What to decode the value as; the result of `factory` must be one too.
             ttl: How long the key lives if the result of `factory` is stored; see `set`.
 

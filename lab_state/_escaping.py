@@ -5,7 +5,9 @@ allowed is replaced by its bytes in UTF-8, each byte by the escape character and
 digits. The escape character itself is replaced in the same way. So an escaped text can be read
 back, and two texts have two escaped texts. All other results have a mark that no escaped text
 has, because the escape character is not followed by two hexadecimal digits there: the key of an
-empty text, a name with a prefix, and what was cut. Two cut results differ in their SHA-256.
+empty text, a name with a prefix, and what was cut. Two cut results differ in their SHA-256. The one
+text `$lab_state`, which is reserved as a key, becomes `%24lab_state`. No other text does, because a
+`$` is not replaced in it.
 """
 
 from __future__ import annotations

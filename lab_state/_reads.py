@@ -170,7 +170,10 @@ class Reads(Handle):
 
     async def exists(self, key: str) -> bool:
         """Return whether the key is there."""
-        return key in self or bool(self._missing(key, default=False))
+        if key in self:
+            return True
+        self._missing(key, default=False)  # it raises an error for a key out of bounds
+        return False
 
     async def keys(self, prefix: str = "") -> list[str]:
         """Return each key that starts with `prefix`, in no particular order.

@@ -187,6 +187,20 @@ async def test_it_becomes_durable_as_after_set(storage: FaultyStorage, clock: Ma
         assert state.durable_revision == 3
 
 
+async def test_a_function_of_update_that_changes_its_own_key(state: Manager) -> None:
+    """Its result is stored last; what it changes elsewhere stays."""
+
+    def twice(n: int) -> int:
+        state.set_nowait("n", 100)
+        state.set_nowait("other", 1)
+        return n * 2
+
+    assert await state.update("n", twice) == state.get_nowait("n") == 10
+    assert state.update_nowait("n", twice) == state.get_nowait("n") == 20
+    assert state.get_nowait("other") == 1
+    assert await state.get_or_set("new", lambda: state.set_nowait("new", 100)) == state.get_nowait("new")
+
+
 # Where it would have to wait
 
 
