@@ -81,7 +81,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "temporary files": (Lock, "note_left"),
     "the session": (file.FileSession, "__init__"),
     "decoding": (_opening, "decode_snapshot"),
-    "the map": (manager, "State"),
+    "the map": (_opening, "State"),
     "the flush task": (manager, "Flusher"),
     "sweeping": (_state.State, "sweep"),
     "the sweeper": (_sweeper.Sweeper, "__init__"),
