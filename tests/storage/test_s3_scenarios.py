@@ -70,13 +70,13 @@ BUGS: dict[str, list[Change]] = {
         (_outcomes, "after_look", "if found is not None and", "if answer is not Verdict.REFUSED and found is not None and"),
     ],
     "a record of unknown outcome counts as failed, and its number is used for another": [
-        (S3Session, "_settle", "        except NotOursError as refused:", "        except UnavailableError:\n            self._pending = None\n            raise\n        except NotOursError as refused:"),
+        (S3Session, "_send_until_known", "        except NotOursError as refused:", "        except UnavailableError:\n            self._pending = None\n            raise\n        except NotOursError as refused:"),
     ],
     "a record of unknown outcome is packed anew under the next number": [
-        (S3Session, "_settle", "        except NotOursError as refused:", "        except UnavailableError:\n            self._pending, self._seq = None, number\n            raise\n        except NotOursError as refused:"),
+        (S3Session, "_send_until_known", "        except NotOursError as refused:", "        except UnavailableError:\n            self._pending, self._seq = None, number\n            raise\n        except NotOursError as refused:"),
     ],
     "a record of unknown outcome counts as committed": [
-        (S3Session, "_settle", "        except NotOursError as refused:", "        except UnavailableError:\n            pass\n        except NotOursError as refused:"),
+        (S3Session, "_send_until_known", "        except NotOursError as refused:", "        except UnavailableError:\n            pass\n        except NotOursError as refused:"),
     ],
     "a checkpoint is not conditional": [
         (S3Session, "_replace", "        for _ in range(_MOST_REFUSALS):\n", "        for _ in range(_MOST_REFUSALS):\n            there = await self._store.head(self._names.snapshot)\n            self._etag = None if there is None else there.etag\n"),
