@@ -36,11 +36,11 @@ def _other(value: object) -> object:
 
 
 check_str_keys = msgspec.msgpack.Encoder(order="deterministic", enc_hook=_other).encode
-"""Raises if a dict has a key that is not a `str`, at any depth; and for what MessagePack cannot hold."""
+"""Encode a value. Raise an error if a dict has a key that is not a `str`, at any depth, or if MessagePack cannot hold it."""
 
 
 def pack(value: Any) -> bytes | None:
-    """Return the parts of a value in MessagePack. If that cannot hold them, or finds a key that is no `str`, return `None`.
+    """Return a value in MessagePack, or `None` if that cannot hold it, or if a key of a dict in it is no `str`.
 
     The keys of a large outermost dict are left out.
     """

@@ -1,10 +1,10 @@
-"""The depth of nesting of JSON, found at about the price of copying it. Pure.
+"""Find the depth of nesting of JSON, at about half the price of encoding it. Pure.
 
-Each step is one that Python does at once for all of the bytes. First what is between
-quotes and brackets is dropped. Two quotes side by side then change nothing about what is
-inside of a string, so they go too. Then pairs of brackets with nothing between them go, a
-level at a time, as long as that makes much less of the rest. What is left is counted
-bracket by bracket.
+Each step is one that Python does at once for all of the bytes. First everything but quotes and
+brackets is dropped. If there are few quotes, strings are removed one by one. Then a group that
+repeats is removed. Two quotes side by side change nothing about what is inside of a string, so
+they are removed too. Then pairs of brackets with nothing between them are removed, a level at a
+time, as long as that makes the rest much shorter. What is left is counted bracket by bracket.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LONGEST_UNIT = 64
 _SHORT = 8 * 1024
 
 _FEW = 16
-"""If there are so many brackets for each quote, texts are worth removing one by one."""
+"""If there are so many brackets for each quote, strings are removed one by one."""
 
 
 def too_deep(data: bytes) -> bool:

@@ -14,7 +14,7 @@ from lab_state._models import step_of
 from lab_state._nesting import MAX_DEPTH
 
 SCALARS = frozenset({str, int, float, bool, type(None)})
-"""What is stored as it is."""
+"""The classes of values that are stored as they are."""
 
 PLAIN = frozenset({dict, list, tuple, set, frozenset})
 

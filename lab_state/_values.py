@@ -1,9 +1,10 @@
-"""One value to JSON and back, and what is refused. Pure.
+"""Encode one value as JSON, decode it, and refuse what would not be read back. Pure.
 
-A scalar is stored as it is, anything else as its JSON. Refused is what
-JSON cannot hold, or what would not be read back everywhere: NaN and infinity (msgspec
-writes them as `null`), cycles, more than 128 levels of nesting (Python's own limit
-differs by version and by the caller's stack), lone surrogates, unknown classes.
+A scalar is stored as it is, and any other value as its JSON. A value is refused if JSON cannot hold
+it, or if it would not be read back everywhere: NaN and infinity (msgspec writes them as `null`), two
+keys that are one in JSON, times that JSON would change, a value that contains itself, more than 128
+levels of nesting (Python's own limit differs by version and by the caller's stack), a lone surrogate,
+and an object of an unknown class.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _encode_other(value: object) -> object:
 
 encode = msgspec.json.Encoder(enc_hook=_encode_other).encode
 check_json: Callable[[Any], object] = msgspec.json.Decoder(Raw).decode
-"""Raises unless the bytes are one JSON value; does not look at UTF-8."""
+"""Raise an error unless the bytes are one JSON value. UTF-8 is not checked."""
 
 
 # Each pattern begins with one byte, which is searched for ten times as fast as a set of bytes.
@@ -252,8 +253,8 @@ def _check_finite(value: object) -> None:
 def _refusal(value: object) -> InvalidValueError:
     """Return why a value cannot be encoded, and the path to the innermost part that cannot.
 
-    Costs a few times what encoding costs: on the way down half of the parts of an object
-    are tried together, and which object on the way is to blame is found likewise.
+    It costs a few times as much as encoding. On the way down, half of the parts of an object are
+    tried together. The object on the way that is at fault is found in the same way.
     """
     way, steps, above = [value], [""], {id(value)}
     while len(way) <= MAX_DEPTH and (found := _first_refused(way[-1], MAX_DEPTH - len(way))) is not None:

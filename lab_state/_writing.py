@@ -46,7 +46,7 @@ class Writing(Reads):
                 address or a deque. The page "Values and types" says what survives. The value is
                 encoded now, in one step of the event loop, so that writes keep their order.
                 A later change of the object does not change the state. A large value costs
-                three to five times `msgspec.json.encode` of it, about 3 ms for a megabyte of
+                two to five times `msgspec.json.encode` of it, about 3 ms for a megabyte of
                 records. A value that is nested deeply, or is refused, costs up to twenty times.
             ttl: How long the key lives: seconds or a `timedelta`, above 0 and at most
                 10,000,000,000 seconds. Without it the key never expires, even if it would
