@@ -127,7 +127,8 @@ def many_keys(keys: object) -> Iterable[str]:
         TypeError: It is one `str`, which would be taken for its characters, or is not iterable.
     """
     if isinstance(keys, str) or not isinstance(keys, Iterable):
-        raise TypeError(f"several keys were expected, such as a list of str, not one {type(keys).__name__}")
+        given = "one str" if isinstance(keys, str) else type(keys).__name__
+        raise TypeError(f"several keys were expected, such as a list of str, not {given}")
     return cast("Iterable[str]", keys)
 
 

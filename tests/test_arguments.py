@@ -25,7 +25,9 @@ from lab_state import (
     MemoryStorage,
     Namespace,
     Reader,
+    StateView,
     Transaction,
+    read_state,
 )
 from lab_state.testing import ManualClock
 
@@ -106,9 +108,9 @@ GOOD: dict[str, Any] = {
 async def opened(clock: ManualClock) -> AsyncIterator[tuple[Manager, dict[type, Any]]]:
     """Yield a manager that has `BEFORE`, and an object of each class with calls."""
     async with AsyncExitStack() as stack:
-        cache = MemoryCache()
+        storage, cache = MemoryStorage(), MemoryCache()
         state = await stack.enter_async_context(
-            Manager(Config("test", flush_interval=None), MemoryStorage(), cache, clock=clock)
+            Manager(Config("test", flush_interval=None), storage, cache, clock=clock)
         )
         await state.set_many(BEFORE)
         reader = await stack.enter_async_context(cache.reader("test"))
@@ -123,6 +125,7 @@ async def opened(clock: ManualClock) -> AsyncIterator[tuple[Manager, dict[type, 
                 Blocking: state.blocking,
                 BlockingEntry: state.blocking.entry("a", int),
                 Reader: reader,
+                StateView: await read_state("test", storage),
             },
         )
 
@@ -141,7 +144,7 @@ def parameters_of(cls: type, call: str) -> list[inspect.Parameter]:
 
 CASES = [
     (cls, call)
-    for cls in (Manager, Namespace, Transaction, Blocking, Entry, BlockingEntry, Reader)
+    for cls in (Manager, Namespace, Transaction, Blocking, Entry, BlockingEntry, Reader, StateView)
     for call in calls_of(cls)
     if parameters_of(cls, call)
 ]
