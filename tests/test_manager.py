@@ -520,6 +520,7 @@ class TestLife:
         """The repr has name, phase and storage; the settings can be read."""
         manager = Manager("test", storage)
         assert repr(manager) == "<Manager 'test' new on <MemoryStorage []>>"
+        assert manager.name == manager.config.name == "test"
         assert manager.config == Config(name="test")
 
     async def test_the_logger_can_be_chosen(self, caplog: pytest.LogCaptureFixture) -> None:
