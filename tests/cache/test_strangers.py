@@ -53,8 +53,8 @@ def own(redis_server: Any, monkeypatch: pytest.MonkeyPatch) -> RedisCache:
     return RedisCache(redis_server.url)
 
 
-async def settle(clock: ManualClock, seconds: float, step: float = 1.0) -> None:
-    """Let so much time pass, and what it wakes run."""
+async def pass_time(clock: ManualClock, seconds: float, step: float = 1.0) -> None:
+    """Advance the clock, and run the tasks that wake up."""
     for _ in range(int(seconds / step)):
         clock.advance(step)
         for _ in range(20):
@@ -116,7 +116,7 @@ async def test_messages_that_cannot_be_read_are_not_a_sign_of_life(
         place.values["$lab_state"] = place.expires["$lab_state"] = head(2, "newer", "f")
         for _ in range(6):
             place.publish([b'{"version":2}'])
-            await settle(clock, 1)
+            await pass_time(clock, 1)
         await until(lambda: subscription not in place.followers)
         clock.advance(1)
         await until(lambda: reader._local.fresh)
@@ -200,7 +200,7 @@ async def test_a_logger_that_raises_ends_no_reader(until: Any, what: bytes | Non
             [subscription] = cache.mirrors["name"].followers
             subscription.queue.put_nowait(what)
             await until(subscription.queue.empty)
-            await settle(clock, 5)
+            await pass_time(clock, 5)
             await until(lambda: reader._local.fresh)
             await reader.wait_revision(await state.set("a", 2))
             assert await reader.get("a") == 2
@@ -386,9 +386,9 @@ async def test_waiting_by_a_clock_that_stands(monkeypatch: pytest.MonkeyPatch) -
     async with cache.reader("name", clock=clock) as reader:
         waiting = asyncio.create_task(reader.wait_revision(3, timeout=7))
         await asyncio.sleep(0)
-        await settle(clock, 6)
+        await pass_time(clock, 6)
         assert not waiting.done()
-        await settle(clock, 1)
+        await pass_time(clock, 1)
         with pytest.raises(UnavailableError, match="within 7 s: there is no mirror"):
             await waiting
 
@@ -398,7 +398,7 @@ async def test_waiting_by_a_clock_that_stands(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(reader._source, "fetch", hangs)
         waiting = asyncio.create_task(reader.wait_revision(3, timeout=0.5))
         await asyncio.sleep(0)
-        await settle(clock, 1)
+        await pass_time(clock, 1)
         with pytest.raises(UnavailableError, match=r"within 0\.5 s: memory:name does not answer"):
             await waiting
 
@@ -421,12 +421,12 @@ async def test_a_reader_that_cannot_read_is_not_up(until: Any, kind: str, local:
         else:
             data = b'{"format":2,"revision":1,"writer":"q"}' if kind == "newer" else head(0, "q", "")
             place.values["$lab_state"] = place.expires["$lab_state"] = data
-        await settle(clock, 9)
+        await pass_time(clock, 9)
         assert not reader.up
         with pytest.raises((UnavailableError, UnsupportedError)):
             await reader.get("a")
         place.values, place.expires = before
-        await settle(clock, 12)
+        await pass_time(clock, 12)
         await until(lambda: reader.up)
         assert await reader.get("a") == 1
 
@@ -446,12 +446,12 @@ async def test_a_revision_that_was_too_high(until: Any, local: Any, caplog: pyte
             place.values["$lab_state"] = place.expires["$lab_state"] = head(900_000, "staging", "")
             assert await reader.revision() == 900_000
             place.values, place.expires = before
-        await settle(clock, 8)
+        await pass_time(clock, 8)
         assert not reader.up
         with pytest.raises(UnavailableError, match="is at revision 1, and 900000 was read before"):
             await reader.get("a")
         async with reader.watch() as changes:
-            await settle(clock, 8)
+            await pass_time(clock, 8)
             await until(lambda: reader.up)
             assert (await anext(changes)).kind == "resync"
         assert await reader.get("a") == 1
@@ -470,7 +470,7 @@ async def test_a_lower_revision_of_a_writer_that_is_silent(until: Any) -> None:
         await reader.wait_revision(9)
         assert await session.fill(5, parts(NOTHING), await session.look())
         for _ in range(4):
-            await settle(clock, 9)
+            await pass_time(clock, 9)
             with pytest.raises(UnavailableError, match="is at revision 5, and 9 was read before"):
                 await reader.get("a")
         place = cache.mirrors["name"]
@@ -478,7 +478,7 @@ async def test_a_lower_revision_of_a_writer_that_is_silent(until: Any) -> None:
             name = f"writer {number}"
             place.values["$lab_state"] = place.expires["$lab_state"] = head(5, name, "")
             place.publish([resync(5, 5, name)])
-            await settle(clock, 3)
+            await pass_time(clock, 3)
             with pytest.raises(UnavailableError, match="is at revision 5, and 9 was read before"):
                 await reader.get("a")
 
