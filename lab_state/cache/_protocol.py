@@ -25,7 +25,7 @@ class Slice(NamedTuple):
     deleted: list[str]
 
     def __repr__(self) -> str:
-        """Return how many there are; the values may be secret."""
+        """Return the numbers of keys, and no values, which may be secret."""
         return (
             f"<Slice of {len(self.values)} values, {len(self.expires)} expiry times, {len(self.deleted)} deleted keys>"
         )

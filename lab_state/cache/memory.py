@@ -71,7 +71,7 @@ class MemoryCacheSession:
         self._seen = Seen(None, 0)
 
     def __repr__(self) -> str:
-        """Return the writer, and what the mirror is."""
+        """Return the class, the writer, and the writer and revision of the mirror."""
         return f"<MemoryCacheSession of writer {self._writer!r}, {self._mirror.seen()!r}>"
 
     async def look(self) -> Seen:

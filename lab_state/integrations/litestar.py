@@ -70,7 +70,7 @@ class LabStatePlugin(InitPlugin):
         self._named = Named(by_name(served.values()))
 
     def __repr__(self) -> str:
-        """Return what it serves."""
+        """Return the class and the names of the managers and readers."""
         return f"<LabStatePlugin of {list(self._named)}>"
 
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
@@ -286,7 +286,7 @@ class LabStateStore(NamespacedStore):
         self.namespace = namespace
 
     def __repr__(self) -> str:
-        """Return the namespace."""
+        """Return the class and the namespace."""
         return f"<LabStateStore in {self.namespace!r}>"
 
     def with_namespace(self, namespace: str) -> LabStateStore:

@@ -67,7 +67,7 @@ class LabStateCollector(Collector):
         self._managers = by_name(managers, (Manager,))
 
     def __repr__(self) -> str:
-        """Return the names of the managers."""
+        """Return the class and the names of the managers."""
         return f"<LabStateCollector of {list(self._managers)}>"
 
     def describe(self) -> Iterator[Metric]:
