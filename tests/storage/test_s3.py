@@ -732,5 +732,5 @@ async def test_a_copy_is_read_back(tmp_path: Path) -> None:
     source = FileStorage(tmp_path)
     async with Manager(NAME, source) as state:
         await state.set("a", 1)
-    with pytest.raises(StorageError, match="no good"):
+    with pytest.raises(StorageError, match="is not what was written"):
         await copy_state(NAME, source, Forgetful())
