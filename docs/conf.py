@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
+_PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+_REPOSITORY = _PROJECT.get("urls", {}).get("Repository")
+
 project = "lab_state"
 author = "the lab_state authors"
+project_copyright = author
+release = version = _PROJECT["version"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_title = f"lab_state {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+# Links to the repository and "edit this page". There are none without the address in pyproject.toml.
+html_theme_options = (
+    {"source_repository": _REPOSITORY, "source_branch": "main", "source_directory": "docs/"} if _REPOSITORY else {}
+)
 myst_heading_anchors = 3
+autoclass_content = "both"  # with the arguments of the constructor
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 nitpick_ignore_regex = [("py:.*", r".*")]  # annotations name private types; links in prose are still checked

@@ -24,9 +24,6 @@ for integration in ("aiohttp", "fastapi", "key_value", "litestar", "prometheus",
 PAGES = [page for page in PAGES if page.parent.name not in {"how-to", "coming-from"}]  # tests/test_recipes.py runs them
 PAGES.remove(ROOT / "docs" / "cache.md")  # tests/cache runs it, where there is a Redis
 PAGES.remove(ROOT / "docs" / "fastmcp.md")  # `nox -s fastmcp` runs it
-LINK = re.compile(r"\]\(([^)#]+\.md)[^)]*\)")
-
-
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -111,12 +108,3 @@ def test_readme_application_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for expected in (1, 2, 3):
         with TestClient(names["app"]) as client:
             assert client.post("/visits/home").json() == expected
-
-
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
-)
-def test_links_lead_somewhere(page: Path) -> None:
-    """A relative link to another page names a file that is there."""
-    for target in LINK.findall(page.read_text()):
-        assert target.startswith("http") or (page.parent / target).exists(), target
