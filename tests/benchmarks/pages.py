@@ -1,24 +1,17 @@
-"""The tables of docs/benchmarks.md, and the plots, drawn from one run."""
+"""The tables of docs/benchmarks.md, written from one run; the plots are drawn from the tables."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import svg
+import plots
 from measure import Numbers
+from plots import NONE, OURS, PAGE, rounded, stall_text
 from svg import duration, short
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "benchmarks.md"
-IMAGES = ROOT / "docs" / "images"
 _BLOCK = r"(<!-- bench: {name} -->\n).*?(<!-- end -->)"
-OURS = "lab_state"
-NONE = "-"
-STALL = 1e-3
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -38,13 +31,13 @@ def _times(ratio: float) -> str:
 
 def figures(number: float) -> str:
     """Return the number with two digits, since more would mean nothing."""
-    return f"{float(f'{number:.2g}'):,g}" if number < 1000 else f"{_round(number):,}"
+    return f"{float(f'{number:.2g}'):,g}" if number < 1000 else rounded(number)
 
 
 def checks(run: Numbers) -> str:
     rows = [row for part in run["checks"].values() for row in part]
     return table(
-        ("work", "reached", "to reach", ""),
+        ("what is measured", "result", "goal", "met"),
         (
             (row["work"], row["reached"], row["bound"], "" if not row["bound"] else "yes" if row["met"] else "**no**")
             for row in rows
@@ -85,22 +78,23 @@ def writes(run: Numbers) -> str:
         )
         for name, one in base.items()
     )
-    head = ("", "survives", "one task", "100 tasks, a second", "their p99")
-    return table((*head, "uvloop: one task", "100 tasks, a second"), rows)
+    head = ("time for each write, one task", plots.RATE, "of 100 tasks, 99 of 100 writes take at most")
+    loop = ("uvloop: time for each write, one task", "uvloop: writes a second, 100 tasks")
+    return table(("", "survives", *head, *loop), rows)
 
 
-def stands(run: Numbers) -> str:
-    """Return a table of how long the event loop stands still for each kind of call."""
+def blocked(run: Numbers) -> str:
+    """Return a table of the longest stall of the event loop during each kind of call."""
     reads, durable = run["numbers"]["operations"]["asyncio"], run["numbers"]["writes"]["asyncio"]
     rows = (
         (
             name,
-            *(stood(one[f"{call} stall"]) for call in ("get", "set")),
-            *(stood(durable[name][f"{tasks} stall"]) if name in durable else NONE for tasks in ("one", "hundred")),
+            *(stall_text(one[f"{call} stall"]) for call in ("get", "set")),
+            *(stall_text(durable[name][f"{tasks} stall"]) if name in durable else NONE for tasks in ("one", "hundred")),
         )
         for name, one in reads.items()
     )
-    return table(("", "`get`", "`set`", "made durable, one task", "made durable, 100 tasks"), rows)
+    return table(("", "`get`", "`set`", "durable writes, one task", "durable writes, 100 tasks"), rows)
 
 
 def sizes(number: str, shown: Any) -> Any:
@@ -131,12 +125,7 @@ def _factor(found: Mapping[str, Numbers], name: str, number: str) -> str:
 
 
 def _gap(found: Mapping[str, Numbers], name: str, number: str) -> str:
-    return stood(found[name][number])
-
-
-def stood(seconds: float) -> str:
-    """Return a stall as text. Below a millisecond the heartbeat cannot tell it from an idle loop."""
-    return duration(seconds) if seconds >= STALL else "< 1 ms"
+    return stall_text(found[name][number])
 
 
 def footprint(run: Numbers) -> str:
@@ -144,7 +133,7 @@ def footprint(run: Numbers) -> str:
         (name, short(one["keys"]), f"{one['ratio']:.1f}", duration(max(0.0, one["import"])))
         for name, one in run["numbers"]["footprint"].items()
     )
-    return table(("", "keys", "memory / JSON", "import"), rows)
+    return table(("", "keys", "memory / size of the JSON", "time to import"), rows)
 
 
 def growth(run: Numbers) -> str:
@@ -173,7 +162,7 @@ TABLES = {
     "peers": peers,
     "operations": operations,
     "writes": writes,
-    "stands": stands,
+    "blocked": blocked,
     "sizes": sizes("change", _beside),
     "stalls": sizes("stall", _gap),
     "written": sizes("written", _factor),
@@ -182,7 +171,7 @@ TABLES = {
     "growth": growth,
     "checks": checks,
 }
-NEEDS = {"stands": {"operations", "writes"}, "stalls": {"sizes"}, "written": {"sizes"}, "starts": {"sizes"}}
+NEEDS = {"blocked": {"operations", "writes"}, "stalls": {"sizes"}, "written": {"sizes"}, "starts": {"sizes"}}
 
 
 def drawn(run: Numbers) -> dict[str, str]:
@@ -194,55 +183,6 @@ def drawn(run: Numbers) -> dict[str, str]:
 def show(run: Numbers) -> None:
     for name, text in drawn(run).items():
         print(f"\n{name}\n\n{text}", end="")
-
-
-def colour(name: str) -> str:
-    return svg.OURS if name == OURS else svg.DUMPS if name.startswith("dict") else svg.OTHERS
-
-
-def named(run: Numbers, name: str) -> str:
-    """Return the name, with a mark if a change that returned can still be lost."""
-    return name + ("" if survives(run)[name] == "power cut" else " *")
-
-
-MARK = "* survives SIGKILL, but not a power cut; all others survive both."
-
-
-def plots(run: Numbers) -> dict[str, str]:
-    found: dict[str, str] = {}
-    if "sizes" in run["numbers"]:
-        by_size = run["numbers"]["sizes"]
-        biggest = max(by_size, key=int)
-        series = [
-            svg.Series(
-                named(run, name), colour(name), {int(size): one[name]["change"] for size, one in by_size.items()}
-            )
-            for name in sorted(by_size[biggest], key=lambda name: -by_size[biggest][name]["change"])
-        ]
-        across = f"keys in the state; {MARK}" if any("*" in one.name for one in series) else "keys in the state"
-        found["change"] = svg.lines("One durable change in a state of so many keys", across, series)
-        stalls = sorted(((one["stall"], name) for name, one in by_size[biggest].items()))
-        found["stall"] = svg.bars(
-            f"How long the event loop stands still, one durable change in {short(int(biggest))} keys",
-            "Logarithmic. Less is better. Longest gap of a 0.5 ms heartbeat, less that of an idle loop.",
-            [(named(run, name), colour(name), max(value, STALL), stood(value)) for value, name in stalls],
-            logarithmic=True,
-        )
-    if "writes" in run["numbers"]:
-        rates = sorted(
-            ((one["hundred"], name) for name, one in run["numbers"]["writes"]["asyncio"].items()), reverse=True
-        )
-        found["writes"] = svg.bars(
-            "Writes a second from 100 tasks, each waiting for its own",
-            f"More is better. {MARK}",
-            [(named(run, name), colour(name), rate, f"{_round(rate):,}") for rate, name in rates],
-        )
-    return found
-
-
-def _round(number: float) -> int:
-    """Round to two digits."""
-    return int(round(number, 1 - math.floor(math.log10(number)))) if number else 0
 
 
 def draw(run: Numbers, parts: Iterable[str]) -> None:
@@ -257,6 +197,4 @@ def draw(run: Numbers, parts: Iterable[str]) -> None:
             raise SystemExit(f"{PAGE} has no place for the table {name!r}: <!-- bench: {name} --> ... <!-- end -->")
         page = f"{page[: place.end(1)]}\n{text}\n{page[place.start(2) :]}"
     PAGE.write_text(page)
-    IMAGES.mkdir(exist_ok=True)
-    for name, picture in plots(run).items():
-        (IMAGES / f"{name}.svg").write_text(picture)
+    plots.draw()

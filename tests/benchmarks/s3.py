@@ -15,6 +15,7 @@ from typing import Any
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from measure import VALUE, Results, compare, flusher_of, resident, stall
+from plots import stall_text
 from s3_world import Bucket, endpoint
 
 from lab_state import Config, Manager, S3Storage
@@ -100,7 +101,7 @@ async def checkpoints(results: Results, state: Manager, count: int) -> None:
         above.append(max(highest_seen) - before)
     size = flusher.snapshot_bytes / 1e6
     gap = statistics.median(gaps)
-    told = f"{gap * 1e3:.1f} ms ({min(gaps) * 1e3:.1f} to {max(gaps) * 1e3:.1f})"
+    told = f"{stall_text(gap)} ({stall_text(min(gaps))} to {stall_text(max(gaps))})"
     results.add(
         f"loop stall while a snapshot of {size:.0f} MB ({count:,} keys) goes up", told, "<= 10 ms", met=gap <= 0.010
     )

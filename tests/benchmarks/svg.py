@@ -1,27 +1,52 @@
-"""Two kinds of plots as SVG: text stays text, and mid colours on no background read on light and on dark."""
+"""Two kinds of plots as SVG. Text stays text. A plot has its own background, and colours for light and for dark.
+
+No single colour has a contrast of 4.5 : 1 on white and on the dark background of the site. So each plot paints its
+background, and takes the colours of the reader's colour scheme. It stays legible on a page of the other scheme.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from xml.sax.saxutils import escape
 
-INK = "#6e7781"
-OURS, DUMPS, OTHERS = "#2f81f7", "#d9730d", "#8b949e"
-_FONT = "font-family:system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;font-size:13px"
-_LINE = 17
-_DASHES = ("", "7 3", "2 3", "7 3 2 3", "12 4", "4 2", "1 2", "12 3 3 3")
-"""What tells lines of one colour apart where they cross."""
+Role = Literal["ink", "ours", "dumps", "others"]
+PAPER = "paper"
+LIGHT = {PAPER: "#ffffff", "ink": "#57606a", "ours": "#0969da", "dumps": "#b34700", "others": "#57606a"}
+DARK = {PAPER: "#131416", "ink": "#b1bac4", "ours": "#58a6ff", "dumps": "#f0883e", "others": "#b1bac4"}
+SIZE = 14
+_LINE = 19
+_FONT = f"font-family:system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;font-size:{SIZE}px"
+_DASHES = ("7 3", "2 3", "7 3 2 3", "12 4", "4 2", "12 3 3 3")
+# Around the point 0,0: circle, square, triangle, diamond, triangle that points down, plus, cross.
+_MARKS = (
+    "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z",
+    "M-4.5,-4.5h9v9h-9z",
+    "M0,-6l6,10h-12z",
+    "M0,-6.5l6.5,6.5l-6.5,6.5l-6.5,-6.5z",
+    "M0,6l6,-10h-12z",
+    "M-2,-6h4v4h4v4h-4v4h-4v-4h-4v-4h4z",
+    "M-6,-3l3,-3l3,3l3,-3l3,3l-3,3l3,3l-3,3l-3,-3l-3,3l-3,-3l3,-3z",
+)
 
 
 class Series(NamedTuple):
-    """A line or a bar: its name, its colour, and its value at each place."""
+    """A line: its name, its role, and its value at each place."""
 
     name: str
-    colour: str
+    role: Role
     values: Mapping[float, float]
+
+
+class Bar(NamedTuple):
+    """A bar: its name, its role, its length, and the text after it. Without a length there is only the text."""
+
+    name: str
+    role: Role
+    value: float | None
+    text: str
 
 
 class Drawing:
@@ -31,31 +56,33 @@ class Drawing:
         self._size = (width, height)
         self._title = title
         self._shapes: list[str] = []
+        self.text(12, 24, title, bold=True)
 
     def text(
-        self, x: float, y: float, text: str, colour: str = INK, *, anchor: str = "start", bold: bool = False
+        self, x: float, y: float, text: str, role: Role = "ink", *, anchor: str = "start", bold: bool = False
     ) -> None:
         weight = ' font-weight="600"' if bold else ""
         self._shapes.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
+            f'<text class="{role}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
         )
 
     def line(
-        self, points: Sequence[tuple[float, float]], colour: str, width: float, opacity: float = 1, dash: str = ""
+        self, points: Sequence[tuple[float, float]], role: Role, width: float, opacity: float = 1, dash: str = ""
     ) -> None:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         dashed = f' stroke-dasharray="{dash}"' if dash else ""
         self._shapes.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" '
+            f'<polyline class="{role} line" points="{path}" stroke-width="{width}" '
             f'stroke-opacity="{opacity}" stroke-linejoin="round"{dashed}/>'
         )
 
-    def dot(self, x: float, y: float, colour: str) -> None:
-        self._shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
+    def mark(self, x: float, y: float, role: Role, shape: str) -> None:
+        full = " full" if role == "ours" else ""
+        self._shapes.append(f'<path class="{role} mark{full}" d="{shape}" transform="translate({x:.1f},{y:.1f})"/>')
 
-    def bar(self, x: float, y: float, width: float, height: float, colour: str) -> None:
+    def bar(self, x: float, y: float, width: float, height: float, role: Role) -> None:
         self._shapes.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 1):.1f}" height="{height}" rx="2" fill="{colour}"/>'
+            f'<rect class="{role}" x="{x:.1f}" y="{y:.1f}" width="{max(width, 1):.1f}" height="{height}" rx="2"/>'
         )
 
     def __str__(self) -> str:
@@ -63,8 +90,17 @@ class Drawing:
         shapes = "\n".join(self._shapes)
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            f'role="img" style="{_FONT}">\n<title>{escape(self._title)}</title>\n{shapes}\n</svg>\n'
+            f'role="img" style="{_FONT}">\n<title>{escape(self._title)}</title>\n<style>\n{_style(LIGHT)}\n'
+            f"@media (prefers-color-scheme: dark) {{\n{_style(DARK)}\n}}\n"
+            ".line { fill: none; stroke: currentColor } .mark { stroke: currentColor; stroke-width: 1.5 }\n"
+            ".full { fill: currentColor } text, rect { fill: currentColor }\n</style>\n"
+            f'<rect class="{PAPER}" width="{width}" height="{height}" rx="6"/>\n{shapes}\n</svg>\n'
         )
+
+
+def _style(colours: Mapping[str, str]) -> str:
+    roles = " ".join(f".{role} {{ color: {colour} }}" for role, colour in colours.items())
+    return f"{roles} .mark {{ fill: {colours[PAPER]} }}"
 
 
 def short(number: float) -> str:
@@ -87,8 +123,8 @@ def _decades(low: float, high: float) -> list[float]:
     return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
 
 
-def _apart(wanted: list[float]) -> list[float]:
-    """Return places for labels near where they belong, none on another; two that are too near give way equally."""
+def _apart(wanted: list[float], lowest: float) -> list[float]:
+    """Return places for labels near where they belong, a line apart and none below the lowest."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     places = list(wanted)
     for _ in range(200):
@@ -97,17 +133,19 @@ def _apart(wanted: list[float]) -> list[float]:
             if too_near > 0:
                 places[before] -= too_near / 2
                 places[after] += too_near / 2
+    for index in reversed(order):
+        places[index] = min(places[index], lowest)
+        lowest = places[index] - _LINE
     return places
 
 
 def lines(title: str, across: str, series: Sequence[Series]) -> str:
-    """Draw durations over sizes, both logarithmic, each line with its name at its end."""
-    left, right, top, bottom, width, height = 70, 225, 40, 50, 780, 420
+    """Draw durations over sizes, both logarithmic. Each line has a mark of its own, and its name at its end."""
+    left, right, top, bottom, width, height = 70, 260, 50, 62, 710, 480
     ticks_x = sorted({x for one in series for x in one.values})
     values = [value for one in series for value in one.values.values()]
     ticks_y = _decades(min(values), max(values))
     drawing = Drawing(width, height, title)
-    drawing.text(left, 22, title, bold=True)
 
     def place(value: float, ticks: Sequence[float], low: float, high: float) -> float:
         span = math.log10(ticks[-1] / ticks[0])
@@ -118,39 +156,44 @@ def lines(title: str, across: str, series: Sequence[Series]) -> str:
 
     for tick in ticks_y:
         y = at(ticks_x[0], tick)[1]
-        drawing.line([(left, y), (width - right, y)], INK, 1, 0.3)
-        drawing.text(left - 8, y + 4, duration(tick), anchor="end")
+        drawing.line([(left, y), (width - right, y)], "ink", 1, 0.3)
+        drawing.text(left - 12, y + 5, duration(tick), anchor="end")
     for tick in ticks_x:
-        drawing.text(at(tick, ticks_y[0])[0], height - bottom + 20, short(tick), anchor="middle")
-    drawing.text((left + width - right) / 2, height - 8, across, anchor="middle")
+        drawing.text(at(tick, ticks_y[0])[0], height - bottom + 24, short(tick), anchor="middle")
+    drawing.text((left + width - right) / 2, height - 12, across, anchor="middle")
     ends = [at(*max(one.values.items())) for one in series]
-    dashes = cycle(_DASHES)
-    for one, end, y in zip(series, ends, _apart([end[1] for end in ends]), strict=True):
-        bold = one.colour == OURS
+    labels = _apart([end[1] for end in ends], height - bottom)
+    dashes, marks = cycle(_DASHES), cycle(_MARKS)
+    drawn = [(one, end, y, next(dashes), next(marks)) for one, end, y in zip(series, ends, labels, strict=True)]
+    for one, end, y, dash, mark in sorted(drawn, key=lambda one: one[0].role == "ours"):  # ours above the others
+        ours = one.role == "ours"
         points = [at(*point) for point in sorted(one.values.items())]
-        drawing.line(points, one.colour, 3.5 if bold else 2, dash=next(dashes) if one.colour == OTHERS else "")
-        drawing.dot(*end, one.colour)
+        beside = (width - right + 26, y)
+        drawing.line([end, beside], "ink", 1, 0.5)
+        drawing.line(points, one.role, 3.5 if ours else 2, dash="" if ours else dash)
+        for point in [*points, beside]:
+            drawing.mark(*point, one.role, mark)
         label = f"{one.name}, {duration(max(one.values.items())[1])}"
-        drawing.text(width - right + 14, y + 4, label, bold=bold)
+        drawing.text(beside[0] + 14, y + 5, label, bold=ours)
     return str(drawing)
 
 
-def bars(title: str, below: str, series: Sequence[tuple[str, str, float, str]], *, logarithmic: bool = False) -> str:
-    """Draw one bar each, from the left: its name, its colour, its length, and the text after it."""
-    left, right, top, step, width = 210, 110, 40, 28, 760
-    height = top + step * len(series) + 34
+def bars(title: str, below: Sequence[str], series: Sequence[Bar], *, low: float | None = None) -> str:
+    """Draw one bar each, from the left, and lines of text below them. With `low`, they are logarithmic from there on."""
+    left, right, top, step, width = 170, 100, 44, 29, 620
+    height = top + step * len(series) + 12 + 20 * len(below)
     drawing = Drawing(width, height, title)
-    drawing.text(12, 22, title, bold=True)
-    longest = max(value for _, _, value, _ in series)
-    ticks = _decades(max(min(value for _, _, value, _ in series), longest / 1e6), longest)
-    for number, (name, colour, value, written) in enumerate(series):
+    longest = max(one.value for one in series if one.value is not None)
+    for number, one in enumerate(series):
         y = top + step * number
-        share = value / longest
-        if logarithmic:
-            share = max(0.0, math.log10(max(value, ticks[0]) / ticks[0]) / math.log10(longest / ticks[0]))
-        length = (width - left - right) * share
-        drawing.text(left - 10, y + 15, name, anchor="end", bold=colour == OURS)
-        drawing.bar(left, y + 3, length, 17, colour)
-        drawing.text(left + max(length, 1) + 8, y + 16, written, bold=colour == OURS)
-    drawing.text(12, height - 12, below)
+        ours = one.role == "ours"
+        drawing.text(left - 10, y + 17, one.name, anchor="end", bold=ours)
+        length = 0.0
+        if one.value is not None:
+            share = math.log10(one.value / low) / math.log10(longest / low) if low else one.value / longest
+            length = (width - left - right) * share
+            drawing.bar(left, y + 3, length, 18, one.role)
+        drawing.text(left + length + 8, y + 17, one.text, bold=ours)
+    for number, line in enumerate(below):
+        drawing.text(12, top + step * len(series) + 18 + 20 * number, line)
     return str(drawing)
