@@ -88,6 +88,13 @@ def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
     assert broken(page) == ["#three", "no.md", "no.svg", "page.md#four"]
 
 
+def test_the_tutorial_is_the_first_link_of_the_readme() -> None:
+    """A newcomer who follows the first link of the README begins with the tutorial, there and in its list of links."""
+    text = (ROOT / "README.md").read_text()
+    assert LINK.findall(CODE.sub("", text))[0] == "docs/tutorial.md"
+    assert LINK.findall(text.split("## More\n")[1])[0] == "docs/tutorial.md"
+
+
 def entries_of(page: Path) -> list[Path]:
     """Return the pages in the menus of a page."""
     lines = [line.strip() for menu in MENU.findall(page.read_text()) for line in menu.splitlines()]

@@ -36,14 +36,17 @@ class RedisCache:
                 the writer, and those of readers without a clock of their own.
 
         Raises:
-            ImportError: The extra is missing: `pip install 'lab-state[redis]'`.
+            ImportError: The extra is missing: `pip install 'lab-state[redis]'`, or
+                `pip install '.[redis]'` in a clone of lab_state.
             ValueError: It is not a URL of Redis.
         """
         try:
             from lab_state.cache._connection import Dialer  # noqa: PLC0415 -- an extra
         except ImportError as error:
             raise ImportError(
-                "RedisCache needs the extra redis: pip install 'lab-state[redis]'", name="redis"
+                "RedisCache needs the extra redis: pip install 'lab-state[redis]', "
+                "or pip install '.[redis]' in a clone of lab_state",
+                name="redis",
             ) from error
         self._dialer = Dialer(url)
         self._prefix = prefix

@@ -130,7 +130,10 @@ def test_without_redis_py() -> None:
         "except ImportError as error: print(error.name, error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "redis RedisCache needs the extra redis: pip install 'lab-state[redis]'"
+    assert done.stdout.strip() == (
+        "redis RedisCache needs the extra redis: pip install 'lab-state[redis]', "
+        "or pip install '.[redis]' in a clone of lab_state"
+    )
 
 
 async def test_a_fill_is_forgotten_if_it_is_never_finished(redis_server: Any) -> None:

@@ -138,7 +138,10 @@ def test_without_the_extra(how: str, tmp_path: Path) -> None:
         "try: S3Storage('bucket')\n"
         "except ImportError as error: print(error.name, error)"
     )
-    assert run(code) == "aiobotocore S3Storage needs the extra s3: pip install 'lab-state[s3]'"
+    assert run(code) == (
+        "aiobotocore S3Storage needs the extra s3: pip install 'lab-state[s3]', "
+        "or pip install '.[s3]' in a clone of lab_state"
+    )
 
 
 def test_an_extra_that_is_broken() -> None:
@@ -149,7 +152,8 @@ def test_an_extra_that_is_broken() -> None:
         "try: asyncio.run(Manager('a', S3Storage('bucket')).start())\n"
         "except UnsupportedError as error: print(error)"
     )
-    assert "install it anew with pip install 'lab-state[s3]'" in run(code)
+    said = run(code)
+    assert "install it again with pip install 'lab-state[s3]', or pip install '.[s3]' in a clone of lab_state" in said
 
 
 # Credentials and settings

@@ -57,7 +57,8 @@ class S3Storage:
     another process: the next flush of that writer raises `FencedError`, and from then on so
     does every write. Within one process, opening a state that is open raises `LockedError`.
 
-    Needs the extra: `pip install 'lab-state[s3]'`.
+    Needs the extra: `pip install 'lab-state[s3]'`, or `pip install '.[s3]'` in a clone of
+    lab_state.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class S3Storage:
                 Its retries are ignored: this library repeats requests itself.
 
         Raises:
-            ImportError: The extra is missing: `pip install 'lab-state[s3]'`.
+            ImportError: The extra is missing: `pip install 'lab-state[s3]'`, or
+                `pip install '.[s3]'` in a clone of lab_state.
             ValueError: An argument is out of bounds.
         """
         _check_extra()
@@ -227,7 +229,10 @@ def _check_extra() -> None:
     except ImportError:
         is_missing = True
     if is_missing:
-        raise ImportError("S3Storage needs the extra s3: pip install 'lab-state[s3]'", name="aiobotocore")
+        raise ImportError(
+            "S3Storage needs the extra s3: pip install 'lab-state[s3]', or pip install '.[s3]' in a clone of lab_state",
+            name="aiobotocore",
+        )
 
 
 def _import() -> None:
@@ -236,7 +241,8 @@ def _import() -> None:
         importlib.import_module("lab_state.storage.s3._client")
     except ImportError as error:
         raise UnsupportedError(
-            f"the extra s3 cannot be imported: install it anew with pip install 'lab-state[s3]' ({error})"
+            "the extra s3 cannot be imported: install it again with pip install 'lab-state[s3]', "
+            f"or pip install '.[s3]' in a clone of lab_state ({error})"
         ) from error
 
 
