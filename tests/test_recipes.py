@@ -26,8 +26,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
 COMING_FROM = sorted((DOCS / "coming-from").glob("*.md"))
 PAGES = [*HOW_TO, *COMING_FROM]
-# Two screens of an editor.
+# Two screens of an editor, and what a browser of 1,280 pixels shows of a line of code.
 LINES = 110
+COLUMNS = 90
 PROGRAM = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 OUTPUT = re.compile(r"^It prints:\n\n```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NAME = re.compile(r"^Save this as `(\w+)\.py`", re.MULTILINE)
@@ -61,10 +62,12 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 @every_page
 def test_a_page_fits_two_screens(page: Path) -> None:
-    """A page is not longer than two screens, and says what a crash can lose."""
+    """A page is not longer than two screens, no line of code is cut off, and it says what a crash can lose."""
     lines = page.read_text().splitlines()
     assert len(lines) <= LINES
     assert "## What a crash can lose" in lines
+    blocks = re.findall(r"^```\w+\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > COLUMNS] == []
 
 
 @every_page
