@@ -44,9 +44,9 @@ class Calls(Writing):
     be flushed anyway does not check the loop.
 
     A call whose name ends in `_nowait` is the same call without `await`, for callbacks and other
-    synchronous code on the event loop. Reads never wait, so each has such a twin; that of `exists`
-    is `in`. Three writes have one: `set`, `delete` and `update`. It changes memory and returns, and
-    its change becomes durable with the next flush.
+    synchronous code on the event loop. Reads never wait, so there is one for each read; that of
+    `exists` is `in`. There are three for writes: `set_nowait`, `delete_nowait` and `update_nowait`.
+    They change memory and return, and the change becomes durable with the next flush.
     """
 
     __slots__ = ()

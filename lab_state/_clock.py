@@ -1,4 +1,4 @@
-"""The clock of a manager, waits and pauses by that clock.
+"""The clock of a manager, and waits and pauses that use it.
 
 The clock is an argument, so that tests do not have to sleep.
 """
@@ -48,16 +48,19 @@ class SystemClock:
         return time.monotonic()
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
-        """Call `callback` by a timer of the event loop."""
+        """Call `callback` with a timer of the event loop."""
         return asyncio.get_running_loop().call_later(delay, callback)
 
 
 class GuardedClock:
-    """A clock of the application. While it raises, its last time is used, and the timers of the event loop.
+    """A clock of the application, which may raise.
+
+    If it raises, `time` and `monotonic` return their last results, and `call_later` uses a timer
+    of the event loop.
 
     Attributes:
-        strict: Whether an error of the clock is raised to the caller instead. It is during
-            `start()`, because the caller can mend the clock then.
+        strict: Whether an error of the clock is raised to the caller instead. It is `True`
+            during `start()`, so that the application learns that its clock fails.
     """
 
     def __init__(self, clock: Clock, failed: Callable[[Exception], object]) -> None:
@@ -106,7 +109,7 @@ def resolver(future: asyncio.Future[None]) -> Callable[[], None]:
 
 
 async def sleep(clock: Clock, seconds: float) -> None:
-    """Wait for so many seconds of the clock. A caller that is cancelled leaves no timer."""
+    """Wait until `seconds` have passed on the clock. A cancellation removes the timer."""
     woken = asyncio.get_running_loop().create_future()
     timer = clock.call_later(seconds, resolver(woken))
     try:
@@ -116,7 +119,7 @@ async def sleep(clock: Clock, seconds: float) -> None:
 
 
 async def done_within(future: asyncio.Future[Any], clock: Clock, seconds: float) -> bool:
-    """Wait for a future, for at most so many seconds of the clock. Return whether it is done."""
+    """Wait for a future, for at most `seconds` of the clock. Return whether the future is done."""
     timeout = asyncio.get_running_loop().create_future()
     timer = clock.call_later(seconds, resolver(timeout))
     try:
@@ -128,7 +131,7 @@ async def done_within(future: asyncio.Future[Any], clock: Clock, seconds: float)
 
 
 class within:  # noqa: N801 -- used as asyncio.timeout is
-    """`asyncio.timeout` by a clock: after `seconds`, it cancels its block and raises `TimeoutError`."""
+    """A form of `asyncio.timeout` with a clock: after `seconds`, it cancels its block and raises `TimeoutError`."""
 
     __slots__ = ("_cancelling", "_clock", "_expired", "_seconds", "_task", "_timer")
 
@@ -178,7 +181,7 @@ class Pauses:
         return self._clock.monotonic() >= self.until
 
     def start(self) -> float:
-        """Start a pause after a failure, and return its seconds: twice those of the last pause, up to the longest."""
+        """Start a pause after a failure, and return its length: twice that of the last pause, up to the longest."""
         self.failures += 1
         pause = min(self._longest, self._first * 2.0 ** min(self.failures - 1, 30))
         self.until = self._clock.monotonic() + pause

@@ -26,8 +26,8 @@ T = TypeVar("T")
 class Reads(Handle):
     """The calls that change nothing.
 
-    Each call has a twin whose name ends in `_nowait`: the same call, without `await`, for callbacks
-    and other synchronous code on the event loop. The twin of `exists` is `in`.
+    For each call there is a plain one whose name ends in `_nowait`: the same call, without `await`,
+    for callbacks and other synchronous code on the event loop. That of `exists` is `in`.
     """
 
     __slots__ = ("_core", "_prefix")

@@ -1,4 +1,4 @@
-"""`Scope` and `Namespace`: the calls for the keys under a prefix, and the handles made from them."""
+"""`Scope`, the base of a manager and of a namespace, and `Namespace`. They make the handles for keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Scope(Calls):
-    """The calls, and the handles made from them: the common base of a manager and a namespace."""
+    """The common base of a manager and a namespace. It has the calls for keys, and makes handles."""
 
     __slots__ = ()
 
@@ -36,7 +36,7 @@ class Scope(Calls):
     @overload
     def entry(self, key: str, type: Any, *, default: Any = ...) -> Entry[Any]: ...
     def entry(self, key: str, type: Any, *, default: Any = MISSING) -> Entry[Any]:
-        """Return a handle for one key. It can be made before `start()`, and kept over restarts.
+        """Return a handle for one key. It can be made before `start()`, and used again after a restart of the manager.
 
         Args:
             key: The key.
@@ -54,13 +54,15 @@ class Scope(Calls):
     def namespace(self, name: str) -> Namespace:
         """Return a handle for the keys that begin with `name` and a slash.
 
-        It can be made before `start()`, and kept over restarts. Namespaces can be nested.
+        It can be made before `start()`, and used again after a restart of the manager.
+        Namespaces can be nested.
 
         Args:
             name: 1 character or more, without a slash at its end.
 
         Raises:
-            InvalidKeyError: The name is out of bounds for the beginning of a key.
+            InvalidKeyError: The name is empty, ends with a slash, or cannot begin a key; see
+                `Calls`.
             TypeError: It is not a `str`.
         """
         return Namespace(self._core, self._nested(name))
@@ -73,8 +75,9 @@ class Scope(Calls):
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """Make several changes as one: all of them or none, in memory and after a crash.
 
-        Inside the block, call the transaction, without `await`. At the end of the block all its
-        changes are made at once, as one revision. An exception or a cancellation drops them.
+        Inside the block, call the methods of the transaction, without `await`. At the end of
+        the block all its changes are made at once, as one revision. An exception or a
+        cancellation drops them.
         One transaction is open at a time: other transactions and writers wait until it is over.
         Readers never wait. They see the state from before the transaction.
 
@@ -85,7 +88,8 @@ class Scope(Calls):
                 stopped meanwhile, and nothing was changed.
             FencedError: At the beginning or at the end: a newer writer owns the state.
                 Nothing was changed.
-            StorageError: At the end, with a `flush_interval` of 0: not durable yet.
+            StorageError: At the end, with a `flush_interval` of 0: the changes are made, but not
+                durable yet.
         """
         return self._transaction()
 
@@ -108,14 +112,14 @@ class Scope(Calls):
     def watch(self, prefix: str = "", *, durable: bool = False) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """Iterate over the keys that change from now on.
 
-        Open the watch first, then read the state: so no later change is missed. A slow reader
+        Open the watch first, and then read the state. Then no change is missed. A slow reader
         gets only the last change of each key. If more than 10,000 keys are waiting for it, or
         more than 10,000 keys were deleted at once, it gets one `resync` instead: read the state
         again. The iteration ends when the manager stops or the block is left, after the changes
         that were still waiting. Only one task may read it.
 
         Args:
-            prefix: How the keys begin; an empty one means all keys.
+            prefix: The beginning of the keys; an empty one means all keys.
             durable: Whether a change is reported only when it is durable. Then a change that
                 was made before the watch was opened, but was not durable yet, is reported too.
 
@@ -142,7 +146,7 @@ class Namespace(Scope):
 
     @property
     def prefix(self) -> str:
-        """How the keys begin in the whole state: `"users/"`, or `"web/sessions/"` where namespaces are nested."""
+        """The beginning of the keys in the whole state: `"users/"`, or `"web/sessions/"` if namespaces are nested."""
         return self._prefix
 
     def __repr__(self) -> str:

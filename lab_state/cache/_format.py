@@ -4,12 +4,14 @@ A state has two hashes: values and expiry times. Each has one more field, `$lab_
 the same JSON: format, revision, writer, and the id of the fill that wrote the mirror. So a
 reader notices a hash that is missing, evicted or old, and never takes it for an empty one.
 
-Any client may write here, so nothing that is read is assumed to be from lab_state.
+Any client of the cache may write to a mirror, so nothing that is read is assumed to be from
+lab_state.
 
 A message on the channel is a step: `{"from":41,"to":42,"set":{...},"delete":[...],
-"expires":{...}}`. With `clear`, everything was deleted first. With `more`, the step has
-another message. With `resync`, the message has no changes, and everything must be read. If
-`from` equals `to`, the message is a heartbeat: the writer lives.
+"expires":{...}}`. `clear` says that all keys are deleted before this message applies. `more`
+says that another message of the same step follows. `resync` says that the message has no
+changes, and that the mirror must be read again. If `from` equals `to`, the message is a
+heartbeat: the writer lives.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ FORMAT = 1
 HEAD = RESERVED
 """The field with format, revision and writer. No key can have its name."""
 
-_MOST_KEYS = 50
-_MOST_BYTES = 32 * 1024
-_LARGE = 64 * 1024
+_MOST_KEYS = 50  # in one slice
+_MOST_BYTES = 32 * 1024  # a slice ends with the key that reaches this size
+_LARGE = 64 * 1024  # a value of this size is encoded in pieces
 
 MOST_MESSAGE_BYTES = 4 * 1024 * 1024
 """How many bytes the messages of a step may have. For a larger step, a resync is sent."""
@@ -56,7 +58,7 @@ class Keys:
         self.channel: bytes = self.values + b":changes"
 
     def fill(self) -> tuple[bytes, bytes]:
-        """Return new names for the two hashes of a fill. They are new each time, so no late command can change them."""
+        """Return new names for the two hashes of a fill. So no delayed command of an earlier fill can change them."""
         values = self.values + b":fill:" + os.urandom(8).hex().encode()
         return values, values + b":expires"
 
@@ -126,11 +128,11 @@ def parse_head(data: bytes) -> Head | None:
 
 
 def seen_in(values: bytes | None, expires: bytes | None) -> tuple[Seen, str]:
-    """Return what a writer reads from `$lab_state` of both hashes: writer and revision, and the id of the fill."""
+    """Return the writer, the revision and the id of the fill from `$lab_state` of the two hashes, which must be equal."""
     found = None if values is None or values != expires else _read(_decode_head, values)
     if found is None:
         return Seen(None, 0), ""
-    # A mirror of another format is another writer's in any case. No writer has the id "".
+    # A mirror of another format counts as another writer's. So its writer is reported as "", which no writer has as its id.
     return Seen(found.writer if found.format == FORMAT else "", found.revision), found.fill
 
 
@@ -172,7 +174,7 @@ def resync(start: int, end: int, writer: str) -> bytes:
 
 
 def message_bytes(part: Slice) -> int:
-    """Estimate the bytes of a message with a slice."""
+    """Estimate the size in bytes of a message with a slice."""
     return sum(map(len, part.values)) + sum(map(len, part.values.values())) + sum(map(len, part.deleted))
 
 
