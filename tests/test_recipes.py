@@ -70,15 +70,6 @@ def test_a_page_fits_two_screens(page: Path) -> None:
     assert [line for block in blocks for line in block.splitlines() if len(line) > COLUMNS] == []
 
 
-@every_page
-def test_a_page_is_in_the_menu(page: Path) -> None:
-    """The front page has each of these pages in one of its menus."""
-    menus = re.findall(r"^```\{toctree\}\n(.*?)^```$", (DOCS / "index.md").read_text(), re.DOTALL | re.MULTILINE)
-    entries = [line.strip() for menu in menus for line in menu.splitlines()]
-    named = str(page.relative_to(DOCS).with_suffix(""))
-    assert [entry for entry in entries if entry.endswith((named, f"<{named}>"))] != []
-
-
 @pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.stem)
 def test_a_program_prints_what_its_page_says(page: Path, tmp_path: Path) -> None:
     """A program that was saved and run prints the text of its page. A second run does not move the old data again."""
