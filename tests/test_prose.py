@@ -14,10 +14,14 @@ GUIDE = ROOT / "docs" / "contributing.md"
 MODULES = sorted((ROOT / "lab_state").rglob("*.py"))
 OTHERS = [
     ROOT / "noxfile.py",
-    *sorted((ROOT / "docs" / "examples").glob("*.py")),
+    *sorted((ROOT / "docs" / "examples").rglob("*.py")),
     *sorted((ROOT / "tests").rglob("*.py")),
 ]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "docs" / "examples").glob("*.py"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "docs" / "examples").rglob("*.py")),
+]
 
 # A name for the actor is missing where one of these stands: the caller, a writer, a process, the operator.
 UNUSED = re.compile(

@@ -1,0 +1,100 @@
+"""The demo: real servers, real text over HTTP, real SIGKILL.
+
+Everything happens on the loopback interface and in a temporary directory. The directory is kept, so that its files can
+be looked at. After Ctrl-C it is removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+
+import act_kill
+import httpx2 as httpx
+from lines import lines
+from servers import DemoError
+
+LINES = 2400  # in six seconds
+RATE = 400.0
+FEWEST = 100  # enough for each client to send some before the kill
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main() -> int:
+    """Run the demo. Return its exit status: 0, or 1 if it failed, or 128 and the number of the signal that ended it."""
+    options = parsed()
+    try:
+        return asyncio.run(run(options.lines, options.rate))
+    except KeyboardInterrupt:  # between the end of the loop, with its handlers, and the next line
+        return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def parsed() -> argparse.Namespace:
+    """Return the options. Wrong ones end the process with a message."""
+    parser = argparse.ArgumentParser("demo", description="Kill two servers in the middle of a load, and compare.")
+    parser.add_argument("--lines", type=int, default=LINES, help="how many lines each server gets (%(default)s)")
+    parser.add_argument("--rate", type=float, default=RATE, help="lines a second for each server (%(default)s)")
+    options = parser.parse_args()
+    most = len(lines())
+    if not FEWEST <= options.lines <= most:
+        parser.error(f"--lines {options.lines}: give a number from {FEWEST} to {most}, as many as the pages have")
+    if not 1 <= options.rate <= 1e6:  # noqa: PLR2004
+        parser.error(f"--rate {options.rate}: give a number from 1 to 1,000,000")
+    return options
+
+
+async def run(number: int, rate: float) -> int:
+    """Run the acts in a new directory. Return the exit status, after a message that says how it ended."""
+    began = time.monotonic()
+    signals = cancelled_by_signals()
+    directory = Path(tempfile.mkdtemp(prefix="lab_state-demo-"))
+    try:
+        failure = await failure_of(act_kill.run(directory, lines()[:number], rate))
+    except asyncio.CancelledError:
+        shutil.rmtree(directory)
+        print("Interrupted. The servers have ended, and their files are removed.", file=sys.stderr)
+        return 128 + signals[0]
+    if failure is not None:
+        print(f"The demo failed: {failure}\nThe files and logs are in {directory}", file=sys.stderr)
+        return 1
+    print(f"This took {time.monotonic() - began:.1f} s. The files stay in {directory}")
+    return 0
+
+
+def cancelled_by_signals() -> list[int]:
+    """Let Ctrl-C, SIGTERM and the end of the terminal cancel this task. Return a list that will have their numbers."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    signals: list[int] = []
+
+    def cancel(number: int) -> None:
+        signals.append(number)
+        task.cancel()
+
+    for number in STOPS:
+        loop.add_signal_handler(number, cancel, number)
+    return signals
+
+
+async def failure_of(act: Awaitable[None]) -> str | None:
+    """Await an act. Return why it failed, or `None`."""
+    failure = None
+    try:
+        await act
+    except* (DemoError, httpx.HTTPError) as errors:
+        failure = str(first(errors))
+    return failure
+
+
+def first(error: BaseException) -> BaseException:
+    """Return the first error of a group of groups."""
+    return first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

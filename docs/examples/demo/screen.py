@@ -1,0 +1,51 @@
+"""What the demo prints: text, and a bar for each server where the output is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+
+QUARTERS = 4
+
+
+class Screen:
+    """The output of one act. Without a terminal, each quarter of a bar is a line of text."""
+
+    def __init__(self, names: list[str], total: int) -> None:
+        self._console = Console(highlight=False)
+        self._live = sys.stdout.isatty() and not self._console.is_dumb_terminal
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn()
+        self._progress = Progress(*columns, console=self._console, disable=not self._live)
+        self._bars = {name: self._progress.add_task(name, total=total) for name in names}
+        self._done = dict.fromkeys(names, 0)
+        self._total = total
+
+    def __enter__(self) -> None:
+        self._progress.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, name: str) -> None:
+        """Count one more acknowledged line of a server."""
+        self._done[name] += 1
+        self._progress.update(self._bars[name], completed=self._done[name])
+        if not self._live and self._done[name] * QUARTERS % self._total < QUARTERS:
+            self.say(f"{name}: {self._done[name]:,} of {self._total:,} lines acknowledged")
+
+    def say(self, text: str) -> None:
+        """Print a sentence, broken at the width of the terminal."""
+        self._console.print(text, markup=False)
+
+    def say_whole(self, command: str) -> None:
+        """Print a command in one line, so that it can be copied."""
+        self._console.print(command, markup=False, soft_wrap=True)
+
+    def show(self, table: RenderableType) -> None:
+        """Print a table."""
+        self._console.print(table)

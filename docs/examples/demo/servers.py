@@ -1,0 +1,87 @@
+"""A server process of the demo: started on a free port, killed, started again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+URL = re.compile(r"running on (http://127\.0\.0\.1:\d+)")
+PATIENCE = 20.0  # seconds for a start, and for an end
+
+
+class DemoError(Exception):
+    """The demo cannot go on. The message says why."""
+
+
+class Server:
+    """One application under uvicorn. Its state is in a directory, and its log in a file beside it."""
+
+    def __init__(self, application: str, directory: Path) -> None:
+        self._application = application
+        self.directory = directory
+        self._log = directory.with_name(f"{directory.name}.log")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def start(self) -> str:
+        """Start the process, and return its URL when it serves. The kernel chooses a port that is free.
+
+        Raises:
+            DemoError: the process ended, or did not serve within 20 s. The message has the end of its log.
+        """
+        command = [sys.executable, "-m", "uvicorn", "--app-dir", str(HERE), f"{self._application}:app"]
+        options = ["--host", "127.0.0.1", "--port", "0", "--workers", "1", "--no-use-colors", "--no-access-log"]
+        with self._log.open("wb") as log:
+            # In a session of its own it gets no Ctrl-C: the demo alone decides when it ends.
+            self._process = subprocess.Popen(  # noqa: ASYNC220 -- some milliseconds, and no await before it is known
+                [*command, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=environment(self.directory),
+            )
+        deadline = time.monotonic() + PATIENCE
+        while not (found := URL.search(self._log.read_text("utf-8", "replace"))):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise self.error("did not start")
+            await asyncio.sleep(0.02)
+        return found[1]
+
+    def kill(self) -> None:
+        """Kill the process with SIGKILL, and wait until it is gone. Do nothing if it is gone already."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    async def stop(self) -> None:
+        """Send SIGTERM, and wait until the process has stopped its application and ended.
+
+        Raises:
+            DemoError: it did not end within 20 s, or it failed. The message has the end of its log.
+        """
+        assert self._process is not None
+        self._process.terminate()
+        deadline = time.monotonic() + PATIENCE
+        while self._process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110 -- no event tells of it
+            await asyncio.sleep(0.02)
+        # uvicorn passes the signal on to itself when it has ended gracefully.
+        if self._process.returncode not in {0, -signal.SIGTERM}:
+            raise self.error("did not stop")
+
+    def error(self, what: str) -> DemoError:
+        """Return an error that says what the server did, with the end of its log."""
+        log = self._log.read_text("utf-8", "replace").splitlines()
+        return DemoError("\n".join([f"the server of {self.directory.name} {what}; its log ends with:", *log[-10:]]))
+
+
+def environment(directory: Path) -> dict[str, str]:
+    """Return the environment of a server. Settings for uvicorn are left out: the demo passes its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("UVICORN_")}
+    return {**kept, "STATE_DIRECTORY": str(directory)}
