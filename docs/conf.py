@@ -15,7 +15,9 @@ release = version = _PROJECT["version"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
+default_role = "code"  # `name` in a docstring is code
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"lab_state {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -98,7 +98,8 @@ def test_the_tutorial_is_the_first_link_of_the_readme() -> None:
 def entries_of(page: Path) -> list[Path]:
     """Return the pages in the menus of a page."""
     lines = [line.strip() for menu in MENU.findall(page.read_text()) for line in menu.splitlines()]
-    return [(page.parent / f"{line}.md").resolve() for line in lines if line and not line.startswith(":")]
+    entries = [re.sub(r".*<(.+)>", r"\1", line) for line in lines if line and not line.startswith(":")]
+    return [(page.parent / f"{entry}.md").resolve() for entry in entries]
 
 
 def test_each_page_is_in_one_menu() -> None:
