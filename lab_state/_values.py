@@ -290,17 +290,18 @@ def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
 def _refusal_of_depth(value: Any) -> InvalidValueError:
     """Return the path to what is one level too deep. Levels that lead to nothing else are passed quickly."""
     steps: list[str] = []
-    part = value
+    part: Any = value
     while len(steps) < MAX_DEPTH and part.__class__ in PLAIN:
         if part.__class__ is list and len(part) == 1:
             steps.append("[0]")
             part = part[0]
             continue
-        inner = [found for found in parts_of(part) if found[1].__class__ not in SCALARS]
-        step, below = inner[0] if len(inner) == 1 else cast("Any", _first_refused(part, MAX_DEPTH - len(steps) - 1))
+        inner = [pair for pair in parts_of(part) if pair[1].__class__ not in SCALARS]
+        found = inner[0] if len(inner) == 1 else _first_refused(part, MAX_DEPTH - len(steps) - 1)
+        step, below = cast("tuple[Any, Any]", found)
         steps.append(step_in(part, step))
         part = below
-    if len(steps) < MAX_DEPTH or cast("Any", part).__class__ not in PLAIN:  # a Raw, or an object with fields
+    if len(steps) < MAX_DEPTH or part.__class__ not in PLAIN:  # a Raw, or an object with fields
         return _refusal(value)
     return InvalidValueError(_TOO_DEEP, joined(steps))
 
