@@ -65,12 +65,12 @@ class Calls(Writing):
         Args:
             key: The key.
             default: The result when the key is missing; see `get`.
-            type: What to decode the value as; see `get`.
+            type: The type to decode the value as; see `get`.
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored value is not a `type`; it was not deleted.
-            StorageError: With a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         await self._turn()
@@ -104,8 +104,8 @@ class Calls(Writing):
             fn: A plain function that is given the value and returns the new one. If it
                 raises, nothing changes. If it changes this key itself, with `set_nowait`,
                 its result overwrites that.
-            default: What `fn` is given when the key is missing.
-            type: What to decode the value as; the new value must be one too.
+            default: The argument of `fn` when the key is missing.
+            type: The type to decode the value as; the new value must be one too.
             ttl: How long the key lives from now on; see `set`. Without it, or with `None`,
                 a key that is there keeps its time: it expires when it would have, or never.
                 To let a key live for good, use `touch(key, None)`.
@@ -117,7 +117,7 @@ class Calls(Writing):
                 `None` where the old one was not: a forgotten `return`. Or `ttl` is out of
                 bounds.
             TypeError: `fn` is not callable; or see `get` and `set`.
-            StorageError: With a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         check_callable("update", fn)
@@ -152,7 +152,7 @@ class Calls(Writing):
             key: The key.
             factory: A plain function, called only when the key is missing. If it sets this
                 key itself, with `set_nowait`, its result overwrites that.
-            type: What to decode the value as; the result of `factory` must be one too.
+            type: The type to decode the value as; the result of `factory` must be one too.
             ttl: How long the key lives if the result of `factory` is stored; see `set`.
 
         Raises:
@@ -160,7 +160,7 @@ class Calls(Writing):
             InvalidValueError: The new value cannot be kept, or is an awaitable. Or `ttl`
                 is out of bounds.
             TypeError: `factory` is not callable; or see `get` and `set`.
-            StorageError: With a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         check_callable("get_or_set", factory)
@@ -183,7 +183,7 @@ class Calls(Writing):
         Raises:
             InvalidValueError: JSON cannot hold the value, or `ttl` is out of bounds.
             TypeError: `ttl` is neither a number nor a `timedelta`.
-            StorageError: With a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         stored = self._encode(value)
@@ -216,7 +216,7 @@ class Calls(Writing):
 
         Args:
             key: The key.
-            delta: What to add; may be negative.
+            delta: The number to add. It may be negative.
             type: `int` or `float`, or a type of such a number: what to decode the stored
                 number as. The new number must be one too.
             default: The number to start from when the key is missing.
@@ -229,7 +229,7 @@ class Calls(Writing):
             InvalidValueError: `delta`, `default` or the sum is not finite, or `ttl` is out of
                 bounds.
             TypeError: `delta` or `default` is not a number; or see `get` and `set`.
-            StorageError: With a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         _check_number("delta", delta)
@@ -308,8 +308,8 @@ class Calls(Writing):
         Args:
             key: The key.
             fn: A plain function: value in, value out. If it raises, nothing changes.
-            default: What `fn` is given when the key is missing.
-            type: What to decode the value as; the new value must be one too.
+            default: The argument of `fn` when the key is missing.
+            type: The type to decode the value as; the new value must be one too.
             ttl: How long the key lives from now on; see `update`.
 
         Raises:

@@ -41,10 +41,10 @@ class Checkpoints:
         Args:
             name: The name of the state.
             session: The storage, opened.
-            outcomes: Gets the outcome of each checkpoint.
-            clock: Measures how long a checkpoint takes.
+            outcomes: The object that gets the outcome of each checkpoint.
+            clock: The clock of the manager.
             pauses: The pauses after checkpoints that failed.
-            given: Is called for each slice of a snapshot.
+            given: A function that is called for each slice of a snapshot.
         """
         self.due: bool = False
         self.records: int = 0
@@ -59,11 +59,11 @@ class Checkpoints:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a checkpoint is due, and only waits until a view is given back."""
+        """Whether a checkpoint is due, and waits only until no view is in use."""
         return self.due and not self._pauses.failures and self._state.frozen
 
     def start_if_due(self) -> None:
-        """Start a checkpoint if one is due and no view is out. A second view would copy the state."""
+        """Start a checkpoint if one is due and no view is in use. A second view would copy the state."""
         if self.due and self._pauses.are_over and not self._state.frozen:
             self.start()
 
@@ -109,7 +109,7 @@ class Checkpoints:
             self._failed(error)
         else:
             self.records -= before
-            self.due = False  # commits may have set it meanwhile, for the journal that is now dropped
+            self.due = False  # a commit may have set it meanwhile, because of the journal that is now dropped
             self._outcomes.checkpoint_succeeded(self._clock.monotonic() - started, self._session.snapshot_bytes)
         finally:
             await views.fold()

@@ -40,7 +40,7 @@ _CRC = b',"crc32":"'
 _MEMBER_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
 _END_BYTES = len(b',"crc32":"00000000"}}')
 _SLICE_BYTES = 64 * 1024
-_KEY_BYTES = 128  # a key counts as so many bytes, because it takes time even if its value is small
+_KEY_BYTES = 128  # added to the size of each value, because a key takes time even if its value is small
 _MOST_AT_ONCE = 500
 
 
@@ -211,7 +211,7 @@ def pieces(large: Value) -> Iterator[bytes]:
             yield encode(large[start : start + _SLICE_BYTES])[1:-1]
         yield b'"'
     else:
-        view = memoryview(cast("Json | Raw", large))  # no number has so many digits
+        view = memoryview(cast("Json | Raw", large))  # not a number: none is that large
         for start in range(0, len(view), _SLICE_BYTES):
             yield bytes(view[start : start + _SLICE_BYTES])
 

@@ -3,7 +3,7 @@
 zlib has to read a part to compute its checksum. Many parts that overlap would be read again
 and again. But a CRC is linear. Take two checksums with different initial values, both over the
 same bytes. The difference of the results depends only on the difference of the initial values
-and on the number of bytes: it is the same as over so many zero bytes. So one pass over the
+and on the number of bytes: it is the same as over zero bytes of that number. So one pass over the
 buffer is enough for all of its parts.
 """
 
@@ -49,7 +49,7 @@ def part(before: int, whole: int, length: int, seed: int) -> int:
 
 @cache
 def _zeros(length: int) -> _Tables:
-    """Make the tables that advance a checksum over so many zero bytes: one table for each of its four bytes."""
+    """Make the tables that advance a checksum over `length` zero bytes: one table for each of its four bytes."""
     if length == 1:
         images = [_after_one(1 << bit) for bit in range(32)]
     else:

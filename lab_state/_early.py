@@ -15,7 +15,7 @@ from lab_state._entries import Expiring, StoredOrGone
 from lab_state._state import State
 
 MANY_BYTES = 8 * 1024 * 1024
-"""With so many changed bytes, a flush is started."""
+"""A flush is started when the changes have this many bytes."""
 
 LOOK_EVERY = 1 / 16
 """Seconds between two estimates. The number is exact in binary, so the sums of a test's clock are exact."""

@@ -20,7 +20,7 @@ LONGEST_ESCAPED = 256
 """Characters of an escaped key at most. A key has 1,024, so a few of them and a prefix fit into one."""
 
 CUT_KEY = "%~"
-"""How an escaped key begins that was cut."""
+"""The beginning of an escaped key that was cut."""
 
 _NOT_IN_A_KEY = re.compile("[%/\0\ud800-\udfff]")
 _EMPTY_KEY = "%"

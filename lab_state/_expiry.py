@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _AHEAD = 3
-"""Keys of so many seconds are in the heap, with the present second: more seconds than pass between two sweeps."""
+"""The heap has the keys of this many seconds, from the present one on. Sweeps are less far apart than this."""
 
 _LEFT_BEHIND = 4
-"""For each key that a sweep may take, it examines at most so many places of the heap."""
+"""The most entries of the heap that a sweep examines for each key that it may take."""
 
 
 def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
@@ -109,7 +109,7 @@ class Expiries:
             self.on_first()
 
     def discard(self, key: str) -> None:
-        """Remove a key from the index, if it is in it."""
+        """Remove a key, if the index has it."""
         second = self._second.pop(key, None)
         if second is not None:
             bucket = self._buckets[second]
@@ -126,7 +126,7 @@ class Expiries:
         return held
 
     def attend(self, *, wanted: bool) -> None:
-        """Start or stop to find keys at their exact time; see `load`."""
+        """Start or stop finding keys at their exact time; see `load`."""
         self._heap = [] if wanted else None
         self._heaped, self._loading = -1, None
 

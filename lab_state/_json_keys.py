@@ -1,10 +1,10 @@
 """Find two keys of one dict that are one key in JSON, as in `{7: 1, "7": 2}`. Pure.
 
 msgspec writes both members, and a reader of the JSON finds only the last one. A dict whose
-keys are all `str` cannot have two such keys. msgspec's encoders accept no other keys, at any
-depth, if they are told to sort. So each value is encoded a second time, as sorted MessagePack.
-If that is refused, the JSON itself is examined. The MessagePack also shows NaN, infinity and
-times, because JSON holds these as text or as `null`.
+keys are all `str` cannot have two such keys. With `order="deterministic"`, msgspec's encoders
+accept only `str` keys, at any depth. So each value is encoded a second time, as MessagePack
+in that order. If that is refused, the JSON itself is examined. NaN, infinity and times are
+found in the MessagePack, because JSON has them as `null` or as text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MANY = 32
 
 
 class _Keys(msgspec.Struct, gc=False):
-    """A class without fields. A dict is converted to it if each key is a `str`, and no member is looked at."""
+    """A class without fields. The conversion of a dict to it checks that each key is a `str`, and ignores the values."""
 
 
 def _other(value: object) -> object:
@@ -40,7 +40,7 @@ check_str_keys = msgspec.msgpack.Encoder(order="deterministic", enc_hook=_other)
 
 
 def pack(value: Any) -> bytes | None:
-    """Return a value in MessagePack, or `None` if that cannot hold it, or if a key of a dict in it is no `str`.
+    """Return a value in MessagePack. Return `None` if that cannot hold it, or if a key of a dict in it is not a `str`.
 
     The keys of a large outermost dict are left out.
     """
@@ -48,7 +48,7 @@ def pack(value: Any) -> bytes | None:
         if value.__class__ is dict and len(value) > _MANY and have_own_texts(value):
             value = [*value.values()]
         return check_str_keys(value)
-    except Exception:  # noqa: BLE001 -- whatever the reason is, the JSON is examined
+    except Exception:  # noqa: BLE001 -- for any reason, the caller examines the JSON instead
         return None
 
 
@@ -62,7 +62,7 @@ def have_own_texts(keys: dict[Any, Any]) -> bool:
 
 
 def is_canonical(data: bytes) -> bool:
-    """Return whether JSON is as msgspec would write it again. The first of two members would be missing."""
+    """Return whether msgspec would write the same JSON again. It would not if an object has a member twice."""
     try:
         return _encode(_decode(data)) == data
     except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -75,7 +75,7 @@ def double_key(data: bytes) -> tuple[list[str | int], str] | None:
         return None
     try:
         whole = json.loads(data, object_pairs_hook=_Object)
-    except (ValueError, RecursionError):  # refused for this elsewhere
+    except (ValueError, RecursionError):  # another check refuses such a value
         return None
     stack: list[tuple[list[str | int], Any]] = [([], whole)]
     while stack:

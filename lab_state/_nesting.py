@@ -25,7 +25,7 @@ _LONGEST_UNIT = 64
 _SHORT = 8 * 1024
 
 _FEW = 16
-"""If there are so many brackets for each quote, strings are removed one by one."""
+"""With more brackets than this for each quote, strings are removed one by one."""
 
 
 def too_deep(data: bytes) -> bool:
@@ -34,7 +34,7 @@ def too_deep(data: bytes) -> bool:
 
 
 def deeper(data: bytes, levels: int) -> bool:
-    """Return whether JSON has more than so many levels of nesting."""
+    """Return whether JSON has more than `levels` levels of nesting."""
     if len(data) < _SHORT and (len(data) <= 2 * levels or data.count(b"[") + data.count(b"{") <= levels):
         return False
     if _BACKSLASH in data and b'\\"' in data:
@@ -42,7 +42,7 @@ def deeper(data: bytes, levels: int) -> bool:
     structure = data.translate(None, _DROPPED)
     if structure.count(b'"') * _FEW < len(structure):
         structure = _outside(structure)
-    rest, gone = _without_what_repeats(structure)  # no more than so many levels went with what is gone
+    rest, gone = _without_what_repeats(structure)  # at most `gone` levels were removed
     rest = rest.replace(b'""', b"")
     for _ in range(_MOST_ROUNDS):
         before = len(rest)

@@ -1,4 +1,4 @@
-"""The start of a manager: wait for a state that another writer holds, and load it."""
+"""The start of a manager: the wait for a state that another writer holds, and the loading of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) ->
 
     Raises:
         LockedError: The time is up, and another writer still holds the state.
-        StorageError: Any other error of `Storage.open`, at once.
+        StorageError: `Storage.open` raised it. It is not tried again.
     """
     seconds = config.lock_timeout
     pauses = Pauses(clock, _FIRST_PAUSE, _LONGEST_PAUSE)
@@ -54,8 +54,8 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
         session: The session of the storage.
         name: The name of the state, for the log.
         clock: The clock of the manager.
-        logger: Takes the line, and warnings.
-        began: When the start began, in seconds of `clock.monotonic`.
+        logger: The logger for the line, and for warnings.
+        began: The time when the start began, in seconds of `clock.monotonic`.
 
     Raises:
         CorruptionError: The stored state is damaged.
@@ -94,7 +94,7 @@ def _time(found: LoadedState, path: str, clock: Clock, logger: Log) -> float:
     wall = clock.time()
     if not found.expires:
         return wall
-    # By the wall clock. By the time of the state, if the wall clock was wrong when the state was written.
+    # The wall clock counts, unless it was wrong when the state was written: then the time of the state does.
     time, behind = resumed(found.time, found.wall, wall)
     if behind:
         logger.warning("%s: the wall clock is %.0f s behind what was written; keys live that much longer", path, behind)

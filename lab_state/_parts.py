@@ -1,4 +1,4 @@
-"""The parts of a value, each with its step in a path; and values that JSON would change. Pure."""
+"""The parts of a value, each with its step in a path. Also finds NaN, infinity, and times that JSON would change. Pure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _ZONE_OF_A_TIME = (
 def first_part(container: Any, refused: Callable[[Any], bool]) -> tuple[object, object] | None:
     """Return the first of the parts that is refused, with its step. Without parts, return `None`.
 
-    Half of the parts are tried together, as a list. A part that is left alone is not tried.
+    This is a binary search: `refused` is called with half of the remaining parts, as a list.
+    The last remaining part is returned without a call.
     """
     kind = container.__class__
     if kind in SCALARS:
@@ -71,7 +72,7 @@ def parts_of(container: Any) -> Iterable[tuple[object, object]]:
 
 
 def step_in(container: Any, step: object) -> str:
-    """Return the step of a path for a part that `_parts` gives."""
+    """Return the text of a step that `parts_of` gave."""
     kind = container.__class__
     return step_of(step) if kind is dict else f"[{step}]" if kind in PLAIN else str(step)
 

@@ -124,7 +124,7 @@ class Reads(Handle):
 
         Args:
             keys: The keys.
-            type: What to decode each value as; see `get`.
+            type: The type to decode each value as; see `get`.
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
@@ -151,8 +151,8 @@ class Reads(Handle):
         This looks at every key of the state, on the event loop.
 
         Args:
-            prefix: How the keys begin; an empty one means all keys.
-            type: What to decode each value as; see `get`.
+            prefix: The beginning of the keys; an empty one means all keys.
+            type: The type to decode each value as; see `get`.
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
@@ -181,7 +181,7 @@ class Reads(Handle):
         This looks at every key of the state, on the event loop.
 
         Args:
-            prefix: How the keys begin; an empty one means all keys.
+            prefix: The beginning of the keys; an empty one means all keys.
 
         Raises:
             TypeError: `prefix` is not a `str`.

@@ -26,7 +26,7 @@ _SLICE = 256
 """So many items are converted together: the memory of one slice is used for the next."""
 
 _ENOUGH = 64 * 1024
-"""A class costs 100 to 700 microseconds. It is made when so many bytes of such records were checked without it."""
+"""A class costs 100 to 700 microseconds. It is made after this many bytes of such records were checked without it."""
 
 _MOST_FIELDS, _LONGEST_NAMES = 32, 1024
 _MOST_CLASSES = 256

@@ -31,7 +31,7 @@ The key is `None` if all keys were deleted at once.
 """
 
 WATCHED_CLEAR = 10_000
-"""With a watch, a clear of up to so many keys deletes them one by one, so that each is reported."""
+"""While there is a watch, a clear of at most this many keys deletes them one by one, so that each is reported."""
 
 
 class Readable(Protocol):

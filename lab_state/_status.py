@@ -37,18 +37,17 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         revision: The number of the last change.
         durable_revision: Every change up to this revision is durable.
         unflushed_keys: The number of keys with changes that are not durable.
-        unflushed_age: How long ago the oldest of these changes was made, in seconds. A
-            crash now would lose the changes of that time.
-        last_flush_at: When the last flush that wrote something succeeded, in seconds
-            since 1970.
-        last_flush_seconds: How long that flush took.
-        flushes: How many flushes succeeded since the start.
-        flush_failures: How many flushes and checkpoints failed since the start.
+        unflushed_age: The age of the oldest of these changes, in seconds; 0 if there are none.
+        last_flush_at: The time of the last flush that wrote something and succeeded, in
+            seconds since 1970.
+        last_flush_seconds: The duration of that flush.
+        flushes: The number of flushes that succeeded since the start.
+        flush_failures: The number of flushes and checkpoints that failed since the start.
         last_error: The error of the last flush or checkpoint; `None` when it succeeded.
         snapshot_bytes: The size of the snapshot.
         journal_bytes: The size of the journal that follows the snapshot.
         storage_warning: A fault of the storage that makes no call fail, and what the
-            operator has to do about it; `None` for none.
+            operator has to do about it; `None` if there is no such fault.
         fenced: Whether a newer writer owns the state. Then nothing more becomes durable,
             and every write raises `FencedError`. End the process.
         task_failure: Which task of the manager has ended before `stop()`, and why;
@@ -78,7 +77,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def status_of(phase: Phase, flusher: Flusher, mirror: MirrorWriter | None) -> Status:
-    """Return the status of a manager whose flusher has begun."""
+    """Return the status of a manager that was started."""
     return Status(
         phase=phase,
         keys=flusher.state.count(),

@@ -92,7 +92,7 @@ class Sweeper:
         return min(_PERIOD, max(left, _GAP)) if left > 0 else 0.0
 
     def _arm(self, delay: float) -> None:
-        """Set the timer to so many seconds, unless it ends earlier."""
+        """Set the timer to `delay` seconds, unless it ends earlier."""
         due = self._clock.monotonic() + delay
         if self._put_off or (self._timer is not None and self._due <= due):
             return

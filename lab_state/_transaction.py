@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 class _Live:
-    """The entries of a state. Each call asks the state, because another object may hold them by then."""
+    """The entries of a state. Each call asks the state, because it may have replaced its dict since the last call."""
 
     __slots__ = ("_state",)
 
@@ -52,7 +52,7 @@ class _Entries(Layer):
 class Draft(State):
     """A state on top of another state, its base. Nothing else changes the base while the draft exists.
 
-    `changes` is the top layer of `entries` too, so one store changes both. `revision` is the
+    `changes` is also the top layer of `entries`, so one assignment changes both. `revision` is the
     revision that the commit will make.
     """
 
@@ -67,17 +67,17 @@ class Draft(State):
         self.revision = base.revision + 1
 
     def now(self) -> int:
-        """Return the time of the state beneath."""
+        """Return the time of the base."""
         return self.base.now()
 
     def has(self, key: str) -> bool:
-        """Return whether a key is there."""
+        """Return whether a key exists, and has not expired."""
         return key in self.entries and self._lives(key)
 
     def count(self) -> int:
         """Return how many keys there are.
 
-        It costs one step for each change, and for each key that expires within this second.
+        Its cost grows with the number of changes, and of keys that expire within this second.
         """
         total = len(self.entries)
         if self.expires:
@@ -89,11 +89,11 @@ class Draft(State):
 
     @property
     def expires(self) -> bool:
-        """Whether a key expires, here or in the state beneath."""
+        """Whether a key expires, in the draft or in the base."""
         return bool(self.expiries) or bool(self.base.expiries)
 
     def merge(self) -> int | None:
-        """Apply all changes to the state beneath, as one; return its revision, or `None` if nothing changed."""
+        """Apply all changes to the base, as one change. Return its revision, or `None` if nothing changed."""
         changes: dict[str, StoredOrGone] = self.changes
         if self._only_values:
             return self.base.set_many(cast("dict[str, Value]", changes)) if changes else None
@@ -185,7 +185,7 @@ class DraftCore(CallCore):
 
 @final
 class Transaction(Plain):
-    """The calls without `await`, on changes that are not in the state yet.
+    """A transaction: changes that are not in the state yet, and the calls that make and read them, without `await`.
 
     Each has the guarantees and errors of the call of the same name of the manager. It sees
     the changes made in the transaction so far, and never waits. `set` and `set_many` return the

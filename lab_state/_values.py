@@ -56,7 +56,7 @@ _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 _NO_ROOM = "so deep in calls, Python's recursion limit leaves no room for its nesting; it cannot be kept from here"
 _TOO_DEEP = f"more than {MAX_DEPTH} levels of nesting cannot be kept"
 _LONE_SURROGATE = "a str with a lone surrogate cannot be kept: UTF-8 cannot hold it"
-_TOO_MANY_DIGITS = "an int of so many digits cannot be kept; store it as a str"
+_TOO_MANY_DIGITS = "an int with more digits than Python converts cannot be kept; store it as a str"
 
 
 def _encode_other(value: object) -> object:
@@ -283,7 +283,7 @@ def _refusal(value: object) -> InvalidValueError:
 
 
 def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
-    """Return the first of the parts that cannot be encoded in so many levels."""
+    """Return the first of the parts that cannot be encoded within `levels` levels of nesting."""
     return first_part(container, lambda parts: _refused(parts, levels + 1))
 
 

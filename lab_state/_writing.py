@@ -45,18 +45,19 @@ class Writing(Reads):
             value: Anything that msgspec encodes as JSON, a Pydantic model, a path, an IP
                 address or a deque. The page "Values and types" says what survives. The value is
                 encoded now, in one step of the event loop, so that writes keep their order.
-                A later change of the object does not change the state. A large value costs
-                two to five times `msgspec.json.encode` of it, about 3 ms for a megabyte of
-                records. A value that is nested deeply, or is refused, costs up to twenty times.
+                A later change of the object does not change the state. A large value takes
+                two to five times as long as `msgspec.json.encode`, about 3 ms for a megabyte
+                of records. A value that is nested deeply, or is refused, takes up to twenty
+                times as long.
             ttl: How long the key lives: seconds or a `timedelta`, above 0 and at most
                 10,000,000,000 seconds. Without it the key never expires, even if it would
                 have expired before.
 
         Raises:
-            InvalidValueError: JSON cannot hold the value; the error says where in it.
+            InvalidValueError: JSON cannot hold the value; the error has the path to the bad part.
                 Or `ttl` is out of bounds.
             TypeError: `ttl` is neither a number nor a `timedelta`.
-            StorageError: With a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         core = self._core
@@ -107,7 +108,7 @@ class Writing(Reads):
         return revision
 
     async def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> int:
-        """Store several values as one change, and return the revision. After a crash all are there, or none.
+        """Store several values as one change, and return the revision. A crash keeps all of them, or none.
 
         Args:
             values: The keys and their values.
@@ -117,7 +118,7 @@ class Writing(Reads):
             InvalidValueError: One of the values cannot be kept, or `ttl` is out of
                 bounds; none was stored.
             TypeError: `values` is not a mapping; or see `set`.
-            StorageError: With a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         self._check_writable()
@@ -148,7 +149,7 @@ class Writing(Reads):
         Raises:
             InvalidValueError: `ttl` is out of bounds.
             TypeError: `ttl` is not a number, a `timedelta` or `None`.
-            StorageError: With a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         lifetime = self._lifetime(ttl)
@@ -165,17 +166,17 @@ class Writing(Reads):
         """Delete a key, and return whether it was there.
 
         Raises:
-            StorageError: With a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         return await self.delete_many((key,)) == 1
 
     async def delete_many(self, keys: Iterable[str]) -> int:
-        """Delete those of the keys that are there, as one change, and return how many were there.
+        """Delete several keys as one change, and return how many of them existed.
 
         Raises:
             TypeError: `keys` is one `str`, or is not iterable.
-            StorageError: With a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         self._check_open()
@@ -190,11 +191,11 @@ class Writing(Reads):
         """Delete each key that starts with `prefix`, as one change, and return how many there were.
 
         Args:
-            prefix: How the keys begin; an empty one means all keys.
+            prefix: The beginning of the keys; an empty one means all keys.
 
         Raises:
             TypeError: `prefix` is not a `str`.
-            StorageError: With a `flush_interval` of 0: not durable yet.
+            StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         prefix = check_prefix(prefix)
@@ -203,7 +204,7 @@ class Writing(Reads):
         if keys is None:
             state = self._core.state
             before, count = state.revision, state.clear()
-            if state.revision > before:  # a change too if every key had expired
+            if state.revision > before:  # it is a change even if every key had expired
                 await self._written(state.revision)
             return count
         return await self._deleted(self._core.state.delete_many([self._prefix + key for key in keys]))
@@ -246,7 +247,7 @@ class Writing(Reads):
             raise
 
     def _at(self, lifetime: int | None) -> int | None:
-        """Return when a key expires that lives for so many milliseconds from now on."""
+        """Return the expiry time of a key that lives for `lifetime` milliseconds from now on."""
         return None if lifetime is None else self._core.state.now() + lifetime
 
     def _replaceable(self, key: str, default: object, type_: Any) -> tuple[Any, int | None]:
@@ -281,7 +282,7 @@ class Writing(Reads):
         state.before_change()
 
     def _check_writable(self) -> None:
-        """Make sure that the manager is running, and that this is its event loop."""
+        """Check that the manager is running, and that the caller is on its event loop."""
         self._core.durability.check_loop()
 
     async def _turn(self) -> None:
@@ -292,13 +293,13 @@ class Writing(Reads):
             self._check_writable()
 
     async def _written(self, revision: int) -> int:
-        """Return the revision; with a `flush_interval` of 0, when it is durable."""
+        """Return the revision. With a `flush_interval` of 0, first wait until it is durable."""
         if self._core.write_through:
             await self._core.durability.make_latest_durable(revision)
         return revision
 
     async def _deleted(self, count: int) -> int:
-        """Return how many keys were deleted; with a `flush_interval` of 0, when that is durable."""
+        """Return how many keys were deleted. With a `flush_interval` of 0, first wait until that is durable."""
         if count:
             await self._written(self._core.state.revision)
         return count

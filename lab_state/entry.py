@@ -124,7 +124,7 @@ class Entry(Handle, Generic[T]):
         If the key is missing, it starts from the default of the entry, or from 0.
 
         Args:
-            delta: What to add; may be negative.
+            delta: The number to add. It may be negative.
             ttl: How long a number lives that starts here; see `Manager.incr`.
         """
         start: Any = 0 if self._default is MISSING else self._default
@@ -151,7 +151,7 @@ class Entry(Handle, Generic[T]):
 
     @property
     def _asked(self) -> object:
-        """What a read is given as its default: it tells a missing key from a stored default."""
+        """The default that is passed to a read. It distinguishes a missing key from a stored default."""
         return MISSING if self._default is MISSING else MISSING_VALUE
 
     @property

@@ -24,15 +24,15 @@ from lab_state.cache._source import Source, Subscription
 from lab_state.exceptions import StorageError, UnavailableError
 
 POLL_SECONDS = 2.0
-"""How often the head is read, in seconds."""
+"""The seconds between two reads of the head."""
 
 SILENT_SECONDS = 5.0
-"""After so long without a message, the subscription is tested. This is more than two heartbeats of a writer."""
+"""After this many seconds without a message, the subscription is tested. This is more than two heartbeats of a writer."""
 
 _REPLAYED_AT_ONCE = 1000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _MOST_BYTES = 16 * 1024 * 1024
-"""How many bytes the messages of one step may have. A writer sends up to 4 MiB, and then a resync."""
+"""The highest number of bytes in the messages of one step. A writer sends up to 4 MiB, and then a resync."""
 
 _LONGEST_STEP = 1_000_000
 """A message with more revisions does not prove that the mirror has them. Everything is read again."""

@@ -43,7 +43,7 @@ _MOST_BYTES = 32 * 1024  # a slice ends with the key that reaches this size
 _LARGE = 64 * 1024  # a value of this size is encoded in pieces
 
 MOST_MESSAGE_BYTES = 4 * 1024 * 1024
-"""How many bytes the messages of a step may have. For a larger step, a resync is sent."""
+"""The highest number of bytes in the messages of a step. For a larger step, a resync is sent."""
 
 Revision: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 """A revision in JSON. Every JSON reader holds integers below 2**53 exactly. No state has a higher revision."""

@@ -4,13 +4,13 @@ How it is loaded:
 
 1. The reader subscribes. From then on, messages are kept.
 2. It reads the head. This is the first revision.
-3. It reads everything, in parts. Each part may be of a different revision.
+3. It reads all keys, in parts. Each part may be of a different revision.
 4. It reads the head again, and sends a ping on the subscription. When the ping is answered,
    all messages up to the second head have come.
 5. It applies the kept messages after the first revision. They contain every key that changed
    since then. So the copy is exactly at the revision of the last message.
 
-After that, each message continues at the revision of the copy. If one does not, a message
+After that, each message must start at the revision of the copy. If one does not, a message
 was lost. Then nothing is shown until the copy is loaded again.
 """
 
@@ -34,7 +34,7 @@ class LocalCopy:
     """Keys and values of a mirror, in the form in which a manager stores them.
 
     Attributes:
-        shown: What may be read; empty while the copy is not fresh.
+        shown: The entries that may be read; empty while the copy is not fresh.
         fresh: Whether the copy is complete and up to date.
         head: Writer and revision of the mirror of which this is a copy; `None` before the first load.
         highest: The highest revision that could be read here.
@@ -46,7 +46,9 @@ class LocalCopy:
         self.head: Head | None = None
         self.highest: int = 0
         self._entries: dict[str, Stored] = {}
-        self._whole = False  # whether `_entries` are everything at `head`, and not what an interrupted load has left
+        self._whole = (
+            False  # whether `_entries` has all keys at `head`; False during a load, and after an interrupted one
+        )
         self._kept: deque[Sequence[Message]] | None = None
 
     def invalidate(self) -> None:
@@ -76,14 +78,14 @@ class LocalCopy:
         self._kept = deque()
 
     def set_head(self, head: Head) -> bool:
-        """Take the first head of a load. Return False if the copy is already there, so that nothing need be read."""
+        """Take the first head of a load. Return False if the copy is already at this head, and need not be read."""
         if self._whole and head == self.head:
             return False
         self.head, self._entries, self._whole = head, {}, False
         return True
 
     def add(self, found: Fetched) -> None:
-        """Add a part of what is read. Values come before their expiry times."""
+        """Add a part of the mirror. The value of a key must come before its expiry time."""
         entries = self._entries
         for key, data in found.values.items():
             entries[key] = _stored(data)
@@ -95,7 +97,7 @@ class LocalCopy:
     def replay(self, most: int) -> bool:
         """Apply about `most` keys of the kept messages, and return whether there are more.
 
-        A message that does not continue at the revision of the copy ends this. Then
+        If a message does not start at the revision of the copy, stop there. Then
         `finish_loading` returns False.
         """
         kept, head = self._kept, self.head
@@ -153,7 +155,7 @@ class LocalCopy:
 
 
 def _stored(data: bytes) -> Value:
-    """Return a value as a manager stores it: a scalar decoded, all else as JSON. Invalid JSON is an error when it is read."""
+    """Return a value as a manager stores it: a scalar decoded, any other value as JSON. A read raises for invalid JSON."""
     if data[:1] in _OBJECT_OR_ARRAY:
         return Json(data)
     try:

@@ -47,14 +47,14 @@ from lab_state.exceptions import FencedError, StorageError, UnavailableError
 
 STOP_SECONDS = 1.0
 HEARTBEAT_SECONDS = 2.0
-"""How often an idle writer checks its mirror and sends a heartbeat."""
+"""The seconds after which an idle writer checks its mirror and sends a heartbeat."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _FIRST_SPOILT, _LONGEST_SPOILT = 1.0, 300.0
 """The pauses between two fills, while another client writes to the mirror repeatedly."""
 
 _CALM_SECONDS = 60.0
-"""After so long without such a write, the next one is logged again, and the fill comes without a pause."""
+"""After this many seconds without such a write, the next one is logged again, and the fill comes without a pause."""
 
 _MOST_DRIFT_MILLISECONDS = 500
 """How far the two clocks may drift apart before the mirror is filled again. Expiry times are wrong by less than this."""
@@ -74,7 +74,7 @@ _KEPT_SECONDS = 10.0
 
 _PROGRESS_SECONDS = 5.0
 _LARGE_KEYS = 100_000
-"""For a fill with so many keys, the log reports the progress, at most once in `_PROGRESS_SECONDS`."""
+"""For a fill with this many keys or more, the log reports the progress, at most once in `_PROGRESS_SECONDS`."""
 
 
 class MirrorWriter:

@@ -11,7 +11,7 @@ from lab_state.cache._source import Fetched
 from lab_state.exceptions import UnavailableError
 
 STANDS_SECONDS = 10.0
-"""If a living writer reports a lower revision for so many seconds, that revision is accepted."""
+"""If a living writer reports a lower revision for this many seconds, that revision is accepted."""
 
 
 class Accepted(NamedTuple):

@@ -32,7 +32,7 @@ from lab_state.exceptions import (
 T = TypeVar("T")
 
 _LOOK_AGAIN_SECONDS = 1.0
-"""How often `wait_revision` reads the revision without a message."""
+"""The seconds between two reads of the revision by `wait_revision`, if no message comes."""
 
 
 class Reader(Handle):

@@ -50,7 +50,7 @@ def answer_to(error: Exception, asked: str, retry_after: int) -> Answer:
     Args:
         error: The error.
         asked: The method of the request, for the log.
-        retry_after: In how many seconds a caller may try again.
+        retry_after: The number of seconds after which a caller may try again.
     """
     assert isinstance(error, LabStateError)
     problem = f"{type(error).__name__}: {error}"

@@ -188,7 +188,7 @@ def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, b
 
     Args:
         served: The managers and readers, by name.
-        bound: How old a change that is not durable may be, in seconds.
+        bound: The highest age of a change that is not durable, in seconds.
     """
     problems = [] if served else ["no manager was started"]
     managers: dict[str, Status] = {}

@@ -71,7 +71,7 @@ class EndEvent:
 
 
 class ServerStop(EndEvent):
-    """The moment at which the server begins to stop. Its signal tells it, once there was a stream."""
+    """An event that is set when the server begins to stop. From the first stream on, the server's signal sets it."""
 
     def __init__(self) -> None:
         """Create it for the running event loop."""
@@ -82,8 +82,8 @@ class ServerStop(EndEvent):
     def listen(self) -> None:
         """Listen for the signals for which the server has handlers.
 
-        Without a handler, the signal ends the process at once. Outside the main thread
-        there are no signals. Such a server is stopped by a program, which can call `set`.
+        A signal without a handler ends the process at once. A server outside the main thread
+        gets no signals. A program stops it, and can call `set`.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -122,7 +122,7 @@ async def changes_until(end: EndEvent, watch: Watch, heartbeat: float) -> AsyncG
     Args:
         end: The event.
         watch: The watch, not yet entered.
-        heartbeat: Yield `None` after so many seconds without a change.
+        heartbeat: Yield `None` after this many seconds without a change.
     """
     async with watch as changes:
         if isinstance(changes, Watcher) and changes.opened is not None:

@@ -113,14 +113,14 @@ def reader(source: web.Request | web.Application, name: str | None = None) -> Re
 def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request], Awaitable[web.Response]]:
     """Return a handler for a load balancer.
 
-    `app.router.add_get("/health", health())`.
+    Add it with `app.router.add_get("/health", health())`.
 
-    Answers 200 while every manager that `manager` finds runs and can write, and every reader is up; 503
+    It answers 200 while every manager that `manager` finds runs and can write, and every reader is up, and 503
     otherwise. The body is JSON with the status of each. It has no keys and no values, but
-    error messages in it may have file paths: do not expose it to the internet.
+    error messages in it may have file paths. So do not expose the endpoint to the internet.
 
     Args:
-        max_unflushed_age: How old a change that is not durable may be, in seconds above 0.
+        max_unflushed_age: The highest age of a change that is not durable, in seconds above 0.
             Choose more than every `flush_interval`. `None`: any age, for managers whose
             `flush_interval` is `None`.
 
@@ -151,7 +151,7 @@ def errors(app: web.Application, *, retry_after: int = 1) -> None:
 
     Args:
         app: The application, not yet running.
-        retry_after: In how many seconds callers may try again, 0 or more.
+        retry_after: The number of seconds after which callers may try again, 0 or more.
 
     Raises:
         TypeError: `retry_after` is not a whole number.
@@ -190,7 +190,7 @@ async def sse(
 ) -> web.StreamResponse:
     """Send changes as server-sent events, until the server begins to stop.
 
-    `return await sse(request, state.watch("jobs/"))`, from a handler.
+    Write `return await sse(request, state.watch("jobs/"))` in a handler.
 
     Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
     one is a `resync`: the client reads everything, and then follows the changes. So a browser
@@ -204,14 +204,14 @@ async def sse(
 
     Args:
         request: The request. Its response has not begun.
-        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+        watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that gets a change and returns what to send. msgspec must be
             able to encode that as JSON. It is called for a `resync` too. Without it, the
             change itself is sent.
-        heartbeat: Send a comment after so many seconds without a change. It keeps proxies
+        heartbeat: Send a comment after this many seconds without a change. It keeps proxies
             from closing the connection, and shows whether the client is still there.
-        retry: After how many seconds a browser connects again.
+        retry: The number of seconds after which a browser connects again.
 
     Raises:
         LookupError: `setup` was not called for this application.
@@ -222,7 +222,7 @@ async def sse(
     stop = _stop(request)
     response = web.StreamResponse(headers={**HEADERS, "Content-Type": MEDIA_TYPE})
     await response.prepare(request)
-    if request.method == "HEAD":  # without a body, nothing would ever end it
+    if request.method == "HEAD":  # a HEAD request gets no body, so nothing would end the stream
         return response
     stream = event_stream(watch, stop, data=data, heartbeat=heartbeat, retry=retry)
     with suppress(ConnectionError):  # the client has left
@@ -245,7 +245,7 @@ async def push(request: web.Request, watch: Watch, *, data: Data | None = None) 
 
     Args:
         request: The request for a WebSocket.
-        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+        watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that gets a change and returns what to send. msgspec must be
             able to encode that as JSON. It is called for a `resync` too. Without it, the

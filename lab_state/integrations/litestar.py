@@ -103,13 +103,13 @@ def _always(one: Served) -> Callable[[], Served]:
 def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> HTTPRouteHandler:
     """Return a route for a load balancer: `Litestar([health()], plugins=[...])`.
 
-    Answers 200 while every manager of the plugin runs and can write, and every reader is up; 503
+    It answers 200 while every manager of the plugin runs and can write, and every reader is up, and 503
     otherwise. The body is JSON with the status of each. It has no keys and no values, but
-    error messages in it may have file paths: do not expose it to the internet.
+    error messages in it may have file paths. So do not expose the endpoint to the internet.
 
     Args:
         path: The path of the route.
-        max_unflushed_age: How old a change that is not durable may be, in seconds above 0.
+        max_unflushed_age: The highest age of a change that is not durable, in seconds above 0.
             Choose more than every `flush_interval`. `None`: any age, for managers whose
             `flush_interval` is `None`.
 
@@ -140,7 +140,7 @@ def errors(
     Litestar calls no exception handler for a WebSocket, but closes it with 4500.
 
     Args:
-        retry_after: In how many seconds callers may try again, 0 or more.
+        retry_after: The number of seconds after which callers may try again, 0 or more.
 
     Raises:
         TypeError: `retry_after` is not a whole number.
@@ -173,7 +173,7 @@ def sse(
 ) -> Stream:
     """Send changes as server-sent events, until the server begins to stop.
 
-    `return sse(request, state.watch("jobs/"))`, from an `async def` handler.
+    Write `return sse(request, state.watch("jobs/"))` in an `async def` handler.
 
     Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
     one is a `resync`: the client reads everything, and then follows the changes. So a browser
@@ -182,21 +182,22 @@ def sse(
 
     The stream ends when the client leaves, when the manager stops, and when the server
     begins to stop: at SIGTERM or SIGINT, before it waits for its connections. For this, a
-    signal handler is put in front of the server's, until the lifespan ends. It ends the
-    streams, and calls the server's handler. Signals reach only the main thread. A client
-    that reads nothing delays the end of the server. Limit that delay, for example with
-    uvicorn's `--timeout-graceful-shutdown`.
+    signal handler is installed until the lifespan ends. It ends the
+    streams, and calls the server's handler. If the server does not run in the main thread,
+    it gets no signal, and the streams end with the manager. A client that reads nothing
+    delays the end of the server. Limit that delay, for example with uvicorn's
+    `--timeout-graceful-shutdown`.
 
     Args:
         request: The request.
-        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+        watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that gets a change and returns what to send. msgspec must be
             able to encode that as JSON. It is called for a `resync` too. Without it, the
             change itself is sent.
-        heartbeat: Send a comment after so many seconds without a change. It keeps proxies
+        heartbeat: Send a comment after this many seconds without a change. It keeps proxies
             from closing the connection, and shows whether the client is still there.
-        retry: After how many seconds a browser connects again.
+        retry: The number of seconds after which a browser connects again.
 
     Raises:
         LookupError: The application has no `LabStatePlugin`, or its lifespan did not run.
@@ -222,7 +223,7 @@ async def push(socket: WebSocket[Any, Any, Any], watch: Watch, *, data: Data | N
 
     Args:
         socket: The WebSocket. Nothing else may read from it.
-        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+        watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that gets a change and returns what to send. msgspec must be
             able to encode that as JSON. It is called for a `resync` too. Without it, the

@@ -19,7 +19,7 @@ from lab_state.manager import Manager
 __all__ = ["LabStateCollector"]
 
 _PATIENCE = 5.0
-"""How many seconds a scrape waits for an event loop. Prometheus itself gives up after 10."""
+"""The seconds for which a scrape waits for an event loop. Prometheus itself gives up after 10."""
 
 _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ("lab_state_keys", "Keys in the state.", lambda status: status.keys),

@@ -51,16 +51,16 @@ def lifespan(
     They are started in the order given, and stopped in reverse order. If one of them cannot
     be started, those before it are stopped, and the server exits with its error.
 
-    Requests find them by name in `request.state.lab_state`, in WebSockets and in mounted
-    applications too; see `manager` and `reader`. Nothing is global: each application of a
-    process, and each test, has managers of its own.
+    A request finds them by name in `request.state.lab_state`; see `manager` and `reader`.
+    So does a WebSocket, or a request to a mounted application. There are no global variables:
+    each application of a process, and each test, has managers of its own.
 
     Args:
         served: Managers, and readers of other processes' states. One or more, each with a
             different name.
         inner: A lifespan of your own, a function with `@asynccontextmanager`. It runs
-            while the managers run, so it may use them. If it yields a state, that is in
-            `request.state` too.
+            while the managers run, so it may use them. If it yields a mapping, its items are
+            in `request.state` too.
 
     Raises:
         ValueError: None was given, or two have the same name.
@@ -122,14 +122,15 @@ def reader(connection: HTTPConnection, name: str | None = None) -> Reader:
 def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awaitable[Response]]:
     """Return an endpoint for a load balancer.
 
-    `Route("/health", health())`, or FastAPI's `app.add_api_route("/health", health())`.
+    Add it with `Route("/health", health())`, or with FastAPI's
+    `app.add_api_route("/health", health())`.
 
-    Answers 200 while every manager runs and can write, and every reader is up; 503
+    It answers 200 while every manager runs and can write, and every reader is up, and 503
     otherwise. The body is JSON with the status of each. It has no keys and no values, but
-    error messages in it may have file paths: do not expose it to the internet.
+    error messages in it may have file paths. So do not expose the endpoint to the internet.
 
     Args:
-        max_unflushed_age: How old a change that is not durable may be, in seconds above 0.
+        max_unflushed_age: The highest age of a change that is not durable, in seconds above 0.
             Choose more than every `flush_interval`. `None`: any age, for managers whose
             `flush_interval` is `None`.
 
@@ -163,7 +164,7 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
 
     Args:
         app: The application, not yet running.
-        retry_after: In how many seconds callers may try again, 0 or more.
+        retry_after: The number of seconds after which callers may try again, 0 or more.
 
     Raises:
         TypeError: `retry_after` is not a whole number.
@@ -189,7 +190,7 @@ def sse(
 ) -> Response:
     """Send changes as server-sent events, until the server begins to stop.
 
-    `return sse(request, state.watch("jobs/"))`, from an `async def` endpoint.
+    Write `return sse(request, state.watch("jobs/"))` in an `async def` endpoint.
 
     Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
     one is a `resync`: the client reads everything, and then follows the changes. So a browser
@@ -198,21 +199,22 @@ def sse(
 
     The stream ends when the client leaves, when the manager stops, and when the server
     begins to stop: at SIGTERM or SIGINT, before it waits for its connections. For this, a
-    signal handler is put in front of the server's, until the lifespan ends. It ends the
-    streams, and calls the server's handler. Signals reach only the main thread. A client
-    that reads nothing delays the end of the server. Limit that delay, for example with
-    uvicorn's `--timeout-graceful-shutdown`.
+    signal handler is installed until the lifespan ends. It ends the
+    streams, and calls the server's handler. If the server does not run in the main thread,
+    it gets no signal, and the streams end with the manager. A client that reads nothing
+    delays the end of the server. Limit that delay, for example with uvicorn's
+    `--timeout-graceful-shutdown`.
 
     Args:
         connection: The request.
-        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+        watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that gets a change and returns what to send. msgspec must be
             able to encode that as JSON. It is called for a `resync` too. Without it, the
             change itself is sent.
-        heartbeat: Send a comment after so many seconds without a change. It keeps proxies
+        heartbeat: Send a comment after this many seconds without a change. It keeps proxies
             from closing the connection, and shows whether the client is still there.
-        retry: After how many seconds a browser connects again.
+        retry: The number of seconds after which a browser connects again.
 
     Raises:
         LookupError: The lifespan did not run.
@@ -233,7 +235,7 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._stream):
-            if scope.get("method") == "HEAD":  # without a body, nothing would ever end it
+            if scope.get("method") == "HEAD":  # a HEAD request gets no body, so nothing would end the stream
                 await Response(headers=HEADERS, media_type=MEDIA_TYPE)(scope, receive, send)
             else:
                 await super().__call__(scope, receive, send)
@@ -253,7 +255,7 @@ async def push(websocket: WebSocket, watch: Watch, *, data: Data | None = None) 
 
     Args:
         websocket: The WebSocket. Nothing else may read from it.
-        watch: What `Manager.watch`, `Namespace.watch` or `Reader.watch` returned, not yet
+        watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that gets a change and returns what to send. msgspec must be
             able to encode that as JSON. It is called for a `resync` too. Without it, the

@@ -29,7 +29,7 @@ _logger = Log(logging.getLogger("lab_state"))
 _MIN_CHECKPOINT_BYTES = 4 * 1024 * 1024
 _LEFT_TO_PUBLISH = 256 * 1024
 _LARGEST_READ_AGAIN = 16 * 1024 * 1024
-"""A journal of up to so many bytes is read again: that costs less than writing the whole state."""
+"""A journal of at most this many bytes is read again, because that costs less than writing the whole state."""
 _MOST_ROUNDS = 8
 
 

@@ -36,20 +36,20 @@ if sys.platform != "win32":  # pragma: no branch -- never run there
     import fcntl
 
 _SYNCED_AT_ONCE = 1024 * 1024
-"""How many bytes of a large new file are written between two syncs.
+"""The number of bytes of a large new file that are written between two syncs.
 
 The sync of a journal has to wait for the bytes of other files that the file system has
 accepted by then.
 """
 
 _APPENDED_AT_ONCE = 4 * 1024 * 1024
-"""How many bytes of a large record are written between two syncs.
+"""The number of bytes of a large record that are written between two syncs.
 
 One sync of a hundred megabytes looks like a disk that hangs.
 """
 
 _COPIED = 64 * 1024
-"""Up to so many bytes are copied to save a system call. A larger copy would block every other thread."""
+"""At most this many bytes are copied to save a system call. A larger copy would block every other thread."""
 
 
 _NOT_FOR_DIRECTORIES = {errno.EINVAL, errno.ENOSYS}

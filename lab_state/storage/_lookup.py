@@ -1,6 +1,6 @@
-"""Lookups: which file a path or a descriptor refers to, and whether it is as it was left.
+"""Lookups: which file a path or a descriptor refers to, and whether another program has changed it.
 
-All functions are synchronous. They run in a thread of the storage, as those of `_fs`. None
+All functions are synchronous, and run in a thread of the storage, like those of `_fs`. None
 of them opens or changes a file.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 from lab_state.storage._os_errors import storage_error, translated
 
 Identity: TypeAlias = tuple[int, int]
-"""Device and inode. They identify a file as long as it is open: until then no other file can get the inode."""
+"""Device and inode. They identify a file while it is open, because no other file can get the inode during that time."""
 
 NO_FILE: Identity = (-1, -1)
 
@@ -29,8 +29,8 @@ def identity(fd: int, path: str) -> Identity:
 def is_open(fd: int, which: Identity) -> bool:
     """Return whether a descriptor still refers to a file. If not, its number may belong to another file.
 
-    Return True if the lookup fails with any other error than that there is no such
-    descriptor: then the answer is not known.
+    Return True, too, if the lookup fails with another error than EBADF: then the answer is
+    not known.
     """
     try:
         found = os.fstat(fd)
@@ -51,10 +51,11 @@ def is_file(path: str, which: Identity) -> bool:
 
 
 class Fingerprint(NamedTuple):
-    """The identity, the size and the time of a file. They show that it was replaced or, mostly, that it was changed.
+    """The identity, the size and the modification time of a file.
 
-    The size is exact. The time is as coarse as the file system keeps it. Some file systems
-    set it a second time later.
+    A replaced file has another fingerprint. A changed file has another one, too, unless its
+    size is the same and the change is within one tick of the file system's clock. Some file
+    systems set the time once more after a write, so another time need not be a change.
     """
 
     device: int
@@ -64,11 +65,11 @@ class Fingerprint(NamedTuple):
 
     @property
     def identity(self) -> Identity:
-        """Return the identity of the file."""
+        """The identity of the file."""
         return self.device, self.inode
 
     def is_same_file(self, other: Fingerprint | None) -> bool:
-        """Return whether both belong to the same file, changed or not. This holds only while the file is open."""
+        """Return whether both belong to the same file, changed or not. The answer is reliable only while it is open."""
         return other is not None and self[:2] == other[:2]
 
     def is_same_size(self, other: Fingerprint | None) -> bool:
@@ -92,7 +93,7 @@ def is_same_file(path: str, fd: int, which: Identity) -> bool:
 def is_as_left(path: str, fd: int, left: Fingerprint) -> bool:
     """Return whether a path and a descriptor refer to the file with this fingerprint. Return False on an error.
 
-    Each commit calls this. If the answer is False, `fingerprint` tells more.
+    Each commit calls this. If the answer is False, `fingerprint` shows what has changed.
     """
     try:
         named, opened = os.lstat(path), os.fstat(fd)
@@ -107,7 +108,7 @@ def is_as_left(path: str, fd: int, left: Fingerprint) -> bool:
 
 
 def is_gone(path: str) -> bool:
-    """Return whether a file certainly does not exist."""
+    """Return whether a file does not exist. Return False if the lookup fails."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -129,7 +130,7 @@ def fingerprint(path: str) -> Fingerprint | None:
 
 
 def fingerprint_of(fd: int, path: str) -> Fingerprint:
-    """Return the fingerprint of an open file. The path is for the message."""
+    """Return the fingerprint of an open file. The path is for the message of an error."""
     try:  # not `translated`: as above
         found = os.fstat(fd)
     except OSError as error:
@@ -143,7 +144,7 @@ def descriptors(path: str) -> list[int]:
     with contextlib.suppress(OSError):
         file = os.stat(path)
         for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed
+            with contextlib.suppress(OSError):  # the descriptor of `listdir` itself is closed by now
                 if os.path.samestat(os.fstat(int(name)), file):
                     found.append(int(name))
     return found

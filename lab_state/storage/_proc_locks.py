@@ -30,7 +30,7 @@ _LINE = re.compile(
 )  # "-> FLOCK" waits, and does not match
 
 _SHOWN_AT_ONCE = 4000
-"""The kernel returns about so many bytes in one piece. In a longer text a line may be missing."""
+"""The kernel returns about this many bytes in one piece. In a longer text a line may be missing."""
 
 _AS_STAT_SAYS = {"ext2", "ext3", "ext4", "f2fs", "jfs", "tmpfs", "xfs"}
 """Local file systems for which `/proc/locks` shows the same device and inode as `stat`."""

@@ -32,7 +32,7 @@ _MOST = 32
 """The largest number of threads of one storage object. A state whose disk hangs blocks at most two of them."""
 
 _IDLE_SECONDS = 10.0
-"""How long an idle thread waits for work, in seconds. Starting a thread takes as long as a sync of a fast disk."""
+"""The seconds for which an idle thread waits for work. Starting a thread takes as long as a sync of a fast disk."""
 
 
 class Threads:

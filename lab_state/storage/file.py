@@ -46,7 +46,7 @@ from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
 from lab_state.storage._worker import Threads, Worker
 
 _MOST_OPEN = 64
-"""How many journals of one storage object stay open. Opening one again costs a tenth of a sync."""
+"""The number of journals of one storage object that stay open. Opening one again costs a tenth of a sync."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

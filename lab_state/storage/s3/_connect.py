@@ -25,7 +25,7 @@ from lab_state.exceptions import UnsupportedError
 from lab_state.storage.s3._threads import Threads
 
 STANDSTILL = 15.0
-"""How long a request may make no progress, in seconds. The wait for a connection is included."""
+"""The seconds for which a request may make no progress. The wait for a connection is included."""
 
 _ENDPOINT_VARIABLES = frozenset({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
 

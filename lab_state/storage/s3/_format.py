@@ -28,8 +28,8 @@ OWNER = "labstateowner"
 BASE = "labstatebase"
 """The metadata key for the snapshot that a record follows.
 
-The value is `OWN_BASE` for a snapshot that this library wrote: then its stamp says the
-rest. It is `NO_BASE` if there was no snapshot. Else it is the size and the CRC-32 of a file
+The value is `OWN_BASE` for a snapshot that this library wrote, which its stamp identifies.
+It is `NO_BASE` if there was no snapshot. Otherwise it is the size and the CRC-32 of a file
 that another program put there.
 """
 
@@ -50,7 +50,7 @@ _METADATA_NUMBER = re.compile(r"[0-9]{1,19}")
 
 
 class Names(NamedTuple):
-    """The keys of one state."""
+    """The bucket, and the keys of the S3 objects of one state."""
 
     bucket: str
     name: str
@@ -113,8 +113,8 @@ class Stamp(NamedTuple):
 def stamped(last: bytes, stamp: Stamp) -> bytes:
     """Return the last slice of a snapshot with the stamp added.
 
-    A slice that does not end as those of the codec is returned unchanged. The checksum
-    covers every byte before it, so it is continued over the bytes that are inserted.
+    A slice without the tail that the codec writes is returned unchanged. The checksum covers
+    every byte before it, so it is continued over the inserted bytes.
     """
     tail = _TAIL.search(last, max(0, len(last) - _TAIL_BYTES))
     if tail is None:

@@ -17,7 +17,7 @@ class Time:
         self.clock = clock
 
     async def sleep(self, seconds: float) -> None:
-        """Wait for so many seconds."""
+        """Wait for `seconds` seconds."""
         await sleep(self.clock, seconds)
 
     def jitter(self, longest: float) -> float:
