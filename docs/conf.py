@@ -23,7 +23,14 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 # Links to the repository and "edit this page". There are none without the address in pyproject.toml.
 html_theme_options = (
-    {"source_repository": _REPOSITORY, "source_branch": "main", "source_directory": "docs/"} if _REPOSITORY else {}
+    {
+        "source_repository": _REPOSITORY,
+        "source_branch": "main",
+        "source_directory": "docs/",
+        "footer_icons": [{"name": "Repository", "url": _REPOSITORY, "html": "Repository", "class": ""}],
+    }
+    if _REPOSITORY
+    else {}
 )
 myst_heading_anchors = 3
 autoclass_content = "both"  # with the arguments of the constructor

@@ -38,7 +38,7 @@ SEARCHES = {
     "backup": "how-to/backup.md",
     "migration": "errors.md",
     "expire": "expiry.md",
-    "cron": "cache.md",
+    "cron": "workers.md",
 }
 """What a newcomer searches for, and the page that answers."""
 
