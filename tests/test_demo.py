@@ -204,6 +204,27 @@ def test_interrupted(moment: str, number: signal.Signals, tmp_path: Path) -> Non
     check_interrupted(printed, tmp_path)
 
 
+def test_its_reader_ends(tmp_path: Path) -> None:
+    """If the reader of the output ends, as `head` does, the demo says so and ends with 1. No process is left."""
+    with subprocess.Popen(
+        [sys.executable, DEMO, *SHORT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(tmp_path),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        until(process.stdout, "json.dump: 50 of")
+        process.stdout.close()
+        said = process.stderr.read().splitlines()
+        assert process.wait(60) == 1
+    assert said[0] == "The demo failed: the reader of its output has ended."
+    assert said[1].startswith("The files and logs are in ")
+    assert len(said) == 2
+    assert left_behind(tmp_path) == []
+
+
 def test_interrupted_while_it_is_imported(tmp_path: Path) -> None:
     """Ctrl-C in the middle of the imports ends the demo without a traceback."""
     with started(["-X", "importtime", str(DEMO)], tmp_path) as (process, output):

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from servers import DemoError
 
 QUARTERS = 4
+
+
+class Output(Console):
+    """The standard output. When its reader is gone, as after `| head`, the demo fails with a sentence."""
+
+    def on_broken_pipe(self) -> None:
+        """Send what is left to the null device, so that nothing else fails, and raise.
+
+        Raises:
+            DemoError: always.
+        """
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise DemoError("the reader of its output has ended.")
 
 
 class Screen:
     """The output of one act. Without a terminal, each quarter of a bar is a line of text."""
 
     def __init__(self, names: list[str], total: int) -> None:
-        self._console = Console(highlight=False)
+        self._console = Output(highlight=False)
         self._live = sys.stdout.isatty() and not self._console.is_dumb_terminal
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn()
         self._progress = Progress(*columns, console=self._console, disable=not self._live)
