@@ -420,8 +420,9 @@ async def test_old_connections_of_a_reader(own_redis: Any) -> None:
 
 
 async def test_a_session_after_its_connection(redis_server: Any) -> None:
-    """A session never connects again by itself, because the watched keys would be lost."""
+    """A session never connects again by itself, because the watched keys would be lost. It shows which mirror it has."""
     session = await RedisCache(redis_server.url).open("name", "one")
+    assert repr(session) == f"<RedisSession of {VALUES!r}>"
     await session.aclose()
     with pytest.raises(UnavailableError, match="the connection was lost"):
         await session.look()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
@@ -262,3 +263,20 @@ def test_a_boot_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(_fs, "read", denied)
         assert _lock._boot() == ""
     _lock._boot.cache_clear()
+
+
+def test_an_error_of_a_look_is_no_lost_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An I/O error of `fstat` does not say that the lock is gone: the writer goes on."""
+    lock = Lock(str(tmp_path / "lab.lock"))
+    real = os.fstat
+
+    def fstat(fd: int) -> os.stat_result:
+        if fd == lock._fd:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lab_state.storage._lookup.os.fstat", fstat)
+        lock.check()
+    lock.check()
+    lock.release()

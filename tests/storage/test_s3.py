@@ -168,6 +168,7 @@ async def test_a_session_of_the_callers(bucket: Bucket) -> None:
     config = AioConfig(read_timeout=3, s3={"addressing_style": "path"}, connector_args={"keepalive_timeout": 1})
     storage = bucket.storage(session=session, config=config)
     opened = await storage.open(NAME)
+    assert re.fullmatch(rf"<S3Session of \S+{re.escape(SNAPSHOT)}>", repr(opened))
     await opened.commit(b"1", VIEW)
     client = opened._store._connected
     settings = client.meta.config  # type: ignore[attr-defined]
