@@ -29,6 +29,7 @@ class Calls(Writing):
     once. It becomes durable later; see `Config.flush_interval`. With an interval of 0, a write
     returns when it is durable. If it then raises `StorageError`, or its caller is cancelled,
     the change stays in memory and is tried again: it is not durable yet, but not undone.
+    A write that changes nothing returns at once, as a read does.
 
     Once the manager knows that a newer writer owns the state, each write raises
     `FencedError` and changes nothing, whatever `Config.flush_interval` is. This is so for
