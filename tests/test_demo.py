@@ -22,6 +22,7 @@ from typing import IO
 import act_kill
 import demo
 import pytest
+from lines import key_of, lines
 from screen import Screen
 from servers import DemoError, Server
 
@@ -57,16 +58,16 @@ def left_behind(directory: Path) -> list[str]:
     return found
 
 
-def check_table(printed: str, lines: int) -> None:
+def check_table(printed: str, total: int) -> None:
     table = rows(printed)
     assert list(table) == ["lab_state", "json.dump"]
     for acknowledged, found, lost in table.values():
-        assert lines // 2 <= acknowledged < lines
+        assert total // 2 <= acknowledged < total
         assert lost == acknowledged - found
     assert table["lab_state"][2] == 0
     kept = re.search(r"lab_state\s+has\s+(\d+),\s+json\.dump\s+has\s+(\d+)\.", printed)
     assert kept is not None
-    assert [int(number) for number in kept.groups()] == [lines, lines - table["json.dump"][2]]
+    assert [int(number) for number in kept.groups()] == [total, total - table["json.dump"][2]]
 
 
 def command_in(printed: str) -> str:
@@ -94,8 +95,14 @@ def test_the_table_of_the_readme_is_that_of_the_demo(capsys: pytest.CaptureFixtu
     ]
     act_kill.report(outcomes, 2400, Screen([], 2400))
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    lines = block[1].splitlines()
-    assert printed[: len(lines)] == lines
+    expected = block[1].splitlines()
+    assert printed[: len(expected)] == expected
+
+
+def test_the_pages_have_enough_lines() -> None:
+    """The pages have as many lines as the demo sends, and each line has a key of its own."""
+    sent = lines()
+    assert len({key_of(line) for line in sent}) == len(sent) >= demo.LINES
 
 
 def test_demo_without_a_terminal(tmp_path: Path) -> None:
