@@ -1,6 +1,8 @@
-"""Pydantic's models, found by their methods, and its type adapters: Pydantic is never imported before its user did.
+"""Models and type adapters of Pydantic.
 
-A model is written by the names of its fields, and only if it is read back as what it is.
+lab_state does not import Pydantic. It recognizes models and adapters by their methods, and
+uses the module that the application has imported. A model is written with the names of its
+fields, and only if reading gives an equal model.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def is_model(kind: object) -> bool:
 
 
 def read(kind: Any, data: bytes) -> Any:
-    """Make a model from its JSON, by the names of its fields or by its aliases."""
+    """Make a model from its JSON, which has the names of the fields or their aliases."""
     return kind.model_validate_json(data, by_alias=True, by_name=True)
 
 
@@ -40,10 +42,10 @@ def write(model: Any) -> bytes:
 
     Raises:
         InvalidValueError: It would be read back as something else.
-        Exception: What its own serializer or Pydantic raises.
+        Exception: Pydantic or a serializer of the model raised it.
     """
     data = _dump(model)
-    tree = _decode(data)  # numbers out of range
+    tree = _decode(data)  # raises for numbers that are out of range
     if data.count(b"{") > 1 and (double := double_key(data)) is not None:
         way, name = double
         raise InvalidValueError(f"a dict with two keys that are both {name!r} in JSON cannot be kept", path_of(way))
@@ -57,7 +59,7 @@ def write(model: Any) -> bytes:
 
 
 def _compare(model: Any, back: Any, tree: object) -> None:
-    """Refuse a model that is read back as something else. Parts that are never written may differ."""
+    """Refuse a model that is read back as something else. Excluded fields may differ."""
     name = class_of(model).__qualname__
     incomparable = False
     for way, old, new in _leaves(model, back, []):
@@ -88,17 +90,17 @@ def _dump(model: Any) -> bytes:
 
 
 def class_of(value: object) -> Any:
-    """Return the class of an object, of which nothing is known."""
+    """Return the class of an object, as `Any` for the type checkers."""
     return type(value)
 
 
 def _all_are(kind: Any, *values: Any) -> bool:
-    """Return whether all of them are of a class; `isinstance` would tell more than is known of their parts."""
+    """Return whether all values are of a class. `isinstance` would make type checkers assume types for their parts."""
     return all(isinstance(value, kind) for value in values)
 
 
 def _leaves(old: Any, new: Any, way: Way) -> Iterator[tuple[Way, Any, Any]]:
-    """Find the innermost parts that differ, of those that are written; and models whose classes differ."""
+    """Yield the innermost parts that differ, with the path to each: only parts that are written, and whole models."""
     parts: Iterable[tuple[Any, Any, Any]] = ()
     if is_model(class_of(old)) and class_of(new) is class_of(old):
         names = [name for name, field in class_of(old).model_fields.items() if not field.exclude]
@@ -115,7 +117,7 @@ def _leaves(old: Any, new: Any, way: Way) -> Iterator[tuple[Way, Any, Any]]:
 
 
 def _first_difference(old: Any, new: Any) -> Way:
-    """Return where two values made of JSON begin to differ."""
+    """Return the path to the first part in which two decoded JSON values differ."""
     way: Way = []
     while class_of(old) is class_of(new) and _all_are((dict, list), old):
         steps: Any = [*old, *new] if _all_are(dict, old) else range(max(len(old), len(new)))
@@ -151,7 +153,7 @@ def is_adapter(type_: object) -> bool:
 
 
 def of_pydantic(type_: Any) -> bool:
-    """Return whether a type has something of Pydantic's in it. Fields of classes are not looked at."""
+    """Return whether a type is one of Pydantic's, or has one in its parameters or metadata. Fields are not examined."""
     if isinstance(type_, type) and get_origin(type_) is None:
         return _is_of_pydantic(type_)
     metadata = getattr(type_, "__metadata__", ())
@@ -172,16 +174,16 @@ def adapted(type_: Any) -> Callable[[bytes], Any]:
     """Return a decoder for a type that Pydantic decodes.
 
     Raises:
-        Exception: Pydantic cannot.
+        Exception: Pydantic cannot decode the type.
     """
     if is_adapter(type_):
         adapter = type_
     else:
         pydantic: Any = sys.modules["pydantic"]
         try:
-            # As msgspec writes them.
+            # msgspec has written bytes as base64.
             adapter = pydantic.TypeAdapter(type_, config={"val_json_bytes": "base64"})
-        except pydantic.PydanticUserError:  # a class that has a configuration of its own
+        except pydantic.PydanticUserError:  # Pydantic takes no `config` for a class that has its own
             adapter = pydantic.TypeAdapter(type_)
     if not adapter.pydantic_complete:
         adapter.rebuild(raise_errors=True)
@@ -190,10 +192,10 @@ def adapted(type_: Any) -> Callable[[bytes], Any]:
 
 
 def check_complete(kind: Any) -> None:
-    """Make sure that a model is defined to its end.
+    """Check that a model is fully defined. Resolve annotations of classes that were defined after it.
 
     Raises:
-        NameError: An annotation names something that does not exist.
+        NameError: An annotation names a class that does not exist.
     """
     if not getattr(kind, "__pydantic_complete__", True):
         kind.model_rebuild(raise_errors=True)
@@ -203,11 +205,11 @@ _SAYS_NO_VALUE = re.compile(
     r"missing|extra_forbidden|.*_type|(int|float|bool)_parsing|int_from_float|(greater|less)_than(_equal)?|finite_number|"
     r"multiple_of|(string_)?too_(short|long)|string_pattern_mismatch|literal_error|enum|none_required"
 )
-"""Pydantic's kinds of problems whose messages say what was expected, never what was found."""
+"""The kinds of Pydantic's problems whose messages never quote the value. They say only what was expected."""
 
 
 def first_problem(error: object) -> tuple[str, str]:
-    """Return where Pydantic found the first problem, and what it was, without quoting the value."""
+    """Return the path to the first problem that Pydantic found, and its message, which does not quote the value."""
     problems = cast("Any", error).errors(include_url=False, include_context=False, include_input=False)
     first: dict[str, Any] = problems[0]
     kind = str(first["type"])

@@ -1,4 +1,4 @@
-"""`Blocking` and `BlockingEntry`: the calls of a manager, and one key with its type, for other threads."""
+"""`Blocking` and `BlockingEntry`: the calls of a manager and of an entry, for other threads."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ class Blocking(Plain):
     """The calls without `await`, for threads other than the event loop's.
 
     It is meant for FastAPI's `def` endpoints, `asyncio.to_thread`, and threads of your own. Any
-    number of threads can use it at once. Each call runs on the event loop of the manager, and
-    returns or raises what the call itself would. So a function given to `update` runs there too,
-    and `len` and `in` are a call each. If a thread is interrupted while it waits, its call goes on.
+    number of threads can use it at once. Each call runs the manager's call of the same name on
+    its event loop, and has the same result or error. So a function that is given to `update`
+    runs there too. `len` and `in` also run there. If a thread is interrupted while it waits,
+    its call goes on.
 
-    Each call can raise two more errors. It raises `RuntimeError` on the event loop of the
-    manager, because it would wait for itself: await the call of the manager instead. It raises
-    `ClosedError` within a second when that loop ends.
+    Each call can raise two more errors. On the event loop of the manager it raises
+    `RuntimeError`, because it would wait for itself: await the call of the manager instead. If
+    that loop ends during the call, it raises `ClosedError` within a second.
     """
 
     __slots__ = ()
@@ -88,7 +89,7 @@ class Blocking(Plain):
             raise
         while not future.done():
             concurrent.futures.wait([future], _LOOK_AGAIN)
-            if loop.is_closed():  # it will not run the cancellation
+            if loop.is_closed():  # a closed loop runs no cancellation
                 break
             if not loop.is_running():
                 future.cancel()
@@ -121,9 +122,9 @@ class Blocking(Plain):
 
 @final
 class BlockingEntry(Handle, Generic[T]):
-    """One key and its type, without `await`, for threads other than the event loop's.
+    """The handle for one key and its type, without `await`, for threads other than the event loop's.
 
-    Each call is the one of the same name of `Entry`, run as `Blocking` runs its calls.
+    Each call runs the call of the same name of `Entry`, in the same way as those of `Blocking`.
     """
 
     __slots__ = ("_entry", "_run")
@@ -198,5 +199,5 @@ async def _called(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 def _submit(coroutine: Coroutine[Any, Any, R], loop: asyncio.AbstractEventLoop) -> concurrent.futures.Future[R]:
     try:
         return asyncio.run_coroutine_threadsafe(coroutine, loop)
-    except RuntimeError:  # it was closed since the check
+    except RuntimeError:  # the loop was closed after the check
         raise ClosedError(_ENDED) from None

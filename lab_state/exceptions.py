@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class LabStateError(Exception):
-    """Root of all errors raised by lab_state."""
+    """The base class of all errors of lab_state."""
 
 
 class KeyNotFoundError(LabStateError, KeyError):
@@ -24,7 +24,7 @@ class KeyNotFoundError(LabStateError, KeyError):
 
     def __str__(self) -> str:
         """Return a sentence. `KeyError` would quote its argument."""
-        return f"no key {self.key!r} in the state; pass a default to read what may be missing"
+        return f"no key {self.key!r} in the state; to read a key that may be missing, pass a default"
 
 
 class InvalidNameError(LabStateError, ValueError):
@@ -39,7 +39,7 @@ class InvalidValueError(LabStateError, ValueError):
     """The value, or another argument of a write, cannot be kept as JSON: fix the argument.
 
     Attributes:
-        path: Where in the value, as a JSON path; `$` is the value itself.
+        path: The JSON path to the bad part of the value; `$` is the value itself.
     """
 
     def __init__(self, message: str, path: str = "$") -> None:
@@ -56,7 +56,7 @@ class TypeMismatchError(LabStateError):
     """The stored value is not of the type asked for: ask for another type, or migrate the value.
 
     Attributes:
-        path: Where in the value, as a JSON path; `$` is the value itself.
+        path: The JSON path to the part that does not match; `$` is the value itself.
     """
 
     def __init__(self, message: str, path: str = "$") -> None:
@@ -69,28 +69,28 @@ class TypeMismatchError(LabStateError):
 
 
 class ClosedError(LabStateError):
-    """Used before `start()` or after `stop()`: fix the program."""
+    """The manager or the reader is not running: use it between its start and its stop."""
 
 
 class StorageError(LabStateError):
-    """Root of the errors of a storage."""
+    """The base class of the errors of a storage or a cache."""
 
 
 class UnavailableError(StorageError):
     """The storage failed this time.
 
-    From a write, a flush or the background: nothing to do, the changes are in memory and
-    the write is tried again. From `start()`: start again. From `stop()`: the changes
-    above `durable_revision` are lost.
+    If a write or a flush raises it, the changes are in memory, and they are written at the
+    next attempt. There is no need to repeat the call. If `start()` raises it, start again. If
+    `stop()` raises it, the changes above `durable_revision` are lost.
     """
 
 
 class WaitTimeoutError(UnavailableError, TimeoutError):
     """A wait took longer than its `timeout`: wait again, or treat the change as not yet there.
 
-    It is also a `TimeoutError`. Raised by calls that take a `timeout`, such as
-    `Manager.wait_durable` and `Reader.wait_revision`. The state is unchanged, and what was
-    waited for may still come.
+    It is also a `TimeoutError`. Calls that take a `timeout` raise it, such as
+    `Manager.wait_durable` and `Reader.wait_revision`. It does not change the state. The
+    revision may still be reached later.
     """
 
 
@@ -116,8 +116,8 @@ class CorruptionError(StorageError):
 
     Attributes:
         path: The file or object.
-        offset: The byte in it at which the damage was noticed; 0 when it concerns the whole.
-        detail: What is wrong, and what to do about it.
+        offset: The byte at which the damage was noticed; 0 if it concerns the whole file.
+        detail: The damage, and its remedy.
     """
 
     def __init__(self, path: str, offset: int, detail: str) -> None:

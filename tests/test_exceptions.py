@@ -121,7 +121,7 @@ def test_an_error_can_be_copied(error: LabStateError) -> None:
 def test_a_missing_key_is_a_sentence() -> None:
     """KeyNotFoundError says what to do, where KeyError would quote its argument, and knows the key."""
     error = KeyNotFoundError("some key")
-    assert str(error) == "no key 'some key' in the state; pass a default to read what may be missing"
+    assert str(error) == "no key 'some key' in the state; to read a key that may be missing, pass a default"
     assert error.key == "some key"
     assert str(KeyNotFoundError("a\ud800")).encode()
 

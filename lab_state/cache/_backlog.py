@@ -1,8 +1,8 @@
 """The durable changes that are not in the mirror yet. Pure and synchronous.
 
 The flusher adds each commit to a queue, which costs it almost nothing. The mirror's own
-task merges the commits key by key, in small steps. Above a bound nothing is kept; then the
-mirror has to be filled.
+task merges the commits key by key, in small steps. If there are more keys or bytes than a
+bound, all of them are dropped, and the mirror has to be filled.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ MOST_BYTES = 32 * 1024 * 1024
 
 
 class Backlog:
-    """Commits, merged.
+    """The changes of commits, merged into one step.
 
     Attributes:
-        overflowed: Whether there were too many to keep, so that the mirror must be filled.
-        end: The last revision in it; 0 while it is empty.
+        overflowed: Whether changes were dropped, so that the mirror must be filled.
+        end: The last revision in the backlog; 0 while it is empty.
     """
 
     def __init__(self) -> None:

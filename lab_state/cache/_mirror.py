@@ -15,9 +15,9 @@ what was changed. It is also filled again if it has expiry times and the wall cl
 the machine slept: readers use the wall clock, and the state counts seconds that pass.
 
 A fill holds a view of the state, and no checkpoint can begin meanwhile. So a checkpoint that
-is due cuts the fill off. The fill begins again after it, and has the time in which the journal
-grows to the size of a snapshot. A cache that needs more time could not follow the changes
-either.
+is due cuts the fill off. The fill begins again after the checkpoint. It then has time until the
+next checkpoint is due, which is when the journal has grown to the size of the snapshot. A cache
+that needs more time for a fill would also be too slow for the steps.
 
 The mirror of another writer may be from an earlier start of this state, or from a newer owner
 of the state. Only the storage knows: a commit that succeeds proves that the state has no newer
@@ -57,10 +57,10 @@ _CALM_SECONDS = 60.0
 """After this many seconds without such a write, the next one is logged again, and the fill comes without a pause."""
 
 _MOST_DRIFT_MILLISECONDS = 500
-"""How far the two clocks may drift apart before the mirror is filled again. Expiry times are wrong by less than this."""
+"""If the two clocks have drifted apart by this, the mirror is filled again. Expiry times are wrong by less than this."""
 
 _REST_SECONDS = 0.006
-"""The pause after a step. Meanwhile the application has the loop to itself, and more commits are merged."""
+"""The pause after a step. In it the application has the event loop alone, and more commits are merged."""
 
 _LONG_REST_SECONDS = 0.02
 """The pause after a step with more than `_MANY_COMMITS` commits: such an application flushes all the time."""
@@ -70,7 +70,7 @@ _MANY_COMMITS = 5
 _MERGED_AT_ONCE = 1000
 
 _KEPT_SECONDS = 10.0
-"""How often an empty slice is sent, so that the cache does not drop a fill that waits for durability."""
+"""The seconds between two empty slices. They keep the cache from dropping a fill that waits for durability."""
 
 _PROGRESS_SECONDS = 5.0
 _LARGE_KEYS = 100_000
@@ -78,14 +78,14 @@ _LARGE_KEYS = 100_000
 
 
 class MirrorWriter:
-    """Writes the mirror of one state, from a start of its manager to the stop.
+    """The writer of the mirror of one state, from a start of its manager to the stop.
 
     Attributes:
         revision: The revision of the mirror; `None` while there is no mirror of this writer,
             or while its revision is unknown.
         up: Whether the last attempt succeeded.
         last_error: The error of the last attempt; `None` if it succeeded.
-        task_failure: How the task ended before `stop`; `None` if it did not.
+        task_failure: The way in which the task ended before `stop`; `None` if it did not.
     """
 
     def __init__(self, name: str, cache: Cache, clock: Clock, logger: Log, counts: MirrorCounts) -> None:
@@ -110,7 +110,7 @@ class MirrorWriter:
         self._ahead = 0  # milliseconds from the state's time to the wall clock, as added to the mirror's expiry times
         self._has_times = False  # whether the mirror may have expiry times
         self._tried: int | None = None  # the revision of a step whose outcome is unknown
-        self._is_owner = True  # the storage has confirmed it just now
+        self._is_owner = True  # the start, or a commit just before, has shown that this manager owns the state
         self._idle = False  # whether nothing was sent since the last heartbeat
         self._stopping = False
         self._holding: asyncio.Timeout | None = None  # bounds a fill, while it holds a view
@@ -243,12 +243,12 @@ class MirrorWriter:
                 self._ahead = ahead
 
     async def _look(self, session: CacheSession) -> None:
-        """Look at the mirror, and set `revision`, also if a step without an answer has changed it."""
+        """Look at the mirror, and set `revision`. A step whose answer was lost may have changed it."""
         seen = self._seen = await session.look()
         if seen == SPOILT:
             self._spoil()
         elif seen.writer != self._writer:
-            self._spoilt = False  # it is missing, or another writer's
+            self._spoilt = False  # the mirror is missing, or belongs to another writer
         ours = not self._spoilt and seen.writer == self._writer and seen.revision in {self.revision, self._tried}
         self.revision = seen.revision if ours else None
         self._tried = None
@@ -265,7 +265,7 @@ class MirrorWriter:
         if done:
             self.revision = taken.end
             self._counts.steps += 1
-            # Real time, because it is for the event loop. A manual clock would delay the next step.
+            # This is real time, because it lets the event loop run. With a manual clock the next step would not come.
             await asyncio.sleep(_LONG_REST_SECONDS if commits > _MANY_COMMITS else _REST_SECONDS)
         else:
             self._backlog.put_back(taken)
@@ -286,7 +286,7 @@ class MirrorWriter:
         if seen.writer not in {None, self._writer} and not self._is_owner:
             await self._flusher.confirm_ownership()
         self._is_owner = False
-        await self._flusher.wait_flushed(0)  # after an unclean end, the first commit holds a view, and comes at once
+        await self._flusher.wait_flushed(0)  # after an unclean end, the first commit comes at once and holds a view
         self._flusher.checkpoint_if_due()
         await self._flusher.checkpoints.ended()  # two views at a time would need a copy of the state
         while self._flusher.state.frozen:  # noqa: ASYNC110 -- a commit of the whole state holds a view too, and sets no event

@@ -43,7 +43,7 @@ class MemoryMirror:
 
 
 class MemoryCache:
-    """Mirrors in the memory of this process: pass the object to the manager, and read with `reader`."""
+    """Mirrors in the memory of this process. Pass the object to the manager, and make readers with `reader`."""
 
     def __init__(self) -> None:
         """Create a cache without mirrors."""
@@ -147,7 +147,7 @@ class MemoryCacheSession:
 
 
 class MemorySource:
-    """Reads a mirror; see `Source`."""
+    """The source from which a reader reads a mirror; see `Source`."""
 
     def __init__(self, mirror: MemoryMirror, name: str) -> None:
         self._mirror = mirror
@@ -182,7 +182,7 @@ class MemorySource:
 
 
 class MemorySubscription:
-    """Receives the changes of a mirror; see `Subscription`."""
+    """A subscription to the changes of a mirror; see `Subscription`."""
 
     def __init__(self, mirror: MemoryMirror) -> None:
         self.queue: asyncio.Queue[bytes | asyncio.Event | None] = asyncio.Queue()
@@ -198,13 +198,13 @@ class MemorySubscription:
         return data
 
     async def ping(self) -> None:
-        """Wait until the present queue is received; see `Subscription.ping`."""
+        """Wait until all messages that are in the queue now were received; see `Subscription.ping`."""
         pong = asyncio.Event()
         self.queue.put_nowait(pong)
         await pong.wait()
 
     def cut(self) -> None:
-        """Make `receive` fail, as after a lost connection; for tests."""
+        """Make `receive` fail, as it does after a lost connection. Tests call this."""
         self.queue.put_nowait(None)
 
     async def aclose(self) -> None:
@@ -213,7 +213,7 @@ class MemorySubscription:
 
 
 def _discard(large: dict[str, bytes]) -> None:
-    """Free a dict in steps, because a million values at once would stall the event loop."""
+    """Free a dict in steps, because freeing a million values at once would block the event loop."""
     for _ in range(min(len(large), _FREED_AT_ONCE)):
         large.popitem()
     if large:

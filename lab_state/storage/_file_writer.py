@@ -203,7 +203,7 @@ class Writer:
 
     @property
     def checkpoint_due(self) -> bool:
-        """Return whether the journal is so large that a checkpoint pays: then each changed byte costs about three written."""
+        """Whether the journal is so large that a checkpoint is due. So about three bytes are written for each changed byte."""
         return self.starts_full or self.end > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
 
     def close(self) -> None:

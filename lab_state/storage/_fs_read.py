@@ -26,7 +26,7 @@ class OpenFile(NamedTuple):
 
     @property
     def identity(self) -> tuple[int, int]:
-        """Return device and inode."""
+        """The device and the inode."""
         return self.status.st_dev, self.status.st_ino
 
     def read(self, most: int | None = None) -> bytes:

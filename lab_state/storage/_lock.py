@@ -31,7 +31,7 @@ class LockHolder(msgspec.Struct, frozen=True):
     Attributes:
         host: The name of the machine.
         pid: The process.
-        started: When it took the lock.
+        started: The time when the process took the lock.
         boot: The boot id of the kernel. Empty if the files that earlier sessions left are
             not known.
         inode: The inode of the lock file. A copy of the file has another one.
@@ -46,7 +46,7 @@ class LockHolder(msgspec.Struct, frozen=True):
     making: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Name process, machine and start."""
+        """Return the process, the machine and the time, for a message."""
         return f"pid {self.pid} on {self.host}, since {self.started}"
 
 
@@ -102,9 +102,10 @@ class Lock:
         self._tell()
 
     def _left(self, said: bytes) -> tuple[str, ...] | None:
-        """Return the temporary files that may exist, from the content of the lock file; `None` if it cannot be relied on.
+        """Return the temporary files that may exist, from the content of the lock file; `None` if it may be wrong.
 
-        A power cut may have undone the last write of that content, so the boot id is compared.
+        It may be wrong after a power cut, which can undo the last write. So the boot id is
+        compared.
         """
         try:
             last = msgspec.json.decode(said, type=LockHolder)
@@ -119,7 +120,7 @@ class Lock:
         return tuple(os.path.join(directory, file) for file in last.making)
 
     def _tell(self) -> None:
-        """Write to the lock file who holds it, and which temporary files may exist.
+        """Write the holder of the lock, and the temporary files that may exist, to the lock file.
 
         If other code closed the descriptor, its number may belong to another file. Then nothing
         is written.
@@ -169,7 +170,7 @@ class Lock:
     def _who(self) -> str:
         try:
             holder = msgspec.json.decode(fs.read_lock(self._fd, self.path), type=LockHolder)
-        except NOT_JSON:  # it holds the lock, but has not yet written who it is
+        except NOT_JSON:  # the holder has the lock, but has not written its name yet
             holder = None
         if self._identity in _ours:
             who = f"pid {os.getpid()}" if holder is None else str(holder)
@@ -234,16 +235,16 @@ class Lock:
 
 
 _ours: dict[lookup.Identity, Lock] = {}
-"""The locks of this process. Pid and host name cannot tell: two containers can have the same ones."""
+"""The locks of this process. Pid and host name do not identify them: two containers can have the same ones."""
 
 
 def describe(holder: LockHolder | None, shown: list[int], path: str) -> str:
-    """Return who holds a lock that this process does not hold, for the message.
+    """Return a description of the holder of a lock that this process does not hold, for the message.
 
     Args:
         holder: The content of the lock file; `None` if it cannot be decoded.
-        shown: The processes that took the lock, from `/proc/locks`. Empty if it does not
-            show them.
+        shown: The processes that took the lock, from `/proc/locks`. Empty if that file does
+            not show them.
         path: The lock file.
     """
     host = _host()

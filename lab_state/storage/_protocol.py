@@ -97,31 +97,31 @@ class StorageSession(Protocol):
 
     @property
     def recovery(self) -> Recovery:
-        """Return what was found when the state was opened.
+        """The snapshot and the records that were found when the state was opened.
 
-        After the first checkpoint it may have no bytes any longer; see `Recovery.used`.
-        By then they were read, and they take as much memory as the state.
+        After the first checkpoint they may be dropped; see `Recovery.used`. They take as much
+        memory as the state, and they were read before.
         """
         ...
 
     @property
     def path(self) -> str:
-        """Return where the state is, for messages; without credentials."""
+        """The path of the state for messages, without credentials."""
         ...
 
     @property
     def snapshot_bytes(self) -> int:
-        """Return the size of the snapshot in bytes; 0 if there is none."""
+        """The size of the snapshot in bytes; 0 if there is none."""
         ...
 
     @property
     def journal_bytes(self) -> int:
-        """Return the number of bytes that a checkpoint would drop."""
+        """The number of bytes that a checkpoint would drop."""
         ...
 
     @property
     def progress(self) -> int:
-        """Return how many bytes were written to the disk or sent to the store since the state was opened.
+        """The number of bytes that were written to the disk or sent to the store since the state was opened.
 
         The number grows while `commit` and `checkpoint` run. It also grows within a large
         write: every few MiB are counted as soon as they are sent, or written and, if the
@@ -129,13 +129,13 @@ class StorageSession(Protocol):
         event loop may read it at any time, also after `aclose`.
 
         `stop()` gives up when the number has not changed for `Config.stop_timeout` seconds.
-        So it can tell a slow storage from one that hangs.
+        So it can distinguish a slow storage from one that hangs.
         """
         ...
 
     @property
     def warning(self) -> str | None:
-        """Return a fault that makes no call fail, and its remedy; `None` if there is none. `status()` shows it."""
+        """A fault that makes no call fail, and its remedy; `None` if there is none. `status()` shows it."""
         ...
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:

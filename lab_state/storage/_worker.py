@@ -39,8 +39,8 @@ class Threads:
     """A pool of threads that grows with the work and ends idle threads.
 
     One thread stays as long as there is a worker. So every state can be written and closed
-    even if the limit of processes is reached later. At its end, the interpreter does not
-    wait for a call that hangs. For the stored data that is the same as a crash.
+    even if the limit of processes is reached later. The threads are daemons: the interpreter
+    ends without waiting for a call that hangs, which is the same as a crash for the stored data.
     """
 
     def __init__(self, name: str) -> None:
@@ -54,7 +54,7 @@ class Threads:
         self._count = 0
         self._free = 0  # idle threads, minus the workers that wait for a thread
         self._workers = 0  # workers that were not shut down
-        self.turns: int = 0  # how many calls have ended
+        self.turns: int = 0  # the number of calls that have ended
         self._dropped: deque[None] = deque()  # one item for each worker that was collected without `shutdown`
 
     def __reduce__(self) -> tuple[type[Threads], tuple[str]]:
@@ -79,7 +79,7 @@ class Threads:
                 self._ready.put(None)
 
     def drop(self) -> None:
-        """Note that a worker was collected. May be called at any time, even while this thread holds the lock."""
+        """Note that a worker was collected. A call is allowed at any time, even while this thread holds the lock."""
         self._dropped.append(None)
         self._ready.put(None)
 
@@ -136,7 +136,7 @@ class Threads:
                     return None
 
     def done(self, worker: Worker) -> None:
-        """Put a worker back into the queue after a call, if it has more work; else note that it is idle."""
+        """Put a worker back into the queue after a call, if it has more work. Otherwise note that it is idle."""
         with self._lock:
             self.turns += 1
             if worker.todo:
@@ -155,7 +155,7 @@ def _serve(threads: Threads) -> None:
         worker.has_thread()
         worker.todo.popleft()()
         threads.done(worker)
-        del worker  # else this variable would keep it alive until the next call
+        del worker  # this variable would keep it alive until the next call
 
 
 class Worker(Executor):
@@ -192,7 +192,7 @@ class Worker(Executor):
 
     @property
     def waited(self) -> int:
-        """Return how many calls of other workers ended while this one waited for a thread. Any thread may read it."""
+        """The number of calls of other workers that ended while this one waited for a thread. Any thread may read it."""
         since = self.waits_since
         return self._waited if since is None else self._waited + self._threads.turns - since
 
@@ -235,7 +235,7 @@ class Worker(Executor):
         return future
 
     def shutdown(self, *_: object, **__: object) -> None:
-        """Accept no more calls. Those handed in before are made. A second call does nothing.
+        """Accept no more calls. Those that are in the queue are made. A second `shutdown` does nothing.
 
         This never waits: the arguments of `Executor.shutdown` have no effect.
         """
@@ -252,7 +252,7 @@ class Worker(Executor):
 def _outcome(function: Callable[..., R], *args: Any, **kwargs: Any) -> tuple[Any, BaseException | None]:
     try:
         return function(*args, **kwargs), None
-    except BaseException as error:  # noqa: BLE001 -- the future raises it in the task or thread that waits
+    except BaseException as error:  # noqa: BLE001 -- the future raises the error in the task or thread that waits for it
         return None, error
 
 

@@ -207,27 +207,27 @@ class FileSession:
         self._new: tuple[fs.NewFile, NewJournal] | None = None
 
     def __repr__(self) -> str:
-        """Return where the state is."""
+        """Return the path of the state."""
         return f"<FileSession of {self.path}>"
 
     @property
     def path(self) -> str:
-        """Return the path of the snapshot."""
+        """The path of the snapshot."""
         return self._writer.paths.snapshot
 
     @property
     def snapshot_bytes(self) -> int:
-        """Return the size of the snapshot."""
+        """The size of the snapshot, in bytes."""
         return self._writer.snapshot_bytes
 
     @property
     def journal_bytes(self) -> int:
-        """Return the size of the journal."""
+        """The size of the journal, in bytes."""
         return self._writer.end
 
     @property
     def progress(self) -> int:
-        """Return a number that grows while commits and checkpoints make progress.
+        """A number that grows while commits and checkpoints make progress.
 
         It counts the bytes written to the disk. While a call waits for a thread, it also
         counts the calls of other states: a call that waits for its turn does not hang.

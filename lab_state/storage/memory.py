@@ -29,8 +29,8 @@ class StoredState:
 class MemoryStorage:
     """States in the memory of this process.
 
-    Durable means: survives the manager. Another manager on the same object finds what
-    the previous one left. The states are lost with the object.
+    A durable change survives the manager: another manager on the same object loads it. The
+    states are lost with the object.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class MemorySession:
         forks.disown_in_children(self)
 
     def __repr__(self) -> str:
-        """Return where the state is."""
+        """Return the path of the state."""
         return f"<MemorySession of {self.path}>"
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
@@ -97,12 +97,12 @@ class MemorySession:
 
     @property
     def snapshot_bytes(self) -> int:
-        """Return the size of the snapshot."""
+        """The size of the snapshot, in bytes."""
         return len(self._stored.snapshot or b"")
 
     @property
     def journal_bytes(self) -> int:
-        """Return the size of the journal."""
+        """The size of the journal, in bytes."""
         return self._end
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- memory can always append
@@ -124,7 +124,7 @@ class MemorySession:
         data = await collect(self._counted(slices))
         self._check_open()
         header = journal.header(self._name, self._salt, journal.base_of(len(data), self._crc))
-        # Records after the view are kept, and so is a frame that is being appended.
+        # The journal keeps records that came after the view, and a frame that is being appended.
         self._journal[:before] = header
         self._end += len(header) - before
         self._stored.snapshot = data
@@ -143,7 +143,7 @@ class MemorySession:
                 await asyncio.sleep(0)
                 self._check_open()
         except BaseException:
-            if self._stored.session is self:  # else the next session has dropped it as a torn tail
+            if self._stored.session is self:  # otherwise the next session has dropped the frame as a torn tail
                 del self._journal[self._end :]
             raise
 

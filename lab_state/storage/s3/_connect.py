@@ -31,7 +31,7 @@ _ENDPOINT_VARIABLES = frozenset({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
 
 
 class Client(Protocol):
-    """The part of an aiobotocore client that is used."""
+    """The methods of an aiobotocore client that lab_state uses."""
 
     async def put_object(self, **parameters: Any) -> dict[str, Any]: ...
     async def head_object(self, **parameters: Any) -> dict[str, Any]: ...
@@ -75,16 +75,16 @@ class Resolver(AbstractResolver):
 
 
 def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
-    """Return the settings of the client: our defaults, then those of the caller, then what the protocol needs."""
+    """Return the settings of the client: our defaults, the caller's in place of them, and then those that must be so."""
     ours = AioConfig(connect_timeout=5, read_timeout=STANDSTILL, max_pool_connections=16)
     config: Any = ours if given is None else ours.merge(given)
-    # A signed Content-MD5 covers each body. Signing a hash as well would read 100 MB on the event loop.
+    # The signature covers a Content-MD5 of each body. A signed SHA-256 would be computed over 100 MB on the event loop.
     s3: dict[str, Any] = {"payload_signing_enabled": False}
     if custom_endpoint:
         s3["addressing_style"] = "path"
     needed = AioConfig(
         s3={**s3, **(config.s3 or {})},
-        # One attempt: only `Requests.put` can tell whether the previous one was done.
+        # One attempt: only `Requests.put` can find out whether the previous attempt took effect.
         retries={"mode": "standard", "total_max_attempts": 1},
         connector_args={"resolver": Resolver(thread), **config.connector_args},
         warm_up_loader_caches=True,
@@ -96,7 +96,7 @@ def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
 
 @functools.cache
 def _loader() -> Any:
-    """Return the loader of botocore's description of S3. It is shared, because reading that takes 0.1 s."""
+    """Return the loader of botocore's description of S3. All sessions share it, because to read it takes 0.1 s."""
     return get_session().get_component("data_loader")
 
 
@@ -139,8 +139,8 @@ async def connect(
 def _made(session: Any, region_name: str | None, endpoint_url: str | None, settings: Any) -> Any:
     """Return a new client. Blocks: botocore reads a dozen files.
 
-    It is created on an event loop of its own, which ends. The client binds to the event
-    loop of its first request.
+    It is created on a temporary event loop. It can be used on another loop, because it
+    binds to the loop of its first request.
     """
 
     async def make() -> Any:

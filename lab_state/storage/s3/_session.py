@@ -81,12 +81,12 @@ class S3Session:
 
     @property
     def journal_bytes(self) -> int:
-        """Return the size of the records that the snapshot does not cover."""
+        """The size of the records that the snapshot does not cover, in bytes."""
         return sum(self._records.values())
 
     @property
     def progress(self) -> int:
-        """Return how many bytes of records and snapshots were sent to the store."""
+        """The number of bytes of records and snapshots that were sent to the store."""
         return self._store.sent
 
     # Commits
