@@ -219,7 +219,7 @@ class Transaction(Plain):
         full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `Transaction` and its calls are one object in two parts
         changes = core.changes
         if full not in changes and full not in core.known:
-            self._calls._begin(full)  # noqa: SLF001 -- likewise
+            self._calls._before_first_change(full)  # noqa: SLF001 -- likewise
         changes[full] = stored
         return core.revision
 

@@ -95,7 +95,7 @@ class Writing(Reads):
         state = core.state
         changes = state.changes
         if full not in changes:
-            self._begin(full)
+            self._before_first_change(full)
         state.entries[full] = changes[full] = stored
         state.revision = revision = state.revision + 1
         if core.has_followup:
@@ -272,7 +272,7 @@ class Writing(Reads):
         except InvalidValueError as error:
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
 
-    def _begin(self, full: str) -> None:
+    def _before_first_change(self, full: str) -> None:
         """Prepare the first change of a key since the last commit: check the loop and the key, note the time."""
         core = self._core
         core.durability.check_loop()

@@ -270,14 +270,14 @@ class Manager(Scope):
             # From here on new calls see an empty, closed state. Calls under way keep the old one.
             self._sweeper.stop()
             self._watchers = self._core.close(State(self._clock.monotonic))
-            self._begin_stop(flusher)
+            self._start_stopping(flusher)
         elif self._stopping is not None and self._stopping.get_loop().is_closed() and self._flusher is not None:
             self._flusher.move()  # the loop was closed during the stop: go on with it here
-            self._begin_stop(self._flusher)
+            self._start_stopping(self._flusher)
         if self._stopping is not None and self._phase == "stopping":
             await asyncio.shield(self._stopping)
 
-    def _begin_stop(self, flusher: Flusher) -> None:
+    def _start_stopping(self, flusher: Flusher) -> None:
         self._stop_began = self._clock.monotonic()
         name = f"lab_state {self._config.name} stop"
         self._stopping = asyncio.create_task(self._stop(flusher), name=name)

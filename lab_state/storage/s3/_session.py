@@ -94,7 +94,7 @@ class S3Session:
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- there is always room for a number
         """Create one record object, after a pending one, if any; see `StorageSession.commit`."""
         self._check()
-        self._committing = _begin(self._commit(record, self._committing))
+        self._committing = _start(self._commit(record, self._committing))
         await asyncio.shield(self._committing)
         journal = self.journal_bytes
         return len(self._records) >= _MOST_RECORDS or journal > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
@@ -146,7 +146,7 @@ class S3Session:
         spool = Spool(self._store.thread)
         self._spooling = asyncio.get_running_loop().create_future()
         try:
-            self._publishing = _begin(self._publish(await self._spooled(spool, slices, stamp), stamp, spool))
+            self._publishing = _start(self._publish(await self._spooled(spool, slices, stamp), stamp, spool))
         except BaseException:
             spool.discard()
             raise
@@ -257,7 +257,7 @@ class S3Session:
     async def aclose(self) -> None:
         """Wait for running requests, then release the state; see `StorageSession.aclose`."""
         if self._closing is None or not _lives(self._closing):
-            self._closing = _begin(self._close())
+            self._closing = _start(self._close())
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
@@ -285,7 +285,7 @@ class S3Session:
             raise FencedError(self._deposed)
 
 
-def _begin(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+def _start(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Start a task. Its exception is not reported as never retrieved: the caller that waits gets it."""
     task = asyncio.create_task(work)
     task.add_done_callback(lambda task: task.cancelled() or task.exception())
