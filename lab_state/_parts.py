@@ -40,6 +40,8 @@ def first_part(container: Any, refused: Callable[[Any], bool]) -> tuple[object, 
     values: Sequence[object]
     if kind is list or kind is tuple:
         values, steps = container, range(len(container))
+    elif kind is dict:
+        values, steps = [*container.values()], [*container]
     else:
         steps, values = tuple(zip(*parts_of(container), strict=True)) or ((), ())
     first, end = 0, len(values)

@@ -171,24 +171,35 @@ def check_packed(value: object, data: bytes, packed: bytes) -> None:
 
 def _may_be_not_finite(part: object) -> bool:
     """Return whether there is a NaN, an infinity or a model in what can be packed."""
-    packed = check_str_keys(part)
+    try:
+        packed = check_str_keys(part)
+    except Exception:  # noqa: BLE001 -- inside of a model there may be what cannot be packed: all is examined then
+        return False
     return find_del(packed) is not None or find_ones(packed) is not None
 
 
 def _check_keys(value: object, data: bytes) -> None:
     """Refuse two keys of a dict that are one key in JSON."""
-    if len(data) < _SMALL and is_canonical(data):
+    if is_canonical(data):  # good values end here
         return
-    # Most often, the innermost part with a key that is no `str` has them.
-    steps, part = innermost(value, lambda part: pack(part) is None)
-    if (double := double_key(encode(part))) is None and (double := double_key(data)) is not None:
-        steps = []
+    steps, part = innermost(value, _may_have_double_keys)
+    double = double_key(encode(part)) if steps else None
+    if double is None:  # the keys are of the whole, or JSON of the caller's own is in it: a `Raw`
+        steps, double = [], double_key(data)
     if double is not None:
         way, name = double
         raise InvalidValueError(
             f"a dict with two keys that are both {name!r} in JSON cannot be kept",
             joined([*steps, path_of(way).removeprefix("$")]),
         )
+
+
+def _may_have_double_keys(part: object) -> bool:
+    """Return whether JSON of a part is not as msgspec would write it again."""
+    try:
+        return not is_canonical(encode(part))
+    except Exception:  # noqa: BLE001 -- a field that is never written: then the whole JSON is examined
+        return False
 
 
 def _check_times(value: object, *, keys: bool) -> None:

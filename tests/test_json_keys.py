@@ -8,7 +8,7 @@ from datetime import date
 from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 import msgspec
@@ -144,6 +144,71 @@ def test_no_member_is_lost(value: object) -> None:
         assert double_key(msgspec.json.encode(value)) is not None
     else:
         assert members(decode_value(stored, Any)) == members(value)
+
+
+class Decoded:
+    """A decoder, with how many bytes it was given."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def __call__(self, data: bytes) -> object:
+        self.total += len(data)
+        return msgspec.json.decode(data)
+
+
+LARGE: list[Any] = [
+    {**dict.fromkeys(range(5_000), 1), "x": 1},
+    {number + 0.5: [number] for number in range(5_000)},
+    [{number: 1, number + 1: 2} for number in range(5_000)],
+    {"a": [{"b": {number + 0.5: 1}} for number in range(5_000)]},
+]
+
+
+@pytest.mark.parametrize("value", LARGE, ids=count())
+def test_a_large_value_with_other_keys_is_decoded_once(value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large value with keys that are numbers is decoded once to find that no key is there twice."""
+    decoded = Decoded()
+    monkeypatch.setattr("lab_state._json_keys._decode", decoded)
+    data = encode_value(value)
+    assert isinstance(data, bytes)
+    assert decoded.total == len(data)
+
+
+class Spaced:
+    """An object with a serializer of its own, and a field that it never writes."""
+
+    model_fields: ClassVar[dict[str, None]] = {"hidden": None}
+
+    def __init__(self) -> None:
+        self.hidden = object()
+
+    def model_dump_json(self, **_: object) -> str:
+        return '{"a" : 1}'
+
+
+def test_a_field_that_is_never_written_is_no_fault() -> None:
+    """Beside keys that are numbers, an object may write JSON in its own way, and leave out what cannot be encoded."""
+    value: list[Any] = [{7: 1}, Spaced()] * 2_000
+    assert decode_value(encode_value(value), Any) == [{"7": 1}, {"a": 1}] * 2_000
+    value.append({7: 1, "7": 2})
+    with pytest.raises(InvalidValueError, match="both '7'") as refused:
+        encode_value(value)
+    assert refused.value.path == "$[4000]"
+
+
+@pytest.mark.parametrize("place", [0, 2_500, 4_999])
+def test_a_double_key_in_a_large_value_is_found_by_halving(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To find the dict with a key that is there twice, no more than three times the value is decoded."""
+    value: list[dict[object, int]] = [{number: 1, number + 1: 2} for number in range(5_000)]
+    size = len(msgspec.json.encode(value))
+    value[place] = {7: 1, "7": 2}
+    decoded = Decoded()
+    monkeypatch.setattr("lab_state._json_keys._decode", decoded)
+    with pytest.raises(InvalidValueError, match="both '7'") as refused:
+        encode_value(value)
+    assert refused.value.path == f"$[{place}]"
+    assert decoded.total < 3 * size
 
 
 @pytest.mark.parametrize("data", [b"[1e999]", b'{"a":1}', b"1" * 5000, b"[" * 5000 + b"]" * 5000], ids=count())

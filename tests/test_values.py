@@ -1131,6 +1131,26 @@ def test_a_part_to_blame_among_parts_of_any_kind() -> None:
     assert refused(frozenset({Unknown()})).path == "$[0]"
 
 
+class Numbers(pydantic.BaseModel):
+    """A model with what MessagePack cannot hold."""
+
+    by_number: dict[int, int] | None = None
+    large: int = 0
+    part: float | None = None
+
+
+@pytest.mark.parametrize(
+    "model", [Numbers(by_number={1: 2}), Numbers(large=2**70), Numbers(by_number={}, large=-(2**70))], ids=count()
+)
+def test_a_large_value_of_models_with_a_null_is_kept(model: Numbers) -> None:
+    """Models with keys that are numbers, or with large numbers, are kept beside a None, however many there are."""
+    value: list[Any] = [model, Numbers(), None] * 1_000
+    stored = encode_value(value)
+    assert decode_value(stored, list[Numbers | None]) == value
+    assert refused([*value, math.nan]).path == "$[3000]"
+    assert refused([*value, [{"a": math.inf}]]).path == "$[3000][0].a"
+
+
 def test_a_nan_is_found_in_any_container() -> None:
     """A NaN is refused with its path in tuples, in dicts and in what has a serializer; a None is none."""
     assert refused({"a": (None, {"b": math.nan})}).path == "$.a[1].b"
