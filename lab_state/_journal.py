@@ -5,14 +5,14 @@ Pure and synchronous. The journal is text, with one frame in each line::
     <crc32, 8 hex digits> <payload length> <kind> <payload>\n
 
 The CRC-32 covers salt, length, kind and payload. The salt is random for each journal, and is
-in its header. So old bytes in the blocks of a reused file are no valid frame, and a user's
+in its header. So old bytes in reused blocks of the disk are never a valid frame, and a user's
 value cannot contain one.
 
-The writer keeps one frame in flight: it writes the next frame only after the sync of the
-frame before has returned. So bad bytes that no valid frame follows are a torn tail, which
-was never acknowledged. Bad bytes that a valid frame follows are damage to acknowledged data.
-The WAL repair of etcd and `kPointInTimeRecovery` of RocksDB follow the same rule. Without the
-guarantee of one frame in flight, they cannot always tell the two apart.
+The writer keeps one frame in flight: it writes a frame only after the sync of the previous one
+has returned. So invalid bytes at the end, with no valid frame after them, are a torn tail, which
+was never acknowledged. If a valid frame comes after invalid bytes, acknowledged data is damaged.
+The WAL repair of etcd and `kPointInTimeRecovery` of RocksDB follow the same rule. But they do not
+keep one frame in flight, so they cannot always distinguish the two cases.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Scan(NamedTuple):
 _FRAME = re.compile(rb"([0-9a-f]{8}) ((\d{1,15}) ([A-Z]) )")
 _LONGEST_HEAD = 8 + 1 + 15 + 3
 _HEAD_BEHIND = re.compile(rb" (?=(\d{1,15}) [A-Z] )")
-"""The blank after a checksum. It is searched because one byte is found faster than eight digits, which are checked then."""
+"""The blank after a checksum, and the rest of a head. A search for one byte is fast; the checksum is matched after it."""
 
 _CHECKSUM = re.compile(rb"[0-9a-f]{8}")
 _SEARCHED_AT_ONCE = 256 * 1024
@@ -108,14 +108,14 @@ def frame(salt: str, kind: FrameKind, payload: bytes) -> bytes:
 
 
 def frame_parts(salt: str, kind: FrameKind, payload: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return one line of the journal, in parts. To copy a payload of megabytes would hold up every other thread."""
+    """Return one line of the journal, in parts. A copy of a payload of megabytes would block every other thread."""
     head = b"%d %s " % (len(payload), _LETTERS[kind])
     crc = zlib.crc32(payload, zlib.crc32(head, zlib.crc32(salt.encode())))
     return b"%08x %s" % (crc, head), payload, b"\n"
 
 
 def frame_in_steps(salt: str, kind: FrameKind, payload: bytes) -> Iterator[bytes]:
-    """Yield one line of the journal in pieces. The first pieces are empty: one for each step of the checksum."""
+    """Yield one line of the journal in pieces. Before them, yield an empty piece for each step of the checksum."""
     head = b"%d %s " % (len(payload), _LETTERS[kind])
     crc = zlib.crc32(head, zlib.crc32(salt.encode()))
     for start in range(0, len(payload), _PIECE):
@@ -173,7 +173,7 @@ def read_header(data: bytes, name: str, path: str) -> Header:
     """Read the header of a journal, of which `data` holds at least the first line.
 
     Raises:
-        CorruptionError: The line is no header, or that of another state.
+        CorruptionError: The line is not a header, or it is the header of another state.
         UnsupportedError: A newer version of lab_state wrote it.
     """
     return _read_header(data, name, path)[0]
@@ -227,9 +227,9 @@ def _known_kind(kind: bytes, position: int, path: str) -> FrameKind:
 def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
     """Return the offset of the first valid frame that starts at any byte from `position` on.
 
-    The search goes by bytes, not by lines. One flipped newline joins two frames, and a search
-    by lines would drop the second, which was acknowledged. A user's value may contain very
-    many heads of frames, so the checksums of all of them are computed in one pass.
+    A frame is searched at each byte, not only at the start of a line. One flipped newline joins
+    two frames, and a search by lines would miss the second, which was acknowledged. A user's
+    value may contain very many heads of frames, so all checksums are computed in one pass.
     """
     heads = list(_heads_behind(data, position))
     sums = _crc.running(data, position, sorted({at for head in heads for at in (head.covered, head.end)}))
@@ -241,7 +241,7 @@ def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
 
 
 class _Head(NamedTuple):
-    """A possible head of a frame, whose payload is followed by a newline."""
+    """A possible head of a frame, with a newline after the payload."""
 
     start: int
     covered: int
@@ -250,7 +250,7 @@ class _Head(NamedTuple):
 
 
 def _heads_behind(data: bytes, position: int) -> Iterator[_Head]:
-    """Yield all possible heads in order. The search goes in pieces, because it holds up all other threads."""
+    """Yield all possible heads in order. Search in pieces, because a search blocks all other threads."""
     for piece in range(position, len(data), _SEARCHED_AT_ONCE):
         stop = piece + _SEARCHED_AT_ONCE
         for match in _HEAD_BEHIND.finditer(data, piece, stop + _LONGEST_HEAD):
@@ -266,9 +266,9 @@ class Accepted(NamedTuple):
     """The state that a journal and a snapshot make together.
 
     Attributes:
-        full: The state at the start of the journal, if the journal contains it. Otherwise
-            that is the snapshot.
-        records: The records after it.
+        full: The state at the start of the journal, if the journal contains it. If it is
+            `None`, the snapshot is that state.
+        records: The records that follow that state.
         unclean: Whether the last writer did not end with a checkpoint.
     """
 

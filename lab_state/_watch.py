@@ -2,9 +2,10 @@
 
 Theory of operation. A write only notes its change. The notes of one turn of the event loop
 go to the watchers in the next turn, so a write costs the same for any number of watchers.
-Each watcher keeps the last pending change of each key. Above a bound it keeps one `resync`
-instead. The watchers of a key are found by looking up the beginnings of the key, without
-asking each watcher. Watchers of durable changes get them from the commits.
+Each watcher keeps the last pending change of each key. With more than `MOST_PENDING` keys, it
+keeps one `resync` instead. The watchers of a key are found with a lookup for each length of a
+watched prefix, not by a loop over all watchers. Watchers of durable changes get the changes of
+each commit.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ Told: TypeAlias = tuple[str, tuple[StoredOrGone, int]]
 
 
 class Change(msgspec.Struct, frozen=True):
-    """A change of a key, as a watch gives it.
+    """A change of a key, as a watch reports it.
 
     Attributes:
         key: The key, without the prefix of the handle that is watched; empty for `resync`.
         kind: `set`, `delete`, `expire` or `resync`. A `resync` means: read again. It comes
             when more than 10,000 keys are pending, or were deleted at once.
-        revision: The revision that the state had reached. It contains the change.
+        revision: A revision of the state that contains the change.
     """
 
     key: str
@@ -53,20 +54,20 @@ def _kind(changed: StoredOrGone) -> Kind:
 
 
 class Watcher:
-    """An open watch: iterates over the changes that its reader has not received yet."""
+    """An open watch. It is an iterator over the changes that its reader has not received yet."""
 
     def __init__(self, prefix: str, cut: int, since: int, *, durable: bool) -> None:
         """Create a watch without pending changes.
 
         Args:
-            prefix: Only keys that start with it.
-            cut: How many characters to remove from the beginning of each key.
+            prefix: The beginning of the keys; an empty one means all keys.
+            cut: The number of characters to remove from the beginning of each key.
             since: Changes up to this revision are left out.
             durable: Whether to give changes only when they are durable.
         """
         self.prefix: str = prefix
         self.durable: bool = durable
-        self.opened: int | None = None  # the revision of the state at that moment
+        self.opened: int | None = None  # the revision of the state when the watch was opened
         self._cut = cut
         self._since = since
         self._pending: OrderedDict[str, Change] = OrderedDict()
@@ -76,7 +77,7 @@ class Watcher:
         self._waiting: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
-        """Return the prefix, and what is pending."""
+        """Return the prefix, and the number of pending changes."""
         what = "closed" if self._closed else "a resync" if self._resync is not None else f"{len(self._pending)} keys"
         durable = ", durable" if self.durable else ""
         return f"<watch of {self.prefix!r}{durable}, pending: {what}>"
@@ -93,7 +94,7 @@ class Watcher:
         self._wake()
 
     def resync(self, revision: int) -> None:
-        """Replace all that is pending by one `resync`: any key may have changed."""
+        """Replace all pending changes by one `resync`, because any key may have changed."""
         if revision <= self._since:
             return
         self._pending.clear()
@@ -140,7 +141,7 @@ class Watcher:
 
 
 class Group:
-    """Watchers, indexed by their prefix, and prefixes by their length."""
+    """An index of watchers: by the length of their prefix, then by the prefix."""
 
     def __init__(self) -> None:
         self._by_length: dict[int, dict[str, dict[Watcher, None]]] = {}
@@ -190,7 +191,7 @@ class Watchers:
     """The watchers of one state, from a start to a stop.
 
     Attributes:
-        attended: Called with True when the first watch opens, and with False when the last one ends.
+        attended: A callback. It gets True when the first watch opens, and False when the last one ends.
     """
 
     def __init__(self, state: State) -> None:
@@ -235,7 +236,7 @@ class Watchers:
             turn[key] = (changed, revision)
 
     def committed(self, taken: ChangeSet) -> bool:
-        """Add changes that became durable to the queue. Return whether a reference to them is kept."""
+        """Add changes that became durable to the queue. Return whether the queue keeps a reference to them."""
         if self._durable:
             if taken.cleared:
                 self._queue.append((self._durable, taken.end))
@@ -270,7 +271,7 @@ class Watchers:
         self._tell()
 
     def _tell(self) -> None:
-        """Give out what is queued, a bounded part of it in each turn of the loop."""
+        """Give the queued changes to the watchers, about `_TOLD_AT_ONCE` in each turn of the event loop."""
         self._step()
         if self._queue:
             asyncio.get_running_loop().call_soon(self._tell)

@@ -1,4 +1,4 @@
-"""Reads the mirror of a state in Redis."""
+"""The source from which a reader reads a mirror in Redis, and the subscription to its changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PING_SECONDS = 5.0
 
 
 class RedisSource:
-    """One mirror; see `Source`. A read uses a free connection, or makes one."""
+    """One mirror in Redis; see `Source`. A read uses a free connection, or opens one."""
 
     def __init__(self, dialer: Dialer, keys: Keys, clock: Clock) -> None:
         self._dialer = dialer
@@ -78,7 +78,7 @@ class RedisSource:
             try:
                 return await self._on(self._free.pop(), commands)
             except UnavailableError:
-                await self.aclose()  # the other free ones are as old
+                await self.aclose()  # the other free connections are probably lost too
         return await self._on(await self._dialer.connect(self._clock), commands)
 
     async def _on(self, connection: Connection, commands: Sequence[bytes]) -> list[Any]:
@@ -112,7 +112,7 @@ class RedisSource:
 
 
 class RedisSubscription:
-    """Receives the changes of a mirror; see `Subscription`."""
+    """A subscription to the changes of a mirror; see `Subscription`."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

@@ -1,4 +1,4 @@
-"""`Reader`: reads the mirror of a state, in any process."""
+"""`Reader`, which reads the mirror of a state, in any process."""
 
 from __future__ import annotations
 
@@ -36,25 +36,26 @@ _LOOK_AGAIN_SECONDS = 1.0
 
 
 class Reader(Handle):
-    """Reads the mirror of a state that its manager keeps in a cache. It changes nothing.
+    """A reader of the mirror that a manager keeps in a cache. It changes nothing.
 
     Use it with `async with`. Entering does not wait, so a worker may start before the writer
-    and before Redis. Each read returns keys, expiry and revision of one moment, and only
+    and before Redis. Each read returns the keys and expiry times of one revision, and only
     durable changes. A read never returns a lower revision than an earlier read, with one
-    exception: a living writer has reported a lower revision for ten seconds. Then the state
-    itself was restored, or another client had written what was read before. Until then reads
-    raise `UnavailableError`; a WARNING is logged when they go on.
+    exception: if a running writer reports a lower revision for ten seconds, reads continue from
+    that revision, and a WARNING is logged. The reason is that the state was restored, or that
+    another client had written to the mirror. During the ten seconds, reads raise
+    `UnavailableError`.
 
     A read raises `UnavailableError` while there is no mirror, or while its revision is lower than
-    one that this reader has read. A key is never reported as missing for that reason. The
-    message says what to do. In a web application this is a 503, because the writer repairs the
-    mirror by itself. A read raises `UnsupportedError` if the server refuses the user or if the
-    mirror has a newer format, `ClosedError` outside `async with`, and `InvalidKeyError` for a key
-    that no state can have.
+    one that this reader has read. It never reports a key as missing for that reason. The message
+    says what to do. Answer a web request with 503 then, because the writer repairs the mirror by
+    itself. A read raises `UnsupportedError` if the server refuses the user or if the mirror has a
+    newer format, `ClosedError` outside `async with`, and `InvalidKeyError` for a key that no state
+    can have.
 
-    With `local=True` the reader keeps a local copy. Reads are from memory, without a round trip.
-    The copy is loaded in the background. Before that, and while the subscription is lost, reads
-    go to the cache.
+    With `local=True` the reader keeps a local copy, which is loaded in the background. Then reads
+    are from memory, without a round trip. Before it is loaded, and while the subscription is
+    lost, reads go to the cache.
     """
 
     _kind = "a reader"
@@ -72,7 +73,7 @@ class Reader(Handle):
         self._is_parents = False
 
     def __repr__(self) -> str:
-        """Return the name of the state, and where the mirror is."""
+        """Return the name of the state, and the path of the mirror."""
         return f"<Reader {self._name!r} at {self._source.path}{', local' if self._is_local else ''}>"
 
     @property
@@ -165,7 +166,7 @@ class Reader(Handle):
 
         Raises:
             KeyNotFoundError: The key is missing, and no default was given.
-            TypeMismatchError: The stored value is not a `type`; the error says where.
+            TypeMismatchError: The stored value is not a `type`; the error has the path.
             TypeError: The type cannot be decoded, or the default is a class: give it as
                 `type=`.
             UnavailableError: See the class.
@@ -211,8 +212,8 @@ class Reader(Handle):
     async def get_all(self, prefix: str = "", *, type: Any = Any) -> dict[str, Any]:
         """Return every key that starts with `prefix`, with its value, all from one moment.
 
-        The cost grows with the number of all keys, on the event loop. Without `local` it does so
-        in Redis too, which answers no other client meanwhile.
+        The time on the event loop grows with the number of all keys. Without `local`, so does the
+        time in Redis, which answers no other client meanwhile.
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
@@ -258,12 +259,13 @@ class Reader(Handle):
         """Wait until reads return this revision or a later one. Then a caller reads its own writes.
 
         A write of the manager returns its revision. With a `flush_interval` of 0 the change is
-        durable by then, and here within milliseconds. Otherwise it is here after the next flush.
+        durable by then, and in the mirror within milliseconds. Otherwise it is in the mirror after
+        the next flush.
 
         Args:
             revision: The revision.
-            timeout: How long to wait, in seconds, 0 or more and finite. `None` waits without
-                a limit. A last read may take a second more.
+            timeout: The longest wait, in seconds, 0 or more and finite. `None` waits without
+                a limit. The last read may take a second more.
 
         Raises:
             WaitTimeoutError: The revision was not reached in time. It is an `UnavailableError` and a
@@ -289,7 +291,7 @@ class Reader(Handle):
             look = not heard or self._is_local or self._open.revision >= revision
 
     async def _reached(self, seconds: float) -> tuple[int, str]:
-        """Return the revision that a read would return, and the same in words; -1 and the reason if it would fail."""
+        """Return the revision that a read would return, and a text with it; if it would fail, -1 and the reason."""
         try:
             with within(self._clock, seconds):
                 reached = await self.revision()
@@ -302,12 +304,12 @@ class Reader(Handle):
     def watch(self, prefix: str = "") -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """Iterate over the keys that change, as `Manager.watch` does.
 
-        Open the watch, and then read. Only durable changes come. The revision of a change is that
-        of the step that wrote it to the mirror. An expiry comes as `delete`. A `resync` comes
-        at the beginning and after a lost subscription: then read everything.
+        Open the watch, and then read. It reports only durable changes. The revision of a change is
+        that of the step that wrote it to the mirror. A key that expired is reported as `delete`.
+        A `resync` is reported at the beginning and after a lost subscription: then read everything.
 
         Args:
-            prefix: Only keys that start with it.
+            prefix: The beginning of the keys; an empty one means all keys.
 
         Raises:
             TypeError: At entering: the prefix is not a `str`.
@@ -356,7 +358,7 @@ class Reader(Handle):
 
     async def _read(self, fetching: Awaitable[Fetched]) -> tuple[Head, dict[str, Stored]]:
         """Read the mirror, check whether it may be shown, and note whether that succeeded."""
-        # The floor is that of now. Another read may return a higher revision meanwhile.
+        # The lowest revision to accept is taken before the read, because another read may return a higher one meanwhile.
         floor = max(self._guard.seen, self._local.highest)
         try:
             found = await fetching
@@ -368,7 +370,7 @@ class Reader(Handle):
         return head, stored
 
     def _checked_head(self, found: Fetched, floor: int) -> Head:
-        """Return the head of what was read, if it may be shown. Continue from it if the reader goes back."""
+        """Return the head of a read, if the read may be returned. Continue from it if its revision is lower, but accepted."""
         accepted = self._guard.accept(found, floor, self._lives, self._clock.monotonic())
         if accepted.went_back:
             assert self._feed is not None  # it has reported that the writer lives
@@ -409,7 +411,7 @@ def _stored(found: Fetched) -> dict[str, Stored]:
     expires = found.expires
     return {
         key: Expiring(Json(data), parse_time(expires[key])) if key in expires else Json(data)
-        for key, data in found.values.items()  # invalid JSON is an error when it is decoded
+        for key, data in found.values.items()  # decoding raises for invalid JSON
     }
 
 

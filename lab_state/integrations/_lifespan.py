@@ -1,4 +1,4 @@
-"""The common part of the web frameworks: run managers and readers with the application, find and check them."""
+"""The common part of the web frameworks: it runs managers and readers with the application, and finds and checks them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ KEY = "lab_state"
 class Named(Mapping[str, Served]):
     """Managers and readers by name, read-only.
 
-    A framework may copy what its state holds, deeply too, before a handler gets it. A
-    copy of this object is the same object, because a state has one manager.
+    A framework may copy the objects in its state, even with `deepcopy`, before a handler gets
+    them. A copy of this object is the same object, because a state has one manager.
     """
 
     def __init__(self, named: Mapping[str, Served]) -> None:
@@ -35,7 +35,7 @@ class Named(Mapping[str, Served]):
 
     @property
     def stop(self) -> ServerStop | None:
-        """The stop of the server, for streams; `None` while no lifespan runs."""
+        """The event that ends the streams when the server stops; `None` while no lifespan runs."""
         return self._stop
 
     @contextmanager
@@ -106,23 +106,25 @@ def add(named: dict[str, S], one: S) -> None:
 
 @asynccontextmanager
 async def running(served: Iterable[Served]) -> AsyncGenerator[None]:
-    """Start all of them in order, and stop those that were started in reverse order, whatever happens.
+    """Start all of them in order. At the end, also after an error, stop those that were started, in reverse order.
 
-    Start and stop may happen in different tasks.
+    Start and stop may run in different tasks.
     """
     async with AsyncExitStack() as stack:
         for one in served:
             try:
                 await stack.enter_async_context(one)
             except LockedError as error:
-                error.args = (f"{error}; {_OTHER_WORKER}",)  # in one line, the last one of the traceback
+                error.args = (
+                    f"{error}; {_OTHER_WORKER}",
+                )  # one line, so that the last line of the traceback has all of it
                 raise
         yield
 
 
 @asynccontextmanager
 async def serving(served: Named) -> AsyncGenerator[None]:
-    """Start and stop managers and readers as `running` does, and accept streams between."""
+    """Start and stop managers and readers as `running` does, and accept streams while they run."""
     async with running(served.values()):
         with served.accepting_streams():
             yield
@@ -149,7 +151,7 @@ def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None)
 
 
 def stop_of(served: Mapping[str, Served] | None) -> ServerStop:
-    """Return the stop of the server that an application runs in, for a stream.
+    """Return the event that ends a stream when the server stops. From now on the server's signals set it.
 
     Raises:
         LookupError: The application's lifespan does not run.

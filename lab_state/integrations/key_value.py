@@ -32,9 +32,9 @@ class LabStateStore:
     """An `AsyncKeyValue` in a namespace, with every optional protocol of py-key-value.
 
     Values are mappings of plain JSON. Each read returns a new `dict`. A read never waits. A
-    write is in memory at once; when it becomes durable depends on the manager's
-    `flush_interval`. The store does not start the manager, which must run. All calls must be
-    made on the manager's event loop.
+    write is in memory at once. The manager's `flush_interval` decides when it becomes durable.
+    The store does not start the manager, which must be running. All calls must be made on the
+    manager's event loop.
 
     A value is stored under `<collection>/<key>` in the namespace. The slashes of both parts
     are escaped, so collection `a/b` with key `c` differs from `a` with `b/c`. Any string may
@@ -46,8 +46,8 @@ class LabStateStore:
     key or a collection that is not a `str`. With a `flush_interval` of 0, each call that
     writes raises `StoreConnectionError` if the storage failed: the change is not durable
     yet, and the manager tries again by itself. When the manager is fenced, each call that
-    writes raises an error that is a `StoreConnectionError` and a `FencedError`, with any
-    interval, and changes nothing.
+    writes changes nothing, and raises an error that is both a `StoreConnectionError` and a
+    `FencedError`, with every `flush_interval`.
     """
 
     def __init__(self, namespace: Namespace, *, default_collection: str = "default_collection") -> None:
@@ -78,7 +78,7 @@ class LabStateStore:
         """Return the value of a key; `None` if it is missing or has expired.
 
         Raises:
-            DeserializationError: Other code stores values in this namespace.
+            DeserializationError: Other code has stored the value in this namespace.
         """
         return (await self.get_many([key], collection=collection))[0]
 
@@ -95,14 +95,14 @@ class LabStateStore:
         there is no value, or if it does not expire.
 
         Raises:
-            DeserializationError: Other code stores values in this namespace.
+            DeserializationError: Other code has stored the value in this namespace.
         """
         return (await self.ttl_many([key], collection=collection))[0]
 
     async def ttl_many(
         self, keys: Sequence[str], *, collection: str | None = None
     ) -> list[tuple[dict[str, Any] | None, float | None]]:
-        """Return the values of keys and when they expire, in their order, all from one moment; see `ttl`."""
+        """Return the values of keys and the seconds until each expires, in their order, all from one moment; see `ttl`."""
         answers: list[tuple[dict[str, Any] | None, float | None]] = []
         for place in self._places(keys, collection):
             try:
@@ -170,7 +170,7 @@ class LabStateStore:
         return await self.delete_many([key], collection=collection) == 1
 
     async def delete_many(self, keys: Sequence[str], *, collection: str | None = None) -> int:
-        """Delete those of the keys that exist, as one change. Return how many existed."""
+        """Delete several keys as one change. Return how many of them existed."""
         with _errors():
             return await self._namespace.delete_many(self._places(keys, collection))
 
@@ -226,7 +226,7 @@ class LabStateStore:
         return entries
 
     def _text(self, place: str, name: str, which: str) -> str:
-        """Return the text of which a part of a place was made."""
+        """Return the key or the collection from which a part of a place was made."""
         if is_hash(name):
             try:
                 return unescape(self._namespace.get_nowait(place)[which])
@@ -291,7 +291,7 @@ def _limit(limit: int | None) -> int | None:
 
 
 class _FencedStoreError(StoreConnectionError, FencedError):
-    """A fenced manager: callers may catch the error of py-key-value or that of lab_state."""
+    """The manager is fenced. Callers may catch the error of py-key-value or that of lab_state."""
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Reading the files of a state while a writer may have it open. Blocking.
+"""Read the files of a state while a writer may have it open. The calls block.
 
-The steps, each with its reason, are in `docs/design/disk.md`, "Reading without the lock".
+`docs/design/disk.md`, "Reading without the lock", has the steps, with a reason for each.
 No file is created, changed or locked. Even a short lock could make a `start()` fail.
 """
 
@@ -35,10 +35,10 @@ def read_files(
     """Read a state; see `Storage.read`.
 
     Args:
-        directory: Where the files are.
+        directory: The directory of the files.
         name: The name of the state.
-        given_up: Set when the caller no longer waits for the answer. Then this ends soon.
-        monotonic: The clock that measures the 5 s after which this gives up.
+        given_up: An event that the caller sets when it no longer waits. Then the call ends soon.
+        monotonic: The clock. The call gives up after 5 s.
 
     Raises:
         StorageError: See `Storage.read`.
@@ -121,7 +121,7 @@ class _Look:
         """
         accepted, error, durable, _ = self.seen.verdict
         if accepted is None:
-            assert error is not None, "a verdict is one or the other"
+            assert error is not None, "a verdict is either accepted or an error"
             raise error
         if is_empty(self.seen) and not is_there(self._paths.lock):
             raise UnsupportedError(f"there is no state at {self._paths.snapshot}: check the name and the directory")
@@ -138,7 +138,7 @@ class _Look:
 
 
 def is_held(path: str) -> bool | None:
-    """Return whether a process holds the lock; `None` if only an attempt to take it could tell."""
+    """Return whether a process holds the lock; `None` if this is unknown without an attempt to take it."""
     try:
         lock = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,6 +1,6 @@
 """`FileStorage`: a snapshot and a journal for each state, in a directory.
 
-The rules, each with its reason, are in `docs/design/disk.md`. In short:
+`docs/design/disk.md` has the rules, with a reason for each. In short:
 
 * `<name>.json` is the snapshot. `<name>.journal` holds the records after it. `<name>.lock`
   is the lock.
@@ -12,10 +12,10 @@ The rules, each with its reason, are in `docs/design/disk.md`. In short:
   journal that starts with the whole state. A start after an unclean end does the same,
   because the frames that it finds may be in the page cache only.
 
-One worker makes all calls that touch the journal, one at a time. Their state is kept in
-`Writer`, not in the caller. So a cancelled caller leaves nothing half done. A second
-worker writes the snapshot. The threads belong to the storage object: other code that
-fills the default executor of the event loop cannot delay a write.
+One worker makes all calls that touch the journal, one at a time. `Writer` keeps their state.
+So a call is completed even if its caller is cancelled. A second worker writes the snapshot.
+The threads belong to the storage object, so that other code that uses the default executor
+of the event loop cannot delay a write.
 """
 
 from __future__ import annotations
@@ -55,19 +55,19 @@ R = TypeVar("R")
 class FileStorage:
     """States in a directory of this machine, each with one snapshot and one journal.
 
-    Durable means: survives SIGKILL, a crash of the machine and a power cut. This requires
-    that the file system and the disk keep their promises for `fsync`.
+    A durable change survives SIGKILL, a crash of the machine and a power cut. This requires
+    that the data is on the medium when the system call `fdatasync` or `fsync` has returned.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, create: bool = True) -> None:
         """Check and keep the settings. No file is touched before a manager starts.
 
         Args:
-            directory: Where the files are. If it is missing, `start()` creates it and the
-                directories above it, for this user only (mode 0700, files 0600). A relative
-                path is resolved at `start()`, from the current directory of the process.
-                Symbolic links are resolved then too. A link that is changed later has no
-                effect on a running manager.
+            directory: The directory of the files. If it is missing, `start()` creates it and
+                the directories above it. Only the user of the process can read them (mode
+                0700, files 0600). `start()` resolves a relative path from the current directory
+                of the process, and symbolic links. A link that is changed later has no effect
+                on a running manager.
             create: Whether `start()` creates a missing state. With `False`, it raises
                 `UnsupportedError` if there is neither a snapshot nor a journal, and creates
                 nothing. Use this for a volume that may not be mounted.
@@ -100,7 +100,7 @@ class FileStorage:
         self._threads = Threads("lab_state files")
 
     def __repr__(self) -> str:
-        """Return the directory. It holds nothing secret."""
+        """Return the class and the directory, which is no secret."""
         return f"FileStorage({self._directory!r})"
 
     async def open(self, name: str) -> FileSession:
@@ -111,7 +111,7 @@ class FileStorage:
             writer, recovery = await asyncio.shield(asyncio.wrap_future(opening))
             return FileSession(writer, recovery, commits, checkpoints, self._journals)
         except BaseException:
-            # After a cancellation the lock may be taken all the same: release it before the caller goes on.
+            # After a cancellation, the thread may still take the lock. Release it before the caller goes on.
             giving_up = commits.submit(_give_up, opening)
             commits.shutdown()
             checkpoints.shutdown()
@@ -129,8 +129,8 @@ class FileStorage:
             UnsupportedError: There is no state of this name in the directory. Or a
                 permission is missing, or the format is newer.
             CorruptionError: The stored data are damaged.
-            UnavailableError: The files could not be read this time. Or they were replaced
-                faster than they could be read, for 5 s. Try again.
+            UnavailableError: The files could not be read this time; or, for 5 s, they were
+                replaced faster than they could be read. Try again.
         """
         thread = Worker(self._threads)
         given_up = threading.Event()
@@ -147,7 +147,7 @@ def _give_up(opening: Future[tuple[Writer, Recovery]]) -> None:
 
 
 class Journals:
-    """The sessions of a storage object whose journals may be open: those that committed most recently.
+    """The sessions of a storage object that committed most recently. Only their journals may be open.
 
     Attributes:
         last: The session that committed last.
@@ -230,12 +230,12 @@ class FileSession:
         """A number that grows while commits and checkpoints make progress.
 
         It counts the bytes written to the disk. While a call waits for a thread, it also
-        counts the calls of other states: a call that waits for its turn does not hang.
+        counts the calls of other states, because a call that waits for its turn does not hang.
         """
         return self._writer.progress.count + self._commits.waited + self._checkpoints.waited
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:
-        """Append one frame and sync, in one hop; see `StorageSession.commit`."""
+        """Append one frame and sync, in one call of a worker; see `StorageSession.commit`."""
         self._check_open()
         full_needed = False
         try:
@@ -249,7 +249,7 @@ class FileSession:
         return self._writer.checkpoint_due
 
     async def _commit_full(self, record: bytes, snapshot: SnapshotSource) -> None:
-        """Commit the whole state. In a function of its own, because an error's traceback keeps the locals of its caller."""
+        """Commit the whole state. This is a separate function, because a traceback keeps the locals of a function alive."""
         full = await collect(snapshot())
         self._check_open()
         await self._commits.run(self._writer.commit, record, full)
@@ -296,11 +296,11 @@ class FileSession:
             self.recovery = self.recovery.used()
         finally:
             writer.since = None
-            if self._closing is None:  # else `_close` does it
+            if self._closing is None:  # otherwise `_close` does it
                 thread.submit(self._tidy, new, upcoming)
 
     def _tidy(self, new: fs.NewFile, upcoming: NewJournal) -> None:
-        """Close and delete what a checkpoint left, except files already in place. Runs in its worker."""
+        """Close and delete the temporary files of a checkpoint, except those that were renamed. Runs in its worker."""
         new.discard()
         self._writer.lock.forget(new.path)
         self._commits.submit(self._writer.end_checkpoint, upcoming)  # queued after the call that may put it in place

@@ -1,9 +1,9 @@
 """The meaning of an answer of an object store, and what to do next. Pure.
 
 Each conditional write has an id of its own in the metadata of the object. So the object
-shows whether the write was done, whatever the answer was. This is needed for two reasons.
-An answer can be lost. And the HTTP client repeats a request on its own when a kept-alive
-connection drops; the store then refuses the second request because of the first.
+shows whether the write took effect, also if the answer does not. This is needed in two cases.
+An answer can be lost. The HTTP client can also repeat a request on its own, after a kept-alive
+connection broke. The store then refuses the second request because of the first.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MISSING_FILE = "FileNotFoundError"
 """The code of a failure: a file in the settings of the client is missing."""
 
 PROXY = "ProxyError"
-"""The start of the code of a failure; the status that a proxy answered follows."""
+"""The start of the code of a failure. The status from the proxy follows it, as in `ProxyError403`."""
 
 
 class Verdict(Enum):
@@ -51,7 +51,7 @@ class Verdict(Enum):
 
     REFUSED = "the condition did not hold"
     CONFLICT = "another write to the same key was under way"
-    UNKNOWN = "it may have been done or not; a repetition can help"
+    UNKNOWN = "the request may have taken effect or not; a repetition can help"
     MISSING_BUCKET = "there is no such bucket"
     NOT_IMPLEMENTED = "the store does not know this request or this condition"
     DENIED = "a repetition does not help"
@@ -169,7 +169,7 @@ def verdict(failure: Failure) -> Verdict:  # noqa: PLR0911 -- one for each row o
 
 
 def after_look(answer: Verdict, found: ObjectInfo | None, write_id: str, if_match: str | None) -> Next:
-    """Return what to do after a conditional write, from the object that is there now.
+    """Return the next step after a conditional write. It depends on the object that is there now.
 
     Args:
         answer: The meaning of the answer: `REFUSED`, `CONFLICT` or `UNKNOWN`.
@@ -183,8 +183,8 @@ def after_look(answer: Verdict, found: ObjectInfo | None, write_id: str, if_matc
     if answer is not Verdict.REFUSED:
         return Next.REPEAT
     if found is None:
-        # Without an ETag: the object that caused the refusal was deleted. Fences are never deleted, and
-        # records only by a snapshot that covers their number. So the object was ours.
+        # Without an ETag, another object caused the refusal, and was deleted since. Fences are never deleted, and a
+        # record is deleted only after a snapshot that covers its number. So the object was ours.
         return Next.REPEAT if if_match is None else Next.GONE
     if if_match is not None and if_match != unquoted(if_match) and unquoted(found.etag) == unquoted(if_match):
         return Next.UNQUOTE
@@ -241,7 +241,7 @@ _ADVICE = {
 
 
 def advice(failure: Failure, needs: str) -> str:  # noqa: PLR0911 -- one for each cause
-    """Return what the operator has to do about a failure that a repetition does not fix.
+    """Return the advice for the operator, for a failure that a repetition does not fix.
 
     `needs` is the permission that the request needs.
     """

@@ -1,15 +1,16 @@
-"""One state in S3, owned until `aclose`.
+"""The session of one state in S3. It owns the state until `aclose`.
 
 * A commit creates one record object at the next number. If its outcome is unknown, the
   record stays pending, with its number, its bytes and its id. It is sent until its outcome
   is known, before anything else is written.
-* A checkpoint notes the number that its view covers when it takes the view. It spools the
-  snapshot and replaces the old one. Only then it deletes the records that the snapshot
-  covers. Fences are never deleted.
-* A session that finds the fence or the snapshot of a newer writer is deposed for good.
+* A checkpoint takes a view, and notes the number of the last record that the view covers. It
+  spools the snapshot, and replaces the old one. Only after that, it deletes the records that
+  the snapshot covers. Fences are never deleted.
+* A session that finds the fence or the snapshot of a newer writer is deposed: from then on
+  each write raises `FencedError`.
 
-Each PUT runs in a task of its own. So a cancelled caller leaves nothing half done. The next
-call and `aclose` wait for that task.
+Each PUT runs in a task of its own, which goes on if the caller is cancelled. The next call
+and `aclose` wait for that task.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class S3Session:
             self._warn(undeletable)
 
     def __repr__(self) -> str:
-        """Return where the state is, without credentials."""
+        """Return the path of the state, without credentials."""
         return f"<S3Session of {self.path}>"
 
     @property
@@ -91,8 +92,8 @@ class S3Session:
 
     # Commits
 
-    async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- there is always room for a number
-        """Create one record object, after a pending one, if any; see `StorageSession.commit`."""
+    async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- a new record object is always possible
+        """Create one record object. A pending one is sent first. See `StorageSession.commit`."""
         self._check()
         self._committing = _start(self._commit(record, self._committing))
         await asyncio.shield(self._committing)
@@ -179,7 +180,7 @@ class S3Session:
         await self._clean(covered, own)
 
     async def _replace(self, body: Body, stamp: Stamp) -> int:
-        """Replace the snapshot; return the number that the one in place then covers."""
+        """Replace the snapshot. Return the number of the last record that the stored snapshot then covers."""
         metadata = {WRITE_ID: new_write_id(), **stamp.metadata()}
         tries = self._store.tries("replacing", self._names.snapshot, body.size)
         for _ in range(_MOST_REFUSALS):
@@ -199,7 +200,7 @@ class S3Session:
             elif there.fence > self._fence:
                 self._depose("the snapshot is", found)
             else:
-                # A late attempt of ours, or of an earlier writer.
+                # A late attempt of this session, or of an earlier writer, has replaced the object.
                 self._etag = found.etag
                 if there.fence == self._fence and there.seq >= stamp.seq:
                     self.snapshot_bytes = found.size
@@ -213,8 +214,8 @@ class S3Session:
     async def _clean(self, covered: int, own: list[int]) -> None:
         """Delete the records that the snapshot covers, including those that a crash left, but no fence.
 
-        While deletions are refused, nothing is listed. Then only `own`, the known records, are
-        deleted, to see whether the store still refuses.
+        If the store refused the last deletion, first delete only `own`, the known records, to find
+        out whether it still refuses. If it does, list nothing.
         """
         try:
             if self.warning is not None:
@@ -228,14 +229,14 @@ class S3Session:
             _logger.warning("%s: records that it covers stay until the next checkpoint: %s", self.path, error)
 
     async def _clean_pages(self, covered: int) -> None:
-        """Delete from where the last call ended. After `_MOST_PAGES` pages, leave the rest to the next checkpoint."""
+        """Continue where the last call ended. After `_MOST_PAGES` pages, leave the rest to the next checkpoint."""
         for _ in range(_MOST_PAGES):
             if self._cleaned >= covered:
                 return
             page, more = await self._store.page(self._names.journal, self._names.record(self._cleaned))
             sizes = {number: size for key, size in page.items() if (number := self._names.number(key)) is not None}
             await self._delete([number for number, size in sizes.items() if size and number <= covered])
-            last = max(sizes, default=covered)  # the keys after the numbers are not records
+            last = max(sizes, default=covered)  # keys that come after all numbers are not records
             self._cleaned = covered if more is None else min(last, covered)
 
     async def _delete(self, numbers: list[int]) -> None:
@@ -286,7 +287,7 @@ class S3Session:
 
 
 def _start(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Start a task. Its exception is not reported as never retrieved: the caller that waits gets it."""
+    """Start a task. asyncio does not log its exception as never retrieved, because the waiting caller gets it."""
     task = asyncio.create_task(work)
     task.add_done_callback(lambda task: task.cancelled() or task.exception())
     return task
