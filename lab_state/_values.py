@@ -40,16 +40,16 @@ from lab_state._types import decode_json, is_text, undecodable
 from lab_state.exceptions import InvalidValueError
 
 NULL = b"null"
-"""What msgspec writes for None, and for NaN and infinity."""
+"""The JSON that msgspec writes for None, and also for NaN and infinity."""
 
 DEL, COLON, ALL_ONES = 0x7F, ord(":"), 0xFF
 """Without these three, MessagePack has no NaN, no infinity, no time of day and no datetime with a zone."""
 
 _MOST_DIGITS = 4300
-"""An int of more is not read, by Python and by msgspec."""
+"""Python and msgspec do not read an int with more digits than this."""
 
 _SMALL = 16 * 1024
-"""For JSON of fewer bytes it is quicker to look at all of it than to halve it until the part at fault is found."""
+"""For JSON of fewer bytes, to examine all of it is quicker than a binary search for the part at fault."""
 
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 
@@ -78,20 +78,20 @@ check_json: Callable[[Any], object] = msgspec.json.Decoder(Raw).decode
 
 # Each pattern begins with one byte, which is searched for ten times as fast as a set of bytes.
 find_ones = re.compile(rb"\xff(?:(?<=[\xd6\xd7\x0c]\xff)|(?<=\xcb\xff)[\xf0-\xff])").search
-"""Finds in MessagePack each datetime with a zone, and each NaN and infinity whose sign is minus."""
+"""Find in MessagePack a datetime with a zone, or a NaN or infinity whose sign is minus."""
 
 find_del = re.compile(rb"\x7f(?<=\xcb\x7f)[\xf0-\xff]").search
-"""Finds in MessagePack each other NaN, and infinity."""
+"""Find in MessagePack another NaN, or infinity."""
 
 find_colon = re.compile(rb":\d\d:(?<=[\xa8-\xb5]\d\d:\d\d:)").search
-"""Finds in MessagePack each time of day, and texts that look like one: 8 to 21 bytes."""
+"""Find in MessagePack a time of day, or a text of 8 to 21 bytes that looks like one."""
 
 
 def encode_value(value: object) -> Value:
     """Return the stored form of a value.
 
     Raises:
-        InvalidValueError: JSON cannot hold it, or it would not be read back; the error says where in the value.
+        InvalidValueError: JSON cannot hold it, or it would not be read back. The error has the path to the bad part.
     """
     kind: Any = value.__class__
     if kind in SCALARS:
@@ -100,7 +100,7 @@ def encode_value(value: object) -> Value:
     try:
         data = encode(value)
         if kind is Raw:
-            decode_json(data)  # numbers out of range
+            decode_json(data)  # raises for numbers that are out of range
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 -- a serializer of the caller's may raise anything, and quote the value
@@ -156,7 +156,7 @@ def check_packed(value: object, data: bytes, packed: bytes) -> None:
     Args:
         value: The value.
         data: Its JSON.
-        packed: Its MessagePack. That of a model is a NaN.
+        packed: Its MessagePack, with a NaN in place of each model.
     """
     ones = ALL_ONES in packed and find_ones(packed)
     if (ones or (DEL in packed and find_del(packed))) and data.rfind(NULL) >= 0:  # quicker than `in`
@@ -213,12 +213,12 @@ _TIME = re.compile(rb':\d\d(?:\.\d+)?Z?"')
 
 
 def _may_have_longer_ints() -> bool:
-    """Return whether Python would write an int that nothing reads, because its own limit was lifted."""
+    """Return whether Python would write an int that is too long to be read. It would if its limit was raised."""
     return not 0 < sys.get_int_max_str_digits() <= _MOST_DIGITS
 
 
 def size_of(stored: Value) -> int:
-    """Return about how many bytes of JSON a value is."""
+    """Return the approximate size of a value as JSON, in bytes."""
     if isinstance(stored, Raw):
         return memoryview(stored).nbytes
     return len(stored) if isinstance(stored, bytes | str) else 8
@@ -243,7 +243,7 @@ def _check_encodes(value: object, why_not: str) -> None:
 
 
 def _as_written(value: object) -> object:
-    """Return what the JSON of a value holds, also NaN, for a class that `to_builtins` leaves to us."""
+    """Return the contents of the JSON of a value, but with NaN and infinity. `to_builtins` calls this for other classes."""
     if isinstance(value, Raw):
         return decode_json(value)
     if hasattr(type(value), "model_dump"):
@@ -264,8 +264,8 @@ def _check_finite(value: object) -> None:
 def _refusal(value: object) -> InvalidValueError:
     """Return why a value cannot be encoded, and the path to the innermost part that cannot.
 
-    It costs a few times as much as encoding. On the way down, half of the parts of an object are
-    tried together. The object on the way that is at fault is found in the same way.
+    It takes a few times as long as encoding. At each level, a binary search finds the part that
+    cannot be encoded. Then a binary search over these parts finds the innermost one at fault.
     """
     way, steps, above = [value], [""], {id(value)}
     while len(way) <= MAX_DEPTH and (found := _first_refused(way[-1], MAX_DEPTH - len(way))) is not None:
@@ -299,7 +299,10 @@ def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
 
 
 def _refusal_of_depth(value: Any) -> InvalidValueError:
-    """Return the path to what is one level too deep. Levels that lead to nothing else are passed quickly."""
+    """Return the refusal of a value that is too deep, with the path to the part that is one level too deep.
+
+    A level with one part that is not a scalar needs no search.
+    """
     steps: list[str] = []
     part: Any = value
     while len(steps) < MAX_DEPTH and part.__class__ in PLAIN:
@@ -318,7 +321,7 @@ def _refusal_of_depth(value: Any) -> InvalidValueError:
 
 
 def _refusal_of_time(value: object, *, keys: bool) -> InvalidValueError:
-    """Return why a value cannot be kept that has such a time in it, and the path to that."""
+    """Return the refusal of a value with a time that would be written as another time, with the path to that time."""
     steps, part = innermost(value, lambda part: moved_time(part, keys=keys) is not None)
     if isinstance(part, dict):
         steps += [step_of(key) for key in cast("dict[object, object]", part) if moved_time(key) is not None][:1]
@@ -326,7 +329,7 @@ def _refusal_of_time(value: object, *, keys: bool) -> InvalidValueError:
 
 
 def _changed(value: Any) -> InvalidValueError | None:
-    """Return how a model is read back as something else, though it can be written."""
+    """Return the refusal of a model that can be written, but is read back as something else; `None` otherwise."""
     if hasattr(class_of(value), "model_dump_json"):
         try:
             if (path := first_not_finite(value.model_dump(round_trip=True, warnings="none"))) is not None:
@@ -334,7 +337,7 @@ def _changed(value: Any) -> InvalidValueError | None:
             write(value)
         except InvalidValueError as error:
             return error
-        except Exception:  # noqa: BLE001, S110 -- looked at more closely
+        except Exception:  # noqa: BLE001, S110 -- the caller finds the reason
             pass
     return None
 
@@ -345,7 +348,7 @@ def _refused(value: object, levels: int) -> bool:
         data.decode()
         if value.__class__ is Raw or _may_have_longer_ints():
             decode_json(data)
-    except Exception:  # noqa: BLE001 -- whatever it is, this is the part that cannot be encoded
+    except Exception:  # noqa: BLE001 -- with any error, the part cannot be encoded
         return True
     return deeper(data, levels)
 
@@ -386,7 +389,7 @@ def _reason(value: object) -> str:  # noqa: C901, PLR0911 -- a list of reasons
         encode(value)
     except RecursionError:
         return _NO_ROOM
-    except Exception:  # noqa: BLE001, S110 -- why it failed is told below
+    except Exception:  # noqa: BLE001, S110 -- the code below finds the reason
         pass
     kind = type(value)
     if kind is str:
@@ -399,8 +402,8 @@ def _reason(value: object) -> str:  # noqa: C901, PLR0911 -- a list of reasons
         return "a msgspec.Raw that is not valid JSON cannot be kept"
     if isinstance(value, dict):
         return _reason_of_keys(cast("dict[object, object]", value))
-    # Its parts can be encoded here, and so could it: there is more room than where it was refused. Beside Python's limit
-    # coverage is not collected.
+    # The value can be encoded here, because this frame is less deep than the one in which it was refused. Coverage is not
+    # collected near Python's recursion limit.
     if kind in PLAIN or kind is deque:
         return _NO_ROOM  # pragma: no cover -- see above
     if is_text(kind):
@@ -425,7 +428,7 @@ def _reason_of_keys(value: dict[object, object]) -> str:
 
 
 def _way_out(value: object) -> str:
-    """Return what to keep in place of an object of a class that is not known."""
+    """Return the advice for an object of an unknown class: what to keep in its place."""
     for plain in (str, int, float, bytes):
         if isinstance(value, plain):
             return f"make it a plain {plain.__name__}"

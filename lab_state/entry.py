@@ -1,4 +1,4 @@
-"""`Entry`: one key and its type."""
+"""`Entry`: the handle for one key and its type."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def entry_of(calls: Calls, key: str, type_: Any, default: Any) -> Entry[Any]:
 
 @final
 class Entry(Handle, Generic[T]):
-    """One key and its type.
+    """A handle for one key, whose values have the type `T`.
 
-    Each call is the one of the same name of the manager, with the same guarantees and errors.
-    A value that is read must be a `T`, and so must a value that `update` or `incr` makes. If the
-    key is missing, `get`, `pop`, `update` and `incr` use the default of the entry, if it has one.
-    They use a copy of it, so changing the result changes nothing else.
+    Each call does the same as the manager's call of that name, with the same guarantees and
+    errors. A value that is read must be a `T`, and so must a value that `update` or `incr` makes.
+    If the key is missing, `get`, `pop`, `update` and `incr` use a copy of the default of the entry,
+    if it has one. So a change of the result does not change the default.
     """
 
     __slots__ = ("_calls", "_default", "_key", "_type")
@@ -73,8 +73,8 @@ class Entry(Handle, Generic[T]):
         """Return the seconds until the key expires; `None` if it never does; see `Manager.expires_in`.
 
         Args:
-            default: What to return when the key is missing. The default of the entry is a
-                value, so it is not used here.
+            default: The result when the key is missing. The default of the entry is not used,
+                because it is a value, and not a time.
         """
         return await self._calls.expires_in(self._key, default)
 
@@ -104,9 +104,10 @@ class Entry(Handle, Generic[T]):
         """Replace the value by the result of `fn`, atomically, and return that result.
 
         Args:
-            fn: A plain function: value in, value out; see `Manager.update`.
-            ttl: How long the key lives from now on. Not given, or `None`: the key expires
-                when it would have. To keep it for good, use `touch(None)`.
+            fn: A plain function that is given the value and returns the new one; see
+                `Manager.update`.
+            ttl: The time to live from now on. Without it, or with `None`, the expiry time does
+                not change. To let the key live for good, use `touch(None)`.
         """
         return await self._calls.update(self._key, fn, self._start, type=self._python_type, ttl=ttl)
 
@@ -125,14 +126,14 @@ class Entry(Handle, Generic[T]):
 
         Args:
             delta: The number to add. It may be negative.
-            ttl: How long a number lives that starts here; see `Manager.incr`.
+            ttl: The time to live of the key if this call creates it; see `Manager.incr`.
         """
         start: Any = 0 if self._default is MISSING else self._default
         new: float = await self._calls.incr(self._key, delta, default=start, ttl=ttl, type=self._type)
         return new
 
     async def touch(self, ttl: Seconds | None) -> bool:
-        """Give the key another time to live, and return whether it was there; `None`: for good."""
+        """Give the key another time to live, and return whether it existed. With `None` it lives for good."""
         return await self._calls.touch(self._key, ttl)
 
     async def delete(self) -> bool:
@@ -156,7 +157,7 @@ class Entry(Handle, Generic[T]):
 
     @property
     def _start(self) -> T:
-        """A copy of the default; `MISSING` if there is none, since a copy of `MISSING` is `MISSING` itself."""
+        """A copy of the default; `MISSING` if there is none, because `deepcopy` returns `MISSING` itself."""
         return cast("T", deepcopy(self._default))
 
     @property

@@ -1,11 +1,12 @@
 """The one task of a reader. It receives the changes, and updates the local copy.
 
 If the subscription is lost, the task subscribes again, after growing pauses. If there is no
-message for some seconds, the task sends a ping, because a living writer sends heartbeats. Until the
-answer comes, nothing counts as fresh. Every two seconds the task also reads the head of the
-mirror. So the reader knows whether reads succeed, even if the application reads nothing.
+message for some seconds, the task sends a ping, because a running writer sends heartbeats. Every
+two seconds the task also reads the head of the mirror. So the reader knows whether reads
+succeed, even if the application reads nothing.
 
-Any client may send a message. One that is not from lab_state is skipped, and logged once.
+Any client may send a message. A message that is not from lab_state is skipped, and the first
+one is logged.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ _MOST_BYTES = 16 * 1024 * 1024
 """The highest number of bytes in the messages of one step. A writer sends up to 4 MiB, and then a resync."""
 
 _LONGEST_STEP = 1_000_000
-"""A message with more revisions does not prove that the mirror has them. Everything is read again."""
+"""A step over more revisions than this is not believed: another client may have sent it. The mirror is read again."""
 
 logger = Log(logging.getLogger("lab_state"))
 
 
 class Feed:
-    """Receives the changes of one mirror.
+    """The receiver of the changes of one mirror.
 
     Attributes:
         revision: The revision of the last message, while the subscription works; otherwise -1.
@@ -91,7 +92,7 @@ class Feed:
         """Continue from a lower revision, and read everything again."""
         self.revision = revision
         self._resync()
-        self._filled.set()  # at once, without the pause after a failed load
+        self._filled.set()  # ends the pause after a failed load
 
     def _resync(self) -> None:
         """Load the local copy again, and send a `resync` to all watches."""
@@ -165,7 +166,7 @@ class Feed:
             await self._test(subscription)
 
     async def _test(self, subscription: Subscription) -> None:
-        """Test a subscription without messages. If only the writer has ended, the mirror has not changed."""
+        """Test a subscription that brings no messages. If the writer has ended, that is right: the mirror has not changed."""
         if self._clock.monotonic() - self._heard < SILENT_SECONDS:
             return
         await subscription.ping()
@@ -189,9 +190,9 @@ class Feed:
             self._collect(message, len(data))
 
     def _skip_foreign(self) -> None:
-        """Skip a message that cannot be decoded. At the first one, read everything again.
+        """Skip a message that cannot be decoded. After the first one, read everything again.
 
-        The message is another client's, or that of a newer version of lab_state.
+        Another client sent the message, or a newer version of lab_state.
         """
         if not self._logged_foreign:
             self._logged_foreign = True

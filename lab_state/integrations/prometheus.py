@@ -48,10 +48,10 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
 class LabStateCollector(Collector):
     """Metrics of managers: `REGISTRY.register(LabStateCollector(state))`.
 
-    Each metric has a label `name`. Everything is read during a scrape; between scrapes the
-    collector costs nothing. A scrape may come from any thread; it reads on the manager's
-    event loop. `lab_state_up` is 0 if that loop does not answer within 5 seconds. It is also
-    0 if a manager does not run; then the other metrics are still reported.
+    Each metric has a label `name`. The collector reads all metrics during a scrape, and does
+    nothing between scrapes. Any thread may scrape; the reading runs on the manager's event loop.
+    `lab_state_up` is 0 if that loop does not answer within 5 seconds. It is also 0 if a manager
+    does not run; then the other metrics are still reported.
     """
 
     def __init__(self, *managers: Manager) -> None:
@@ -91,7 +91,7 @@ def _read(manager: Manager) -> tuple[Status, Metrics] | None:
     try:
         loop = manager._core.durability.loop  # noqa: SLF001 -- as `blocking` does
     except ClosedError:
-        return read()  # it has no event loop, and `status` and `metrics` are safe in any thread then
+        return read()  # a manager without an event loop: `status` and `metrics` are safe in any thread
     if loop is _running_loop() or not loop.is_running():
         return read()
     answer: concurrent.futures.Future[tuple[Status, Metrics]] = concurrent.futures.Future()
