@@ -2,13 +2,13 @@
 
 Theory of operation. Writers change the map and go on. The task wakes up once an interval,
 or when a caller waits for durability. It takes the changes away and commits them as one
-record. If a commit fails, its changes are put back under newer ones, and the commit is
-repeated after growing pauses. The callers that wait are in `_durability.py`, the outcomes
-of commits in `_outcomes.py`.
+record. If a commit fails, its changes are put back, and the commit is repeated after growing
+pauses. The callers that wait are in `_durability.py`, the outcomes of commits in
+`_outcomes.py`, and checkpoints in `_checkpoints.py`.
 
-The task never cancels a storage call. At the deadline of `stop`, a call that hangs is left
-to end by itself, and the session is closed after it. So no second writer can open the state
-meanwhile. Checkpoints are in `_checkpoints.py`.
+The task never cancels a storage call. If a call hangs at the deadline of `stop`, `stop`
+returns, and the session is closed when the call ends. So no second writer can open the state
+before that.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from lab_state.exceptions import FencedError, LabStateError, StorageError, Unava
 from lab_state.storage._protocol import StorageSession
 
 _FREED_AT_ONCE = 1000
-"""Entries that one step of the event loop frees."""
+"""The number of entries that one step of the event loop frees."""
 
 _LAST_CHANCE = 0.5
-"""Seconds before the deadline of `stop` that are kept for a last commit, or for the close of the session."""
+"""The seconds before the deadline of `stop` that are kept for a last commit, or for closing the session."""
 
 
 class Flusher(Outcomes):
@@ -73,7 +73,7 @@ class Flusher(Outcomes):
             logger: The logger of the manager.
             committed: `committed(changes)` is called after each commit. It returns True if
                 it keeps a reference to them.
-            times: Takes the seconds of each commit.
+            times: The object that gets the duration of each commit.
             on_fenced: The function of the application; see `Manager`.
         """
         super().__init__(state, session.recovery, config, clock, logger, times, on_fenced)
@@ -83,9 +83,9 @@ class Flusher(Outcomes):
         self._abandoned = self._aborted = False
         self.forgotten: finalize[Any, Any] | None = None  # closes the session when all other objects are collected
         self._deadline = math.inf
-        # An error here is raised by start(). Without `progress`, stop() could not tell a slow storage from one that hangs.
+        # If this raises, start() fails. Without `progress`, stop() could not distinguish a slow storage from one that hangs.
         _ = session.progress
-        self._slices = 0  # how many slices of records and snapshots were encoded, which is progress, too
+        self._slices = 0  # the number of encoded slices of records and snapshots; encoding is progress, too
         self._stop_error: LabStateError | None = None
         self.checkpoints: Checkpoints = Checkpoints(
             config.name, session, self, clock, self._checkpoint_pauses, self._count
@@ -99,7 +99,7 @@ class Flusher(Outcomes):
         self._early = None if often else EarlyFlush(state, clock, self._wake_up)
 
     def start(self) -> None:
-        """Start to flush in the background. If this raises, nothing was started."""
+        """Start the task, which flushes in the background. If this raises, no task was started."""
         self._start(self._run())
         try:
             self._arm()
@@ -144,12 +144,12 @@ class Flusher(Outcomes):
         return self._aborted
 
     def nudge(self) -> None:
-        """Flush now if `flush_interval` is 0. Called after an expiry sweep, for which no caller waits."""
+        """Flush now if `flush_interval` is 0. This is for an expiry sweep, whose changes no caller waits for."""
         if self.write_through:
             self._wake_up()
 
     def abort(self) -> StorageSession:
-        """End as a crash would, without a write, and return the open session. For tests of crashes."""
+        """End without a write, as in a crash, and return the open session. Tests of crashes call this."""
         self._stopping = self._aborted = True
         self.remember()
         self._end_timers()
@@ -159,7 +159,7 @@ class Flusher(Outcomes):
         return self._session
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Make sure that no commit is made in a forked child, where this runs."""
+        """Prevent commits. Runs in a forked child."""
         self._pauses.never_end()
         self._checkpoint_pauses.never_end()
         self._waiters, self._confirming = Waiters(), Waiters()
@@ -179,7 +179,7 @@ class Flusher(Outcomes):
             self._free(self.state.entries)
 
     def _free(self, large: dict[Any, Any]) -> None:
-        """Free a map in steps. A million values at once would hold up the event loop."""
+        """Free a map in steps, because freeing a million values at once would block the event loop."""
         for _ in range(min(len(large), _FREED_AT_ONCE)):
             large.popitem()
         if large:
@@ -196,7 +196,7 @@ class Flusher(Outcomes):
         """End all waits when the task has ended. Its outcome depends on the changes that are not durable."""
         problem = None if task.cancelled() else task.exception()
         what = "was cancelled" if task.cancelled() else f"failed: {problem!r}" if problem is not None else "ended"
-        # The callers get their result before foreign code is called: a logger.
+        # The callers get their result first. Foreign code, such as a logger, is called after that.
         self._waiters.settle(self._certain_revision)
         if not self._stopping:
             self._refuse_from_now_on(
@@ -255,7 +255,7 @@ class Flusher(Outcomes):
 
     @property
     def storage_warning(self) -> str | None:
-        """A fault that the operator should mend, as the storage describes it; `None` if there is none."""
+        """A fault and its remedy for the operator, from the storage; `None` if there is none."""
         return self._session.warning
 
     # The task
@@ -267,10 +267,10 @@ class Flusher(Outcomes):
                     await self._work()
                     break
                 except (KeyboardInterrupt, SystemExit) as interrupt:
-                    # A signal handler raised it while this task happened to run. The loop gets it, and the task goes on.
+                    # A signal handler raised it while this task was running. Pass it on to the loop, and go on.
                     self._survive(interrupt)
                     self.loop.call_soon(pass_on, interrupt)
-        except GeneratorExit:  # its event loop was closed: `stop` starts another task
+        except GeneratorExit:  # the event loop of this task was closed: `stop` starts another task
             raise
         except BaseException as error:  # the event loop cancels all its tasks
             if self._stopping and not self._aborted:
@@ -296,7 +296,7 @@ class Flusher(Outcomes):
         """Treat an error that was raised outside a storage call as a failed commit."""
         self._put_back()
         self._waiters.settle(self._certain_revision)
-        self._waiters.start_commit()  # newer callers too: it is unknown how far the commit got
+        self._waiters.start_commit()  # newer callers get the error, too, because the progress of the commit is unknown
         self._failed(storage_error(problem))
 
     async def _commit_all(self) -> None:
@@ -343,7 +343,7 @@ class Flusher(Outcomes):
             await views.fold()
 
     def _hand_on(self, taken: ChangeSet) -> bool:
-        """Pass durable changes to the watchers and the mirror. Return True if they keep a reference to them."""
+        """Pass durable changes to the watchers and the mirror. Return whether these keep a reference to the changes."""
         try:
             return self._committed(taken)
         except Exception as problem:  # noqa: BLE001 -- their errors must not end the task
@@ -355,7 +355,7 @@ class Flusher(Outcomes):
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
 
     def _progress(self) -> int:
-        """Return a number that grows while bytes are written, or encoded in order to be written."""
+        """Return a number that grows while bytes are encoded or written."""
         try:
             return self._session.progress + self._slices
         except Exception:  # noqa: BLE001 -- with a storage that breaks its promise, stop() must still end
@@ -370,7 +370,7 @@ class Flusher(Outcomes):
             yield part
 
     def checkpoint_if_due(self) -> None:
-        """Start a checkpoint if one is due, no view is out, and `stop` was not called."""
+        """Start a checkpoint if one is due, no view is in use, and `stop` was not called."""
         if not self._stopping:
             self.checkpoints.start_if_due()
 
@@ -442,7 +442,7 @@ class Flusher(Outcomes):
                 if is_last:
                     until = self._deadline - _LAST_CHANCE  # one more attempt, with enough time for a commit
                 pause = until - self._clock.monotonic()
-                # A pause that is over already is no reason to give up: logging, or folding a view, may have taken as long.
+                # Do not give up because a pause is over already: logging, or folding a view, may have taken that long.
                 if not isinstance(error, UnavailableError) or (is_last and pause <= 0):
                     break
                 await sleep(self._clock, max(pause, 0.0))

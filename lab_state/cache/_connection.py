@@ -1,9 +1,10 @@
-"""A connection to Redis. redis-py makes it, with TLS, ACL, sockets and Sentinel.
+"""A connection to Redis. redis-py opens it, with TLS, ACL, sockets and Sentinel.
 
-Commands are sent and answers are read one by one, because a step of many keys is sent in
-slices, and the event loop runs between them. A pipeline of redis-py packs everything at once.
+This module sends commands and reads answers itself, and does not use a pipeline of redis-py,
+which packs all commands at once. A step of many keys is sent in slices, and the event loop runs
+between them.
 
-No message of redis-py is passed on, because an answer may quote the command.
+Messages of redis-py are not passed on, because an answer may quote the command.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _ADVICE: dict[str, str] = {
 
 
 Command: TypeAlias = bytes | tuple[bytes, ...]
-"""The bytes of a command. If it has a large value, they are several parts, and the value is one of them."""
+"""The bytes of a command. A command with a large value is a tuple of parts, and the value is one of the parts."""
 
 
 def command(*args: bytes) -> bytes:
@@ -86,7 +87,7 @@ def _pieces(commands: Iterable[Command]) -> Iterator[bytes]:
 def _check_url(url: str) -> None:
     """Refuse a URL with a special character in the user or the password that is not escaped.
 
-    A part of the password would be read as a port, a host or a path, and messages show those.
+    The URL parser would take a part of the password as a port, a host or a path, and messages show those.
     """
     scheme, _, rest = url.partition("://")
     address = re.split("[/?#]", rest, maxsplit=1)[0]
@@ -98,7 +99,7 @@ def _check_url(url: str) -> None:
 
 
 class Dialer:
-    """Makes connections to one server, or to the primary that Sentinel names."""
+    """A factory of connections to one server, or to the primary that Sentinel names."""
 
     def __init__(self, url: str | ConnectionPool) -> None:
         """Take a URL or a pool, as redis-py does.
@@ -114,9 +115,9 @@ class Dialer:
             raise ValueError(
                 "not a URL of Redis: it begins with redis://, rediss:// or unix://, and its options are redis-py's"
             ) from None
-        self._pool = pool  # a connection by Sentinel asks its pool for the address, and has only a weak reference to it
+        self._pool = pool  # kept alive, because a connection by Sentinel has only a weak reference to its pool
         self._make: Any = pool.connection_class
-        # Without the options that redis-py 8 adds for RESP3.
+        # Drop the options that redis-py 8 adds for RESP3.
         given: dict[str, Any] = {k: v for k, v in pool.connection_kwargs.items() if not k.startswith(("maint", "orig"))}
         # One timeout for all answers of a round trip. redis-py would have one for each answer.
         self._timeout: float = given.get("socket_timeout") or _TIMEOUT
@@ -132,7 +133,7 @@ class Dialer:
         self.path: str = _address(given, is_url=isinstance(url, str))
 
     async def connect(self, clock: Clock) -> Connection:
-        """Open a connection. Its timeouts are measured by a clock.
+        """Open a connection. `clock` measures its timeouts.
 
         Raises:
             StorageError: It cannot be opened.
@@ -151,7 +152,7 @@ class Dialer:
 
 
 def _address(options: Mapping[str, Any], *, is_url: bool) -> str:
-    """Return where a connection with these options goes, without credentials."""
+    """Return the address of a connection with these options, without credentials."""
     if "path" in options:
         return f"unix:{options['path']}"
     if "host" in options:
@@ -190,7 +191,7 @@ class Connection:
         self._is_parents = True
 
     async def send(self, *commands: Command) -> None:
-        """Send commands. A large value is sent in pieces. The timeout of an answer holds for each piece."""
+        """Send commands. A large value is sent in pieces. Each piece may take as long as an answer."""
         for number, piece in enumerate(_pieces(commands)):
             if number:
                 await asyncio.sleep(0)
@@ -230,7 +231,7 @@ class Connection:
         return executed
 
     def good(self, answers: Iterable[Any]) -> None:
-        """Make sure that none of the answers is an error.
+        """Check that none of the answers is an error.
 
         Raises:
             StorageError: One of them is an error.
@@ -240,7 +241,7 @@ class Connection:
                 raise self.problem(answer)
 
     def watched(self, answer: Any) -> None:
-        """Make sure that `WATCH` succeeded.
+        """Check that `WATCH` succeeded.
 
         Raises:
             UnsupportedError: The server refuses it to this user, or to all users.
@@ -258,7 +259,7 @@ class Connection:
         """Close the connection, also during a call."""
         if self._is_parents:  # pragma: no cover -- likewise
             return
-        with contextlib.suppress(Exception):  # it is closed in any case
+        with contextlib.suppress(Exception):  # the connection is closed even if this raises
             await self._connection.disconnect(nowait=True)
 
     def _check_connected(self) -> None:

@@ -1,9 +1,9 @@
-"""Writes the mirror of a state in Redis.
+"""The session that writes the mirror of a state in Redis.
 
 Each step is one MULTI on a connection that watches the two hashes. If another client has
-changed them since the last look, the step is not executed. The same holds for commands
-that an older connection sent and that arrive late. A heartbeat is such a MULTI too. So the
-writer notices another client's change within one heartbeat.
+changed them since the last look, the step is not executed. Delayed commands of an older
+connection are such a change, too. A heartbeat is also a MULTI. So the writer notices another
+client's change within one heartbeat.
 
 A fill writes to two keys with new names. Redis drops them after a minute without a write.
 At the end, one MULTI renames them.
@@ -42,7 +42,7 @@ class RedisSession:
         self._connection = connection
         self._keys = keys
         self._writer = writer
-        self._seen = Seen(None, 0)  # the mirror at the moment from which it is watched
+        self._seen = Seen(None, 0)  # the mirror at the moment of the last WATCH
         self._filled = ""  # the fill that wrote it
         self._expiring = True  # whether the mirror may have expiry times
         self._watch = [
@@ -80,14 +80,14 @@ class RedisSession:
         """Write the state beside the mirror, and then replace the mirror; see `CacheSession.fill`."""
         keys, there = self._keys, self._keys.fill()
         mark = head(revision, self._writer, new_fill())
-        # Written once, at the beginning. If it is missing at the end, Redis dropped the keys meanwhile.
+        # The marks are written once, with the first slice. If they are missing at the end, Redis dropped the keys meanwhile.
         marks = [hset(key, {HEAD: mark}) for key in there]
         keep = [command(b"EXPIRE", key, b"%d" % _FILL_SECONDS) for key in there]
-        # The commands beside the mirror must not fail because of a watched key.
+        # The following transactions write to other keys. They must not fail because a key of the mirror is watched.
         self._connection.good(await self._connection.call(self._unwatch))
         unanswered: deque[int] = deque()
         async for part in slices:
-            # One transaction, so that the keys never exist without a time to live.
+            # This is one transaction, so that the keys never exist without a time to live.
             sent = [MULTI, *marks, *self._members(*there, part, replace=False), *keep, EXEC]
             marks = []
             await self._connection.send(*sent)
@@ -141,8 +141,10 @@ class RedisSession:
             if sent_bytes(commands) >= _SENT_AT_ONCE:
                 await connection.send(*commands)
                 count, commands = count + len(commands), []
-        assert before is not None  # `slices` yields at least one
-        total += message_bytes(before)  # counted before a message is made: that of a large value would be as large
+        assert before is not None  # `slices` yields one slice or more
+        total += message_bytes(
+            before
+        )  # counted before a message is made, because a message with a large value would be large
         data = (
             message(step.start, step.end, self._writer, before, clear=clear)
             if total <= MOST_MESSAGE_BYTES

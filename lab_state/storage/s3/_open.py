@@ -1,16 +1,16 @@
-"""Becoming the only writer of a state in S3, and loading it.
+"""Open a state in S3: become its only writer, and load it.
 
-1. Check that the store honours conditions, with an object of its own.
-2. Load: GET the snapshot, LIST the records after the number that it covers, GET them. No
-   number may be missing. If one is missing, a checkpoint may have deleted it meanwhile.
-   Then the snapshot is another one: load again. If the snapshot stays the same, the state
-   is damaged, and the start ends here. A fence above the damage would stay after a repair,
-   and leave a gap for good.
+1. Check that the store honours conditions, with a separate object, the probe.
+2. Load: GET the snapshot, LIST the records after the number that it covers, and GET them. If a
+   number is missing, a checkpoint may have deleted it meanwhile. Then the snapshot has changed,
+   too: load again. If the snapshot has not changed, the state is damaged, and the start ends
+   here, before it creates a fence. A fence above the damage would stay after a repair, and the
+   gap below it would stay, too.
 3. LIST again, and create a fence at the next number. The next record of an older writer
    collides with it.
-4. Load again; only what changed is fetched. If the snapshot covers the number of the fence,
-   that number had been used and deleted. Then the fence stops no older writer: start again.
-   If there is an object above the fence, a newer writer came: start again.
+4. Load again; only changed objects are fetched. If the snapshot covers the number of the fence,
+   a record had that number and was deleted. Then the fence stops no older writer: start again.
+   If there is an object above the fence, there is a newer writer: start again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class Opened(NamedTuple):
     Attributes:
         fence: The number of our fence.
         loaded: The state below the fence.
-        undeletable: Why deletions are refused; `None` if they are not, or it is not known.
+        undeletable: The reason why the store refuses deletions; `None` if it does not, or if
+            this is unknown.
     """
 
     fence: int
@@ -123,7 +124,7 @@ async def _probe(store: Requests, names: Names) -> None:
 
 
 async def _undeletable(store: Requests, names: Names) -> str | None:
-    """Return why objects cannot be deleted; `None` if they can. Checked here, since the first checkpoint is too late."""
+    """Return why objects cannot be deleted; `None` if they can. The operator must know this before the first checkpoint."""
     try:
         await store.check_deletes(names.journal + "none")
     except UnsupportedError as refused:
@@ -132,10 +133,10 @@ async def _undeletable(store: Requests, names: Names) -> str | None:
 
 
 async def _fence(store: Requests, names: Names, covered: int) -> int | None:
-    """Create a fence above all records and fences; return its number, or `None` if another writer came first."""
+    """Create a fence above all records and fences. Return its number; `None` if another writer took that number."""
     listed = await numbers(store, names, covered)
     fence = covered + len(listed) + 1
-    if listed and max(listed) >= fence:  # a checkpoint is deleting records; the loader can tell this from damage
+    if listed and max(listed) >= fence:  # a checkpoint is deleting records, or there is damage: the loader finds out
         return None
     try:
         await store.put(names.record(fence), Body.of(b""), {WRITE_ID: new_write_id(), OWNER: _owner()}, None)
@@ -171,7 +172,7 @@ class _Object(NamedTuple):
 
     Attributes:
         record: The record; `None` for a fence.
-        base: The snapshot that the record follows; `None` if its metadata do not say.
+        base: The snapshot that the record follows; `None` if its metadata do not have it.
     """
 
     record: bytes | None
@@ -179,10 +180,10 @@ class _Object(NamedTuple):
 
 
 class Loader:
-    """Loads a state, several times if needed. Objects that did not change are fetched once."""
+    """A loader of a state, for several loads. It fetches an object again only if it has changed."""
 
     def __init__(self, store: Requests, names: Names) -> None:
-        """Start with nothing fetched."""
+        """Create a loader that has fetched nothing yet."""
         self._store = store
         self._names = names
         self._path = names.url(names.snapshot)
@@ -191,7 +192,7 @@ class Loader:
         self._stamp: Stamp | None = None
         self._crc: int | None = None
         self._base = NO_BASE
-        self._same = 0  # how often something was wrong while the snapshot stayed the same
+        self._same = 0  # the number of failed loads since the snapshot was fetched
         self._objects: dict[int, _Object] = {}  # a number is never used twice
 
     async def load(self) -> Loaded:
@@ -224,7 +225,7 @@ class Loader:
             if fence is not None and (covered >= fence or max(listed, default=0) > fence):
                 return None
             if self._snapshot is not None and self._stamp is None and self._same >= _SAME_SNAPSHOT:
-                # A file from another program does not say which records it covers. Their revisions do.
+                # A file from another program has no stamp. So every record that is there is loaded; their revisions decide.
                 last = max(listed, default=covered + 1)
                 covered = min((number for number, size in listed.items() if size), default=last) - 1
                 listed = {number: size for number, size in listed.items() if number > covered}
@@ -244,7 +245,7 @@ class Loader:
             found = await self._store.head(self._names.snapshot)
             if found == (None if self._snapshot is None else self._snapshot[0]):
                 return
-        self._snapshot = None  # freed first: it may be large, and so may the next one
+        self._snapshot = None  # freed before the next one is loaded, because both may be large
         self._same = 0
         got = await self._store.get(self._names.snapshot)
         self._stamp = _stamp(got, self._path)
@@ -287,9 +288,10 @@ class Loader:
         return not gone
 
     def _misfit(self, listed: dict[int, int]) -> str | None:
-        """Return what is wrong if a record follows another snapshot than this one; else `None`.
+        """Return the problem if a record follows another snapshot than this one; otherwise `None`.
 
-        A snapshot with a stamp needs no check: the stamp says which records come after it.
+        A snapshot with a stamp needs no check, because the stamp has the number of the last
+        record that it covers.
         """
         if self._stamp is not None:
             return None
@@ -329,7 +331,7 @@ def _stamp(got: tuple[ObjectInfo, bytes] | None, path: str) -> Stamp | None:
 
 
 def gap(listed: dict[int, int], covered: int, fence: int | None, names: Names) -> str | None:
-    """Return which numbers are missing between the snapshot and the last one, or the fence; `None` if none is."""
+    """Return a message if numbers are missing between the snapshot and the last one, or the fence; otherwise `None`."""
     end = max(listed, default=covered) if fence is None else fence
     if len(listed) == end - covered:
         return None
