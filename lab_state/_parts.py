@@ -55,9 +55,12 @@ def first_part(container: Any, refused: Callable[[Any], bool]) -> tuple[object, 
 
 
 def innermost(value: Any, refused: Callable[[Any], bool]) -> tuple[list[str], Any]:
-    """Return the innermost part that is refused, and the steps to it."""
+    """Return the innermost part that is refused, and the steps to it.
+
+    The parts of an object are not looked at: a model need not write each of them as it is.
+    """
     steps: list[str] = []
-    while (found := first_part(value, refused)) is not None and refused(found[1]):
+    while value.__class__ in PLAIN and (found := first_part(value, refused)) is not None and refused(found[1]):
         steps.append(step_in(value, found[0]))
         value = found[1]
     return steps, value

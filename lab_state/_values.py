@@ -13,7 +13,7 @@ import builtins
 import re
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Any, cast
 
@@ -162,8 +162,7 @@ def check_packed(value: object, data: bytes, packed: bytes) -> None:
     if (ones or (DEL in packed and find_del(packed))) and data.rfind(NULL) >= 0:  # quicker than `in`
         if len(data) >= _SMALL:
             steps, part = innermost(value, _may_be_not_finite)
-            if part.__class__ is float and not isfinite(part):
-                raise InvalidValueError(NOT_FINITE, joined(steps))
+            _check_finite(part, steps)
         _check_finite(value)
     if ones or (COLON in packed and find_colon(packed)):
         _check_times(value, keys=False)
@@ -173,7 +172,7 @@ def _may_be_not_finite(part: object) -> bool:
     """Return whether there is a NaN, an infinity or a model in what can be packed."""
     try:
         packed = check_str_keys(part)
-    except Exception:  # noqa: BLE001 -- inside of a model there may be what cannot be packed: all is examined then
+    except RecursionError:  # pragma: no cover -- beside Python's limit coverage is not collected
         return False
     return find_del(packed) is not None or find_ones(packed) is not None
 
@@ -198,7 +197,7 @@ def _may_have_double_keys(part: object) -> bool:
     """Return whether JSON of a part is not as msgspec would write it again."""
     try:
         return not is_canonical(encode(part))
-    except Exception:  # noqa: BLE001 -- a field that is never written: then the whole JSON is examined
+    except RecursionError:  # pragma: no cover -- beside Python's limit coverage is not collected
         return False
 
 
@@ -251,14 +250,14 @@ def _as_written(value: object) -> object:
     return _encode_other(value)
 
 
-def _check_finite(value: object) -> None:
-    """Refuse NaN and infinity, which JSON would hold as `null`."""
+def _check_finite(value: object, steps: Sequence[str] = ()) -> None:
+    """Refuse NaN and infinity, which JSON would hold as `null`. The steps lead to the value."""
     try:
         tree = msgspec.to_builtins(value, enc_hook=_as_written)
     except Exception:  # noqa: BLE001 -- as in encode_value
         raise InvalidValueError("a model cannot be kept: its own serializer failed") from None
     if (path := first_not_finite(tree)) is not None:
-        raise InvalidValueError(NOT_FINITE, path)
+        raise InvalidValueError(NOT_FINITE, joined([*steps, path.removeprefix("$")]))
 
 
 def _refusal(value: object) -> InvalidValueError:

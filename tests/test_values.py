@@ -1137,6 +1137,19 @@ class Numbers(pydantic.BaseModel):
     by_number: dict[int, int] | None = None
     large: int = 0
     part: float | None = None
+    hidden: Any = pydantic.Field(default=None, exclude=True)
+    as_text: float = 0.0
+
+    @pydantic.field_serializer("as_text")
+    def _text(self, number: float) -> str:
+        return str(number)
+
+
+class Omitting(msgspec.Struct, omit_defaults=True):
+    """A Struct that does not write its default, which no JSON could hold."""
+
+    part: Any = None
+    number: float = math.nan
 
 
 @pytest.mark.parametrize(
@@ -1149,6 +1162,18 @@ def test_a_large_value_of_models_with_a_null_is_kept(model: Numbers) -> None:
     assert decode_value(stored, list[Numbers | None]) == value
     assert refused([*value, math.nan]).path == "$[3000]"
     assert refused([*value, [{"a": math.inf}]]).path == "$[3000][0].a"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [Numbers(hidden=math.nan), Numbers(as_text=math.inf), Omitting([Numbers()])],
+    ids=["hidden", "text", "omitted"],
+)
+def test_a_nan_that_is_not_written_is_no_fault(part: object) -> None:
+    """A NaN that a model or a Struct leaves out, or writes as text, does no harm, however large the value is."""
+    assert decode_value(encode_value([part]), Any) == [decode_value(encode_value(part), Any)]
+    assert decode_value(encode_value([part] * 1_000), Any) == decode_value(encode_value([part]), Any) * 1_000
+    assert refused([*[part] * 1_000, [Omitting(math.nan)]]).path == "$[1000][0].part"
 
 
 def test_a_nan_is_found_in_any_container() -> None:
