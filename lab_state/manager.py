@@ -85,22 +85,22 @@ class Manager(Scope):
 
         Args:
             config: The settings, or just the name of the state.
-            storage: Where the state is kept. One object may serve any number of
+            storage: The storage that keeps the state. One object may serve any number of
                 managers, each with its own name.
-            cache: Where the manager keeps a mirror that other processes read, such as
+            cache: The cache in which the manager keeps a mirror for other processes, such as
                 `RedisCache(url)`. No call waits for it or fails because of it;
                 `status().mirror` shows its errors.
-            logger: Takes the messages listed on the page "Logging"; by default
+            logger: The logger for the messages on the page "Logging"; by default
                 `logging.getLogger("lab_state")`. It may be an adapter, a logger of loguru or
                 structlog, or any object with the methods `info`, `warning` and `error`. No
                 value and no credential is logged. If the logger raises an error, the
                 message goes to stderr.
-            clock: For tests; by default the clock of the machine. `start()` raises an error
-                of the clock. Later, the first error is logged. Until the clock answers
-                again, its last time is used.
-            on_fenced: A plain function. It is called when the manager learns that a newer
-                writer owns the state: with the `FencedError`, on the event loop, once for
-                each `start()`, during `stop()` too. Use it to end the process:
+            clock: A clock for tests; by default the clock of the machine. If the clock raises
+                an error during `start()`, `start()` raises it. Later, the first error is
+                logged, and the last time of the clock is used until it answers again.
+            on_fenced: A plain function that gets the `FencedError`. It is called on the event
+                loop when the manager learns that a newer writer owns the state, also during
+                `stop()`, and at most once for each `start()`. Use it to end the process:
                 `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
                 logged; `SystemExit` and `KeyboardInterrupt` end the event loop. With and
                 without the function, one line is logged at level ERROR.
@@ -112,7 +112,7 @@ class Manager(Scope):
         self._config = Config(name=config) if isinstance(config, str) else config
         if not isinstance(self._config, Config):
             raise TypeError(f"config must be a Config or a str, the name of the state; not {type(config).__name__}")
-        # A path has a method `open` as well, which would create or truncate a file.
+        # A path is refused, because its method `open` could create or truncate a file.
         if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "open", None)):
             kind = storage if isinstance(storage, type) else type(storage)
             raise TypeError(f"storage must be an object such as FileStorage('directory'), not {kind.__name__}")
@@ -161,23 +161,24 @@ class Manager(Scope):
     async def start(self) -> None:
         """Become the only writer, load the state, and begin to flush in the background.
 
-        Loading decodes on the event loop, about 0.8 s for a million keys. A start that
-        fails or is cancelled releases everything, and may be tried again. Starting
-        again after `stop()` works, on another event loop too.
+        The state is decoded on the event loop, which takes about 0.8 s for a million keys. A
+        start that fails or is cancelled releases everything, and may be tried again. A manager
+        can be started again after `stop()`, also on another event loop.
 
-        If another writer holds the state, this tries again for `Config.lock_timeout`
+        If another writer holds the state, the call tries again for `Config.lock_timeout`
         seconds. At the first refusal, and every 10 s after it, a WARNING names the
         holder.
 
         Raises:
-            RuntimeError: The manager is running already, or another start or stop is under
-                way. Or the event loop is not asyncio's.
+            RuntimeError: The manager is running already, another start or stop is under way,
+                or the event loop is not asyncio's.
             LockedError: Another writer still holds the state after
-                `Config.lock_timeout` seconds. The message names it. For a manager of this
-                process it also says where that manager was started. Stop it first.
+                `Config.lock_timeout` seconds. The message names that writer. If it is a manager
+                of this process, the message also has the place of its start. Stop it first.
             CorruptionError: The stored state is damaged. It was left untouched.
             UnavailableError: The state could not be read this time. Start again.
-            UnsupportedError: The state cannot be read as it is: permissions, a newer format.
+            UnsupportedError: The state cannot be opened as it is. For example, a permission is
+                missing, or the format is newer.
         """
         self._core.check_process()
         check_asyncio()
@@ -226,7 +227,7 @@ class Manager(Scope):
         flusher = Flusher(
             state, session, self._config, self._clock, self._logger, committed, self._times, self._on_fenced
         )
-        # Many keys may have expired since the last stop. A start may take the time to remove them.
+        # Many keys may have expired since the last stop. Remove them here, although that blocks the event loop.
         while state.sweep(_SWEPT_AT_START):
             flusher.nudge()
         with ExitStack() as undo:
@@ -248,17 +249,18 @@ class Manager(Scope):
 
         The call goes on while bytes are written or sent. It ends after
         `Config.stop_timeout` seconds without progress, or up to an eighth later. A flush
-        that fails is tried again for the same time. A storage call that hangs goes on
-        alone, and the state stays locked until that call ends. The last changes are then
-        brought to the cache, for at most one second. A second call waits for the first. A
-        call before `start()` does nothing. Cancelling the caller does not cancel the stop.
+        that fails is tried again for the same time. A storage call that hangs goes on after
+        the end of `stop()`, and the state stays locked until that call ends. After the flush,
+        `stop()` sends the last changes to the cache, for at most one second. A second call
+        waits for the first. A call before `start()` does nothing. If the caller is cancelled,
+        the stop goes on.
 
         Raises:
-            StorageError: The error of the last flush. Or the storage hangs: then the
-                message contains the error of the flush before. Everything was released all
-                the same. The changes since `durable_revision` are lost.
-            RuntimeError: `start()` is still under way: cancel that instead. Or this is not
-                the event loop of `start()`, and that loop is not closed.
+            StorageError: The last flush failed, or the storage hangs. If it hangs, the message
+                also has the error of the previous flush, if that failed. The manager is
+                stopped. The changes since `durable_revision` are lost.
+            RuntimeError: `start()` is still under way: cancel that instead. It is also raised
+                if this is not the event loop of `start()`, and that loop is not closed.
         """
         self._core.check_process()
         if self._phase == "starting":
@@ -351,7 +353,7 @@ class Manager(Scope):
                 durable_revision=flusher.durable_revision,
                 mirror=self._ended.mirror,
             )
-        if self._core.is_open:  # else the fork came in the middle of a start
+        if self._core.is_open:  # otherwise the fork was in the middle of a start
             self._sweeper.stop()
             if mirror is not None:
                 mirror.disown()
@@ -366,7 +368,7 @@ class Manager(Scope):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Call `stop()`. An exception of the body goes on, with the error of `stop()` as a note."""
+        """Call `stop()`. An exception of the body is passed on, with the error of `stop()` as a note."""
         try:
             await self.stop()
         except Exception as problem:
@@ -388,23 +390,23 @@ class Manager(Scope):
 
     @property
     def revision(self) -> int:
-        """The number of the last change; 0 for a new state. Restarts go on counting."""
+        """The number of the last change; 0 for a new state. The count goes on after a restart."""
         flusher = self._flusher  # read once: another thread may be here while `stop()` ends
         return self._ended.revision if flusher is None else flusher.state.revision
 
     @property
     def durable_revision(self) -> int:
-        """Everything up to this revision is durable."""
+        """The last revision that is durable. Every change up to it is durable, too."""
         flusher = self._flusher
         return self._ended.durable_revision if flusher is None else flusher.durable_revision
 
     def status(self) -> Status:
-        """Return what the manager looks like now. Works in every phase."""
+        """Return the present status of the manager. The call works in every phase."""
         flusher = self._flusher
         if flusher is None:
             return msgspec.structs.replace(self._ended, phase=self._phase)
         return status_of(self._phase, flusher, self._mirror)
 
     def metrics(self) -> Metrics:
-        """Return counts for a monitoring system. Works in every phase, and from any thread."""
+        """Return counts for a monitoring system. The call works in every phase, and from any thread."""
         return metrics(self._core.counted(), self._times, self._mirrored)

@@ -1,6 +1,6 @@
 """The directory of a state's files: find it, create it, sync it, and try it out at the start.
 
-All functions are synchronous. They run in a thread of the storage, as those of `_fs`.
+All functions are synchronous, and run in a thread of the storage, like those of `_fs`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def opened(path: str, *, create: bool) -> str:
 
     Raises:
         StorageError: The directory cannot be created, or the path is not a directory.
-        UnsupportedError: The directory is missing, and `create` is False. Or the path is
+        UnsupportedError: The directory is missing, and `create` is False; or the path is
             relative, and the current directory was deleted.
     """
     whole = absolute(path)
@@ -97,7 +97,7 @@ def absolute(path: str) -> str:
 
 
 def _make(path: str) -> None:
-    """Create a directory that only this user can enter, and missing ones above it, durably."""
+    """Create a directory and the missing ones above it, and sync their names. Only this user can enter them."""
     with translated("making the directory", path):
         new = [path, *itertools.takewhile(lambda parent: not os.path.exists(parent), _parents(path))]
         for directory in reversed(new):
@@ -114,7 +114,7 @@ def _make(path: str) -> None:
                 try:
                     fs.sync_names(os.path.dirname(directory))
                 except BaseException:
-                    # Remove it: the next attempt would find it, and a second sync would not make it durable.
+                    # Remove the directory. The next attempt would find it, and a second sync would not make it durable.
                     with contextlib.suppress(OSError):
                         os.rmdir(directory)
                     raise
@@ -123,9 +123,9 @@ def _make(path: str) -> None:
 def sync_parents(path: str) -> None:
     """Make the names of a directory and of the directories above it durable.
 
-    The directory may have been created by a process that was killed before its sync, or
-    copied. Directories above a mount point, and directories that cannot be read, are not
-    synced: this library created no name there.
+    The directory may be a copy, or the process that created it was killed before its sync.
+    Directories above a mount point, and directories that cannot be read, are not synced,
+    because lab_state has created no name there.
     """
     with translated("syncing the directories above", path):
         device = os.stat(path).st_dev
@@ -145,18 +145,19 @@ def _parents(path: str) -> Iterator[str]:
 def try_out(
     path: str, file: str, tried: set[lookup.Identity], noted: Callable[..., AbstractContextManager[None]]
 ) -> bool:
-    """Try in the directory what a commit will do: create, rename and delete a file, and sync.
+    """Try the operations of a commit in the directory: create, rename and delete a file, and sync.
 
     Args:
         path: The directory.
-        file: The temporary files get names that start with this path.
-        tried: Directories that were tried out. This one is added. If it is in the set,
-            nothing is done.
-        noted: Returns a context manager; within it, temporary files of these names may exist.
+        file: The path with which the names of the temporary files start.
+        tried: The directories that were tried out. This one is added. If it is in the set
+            already, nothing is done.
+        noted: A function that gets the names of temporary files, and returns a context
+            manager. The files may exist only within it.
 
     Returns:
-        Whether the names in the directory can be relied on. After a failed sync they cannot:
-        no later sync would make them durable.
+        Whether the names in the directory are durable. After a failed sync they may not be,
+        and no later sync would make them durable.
 
     Raises:
         StorageError: One of these operations failed. A full disk and a failed sync are only
@@ -225,7 +226,7 @@ def check_replaceable(path: str, directory: str) -> None:
 
 
 def _mount_of(path: str) -> bytes:
-    """Return the id of the mount that a path is on; empty if the kernel does not tell."""
+    """Return the id of the mount that a path is on; empty if the kernel does not show it."""
     if not hasattr(os, "O_PATH"):  # pragma: no cover -- Linux has it
         return b""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)

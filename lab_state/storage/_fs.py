@@ -4,12 +4,14 @@ All functions are synchronous, except `NewFile.write`. They run in a thread of t
 Two rules hold:
 
 * A new file is written under a temporary name in the same directory, synced and renamed.
-  Then its directory is synced. Nothing relies on the file before.
-* A failed sync is never repeated, because the kernel marks the pages clean all the same
-  (Rebello et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020).
+  Then its directory is synced. No other step relies on the file before that.
+* A failed sync is never repeated, because the kernel may have marked the pages clean, and
+  then reports success (Rebello et al., "Can Applications Recover from fsync Failures?",
+  USENIX ATC 2020).
 
-Only Linux is tested. macOS has no `fdatasync`, and its `fsync` does not reach the platter;
-`F_FULLFSYNC` does. Windows has no `fcntl`: importing works there, opening does not.
+Only Linux is tested. macOS has no `fdatasync`, and its `fsync` may leave data in the cache of
+the disk; `F_FULLFSYNC` does not. Windows has no `fcntl`. The module can be imported there, but
+no state can be opened.
 """
 
 from __future__ import annotations
@@ -38,14 +40,13 @@ if sys.platform != "win32":  # pragma: no branch -- never run there
 _SYNCED_AT_ONCE = 1024 * 1024
 """The number of bytes of a large new file that are written between two syncs.
 
-The sync of a journal has to wait for the bytes of other files that the file system has
-accepted by then.
+A sync of the journal also waits for unsynced bytes of other files in the same file system.
 """
 
 _APPENDED_AT_ONCE = 4 * 1024 * 1024
 """The number of bytes of a large record that are written between two syncs.
 
-One sync of a hundred megabytes looks like a disk that hangs.
+During one sync of a hundred megabytes there would be no progress, as on a disk that hangs.
 """
 
 _COPIED = 64 * 1024
@@ -103,7 +104,7 @@ def read_lock(fd: int, path: str) -> bytes:
 
 
 def write_lock(fd: int, data: bytes) -> None:
-    """Write to a lock file who holds it. If that fails, as on a full disk, the lock is held all the same."""
+    """Write the holder to a lock file. An error, such as a full disk, is ignored: the lock does not need the content."""
     try:
         os.ftruncate(fd, os.pwrite(fd, data, 0))
     except OSError:
@@ -121,8 +122,8 @@ def open_regular(path: str, flags: int) -> int:
     """Open a regular file; refuse anything else that may have its name.
 
     Opening a FIFO waits for its other end, and opening a device may have an effect. So the
-    type is checked first. `O_NONBLOCK` and the second check are for something that is put
-    there in between.
+    type is checked first. `O_NONBLOCK` and the second check are for a file that replaces it
+    between the check and the opening.
 
     Raises:
         OSError: See `os.open`.
@@ -147,7 +148,7 @@ def read(path: str, most: int = -1) -> bytes | None:
 
     Args:
         path: The file.
-        most: How many bytes to read from the start; all of them if negative.
+        most: The number of bytes to read from the start; all of them if negative.
 
     Raises:
         StorageError: The file cannot be read. A broken symbolic link is an error too.
@@ -165,12 +166,12 @@ def read(path: str, most: int = -1) -> bytes | None:
 
 
 def create(path: str, parts: Sequence[bytes], progress: Progress, *replaced: str) -> int:
-    """Create a file with these bytes, and sync it; return its descriptor. After a failure it does not exist.
+    """Create a file with these bytes, and sync it; return its descriptor. After a failure the file is deleted.
 
     Args:
         path: The name of the file.
         parts: The bytes of the file.
-        progress: Counts the bytes.
+        progress: The counter for the bytes.
         replaced: The files that it will replace; see `_ownership.keep`.
     """
     with translated("writing", path):
@@ -197,7 +198,7 @@ def create_empty(path: str) -> int:
 
 
 def close(fd: int) -> None:
-    """Close a file whose bytes were synced or are not needed, and ignore an error: it would mean nothing."""
+    """Close a file whose bytes were synced or are not needed. So an error of `close` has no meaning, and is ignored."""
     with contextlib.suppress(OSError):
         os.close(fd)
 
@@ -225,8 +226,8 @@ class NewFile:
     async def write(self, slices: AsyncIterator[bytes], thread: Worker, check: Callable[[], object]) -> None:
         """Write the slices in the thread.
 
-        `check` is called before each call in the thread. It must raise once `discard` is
-        queued: after that, the number of the descriptor may belong to another file.
+        `check` is called before each call in the thread. It must raise as soon as `discard` is
+        queued, because the number of the descriptor may belong to another file after that.
         """
         with translated("writing", self.path):
             # `closefd=False`: a file that aiofiles opens itself would leak if its opening is cancelled, and the context

@@ -52,13 +52,14 @@ class _Claim:
 class S3Storage:
     """States in a bucket of S3, or of a compatible store that honours conditional writes.
 
-    Durable means: the store acknowledged it, so it survives the loss of this machine.
-    There is no lock. A manager that opens a state becomes its owner and deposes a writer in
-    another process: the next flush of that writer raises `FencedError`, and from then on so
-    does every write. Within one process, opening a state that is open raises `LockedError`.
+    A change is durable when the store has acknowledged it. So it survives the loss of this
+    machine. There is no lock. A manager that opens a state becomes its owner, and deposes a
+    writer in another process: the next flush of that writer raises `FencedError`, and so does
+    every write after it. In one process, a state that is open cannot be opened again: that
+    raises `LockedError`.
 
-    Needs the extra: `pip install 'lab-state[s3]'`, or `pip install '.[s3]'` in a clone of
-    lab_state.
+    This class needs the extra: `pip install 'lab-state[s3]'`, or `pip install '.[s3]'` in a
+    clone of lab_state.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class S3Storage:
             prefix: The first part of all keys, before the name of a state. It has at most
                 512 bytes and no slash at either end. It may be empty.
             endpoint_url: The address of the store, such as `https://minio.example:9000`.
-                `None` means the one that botocore finds in the environment, else AWS. With
-                an address, the bucket is part of the path, unless `config` says otherwise.
+                `None` means the address that botocore finds in the environment, or else that
+                of AWS. With an address, the bucket is part of the path of each URL, unless
+                `config` has another `addressing_style`.
             region_name: The region of the bucket; `None` for the one that botocore finds.
             session: An aiobotocore session that has the credentials; `None` for the usual
                 chain of botocore.
@@ -101,7 +103,7 @@ class S3Storage:
         self._time = Time(SystemClock())
 
     def __repr__(self) -> str:
-        """Return bucket, prefix and address. They hold nothing secret."""
+        """Return bucket, prefix and address, which are no secrets."""
         endpoint = "" if self._endpoint_url is None else f", endpoint_url={self._endpoint_url!r}"
         return f"S3Storage({self._bucket!r}, prefix={self._prefix!r}{endpoint})"
 
@@ -117,7 +119,7 @@ class S3Storage:
             UnsupportedError: The extra cannot be imported, the store ignores conditions, the
                 bucket is missing, or a permission is missing. The message says which.
         """
-        # In a task of its own: it is undone completely, however often the caller is cancelled.
+        # The opening is a separate task, so that it is undone completely, even if the caller is cancelled again.
         opening = asyncio.create_task(self._open(Names.of(self._bucket, self._prefix, name)))
         try:
             return await asyncio.shield(opening)
@@ -139,7 +141,7 @@ class S3Storage:
             UnsupportedError: There is no state of this name, the extra cannot be imported, the
                 bucket is missing, or a permission is missing. The message says which.
         """
-        # In a task of its own, as in `open`.
+        # This is a separate task, as in `open`.
         reading = asyncio.create_task(self._read(Names.of(self._bucket, self._prefix, name)))
         try:
             return await asyncio.shield(reading)
@@ -236,7 +238,7 @@ def _check_extra() -> None:
 
 
 def _import() -> None:
-    """Import the client. Runs in a thread, and not before it is needed: it takes 0.3 s."""
+    """Import the client, when it is needed. Runs in a thread, because the import takes 0.3 s."""
     try:
         importlib.import_module("lab_state.storage.s3._client")
     except ImportError as error:
@@ -265,7 +267,7 @@ def _checked_prefix(prefix: str) -> str:
 
 
 def _checked_endpoint(url: str) -> str:
-    from urllib.parse import urlsplit  # noqa: PLC0415 -- a fiftieth of `import lab_state`, for few
+    from urllib.parse import urlsplit  # noqa: PLC0415 -- it takes 2 % of `import lab_state`, and few programs need it
 
     wanted = "endpoint_url must be like 'https://s3.example:9000'"
     try:

@@ -38,7 +38,7 @@ R = TypeVar("R")
 _logger = Log(logging.getLogger("lab_state"))
 
 DEADLINE = 30.0
-"""For how many seconds a request is repeated, plus a second for each `SLOWEST` bytes."""
+"""The seconds for which a request is repeated. One second is added for each `SLOWEST` bytes."""
 
 SLOWEST = 256 * 1024
 
@@ -52,10 +52,10 @@ _REPLACED = '"replaced"'
 
 
 class Tries:
-    """The repetitions of one request: their pauses and their end."""
+    """The repetitions of one request, with the pauses between them and a time limit."""
 
     def __init__(self, time: Time, what: str, seconds: float, *, is_told: bool) -> None:
-        """Start the time. With `is_told`, the log says from the second failure on that the caller still waits."""
+        """Start the time limit. With `is_told`, a WARNING says from the second failure on that the caller still waits."""
         self._time = time
         self._what = what
         self._seconds = seconds
@@ -93,12 +93,12 @@ class Tries:
 class Requests:
     """The requests of one session to one bucket.
 
-    No exception of the client is raised, nor kept as a cause or a context. Its text may
-    hold a credential, such as that of a proxy, and tracebacks are printed.
+    An exception of the client is never passed on, not even as a cause or a context. Its text
+    may hold a credential, such as that of a proxy, and a traceback would show it.
 
     Attributes:
         thread: The threads for work that would block the event loop.
-        sent: How many bytes of bodies were sent; a repetition does not count.
+        sent: The number of bytes of bodies that were sent. Repetitions are not counted.
         is_opening: Whether the state is being opened or read: a request that fails twice is logged then.
     """
 
@@ -132,7 +132,7 @@ class Requests:
     # Reading
 
     async def head(self, key: str) -> ObjectInfo | None:
-        """Return what HEAD tells about an object; `None` if there is none."""
+        """Return ETag, metadata and size of an object, with a HEAD request; `None` if there is no object."""
         return await self._head(key, self.tries("looking at", key))
 
     async def _head(self, key: str, tries: Tries) -> ObjectInfo | None:
@@ -188,7 +188,7 @@ class Requests:
                     return await once(await self._client(), limit)
             except FAILURES as error:
                 failure = failure_of(error)
-            # After the handler: within it, the client's exception would be the context of ours.
+            # An error is raised after the handler. Within it, the client's exception would be its context.
             meaning = verdict(failure)
             if meaning is Verdict.REFUSED and failure.status == 404:  # noqa: PLR2004 -- 404 Not Found
                 return None
@@ -245,7 +245,7 @@ class Requests:
     async def put_anyhow(self, key: str, metadata: dict[str, str], if_match: str | None) -> bool:
         """Write an empty object under a condition; return whether the store said that it was written.
 
-        This shows whether the store honours conditions. The object itself does not matter.
+        This shows whether the store honours conditions. The content of the object has no meaning.
         """
         tries = self.tries("writing", key)
         while True:
@@ -308,7 +308,7 @@ class Requests:
             raise self.tries("deleting", key).refuse(failure, DELETES)
 
     async def delete(self, keys: Iterable[str]) -> None:
-        """Delete objects. A missing one is no error.
+        """Delete objects. A missing object is not an error.
 
         Raises:
             UnsupportedError: The store refuses deletions.
