@@ -1,4 +1,4 @@
-"""Copying a state from one storage to another."""
+"""`copy_state`, which copies a state from one storage to another."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ _AT_ONCE = 1000
 async def copy_state(name: str, source: Storage, target: Storage, *, progress: Progress | None = None) -> int:
     """Copy a state to another storage, and read the copy back to compare it.
 
-    The source is read as `read_state` reads it: it is not opened, nothing is written there,
-    and a manager may be running on it. The copy is the state at one moment between call and
-    return. It has everything that was durable at the call. To move a state, stop its manager
-    first: later changes are not in the copy.
+    The source is read in the same way as by `read_state`: it is not opened, nothing is written
+    there, and a manager may be running on it. The copy is the state at one moment between call
+    and return. It has every change that was durable at the call. To move a state, stop its
+    manager first, because later changes are not in the copy.
 
-    When this returns, the target holds the state durably, at the same revision. If it raises
-    or is cancelled, the target may hold a copy. Delete that copy before the next attempt.
+    When the call returns, the copy is durable, and has the same revision. If the call raises or
+    is cancelled, the target may hold a copy. Delete that copy before the next attempt.
 
-    During the comparison the state is in memory twice. Decoding blocks the event loop as
-    `start()` does. So use this in a script, or before a service starts.
+    During the comparison the state is in memory twice. Decoding blocks the event loop, as in
+    `start()`. So call this in a script, or before a service starts.
 
     Args:
         name: The name of the state in both storages.
         source: The storage that has the state. The permission to read is enough.
         target: The storage for the copy. It must have no state of this name.
-        progress: Called with `"read"`, `"written"` or `"verified"`, and the number of bytes so
-            far.
+        progress: A function that gets `"read"`, `"written"` or `"verified"`, and the number of
+            bytes so far.
 
     Returns:
-        How many keys were copied.
+        The number of keys that were copied.
 
     Raises:
         InvalidNameError: The name is out of bounds.
@@ -129,4 +129,4 @@ def _size(recovery: Recovery) -> int:
 
 
 def _silent(_: str, __: int) -> None:
-    """Do nothing: no progress was asked for."""
+    """Do nothing, in place of a `progress` that was not given."""

@@ -17,7 +17,7 @@ from lab_state.exceptions import ClosedError, LabStateError, UnsupportedError
 
 
 class OpenTransaction(Protocol):
-    """A transaction that is open, or was."""
+    """A transaction that is open, or was open before."""
 
     @property
     def is_held(self) -> bool:
@@ -30,7 +30,7 @@ class OpenTransaction(Protocol):
 
 
 _INSIDE: ContextVar[tuple[OpenTransaction, ...]] = ContextVar("lab_state transactions", default=())
-"""The transactions that the present task is inside of, or was started inside of."""
+"""The transactions in whose block the present task runs, or in whose block it was started."""
 
 
 class CallCore:
@@ -54,7 +54,7 @@ class CallCore:
     __slots__ = ("blocked", "counters", "has_followup", "name", "state", "timed", "transaction", "write_through")
 
     def __init__(self, name: str, state: State, counters: Counters) -> None:
-        """Take the state; nothing blocks writers, and a write has no more to do."""
+        """Take the state. At first writers are not blocked, and a write has no follow-up."""
         self.name: str = name
         self.state: State = state
         self.counters: Counters = counters
@@ -69,16 +69,16 @@ class CallCore:
         """The durability of the running state.
 
         Raises:
-            LabStateError: There is none; the error says why.
+            LabStateError: No state is running. The message has the reason.
         """
         raise NotImplementedError
 
     def check_open(self) -> None:
         """Raise a `LabStateError` unless calls are allowed."""
-        _ = self.durability  # raises it
+        _ = self.durability  # raises the error
 
     async def turn(self) -> None:
-        """Wait until the caller may write. Called only if `blocked` is set."""
+        """Wait until the caller may write. Callers call this only if `blocked` is set."""
         raise NotImplementedError
 
 
@@ -237,7 +237,7 @@ class Core(CallCore):
             self._check_still(durability)
 
     async def acquire(self, transaction: OpenTransaction) -> None:
-        """Acquire the lock for a transaction; pair with `release` and `leave`.
+        """Acquire the lock for a transaction. The caller must call `release` and `leave` later.
 
         Raises:
             RuntimeError: The caller is inside a transaction, or on another event loop.
@@ -269,7 +269,7 @@ class Core(CallCore):
 
     @staticmethod
     def leave(transaction: OpenTransaction) -> None:
-        """Remove the transaction from this context. Sets a new value, because another task may leave than entered."""
+        """Remove the transaction from this context. The context may be another one than at `acquire`."""
         _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not transaction))
 
     def _check_still(self, durability: Durability) -> None:

@@ -1,6 +1,6 @@
-"""The types that a value is read as: a decoder for each, made once, and types that cannot be decoded. Pure.
+"""The types of `type=`: a decoder for each, which is made once, and the types that cannot be decoded. Pure.
 
-msgspec decodes, and Pydantic where a type has something of Pydantic's in it.
+Pydantic decodes a type that is one of its own, or has one as a part. msgspec decodes all others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Decode = Callable[[Any], Any]
 
 _encode = msgspec.json.Encoder().encode
 decode_json: Decode = msgspec.json.Decoder().decode
-"""JSON without a type; what it raises says nothing of where the value is from."""
+"""Decode JSON without a type. An error of this call does not name the key."""
 
 NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError)
 """The exceptions of a parser for bytes that are not JSON."""
@@ -33,11 +33,11 @@ _CONTAINERS = (dict, list, set, frozenset, deque)
 
 
 def decode_value(stored: Value, type_: Any) -> Any:
-    """Decode a value as the type asked for. Each call makes a fresh object.
+    """Decode a value as a type. Each call makes a new object.
 
     Raises:
-        TypeError: The type is none that can be decoded; the value was not looked at.
-        TypeMismatchError: The stored value is not one.
+        TypeError: The type cannot be decoded. This does not depend on the value.
+        TypeMismatchError: The stored value is not of this type.
     """
     kind: type[object] = stored.__class__
     if kind is bytes or kind is Raw:
@@ -61,19 +61,19 @@ def decode_value(stored: Value, type_: Any) -> Any:
 
 
 def decoder(type_: Any) -> Decode:
-    """Return the decoder of a type. It is made once for each.
+    """Return the decoder of a type, which is made once.
 
     Raises:
-        TypeError: The type is none that can be decoded.
+        TypeError: The type cannot be decoded.
     """
     try:
         return _cached_decoder(type_)
-    except TypeError:  # not hashable, or nothing that can be decoded
+    except TypeError:  # the type is not hashable, or cannot be decoded
         return _make_decoder(type_)
 
 
 check_type = decoder
-"""Raises a `TypeError` for a type that cannot be decoded."""
+"""Raise a `TypeError` for a type that cannot be decoded."""
 
 
 def optional(type_: Any) -> Any:
@@ -95,7 +95,7 @@ class OrNone:
 
 @lru_cache(maxsize=1024)
 def undecodable(kind: type) -> str | None:
-    """Return why an object of a class, which can be written, could never be read; `None` if it can."""
+    """Return why an object of a class cannot be read again after it was written; `None` if it can."""
     try:
         decoder(kind)
     except TypeError as error:
@@ -117,7 +117,7 @@ _cached_decoder = lru_cache(maxsize=1024)(_make_decoder)
 
 
 def _advice(problem: str) -> str:
-    """Return what to write in place of a type that msgspec cannot decode."""
+    """Return the message for a type that msgspec cannot decode, with a type to use in its place."""
     first = problem.partition("\n")[0]
     if "more than one dataclass or attrs type" in first:
         return f"{first}; make them msgspec.Structs with tag=True, or Pydantic models"
@@ -160,10 +160,10 @@ def _of_bytes(decode: Callable[[bytes], Any]) -> Decode:
 
 
 def _look_into(type_: Any) -> bool:
-    """Return whether decoding leaves the defaults of a dataclass on its class.
+    """Return whether a type has a dataclass whose defaults msgspec leaves on the class when it decodes.
 
     Raises:
-        TypeError: There is a class in the type that nothing decodes.
+        TypeError: The type has a class as a part that cannot be decoded.
     """
     from msgspec import inspect  # noqa: PLC0415 -- costs as much as a tenth of importing lab_state
 
@@ -201,7 +201,7 @@ def is_text(kind: type) -> bool:
 
 
 class _InnerError(ValueError):
-    """A mismatch within something that msgspec does not know."""
+    """A mismatch inside an object of a class that msgspec does not know."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class _InnerError(ValueError):
 
 
 def _from_json(type_: Any, value: object) -> object:
-    """Make what msgspec does not know from what its JSON holds."""
+    """Make an object of a class that msgspec does not know, from its decoded JSON."""
     kind = get_origin(type_) or type_
     if is_model(kind):
         return read(type_, _encode(value))
@@ -251,7 +251,7 @@ def _plain_defaults(kind: Any) -> dict[str, Any]:
 
 
 def _fill(decoded: Any) -> Any:
-    """Give each dataclass in what was decoded its defaults, so that they are written again."""
+    """Set the defaults on each dataclass object in a decoded value, so that the next encoding writes them."""
     stack = [decoded]
     while stack:
         item = stack.pop()
@@ -293,7 +293,9 @@ def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
     if isinstance(error, msgspec.ValidationError) and cause is None:
         match = _EXPECTED.fullmatch(str(error))
         path, detail = (match[2] or "$", match[1]) if match is not None else (_path_in(str(error)), "it does not fit")
-    elif isinstance(error, msgspec.ValidationError):  # a validator of the caller's, within something of msgspec's
+    elif isinstance(
+        error, msgspec.ValidationError
+    ):  # a validator of the caller's raised `cause` inside a type of msgspec
         path, detail = _path_in(str(error).removeprefix(str(cause))), "it does not fit"
         if hasattr(cause, "errors"):
             inner, detail = first_problem(cause)

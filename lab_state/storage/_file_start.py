@@ -1,6 +1,6 @@
-"""The start of a session on disk: take the lock, read the files, decide, and tidy up. Blocking.
+"""The start of a session on disk: take the lock, read the files, decide on the state, and tidy up. The calls block.
 
-The rules, each with its reason, are in `docs/design/disk.md`.
+`docs/design/disk.md` has the rules, with a reason for each.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _COPIED_AT_ONCE = 1024 * 1024
 def open_writer(
     directory: str, name: str, tried: set[lookup.Identity], leftovers: Leftovers, *, create: bool = True
 ) -> tuple[Writer, Recovery]:
-    """Lock the state, read its files, and decide what it holds.
+    """Lock the state, read its files, and decide which snapshot and records to load.
 
     Args:
-        directory: Where the files are.
+        directory: The directory of the files.
         name: The name of the state.
         tried: The directories that were tried out; see `_directory.try_out`.
         leftovers: The files that earlier sessions left in them.
@@ -83,7 +83,7 @@ def _check_there(paths: Paths) -> None:
 
 def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
     fingerprint, data = lookup.fingerprint(paths.snapshot), fs.read(paths.journal)
-    # If the journal holds the whole state, the snapshot is opened but not read: memory would hold both.
+    # If the journal holds the whole state, the snapshot is only opened. If it was read, too, memory would hold both.
     is_needed = data is None or needs_snapshot(data, name, paths.journal)
     snapshot = fs.read(paths.snapshot, -1 if is_needed else 0)
     for path in (paths.snapshot, paths.journal):
@@ -107,12 +107,12 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
 
 
 def _keep_torn(path: str, data: bytes, start: int, leftovers: Leftovers) -> None:
-    """Save a torn tail to a file of its own for inspection, and keep only the newest few."""
+    """Save a torn tail to a separate file for inspection. Keep only the newest `_TORN_KEPT` such files."""
     try:
         older = leftovers.torn(path)
         while len(older) >= _TORN_KEPT:
             fs.discard(older.pop(0))
-        # In pieces: copying it at once would block every other thread.
+        # The tail is copied in pieces, because one large copy would block every other thread.
         tail = [data[at : at + _COPIED_AT_ONCE] for at in range(start, len(data), _COPIED_AT_ONCE)]
         kept = f"{path}.torn-{time.time_ns() // 1_000_000}"
         fs.close(fs.create(kept, tail, fs.Progress()))

@@ -1,9 +1,9 @@
-"""The journal of one state on disk: append to it, and replace it after a checkpoint. Blocking.
+"""The journal of one state on disk: append to it, and replace it after a checkpoint. The calls block.
 
-The rules, each with its reason, are in `docs/design/disk.md`. `Writer` keeps its own state,
-and the worker for commits calls its methods one at a time. So a cancelled caller leaves
-nothing half done. The docstrings name the few methods that the worker for checkpoints
-calls.
+`docs/design/disk.md` has the rules, with a reason for each. `Writer` keeps its own state,
+and the worker for commits calls its methods one at a time. So a method is completed even if
+its caller is cancelled. A few methods are called by the worker for checkpoints; their
+docstrings say so.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ class Writer:
 
     Attributes:
         name: The name of the state.
-        paths: Where the files are.
+        paths: The paths of the files.
         lock: The lock.
         base: The snapshot that a new journal follows, by size and CRC-32.
-        snapshot_fingerprint: The file of that snapshot; `None` if there is none.
+        snapshot_fingerprint: The fingerprint of that snapshot; `None` if there is none.
         need: The work that the next commit has to do first.
         unsynced: Whether the files found at the start may be in the page cache only.
         snapshot_bytes: The size of the snapshot.
         end: The size of the journal.
         starts_full: Whether the journal starts with the whole state.
-        generation: Counts the journals that were given up, and those that start with the
-            whole state.
+        generation: A number that grows when a journal is given up, and when a journal that
+            starts with the whole state is put in place.
         since: The records committed since a checkpoint took its view; `None` without a
             checkpoint.
         replaced: Descriptors of replaced files, which the worker for checkpoints closes.
-        progress: Counts the bytes that commits and checkpoints write to the disk.
+        progress: The counter of the bytes that commits and checkpoints write to the disk.
     """
 
     def __init__(self, name: str, paths: Paths, lock: Lock) -> None:
@@ -123,13 +123,13 @@ class Writer:
         self._note()
 
     def _note(self) -> None:
-        """Note the fingerprint after our own write. If the lookup fails, the next commit reads the journal."""
+        """Note the fingerprint after a write of this session. If the lookup fails, the next commit reads the journal."""
         self._left = self._opened() or self._left._replace(size=self.end, modified=-1)
 
     # Checkpoints
 
     def note_checkpoint(self, *paths: str) -> None:
-        """Note the temporary files of a checkpoint before they are created. `end_checkpoint` follows in any case.
+        """Note the temporary files of a checkpoint before they are created. The caller must call `end_checkpoint` later.
 
         The worker for checkpoints calls this.
         """
@@ -155,8 +155,8 @@ class Writer:
     def prepare(self, upcoming: NewJournal, base: str, since: list[bytes]) -> None:
         """Write most of the journal that will follow a new snapshot, while commits go on and add to `since`.
 
-        The worker for checkpoints calls this. So `publish`, which commits wait for, has little
-        left to do.
+        The worker for checkpoints calls this. So `publish` is short, and commits, which wait
+        for it, are not delayed much.
         """
         upcoming.create(base)
         for _ in range(_MOST_ROUNDS):
@@ -212,7 +212,7 @@ class Writer:
         self.lock.release()
 
     def rest(self) -> None:
-        """Close the journal until the next commit, so that an idle state has one descriptor. The journal is synced."""
+        """Close the journal until the next commit, so that an idle state has one descriptor. It needs no sync before."""
         if self.need is Need.NOTHING and self.since is None and lookup.is_open(self._fd, self._left.identity):
             fd, self._fd = self._fd, -1
             fs.close(fd)
@@ -230,7 +230,7 @@ class Writer:
     # What commits and checkpoints share
 
     def _check(self) -> None:
-        """Check the lock, and that the journal is as the last write left it; else give the journal up."""
+        """Check the lock. Check that the journal has not changed since the last write; if it has, give it up."""
         self.lock.check()
         if self.need is Need.NOTHING:
             if self._fd < 0:
@@ -239,7 +239,7 @@ class Writer:
                 self._look_into_journal()
 
     def _look_into_journal(self) -> None:
-        """Give the journal up, unless it holds exactly what was written."""
+        """Give the journal up, unless its bytes are those that were written."""
         if self.need is Need.NOTHING and (
             problem := self._problem(lookup.fingerprint(self.paths.journal), self._opened())
         ):
@@ -247,9 +247,10 @@ class Writer:
             self._poison()
 
     def _wake_up(self) -> None:
-        """Open the journal again after `rest`, or give it up if it is not the file that was left.
+        """Open the journal again after `rest`. Give it up if it is not the same file, of the same size.
 
-        While it was closed, another file may have got its inode number, but hardly its size too.
+        While the journal was closed, another file may have got its inode number. It is unlikely
+        that this file also has the same size.
 
         Raises:
             UnavailableError: There are too many open files. The journal is kept: the next commit
@@ -275,10 +276,10 @@ class Writer:
             return None
 
     def _problem(self, named: lookup.Fingerprint | None, opened: lookup.Fingerprint | None) -> str | None:
-        """Return what happened to the journal since the last write; `None` if it holds what was written.
+        """Return a description of the change of the journal since the last write; `None` if its bytes are the same.
 
-        The time of a file may change although its bytes did not. Then the bytes are read and
-        compared, once. After that, the time of this journal is ignored.
+        The time of a file may change although its bytes did not. Then the frames are read and
+        checked, once. After that, the time of this journal is ignored.
         """
         left = self._left
         if not lookup.is_open(self._fd, left.identity):
@@ -296,7 +297,7 @@ class Writer:
         return None
 
     def _is_intact(self) -> bool:
-        """Read the journal and return whether every frame in it is ours. A journal that is too large counts as changed.
+        """Read the journal, and return whether all of it is valid frames of this session. Return False if it is too large.
 
         Raises:
             UnavailableError: There are too many open files, so the journal could not be read.
@@ -314,7 +315,7 @@ class Writer:
         return found.header.salt == self._salt and found.end == len(data) == self.end
 
     def _check_snapshot(self) -> None:
-        """Give the journal up if its snapshot is gone or was replaced: the next start would refuse the journal."""
+        """Give the journal up if its snapshot was deleted or replaced, because the next start would refuse the journal."""
         relied_on = self.need is not Need.FULL and not self.starts_full
         if relied_on and lookup.fingerprint(self.paths.snapshot) != self.snapshot_fingerprint:
             _logger.error("%s was deleted or replaced while in use: writing everything anew", self.paths.snapshot)
@@ -356,7 +357,7 @@ class Writer:
         self.need = Need.NOTHING
 
     def _sync_found(self, *, snapshot: bool) -> None:
-        """Sync the files found at the start before the first journal relies on them: they may be fresh copies.
+        """Sync the files found at the start before the first journal relies on them, because they may be new copies.
 
         A failed sync of the snapshot is not repeated. Instead, the next journal starts with the
         whole state.
