@@ -54,13 +54,17 @@ def first_part(container: Any, refused: Callable[[Any], bool]) -> tuple[object, 
     return (steps[first], values[first]) if values else None
 
 
-def innermost(value: Any, refused: Callable[[Any], bool]) -> tuple[list[str], Any]:
+def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tuple[list[str], Any]:
     """Return the innermost part that is refused, and the steps to it.
 
-    The parts of an object are not looked at: a model need not write each of them as it is.
+    Args:
+        value: The value.
+        refused: The check. It is called with a part, or with a list of parts.
+        fields: Whether the fields of objects are parts. A model need not write each of its
+            fields as it is.
     """
     steps: list[str] = []
-    while value.__class__ in PLAIN and (found := first_part(value, refused)) is not None and refused(found[1]):
+    while (fields or value.__class__ in PLAIN) and (found := first_part(value, refused)) and refused(found[1]):
         steps.append(step_in(value, found[0]))
         value = found[1]
     return steps, value

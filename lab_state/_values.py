@@ -161,7 +161,7 @@ def check_packed(value: object, data: bytes, packed: bytes) -> None:
     ones = ALL_ONES in packed and find_ones(packed)
     if (ones or (DEL in packed and find_del(packed))) and data.rfind(NULL) >= 0:  # quicker than `in`
         if len(data) >= _SMALL:
-            steps, part = innermost(value, _may_be_not_finite)
+            steps, part = innermost(value, _may_be_not_finite, fields=False)
             _check_finite(part, steps)
         _check_finite(value)
     if ones or (COLON in packed and find_colon(packed)):
@@ -181,7 +181,7 @@ def _check_keys(value: object, data: bytes) -> None:
     """Refuse two keys of a dict that are one key in JSON."""
     if is_canonical(data):  # good values end here
         return
-    steps, part = innermost(value, _may_have_double_keys)
+    steps, part = innermost(value, _may_have_double_keys, fields=False)
     double = double_key(encode(part)) if steps else None
     if double is None:  # the keys are of the whole, or JSON of the caller's own is in it: a `Raw`
         steps, double = [], double_key(data)
@@ -321,7 +321,7 @@ def _refusal_of_depth(value: Any) -> InvalidValueError:
 
 def _refusal_of_time(value: object, *, keys: bool) -> InvalidValueError:
     """Return the refusal of a value with a time that would be written as another time, with the path to that time."""
-    steps, part = innermost(value, lambda part: moved_time(part, keys=keys) is not None)
+    steps, part = innermost(value, lambda part: moved_time(part, keys=keys) is not None, fields=True)
     if isinstance(part, dict):
         steps += [step_of(key) for key in cast("dict[object, object]", part) if moved_time(key) is not None][:1]
     return InvalidValueError(str(moved_time(part)), joined(steps))
