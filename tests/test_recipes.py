@@ -305,7 +305,8 @@ def test_sessions_survive_a_kill(tmp_path: Path) -> None:
 
 
 KILLED = """
-import asyncio, os
+import asyncio, os, sys
+sys.path.insert(0, "")  # for `bot.py`, also where Python does not search the current directory
 import bot
 
 def killed():
