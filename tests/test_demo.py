@@ -182,7 +182,7 @@ def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
         drawn = read_until(terminal, "SIGKILL after")
         os.write(terminal, b"\x03")
         drawn += read_until(terminal, None)
-        assert process.wait(60) == 130
+        assert process.wait(60) == 130, drawn
     assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l")
     check_interrupted(drawn, tmp_path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import shutil
 import signal
 import sys
@@ -57,9 +58,10 @@ async def run(number: int, rate: float) -> int:
     began = time.monotonic()
     signals = cancelled_by_signals()
     directory = Path(tempfile.mkdtemp(prefix="lab_state-demo-"))
-    try:
+    failure = None
+    with contextlib.suppress(asyncio.CancelledError):
         failure = await failure_of(act_kill.run(directory, lines()[:number], rate))
-    except asyncio.CancelledError:
+    if signals:  # a server that was just being started may have made a failure of it
         shutil.rmtree(directory)
         print("Interrupted. The servers have ended, and their files are removed.", file=sys.stderr)
         return 128 + signals[0]
