@@ -64,10 +64,47 @@ def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tu
             fields as it is.
     """
     steps: list[str] = []
-    while (fields or value.__class__ in PLAIN) and (found := first_part(value, refused)) and refused(found[1]):
+    while True:
+        chain = _single_parts(value, refused, fields=fields)
+        # If a part of the chain is refused, all before it are. In most values it is the last one.
+        first, end = (len(chain),) * 2 if chain and refused(chain[-1][1]) else (0, max(0, len(chain) - 1))
+        while first < end:
+            middle = (first + end + 1) // 2
+            if refused(chain[middle - 1][1]):
+                first = middle
+            else:
+                end = middle - 1
+        steps += [step for step, _ in chain[:first]]
+        if first:
+            value = chain[first - 1][1]
+        if first < len(chain) or not (fields or value.__class__ in PLAIN):
+            return steps, value
+        found = first_part(value, refused)
+        if found is None or not refused(found[1]):
+            return steps, value
         steps.append(step_in(value, found[0]))
         value = found[1]
-    return steps, value
+
+
+def _single_parts(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> list[tuple[str, Any]]:
+    """Return the parts that are reached through levels with one part that is not a scalar, if the scalars are accepted.
+
+    Only scalars are checked: a large part inside of many levels is not checked once for each level.
+    """
+    chain: list[tuple[str, Any]] = []
+    while len(chain) <= MAX_DEPTH and (fields or value.__class__ in PLAIN) and (only := single_part(value, refused)):
+        chain.append((step_in(value, only[0]), only[1]))
+        value = only[1]
+    return chain
+
+
+def single_part(value: Any, refused: Callable[[Any], bool]) -> tuple[object, Any] | None:
+    """Return the only part that is not a scalar, with its step, if the scalars beside it are accepted."""
+    parts = [*parts_of(value)]
+    inner = [pair for pair in parts if pair[1].__class__ not in SCALARS]
+    if len(inner) != 1 or (len(parts) > 1 and refused([part for _, part in parts if part is not inner[0][1]])):
+        return None
+    return inner[0]
 
 
 def parts_of(container: Any) -> Iterable[tuple[object, object]]:

@@ -33,6 +33,7 @@ from lab_state._parts import (
     joined,
     moved_time,
     parts_of,
+    single_part,
     step_in,
 )
 from lab_state._records import is_flat
@@ -293,8 +294,18 @@ def _refusal(value: object) -> InvalidValueError:
 
 
 def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
-    """Return the first of the parts that cannot be encoded within `levels` levels of nesting."""
-    return first_part(container, lambda parts: _refused(parts, levels + 1))
+    """Return the first of the parts that cannot be encoded within `levels` levels of nesting.
+
+    A level with one part that is not a scalar costs only its scalars. So many such levels around
+    a large part do not encode it once for each of them.
+    """
+
+    def refused(parts: object) -> bool:
+        return _refused(parts, levels + 1)
+
+    if container.__class__ in PLAIN and (only := single_part(container, refused)) is not None:
+        return only
+    return first_part(container, refused)
 
 
 def _refusal_of_depth(value: Any) -> InvalidValueError:

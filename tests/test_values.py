@@ -8,7 +8,7 @@ import sys
 import traceback
 import tracemalloc
 from collections.abc import Callable, Hashable
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import Enum, IntEnum
 from itertools import count
@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
+from lab_state import _values
 from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._types import decode_value
 from lab_state._values import encode_value
@@ -1117,6 +1118,34 @@ def test_a_refusal_costs_a_few_times_what_encoding_costs(
     monkeypatch.setattr("lab_state._values.encode", encoded)
     assert refused(value).path == _shown("$" + ".a" * levels + f"[{where}].bad")
     assert encoded.total < 3 * size
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [Unknown(), float("nan"), datetime(2020, 1, 1, tzinfo=timezone(timedelta(seconds=30)))],
+    ids=["object", "nan", "time"],
+)
+def test_levels_around_a_large_part_do_not_encode_it_once_each(bad: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path through many levels is found by their scalars. The large part inside is looked at a few times."""
+    records: list[Any] = [{"id": number, "name": f"user {number}"} for number in range(2_000)]
+    records[700]["bad"] = bad
+    value: Any = records
+    for _ in range(100):
+        value = {"a": value, "b": 1, "c": "d"}
+    large = 0
+
+    def counted(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def call(part: Any, **options: Any) -> Any:
+            nonlocal large
+            large += part is records or (isinstance(part, dict) and "a" in part)
+            return function(part, **options)
+
+        return call
+
+    for name in ("encode", "check_str_keys", "moved_time"):
+        monkeypatch.setattr(f"lab_state._values.{name}", counted(getattr(_values, name)))
+    assert refused(value).path == _shown("$" + ".a" * 100 + "[700].bad")
+    assert 0 < large < 20
 
 
 def _shown(path: str) -> str:
