@@ -92,6 +92,14 @@ class Core(CallCore):
 
     __slots__ = ("_durability", "_lock", "_released", "_watchers", "is_inherited")
 
+    # They belong to the base class, and are assigned here as well.
+    state: State
+    counters: Counters
+    write_through: bool
+    timed: bool
+    has_followup: bool
+    blocked: bool
+
     def __init__(self, name: str, closed: State) -> None:
         super().__init__(name, closed, Counters())
         self.is_inherited: bool = False

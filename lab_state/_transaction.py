@@ -128,6 +128,8 @@ class DraftCore(CallCore):
 
     __slots__ = ("_core", "changes", "known", "revision")
 
+    state: State  # it belongs to the base class, and is assigned here as well
+
     def __init__(self, core: Core) -> None:
         super().__init__(core.name, core.state, core.counters)
         self._core = core
