@@ -1,13 +1,14 @@
 """`escape_key` and `escape_name`: any text as a key, or as the name of a state. Pure and synchronous.
 
-Both are injective: two texts never have one result. Here is why. Each character that is not
-allowed is replaced by its bytes in UTF-8, each byte by the escape character and two hexadecimal
-digits. The escape character itself is replaced in the same way. So an escaped text can be read
-back, and two texts have two escaped texts. All other results have a mark that no escaped text
-has, because the escape character is not followed by two hexadecimal digits there: the key of an
-empty text, a name with a prefix, and what was cut. Two cut results differ in their SHA-256. The one
-text `$lab_state`, which is reserved as a key, becomes `%24lab_state`. No other text does, because a
-`$` is not replaced in it.
+Both functions are injective: different texts never have the same result. Here is why. Each
+character that is not allowed is encoded as UTF-8, and each byte of it is written as the escape
+character and two hexadecimal digits. The escape character itself is replaced in the same way. So
+an escaped text can be read back, and different texts have different escaped texts. Three results
+are made in another way: the key of an empty text, a name with a prefix, and a result that was cut.
+Each of them has an escape character that is not followed by two hexadecimal digits. An escaped
+text has no such character. Two cut results differ in their SHA-256. The text `$lab_state`, which is
+reserved as a key, becomes `%24lab_state`. No other text becomes this, because `$` is not replaced
+in other texts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 from lab_state._arguments import RESERVED
 
 LONGEST_ESCAPED = 256
-"""Characters of an escaped key at most. A key has 1,024, so a few of them and a prefix fit into one."""
+"""The most characters of an escaped key. A key may have 1,024, so it can hold a prefix and a few escaped keys."""
 
 CUT_KEY = "%~"
 """The beginning of an escaped key that was cut."""
@@ -32,17 +33,17 @@ _BEFORE_A_FIRST = "x_"
 
 
 def escape_key(text: str) -> str:
-    """Return a valid key for any text. Two texts never have one key.
+    """Return a valid key for any text. Different texts never have the same key.
 
     The result has 1 to 256 characters, without a slash, a NUL or a lone surrogate, and is not
     `$lab_state`. So `f"{escape_key(user)}/{escape_key(path)}"` is a valid key too, and different
     for each pair. Every other character stays as it is. `%` and the characters that are not
     allowed become `%` and two hexadecimal digits for each byte, as in a URL. An empty text
-    becomes `%`. If that has more than 256 characters, the result is `%~` and the SHA-256 of it:
-    the text cannot be read back.
+    becomes `%`. If the escaped text has more than 256 characters, the result is `%~` and the
+    SHA-256 of the escaped text. Then the text cannot be read back.
 
     Args:
-        text: The text. There are no bounds.
+        text: The text. It may have any length and any characters.
 
     Raises:
         TypeError: It is not a `str`.
@@ -54,20 +55,21 @@ def escape_key(text: str) -> str:
 
 
 def escape_name(text: str) -> str:
-    """Return a valid name of a state for any text. Two texts never have one name.
+    """Return a valid name of a state for any text. Different texts never have the same name.
 
     The result is a valid `Config.name`: 1 to 128 characters of `A-Z a-z 0-9 . _ -`, the first a
     letter or a digit. Letters, digits, `.` and `-` stay as they are. Every other character, `_`
     too, becomes `_` and two hexadecimal digits for each byte of it in UTF-8. If the first
     character is not a letter or a digit, it is replaced as well, and `x_` is put before it; an
-    empty text becomes `x_`. If that has more than 128 characters, the result is the first 62 of
-    them, `_.` and the SHA-256 of the whole: the text cannot be read back.
+    empty text becomes `x_`. If the escaped text has more than 128 characters, the result is the
+    first 62 of them, `_.` and the SHA-256 of the whole escaped text. Then the text cannot be
+    read back.
 
     Upper and lower case differ, as in every name. On a file system that ignores case, do not use
-    texts that differ in nothing else.
+    texts that differ only in case.
 
     Args:
-        text: The text. There are no bounds.
+        text: The text. It may have any length and any characters.
 
     Raises:
         TypeError: It is not a `str`.
@@ -84,7 +86,7 @@ def escape_name(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Return a text without slashes, NUL and lone surrogates, of any length; never empty."""
+    """Return the escaped text, of any length. It is never empty, and has no slash, NUL or lone surrogate."""
     return _NOT_IN_A_KEY.sub(_in_a_key, text) or _EMPTY_KEY
 
 

@@ -46,12 +46,12 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         last_error: The error of the last flush or checkpoint; `None` when it succeeded.
         snapshot_bytes: The size of the snapshot.
         journal_bytes: The size of the journal that follows the snapshot.
-        storage_warning: A fault of the storage that makes no call fail, and what the
-            operator has to do about it; `None` if there is no such fault.
+        storage_warning: A fault of the storage that does not make any call fail, and what
+            the operator has to do about it; `None` if there is no such fault.
         fenced: Whether a newer writer owns the state. Then nothing more becomes durable,
             and every write raises `FencedError`. End the process.
-        task_failure: Which task of the manager has ended before `stop()`, and why;
-            `None` while all of them run. Without its flush task a manager refuses every
+        task_failure: The task of the manager that ended before `stop()`, and the reason;
+            `None` while all tasks run. Without its flush task a manager refuses every
             write with `UnavailableError`; `stop()` still flushes. Without the mirror's
             task the mirror is no longer kept up to date.
         mirror: The mirror in the cache; `None` if the manager has no cache.
@@ -104,5 +104,5 @@ def _mirror_status(mirror: MirrorWriter) -> MirrorStatus:
 
 
 def _printable(message: object | None) -> str | None:
-    """Return a message as text that can be encoded as UTF-8 and JSON. A path in it may hold other characters."""
+    """Return a message as text that can be encoded as UTF-8 and JSON. A path in it may hold lone surrogates."""
     return None if message is None else str(message).encode(errors="backslashreplace").decode()

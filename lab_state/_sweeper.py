@@ -1,6 +1,6 @@
-"""The deletion of expired keys: many keys at once, in steps, with one timer for all.
+"""The deletion of expired keys. One timer serves all keys, and each sweep deletes up to 500 of them.
 
-One sweep in a second is enough, because no read returns an expired key. While there is a
+One sweep per second is enough, because no read returns an expired key. While there is a
 watch, the timer ends when the next key is due, so that its expiry is reported in time.
 """
 
@@ -16,23 +16,23 @@ _PERIOD = 1.0
 
 _KEYS_PER_STEP = 500
 _GAP = 0.02
-"""Seconds between two sweeps, at least. Keys that are due shortly after each other are swept together."""
+"""The shortest wait for the next due key, in seconds. Keys that are due shortly after each other are swept together."""
 
 
 class Sweeper:
-    """The timer that sweeps one state, once a second or when a key is due, as long as any key expires."""
+    """The timer that sweeps one state, once a second or when a key is due, as long as any key has an expiry."""
 
     def __init__(
         self, state: State, clock: Clock, busy: Callable[[], bool], swept: Callable[[], None], begun: Callable[[], None]
     ) -> None:
-        """Start the timer, if any key expires.
+        """Start the timer, if any key has an expiry.
 
         Args:
             state: The state.
             clock: The clock of the manager.
             busy: Returns whether a transaction is open. A sweep waits for its end.
             swept: Called after each sweep that deleted keys.
-            begun: Called when a key gets a time and no other key had one.
+            begun: Called when a key gets an expiry and no other key has one.
         """
         self._state = state
         self._clock = clock
@@ -55,14 +55,14 @@ class Sweeper:
         self._disarm()
 
     def attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
-        """Sweep keys when they are due, if there is a watch. Otherwise sweep them when their second is over."""
+        """Sweep each key when it is due, if there is a watch. Otherwise sweep all keys of a second after its end."""
         self._state.expiries.attend(wanted=watched)
         self._state.expiries.on_nearer = self._nearer if watched else None
         if watched and self._state.expiries:
             self._look_ahead()
 
     def resume(self) -> None:
-        """Sweep at once at the end of a transaction, if a sweep waited. Another transaction could begin otherwise."""
+        """Sweep at the end of a transaction, if a sweep waited for it. A later sweep could meet the next transaction."""
         if self._put_off:
             self._tick()
 
@@ -75,7 +75,7 @@ class Sweeper:
             self._arm(self._delay())
 
     def _look_ahead(self) -> None:
-        """Find some of the keys of the next seconds, and set the timer."""
+        """Find some of the keys that are due in the next seconds, and set the timer."""
         self._looking_ahead = True
         try:
             more = self._state.expiries.load(self._state.now(), _KEYS_PER_STEP)
