@@ -21,6 +21,9 @@ The JSON is a `Json` if the value was set, and a `Raw` if it was loaded. A `Raw`
 the loaded buffer. It is exactly one value as well, because the parser found its end.
 """
 
+SCALARS = frozenset({str, int, float, bool, type(None)})
+"""The classes of values that are stored as they are."""
+
 
 class Expiring(NamedTuple):
     """A value with its expiry: the key does not exist from `at` on, in milliseconds since 1970."""

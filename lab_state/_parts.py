@@ -10,11 +10,9 @@ from typing import Any, cast
 
 import msgspec
 
+from lab_state._entries import SCALARS
 from lab_state._models import step_of
 from lab_state._nesting import MAX_DEPTH
-
-SCALARS = frozenset({str, int, float, bool, type(None)})
-"""The classes of values that are stored as they are."""
 
 PLAIN = frozenset({dict, list, tuple, set, frozenset})
 

@@ -14,9 +14,8 @@ from msgspec import Raw
 
 from lab_state._arguments import as_text, check_default, check_key, check_prefix, many_keys
 from lab_state._core import CallCore
-from lab_state._entries import MISSING, Expiring, Stored
+from lab_state._entries import MISSING, SCALARS, Expiring, Stored
 from lab_state._handle import Handle
-from lab_state._parts import SCALARS
 from lab_state._types import NOT_JSON, check_type, decode_json, decode_value
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
 

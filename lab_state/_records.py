@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import msgspec
 
+from lab_state._entries import SCALARS
 from lab_state._json_keys import have_own_texts
 
 _Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 _Scalar = str | int | _Finite | bool | None
-_SCALARS = frozenset({str, int, float, bool, type(None)})
 
 _LEAST = 4 * 1024
 """For values of fewer bytes, the exception of a list that cannot be converted costs more than is gained."""
@@ -64,7 +64,7 @@ def is_flat(value: Any, size: int) -> bool:
 
 def _type_of(first: Any, size: int) -> Any:
     """Return the type of a list that begins with an item, or `None` if the list must be checked in another way."""
-    if first.__class__ in _SCALARS:
+    if first.__class__ in SCALARS:
         return list[_Scalar]
     if first.__class__ is not dict or len(first) > _MOST_FIELDS:
         return None

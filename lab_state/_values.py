@@ -20,19 +20,17 @@ from typing import Any, cast
 import msgspec
 from msgspec import Raw
 
-from lab_state._entries import Json, Value
+from lab_state._entries import SCALARS, Json, Value
 from lab_state._json_keys import check_str_keys, double_key, is_canonical, pack
 from lab_state._models import HIDDEN, NOT_FINITE, class_of, first_problem, path_of, step_of, write
 from lab_state._nesting import MAX_DEPTH, SHALLOW, deeper, too_deep
 from lab_state._parts import (
     PLAIN,
-    SCALARS,
     first_not_finite,
     first_part,
     innermost,
     joined,
     moved_time,
-    parts_of,
     single_part,
     step_in,
 )
@@ -309,20 +307,11 @@ def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
 
 
 def _refusal_of_depth(value: Any) -> InvalidValueError:
-    """Return the refusal of a value that is too deep, with the path to the part that is one level too deep.
-
-    A level with one part that is not a scalar needs no search.
-    """
+    """Return the refusal of a value that is too deep, with the path to the part that is one level too deep."""
     steps: list[str] = []
     part: Any = value
     while len(steps) < MAX_DEPTH and part.__class__ in PLAIN:
-        if part.__class__ is list and len(part) == 1:
-            steps.append("[0]")
-            part = part[0]
-            continue
-        inner = [pair for pair in parts_of(part) if pair[1].__class__ not in SCALARS]
-        found = inner[0] if len(inner) == 1 else _first_refused(part, MAX_DEPTH - len(steps) - 1)
-        step, below = cast("tuple[Any, Any]", found)
+        step, below = cast("tuple[Any, Any]", _first_refused(part, MAX_DEPTH - len(steps) - 1))
         steps.append(step_in(part, step))
         part = below
     if len(steps) < MAX_DEPTH or part.__class__ not in PLAIN:  # a Raw, or an object with fields

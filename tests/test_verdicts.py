@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab_state import Config, InvalidValueError, Manager, MemoryStorage
+from lab_state._entries import SCALARS
 from lab_state._json_keys import check_str_keys
-from lab_state._parts import SCALARS
 from lab_state._records import is_flat
 from lab_state._values import (
     ALL_ONES,

@@ -242,14 +242,16 @@ class Application:
     async def _checkpointed(self) -> None:
         """Wait for the checkpoint, so that the calls come in one order; its failures are told by `status()` alone."""
         before = self._state.status().flush_failures
-        for _ in range(10):
-            await asyncio.sleep(0)
         flusher = self._state._flusher
         assert flusher is not None
+        error: str | None = None
+        for _ in range(10):  # the error is read in each turn, because the next attempt may succeed
+            await asyncio.sleep(0)
+            error = error or self._state.status().last_error
         await flusher.checkpoints.ended()
         status = self._state.status()
         if status.flush_failures > before:
-            say("checkpoint failed", last_error=status.last_error)
+            say("checkpoint failed", last_error=error or status.last_error)
 
     async def _settle(self) -> None:
         for _ in range(500 if self._plan.heals else 2):

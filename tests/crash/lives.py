@@ -89,8 +89,7 @@ class Life:
             elif event == "durable":
                 durable = max(durable, said["revision"])
             elif event == "checkpoint failed":
-                # It is None if the next attempt has succeeded by then.
-                assert said["last_error"] is None or self.plan.directory in said["last_error"]
+                assert self.plan.directory in said["last_error"]
             elif event in ("error", "settled", "stopped"):
                 durable = max(durable, said["durable"])
                 self._check(said)

@@ -109,7 +109,7 @@ async def test_a_server_with_streams_stops_at_sigterm(server: str) -> None:
         assert [got for got in await asyncio.gather(*sockets) if got != expected] == []
     assert b"Traceback" not in said
     assert b"ERROR" not in said
-    assert took < 5  # 0.4 s on a quiet machine; with streams that hold it up, a server never stops
+    assert took < 1
     assert process.returncode == (0 if server == "aiohttp" else -signal.SIGTERM)
 
 

@@ -119,7 +119,7 @@ async def run(directory: Path, lines: list[Line], rate: float) -> None:
     screen.say(
         f"Two FastAPI servers get the same {len(lines):,} lines of text, up to {rate:,.0f} a second from {CLIENTS} clients. "
         "Each is killed half way. lab_state answers when a line is on the disk. json.dump answers at once, and writes "
-        "the map to a file each second: aside, synced, renamed, in a thread."
+        "the map to a new file each second, which it syncs and renames."
     )
     limits = httpx.Limits(max_connections=None)
     with screen:

@@ -1,6 +1,6 @@
 """The application of `words.py` on a dict that `json.dump` writes to a file each second.
 
-It is written with care: the file is written aside, synced and renamed, in a thread, from a copy of the dict.
+It does this with care. A thread writes a copy of the dict to a new file, syncs it, and renames it over the old one.
 Run it with `uvicorn words_json:app`. The file is in `$STATE_DIRECTORY`.
 """
 
@@ -22,7 +22,7 @@ state: dict[str, Any] = {}
 
 
 def save(copy: dict[str, Any]) -> None:
-    """Write the file aside and rename it, so that a kill leaves the old file or the new one."""
+    """Write a new file and rename it over the old one, so that a kill leaves the old file or the new one."""
     aside = PATH.with_suffix(".tmp")
     with aside.open("w", encoding="utf-8") as file:
         json.dump(copy, file)
