@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from msgspec import Raw
 
 from lab_state._entries import DELETED, Absent, ChangeSet, Stored
-from lab_state._state import Overlay, State
+from lab_state._layers import Overlay
+from lab_state._state import State
 
 
 class Ticks:
