@@ -22,9 +22,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, cast
 
-from lab_state._entries import DELETED, EXPIRED, MISSING, Absent, ChangeSet, Expiring, Stored, StoredOrGone, Value
+from lab_state._entries import (
+    DELETED,
+    EXPIRED,
+    MISSING,
+    Absent,
+    ChangeSet,
+    Expiring,
+    Layer,
+    Overlay,
+    Stored,
+    StoredOrGone,
+    Value,
+)
 from lab_state._expiry import Expiries
-from lab_state._layers import Layer, Overlay
 
 OnChange: TypeAlias = Callable[[str | None, StoredOrGone, int], None]
 """A callback that gets a key, its new value or `DELETED` or `EXPIRED`, and the revision.

@@ -9,8 +9,7 @@ from lab_state._arguments import Seconds
 from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore, Core
 from lab_state._durability import Durability
-from lab_state._entries import Absent, Expiring, Stored, StoredOrGone, Value
-from lab_state._layers import Layer
+from lab_state._entries import Absent, Expiring, Layer, Stored, StoredOrGone, Value
 from lab_state._plain import Plain
 from lab_state._state import State, is_due
 from lab_state._values import encode_value

@@ -24,7 +24,7 @@ from lab_state import (
     WaitTimeoutError,
     _flusher,
 )
-from lab_state._layers import Overlay
+from lab_state._entries import Overlay
 from lab_state._snapshots import SnapshotViews
 from lab_state.storage import SnapshotSource
 from lab_state.testing import FaultyStorage, ManualClock

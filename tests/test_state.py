@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from msgspec import Raw
 
-from lab_state._entries import DELETED, Absent, ChangeSet, Stored
-from lab_state._layers import Overlay
+from lab_state._entries import DELETED, Absent, ChangeSet, Overlay, Stored
 from lab_state._state import State
 
 

@@ -33,7 +33,7 @@ from lab_state import (
 )
 from lab_state._calls import Calls
 from lab_state._core import _INSIDE
-from lab_state._layers import Overlay
+from lab_state._entries import Overlay
 from lab_state._plain import Plain
 from lab_state._reads import Reads
 from lab_state._writing import Writing

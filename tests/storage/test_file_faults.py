@@ -32,7 +32,7 @@ from lab_state import (
     UnavailableError,
 )
 from lab_state import _journal as journal
-from lab_state._layers import Overlay
+from lab_state._entries import Overlay
 from lab_state.testing import ManualClock
 
 # A full disk
