@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 _PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-_REPOSITORY = _PROJECT.get("urls", {}).get("Repository")
+_REPOSITORY = _PROJECT["urls"]["Repository"]
 
 project = "lab_state"
 author = "the lab_state authors"
@@ -21,17 +21,13 @@ pygments_dark_style = "github-dark"
 html_title = f"lab_state {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-# Links to the repository and "edit this page". There are none without the address in pyproject.toml.
-html_theme_options = (
-    {
-        "source_repository": _REPOSITORY,
-        "source_branch": "main",
-        "source_directory": "docs/",
-        "footer_icons": [{"name": "Repository", "url": _REPOSITORY, "html": "Repository", "class": ""}],
-    }
-    if _REPOSITORY
-    else {}
-)
+# Each page has links to the repository, to its own source, and "edit this page".
+html_theme_options = {
+    "source_repository": _REPOSITORY,
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "footer_icons": [{"name": "Repository", "url": _REPOSITORY, "html": "Repository", "class": ""}],
+}
 myst_heading_anchors = 3
 autoclass_content = "both"  # with the arguments of the constructor
 autodoc_typehints = "description"

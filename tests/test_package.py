@@ -1,4 +1,4 @@
-"""The package as a whole: its names, what importing it costs, and which way its imports go."""
+"""The package as a whole: its names, its page on PyPI, what importing it costs, and which way its imports go."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 import lab_state
 import lab_state.cache
@@ -26,7 +27,8 @@ import lab_state.storage
 
 PACKAGE = Path(inspect.getfile(lab_state)).parent
 
-MAP = (Path(__file__).parents[1] / "docs" / "contributing.md").read_text()
+ROOT = Path(__file__).parents[1]
+MAP = (ROOT / "docs" / "contributing.md").read_text()
 
 
 def names_in(row: str) -> list[str]:
@@ -164,8 +166,63 @@ def test_star_import() -> None:
 
 def test_the_version_is_that_of_the_project() -> None:
     """`lab_state.__version__` is the version in `pyproject.toml`, from which the distribution is built."""
-    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert lab_state.__version__ == project["version"]
+
+
+# The page on PyPI
+
+
+@pytest.fixture(scope="module")
+def metadata() -> dict[str, Any]:
+    """Return the metadata that the build writes into the wheel, from the build itself. It needs no network."""
+    command = [sys.executable, "-m", "hatchling", "metadata"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def links_of(description: str) -> list[str]:
+    """Return the targets of the links and images of a text in Markdown."""
+    inline = [token for token in MarkdownIt().parse(description) if token.type == "inline"]
+    parts = [part for token in inline for part in token.children or []]
+    return [str(part.attrs[name]) for part in parts for name in ("href", "src") if name in part.attrs]
+
+
+def relative(links: list[str]) -> list[str]:
+    """Return the links that lead nowhere on PyPI."""
+    return [link for link in links if not re.match(r"https://[\w.-]+/", link)]
+
+
+def test_the_urls_of_the_project(metadata: dict[str, Any]) -> None:
+    """PyPI shows links to the documentation, the repository, the changelog and the issues. The last two are parts of those."""
+    urls = metadata["urls"]
+    assert list(urls) == ["Documentation", "Repository", "Changelog", "Issues"]
+    assert urls["Changelog"].startswith(f"{urls['Documentation']}/")
+    assert urls["Issues"] == f"{urls['Repository']}/issues"
+
+
+def test_the_description_has_no_relative_link(metadata: dict[str, Any]) -> None:
+    """Each link and each image of the README is absolute on PyPI."""
+    links = links_of(metadata["readme"]["text"])
+    assert len(links) == len(links_of((ROOT / "README.md").read_text())) > 0
+    assert relative(links) == []
+
+
+def test_the_description_links_to_files_of_this_version(metadata: dict[str, Any]) -> None:
+    """A link of the description leads to a page of docs/ on the site, or to a file in the repository at this version."""
+    site = f"{metadata['urls']['Documentation']}/en/stable/"
+    owner = metadata["urls"]["Repository"].removeprefix("https://github.com/")
+    files = f"https://raw.githubusercontent.com/{owner}/v{lab_state.__version__}/"
+    for link in links_of(metadata["readme"]["text"]):
+        page = re.sub(r"\.html(#.*)?$", ".md", link.replace(site, "docs/"))
+        assert (ROOT / page.replace(files, "")).is_file(), link
+
+
+def test_a_relative_link_is_noticed() -> None:
+    """Relative links and images are found in paragraphs, lists and references. Code has none."""
+    text = "[a](b.md) ![c](d.svg) `[e](f)`\n\n* [g][h]\n* [i](https://x.org/j) [k](#l)\n\n[h]: LICENSE\n"
+    assert relative(links_of(text)) == ["b.md", "d.svg", "LICENSE", "#l"]
 
 
 # Imports
