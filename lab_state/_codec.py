@@ -1,17 +1,18 @@
-"""Records and snapshots: encoded from the changes and the state, and decoded. Pure and synchronous.
+"""Encode changes as records and states as snapshots, and decode both. Pure and synchronous.
 
-Formats, version 1, both JSON:
+Both formats are JSON, in version 1:
 
 * A record has the changes of one commit:
   `{"from":41,"to":42,"clear":false,"set":{...},"delete":[...],"expires":{...}}`.
 * A snapshot has the user's keys, and one reserved member at the end:
   `"$lab_state":{"format":1,"revision":42,"id":"...","expires":{...},"crc32":"9ae0daaf"}`.
   The CRC-32 covers every byte before `,"crc32":"`: the values and the rest of the member.
-  `id` is new for each snapshot, so no two snapshots have the same bytes.
+  `id` is a new random text for each snapshot, so no two snapshots have the same bytes.
 
-`expires` has the expiry times of keys, in milliseconds since 1970. If any key expires, `time`
-is the time of the state at the write, and `wall` that of the wall clock. The next start
-continues from `time`, and adds what has passed on the wall clock since.
+`expires` has the expiry times of keys, in milliseconds since 1970. If any key expires, there are
+two members more: `time` is the time of the state at the write, and `wall` is the time of the wall
+clock at the write. The next start continues from `time`, and adds the time that has passed on the
+wall clock since the write.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ _CRC = b',"crc32":"'
 _MEMBER_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
 _END_BYTES = len(b',"crc32":"00000000"}}')
 _SLICE_BYTES = 64 * 1024
-_KEY_BYTES = 128  # added to the size of each value, because a key takes time even if its value is small
+_KEY_BYTES = 128  # added to the size of each value: even a key with a small value takes time
 _MOST_AT_ONCE = 500
 
 
 Int64: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""The range of revisions and times: integers of 64 bits."""
+"""A revision or a time that may be stored: a positive integer of 64 bits, or 0."""
 
 
 class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,7 +68,7 @@ class _AnyFormat(msgspec.Struct, frozen=True):
 
 
 class LoadedState(NamedTuple):
-    """A whole state as it was loaded. Times are in milliseconds since 1970."""
+    """A whole state that was decoded. Times are in milliseconds since 1970."""
 
     entries: dict[str, Stored]
     revision: int
@@ -77,7 +78,7 @@ class LoadedState(NamedTuple):
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"start": "from", "end": "to"}):
-    """The changes of one commit: those after revision `start`, up to revision `end`."""
+    """The changes of one commit. Their revisions are above `start`, and at most `end`."""
 
     start: Int64
     end: Int64
@@ -94,7 +95,7 @@ _decode_record = msgspec.json.Decoder(Record).decode
 
 
 def encode_small_record(taken: ChangeSet) -> bytes | None:
-    """Encode the changes of a commit as a record if they are few and small, and no key expires. Otherwise return `None`."""
+    """Return the record of a commit if its changes are few and small, and no key expires. Otherwise return `None`."""
     if taken.time or not (values := _encode_small(taken.changes)):
         return None
     clear = b"true" if taken.cleared else b"false"
@@ -103,7 +104,7 @@ def encode_small_record(taken: ChangeSet) -> bytes | None:
 
 
 def encode_record(taken: ChangeSet) -> Iterator[bytes]:
-    """Encode the changes of a commit as a record, in slices. Between two slices the event loop may run."""
+    """Yield the record of a commit in slices. The caller may let the event loop run after each slice."""
     clear = b"true" if taken.cleared else b"false"
     expires: dict[str, int] = {}
     deleted: list[str] = []
@@ -121,9 +122,9 @@ def encode_record(taken: ChangeSet) -> Iterator[bytes]:
 
 
 def _encode_small(changes: Mapping[str, StoredOrGone]) -> bytes | None:
-    """Encode the values in one call if they are few and small, as in most commits. Otherwise return `None`.
+    """Encode the values in one call, and return their JSON, if they are few and small. Otherwise return `None`.
 
-    For a hundred values this saves 98 us of each commit.
+    In most commits they are few and small. For a hundred values, one call saves 98 us of each commit.
     """
     if len(changes) > _MOST_AT_ONCE:
         return None
@@ -144,7 +145,7 @@ def _encode_small(changes: Mapping[str, StoredOrGone]) -> bytes | None:
 
 
 def _times(expires: dict[str, int], time: int, wall: int) -> Iterator[bytes]:
-    """Encode the member `expires`, and `time` and `wall` if any key expires."""
+    """Yield the JSON of the member `expires`. If any key expires, also yield the members `time` and `wall`."""
     yield b',"expires":{'
     times = iter(expires.items())
     comma = b""
@@ -157,16 +158,16 @@ def _times(expires: dict[str, int], time: int, wall: int) -> Iterator[bytes]:
 def _parts(
     items: Iterable[tuple[str, StoredOrGone]], expires: dict[str, int], deleted: list[str]
 ) -> Iterator[dict[str, Value]]:
-    """Split the entries into parts for `encode`. Each part is small enough for one step of the event loop.
+    """Split the entries into parts for `encode`. Each part is small enough for one turn of the event loop.
 
-    A large value has a part of its own. A part may be empty. Expiry times are added to
-    `expires`, and deleted keys to `deleted`.
+    A large value is alone in its part. A part may be empty. The function adds the expiry times
+    to `expires`, and the deleted keys to `deleted`.
     """
     part: dict[str, Value] = {}
     size = 0
     for key, stored in items:
         before = size
-        if isinstance(stored, bytes):  # as most values are
+        if isinstance(stored, bytes):  # true for most values, so it is checked first
             part[key] = Raw(stored)
             size += len(stored)
         elif isinstance(stored, Absent):
@@ -190,7 +191,7 @@ def _parts(
 
 
 def _members(parts: Iterable[dict[str, Value]]) -> Iterator[bytes]:
-    """Encode the members of an object, without its braces. After an empty slice the event loop may run."""
+    """Yield the JSON of the members of an object, without its braces. An empty slice lets the caller run the event loop."""
     comma = b""
     for part in parts:
         if len(part) == 1 and size_of(next(iter(part.values()))) >= _SLICE_BYTES:
@@ -204,14 +205,14 @@ def _members(parts: Iterable[dict[str, Value]]) -> Iterator[bytes]:
 
 
 def pieces(large: Value) -> Iterator[bytes]:
-    """Split the JSON of a large value into pieces."""
+    """Yield the JSON of a large value in pieces."""
     if isinstance(large, str):
         yield b'"'
         for start in range(0, len(large), _SLICE_BYTES):
             yield encode(large[start : start + _SLICE_BYTES])[1:-1]
         yield b'"'
     else:
-        view = memoryview(cast("Json | Raw", large))  # not a number: none is that large
+        view = memoryview(cast("Json | Raw", large))  # it is not a number, because the JSON of a number is never large
         for start in range(0, len(view), _SLICE_BYTES):
             yield bytes(view[start : start + _SLICE_BYTES])
 
@@ -233,16 +234,16 @@ def _copied(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Itera
 
 
 def replay(snapshot: LoadedState, records: Iterable[bytes], path: str, *, first: int = 1) -> LoadedState:
-    """Apply records to a loaded snapshot, and return the resulting state. The entries of the snapshot are changed.
+    """Apply records to a loaded snapshot, and return the resulting state. This changes the entries of `snapshot`.
 
     Args:
         snapshot: The state before the records.
         records: The records.
-        path: The file or object that they come from, for messages.
+        path: The file or object that contains the records, for messages.
         first: The number of the first record, for messages.
 
     Raises:
-        CorruptionError: A record cannot be decoded, or one is missing between two others.
+        CorruptionError: A record cannot be decoded, or a record is missing before another.
     """
     entries, revision, times, time, wall = snapshot
     expires = dict(times)
@@ -278,15 +279,15 @@ def replay(snapshot: LoadedState, records: Iterable[bytes], path: str, *, first:
 def encode_snapshot(
     view: dict[str, Stored], revision: int, time: int, *, copy_loaded: bool, wall: int = 0
 ) -> Iterator[bytes]:
-    """Encode the snapshot of a view, in slices. Between two slices the event loop may run. A slice may be empty.
+    """Yield the snapshot of a view in slices. The caller may let the event loop run after each. A slice may be empty.
 
     Args:
-        view: The entries. They must not be changed by other code meanwhile.
+        view: The entries. Other code must not change them until the last slice.
         revision: The revision of the view.
         time: The time of the state, in milliseconds since 1970.
         wall: The time of the wall clock, in milliseconds since 1970.
-        copy_loaded: Whether to replace values in the view that keep the buffer alive from which
-            they were loaded.
+        copy_loaded: Whether to replace loaded values in the view by copies. A loaded value is a
+            part of a large buffer, and keeps all of that buffer in memory.
     """
     crc = 0
     for data in _uncovered(view, revision, time, wall, copy_loaded=copy_loaded):
@@ -296,7 +297,7 @@ def encode_snapshot(
 
 
 def _uncovered(view: dict[str, Stored], revision: int, time: int, wall: int, *, copy_loaded: bool) -> Iterator[bytes]:
-    """Encode everything that the checksum covers."""
+    """Yield the part of a snapshot that its checksum covers."""
     opening = b"{"
     expires: dict[str, int] = {}
     parts = _parts(view.items(), expires, [])
@@ -314,12 +315,12 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedSta
 
     Args:
         data: The bytes.
-        path: The file or object that they come from, for messages.
-        crc: Their CRC-32, if it is known.
+        path: The file or object that contains the bytes, for messages.
+        crc: The CRC-32 of the bytes, if it is known.
 
     Raises:
-        CorruptionError: They are damaged, were edited, or are no JSON object.
-        UnsupportedError: A newer version of lab_state wrote it.
+        CorruptionError: The bytes are damaged, were edited, or are not a JSON object.
+        UnsupportedError: A newer version of lab_state wrote the snapshot.
     """
     try:
         entries: dict[str, Any] = _decode_entries(data)
@@ -340,13 +341,13 @@ def _check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
         found = msgspec.json.decode(member, type=_AnyFormat).format
         if found > FORMAT:
             raise UnsupportedError(
-                f"{path} has format {found}, this version of lab_state knows {FORMAT}: use the version that wrote it; "
+                f"{path} has format {found}, and this version of lab_state knows {FORMAT}: use the version that wrote it; "
                 "the file was left untouched"
             )
         meta = msgspec.json.decode(member, type=Meta)
     except NOT_JSON:
         _refuse_member(path, "its member is damaged")
-    # The member has the checksum of all bytes before it. Continued over the last bytes, it must give that of all bytes.
+    # The member contains the checksum of all bytes before it. Continue it over the last bytes: the result must be `crc`.
     end = _MEMBER_END.search(data, max(0, len(data) - _END_BYTES))
     claimed = end is not None and end[1].decode() == meta.crc32 and zlib.crc32(end[0], int(end[1], 16)) == crc
     if not claimed or meta.format != FORMAT or meta.revision < 0:
@@ -357,40 +358,40 @@ def _check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
 def _check_times(expires: Mapping[str, int], entries: Container[str], path: str) -> None:
     for key in expires:
         if key not in entries:
-            raise CorruptionError(path, 0, f"{key!r} has an expiry time, but no value; restore a copy")
+            raise CorruptionError(path, 0, f"the key {key!r} has an expiry time, but no value; restore a copy")
 
 
 def _refuse_member(path: str, what: str) -> NoReturn:
     raise CorruptionError(
         path,
         0,
-        f"{what}. If it was edited by hand, delete the member {RESERVED!r}, and with it every expiry time, and start again; otherwise restore a copy",
+        f"{what}. If it was edited by hand, delete the member {RESERVED!r} and start again; this removes every expiry time. Otherwise restore a copy",
     )
 
 
 def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
-    """Check each key and each value of a file without a checksum. Each must be one that can be read and written."""
+    """Check the keys and values of a file without a checksum. lab_state must be able to read and write each of them."""
     tail = data[data.rfind(b'{"format":') : -1]
     for suspect in (next(reversed(entries.values()), Raw(b"null")), tail):
         if _looks_like_member(suspect):
             raise CorruptionError(
                 path,
                 len(data) - len(tail),
-                f"the member {RESERVED!r} is there, but its name is damaged; restore a copy",
+                f"the name of its last member, {RESERVED!r}, is damaged; restore a copy",
             )
     if _MEMBER_END.search(data):
         raise CorruptionError(
             path,
             len(data) - len(tail),
-            f"it ends as a state does, but the member {RESERVED!r} is not there, so bytes before the end are missing; "
-            "restore a copy. If another program wrote it, put a newline at its end",
+            f"it ends as a state does, but its member {RESERVED!r} is missing, so bytes before the end are missing; "
+            "restore a copy. If another program wrote it, add a newline at its end",
         )
     for key, value in entries.items():
         try:
             check_key(key)
         except InvalidKeyError as error:
             raise CorruptionError(
-                path, 0, f"it has a key that cannot be written or read: {error}; give it another name in the file"
+                path, 0, f"lab_state cannot write or read one of its keys: {error}; rename the key in the file"
             ) from None
         if (why_not := _why_not(value)) is not None:
             raise CorruptionError(path, data.find(bytes(value)), f"the value of {key!r} {why_not}")
@@ -399,8 +400,8 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
 def _why_not(value: Raw) -> str | None:
     try:
         msgspec.json.decode(value)
-    except msgspec.ValidationError:  # without a type there is no other reason
-        return "has a number that is out of range: larger than any float, or of too many digits; make it a string"
+    except msgspec.ValidationError:  # no type was requested, so there is no other reason
+        return "has a number that is out of range: larger than any float, or with too many digits; make it a string"
     except NOT_JSON:
         return "is not valid JSON in UTF-8; mend it by hand"
     return f"has more than {MAX_DEPTH} levels of nesting" if too_deep(bytes(value)) else None

@@ -1,10 +1,10 @@
 """The CRC-32 of any part of a buffer, computed from the checksums of the bytes before it.
 
-zlib has to read a part to compute its checksum. Many parts that overlap would be read again
-and again. But a CRC is linear. Take two checksums with different initial values, both over the
-same bytes. The difference of the results depends only on the difference of the initial values
-and on the number of bytes: it is the same as over zero bytes of that number. So one pass over the
-buffer is enough for all of its parts.
+To compute the checksum of a part, zlib has to read the part. If parts overlap, it reads the same
+bytes many times. But a CRC is linear. Suppose that two checksums start from different initial
+values, and read the same bytes. Then the XOR of the results depends only on the XOR of the initial
+values and on the number of bytes. So the bytes can be replaced by zeros to compute it, and one pass
+over the buffer is enough for all of its parts. "Difference" means such an XOR here.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def part(before: int, whole: int, length: int, seed: int) -> int:
     """Return the CRC-32 of a part of a buffer.
 
     Args:
-        before: The checksum of the bytes before the part.
-        whole: The checksum of the same bytes and of the part.
+        before: The checksum of all bytes before the part.
+        whole: The checksum of all bytes up to the end of the part.
         length: The number of bytes of the part.
-        seed: The initial value of the result.
+        seed: The initial value from which the checksum of the part starts.
     """
     difference = before ^ seed
     shift = 0
@@ -49,7 +49,7 @@ def part(before: int, whole: int, length: int, seed: int) -> int:
 
 @cache
 def _zeros(length: int) -> _Tables:
-    """Make the tables that advance a checksum over `length` zero bytes: one table for each of its four bytes."""
+    """Return the tables that advance a difference over `length` zero bytes: one for each of its four bytes."""
     if length == 1:
         images = [_after_one(1 << bit) for bit in range(32)]
     else:
@@ -72,7 +72,7 @@ def _after_one(difference: int) -> int:
 
 
 def _by_value(images: list[int]) -> tuple[int, ...]:
-    """Return the table of all 256 byte values, from the results for the eight single bits."""
+    """Return the results for all 256 values of a byte. `images` has the results for its eight single bits."""
     found = [0]
     for image in images:
         found += [image ^ other for other in found]

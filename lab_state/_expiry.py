@@ -1,18 +1,17 @@
 """The times at which keys expire, and the index that finds keys that are due. Pure and synchronous.
 
-Theory of operation. A value that expires is stored together with its time, as an
-`Expiring`. So a view of the entries contains the times, and a read needs nothing else. The
-index `Expiries` only finds keys that are due. It has a bucket of keys for each second. A
-sweep looks only at the seconds since the last sweep, and most keys that are due are counted
-by bucket.
+A key is due when its time has come. A value that expires is stored together with its time, as an
+`Expiring`. So a view of the entries contains the times, and a read needs no index. The index
+`Expiries` finds the keys that are due. It has a bucket of keys for each second. A sweep looks only
+at the buckets since the last sweep. Whole buckets are counted without looking at their keys.
 
 While there is a watch, a key must be found at its exact time, not at the end of its second.
 Then the keys of the next few seconds are in a heap, too. If a key is deleted or gets another
-time, its old place in the heap stays. It is skipped when its time comes.
+time, its old item stays in the heap. The item is skipped when its time comes.
 
 The time here is the time of the state (`State.now`). It starts from the wall clock, and then
-counts the seconds that pass. So no key expires when the wall clock is set while the manager
-runs.
+counts the seconds that pass. If the wall clock is set while the manager runs, no key expires
+earlier or later.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _AHEAD = 3
-"""The heap has the keys of this many seconds, from the present one on. Sweeps are less far apart than this."""
+"""The heap has the keys of this many seconds, beginning with the current second. Two sweeps are closer together."""
 
 _LEFT_BEHIND = 4
-"""The most entries of the heap that a sweep examines for each key that it may take."""
+"""The largest number of heap items that a sweep examines for each key that it may remove."""
 
 
 def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
-    """Return the time of a state that is loaded, and how far the wall clock is behind the recorded time.
+    """Return the time of a loaded state, and the seconds by which the wall clock is behind the recorded time.
 
-    The time of the state is `time` plus what has passed on the wall clock since. If the wall
-    clock was wrong at the write, or is behind now, keys live longer.
+    The time of the state is `time` plus the time that has passed on the wall clock since the
+    write. If the wall clock was wrong at the write, or is behind now, keys live longer.
 
     Args:
         time: The time of the state at the write, in milliseconds since 1970.
@@ -40,7 +39,7 @@ def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
         now: The time of the wall clock now, in seconds since 1970.
 
     Returns:
-        Both in seconds. The second is 0 if the wall clock is not behind.
+        Two numbers, in seconds. The second one is 0 if the wall clock is not behind.
     """
     passed = now - max(wall, time) / 1000
     return time / 1000 + max(0.0, passed), max(0.0, -passed)
@@ -50,14 +49,14 @@ class Bucket(dict[str, int]):
     """Keys that expire in the same second, with their times in milliseconds.
 
     Attributes:
-        first: No time is earlier than this one.
-        last: No time is later than this one.
+        first: A lower bound of the times, in milliseconds.
+        last: An upper bound of the times, in milliseconds.
     """
 
     __slots__ = ("first", "last")
 
     def __init__(self, at: int) -> None:
-        """Make an empty bucket for keys of the second of `at`."""
+        """Make an empty bucket for the second that contains the time `at`, in milliseconds."""
         super().__init__()
         self.first: int = at
         self.last: int = at
@@ -67,8 +66,8 @@ class Expiries:
     """An index of keys by the second in which they expire.
 
     Attributes:
-        on_first: Called when a key is added to an empty index.
-        on_nearer: Called when a key is added that is due before all others in the heap.
+        on_first: A callback. It is called when a key is added to an empty index.
+        on_nearer: A callback. It is called when an added key is due before all others in the heap.
     """
 
     __slots__ = ("_buckets", "_heap", "_heaped", "_loading", "_next", "_second", "on_first", "on_nearer")
@@ -94,7 +93,7 @@ class Expiries:
         return key in self._second
 
     def add(self, key: str, at: int) -> None:
-        """Add a key with its time, in milliseconds since 1970, in place of an earlier time."""
+        """Add a key with its time, in milliseconds since 1970. If the index has the key, replace its time."""
         is_first = not self._second
         self.discard(key)
         second = self._second[key] = max(at // 1000, self._next)
@@ -118,7 +117,7 @@ class Expiries:
                 del self._buckets[second]
 
     def clear(self) -> tuple[dict[Any, Any], ...]:
-        """Remove all keys, and return the maps that held them, so that the caller can free them in steps."""
+        """Remove all keys. Return the dicts that contained them, so that the caller can free these in steps."""
         held = self._second, self._buckets
         self._second, self._buckets = {}, {}
         if self._heap is not None:
@@ -126,12 +125,12 @@ class Expiries:
         return held
 
     def attend(self, *, wanted: bool) -> None:
-        """Start or stop finding keys at their exact time; see `load`."""
+        """Start or stop the search for keys at their exact time; see `load`."""
         self._heap = [] if wanted else None
         self._heaped, self._loading = -1, None
 
     def load(self, now: int, most: int) -> bool:
-        """Put keys of the next seconds into the heap, up to `most`. Return whether there are more."""
+        """Put up to `most` keys of the next seconds into the heap. Return whether keys of these seconds are left."""
         if self._heap is None:
             return False
         present = now // 1000
@@ -155,7 +154,7 @@ class Expiries:
         return False
 
     def nearest(self) -> int | None:
-        """Return the first time in the heap, in milliseconds. Its key may have been removed since."""
+        """Return the first time in the heap, in milliseconds. Its key may be removed from the index already."""
         return self._heap[0][0] if self._heap else None
 
     def _put_in_heap(self, at: int, key: str) -> None:
@@ -165,7 +164,7 @@ class Expiries:
             self.on_nearer()
 
     def due(self, now: int) -> int:
-        """Return the number of keys that are due. Only keys that expire in the current second are examined one by one."""
+        """Return the number of keys that are due. Only the keys of the current second are examined one by one."""
         total = 0
         for bucket in self.passed(now):
             if bucket.last <= now:
@@ -175,7 +174,7 @@ class Expiries:
         return total
 
     def passed(self, now: int) -> Iterator[Bucket]:
-        """Return the buckets that may hold keys that are due, in order of time."""
+        """Yield the buckets that may contain keys that are due, in order of time."""
         end = now // 1000 + 1
         if end - self._next <= len(self._buckets):
             seconds = [second for second in range(self._next, end) if second in self._buckets]

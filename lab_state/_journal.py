@@ -4,15 +4,15 @@ Pure and synchronous. The journal is text, with one frame in each line::
 
     <crc32, 8 hex digits> <payload length> <kind> <payload>\n
 
-The CRC-32 covers salt, length, kind and payload. The salt is random for each journal, and is
-in its header. So old bytes in reused blocks of the disk are never a valid frame, and a user's
-value cannot contain one.
+The CRC-32 covers the salt, the length, the kind and the payload. The salt is a random text for each
+journal, and is stored in its header. So old bytes in reused blocks of the disk are never a valid
+frame, and a user's value cannot contain one.
 
-The writer keeps one frame in flight: it writes a frame only after the sync of the previous one
+The writer keeps one frame in flight: it writes a frame only after the sync of the previous frame
 has returned. So invalid bytes at the end, with no valid frame after them, are a torn tail, which
-was never acknowledged. If a valid frame comes after invalid bytes, acknowledged data is damaged.
+was never acknowledged. If a valid frame follows invalid bytes, acknowledged data is damaged.
 The WAL repair of etcd and `kPointInTimeRecovery` of RocksDB follow the same rule. But they do not
-keep one frame in flight, so they cannot always distinguish the two cases.
+keep one frame in flight, so they cannot always tell the two cases apart.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lab_state.exceptions import CorruptionError, UnsupportedError
 FORMAT = 1
 
 ANY_BASE = "*"
-"""The base of a journal whose first frame is the whole state."""
+"""The base of a journal whose first frame contains the whole state."""
 
 NO_BASE = "none"
 """The base of a journal that follows no snapshot."""
@@ -52,7 +52,7 @@ _LETTERS = {kind: kind.value.encode() for kind in FrameKind}
 
 
 class Header(msgspec.Struct, frozen=True):
-    """The first line: the name of the state, and the snapshot that the journal follows."""
+    """The first line of a journal. It has the name of the state, and the snapshot that the journal follows."""
 
     format: int
     name: str
@@ -61,7 +61,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class Frame(NamedTuple):
-    """One frame after the header."""
+    """A frame that follows the header."""
 
     kind: FrameKind
     payload: bytes
@@ -84,7 +84,7 @@ class Scan(NamedTuple):
 _FRAME = re.compile(rb"([0-9a-f]{8}) ((\d{1,15}) ([A-Z]) )")
 _LONGEST_HEAD = 8 + 1 + 15 + 3
 _HEAD_BEHIND = re.compile(rb" (?=(\d{1,15}) [A-Z] )")
-"""The blank after a checksum, and the rest of a head. A search for one byte is fast; the checksum is matched after it."""
+"""The space after a checksum, and the rest of a head. A search for one byte is fast. The checksum is compared later."""
 
 _CHECKSUM = re.compile(rb"[0-9a-f]{8}")
 _SEARCHED_AT_ONCE = 256 * 1024
@@ -108,14 +108,14 @@ def frame(salt: str, kind: FrameKind, payload: bytes) -> bytes:
 
 
 def frame_parts(salt: str, kind: FrameKind, payload: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return one line of the journal, in parts. A copy of a payload of megabytes would block every other thread."""
+    """Return one line of the journal, in parts. Joining them would copy the payload, and block every other thread."""
     head = b"%d %s " % (len(payload), _LETTERS[kind])
     crc = zlib.crc32(payload, zlib.crc32(head, zlib.crc32(salt.encode())))
     return b"%08x %s" % (crc, head), payload, b"\n"
 
 
 def frame_in_steps(salt: str, kind: FrameKind, payload: bytes) -> Iterator[bytes]:
-    """Yield one line of the journal in pieces. Before them, yield an empty piece for each step of the checksum."""
+    """Yield one line of the journal in pieces. First yield an empty piece after each step of the checksum."""
     head = b"%d %s " % (len(payload), _LETTERS[kind])
     crc = zlib.crc32(head, zlib.crc32(salt.encode()))
     for start in range(0, len(payload), _PIECE):
@@ -145,12 +145,12 @@ def scan(data: bytes, name: str, path: str) -> Scan:
 
     Args:
         data: The bytes of the journal.
-        name: The name of the state that it must belong to.
-        path: The file or object that it comes from, for messages.
+        name: The name of the state that the journal must belong to.
+        path: The file or object that contains the journal, for messages.
 
     Raises:
-        CorruptionError: Acknowledged data is damaged, or the journal is that of another state.
-        UnsupportedError: A newer version of lab_state wrote it.
+        CorruptionError: Acknowledged data is damaged, or the journal belongs to another state.
+        UnsupportedError: A newer version of lab_state wrote the journal.
     """
     head, position = _read_header(data, name, path)
     frames: list[Frame] = []
@@ -165,22 +165,24 @@ def scan(data: bytes, name: str, path: str) -> Scan:
             f"a valid frame follows at byte {behind}, so the damaged bytes were acknowledged; restore a copy",
         )
     if head.base == ANY_BASE and not (frames and frames[0].kind is FrameKind.FULL):
-        raise CorruptionError(path, position, "the frame with the whole state, which must come first, is missing")
+        raise CorruptionError(
+            path, position, "its first frame must contain the whole state, and does not; restore a copy"
+        )
     return Scan(head, tuple(frames), position)
 
 
 def read_header(data: bytes, name: str, path: str) -> Header:
-    """Read the header of a journal, of which `data` holds at least the first line.
+    """Return the header of a journal. `data` contains at least the first line.
 
     Raises:
-        CorruptionError: The line is not a header, or it is the header of another state.
-        UnsupportedError: A newer version of lab_state wrote it.
+        CorruptionError: The line is not a header, or the journal belongs to another state.
+        UnsupportedError: A newer version of lab_state wrote the journal.
     """
     return _read_header(data, name, path)[0]
 
 
 def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
-    """Return the header and the offset after it. Its checksum is verified with the salt in its own payload."""
+    """Return the header and the offset after it. Verify its checksum with the salt, which the header itself contains."""
     bad_line = CorruptionError(path, 0, "its first line is not a valid journal header; restore a copy")
     line = _FRAME.match(data)
     if line is None or line[4] != FrameKind.HEADER.value.encode():
@@ -194,7 +196,7 @@ def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
         raise bad_line
     if head.format != FORMAT:
         raise UnsupportedError(
-            f"{path} has journal format {head.format}, this version of lab_state knows {FORMAT}: "
+            f"{path} has journal format {head.format}, and this version of lab_state knows {FORMAT}: "
             "use the version that wrote it; the file was left untouched"
         )
     if head.name != name:
@@ -203,7 +205,7 @@ def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
 
 
 def _frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int] | None:
-    """Return kind, payload and the offset after them if a valid frame starts at `position`, and `None` otherwise."""
+    """Return kind, payload and end offset of the valid frame that starts at `position`; `None` if there is none."""
     match = _FRAME.match(data, position)
     if match is None:
         return None
@@ -221,15 +223,16 @@ def _frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int]
 def _known_kind(kind: bytes, position: int, path: str) -> FrameKind:
     if kind in (b"R", b"C", b"F"):
         return FrameKind(kind.decode())
-    raise CorruptionError(path, position, f"a frame of the unexpected kind {kind.decode()!r}; restore a copy")
+    raise CorruptionError(path, position, f"it has a frame of the unknown kind {kind.decode()!r}; restore a copy")
 
 
 def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
     """Return the offset of the first valid frame that starts at any byte from `position` on.
 
-    A frame is searched at each byte, not only at the start of a line. One flipped newline joins
-    two frames, and a search by lines would miss the second, which was acknowledged. A user's
-    value may contain very many heads of frames, so all checksums are computed in one pass.
+    The search looks at each byte, not only at the start of a line. If the newline between two
+    frames is damaged, a search by lines would miss the second frame, which was acknowledged. A
+    user's value may contain very many texts that look like the head of a frame. So all checksums
+    are computed in one pass.
     """
     heads = list(_heads_behind(data, position))
     sums = _crc.running(data, position, sorted({at for head in heads for at in (head.covered, head.end)}))
@@ -241,7 +244,7 @@ def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
 
 
 class _Head(NamedTuple):
-    """A possible head of a frame, with a newline after the payload."""
+    """Bytes that look like the head of a frame, and have a newline where the payload would end."""
 
     start: int
     covered: int
@@ -250,7 +253,7 @@ class _Head(NamedTuple):
 
 
 def _heads_behind(data: bytes, position: int) -> Iterator[_Head]:
-    """Yield all possible heads in order. Search in pieces, because a search blocks all other threads."""
+    """Yield all possible heads in order. Search in pieces, because one search of all bytes would block other threads."""
     for piece in range(position, len(data), _SEARCHED_AT_ONCE):
         stop = piece + _SEARCHED_AT_ONCE
         for match in _HEAD_BEHIND.finditer(data, piece, stop + _LONGEST_HEAD):
@@ -263,13 +266,13 @@ def _heads_behind(data: bytes, position: int) -> Iterator[_Head]:
 
 
 class Accepted(NamedTuple):
-    """The state that a journal and a snapshot make together.
+    """The state that results from a journal and a snapshot.
 
     Attributes:
-        full: The state at the start of the journal, if the journal contains it. If it is
-            `None`, the snapshot is that state.
-        records: The records that follow that state.
-        unclean: Whether the last writer did not end with a checkpoint.
+        full: The whole state at the start of the journal, if the journal contains it. If this
+            is `None`, the state begins with the snapshot.
+        records: The records to apply to that state.
+        unclean: True if the last writer did not end with a checkpoint.
     """
 
     full: bytes | None
@@ -282,19 +285,19 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
 
     Args:
         found: The journal; `None` if there is none.
-        size: Its size in bytes, with a torn tail.
-        snapshot_base: `base_of` the present snapshot, or `NO_BASE`.
+        size: The size of the journal in bytes, including a torn tail.
+        snapshot_base: The `base_of` the present snapshot; `NO_BASE` if there is no snapshot.
         path: The file or object of the journal, for messages.
 
     Raises:
-        CorruptionError: Journal and snapshot do not belong together.
+        CorruptionError: The journal does not follow this snapshot.
     """
     if found is None:
         return Accepted(None, (), unclean=False)
     base, frames = found.header.base, found.frames
     if any(kind is FrameKind.FULL for kind, _ in frames[base == ANY_BASE :]):
         raise CorruptionError(
-            path, 0, "a frame with the whole state is at a place where none is allowed; restore a copy"
+            path, 0, "it has a frame with the whole state, which is not allowed in this place; restore a copy"
         )
     records = tuple(payload for kind, payload in frames if kind is FrameKind.RECORD)
     if base == ANY_BASE:
@@ -305,13 +308,13 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
             raise CorruptionError(
                 path,
                 0,
-                "the snapshot beside it is not the one that it follows; put the right snapshot back, or delete this journal "
+                "this journal follows another snapshot than the one beside it; put the right snapshot back, or delete this journal "
                 "to continue from the present snapshot without the changes in the journal",
             )
         if snapshot_base == NO_BASE:
             raise CorruptionError(
                 path,
                 0,
-                "the snapshot that it follows is missing; put it back, or delete this journal too to start with an empty state",
+                "the snapshot that this journal follows is missing; put it back, or delete this journal too, to start with an empty state",
             )
     return Accepted(None, records, unclean=bool(frames) or size > found.end)

@@ -1,7 +1,7 @@
 """The deletion of expired keys. One timer serves all keys, and each sweep deletes up to 500 of them.
 
 One sweep per second is enough, because no read returns an expired key. While there is a
-watch, the timer ends when the next key is due, so that its expiry is reported in time.
+watch, the timer ends when the next key is due. So the watch reports the expiry in time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _PERIOD = 1.0
 
 _KEYS_PER_STEP = 500
 _GAP = 0.02
-"""The shortest wait for the next due key, in seconds. Keys that are due shortly after each other are swept together."""
+"""The shortest wait for the next due key, in seconds. So keys with nearly the same expiry are deleted in one sweep."""
 
 
 class Sweeper:
-    """The timer that sweeps one state, once a second or when a key is due, as long as any key has an expiry."""
+    """The timer that sweeps one state. It runs while any key has an expiry, and ends once a second or when a key is due."""
 
     def __init__(
         self, state: State, clock: Clock, busy: Callable[[], bool], swept: Callable[[], None], begun: Callable[[], None]
@@ -30,9 +30,9 @@ class Sweeper:
         Args:
             state: The state.
             clock: The clock of the manager.
-            busy: Returns whether a transaction is open. A sweep waits for its end.
-            swept: Called after each sweep that deleted keys.
-            begun: Called when a key gets an expiry and no other key has one.
+            busy: A function that returns whether a transaction is open. A sweep waits for its end.
+            swept: A callback. It is called after each sweep that deleted keys.
+            begun: A callback. It is called when a key gets an expiry, and no other key has one.
         """
         self._state = state
         self._clock = clock
@@ -48,21 +48,21 @@ class Sweeper:
             self._arm(_PERIOD)
 
     def stop(self) -> None:
-        """Stop the timer. No sweep is made after this."""
+        """Stop the timer. After this call, no sweep runs."""
         self._state.expiries.on_first = None
         self._state.expiries.on_nearer = None
         self._put_off = False
         self._disarm()
 
     def attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
-        """Sweep each key when it is due, if there is a watch. Otherwise sweep all keys of a second after its end."""
+        """Sweep each key when it is due if there is a watch. Otherwise sweep the keys of each second after its end."""
         self._state.expiries.attend(wanted=watched)
         self._state.expiries.on_nearer = self._nearer if watched else None
         if watched and self._state.expiries:
             self._look_ahead()
 
     def resume(self) -> None:
-        """Sweep at the end of a transaction, if a sweep waited for it. A later sweep could meet the next transaction."""
+        """Sweep at the end of a transaction, if a sweep waits for it. Later, the next transaction might be open."""
         if self._put_off:
             self._tick()
 
@@ -87,7 +87,7 @@ class Sweeper:
         at = self._state.expiries.nearest()
         if at is None:
             return _PERIOD
-        # `now` drops fractions of a millisecond.
+        # `now` is in whole milliseconds.
         left = (at - self._state.now() + 1) / 1000
         return min(_PERIOD, max(left, _GAP)) if left > 0 else 0.0
 
@@ -118,6 +118,6 @@ class Sweeper:
                 self._arm(0.0)
             elif self._state.expiries:
                 self._look_ahead()
-        except BaseException:  # out of memory, or an interrupt: the event loop reports it, and sweeps go on
+        except BaseException:  # such as a MemoryError or an interrupt: the event loop reports it, and later sweeps run
             self._arm(_PERIOD)
             raise

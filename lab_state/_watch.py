@@ -1,11 +1,11 @@
 """The watches of one state, and the changes that they have not received yet.
 
-Theory of operation. A write only notes its change. The notes of one turn of the event loop
-go to the watchers in the next turn, so a write costs the same for any number of watchers.
-Each watcher keeps the last pending change of each key. With more than `MOST_PENDING` keys, it
-keeps one `resync` instead. The watchers of a key are found with a lookup for each length of a
-watched prefix, not by a loop over all watchers. Watchers of durable changes get the changes of
-each commit.
+A watcher is one open watch. A write only notes its change. In the next turn of the event loop, the
+watchers receive the changes that were noted. So the cost of a write does not depend on the number
+of watchers. Each watcher keeps the last pending change of each key. With more than `MOST_PENDING`
+keys, it keeps one `resync` instead. There is no loop over all watchers to find those of a key: one
+lookup is made for each different length of a watched prefix. Watchers of durable changes receive the
+changes of each commit.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Change(msgspec.Struct, frozen=True):
 
     Attributes:
         key: The key, without the prefix of the handle that is watched; empty for `resync`.
-        kind: `set`, `delete`, `expire` or `resync`. A `resync` means: read again. It comes
-            when more than 10,000 keys are pending, or were deleted at once.
+        kind: `set`, `delete`, `expire` or `resync`. After a `resync`, read the state again. It is
+            sent when more than 10,000 keys are pending, or were deleted at once.
         revision: A revision of the state that contains the change.
     """
 
@@ -60,10 +60,10 @@ class Watcher:
         """Create a watch without pending changes.
 
         Args:
-            prefix: The beginning of the keys; an empty one means all keys.
+            prefix: The beginning of the keys; an empty text selects all keys.
             cut: The number of characters to remove from the beginning of each key.
-            since: Changes up to this revision are left out.
-            durable: Whether to give changes only when they are durable.
+            since: A revision. Changes up to this revision are not reported.
+            durable: Whether to report changes only when they are durable.
         """
         self.prefix: str = prefix
         self.durable: bool = durable
@@ -83,7 +83,7 @@ class Watcher:
         return f"<watch of {self.prefix!r}{durable}, pending: {what}>"
 
     def tell(self, key: str, kind: Kind, revision: int) -> None:
-        """Add the change of a key."""
+        """Add the change of a key, in place of an earlier pending one."""
         if revision <= self._since:
             return
         if self._resync is not None or (len(self._pending) >= MOST_PENDING and key not in self._pending):
@@ -94,7 +94,7 @@ class Watcher:
         self._wake()
 
     def resync(self, revision: int) -> None:
-        """Replace all pending changes by one `resync`, because any key may have changed."""
+        """Replace all pending changes by one `resync`. It means that any key may have changed."""
         if revision <= self._since:
             return
         self._pending.clear()
@@ -109,7 +109,7 @@ class Watcher:
     def disown(
         self, refusal: LabStateError
     ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Let the next `__anext__` raise this error. Runs in a forked child."""
+        """Let the next `__anext__` raise this error. This runs in a forked child."""
         self._pending.clear()
         self._resync, self._closed, self._refusal = None, True, refusal
 
@@ -119,7 +119,7 @@ class Watcher:
     async def __anext__(self) -> Change:
         """Wait for a change that the reader has not received yet, and return the oldest one."""
         if self._waiting is not None:
-            raise RuntimeError("two tasks read one watch: open one for each")
+            raise RuntimeError("two tasks read one watch: open a watch for each task")
         while self._resync is None and not self._pending:
             if self._refusal is not None:  # pragma: no cover -- likewise
                 raise self._refusal
@@ -168,7 +168,7 @@ class Group:
             del self._by_length[len(watcher.prefix)]
 
     def tell(self, changes: Iterable[Told], most: float = math.inf) -> int:
-        """Give each change to the watchers of its key, in about `most` steps. Return the number of steps."""
+        """Give each change to the watchers of its key. Stop after about `most` steps, and return the number of steps."""
         lengths = list(self._by_length.items())
         steps = 0
         for key, (changed, revision) in changes:
@@ -200,14 +200,14 @@ class Watchers:
         self._live = Group()
         self._durable = Group()
         self._turn: dict[str, tuple[StoredOrGone, int]] = {}
-        self._everything = 0  # the revision at which all was deleted in this turn
+        self._everything = 0  # the revision at which all keys were deleted in this turn
         self._queue: deque[tuple[Group, Iterator[Told] | int]] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._live) or bool(self._durable)
 
     def add(self, watcher: Watcher) -> None:
-        """Give this watcher all changes from now on."""
+        """Report all changes from now on to this watcher."""
         watcher.opened = self._state.revision
         is_first = not self
         (self._durable if watcher.durable else self._live).add(watcher)
@@ -216,14 +216,14 @@ class Watchers:
             self.attended(True)
 
     def remove(self, watcher: Watcher) -> None:
-        """Give this watcher no further changes."""
+        """Report no further changes to this watcher."""
         (self._durable if watcher.durable else self._live).remove(watcher)
         if not self:
             self._state.on_change = None
             self.attended(False)
 
     def note(self, key: str | None, changed: StoredOrGone, revision: int) -> None:
-        """Note a change of a key, or of all keys (`None`). Watchers get it in the next turn of the loop."""
+        """Note a change of a key, or of all keys (`None`). Watchers receive it in the next turn of the event loop."""
         turn = self._turn
         if not turn and not self._everything:
             asyncio.get_running_loop().call_soon(self._hand_out)
@@ -231,12 +231,12 @@ class Watchers:
             turn.clear()
             self._everything = revision
         else:
-            if key in turn:  # watchers get changes in the order of their revisions
+            if key in turn:  # watchers receive changes in the order of their revisions
                 del turn[key]
             turn[key] = (changed, revision)
 
     def committed(self, taken: ChangeSet) -> bool:
-        """Add changes that became durable to the queue. Return whether the queue keeps a reference to them."""
+        """Add the changes of a commit to the queue of durable changes. Return whether the queue keeps a reference to them."""
         if self._durable:
             if taken.cleared:
                 self._queue.append((self._durable, taken.end))
@@ -246,7 +246,7 @@ class Watchers:
         return bool(self._durable)
 
     def close(self) -> None:
-        """Give all watchers the remaining changes, and end their iteration."""
+        """Report the remaining changes to all watchers, and end their iteration."""
         self._hand_out()
         while self._queue:
             self._step()
@@ -257,7 +257,7 @@ class Watchers:
     def disown(
         self, refusal: LabStateError
     ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Let every watcher raise this error. Runs in a forked child."""
+        """Let every watcher raise this error. This runs in a forked child."""
         for group in (self._live, self._durable):
             for watcher in group:
                 watcher.disown(refusal)
@@ -271,7 +271,7 @@ class Watchers:
         self._tell()
 
     def _tell(self) -> None:
-        """Give the queued changes to the watchers, about `_TOLD_AT_ONCE` in each turn of the event loop."""
+        """Report the queued changes to the watchers, about `_TOLD_AT_ONCE` in each turn of the event loop."""
         self._step()
         if self._queue:
             asyncio.get_running_loop().call_soon(self._tell)

@@ -413,8 +413,8 @@ def test_a_value_that_was_swapped_is_noticed() -> None:
     """A value edited by hand is refused, and the message says how to edit."""
     error = corruption(snapshot(SAMPLE).replace(b"some-value", b"same-value"))
     assert error.detail == (
-        "its checksum does not match its contents. If it was edited by hand, delete the member '$lab_state', and "
-        "with it every expiry time, and start again; otherwise restore a copy"
+        "its checksum does not match its contents. If it was edited by hand, delete the member '$lab_state' and "
+        "start again; this removes every expiry time. Otherwise restore a copy"
     )
 
 
@@ -457,7 +457,7 @@ def test_a_newer_format_is_refused() -> None:
     with pytest.raises(UnsupportedError) as caught:
         decode_snapshot(data, PATH)
     assert str(caught.value) == (
-        "/state/some.json has format 2, this version of lab_state knows 1: use the version that wrote it; "
+        "/state/some.json has format 2, and this version of lab_state knows 1: use the version that wrote it; "
         "the file was left untouched"
     )
 
@@ -555,7 +555,7 @@ def test_a_member_whose_name_is_damaged_is_refused(values: dict[str, Any]) -> No
     at = data.index(RESERVED.encode())
     for position in range(at, at + len(RESERVED)):
         error = corruption(data[:position] + b"x" + data[position + 1 :])
-        assert error.detail == "the member '$lab_state' is there, but its name is damaged; restore a copy"
+        assert error.detail == "the name of its last member, '$lab_state', is damaged; restore a copy"
         assert error.offset > 0
 
 
@@ -604,8 +604,8 @@ def test_a_foreign_number_out_of_range_is_refused(value: bytes) -> None:
 def test_a_foreign_key_that_cannot_be_written_is_refused(key: bytes) -> None:
     """A file with a key that no call takes, and no reader reads, is refused, and the message says which."""
     error = corruption(b'{"good":1,"%s":2}' % key)
-    assert error.detail.startswith("it has a key that cannot be written or read: ")
-    assert error.detail.endswith("; give it another name in the file")
+    assert error.detail.startswith("lab_state cannot write or read one of its keys: ")
+    assert error.detail.endswith("; rename the key in the file")
 
 
 @pytest.mark.parametrize(
@@ -753,7 +753,7 @@ def test_a_time_without_a_value_is_damage(values: bytes) -> None:
     """A snapshot or a record with a time for a key that it does not set is CorruptionError, with the key."""
     member = {"format": 1, "revision": 1, "id": "0", "expires": {"a": 5_000}, "time": 1}
     data = with_member(values, member)
-    expected = "'a' has an expiry time, but no value; restore a copy"
+    expected = "the key 'a' has an expiry time, but no value; restore a copy"
     assert corruption(data).detail == expected
     wrong = b'{"from":0,"to":1,"clear":false,"set":%s,"delete":[],"expires":{"a":5},"time":1}' % values
     with pytest.raises(CorruptionError) as caught:

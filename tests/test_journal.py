@@ -335,7 +335,7 @@ def test_another_format_is_refused(number: int) -> None:
     with pytest.raises(UnsupportedError) as caught:
         scan(frame(SALT, FrameKind.HEADER, payload), NAME, PATH)
     assert str(caught.value) == (
-        f"/state/some.journal has journal format {number}, this version of lab_state knows 1: "
+        f"/state/some.journal has journal format {number}, and this version of lab_state knows 1: "
         "use the version that wrote it; the file was left untouched"
     )
 
@@ -351,7 +351,7 @@ def test_an_unknown_kind_is_refused(kind: bytes, number: int) -> None:
     """A frame of an unknown kind, or a second header, is refused where it stands, though its checksum is right."""
     before = header(NAME, SALT, BASE) + b"".join(FRAMES[:number])
     error = corruption(before + other_kind(kind, b"x") + b"".join(FRAMES[number:]))
-    assert error.detail == f"a frame of the unexpected kind '{kind.decode()}'; restore a copy"
+    assert error.detail == f"it has a frame of the unknown kind '{kind.decode()}'; restore a copy"
     assert error.offset == len(before)
 
 
@@ -363,7 +363,7 @@ def test_an_unknown_kind_is_refused(kind: bytes, number: int) -> None:
 def test_a_star_without_the_whole_state_first_is_refused(frames: tuple[tuple[FrameKind, bytes], ...]) -> None:
     """A journal with the base `*` whose first frame is not the whole state is refused."""
     error = corruption(journal(*frames, base=ANY_BASE))
-    assert error.detail == "the frame with the whole state, which must come first, is missing"
+    assert error.detail == "its first frame must contain the whole state, and does not; restore a copy"
 
 
 def test_a_star_with_a_torn_first_frame_is_refused() -> None:
@@ -445,20 +445,20 @@ def test_records_beside_a_snapshot_that_they_do_not_follow_are_refused(snapshot_
     """Records that follow another snapshot than the one that is there, or that is missing, are refused."""
     error = not_accepted(snapshot_base, checkpoint_of(base_of(1, 1)), R0)
     assert error.detail.startswith(
-        "the snapshot beside it is not the one that it follows; put the right snapshot back, or delete"
+        "this journal follows another snapshot than the one beside it; put the right snapshot back, or delete"
     )
 
 
 def test_records_of_a_first_journal_beside_a_snapshot_are_refused() -> None:
     """Records that follow no snapshot are refused where there is one."""
-    assert "is not the one that it follows" in not_accepted(BASE, R0, base=NO_BASE).detail
+    assert "follows another snapshot" in not_accepted(BASE, R0, base=NO_BASE).detail
 
 
 @pytest.mark.parametrize("frames", [(), (checkpoint_of(OTHER_BASE),)], ids=["empty", "C"])
 def test_a_missing_snapshot_is_refused(frames: tuple[tuple[FrameKind, bytes], ...]) -> None:
     """A snapshot that the journal names and that is not there is never taken for an empty state."""
     error = not_accepted(NO_BASE, *frames)
-    assert error.detail.startswith("the snapshot that it follows is missing; put it back, or delete")
+    assert error.detail.startswith("the snapshot that this journal follows is missing; put it back, or delete")
 
 
 @pytest.mark.parametrize(
@@ -469,7 +469,7 @@ def test_a_missing_snapshot_is_refused(frames: tuple[tuple[FrameKind, bytes], ..
 def test_a_whole_state_in_the_wrong_place_is_refused(base: str, frames: tuple[tuple[FrameKind, bytes], ...]) -> None:
     """A frame with the whole state is refused anywhere but first in a journal with the base `*`."""
     error = not_accepted(BASE if base != NO_BASE else NO_BASE, *frames, base=base)
-    assert error.detail == "a frame with the whole state is at a place where none is allowed; restore a copy"
+    assert error.detail == "it has a frame with the whole state, which is not allowed in this place; restore a copy"
 
 
 @pytest.mark.parametrize("base", [BASE, NO_BASE])

@@ -717,7 +717,7 @@ class TestReaders:
             assert aiter(changes) is changes
             first = asyncio.ensure_future(anext(changes))
             await idle()
-            with pytest.raises(RuntimeError, match="two tasks read one watch: open one for each"):
+            with pytest.raises(RuntimeError, match="two tasks read one watch: open a watch for each task"):
                 await anext(changes)
             await state.set("a", 1)
             assert await first == Change("a", "set", 1)

@@ -1,7 +1,7 @@
 """Helpers for tests: a clock that moves on demand, and a storage that fails on demand.
 
-They are public, for tests of an application that uses lab_state. None of them needs a test
-framework. `StorageConformance` is for authors of a storage.
+These helpers are public. They are meant for the tests of an application that uses lab_state. None
+of them needs a test framework. `StorageConformance` is meant for authors of a storage.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ R = TypeVar("R")
 Operation: TypeAlias = Literal["open", "commit", "checkpoint", "aclose", "read"]
 
 Moment: TypeAlias = Literal["before", "torn", "after"]
-"""When a fault comes: before an operation began, after half of a commit was written, or after the operation was done."""
+"""The moment of a fault: before an operation begins, after half of a commit is written, or after the operation is done."""
 
 
 class _ManualTimer:
@@ -48,7 +48,7 @@ class ManualClock:
         self._numbers = itertools.count()
 
     def __repr__(self) -> str:
-        """Return the seconds that have passed."""
+        """Return the class, and the seconds by which `advance` has moved the clock."""
         return f"<ManualClock after {self._monotonic:g} s>"
 
     def time(self) -> float:
@@ -98,39 +98,39 @@ class _Fault:
 
 
 class FaultyStorage:
-    """Another storage, with faults on demand.
+    """A storage that passes its calls to another storage, and fails on demand.
 
-    Faults are planned for each operation. Each call of the operation uses up one of them, in
-    the order in which they were planned.
+    Faults are planned for each operation. Each call of the operation uses up one planned fault, in
+    the order in which the faults were planned.
 
     Attributes:
-        calls: The operations so far, in order.
-        faults: The number of calls that failed. If it is 0, the test has tested no fault.
+        calls: The operation of each call so far, in order.
+        faults: The number of calls that failed. If it is 0, no fault has happened in the test.
     """
 
     def __init__(self, inner: Storage) -> None:
-        """Pass each call to `inner`, until a fault is planned."""
+        """Pass each call to `inner`, unless a fault is planned for it."""
         self._inner = inner
         self._faults: dict[Operation, deque[_Fault | None]] = {}
         self._random: Callable[[Operation], _Fault | None] = _none
         self._resumed = asyncio.Event()
         self._sessions: list[_FaultySession] = []
         self._cut: list[_FaultySession] = []
-        self._torn: dict[str, int] = {}  # the bytes of a record that was torn, by the name of the state
+        self._torn: dict[str, int] = {}  # by the name of the state: the size of the torn record, in bytes
         self.calls: list[Operation] = []
         self.faults: int = 0
 
     def __repr__(self) -> str:
-        """Return the other storage."""
+        """Return the class, and the other storage."""
         return f"<FaultyStorage of {self._inner!r}>"
 
     @classmethod
     def random(cls, inner: Storage, *, seed: int, rate: float) -> Self:
-        """Return a storage whose commits and checkpoints fail at random, with any `Moment`.
+        """Return a storage whose commits and checkpoints fail at random. The moment of each fault is random too.
 
         Args:
             inner: The storage that gets the calls.
-            seed: The same calls with the same seed have the same faults.
+            seed: The start value of the random numbers. The same calls with the same seed have the same faults.
             rate: The share of the calls that fails: above 0, below 1.
 
         Raises:
@@ -160,18 +160,19 @@ class FaultyStorage:
         times: int = 1,
         error: StorageError | None = None,
     ) -> None:
-        """Make calls of an operation fail, after the faults that are planned already.
+        """Plan faults of an operation, after the faults that are planned already.
 
-        `aclose` releases the state with any moment, as every storage must.
+        A failing `aclose` releases the state at every moment, as each storage must.
 
         Args:
             operation: The operation.
-            moment: `before`: it did nothing. `after`: it was done, and its answer is lost.
-                `torn`, for a commit: half of its record was written. Then the record is
-                missing when the state is opened again, unless a later commit contained it too.
+            moment: `before`: the operation does nothing. `after`: the operation is done, and its
+                result is lost. `torn`, only for a commit: half of its record is written. Then the
+                record is missing when the state is opened again, unless a later commit contains
+                the same changes.
             skip: The number of calls that succeed first, 0 or more.
-            times: The number of calls that fail then, 1 or more.
-            error: The error to raise; without it, an `UnavailableError`.
+            times: The number of calls that fail after them, 1 or more.
+            error: The error to raise; by default an `UnavailableError`.
 
         Raises:
             ValueError: An argument is out of bounds.
@@ -181,24 +182,25 @@ class FaultyStorage:
         self._plan(operation, [_fault(operation, moment, error)] * times, skip)
 
     def hang(self, operation: Operation, *, skip: int = 0) -> None:
-        """Make a call of an operation wait for `resume()` before it begins. `skip` calls are not affected first."""
+        """Make one call of an operation wait for `resume()` before it begins. The `skip` calls before it do not wait."""
         self._plan(operation, [_Fault("hang", UnavailableError("never raised"))], skip)
         self._resumed.clear()
 
     def resume(self) -> None:
-        """Let the calls that hang continue."""
+        """Let the waiting calls continue; see `hang`."""
         self._resumed.set()
 
     def cut_power(self, during: Operation | None = None, moment: Moment = "before", *, skip: int = 0) -> None:
-        """Cut the power: open sessions write nothing more, and each call of them raises `StorageError`.
+        """Simulate a power cut: open sessions write nothing more, and each of their calls raises `StorageError`.
 
-        The next manager with this object finds what was durable, as after a reboot. A manager
-        that was cut off must still be stopped. That raises if it had anything to write.
+        The next manager with this object loads the durable state, as after a reboot. A manager
+        that was running at the power cut must still be stopped. Its `stop()` raises if there is
+        anything to write.
 
         Args:
-            during: Cut the power at the next call of this operation; without it, at once.
-            moment: The moment of the cut within that call; see `fail`.
-            skip: The number of calls that succeed first, 0 or more.
+            during: The operation whose next call cuts the power; by default the power is cut at once.
+            moment: The moment of the power cut within that call; see `fail`.
+            skip: The number of calls of that operation that succeed first, 0 or more.
 
         Raises:
             ValueError: An argument is out of bounds.
@@ -223,7 +225,7 @@ class FaultyStorage:
         self._faults.setdefault(operation, deque()).extend([*[None] * skip, *faults])
 
     async def open(self, name: str) -> StorageSession:
-        """Open the inner storage; see `Storage.open`."""
+        """Open the state in the other storage; see `Storage.open`."""
         await self._reboot()
         inner = await self._faulty("open", lambda: self._inner.open(name))
         session = _FaultySession(self, inner, name, self._torn.pop(name, 0))
@@ -231,7 +233,7 @@ class FaultyStorage:
         return session
 
     async def read(self, name: str) -> Reading:
-        """Read the inner storage; see `Storage.read`."""
+        """Read the state in the other storage; see `Storage.read`."""
         await self._reboot()
         return await self._faulty("read", lambda: self._inner.read(name))
 
@@ -254,7 +256,7 @@ class FaultyStorage:
         self.faults += 1
         if fault.kind == "after":
             result = await call()
-            if isinstance(result, _Closable):  # a session, which the caller does not get
+            if isinstance(result, _Closable):  # it is a session, and the caller does not receive it
                 await result.aclose()
         if fault.kind == "torn" and tear is not None:
             tear()
@@ -341,7 +343,7 @@ class _FaultySession:
         async def powered() -> R:
             self._check_power()
             result = await call()
-            torn.pop(self._name, None)  # overwritten
+            torn.pop(self._name, None)  # this commit has overwritten the torn record
             return result
 
         self._check_power()

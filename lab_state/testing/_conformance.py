@@ -24,27 +24,27 @@ from lab_state.testing._conformance_tools import (
 
 
 class StorageConformance(ReadingConformance):
-    """A suite of tests for a storage. Make a subclass, and define the four methods of `Hooks`.
+    """A suite of tests for a storage. To use it, define a subclass with the four methods of `Hooks`.
 
     Each test method is a coroutine function without arguments, so any test runner for coroutines
-    can run it. Each test must begin with an empty place. With pytest, an autouse fixture can
-    create it.
+    can run it. Each test needs an empty place: a directory or a bucket without states. With
+    pytest, an autouse fixture can create it.
     """
 
     sampled: int = 50
-    """At how many evenly spread offsets each stored part is damaged. Choose fewer if opening is slow."""
+    """The number of evenly spread offsets at which each stored part is damaged. Choose fewer if opening is slow."""
 
     # Recovery
 
     async def test_a_new_state_is_empty(self) -> None:
-        """A state that was never written opens empty, and not as a damaged one."""
+        """The first open of a state finds an empty state, and reports no damage."""
         session = await self.make_storage().open(NAME)
         snapshot, records, _, dropped, _ = session.recovery
         assert (snapshot, records, dropped) == (None, (), 0)
         await session.aclose()
 
     async def test_records_come_back_in_order(self) -> None:
-        """The next open recovers every record whose `commit` has returned, in order."""
+        """The next open recovers every record whose `commit` has returned. The order is that of the commits."""
         written = await self._commit_some(5)
         assert await self._recovered_records() == written
 
@@ -61,7 +61,7 @@ class StorageConformance(ReadingConformance):
         assert (large,) == await self._recovered_records()
 
     async def test_a_checkpoint_takes_the_place_of_what_was_before(self) -> None:
-        """After a checkpoint, the snapshot and the records committed since are recovered."""
+        """After a checkpoint, the next open recovers its snapshot and the records that were committed after it."""
         async with opened(self.make_storage()) as session:
             await session.commit(b"1", given(b"{}"))
             await session.checkpoint(given(b'{"a":', b"1}"))
@@ -71,7 +71,7 @@ class StorageConformance(ReadingConformance):
             assert session.recovery.records[-1:] == (b"2",)
 
     async def test_commits_beside_a_checkpoint_are_kept(self) -> None:
-        """A record that is committed while a snapshot is written is recovered after that snapshot."""
+        """A record that is committed while a snapshot is written is recovered. It follows that snapshot."""
         async with opened(self.make_storage()) as session:
             await session.commit(b"before", given(b"{}"))
 
@@ -98,7 +98,7 @@ class StorageConformance(ReadingConformance):
         assert sum(map(len, self.read_raw(NAME).values())) < 2000
 
     async def test_a_checkpoint_that_fails_changes_nothing(self) -> None:
-        """If a view raises, the old snapshot and all records stay, and commits go on."""
+        """If a view raises, the old snapshot and all records stay. Later commits succeed."""
         async with opened(self.make_storage()) as session:
             await session.checkpoint(given(b"old"))
             await session.commit(b"1", given(b"{}"))
@@ -109,7 +109,7 @@ class StorageConformance(ReadingConformance):
             assert session.recovery.records == (b"1", b"2")
 
     async def test_states_are_apart(self) -> None:
-        """One storage serves many names, and none sees another's data."""
+        """One storage serves states with different names. No state contains data of another."""
         storage = self.make_storage()
         async with opened(storage, "one") as one, opened(storage, "two") as two:
             await one.commit(b"1", given(b"{}"))
@@ -148,7 +148,7 @@ class StorageConformance(ReadingConformance):
         assert seen == sorted(seen)
 
     async def test_there_is_nothing_to_warn_of(self) -> None:
-        """A session on an intact place has no warning, before and after a checkpoint."""
+        """A session without a fault has no warning, neither before nor after a checkpoint."""
         async with opened(self.make_storage()) as session:
             assert session.warning is None
             await session.commit(b"1", given(b"{}"))
@@ -166,7 +166,7 @@ class StorageConformance(ReadingConformance):
     # One writer
 
     async def test_a_second_writer_is_refused(self) -> None:
-        """An open state is locked until it is closed, also for another storage object on the same place."""
+        """An open state is locked until it is closed. Another storage object for the same place is refused too."""
         first = await self.make_storage().open(NAME)
         error = await raises(LockedError, self.make_storage().open(NAME))
         assert NAME in str(error)
@@ -186,7 +186,7 @@ class StorageConformance(ReadingConformance):
         await second.aclose()
 
     async def test_a_closed_session_writes_nothing(self) -> None:
-        """After `aclose`, commit and checkpoint raise and change nothing."""
+        """After `aclose`, `commit` and `checkpoint` raise `StorageError`, and change nothing."""
         session = await self.make_storage().open(NAME)
         await session.commit(b"1", given(b"{}"))
         await session.aclose()
@@ -196,7 +196,7 @@ class StorageConformance(ReadingConformance):
         assert self.read_raw(NAME) == before
 
     async def test_opened_in_one_task_and_closed_in_another(self) -> None:
-        """A session does not belong to the task that opened it."""
+        """A session can be used and closed by another task than the one that opened it."""
         session = await asyncio.create_task(self.make_storage().open(NAME))
         await asyncio.create_task(awaited(session.commit(b"1", given(b"{}"))))
         await asyncio.create_task(session.aclose())
@@ -252,7 +252,7 @@ class StorageConformance(ReadingConformance):
         await until(run)
 
     async def test_close_can_be_cancelled_at_every_await(self) -> None:
-        """After a cancelled `aclose` and another one, the state can be opened."""
+        """If `aclose` is cancelled, and then called again, the state can be opened."""
 
         async def run(number: int) -> bool:
             session = await self.make_storage().open(NAME)
@@ -295,7 +295,7 @@ class StorageConformance(ReadingConformance):
             assert session.recovery.records == ()
 
     async def test_nothing_is_written_when_nothing_changed(self) -> None:
-        """Start, read, flush and stop without a change leave every byte as it was."""
+        """If nothing changes from a start to a stop, every stored byte stays as it was."""
         await self._stopped_manager({"a": 1})
         before = self.read_raw(NAME)
         async with Manager(NAME, self.make_storage()) as state:
@@ -304,12 +304,12 @@ class StorageConformance(ReadingConformance):
         assert self.read_raw(NAME) == before
 
     async def test_a_damaged_snapshot_is_refused_and_left_alone(self) -> None:
-        """A start with a flipped bit in the snapshot is refused, and changes nothing. With the bit restored, it succeeds."""
+        """If a bit in the snapshot is flipped, a start is refused, and changes nothing. After the repair, a start succeeds."""
         await self._stopped_manager({"key": "value", "other": [1, 2, 3]})
         await self._flip_bits({"key": "value", "other": [1, 2, 3]})
 
     async def test_a_damaged_journal_is_refused_or_torn(self) -> None:
-        """A start with a flipped bit in the journal is refused, or drops the last record as a whole."""
+        """If a bit in the journal is flipped, a start is refused, or it drops the whole last record."""
         config = Config(name=NAME, flush_interval=None)
         manager = Manager(config, self.make_storage())
         await manager.start()
@@ -322,7 +322,7 @@ class StorageConformance(ReadingConformance):
         await self._flip_bits(*seen)
 
     async def test_empty_is_not_missing(self) -> None:
-        """A stored part without bytes is damage, and not an empty state."""
+        """A stored part that has become empty is reported as damage. It is never loaded as an empty state."""
         await self._stopped_manager({"a": 1})
         for part, data in self.read_raw(NAME).items():
             self.write_raw(NAME, part, b"")
@@ -367,7 +367,7 @@ class StorageConformance(ReadingConformance):
         await self.crash(session)
 
     async def _flip_bits(self, *allowed: dict[str, Any]) -> None:
-        """Flip single bits of each part. A start must be refused, or load one of the allowed states."""
+        """Flip single bits of each stored part. A start must be refused, or load one of the allowed states."""
         whole = dict(self.read_raw(NAME))
         for part, data in whole.items():
             step = max(1, len(data) // self.sampled)

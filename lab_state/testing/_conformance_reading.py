@@ -21,13 +21,13 @@ class ReadingConformance(Hooks):
     """The tests of `Storage.read`. A storage without that method fails each of them."""
 
     async def test_reading_what_is_not_there(self) -> None:
-        """A state that was never opened is an error and not an empty state. Reading creates nothing."""
+        """Reading a state that was never opened raises an error. It does not return an empty state, and creates nothing."""
         for _ in range(2):
             error = await raises(UnsupportedError, self.make_storage().read(NAME))
             assert NAME in str(error)
 
     async def test_reading_a_state_without_a_record(self) -> None:
-        """A state that is open and was never written is empty."""
+        """A state that was opened, and has no record yet, is read as an empty state."""
         async with opened(self.make_storage()):
             reading = await self.make_storage().read(NAME)
             assert (reading.snapshot, reading.records, reading.durable) == (None, (), 0)
@@ -60,7 +60,7 @@ class ReadingConformance(Hooks):
             assert session.recovery.snapshot == b"snapshot"
 
     async def test_reading_after_a_crash(self) -> None:
-        """A reading after a crash has what the next start recovers, before that start and after it."""
+        """A reading after a crash has the same records as the next open. This holds before that open and after it."""
         session = await self.make_storage().open(NAME)
         for number in range(3):
             await session.commit(b"%d" % number, given(b"{}"))
@@ -72,7 +72,7 @@ class ReadingConformance(Hooks):
                 assert session.recovery.records == (b"0", b"1", b"2")
 
     async def test_reading_while_everything_is_replaced(self) -> None:
-        """During commits and checkpoints, each reading is of one moment, and has everything that was durable at the call."""
+        """During commits and checkpoints, each reading is the state of one moment. It has all records that were durable at the call."""
         durable, applied, readings = 0, 0, 0
         begun = asyncio.Event()
 
@@ -102,7 +102,7 @@ class ReadingConformance(Hooks):
         assert _one_moment(await storage.read(NAME)) == _COMMITS
 
     async def test_a_reading_of_what_is_damaged(self) -> None:
-        """A damaged part is refused, or the damaged last record is dropped. No damaged state is empty, and reading changes no part."""
+        """A reading of a damaged part raises an error, or drops the last record. It is never empty, and changes no part."""
         manager = Manager(Config(name=NAME, flush_interval=None), self.make_storage())
         await manager.start()
         for number in range(2):
@@ -127,7 +127,7 @@ class ReadingConformance(Hooks):
         assert await (await read_state(NAME, self.make_storage())).get_all() == seen[-1]
 
     async def test_read_can_be_cancelled_at_every_await(self) -> None:
-        """A cancelled reading leaves nothing that stops a writer."""
+        """A cancelled reading leaves nothing behind that would stop a writer."""
         async with opened(self.make_storage()) as session:
             await session.commit(b"1", given(b"{}"))
             for number in range(400):
@@ -149,7 +149,7 @@ class ReadingConformance(Hooks):
 
 
 def _one_moment(reading: Reading) -> int:
-    """Return the number of the last record. No record may be missing between it and the snapshot."""
+    """Return the number of the last record. Check that no record is missing between the snapshot and that record."""
     reached = 0 if reading.snapshot is None else int(reading.snapshot)
     for number in map(int, reading.records):
         assert number <= reached + 1, "a record is missing"
@@ -158,7 +158,7 @@ def _one_moment(reading: Reading) -> int:
 
 
 def _damages(data: bytes) -> Iterator[bytes]:
-    """Yield the bytes with one flipped bit, at a few offsets, and then no bytes."""
+    """Yield copies of the bytes: four with one flipped bit each, and then an empty one."""
     for offset in (0, len(data) // 3, 2 * len(data) // 3, len(data) - 1):
         damaged = bytearray(data)
         damaged[offset] ^= 1

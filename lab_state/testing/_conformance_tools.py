@@ -29,11 +29,11 @@ class Hooks:
         raise NotImplementedError
 
     def read_raw(self, name: str) -> Mapping[str, bytes]:
-        """Return everything that is stored for a state, part by part, without the storage."""
+        """Return all stored bytes of a state, by part, without using the storage. A part is a file or an object."""
         raise NotImplementedError
 
     def write_raw(self, name: str, part: str, data: bytes | None) -> None:
-        """Replace one of these parts without the storage, or delete it if `data` is `None`."""
+        """Replace one of these parts, without using the storage. If `data` is `None`, delete the part."""
         raise NotImplementedError
 
 
@@ -69,7 +69,7 @@ def failing(*slices: bytes) -> SnapshotSource:
 
 
 async def awaited(call: Awaitable[object]) -> None:
-    """Await a call. This is a coroutine, so that it can become a task."""
+    """Await a call. This function returns a coroutine, which `create_task` needs."""
     await call
 
 
@@ -80,7 +80,7 @@ async def got_through(call: Awaitable[object]) -> bool:
 
 
 async def raises(kind: type[E], call: Awaitable[object]) -> E:
-    """Return the error that a call must raise."""
+    """Await a call that must raise an error of this class, and return the error."""
     try:
         await call
     except kind as error:
@@ -89,7 +89,7 @@ async def raises(kind: type[E], call: Awaitable[object]) -> E:
 
 
 async def until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
-    """Run a call that is cancelled at its first await, then at the second, and so on, until one run is not cancelled."""
+    """Call `run` with 0, 1, 2 and so on, until it returns True: then the call under test was not cancelled."""
     for number in range(200):
         if await run(number):
             return
@@ -100,7 +100,8 @@ async def until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
 def cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, Any, R | None]:
     """Run a coroutine, and cancel it at one of its awaits as `Task.cancel` does. Return `None` if it was cancelled.
 
-    An even number cancels it while it waits, an odd number after it was woken.
+    The await is the one with the index `number // 2`. An even number cancels the coroutine while it
+    waits there. An odd number cancels it after the wait has ended, and before it continues.
     """
     awaits, woken = divmod(number, 2)
     try:
@@ -112,7 +113,7 @@ def cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, An
         else:
             _ = asyncio.isfuture(waiting) and waiting.cancel()
         waiting = call.throw(asyncio.CancelledError())
-        while True:  # what the call awaits to clean up
+        while True:  # during its cleanup the call may await
             yield waiting
             waiting = call.send(None)
     except asyncio.CancelledError:
