@@ -40,6 +40,8 @@ import msgspec
 
 from lab_state import Config, FileStorage, LockedError, Manager, StorageError
 from lab_state.storage import _file_writer, _fs
+from lab_state.storage import file as file_storage
+from lab_state.storage._worker import Threads, Worker
 
 NAME = "lab"
 CHANGES = 22
@@ -291,9 +293,15 @@ def follow(plan: Plan) -> None:
 
 
 def once(plan: Plan) -> None:
-    """Follow one plan for a tracer, which must know the names of all files beforehand."""
+    """Follow one plan for a tracer.
+
+    The tracer must know the names of all files beforehand. It counts the calls of each thread
+    apart, so each worker has a thread of its own here. If workers shared their threads, the
+    same fault would strike another call in each life.
+    """
     numbers = itertools.count()
     _fs.temporary = lambda path: f"{path}.{next(numbers):08x}.tmp"
+    file_storage.Worker = lambda _: Worker(Threads("lab_state, of one worker"))  # type: ignore[assignment, attr-defined]
     follow(plan)
 
 
