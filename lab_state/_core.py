@@ -41,9 +41,9 @@ class CallCore:
         state: The state. For a manager, it is an empty one before `start()` and after `stop()`. So a
             call that finds its key in it knows that the manager is running.
         transaction: The transaction that is open; `None` if none is. Writers wait for it.
-        blocked: Whether a writer must call `turn` first: a transaction is open, or no
-            change can become durable. Otherwise a writer does not need the lock, because
-            it changes the state without an `await`.
+        blocked: Whether a writer must call `turn` first: a transaction is open, no
+            change can become durable, or `items()` has a view of the state open. Otherwise a writer
+            does not need the lock, because it changes the state without an `await`.
         counters: Counts of calls that failed, and the counts of earlier starts.
         has_followup: True if a write must notify watchers, drop an expiry or wait for
             durability.
@@ -124,13 +124,14 @@ class Core(CallCore):
         self._lock = asyncio.Lock()
         self._durability = durability
         self.update_followup()
-        durability.refused = self._set_blocked
+        durability.refused = state.on_views = self._set_blocked
         self._set_blocked()
 
     def close(self, closed: State) -> Watchers:
         """Refuse calls from now on. Return the watchers, which still have to be closed."""
         _ = self.durability  # raises unless it is open
         self.counters = self.counted()
+        self.state.close_views()
         self.state, self._durability = closed, None
         self.write_through = False
         self.update_followup()
@@ -144,6 +145,7 @@ class Core(CallCore):
         """Refuse every call. Runs in a forked child."""
         self.is_inherited = True
         self.counters = self.counted()
+        self.state.close_views()
         self.state, self._durability = State(), None
         self.write_through = False
         self.update_followup()
@@ -227,9 +229,12 @@ class Core(CallCore):
 
     def _set_blocked(self) -> None:
         """Recompute `blocked`."""
-        self.blocked = self.transaction is not None or (
-            self._durability is not None and self._durability.refusal is not None
-        )
+        self.blocked = self.must_wait or bool(self.state.views)
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether a transaction is open, or no change can become durable."""
+        return self.transaction is not None or (self._durability is not None and self._durability.refusal is not None)
 
     async def turn(self) -> None:
         """Wait until no transaction is open. Until its next `await` the caller writes alone.
@@ -241,8 +246,9 @@ class Core(CallCore):
         self._check_outside()
         durability = self.durability
         durability.check_writable()
-        async with self._lock:
-            self._check_still(durability)
+        if self.must_wait:
+            async with self._lock:
+                self._check_still(durability)
 
     async def acquire(self, transaction: OpenTransaction) -> None:
         """Acquire the lock for a transaction. The caller must call `release` and `leave` later.

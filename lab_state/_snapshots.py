@@ -82,4 +82,4 @@ class SnapshotViews:
                 self._state.fold(view, sys.maxsize)
                 raise
             if self._state.entries is not view:  # it was a copy, or the state was cleared meanwhile
-                self._state.free(view)
+                self._state.release(view)

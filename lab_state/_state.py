@@ -19,8 +19,9 @@ and `count` and `names` leave out keys that are due.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, cast
+from weakref import ref
 
 from lab_state._entries import (
     DELETED,
@@ -36,6 +37,7 @@ from lab_state._entries import (
     Value,
 )
 from lab_state._expiry import Expiries
+from lab_state._undo import UndoView, Views, noted, open_ones
 
 OnChange: TypeAlias = Callable[[str | None, StoredOrGone, int], None]
 """A callback that gets a key, its new value or `DELETED` or `EXPIRED`, and the revision.
@@ -78,10 +80,14 @@ class State:
         free: A callback that gets a map that is no longer needed, and may be large.
         borrowed: Whether values may be views of the buffer from which they were loaded, and
             keep it alive.
+        views: The views that `items()` reads. If the list is not empty, `before_overwrite`
+            has to be called before each change.
+        on_views: A callback after the first of these views was opened, and after the last one was closed.
     """
 
     __slots__ = (
         "_epoch",
+        "_held",
         "_loaded_revision",
         "_stored_more",
         "_wall_clock",
@@ -95,10 +101,12 @@ class State:
         "monotonic",
         "on_change",
         "on_first_change",
+        "on_views",
         "revision",
         "since",
         "swept",
         "taken",
+        "views",
     )
 
     def __init__(
@@ -120,6 +128,9 @@ class State:
         self.on_change: OnChange | None = None
         self.on_first_change: Callable[[], object] | None = None
         self.free: Callable[[dict[Any, Any]], object] = ignore
+        self.views: Views[Stored] = []
+        self.on_views: Callable[[], object] = no_clock
+        self._held: list[dict[Any, Any]] = []
         self.load({}, 0)
 
     def load(self, entries: dict[str, Stored], revision: int, expires: Mapping[str, int] | None = None) -> None:
@@ -231,6 +242,8 @@ class State:
         entries = self.entries
         if not isinstance(entries, dict) or self.on_change is not None:
             return self.apply(values, cleared=False)
+        if self.views:
+            self.before_overwrite(values)
         self.before_change()
         self.revision += 1
         if self.expiries:
@@ -267,6 +280,8 @@ class State:
         """
         if cleared and self.on_change is not None and len(self.entries) <= WATCHED_CLEAR:
             changes, cleared = {**dict.fromkeys(self.entries, DELETED), **changes}, False
+        if self.views:
+            self.before_overwrite(None if cleared else changes)
         self.before_change()
         self.revision += 1
         if cleared:
@@ -289,19 +304,78 @@ class State:
         self.deleted += absent
         self._stored_more += len(changes) - absent - 1
         if self.on_change is not None:
-            if cleared:
-                self.on_change(None, DELETED, self.revision)
-            for key, stored in changes.items():
-                self.on_change(key, stored, self.revision)
+            self._report(self.on_change, changes, cleared=cleared)
         return self.revision
+
+    def _report(self, on_change: OnChange, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> None:
+        """Report a change to the watches."""
+        if cleared:
+            on_change(None, DELETED, self.revision)
+        for key, stored in changes.items():
+            on_change(key, stored, self.revision)
 
     def _empty(self) -> None:
         entries, changes = self.entries, self.changes
         self.entries, self.changes = {}, {}
         for unneeded in (changes, *self.expiries.clear()):
             self.free(unneeded)
-        self.free(entries if isinstance(entries, dict) else entries.top)  # a view below it is still being read
+        self.release(entries if isinstance(entries, dict) else entries.top)  # a view below it is still being read
         self.cleared = True
+
+    # Views of `items()`
+
+    def view(self) -> UndoView[Stored]:
+        """Open a view of the entries as they are now. It is closed by `close_view`, or when it is collected."""
+        view = UndoView(self)
+        self.views.append(ref(view))
+        self.on_views()
+        return view
+
+    def close_view(self, view: UndoView[Stored]) -> None:
+        """Close a view. A second call does nothing."""
+        view.close()
+        self._open_views()
+
+    def close_views(self) -> None:
+        """Close each view, because the state is no longer used."""
+        for view in self._open_views():
+            self.close_view(view)
+
+    def before_overwrite(self, keys: Iterable[str] | None) -> None:
+        """Keep the values of keys for the open views. Call it before these keys change, if `views` is not empty.
+
+        Args:
+            keys: The keys that are stored or deleted; `None` if all keys are deleted at once.
+        """
+        for view in self._open_views():
+            if keys is None:
+                view.keep()
+            else:
+                view.note(keys)
+
+    def prepare_overwrite(self, keys: Collection[str]) -> Iterator[None]:
+        """Do the work of `before_overwrite` for many keys, in steps, and yield between two steps.
+
+        No other code may change these keys during the steps. At the end change them before other code runs.
+        """
+        return noted(self.views, keys)
+
+    def release(self, large: dict[Any, Any]) -> None:
+        """Free a map in steps, once no view is open that may read it."""
+        if self._open_views():
+            self._held.append(large)
+        else:
+            self.free(large)
+
+    def _open_views(self) -> list[UndoView[Stored]]:
+        """Return the open views. If there is none, free the maps that only views needed."""
+        found = open_ones(self.views)
+        if not found:
+            held, self._held = self._held, []
+            for large in held:
+                self.free(large)
+            self.on_views()
+        return found
 
     def untaken(self) -> ChangeSet:
         """Return the changes that `take` would take away."""

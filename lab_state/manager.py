@@ -235,7 +235,7 @@ class Manager(Scope):
                 mirror.start(flusher)
                 undo.callback(mirror.abort)
             core = self._core  # a reference to the manager would keep a forgotten one from being collected
-            sweeper = Sweeper(state, self._clock, lambda: core.blocked, flusher.nudge, core.update_followup)
+            sweeper = Sweeper(state, self._clock, lambda: core.must_wait, flusher.nudge, core.update_followup)
             undo.callback(sweeper.stop)
             watchers.attended = sweeper.attend
             flusher.start()
