@@ -71,7 +71,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "StorageSession",
     "copy_state",
     "read_state",
-    # what others read
+    # mirrors and their readers
     "Cache",
     "CacheSession",
     "MemoryCache",

@@ -1,8 +1,8 @@
-"""Large bytes, joined from parts without a stall.
+"""Join parts to large bytes without blocking other threads for long.
 
-`b"".join` of a hundred megabytes holds up every thread during the copy. A `BytesIO` grows with
-its parts, mostly by moving pages rather than bytes. In CPython it returns its buffer without
-a copy.
+`b"".join` of a hundred megabytes blocks every thread during the copy. A `BytesIO` grows part by
+part. Mostly it grows by moving pages of memory, without copying bytes. In CPython it returns its
+buffer without a copy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _QUICK_BYTES = 4096
 _COPIED_AT_ONCE = 1024 * 1024
 _LARGE = 1024 * 1024
 _ROOM = 40 * 1024 * 1024
-"""Bytes. glibc always allocates blocks of more than 32 MiB as pages of their own, which it can move."""
+"""A size in bytes. glibc always allocates a block of more than 32 MiB as separate pages, which can be moved."""
 
 
 class ByteBuffer:
-    """Bytes that grow by parts. The cost of adding a part depends on the part, not on the bytes before it."""
+    """Bytes that grow part by part. The cost of adding a part depends on its size, not on the bytes before it."""
 
     __slots__ = ("_buffer", "_is_roomy")
 
@@ -34,9 +34,10 @@ class ByteBuffer:
         self._buffer.write(part)
 
     def _make_room(self) -> None:
-        """Move to a block that grows by moving pages. A smaller block would be copied once or twice.
+        """Move the bytes to a block that can grow by moving pages. A smaller block would be copied when it grows.
 
-        The zeros take no memory until they are overwritten. `BytesIO` uses them without a copy.
+        The new block begins as zeros, which take no memory until they are overwritten. `BytesIO`
+        uses the block without a copy.
         """
         roomy = io.BytesIO(bytes(_ROOM))
         with self._buffer.getbuffer() as view:
@@ -50,7 +51,7 @@ class ByteBuffer:
 
 
 def join_in_thread(parts: Iterable[bytes]) -> bytes:
-    """Join the parts in a thread. Other threads can run after each megabyte."""
+    """Join the parts. This is meant for a thread: other threads can run after each megabyte."""
     together = ByteBuffer()
     for part in parts:
         with memoryview(part) as view:
@@ -60,7 +61,7 @@ def join_in_thread(parts: Iterable[bytes]) -> bytes:
 
 
 async def join_in_steps(parts: Iterable[bytes]) -> bytes:
-    """Join the parts. The event loop runs after each part that is not small, and after an empty one."""
+    """Join the parts. Let the event loop run after each part that is not small, and after an empty one."""
     together = ByteBuffer()
     for part in parts:
         together.add(part)
@@ -70,7 +71,7 @@ async def join_in_steps(parts: Iterable[bytes]) -> bytes:
 
 
 async def collect(parts: AsyncIterable[bytes]) -> bytes:
-    """Join the parts of an async iterator, which is what yields to the event loop."""
+    """Join the parts of an async iterator. The iterator must let the event loop run between parts."""
     together = ByteBuffer()
     async for part in parts:
         together.add(part)

@@ -1,6 +1,6 @@
 """The checkpoints of one state: when one is due, and the task that writes it.
 
-A checkpoint runs in a separate task, while commits go on. After a commit the storage says
+A checkpoint runs in a separate task, and commits go on meanwhile. The result of each commit says
 whether a checkpoint is due. A checkpoint that failed is due again after a pause. `Outcomes`
 counts and logs failures. There is at most one checkpoint at a time.
 """
@@ -24,7 +24,7 @@ class Checkpoints:
     Attributes:
         due: Whether a checkpoint is due.
         records: The number of records that the storage keeps after the last snapshot.
-        task: The task of the last checkpoint, `None` before the first one.
+        task: The task of the last checkpoint; `None` before the first one.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
@@ -40,8 +40,8 @@ class Checkpoints:
 
         Args:
             name: The name of the state.
-            session: The storage, opened.
-            outcomes: The object that gets the outcome of each checkpoint.
+            session: The session of the storage.
+            outcomes: The object that receives the outcome of each checkpoint.
             clock: The clock of the manager.
             pauses: The pauses after checkpoints that failed.
             given: A function that is called for each slice of a snapshot.
@@ -59,11 +59,11 @@ class Checkpoints:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a checkpoint is due, and waits only until no view is in use."""
+        """Whether a checkpoint is due, and only waits for the end of the views in use."""
         return self.due and not self._pauses.failures and self._state.frozen
 
     def start_if_due(self) -> None:
-        """Start a checkpoint if one is due and no view is in use. A second view would copy the state."""
+        """Start a checkpoint if one is due and no view is in use. A second view at a time would be a copy of the state."""
         if self.due and self._pauses.are_over and not self._state.frozen:
             self.start()
 
@@ -89,8 +89,8 @@ class Checkpoints:
         """Write one checkpoint.
 
         Args:
-            wait: Whether the last slice of the snapshot waits until the revision of the
-                snapshot is durable.
+            wait: Whether to wait, before the last slice of the snapshot, until the revision of
+                the snapshot is durable.
         """
         self.due = False
         durable = self._outcomes.make_durable if wait else None
@@ -109,7 +109,7 @@ class Checkpoints:
             self._failed(error)
         else:
             self.records -= before
-            self.due = False  # a commit may have set it meanwhile, because of the journal that is now dropped
+            self.due = False  # a commit may have set it meanwhile, but the large journal is gone now
             self._outcomes.checkpoint_succeeded(self._clock.monotonic() - started, self._session.snapshot_bytes)
         finally:
             await views.fold()

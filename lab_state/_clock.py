@@ -1,6 +1,6 @@
-"""The clock of a manager, and waits and pauses that use it.
+"""The clock of a manager, and the waits and pauses that use it.
 
-The clock is an argument, so that tests do not have to sleep.
+The clock is an argument of the manager, so that tests do not have to sleep.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class Timer(Protocol):
     """A call that `Clock.call_later` has scheduled."""
 
     def cancel(self) -> None:
-        """Do not make the call. If it was made already, do nothing."""
+        """Cancel the scheduled call. If it was made already, do nothing."""
 
 
 class Clock(Protocol):
-    """The source of time of a manager. `lab_state.testing.ManualClock` is one for tests."""
+    """The source of time of a manager. For tests, use `lab_state.testing.ManualClock`."""
 
     def time(self) -> float:
         """Return the seconds since 1970. The value may jump."""
@@ -60,7 +60,7 @@ class GuardedClock:
 
     Attributes:
         strict: Whether an error of the clock is raised to the caller instead. It is `True`
-            during `start()`, so that the application learns that its clock fails.
+            during `start()`. So the application learns that its clock fails.
     """
 
     def __init__(self, clock: Clock, failed: Callable[[Exception], object]) -> None:
@@ -88,7 +88,7 @@ class GuardedClock:
         return self._monotonic
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
-        """Call `callback` on the running event loop, `delay` seconds from now."""
+        """Call `callback` on the running event loop, `delay` seconds of `monotonic` from now."""
         try:
             return self._clock.call_later(delay, callback)
         except Exception as error:  # noqa: BLE001 -- see the class
@@ -109,7 +109,7 @@ def resolver(future: asyncio.Future[None]) -> Callable[[], None]:
 
 
 async def sleep(clock: Clock, seconds: float) -> None:
-    """Wait until `seconds` have passed on the clock. A cancellation removes the timer."""
+    """Wait until `seconds` have passed on the clock. If the caller is cancelled, the timer is cancelled too."""
     woken = asyncio.get_running_loop().create_future()
     timer = clock.call_later(seconds, resolver(woken))
     try:
@@ -131,7 +131,7 @@ async def done_within(future: asyncio.Future[Any], clock: Clock, seconds: float)
 
 
 class within:  # noqa: N801 -- used as asyncio.timeout is
-    """A form of `asyncio.timeout` with a clock: after `seconds`, it cancels its block and raises `TimeoutError`."""
+    """A context manager like `asyncio.timeout`, with a clock. After `seconds` it cancels its block, and raises `TimeoutError`."""
 
     __slots__ = ("_cancelling", "_clock", "_expired", "_seconds", "_task", "_timer")
 
@@ -142,7 +142,7 @@ class within:  # noqa: N801 -- used as asyncio.timeout is
 
     def __enter__(self) -> None:
         task = asyncio.current_task()
-        assert task is not None  # it is used in a coroutine
+        assert task is not None  # it is used only in coroutines
         self._task, self._cancelling = task, task.cancelling()
         self._timer = self._clock.call_later(self._seconds, self._expire)
 
@@ -163,12 +163,12 @@ class Pauses:
     """Growing pauses between attempts that fail.
 
     Attributes:
-        failures: How many attempts failed since the last success.
-        until: When the pause is over, in seconds of `monotonic`.
+        failures: The number of attempts that failed since the last success.
+        until: The end of the pause, in seconds of `monotonic`.
     """
 
     def __init__(self, clock: Clock, first: float, longest: float) -> None:
-        """Take the first pause and the longest pause, in seconds."""
+        """Set the length of the first pause and of the longest pause, in seconds."""
         self._clock = clock
         self._first = first
         self._longest = longest

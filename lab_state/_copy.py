@@ -25,20 +25,20 @@ _AT_ONCE = 1000
 async def copy_state(name: str, source: Storage, target: Storage, *, progress: Progress | None = None) -> int:
     """Copy a state to another storage, and read the copy back to compare it.
 
-    The source is read in the same way as by `read_state`: it is not opened, nothing is written
-    there, and a manager may be running on it. The copy is the state at one moment between call
-    and return. It has every change that was durable at the call. To move a state, stop its
-    manager first, because later changes are not in the copy.
+    The source is read as `read_state` reads it: it is not opened, nothing is written there, and
+    a manager may be running on it. The copy is the state at one moment between call and return.
+    It has every change that was durable at the call. To move a state, stop its manager first,
+    because later changes are not in the copy.
 
-    When the call returns, the copy is durable, and has the same revision. If the call raises or
-    is cancelled, the target may hold a copy. Delete that copy before the next attempt.
+    When the call returns, the copy is durable, and has the same revision. If the call raises an
+    error or is cancelled, there may be a copy in the target. Delete that copy before you try again.
 
     During the comparison the state is in memory twice. Decoding blocks the event loop, as in
-    `start()`. So call this in a script, or before a service starts.
+    `start()`. So call this function in a script, or before a service starts.
 
     Args:
         name: The name of the state in both storages.
-        source: The storage that has the state. The permission to read is enough.
+        source: The storage that has the state. Permission to read it is enough.
         target: The storage for the copy. It must have no state of this name.
         progress: A function that gets `"read"`, `"written"` or `"verified"`, and the number of
             bytes so far.
@@ -83,7 +83,7 @@ async def _write(name: str, target: Storage, state: LoadedState, tell: Progress)
     writing = await target.open(name)
     try:
         if not _is_empty(writing.recovery):
-            raise UnsupportedError(f"there is a state at {writing.path} already: delete it, or use another target")
+            raise UnsupportedError(f"{writing.path} already has a state: delete it, or use another target")
         await writing.checkpoint(slices)
     finally:
         await writing.aclose()
@@ -98,9 +98,7 @@ async def _verify(name: str, target: Storage, state: LoadedState, tell: Progress
             same = same and all(_bytes(found, key) == _bytes(state, key) for key in keys)
             await asyncio.sleep(0)
         if not same:
-            raise StorageError(
-                f"the copy read back from {session.path} is not what was written: delete it, and try again"
-            )
+            raise StorageError(f"the copy at {session.path} is not what was written: delete the copy, and try again")
         tell("verified", _size(session.recovery))
     finally:
         await session.aclose()

@@ -1,7 +1,7 @@
-"""A flush before its interval is over, when many bytes are unflushed.
+"""A flush before the end of `flush_interval`, if many bytes are not flushed.
 
-While there are changes, a timer estimates their size a few times a second. So `set` does not
-have to count bytes.
+While there are unflushed changes, a timer estimates their size a few times a second. So `set` does
+not have to count bytes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from lab_state._entries import Expiring, StoredOrGone
 from lab_state._state import State
 
 MANY_BYTES = 8 * 1024 * 1024
-"""A flush is started when the changes have this many bytes."""
+"""The number of changed bytes at which a flush starts early."""
 
 LOOK_EVERY = 1 / 16
-"""Seconds between two estimates. The number is exact in binary, so the sums of a test's clock are exact."""
+"""Seconds between two estimates. A float holds this number exactly, so the times of a test's clock are exact."""
 
 _MEASURED_AT_ONCE = 20_000
 
@@ -29,7 +29,7 @@ class EarlyFlush:
     def __init__(self, state: State, clock: Clock, flush: Callable[[], object]) -> None:
         """Prepare to call `flush` when `MANY_BYTES` have changed.
 
-        Bytes count since the start of the last commit, or since the last call of `flush`.
+        The bytes are counted from the start of the last commit, or from the last call of `flush`.
         """
         self._state = state
         self._clock = clock
@@ -54,7 +54,7 @@ class EarlyFlush:
         if state.changes is not self._changes:
             self._changes, self._keys, self._bytes, self._asked = state.changes, 0, 0, 0
         keys, stored = len(state.changes), state.stored
-        if stored - self._stored > keys - self._keys:  # some keys were set again, and their values may be larger now
+        if stored - self._stored > keys - self._keys:  # some keys were set again, perhaps to larger values
             self._bytes = _size(state.changes, keys, timed=state.expires)
         else:
             self._bytes += _size(state.changes, keys - self._keys, timed=state.expires)
@@ -73,12 +73,12 @@ class EarlyFlush:
 
 
 def _size(changes: dict[str, StoredOrGone], newest: int, *, timed: bool) -> int:
-    """Estimate the bytes that the newest changes take in a record. Of very many, measure only some."""
+    """Return an estimate of the bytes of the `newest` last changes in a record. If there are very many, measure some."""
     some = min(newest, _MEASURED_AT_ONCE)
     if some <= 0:
         return 0
     keys = sum(map(len, islice(reversed(changes), some)))
-    # The overhead of a Python object stands for the punctuation around the value.
+    # `getsizeof` includes the overhead of the object. It takes the place of the punctuation around the value.
     measure: Callable[[StoredOrGone], int] = _size_of if timed else getsizeof
     values = sum(measure(stored) for stored in islice(reversed(changes.values()), some))
     return (keys + values) * newest // some

@@ -1,14 +1,16 @@
-"""`escape_key` and `escape_name`: any text as a key, or as the name of a state. Pure and synchronous.
+"""`escape_key` and `escape_name` turn any text into a key, or into the name of a state. Pure and synchronous.
 
-Both functions are injective: different texts never have the same result. Here is why. Each
-character that is not allowed is encoded as UTF-8, and each byte of it is written as the escape
-character and two hexadecimal digits. The escape character itself is replaced in the same way. So
-an escaped text can be read back, and different texts have different escaped texts. Three results
-are made in another way: the key of an empty text, a name with a prefix, and a result that was cut.
-Each of them has an escape character that is not followed by two hexadecimal digits. An escaped
-text has no such character. Two cut results differ in their SHA-256. The text `$lab_state`, which is
-reserved as a key, becomes `%24lab_state`. No other text becomes this, because `$` is not replaced
-in other texts.
+Both functions are injective: different texts never have the same result. The proof has four parts.
+
+* Each character that is not allowed is encoded as UTF-8. Each byte of it is written as the escape
+  character and two hexadecimal digits. The escape character itself is replaced in the same way. So
+  an escaped text can be decoded, and different texts have different escaped texts.
+* Three results are made in another way: the key of an empty text, a name with a prefix, and a
+  result that was cut. Each has an escape character without two hexadecimal digits after it. No
+  escaped text has this.
+* Two results that were cut differ in their SHA-256.
+* The text `$lab_state` is reserved as a key, and becomes `%24lab_state`. No other text becomes this,
+  because `$` is not replaced in other texts.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import re
 from lab_state._arguments import RESERVED
 
 LONGEST_ESCAPED = 256
-"""The most characters of an escaped key. A key may have 1,024, so it can hold a prefix and a few escaped keys."""
+"""The most characters of an escaped key. A key may have 1,024, so a prefix and a few escaped keys fit into it."""
 
 CUT_KEY = "%~"
 """The beginning of an escaped key that was cut."""
@@ -35,18 +37,18 @@ _BEFORE_A_FIRST = "x_"
 def escape_key(text: str) -> str:
     """Return a valid key for any text. Different texts never have the same key.
 
-    The result has 1 to 256 characters, without a slash, a NUL or a lone surrogate, and is not
+    The result has 1 to 256 characters. It has no slash, no NUL and no lone surrogate, and is not
     `$lab_state`. So `f"{escape_key(user)}/{escape_key(path)}"` is a valid key too, and different
-    for each pair. Every other character stays as it is. `%` and the characters that are not
-    allowed become `%` and two hexadecimal digits for each byte, as in a URL. An empty text
-    becomes `%`. If the escaped text has more than 256 characters, the result is `%~` and the
-    SHA-256 of the escaped text. Then the text cannot be read back.
+    for each pair. A slash, a NUL, a lone surrogate and `%` become `%` and two hexadecimal digits for
+    each byte, as in a URL. All other characters stay as they are. An empty text becomes `%`. If the
+    escaped text has more than 256 characters, the result is `%~` and the SHA-256 of the escaped
+    text. Then the text cannot be recovered from the key.
 
     Args:
         text: The text. It may have any length and any characters.
 
     Raises:
-        TypeError: It is not a `str`.
+        TypeError: `text` is not a `str`.
     """
     escaped = escape(_checked("escape_key", text))
     if len(escaped) > LONGEST_ESCAPED:
@@ -58,12 +60,12 @@ def escape_name(text: str) -> str:
     """Return a valid name of a state for any text. Different texts never have the same name.
 
     The result is a valid `Config.name`: 1 to 128 characters of `A-Z a-z 0-9 . _ -`, the first a
-    letter or a digit. Letters, digits, `.` and `-` stay as they are. Every other character, `_`
-    too, becomes `_` and two hexadecimal digits for each byte of it in UTF-8. If the first
-    character is not a letter or a digit, it is replaced as well, and `x_` is put before it; an
-    empty text becomes `x_`. If the escaped text has more than 128 characters, the result is the
-    first 62 of them, `_.` and the SHA-256 of the whole escaped text. Then the text cannot be
-    read back.
+    letter or a digit. Letters and digits of ASCII, `.` and `-` stay as they are. Every other
+    character, including `_`, becomes `_` and two hexadecimal digits for each byte of it in UTF-8. If
+    the first character is not a letter or a digit, it is replaced as well, and `x_` is put before
+    it. An empty text becomes `x_`. If the escaped text has more than 128 characters, the result is
+    the first 62 of them, `_.` and the SHA-256 of the whole escaped text. Then the text cannot be
+    recovered from the name.
 
     Upper and lower case differ, as in every name. On a file system that ignores case, do not use
     texts that differ only in case.
@@ -72,7 +74,7 @@ def escape_name(text: str) -> str:
         text: The text. It may have any length and any characters.
 
     Raises:
-        TypeError: It is not a `str`.
+        TypeError: `text` is not a `str`.
     """
     text = _checked("escape_name", text)
     if text[:1].isascii() and text[:1].isalnum():
@@ -103,7 +105,7 @@ def _hex(character: str) -> str:
 
 
 def _sha256(escaped: str) -> str:
-    import hashlib  # noqa: PLC0415 -- costs every program a millisecond at its start, and is rarely needed
+    import hashlib  # noqa: PLC0415 -- the import takes a millisecond, and is rarely needed
 
     return hashlib.sha256(escaped.encode()).hexdigest()
 

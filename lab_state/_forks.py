@@ -1,10 +1,10 @@
-"""Managers, locks and files in a forked child, which inherits them and must not use them.
+"""Managers, locks and files that a forked child inherits, and must not use.
 
-A child has the memory and the descriptors of its parent, and none of its threads. An
-`flock` belongs to the open file, which parent and child share. So the lock would stay held
-while the child lives, even after the parent has ended. The child closes the descriptors, and
-each object refuses its calls there. An object that was idle at the fork can be used in
-the child as in any other process.
+A child has the memory and the descriptors of its parent, but none of its threads. An `flock`
+belongs to the open file, which parent and child share. So the lock would stay held while the child
+lives, even after the parent has ended. Therefore the child closes the descriptors. Objects that
+were in use at the fork refuse all calls in the child. An object that was idle at the fork can be
+used in the child as in any other process.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Inherited(Protocol):
     """An object that a forked child must not use."""
 
     def disown(self) -> None:
-        """Close the descriptors, and refuse every call from now on. Runs in the child before any other code.
+        """Close the descriptors, and refuse every call from now on. This runs in the child, before any other code.
 
-        It must neither wait nor await. The thread that used the object may have been in
-        the middle of any of its methods, and does not exist in the child.
+        The method must neither block nor await. At the fork, a thread may have been in the middle
+        of any method of the object. That thread does not exist in the child.
         """
         ...
 
@@ -32,8 +32,8 @@ _is_registered = False
 
 
 def disown_in_children(inherited: Inherited) -> None:
-    """Register an object: its `disown` is called in each child that is forked while the object lives."""
-    global _is_registered  # noqa: PLW0603 -- a function cannot be unregistered, so there is one for all objects
+    """Register an object. Its `disown` is called in each child that is forked while the object exists."""
+    global _is_registered  # noqa: PLW0603 -- Python cannot unregister a function, so one function is registered for all objects
     if not _is_registered:
         _is_registered = True
         if hasattr(os, "register_at_fork"):  # pragma: no branch -- Windows has no fork
@@ -42,10 +42,11 @@ def disown_in_children(inherited: Inherited) -> None:
 
 
 def keep(*inherited: object) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-    """Keep these objects as long as the child lives.
+    """Keep references to these objects as long as the child lives.
 
-    If they were collected, the last steps of their tasks would run, and their connections
-    would be closed. That removes a socket from the selector, which the parent shares.
+    If the objects were collected, the `finally` blocks of their tasks would run, and their
+    connections would be closed. Closing a connection removes its socket from the selector, and
+    the parent uses the same selector.
     """
     _kept.extend(inherited)
 

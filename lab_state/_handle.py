@@ -6,10 +6,10 @@ from typing import Any, ClassVar, NoReturn, Self
 
 
 class Handle:
-    """An object that is bound to a running manager, and is no data.
+    """An object that is bound to a manager, and cannot be copied as data can.
 
-    A copy of it is the object itself. It supports weak references. `mock.patch.object` can
-    replace a method of it.
+    `copy.copy` and `copy.deepcopy` return the object itself. It supports weak references.
+    `mock.patch.object` can replace its methods.
     """
 
     __slots__ = ("__dict__", "__weakref__")

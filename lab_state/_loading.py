@@ -14,14 +14,14 @@ _MOST_READINGS = 10
 
 
 class Loaded(NamedTuple):
-    """A state that was read.
+    """A state that was read without opening it.
 
     Attributes:
-        state: The content.
-        durable_revision: Everything up to this revision is certainly durable.
+        state: The content of the state.
+        durable_revision: Every change up to this revision is certainly durable.
         live: Whether a writer has the state open; `None` if the storage cannot tell.
-        path: Where the state is, for messages.
-        size: How many bytes it has in the storage.
+        path: The place of the state, for messages.
+        size: The number of bytes that the state has in the storage.
     """
 
     state: LoadedState
@@ -38,7 +38,7 @@ async def load(name: str, storage: Storage) -> Loaded:
         TypeError: `storage` is not a storage, or has no method `read`.
         StorageError: See `Storage.read`.
     """
-    # A storage of another package may be older than the method `read`.
+    # A storage from another package may lack `read`: the method was added to the protocol later.
     if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "read", None)):
         raise TypeError(
             f"{type(storage).__name__} cannot be read without being opened: a storage needs "
@@ -52,15 +52,15 @@ async def load(name: str, storage: Storage) -> Loaded:
         try:
             return await _decoded(reading)
         except CorruptionError as error:
-            # Damage shows again in a second reading. The effect of a writer that replaced files meanwhile does not.
+            # A writer may have replaced files during the reading, which looks like damage. Real damage is found again.
             if before is not None and _is_the_same(before, (reading, str(error))):
                 raise
             before = reading, str(error)
-    raise UnavailableError(f"{path} changed each time that it was read; read it again")
+    raise UnavailableError(f"{path} changed during each of {_MOST_READINGS} readings; read it again")
 
 
 def _is_the_same(before: tuple[Reading, str], now: tuple[Reading, str]) -> bool:
-    """Return whether two readings have the same error and show the same state, which may have grown."""
+    """Return whether two readings have the same error and the same state. The later one may have more records."""
     (first, error), (second, again) = before, now
     grown = first.snapshot == second.snapshot and first.records == second.records[: len(first.records)]
     return error == again and grown

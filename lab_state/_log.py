@@ -1,4 +1,4 @@
-"""A logger that never raises. Handlers, filters and formatters of the application may raise."""
+"""A logger that never raises an error, even if handlers, filters or formatters of the application do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Logs(Protocol):
-    """The methods that a logger of any library needs. Each takes a complete message."""
+    """The methods that a logger must have. Each is called with one argument: the complete message."""
 
     def info(self, message: str, /) -> object:
         """Log at level INFO."""
@@ -24,10 +24,10 @@ class Logs(Protocol):
 
 
 def check_logger(logger: object) -> None:
-    """Refuse an object that is no logger, before there is a failure to log.
+    """Check that an object is a logger. This is done early, before there is a failure to log.
 
     Raises:
-        TypeError: It is a class, or a method of a logger is missing.
+        TypeError: The object is a class, or lacks a method of `Logs`.
     """
     missing = [name for name in ("info", "warning", "error") if not callable(getattr(logger, name, None))]
     if isinstance(logger, type) or missing:
@@ -36,10 +36,10 @@ def check_logger(logger: object) -> None:
 
 
 class Log:
-    """A logger that passes messages to another one, and swallows its errors.
+    """A logger that passes messages to the logger of the application, and never raises an error.
 
-    If the other logger raises, the message goes to `logging.lastResort`, which prints WARNING
-    and ERROR to stderr.
+    If that logger raises an error, the message goes to `logging.lastResort`, which prints WARNING
+    and ERROR to stderr. The class of the error is added to the message.
     """
 
     __slots__ = ("_logger",)
@@ -48,7 +48,7 @@ class Log:
         self._logger: Any = logger
 
     def debug(self, message: str, *args: object) -> None:
-        """Log at level DEBUG, if the logger has that level."""
+        """Log at level DEBUG, if the logger has a method for it."""
         if hasattr(self._logger, "debug"):
             self._tell("debug", message, args)
 
@@ -65,7 +65,7 @@ class Log:
         self._tell("error", message, args)
 
     def _tell(self, level: str, message: str, args: tuple[object, ...]) -> None:
-        # A logger of another library may refuse `stacklevel`, or store it with the message.
+        # A logger of another library may refuse the argument `stacklevel`, or store it with the message.
         caller = {"stacklevel": 3} if isinstance(self._logger, logging.Logger) else {}
         text = message
         try:
@@ -73,13 +73,13 @@ class Log:
             getattr(self._logger, level)(text, **caller)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as problem:  # noqa: BLE001 -- no error of a logger concerns the caller
+        except BaseException as problem:  # noqa: BLE001 -- an error of a logger must not reach the caller
             with contextlib.suppress(Exception):
                 _last_resort(level, f"{text} (the logger raised {type(problem).__name__})")
 
 
 def _complete(message: str, args: tuple[object, ...]) -> str:
-    """Fill in the arguments, since not every logger knows `%s`, and escape characters that UTF-8 cannot hold."""
+    """Return the message with its arguments, because not every logger knows `%s`. Escape lone surrogates for UTF-8."""
     return (message % args).encode(errors="backslashreplace").decode()
 
 

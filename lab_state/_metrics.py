@@ -1,4 +1,4 @@
-"""`Metrics`: counts for a monitoring system, and the counters that they are read from."""
+"""`Metrics`, the counts for a monitoring system, and the counters behind them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         operations: The number of operations, by name and status (`success` or `error`).
             `set`: values stored, and values refused. `get`: only calls that failed, because
-            the key was missing without a default, or the value had another type. Counting
-            the other calls would cost as much as the calls. `delete`: keys deleted.
-            `expire`: expired keys removed. `flush`: commits, and commits that failed. With a
-            cache, also `mirror`: steps sent to it, and attempts that failed; and `fill`: how
-            often the whole state was copied to it.
-        flush_seconds: The time that all successful commits took together, in seconds.
+            the key was missing without a default, or the value had another type. Successful
+            reads are not counted, because that would take as long as the reads. `delete`: keys
+            deleted. `expire`: expired keys removed. `flush`: commits that succeeded, and commits
+            that failed. With a cache there are two more. `mirror`: steps sent to the cache, and
+            attempts that failed. `fill`: the times that the whole state was copied to the cache.
+        flush_seconds: The total duration of all successful commits, in seconds.
         flush_buckets: A histogram of these times. Each pair is a bound in seconds and the
             number of commits that took at most that long. The last bound is infinity.
     """
@@ -33,7 +33,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters:
-    """The counts of calls that the state does not count itself, and the counts of earlier starts."""
+    """The counts that the state does not keep: of some calls, and of the starts before the present one."""
 
     __slots__ = ("deletes", "expiries", "get_errors", "set_errors", "sets")
 
@@ -55,7 +55,7 @@ class MirrorCounts:
 
 
 class FlushTimes:
-    """The times of successful commits, and the number of failed ones."""
+    """The durations of the successful commits, and the number of commits that failed."""
 
     def __init__(self) -> None:
         self.failures: int = 0
@@ -63,7 +63,7 @@ class FlushTimes:
         self._counts = [0] * len(_BOUNDS)
 
     def add(self, seconds: float) -> None:
-        """Add a successful commit."""
+        """Add a successful commit that took `seconds`."""
         self.seconds += seconds
         self._counts[bisect_left(_BOUNDS, seconds)] += 1
 
@@ -74,7 +74,7 @@ class FlushTimes:
 
     @property
     def buckets(self) -> tuple[tuple[float, int], ...]:
-        """The bounds and the cumulative counts."""
+        """Pairs of a bound in seconds and a cumulative count; see `Metrics.flush_buckets`."""
         return tuple(zip(_BOUNDS, itertools.accumulate(self._counts), strict=True))
 
 

@@ -1,8 +1,8 @@
 """Models and type adapters of Pydantic.
 
 lab_state does not import Pydantic. It recognizes models and adapters by their methods, and
-uses the module that the application has imported. A model is written with the names of its
-fields, and only if reading gives an equal model.
+uses the module that the application has imported. The JSON of a model has the names of its
+fields. A model is stored only if its JSON gives an equal model.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from lab_state.exceptions import InvalidValueError
 Way = list[str | int]
 
 NOT_FINITE = "NaN and infinity cannot be kept: JSON has no such numbers"
-HIDDEN = "a secret of Pydantic's would be kept as asterisks: give its field a serializer, or keep the text itself"
+HIDDEN = "a secret of Pydantic would be kept as asterisks: give its field a serializer, or keep the text itself"
 
 _decode = msgspec.json.Decoder().decode
 _PACKAGES = frozenset({"pydantic", "pydantic_core", "annotated_types"})
 
 
 def is_model(kind: object) -> bool:
-    """Return whether a class is a model of Pydantic 2, or has its methods."""
+    """Return whether a class is a model of Pydantic 2, or has the methods of one."""
     return isinstance(kind, type) and hasattr(kind, "model_validate_json")
 
 
 def read(kind: Any, data: bytes) -> Any:
-    """Make a model from its JSON, which has the names of the fields or their aliases."""
+    """Return a model from its JSON, which has the names of the fields or their aliases."""
     return kind.model_validate_json(data, by_alias=True, by_name=True)
 
 
@@ -41,11 +41,11 @@ def write(model: Any) -> bytes:
     """Return the JSON of a model.
 
     Raises:
-        InvalidValueError: It would be read back as something else.
+        InvalidValueError: The JSON would be read as another value.
         Exception: Pydantic or a serializer of the model raised it.
     """
     data = _dump(model)
-    tree = _decode(data)  # raises for numbers that are out of range
+    tree = _decode(data)  # this raises an error for numbers that are out of range
     if data.count(b"{") > 1 and (double := double_key(data)) is not None:
         way, name = double
         raise InvalidValueError(f"a dict with two keys that are both {name!r} in JSON cannot be kept", path_of(way))
@@ -59,7 +59,11 @@ def write(model: Any) -> bytes:
 
 
 def _compare(model: Any, back: Any, tree: object) -> None:
-    """Refuse a model that is read back as something else. Excluded fields may differ."""
+    """Check that `back`, the model that was read from the JSON, equals the model. Excluded fields may differ.
+
+    Raises:
+        InvalidValueError: A part differs.
+    """
     name = class_of(model).__qualname__
     incomparable = False
     for way, old, new in _leaves(model, back, []):
@@ -90,17 +94,20 @@ def _dump(model: Any) -> bytes:
 
 
 def class_of(value: object) -> Any:
-    """Return the class of an object, as `Any` for the type checkers."""
+    """Return the class of an object. Type checkers see `Any`."""
     return type(value)
 
 
 def _all_are(kind: Any, *values: Any) -> bool:
-    """Return whether all values are of a class. `isinstance` would make type checkers assume types for their parts."""
+    """Return whether all values are of a class. After a direct `isinstance`, type checkers would know less than `Any`."""
     return all(isinstance(value, kind) for value in values)
 
 
 def _leaves(old: Any, new: Any, way: Way) -> Iterator[tuple[Way, Any, Any]]:
-    """Yield the innermost parts that differ, with the path to each: only parts that are written, and whole models."""
+    """Yield the innermost parts that differ: the path, the old part and the new part. Skip excluded fields.
+
+    A model that was read as another class is one part.
+    """
     parts: Iterable[tuple[Any, Any, Any]] = ()
     if is_model(class_of(old)) and class_of(new) is class_of(old):
         names = [name for name, field in class_of(old).model_fields.items() if not field.exclude]
@@ -134,12 +141,12 @@ def _part(container: Any, step: Any) -> Any:
 
 
 def step_of(key: object) -> str:
-    """Return a step of a path, from the key of a dict."""
+    """Return the step for a key of a dict, as text in a path."""
     return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
 
 
 def path_of(way: Way) -> str:
-    """Return the path to a place in JSON."""
+    """Return the text of a path, such as `$.jobs[3]`."""
     return "$" + "".join(f"[{step}]" if isinstance(step, int) else step_of(step) for step in way)
 
 
@@ -153,7 +160,7 @@ def is_adapter(type_: object) -> bool:
 
 
 def of_pydantic(type_: Any) -> bool:
-    """Return whether a type is one of Pydantic's, or has one in its parameters or metadata. Fields are not examined."""
+    """Return whether a type is from Pydantic, or has such a type in its parameters or metadata. Do not look at fields."""
     if isinstance(type_, type) and get_origin(type_) is None:
         return _is_of_pydantic(type_)
     metadata = getattr(type_, "__metadata__", ())
@@ -181,7 +188,7 @@ def adapted(type_: Any) -> Callable[[bytes], Any]:
     else:
         pydantic: Any = sys.modules["pydantic"]
         try:
-            # msgspec has written bytes as base64.
+            # msgspec writes bytes as base64.
             adapter = pydantic.TypeAdapter(type_, config={"val_json_bytes": "base64"})
         except pydantic.PydanticUserError:  # Pydantic takes no `config` for a class that has its own
             adapter = pydantic.TypeAdapter(type_)
@@ -192,7 +199,7 @@ def adapted(type_: Any) -> Callable[[bytes], Any]:
 
 
 def check_complete(kind: Any) -> None:
-    """Check that a model is fully defined. Resolve annotations of classes that were defined after it.
+    """Check that a model is fully defined. Resolve annotations that name classes defined after it.
 
     Raises:
         NameError: An annotation names a class that does not exist.
@@ -205,11 +212,11 @@ _SAYS_NO_VALUE = re.compile(
     r"missing|extra_forbidden|.*_type|(int|float|bool)_parsing|int_from_float|(greater|less)_than(_equal)?|finite_number|"
     r"multiple_of|(string_)?too_(short|long)|string_pattern_mismatch|literal_error|enum|none_required"
 )
-"""The kinds of Pydantic's problems whose messages never quote the value. They say only what was expected."""
+"""The kinds of Pydantic's problems whose messages never quote the value. They only name the expected type."""
 
 
 def first_problem(error: object) -> tuple[str, str]:
-    """Return the path to the first problem that Pydantic found, and its message, which does not quote the value."""
+    """Return the path and the message of the first problem that Pydantic found. The message never quotes the value."""
     problems = cast("Any", error).errors(include_url=False, include_context=False, include_input=False)
     first: dict[str, Any] = problems[0]
     kind = str(first["type"])

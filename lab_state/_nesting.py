@@ -1,10 +1,11 @@
-"""Find the depth of nesting of JSON, at about half the price of encoding it. Pure.
+"""The depth of nesting of JSON, found in about half the time of encoding it. Pure and synchronous.
 
-Each step is one that Python does at once for all of the bytes. First everything but quotes and
-brackets is dropped. If there are few quotes, strings are removed one by one. Then a group that
-repeats is removed. Two quotes side by side change nothing about what is inside of a string, so
-they are removed too. Then pairs of brackets with nothing between them are removed, a level at a
-time, as long as that makes the rest much shorter. What is left is counted bracket by bracket.
+Each step is a method of `bytes` that works on all bytes at once. The first step removes all bytes
+but quotes and brackets. If there are few quotes, the second step removes the strings. Then a group
+of brackets and quotes that repeats is removed. Two adjacent quotes neither begin nor end a string
+that contains brackets, so they are removed too. Then pairs of adjacent brackets are removed, one
+level at a time, while that makes the rest much shorter. At last the rest is counted bracket by
+bracket.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from __future__ import annotations
 from itertools import accumulate
 
 MAX_DEPTH = 128
-"""So many levels of nesting are kept; Python's own limit differs by version and by the caller's stack."""
+"""The most levels of nesting of a stored value. Python's own limit depends on its version and on the caller's stack."""
 
 SHALLOW = 2 * MAX_DEPTH + 1
-"""Fewer bytes than this cannot be nested deeper than `MAX_DEPTH`."""
+"""JSON of fewer bytes than this cannot have more than `MAX_DEPTH` levels."""
 
 _BACKSLASH = ord("\\")
 _DROPPED = bytes(set(range(256)) - set(b'[]{}"'))
@@ -25,7 +26,7 @@ _LONGEST_UNIT = 64
 _SHORT = 8 * 1024
 
 _FEW = 16
-"""With more brackets than this for each quote, strings are removed one by one."""
+"""If there are more than this many brackets for each quote, the strings are removed."""
 
 
 def too_deep(data: bytes) -> bool:
@@ -46,7 +47,7 @@ def deeper(data: bytes, levels: int) -> bool:
     rest = rest.replace(b'""', b"")
     for _ in range(_MOST_ROUNDS):
         before = len(rest)
-        if before + gone <= levels:  # each level has a bracket of its own
+        if before + gone <= levels:  # each level needs at least one bracket
             return False
         rest = rest.replace(b"[]", b"").replace(b"{}", b"").replace(b'""', b"")
         gone += 2
@@ -56,7 +57,7 @@ def deeper(data: bytes, levels: int) -> bool:
 
 
 def _without_what_repeats(structure: bytes) -> tuple[bytes, int]:
-    """Remove most of a list of records that are alike, and return how many levels that may have had."""
+    """Remove most of a list of similar records. Also return an upper bound of the levels that were removed."""
     middle = len(structure) // 2
     length = structure.find(structure[middle : middle + 8], middle + 8, middle + _LONGEST_UNIT) - middle
     unit = structure[middle : middle + max(0, length)]
@@ -65,11 +66,11 @@ def _without_what_repeats(structure: bytes) -> tuple[bytes, int]:
         return structure, 0
     start, end = structure.find(unit), structure.rfind(unit) + length
     times, more = divmod(end - start, length)
-    if not more and structure[start:end] == unit * times:  # which costs far less than to look for each
+    if not more and structure[start:end] == unit * times:  # this costs far less than `replace`
         outside = structure.count(b'"', 0, start) % 2
         if not _balance(b"".join(halves[outside::2])):
             return structure[:start] + structure[end:], length
-    # From inside of a string too, it must leave things as they were.
+    # The unit may begin inside of a string. In both cases its brackets must cancel each other.
     if any(_balance(b"".join(halves[half::2])) for half in (0, 1)):
         return structure, 0
     return structure.replace(unit, b""), length
@@ -80,10 +81,10 @@ def _balance(brackets: bytes) -> int:
 
 
 def _levels(structure: bytes) -> int:
-    """Count the levels in quotes and brackets alone."""
+    """Return the number of levels of a text of quotes and brackets alone."""
     return max(accumulate(memoryview(_outside(structure).translate(_STEPS)).cast("b")), default=0)
 
 
 def _outside(structure: bytes) -> bytes:
-    """Remove quotes and what is between them."""
+    """Remove the strings: the quotes, and the bytes between them."""
     return b"".join(structure.split(b'"')[::2])

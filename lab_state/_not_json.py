@@ -1,4 +1,4 @@
-"""Invalid JSON, from another program or from damage: the exceptions that reading raises, and the messages."""
+"""Invalid JSON, from another program or after damage: the exceptions of the decoder, and the messages for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 NOT_JSON: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""Raised for text that is no JSON, JSON of another shape, bytes that are no UTF-8, and nesting that is too deep."""
+"""What the decoder raises: for invalid JSON, JSON of another type, bytes that are not UTF-8, and nesting too deep."""
 
 _BYTE = re.compile(r" \(byte (\d+)\)")
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
@@ -18,13 +18,13 @@ _HIGH, _LOW = range(0xD800, 0xDC00), range(0xDC00, 0xE000)
 
 
 def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
-    """Return the offset and a description of the fault in the bytes of a file that should contain a state."""
+    """Return the offset and a description of the fault in the bytes of a file. The file should contain a state."""
     if data.startswith(codecs.BOM_UTF8):
         return 0, "it begins with a byte order mark, which JSON must not have; save it without one"
     if not data.strip():
         return (
             0,
-            "it is empty, and a state never is; restore a copy, or delete it and the journal beside it to start with an empty state",
+            "it has no bytes, and the file of a state is never empty; restore a copy, or delete it and the journal beside it to start with an empty state",
         )
     if data.lstrip()[:1] != b"{":
         return 0, "it is not a JSON object; a state is one object, with a member for each key"

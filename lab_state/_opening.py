@@ -25,8 +25,8 @@ async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) ->
     If the caller is cancelled, the wait ends, and nothing stays open.
 
     Raises:
-        LockedError: The time is up, and another writer still holds the state.
-        StorageError: `Storage.open` raised it. It is not tried again.
+        LockedError: Another writer still holds the state at the end of that time.
+        StorageError: `Storage.open` raised another error. It is not called again.
     """
     seconds = config.lock_timeout
     pauses = Pauses(clock, _FIRST_PAUSE, _LONGEST_PAUSE)
@@ -36,7 +36,7 @@ async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) ->
             return await storage.open(config.name)
         except LockedError as error:
             now = clock.monotonic()
-            if not pauses.failures:  # the time counts from the first refusal
+            if not pauses.failures:  # `lock_timeout` begins at the first refusal
                 end = math.inf if seconds is None else now + seconds
             if now >= end:
                 raise
@@ -48,7 +48,7 @@ async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) ->
 
 
 def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began: float) -> State:
-    """Load the state from what its storage recovered, and log one line about it.
+    """Load the state that its storage recovered, and log one line about it.
 
     Args:
         session: The session of the storage.
@@ -59,12 +59,12 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
 
     Raises:
         CorruptionError: The stored state is damaged.
-        UnsupportedError: It has a newer format.
+        UnsupportedError: The stored state has a newer format.
     """
     snapshot, records, unsettled, dropped, crc = session.recovery
     if dropped:
         logger.warning(
-            "%s: the last %d bytes of its journal are not a whole record, as after a crash during a write; dropped",
+            "%s: the last %d bytes of its journal are not a whole record, as after a crash during a write; they were dropped",
             session.path,
             dropped,
         )
@@ -94,10 +94,12 @@ def _time(found: LoadedState, path: str, clock: Clock, logger: Log) -> float:
     wall = clock.time()
     if not found.expires:
         return wall
-    # The wall clock counts, unless it was wrong when the state was written: then the time of the state does.
+    # Use the time of the state, and not the wall clock, which may have been wrong at the write.
     time, behind = resumed(found.time, found.wall, wall)
     if behind:
-        logger.warning("%s: the wall clock is %.0f s behind what was written; keys live that much longer", path, behind)
+        logger.warning(
+            "%s: the wall clock is %.0f s behind the time of the last write; keys expire that much later", path, behind
+        )
     return time
 
 

@@ -1,7 +1,7 @@
 """The outcomes of commits and checkpoints.
 
-Each is counted. A failure is logged, and the commit or checkpoint is repeated after a pause. The
-callers that wait for a commit get its outcome.
+Each outcome is counted. A failure is logged, and the commit or checkpoint is repeated after a pause.
+The callers that wait for a commit receive its outcome.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Outcomes(Durability):
     Attributes:
         flushes: The number of commits that succeeded.
         failures: The number of commits and checkpoints that failed.
-        last_error: The error of the last attempt; `None` if it succeeded.
+        last_error: The error of the last commit or checkpoint; `None` if it succeeded.
         last_flush_at: The time of the last commit that succeeded, in seconds since 1970.
         last_flush_seconds: The duration of that commit.
     """
@@ -91,13 +91,13 @@ class Outcomes(Durability):
             note = "not durable yet: the changes stay in memory, and the flush is repeated"
         else:
             note = "not durable yet: the changes stay in memory, and the next flush() repeats it"
-        # The callers get the error first. Foreign code, such as a logger or a clock, is called after that.
+        # The callers receive the error first. Only then is code of the application called, such as its logger or clock.
         self._confirming.fail(error, note, all_lists=True)
         if isinstance(error, FencedError):
             self._fence(error)
             return
         self._waiters.fail(error, note, all_lists=False)
-        if not self._stopping:  # with every interval, because `confirm_ownership` waits for the end of the pause
+        if not self._stopping:  # for every `flush_interval`, because `confirm_ownership` waits for the end of the pause
             self._clock.call_later(pause, self._wake_up if retried else self._wake.set)
         self._logger.error("%s: a flush failed; %s: %s", self._name, note, error)
 
@@ -119,13 +119,15 @@ class Outcomes(Durability):
     def checkpoint_succeeded(self, seconds: float, size: int) -> None:
         """Note that a checkpoint succeeded, and log it if it took more than a second."""
         self._checkpoint_pauses.reset()
-        if not self._pauses.failures:  # otherwise commits still fail, and `last_error` is that of the last commit
+        if (
+            not self._pauses.failures
+        ):  # otherwise commits still fail, and `last_error` keeps the error of the last commit
             self.last_error = None
         if seconds > _LONG_CHECKPOINT:
             self._logger.info("%s: a checkpoint of %d bytes took %.1f s", self._name, size, seconds)
 
     def checkpoint_failed(self, error: StorageError) -> None:
-        """Note that a checkpoint failed, and log it. The task is woken when the pause is over."""
+        """Note that a checkpoint failed, and log it. At the end of a pause, wake the flush task."""
         self.failures += 1
         self.last_error = error
         pause = self._checkpoint_pauses.start()

@@ -1,4 +1,8 @@
-"""The parts of a value, each with its step in a path. Also finds NaN, infinity, and times that JSON would change. Pure."""
+"""The parts of a value, and the search for a part that is refused: NaN, infinity, and times that JSON would change.
+
+A part is an item of a list, a value of a dict, or a field of an object. Its step is the text for it
+in a path, such as `[3]`. All functions are pure and synchronous.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,17 @@ PLAIN = frozenset({dict, list, tuple, set, frozenset})
 _TIMES = (datetime, time)
 _MAX_PATH = 200
 
-_ODD_OFFSET = "a time whose offset has seconds cannot be kept: JSON would move it; use .astimezone(timezone.utc)"
+_ODD_OFFSET = "a time whose offset has seconds cannot be kept: JSON would change it; use .astimezone(timezone.utc)"
 _ZONE_OF_A_TIME = (
     "a time of day with a zone cannot be kept: it has no offset without a date; keep the zone's key beside it"
 )
 
 
 def first_part(container: Any, refused: Callable[[Any], bool]) -> tuple[object, object] | None:
-    """Return the first of the parts that is refused, with its step. Without parts, return `None`.
+    """Return the first part that is refused, with its step. If there are no parts, return `None`.
 
-    This is a binary search: `refused` is called with half of the remaining parts, as a list.
-    The last remaining part is returned without a call.
+    This is a binary search. `refused` is called with half of the remaining parts, as a list. The
+    last remaining part is returned without a call, so the caller must check it.
     """
     kind = container.__class__
     if kind in SCALARS:
@@ -53,18 +57,18 @@ def first_part(container: Any, refused: Callable[[Any], bool]) -> tuple[object, 
 
 
 def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tuple[list[str], Any]:
-    """Return the innermost part that is refused, and the steps to it.
+    """Return the steps to the innermost part that is refused, and that part.
 
     Args:
         value: The value.
         refused: The check. It is called with a part, or with a list of parts.
-        fields: Whether the fields of objects are parts. A model need not write each of its
-            fields as it is.
+        fields: Whether the fields of objects are parts. For a model they are not, because it may
+            write a field in another form.
     """
     steps: list[str] = []
     while True:
         chain = _single_parts(value, refused, fields=fields)
-        # If a part of the chain is refused, all before it are. In most values it is the last one.
+        # If a part of the chain is refused, all parts before it are refused, too. Mostly it is the last one.
         first, end = (len(chain),) * 2 if chain and refused(chain[-1][1]) else (0, max(0, len(chain) - 1))
         while first < end:
             middle = (first + end + 1) // 2
@@ -85,9 +89,10 @@ def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tu
 
 
 def _single_parts(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> list[tuple[str, Any]]:
-    """Return the parts that are reached through levels with one part that is not a scalar, if the scalars are accepted.
+    """Return a chain of parts, from the outer to the inner ones. Each is the only part of its level that is not a scalar.
 
-    Only scalars are checked: a large part inside of many levels is not checked once for each level.
+    The chain ends at a level whose scalars are refused. Only scalars are checked. Otherwise a large
+    part inside of many levels would be checked once for each level.
     """
     chain: list[tuple[str, Any]] = []
     while len(chain) <= MAX_DEPTH and (fields or value.__class__ in PLAIN) and (only := single_part(value, refused)):
@@ -97,7 +102,7 @@ def _single_parts(value: Any, refused: Callable[[Any], bool], *, fields: bool) -
 
 
 def single_part(value: Any, refused: Callable[[Any], bool]) -> tuple[object, Any] | None:
-    """Return the only part that is not a scalar, with its step, if the scalars beside it are accepted."""
+    """Return the only part that is not a scalar, with its step. If there are several, or a scalar is refused, return `None`."""
     parts = [*parts_of(value)]
     inner = [pair for pair in parts if pair[1].__class__ not in SCALARS]
     if len(inner) != 1 or (len(parts) > 1 and refused([part for _, part in parts if part is not inner[0][1]])):
@@ -106,7 +111,7 @@ def single_part(value: Any, refused: Callable[[Any], bool]) -> tuple[object, Any
 
 
 def parts_of(container: Any) -> Iterable[tuple[object, object]]:
-    """Return the parts of an object, each with its key, its number or its step."""
+    """Return the parts of an object. Each comes with its key in a dict, its number in a list, or its step."""
     kind: Any = container.__class__
     if kind is dict:
         items: Iterable[tuple[object, object]] = container.items()
@@ -116,7 +121,7 @@ def parts_of(container: Any) -> Iterable[tuple[object, object]]:
 
 
 def step_in(container: Any, step: object) -> str:
-    """Return the text of a step that `parts_of` gave."""
+    """Return the step as text, from the first item of a pair of `parts_of`."""
     kind = container.__class__
     return step_of(step) if kind is dict else f"[{step}]" if kind in PLAIN else str(step)
 
@@ -155,7 +160,7 @@ def shortened(path: str) -> str:
 
 
 def first_not_finite(tree: object) -> str | None:
-    """Return the path of a NaN or an infinity. Parts that are neither numbers nor containers cost little."""
+    """Return the path of the first NaN or infinity; `None` if there is none."""
     stack: list[tuple[str, object, int]] = [("$", [tree], 0)]
     while stack:
         path, item, depth = stack.pop()
@@ -163,13 +168,13 @@ def first_not_finite(tree: object) -> str | None:
             kind: Any = child.__class__
             if kind is float and not isfinite(cast("float", child)):
                 return shortened(path + step_in(item, step)).replace("$[0]", "$", 1)
-            if kind not in SCALARS and depth <= MAX_DEPTH:  # it may contain itself
+            if kind not in SCALARS and depth <= MAX_DEPTH:  # a bound, because it may contain itself
                 stack.append((path + step_in(item, step), child, depth + 1))
     return None
 
 
 def moved_time(value: Any, *, keys: bool = True) -> str | None:
-    """Return why one of the times in a value would be written as another time.
+    """Return the reason why a time in the value would be written as another time; `None` if there is no such time.
 
     Args:
         value: The value. It does not contain itself.
@@ -191,7 +196,7 @@ def moved_time(value: Any, *, keys: bool = True) -> str | None:
                 if (why := _moved(item)) is not None:
                     return why
                 if zone.__class__ is timezone:
-                    fixed = zone  # its offset is the same at all times
+                    fixed = zone  # a zone whose offset never changes
             else:
                 below += [part for _, part in parts_of(item) if part.__class__ not in SCALARS]
         level = below
@@ -199,7 +204,7 @@ def moved_time(value: Any, *, keys: bool = True) -> str | None:
 
 
 def _moved(item: datetime | time) -> str | None:
-    """Return why a time with a zone would be written as another time."""
+    """Return the reason why a time with a zone would be written as another time; `None` if it would not."""
     if (offset := item.utcoffset()) is None:
         return _ZONE_OF_A_TIME
     return _ODD_OFFSET if offset.total_seconds() % 60 else None

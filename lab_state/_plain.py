@@ -1,4 +1,4 @@
-"""`Plain`: the calls of `Calls` without `await`, made from them, so that none is written twice."""
+"""`Plain`: the calls of `Calls` as plain methods, without `await`. They are made from those of `Calls`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def plain(fn: Callable[Concatenate[Calls, P], Coroutine[Any, Any, R]]) -> Callab
 
 
 class Plain(Handle):
-    """The calls without `await`. `_run` runs each to its end; a subclass says how."""
+    """The calls without `await`. The method `_run` of a subclass runs the coroutine of each call to its end."""
 
     __slots__ = ("_calls",)
 
@@ -34,7 +34,7 @@ class Plain(Handle):
         raise NotImplementedError
 
     def __bool__(self) -> Literal[True]:
-        """Return True: an empty state is a state too."""
+        """Return True, also for an empty state."""
         return True
 
     get: Final = plain(Calls.get)

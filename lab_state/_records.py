@@ -1,9 +1,10 @@
-"""Check flat lists of records for about the price of encoding them. Pure.
+"""A check of flat lists of records, which takes about as long as encoding them. Pure and synchronous.
 
-The records are converted to Structs, slice by slice, and the Structs are dropped. Their class has a
-field for each key of the first record. A field takes a `str`, an `int`, a `bool`, `None` or a finite
-float, and nothing else. So a list that can be converted has only keys that are a `str`, no NaN, no
-time, no `msgspec.Raw`, and no more than two levels. It needs none of the other checks.
+A record is a dict with scalars only. The records are converted to Structs, slice by slice, and the
+Structs are dropped. Their class has a field for each key of the first record. A field accepts a
+`str`, an `int`, a `bool`, `None` or a finite float, and nothing else. So if a list can be converted,
+all keys are a `str`, and there is no NaN, no time, no `msgspec.Raw`, and no third level. Then no
+other check is needed.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ _Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_inf
 _Scalar = str | int | _Finite | bool | None
 
 _LEAST = 4 * 1024
-"""For values of fewer bytes, the exception of a list that cannot be converted costs more than is gained."""
+"""The least bytes of a value that is converted. For less, an exception of the conversion costs more than it saves."""
 
 _SLICE = 256
-"""So many items are converted together: the memory of one slice is used for the next."""
+"""The number of items that are converted at once. The memory of one slice is reused for the next."""
 
 _ENOUGH = 64 * 1024
-"""A class costs 100 to 700 microseconds. It is made after this many bytes of such records were checked without it."""
+"""The bytes of records with the same keys after which a class is made for them. A class costs 100 to 700 microseconds."""
 
 _MOST_FIELDS, _LONGEST_NAMES = 32, 1024
 _MOST_CLASSES = 256
 
 _classes: dict[tuple[str, ...], Any] = {}
-"""For the keys of a record: the type of a list of them, `None` if there can be none, or how many bytes were checked."""
+"""By the keys of a record: the type of a list of such records, `None` if there cannot be one, or the bytes so far."""
 
 
 def is_flat(value: Any, size: int) -> bool:
-    """Return whether a value is found to be a list or a dict of scalars, or of records of scalars.
+    """Return True if a value is a list or a dict of scalars, or of records. False means that it was not examined or differs.
 
     Args:
         value: The value.
-        size: How many bytes of JSON it has. An empty list has two.
+        size: The number of bytes of its JSON. An empty list has two.
     """
     if size < _LEAST:
         return False
@@ -63,7 +64,7 @@ def is_flat(value: Any, size: int) -> bool:
 
 
 def _type_of(first: Any, size: int) -> Any:
-    """Return the type of a list that begins with an item, or `None` if the list must be checked in another way."""
+    """Return the type of a list whose first item is `first`. Return `None` if the list must be checked in another way."""
     if first.__class__ in SCALARS:
         return list[_Scalar]
     if first.__class__ is not dict or len(first) > _MOST_FIELDS:
@@ -81,7 +82,7 @@ def _type_of(first: Any, size: int) -> Any:
 
 
 def _list_of(names: tuple[str, ...]) -> Any:
-    """Return the type of a list of records with these keys, or `None` if msgspec takes one of them for no name."""
+    """Return the type of a list of records with these keys; `None` if msgspec does not accept one of the keys."""
     fields = {f"f{number}": name for number, name in enumerate(names)}
     try:
         record = msgspec.defstruct(

@@ -1,4 +1,4 @@
-"""Views of the state for a storage: taken, encoded in slices, and merged back."""
+"""Views of the state for a storage. A view is taken, encoded in slices, and at last the later writes are merged into it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lab_state._entries import Stored
 from lab_state._state import State
 
 _FOLDED_AT_ONCE = 1000
-"""Writes that one step of the event loop merges, at least."""
+"""The smallest number of writes that are merged in one turn of the event loop."""
 
 
 class SnapshotViews:
@@ -29,11 +29,13 @@ class SnapshotViews:
 
         Args:
             state: The state.
-            durable: Is awaited with the revision of a view before its last slice is yielded.
-            given: Is called for each slice.
-            copy_loaded: Whether to copy values that keep the buffer alive from which they were
-                loaded. For a time, buffer and copies are in memory. Only a checkpoint does
-                this, because the storage of a commit may keep all of the view as well.
+            durable: A function that waits until a revision is durable. It is awaited before the
+                last slice of each view is yielded, with the revision of the view.
+            given: A callback. It is called for each slice.
+            copy_loaded: Whether to replace loaded values by copies. A loaded value is a part of
+                a large buffer, and keeps all of that buffer in memory. For a time, the buffer and
+                the copies are in memory together. Only a checkpoint does this. During a commit
+                the storage may have the whole snapshot in memory as well.
         """
         self._state = state
         self._copy_loaded = copy_loaded
@@ -42,14 +44,14 @@ class SnapshotViews:
         self._taken: list[dict[str, Stored]] = []
 
     def take(self) -> AsyncIterator[bytes]:
-        """Take a view of the state at this moment. Return its snapshot in slices."""
+        """Take a view of the present state. Return its snapshot in slices."""
         view, state = self.freeze(), self._state
         copy_loaded = self._copy_loaded and state.borrowed
         slices = encode_snapshot(view, state.revision, state.now(), copy_loaded=copy_loaded, wall=state.wall())
         return self._given(slices, view, state.revision, copy_loaded=copy_loaded)
 
     def freeze(self) -> dict[str, Stored]:
-        """Take a view of the state at this moment, and return it."""
+        """Take a view of the present state, and return it."""
         view = self._state.freeze()
         self._taken.append(view)
         return view
@@ -72,7 +74,10 @@ class SnapshotViews:
         yield last
 
     async def fold(self) -> None:
-        """Merge the writes made meanwhile back into each view, in steps that outpace new writes. A second call does nothing."""
+        """Merge the writes since each view was taken into it, in steps that are faster than new writes.
+
+        A second call does nothing.
+        """
         while self._taken:
             view = self._taken.pop()
             try:
@@ -81,5 +86,5 @@ class SnapshotViews:
             except asyncio.CancelledError:
                 self._state.fold(view, sys.maxsize)
                 raise
-            if self._state.entries is not view:  # it was a copy, or the state was cleared meanwhile
+            if self._state.entries is not view:  # the view was a copy, or the state was cleared meanwhile
                 self._state.release(view)

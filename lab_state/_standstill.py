@@ -11,7 +11,7 @@ _LOOKS = 8
 
 
 class Standstill:
-    """A watchdog that reads a number, which grows as long as there is progress.
+    """A watchdog that reads a number again and again. The number grows while the work makes progress.
 
     Attributes:
         reached: A future that is done when the number has not grown for `seconds`. It is
@@ -19,7 +19,7 @@ class Standstill:
     """
 
     def __init__(self, clock: Clock, seconds: float, number: Callable[[], int]) -> None:
-        """Read the number at once, and then eight times in `seconds`, which are of the clock and above 0."""
+        """Read the number now, and then eight times in `seconds` of the clock. `seconds` must be above 0."""
         self.reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock = clock
         self._seconds = seconds
@@ -29,7 +29,7 @@ class Standstill:
         self._wait()
 
     def _wait(self) -> None:
-        # A small difference of floats is exact. So the timer does not end just before `_end` again and again.
+        # The difference of two floats that are close is exact. So the timer never ends just before `_end`.
         self._timer = self._clock.call_later(
             min(self._end - self._clock.monotonic(), self._seconds / _LOOKS), self._look
         )

@@ -1,4 +1,4 @@
-"""`Status` and `MirrorStatus`: the state of health of a manager and of its mirror."""
+"""`Status` and `MirrorStatus`: the health of a manager and of its mirror."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Phase = Literal["new", "starting", "running", "stopping", "stopped"]
 
 
 class MirrorStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of a mirror at one moment.
+    """The health of a mirror at one moment.
 
     Attributes:
         up: Whether the cache answers and the mirror is kept up to date. False while the
             manager does not run.
         revision: The revision of the mirror; `None` while it is not known.
-        error: The error of the last attempt to bring changes to the cache; `None` when that
+        error: The error of the last attempt to send changes to the cache; `None` if that
             attempt succeeded. The manager tries again by itself.
     """
 
@@ -29,11 +29,11 @@ class MirrorStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of a manager at one moment.
+    """The health of a manager, and some figures, at one moment.
 
     Attributes:
         phase: `new`, `starting`, `running`, `stopping` or `stopped`.
-        keys: The number of keys; 0 after `stop()`, when they are no longer in memory.
+        keys: The number of keys; 0 after `stop()`, because the state is not in memory then.
         revision: The number of the last change.
         durable_revision: Every change up to this revision is durable.
         unflushed_keys: The number of keys with changes that are not durable.
@@ -43,11 +43,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         last_flush_seconds: The duration of that flush.
         flushes: The number of flushes that succeeded since the start.
         flush_failures: The number of flushes and checkpoints that failed since the start.
-        last_error: The error of the last flush or checkpoint; `None` when it succeeded.
-        snapshot_bytes: The size of the snapshot.
-        journal_bytes: The size of the journal that follows the snapshot.
-        storage_warning: A fault of the storage that does not make any call fail, and what
-            the operator has to do about it; `None` if there is no such fault.
+        last_error: The error of the last flush or checkpoint; `None` if it succeeded.
+        snapshot_bytes: The size of the snapshot, in bytes.
+        journal_bytes: The size of the journal that follows the snapshot, in bytes.
+        storage_warning: A fault of the storage that does not make any call fail, and the
+            remedy for the operator; `None` if there is no such fault.
         fenced: Whether a newer writer owns the state. Then nothing more becomes durable,
             and every write raises `FencedError`. End the process.
         task_failure: The task of the manager that ended before `stop()`, and the reason;
@@ -104,5 +104,5 @@ def _mirror_status(mirror: MirrorWriter) -> MirrorStatus:
 
 
 def _printable(message: object | None) -> str | None:
-    """Return a message as text that can be encoded as UTF-8 and JSON. A path in it may hold lone surrogates."""
+    """Return a message as text that can be encoded as UTF-8. A path in it may have lone surrogates; escape them."""
     return None if message is None else str(message).encode(errors="backslashreplace").decode()

@@ -13,7 +13,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The field of a `Config` that may be given by position."""
+    """The base of `Config`. Its field, the name, may be passed by position."""
 
     name: str
 
@@ -21,29 +21,29 @@ class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of one manager: `Config("jobs", flush_interval=0)`.
 
-    Only `name` may be given by position. `Config` is a `msgspec.Struct`. For example,
-    `msgspec.yaml.decode(text, type=Config)` makes one from a file, and
-    `msgspec.convert(dictionary, Config)` from a dict. A misspelt field is an error.
+    Only `name` may be passed by position. `Config` is a `msgspec.Struct`. For example,
+    `msgspec.yaml.decode(text, type=Config)` makes one from the text of a file, and
+    `msgspec.convert(dictionary, Config)` makes one from a dict. A misspelt field is an error.
 
     Attributes:
         name: The name of the state, and of its file or object: 1 to 128 characters
             of `A-Z a-z 0-9 . _ -`, the first a letter or a digit.
         flush_interval: Seconds between background flushes, 0 or more. `0`: every
-            call that changes something returns only when its change is durable
-            (concurrent callers share one write). `None`: only `flush()` and
-            `stop()` write. A flush begins early once about 8 MiB are unflushed.
+            call that changes something returns only when its change is durable.
+            Concurrent callers share one write. `None`: only `flush()` and
+            `stop()` write. A flush begins early when about 8 MiB are not flushed.
         stop_timeout: Seconds without progress after which `stop()` gives up, above 0.
             While bytes are written or sent, `stop()` goes on, however large the state is.
             A flush that fails is tried again for the same time.
         lock_timeout: Seconds for which `start()` tries again while another writer
             holds the state, 0 or more. `None`: without a limit. `0`: `start()` raises
             `LockedError` at once. A server with a graceful reload starts the new process
-            before the old one has ended. There, choose a longer time than the old one
-            may take to end.
+            before the old one has ended. In that case, choose more seconds than the old
+            process may need to end.
 
     Raises:
-        InvalidNameError: The name is out of bounds. It is used as a file name, so
-            nothing that could leave the directory is accepted.
+        InvalidNameError: The name is out of bounds. It becomes a file name. So a name
+            that could lead out of the directory is refused.
         ValueError: Another field is out of bounds.
         TypeError: A field has the wrong type.
     """

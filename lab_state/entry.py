@@ -19,7 +19,7 @@ D = TypeVar("D")
 
 def entry_of(calls: Calls, key: str, type_: Any, default: Any) -> Entry[Any]:
     """Return an entry with checked arguments; see `Scope.entry`."""
-    check_key(calls._full(key))  # noqa: SLF001 -- an entry and its calls are one object in two parts
+    check_key(calls._full(key))  # noqa: SLF001 -- an entry and its `Calls` belong together
     check_type(type_)
     return Entry(calls, key, optional(type_) if default is None else type_, default)
 
@@ -29,9 +29,9 @@ class Entry(Handle, Generic[T]):
     """A handle for one key, whose values have the type `T`.
 
     Each call does the same as the manager's call of that name, with the same guarantees and
-    errors. A value that is read must be a `T`, and so must a value that `update` or `incr` makes.
-    If the key is missing, `get`, `pop`, `update` and `incr` use a copy of the default of the entry,
-    if it has one. So a change of the result does not change the default.
+    errors. A value that is read must be a `T`. A new value that `update` or `incr` computes must be
+    a `T`, too. If the key is missing, and the entry has a default, `get`, `pop`, `update` and `incr`
+    use a copy of the default. So changes of the result do not change the default.
     """
 
     __slots__ = ("_calls", "_default", "_key", "_type")
@@ -58,11 +58,11 @@ class Entry(Handle, Generic[T]):
         return self._or_default(await self._calls.get(self._key, self._asked, type=self._type))
 
     def get_nowait(self) -> T:
-        """Return the value, or the default, as a plain call; see `Manager.get_nowait`."""
+        """Return the value, or the default, without `await`; see `Manager.get_nowait`."""
         return self._or_default(self._calls.get_nowait(self._key, self._asked, type=self._type))
 
     async def exists(self) -> bool:
-        """Return whether the key is there."""
+        """Return whether the key exists."""
         return await self._calls.exists(self._key)
 
     @overload
@@ -73,8 +73,8 @@ class Entry(Handle, Generic[T]):
         """Return the seconds until the key expires; `None` if it never does; see `Manager.expires_in`.
 
         Args:
-            default: The result when the key is missing. The default of the entry is not used,
-                because it is a value, and not a time.
+            default: The result if the key is missing. The default of the entry is not used here,
+                because it is a value, and not a number of seconds.
         """
         return await self._calls.expires_in(self._key, default)
 
@@ -83,7 +83,7 @@ class Entry(Handle, Generic[T]):
     @overload
     def expires_in_nowait(self, default: D) -> float | D | None: ...
     def expires_in_nowait(self, default: object = MISSING) -> object:
-        """Return what `expires_in` returns, as a plain call."""
+        """Return the same as `expires_in`, without `await`."""
         return self._calls.expires_in_nowait(self._key, default)
 
     # Writing
@@ -93,7 +93,7 @@ class Entry(Handle, Generic[T]):
         return await self._calls.set(self._key, value, ttl=ttl)
 
     def set_nowait(self, value: T, *, ttl: Seconds | None = None) -> int:
-        """Store a value, without waiting, and return the revision; see `Manager.set_nowait`."""
+        """Store a value, and return the revision, without `await`; see `Manager.set_nowait`."""
         return self._calls.set_nowait(self._key, value, ttl=ttl)
 
     async def set_if_absent(self, value: T, *, ttl: Seconds | None = None) -> bool:
@@ -104,15 +104,15 @@ class Entry(Handle, Generic[T]):
         """Replace the value by the result of `fn`, atomically, and return that result.
 
         Args:
-            fn: A plain function that is given the value and returns the new one; see
+            fn: A plain function that takes the old value and returns the new one; see
                 `Manager.update`.
-            ttl: The time to live from now on. Without it, or with `None`, the expiry time does
-                not change. To let the key live for good, use `touch(None)`.
+            ttl: The time to live from now on. By default, and with `None`, the expiry time does
+                not change. To remove the expiry time, use `touch(None)`.
         """
         return await self._calls.update(self._key, fn, self._start, type=self._python_type, ttl=ttl)
 
     def update_nowait(self, fn: Callable[[T], T], *, ttl: Seconds | None = None) -> T:
-        """Replace the value by the result of `fn`, without waiting; see `update` and `Manager.update_nowait`."""
+        """Replace the value by the result of `fn`, without `await`; see `update` and `Manager.update_nowait`."""
         return self._calls.update_nowait(self._key, fn, self._start, type=self._python_type, ttl=ttl)
 
     @overload
@@ -122,7 +122,7 @@ class Entry(Handle, Generic[T]):
     async def incr(self: Entry[Any], delta: float = 1, *, ttl: Seconds | None = None) -> float:
         """Add to a number, atomically, and return the new number.
 
-        If the key is missing, it starts from the default of the entry, or from 0.
+        If the key is missing, the count starts from the default of the entry, or from 0.
 
         Args:
             delta: The number to add. It may be negative.
@@ -133,15 +133,15 @@ class Entry(Handle, Generic[T]):
         return new
 
     async def touch(self, ttl: Seconds | None) -> bool:
-        """Give the key another time to live, and return whether it existed. With `None` it lives for good."""
+        """Give the key another time to live, and return whether it exists. With `None` it never expires."""
         return await self._calls.touch(self._key, ttl)
 
     async def delete(self) -> bool:
-        """Delete the key, and return whether it was there."""
+        """Delete the key, and return whether it existed."""
         return await self._calls.delete(self._key)
 
     def delete_nowait(self) -> bool:
-        """Delete the key, without waiting, and return whether it was there; see `Manager.delete_nowait`."""
+        """Delete the key, and return whether it existed, without `await`; see `Manager.delete_nowait`."""
         return self._calls.delete_nowait(self._key)
 
     async def pop(self) -> T:
@@ -152,12 +152,12 @@ class Entry(Handle, Generic[T]):
 
     @property
     def _asked(self) -> object:
-        """The default that is passed to a read. It distinguishes a missing key from a stored default."""
+        """The default for a read. It is an object that is never stored, so its return means that the key is missing."""
         return MISSING if self._default is MISSING else MISSING_VALUE
 
     @property
     def _start(self) -> T:
-        """A copy of the default; `MISSING` if there is none, because `deepcopy` returns `MISSING` itself."""
+        """A copy of the default. Without a default it is `MISSING`: `deepcopy` returns that object itself."""
         return cast("T", deepcopy(self._default))
 
     @property

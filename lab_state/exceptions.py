@@ -1,7 +1,7 @@
 """Every error that lab_state raises, in one tree.
 
-A class exists only where the caller would act differently. No message holds a
-value or a credential. Keys, names, paths and types may appear.
+There is a separate class only where the caller would act differently. A message
+never contains a value or a credential. It may contain keys, names, paths and types.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ class LabStateError(Exception):
 
 
 class KeyNotFoundError(LabStateError, KeyError):
-    """The key is not in the state: use a default, or set it first.
+    """The key is not in the state: pass a default, or set the key first.
 
     Attributes:
-        key: The key as the caller gave it.
+        key: The key as it was passed to the call.
     """
 
     def __init__(self, key: str) -> None:
@@ -77,19 +77,19 @@ class StorageError(LabStateError):
 
 
 class UnavailableError(StorageError):
-    """The storage failed this time.
+    """The storage or the cache failed this time, and may work again later.
 
-    If a write or a flush raises it, the changes are in memory, and they are written at the
-    next attempt. There is no need to repeat the call. If `start()` raises it, start again. If
+    If a write or a flush raises it, the changes are in memory. They are written at the next
+    attempt, so there is no need to repeat the call. If `start()` raises it, start again. If
     `stop()` raises it, the changes above `durable_revision` are lost.
     """
 
 
 class WaitTimeoutError(UnavailableError, TimeoutError):
-    """A wait took longer than its `timeout`: wait again, or treat the change as not yet there.
+    """A wait took longer than its `timeout`: wait again, or go on without the awaited change.
 
-    It is also a `TimeoutError`. Calls that take a `timeout` raise it, such as
-    `Manager.wait_durable` and `Reader.wait_revision`. It does not change the state. The
+    It is also a `TimeoutError`. Calls with an argument `timeout` raise it, such as
+    `Manager.wait_durable` and `Reader.wait_revision`. The state is not affected. The
     revision may still be reached later.
     """
 
@@ -99,24 +99,24 @@ class UnsupportedError(StorageError):
 
 
 class LockedError(StorageError):
-    """Another process, or another manager in this one, owns the state: stop it; the message says who."""
+    """Another process, or another manager in this process, owns the state: stop that one. The message names it."""
 
 
 class FencedError(StorageError):
     """A newer writer owns the state: end this process.
 
-    Once a manager knows it, every write, flush and transaction raises this and changes
-    nothing, whatever the `flush_interval` is. Reads go on. `on_fenced` of `Manager` is
-    called.
+    Once a manager knows it, every write, flush and transaction raises this error and changes
+    nothing, with every `flush_interval`. Reads still succeed. The callback `on_fenced` of
+    `Manager` is called.
     """
 
 
 class CorruptionError(StorageError):
-    """The stored state is damaged: restore it. It was left untouched, and is never treated as empty.
+    """The stored state is damaged: restore a copy. Nothing was changed, and damage is never treated as an empty state.
 
     Attributes:
-        path: The file or object.
-        offset: The byte at which the damage was noticed; 0 if it concerns the whole file.
+        path: The damaged file or object.
+        offset: The offset of the byte at which the damage was noticed; 0 if it concerns the whole file.
         detail: The damage, and its remedy.
     """
 
@@ -127,5 +127,5 @@ class CorruptionError(StorageError):
         self.detail = detail
 
     def __str__(self) -> str:
-        """Return the place, then the damage."""
+        """Return the place, the damage and the remedy."""
         return f"{self.path} cannot be loaded (byte {self.offset}): {self.detail}"

@@ -36,7 +36,7 @@ class Scope(Calls):
     @overload
     def entry(self, key: str, type: Any, *, default: Any = ...) -> Entry[Any]: ...
     def entry(self, key: str, type: Any, *, default: Any = MISSING) -> Entry[Any]:
-        """Return a handle for one key. It can be made before `start()`, and used again after a restart of the manager.
+        """Return a handle for one key. The handle can be made before `start()`, and used again after a restart.
 
         Args:
             key: The key.
@@ -46,50 +46,51 @@ class Scope(Calls):
 
         Raises:
             InvalidKeyError: The key is out of bounds.
-            TypeError: The type cannot be decoded; see `get`. Or it names a class that is
-                defined further down in its module: make the entry after that class.
+            TypeError: The type cannot be decoded; see `get`. It may also name a class that is
+                defined further down in its module. In that case, make the entry after that class.
         """
         return entry_of(self, key, type, default)
 
     def namespace(self, name: str) -> Namespace:
         """Return a handle for the keys that begin with `name` and a slash.
 
-        It can be made before `start()`, and used again after a restart of the manager.
+        The handle can be made before `start()`, and used again after a restart of the manager.
         Namespaces can be nested.
 
         Args:
-            name: 1 character or more, without a slash at its end.
+            name: The text before the slash: 1 character or more, without a slash at its end.
 
         Raises:
             InvalidKeyError: The name is empty, ends with a slash, or cannot begin a key; see
                 `Calls`.
-            TypeError: It is not a `str`.
+            TypeError: The name is not a `str`.
         """
         return Namespace(self._core, self._nested(name))
 
     @property
     def blocking(self) -> Blocking:
-        """The calls without `await`, for threads other than the event loop's."""
+        """The calls without `await`, for threads other than that of the event loop."""
         return Blocking(self)
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """Make several changes as one: all of them or none, in memory and after a crash.
 
-        Inside the block, call the methods of the transaction, without `await`. At the end of
-        the block all its changes are made at once, as one revision. An exception or a
-        cancellation drops them.
-        One transaction is open at a time: other transactions and writers wait until it is over.
+        Use it with `async with`. Inside the block, call the methods of the transaction, without
+        `await`. At the end of the block all its changes are made at once, as one revision. If an
+        exception or a cancellation ends the block, its changes are dropped.
+        Only one transaction is open at a time. Other transactions and writers wait for its end.
         Readers never wait. They see the state from before the transaction.
 
         Raises:
-            RuntimeError: At the beginning, and from each writing call of the manager inside:
-                this task is inside a transaction of the same manager, and would wait for itself.
-            ClosedError: At the beginning: the manager is not running. At the end: it was
-                stopped meanwhile, and nothing was changed.
+            RuntimeError: At the beginning, and from each writing call of the manager inside the
+                block: this task is inside a transaction of the same manager, and would wait for
+                itself. Use the methods of that transaction.
+            ClosedError: At the beginning: the manager is not running. At the end: the manager
+                was stopped meanwhile, and nothing was changed.
             FencedError: At the beginning or at the end: a newer writer owns the state.
                 Nothing was changed.
-            StorageError: At the end, with a `flush_interval` of 0: the changes are made, but not
-                durable yet.
+            StorageError: At the end, with a `flush_interval` of 0: the changes are made in memory,
+                but not durable yet. The manager tries again by itself.
         """
         return self._transaction()
 
@@ -112,16 +113,17 @@ class Scope(Calls):
     def watch(self, prefix: str = "", *, durable: bool = False) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """Iterate over the keys that change from now on.
 
-        Open the watch first, and then read the state. Then no change is missed. A slow reader
-        gets only the last change of each key. If more than 10,000 keys are waiting for it, or
-        more than 10,000 keys were deleted at once, it gets one `resync` instead: read the state
-        again. The iteration ends when the manager stops or the block is left, after the changes
-        that were still waiting. Only one task may read it.
+        Use it with `async with`, and iterate over the result. Open the watch first, and then read
+        the state. Then no change is missed. A slow task receives only the last change of each key.
+        If changes of more than 10,000 keys are pending, or more than 10,000 keys are deleted at
+        once, the task receives one `resync` instead. Then read the state again. When the manager
+        stops or the block is left, the iteration ends after the pending changes. Only one task
+        may iterate over a watch.
 
         Args:
-            prefix: The beginning of the keys; an empty one means all keys.
-            durable: Whether a change is reported only when it is durable. Then a change that
-                was made before the watch was opened, but was not durable yet, is reported too.
+            prefix: The beginning of the keys; an empty text selects all keys.
+            durable: Whether to report a change only when it is durable. Then a change that was
+                made before the watch was opened, and becomes durable after that, is reported too.
 
         Raises:
             TypeError: The prefix is not a `str`.
@@ -140,7 +142,7 @@ class Scope(Calls):
 
 @final
 class Namespace(Scope):
-    """The calls of the manager for the keys under one prefix. They take and return keys without it."""
+    """The calls of the manager for the keys under one prefix. They take and return keys without the prefix."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""`Manager`: start and stop, status, and the objects that it consists of."""
+"""`Manager`: its start and stop, its status, and the objects that it consists of."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ class Manager(Scope):
 
         Args:
             config: The settings, or just the name of the state.
-            storage: The storage that keeps the state. One object may serve any number of
-                managers, each with its own name.
+            storage: The storage that keeps the state. Any number of managers may use one storage
+                object, each with a different name.
             cache: The cache in which the manager keeps a mirror for other processes, such as
-                `RedisCache(url)`. No call waits for it or fails because of it;
+                `RedisCache(url)`. No call waits for the cache, or fails because of it.
                 `status().mirror` shows its errors.
             logger: The logger for the messages on the page "Logging"; by default
                 `logging.getLogger("lab_state")`. It may be an adapter, a logger of loguru or
@@ -98,12 +98,12 @@ class Manager(Scope):
             clock: A clock for tests; by default the clock of the machine. If the clock raises
                 an error during `start()`, `start()` raises it. Later, the first error is
                 logged, and the last time of the clock is used until it answers again.
-            on_fenced: A plain function that gets the `FencedError`. It is called on the event
-                loop when the manager learns that a newer writer owns the state, also during
-                `stop()`, and at most once for each `start()`. Use it to end the process:
-                `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
-                logged; `SystemExit` and `KeyboardInterrupt` end the event loop. With and
-                without the function, one line is logged at level ERROR.
+            on_fenced: A plain function that takes the `FencedError`. It is called on the event
+                loop when the manager learns that a newer writer owns the state. This may happen
+                during `stop()`, too. It is called at most once for each `start()`. Use it to end
+                the process: `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
+                logged. `SystemExit` and `KeyboardInterrupt` end the event loop. With and without
+                the function, one line is logged at level ERROR.
 
         Raises:
             InvalidNameError: The name is out of bounds.
@@ -112,7 +112,7 @@ class Manager(Scope):
         self._config = Config(name=config) if isinstance(config, str) else config
         if not isinstance(self._config, Config):
             raise TypeError(f"config must be a Config or a str, the name of the state; not {type(config).__name__}")
-        # A path is refused, because its method `open` could create or truncate a file.
+        # A `Path` has a method `open` too, which could create or truncate a file.
         if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "open", None)):
             kind = storage if isinstance(storage, type) else type(storage)
             raise TypeError(f"storage must be an object such as FileStorage('directory'), not {kind.__name__}")
@@ -143,7 +143,7 @@ class Manager(Scope):
         super().__init__(Core(self._config.name, State(self._clock.monotonic)), "")
 
     def __repr__(self) -> str:
-        """Return name, phase and storage."""
+        """Return the name, the phase and the storage."""
         return f"<Manager {self._config.name!r} {self._phase} on {self._storage!r}>"
 
     @property
@@ -159,7 +159,7 @@ class Manager(Scope):
     # Lifecycle
 
     async def start(self) -> None:
-        """Become the only writer, load the state, and begin to flush in the background.
+        """Become the only writer of the state, load it, and begin to flush in the background.
 
         The state is decoded on the event loop, which takes about 0.8 s for a million keys. A
         start that fails or is cancelled releases everything, and may be tried again. A manager
@@ -174,8 +174,9 @@ class Manager(Scope):
                 or the event loop is not asyncio's.
             LockedError: Another writer still holds the state after
                 `Config.lock_timeout` seconds. The message names that writer. If it is a manager
-                of this process, the message also has the place of its start. Stop it first.
-            CorruptionError: The stored state is damaged. It was left untouched.
+                of this process, the message also says where its `start()` was called. Stop that
+                manager first.
+            CorruptionError: The stored state is damaged. Nothing was changed.
             UnavailableError: The state could not be read this time. Start again.
             UnsupportedError: The state cannot be opened as it is. For example, a permission is
                 missing, or the format is newer.
@@ -210,7 +211,7 @@ class Manager(Scope):
         self._phase = "running"
 
     def _run(self, state: State, session: StorageSession) -> None:
-        """Start the tasks. If this raises, none of them runs."""
+        """Start the tasks. If this raises an error, none of them runs."""
         watchers = Watchers(state)
         committed = watchers.committed
         mirror: MirrorWriter | None = None
@@ -234,7 +235,7 @@ class Manager(Scope):
             if mirror is not None:
                 mirror.start(flusher)
                 undo.callback(mirror.abort)
-            core = self._core  # a reference to the manager would keep a forgotten one from being collected
+            core = self._core  # with a reference to the manager instead, a forgotten manager would never be collected
             sweeper = Sweeper(state, self._clock, lambda: core.must_wait, flusher.nudge, core.update_followup)
             undo.callback(sweeper.stop)
             watchers.attended = sweeper.attend
@@ -247,20 +248,19 @@ class Manager(Scope):
     async def stop(self) -> None:
         """Flush, write a checkpoint, and release the state.
 
-        The call goes on while bytes are written or sent. It ends after
-        `Config.stop_timeout` seconds without progress, or up to an eighth later. A flush
-        that fails is tried again for the same time. A storage call that hangs goes on after
-        the end of `stop()`, and the state stays locked until that call ends. After the flush,
-        `stop()` sends the last changes to the cache, for at most one second. A second call
-        waits for the first. A call before `start()` does nothing. If the caller is cancelled,
-        the stop goes on.
+        The call continues while bytes are written or sent. It ends after `Config.stop_timeout`
+        seconds without progress, or up to an eighth of that time later. A flush that fails is
+        tried again for the same time. A storage call that hangs continues after the end of
+        `stop()`, and the state stays locked until that call ends. After the flush, `stop()` sends
+        the last changes to the cache, for at most one second. A second call waits for the first.
+        A call before `start()` does nothing. If the caller is cancelled, the stop continues.
 
         Raises:
-            StorageError: The last flush failed, or the storage hangs. If it hangs, the message
-                also has the error of the previous flush, if that failed. The manager is
-                stopped. The changes since `durable_revision` are lost.
-            RuntimeError: `start()` is still under way: cancel that instead. It is also raised
-                if this is not the event loop of `start()`, and that loop is not closed.
+            StorageError: The last flush failed, or the storage hangs. The manager is stopped. The
+                changes above `durable_revision` are lost. If the storage hangs, and the flush
+                before failed, the message also has the error of that flush.
+            RuntimeError: `start()` is still under way: cancel `start()` instead. Or this is not
+                the event loop of `start()`, and that loop is not closed.
         """
         self._core.check_process()
         if self._phase == "starting":
@@ -269,12 +269,12 @@ class Manager(Scope):
         if self._phase == "running" and flusher is not None:
             flusher.move()
             self._phase = "stopping"
-            # From here on new calls see an empty, closed state. Calls under way keep the old one.
+            # From here on, new calls see an empty, closed state. Calls that already run keep the old one.
             self._sweeper.stop()
             self._watchers = self._core.close(State(self._clock.monotonic))
             self._start_stopping(flusher)
         elif self._stopping is not None and self._stopping.get_loop().is_closed() and self._flusher is not None:
-            self._flusher.move()  # the loop was closed during the stop: go on with it here
+            self._flusher.move()  # the loop was closed during the stop: continue the stop on this one
             self._start_stopping(self._flusher)
         if self._stopping is not None and self._phase == "stopping":
             await asyncio.shield(self._stopping)
@@ -287,7 +287,7 @@ class Manager(Scope):
     async def _stop(self, flusher: Flusher) -> None:
         try:
             await self._stop_tasks(flusher)
-        except GeneratorExit:  # the loop was closed during the stop: the next `stop()` goes on
+        except GeneratorExit:  # the loop was closed during the stop: the next `stop()` continues
             raise
         except BaseException:
             self._stopped(flusher)
@@ -332,14 +332,14 @@ class Manager(Scope):
         flusher = getattr(self, "_flusher", None)
         if flusher is not None and self._phase == "running" and not flusher.is_aborted and not sys.is_finalizing():
             warnings.warn(
-                f"{self!r} was collected while it runs: await stop() was forgotten; started at {self._started_at}",
+                f"{self!r} was collected while it runs: `await stop()` was not called; it was started at {self._started_at}",
                 ResourceWarning,
                 stacklevel=1,
                 source=self,
             )
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Refuse every call, if the manager is running. Runs in a forked child; the parent's manager goes on."""
+        """Refuse every call, if the manager is running. This runs in a forked child. The parent's manager is not affected."""
         if self._phase in {"new", "stopped"}:
             return
         flusher, mirror = self._flusher, self._mirror
@@ -368,13 +368,13 @@ class Manager(Scope):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Call `stop()`. An exception of the body is passed on, with the error of `stop()` as a note."""
+        """Call `stop()`. An exception of the block is passed on. If `stop()` fails, its error is added as a note."""
         try:
             await self.stop()
         except Exception as problem:
             if error is None:
                 raise
-            self._logger.error("%s: stop() failed as well: %s", self._config.name, problem)  # noqa: TRY400 -- the body's error goes on, with its own traceback
+            self._logger.error("%s: stop() failed as well: %s", self._config.name, problem)  # noqa: TRY400 -- the exception of the block is passed on, with its own traceback
             error.add_note(f"lab_state: stop() of {self._config.name!r} failed as well: {problem}")
 
     def _set_strict(self, *, strict: bool) -> None:
@@ -396,7 +396,7 @@ class Manager(Scope):
 
     @property
     def durable_revision(self) -> int:
-        """The last revision that is durable. Every change up to it is durable, too."""
+        """The last revision that is durable. Every change up to this revision is durable, too."""
         flusher = self._flusher
         return self._ended.durable_revision if flusher is None else flusher.durable_revision
 

@@ -467,11 +467,11 @@ def test_a_newer_format_is_refused() -> None:
     [
         (
             b"",
-            "it is empty, and a state never is; restore a copy, or delete it and the journal beside it to start with an empty state",
+            "it has no bytes, and the file of a state is never empty; restore a copy, or delete it and the journal beside it to start with an empty state",
         ),
         (
             b" \n\t",
-            "it is empty, and a state never is; restore a copy, or delete it and the journal beside it to start with an empty state",
+            "it has no bytes, and the file of a state is never empty; restore a copy, or delete it and the journal beside it to start with an empty state",
         ),
         (b"[]", "it is not a JSON object; a state is one object, with a member for each key"),
         (b'"a"', "it is not a JSON object; a state is one object, with a member for each key"),

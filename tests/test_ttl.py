@@ -543,7 +543,7 @@ class TestClocks:
         behind = ManualClock(1_700_000_000.0 - 365 * DAY)
         async with manager(storage, behind) as state:
             assert [(record.levelno, record.name) for record in told(caplog)] == [(logging.WARNING, "lab_state")]
-            expected = "the wall clock is 31536004 s behind what was written; keys live that much longer"
+            expected = "the wall clock is 31536004 s behind the time of the last write; keys expire that much later"
             assert told(caplog)[0].getMessage().endswith(expected)
             assert (await state.expires_in("a"), await state.expires_in("b")) == (6.0, 10.0)
             await state.set("new", 1, ttl=60)
