@@ -280,8 +280,8 @@ class State:
         """
         if cleared and self.on_change is not None and len(self.entries) <= WATCHED_CLEAR:
             changes, cleared = {**dict.fromkeys(self.entries, DELETED), **changes}, False
-        if self.views:
-            self.before_overwrite(None if cleared else changes)
+        if self.views and not cleared:
+            self.before_overwrite(changes)
         self.before_change()
         self.revision += 1
         if cleared:
@@ -315,6 +315,8 @@ class State:
             on_change(key, stored, self.revision)
 
     def _empty(self) -> None:
+        if self.views:
+            self.before_overwrite(None)
         entries, changes = self.entries, self.changes
         self.entries, self.changes = {}, {}
         for unneeded in (changes, *self.expiries.clear()):

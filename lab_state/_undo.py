@@ -45,23 +45,24 @@ class Changing(Protocol[V_co]):
 
 
 class UndoView(Generic[V]):
-    """The entries of a map at one moment."""
+    """The entries of a map at one moment.
 
-    __slots__ = ("__weakref__", "_kept", "_old", "_owner")
+    Attributes:
+        is_closed: Whether `close` was called.
+    """
+
+    __slots__ = ("__weakref__", "_kept", "_old", "_owner", "is_closed")
 
     def __init__(self, owner: Changing[V]) -> None:
         """Begin a view of the entries as they are now. The owner must call `note` before it changes one of them."""
+        self.is_closed: bool = False
         self._owner: Changing[V] | None = owner
         self._kept: Lookup[V] | None = None
         self._old: dict[str, V | object] = {}
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._owner is None
-
     def close(self) -> None:
         """Give up all values. A second call does nothing."""
+        self.is_closed = True
         self._owner, self._kept, self._old = None, None, {}
 
     def note(self, keys: Iterable[str]) -> None:
@@ -85,6 +86,8 @@ class UndoView(Generic[V]):
         assert self._owner is not None  # it is open
         entries = self._owner.entries if self._kept is None else self._kept
         old = self._old
+        if not old:
+            return [(key, entries[key]) for key in keys if key in entries]
         found: list[tuple[str, V]] = []
         for key in keys:
             try:
