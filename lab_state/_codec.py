@@ -174,7 +174,7 @@ def _parts(
             deleted.append(key)
         else:
             if isinstance(stored, Expiring):
-                stored, expires[key] = stored
+                expires[key], stored = stored.at, stored.value
             part[key] = Raw(stored) if isinstance(stored, bytes) else stored
             size += size_of(stored)
         if size - before >= _SLICE_BYTES:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Literal, NamedTuple, NewType, Protocol, TypeAlias
 
-from msgspec import Raw
+from msgspec import Raw, Struct
 
 Json = NewType("Json", bytes)
 """The bytes of exactly one JSON value in UTF-8.
@@ -26,8 +26,12 @@ SCALARS = frozenset({str, int, float, bool, type(None)})
 """The classes of values that are stored as they are."""
 
 
-class Expiring(NamedTuple):
-    """A value with its expiry: the key does not exist from `at` on, in milliseconds since 1970."""
+class Expiring(Struct, frozen=True, gc=False):
+    """A value with its expiry: the key does not exist from `at` on, in milliseconds since 1970.
+
+    The garbage collector does not track it. A tracked value makes the dict of the state tracked as
+    well, and then each full collection looks at every key.
+    """
 
     value: Value
     at: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -349,6 +350,11 @@ def test_alive_until_its_time(state: State, ticks: Ticks) -> None:
     ticks.now = 101.0
     assert state.alive(expiring) is MISSING
     assert state.alive(Expiring(None, START + 2000)) is None
+
+
+def test_a_value_that_expires_is_not_tracked() -> None:
+    """The garbage collector looks neither at a value that expires, nor, because of it, at the dict of a state."""
+    assert not gc.is_tracked(Expiring(Raw(b"[1]"), START))
 
 
 def test_loaded_times_are_kept_with_the_values(state: State) -> None:

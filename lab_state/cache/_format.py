@@ -194,8 +194,8 @@ def slices(items: Iterable[tuple[str, StoredOrGone]], ahead: int) -> Iterator[Sl
             deleted.append(key)
         else:
             if isinstance(stored, Expiring):
-                stored, at = stored
-                expires[key] = at + ahead
+                expires[key] = stored.at + ahead
+                stored = stored.value
             values[key] = data = _json(stored) if size_of(stored) < _LARGE else (yield from _large_json(stored))
             size += len(data)
         if size >= _MOST_BYTES or len(values) + len(deleted) >= _MOST_KEYS:

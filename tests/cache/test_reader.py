@@ -25,6 +25,7 @@ from lab_state import (
     UnsupportedError,
     WaitTimeoutError,
 )
+from lab_state._entries import Expiring
 from lab_state.cache import Slice, _feed
 from lab_state.cache._format import Head, Message, message, parse_message, resync
 from lab_state.cache._local_copy import LocalCopy
@@ -447,7 +448,7 @@ def test_where_a_load_arrives(told: list[tuple[int, int]], last: tuple[int, str]
     assert local.finish_loading(Head(1, *last)) is good
     assert local.fresh is good
     assert local.shown.get("n") == (told[-1][1] if good and told else None)
-    assert local.shown.get("a") == ((1, 7) if good else None)
+    assert local.shown.get("a") == (Expiring(1, 7) if good else None)
 
 
 def test_types() -> None:

@@ -77,7 +77,7 @@ def held(state: State) -> Contents:
     values, expires = {}, {}
     for key, stored in state.entries.items():
         if isinstance(stored, Expiring):
-            stored, expires[key] = stored
+            expires[key], stored = stored.at, stored.value
         values[key] = decode_value(stored, Any)
     return values, expires
 

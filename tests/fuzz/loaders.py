@@ -106,7 +106,7 @@ def readable(state: State) -> dict[str, Any]:
     """Return what can be read: all, except values under a right checksum that are not JSON."""
     found = {}
     for key, stored in state.entries.items():
-        value, at = stored if isinstance(stored, Expiring) else (stored, None)
+        value, at = (stored.value, stored.at) if isinstance(stored, Expiring) else (stored, None)
         with suppress(TypeMismatchError):
             found[key] = decode_value(value, Any), at
     return found
