@@ -1,4 +1,4 @@
-"""Views of the state for a storage. A view is taken, encoded in slices, and at last the later writes are merged into it."""
+"""Views of the state for a storage. A view is taken and encoded in slices. At the end, later writes are merged into it."""
 
 from __future__ import annotations
 
@@ -74,10 +74,7 @@ class SnapshotViews:
         yield last
 
     async def fold(self) -> None:
-        """Merge the writes since each view was taken into it, in steps that are faster than new writes.
-
-        A second call does nothing.
-        """
+        """Merge into each view the writes that came after it. A second call does nothing."""
         while self._taken:
             view = self._taken.pop()
             try:

@@ -1,4 +1,4 @@
-"""The responses of a web application to errors of lab_state: the same in each framework."""
+"""The responses of a web application to errors of lab_state. They are the same in each framework."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def check_retry_after(seconds: int) -> int:
     """Check a value for `Retry-After`.
 
     Raises:
-        TypeError: It is not a whole number.
-        ValueError: It is below 0.
+        TypeError: The value is not a whole number.
+        ValueError: The value is below 0.
     """
     if isinstance(seconds, bool) or not isinstance(seconds, int):
         raise TypeError(f"retry_after must be a whole number of seconds, not {type(seconds).__name__}")
@@ -43,14 +43,13 @@ def check_retry_after(seconds: int) -> int:
 def answer_to(error: Exception, asked: str, retry_after: int) -> Answer:
     """Return the response to an error of `ANSWERED`, and log one line about it.
 
-    The response to a storage error does not contain its message, which may have file paths:
-    that is in the log only. The log does not contain the URL, because a caller may write
-    anything into it.
+    The message of a storage error may have file paths. So it is in the log, and not in the
+    response. The log does not contain the URL, because a client may write anything into it.
 
     Args:
         error: The error.
         asked: The method of the request, for the log.
-        retry_after: The number of seconds after which a caller may try again.
+        retry_after: The number of seconds after which a client may try again.
     """
     assert isinstance(error, LabStateError)
     problem = f"{type(error).__name__}: {error}"

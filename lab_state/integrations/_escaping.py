@@ -1,4 +1,4 @@
-"""Makes any text one part of a key, and reads it back."""
+"""Any text as a part of a key, and back to the text."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from lab_state._escaping import CUT_KEY, LONGEST_ESCAPED, escape, escape_key
 __all__ = ["LONGEST", "escape", "is_hash", "part", "unescape"]
 
 LONGEST = LONGEST_ESCAPED
-"""Characters of a part at most. A longer one is replaced by its hash."""
+"""The most characters of a part. A longer part is replaced by its hash."""
 
 
 def part(text: str) -> str:
-    """Return a text as a part of a key: `escape_key` of it.
+    """Return a text as a part of a key. The result is that of `escape_key`, with one exception.
 
-    There is one exception: `$lab_state` stays as it is. It is reserved as a whole key only, and
-    stores had this part before `escape_key` existed.
+    The text `$lab_state` is not changed. It is reserved only as a whole key, and stored states may
+    have this part from before `escape_key` existed.
     """
     return text if text == RESERVED else escape_key(text)
 
 
 def unescape(escaped: str) -> str:
-    """Return the text that was escaped."""
+    """Return the text from which `part` made this part."""
     return "" if escaped == "%" else unquote(escaped, errors="surrogatepass")
 
 
 def is_hash(part: str) -> bool:
-    """Return whether a part was cut, so that its text cannot be read back from it."""
+    """Return whether a part was cut. Then its text cannot be recovered from it."""
     return part.startswith(CUT_KEY)

@@ -1,4 +1,4 @@
-"""The common part of the web frameworks: it runs managers and readers with the application, and finds and checks them."""
+"""The common part of the web frameworks. It runs managers and readers with the application, finds them, and checks them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ KEY = "lab_state"
 class Named(Mapping[str, Served]):
     """Managers and readers by name, read-only.
 
-    A framework may copy the objects in its state, even with `deepcopy`, before a handler gets
-    them. A copy of this object is the same object, because a state has one manager.
+    A framework may copy the objects in its state, even with `deepcopy`, before it passes them
+    to a handler. `copy` and `deepcopy` return this object itself, because a state has one manager.
     """
 
     def __init__(self, named: Mapping[str, Served]) -> None:
@@ -40,7 +40,7 @@ class Named(Mapping[str, Served]):
 
     @contextmanager
     def accepting_streams(self) -> Generator[None]:
-        """Accept streams until the block is left."""
+        """Accept new streams until the block is left."""
         self._stop = ServerStop()
         try:
             yield
@@ -68,8 +68,8 @@ class Named(Mapping[str, Served]):
 
 
 _NO_LIFESPAN = (
-    "the application's lifespan does not run: give its managers to it, and make sure that the server runs its startup; "
-    "a test client does that when it is entered (`with TestClient(app) as client`)"
+    "the application's lifespan does not run: pass the managers to it, and make sure that the server runs the startup; "
+    "a test client does that at the start of its block (`with TestClient(app) as client`)"
 )
 _OTHER_WORKER = "if that is another worker of this server, run it with one worker (see docs/workers.md)"
 
@@ -78,8 +78,8 @@ def by_name(served: Iterable[S], kinds: tuple[type[Any], ...] = (Manager, Reader
     """Return managers, readers or both by their names.
 
     Raises:
-        TypeError: One of them is something else.
-        ValueError: None was given, or two have the same name.
+        TypeError: One of the objects is neither.
+        ValueError: There is no object, or two have the same name.
     """
     named: dict[str, S] = {}
     for one in served:
@@ -96,19 +96,19 @@ def add(named: dict[str, S], one: S) -> None:
     """Add a manager or a reader.
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: Another one has the same name.
     """
     name = one.config.name if isinstance(one, Manager) else one.name
     if name in named:
-        raise ValueError(f"two are named {name!r}; in one application each manager and reader needs a name of its own")
+        raise ValueError(f"two are named {name!r}; in one application each manager and reader needs a different name")
     named[name] = one
 
 
 @asynccontextmanager
 async def running(served: Iterable[Served]) -> AsyncGenerator[None]:
-    """Start all of them in order. At the end, also after an error, stop those that were started, in reverse order.
+    """Start managers and readers in order. At the end, and after an error, stop those that were started, in reverse order.
 
-    Start and stop may run in different tasks.
+    The start and the stop may run in different tasks.
     """
     async with AsyncExitStack() as stack:
         for one in served:
@@ -117,14 +117,14 @@ async def running(served: Iterable[Served]) -> AsyncGenerator[None]:
             except LockedError as error:
                 error.args = (
                     f"{error}; {_OTHER_WORKER}",
-                )  # one line, so that the last line of the traceback has all of it
+                )  # one line, so that the last line of the traceback has the whole message
                 raise
         yield
 
 
 @asynccontextmanager
 async def serving(served: Named) -> AsyncGenerator[None]:
-    """Start and stop managers and readers as `running` does, and accept streams while they run."""
+    """Do the same as `running`, and accept streams while the managers and readers run."""
     async with running(served.values()):
         with served.accepting_streams():
             yield
@@ -134,13 +134,13 @@ def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None)
     """Return the manager or the reader of a name, or the only one if no name is given.
 
     Raises:
-        LookupError: There is none, or no name was given and there are several.
+        LookupError: There is no such manager or reader. Or there are several, and no name was given.
     """
     found = {known: one for known, one in (served or {}).items() if isinstance(one, kind)}
     if not found:
         raise LookupError(
-            f"this application has no lab_state {_plural(kind)}: give them to it, and make sure that the server runs its "
-            "startup; a test client does that when it is entered (`with TestClient(app) as client`)"
+            f"this application has no lab_state {_plural(kind)}: pass them to it, and make sure that the server runs the "
+            "startup; a test client does that at the start of its block (`with TestClient(app) as client`)"
         )
     if name is None and len(found) == 1:
         return next(iter(found.values()))
@@ -151,7 +151,7 @@ def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None)
 
 
 def stop_of(served: Mapping[str, Served] | None) -> ServerStop:
-    """Return the event that ends a stream when the server stops. From now on the server's signals set it.
+    """Return the event that ends a stream when the server stops. From now on, the server's signals set the event.
 
     Raises:
         LookupError: The application's lifespan does not run.
@@ -168,11 +168,11 @@ def _plural(kind: type[Any]) -> str:
 
 
 def check_bound(seconds: float | None) -> float:
-    """Return a bound for `health_of`: infinity for `None`.
+    """Return the bound for `health_of`. `None` becomes infinity.
 
     Raises:
-        ValueError: It is not above 0.
-        TypeError: It is not a number.
+        ValueError: The bound is not above 0.
+        TypeError: The bound is not a number.
     """
     if seconds is None:
         return math.inf
@@ -184,9 +184,10 @@ def check_bound(seconds: float | None) -> float:
 
 
 def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, bytes]:
-    """Return an HTTP status and a JSON body.
+    """Return the HTTP status and the JSON body of a health response.
 
-    The status is 200, or 503 if a manager does not run or cannot write, or if a reader is not up.
+    The status is 503 if a manager does not run or cannot write, or if a reader is not up. Otherwise
+    it is 200.
 
     Args:
         served: The managers and readers, by name.
@@ -198,7 +199,7 @@ def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, b
     for name, one in (served or {}).items():
         if isinstance(one, Reader):
             readers[name] = {"up": one.up}
-            problem = None if one.up else "gets no changes: there is no mirror, or it cannot be reached"
+            problem = None if one.up else "receives no changes: there is no mirror, or it cannot be reached"
         else:
             status = one.status()
             managers[name] = status

@@ -1,10 +1,9 @@
-"""Sends changes to connected clients, until they leave, the manager stops, or the server begins to stop.
+"""Streams of changes to connected clients, until they leave, the manager stops, or the server begins to stop.
 
-A server tells its application late that it stops: only after every request has ended. A
-stream of changes does not end by itself, so it must learn of the stop earlier, from the
-signal. The server already has a handler for that signal. As soon as there is a stream,
-`ServerStop` puts a handler of its own in front. It ends the streams, and then calls the
-server's handler.
+A server tells its application that it stops only after every request has ended. A stream of changes
+does not end by itself. So the stream must learn of the stop earlier, from the signal. The server
+already has a handler for that signal. When the first stream begins, `ServerStop` replaces that
+handler by its own. Its handler ends the streams, and then calls the server's handler.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ import msgspec
 from lab_state._watch import Change, Watcher
 
 Watch: TypeAlias = AbstractAsyncContextManager[AsyncIterator[Change]]
-"""What `Manager.watch`, `Namespace.watch` and `Reader.watch` return."""
+"""The result of `Manager.watch`, `Namespace.watch` and `Reader.watch`."""
 
 Data: TypeAlias = Callable[[Change], object]
 """A function that returns the data to send about a change."""
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-"""Headers of a stream of events. With them, no cache and no proxy (nginx) holds it back."""
+"""The headers of a stream of events. They tell caches and proxies such as nginx to pass each event on at once."""
 
 _COMMENT = b":\n\n"
 
@@ -41,10 +40,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class EndEvent:
-    """An event that is set once, and then calls functions.
+    """An event that can be set once. It then calls functions.
 
     Attributes:
-        is_set: Whether it was set.
+        is_set: Whether the event was set.
     """
 
     def __init__(self) -> None:
@@ -60,7 +59,7 @@ class EndEvent:
 
     @contextmanager
     def calling(self, callback: Callable[[], object]) -> Generator[None]:
-        """Call a function when the event is set, or at once if it is. Leaving the block withdraws the function."""
+        """Call a function when the event is set, or at once if it is set already. At the end of the block, forget it."""
         self._callbacks[callback] = None
         try:
             if self.is_set:
@@ -71,7 +70,7 @@ class EndEvent:
 
 
 class ServerStop(EndEvent):
-    """An event that is set when the server begins to stop. From the first stream on, the server's signal sets it."""
+    """An event for the moment at which the server begins to stop. From the first stream on, the server's signals set it."""
 
     def __init__(self) -> None:
         """Create it for the running event loop."""
@@ -82,8 +81,9 @@ class ServerStop(EndEvent):
     def listen(self) -> None:
         """Listen for the signals for which the server has handlers.
 
-        A signal without a handler ends the process at once. A server outside the main thread
-        gets no signals. A program stops it, and can call `set`.
+        A signal without a handler ends the process at once, so nothing has to be done for it. A
+        server outside the main thread receives no signals. The program that stops such a server
+        can call `set`.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -95,8 +95,8 @@ class ServerStop(EndEvent):
     def close(self) -> None:
         """Set the event, and stop listening.
 
-        If another handler was put in front of ours meanwhile, it still calls ours, which then
-        only calls the server's.
+        If another handler has replaced ours meanwhile, it may still call ours. Ours then only
+        calls the server's handler.
         """
         self.set()
         for number, (ours, theirs) in self._installed.items():
@@ -113,20 +113,20 @@ class ServerStop(EndEvent):
         self._installed[number] = ours, theirs
         signal.signal(number, ours)
         if getattr(getattr(theirs, "__self__", None), "should_exit", False):
-            self.set()  # the server is uvicorn, and it got its signal before there was a stream
+            self.set()  # the server is uvicorn, and received its signal before there was a stream
 
 
 async def changes_until(end: EndEvent, watch: Watch, heartbeat: float) -> AsyncGenerator[Change | None]:
-    """Yield changes until an event is set. The first one is a `resync`.
+    """Yield changes until an event is set. The first change is a `resync`.
 
     Args:
         end: The event.
         watch: The watch, not yet entered.
-        heartbeat: Yield `None` after this many seconds without a change.
+        heartbeat: The number of seconds without a change after which `None` is yielded.
     """
     async with watch as changes:
         if isinstance(changes, Watcher) and changes.opened is not None:
-            yield Change("", "resync", changes.opened)  # a watch of a reader already begins with one
+            yield Change("", "resync", changes.opened)  # a watch of a reader already begins with a `resync`
         loop = asyncio.get_running_loop()
         while not end.is_set:
             change = None
@@ -174,9 +174,11 @@ async def send_changes(
     Args:
         watch: The watch, not yet entered.
         stop: The stop of the server.
-        data: Returns what is sent about a change; `None`: the change itself.
-        drop_input: Drops what the client sends, and returns when it has left.
-        send: Sends one text.
+        data: A function that returns the data to send for a change. With `None`, the change
+            itself is sent.
+        drop_input: A function that drops all messages of the client, and returns when the client
+            has left.
+        send: A function that sends one text.
         client_left: The errors that `send` raises when the client has left.
     """
     end = EndEvent()
@@ -211,11 +213,11 @@ def _encode(change: Change, data: Data | None) -> bytes:
 
 
 def check_times(heartbeat: float, retry: float) -> None:
-    """Check both times.
+    """Check the two times of a stream.
 
     Raises:
         TypeError: One of them is not a number.
-        ValueError: `heartbeat` is not above 0, or `retry` is below 0, or one is not finite.
+        ValueError: `heartbeat` is not above 0, `retry` is below 0, or one of them is not finite.
     """
     for name, seconds in (("heartbeat", heartbeat), ("retry", retry)):
         if isinstance(seconds, bool) or not isinstance(seconds, int | float):

@@ -1,4 +1,4 @@
-"""For aiohttp's server: managers and readers that run with an application, a health handler, error responses, live updates."""
+"""For aiohttp's server: managers and readers that run with an application, a health handler, error responses and live updates."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ _STOP: web.AppKey[EndEvent] = web.AppKey("lab_state.stopping", EndEvent)
 def setup(app: web.Application, *served: Manager | Reader) -> None:
     """Run managers and readers while an application runs.
 
-    They are added to its `cleanup_ctx`: they are started in the order given, after what was
-    added before them, and stopped in reverse order. If one of them cannot be started, those
-    before it are stopped, and `web.run_app` ends with its error.
+    They are added to the `cleanup_ctx` of the application. They are started in the order given,
+    after everything that was added before them, and stopped in reverse order. If one of them
+    cannot be started, those before it are stopped, and `web.run_app` ends with its error.
 
-    Handlers find them with `manager` and `reader`, also those of sub-applications. `setup`
-    may be called again, and for sub-applications with managers and readers of their own.
+    Handlers find them with `manager` and `reader`. So do handlers of sub-applications. `setup` may
+    be called several times. A sub-application may have its own managers and readers, too.
 
     Args:
         app: The application, not yet running.
-        served: Managers, and readers of other processes' states. One or more, each with a
+        served: Managers, and readers of other processes' states: one or more, each with a
             different name.
 
     Raises:
-        ValueError: None was given, or two have the same name.
-        TypeError: One of them is neither a manager nor a reader.
+        ValueError: There is no manager and no reader, or two have the same name.
+        TypeError: An argument is neither a manager nor a reader.
     """
     named = by_name(served)
     known = _own(app)
@@ -85,9 +85,9 @@ def manager(source: web.Request | web.Application, name: str | None = None) -> M
     """Return a manager of an application.
 
     Args:
-        source: A request, for the managers of the application that handles it and of its
-            parents. Or an application, for its own managers only, because it does not know
-            its parents.
+        source: A request or an application. A request finds the managers of the application
+            that handles it, and of the parents of that application. An application finds only
+            its own managers, because it does not know its parents.
         name: The name of the manager. It may be left out if there is only one.
 
     Raises:
@@ -115,18 +115,19 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
 
     Add it with `app.router.add_get("/health", health())`.
 
-    It answers 200 while every manager that `manager` finds runs and can write, and every reader is up, and 503
-    otherwise. The body is JSON with the status of each. It has no keys and no values, but
-    error messages in it may have file paths. So do not expose the endpoint to the internet.
+    The handler answers 200 if every manager that `manager` finds runs and can write, and every
+    reader is up. Otherwise it answers 503. The body is JSON with the status of each of them. It has
+    no keys and no values, but error messages in it may have file paths. So do not expose the
+    endpoint to the internet.
 
     Args:
         max_unflushed_age: The highest age of a change that is not durable, in seconds above 0.
-            Choose more than every `flush_interval`. `None`: any age, for managers whose
-            `flush_interval` is `None`.
+            Choose a longer time than every `flush_interval`. With `None`, any age is accepted. Use
+            this for managers whose `flush_interval` is `None`.
 
     Raises:
-        ValueError: The bound is not above 0.
-        TypeError: It is not a number.
+        ValueError: `max_unflushed_age` is not above 0.
+        TypeError: `max_unflushed_age` is not a number.
     """
     bound = check_bound(max_unflushed_age)
 
@@ -138,25 +139,25 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
 
 
 def errors(app: web.Application, *, retry_after: int = 1) -> None:
-    """Answer requests that lab_state refuses, instead of a bare 500: `errors(app)`.
+    """Give errors of lab_state a response of their own, in place of a plain 500: `errors(app)`.
 
-    `StorageError` becomes 503 with `Retry-After`, because the storage may work again by then.
-    `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
+    `StorageError` becomes 503 with `Retry-After`, because the storage may work again after that
+    time. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
     `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
-    without a value: a WARNING for 503, DEBUG for 422.
+    without a value. The level is WARNING for 503 and DEBUG for 422.
 
-    A middleware is added around those that exist, so each of them gets the error first.
+    This adds a middleware outside of the existing ones, so they see the error first.
     Sub-applications are covered. A response that has begun, such as that of a WebSocket,
-    cannot be changed: then aiohttp gets the error.
+    cannot be changed. Then the error is passed on to aiohttp.
 
     Args:
         app: The application, not yet running.
-        retry_after: The number of seconds after which callers may try again, 0 or more.
+        retry_after: The number of seconds after which a client may try again, 0 or more.
 
     Raises:
         TypeError: `retry_after` is not a whole number.
-        ValueError: It is below 0.
-        RuntimeError: The application runs.
+        ValueError: `retry_after` is below 0.
+        RuntimeError: The application is running.
     """
     app.middlewares.insert(0, _answering(check_retry_after(retry_after)))
 
@@ -178,11 +179,11 @@ def _answering(retry_after: int) -> Middleware:
 
 
 def _stop(request: web.Request) -> EndEvent:
-    """Return the stop of the application that handles a request, or of its nearest parent that has one."""
+    """Return the stop event of the application that handles a request, or of its nearest parent that has one."""
     for app in reversed(request.match_info.apps):
         if _STOP in app:
             return app[_STOP]
-    raise LookupError("this application has no lab_state managers: give them to it with setup()")
+    raise LookupError("this application has no lab_state managers: pass them to it with setup()")
 
 
 async def sse(
@@ -193,24 +194,24 @@ async def sse(
     Write `return await sse(request, state.watch("jobs/"))` in a handler.
 
     Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
-    one is a `resync`: the client reads everything, and then follows the changes. So a browser
-    that comes back after a lost connection misses nothing. A client that reads slowly gets
-    only the last change of each key.
+    event is a `resync`. At a `resync`, the client should read everything; the later events are
+    changes of it. So a browser that connects again misses nothing. A client that reads slowly
+    receives only the last change of each key.
 
-    The stream ends when the client leaves, when the manager stops, and when the server
-    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. aiohttp calls
-    `on_shutdown` then. A client that reads nothing delays the end of the server. Limit that
+    The stream ends when the client leaves, when the manager stops, or when the server begins to
+    stop. At SIGTERM or SIGINT, aiohttp calls `on_shutdown` before it waits for its connections,
+    and that ends the stream. A client that reads nothing delays the end of the server. Limit that
     delay with `shutdown_timeout` of `run_app`.
 
     Args:
         request: The request. Its response has not begun.
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
-        data: A plain function that gets a change and returns what to send. msgspec must be
-            able to encode that as JSON. It is called for a `resync` too. Without it, the
-            change itself is sent.
-        heartbeat: Send a comment after this many seconds without a change. It keeps proxies
-            from closing the connection, and shows whether the client is still there.
+        data: A plain function that takes a change and returns the data to send. msgspec must be
+            able to encode the data as JSON. The function is called for a `resync` too. Without
+            it, the change itself is sent.
+        heartbeat: The number of seconds without a change after which a comment is sent. It keeps
+            proxies from closing the connection, and shows whether the client is still there.
         retry: The number of seconds after which a browser connects again.
 
     Raises:
@@ -235,21 +236,21 @@ async def sse(
 async def push(request: web.Request, watch: Watch, *, data: Data | None = None) -> web.WebSocketResponse:
     """Send changes through a WebSocket, until the server begins to stop.
 
-    `return await push(request, state.watch("jobs/"))` is the whole body of a handler.
+    The body of a handler can be this one line: `return await push(request, state.watch("jobs/"))`.
 
-    Each message is the JSON of a change, as text. The first one is a `resync`: the client reads
-    everything, and then follows the changes. What the client sends is dropped. The call
-    returns when the client has left, when the manager stops, or when the server begins to
-    stop (see `sse`). In the last two cases it closes the WebSocket with 1012, so that clients
-    connect again. If the call is cancelled, it leaves the WebSocket open.
+    Each message is the JSON of a change, as text. The first message is a `resync`: the client
+    should read everything then. Messages from the client are dropped. The call returns when the
+    client has left, when the manager stops, or when the server begins to stop (see `sse`). In the
+    last two cases it closes the WebSocket with code 1012, so that clients connect again. If the
+    call is cancelled, it leaves the WebSocket open.
 
     Args:
         request: The request for a WebSocket.
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
-        data: A plain function that gets a change and returns what to send. msgspec must be
-            able to encode that as JSON. It is called for a `resync` too. Without it, the
-            change itself is sent.
+        data: A plain function that takes a change and returns the data to send. msgspec must be
+            able to encode the data as JSON. The function is called for a `resync` too. Without
+            it, the change itself is sent.
 
     Raises:
         LookupError: `setup` was not called for this application.

@@ -1,4 +1,4 @@
-"""For FastAPI: dependencies; and the lifespan, health route, error responses and live updates of Starlette."""
+"""For FastAPI: dependencies. The lifespan, health route, error responses and live updates are those for Starlette."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ T = TypeVar("T")
 def manager(name: str | None = None) -> Callable[[HTTPConnection], Awaitable[Manager]]:
     """Return a dependency for a manager: `Annotated[Manager, Depends(manager("my-module"))]`.
 
-    It works in endpoints, in WebSockets, and in mounted applications, which find the managers
-    of their parent. It also works in a plain `def` endpoint; use `.blocking` there. It needs
-    no thread.
+    The dependency works in endpoints, in WebSockets, and in mounted applications, which find the
+    managers of their parent. It also works in a plain `def` endpoint; use `.blocking` there.
+    FastAPI calls the dependency itself without a thread.
 
     Args:
         name: The name of the manager. It may be left out if the application has only one.
@@ -82,7 +82,7 @@ def entry(
     Args:
         key: The key.
         type: The type of its value; see `Manager.entry`.
-        default: What `get` returns and `update` starts from if the key is missing.
+        default: The value for a missing key: `get` returns it, and `update` starts from it.
         manager: The name of the manager. It may be left out if the application has only one.
 
     Raises:

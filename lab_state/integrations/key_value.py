@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
     try:
         from key_value.aio.errors import DeserializationError, InvalidTTLError, SerializationError, StoreConnectionError
-    except ModuleNotFoundError:  # pragma: no cover -- before 0.4.3; the session key-value of nox tests it
+    except ModuleNotFoundError:  # pragma: no cover -- py-key-value before 0.4.3; the session key-value of nox tests it
         from key_value.shared.errors import (
             DeserializationError,
             InvalidTTLError,
@@ -39,28 +39,28 @@ class LabStateStore:
     A value is stored under `<collection>/<key>` in the namespace. The slashes of both parts
     are escaped, so collection `a/b` with key `c` differs from `a` with `b/c`. Any string may
     be a key or a collection. If a part has more than 256 characters after escaping, its
-    SHA-256 is used instead. Its text is stored beside the value, so that `keys` and
-    `collections` can return it.
+    SHA-256 is used instead. Then the text of the part is stored beside the value, so that
+    `keys` and `collections` can return it.
 
     Every call raises `ClosedError` while the manager does not run, and `TypeError` for a
-    key or a collection that is not a `str`. With a `flush_interval` of 0, each call that
-    writes raises `StoreConnectionError` if the storage failed: the change is not durable
-    yet, and the manager tries again by itself. When the manager is fenced, each call that
-    writes changes nothing, and raises an error that is both a `StoreConnectionError` and a
-    `FencedError`, with every `flush_interval`.
+    key or a collection that is not a `str`. With a `flush_interval` of 0, each writing call
+    raises `StoreConnectionError` if the storage fails. Then the change is not durable yet, and
+    the manager tries again by itself. When the manager is fenced, each writing call changes
+    nothing. With every `flush_interval`, it raises an error that is both a
+    `StoreConnectionError` and a `FencedError`.
     """
 
     def __init__(self, namespace: Namespace, *, default_collection: str = "default_collection") -> None:
-        """Use a namespace, in which nothing else may be stored.
+        """Use a namespace. Other code must not store anything in it.
 
         Args:
-            namespace: `Manager.namespace("mcp")`, or one with another name. Its prefix has
-                511 characters at most.
+            namespace: `Manager.namespace("mcp")`, or a namespace with another name. Its prefix
+                has 511 characters at most.
             default_collection: The collection for calls that do not name one.
 
         Raises:
             TypeError: `namespace` is not a `Namespace`.
-            InvalidKeyError: Its prefix is too long.
+            InvalidKeyError: The prefix of the namespace is too long.
         """
         if not isinstance(namespace, Namespace):
             raise TypeError(f"a Namespace was expected, such as state.namespace('mcp'); not {namespace!r}")
@@ -83,7 +83,7 @@ class LabStateStore:
         return (await self.get_many([key], collection=collection))[0]
 
     async def get_many(self, keys: Sequence[str], *, collection: str | None = None) -> list[dict[str, Any] | None]:
-        """Return the values of keys, in their order, all from one moment; see `get`."""
+        """Return the values of several keys, in the order of the keys, all from one moment; see `get`."""
         places = self._places(keys, collection)
         found = await self._namespace.get_many(places)
         return [_value(place, found.get(place)) for place in places]
@@ -102,7 +102,7 @@ class LabStateStore:
     async def ttl_many(
         self, keys: Sequence[str], *, collection: str | None = None
     ) -> list[tuple[dict[str, Any] | None, float | None]]:
-        """Return the values of keys and the seconds until each expires, in their order, all from one moment; see `ttl`."""
+        """Return the result of `ttl` for several keys, in the order of the keys, all from one moment."""
         answers: list[tuple[dict[str, Any] | None, float | None]] = []
         for place in self._places(keys, collection):
             try:
@@ -144,7 +144,7 @@ class LabStateStore:
         collection: str | None = None,
         ttl: SupportsFloat | None = None,
     ) -> None:
-        """Store values, all or none of them, also after a crash; see `put`.
+        """Store several values, all of them or none, even if there is a crash; see `put`.
 
         Raises:
             ValueError: The numbers of keys and values differ.
@@ -159,7 +159,7 @@ class LabStateStore:
     async def put_if_absent(
         self, key: str, value: Mapping[str, Any], *, collection: str | None = None, ttl: SupportsFloat | None = None
     ) -> bool:
-        """Store a value if the key is missing, as one step. Return whether it was stored. See `put`."""
+        """Store a value if the key is missing, as one atomic step; see `put`. Return whether the value was stored."""
         ((place, entry),) = self._entries([key], [value], collection).items()
         seconds = _seconds(ttl)
         with _errors():
@@ -170,27 +170,27 @@ class LabStateStore:
         return await self.delete_many([key], collection=collection) == 1
 
     async def delete_many(self, keys: Sequence[str], *, collection: str | None = None) -> int:
-        """Delete several keys as one change. Return how many of them existed."""
+        """Delete several keys as one change. Return the number of those that existed."""
         with _errors():
             return await self._namespace.delete_many(self._places(keys, collection))
 
     # The optional protocols
 
     async def keys(self, collection: str | None = None, *, limit: int | None = None) -> list[str]:
-        """Return the keys of a collection, up to `limit`, in no particular order. The cost grows with the number of all keys."""
+        """Return up to `limit` keys of a collection, in no particular order. The cost grows with the number of all keys."""
         prefix = f"{self._collection(collection)}/"
         found = (await self._namespace.keys(prefix))[: _limit(limit)]
         return [self._text(place, place[len(prefix) :], "key") for place in found]
 
     async def collections(self, *, limit: int | None = None) -> list[str]:
-        """Return the collections that have a key, up to `limit`, in no particular order. It costs as much as `keys`."""
+        """Return up to `limit` collections that have a key, in no particular order. The cost is that of `keys`."""
         first: dict[str, str] = {}
         for place in await self._namespace.keys():
             first.setdefault(place.partition("/")[0], place)
         return [self._text(place, name, "collection") for name, place in list(first.items())[: _limit(limit)]]
 
     async def destroy_collection(self, collection: str) -> bool:
-        """Delete every key of a collection, as one change. Return whether there was one."""
+        """Delete every key of a collection, as one change. Return whether there was any key."""
         with _errors():
             return await self._namespace.delete_all(f"{self._collection(collection)}/") > 0
 
@@ -250,7 +250,7 @@ def _value(place: str, stored: Any) -> dict[str, Any] | None:
 
 def _not_ours(place: str) -> DeserializationError:
     return DeserializationError(
-        f"the value under {place!r} was not stored by this store: nothing else may write in its namespace"
+        f"this store did not store the value under {place!r}: no other code may write in its namespace"
     )
 
 
@@ -261,7 +261,7 @@ def _text(what: str, text: object) -> str:
 
 
 def _checked(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a value, if every store of py-key-value would accept it. lab_state itself accepts more."""
+    """Return a copy of a value. Check that every store of py-key-value would accept it. lab_state itself accepts more."""
     if not isinstance(value, Mapping):
         raise TypeError(f"a value must be a mapping, not {type(value).__name__}")
     copy = dict(value)

@@ -43,26 +43,27 @@ __all__ = ["LabStatePlugin", "LabStateStore", "errors", "health", "push", "sse"]
 
 
 class LabStatePlugin(InitPlugin):
-    """Runs managers and readers, and injects them: `Litestar(plugins=[LabStatePlugin(notes=Manager("notes", storage))])`.
+    """A plugin that runs and injects managers and readers: `LabStatePlugin(notes=Manager("notes", storage))`.
 
-    A handler with a parameter `notes: NamedDependency[Manager]` gets that manager. Elsewhere,
-    `app.state.lab_state` has them by the names of their states. In the application's
-    lifespan they are started before everything else, in the order given, and stopped after
-    it, in reverse order. If one of them cannot be started, those before it are stopped, and
-    the server exits with its error.
+    Pass it to the application: `Litestar(plugins=[plugin])`. A handler with a parameter
+    `notes: NamedDependency[Manager]` receives that manager. Elsewhere, `app.state.lab_state` has
+    the managers and readers by the names of their states. In the application's lifespan they are
+    started before everything else, in the order given. They are stopped after everything else, in
+    reverse order. If one of them cannot be started, those before it are stopped, and the server
+    exits with its error.
     """
 
     def __init__(self, **served: Manager | Reader) -> None:
-        """Take the managers and readers. They are started with the application.
+        """Keep the managers and readers. They are started with the application.
 
         Args:
-            served: Managers, and readers of other processes' states. Each is given by the
-                name of the parameter with which handlers ask for it.
+            served: Managers, and readers of other processes' states. The name of each argument
+                is the name of the parameter in handlers.
 
         Raises:
-            ValueError: None was given, two have the same name, or Litestar reserves the
-                name of a parameter.
-            TypeError: One of them is neither a manager nor a reader.
+            ValueError: There is no manager and no reader, two have the same name, or Litestar
+                reserves the name of a parameter.
+            TypeError: An argument is neither a manager nor a reader.
         """
         if taken := RESERVED_KWARGS & served.keys():
             raise ValueError(f"Litestar keeps the parameter {min(taken)!r} for itself; use another name")
@@ -77,7 +78,7 @@ class LabStatePlugin(InitPlugin):
         """Add the managers and readers to the application. Litestar calls this.
 
         Raises:
-            ValueError: The application already has a dependency of one of the names.
+            ValueError: The application already has a dependency with one of the names.
         """
         for parameter, one in self._parameters.items():
             if parameter in app_config.dependencies:
@@ -103,19 +104,20 @@ def _always(one: Served) -> Callable[[], Served]:
 def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> HTTPRouteHandler:
     """Return a route for a load balancer: `Litestar([health()], plugins=[...])`.
 
-    It answers 200 while every manager of the plugin runs and can write, and every reader is up, and 503
-    otherwise. The body is JSON with the status of each. It has no keys and no values, but
-    error messages in it may have file paths. So do not expose the endpoint to the internet.
+    The route answers 200 if every manager of the plugin runs and can write, and every reader is up.
+    Otherwise it answers 503. The body is JSON with the status of each of them. It has no keys and
+    no values, but error messages in it may have file paths. So do not expose the endpoint to the
+    internet.
 
     Args:
         path: The path of the route.
         max_unflushed_age: The highest age of a change that is not durable, in seconds above 0.
-            Choose more than every `flush_interval`. `None`: any age, for managers whose
-            `flush_interval` is `None`.
+            Choose a longer time than every `flush_interval`. With `None`, any age is accepted. Use
+            this for managers whose `flush_interval` is `None`.
 
     Raises:
-        ValueError: The bound is not above 0.
-        TypeError: It is not a number.
+        ValueError: `max_unflushed_age` is not above 0.
+        TypeError: `max_unflushed_age` is not a number.
     """
     bound = check_bound(max_unflushed_age)
 
@@ -132,19 +134,19 @@ def errors(
 ) -> dict[int | type[Exception], Callable[[Request[Any, Any, Any], Any], Response[Any]]]:
     """Return exception handlers for the errors of lab_state: `Litestar(exception_handlers={**errors()})`.
 
-    `StorageError` becomes 503 with `Retry-After`, because the storage may work again by then.
-    `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
+    `StorageError` becomes 503 with `Retry-After`, because the storage may work again after that
+    time. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
     `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
-    without a value: a WARNING for 503, DEBUG for 422.
+    without a value. The level is WARNING for 503 and DEBUG for 422.
 
-    Litestar calls no exception handler for a WebSocket, but closes it with 4500.
+    For a WebSocket, Litestar calls no exception handler. It closes the WebSocket with code 4500.
 
     Args:
-        retry_after: The number of seconds after which callers may try again, 0 or more.
+        retry_after: The number of seconds after which a client may try again, 0 or more.
 
     Raises:
         TypeError: `retry_after` is not a whole number.
-        ValueError: It is below 0.
+        ValueError: `retry_after` is below 0.
     """
     seconds = check_retry_after(retry_after)
 
@@ -176,27 +178,26 @@ def sse(
     Write `return sse(request, state.watch("jobs/"))` in an `async def` handler.
 
     Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
-    one is a `resync`: the client reads everything, and then follows the changes. So a browser
-    that comes back after a lost connection misses nothing. A client that reads slowly gets
-    only the last change of each key.
+    event is a `resync`. At a `resync`, the client should read everything; the later events are
+    changes of it. So a browser that connects again misses nothing. A client that reads slowly
+    receives only the last change of each key.
 
-    The stream ends when the client leaves, when the manager stops, and when the server
-    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. For this, a
-    signal handler is installed until the lifespan ends. It ends the
-    streams, and calls the server's handler. If the server does not run in the main thread,
-    it gets no signal, and the streams end with the manager. A client that reads nothing
-    delays the end of the server. Limit that delay, for example with uvicorn's
-    `--timeout-graceful-shutdown`.
+    The stream ends when the client leaves, when the manager stops, or when the server begins to
+    stop. That is at SIGTERM or SIGINT, before the server waits for its connections. For this, a
+    signal handler is installed until the lifespan ends. It ends the streams, and then calls the
+    server's handler. A server outside the main thread receives no signal, so the streams end with
+    the manager. A client that reads nothing delays the end of the server. Limit that delay, for
+    example with uvicorn's `--timeout-graceful-shutdown`.
 
     Args:
         request: The request.
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
-        data: A plain function that gets a change and returns what to send. msgspec must be
-            able to encode that as JSON. It is called for a `resync` too. Without it, the
-            change itself is sent.
-        heartbeat: Send a comment after this many seconds without a change. It keeps proxies
-            from closing the connection, and shows whether the client is still there.
+        data: A plain function that takes a change and returns the data to send. msgspec must be
+            able to encode the data as JSON. The function is called for a `resync` too. Without
+            it, the change itself is sent.
+        heartbeat: The number of seconds without a change after which a comment is sent. It keeps
+            proxies from closing the connection, and shows whether the client is still there.
         retry: The number of seconds after which a browser connects again.
 
     Raises:
@@ -212,22 +213,22 @@ def sse(
 async def push(socket: WebSocket[Any, Any, Any], watch: Watch, *, data: Data | None = None) -> None:
     """Send changes through a WebSocket, until the server begins to stop.
 
-    `await push(socket, state.watch("jobs/"))` is the whole body of a handler. It accepts the
-    WebSocket, unless it was accepted before.
+    The body of a handler can be this one line: `await push(socket, state.watch("jobs/"))`. The call
+    accepts the WebSocket, unless it was accepted before.
 
-    Each message is the JSON of a change, as text. The first one is a `resync`: the client reads
-    everything, and then follows the changes. What the client sends is dropped. The call
-    returns when the client has left, when the manager stops, or when the server begins to
-    stop (see `sse`). In the last two cases it closes the WebSocket with 1012, so that clients
-    connect again. If the call is cancelled, it leaves the WebSocket open.
+    Each message is the JSON of a change, as text. The first message is a `resync`: the client
+    should read everything then. Messages from the client are dropped. The call returns when the
+    client has left, when the manager stops, or when the server begins to stop (see `sse`). In the
+    last two cases it closes the WebSocket with code 1012, so that clients connect again. If the
+    call is cancelled, it leaves the WebSocket open.
 
     Args:
-        socket: The WebSocket. Nothing else may read from it.
+        socket: The WebSocket. Other code must not read from it.
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
-        data: A plain function that gets a change and returns what to send. msgspec must be
-            able to encode that as JSON. It is called for a `resync` too. Without it, the
-            change itself is sent.
+        data: A plain function that takes a change and returns the data to send. msgspec must be
+            able to encode the data as JSON. The function is called for a `resync` too. Without
+            it, the change itself is sent.
 
     Raises:
         LookupError: The application has no `LabStatePlugin`, or its lifespan did not run.
@@ -257,16 +258,16 @@ class _Bytes(msgspec.Struct, frozen=True):
 class LabStateStore(NamespacedStore):
     """A Litestar store in a namespace: sessions, rate limits and cached responses survive a restart.
 
-    `StoreRegistry(default_factory=LabStateStore(state.namespace("litestar")).with_namespace)`
-    keeps all stores of an application there, each under its own name.
+    With `StoreRegistry(default_factory=LabStateStore(state.namespace("litestar")).with_namespace)`
+    all stores of an application are in this namespace, each under its own name.
 
-    The store does not start the manager; `LabStatePlugin` does. When a write becomes durable
-    depends on the manager's `flush_interval`. Text is stored as a JSON string, other bytes
-    as `{"base64": ...}`. Any string is a key: slashes are escaped, and a key of more than
-    256 characters is stored under its hash.
+    The store does not start the manager; `LabStatePlugin` does. The manager's `flush_interval`
+    decides when a write becomes durable. Text is stored as a JSON string, and bytes that are not
+    UTF-8 as `{"base64": ...}`. Any string may be a key. Slashes are escaped, and a key of more than
+    256 characters after that is stored under its hash.
 
     Every call raises `ClosedError` while the manager does not run. With a `flush_interval` of
-    0, each call that writes raises `StorageError` if the change is not durable yet.
+    0, each writing call raises `StorageError` if the change is not durable yet.
     """
 
     __slots__ = ()
@@ -274,13 +275,13 @@ class LabStateStore(NamespacedStore):
     namespace: Namespace
 
     def __init__(self, namespace: Namespace) -> None:
-        """Use a namespace, in which nothing else may be stored.
+        """Use a namespace. Other code must not store anything in it.
 
         Args:
-            namespace: `Manager.namespace("litestar")`, or one with another name.
+            namespace: `Manager.namespace("litestar")`, or a namespace with another name.
 
         Raises:
-            TypeError: It is not a `Namespace`.
+            TypeError: `namespace` is not a `Namespace`.
         """
         if not isinstance(namespace, Namespace):
             raise TypeError(f"a Namespace was expected, such as state.namespace('litestar'); not {namespace!r}")
@@ -291,13 +292,13 @@ class LabStateStore(NamespacedStore):
         return f"<LabStateStore in {self.namespace!r}>"
 
     def with_namespace(self, namespace: str) -> LabStateStore:
-        """Return a store under this one. `delete_all` of this one empties it too; other calls do not see its values.
+        """Return a store under this one. `delete_all` of this store empties both. Other calls do not see its values.
 
         Args:
             namespace: Any string.
 
         Raises:
-            InvalidKeyError: The stores are nested too deep: a key has 1,024 characters at most.
+            InvalidKeyError: The stores are nested too deep: a key may have 1,024 characters at most.
         """
         return LabStateStore(self.namespace.namespace(part(namespace)))
 
@@ -308,7 +309,7 @@ class LabStateStore(NamespacedStore):
             key: Any string.
             value: Text or bytes. `get` returns bytes in either case.
             expires_in: The time until the value expires, in seconds or as a `timedelta`.
-                Without it, the value does not expire. With 0 or less it has expired, and
+                Without it, the value does not expire. With 0 or less the value expires at once:
                 the key is deleted.
 
         Raises:
@@ -325,12 +326,12 @@ class LabStateStore(NamespacedStore):
 
         Args:
             key: Any string.
-            renew_for: The time from now until the value expires, in seconds or as a
-                `timedelta`. With 0, or if the value does not expire, nothing changes.
-                Reading and renewing are one step: no other write can come between.
+            renew_for: The new time until the value expires, in seconds or as a `timedelta`.
+                With 0, or if the value does not expire, nothing changes. Reading and renewing
+                are one step: no other write can happen in between.
 
         Raises:
-            TypeMismatchError: Other code stores values in this namespace.
+            TypeMismatchError: Other code has stored the value in this namespace.
             InvalidValueError: `renew_for` is below 0, and the value expires.
         """
         name = part(key)
@@ -347,7 +348,7 @@ class LabStateStore(NamespacedStore):
         await self.namespace.delete(part(key))
 
     async def delete_all(self) -> None:
-        """Delete everything in this store and in the stores under it."""
+        """Delete all values in this store and in the stores under it."""
         await self.namespace.delete_all()
 
     async def exists(self, key: str) -> bool:

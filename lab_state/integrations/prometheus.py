@@ -26,13 +26,13 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ("lab_state_revision", "The number of the latest change.", lambda status: status.revision),
     (
         "lab_state_durable_revision",
-        "Everything up to this revision is durable.",
+        "Every change up to this revision is durable.",
         lambda status: status.durable_revision,
     ),
     ("lab_state_unflushed_keys", "Keys with changes that are not durable.", lambda status: status.unflushed_keys),
     (
         "lab_state_unflushed_age_seconds",
-        "Age of the oldest change that is not durable: a crash would lose the changes since then.",
+        "Age in seconds of the oldest change that is not durable. A crash may lose the changes since then.",
         lambda status: status.unflushed_age,
     ),
     (
@@ -55,14 +55,14 @@ class LabStateCollector(Collector):
     """
 
     def __init__(self, *managers: Manager) -> None:
-        """Take the managers, which need not run yet.
+        """Keep the managers, which need not run yet.
 
         Args:
-            managers: One or more, each with a different name.
+            managers: One or more managers, each with a different name.
 
         Raises:
             ValueError: No manager was given, or two have the same name.
-            TypeError: One of them is not a manager.
+            TypeError: An argument is not a manager.
         """
         self._managers = by_name(managers, (Manager,))
 
@@ -71,11 +71,11 @@ class LabStateCollector(Collector):
         return f"<LabStateCollector of {list(self._managers)}>"
 
     def describe(self) -> Iterator[Metric]:
-        """Return the metrics without their values. So registering does not wait for an event loop."""
+        """Yield the metrics without their values. So the registration does not wait for an event loop."""
         return iter(_Families())
 
     def collect(self) -> Iterator[Metric]:
-        """Return the metrics with their present values. Any thread may call this."""
+        """Yield the metrics with their present values. Any thread may call this."""
         families = _Families()
         for name, manager in self._managers.items():
             families.add(name, _read(manager))
@@ -120,11 +120,11 @@ class _Families:
         )
         self._operations = CounterMetricFamily(
             "lab_state_operations",
-            "Operations by status; for `get` only those that failed.",
+            "Operations by status; of `get`, only those that failed.",
             labels=["name", "operation", "status"],
         )
         self._durations = HistogramMetricFamily(
-            "lab_state_operation_duration_seconds", "How long flushes took.", labels=["name", "operation"]
+            "lab_state_operation_duration_seconds", "Duration of flushes.", labels=["name", "operation"]
         )
 
     def __iter__(self) -> Generator[Metric]:

@@ -51,21 +51,21 @@ def lifespan(
     They are started in the order given, and stopped in reverse order. If one of them cannot
     be started, those before it are stopped, and the server exits with its error.
 
-    A request finds them by name in `request.state.lab_state`; see `manager` and `reader`.
-    So does a WebSocket, or a request to a mounted application. There are no global variables:
-    each application of a process, and each test, has managers of its own.
+    Endpoints find them by name in `request.state.lab_state`; see `manager` and `reader`. The same
+    holds for WebSockets and for mounted applications. There are no global variables, so each
+    application of a process, and each test, has its own managers.
 
     Args:
-        served: Managers, and readers of other processes' states. One or more, each with a
+        served: Managers, and readers of other processes' states: one or more, each with a
             different name.
-        inner: A lifespan of your own, a function with `@asynccontextmanager`. It runs
-            while the managers run, so it may use them. If it yields a mapping, its items are
-            in `request.state` too.
+        inner: Your own lifespan, a function with `@asynccontextmanager`. It runs while the
+            managers run, so it may use them. If it yields a mapping, its items are in
+            `request.state` too.
 
     Raises:
-        ValueError: None was given, or two have the same name.
-        TypeError: One of them is neither a manager nor a reader.
-        RuntimeError: At startup: `inner` yields a state named `lab_state`, or a manager
+        ValueError: There is no manager and no reader, or two have the same name.
+        TypeError: An argument is neither a manager nor a reader.
+        RuntimeError: At startup: `inner` yields an item named `lab_state`, or a manager
             already runs in another application.
     """
     named = Named(by_name(served))
@@ -78,7 +78,9 @@ def lifespan(
                 return
             async with inner(app) as state:
                 if state is not None and KEY in state:
-                    raise RuntimeError(f"the inner lifespan yields {KEY!r} too: give all to one lifespan()")
+                    raise RuntimeError(
+                        f"the inner lifespan yields {KEY!r} too: pass all managers and readers to one lifespan()"
+                    )
                 yield {**(state or {}), KEY: named}
 
     return run
@@ -125,18 +127,18 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
     Add it with `Route("/health", health())`, or with FastAPI's
     `app.add_api_route("/health", health())`.
 
-    It answers 200 while every manager runs and can write, and every reader is up, and 503
-    otherwise. The body is JSON with the status of each. It has no keys and no values, but
-    error messages in it may have file paths. So do not expose the endpoint to the internet.
+    The endpoint answers 200 if every manager runs and can write, and every reader is up. Otherwise
+    it answers 503. The body is JSON with the status of each of them. It has no keys and no values,
+    but error messages in it may have file paths. So do not expose the endpoint to the internet.
 
     Args:
         max_unflushed_age: The highest age of a change that is not durable, in seconds above 0.
-            Choose more than every `flush_interval`. `None`: any age, for managers whose
-            `flush_interval` is `None`.
+            Choose a longer time than every `flush_interval`. With `None`, any age is accepted. Use
+            this for managers whose `flush_interval` is `None`.
 
     Raises:
-        ValueError: The bound is not above 0.
-        TypeError: It is not a number.
+        ValueError: `max_unflushed_age` is not above 0.
+        TypeError: `max_unflushed_age` is not a number.
     """
     bound = check_bound(max_unflushed_age)
 
@@ -148,27 +150,28 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
 
 
 def errors(app: Starlette, *, retry_after: int = 1) -> None:
-    """Answer requests that lab_state refuses, instead of a bare 500: `errors(app)`.
+    """Give errors of lab_state a response of their own, in place of a plain 500: `errors(app)`.
 
-    `StorageError` becomes 503 with `Retry-After`, because the storage may work again by then.
-    `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
-    `{"detail": ...}`, as in FastAPI. Each error is one line in the log `lab_state`, without
-    a traceback and without a value: a WARNING for 503, DEBUG for 422.
+    `StorageError` becomes 503 with `Retry-After`, because the storage may work again after that
+    time. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
+    `{"detail": ...}`, as in FastAPI. Each error is one line in the log `lab_state`, without a
+    traceback and without a value. The level is WARNING for 503 and DEBUG for 422.
 
-    A WebSocket is closed with 1013 (try again later) or with 1008. A response that has begun
-    cannot be changed: then Starlette raises a `RuntimeError`. Mounted applications have error
-    handlers of their own: call this function for each of them.
+    In place of 503, a WebSocket is closed with code 1013 (try again later), and in place of 422
+    with code 1008. A response that has begun cannot be changed. Then Starlette raises a
+    `RuntimeError`. Mounted applications have their own error handlers: call this function for each
+    of them.
 
-    If the application adds a handler for one of these errors or for a subclass later, that
-    one is used. A second call replaces the first.
+    If the application later adds a handler for one of these errors or for a subclass, that handler
+    is used. A second call of this function replaces the first.
 
     Args:
         app: The application, not yet running.
-        retry_after: The number of seconds after which callers may try again, 0 or more.
+        retry_after: The number of seconds after which a client may try again, 0 or more.
 
     Raises:
         TypeError: `retry_after` is not a whole number.
-        ValueError: It is below 0.
+        ValueError: `retry_after` is below 0.
     """
     seconds = check_retry_after(retry_after)
 
@@ -193,27 +196,26 @@ def sse(
     Write `return sse(request, state.watch("jobs/"))` in an `async def` endpoint.
 
     Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
-    one is a `resync`: the client reads everything, and then follows the changes. So a browser
-    that comes back after a lost connection misses nothing. A client that reads slowly gets
-    only the last change of each key.
+    event is a `resync`. At a `resync`, the client should read everything; the later events are
+    changes of it. So a browser that connects again misses nothing. A client that reads slowly
+    receives only the last change of each key.
 
-    The stream ends when the client leaves, when the manager stops, and when the server
-    begins to stop: at SIGTERM or SIGINT, before it waits for its connections. For this, a
-    signal handler is installed until the lifespan ends. It ends the
-    streams, and calls the server's handler. If the server does not run in the main thread,
-    it gets no signal, and the streams end with the manager. A client that reads nothing
-    delays the end of the server. Limit that delay, for example with uvicorn's
-    `--timeout-graceful-shutdown`.
+    The stream ends when the client leaves, when the manager stops, or when the server begins to
+    stop. That is at SIGTERM or SIGINT, before the server waits for its connections. For this, a
+    signal handler is installed until the lifespan ends. It ends the streams, and then calls the
+    server's handler. A server outside the main thread receives no signal, so the streams end with
+    the manager. A client that reads nothing delays the end of the server. Limit that delay, for
+    example with uvicorn's `--timeout-graceful-shutdown`.
 
     Args:
         connection: The request.
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
-        data: A plain function that gets a change and returns what to send. msgspec must be
-            able to encode that as JSON. It is called for a `resync` too. Without it, the
-            change itself is sent.
-        heartbeat: Send a comment after this many seconds without a change. It keeps proxies
-            from closing the connection, and shows whether the client is still there.
+        data: A plain function that takes a change and returns the data to send. msgspec must be
+            able to encode the data as JSON. The function is called for a `resync` too. Without
+            it, the change itself is sent.
+        heartbeat: The number of seconds without a change after which a comment is sent. It keeps
+            proxies from closing the connection, and shows whether the client is still there.
         retry: The number of seconds after which a browser connects again.
 
     Raises:
@@ -227,7 +229,7 @@ def sse(
 
 
 class _EventStream(StreamingResponse):
-    """A response that closes its stream at its end, also after an error."""
+    """A response that closes its stream when it ends, also after an error."""
 
     def __init__(self, stream: AsyncGenerator[bytes]) -> None:
         super().__init__(stream, headers=HEADERS, media_type=MEDIA_TYPE)
@@ -244,22 +246,22 @@ class _EventStream(StreamingResponse):
 async def push(websocket: WebSocket, watch: Watch, *, data: Data | None = None) -> None:
     """Send changes through a WebSocket, until the server begins to stop.
 
-    `await push(websocket, state.watch("jobs/"))` is the whole body of an endpoint. It accepts
-    the WebSocket, unless it was accepted before.
+    The body of an endpoint can be this one line: `await push(websocket, state.watch("jobs/"))`. The
+    call accepts the WebSocket, unless it was accepted before.
 
-    Each message is the JSON of a change, as text. The first one is a `resync`: the client reads
-    everything, and then follows the changes. What the client sends is dropped. The call
-    returns when the client has left, when the manager stops, or when the server begins to
-    stop (see `sse`). In the last two cases it closes the WebSocket with 1012, so that clients
-    connect again. If the call is cancelled, it leaves the WebSocket open.
+    Each message is the JSON of a change, as text. The first message is a `resync`: the client
+    should read everything then. Messages from the client are dropped. The call returns when the
+    client has left, when the manager stops, or when the server begins to stop (see `sse`). In the
+    last two cases it closes the WebSocket with code 1012, so that clients connect again. If the
+    call is cancelled, it leaves the WebSocket open.
 
     Args:
-        websocket: The WebSocket. Nothing else may read from it.
+        websocket: The WebSocket. Other code must not read from it.
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
-        data: A plain function that gets a change and returns what to send. msgspec must be
-            able to encode that as JSON. It is called for a `resync` too. Without it, the
-            change itself is sent.
+        data: A plain function that takes a change and returns the data to send. msgspec must be
+            able to encode the data as JSON. The function is called for a `resync` too. Without
+            it, the change itself is sent.
 
     Raises:
         LookupError: The lifespan did not run.

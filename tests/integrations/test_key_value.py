@@ -339,7 +339,7 @@ async def test_put_many_and_delete_many_are_one_change(store: LabStateStore, sta
 async def test_what_others_keep_there_is_an_error(store: LabStateStore, state: Manager) -> None:
     """A value of other code in the namespace is an error. It is not taken for missing or for a value."""
     await state.set("mcp/test/key", 1)
-    with pytest.raises(DeserializationError, match="nothing else may write in its namespace"):
+    with pytest.raises(DeserializationError, match="no other code may write in its namespace"):
         await store.get("key", collection="test")
     with pytest.raises(DeserializationError):
         await store.ttl("key", collection="test")

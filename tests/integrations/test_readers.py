@@ -116,7 +116,7 @@ async def test_an_application_reads_a_state_that_is_not_its_own(
         assert not jobs.up
         status, told = await ask("/health")
         assert (status, told["readers"]) == (503, {"jobs": {"up": False}})
-        assert told["problems"] == ["jobs gets no changes: there is no mirror, or it cannot be reached"]
+        assert told["problems"] == ["jobs receives no changes: there is no mirror, or it cannot be reached"]
         async with Manager("jobs", MemoryStorage(), cache) as writer:
             await writer.set("job", 7)
             await writer.flush()
@@ -164,7 +164,7 @@ def test_a_reader_is_not_found_as_a_manager() -> None:
         aiohttp.manager(app, "jobs")
     with pytest.raises(LookupError, match="a name is needed; this application has 'jobs', 'users'"):
         aiohttp.reader(app)
-    with pytest.raises(LookupError, match="this application has no lab_state readers: give them to it"):
+    with pytest.raises(LookupError, match="this application has no lab_state readers: pass them to it"):
         aiohttp.reader(web.Application())
 
 

@@ -176,7 +176,7 @@ def test_the_state_of_the_inner_lifespan_is_merged() -> None:
 async def test_an_inner_lifespan_with_managers_of_its_own_is_refused() -> None:
     """A lifespan of lab_state inside another one would hide managers. It is an error at startup, and all managers are stopped."""
     outer, within = make("outer"), make("within")
-    with pytest.raises(RuntimeError, match="give all to one lifespan"):
+    with pytest.raises(RuntimeError, match="pass all managers and readers to one lifespan"):
         await lifespan(outer, inner=lifespan(within))(None).__aenter__()
     assert [one.status().phase for one in (outer, within)] == ["stopped", "stopped"]
 
@@ -207,7 +207,7 @@ def test_a_manager_that_is_not_there() -> None:
 def test_a_lifespan_that_did_not_run() -> None:
     """A client that is not entered runs no startup, and the error says so."""
     client = TestClient(application(make("a")))
-    with pytest.raises(LookupError, match="make sure that the server runs its startup"):
+    with pytest.raises(LookupError, match="make sure that the server runs the startup"):
         client.get("/")
 
 
