@@ -173,6 +173,10 @@ class Expiries:
                 total += sum(at <= now for at in bucket.values())
         return total
 
+    def due_keys(self, now: int) -> list[str]:
+        """Return the keys that are due, in no particular order. Only keys that expire by this second are examined."""
+        return [key for bucket in self.passed(now) for key, at in bucket.items() if at <= now]
+
     def passed(self, now: int) -> Iterator[Bucket]:
         """Yield the buckets that may contain keys that are due, in order of time."""
         end = now // 1000 + 1

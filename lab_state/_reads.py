@@ -16,6 +16,7 @@ from lab_state._arguments import as_text, check_default, check_key, check_prefix
 from lab_state._core import CallCore
 from lab_state._entries import MISSING, SCALARS, Expiring, Stored
 from lab_state._handle import Handle
+from lab_state._order import bounds
 from lab_state._types import NOT_JSON, check_type, decode_json, decode_value
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
 
@@ -44,7 +45,7 @@ class Reads(Handle):
         self._check_open()
         if not self._prefix:
             return self._core.state.count()
-        return len(self._keys(""))
+        return self._core.state.count_in(*bounds(self._prefix))
 
     def __bool__(self) -> Literal[True]:
         """Return True: an empty state is a state too."""
@@ -298,7 +299,7 @@ class Reads(Handle):
     def _keys(self, prefix: str) -> list[str]:
         """Return each key that starts with a prefix."""
         self._check_open()
-        names, cut = self._core.state.names(self._under(prefix)), len(self._prefix)
+        names, cut = self._core.state.names(*bounds(self._under(prefix))), len(self._prefix)
         return [name[cut:] for name in names] if cut else names
 
     def _under(self, prefix: object) -> str:

@@ -10,6 +10,7 @@ from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore, Core
 from lab_state._durability import Durability
 from lab_state._entries import Absent, Expiring, Layer, Stored, StoredOrGone, Value
+from lab_state._order import corrected, in_range
 from lab_state._plain import Plain
 from lab_state._state import State, is_due
 from lab_state._values import encode_value
@@ -91,6 +92,46 @@ class Draft(State):
     def expires(self) -> bool:
         """Whether a key expires, in the draft or in the base."""
         return bool(self.expiries) or bool(self.base.expiries)
+
+    @property
+    def is_index_behind(self) -> bool:
+        """Return False: the calls of a transaction have no steps."""
+        return False
+
+    def page(self, low: str, high: str | None, limit: int | None = None, *, reverse: bool = False) -> list[str]:
+        """Return the first keys in a range; see `State.names`. The cost grows with the number of changes, too."""
+        mine = in_range(self.changes, low, high)
+        if self.cleared:
+            found = []
+        else:
+            most = None if limit is None else limit + len(mine)
+            found = self.base.page(low, high, most, reverse=reverse)
+        return corrected(found, mine, self.entries, reverse=reverse)[:limit] if mine else found
+
+    def pieces(self, low: str, high: str | None) -> list[list[str]]:
+        """Return the keys in a range; see `State.pieces`. They are in one list if the draft has changes in the range."""
+        if not self.cleared and not in_range(self.changes, low, high):
+            return self.base.pieces(low, high)
+        found = self.page(low, high)
+        return [found] if found else []
+
+    def held_in(self, low: str, high: str | None) -> int:
+        """Return the number of keys in a range, with those that have expired."""
+        mine = in_range(self.changes, low, high)
+        if self.cleared:
+            return sum(key in self.entries for key in mine)
+        beneath = self.base.entries
+        return self.base.held_in(low, high) + sum((key in self.entries) - (key in beneath) for key in mine)
+
+    def due_in(self, low: str, high: str | None) -> int:
+        """Return the number of keys in a range that have expired, and are not removed yet."""
+        now, changes = self.now(), self.changes
+        due = (
+            0
+            if self.cleared
+            else sum(key not in changes for key in in_range(self.base.expiries.due_keys(now), low, high))
+        )
+        return due + super().due_in(low, high)
 
     def merge(self) -> int | None:
         """Apply all changes to the base, as one change. Return its revision, or `None` if nothing changed."""

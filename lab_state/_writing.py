@@ -279,6 +279,8 @@ class Writing(Reads):
         state = core.state
         if full not in state.entries:
             check_key(full)
+            if state.index is not None:
+                state.index.note(full)
         state.before_change()
 
     def _check_writable(self) -> None:

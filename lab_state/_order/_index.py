@@ -1,0 +1,255 @@
+"""The index of a state: its keys in order of code points. Pure and synchronous.
+
+Theory of operation. The sorted keys (`SortedKeys`) lag behind the state. `_touched` has the keys
+that were added or removed since. Only when a call needs the order, each touched key is looked up in
+the state, and added to the sorted keys or removed. So a write pays for one insertion into a set.
+
+A few touched keys are settled in the call. If there are more, an asynchronous call settles them in steps.
+A synchronous call settles a few, and looks at each of the others: the result is right, and the next calls
+have less to do.
+
+There is one change without a note: `set` stores a key that was deleted after the last commit, so
+the key is still in `State.changes`, and `set` takes it for an old one. `_gone` therefore keeps the keys that
+were removed since the last commit. Without touched keys, the numbers of sorted keys and of
+entries differ only if `set` has stored such a key.
+
+The build takes the keys of the dict in slices. A writer may change the
+dict meanwhile: then all keys are taken at once, which takes about 30 ms for a million. Then the keys are distributed to buckets by a
+sorted sample, and each bucket is sorted. Keys that are in order already are only cut into chunks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Generator, Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, Protocol
+
+from lab_state._order._sorted_keys import SIZE, SortedKeys
+
+
+class Held(Protocol):
+    """The entries of a state: the index asks which keys they have, and how many."""
+
+    def __contains__(self, key: object, /) -> bool: ...
+    def __len__(self) -> int: ...
+
+
+FEW = 500
+"""The number of touched keys that one step settles: about 1 ms."""
+
+SMALL = 4_000
+"""An index of at most this many keys is built at once: about 2 ms."""
+
+_SAMPLE = 8_192
+"""The most keys that are sorted to find the bounds of the buckets."""
+
+_KEYS_IN_STEP = 2_000
+"""The number of keys that a step of the build takes, distributes or sorts."""
+
+
+def bounds(prefix: str, after: str | None = None, *, reverse: bool = False) -> tuple[str, str | None]:
+    """Return the range of the keys that start with `prefix`: `low <= key < high`, or without an upper bound.
+
+    Args:
+        prefix: The beginning of the keys, as they are in the state.
+        after: The range begins above this key, or ends below it if `reverse` is set.
+        reverse: Whether the keys are wanted from the highest down.
+    """
+    low, high = prefix, _above(prefix)
+    if after is not None:
+        if not reverse:
+            low = max(low, after + "\0")  # the next text, and no key
+        elif high is None or after < high:
+            high = after
+    return low, high
+
+
+def _above(prefix: str) -> str | None:
+    """Return the smallest text above each text that starts with `prefix`; `None` if there is none."""
+    stem = prefix.rstrip("\U0010ffff")
+    return stem[:-1] + chr(ord(stem[-1]) + 1) if stem else None
+
+
+class Index:
+    """The keys of a state in order of code points."""
+
+    __slots__ = ("_build", "_gone", "_keys", "_touched")
+
+    def __init__(self, base: dict[str, Any], touched: Iterable[str], gone: Iterable[str]) -> None:
+        """Begin an index. It is built at once if it is small, and in steps otherwise.
+
+        Args:
+            base: A dict with the keys. It changes only together with notes.
+            touched: Keys that may have been added to `base`, or removed from it, since.
+            gone: See `note_gone`.
+        """
+        self._touched: set[str] = set(touched)
+        self._gone: set[str] = set(gone)
+        self._keys = SortedKeys()
+        self._build: Generator[None] | None = None
+        if len(base) <= SMALL:
+            self._keys = SortedKeys([sorted(base)])
+        else:
+            self._build = self._built(base)
+
+    # Notes
+
+    def note(self, key: str) -> None:
+        """Note that a key may have been added or removed."""
+        self._touched.add(key)
+
+    def note_many(self, keys: Iterable[str]) -> None:
+        """Note that keys may have been added or removed."""
+        self._touched.update(keys)
+
+    def note_gone(self, keys: Iterable[str]) -> None:
+        """Note keys that were deleted since the last commit: `set` may store them without a note."""
+        self._gone.update(keys)
+
+    def forget_gone(self, entries: Held) -> None:
+        """Note that all changes were taken for a commit. From now on `set` notes every key that it adds."""
+        self._touched.update([key for key in self._gone if key in entries])
+        self._gone.clear()
+
+    def is_too_old(self, entries: Held) -> bool:
+        """Return whether so many keys are touched that a new index would be as cheap. It bounds the memory of an unused index."""
+        return len(self._touched) > max(len(entries) // 4, SMALL)
+
+    # Steps
+
+    @property
+    def is_building(self) -> bool:
+        """Whether the first build is not over."""
+        return self._build is not None
+
+    @property
+    def batches(self) -> int:
+        """How many times `settle` leaves touched keys."""
+        return len(self._touched) // FEW
+
+    def build_some(self) -> None:
+        """Take one step of the build."""
+        if self._build is not None and next(self._build, self) is self:
+            self._build = None
+
+    def settle(self, entries: Held) -> None:
+        """Bring the sorted keys up to date, except for touched keys beyond the first few. A build is ended first."""
+        while self._build is not None:
+            self.build_some()
+        keys, touched, gone = self._keys, self._touched, self._gone
+        for _ in range(min(FEW, len(touched))):
+            key = touched.pop()
+            if key in entries:
+                keys.add(key)
+            else:
+                keys.remove(key)
+                gone.add(key)
+        if gone and not touched and len(keys) != len(entries):
+            back = [key for key in gone if key in entries]
+            gone.difference_update(back)
+            for key in back:
+                keys.add(key)
+
+    # Reading
+
+    def page(self, entries: Held, low: str, high: str | None, limit: int | None, *, reverse: bool) -> list[str]:
+        """Return the first keys in a range, at most `limit`; the last ones, from the highest down, with `reverse`."""
+        self.settle(entries)
+        unsettled = self._unsettled(low, high)
+        most = None if limit is None else limit + len(unsettled)
+        found = self._keys.page(low, high, most, reverse=reverse)
+        return corrected(found, unsettled, entries, reverse=reverse)[:limit] if unsettled else found
+
+    def pieces(self, entries: Held, low: str, high: str | None) -> list[list[str]]:
+        """Return the keys in a range as sorted lists, one above the other, which never change."""
+        self.settle(entries)
+        unsettled = self._unsettled(low, high)
+        if not unsettled:
+            return self._keys.pieces(low, high)
+        patched = corrected(self._keys.page(low, high), unsettled, entries)
+        return [patched] if patched else []
+
+    def count(self, entries: Held, low: str, high: str | None) -> int:
+        """Return the number of keys in a range."""
+        self.settle(entries)
+        total = self._keys.count(low, high)
+        if unsettled := self._unsettled(low, high):
+            known = set(self._keys.page(low, high))
+            total += sum((key in entries) - (key in known) for key in unsettled)
+        return total
+
+    def _unsettled(self, low: str, high: str | None) -> list[str]:
+        """Return the keys in a range of which the sorted keys may be wrong."""
+        return in_range(self._touched | self._gone, low, high) if self._touched else []
+
+    def release(self) -> dict[int, list[str]]:
+        """Return the lists of keys in a dict, so that the caller can free them in steps."""
+        return dict(enumerate(self._keys.pieces("", None)))
+
+    # The build
+
+    def _built(self, base: dict[str, Any]) -> Generator[None]:
+        """Build the sorted keys in steps. A key that is added or removed meanwhile is touched."""
+        parts: list[list[str]] = []
+        in_order, last, names = True, "", iter(base)
+        while (part := self._slice(names)) is not None:
+            if not part:
+                break
+            if in_order:
+                in_order = part[0] > last and sorted(part) == part
+                last = part[-1]
+            parts.append(part)
+            yield
+        else:
+            in_order, parts, rest = False, [], list(base)
+            while rest:
+                yield
+                parts.append(rest[-_KEYS_IN_STEP:])
+                del rest[-_KEYS_IN_STEP:]
+        if in_order:
+            self._keys = SortedKeys(parts)
+            return
+        count = len(parts) * _KEYS_IN_STEP
+        stride = max(1, count // _SAMPLE)
+        sample = sorted(chain.from_iterable(part[::stride] for part in parts))
+        limits = sample[:: max(1, len(sample) * SIZE // count)][1:]
+        buckets: list[list[str]] = [[] for _ in range(len(limits) + 1)]
+        put = [bucket.append for bucket in buckets]
+        while parts:
+            yield
+            for key in parts.pop():
+                put[bisect_right(limits, key)](key)
+        done = 0
+        for bucket in buckets:
+            bucket.sort()
+            done += len(bucket)
+            if done >= _KEYS_IN_STEP:
+                done = 0
+                yield
+        self._keys = SortedKeys(buckets)
+
+    def _slice(self, names: Iterator[str]) -> list[str] | None:
+        """Return the next keys of a dict; `None` if keys came or went, and the iterator cannot be used."""
+        if self._touched:
+            return None
+        try:
+            return list(islice(names, _KEYS_IN_STEP))
+        except RuntimeError:  # `set` has stored a key without a note; see the top of this module
+            return None
+
+
+def in_range(keys: Iterable[str], low: str, high: str | None) -> list[str]:
+    """Return the keys that are in a range, in no particular order."""
+    if high is None:
+        return [key for key in keys if key >= low]
+    return [key for key in keys if low <= key < high]
+
+
+def corrected(keys: list[str], unsettled: list[str], present: Held, *, reverse: bool = False) -> list[str]:
+    """Return sorted keys, with those among `unsettled` that are present, and without the others of them."""
+    doubtful = set(unsettled)
+    found = [key for key in keys if key not in doubtful]
+    found += [key for key in doubtful if key in present]
+    found.sort(reverse=reverse)
+    return found
