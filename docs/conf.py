@@ -21,6 +21,7 @@ pygments_dark_style = "github-dark"
 html_title = f"lab_state {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_search_scorer = str(Path(__file__).parent / "_static" / "scorer.js")
 # Each page has links to the repository, to its own source, and "edit this page".
 html_theme_options = {
     "source_repository": _REPOSITORY,

@@ -13,8 +13,11 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import TestServer
 from fastapi.testclient import TestClient
 from s3_world import client, endpoint
+
+from lab_state import FileStorage, read_state
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(page for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if "```python" in page.read_text())
@@ -44,7 +47,8 @@ def blocks(page: Path) -> list[CodeType]:
     return found
 
 
-async def run(page: Path) -> None:
+async def run(page: Path) -> Any:
+    """Run the blocks of a page, and return a module with the names that they define."""
     module = ModuleType("docs")
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(sys.modules, "docs", module)  # where Litestar looks up what annotations name
@@ -52,6 +56,7 @@ async def run(page: Path) -> None:
             result = eval(code, vars(module))
             if inspect.isawaitable(result):
                 await result
+    return module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -62,6 +67,22 @@ async def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint())
         client().create_bucket(Bucket="my-bucket")
     await run(page)
+
+
+@pytest.mark.parametrize("name", ["fastapi", "aiohttp"])
+async def test_background_tasks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The background task of a page runs while the application does, uses the manager, and lets it stop."""
+    monkeypatch.chdir(tmp_path)
+    page = await run(ROOT / "docs" / f"{name}.md")
+    if name == "fastapi":
+        state, serving = page.pages, page.counted.router.lifespan_context(page.counted)
+    else:
+        state, serving = page.manager(page.counted), TestServer(page.counted)
+    async with serving, state.watch("pages") as changes:
+        if "pages" not in state:
+            await anext(changes)
+    view = await read_state("my-pages", FileStorage("state/modules"))
+    assert await view.get("pages") > 0
 
 
 async def test_readme_prints_what_it_says(

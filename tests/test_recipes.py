@@ -149,12 +149,38 @@ def test_job_queue_gives_each_job_to_one_worker(application: Any, clock: ManualC
         assert client.get("/jobs/a").json()["done"] is False
         for result in ("sent", "sent again"):
             assert client.post("/jobs/a/done", params={"lease": again["lease"]}, json=result).status_code == 200
-        assert client.get("/jobs/a").json() == {"task": {"to": "a"}, "tries": 2, "done": True, "result": "sent"}
+        expected = {"task": {"to": "a"}, "tries": 2, "done": True, "result": "sent", "error": None}
+        assert client.get("/jobs/a").json() == expected
 
         third = client.post("/take").json()
         assert third["name"] == "b"
         assert client.post("/take").json() is None
         assert client.post("/jobs/b/done", params={"lease": third["lease"]}).status_code == 200
+        assert client.post("/take").json() is None
+
+
+def test_job_queue_gives_a_failed_job_out_again(application: Any, clock: ManualClock) -> None:
+    """A job that failed is given out again after 2, 4, 8 and 16 seconds. After five failures it is done, with its error."""
+    with TestClient(application("job-queue")) as client:
+        client.put("/jobs/a", json=1)
+        for tries, pause in enumerate((2, 4, 8, 16), 1):
+            job = client.post("/take").json()
+            assert (job["name"], job["tries"]) == ("a", tries)
+            parameters = {"lease": job["lease"]}
+            assert client.post("/jobs/a/failed", params=parameters, json=f"no answer {tries}").status_code == 200
+            assert client.get("/jobs/a").json()["error"] == f"no answer {tries}"
+            # The lease ended with the failure. Until the end of the pause no worker has one.
+            for end in ("done", "failed"):
+                assert client.post(f"/jobs/a/{end}", params=parameters, json="late").status_code == 409
+            clock.advance(pause - 0.1)
+            assert client.post("/take").json() is None
+            clock.advance(0.1)
+        job = client.post("/take").json()
+        for _ in range(2):  # a repeated request
+            answer = client.post("/jobs/a/failed", params={"lease": job["lease"]}, json="no answer 5")
+            assert answer.status_code == 200
+        assert client.get("/jobs/a").json() == {"task": 1, "tries": 5, "done": True, "error": "no answer 5"}
+        clock.advance(60)
         assert client.post("/take").json() is None
 
 
@@ -173,18 +199,24 @@ def test_job_queue_refuses_what_it_cannot_keep(application: Any, clock: ManualCl
 
 
 def test_job_queue_keeps_each_step_that_it_answered(tmp_path: Path) -> None:
-    """After SIGKILL right behind its answer, a job is there, is still leased, and is still done."""
+    """After SIGKILL right behind its answer, a job is there, is still leased, and is still done or failed."""
     page = DOCS / "how-to" / "job-queue.md"
     with served(page, tmp_path) as (_, client):
-        assert client.put("/jobs/a", json="task").status_code == 201
+        for name in ("a", "b"):
+            assert client.put(f"/jobs/{name}", json="task").status_code == 201
     with served(page, tmp_path) as (_, client):
-        job = client.post("/take").json()
-        assert job["name"] == "a"
+        jobs = [client.post("/take").json() for _ in range(2)]
+        assert [job["name"] for job in jobs] == ["a", "b"]
     with served(page, tmp_path) as (_, client):
         assert client.post("/take").json() is None
-        assert client.post("/jobs/a/done", params={"lease": job["lease"]}, json="ok").status_code == 200
+        done, failed = ({"lease": job["lease"]} for job in jobs)
+        assert client.post("/jobs/a/done", params=done, json="ok").status_code == 200
+        assert client.post("/jobs/b/failed", params=failed, json="no").status_code == 200
     with served(page, tmp_path) as (_, client):
-        assert client.get("/jobs/a").json() == {"task": "task", "tries": 1, "done": True, "result": "ok"}
+        job = client.get("/jobs/a").json()
+        assert job == {"task": "task", "tries": 1, "done": True, "result": "ok", "error": None}
+        assert client.get("/jobs/b").json() == {"task": "task", "tries": 1, "done": False, "error": "no"}
+        assert client.post("/jobs/b/done", params=failed, json="late").status_code == 409
 
 
 def test_job_queue_loses_no_job_when_it_is_killed(tmp_path: Path) -> None:

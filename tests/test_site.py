@@ -39,6 +39,13 @@ SEARCHES = {
     "migration": "errors.md",
     "expire": "expiry.md",
     "cron": "workers.md",
+    "retries": "how-to/job-queue.md",
+    "background task": "fastapi.md",
+    "schema": "errors.md",
+    "upgrade": "errors.md",
+    "performance": "benchmarks.md",
+    "license": "index.md",
+    "type hint": "handles.md",
 }
 """What a newcomer searches for, and the page that answers."""
 
