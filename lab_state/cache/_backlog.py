@@ -1,8 +1,8 @@
 """The durable changes that are not in the mirror yet. Pure and synchronous.
 
-The flusher adds each commit to a queue, which costs it almost nothing. The mirror's own
-task merges the commits key by key, in small steps. If there are more keys or bytes than a
-bound, all of them are dropped, and the mirror has to be filled.
+The flusher adds each commit to a queue, which takes almost no time. The task of the mirror merges
+the commits key by key, in small steps. If there are more keys or bytes than a bound, all of them
+are dropped, and the mirror has to be filled.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Backlog:
         return len(self._changes) + self._queued
 
     def overflow(self) -> None:
-        """Drop everything, and keep nothing until `clear`, because changes are missing or too many."""
+        """Drop everything, and keep nothing until `clear`. Call this if changes are missing, or if there are too many."""
         self.clear()
         self.overflowed = True
 
@@ -63,7 +63,7 @@ class Backlog:
         self.end = max(self.end, taken.end)
 
     def merge(self, most: int) -> bool:
-        """Merge up to `most` keys. Return whether there are more."""
+        """Merge up to `most` keys. Return whether keys are left."""
         while self._queue and most:
             taken, rest = self._queue[0]
             if taken.cleared:
@@ -82,13 +82,13 @@ class Backlog:
         return bool(self._queue)
 
     def take(self, start: int) -> ChangeSet:
-        """Return everything that is merged as one step from revision `start`, and become empty."""
+        """Remove all merged changes, and return them as one step from revision `start`."""
         taken = ChangeSet(start, self.end, self._cleared, self._changes, 0.0)
         self.clear()
         return taken
 
     def put_back(self, taken: ChangeSet) -> None:
-        """Add changes that `take` returned and that did not reach the mirror. Newer changes win."""
+        """Add changes again that `take` returned, because they did not reach the mirror. Newer changes win."""
         if self.overflowed:
             return
         self._queue.appendleft((taken, iter(taken.changes.items())))

@@ -1,10 +1,9 @@
-"""A connection to Redis. redis-py opens it, with TLS, ACL, sockets and Sentinel.
+"""A connection to Redis. redis-py opens it, and knows TLS, ACL, Unix sockets and Sentinel.
 
-This module sends commands and reads answers itself, and does not use a pipeline of redis-py,
-which packs all commands at once. A step of many keys is sent in slices, and the event loop runs
-between them.
+This module sends the commands and reads the answers itself. A pipeline of redis-py would pack all
+commands at once. Here a step of many keys is sent in slices, and the event loop runs between them.
 
-Messages of redis-py are not passed on, because an answer may quote the command.
+The text of an error of redis-py is never used, because it may quote the command with a value.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _ADVICE: dict[str, str] = {
     "AuthenticationError": "it refuses the user or the password; see the URL and the server's ACL",
     "AuthorizationError": "it refuses the user or the password; see the URL and the server's ACL",
     "NoPermissionError": "the user may not do that; docs/cache.md has the commands that are needed",
-    "ReadOnlyError": "it is a read-only replica; use the URL of the primary, or Sentinel",
+    "ReadOnlyError": "it is a read-only replica; use the URL of the primary server, or Sentinel",
     "OutOfMemoryError": "it is out of memory; raise maxmemory",
     "MovedError": "it is a cluster, and the state is on another node; use the URL of that node",
     "TimeoutError": "it does not answer in time",
@@ -42,16 +41,16 @@ _ADVICE: dict[str, str] = {
 
 
 Command: TypeAlias = bytes | tuple[bytes, ...]
-"""The bytes of a command. A command with a large value is a tuple of parts, and the value is one of the parts."""
+"""A command as bytes. A command with a large value is a tuple of parts, and the value is one of the parts."""
 
 
 def command(*args: bytes) -> bytes:
-    """Return the bytes of a command."""
+    """Return a command as it is sent to the server."""
     return b"*%d\r\n" % len(args) + b"".join([b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in args])
 
 
 def hset(key: bytes, members: Mapping[str, bytes]) -> Command:
-    """Return `HSET` with these members."""
+    """Return the command `HSET` with these members."""
     parts: list[bytes] = []
     body = [b"*%d\r\n$4\r\nHSET\r\n$%d\r\n%b\r\n" % (2 + 2 * len(members), len(key), key)]
     for member, value in members.items():
@@ -71,7 +70,7 @@ def sent_bytes(commands: Iterable[Command]) -> int:
 
 
 def _pieces(commands: Iterable[Command]) -> Iterator[bytes]:
-    """Join small parts, and split large ones."""
+    """Yield the bytes of commands in pieces: small parts are joined, and large ones are split."""
     small: list[bytes] = []
     for part in chain.from_iterable((each,) if isinstance(each, bytes) else each for each in commands):
         if len(part) <= _SENT_AT_ONCE:
@@ -85,9 +84,10 @@ def _pieces(commands: Iterable[Command]) -> Iterator[bytes]:
 
 
 def _check_url(url: str) -> None:
-    """Refuse a URL with a special character in the user or the password that is not escaped.
+    """Check that special characters in the user and the password of a URL are escaped.
 
-    The URL parser would take a part of the password as a port, a host or a path, and messages show those.
+    Otherwise the URL parser takes a part of the password for a port, a host or a path. Messages
+    show these.
     """
     scheme, _, rest = url.partition("://")
     address = re.split("[/?#]", rest, maxsplit=1)[0]
@@ -102,10 +102,10 @@ class Dialer:
     """A factory of connections to one server, or to the primary that Sentinel names."""
 
     def __init__(self, url: str | ConnectionPool) -> None:
-        """Take a URL or a pool, as redis-py does.
+        """Keep a URL or a pool of redis-py.
 
         Raises:
-            ValueError: It is not a URL of Redis.
+            ValueError: The text is not a URL of Redis.
         """
         if isinstance(url, str):
             _check_url(url)
@@ -115,11 +115,11 @@ class Dialer:
             raise ValueError(
                 "not a URL of Redis: it begins with redis://, rediss:// or unix://, and its options are redis-py's"
             ) from None
-        self._pool = pool  # kept alive, because a connection by Sentinel has only a weak reference to its pool
+        self._pool = pool  # a connection by Sentinel has only a weak reference to its pool, so the pool is kept here
         self._make: Any = pool.connection_class
-        # Drop the options that redis-py 8 adds for RESP3.
+        # Remove the options that redis-py 8 adds for RESP3.
         given: dict[str, Any] = {k: v for k, v in pool.connection_kwargs.items() if not k.startswith(("maint", "orig"))}
-        # One timeout for all answers of a round trip. redis-py would have one for each answer.
+        # All answers of a round trip have one timeout. redis-py would have one for each answer.
         self._timeout: float = given.get("socket_timeout") or _TIMEOUT
         self._options: dict[str, Any] = {
             **given,
@@ -128,7 +128,7 @@ class Dialer:
             "protocol": 2,
         }
         if (driver := getattr(redis, "DriverInfo", None)) is not None and "driver_info" not in given:
-            # Otherwise redis-py reads its version from the file system at each connection.
+            # Without this, redis-py reads its version from the file system for each connection.
             self._options["driver_info"] = driver(lib_version=redis.__version__)
         self.path: str = _address(given, is_url=isinstance(url, str))
 
@@ -136,7 +136,7 @@ class Dialer:
         """Open a connection. `clock` measures its timeouts.
 
         Raises:
-            StorageError: It cannot be opened.
+            StorageError: The connection cannot be opened.
         """
         connection = self._make(**self._options)
         opened = Connection(connection, self.path, self._timeout, clock)
@@ -161,7 +161,7 @@ def _address(options: Mapping[str, Any], *, is_url: bool) -> str:
 
 
 async def _prepare_tls(connection: Any) -> None:
-    """Read the certificates in a thread. redis-py would read them on the event loop, at each connection."""
+    """Read the certificates in a thread. redis-py would read them on the event loop, for each connection."""
     context = getattr(connection, "ssl_context", None)
     if context is not None:
         worker = Worker(Threads("lab_state TLS"))
@@ -175,7 +175,7 @@ class Connection:
     """A connection to Redis."""
 
     def __init__(self, connection: Any, path: str, timeout: float, clock: Clock) -> None:
-        """Take a connection of redis-py. A round trip may take `timeout` seconds of the clock."""
+        """Use a connection of redis-py. A round trip may take `timeout` seconds of the clock."""
         self.clock: Clock = clock
         self._connection = connection
         self._path = path
@@ -184,7 +184,7 @@ class Connection:
         forks.disown_in_children(self)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Refuse every call. Runs in a forked child.
+        """Refuse every call. This runs in a forked child.
 
         The connection stays open, because closing it would remove it from the parent's selector.
         """
@@ -201,12 +201,12 @@ class Connection:
                     await self._connection.send_packed_command(piece, check_health=False)
 
     async def answers(self, count: int) -> list[Any]:
-        """Return the next answers. An error of a command is one of them, and is not raised."""
+        """Return the next `count` answers. If a command failed, its error is in the list. It is not raised."""
         with self.translated(), within(self.clock, self._timeout):
             return [await self._next() for _ in range(count)]
 
     async def read(self) -> Any:
-        """Wait for the next answer without a timeout. An error of a command is returned, and is not raised."""
+        """Wait for the next answer without a timeout. If a command failed, return its error. It is not raised."""
         with self.translated():
             return await self._next()
 
@@ -223,7 +223,7 @@ class Connection:
         return await self.answers(len(commands))
 
     async def transaction(self, *commands: bytes) -> list[Any]:
-        """Run commands as one transaction, and return their answers."""
+        """Run commands as one transaction of Redis, and return their answers."""
         answers = await self.call(MULTI, *commands, EXEC)
         self.good(answers)
         executed: list[Any] = answers[-1]
@@ -241,22 +241,22 @@ class Connection:
                 raise self.problem(answer)
 
     def watched(self, answer: Any) -> None:
-        """Check that `WATCH` succeeded.
+        """Check that the command `WATCH` succeeded.
 
         Raises:
-            UnsupportedError: The server refuses it to this user, or to all users.
-            StorageError: It failed.
+            UnsupportedError: The server refuses the command to this user, or to all users.
+            StorageError: The command failed.
         """
         if isinstance(answer, problems.NoPermissionError) or answer.__class__ is problems.ResponseError:
             raise UnsupportedError(
-                f"{self._path}: it refuses WATCH, without which a writer that was replaced could overwrite the "
-                "mirror of its successor: give the user the right (ACL SETUSER <user> +watch), or use a server or a proxy that "
+                f"{self._path}: it refuses WATCH, and without WATCH an old writer could overwrite the mirror of a newer "
+                "one: give the user the right (ACL SETUSER <user> +watch), or use a server or a proxy that "
                 "has WATCH"
             )
         self.good([answer])
 
     async def aclose(self) -> None:
-        """Close the connection, also during a call."""
+        """Close the connection. This is allowed during a call."""
         if self._is_parents:  # pragma: no cover -- likewise
             return
         with contextlib.suppress(Exception):  # the connection is closed even if this raises
@@ -265,7 +265,7 @@ class Connection:
     def _check_connected(self) -> None:
         if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(f"{self._path}: the connection belongs to the parent of this forked process")
-        if not self._connection.is_connected:  # redis-py would connect again, without the watched keys
+        if not self._connection.is_connected:  # otherwise redis-py would connect again, without the watched keys
             raise self._lost()
 
     def problem(self, error: BaseException) -> StorageError:
@@ -273,7 +273,7 @@ class Connection:
         name = type(error).__name__
         code = str(error).partition(" ")[0]
         if name == "ResponseError" and code.isupper() and code.isalpha():
-            name = code  # the first word is the code of the server; the rest may quote the command
+            name = code  # the first word is the error code of the server; the rest may quote the command
         kind = (
             UnsupportedError
             if isinstance(
@@ -286,13 +286,13 @@ class Connection:
 
     @contextmanager
     def translated(self) -> Generator[None]:
-        """Replace errors of redis-py and of the network by `StorageError`."""
+        """Raise a `StorageError` in place of an error of redis-py or of the network."""
         try:
             yield
         except (problems.RedisError, OSError, EOFError) as error:
             raise self.problem(error) from None
         except AttributeError:
-            # redis-py uses its stream without a check, though another task may have closed it meanwhile.
+            # Another task may have closed the stream meanwhile. redis-py uses it without a check.
             if self._connection.is_connected:
                 raise
             raise self._lost() from None

@@ -1,12 +1,12 @@
 """The one task of a reader. It receives the changes, and updates the local copy.
 
-If the subscription is lost, the task subscribes again, after growing pauses. If there is no
-message for some seconds, the task sends a ping, because a running writer sends heartbeats. Every
-two seconds the task also reads the head of the mirror. So the reader knows whether reads
-succeed, even if the application reads nothing.
+If the subscription is lost, the task subscribes again, after growing pauses. A running writer
+sends heartbeats. So if there is no message for some seconds, the task sends a ping. Every two
+seconds the task also reads the head of the mirror. So the reader knows whether reads succeed, even
+if the application reads nothing.
 
-Any client may send a message. A message that is not from lab_state is skipped, and the first
-one is logged.
+Any client may send a message. Messages that are not from lab_state are skipped, and the first one
+is logged.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ POLL_SECONDS = 2.0
 """The seconds between two reads of the head."""
 
 SILENT_SECONDS = 5.0
-"""After this many seconds without a message, the subscription is tested. This is more than two heartbeats of a writer."""
+"""The seconds without a message after which the subscription is tested. A writer sends more than two heartbeats in it."""
 
 _REPLAYED_AT_ONCE = 1000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _MOST_BYTES = 16 * 1024 * 1024
-"""The highest number of bytes in the messages of one step. A writer sends up to 4 MiB, and then a resync."""
+"""The most bytes in the messages of one step. For a step above 4 MiB, a writer sends a resync in place of the changes."""
 
 _LONGEST_STEP = 1_000_000
-"""A step over more revisions than this is not believed: another client may have sent it. The mirror is read again."""
+"""The most revisions of a step. A larger step may be from another client, so the mirror is read again."""
 
 logger = Log(logging.getLogger("lab_state"))
 
@@ -46,15 +46,15 @@ class Feed:
 
     Attributes:
         revision: The revision of the last message, while the subscription works; otherwise -1.
-        watchers: The watches that get the changes.
-        moved: An event for the next message. It is replaced each time: read the attribute
-            again before waiting.
+        watchers: The watches that receive the changes.
+        moved: An event that is set at the next message, and replaced by a new one. Read the
+            attribute again before each wait.
     """
 
     def __init__(
         self, source: Source, local: LocalCopy | None, clock: Clock, head: Callable[[], Awaitable[Head]]
     ) -> None:
-        """Start the task. `head` reads the head of the mirror."""
+        """Start the task. `head` is a function that reads the head of the mirror."""
         self.revision: int = -1
         self.watchers: Group = Group()
         self._source = source
@@ -62,7 +62,7 @@ class Feed:
         self._clock = clock
         self._head = head
         self._parts: list[Message] = []
-        self._bytes = 0  # of `_parts`
+        self._bytes = 0  # the size of `_parts`
         self._last: Message | None = None
         self._heard = clock.monotonic()
         self._stale = asyncio.Event()
@@ -75,7 +75,7 @@ class Feed:
         self._task = asyncio.create_task(self._run(), name="lab_state reader")
 
     async def aclose(self) -> None:
-        """End the task and all watches. A watch still gets the changes that were received."""
+        """End the task and all watches. A watch still yields the changes that were received before."""
         self._task.cancel()
         await asyncio.wait({self._task})
         for watcher in self.watchers:
@@ -83,7 +83,7 @@ class Feed:
         self._notify()
 
     def lives(self, writer: str, below: int) -> bool:
-        """Return whether a message of this writer came lately, and has a revision below `below`."""
+        """Return whether a message of this writer came recently, and has a revision below `below`."""
         last = self._last
         silent = self._clock.monotonic() - self._heard >= SILENT_SECONDS
         return last is not None and not silent and last.writer == writer and last.end < below
@@ -116,7 +116,7 @@ class Feed:
 
     def _lost(self, error: StorageError) -> None:
         if not self._logged_lost:
-            logger.warning("a reader gets no changes at present, and tries again: %s", error)
+            logger.warning("a reader receives no changes at present, and tries again: %s", error)
             self._logged_lost = True
 
     async def _run_subscription(self) -> None:
@@ -141,7 +141,7 @@ class Feed:
         tasks = {asyncio.ensure_future(each) for each in work}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:  # pragma: no branch -- one of them raises, because none ends otherwise
+            for task in done:  # pragma: no branch -- a task ends only by an error, so one of them raises
                 task.result()
         finally:
             for task in tasks:
@@ -149,13 +149,13 @@ class Feed:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, subscription: Subscription) -> None:
-        """Read the head every two seconds. The first time, send a `resync`, because earlier changes were missed."""
+        """Read the head every two seconds. After the first time, send a `resync`, because earlier changes were missed."""
         while True:
             self._poll_now.clear()
             try:
                 head = await self._head()
             except StorageError:
-                head = None  # a read raises this to its caller; a new mirror comes with a resync
+                head = None  # a read of the application raises this error; a new mirror comes with a resync
             if head is not None and self.revision < head.revision:
                 begins = self.revision < 0
                 self.revision = head.revision
@@ -166,7 +166,7 @@ class Feed:
             await self._test(subscription)
 
     async def _test(self, subscription: Subscription) -> None:
-        """Test a subscription that brings no messages. If the writer has ended, that is right: the mirror has not changed."""
+        """Test a subscription without messages. If the writer has ended, there are none: then the mirror has not changed."""
         if self._clock.monotonic() - self._heard < SILENT_SECONDS:
             return
         await subscription.ping()
@@ -184,21 +184,21 @@ class Feed:
                 continue
             self._heard = self._clock.monotonic()
             if self._logged_lost:
-                logger.debug("a reader gets changes again")
+                logger.debug("a reader receives changes again")
             self._logged_lost = False
             self._pauses.reset()
             self._collect(message, len(data))
 
     def _skip_foreign(self) -> None:
-        """Skip a message that cannot be decoded. After the first one, read everything again.
+        """Skip a message that cannot be decoded. After the first such message, read everything again.
 
-        Another client sent the message, or a newer version of lab_state.
+        The message is from another client, or from a newer version of lab_state.
         """
         if not self._logged_foreign:
             self._logged_foreign = True
             logger.warning(
                 "%s: a message on the channel is not from lab_state, so another client sends there; such messages are "
-                "skipped, and everything is read again once",
+                "skipped, and the mirror is read again once",
                 self._source.path,
             )
             self._resync()
@@ -253,7 +253,7 @@ class Feed:
             self._filled.clear()
             try:
                 loaded = await self._load(local, subscription)
-            except StorageError:  # a read raises it to its caller
+            except StorageError:  # a read of the application raises this error
                 loaded = False
             if loaded:
                 pauses.reset()
@@ -269,7 +269,7 @@ class Feed:
                 local.add(found)
                 await asyncio.sleep(0)
         last = await self._head()
-        await subscription.ping()  # after this, all messages up to the second head have come
+        await subscription.ping()  # then all messages before the second head were received
         while local.replay(_REPLAYED_AT_ONCE):  # noqa: ASYNC110 -- the condition does the work
             await asyncio.sleep(0)
         return local.finish_loading(last)

@@ -1,11 +1,11 @@
 """The bytes of a mirror and of its messages. Pure.
 
-A state has two hashes: values and expiry times. Each has one more field, `$lab_state`, with
+A state has two hashes: values and expiry times. Each of them has one more field, `$lab_state`, with
 the same JSON: format, revision, writer, and the id of the fill that wrote the mirror. So a
-reader notices a hash that is missing, evicted or old, and never takes it for an empty one.
+reader notices if a hash is missing, evicted or old, and never takes it for an empty hash.
 
-Any client of the cache may write to a mirror, so nothing that is read is assumed to be from
-lab_state.
+Any client of the cache may write to a mirror. So the code never assumes that the bytes that it
+reads are from lab_state.
 
 A message on the channel is a step: `{"from":41,"to":42,"set":{...},"delete":[...],
 "expires":{...}}`. `clear` says that all keys are deleted before this message applies. `more`
@@ -36,14 +36,14 @@ T = TypeVar("T")
 
 FORMAT = 1
 HEAD = RESERVED
-"""The field with format, revision and writer. No key can have its name."""
+"""The name of the field with format, revision and writer. It is reserved: no key has this name."""
 
 _MOST_KEYS = 50  # in one slice
 _MOST_BYTES = 32 * 1024  # a slice ends with the key that reaches this size
 _LARGE = 64 * 1024  # a value of this size is encoded in pieces
 
 MOST_MESSAGE_BYTES = 4 * 1024 * 1024
-"""The highest number of bytes in the messages of a step. For a larger step, a resync is sent."""
+"""The most bytes in the messages of a step. For a larger step, a resync is sent in place of the changes."""
 
 Revision: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 """A revision in JSON. Every JSON reader holds integers below 2**53 exactly. No state has a higher revision."""
@@ -58,7 +58,7 @@ class Keys:
         self.channel: bytes = self.values + b":changes"
 
     def fill(self) -> tuple[bytes, bytes]:
-        """Return new names for the two hashes of a fill. So no delayed command of an earlier fill can change them."""
+        """Return new names for the two hashes of a fill. A delayed command of an earlier fill uses other names."""
         values = self.values + b":fill:" + os.urandom(8).hex().encode()
         return values, values + b":expires"
 
@@ -114,33 +114,33 @@ def head(revision: int, writer: str, fill: str) -> bytes:
 
 
 def parse_head(data: bytes) -> Head | None:
-    """Return what `$lab_state` contains; `None` if it is not from lab_state.
+    """Return the contents of `$lab_state`; `None` if it is not from lab_state.
 
     Raises:
-        UnsupportedError: A newer version of lab_state wrote it.
+        UnsupportedError: A newer version of lab_state wrote the mirror.
     """
     found = _read(_decode_head, data)
     if found is not None and found.format > FORMAT:
         raise UnsupportedError(
-            f"the mirror has format {found.format}, this version of lab_state knows {FORMAT}: use the version that wrote it"
+            f"the mirror has format {found.format}, and this version of lab_state knows {FORMAT}: use the version that wrote it"
         )
     return found if found is not None and found.format == FORMAT else None
 
 
 def seen_in(values: bytes | None, expires: bytes | None) -> tuple[Seen, str]:
-    """Return the writer, the revision and the id of the fill from `$lab_state` of the two hashes, which must be equal."""
+    """Return the writer, the revision and the id of the fill, from the field `$lab_state` of the two hashes."""
     found = None if values is None or values != expires else _read(_decode_head, values)
     if found is None:
         return Seen(None, 0), ""
-    # A mirror of another format counts as another writer's. So its writer is reported as "", which no writer has as its id.
+    # A mirror of another format counts as the mirror of another writer. The id "" is not the id of any writer.
     return Seen(found.writer if found.format == FORMAT else "", found.revision), found.fill
 
 
 def parse_time(data: bytes) -> int:
-    """Return when a key expires, in milliseconds since 1970.
+    """Return the expiry time of a key, in milliseconds since 1970.
 
     Raises:
-        UnavailableError: It is not a number.
+        UnavailableError: The bytes are not a number.
     """
     try:
         return int(data)
@@ -169,7 +169,7 @@ def message(start: int, end: int, writer: str, part: Slice, *, clear: bool = Fal
 
 
 def resync(start: int, end: int, writer: str) -> bytes:
-    """Return the message of a step whose changes are not sent, so that everything must be read."""
+    """Return the message of a step whose changes are not sent. A reader then reads the whole mirror."""
     return encode(Message(start=start, end=end, writer=writer, resync=True))
 
 
@@ -181,8 +181,8 @@ def message_bytes(part: Slice) -> int:
 def slices(items: Iterable[tuple[str, StoredOrGone]], ahead: int) -> Iterator[Slice | None]:
     """Yield the slices of a fill or of a step.
 
-    `None` comes between them while a large value is encoded, so that the event loop can run.
-    `ahead` is how far the wall clock is ahead of the state's own time, in milliseconds. It is
+    While a large value is encoded, `None` is yielded between two slices, so that the event loop can
+    run. `ahead` is the time of the wall clock minus the time of the state, in milliseconds. It is
     added to each expiry time, because readers use the wall clock.
     """
     values: dict[str, bytes] = {}

@@ -1,27 +1,28 @@
 """The one task that feeds a cache with the mirror of a state.
 
-How it works. The flusher reports each commit to `MirrorWriter.committed`. The task sends the
-changes to the cache, one step at a time. Commits that come meanwhile are merged into the next
-step. A mirror of another writer, or one at an unexpected revision, is filled: the whole state
-replaces it. A fill sends a view of the state, and its last slice only when all of the view is
-durable. So readers never get a change that a crash could undo.
+The flusher reports each commit to `MirrorWriter.committed`. The task sends the changes to the
+cache, one step at a time. Commits that come meanwhile are merged into the next step. If a mirror
+has another writer or an unexpected revision, it is filled: the whole state replaces it. A fill
+sends a view of the state. It sends the last slice only when the whole view is durable. So readers
+never see a change that a crash could undo.
 
-No caller waits for this task. An error here has no effect on the manager: it is logged once,
+No caller waits for this task. An error here does not affect the manager. It is logged once, and
 shown in `status()`, and the task tries again after growing pauses. No exception of a cache, a
 logger or a clock ends the task.
 
-The mirror is filled again if another client has written to it, because there is no record of
-what was changed. It is also filled again if it has expiry times and the wall clock was set, or
-the machine slept: readers use the wall clock, and the state counts seconds that pass.
+If another client has written to the mirror, the mirror is filled again, because its changes are
+not known. If the mirror has expiry times, it is also filled again after the wall clock was set or
+the machine slept. The reason is that readers use the wall clock, and the state counts the seconds
+that pass.
 
-A fill holds a view of the state, and no checkpoint can begin meanwhile. So a checkpoint that
-is due cuts the fill off. The fill begins again after the checkpoint. It then has time until the
-next checkpoint is due, which is when the journal has grown to the size of the snapshot. A cache
-that needs more time for a fill would also be too slow for the steps.
+A fill holds a view of the state, and no checkpoint can begin meanwhile. So a checkpoint that is due
+cuts the fill off. The fill begins again after the checkpoint. It then has time until the next
+checkpoint is due: until the journal has grown to the size of the snapshot. A cache that needs more
+time for a fill would also be too slow for the steps.
 
 The mirror of another writer may be from an earlier start of this state, or from a newer owner
-of the state. Only the storage knows: a commit that succeeds proves that the state has no newer
-owner. So a commit is made before the mirror of another writer is replaced. Right after the
+of the state. Only the storage knows which: a commit that succeeds proves that the state has no
+newer owner. So a commit is made before the mirror of another writer is replaced. Right after the
 start this is not needed.
 """
 
@@ -54,42 +55,42 @@ _FIRST_SPOILT, _LONGEST_SPOILT = 1.0, 300.0
 """The pauses between two fills, while another client writes to the mirror repeatedly."""
 
 _CALM_SECONDS = 60.0
-"""After this many seconds without such a write, the next one is logged again, and the fill comes without a pause."""
+"""The seconds without such a write after which the next one is logged again, and a fill begins without a pause."""
 
 _MOST_DRIFT_MILLISECONDS = 500
-"""If the two clocks have drifted apart by this, the mirror is filled again. Expiry times are wrong by less than this."""
+"""The drift between the two clocks at which the mirror is filled again. Expiry times are wrong by less than this."""
 
 _REST_SECONDS = 0.006
-"""The pause after a step. In it the application has the event loop alone, and more commits are merged."""
+"""The pause after a step. In this pause, the application can use the event loop, and more commits are merged."""
 
 _LONG_REST_SECONDS = 0.02
-"""The pause after a step with more than `_MANY_COMMITS` commits: such an application flushes all the time."""
+"""The pause after a step with more than `_MANY_COMMITS` commits. Then the application flushes all the time."""
 
 _MANY_COMMITS = 5
 
 _MERGED_AT_ONCE = 1000
 
 _KEPT_SECONDS = 10.0
-"""The seconds between two empty slices. They keep the cache from dropping a fill that waits for durability."""
+"""The seconds between two empty slices. They keep the cache from dropping a fill that waits for a commit."""
 
 _PROGRESS_SECONDS = 5.0
 _LARGE_KEYS = 100_000
-"""For a fill with this many keys or more, the log reports the progress, at most once in `_PROGRESS_SECONDS`."""
+"""The number of keys from which a fill logs its progress, at most once in `_PROGRESS_SECONDS`."""
 
 
 class MirrorWriter:
-    """The writer of the mirror of one state, from a start of its manager to the stop.
+    """The writer of the mirror of one state, from one start of its manager to one stop.
 
     Attributes:
         revision: The revision of the mirror; `None` while there is no mirror of this writer,
             or while its revision is unknown.
         up: Whether the last attempt succeeded.
         last_error: The error of the last attempt; `None` if it succeeded.
-        task_failure: The way in which the task ended before `stop`; `None` if it did not.
+        task_failure: The reason why the task ended before `stop`; `None` if it did not.
     """
 
     def __init__(self, name: str, cache: Cache, clock: Clock, logger: Log, counts: MirrorCounts) -> None:
-        """Prepare; `start` starts the task."""
+        """Prepare the writer. `start` starts its task."""
         self.revision: int | None = None
         self.up: bool = False
         self.last_error: StorageError | None = None
@@ -113,10 +114,10 @@ class MirrorWriter:
         self._is_owner = True  # the start, or a commit just before, has shown that this manager owns the state
         self._idle = False  # whether nothing was sent since the last heartbeat
         self._stopping = False
-        self._holding: asyncio.Timeout | None = None  # bounds a fill, while it holds a view
+        self._holding: asyncio.Timeout | None = None  # the timeout of a fill, while it holds a view
 
     def start(self, flusher: Flusher) -> None:
-        """Start the task for the state of a flusher. If this raises, no task was started."""
+        """Start the task for the state of a flusher. If this raises an error, no task was started."""
         self._flusher = flusher
         self._schedule_heartbeat()
         self._commits = 0  # since the last step
@@ -136,14 +137,14 @@ class MirrorWriter:
         self._task.cancel()
 
     def committed(self, taken: ChangeSet) -> None:
-        """Add changes that are durable now. The task sends them later. It is called after each commit."""
+        """Add the changes of a commit, which are durable now. The task sends them later."""
         if taken.end > taken.start:
             try:
-                if taken.start > self._known:  # a call in between failed
+                if taken.start > self._known:  # an earlier call of this method failed
                     self._backlog.overflow()
                 self._backlog.add(taken)
             except BaseException:
-                self._backlog.overflow()  # a step without them would be wrong, so the mirror is filled
+                self._backlog.overflow()  # a step without these changes would be wrong, so the mirror is filled
                 raise
             finally:
                 self._known = taken.end
@@ -154,19 +155,19 @@ class MirrorWriter:
                     self._holding = None
 
     async def stop(self) -> None:
-        """Send the remaining changes, for one second at most. The next start sends the rest."""
+        """Send the remaining changes, for one second at most. If some are left, the next start sends them."""
         self._stopping = True
         self._timer.cancel()
         task = self._task
         if task.get_loop() is not asyncio.get_running_loop():
-            return  # its event loop was closed while it ran
+            return  # the event loop of the task was closed while the task ran
         self._wake.set()
         await done_within(task, self._clock, STOP_SECONDS)
         task.cancel()
         await asyncio.wait({task})
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Send nothing more. Runs in a forked child, where the connection is the parent's."""
+        """Send nothing more. This runs in a forked child. The connection belongs to the parent."""
         self._pauses.never_end()
         self._timer.cancel()
 
@@ -197,7 +198,7 @@ class MirrorWriter:
             self._backlog.overflow()
 
     async def _attempt(self) -> bool:
-        """Open a session, fill, or send a step, whichever is next. Return whether there is more to do."""
+        """Open a session, fill the mirror, or send a step. Return whether there is more to do."""
         try:
             await self._act()
         except StorageError as error:
@@ -215,7 +216,7 @@ class MirrorWriter:
         return self.revision is None or bool(self._backlog) or self._backlog.overflowed
 
     async def _act(self) -> None:
-        """Do one thing: fill the mirror, send a step, or nothing."""
+        """Fill the mirror, or send a step, or do nothing if the mirror is up to date."""
         if self._session is None:
             self._session = await self._cache.open(self._name, self._writer)
             await self._look(self._session)
@@ -234,7 +235,7 @@ class MirrorWriter:
             self._backlog.clear()
 
     def _check_clocks(self) -> None:
-        """Request a fill if the wall clock has drifted from the state's time, so that expiry times are wrong."""
+        """Request a fill if the wall clock has drifted from the time of the state. Then expiry times are wrong."""
         ahead = _ahead(self._flusher.state)
         if abs(ahead - self._ahead) >= _MOST_DRIFT_MILLISECONDS:
             if self._has_times:
@@ -265,7 +266,7 @@ class MirrorWriter:
         if done:
             self.revision = taken.end
             self._counts.steps += 1
-            # This is real time, because it lets the event loop run. With a manual clock the next step would not come.
+            # This pause is in real time, and lets the event loop run. A manual clock would delay the next step forever.
             await asyncio.sleep(_LONG_REST_SECONDS if commits > _MANY_COMMITS else _REST_SECONDS)
         else:
             self._backlog.put_back(taken)
@@ -280,15 +281,15 @@ class MirrorWriter:
         if self._spoilt and not self._spoilt_pauses.are_over:
             raise UnavailableError(
                 "another client writes to the mirror repeatedly, so it is filled again after growing pauses; "
-                "let other clients use other keys, or take their right to write to these"
+                "let other clients use other keys, or remove their right to write to these"
             )
         seen, self._seen = self._seen or await session.look(), None
         if seen.writer not in {None, self._writer} and not self._is_owner:
             await self._flusher.confirm_ownership()
         self._is_owner = False
-        await self._flusher.wait_flushed(0)  # after an unclean end, the first commit comes at once and holds a view
+        await self._flusher.wait_flushed(0)  # after an unclean end, the first commit begins at once and holds a view
         self._flusher.checkpoint_if_due()
-        await self._flusher.checkpoints.ended()  # two views at a time would need a copy of the state
+        await self._flusher.checkpoints.ended()  # a second view at a time would be a copy of the state
         while self._flusher.state.frozen:  # noqa: ASYNC110 -- a commit of the whole state holds a view too, and sets no event
             await asyncio.sleep(_REST_SECONDS)
         self._backlog.clear()
@@ -299,11 +300,11 @@ class MirrorWriter:
             self._spoilt_pauses.start()
 
     async def _replace(self, session: CacheSession, seen: Seen) -> None:
-        """Replace the mirror that `look` saw by the present state. A checkpoint that is due cuts this off."""
+        """Replace the mirror that `look` found by the present state. A checkpoint that is due cuts this off."""
         state = self._flusher.state
         views, revision, ahead = SnapshotViews(state), state.revision, _ahead(state)
         self._tried = revision
-        # The view is taken here, and not when the first slice is requested.
+        # Take the view here, and not when the first slice is requested.
         parts = self._whole(views, views.freeze(), revision, ahead)
         self._holding = bound = asyncio.timeout(None)
         try:
@@ -345,7 +346,7 @@ class MirrorWriter:
     async def _whole(
         self, views: SnapshotViews, view: dict[str, Stored], revision: int, ahead: int
     ) -> AsyncGenerator[Slice]:
-        """Yield a view of the state in slices. The generator ends when all of the view is durable."""
+        """Yield a view of the state in slices. The generator ends when the whole view is durable."""
         total, sent, logged = len(view), 0, self._clock.monotonic()
         for part in slices(view.items(), ahead):
             if part is None:
@@ -388,8 +389,8 @@ class MirrorWriter:
         self._counts.failures += 1
         if self.last_error is None and not self._stopping and not isinstance(error, FencedError):
             self._logger.warning(
-                "%s: the mirror is behind, so readers get old values or none; nothing is lost, and it is tried "
-                "again: %s",
+                "%s: the mirror is not up to date, so readers see old values or none; nothing is lost, and the update "
+                "is tried again: %s",
                 self._name,
                 error,
             )
@@ -398,7 +399,7 @@ class MirrorWriter:
         self._clock.call_later(self._pauses.start(), self._wake.set)
 
     def _recovered(self) -> None:
-        """End the pauses after a success, and log it if there was a failure before."""
+        """End the pauses after a success. If there was a failure before, log the success."""
         self._pauses.reset()
         if self.last_error is not None:
             self._logger.debug("%s: the mirror works again, at revision %s", self._name, self.revision)
@@ -422,5 +423,5 @@ class MirrorWriter:
 
 
 def _ahead(state: State) -> int:
-    """Return how far the wall clock is ahead of the state's own time, in milliseconds."""
+    """Return the time of the wall clock minus the time of the state, in milliseconds."""
     return state.wall() - state.now()

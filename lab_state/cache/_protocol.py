@@ -1,8 +1,8 @@
-"""The promise of a cache to the mirror writer that feeds it.
+"""The contract between a cache and the mirror writer of a manager.
 
-A cache keeps one mirror for each name: a copy of a state that others may read. It has
-every value as JSON, its expiry time, the revision, and the id of its writer. It shows one
-whole revision at a time. A manager never reads it back.
+A cache keeps one mirror for each name. A mirror is a copy of a state for other processes. It has
+every value as JSON, the expiry times, the revision, and the id of its writer. Readers always see
+one whole revision. A manager never reads values from a mirror.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Slice(NamedTuple):
 
     Attributes:
         values: The JSON of each key that is set.
-        expires: For each of these keys that expires, the time in milliseconds since 1970.
+        expires: The expiry times of those of these keys that expire, in milliseconds since 1970.
         deleted: The keys that are deleted.
     """
 
@@ -25,7 +25,7 @@ class Slice(NamedTuple):
     deleted: list[str]
 
     def __repr__(self) -> str:
-        """Return the numbers of keys, and no values, which may be secret."""
+        """Return the numbers of keys. It has no values, because they may be secret."""
         return (
             f"<Slice of {len(self.values)} values, {len(self.expires)} expiry times, {len(self.deleted)} deleted keys>"
         )
@@ -35,9 +35,9 @@ class Step(NamedTuple):
     """A change of a mirror from one revision to a later one.
 
     Attributes:
-        start: The revision before it.
-        end: The revision after it.
-        cleared: Whether everything that was there before is deleted first.
+        start: The revision before the step.
+        end: The revision after the step.
+        cleared: Whether all keys are deleted before the changes of the step.
     """
 
     start: int
@@ -46,30 +46,30 @@ class Step(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The writer and the revision of the mirror that is there. The writer is `None` if there is no whole mirror."""
+    """The writer and the revision of the present mirror. The writer is `None` if there is no whole mirror."""
 
     writer: str | None
     revision: int
 
 
 SPOILT = Seen(None, -1)
-"""There is a mirror of this writer, but another client has written to it."""
+"""The mirror has this writer, but another client has written to it."""
 
 
 class CacheSession(Protocol):
     """The right of one writer to write the mirror of one state.
 
     Calls do not overlap. Each raises `StorageError` or a subclass, and no other error. After
-    an error the outcome is unknown: readers see the mirror as it was before or after the
-    call, and nothing between. Then the session can only be closed.
+    an error the outcome is unknown: readers see the mirror as it was before the call or as it
+    is after the call, and never a part of the change. Then the session can only be closed.
     """
 
     async def look(self) -> Seen:
-        """Return who wrote the mirror that is there, and its revision.
+        """Return the writer and the revision of the present mirror.
 
-        It may be this writer's, unchanged since the session's last call. Then readers that
-        follow it get the message that its writer lives. If another client has changed it
-        since then, the answer is `SPOILT`.
+        If it is the mirror of this writer, and unchanged since the session's last call, send
+        readers a heartbeat: the message that the writer lives. If another client has changed
+        the mirror since then, return `SPOILT`.
         """
         ...
 
@@ -78,10 +78,11 @@ class CacheSession(Protocol):
 
         Args:
             revision: The revision of the state.
-            slices: The state. The last slice comes when all of it is durable. Meanwhile there
-                may be empty slices, so that a cache does not drop what it got so far.
-            over: What `look` returned. If another writer has written a mirror since then,
-                nothing is done. A mirror of this writer is replaced in any case.
+            slices: The state. The last slice comes when the whole state is durable. Before that
+                there may be empty slices. They keep the cache from dropping the slices that it
+                has received.
+            over: The result of `look`. If another writer has written a mirror since then,
+                nothing is done. A mirror of this writer is always replaced.
 
         Returns:
             Whether the mirror was replaced.
@@ -96,27 +97,27 @@ class CacheSession(Protocol):
             slices: The changes. Each key comes once.
 
         Returns:
-            Whether it was changed. If not, the mirror is not this writer's at `step.start`,
-            and it is as it was.
+            Whether the mirror was changed. False means that there is no mirror of this writer at
+            revision `step.start`. Then nothing was changed.
         """
         ...
 
     async def aclose(self) -> None:
-        """End the session; the mirror stays. A second call does nothing. It raises nothing, and does not wait."""
+        """End the session; the mirror stays. A second call does nothing. The call raises no error, and does not wait."""
         ...
 
 
 class Cache(Protocol):
-    """The place of mirrors. One object may serve any number of names."""
+    """A place for mirrors. One object may be used for any number of names."""
 
     async def open(self, name: str, writer: str) -> CacheSession:
         """Open a session that writes the mirror of a state.
 
         Args:
             name: The name of the state.
-            writer: The id of the writer. No two writers have the same.
+            writer: The id of the writer. Each writer has a different id.
 
         Raises:
-            StorageError: The cache cannot be reached, or refuses.
+            StorageError: The cache cannot be reached, or refuses the session.
         """
         ...

@@ -1,7 +1,7 @@
 """The session that writes the mirror of a state in Redis.
 
 Each step is one MULTI on a connection that watches the two hashes. If another client has
-changed them since the last look, the step is not executed. Delayed commands of an older
+changed them since the last look, Redis does not execute the step. Delayed commands of an older
 connection are such a change, too. A heartbeat is also a MULTI. So the writer notices another
 client's change within one heartbeat.
 
@@ -43,7 +43,7 @@ class RedisSession:
         self._keys = keys
         self._writer = writer
         self._seen = Seen(None, 0)  # the mirror at the moment of the last WATCH
-        self._filled = ""  # the fill that wrote it
+        self._filled = ""  # the id of the fill that wrote this mirror
         self._expiring = True  # whether the mirror may have expiry times
         self._watch = [
             command(b"WATCH", keys.values, keys.expires),
@@ -54,14 +54,14 @@ class RedisSession:
         self._count = command(b"HLEN", keys.expires)
 
     def __repr__(self) -> str:
-        """Return the key of the mirror."""
+        """Return the class, and the key of the mirror."""
         return f"<RedisSession of {self._keys.values.decode()!r}>"
 
     async def look(self) -> Seen:
-        """Return who wrote the mirror, and send a heartbeat if it is this session's; see `CacheSession.look`."""
+        """Return the writer of the mirror, and send a heartbeat if it is this session's mirror; see `CacheSession.look`."""
         before, connection = self._seen, self._connection
         if before.writer != self._writer:
-            # A key that was watched before may have changed. That would make the next step fail.
+            # A key that was watched before may have changed. Without UNWATCH, the next step would fail.
             await connection.send(self._unwatch, self._count, *self._watch)
             unwatched, count = await connection.answers(2)
             connection.good([unwatched])
@@ -80,10 +80,10 @@ class RedisSession:
         """Write the state beside the mirror, and then replace the mirror; see `CacheSession.fill`."""
         keys, there = self._keys, self._keys.fill()
         mark = head(revision, self._writer, new_fill())
-        # The marks are written once, with the first slice. If they are missing at the end, Redis dropped the keys meanwhile.
+        # The marks are written only with the first slice. If they are missing at the end, Redis dropped the keys meanwhile.
         marks = [hset(key, {HEAD: mark}) for key in there]
         keep = [command(b"EXPIRE", key, b"%d" % _FILL_SECONDS) for key in there]
-        # The following transactions write to other keys. They must not fail because a key of the mirror is watched.
+        # The next transactions write to other keys. They must not fail because a watched key of the mirror changes.
         self._connection.good(await self._connection.call(self._unwatch))
         unanswered: deque[int] = deque()
         async for part in slices:
@@ -107,7 +107,7 @@ class RedisSession:
         done = await self._execute(
             [
                 MULTI,
-                # RENAME over a large hash would free it at once, and stall all clients meanwhile.
+                # RENAME would free a large old hash at once. All clients would wait for that.
                 command(b"UNLINK", keys.values, keys.expires),
                 command(b"RENAME", there[0], keys.values),
                 command(b"RENAME", there[1], keys.expires),
@@ -141,10 +141,10 @@ class RedisSession:
             if sent_bytes(commands) >= _SENT_AT_ONCE:
                 await connection.send(*commands)
                 count, commands = count + len(commands), []
-        assert before is not None  # `slices` yields one slice or more
+        assert before is not None  # `slices` yields at least one slice
         total += message_bytes(
             before
-        )  # counted before a message is made, because a message with a large value would be large
+        )  # the size is estimated first, because a message with a large value would be large
         data = (
             message(step.start, step.end, self._writer, before, clear=clear)
             if total <= MOST_MESSAGE_BYTES
@@ -162,7 +162,7 @@ class RedisSession:
         await self._connection.aclose()
 
     def _members(self, values: bytes, expires: bytes, part: Slice, *, replace: bool) -> list[Command]:
-        """Return the commands that write a slice to two hashes. With `replace`, the hashes may have these keys already."""
+        """Return the commands that write a slice to two hashes. Use `replace` if the hashes may have these keys already."""
         commands: list[Command] = [hset(values, part.values)] if part.values else []
         if part.deleted:
             commands.append(command(b"HDEL", values, *map(str.encode, part.deleted)))
@@ -175,9 +175,9 @@ class RedisSession:
         return commands
 
     async def _execute(self, commands: Sequence[Command], before: int = 0) -> list[Any] | None:
-        """Send the rest of a transaction, after `before` commands, and watch again in the same round trip.
+        """Send the rest of a transaction, after the first `before` commands. Watch again in the same round trip.
 
-        Return the answers, or `None` if a watched key was changed, so that nothing was done.
+        Return the answers. If a watched key was changed, nothing was done: return `None`.
         """
         sent = [*commands, EXEC, *self._watch]
         await self._connection.send(*sent)

@@ -32,7 +32,7 @@ class RedisSource:
         self.path: str = f"{dialer.path} {keys.values.decode()}"
 
     async def fetch(self, keys: Sequence[str]) -> Fetched:
-        """Return some keys, in one round trip; see `Source.fetch`."""
+        """Return these keys, in one round trip; see `Source.fetch`."""
         fields = [_HEAD, *[key.encode() for key in keys]]
         (value_head, *values), (expires_head, *expires) = await self._read(
             command(b"HMGET", self._keys.values, *fields), command(b"HMGET", self._keys.expires, *fields)
@@ -40,14 +40,14 @@ class RedisSource:
         return Fetched(value_head, expires_head, _present(keys, values), _present(keys, expires))
 
     async def fetch_all(self) -> Fetched:
-        """Return every key, in one round trip; see `Source.fetch_all`."""
+        """Return all keys, in one round trip; see `Source.fetch_all`."""
         values, expires = await self._read(
             command(b"HGETALL", self._keys.values), command(b"HGETALL", self._keys.expires)
         )
         return _found(self._pairs(values), self._pairs(expires))
 
     async def scan(self) -> AsyncIterator[Fetched]:
-        """Yield every key, some hundreds at a time; see `Source.scan`."""
+        """Yield all keys, some hundreds at a time; see `Source.scan`."""
         for name, of_expires in ((self._keys.values, False), (self._keys.expires, True)):
             cursor = b"0"
             while True:
@@ -68,12 +68,12 @@ class RedisSource:
         return RedisSubscription(connection)
 
     async def aclose(self) -> None:
-        """Close the free connections. A read that is running closes its own."""
+        """Close the free connections. A read that is running closes its connection itself."""
         while self._free:
             await self._free.pop().aclose()
 
     async def _read(self, *commands: bytes) -> list[Any]:
-        """Run commands as one transaction, and return the answers. If an old connection is lost, try again on a new one."""
+        """Run commands as one transaction of Redis. If an old connection is lost, try again on a new one."""
         if self._free:
             try:
                 return await self._on(self._free.pop(), commands)
@@ -94,7 +94,7 @@ class RedisSource:
         return answers
 
     def _pairs(self, flat: Sequence[bytes]) -> dict[str, bytes]:
-        """Return the fields of a hash. Skip fields that are not UTF-8, because no key has such bytes, and log that once."""
+        """Return the fields of a hash. Skip fields that are not UTF-8, which no key of lab_state can be, and log that once."""
         pairs: dict[str, bytes] = {}
         members = iter(flat)
         for field, value in zip(members, members, strict=True):

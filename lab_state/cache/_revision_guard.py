@@ -1,4 +1,4 @@
-"""Decides whether a reader may show what it has read: never half a mirror, never a lower revision. Pure and synchronous."""
+"""The decision whether a reader may show a reading: never half a mirror, never a lower revision. Pure and synchronous."""
 
 from __future__ import annotations
 
@@ -11,46 +11,49 @@ from lab_state.cache._source import Fetched
 from lab_state.exceptions import UnavailableError
 
 STANDS_SECONDS = 10.0
-"""If a living writer reports a lower revision for this many seconds, that revision is accepted."""
+"""The seconds for which a living writer must report a lower revision before it is accepted."""
 
 
 class Accepted(NamedTuple):
-    """A head that may be shown, and whether the reader goes back to a lower revision with it."""
+    """A head that may be shown, and whether its revision is lower than an earlier one."""
 
     head: Head
     went_back: bool
 
 
 class RevisionGuard:
-    """Refuses revisions below those that were read before, until a living writer has reported one for ten seconds.
+    """A check that refuses revisions below those that were read before.
+
+    A lower revision is accepted when a living writer has reported it for ten seconds.
 
     Attributes:
         seen: The highest revision that was read. No later read may return a lower one.
     """
 
     def __init__(self, name: str, path: str) -> None:
-        """Accept any revision at first. `name` and `path` of the mirror are for messages."""
+        """Accept any revision at first. `name` and `path` of the mirror are used in messages."""
         self.seen: int = 0
         self._name = name
         self._path = path
         self._lower: tuple[str, float] | None = None  # the writer that reports a lower revision, and since when
 
     def close(self, highest: int) -> None:
-        """Keep the highest revision for the next time that the reader is opened."""
+        """Remember the highest revision for the next opening of the reader."""
         self.seen, self._lower = max(self.seen, highest), None
 
     def accept(self, found: Fetched, floor: int, lives: Callable[[str, int], bool], now: float) -> Accepted:
-        """Return the head of what was read, if it may be shown.
+        """Return the head of a part of a mirror, if that part may be shown.
 
         Args:
-            found: What was read.
-            floor: The lowest revision that may be shown: the highest one that was known
+            found: The part that was read.
+            floor: The lowest revision that may be shown: the highest revision that was known
                 when the read began.
-            lives: Returns whether a writer lives and itself reports a revision below a given one.
+            lives: A function that returns whether a writer lives, and reports a revision below
+                the given one.
             now: The time of a monotonic clock, in seconds.
 
         Raises:
-            UnavailableError: There is no mirror, half of it is missing, or it is at a lower revision.
+            UnavailableError: There is no mirror, half of it is missing, or its revision is lower.
         """
         if found.head is None and found.head_of_expires is None:
             raise UnavailableError(
@@ -60,15 +63,15 @@ class RevisionGuard:
         head = parse_head(found.head or b"") if found.head == found.head_of_expires else None
         if head is None:
             raise UnavailableError(
-                f"half of the mirror of {self._name!r} at {self._path} is missing or not from lab_state: the manager fills "
+                f"half of the mirror of {self._name!r} at {self._path} is missing, or is not from lab_state: the manager fills "
                 "it again within seconds; if Redis evicts keys, set maxmemory-policy to noeviction"
             )
         went_back = head.revision < floor and self._stands(head, floor, lives, now)
         if head.revision < floor and not went_back:
             raise UnavailableError(
                 f"the mirror of {self._name!r} at {self._path} is at revision {head.revision}, and {floor} was "
-                "read before: Redis came back with old data, and the manager fills it again within seconds; if the "
-                f"state itself was restored from a backup, its manager reports that, and reads go on after {STANDS_SECONDS:g} s"
+                "read before: Redis has lost recent data, and the manager fills it again within seconds; if the "
+                f"state itself was restored from a backup, its manager reports that, and reads succeed after {STANDS_SECONDS:g} s"
             )
         self.seen = head.revision if went_back else max(self.seen, head.revision)
         self._lower = None
@@ -83,7 +86,7 @@ class RevisionGuard:
         elif now - self._lower[1] >= STANDS_SECONDS:
             logger.warning(
                 "%s: revision %d was read before, but its manager is at %d: the state was restored from a backup, or "
-                "another client had written to the mirror; reads go on from there",
+                "another client had written to the mirror; reads continue from there",
                 self._path,
                 floor,
                 head.revision,

@@ -1,4 +1,4 @@
-"""The source that a reader reads from."""
+"""The source from which a reader reads a mirror."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple, Protocol
 
 
 class Fetched(NamedTuple):
-    """A part of a mirror, as it was at one moment.
+    """A part of a mirror at one moment.
 
     Attributes:
         head: The field `$lab_state` of the values; `None` if it is missing.
-        head_of_expires: The field `$lab_state` of the expiry times. It has the same bytes as
-            `head`, as long as the mirror is whole.
+        head_of_expires: The field `$lab_state` of the expiry times. In a mirror without damage
+            it has the same bytes as `head`.
         values: The JSON of each requested key that exists.
-        expires: For each of these keys that expires, the time in milliseconds since 1970.
+        expires: The expiry times of those of these keys that expire, in milliseconds since 1970.
     """
 
     head: bytes | None
@@ -24,21 +24,21 @@ class Fetched(NamedTuple):
 
 
 class Subscription(Protocol):
-    """The messages about changes of a mirror: all of them, in order, from the subscribing on."""
+    """The messages about changes of a mirror, in order. No message after the call of `subscribe` is missing."""
 
     async def receive(self) -> bytes:
         """Return the next message.
 
         Raises:
-            StorageError: The subscription is lost, so messages may be lost too.
+            StorageError: The subscription is lost. Messages may be lost, too.
         """
         ...
 
     async def ping(self) -> None:
-        """Make sure that the subscription is not lost.
+        """Check that the subscription is not lost.
 
         Another task calls `receive` meanwhile. This call returns when `receive` has returned
-        every message that was sent before it.
+        every message that was sent before the call.
 
         Raises:
             StorageError: The subscription is lost.
@@ -46,37 +46,37 @@ class Subscription(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """End the subscription. A second call does nothing. It raises nothing."""
+        """End the subscription. A second call does nothing. The call raises no error."""
         ...
 
 
 class Source(Protocol):
-    """One mirror, to be read. Every call raises `StorageError` or a subclass, and no other error."""
+    """A mirror that can be read. Every call raises `StorageError` or a subclass, and no other error."""
 
     @property
     def path(self) -> str:
-        """Where the mirror is, for messages; without credentials."""
+        """The place of the mirror, for messages, without credentials."""
         ...
 
     async def fetch(self, keys: Sequence[str]) -> Fetched:
-        """Return some keys, all from one moment."""
+        """Return the values and expiry times of these keys, all from one moment."""
         ...
 
     async def fetch_all(self) -> Fetched:
-        """Return every key, all from one moment."""
+        """Return the values and expiry times of all keys, from one moment."""
         ...
 
     def scan(self) -> AsyncIterator[Fetched]:
-        """Yield every key, in parts.
+        """Yield all keys in parts, which may be from different moments.
 
-        A key that exists all the time comes once or more often. The heads may be `None`.
+        A key that exists during the whole scan is yielded at least once. The heads may be `None`.
         """
         ...
 
     async def subscribe(self) -> Subscription:
-        """Subscribe to the changes."""
+        """Subscribe to the changes of the mirror."""
         ...
 
     async def aclose(self) -> None:
-        """Close all connections. A second call does nothing. It raises nothing."""
+        """Close all connections. A second call does nothing. The call raises no error."""
         ...

@@ -24,21 +24,21 @@ class RedisCache:
     """Mirrors of states in Redis 6.2 or newer, or in Valkey."""
 
     def __init__(self, url: str | ConnectionPool, *, prefix: str = "lab_state:", clock: Clock | None = None) -> None:
-        """Take the settings. A connection is made when it is first needed.
+        """Check and keep the settings. A connection is opened when it is first needed.
 
         Args:
             url: A URL as redis-py accepts it: `redis://`, `rediss://` or `unix://`, with
-                user, password, database and options. Or a pool of redis-py, for settings
-                that a URL cannot have: `Sentinel(...).master_for("name").connection_pool`.
-                Only the settings of the pool are used.
-            prefix: The beginning of the names of all keys.
-            clock: For tests; the clock of the machine without it. It measures the timeouts of
-                the writer, and those of readers without a clock of their own.
+                user, password, database and options. For settings that a URL cannot have, pass
+                a pool of redis-py: `Sentinel(...).master_for("name").connection_pool`. Only the
+                settings of the pool are used.
+            prefix: The beginning of the names of all keys in Redis.
+            clock: A clock for tests; by default the clock of the machine. It measures the
+                timeouts of the writer, and those of readers that have no other clock.
 
         Raises:
             ImportError: The extra is missing: `pip install 'lab-state[redis]'`, or
                 `pip install '.[redis]'` in a clone of lab_state.
-            ValueError: It is not a URL of Redis.
+            ValueError: `url` is not a URL of Redis.
         """
         try:
             from lab_state.cache._connection import Dialer  # noqa: PLC0415 -- an extra
@@ -67,10 +67,10 @@ class RedisCache:
 
         Args:
             name: The name of the state.
-            local: Whether the reader keeps a local copy, so that it reads from memory. That
-                costs the memory of the state, and the time to load it.
-            clock: For tests; the clock of the cache without it. It decides what has expired,
-                and measures timeouts.
+            local: Whether the reader keeps a local copy, and reads from it. The copy needs the
+                memory of the whole state, and time to load it.
+            clock: A clock for tests; by default the clock of the cache. It decides which keys
+                have expired, and measures timeouts.
         """
         from lab_state.cache._redis_source import RedisSource  # noqa: PLC0415 -- an extra
 

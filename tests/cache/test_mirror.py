@@ -188,7 +188,7 @@ async def test_an_outage_is_told_once_and_mended(
         assert faulty.entries == {"a": "secret", "b": 1, "c": 1}
         assert faulty.calls.count("fill") == 1
     assert [line.partition(":")[2][:25] for line in lines(caplog)] == [
-        " the mirror is behind, so",
+        " the mirror is not up to ",
         " the mirror works again, ",
     ]
     assert "secret" not in caplog.text

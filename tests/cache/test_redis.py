@@ -246,7 +246,7 @@ async def test_redis_dies_and_comes_back(own_redis: Any, until: Any, caplog: pyt
         await same(state, redis.url)
         await until(lambda: mirror_of(state).up)
     told = [record.message for record in caplog.records if record.levelname != "INFO"]  # without start and stop
-    assert ["is behind" in line for line in told] == [True, False]
+    assert ["is not up to date" in line for line in told] == [True, False]
     assert "works again" in told[1]
     assert "secret" not in caplog.text
 

@@ -43,7 +43,7 @@ async def test_a_fill_is_cut_off_for_a_checkpoint(
         faulty.going.set()
         await until(lambda: faulty.entries == {"a": 1, "large": LARGE})
         await until(lambda: mirror_of(state).up)
-    assert sum("the mirror is behind" in line for line in lines(caplog)) == 1
+    assert sum("the mirror is not up to date" in line for line in lines(caplog)) == 1
 
 
 async def test_a_fill_that_waits_for_a_commit_is_not_cut_off(

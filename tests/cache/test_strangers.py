@@ -458,7 +458,7 @@ async def test_a_revision_that_was_too_high(until: Any, local: Any, caplog: pyte
         await until(lambda: not local or reader._local.fresh)
         await reader.wait_revision(await state.set("a", 2))
         assert await reader.get("a") == 2
-    assert sum("reads go on from there" in line for line in lines(caplog)) == 1
+    assert sum("reads continue from there" in line for line in lines(caplog)) == 1
 
 
 async def test_a_lower_revision_of_a_writer_that_is_silent(until: Any) -> None:
