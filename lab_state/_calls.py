@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, overload
 
 from lab_state._arguments import Seconds, check_callable, check_revision, check_timeout, name_of, plain_result
+from lab_state._bulk import Bulk
 from lab_state._entries import MISSING
 from lab_state._reads import MISSING_VALUE
 from lab_state._writing import Writing
@@ -272,7 +273,7 @@ class Calls(Writing):
             FencedError: A newer writer owns the state; nothing was changed.
         """
         self._check_nowait("set")
-        return at_once(self.set(key, value, ttl=ttl))
+        return self._now(key, self.set(key, value, ttl=ttl))
 
     def delete_nowait(self, key: str) -> bool:
         """Delete a key, without waiting, and return whether it was there.
@@ -283,7 +284,7 @@ class Calls(Writing):
             FencedError: A newer writer owns the state; nothing was changed.
         """
         self._check_nowait("delete")
-        return at_once(self.delete(key))
+        return self._now(key, self.delete(key))
 
     @overload
     def update_nowait(self, key: str, fn: Callable[[T], T], *, type: type[T], ttl: Seconds | None = ...) -> T: ...
@@ -322,7 +323,7 @@ class Calls(Writing):
             FencedError: A newer writer owns the state; nothing was changed.
         """
         self._check_nowait("update")
-        return at_once(self.update(key, fn, default, type=type, ttl=ttl))
+        return self._now(key, self.update(key, fn, default, type=type, ttl=ttl))
 
     def _check_nowait(self, call: str) -> None:
         """Make sure that a write need not wait.
@@ -340,7 +341,7 @@ class Calls(Writing):
                 f"from another thread, call blocking.{call}()"
             )
         durability.check_writable()
-        if core.transaction is not None:
+        if core.transaction is not None and not isinstance(core.transaction, Bulk):
             raise RuntimeError(
                 f"{call}_nowait() cannot wait until the open transaction of {core.name!r} is over: "
                 f"await {call}(), or inside the transaction call the transaction itself"
@@ -350,6 +351,19 @@ class Calls(Writing):
                 f"{call}_nowait() cannot wait until its change is durable, as every write of {core.name!r} does "
                 f"(its flush_interval is 0): await {call}(), or choose another flush_interval"
             )
+
+    def _now(self, key: object, call: Coroutine[Any, Any, R]) -> R:
+        """Run a writing call to its end. If a call with many keys has the turn, this change comes before it."""
+        core = self._core
+        if not isinstance(core.transaction, Bulk):
+            return at_once(call)
+        if isinstance(key, str):
+            core.transaction.batch.before(self._full(key))
+        core.passing = True
+        try:
+            return at_once(call)
+        finally:
+            core.passing = False
 
     # Durability
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+from lab_state._batch import STEP
 from lab_state._clock import Clock, Pauses
 from lab_state._foreign import only_storage_errors, storage_error
 from lab_state._outcomes import Outcomes
@@ -104,6 +105,9 @@ class Checkpoints:
             return views.take()
 
         try:
+            # A view would merge the rest in one step.
+            while self._state.fold_staged(STEP):  # noqa: ASYNC110 -- the condition does the work
+                await asyncio.sleep(0)
             await only_storage_errors(lambda: self._session.checkpoint(snapshot))
         except StorageError as error:
             self._failed(error)

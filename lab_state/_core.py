@@ -49,9 +49,20 @@ class CallCore:
             durability.
         timed: Whether any key may expire.
         write_through: Whether a write waits for durability.
+        passing: Whether the call that runs now cannot wait, and comes before the one that has the turn.
     """
 
-    __slots__ = ("blocked", "counters", "has_followup", "name", "state", "timed", "transaction", "write_through")
+    __slots__ = (
+        "blocked",
+        "counters",
+        "has_followup",
+        "name",
+        "passing",
+        "state",
+        "timed",
+        "transaction",
+        "write_through",
+    )
 
     def __init__(self, name: str, state: State, counters: Counters) -> None:
         """Take the state. At first writers are not blocked, and a write has no follow-up."""
@@ -63,6 +74,7 @@ class CallCore:
         self.has_followup: bool = False
         self.timed: bool = False
         self.write_through: bool = False
+        self.passing: bool = False
 
     @property
     def durability(self) -> Durability:
@@ -246,7 +258,7 @@ class Core(CallCore):
         self._check_outside()
         durability = self.durability
         durability.check_writable()
-        if self.must_wait:
+        if self.must_wait and not self.passing:
             async with self._lock:
                 self._check_still(durability)
 

@@ -133,14 +133,20 @@ class Layer:
 
 
 class Overlay(Layer):
-    """A layer over a view. In the end its writes are merged into the view."""
+    """A layer over a map, its view. In the end its writes are merged into the view."""
 
     __slots__ = ("_left", "_size", "view")
 
-    def __init__(self, view: dict[str, Stored]) -> None:
-        super().__init__(view, {})
-        self.view: dict[str, Stored] = view
-        self._size = len(view)
+    def __init__(
+        self,
+        view: dict[str, Stored] | Overlay,
+        top: dict[str, StoredOrGone] | None = None,
+        size: int | None = None,
+    ) -> None:
+        """Put a layer over `view`. `top` has its first writes, and `size` is the number of keys with them."""
+        super().__init__(view, {} if top is None else top)
+        self.view: dict[str, Stored] | Overlay = view
+        self._size = len(view) if size is None else size
         self._left: int | None = None
 
     def __len__(self) -> int:
@@ -155,14 +161,28 @@ class Overlay(Layer):
         super().__delitem__(key)
         self._size -= 1
 
+    def rest_on(self, view: dict[str, Stored]) -> None:
+        """Put this layer on the map into which the layer below was merged."""
+        self.base = self.view = view
+
     def fold(self, most: int) -> bool:
         """Move `most` writes into the view, or more if new writes come faster. Return whether any is left."""
         came = 0 if self._left is None else len(self.top) - self._left
+        view = self.view
         for _ in range(min(max(most, 2 * came), len(self.top))):
             key, value = self.top.popitem()
-            if isinstance(value, Absent):
-                self.view.pop(key, None)
-            else:
-                self.view[key] = value
+            if not isinstance(value, Absent):
+                view[key] = value
+            elif key in view:
+                del view[key]
         self._left = len(self.top)
         return bool(self.top)
+
+
+class Staged(Overlay):
+    """A layer with many writes that were made at once. It is merged into the map below in steps.
+
+    The map below is a dict, or an `Overlay` over the view of a checkpoint.
+    """
+
+    __slots__ = ()

@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 from weakref import finalize
 
+from lab_state._batch import STEP
 from lab_state._buffers import join_in_steps
 from lab_state._checkpoints import Checkpoints
 from lab_state._clock import Clock, Timer, sleep
@@ -32,7 +33,7 @@ from lab_state._metrics import FlushTimes
 from lab_state._outcomes import Outcomes
 from lab_state._snapshots import SnapshotViews
 from lab_state._standstill import Standstill
-from lab_state._state import State, ignore
+from lab_state._state import State, ignore, no_clock
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
 from lab_state.storage._protocol import StorageSession
@@ -77,7 +78,7 @@ class Flusher(Outcomes):
             on_fenced: The function of the application; see `Manager`.
         """
         super().__init__(state, session.recovery, config, clock, logger, times, on_fenced)
-        state.free = self._free
+        state.free, state.on_staged = self._free, self._fold_staged
         self._committed = committed
         self._session = session
         self._abandoned = self._aborted = False
@@ -174,7 +175,10 @@ class Flusher(Outcomes):
 
     def discard_entries(self) -> None:
         """Free the entries after `stop()`, unless a storage call still in flight may read them."""
-        self.state.free = ignore  # not a method of this object, which refers to the state
+        self.state.free, self.state.on_staged = (
+            ignore,
+            no_clock,
+        )  # not methods of this object, which refers to the state
         if self._task.done() and not self._abandoned and isinstance(self.state.entries, dict):
             self._free(self.state.entries)
 
@@ -184,6 +188,13 @@ class Flusher(Outcomes):
             large.popitem()
         if large:
             self.loop.call_soon(self._free, large)
+
+    def _fold_staged(self) -> None:
+        """Merge a change of many keys into the map in steps, and start a checkpoint that waited for that."""
+        if self.state.fold_staged(STEP):
+            self.loop.call_soon(self._fold_staged)
+        else:
+            self.checkpoint_if_due()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         self._is_closed = self.fenced

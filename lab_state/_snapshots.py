@@ -83,5 +83,5 @@ class SnapshotViews:
             except asyncio.CancelledError:
                 self._state.fold(view, sys.maxsize)
                 raise
-            if self._state.entries is not view:  # the view was a copy, or the state was cleared meanwhile
+            if not self._state.has_as_base(view):  # the view was a copy, or the state was cleared meanwhile
                 self._state.release(view)

@@ -22,7 +22,8 @@ needs an order. Each method that adds or removes a key notes the key for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import filterfalse
 from typing import Any, Literal, TypeAlias, cast
 from weakref import ref
@@ -36,6 +37,7 @@ from lab_state._entries import (
     Expiring,
     Layer,
     Overlay,
+    Staged,
     Stored,
     StoredOrGone,
     Value,
@@ -43,6 +45,9 @@ from lab_state._entries import (
 from lab_state._expiry import Expiries
 from lab_state._order import Index, in_range
 from lab_state._undo import UndoView, Views, noted, open_ones
+
+OnChanges: TypeAlias = Callable[[Sequence[str], Sequence[StoredOrGone], int], None]
+"""A callback that gets keys, their new values in the same order, and the revision. The callee keeps both sequences."""
 
 OnChange: TypeAlias = Callable[[str | None, StoredOrGone, int], None]
 """A callback that gets a key, its new value or `DELETED` or `EXPIRED`, and the revision.
@@ -81,6 +86,8 @@ class State:
         monotonic: The clock that never goes back.
         on_change: A callback after each change, if there is a watch. The hot path of `set`
             calls it, too.
+        on_changes: A callback after a change of many keys, if there is a watch.
+        on_staged: A callback after a change of many keys, which `fold_staged` has to merge.
         on_first_change: A callback before the first change after a `take`, or `None`.
         index: The keys in order of code points; `None` until a call needs it. See `_order`.
         free: A callback that gets a map that is no longer needed, and may be large.
@@ -107,7 +114,9 @@ class State:
         "index",
         "monotonic",
         "on_change",
+        "on_changes",
         "on_first_change",
+        "on_staged",
         "on_views",
         "revision",
         "since",
@@ -133,6 +142,8 @@ class State:
         self._wall_clock = wall_clock
         self._epoch = start - monotonic()
         self.on_change: OnChange | None = None
+        self.on_changes: OnChanges | None = None
+        self.on_staged: Callable[[], object] = no_clock
         self.on_first_change: Callable[[], object] | None = None
         self.free: Callable[[dict[Any, Any]], object] = ignore
         self.views: Views[Stored] = []
@@ -399,6 +410,60 @@ class State:
         for key, stored in changes.items():
             on_change(key, stored, self.revision)
 
+    def switch(
+        self,
+        top: dict[str, StoredOrGone],
+        changes: dict[str, StoredOrGone],
+        *,
+        size: int,
+        absent: int,
+        timed: Iterable[str],
+        moved: set[str],
+        cleared: bool,
+    ) -> int:
+        """Make many prepared changes as one, at once, and return the new revision. The state keeps both dicts.
+
+        Args:
+            top: The changes by key. A key that is deleted must exist. With `cleared` there is none.
+            changes: The same changes in another dict. Without `cleared` it has the unflushed changes of other
+                keys, too.
+            size: The number of keys after the change.
+            absent: The number of keys that are deleted, apart from those of `cleared`.
+            timed: The keys of `top` that had an expiry, or get one. Other keys of `top` may be among them.
+            moved: The keys that are added or removed, for the index. Other keys may be among them.
+            cleared: Whether to delete all keys first.
+        """
+        self.before_change()
+        self.revision += 1
+        self.deleted += absent
+        self._stored_more += len(top) - absent - 1
+        keys, values = (list(top), list(top.values())) if self.on_changes is not None else ((), ())
+        if cleared:
+            self.deleted += len(self.entries)
+            self._empty()
+            self.entries = cast("dict[str, Stored]", top)
+        elif isinstance(self.entries, dict) and not self.entries:
+            self.entries = cast("dict[str, Stored]", top)  # there was no key that could be deleted
+        else:
+            entries = self.entries
+            assert not isinstance(entries, Staged)  # the caller has merged it
+            self.entries = Staged(cast("dict[str, Stored] | Overlay", entries), top, size)
+        self.changes = changes
+        if self.index is not None:
+            self.index.take_over(moved)
+        for key in timed:
+            stored = top[key]
+            if isinstance(stored, Expiring):
+                self.expiries.add(key, stored.at)
+            else:
+                self.expiries.discard(key)
+        if self.on_change is not None and self.on_changes is not None:
+            if cleared:
+                self.on_change(None, DELETED, self.revision)
+            self.on_changes(keys, values, self.revision)
+        self.on_staged()
+        return self.revision
+
     def _empty(self) -> None:
         if self.views:
             self.before_overwrite(None)
@@ -408,8 +473,16 @@ class State:
             self.free(index.release())
         for unneeded in (changes, *self.expiries.clear()):
             self.free(unneeded)
-        self.release(entries if isinstance(entries, dict) else entries.top)  # a view below it is still being read
+        self._release_entries(entries)
         self.cleared = True
+
+    def _release_entries(self, entries: dict[str, Stored] | Layer) -> None:
+        if isinstance(entries, dict):
+            self.release(entries)
+            return
+        self.release(entries.top)
+        if isinstance(entries, Staged):  # below an `Overlay`, a view is still being read
+            self._release_entries(entries.view)
 
     # Views of `items()`
 
@@ -512,8 +585,10 @@ class State:
         """Return a view of the entries, which does not change until `fold` is called with it.
 
         The first view costs nothing. A second view at the same time is a copy of the state.
-        That happens when a sync fails while a checkpoint runs.
+        That happens when a sync fails while a checkpoint runs. If a change of many keys is
+        still to be merged, that is done here, in one step; see `fold_staged`.
         """
+        self.fold_staged(sys.maxsize)
         if isinstance(self.entries, Overlay):
             return dict(self.entries.items())
         view = self.entries
@@ -523,21 +598,45 @@ class State:
 
     @property
     def frozen(self) -> bool:
-        """Whether there is a view, so that another one would be a copy."""
+        """Whether a view would cost more than nothing: there is one, or many changes are still to be merged."""
         return isinstance(self.entries, Overlay)
 
     def note_copied(self, view: dict[str, Stored]) -> None:
         """Note that no value of a view keeps a loaded buffer alive. Do nothing if the view is not the present one."""
-        if isinstance(self.entries, Overlay) and self.entries.view is view:
+        if self._over(view) is not None:
             self.borrowed = False
 
     def fold(self, view: dict[str, Stored], most: int) -> bool:
         """Merge about `most` of the writes since `freeze` into the view. Return whether there are more."""
+        overlay = self._over(view)
+        if overlay is not None:
+            if overlay.fold(most):
+                return True
+            if isinstance(self.entries, Staged):
+                self.entries.rest_on(view)
+            else:
+                self.entries = view
+        return False
+
+    def _over(self, view: dict[str, Stored]) -> Overlay | None:
+        """Return the layer over a view; `None` if there is none."""
+        entries: object = self.entries
+        if isinstance(entries, Staged):
+            entries = entries.view
+        return entries if isinstance(entries, Overlay) and entries.view is view else None
+
+    def has_as_base(self, view: dict[str, Stored]) -> bool:
+        """Return whether a map is the one that the entries are in, alone or below the changes that are to be merged."""
         entries = self.entries
-        if isinstance(entries, Overlay) and entries.view is view:
+        return entries is view or (isinstance(entries, Staged) and entries.view is view)
+
+    def fold_staged(self, most: int) -> bool:
+        """Merge about `most` of the changes of `switch` into the map below. Return whether there are more."""
+        entries = self.entries
+        if isinstance(entries, Staged):
             if entries.fold(most):
                 return True
-            self.entries = view
+            self.entries = entries.view
         return False
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Container, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar, cast, final
 
+from lab_state import _batch
 from lab_state._arguments import Seconds
+from lab_state._batch import Batch
+from lab_state._bulk import run_in_steps
 from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore, Core
 from lab_state._durability import Durability
@@ -144,6 +147,10 @@ class Draft(State):
             return None
         return self.base.apply(changes, cleared=self.cleared)
 
+    def batch(self) -> Batch:
+        """Return all changes as a batch for the base. The draft must not be used after this."""
+        return Batch(self.base, self.changes, cleared=self.cleared)
+
     def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
         """Apply changes to the draft. All of its changes have one revision."""
         self._only_values = False
@@ -167,7 +174,7 @@ class DraftCore(CallCore):
         revision: The revision that `merge` will make.
     """
 
-    __slots__ = ("_core", "changes", "known", "revision")
+    __slots__ = ("_core", "_is_over", "changes", "known", "revision")
 
     state: State  # it belongs to the base class, and is assigned here as well
 
@@ -177,6 +184,7 @@ class DraftCore(CallCore):
         self.changes: dict[str, StoredOrGone] = {}
         self.known: Container[str] = ()
         self.revision: int = 0
+        self._is_over = False
 
     @property
     def durability(self) -> Durability:
@@ -193,7 +201,7 @@ class DraftCore(CallCore):
     @property
     def is_held(self) -> bool:
         """Whether the transaction is open."""
-        return self._core.transaction is self
+        return self._core.transaction is self and not self._is_over
 
     def begin(self) -> None:
         """Begin a draft over the present state."""
@@ -203,27 +211,44 @@ class DraftCore(CallCore):
         self.known = draft.base.entries
         self.revision = draft.revision
 
-    def merge(self) -> int | None:
+    async def merge(self) -> int | None:
         """Commit the draft; return the revision, or `None` if it changed nothing.
+
+        Many changes are made in steps. If the caller is cancelled meanwhile, nothing is changed.
 
         Raises:
             ClosedError: The manager was stopped meanwhile; nothing was changed.
             FencedError: A newer writer owns the state; nothing was changed.
         """
-        if not self.is_held:
+        self._check_turn()
+        draft, durability = self.state, self.durability
+        durability.check_loop()
+        durability.check_writable()
+        assert isinstance(draft, Draft)  # between begin and end
+        if len(draft.changes) < _batch.MANY:
+            return draft.merge()
+        batch = draft.batch()
+        self.end()  # from here on, other tasks cannot add changes
+        await run_in_steps(batch.prepare(), self._check_turn)
+        durability.check_writable()
+        return batch.switch()
+
+    def _check_turn(self) -> None:
+        """Check that the manager was not stopped meanwhile.
+
+        Raises:
+            ClosedError: It was. Nothing was changed.
+        """
+        if self._core.transaction is not self:
             self._core.check_process()
             raise ClosedError(
                 f"the manager of {self.name!r} was stopped while this transaction was open: nothing changed"
             )
-        self.durability.check_loop()
-        self.durability.check_writable()
-        assert isinstance(self.state, Draft)  # between begin and end
-        return self.state.merge()
 
     def end(self) -> None:
-        """Drop the draft. Every later call on it is an error."""
+        """Drop the draft. Every later call on it is an error. A second call does nothing."""
         self.state = State()
-        self.changes, self.known = {}, ()
+        self.changes, self.known, self._is_over = {}, (), True
 
 
 @final

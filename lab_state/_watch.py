@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, Self, TypeAlias
 
 import msgspec
@@ -211,7 +211,7 @@ class Watchers:
         watcher.opened = self._state.revision
         is_first = not self
         (self._durable if watcher.durable else self._live).add(watcher)
-        self._state.on_change = self.note
+        self._state.on_change, self._state.on_changes = self.note, self.note_many
         if is_first:
             self.attended(True)
 
@@ -219,7 +219,7 @@ class Watchers:
         """Report no further changes to this watcher."""
         (self._durable if watcher.durable else self._live).remove(watcher)
         if not self:
-            self._state.on_change = None
+            self._state.on_change = self._state.on_changes = None
             self.attended(False)
 
     def note(self, key: str | None, changed: StoredOrGone, revision: int) -> None:
@@ -234,6 +234,13 @@ class Watchers:
             if key in turn:  # watchers receive changes in the order of their revisions
                 del turn[key]
             turn[key] = (changed, revision)
+
+    def note_many(self, keys: Sequence[str], changed: Sequence[StoredOrGone], revision: int) -> None:
+        """Note the changes of many keys. Watchers get them in the next turns of the loop, in steps."""
+        self._queue_turn()
+        told: Iterator[Told] = ((key, (to, revision)) for key, to in zip(keys, changed, strict=True))
+        self._queue.append((self._live, told))
+        asyncio.get_running_loop().call_soon(self._tell)
 
     def committed(self, taken: ChangeSet) -> bool:
         """Add the changes of a commit to the queue of durable changes. Return whether the queue keeps a reference to them."""
@@ -263,12 +270,15 @@ class Watchers:
                 watcher.disown(refusal)
 
     def _hand_out(self) -> None:
+        self._queue_turn()
+        self._tell()
+
+    def _queue_turn(self) -> None:
         turn, self._turn = self._turn, {}
         everything, self._everything = self._everything, 0
         if everything:
             self._queue.append((self._live, everything))
         self._queue.append((self._live, iter(turn.items())))
-        self._tell()
 
     def _tell(self) -> None:
         """Report the queued changes to the watchers, about `_TOLD_AT_ONCE` in each turn of the event loop."""

@@ -80,6 +80,8 @@ class Scope(Calls):
         exception or a cancellation ends the block, its changes are dropped.
         Only one transaction is open at a time. Other transactions and writers wait for its end.
         Readers never wait. They see the state from before the transaction.
+        With 1,000 changes or more, the end of the block goes in steps, and the event loop runs between two
+        steps. Readers then see all of the changes in one moment.
 
         Raises:
             RuntimeError: At the beginning, and from each writing call of the manager inside the
@@ -102,7 +104,7 @@ class Scope(Calls):
         try:
             draft.begin()
             yield Transaction(draft, self._prefix)
-            revision = draft.merge()
+            revision = await draft.merge()
         finally:
             draft.end()
             core.release(draft)

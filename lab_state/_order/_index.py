@@ -103,6 +103,14 @@ class Index:
         """Note that keys may have been added or removed."""
         self._touched.update(keys)
 
+    def take_over(self, keys: set[str]) -> None:
+        """Note that keys may have been added or removed. The index keeps the set. The smaller set is added to the larger."""
+        touched = self._touched
+        if len(touched) < len(keys):
+            touched, keys = keys, touched
+        touched |= keys
+        self._touched = touched
+
     def note_gone(self, keys: Iterable[str]) -> None:
         """Note keys that were deleted since the last commit: `set` may store them without a note."""
         self._gone.update(keys)

@@ -1,0 +1,204 @@
+"""A change of many keys: prepared in steps, then made at once. Pure and synchronous.
+
+Theory of operation. `Batch.prepare` puts the changes into two new dicts: one becomes the top
+layer of the entries, the other the unflushed changes. It also counts which keys are new. The
+state does not change meanwhile, so a caller may stop between two steps, and nothing happened.
+`Batch.switch` then gives both dicts to the state, in one short step: readers see all of the
+changes, or none. Later the state merges the layer into its map in steps (`State.fold_staged`).
+
+During the steps other code may read the state, take changes for a commit, put them back, and
+take or fold a view. It must not change the state, with one exception: before a change of one
+key it calls `before`. That change is then ordered before the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
+from itertools import islice
+from typing import TypeVar, cast
+
+from lab_state._entries import DELETED, Absent, Expiring, StoredOrGone, Value
+from lab_state._state import WATCHED_CLEAR, State
+
+T = TypeVar("T")
+
+MANY = 1_000
+"""A call with this many keys is done in steps. A smaller one is done at once, and never gives the loop back."""
+
+STEP = 1_000
+"""The number of keys of one step. It takes about half a millisecond."""
+
+
+class Batch:
+    """A change of many keys that is being prepared.
+
+    Attributes:
+        source: The changes by key. A key that is deleted need not exist. The caller may fill this dict
+            until `prepare` begins.
+        deleted: The number of keys that are deleted, without those of `cleared`.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        source: dict[str, StoredOrGone],
+        *,
+        prefix: str | None = None,
+        lifetime: int | None = None,
+        cleared: bool = False,
+    ) -> None:
+        """Begin. Nothing is prepared yet.
+
+        Args:
+            state: The state.
+            source: The changes; see the attribute.
+            prefix: The prefix whose keys are all in `source`, to be deleted. A key with this prefix that is stored
+                during the steps is deleted, too.
+            lifetime: How long the values live, in milliseconds from `prepare` on. Without it they keep
+                the expiry that they have in `source`.
+            cleared: Whether to delete all keys first. Then `source` has no deleted keys.
+        """
+        self.source: dict[str, StoredOrGone] = source
+        self.deleted: int = 0
+        self._state = state
+        self._prefix = prefix
+        self._lifetime = lifetime
+        self._at: int | None = None
+        self._cleared = cleared
+        self._top: dict[str, StoredOrGone] = {}
+        self._changes: dict[str, StoredOrGone] = {}
+        self._added = 0
+        self._index = state.index
+        self._moved: set[str] = set()  # keys that are added or removed, if there is an index
+        self._timed: list[str] = []  # keys that have an expiry before or after the change
+        self._late: set[str] = set()  # keys that other code has changed; they are placed in the step of the switch
+        self._older: tuple[dict[str, StoredOrGone], int] | None = None  # the older changes that are in `_changes`
+
+    def before(self, key: str) -> None:
+        """Note that other code is about to change a key, in this step."""
+        self._late.add(key)
+        self._changes.pop(key, None)
+        self._moved.discard(key)
+        if key in self._top:
+            if isinstance(self._top.pop(key), Absent):
+                self.deleted -= 1
+            elif self._cleared or key not in self._state.entries:
+                self._added -= 1
+
+    def prepare(self) -> Iterator[None]:
+        """Prepare, and yield between two steps. When it ends, call `switch` in the same step.
+
+        It does not yield at all if there are at most `STEP` changes.
+        """
+        state = self._state
+        self._at = None if self._lifetime is None else state.now() + self._lifetime
+        if self._cleared and state.on_change is not None and len(state.entries) <= WATCHED_CLEAR:
+            # As in `State.apply`: each key is reported to the watches.
+            self.source = {**dict.fromkeys(state.entries, DELETED), **self.source}
+            self._cleared = False
+        while state.fold_staged(STEP):  # there is at most one such layer
+            yield
+        for number, part in enumerate(in_parts(self.source.items())):
+            if number:
+                yield
+            self._place(part)
+        while True:
+            while not self._is_merged():
+                yield from self._merge_older()
+            if state.views and not self._cleared:
+                yield from state.prepare_overwrite(list(self._top))
+            if self._is_merged():
+                return
+
+    def _place(self, part: Iterable[tuple[str, StoredOrGone]]) -> None:
+        """Add some of the changes to both dicts, as far as they have an effect."""
+        state, top, changes, late = self._state, self._top, self._changes, self._late
+        entries: Container[str] = () if self._cleared else state.entries
+        expiries, at = state.expiries, self._at
+        has_times = bool(expiries)
+        moved: list[str] = []
+        for key, to in part:
+            if key in late:
+                continue
+            if isinstance(to, Absent):
+                if self._cleared or not state.has(key):
+                    continue
+                self.deleted += 1
+                moved.append(key)
+            else:
+                if at is not None:
+                    to = Expiring(cast("Value", to), at)
+                if key not in entries:
+                    self._added += 1
+                    moved.append(key)
+            if (has_times and key in expiries) or isinstance(to, Expiring):
+                self._timed.append(key)
+            top[key] = changes[key] = to
+        if self._index is not None:
+            self._moved.update(moved)
+
+    # The unflushed changes from before
+
+    def _is_merged(self) -> bool:
+        """Return whether `_changes` has the older changes, or these are so few that `switch` can add them."""
+        state = self._state
+        if self._older is not None:
+            return self._older[0] is state.changes and self._older[1] == state.taken
+        return self._cleared or len(state.changes) <= STEP
+
+    def _merge_older(self) -> Iterator[None]:
+        """Add the older changes of other keys, in steps. A commit may take them away meanwhile, or put them back."""
+        if self._older is not None:
+            self._older, self._changes = None, {}
+            for keys in in_parts(list(self._top)):
+                self._changes.update((key, self._top[key]) for key in keys if key in self._top)
+                yield
+            return
+        older = self._state.changes
+        self._older = older, self._state.taken
+        for keys in in_parts(list(older)):
+            for key in keys:
+                if key in older and key not in self._late:
+                    self._changes.setdefault(key, older[key])
+            yield
+
+    # The end
+
+    def switch(self) -> int | None:
+        """Make the changes as one. Return the new revision, or `None` if nothing changed."""
+        state, late = self._state, list(self._late)
+        self._late = set()
+        self._place((key, to) for key in late if (to := self._wanted(key)) is not None)
+        top, changes = self._top, self._changes
+        if state.views and late:
+            state.before_overwrite(late)
+        if len(top) <= STEP:
+            if top or (self._cleared and len(state.entries)):
+                return state.apply(top, cleared=self._cleared)
+            return None
+        if not self._cleared:
+            for key in late if self._older is not None else state.changes:
+                if key in state.changes:
+                    changes.setdefault(key, state.changes[key])
+        return state.switch(
+            top,
+            changes,
+            size=len(state.entries) + self._added - self.deleted,
+            absent=self.deleted,
+            moved=self._moved if state.index is self._index else set(top),
+            timed=[key for key in self._timed if key in top],
+            cleared=self._cleared,
+        )
+
+    def _wanted(self, key: str) -> StoredOrGone | None:
+        """Return the change of a key that other code has changed meanwhile; `None` if there is none."""
+        if self._prefix is not None and key.startswith(self._prefix):
+            return DELETED
+        return self.source.get(key)
+
+
+def in_parts(items: Iterable[T]) -> Iterator[list[T]]:
+    """Yield items in lists of `STEP`."""
+    rest = iter(items)
+    while part := list(islice(rest, STEP)):
+        yield part

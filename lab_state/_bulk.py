@@ -1,0 +1,75 @@
+"""`Bulk`: the turn of a call that changes many keys in steps.
+
+Other writers wait for it, as they do for a transaction, and so they come before or after it.
+`set_nowait` and the like cannot wait. They come before it; see `Batch.before`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+from lab_state._batch import Batch
+from lab_state._core import Core
+from lab_state._durability import Durability
+from lab_state.exceptions import ClosedError
+
+
+class Bulk:
+    """The turn of one call. It is used in place of a transaction; see `OpenTransaction`."""
+
+    def __init__(self, core: Core, batch: Batch) -> None:
+        """Prepare the turn. `make` waits for it."""
+        self._core = core
+        self.batch: Batch = batch
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this call has the turn."""
+        return self._core.transaction is self
+
+    def end(self) -> None:
+        """Do nothing. The next step finds that the turn is over."""
+
+    def check(self) -> None:
+        """Check that the manager was not stopped meanwhile.
+
+        Raises:
+            ClosedError: It was. Nothing was changed.
+        """
+        if not self.is_held:
+            self._core.check_process()
+            raise ClosedError(f"the manager of {self._core.name!r} was stopped during this call: nothing was changed")
+
+    async def make(
+        self, durability: Durability, collect: Callable[[Bulk], Coroutine[Any, Any, None]] | None = None
+    ) -> int | None:
+        """Make the changes of the batch in steps. Return the new revision, or `None` if nothing changed.
+
+        If the caller is cancelled, nothing is changed.
+
+        Args:
+            durability: The durability of the manager at the beginning of the call.
+            collect: A function that adds the changes to the batch, when it is the turn of this call.
+        """
+        core = self._core
+        if core.durability is not durability:
+            raise ClosedError(f"the manager of {core.name!r} was stopped during this call: nothing was changed")
+        await core.acquire(self)
+        try:
+            if collect is not None:
+                await collect(self)
+            await run_in_steps(self.batch.prepare(), self.check)
+            durability.check_writable()
+            return self.batch.switch()
+        finally:
+            core.release(self)
+            core.leave(self)
+
+
+async def run_in_steps(steps: Iterator[None], check: Callable[[], object]) -> None:
+    """Run steps. The event loop runs after each of them. After that `check` is called, which may raise."""
+    for _ in steps:
+        await asyncio.sleep(0)
+        check()
