@@ -579,6 +579,7 @@ class TestFreeing:
             assert isinstance(overlay, Overlay)
             await state.delete_all()
             await idle()
+            assert isinstance(overlay.view, dict)
             assert len(overlay.view) == self.KEYS + 1
             storage.resume()
             await checkpoint
