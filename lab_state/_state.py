@@ -46,6 +46,8 @@ from lab_state._expiry import Expiries
 from lab_state._order import Index, in_range
 from lab_state._undo import UndoView, Views, noted, open_ones
 
+Keys: TypeAlias = set[str]
+
 OnChanges: TypeAlias = Callable[[Sequence[str], Sequence[StoredOrGone], int], None]
 """A callback that gets keys, their new values in the same order, and the revision. The callee keeps both sequences."""
 
@@ -418,7 +420,7 @@ class State:
         size: int,
         absent: int,
         timed: Iterable[str],
-        moved: set[str],
+        moved: Keys,
         cleared: bool,
     ) -> int:
         """Make many prepared changes as one, at once, and return the new revision. The state keeps both dicts.

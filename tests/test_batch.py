@@ -1,0 +1,285 @@
+"""`Batch`: many changes that are prepared in steps and made in one moment, against a dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from lab_state import _batch
+from lab_state._batch import Batch
+from lab_state._entries import DELETED, Absent, ChangeSet, Expiring, Staged, Stored, StoredOrGone
+from lab_state._order import bounds
+from lab_state._state import State
+from lab_state._undo import UndoView
+
+KEYS = st.sampled_from([f"{first}{second}" for first in "ab" for second in "uvwxyz"])
+SOURCES = st.dictionaries(KEYS, st.sampled_from(["value", "expiring", "deleted"]), min_size=1)
+
+
+@pytest.fixture(autouse=True)
+def _short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_batch, "STEP", 2)
+
+
+def applied(base: dict[str, Any], taken: ChangeSet) -> dict[str, Any]:
+    """Return what a commit of these changes makes of a map."""
+    after = {} if taken.cleared else dict(base)
+    for key, to in taken.changes.items():
+        if isinstance(to, Absent):
+            after.pop(key, None)
+        else:
+            after[key] = to
+    return after
+
+
+class BatchMachine(RuleBasedStateMachine):
+    """A state and a dict; batches are prepared while everything that may happen meanwhile happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = State()
+        self.model: dict[str, Stored] = {}
+        self.revision = 0
+        self.deleted = self.stored = 0
+        self.numbers = iter(range(1_000_000))
+        self.batch: Batch | None = None
+        self.wanted: dict[str, StoredOrGone] = {}
+        self.prefix: str | None = None
+        self.cleared = False
+        self.steps: Iterator[None] | None = None
+        self.in_flight: ChangeSet | None = None
+        self.durable: dict[str, Any] = {}
+        self.views: list[tuple[dict[str, Stored], dict[str, Stored]]] = []
+        self.folding: dict[str, Stored] | None = None
+        self.undo: list[tuple[UndoView[Stored], dict[str, Stored]]] = []
+        self.told: dict[str, Any] | None = None
+
+    # One batch
+
+    def began(self, **options: Any) -> None:
+        self.batch = Batch(self.state, dict(self.wanted), prefix=self.prefix, **options)
+        self.steps = self.batch.prepare()
+
+    @precondition(lambda self: self.batch is None)
+    @rule(source=SOURCES, cleared=st.booleans())
+    def begin(self, source: dict[str, str], *, cleared: bool) -> None:
+        make: dict[str, Callable[[], StoredOrGone]] = {
+            "value": lambda: next(self.numbers),
+            "expiring": lambda: Expiring(next(self.numbers), self.state.now() + 3000),
+            "deleted": lambda: DELETED,
+        }
+        self.wanted = {key: make[what]() for key, what in source.items()}
+        self.prefix, self.cleared = None, cleared
+        self.began(cleared=cleared)
+
+    @precondition(lambda self: self.batch is None)
+    @rule(prefix=st.sampled_from(["", "a", "b", "c"]))
+    def begin_prefix(self, prefix: str) -> None:
+        self.wanted = dict.fromkeys([key for key in self.model if key.startswith(prefix)], DELETED)
+        self.prefix, self.cleared = prefix, False
+        self.began()
+
+    @precondition(lambda self: self.batch is None)
+    @rule(keys=st.sets(KEYS, min_size=1))
+    def begin_lifetime(self, keys: set[str]) -> None:
+        self.wanted = {key: next(self.numbers) for key in keys}
+        self.prefix, self.cleared = None, False
+        self.began(lifetime=2000)
+        self.wanted = {key: Expiring(value, self.state.now() + 2000) for key, value in self.wanted.items()}  # type: ignore[arg-type]
+        self.step(1)  # they live from the first step on
+
+    @precondition(lambda self: self.batch is not None)
+    @rule(most=st.integers(1, 4))
+    def step(self, most: int) -> None:
+        assert self.steps is not None
+        for _ in range(most):
+            if next(self.steps, True):
+                self.switch()
+                return
+
+    def switch(self) -> None:
+        batch, model = self.batch, self.model
+        assert batch is not None
+        before = dict(model)
+        wanted = dict(self.wanted)
+        if self.prefix is not None:
+            wanted.update(dict.fromkeys([key for key in model if key.startswith(self.prefix)], DELETED))
+        if self.cleared:
+            model.clear()
+        for key, to in wanted.items():
+            if isinstance(to, Absent):
+                model.pop(key, None)
+            else:
+                model[key] = to
+        revision = batch.switch()
+        changed = [key for key, to in wanted.items() if not isinstance(to, Absent)]
+        if changed or (before and self.cleared) or before != model:
+            self.revision += 1
+            assert revision == self.revision
+        else:
+            assert revision is None
+        if not self.cleared:
+            assert batch.deleted == len(before.keys() - model.keys())
+        self.deleted += len(before) if self.cleared else len(before.keys() - model.keys())
+        self.stored += len(changed)
+        self.batch = self.steps = None
+
+    @precondition(lambda self: self.batch is not None)
+    @rule()
+    def drop(self) -> None:
+        """Drop the batch, as a call that is cancelled does. Nothing has happened."""
+        self.batch = self.steps = None
+
+    # What may happen meanwhile
+
+    @rule(key=KEYS, expiring=st.booleans())
+    def set(self, key: str, *, expiring: bool) -> None:
+        value: Stored = next(self.numbers)
+        if expiring:
+            value = Expiring(value, self.state.now() + 5000)  # type: ignore[arg-type]
+        if self.batch is not None:
+            self.batch.before(key)
+        self.model[key] = value
+        self.revision += 1
+        self.stored += 1
+        assert self.state.set(key, value) == self.revision
+
+    @rule(key=KEYS)
+    def delete(self, key: str) -> None:
+        if self.batch is not None:
+            self.batch.before(key)
+        there = self.model.pop(key, None) is not None
+        self.revision += there
+        self.deleted += there
+        assert self.state.delete_many([key]) == there
+
+    @precondition(lambda self: self.batch is None)
+    @rule()
+    def clear(self) -> None:
+        self.revision += bool(self.model)
+        self.deleted += len(self.model)
+        assert self.state.clear() == len(self.model)
+        self.model.clear()
+
+    @precondition(lambda self: self.in_flight is None)
+    @rule()
+    def take(self) -> None:
+        self.in_flight = self.state.take()
+
+    @precondition(lambda self: self.in_flight is not None)
+    @rule()
+    def commit(self) -> None:
+        assert self.in_flight is not None
+        self.durable, self.in_flight = applied(self.durable, self.in_flight), None
+
+    @precondition(lambda self: self.in_flight is not None)
+    @rule()
+    def fail(self) -> None:
+        assert self.in_flight is not None
+        self.state.put_back(self.in_flight)
+        self.in_flight = None
+
+    @precondition(lambda self: len(self.views) < 2)
+    @rule()
+    def freeze(self) -> None:
+        self.views.append((self.state.freeze(), dict(self.model)))
+
+    @precondition(lambda self: self.views and self.folding is None)
+    @rule()
+    def begin_folding(self) -> None:
+        self.folding, _ = self.views.pop(0)
+
+    @precondition(lambda self: self.folding is not None)
+    @rule(most=st.integers(1, 3))
+    def fold(self, most: int) -> None:
+        assert self.folding is not None
+        if not self.state.fold(self.folding, most):
+            self.folding = None
+
+    @rule(most=st.integers(1, 3))
+    def fold_staged(self, most: int) -> None:
+        self.state.fold_staged(most)
+
+    @precondition(lambda self: len(self.undo) < 2)
+    @rule()
+    def open_view(self) -> None:
+        self.undo.append((self.state.view(), dict(self.model)))
+
+    @precondition(lambda self: self.undo)
+    @rule()
+    def close_view(self) -> None:
+        self.state.close_view(self.undo.pop(0)[0])
+
+    @rule()
+    def watch(self) -> None:
+        """Begin to watch: what is told must make the present of the past."""
+        self.told = dict(self.model)
+
+        def told(key: str | None, to: StoredOrGone, _: int) -> None:
+            assert self.told is not None
+            if key is None:
+                self.told.clear()
+            elif isinstance(to, Absent):
+                del self.told[key]
+            else:
+                self.told[key] = to
+
+        def many(keys: Any, values: Any, revision: int) -> None:
+            for key, to in zip(keys, values, strict=True):
+                told(key, to, revision)
+
+        self.state.on_change, self.state.on_changes = told, many
+
+    @precondition(lambda self: self.told is not None)
+    @rule()
+    def unwatch(self) -> None:
+        self.told = self.state.on_change = self.state.on_changes = None
+
+    # What must hold
+
+    @invariant()
+    def reads_see_the_model(self) -> None:
+        entries = self.state.entries
+        assert dict(entries.items()) == self.model
+        assert len(entries) == self.state.count() == len(self.model)
+        for key in self.model:
+            assert key in entries
+            assert entries[key] == self.model[key]
+        assert self.state.revision == self.revision
+        assert (self.state.stored, self.state.deleted) == (self.stored, self.deleted)
+        assert self.told is None or self.told == self.model
+
+    @invariant()
+    def the_order_is_right(self) -> None:
+        assert self.state.names(*bounds("a")) == sorted(key for key in self.model if key.startswith("a"))
+        assert self.state.count_in(*bounds("b")) == sum(key.startswith("b") for key in self.model)
+
+    @invariant()
+    def the_times_are_right(self) -> None:
+        timed = {key: to.at for key, to in self.model.items() if isinstance(to, Expiring)}
+        for late in (0, 2500, 10_000):
+            now = self.state.now() + late
+            assert self.state.expiries.due(now) == sum(at <= now for at in timed.values())
+
+    @invariant()
+    def views_stand_still(self) -> None:
+        assert all(view == expected for view, expected in self.views)
+        for view, expected in self.undo:
+            assert dict(view.find([f"{first}{second}" for first in "ab" for second in "uvwxyz"])) == expected
+
+    @invariant()
+    def nothing_unflushed_is_forgotten(self) -> None:
+        durable = self.durable if self.in_flight is None else applied(self.durable, self.in_flight)
+        assert applied(durable, self.state.untaken()) == self.model
+
+
+def test_a_batch_is_one_change() -> None:
+    """Whatever happens between two steps, the changes are made in one moment, completely, or not at all."""
+    run_state_machine_as_test(
+        BatchMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None, database=None)
+    )
