@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from lab_state import _batch
 from lab_state._batch import Batch
-from lab_state._entries import DELETED, Absent, ChangeSet, Expiring, Staged, Stored, StoredOrGone
+from lab_state._entries import DELETED, Absent, ChangeSet, Expiring, Stored, StoredOrGone
 from lab_state._order import bounds
 from lab_state._state import State
 from lab_state._undo import UndoView
