@@ -118,8 +118,9 @@ async def run(directory: Path, lines: list[Line], rate: float) -> None:
     screen = Screen(list(APPLICATIONS), len(lines))
     screen.say(
         f"Two FastAPI servers get the same {len(lines):,} lines of text, up to {rate:,.0f} a second from {CLIENTS} clients. "
-        "Each is killed half way. lab_state answers when a line is on the disk. json.dump answers at once, and writes "
-        "the map to a new file each second, which it syncs and renames."
+        "Each is killed half way with SIGKILL, and started again. The server on lab_state answers when a line is on the "
+        "disk. The server on json.dump answers at once. Each second it writes all its lines to a new file, syncs "
+        "that file, and renames it over the old one."
     )
     limits = httpx.Limits(max_connections=None)
     with screen:
@@ -149,6 +150,9 @@ def report(outcomes: list[Outcome], total: int, screen: Screen) -> None:
         table.add_row(outcome.name, f"{outcome.acknowledged:,}", f"{outcome.found:,}", lost)
     screen.show(table)
     have = ", ".join(f"{outcome.name} has {outcome.in_the_end:,}" for outcome in outcomes)
+    for outcome in outcomes:
+        if outcome.lost and outcome.name != OURS:
+            screen.say(f"{outcome.name} acknowledged {outcome.lost:,} lines after its last save. They are lost.")
     screen.say(f"In the end, all {total:,} lines were acknowledged by both. Of these, {have}.")
     ours = next(outcome.file for outcome in outcomes if outcome.name == OURS)
     screen.say("The state is one file of plain JSON. This command prints the words of each page:")
