@@ -192,6 +192,17 @@ def cache(session: nox.Session) -> None:
 
 
 @nox.session
+def shared(session: nox.Session) -> None:
+    """Visit a million worlds of each deep scenario of the shared state's protocol (12 minutes), or `-- --worlds N`."""
+    arguments = list(session.posargs)
+    worlds = arguments[arguments.index("--worlds") + 1] if "--worlds" in arguments else "1000000"
+    session.install(".", *_group("test"))
+    session.run(
+        "pytest", "-s", "--timeout", "7200", "tests/shared", env={**WHEEL_ONLY, "LAB_STATE_SHARED_WORLDS": worlds}
+    )
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Kill two servers under the same load, one on lab_state, one on `json.dump`, and compare. Takes under 30 s."""
     session.install("-q", ".", *_group("demo"))
