@@ -137,7 +137,7 @@ class Model(ClientSteps):
     # Connections
 
     def connect(self, w: World, number: int) -> World:
-        """Admit a client: the owner reads its hello, and answers with the welcome and the records that it lacks."""
+        """Connect a client: the owner reads its hello, and answers with the welcome and the records that it lacks."""
         owner, client = w.owner, w.clients[number]
         assert owner is not None
         name = name_of(number, client.generation)
