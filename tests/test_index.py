@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lab_state._order import _sorted_keys, bounds
+from lab_state._entries import ChangeSet, Expiring, Stored
+from lab_state._order import _index, _sorted_keys, bounds
 from lab_state._order._sorted_keys import SortedKeys
+from lab_state._state import State
+from lab_state._transaction import Draft
 
 HIGHEST = "\U0010ffff"
 NAMES = st.text(st.sampled_from("ab/é\ud7ff\ue000" + HIGHEST), min_size=1, max_size=3)
@@ -101,3 +105,337 @@ class SortedKeysMachine(RuleBasedStateMachine):
 
 TestSortedKeys = SortedKeysMachine.TestCase
 TestSortedKeys.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+SMALL_STEPS = {"FEW": 2, "SMALL": 3, "_KEYS_IN_STEP": 2, "_SAMPLE": 3, "SIZE": 3}
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the index take steps of two keys."""
+    for name, value in SMALL_STEPS.items():
+        monkeypatch.setattr(_index, name, value)
+
+
+def state_of(*keys: str) -> State:
+    state = State()
+    state.load(dict.fromkeys(keys, 1), 0)
+    return state
+
+
+def set_as_the_hot_path(state: State, key: str) -> None:
+    """Store a value as `Writing.set` does: it notes a key only at the first change of the key since a commit."""
+    if key not in state.changes:
+        if key not in state.entries and state.index is not None:
+            state.index.note(key)
+        state.before_change()
+    state.entries[key] = state.changes[key] = 1
+    state.revision += 1
+    state.expiries.discard(key)
+
+
+# A key that is deleted and stored again before the next commit: `set` does not note it
+
+
+def test_a_key_stored_again_is_found() -> None:
+    """A key that was deleted, left out by a call, and stored again is found by the next call."""
+    state = state_of("a", "b")
+    assert state.names("") == ["a", "b"]
+    state.delete_many(["a"])
+    assert state.names("") == ["b"]
+    set_as_the_hot_path(state, "a")
+    assert state.names("") == ["a", "b"]
+
+
+def test_a_key_stored_again_before_a_commit_is_found_after_it() -> None:
+    """A commit between storing the key again and the next call changes nothing."""
+    state = state_of("a", "b")
+    assert state.names("") == ["a", "b"]
+    state.delete_many(["a"])
+    assert state.names("") == ["b"]
+    set_as_the_hot_path(state, "a")
+    state.take()
+    assert state.names("") == ["a", "b"]
+
+
+def test_a_key_stored_again_after_a_failed_commit_is_found() -> None:
+    """After a failed commit the key counts as changed again, so `set` does not note it, and it is found."""
+    state = state_of("a", "b")
+    assert state.names("") == ["a", "b"]
+    state.delete_many(["a"])
+    assert state.names("") == ["b"]
+    state.put_back(state.take())
+    set_as_the_hot_path(state, "a")
+    assert state.names("") == ["a", "b"]
+
+
+def test_a_key_deleted_before_there_was_an_index_is_found_again() -> None:
+    """A key that was deleted before the first call, and is stored after it, is found by the next call."""
+    state = state_of("a", "b")
+    state.delete_many(["a"])
+    assert state.names("") == ["b"]
+    set_as_the_hot_path(state, "a")
+    assert state.names("") == ["a", "b"]
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_key_stored_again_is_found_while_others_wait() -> None:
+    """A call that leaves keys for later calls looks at keys that were stored again, too."""
+    state = state_of("a", "b")
+    assert state.names("") == ["a", "b"]
+    state.delete_many(["a"])
+    assert state.names("") == ["b"]
+    set_as_the_hot_path(state, "a")
+    state.set_many(dict.fromkeys("cdefgh", 1))
+    assert state.names("") == list("abcdefgh")
+    assert state.index is not None
+    assert state.index.batches > 0
+    assert state.count_in("a", "b") == 1
+
+
+# The build, beside changes
+
+KEYS = [f"{number:02}" for number in range(40)]
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("keys", [KEYS, KEYS[::-1], KEYS[20:] + KEYS[:20]], ids=["in order", "falling", "rotated"])
+def test_an_index_is_built_in_steps(keys: list[str]) -> None:
+    """A build takes many steps, and has the same result whatever the order of the keys in the dict was."""
+    state = state_of(*keys)
+    assert len(list(state.index_steps())) >= 20
+    assert not state.is_index_behind
+    assert state.names("") == KEYS
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_dict_that_is_packed_amid_a_build_loses_no_key() -> None:
+    """As many keys go as come between two steps, so the dict keeps its size while its keys move: none is missed."""
+    state = state_of(*KEYS)
+    steps = state.index_steps()
+    next(steps)
+    state.delete_many(KEYS[:20])
+    state.set_many({f"x{number:02}": 1 for number in range(20)})
+    for _ in steps:
+        pass
+    assert state.names("") == [*KEYS[20:], *(f"x{number:02}" for number in range(20))]
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_key_that_comes_without_a_note_amid_a_build_is_found() -> None:
+    """A key that is stored again amid a build changes the size of the dict, and is found."""
+    state = state_of(*KEYS)
+    state.delete_many(["07"])
+    steps = state.index_steps()
+    next(steps)
+    set_as_the_hot_path(state, "07")
+    for _ in steps:
+        pass
+    assert state.names("") == KEYS
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_build_begins_again_after_a_clear() -> None:
+    """Deleting all keys amid a build ends the build."""
+    state = state_of(*KEYS)
+    steps = state.index_steps()
+    next(steps)
+    state.clear()
+    state.set_many({"b": 1, "a": 1})
+    assert len(list(steps)) == 0
+    assert state.names("") == ["a", "b"]
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_call_without_steps_ends_a_build() -> None:
+    """A synchronous call amid a build does the rest at once, and the steps end."""
+    state = state_of(*KEYS[::-1])
+    steps = state.index_steps()
+    next(steps)
+    assert state.count_in("10", "20") == 10
+    assert list(steps) == []
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_steps_end_while_writers_go_on() -> None:
+    """The steps settle the keys that waited at the beginning. They do not wait for a writer that adds more."""
+    state = state_of("a")
+    assert state.names("") == ["a"]
+    state.set_many(dict.fromkeys(KEYS, 1))
+    taken = 0
+    for number, _ in enumerate(state.index_steps()):
+        taken += 1
+        state.set_many({f"x{number}{letter}": 1 for letter in "abc"})
+    assert taken == len(KEYS) // 2
+    assert state.names("0", "1") == KEYS[:10]
+
+
+# What an index costs that is not used
+
+
+def test_no_index_is_made_by_other_calls() -> None:
+    """Without a call that needs an order there is no index."""
+    state = state_of("a", "b")
+    state.set("c", 1)
+    state.delete_many(["a"])
+    state.take()
+    assert state.count() == 2
+    assert state.index is None
+
+
+def test_an_index_that_is_not_used_is_dropped() -> None:
+    """When many keys came or went since its last use, the index is given to the owner of the state, to be freed."""
+    state = state_of(*KEYS)
+    freed: list[dict[Any, Any]] = []
+    state.free = freed.append
+    assert state.names("") == KEYS
+    state.set_many({f"x{number}": 1 for number in range(_index.SMALL)})
+    state.take()
+    assert state.index is not None
+    state.set("y", 1)
+    state.take()
+    assert state.index is None
+    assert [key for chunks in freed for chunk in chunks.values() for key in chunk] == KEYS
+    assert state.names("0", "1") == KEYS[:10]
+
+
+def test_the_keys_of_an_index_are_freed_with_the_state() -> None:
+    """Deleting all keys gives the lists of the index to the owner of the state, to be freed."""
+    state = state_of(*KEYS)
+    freed: list[dict[Any, Any]] = []
+    state.free = freed.append
+    assert state.names("") == KEYS
+    state.clear()
+    assert {0: KEYS} in freed
+
+
+class IndexMachine(RuleBasedStateMachine):
+    """A state whose index is built and settled a few keys at a time, beside a sorted dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = pytest.MonkeyPatch()
+        for name, value in SMALL_STEPS.items():
+            self.patches.setattr(_index, name, value)
+        self.patches.setattr(_sorted_keys, "SIZE", 3)
+        self.time = 1000.0
+        self.state = State(lambda: self.time)
+        self.model: dict[str, int | None] = {}
+        self.taken: list[ChangeSet] = []
+        self.views: list[dict[str, Stored]] = []
+        self.steps: Iterator[None] = iter(())
+
+    def teardown(self) -> None:
+        self.patches.undo()
+
+    def living(self, low: str = "", high: str | None = None) -> list[str]:
+        now = self.state.now()
+        return in_range((key for key, at in self.model.items() if at is None or at > now), low, high)
+
+    @initialize(keys=st.sets(NAMES, max_size=20), ordered=st.booleans())
+    def load(self, keys: set[str], *, ordered: bool) -> None:
+        names = sorted(keys) if ordered else list(keys)
+        self.state.load(dict.fromkeys(names, 1), 0)
+        self.model = dict.fromkeys(names)
+
+    @rule(keys=st.lists(NAMES, max_size=5))
+    def set_(self, keys: list[str]) -> None:
+        for key in keys:
+            set_as_the_hot_path(self.state, key)
+        self.model.update(dict.fromkeys(keys))
+
+    @rule(keys=st.lists(NAMES, max_size=5), seconds=st.integers(0, 3))
+    def set_expiring(self, keys: list[str], seconds: int) -> None:
+        at = self.state.now() + seconds * 400
+        self.state.apply({key: Expiring(1, at) for key in keys}, cleared=False)
+        self.model.update(dict.fromkeys(keys, at))
+
+    @rule(keys=st.lists(NAMES, max_size=9))
+    def set_many(self, keys: list[str]) -> None:
+        self.state.set_many(dict.fromkeys(keys, 1))
+        self.model.update(dict.fromkeys(keys))
+
+    @rule(keys=st.lists(NAMES, max_size=9))
+    def delete(self, keys: list[str]) -> None:
+        living = set(self.living())
+        self.state.delete_many(keys)
+        for key in living.intersection(keys):
+            del self.model[key]
+
+    @rule(keys=st.lists(NAMES, max_size=3))
+    def clear(self, keys: list[str]) -> None:
+        self.state.apply(dict.fromkeys(keys, 1), cleared=True)
+        self.model = dict.fromkeys(keys)
+
+    @rule(most=st.integers(1, 9))
+    def sweep(self, most: int) -> None:
+        self.state.sweep(most)
+
+    @rule(seconds=st.sampled_from([0.1, 0.5, 1.0]))
+    def wait(self, seconds: float) -> None:
+        self.time += seconds
+
+    @rule()
+    def take(self) -> None:
+        self.taken = [self.state.take()]
+
+    @precondition(lambda self: self.taken)
+    @rule()
+    def put_back(self) -> None:
+        self.state.put_back(self.taken.pop())
+
+    @precondition(lambda self: not self.views)
+    @rule()
+    def freeze(self) -> None:
+        self.views = [self.state.freeze()]
+
+    @precondition(lambda self: self.views)
+    @rule(most=st.integers(1, 3))
+    def fold(self, most: int) -> None:
+        if not self.state.fold(self.views[0], most):
+            self.views = []
+
+    @rule(steps=st.integers(1, 9))
+    def some_steps(self, steps: int) -> None:
+        if next(self.steps, self) is self:
+            self.steps = self.state.index_steps()
+        for _ in range(steps):
+            next(self.steps, None)
+
+    @rule(low=TEXTS, high=TEXTS | st.none(), limit=st.integers(1, 9) | st.none(), reverse=st.booleans())
+    def names(self, low: str, high: str | None, limit: int | None, *, reverse: bool) -> None:
+        expected = self.living(low, high)
+        expected = (expected[::-1] if reverse else expected)[:limit]
+        assert self.state.names(low, high, limit, reverse=reverse) == expected
+
+    @rule(low=TEXTS, high=TEXTS | st.none())
+    def count(self, low: str, high: str | None) -> None:
+        assert self.state.count_in(low, high) == len(self.living(low, high))
+
+    @rule(low=TEXTS, high=TEXTS | st.none())
+    def pieces(self, low: str, high: str | None) -> None:
+        pieces = self.state.pieces(low, high)
+        assert all(pieces)
+        found = [key for piece in pieces for key in piece]
+        assert found == in_range(self.state.entries, low, high)
+        assert self.state.living(found) == self.living(low, high)
+
+    @rule(prefix=TEXTS, limit=st.integers(1, 9) | st.none(), keys=st.lists(NAMES, max_size=5), reverse=st.booleans())
+    def draft(self, prefix: str, limit: int | None, keys: list[str], *, reverse: bool) -> None:
+        """Merge the index of the base with the changes of a draft."""
+        draft, half = Draft(self.state), len(keys) // 2
+        draft.set_many(dict.fromkeys(keys[:half], 1))
+        draft.delete_many(keys[half:])
+        low, high = bounds(prefix)
+        expected = in_range({*self.living(), *keys[:half]}.difference(keys[half:]), low, high)
+        assert draft.count_in(low, high) == len(expected)
+        assert draft.living([key for piece in draft.pieces(low, high) for key in piece]) == expected
+        assert draft.names(low, high, limit, reverse=reverse) == (expected[::-1] if reverse else expected)[:limit]
+        draft.clear()
+        draft.set_many(dict.fromkeys(keys, 1))
+        assert draft.names(low, high) == in_range(set(keys), low, high)
+        assert draft.count_in(low, high) == len(in_range(set(keys), low, high))
+
+
+TestIndex = IndexMachine.TestCase
+TestIndex.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
