@@ -57,6 +57,19 @@ def check_prefix(prefix: object) -> str:
     return str.__str__(prefix)
 
 
+def check_limit(limit: object) -> None:
+    """Make sure that an argument is the largest number of keys that a call returns.
+
+    Raises:
+        TypeError: It is not an `int`.
+        ValueError: It is below 1.
+    """
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise TypeError(f"limit must be an int of 1 or more, or None for all keys, not {type(limit).__name__}")
+    if limit < 1:
+        raise ValueError(f"limit must be 1 or more, not {limit}; None returns all keys")
+
+
 def milliseconds(ttl: Seconds) -> int:
     """Return a time to live in whole milliseconds, rounded up.
 

@@ -12,10 +12,11 @@ from typing import Any, Literal, TypeVar, overload
 
 from msgspec import Raw
 
-from lab_state._arguments import as_text, check_default, check_key, check_prefix, many_keys
+from lab_state._arguments import as_text, check_default, check_key, check_limit, check_prefix, many_keys
 from lab_state._core import CallCore
 from lab_state._entries import MISSING, SCALARS, Expiring, Stored
 from lab_state._handle import Handle
+from lab_state._in_steps import Range, bring_up_to_date, keys_in_steps, take_pieces
 from lab_state._order import bounds
 from lab_state._types import NOT_JSON, check_type, decode_json, decode_value
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
@@ -39,8 +40,8 @@ class Reads(Handle):
     def __len__(self) -> int:
         """Return how many keys there are.
 
-        It costs one step for each key that expires within this second. In a namespace it looks
-        at every key of the state.
+        It costs one step for each key that expires within this second. In a namespace it costs O(log n)
+        as well, and the first call sorts all keys of the state in one step; see `keys`.
         """
         self._check_open()
         if not self._prefix:
@@ -142,31 +143,83 @@ class Reads(Handle):
         return self._all(many_keys(keys), type)
 
     @overload
-    async def get_all(self, prefix: str = ..., *, type: type[T]) -> dict[str, T]: ...
+    async def get_all(
+        self, prefix: str = ..., *, after: str | None = ..., limit: int | None = ..., reverse: bool = ..., type: type[T]
+    ) -> dict[str, T]: ...
     @overload
-    async def get_all(self, prefix: str = ..., *, type: Any = ...) -> dict[str, Any]: ...
-    async def get_all(self, prefix: str = "", *, type: Any = Any) -> dict[str, Any]:
-        """Return each key that starts with `prefix`, with its value, all of one moment.
+    async def get_all(
+        self,
+        prefix: str = ...,
+        *,
+        after: str | None = ...,
+        limit: int | None = ...,
+        reverse: bool = ...,
+        type: Any = ...,
+    ) -> dict[str, Any]: ...
+    async def get_all(
+        self,
+        prefix: str = "",
+        *,
+        after: str | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        type: Any = Any,
+    ) -> dict[str, Any]:
+        """Return the keys that start with `prefix` with their values, in order of code points, all of one moment.
 
-        This looks at every key of the state, on the event loop.
+        It looks only at keys that it returns. From 1,000 keys on it goes in steps of some milliseconds,
+        and the event loop runs between two steps. See `keys` for the first call, and for pages. To look at
+        values one after the other, without a dict of all, use `items`.
 
         Args:
             prefix: The beginning of the keys; an empty one means all keys.
+            after: Begin behind this key; see `keys`.
+            limit: The largest number of keys, 1 or more; `None` means all.
+            reverse: Whether to begin with the highest key.
             type: The type to decode each value as; see `get`.
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
-            TypeError: `prefix` is not a `str`; or see `get`.
+            InvalidKeyError: `after` cannot be a key.
+            TypeError: An argument has a wrong type; or see `get`.
+            ValueError: `limit` is below 1.
+            ClosedError: The manager is not running, or was stopped during the steps.
         """
-        return self.get_all_nowait(prefix, type=type)
+        self._check_open()
+        within = self._range(prefix, after, limit, reverse=reverse)
+        if self._core.state.is_index_behind:
+            await bring_up_to_date(self._core)
+        return self._all(self._cut(self._names(within)), type)
 
     @overload
-    def get_all_nowait(self, prefix: str = ..., *, type: type[T]) -> dict[str, T]: ...
+    def get_all_nowait(
+        self, prefix: str = ..., *, after: str | None = ..., limit: int | None = ..., reverse: bool = ..., type: type[T]
+    ) -> dict[str, T]: ...
     @overload
-    def get_all_nowait(self, prefix: str = ..., *, type: Any = ...) -> dict[str, Any]: ...
-    def get_all_nowait(self, prefix: str = "", *, type: Any = Any) -> dict[str, Any]:
-        """Return each key that starts with `prefix`, with its value, as a plain call; see `get_all`."""
-        return self._all(self._keys(prefix), type)
+    def get_all_nowait(
+        self,
+        prefix: str = ...,
+        *,
+        after: str | None = ...,
+        limit: int | None = ...,
+        reverse: bool = ...,
+        type: Any = ...,
+    ) -> dict[str, Any]: ...
+    def get_all_nowait(
+        self,
+        prefix: str = "",
+        *,
+        after: str | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        type: Any = Any,
+    ) -> dict[str, Any]:
+        """Return the keys that start with `prefix` with their values, as a plain call, in one step; see `get_all`.
+
+        A million keys take some seconds.
+        """
+        self._check_open()
+        return self._all(self._cut(self._names(self._range(prefix, after, limit, reverse=reverse))), type)
 
     async def exists(self, key: str) -> bool:
         """Return whether the key is there."""
@@ -175,22 +228,52 @@ class Reads(Handle):
         self._missing(key, default=False)  # it raises an error for a key out of bounds
         return False
 
-    async def keys(self, prefix: str = "") -> list[str]:
-        """Return each key that starts with `prefix`, in no particular order.
+    async def keys(
+        self, prefix: str = "", *, after: str | None = None, limit: int | None = None, reverse: bool = False
+    ) -> list[str]:
+        """Return the keys that start with `prefix`, in order of code points, all of one moment.
 
-        This looks at every key of the state, on the event loop.
+        It looks only at keys that it returns. From 1,000 keys on it goes in steps of some milliseconds,
+        and the event loop runs between two steps.
+
+        The first call that needs an order sorts all keys of the state, in steps. A million keys take one to three
+        seconds. From then on, the order is kept. It takes 8 MB for a million keys, and a key that is added or
+        deleted later costs about 2 µs at the next call.
+
+        A page is a call with a `limit`. The next page begins `after` the last key of this one. Keys that are
+        added or deleted meanwhile never move other keys to another page.
 
         Args:
             prefix: The beginning of the keys; an empty one means all keys.
+            after: Begin behind this key: above it, or below it with `reverse`. There need not be
+                such a key.
+            limit: The largest number of keys, 1 or more; `None` means all.
+            reverse: Whether to begin with the highest key.
 
         Raises:
-            TypeError: `prefix` is not a `str`.
+            InvalidKeyError: `after` cannot be a key.
+            TypeError: An argument has a wrong type.
+            ValueError: `limit` is below 1.
+            ClosedError: The manager is not running, or was stopped during the steps.
         """
-        return self._keys(prefix)
+        self._check_open()
+        within = self._range(prefix, after, limit, reverse=reverse)
+        if self._core.state.is_index_behind:
+            await bring_up_to_date(self._core)
+        pieces = take_pieces(self._core.state, within)
+        if pieces is not None:
+            return await keys_in_steps(self._core, pieces, within)
+        return self._cut(self._names(within))
 
-    def keys_nowait(self, prefix: str = "") -> list[str]:
-        """Return each key that starts with `prefix`, as a plain call; see `keys`."""
-        return self._keys(prefix)
+    def keys_nowait(
+        self, prefix: str = "", *, after: str | None = None, limit: int | None = None, reverse: bool = False
+    ) -> list[str]:
+        """Return the keys that start with `prefix`, as a plain call, in one step; see `keys`.
+
+        A million keys take about 0.1 s, and the first call sorts all keys of the state in this step.
+        """
+        self._check_open()
+        return self._cut(self._names(self._range(prefix, after, limit, reverse=reverse)))
 
     @overload
     async def expires_in(self, key: str) -> float | None: ...
@@ -296,11 +379,33 @@ class Reads(Handle):
     def _check_open(self) -> None:
         self._core.check_open()
 
+    def _range(self, prefix: object, after: object, limit: int | None, *, reverse: bool) -> Range:
+        """Return the keys that a call asks for, as they are in the whole state.
+
+        Raises:
+            InvalidKeyError: `after` cannot be a key.
+            TypeError: An argument has a wrong type.
+            ValueError: `limit` is below 1.
+        """
+        if limit is not None:
+            check_limit(limit)
+        behind = None if after is None else check_key(self._full(after))
+        low, high = bounds(self._under(prefix), behind, reverse=reverse)
+        return Range(low, high, len(self._prefix), limit, reverse)
+
+    def _names(self, within: Range) -> list[str]:
+        """Return the keys of a range, as they are in the whole state, in one step."""
+        return self._core.state.names(within.low, within.high, within.limit, reverse=within.reverse)
+
+    def _cut(self, names: list[str]) -> list[str]:
+        """Return keys without the prefix of this handle."""
+        cut = len(self._prefix)
+        return [name[cut:] for name in names] if cut else names
+
     def _keys(self, prefix: str) -> list[str]:
         """Return each key that starts with a prefix."""
         self._check_open()
-        names, cut = self._core.state.names(*bounds(self._under(prefix))), len(self._prefix)
-        return [name[cut:] for name in names] if cut else names
+        return self._cut(self._names(self._range(prefix, None, None, reverse=False)))
 
     def _under(self, prefix: object) -> str:
         """Return a prefix as it is in the whole state."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import filterfalse
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 from weakref import ref
 
 from lab_state._entries import (
@@ -99,6 +99,9 @@ class State:
             has to be called before each change.
         on_views: A callback after the first of these views was opened, and after the last one was closed.
     """
+
+    has_steps: ClassVar[bool] = True
+    """Whether calls for many keys may go in steps. Those of a draft may not, because no call of a transaction awaits."""
 
     __slots__ = (
         "_epoch",

@@ -60,6 +60,7 @@ class Draft(State):
     revision that the commit will make.
     """
 
+    has_steps = False
     __slots__ = ("_only_values", "base")
 
     def __init__(self, base: State) -> None:

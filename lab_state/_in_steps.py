@@ -1,0 +1,87 @@
+"""Reads of many keys in steps, between which the event loop runs. The result is of one moment."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import chain
+from typing import NamedTuple
+
+from lab_state._core import CallCore
+from lab_state._order import in_range
+from lab_state._state import State
+
+MANY = 1_000
+"""A call that returns fewer keys takes one step, so it never gives the loop back."""
+
+_PIECES_IN_STEP = 4
+"""A step returns the keys of so many pieces: at most 8,000 keys, in about a millisecond."""
+
+
+class Range(NamedTuple):
+    """The keys that a call returns.
+
+    Attributes:
+        low: No key is below this. `_order.bounds` makes both bounds.
+        high: Each key is below this, unless it is `None`.
+        cut: The length of the prefix that is removed from each key.
+        limit: Return only this many keys; `None` means all.
+        reverse: Whether to begin with the highest key.
+    """
+
+    low: str
+    high: str | None
+    cut: int
+    limit: int | None
+    reverse: bool
+
+
+async def bring_up_to_date(core: CallCore) -> None:
+    """Build the index of the state, or bring it up to date. If the caller is cancelled, the next call continues."""
+    for _ in core.state.index_steps():
+        await pause(core)
+
+
+def take_pieces(state: State, within: Range) -> list[list[str]] | None:
+    """Return the pieces of a range in the order of the call; `None` if one step is enough for them."""
+    if within.limit is not None and within.limit < MANY:
+        return None
+    pieces = state.pieces(within.low, within.high)
+    if not state.has_steps or sum(map(len, pieces)) < MANY:
+        return None
+    if within.reverse:
+        pieces.reverse()
+    return pieces
+
+
+async def keys_in_steps(core: CallCore, pieces: list[list[str]], within: Range) -> list[str]:
+    """Return the keys of a range as they are now.
+
+    Args:
+        core: The core of the state.
+        pieces: What `take_pieces` has just returned.
+        within: The range.
+
+    Raises:
+        LabStateError: The manager was stopped meanwhile.
+    """
+    state, (low, high, cut, limit, reverse) = core.state, within
+    due = set(in_range(state.expiries.due_keys(state.now()), low, high)) if state.expires else ()
+    found: list[str] = []
+    for at in range(0, len(pieces), _PIECES_IN_STEP):
+        some = pieces[at : at + _PIECES_IN_STEP]
+        names = chain.from_iterable(map(reversed, some) if reverse else some)
+        found += [name[cut:] for name in names if name not in due] if cut or due else names
+        if limit is not None and len(found) >= limit:
+            break
+        await pause(core)
+    return found[:limit] if limit is not None else found
+
+
+async def pause(core: CallCore) -> None:
+    """Let the event loop run.
+
+    Raises:
+        LabStateError: The manager was stopped meanwhile.
+    """
+    await asyncio.sleep(0)
+    core.check_open()
