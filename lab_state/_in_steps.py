@@ -7,13 +7,13 @@ from itertools import chain
 from typing import NamedTuple
 
 from lab_state._core import CallCore
-from lab_state._order import in_range
+from lab_state._order import Chunk, in_range
 from lab_state._state import State
 
 MANY = 1_000
 """A call that returns fewer keys takes one step, so it never gives the loop back."""
 
-_PIECES_IN_STEP = 4
+_PIECES_IN_STEP = 16
 """A step returns the keys of so many pieces: at most 8,000 keys, in about a millisecond."""
 
 
@@ -41,7 +41,7 @@ async def bring_up_to_date(core: CallCore) -> None:
         await pause(core)
 
 
-def take_pieces(state: State, within: Range) -> list[list[str]] | None:
+def take_pieces(state: State, within: Range) -> list[Chunk] | None:
     """Return the pieces of a range in the order of the call; `None` if one step is enough for them."""
     if within.limit is not None and within.limit < MANY:
         return None
@@ -53,7 +53,7 @@ def take_pieces(state: State, within: Range) -> list[list[str]] | None:
     return pieces
 
 
-async def keys_in_steps(core: CallCore, pieces: list[list[str]], within: Range) -> list[str]:
+async def keys_in_steps(core: CallCore, pieces: list[Chunk], within: Range) -> list[str]:
     """Return the keys of a range as they are now.
 
     Args:

@@ -43,7 +43,7 @@ from lab_state._entries import (
     Value,
 )
 from lab_state._expiry import Expiries
-from lab_state._order import Index, in_range
+from lab_state._order import Chunk, Index, in_range
 from lab_state._undo import UndoView, Views, noted, open_ones
 
 Keys: TypeAlias = set[str]
@@ -269,11 +269,11 @@ class State:
         """Return keys as `names` does, with those that have expired."""
         return self._index().page(self.entries, low, high, limit, reverse=reverse)
 
-    def pieces(self, low: str, high: str | None) -> list[list[str]]:
-        """Return the keys in a range, with those that have expired, as sorted lists which never change.
+    def pieces(self, low: str, high: str | None) -> list[Chunk]:
+        """Return the keys in a range, with those that have expired, as sorted tuples.
 
-        Each list has 1 key or more, and is above the one before. The cost is O(log n), and some
-        nanoseconds for each thousand keys, if the index is not behind.
+        Each has 1 key or more, and is above the one before. The cost is O(log n), and some
+        nanoseconds for each 256 keys, if the index is not behind.
         """
         return self._index().pieces(self.entries, low, high)
 

@@ -13,7 +13,7 @@ from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore, Core
 from lab_state._durability import Durability
 from lab_state._entries import Absent, Expiring, Layer, Stored, StoredOrGone, Value
-from lab_state._order import corrected, in_range
+from lab_state._order import Chunk, corrected, in_range
 from lab_state._plain import Plain
 from lab_state._state import State, is_due
 from lab_state._values import encode_value
@@ -112,12 +112,12 @@ class Draft(State):
             found = self.base.page(low, high, most, reverse=reverse)
         return corrected(found, mine, self.entries, reverse=reverse)[:limit] if mine else found
 
-    def pieces(self, low: str, high: str | None) -> list[list[str]]:
-        """Return the keys in a range; see `State.pieces`. They are in one list if the draft has changes in the range."""
+    def pieces(self, low: str, high: str | None) -> list[Chunk]:
+        """Return the keys in a range; see `State.pieces`. They are in one tuple if the draft has changes in the range."""
         if not self.cleared and not in_range(self.changes, low, high):
             return self.base.pieces(low, high)
         found = self.page(low, high)
-        return [found] if found else []
+        return [tuple(found)] if found else []
 
     def held_in(self, low: str, high: str | None) -> int:
         """Return the number of keys in a range, with those that have expired."""

@@ -56,16 +56,15 @@ class SortedKeysMachine(RuleBasedStateMachine):
         super().__init__()
         self.size, _sorted_keys.SIZE = _sorted_keys.SIZE, 4
         self.model: set[str] = set()
-        self.kept: list[tuple[list[list[str]], list[list[str]]]] = []
 
     def teardown(self) -> None:
         _sorted_keys.SIZE = self.size
 
-    @initialize(keys=st.sets(NAMES, max_size=40), cut=st.integers(1, 9))
-    def begin(self, keys: set[str], cut: int) -> None:
+    @initialize(keys=st.sets(NAMES, max_size=40), length=st.integers(1, 7))
+    def begin(self, keys: set[str], length: int) -> None:
         ordered = sorted(keys)
         self.model = set(keys)
-        self.keys = SortedKeys(ordered[i : i + cut] for i in range(0, len(ordered) + cut, cut))
+        self.keys = SortedKeys([tuple(ordered[at : at + length]) for at in range(0, len(ordered), length)])
 
     @rule(keys=st.lists(NAMES, max_size=9))
     def add(self, keys: list[str]) -> None:
@@ -95,11 +94,9 @@ class SortedKeysMachine(RuleBasedStateMachine):
         pieces = self.keys.pieces(low, high)
         assert all(pieces)
         assert [key for piece in pieces for key in piece] == in_range(self.model, low, high)
-        self.kept.append((pieces, [piece.copy() for piece in pieces]))
 
     @invariant()
-    def nothing_that_was_given_changes(self) -> None:
-        assert all(pieces == copies for pieces, copies in self.kept)
+    def the_length_is_the_number_of_keys(self) -> None:
         assert len(self.keys) == len(self.model)
 
 
@@ -107,7 +104,7 @@ TestSortedKeys = SortedKeysMachine.TestCase
 TestSortedKeys.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-SMALL_STEPS = {"FEW": 2, "SMALL": 3, "_KEYS_IN_STEP": 2, "_SAMPLE": 3, "SIZE": 3}
+SMALL_STEPS = {"FEW": 2, "SMALL": 3, "_KEYS_IN_STEP": 2, "_SAMPLE": 12, "_BUCKET": 3}
 
 
 @pytest.fixture
@@ -300,13 +297,13 @@ def test_an_index_that_is_not_used_is_dropped() -> None:
 
 
 def test_the_keys_of_an_index_are_freed_with_the_state() -> None:
-    """Deleting all keys gives the lists of the index to the owner of the state, to be freed."""
+    """Deleting all keys gives the keys of the index to the owner of the state, to be freed."""
     state = state_of(*KEYS)
     freed: list[dict[Any, Any]] = []
     state.free = freed.append
     assert state.names("") == KEYS
     state.clear()
-    assert {0: KEYS} in freed
+    assert {0: tuple(KEYS)} in freed
 
 
 class IndexMachine(RuleBasedStateMachine):

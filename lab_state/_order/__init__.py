@@ -5,8 +5,8 @@ A `State` makes an `Index` at the first call that needs an order. Other modules 
 - `State.index_steps()` is an iterator. It builds the index, or brings it up to date, in steps of
   a few milliseconds. An asynchronous call runs it first, if `State.is_index_behind`, and gives the loop
   back between two steps. A synchronous call leaves it out: the calls below do what is missing, at once.
-- `State.pieces(low, high)` returns the keys in a range at this moment, as sorted lists which never
-  change. It is for work in steps. Keys that have expired are among them: the entry of a key decides.
+- `State.pieces(low, high)` returns the keys in a range at this moment, as sorted tuples, each above the
+  one before. It is for work in steps. Keys that have expired are among them: the entry of a key decides.
 - `State.names(low, high, limit, reverse=...)` returns the keys in a range that have not expired.
 - `State.count_in(low, high)` returns their number.
 - `State.note(key)` and `State.note_many(keys)` tell the index that keys may have been added or
@@ -17,5 +17,6 @@ A `State` makes an `Index` at the first call that needs an order. Other modules 
 """
 
 from lab_state._order._index import Index, bounds, corrected, in_range
+from lab_state._order._sorted_keys import Chunk
 
-__all__ = ["Index", "bounds", "corrected", "in_range"]
+__all__ = ["Chunk", "Index", "bounds", "corrected", "in_range"]

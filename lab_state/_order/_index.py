@@ -25,7 +25,7 @@ from collections.abc import Generator, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, Protocol
 
-from lab_state._order._sorted_keys import SIZE, SortedKeys
+from lab_state._order._sorted_keys import Chunk, SortedKeys, cut
 
 
 class Held(Protocol):
@@ -35,14 +35,17 @@ class Held(Protocol):
     def __len__(self) -> int: ...
 
 
-FEW = 500
-"""The number of touched keys that one step settles: about 1 ms."""
+FEW = 300
+"""The number of touched keys that one step settles: about 2 ms."""
 
 SMALL = 4_000
 """An index of at most this many keys is built at once: about 2 ms."""
 
-_SAMPLE = 8_192
-"""The most keys that are sorted to find the bounds of the buckets."""
+_SAMPLE = 4_096
+"""About so many keys are sorted to find the bounds of the buckets."""
+
+_BUCKET = 1_000
+"""About so many keys are in a bucket, or more if a quarter of the sample gives fewer bounds."""
 
 _KEYS_IN_STEP = 2_000
 """The number of keys that a step of the build takes, distributes or sorts."""
@@ -86,11 +89,11 @@ class Index:
         """
         self._touched: set[str] = set(touched)
         self._gone: set[str] = set(gone)
-        self._keys = SortedKeys()
         self._build: Generator[None] | None = None
         if len(base) <= SMALL:
-            self._keys = SortedKeys([sorted(base)])
+            self._keys = SortedKeys(cut(sorted(base)))
         else:
+            self._keys = SortedKeys([])
             self._build = self._built(base)
 
     # Notes
@@ -169,14 +172,14 @@ class Index:
         found = self._keys.page(low, high, most, reverse=reverse)
         return corrected(found, unsettled, entries, reverse=reverse)[:limit] if unsettled else found
 
-    def pieces(self, entries: Held, low: str, high: str | None) -> list[list[str]]:
-        """Return the keys in a range as sorted lists, one above the other, which never change."""
+    def pieces(self, entries: Held, low: str, high: str | None) -> list[Chunk]:
+        """Return the keys in a range as sorted tuples, each above the one before."""
         self.settle(entries)
         unsettled = self._unsettled(low, high)
         if not unsettled:
             return self._keys.pieces(low, high)
         patched = corrected(self._keys.page(low, high), unsettled, entries)
-        return [patched] if patched else []
+        return [tuple(patched)] if patched else []
 
     def count(self, entries: Held, low: str, high: str | None) -> int:
         """Return the number of keys in a range."""
@@ -191,58 +194,64 @@ class Index:
         """Return the keys in a range of which the sorted keys may be wrong."""
         return in_range(self._touched | self._gone, low, high) if self._touched else []
 
-    def release(self) -> dict[int, list[str]]:
-        """Return the lists of keys in a dict, so that the caller can free them in steps."""
+    def release(self) -> dict[int, Chunk]:
+        """Return the chunks of keys in a dict, so that the caller can free them in steps."""
         return dict(enumerate(self._keys.pieces("", None)))
 
     # The build
 
     def _built(self, base: dict[str, Any]) -> Generator[None]:
         """Build the sorted keys in steps. A key that is added or removed meanwhile is touched."""
-        parts: list[list[str]] = []
+        parts: list[Chunk] = []
+        chunks: list[Chunk] = []
         in_order, last, names = True, "", iter(base)
         while (part := self._slice(names)) is not None:
             if not part:
                 break
             if in_order:
-                in_order = part[0] > last and sorted(part) == part
+                in_order = part[0] > last and tuple(sorted(part)) == part
                 last = part[-1]
+                chunks += cut(part)
             parts.append(part)
             yield
         else:
-            in_order, parts, rest = False, [], list(base)
+            in_order, rest = False, list(base)
+            parts.clear()
             while rest:
                 yield
-                parts.append(rest[-_KEYS_IN_STEP:])
+                parts.append(tuple(rest[-_KEYS_IN_STEP:]))
                 del rest[-_KEYS_IN_STEP:]
         if in_order:
-            self._keys = SortedKeys(parts)
+            self._keys = SortedKeys(chunks)
             return
+        chunks.clear()
         count = len(parts) * _KEYS_IN_STEP
         stride = max(1, count // _SAMPLE)
         sample = sorted(chain.from_iterable(part[::stride] for part in parts))
-        limits = sample[:: max(1, len(sample) * SIZE // count)][1:]
+        limits = sample[:: max(4, len(sample) * _BUCKET // count)][1:]
         buckets: list[list[str]] = [[] for _ in range(len(limits) + 1)]
-        put = [bucket.append for bucket in buckets]
         while parts:
             yield
             for key in parts.pop():
-                put[bisect_right(limits, key)](key)
+                buckets[bisect_right(limits, key)].append(key)
         done = 0
-        for bucket in buckets:
+        buckets.reverse()
+        while buckets:  # each bucket is freed in its step
+            bucket = buckets.pop()
             bucket.sort()
+            chunks += cut(bucket)
             done += len(bucket)
             if done >= _KEYS_IN_STEP:
                 done = 0
                 yield
-        self._keys = SortedKeys(buckets)
+        self._keys = SortedKeys(chunks)
 
-    def _slice(self, names: Iterator[str]) -> list[str] | None:
+    def _slice(self, names: Iterator[str]) -> Chunk | None:
         """Return the next keys of a dict; `None` if keys came or went, and the iterator cannot be used."""
         if self._touched:
             return None
         try:
-            return list(islice(names, _KEYS_IN_STEP))
+            return tuple(islice(names, _KEYS_IN_STEP))
         except RuntimeError:  # `set` has stored a key without a note; see the top of this module
             return None
 

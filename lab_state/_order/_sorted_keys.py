@@ -1,21 +1,33 @@
-"""Keys in order of code points, in lists of some thousand. Pure and synchronous.
+"""Keys in order of code points, with positions. Pure and synchronous.
 
-Theory of operation. The keys are in sorted lists, the chunks. Each chunk has at most
-`2 * SIZE` keys. `_lasts` has the last key of each chunk, so two binary searches find a key.
-`_tree` is a Fenwick tree over the lengths of the chunks. It gives the number of keys before
-a chunk in O(log n). It is made anew after chunks were split or joined, when it is needed.
+Theory of operation. The keys are in sorted tuples, the chunks. A chunk has at most `2 * SIZE` keys.
+`_lasts` has the last key of each chunk, so two binary searches find a key. `_tree` is a Fenwick tree
+over the lengths of the chunks. It gives the number of keys before a chunk in O(log n). After
+chunks were split or joined, it is made anew when it is needed.
 
-`pieces` returns chunks themselves, not copies. So it first marks all chunks as shared: it
-raises `_epoch`. A shared chunk is copied before it changes. The pieces therefore never change.
+A change replaces the tuple. So a caller may keep chunks, and they never change. There is another reason:
+the garbage collector does not track a tuple of strings. A list of a million keys adds about 30 ms to each full
+collection. In return, a new key takes 7 µs instead of 3 µs (a million keys in memory in random order).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import TypeAlias
 
-SIZE = 1000
-"""The number of keys of a new chunk. A chunk of twice as many keys is split, and one of a quarter is joined."""
+SIZE = 256
+"""The number of keys of a new chunk. A chunk of twice as many keys is split, and one of a quarter is joined.
+
+With 1,000 keys, a new key took twice as long. With 128, it took as long as with 256.
+"""
+
+Chunk: TypeAlias = tuple[str, ...]
+
+
+def cut(keys: Sequence[str]) -> list[Chunk]:
+    """Return sorted keys in chunks."""
+    return [tuple(keys[at : at + SIZE]) for at in range(0, len(keys), SIZE)]
 
 
 class SortedKeys:
@@ -25,22 +37,13 @@ class SortedKeys:
     `high` is `None`. A bound need not be a valid key.
     """
 
-    __slots__ = ("_chunks", "_epoch", "_epochs", "_lasts", "_size", "_tree")
+    __slots__ = ("_chunks", "_lasts", "_size", "_tree")
 
-    def __init__(self, chunks: Iterable[list[str]] = ()) -> None:
-        """Take the keys. The chunks are sorted lists, without repetition, one above the other. They are not copied."""
-        self._chunks: list[list[str]] = [
-            part
-            for chunk in chunks
-            if chunk
-            for part in (
-                [chunk] if len(chunk) < 2 * SIZE else [chunk[i : i + SIZE] for i in range(0, len(chunk), SIZE)]
-            )
-        ]
-        self._lasts: list[str] = [chunk[-1] for chunk in self._chunks]
-        self._size: int = sum(map(len, self._chunks))
-        self._epoch: int = 0
-        self._epochs: list[int] = [0] * len(self._chunks)  # `_epoch` when each chunk was made
+    def __init__(self, chunks: list[Chunk]) -> None:
+        """Take the keys. The chunks are sorted, without repetition, and each is above the one before; see `cut`."""
+        self._chunks: list[Chunk] = chunks
+        self._lasts: list[str] = [chunk[-1] for chunk in chunks]
+        self._size: int = sum(map(len, chunks))
         self._tree: list[int] | None = None
 
     def __len__(self) -> int:
@@ -49,25 +52,17 @@ class SortedKeys:
     def add(self, key: str) -> None:
         """Add a key. Do nothing if it is there."""
         at = bisect_left(self._lasts, key)
-        if at == len(self._lasts):
-            self._append(key)
-            return
-        chunk = self._chunks[at]
-        place = bisect_left(chunk, key)
-        if chunk[place] != key:
-            self._own(at).insert(place, key)
-            self._resized(at, 1)
-
-    def _append(self, key: str) -> None:
-        """Add a key that is above all others."""
-        at = len(self._chunks) - 1
-        if at < 0:
-            self._chunks, self._lasts, self._epochs, self._tree = [[key]], [key], [self._epoch], None
+        if at < len(self._lasts):
+            chunk = self._chunks[at]
+            place = bisect_left(chunk, key)
+            if chunk[place] != key:
+                self._change(at, (*chunk[:place], key, *chunk[place:]), 1)
+        elif at:
+            self._lasts[-1] = key
+            self._change(at - 1, (*self._chunks[-1], key), 1)
+        else:
+            self._replace(0, 0, [(key,)])
             self._size = 1
-            return
-        self._own(at).append(key)
-        self._lasts[at] = key
-        self._resized(at, 1)
 
     def remove(self, key: str) -> None:
         """Remove a key. Do nothing if it is not there."""
@@ -77,42 +72,31 @@ class SortedKeys:
         chunk = self._chunks[at]
         place = bisect_left(chunk, key)
         if chunk[place] == key:
-            chunk = self._own(at)
-            del chunk[place]
+            chunk = chunk[:place] + chunk[place + 1 :]
             if chunk:
                 self._lasts[at] = chunk[-1]
-            self._resized(at, -1)
+            self._change(at, chunk, -1)
 
-    def _own(self, at: int) -> list[str]:
-        """Return a chunk that may be changed. A shared one is copied first."""
-        if self._epochs[at] != self._epoch:
-            self._chunks[at] = self._chunks[at].copy()
-            self._epochs[at] = self._epoch
-        return self._chunks[at]
-
-    def _resized(self, at: int, by: int) -> None:
-        """Note that a chunk has `by` keys more. Split it or join it with the next one if its length is out of bounds."""
+    def _change(self, at: int, chunk: Chunk, by: int) -> None:
+        """Replace a chunk by one with `by` keys more. Split it or join it with a neighbour if its length is out of bounds."""
         self._size += by
-        length = len(self._chunks[at])
-        if length >= 2 * SIZE:
-            chunk = self._chunks[at]
+        self._chunks[at] = chunk
+        if len(chunk) >= 2 * SIZE:
             self._replace(at, at + 1, [chunk[:SIZE], chunk[SIZE:]])
-        elif length * 4 < SIZE and by < 0 and (not length or len(self._chunks) > 1):
+        elif by < 0 and len(chunk) * 4 < SIZE and (not chunk or len(self._chunks) > 1):
             first = max(0, min(at, len(self._chunks) - 2))
-            joined = [key for chunk in self._chunks[first : first + 2] for key in chunk]
-            half = len(joined) // 2
-            parts = [joined] if len(joined) < SIZE else [joined[:half], joined[half:]]
-            self._replace(first, first + 2, [part for part in parts if part])
+            joined = tuple(key for part in self._chunks[first : first + 2] for key in part)
+            half = len(joined) if len(joined) < SIZE else len(joined) // 2
+            self._replace(first, first + 2, [part for part in (joined[:half], joined[half:]) if part])
         elif self._tree is not None:
             tree = self._tree
             while at < len(tree):
                 tree[at] += by
                 at |= at + 1
 
-    def _replace(self, start: int, stop: int, chunks: list[list[str]]) -> None:
+    def _replace(self, start: int, stop: int, chunks: list[Chunk]) -> None:
         self._chunks[start:stop] = chunks
         self._lasts[start:stop] = [chunk[-1] for chunk in chunks]
-        self._epochs[start:stop] = [self._epoch] * len(chunks)
         self._tree = None
 
     def position(self, bound: str | None) -> int:
@@ -141,22 +125,18 @@ class SortedKeys:
         at = bisect_left(self._lasts, bound)
         return at, bisect_left(self._chunks[at], bound) if at < len(self._chunks) else 0
 
-    def pieces(self, low: str, high: str | None) -> list[list[str]]:
-        """Return the keys of a range as sorted lists, one above the other, which never change. Do not change them.
+    def pieces(self, low: str, high: str | None) -> list[Chunk]:
+        """Return the keys of a range as sorted tuples, each above the one before.
 
-        Each list has 1 to `2 * SIZE` keys. The cost is O(log n), and some nanoseconds for each list.
+        Each has 1 to `2 * SIZE` keys. The cost is O(log n), and some nanoseconds for each tuple.
         """
         first, start = self._find(low)
         last, stop = self._find(high)
-        if first == last:
-            pieces = [self._chunks[first][start:stop]] if start < stop else []
-        elif first > last:
-            pieces = []
-        else:
-            pieces = [self._chunks[first][start:], *self._chunks[first + 1 : last]]
-            if stop:
-                pieces.append(self._chunks[last][:stop])
-            self._epoch += 1
+        if first >= last:
+            return [self._chunks[first][start:stop]] if first == last and start < stop else []
+        pieces = [self._chunks[first][start:], *self._chunks[first + 1 : last]]
+        if stop:
+            pieces.append(self._chunks[last][:stop])
         return pieces
 
     def page(self, low: str, high: str | None, limit: int | None = None, *, reverse: bool = False) -> list[str]:
