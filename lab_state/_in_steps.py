@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from lab_state._core import CallCore
 from lab_state._order import Chunk, in_range
 from lab_state._state import State
 
@@ -15,6 +14,19 @@ MANY = 1_000
 
 _PIECES_IN_STEP = 16
 """A step returns the keys of so many pieces: at most 8,000 keys, in about a millisecond."""
+
+
+class Core(Protocol):
+    """The core of the handles that read."""
+
+    @property
+    def state(self) -> State:
+        """The state. It is replaced at the start and at the end of the manager."""
+        ...
+
+    def check_open(self) -> None:
+        """Raise a `LabStateError` unless calls are allowed."""
+        ...
 
 
 class Range(NamedTuple):
@@ -35,7 +47,7 @@ class Range(NamedTuple):
     reverse: bool
 
 
-async def bring_up_to_date(core: CallCore) -> None:
+async def bring_up_to_date(core: Core) -> None:
     """Build the index of the state, or bring it up to date. If the caller is cancelled, the next call continues."""
     for _ in core.state.index_steps():
         await pause(core)
@@ -53,7 +65,7 @@ def take_pieces(state: State, within: Range) -> list[Chunk] | None:
     return pieces
 
 
-async def keys_in_steps(core: CallCore, pieces: list[Chunk], within: Range) -> list[str]:
+async def keys_in_steps(core: Core, pieces: list[Chunk], within: Range) -> list[str]:
     """Return the keys of a range as they are now.
 
     Args:
@@ -77,7 +89,7 @@ async def keys_in_steps(core: CallCore, pieces: list[Chunk], within: Range) -> l
     return found[:limit] if limit is not None else found
 
 
-async def pause(core: CallCore) -> None:
+async def pause(core: Core) -> None:
     """Let the event loop run.
 
     Raises:

@@ -54,6 +54,9 @@ WRONG: dict[str, list[Wrong]] = {
     "key": KEYS,
     "keys": [*of_no_type("a", 5, None), *(Wrong(["a", key.value], key.error) for key in KEYS)],
     "prefix": of_no_type(5, None, b"a", ["a"]),
+    "after": [key for key in KEYS if key.value is not None],
+    "limit": [*of_no_type("1", True, 1.5), Wrong(0, ValueError), Wrong(-1, ValueError)],
+    "reverse": [],  # a flag: Python's truth of it counts
     "name": [*of_no_type(5, None, b"a"), *(Wrong(name, InvalidKeyError) for name in ("", "a/", "x" * 1025, "a\0b"))],
     "value": VALUES,
     "values": [
