@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab_state import InvalidValueError, Manager, MemoryStorage
+from lab_state import InvalidValueError, Manager, MemoryStorage, TypeMismatchError
 from lab_state._types import decode_value
 from lab_state._values import encode_value
 
@@ -32,6 +32,14 @@ PAGE = Path(__file__).parent.parent / "docs" / "values.md"
 
 def read_back(value: Any, type_: Any = None) -> Any:
     return decode_value(encode_value(value), type(value) if type_ is None else type_)
+
+
+def is_refused_when_read(value: object) -> bool:
+    try:
+        read_back(value)
+    except TypeMismatchError:
+        return True
+    return False
 
 
 def is_refused(value: object) -> bool:
@@ -209,11 +217,13 @@ def row_of_structs() -> None:
     assert read_back(HoldsBase(Sub(1))) == HoldsBase(Base(1))
     assert read_back(HoldsBase(Base(1), (1, date(2026, 1, 2)))) == HoldsBase(Base(1), [1, "2026-01-02"])
     assert is_refused(msgspec.defstruct("Bad", [("x", Mixed | None)])(None))
+    assert is_refused_when_read(Base("text"))  # type: ignore[arg-type]
 
 
 def row_of_dataclasses() -> None:
     assert read_back(DataHolder(DataSub(1))) == DataHolder(DataBase(1))
     assert vars(read_back({"part": {"x": 1}}, DataHolder))["n"] == 3
+    assert is_refused_when_read(DataBase("text"))  # type: ignore[arg-type]
     assert is_refused(dataclasses.make_dataclass("Bad", [("x", dataclasses.InitVar[int])])(1))
     loose = DataBase(1)
     loose.z = 5  # type: ignore[attr-defined]
@@ -223,6 +233,7 @@ def row_of_dataclasses() -> None:
 def row_of_attrs() -> None:
     assert is_refused(Private(1, 2))
     assert read_back([Private(1, 2)]) == [{"a": 1}]
+    assert is_refused_when_read(an_attrs({"x": int})("text"))
 
 
 def row_of_typed_dicts() -> None:
