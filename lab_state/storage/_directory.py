@@ -1,4 +1,4 @@
-"""The directory of a state's files: find it, create it, sync it, and try it out at the start.
+"""The directory of the files of a state: it is found, created, synced, and tried out at the start.
 
 All functions are synchronous, and run in a thread of the storage, like those of `_fs`.
 """
@@ -49,17 +49,17 @@ class Paths(NamedTuple):
 
 
 def opened(path: str, *, create: bool) -> str:
-    """Find the directory, or create it; return its real path.
+    """Find the directory, or create it. Return its real path.
 
     The real path has no symbolic links. So a link that is changed later has no effect.
 
     Args:
-        path: The path; a relative one starts in the current directory.
+        path: The path. A relative path starts in the current directory.
         create: Whether to create a missing directory.
 
     Raises:
         StorageError: The directory cannot be created, or the path is not a directory.
-        UnsupportedError: The directory is missing, and `create` is False; or the path is
+        UnsupportedError: The directory is missing, and `create` is False. Or the path is
             relative, and the current directory was deleted.
     """
     whole = absolute(path)
@@ -78,7 +78,7 @@ def opened(path: str, *, create: bool) -> str:
 def missing(path: str) -> UnsupportedError:
     """Return the error for a missing state where `create` is False."""
     return UnsupportedError(
-        f"there is no state at {path}, and create=False: see that the volume is mounted and the path is right; "
+        f"there is no state at {path}, and create=False: check that the volume is mounted and the path is right; "
         "to create an empty state, start once with create=True and make a change"
     )
 
@@ -97,7 +97,7 @@ def absolute(path: str) -> str:
 
 
 def _make(path: str) -> None:
-    """Create a directory and the missing ones above it, and sync their names. Only this user can enter them."""
+    """Create a directory and the missing directories above it, and sync their names. Only this user can enter them."""
     with translated("making the directory", path):
         new = [path, *itertools.takewhile(lambda parent: not os.path.exists(parent), _parents(path))]
         for directory in reversed(new):
@@ -114,7 +114,7 @@ def _make(path: str) -> None:
                 try:
                     fs.sync_names(os.path.dirname(directory))
                 except BaseException:
-                    # Remove the directory. The next attempt would find it, and a second sync would not make it durable.
+                    # Remove the directory. Otherwise the next attempt finds it, and no second sync makes it durable.
                     with contextlib.suppress(OSError):
                         os.rmdir(directory)
                     raise
@@ -123,9 +123,9 @@ def _make(path: str) -> None:
 def sync_parents(path: str) -> None:
     """Make the names of a directory and of the directories above it durable.
 
-    The directory may be a copy, or the process that created it was killed before its sync.
-    Directories above a mount point, and directories that cannot be read, are not synced,
-    because lab_state has created no name there.
+    They may not be durable if the directory is a copy, or if the process that created it was killed
+    before its sync. Directories above a mount point, and directories that cannot be read, are not
+    synced, because lab_state has not created any name there.
     """
     with translated("syncing the directories above", path):
         device = os.stat(path).st_dev
@@ -136,7 +136,7 @@ def sync_parents(path: str) -> None:
 
 
 def _parents(path: str) -> Iterator[str]:
-    """Yield the directories above, the nearest first."""
+    """Yield the directories above a path, the nearest first."""
     while (parent := os.path.dirname(path)) != path:
         yield parent
         path = parent
@@ -150,18 +150,18 @@ def try_out(
     Args:
         path: The directory.
         file: The path with which the names of the temporary files start.
-        tried: The directories that were tried out. This one is added. If it is in the set
+        tried: The directories that were tried out. This directory is added. If it is in the set
             already, nothing is done.
-        noted: A function that gets the names of temporary files, and returns a context
-            manager. The files may exist only within it.
+        noted: A function that takes the names of temporary files, and returns a context
+            manager. The files may exist only inside of it.
 
     Returns:
-        Whether the names in the directory are durable. After a failed sync they may not be,
-        and no later sync would make them durable.
+        Whether the names in the directory are durable. After a failed sync they may not be
+        durable, and no later sync makes them durable.
 
     Raises:
-        StorageError: One of these operations failed. A full disk and a failed sync are only
-            logged.
+        StorageError: One of these operations failed. A full disk and a failed sync raise
+            nothing, and are only logged.
     """
     with translated("looking up", path):
         found = os.stat(path)
@@ -180,7 +180,9 @@ def try_out(
     try:
         fs.sync_directory(path)
     except UnavailableError as error:
-        _logger.warning("the files found may not be durable, so the next commit writes everything anew: %s", error)
+        _logger.warning(
+            "the files that were found may not be durable, so the next commit writes everything anew: %s", error
+        )
         return False
     tried.add(identity)
     return True
@@ -197,9 +199,7 @@ def _create_and_rename(first: str, second: str) -> None:
 
 
 def check_replaceable(path: str, directory: str) -> None:
-    """Refuse a file that a rename cannot replace, before a commit relies on the rename.
-
-    A missing file is accepted.
+    """Check, before a commit relies on it, that a rename can replace a file. A missing file is accepted.
 
     Raises:
         UnsupportedError: The file is a mount point, or `chattr` or the sticky bit forbids
@@ -226,7 +226,7 @@ def check_replaceable(path: str, directory: str) -> None:
 
 
 def _mount_of(path: str) -> bytes:
-    """Return the id of the mount that a path is on; empty if the kernel does not show it."""
+    """Return the id of the mount that contains a path; empty if the kernel does not show it."""
     if not hasattr(os, "O_PATH"):  # pragma: no cover -- Linux has it
         return b""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)

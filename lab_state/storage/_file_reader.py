@@ -1,7 +1,7 @@
 """Read the files of a state while a writer may have it open. The calls block.
 
-`docs/design/disk.md`, "Reading without the lock", has the steps, with a reason for each.
-No file is created, changed or locked. Even a short lock could make a `start()` fail.
+The section "Reading without the lock" of `docs/design/disk.md` has the steps, with a reason for
+each. No file is created, changed or locked. Even a short lock could make a `start()` fail.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lab_state.storage._reading import Seen, is_answer, is_empty, judge, needs_s
 _LONGEST = 5.0
 _PAUSE = 0.05
 _HEADER_BYTES = 4096
-"""More than any header has: a name has up to 128 characters."""
+"""A number of bytes that is larger than any header. A name has up to 128 characters."""
 
 
 def read_files(
@@ -37,8 +37,8 @@ def read_files(
     Args:
         directory: The directory of the files.
         name: The name of the state.
-        given_up: An event that the caller sets when it no longer waits. Then the call ends soon.
-        monotonic: The clock. The call gives up after 5 s.
+        given_up: An event. The caller sets it when it no longer waits. Then the call ends soon.
+        monotonic: A function that returns the time in seconds. The call gives up after 5 s.
 
     Raises:
         StorageError: See `Storage.read`.
@@ -97,7 +97,7 @@ class _Look:
                 self.snapshot_bytes = self._snapshot.read()
                 self._crc = zlib.crc32(self.snapshot_bytes)
                 base = journal.base_of(len(self.snapshot_bytes), self._crc)
-        # After the snapshot: a reader that saw a new snapshot then also sees the frame that names it.
+        # The journal is read after the snapshot. So a reader that sees a new snapshot also sees the frame that names it.
         data = None if self._journal is None else self._journal.read()
         return Seen(
             None if self._journal is None else self._journal.identity,
@@ -107,17 +107,17 @@ class _Look:
         )
 
     def has_moved(self) -> bool:
-        """Return whether a file was replaced, or the snapshot was changed. Then the next reading need not wait."""
+        """Return whether a file was replaced, or the snapshot was changed. Then the next reading can follow at once."""
         if has_moved(self._paths.journal, self._journal, grows=True):
             return True
         return self._read_snapshot and has_moved(self._paths.snapshot, self._snapshot)
 
     def reading(self) -> Reading:
-        """Return the answer.
+        """Return the state that the files contain.
 
         Raises:
             CorruptionError: The files are damaged, or do not belong together.
-            UnsupportedError: There are no files, or a newer version wrote them.
+            UnsupportedError: There are no files, or a newer version of lab_state wrote them.
         """
         accepted, error, durable, _ = self.seen.verdict
         if accepted is None:
@@ -138,11 +138,11 @@ class _Look:
 
 
 def is_held(path: str) -> bool | None:
-    """Return whether a process holds the lock; `None` if this is unknown without an attempt to take it."""
+    """Return whether a process holds the lock. Return `None` if only an attempt to take the lock would show it."""
     try:
         lock = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return False  # a writer whose lock file is gone is fenced
+        return False  # a writer whose lock file was deleted cannot write
     except OSError:
         return None
     holders = find_holders(lock.st_dev, lock.st_ino, fs.read)

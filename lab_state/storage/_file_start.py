@@ -1,6 +1,6 @@
-"""The start of a session on disk: take the lock, read the files, decide on the state, and tidy up. The calls block.
+"""The start of a session on disk: the lock, the files, the decision which state to load, and old files. The calls block.
 
-`docs/design/disk.md` has the rules, with a reason for each.
+The page `docs/design/disk.md` has the rules, with a reason for each.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def open_writer(
         directory: The directory of the files.
         name: The name of the state.
         tried: The directories that were tried out; see `_directory.try_out`.
-        leftovers: The files that earlier sessions left in them.
-        create: Whether a missing directory and a missing state are created.
+        leftovers: The files that earlier sessions left in these directories.
+        create: Whether to create a missing directory and a missing state.
 
     Raises:
         StorageError: See `Storage.open`.
@@ -63,7 +63,7 @@ def open_writer(
 
 
 def _discard_temporaries(paths: Paths, lock: Lock, leftovers: Leftovers, *, is_new: bool) -> None:
-    """Delete the temporary files that earlier sessions left. A new state has none; see `Lock.left`."""
+    """Delete the temporary files that earlier sessions left; see `Lock.left`. A new state has no such files."""
     left = () if lock.is_new and is_new else lock.left
     if left is None:
         try:
@@ -83,7 +83,7 @@ def _check_there(paths: Paths) -> None:
 
 def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
     fingerprint, data = lookup.fingerprint(paths.snapshot), fs.read(paths.journal)
-    # If the journal holds the whole state, the snapshot is only opened. If it was read, too, memory would hold both.
+    # If the journal has the whole state, the snapshot is opened, but not read. So only one of them is in memory.
     is_needed = data is None or needs_snapshot(data, name, paths.journal)
     snapshot = fs.read(paths.snapshot, -1 if is_needed else 0)
     for path in (paths.snapshot, paths.journal):

@@ -1,9 +1,8 @@
-"""The journal of one state on disk: append to it, and replace it after a checkpoint. The calls block.
+"""The journal of one state on disk. Commits append to it, and checkpoints replace it. The calls block.
 
-`docs/design/disk.md` has the rules, with a reason for each. `Writer` keeps its own state,
-and the worker for commits calls its methods one at a time. So a method is completed even if
-its caller is cancelled. A few methods are called by the worker for checkpoints; their
-docstrings say so.
+The page `docs/design/disk.md` has the rules, with a reason for each. The worker for commits calls
+the methods of `Writer`, one at a time. So a method is completed even if the task that waits for it
+is cancelled. The worker for checkpoints calls a few methods; their docstrings say so.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _logger = Log(logging.getLogger("lab_state"))
 _MIN_CHECKPOINT_BYTES = 4 * 1024 * 1024
 _LEFT_TO_PUBLISH = 256 * 1024
 _LARGEST_READ_AGAIN = 16 * 1024 * 1024
-"""A journal of at most this many bytes is read again, because that costs less than writing the whole state."""
+"""The most bytes of a journal that is read again. For such a size, reading costs less than writing the whole state."""
 _MOST_ROUNDS = 8
 
 
@@ -42,7 +41,7 @@ class Need(Enum):
 
 
 class FullNeededError(Exception):
-    """The journal cannot be appended to, and the whole state was not given."""
+    """A commit must write the whole state, and was called without it."""
 
 
 class AbandonedError(UnavailableError):
@@ -59,14 +58,14 @@ class Writer:
         base: The snapshot that a new journal follows, by size and CRC-32.
         snapshot_fingerprint: The fingerprint of that snapshot; `None` if there is none.
         need: The work that the next commit has to do first.
-        unsynced: Whether the files found at the start may be in the page cache only.
-        snapshot_bytes: The size of the snapshot.
-        end: The size of the journal.
+        unsynced: Whether the files that the start found may be only in the page cache.
+        snapshot_bytes: The size of the snapshot, in bytes.
+        end: The size of the journal, in bytes.
         starts_full: Whether the journal starts with the whole state.
-        generation: A number that grows when a journal is given up, and when a journal that
-            starts with the whole state is put in place.
-        since: The records committed since a checkpoint took its view; `None` without a
-            checkpoint.
+        generation: A number that grows when a journal is given up. It also grows when a journal
+            that starts with the whole state is put in place.
+        since: The records that were committed after a checkpoint took its view; `None` while
+            there is no checkpoint.
         replaced: Descriptors of replaced files, which the worker for checkpoints closes.
         progress: The counter of the bytes that commits and checkpoints write to the disk.
     """
@@ -123,7 +122,7 @@ class Writer:
         self._note()
 
     def _note(self) -> None:
-        """Note the fingerprint after a write of this session. If the lookup fails, the next commit reads the journal."""
+        """Store the fingerprint after a write of this session. If the lookup fails, the next commit reads the journal."""
         self._left = self._opened() or self._left._replace(size=self.end, modified=-1)
 
     # Checkpoints
@@ -145,7 +144,7 @@ class Writer:
         """Create a journal that starts with the whole state.
 
         Raises:
-            AbandonedError: A commit has created one since the view was taken.
+            AbandonedError: A commit has created such a journal since the view was taken.
         """
         self._check()
         if self.need is not Need.FULL or generation != self.generation:
@@ -155,8 +154,8 @@ class Writer:
     def prepare(self, upcoming: NewJournal, base: str, since: list[bytes]) -> None:
         """Write most of the journal that will follow a new snapshot, while commits go on and add to `since`.
 
-        The worker for checkpoints calls this. So `publish` is short, and commits, which wait
-        for it, are not delayed much.
+        The worker for checkpoints calls this. Commits have to wait for `publish`, which is short
+        because of this method.
         """
         upcoming.create(base)
         for _ in range(_MOST_ROUNDS):
@@ -193,7 +192,7 @@ class Writer:
 
     def _abandoned(self) -> AbandonedError:
         return AbandonedError(
-            f"{self.paths.journal} was replaced meanwhile, so this checkpoint was abandoned; another one follows"
+            f"{self.paths.journal} was replaced meanwhile, so this checkpoint was abandoned; another checkpoint follows"
         )
 
     def close_replaced(self) -> None:
@@ -203,7 +202,7 @@ class Writer:
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether the journal is so large that a checkpoint is due. So about three bytes are written for each changed byte."""
+        """Whether the journal is so large that a checkpoint is due. The bound gives about three written bytes a changed byte."""
         return self.starts_full or self.end > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
 
     def close(self) -> None:
@@ -212,13 +211,13 @@ class Writer:
         self.lock.release()
 
     def rest(self) -> None:
-        """Close the journal until the next commit, so that an idle state has one descriptor. It needs no sync before."""
+        """Close the journal until the next commit, so that an idle state has only one descriptor. All bytes are synced by now."""
         if self.need is Need.NOTHING and self.since is None and lookup.is_open(self._fd, self._left.identity):
             fd, self._fd = self._fd, -1
             fs.close(fd)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Close all descriptors. Runs in a forked child.
+        """Close all descriptors. This runs in a forked child.
 
         The files belong to the parent, and the lock refuses every call in the child.
         """
@@ -227,10 +226,10 @@ class Writer:
         self._use(-1)
         self.close_replaced()
 
-    # What commits and checkpoints share
+    # Common to commits and checkpoints
 
     def _check(self) -> None:
-        """Check the lock. Check that the journal has not changed since the last write; if it has, give it up."""
+        """Check the lock. If the journal has changed since the last write, give it up."""
         self.lock.check()
         if self.need is Need.NOTHING:
             if self._fd < 0:
@@ -239,7 +238,7 @@ class Writer:
                 self._look_into_journal()
 
     def _look_into_journal(self) -> None:
-        """Give the journal up, unless its bytes are those that were written."""
+        """Read the journal. Give it up, unless its bytes are those that this session has written."""
         if self.need is Need.NOTHING and (
             problem := self._problem(lookup.fingerprint(self.paths.journal), self._opened())
         ):
@@ -247,10 +246,10 @@ class Writer:
             self._poison()
 
     def _wake_up(self) -> None:
-        """Open the journal again after `rest`. Give it up if it is not the same file, of the same size.
+        """Open the journal again after `rest`. Give it up, unless it is the same file with the same size.
 
         While the journal was closed, another file may have got its inode number. It is unlikely
-        that this file also has the same size.
+        that this file has the same size, too.
 
         Raises:
             UnavailableError: There are too many open files. The journal is kept: the next commit
@@ -278,8 +277,8 @@ class Writer:
     def _problem(self, named: lookup.Fingerprint | None, opened: lookup.Fingerprint | None) -> str | None:
         """Return a description of the change of the journal since the last write; `None` if its bytes are the same.
 
-        The time of a file may change although its bytes did not. Then the frames are read and
-        checked, once. After that, the time of this journal is ignored.
+        The modification time of a file may change although its bytes did not. Then the frames are
+        read and checked once. After that, the modification time of this journal is ignored.
         """
         left = self._left
         if not lookup.is_open(self._fd, left.identity):
@@ -297,7 +296,7 @@ class Writer:
         return None
 
     def _is_intact(self) -> bool:
-        """Read the journal, and return whether all of it is valid frames of this session. Return False if it is too large.
+        """Read the journal. Return whether it has only valid frames of this session. Return False if it is too large.
 
         Raises:
             UnavailableError: There are too many open files, so the journal could not be read.
@@ -333,16 +332,16 @@ class Writer:
                 new.discard()
 
     def _put_in_place(self, new: NewJournal, replaced: list[int] | None = None) -> None:
-        """Rename a new journal and use it. The old one stays in use until then.
+        """Rename a new journal, and use it. The old journal is in use until the rename.
 
-        The old descriptor is added to `replaced`, or closed without such a list.
+        The old descriptor is added to `replaced`. If there is no such list, it is closed.
         """
         left = new.check()
         try:
             fs.rename(new.path, self.paths.journal)
             fs.sync_directory(self.paths.directory)
         except StorageError:
-            # A crash may leave either file, so neither may be written again.
+            # After a crash the name may lead to either of the two files. So neither may be written again.
             self._poison()
             raise
         fd, new.fd = new.fd, -1
@@ -357,7 +356,7 @@ class Writer:
         self.need = Need.NOTHING
 
     def _sync_found(self, *, snapshot: bool) -> None:
-        """Sync the files found at the start before the first journal relies on them, because they may be new copies.
+        """Sync the files that the start found. They may be new copies, and the first journal relies on them.
 
         A failed sync of the snapshot is not repeated. Instead, the next journal starts with the
         whole state.
@@ -379,7 +378,7 @@ class Writer:
         self._use(-1)
 
     def _use(self, fd: int, left: lookup.Fingerprint = lookup.UNKNOWN) -> None:
-        """Close the open journal, if any, and use another one; -1 for none."""
+        """Close the open journal, if there is one. Use another descriptor; -1 means that no journal is open."""
         old, self._fd, self._left, self._is_timed = self._fd, fd, left, True
         if old >= 0:
             fs.close(old)

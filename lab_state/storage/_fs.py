@@ -5,13 +5,13 @@ Two rules hold:
 
 * A new file is written under a temporary name in the same directory, synced and renamed.
   Then its directory is synced. No other step relies on the file before that.
-* A failed sync is never repeated, because the kernel may have marked the pages clean, and
-  then reports success (Rebello et al., "Can Applications Recover from fsync Failures?",
-  USENIX ATC 2020).
+* A failed sync is never repeated. The kernel may have marked the pages as clean, and a second
+  sync would then report success (Rebello et al., "Can Applications Recover from fsync
+  Failures?", USENIX ATC 2020).
 
 Only Linux is tested. macOS has no `fdatasync`, and its `fsync` may leave data in the cache of
-the disk; `F_FULLFSYNC` does not. Windows has no `fcntl`. The module can be imported there, but
-no state can be opened.
+the disk. So `F_FULLFSYNC` is used there. Windows has no `fcntl`. The module can be imported
+there, but no state can be opened.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ A sync of the journal also waits for unsynced bytes of other files in the same f
 _APPENDED_AT_ONCE = 4 * 1024 * 1024
 """The number of bytes of a large record that are written between two syncs.
 
-During one sync of a hundred megabytes there would be no progress, as on a disk that hangs.
+One sync of a hundred megabytes would look like a disk that hangs, because nothing makes progress.
 """
 
 _COPIED = 64 * 1024
-"""At most this many bytes are copied to save a system call. A larger copy would block every other thread."""
+"""The most bytes that are copied to save a system call. A larger copy would block every other thread."""
 
 
 _NOT_FOR_DIRECTORIES = {errno.EINVAL, errno.ENOSYS}
@@ -61,7 +61,7 @@ class Progress:
     """The number of bytes that were written to the disk.
 
     Attributes:
-        count: The number. It never decreases. Any thread may read it.
+        count: The number of bytes. It never decreases. Any thread may read it.
     """
 
     def __init__(self) -> None:
@@ -75,13 +75,13 @@ class Progress:
 
 
 def open_lock(path: str) -> int:
-    """Open a lock file, or create it; return its descriptor."""
+    """Open a lock file, or create it. Return its descriptor."""
     with translated("opening", path):
         return open_regular(path, os.O_RDWR | os.O_CREAT)
 
 
 def try_lock(fd: int, path: str) -> bool:
-    """Try to lock a file without waiting; return whether this succeeded."""
+    """Try to lock a file without waiting. Return whether this succeeded."""
     if sys.platform == "win32":  # pragma: no cover -- never run there
         raise UnsupportedError("FileStorage needs flock, which this platform does not have")
     with translated("locking", path):
@@ -113,21 +113,21 @@ def write_lock(fd: int, data: bytes) -> None:
 
 
 def reopen(path: str) -> int:
-    """Open a file for writing that this session created; return its descriptor."""
+    """Open a file that this session created, for writing. Return its descriptor."""
     with translated("opening", path):
         return open_regular(path, os.O_RDWR)
 
 
 def open_regular(path: str, flags: int) -> int:
-    """Open a regular file; refuse anything else that may have its name.
+    """Open a regular file. Refuse files of all other types.
 
     Opening a FIFO waits for its other end, and opening a device may have an effect. So the
-    type is checked first. `O_NONBLOCK` and the second check are for a file that replaces it
-    between the check and the opening.
+    type is checked first. Another file may replace it between the check and the opening. This is
+    why `O_NONBLOCK` is used, and why the type is checked again.
 
     Raises:
         OSError: See `os.open`.
-        UnsupportedError: It is a symbolic link, a FIFO, a socket or a device.
+        UnsupportedError: The path leads to a symbolic link, a FIFO, a socket or a device.
     """
     try:
         check_regular(path, os.lstat(path).st_mode)
@@ -144,11 +144,11 @@ def open_regular(path: str, flags: int) -> int:
 
 
 def read(path: str, most: int = -1) -> bytes | None:
-    """Return the bytes of a regular file; `None` only if nothing has that name.
+    """Return the bytes of a regular file. Return `None` only if there is no file of any type at the path.
 
     Args:
-        path: The file.
-        most: The number of bytes to read from the start; all of them if negative.
+        path: The path of the file.
+        most: The number of bytes to read from the start. If it is negative, all bytes are read.
 
     Raises:
         StorageError: The file cannot be read. A broken symbolic link is an error too.
@@ -166,13 +166,13 @@ def read(path: str, most: int = -1) -> bytes | None:
 
 
 def create(path: str, parts: Sequence[bytes], progress: Progress, *replaced: str) -> int:
-    """Create a file with these bytes, and sync it; return its descriptor. After a failure the file is deleted.
+    """Create a file with these bytes, and sync it. Return its descriptor. After a failure the file is deleted.
 
     Args:
         path: The name of the file.
         parts: The bytes of the file.
         progress: The counter for the bytes.
-        replaced: The files that it will replace; see `_ownership.keep`.
+        replaced: The files that the new file will replace; see `_ownership.keep`.
     """
     with translated("writing", path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -192,26 +192,26 @@ def create(path: str, parts: Sequence[bytes], progress: Progress, *replaced: str
 
 
 def create_empty(path: str) -> int:
-    """Create an empty file without a sync; return its descriptor."""
+    """Create an empty file without a sync. Return its descriptor."""
     with translated("creating", path):
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
 def close(fd: int) -> None:
-    """Close a file whose bytes were synced or are not needed. So an error of `close` has no meaning, and is ignored."""
+    """Close a file, and ignore errors. The bytes of the file must be synced already, or not be needed."""
     with contextlib.suppress(OSError):
         os.close(fd)
 
 
 class NewFile:
-    """A new file that is written in slices. Each slice is one call in a thread, so other work goes on between two.
+    """A new file that is written in slices. Each slice is one call in a thread. Other work can run between two calls.
 
-    Every method except `write` is synchronous. Call them all in one worker. Then `discard`
+    Every method except `write` is synchronous. Call all of them in one worker. Then `discard`
     may be called at any time, also after a cancellation.
     """
 
     def __init__(self, path: str, progress: Progress, *replaced: str) -> None:
-        """Prepare a file without creating it. `replaced` is for `_ownership.keep`."""
+        """Prepare a file without creating it. `replaced` is passed to `_ownership.keep`."""
         self.path = path
         self._progress = progress
         self._replaced = replaced
@@ -230,8 +230,8 @@ class NewFile:
         queued, because the number of the descriptor may belong to another file after that.
         """
         with translated("writing", self.path):
-            # `closefd=False`: a file that aiofiles opens itself would leak if its opening is cancelled, and the context
-            # manager of aiofiles closes a file in the default executor of the loop, whatever executor is given.
+            # A file that aiofiles opens itself would leak if the opening is cancelled. `closefd=False` is needed because
+            # the context manager of aiofiles always closes a file in the default executor of the event loop.
             check()
             file = await aiofiles.open(self._fd, "wb", buffering=0, closefd=False, executor=thread)
             unsynced = 0
@@ -261,7 +261,7 @@ class NewFile:
         discard(self.path)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Close the descriptor. Runs in a forked child: the file belongs to the parent."""
+        """Close the descriptor. This runs in a forked child. The file belongs to the parent."""
         self._close()
 
     def _close(self) -> None:
@@ -281,7 +281,7 @@ def sync(path: str) -> None:
 
 
 def rename(temporary: str, path: str) -> None:
-    """Rename a synced file to the name of another. The rename is durable only after `sync_directory`."""
+    """Rename a synced file, in place of another file. The rename is durable only after `sync_directory`."""
     with translated("renaming", path):
         os.replace(temporary, path)
 
@@ -293,10 +293,10 @@ def sync_directory(path: str) -> None:
 
 
 def hold(path: str) -> int:
-    """Open a file so that its blocks are freed by `close`, not by the rename that replaces it.
+    """Open a file that a rename will replace. Return the descriptor; -1 if the file cannot be opened.
 
-    Freeing a hundred megabytes takes the file system tens of milliseconds. Return the
-    descriptor, or -1 if the file cannot be opened.
+    While the file is open, the rename does not free its blocks. `close` frees them later. For a
+    hundred megabytes, the file system needs tens of milliseconds for that.
     """
     try:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -310,13 +310,13 @@ def temporary(path: str) -> str:
 
 
 def discard(path: str) -> None:
-    """Delete a temporary file if possible. If not, the next start tries again."""
+    """Delete a temporary file if possible. If it is not possible, the next start tries again."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
 
 class TornWriteError(Exception):
-    """A failed append could not be undone, or its sync failed: the file must never be written again."""
+    """A failed append could not be undone, or its sync failed. The file must never be written again."""
 
     def __init__(self, error: StorageError) -> None:
         super().__init__(error)
@@ -324,7 +324,7 @@ class TornWriteError(Exception):
 
 
 def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: Progress) -> None:
-    """Append to a file, and sync. Large data are written in steps, each of them synced.
+    """Append to a file, and sync it. Large data are written in steps, and each step is synced.
 
     Raises:
         StorageError: The write failed and was undone.
@@ -341,7 +341,7 @@ def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: Pr
                 os.ftruncate(fd, offset)
             except OSError:
                 raise TornWriteError(storage_error("writing", path, error)) from error
-            if end > offset:  # earlier steps are on the disk: the truncation must be too
+            if end > offset:  # earlier steps are on the disk, so the truncation must be synced, too
                 _sync_or_tear(fd, path)
             raise storage_error("writing", path, error) from error
     _sync_or_tear(fd, path)
@@ -377,7 +377,7 @@ def _cut(parts: Sequence[bytes]) -> Iterator[Sequence[memoryview]]:
 
 
 def _write(fd: int, parts: Sequence[bytes | memoryview], offset: int, progress: Progress) -> int:
-    """Write the parts one after the other; return the offset after them."""
+    """Write the parts one after the other. Return the offset after the last one."""
     for batch in (b"".join(parts),) if sum(map(len, parts)) <= _COPIED else _batched(parts):
         rest = memoryview(batch)
         while rest:
@@ -416,7 +416,7 @@ def _sync_data(fd: int) -> None:
 
 
 def sync_names(path: str) -> None:
-    """Sync as `sync_directory` does, but raise an `OSError`."""
+    """Do the same as `sync_directory`, but raise an `OSError`."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -429,7 +429,7 @@ def sync_names(path: str) -> None:
 
 
 def spool(in_memory: int) -> IO[bytes]:
-    """Return a temporary file without a name. Up to `in_memory` bytes it is kept in memory."""
+    """Return a temporary file without a name. Up to `in_memory` bytes, it is in memory."""
     return tempfile.SpooledTemporaryFile(max_size=in_memory)
 
 

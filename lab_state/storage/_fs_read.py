@@ -1,7 +1,7 @@
-"""Reading files that another process may replace meanwhile.
+"""Read files that another process may replace meanwhile.
 
-Nothing here creates, changes or locks a file. So the permission to write is not needed, and
-the file system may be mounted read-only.
+No function here creates, changes or locks a file. So write permission is not needed, and the file
+system may be mounted read-only.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from lab_state.storage._os_errors import storage_error, translated
 
 
 class OpenFile(NamedTuple):
-    """A file that is open for reading. `status` is what `fstat` returned when it was opened.
+    """A file that is open for reading. `status` is the result of `fstat` at the opening.
 
-    While it is open, no other file can get its inode number.
+    While the file is open, no other file can get its inode number.
     """
 
     fd: int
@@ -26,7 +26,7 @@ class OpenFile(NamedTuple):
 
     @property
     def identity(self) -> tuple[int, int]:
-        """The device and the inode."""
+        """The numbers of the device and of the inode."""
         return self.status.st_dev, self.status.st_ino
 
     def read(self, most: int | None = None) -> bytes:
@@ -36,7 +36,7 @@ class OpenFile(NamedTuple):
             left = left if most is None else min(left, most)
             parts: list[bytes] = []
             offset = 0
-            # One call is enough for all but huge files. Then nothing has to be joined.
+            # Except for huge files, one call is enough, and nothing has to be joined.
             while left > 0 and (part := os.pread(self.fd, left, offset)):
                 parts.append(part)
                 offset += len(part)
@@ -49,11 +49,11 @@ class OpenFile(NamedTuple):
 
 
 def open_to_read(path: str) -> OpenFile | None:
-    """Open a file for reading; return `None` only if nothing has that name. Follow a symbolic link.
+    """Open a file for reading. Return `None` only if there is no file of any type at the path. Follow a symbolic link.
 
     Raises:
-        UnsupportedError: It is not a regular file, or it is a broken symbolic link.
-        StorageError: It cannot be opened.
+        UnsupportedError: The file is not a regular file, or is a broken symbolic link.
+        StorageError: The file cannot be opened.
     """
     try:
         # Opening a device may have an effect. So the type is checked first, and again after opening.
@@ -62,7 +62,7 @@ def open_to_read(path: str) -> OpenFile | None:
     except FileNotFoundError:
         if os.path.islink(path):
             raise UnsupportedError(
-                f"{path} is a symbolic link to a file that is not there: put the file back, or delete the link"
+                f"{path} is a symbolic link to a missing file: put the file back, or delete the link"
             ) from None
         return None
     except OSError as error:
@@ -89,8 +89,8 @@ def has_moved(path: str, opened: OpenFile | None, *, grows: bool = False) -> boo
 
     Args:
         path: The path.
-        opened: The file that it named before; `None` if there was none.
-        grows: Whether a new size and time do not count as a change.
+        opened: The file that the path named before; `None` if there was no file.
+        grows: Whether the file may grow: then a new size and time do not count as a change.
     """
     now = _status(path)
     if now is None or opened is None:
@@ -102,7 +102,7 @@ def has_moved(path: str, opened: OpenFile | None, *, grows: bool = False) -> boo
 
 
 def is_there(path: str) -> bool:
-    """Return whether a file of any type has that name."""
+    """Return whether there is a file of any type at the path."""
     return _status(path) is not None
 
 

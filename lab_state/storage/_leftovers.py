@@ -1,7 +1,7 @@
-"""Files that earlier sessions left, found by one listing of the directory for each storage object.
+"""Files that earlier sessions left. Each storage object lists a directory only once to find them.
 
-A directory may hold the files of many states. So a start does not list it if the lock file
-says which temporary files may exist.
+A directory may have the files of many states. So if the lock file says which temporary files may
+exist, a start does not list the directory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LEFT = re.compile(r"(.+\.(?:json|journal))\.(?:[0-9a-f]{8}\.tmp|torn-\d+)")
 
 
 class Leftovers:
-    """The temporary files and torn tails in directories, as of the first listing of each directory."""
+    """The temporary files and torn tails in directories, as the first listing of each directory found them."""
 
     def __init__(self) -> None:
         """Start without any listing."""
@@ -26,15 +26,15 @@ class Leftovers:
         self._found: dict[str, dict[str, list[str]]] = {}
 
     def __reduce__(self) -> tuple[type[Leftovers], tuple[()]]:
-        """Let a copy of a storage object make its own listings."""
+        """Return a copy without listings, so that a copy of a storage object makes its own."""
         return Leftovers, ()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Replace the lock. Runs in a forked child: a thread of the parent may hold the old one."""
+        """Replace the lock. This runs in a forked child. A thread of the parent may hold the old lock."""
         self._lock = threading.Lock()
 
     def temporary(self, path: str) -> list[str]:
-        """Return the temporary files that were to replace a file.
+        """Return the temporary files that were made to replace a file.
 
         Raises:
             StorageError: The directory cannot be listed.
@@ -50,7 +50,7 @@ class Leftovers:
         return [file for file in self._beside(path) if not file.endswith(".tmp")]
 
     def add(self, path: str, file: str) -> None:
-        """Note a torn tail of a journal."""
+        """Add a new torn tail of a journal."""
         self._beside(path).append(file)
 
     def _beside(self, path: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The lock of a state on disk, and the message for a process that does not get it."""
+"""The lock of a state on disk, and the message for a process that cannot take it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from lab_state.storage._proc_locks import find_holders
 class LockHolder(msgspec.Struct, frozen=True):
     """The content of a lock file: the process that holds the lock, and its temporary files.
 
-    Every user with write access to the file can put anything there. The bounds keep line
-    breaks and escape sequences out of messages and logs.
+    Every user with write access to the file can write anything to it. The bounds of the fields keep
+    line breaks and escape sequences out of messages and logs.
 
     Attributes:
         host: The name of the machine.
-        pid: The process.
-        started: The time when the process took the lock.
-        boot: The boot id of the kernel. Empty if the files that earlier sessions left are
+        pid: The id of the process.
+        started: The time at which the process took the lock.
+        boot: The boot id of the kernel. It is empty if the files that earlier sessions left are
             not known.
-        inode: The inode of the lock file. A copy of the file has another one.
+        inode: The inode number of the lock file. A copy of the file has another number.
         making: The names of temporary files that may exist.
     """
 
@@ -53,11 +53,11 @@ class LockHolder(msgspec.Struct, frozen=True):
 class Lock:
     """An advisory lock on a file that is never renamed and never unlinked.
 
-    It uses `flock`, not `lockf`. A `lockf` lock is dropped when any descriptor of the file
-    is closed in the process. It also does not exclude another manager in the same process.
+    It uses `flock`, not `lockf`. A lock of `lockf` is dropped when the process closes any
+    descriptor of the file. It also does not exclude another manager in the same process.
 
     Attributes:
-        path: The lock file.
+        path: The path of the lock file.
         is_parents: Whether this process is a forked child, and the lock belongs to its parent.
         is_new: Whether the lock file was empty, as a new one is.
         left: The temporary files that earlier sessions may have left; `None` if they are
@@ -104,8 +104,8 @@ class Lock:
     def _left(self, said: bytes) -> tuple[str, ...] | None:
         """Return the temporary files that may exist, from the content of the lock file; `None` if it may be wrong.
 
-        It may be wrong after a power cut, which can undo the last write. So the boot id is
-        compared.
+        The content may be wrong after a power cut, which can undo the last write. So the boot id
+        is compared.
         """
         try:
             last = msgspec.json.decode(said, type=LockHolder)
@@ -160,7 +160,7 @@ class Lock:
             self.forget(*paths)
 
     def note_left(self, left: tuple[str, ...]) -> None:
-        """Note which of these files of earlier sessions still exist."""
+        """Note those of these files of earlier sessions that still exist."""
         left = tuple(path for path in left if not lookup.is_gone(path))
         with self._telling:
             if self.left != left:
@@ -174,15 +174,15 @@ class Lock:
             holder = None
         if self._identity in _ours:
             who = f"pid {os.getpid()}" if holder is None else str(holder)
-            return f"{who}, another manager in this process (was its stop() forgotten?)"
+            return f"{who}, another manager in this process (was its stop() called?)"
         shown = [pid for pid in find_holders(*self._identity, fs.read) or () if pid]
         return describe(holder, shown, self.path)
 
     def check_process(self) -> None:
-        """Check that this process took the lock. Does not block.
+        """Check that this process took the lock. The call does not block.
 
         Raises:
-            UnsupportedError: This process is a forked child, which has no threads to write with.
+            UnsupportedError: This process is a forked child, and has no threads that write.
         """
         if self.is_parents:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(
@@ -193,7 +193,7 @@ class Lock:
         """Check that the path still names the locked file, and that the lock is still held.
 
         Raises:
-            FencedError: The lock is gone: the file was deleted or replaced, or other code in
+            FencedError: The lock is lost: the file was deleted or replaced, or other code in
                 this process closed its descriptor. Another process may own the state now.
         """
         if lookup.is_same_file(self.path, self._fd, self._identity):
@@ -209,9 +209,9 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Release the lock. A second call does nothing. A descriptor that now belongs to another file is not closed."""
+        """Release the lock. A second call does nothing. If the descriptor now belongs to another file, do not close it."""
         try:
-            # Unlock before closing: a child that is forked now may keep a copy of the descriptor.
+            # Unlock before closing, because a child that is forked now may keep a copy of the descriptor.
             if lookup.is_open(self._fd, self._identity):
                 fs.unlock(self._fd)
         finally:
@@ -226,7 +226,7 @@ class Lock:
             fs.close(fd)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Close the descriptor. Runs in a forked child. The parent keeps the lock."""
+        """Close the descriptor. This runs in a forked child. The parent keeps the lock."""
         self.is_parents = True
         self._close()
         if self._opening:  # the identity was not known yet when the parent forked
@@ -235,17 +235,17 @@ class Lock:
 
 
 _ours: dict[lookup.Identity, Lock] = {}
-"""The locks of this process. Pid and host name do not identify them: two containers can have the same ones."""
+"""The locks of this process. Pid and host name cannot identify a process: two containers can have the same ones."""
 
 
 def describe(holder: LockHolder | None, shown: list[int], path: str) -> str:
-    """Return a description of the holder of a lock that this process does not hold, for the message.
+    """Return a description of the process that holds a lock, for the message. It is not this process.
 
     Args:
         holder: The content of the lock file; `None` if it cannot be decoded.
-        shown: The processes that took the lock, from `/proc/locks`. Empty if that file does
-            not show them.
-        path: The lock file.
+        shown: The pids of the processes that took the lock, from `/proc/locks`. Empty if that
+            file does not show them.
+        path: The path of the lock file.
     """
     host = _host()
     for pid in shown:
@@ -277,7 +277,7 @@ def _host() -> str:
 
 
 def _is_running(pid: int) -> bool:
-    """Return whether such a process exists in this pid namespace, or in that of `/proc`, which may be another one."""
+    """Return whether a process with this pid exists in this pid namespace, or in that of `/proc`. They may differ."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -1,4 +1,4 @@
-"""Lookups: which file a path or a descriptor refers to, and whether another program has changed it.
+"""Lookups of files: to which file a path or a descriptor leads, and whether another program has changed the file.
 
 All functions are synchronous, and run in a thread of the storage, like those of `_fs`. None
 of them opens or changes a file.
@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 from lab_state.storage._os_errors import storage_error, translated
 
 Identity: TypeAlias = tuple[int, int]
-"""Device and inode. They identify a file while it is open, because no other file can get the inode during that time."""
+"""The numbers of device and inode. They identify a file while it is open: no other file can get the same numbers then."""
 
 NO_FILE: Identity = (-1, -1)
 
@@ -27,10 +27,9 @@ def identity(fd: int, path: str) -> Identity:
 
 
 def is_open(fd: int, which: Identity) -> bool:
-    """Return whether a descriptor still refers to a file. If not, its number may belong to another file.
+    """Return whether a descriptor still refers to this file. If not, its number may belong to another file.
 
-    Return True, too, if the lookup fails with another error than EBADF: then the answer is
-    not known.
+    If the lookup fails with another error than EBADF, the answer is not known. Then return True.
     """
     try:
         found = os.fstat(fd)
@@ -40,7 +39,7 @@ def is_open(fd: int, which: Identity) -> bool:
 
 
 def is_file(path: str, which: Identity) -> bool:
-    """Return whether a path, without following a link, still names an open file."""
+    """Return whether a path still names this open file. Do not follow a link."""
     try:  # not `translated`: it would cost as much as the call
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -69,7 +68,7 @@ class Fingerprint(NamedTuple):
         return self.device, self.inode
 
     def is_same_file(self, other: Fingerprint | None) -> bool:
-        """Return whether both belong to the same file, changed or not. The answer is reliable only while it is open."""
+        """Return whether both belong to the same file, changed or not. The answer is reliable only for an open file."""
         return other is not None and self[:2] == other[:2]
 
     def is_same_size(self, other: Fingerprint | None) -> bool:
@@ -78,11 +77,11 @@ class Fingerprint(NamedTuple):
 
 
 UNKNOWN = Fingerprint(*NO_FILE, -1, -1)
-"""The fingerprint of no file."""
+"""A fingerprint that no file has."""
 
 
 def is_same_file(path: str, fd: int, which: Identity) -> bool:
-    """Return whether a path, without following a link, and a descriptor refer to this file. Return False on an error."""
+    """Return whether a path and a descriptor both refer to this file. Do not follow a link. Return False on an error."""
     try:  # not `translated`: each commit calls this, and it would cost as much as the call
         named, opened = os.lstat(path), os.fstat(fd)
     except OSError:
@@ -119,7 +118,7 @@ def is_gone(path: str) -> bool:
 
 
 def fingerprint(path: str) -> Fingerprint | None:
-    """Return the fingerprint of a file, or of a link in its place; `None` if there is none."""
+    """Return the fingerprint of the file or link at a path; `None` if there is neither."""
     try:  # not `translated`: as above
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""A new journal on disk, under a temporary name until it is put in place. Blocking."""
+"""A new journal on disk, under a temporary name until it is put in place. The calls block."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class NewJournal:
 
     Attributes:
         path: The temporary name.
-        base: The snapshot that it follows.
+        base: The snapshot that the journal follows.
         salt: The salt of its frames.
         fd: The descriptor of the file; -1 before `create`, and after the file was put in
             place or closed.
         end: The size of the file. All of it is synced.
-        records: How many records were added.
+        records: The number of records that were added.
     """
 
     def __init__(self, paths: Paths, name: str, progress: fs.Progress) -> None:
@@ -54,7 +54,7 @@ class NewJournal:
         self.end = sum(map(len, parts))
 
     def add(self, records: list[bytes]) -> None:
-        """Append records, and sync."""
+        """Append records, and sync the file."""
         if not records:
             return
         parts = self._framed((FrameKind.RECORD, record) for record in records)
@@ -66,7 +66,7 @@ class NewJournal:
         self.records += len(records)
 
     def check(self) -> lookup.Fingerprint:
-        """Return the fingerprint of the file, after a check that it is as it was written.
+        """Return the fingerprint of the file. First check that the file has not changed since the last write.
 
         Raises:
             UnavailableError: Other code closed the descriptor, or changed the file.
@@ -89,7 +89,7 @@ class NewJournal:
             fs.discard(self.path)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Close the file. Runs in a forked child: the file belongs to the parent."""
+        """Close the file. This runs in a forked child. The file belongs to the parent."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             fs.close(fd)

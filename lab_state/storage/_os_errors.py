@@ -1,4 +1,4 @@
-"""The meaning of operating system errors for a storage, and their remedies. Pure."""
+"""The meaning of errors of the operating system for a storage, and their remedies. Pure and synchronous."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _TO_BE_FIXED = {
     errno.EISDIR: "a directory is in its place; move it away",
     errno.ELOOP: "the path has a loop of symbolic links",
     errno.ENAMETOOLONG: "the path is too long for the file system",
-    errno.EBUSY: "something is mounted there; mount its directory instead",
+    errno.EBUSY: "it is a mount point; mount its directory instead",
     errno.EOPNOTSUPP: "the file system cannot do this; choose another one",
     errno.ENOLCK: "the file system cannot lock; choose another one",
 }
 _TO_BE_MENDED = {
-    errno.EIO: "look into the log of the kernel, the disk may be failing",
-    errno.ENOSPC: "free some",
+    errno.EIO: "the disk may be failing; look into the log of the kernel",
+    errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or have the quota raised",
     errno.EFBIG: "raise the limit on the size of files",
     errno.EMFILE: "close some, or raise the limit on open files",
@@ -35,7 +35,7 @@ _TO_BE_MENDED = {
 
 @contextlib.contextmanager
 def translated(what: str, path: str) -> Generator[None, None, None]:
-    """Turn an `OSError` of the block into the `StorageError` with its remedy."""
+    """Raise a `StorageError` with a remedy in place of an `OSError` of the block."""
     try:
         yield
     except OSError as error:
@@ -43,7 +43,7 @@ def translated(what: str, path: str) -> Generator[None, None, None]:
 
 
 def storage_error(what: str, path: str, error: OSError) -> StorageError:
-    """Return the error that says what failed, where, and what to do next."""
+    """Return the storage error for an `OSError`. Its message has the failed operation, the path and the remedy."""
     message = f"{what} {path} failed: {error.strerror or error}"
     if error.errno in _TO_BE_FIXED:
         return UnsupportedError(f"{message}; {_TO_BE_FIXED[error.errno]}")
@@ -74,15 +74,15 @@ _NOT_REGULAR = {
 
 
 def check_regular(path: str, mode: int) -> None:
-    """Refuse anything that is not a regular file.
+    """Check that a file is a regular file.
 
     Args:
         path: The path, for the message.
         mode: The `st_mode` that `lstat` returned.
 
     Raises:
-        UnsupportedError: It is a symbolic link, a FIFO, a socket or a device.
-        IsADirectoryError: It is a directory.
+        UnsupportedError: The file is a symbolic link, a FIFO, a socket or a device.
+        IsADirectoryError: The file is a directory.
     """
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

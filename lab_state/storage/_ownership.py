@@ -1,8 +1,8 @@
-"""Keeping owner, group, mode and access list when a file is replaced, as far as this process may set them.
+"""Give a new file the owner, group, mode and access list of the file that it replaces, as far as this process may.
 
-If something cannot be kept, the new file has fewer permissions, never more. For example, a
-process that is not a member of the file's group removes the group's permissions. It does
-not give them to its own group.
+If one of these cannot be kept, the new file has fewer permissions, never more. For example, if the
+process is not a member of the file's group, the permissions of the group are removed. The group of
+the process does not get them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def keep(fd: int, *replaced: str) -> None:
 
     Args:
         fd: The new file, which only this user may read so far.
-        replaced: The path of the replaced file, then the path of a model to use if there is
-            no such file yet. Without either, nothing is changed. Only the `rwx` bits of the
-            mode are kept, not the setuid bit, for example.
+        replaced: The path of the replaced file, and then paths of files to use in its place if
+            there is no such file yet. If none of them exists, nothing is changed. Only the `rwx`
+            bits of the mode are kept. For example, the setuid bit is not kept.
 
     Raises:
-        OSError: The replaced file cannot be looked up. It is no error if this process may
-            not set something.
+        OSError: The replaced file cannot be looked up. If this process may not set one of the
+            attributes, no error is raised.
     """
     found = _first(replaced)
     if found is None:
@@ -45,14 +45,14 @@ def keep(fd: int, *replaced: str) -> None:
         mode = narrowed(mode)
     if not (has_group or acl is None) or not _set_access_list(fd, acl):
         mode &= _OWNER
-    # First the mode, then the owner: after a change of owner, this process may not change the mode.
+    # Set the mode before the owner: after a change of the owner, this process may no longer change the mode.
     _done(os.fchmod, fd, mode)
     if old.st_uid != new.st_uid:
         _done(os.fchown, fd, old.st_uid, -1)
 
 
 def _first(paths: Iterable[str]) -> tuple[str, os.stat_result] | None:
-    """Return the first path that is a regular file, with its status. A link is skipped: its mode is 0777."""
+    """Return the first path that leads to a regular file, with its status. Skip links, because their mode is 0777."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             found = os.lstat(path)
@@ -64,8 +64,8 @@ def _first(paths: Iterable[str]) -> tuple[str, os.stat_result] | None:
 def narrowed(mode: int) -> int:
     """Return the mode for a file whose group could not be kept.
 
-    Members of the old group now count as others, and some others are members of the new
-    group. So group and others both get only the permissions that both had.
+    Members of the old group now belong to "others", and some of the "others" are members of the
+    new group. So both classes get only the permissions that both had before.
     """
     shared = mode >> 3 & mode & 0o7
     return mode & _OWNER | shared << 3 | shared
@@ -82,7 +82,7 @@ def _access_list(path: str) -> bytes | None:
 
 
 def _set_access_list(fd: int, acl: bytes | None) -> bool:
-    """Set the access list, or for `None` remove the one inherited from the directory; return whether this succeeded."""
+    """Set the access list. With `None`, remove the list that the directory gave to the file. Return whether this succeeded."""
     if sys.platform != "linux":  # pragma: no cover -- never run there
         return True
     if acl is not None:
@@ -95,7 +95,7 @@ def _set_access_list(fd: int, acl: bytes | None) -> bool:
 
 
 def _done(function: Callable[P, object], *arguments: P.args, **rest: P.kwargs) -> bool:
-    """Call a function of the operating system; return whether it succeeded."""
+    """Call a function of the operating system. Return whether it succeeded."""
     try:
         function(*arguments, **rest)
     except OSError:

@@ -1,14 +1,13 @@
-"""The holders of a lock, from `/proc/locks` of Linux. Pure, except `find_holders`, which reads files.
+"""The holders of a lock, from `/proc/locks` of Linux. Only `find_holders` reads files; the other functions are pure.
 
-The file has a line for each lock, and a line with an arrow for each process that waits for it::
+The file has a line for each lock. For each process that waits for the lock, it has a line with an arrow::
 
     1: FLOCK  ADVISORY  WRITE 6835 fe:00:2147003 0 EOF
     1: -> FLOCK  ADVISORY  WRITE 6840 fe:00:2147003 0 EOF
 
-The line names the process that took the lock. That process may have ended, if a child
+The line of a lock has the pid of the process that took it. That process may have ended, if a child
 inherited the lock. A holder in another pid namespace has no line, or a line with the pid 0.
-The device is the one of the file system. On most file systems `st_dev` of `stat` is the
-same.
+The device is that of the file system. On most file systems it is equal to `st_dev` of `stat`.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ LOCKS = "/proc/locks"
 MOUNTS = "/proc/self/mountinfo"
 
 FIRST_PID_NAMESPACE = 0xEFFFFFFC
-"""The inode of `/proc/self/ns/pid` in the namespace that sees all processes: `PROC_PID_INIT_INO` of the kernel."""
+"""The inode of `/proc/self/ns/pid` in the first pid namespace, which has all processes: `PROC_PID_INIT_INO` of the kernel."""
 
 _LINE = re.compile(
     r"^\d+: FLOCK +\S+ +\S+ +(-?\d+) ([0-9a-f]+):([0-9a-f]+):(\d+) ", re.MULTILINE
-)  # "-> FLOCK" waits, and does not match
+)  # a line with "-> FLOCK" is a process that waits, and does not match
 
 _SHOWN_AT_ONCE = 4000
-"""The kernel returns about this many bytes in one piece. In a longer text a line may be missing."""
+"""The number of bytes that the kernel returns at once, about. In a longer text a line may be missing."""
 
 _AS_STAT_SAYS = {"ext2", "ext3", "ext4", "f2fs", "jfs", "tmpfs", "xfs"}
 """Local file systems for which `/proc/locks` shows the same device and inode as `stat`."""
 
 Read = Callable[[str], bytes | None]
-"""A function that returns the bytes of a file, or `None` if there is none. It raises `StorageError` on a failure."""
+"""A function that returns the bytes of a file; `None` if there is no file. It raises `StorageError` on a failure."""
 
 
 def holders(text: str, device: int, inode: int) -> tuple[int, ...]:
@@ -48,8 +47,8 @@ def holders(text: str, device: int, inode: int) -> tuple[int, ...]:
         inode: `st_ino` of the file.
 
     Returns:
-        The pids; 0 stands for a process of another pid namespace. Empty if no line is
-        about this file: then the lock is free, or `/proc/locks` does not show its holder.
+        The pids. The pid 0 means a process of another pid namespace. The result is empty if
+        the lock is free, or if `/proc/locks` does not show its holder.
     """
     file = os.major(device), os.minor(device), inode
     return tuple(
@@ -60,7 +59,7 @@ def holders(text: str, device: int, inode: int) -> tuple[int, ...]:
 
 
 def find_holders(device: int, inode: int, read: Read) -> tuple[int, ...] | None:
-    """Read `/proc/locks` and return the result of `holders`; `None` if that file is missing or cannot be read.
+    """Read `/proc/locks`, and return the result of `holders`; `None` if that file is missing or cannot be read.
 
     Args:
         device: `st_dev` of the file.
@@ -68,7 +67,7 @@ def find_holders(device: int, inode: int, read: Read) -> tuple[int, ...] | None:
         read: The function that reads a file.
     """
     found: tuple[int, ...] = ()
-    for _ in range(3):  # the kernel returns a long text in pieces, and a held lock may be missing between two of them
+    for _ in range(3):  # the kernel returns a long text in pieces, and a line between two pieces may be missing
         try:
             data = read(LOCKS)
         except StorageError:

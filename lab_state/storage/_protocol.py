@@ -1,7 +1,7 @@
-"""The contract between a storage and the flusher.
+"""The contract between a storage and a manager.
 
-A storage keeps one snapshot for each name, and the records committed after it. It
-sees bytes, never a key or a value. `lab_state.testing.StorageConformance` checks this
+A storage keeps one snapshot for each name, and the records that were committed after it. It
+handles bytes, and never a key or a value. `lab_state.testing.StorageConformance` checks this
 contract.
 """
 
@@ -14,8 +14,8 @@ SnapshotSource = Callable[[], AsyncIterator[bytes]]
 """A function that returns the snapshot as an async iterator of slices.
 
 The call takes a view of the state at its present revision. The event loop runs between
-two slices. For a checkpoint, the last slice comes only after everything in the view was
-committed. So a storage that publishes all slices publishes only what is durable. If that
+two slices. For a checkpoint, the last slice comes only after every change in the view was
+committed. So a storage that publishes all slices publishes only durable changes. If such a
 commit fails, the iterator raises its `StorageError`.
 """
 
@@ -24,12 +24,13 @@ class Recovery(NamedTuple):
     """The content of a state when it was opened.
 
     Attributes:
-        snapshot: The bytes of the snapshot; `None` when there never was one.
-        records: The records committed after it, oldest first. Some of them may be
+        snapshot: The bytes of the snapshot; `None` if there has never been one.
+        records: The records that were committed after it, oldest first. Some of them may be
             in the snapshot already.
-        unsettled: Whether a crash may still lose what was recovered. This is so when the
-            last writer did not end cleanly: what was read may be in a cache only. The
-            first commit makes it durable. It comes at once then, even without a change.
+        unsettled: Whether a crash may still lose the recovered changes. This may be so if the
+            last writer did not end cleanly, because the files may be only in a cache of the
+            machine. The first commit makes the changes durable. It is made at once then, even
+            without a new change.
         dropped_bytes: The size of a torn tail that was dropped. It was never acknowledged.
         crc32: The CRC-32 of the snapshot, if the storage knows it. Then it is not
             computed again.
@@ -42,7 +43,7 @@ class Recovery(NamedTuple):
     crc32: int | None = None
 
     def __repr__(self) -> str:
-        """Return sizes and flags; the bytes may hold secrets."""
+        """Return sizes and flags. It has no bytes of the state, because they may contain secrets."""
         return (
             f"<Recovery of {_sizes(self.snapshot, self.records)}, unsettled={self.unsettled}, "
             f"dropped_bytes={self.dropped_bytes}>"
@@ -57,14 +58,14 @@ class Reading(NamedTuple):
     """The content of a state that was read without being opened.
 
     Attributes:
-        snapshot: The bytes of the snapshot; `None` when there never was one.
+        snapshot: The bytes of the snapshot; `None` if there has never been one.
         records: The records after it, oldest first. Some of them may be in the
             snapshot already.
-        durable: How many of these records, counted from the first, are certainly durable.
+        durable: The number of these records, counted from the first, that are certainly durable.
             The snapshot is durable too. A crash may still lose the other records: a
             running writer may be about to sync the last one.
         live: Whether a writer has the state open; `None` if the storage cannot tell.
-        path: Where the state is, for messages; without credentials.
+        path: The place of the state, for messages, without credentials.
         crc32: The CRC-32 of the snapshot, if the storage knows it.
     """
 
@@ -76,7 +77,7 @@ class Reading(NamedTuple):
     crc32: int | None = None
 
     def __repr__(self) -> str:
-        """Return path, sizes and flags; the bytes may hold secrets."""
+        """Return path, sizes and flags. It has no bytes of the state, because they may contain secrets."""
         sizes = _sizes(self.snapshot, self.records)
         return f"<Reading of {self.path}: {sizes}, {self.durable} of them durable, live={self.live}>"
 
@@ -87,11 +88,11 @@ def _sizes(snapshot: bytes | None, records: tuple[bytes, ...]) -> str:
 
 
 class StorageSession(Protocol):
-    """One state, owned by this writer until `aclose`.
+    """One state that this writer owns until `aclose`.
 
     At most one `commit` and one `checkpoint` run at a time. Each method raises
-    `StorageError` or a subclass, and nothing else. It is raised `from` its cause if the
-    text of the cause cannot hold a credential. After a cancellation the outcome is
+    `StorageError` or a subclass, and no other error. The error is raised `from` its cause, unless
+    the text of the cause may contain a credential. After a cancellation the outcome is
     unknown, as after an error. The stored state is intact in both cases.
     """
 
@@ -99,8 +100,8 @@ class StorageSession(Protocol):
     def recovery(self) -> Recovery:
         """The snapshot and the records that were found when the state was opened.
 
-        After the first checkpoint they may be dropped; see `Recovery.used`. They take as much
-        memory as the state, and they were read before.
+        After the first checkpoint the session may drop them, because they need as much memory as
+        the state; see `Recovery.used`. The manager has decoded them before.
         """
         ...
 
@@ -123,19 +124,20 @@ class StorageSession(Protocol):
     def progress(self) -> int:
         """The number of bytes that were written to the disk or sent to the store since the state was opened.
 
-        The number grows while `commit` and `checkpoint` run. It also grows within a large
-        write: every few MiB are counted as soon as they are sent, or written and, if the
-        storage syncs, synced. It never decreases. A repetition need not be counted. The
-        event loop may read it at any time, also after `aclose`.
+        The number grows while `commit` and `checkpoint` run. It also grows during a large write:
+        every few MiB are counted when they are sent, or when they are written and synced. If the
+        storage does not sync, they are counted when they are written. The number never
+        decreases. A repetition need not be counted. The event loop may read the number at any
+        time, also after `aclose`.
 
         `stop()` gives up when the number has not changed for `Config.stop_timeout` seconds.
-        So it can distinguish a slow storage from one that hangs.
+        So it can distinguish a slow storage from a storage that hangs.
         """
         ...
 
     @property
     def warning(self) -> str | None:
-        """A fault that makes no call fail, and its remedy; `None` if there is none. `status()` shows it."""
+        """A fault that does not make any call fail, and its remedy; `None` if there is no fault. `status()` shows it."""
         ...
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:
@@ -144,44 +146,44 @@ class StorageSession(Protocol):
         Args:
             record: The record.
             snapshot: The whole state, for a storage that cannot append at the moment and
-                must write everything anew. It contains the record's changes.
+                must write everything anew. It contains the changes of the record.
 
         Returns:
-            Whether a checkpoint is due. The record is durable by then.
+            Whether a checkpoint is due. The record is durable when the call returns.
 
         Raises:
-            StorageError: The outcome is unknown. The flusher may commit the changes again,
-                in this record or in another one.
-            FencedError: A newer writer owns the state. Every later call raises this too.
+            StorageError: The outcome is unknown. The manager may commit the changes again,
+                in this record or in another record.
+            FencedError: A newer writer owns the state. Every later call raises this error too.
         """
         ...
 
     async def checkpoint(self, snapshot: SnapshotSource) -> None:
         """Replace the snapshot and the records before it by a new snapshot.
 
-        Commits go on meanwhile and do not wait for it. Records committed after the
-        view was taken are kept.
+        Commits do not wait for the checkpoint, and run at the same time. Records that are
+        committed after the view was taken are kept.
 
         Raises:
-            StorageError: Either the old snapshot and records are unchanged, or the new
-                snapshot has completely replaced them.
+            StorageError: The old snapshot and records are unchanged, or the new snapshot has
+                completely replaced them. There is no third case.
         """
         ...
 
     async def aclose(self) -> None:
         """Release the state. A second call does nothing.
 
-        Calls that are still running end first. The state stays owned until then, so no
+        Calls that are still running end first. This writer owns the state until then, so no
         second writer can open it meanwhile. This also holds when the caller is cancelled.
 
         Raises:
-            StorageError: The release failed. The session is closed all the same.
+            StorageError: The release failed. The session is closed even then.
         """
         ...
 
 
 class Storage(Protocol):
-    """Configuration: where states are kept. One object may serve any number of names."""
+    """A place for states. The object has only the settings. One object may be used for any number of names."""
 
     async def open(self, name: str) -> StorageSession:
         """Become the only writer of a state, and load it.
@@ -198,14 +200,14 @@ class Storage(Protocol):
     async def read(self, name: str) -> Reading:
         """Read a state that another writer may have open, and change nothing.
 
-        This takes no lock, replaces no writer and writes nothing. It does not disturb a
+        The call takes no lock, replaces no writer and writes nothing. It does not disturb a
         writer that opens, writes or closes the state meanwhile. The result is the state at
-        one moment between call and return. It holds at least everything that was durable at
+        one moment between call and return. It has at least all changes that were durable at
         the call. A state that was opened and never written is empty.
 
         Raises:
-            UnsupportedError: There is no state of this name. Or it cannot be read as it is: a
-                permission is missing, or the format is newer.
+            UnsupportedError: There is no state of this name. Or the state cannot be read as it
+                is: a permission is missing, or the format is newer.
             CorruptionError: The stored data are damaged.
             UnavailableError: The state could not be read this time. Try again.
         """

@@ -1,10 +1,10 @@
-"""Decisions about the files of a state that were read while a writer may have replaced them. Pure.
+"""Decide whether a reading of a state's files is valid. A writer may have replaced them meanwhile. Pure and synchronous.
 
 A reader has no lock. It opens the journal, reads the snapshot, and then reads the journal.
-In this order, a reader that sees a new snapshot also sees the frame `C` that names it. So
-some readings are certain at once, whatever was renamed meanwhile. Every other reading may
-be the result of a rename. It is accepted only if a second reading of the same files gives
-the same result.
+In this order, a reader that sees a new snapshot also sees the frame of the kind `C` that names it.
+So some readings are certain at once, even if files were renamed meanwhile. Every other reading may
+be a mixture of old and new files. It is accepted only if a second reading of the same files has the
+same result.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Verdict(NamedTuple):
     """The result of one reading.
 
     Attributes:
-        accepted: What `start()` would load; `None` if it would raise `error`.
-        error: What `start()` would raise.
-        durable: How many of the accepted records, from the first, are certainly durable.
-        sure: Whether the result is certain although the files may have been replaced meanwhile.
+        accepted: The state that `start()` would load; `None` if it would raise `error`.
+        error: The error that `start()` would raise; `None` if it would load the state.
+        durable: The number of the accepted records, from the first, that are certainly durable.
+        sure: Whether the result is certain, even if the files were replaced meanwhile.
     """
 
     accepted: Accepted | None
@@ -33,11 +33,11 @@ class Verdict(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The files that one reading read, by device and inode, and its result.
+    """One reading: its files, by device and inode, and its result.
 
     Attributes:
-        journal: The journal; `None` if there is none.
-        snapshot: The snapshot; `None` if there is none, or it was not needed.
+        journal: The journal; `None` if there is no journal.
+        snapshot: The snapshot; `None` if there is no snapshot, or if it was not needed.
         base: The size and CRC-32 of the snapshot that was read.
         verdict: The result.
     """
@@ -49,7 +49,7 @@ class Seen(NamedTuple):
 
 
 def needs_snapshot(start: bytes, name: str, path: str) -> bool:
-    """Return whether a journal that starts with these bytes follows a snapshot; True if its header is bad."""
+    """Return whether a journal with these first bytes follows a snapshot. If its header is bad, return True."""
     try:
         return journal.read_header(start, name, path).base != ANY_BASE
     except StorageError:
@@ -61,9 +61,9 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Verdict:
 
     Args:
         data: The bytes of the journal, read after the snapshot; `None` if there is none.
-        base: `base_of` the snapshot, or `NO_BASE` if there is none.
+        base: The `base_of` the snapshot; `NO_BASE` if there is no snapshot.
         name: The name of the state.
-        path: Where the journal is, for messages.
+        path: The path of the journal, for messages.
     """
     try:
         scan = None if data is None else journal.scan(data, name, path)
@@ -72,13 +72,13 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Verdict:
         return Verdict(None, error, 0, sure=False)
     if scan is None:
         return Verdict(accepted, None, 0, sure=False)
-    # Only one frame is in flight, so all others are durable. The sync of the last one may be pending or have failed.
+    # Only one frame is in flight, so all earlier frames are durable. The sync of the last frame may not have succeeded.
     last_is_record = bool(scan.frames) and scan.frames[-1].kind is FrameKind.RECORD
     return Verdict(accepted, None, len(accepted.records) - last_is_record, sure=_belongs(scan, base))
 
 
 def _belongs(scan: Scan, base: str) -> bool:
-    """Return whether the journal names this snapshot, or needs none."""
+    """Return whether the journal names this snapshot, or does not need a snapshot."""
     return scan.header.base in (ANY_BASE, base) or (FrameKind.CHECKPOINT, base.encode()) in scan.frames
 
 
@@ -98,5 +98,5 @@ def _key(seen: Seen) -> tuple[object, ...]:
 
 
 def is_empty(seen: Seen) -> bool:
-    """Return whether there was nothing to read."""
+    """Return whether there are no files of the state."""
     return seen.journal is None and seen.base == NO_BASE

@@ -1,12 +1,12 @@
-"""Threads of a storage object, and a fast way to call a function in one of them.
+"""The threads of a storage object, and a fast way to call a function in one of them.
 
-`loop.run_in_executor` takes 30 to 50 microseconds more: it needs a future with a condition,
-a second future for the event loop, and locks. That is a fifth of the time of a sync on an
-SSD, and a single writer waits for all of it.
+`loop.run_in_executor` takes 30 to 50 microseconds more. It needs a future with a condition, a second
+future for the event loop, and locks. That is a fifth of the time of a sync on an SSD, and a single
+writer has to wait for it.
 
-A worker calls one function at a time, in order. It has no thread of its own. All workers of
-a storage object share its threads, so an idle state needs none. A free thread serves the
-worker that has waited longest.
+A worker calls one function at a time, in order. A worker does not have a fixed thread: all workers
+of a storage object share its threads, so an idle state needs no thread. A free thread is given to
+the worker that has waited longest.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _MOST = 32
 """The largest number of threads of one storage object. A state whose disk hangs blocks at most two of them."""
 
 _IDLE_SECONDS = 10.0
-"""The seconds for which an idle thread waits for work. Starting a thread takes as long as a sync of a fast disk."""
+"""The seconds for which an idle thread waits for work. To start a thread takes as long as a sync of a fast disk."""
 
 
 class Threads:
     """A pool of threads that grows with the work and ends idle threads.
 
-    One thread stays as long as there is a worker. So every state can be written and closed
-    even if the limit of processes is reached later. The threads are daemons: the interpreter
-    ends without waiting for a call that hangs, which is the same as a crash for the stored data.
+    One thread stays as long as there is a worker. So every state can be written and closed, even if
+    the process limit of the system is reached later. The threads are daemons: the interpreter ends
+    without waiting for a call that hangs. For the stored data this is the same as a crash.
     """
 
     def __init__(self, name: str) -> None:
@@ -58,11 +58,11 @@ class Threads:
         self._dropped: deque[None] = deque()  # one item for each worker that was collected without `shutdown`
 
     def __reduce__(self) -> tuple[type[Threads], tuple[str]]:
-        """Give a copy threads of its own. A storage object may be sent to another process."""
+        """Return a copy with its own threads. A storage object may be sent to another process."""
         return Threads, (self._name,)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Start again without threads. Runs in a forked child: the threads and their work belong to the parent."""
+        """Start again without threads. This runs in a forked child. The threads and their work belong to the parent."""
         self._reset()
 
     def enter(self) -> None:
@@ -79,7 +79,7 @@ class Threads:
                 self._ready.put(None)
 
     def drop(self) -> None:
-        """Note that a worker was collected. A call is allowed at any time, even while this thread holds the lock."""
+        """Note that a worker was garbage collected. This may be called at any time, even while this thread holds the lock."""
         self._dropped.append(None)
         self._ready.put(None)
 
@@ -87,7 +87,7 @@ class Threads:
         """Add a call to the queue of a worker. It is made after the worker's earlier calls.
 
         Raises:
-            UnavailableError: There is no thread, and none could be started.
+            UnavailableError: There is no thread, and no thread could be started.
         """
         with self._lock:
             if worker.is_queued:
@@ -95,7 +95,9 @@ class Threads:
                 return
             if self._free <= 0 and self._count < _MOST:
                 self._start()
-            worker.todo.append(work)  # before `put`: the thread that gets the worker looks here at once
+            worker.todo.append(
+                work
+            )  # this comes before `put`, because the thread that gets the worker reads it at once
             worker.is_queued = True
             self._free -= 1
             if self._free < 0:
@@ -117,7 +119,7 @@ class Threads:
         self._free += 1
 
     def next(self) -> Worker | None:
-        """Wait for a worker that has work; return `None` if the calling thread has to end."""
+        """Wait for a worker that has work, and return it. Return `None` if the calling thread has to end."""
         while True:
             try:
                 worker = self._ready.get(timeout=_IDLE_SECONDS)
@@ -136,7 +138,7 @@ class Threads:
                     return None
 
     def done(self, worker: Worker) -> None:
-        """Put a worker back into the queue after a call, if it has more work. Otherwise note that it is idle."""
+        """Note the end of a call. If the worker has more work, put it back into the queue."""
         with self._lock:
             self.turns += 1
             if worker.todo:
@@ -155,17 +157,17 @@ def _serve(threads: Threads) -> None:
         worker.has_thread()
         worker.todo.popleft()()
         threads.done(worker)
-        del worker  # this variable would keep it alive until the next call
+        del worker  # otherwise this variable would keep the worker alive until the next call
 
 
 class Worker(Executor):
-    """Calls one function at a time, in order, in threads of a storage object.
+    """An executor that calls one function at a time, in order, in the threads of a storage object.
 
     Attributes:
         todo: The calls that have not started.
-        is_queued: Whether it waits for a thread, or has one.
-        waits_since: `Threads.turns` when it started to wait for a free thread; `None` if it
-            does not wait.
+        is_queued: Whether the worker waits for a thread, or has one.
+        waits_since: The value of `Threads.turns` at the moment when the worker began to wait for
+            a free thread; `None` if it does not wait.
     """
 
     __slots__ = ("_is_told_to_end", "_threads", "_waited", "is_queued", "todo", "waits_since")
@@ -185,8 +187,11 @@ class Worker(Executor):
             self._threads.drop()
 
     def has_thread(self) -> None:
-        """Note that the worker has got a thread. Runs in that thread."""
-        since, self.waits_since = self.waits_since, None  # cleared first: `waited` must not count these turns twice
+        """Note that the worker has got a thread. This runs in that thread."""
+        since, self.waits_since = (
+            self.waits_since,
+            None,
+        )  # this is cleared first, because `waited` must not count these turns twice
         if since is not None:
             self._waited += self._threads.turns - since
 
@@ -197,13 +202,13 @@ class Worker(Executor):
         return self._waited if since is None else self._waited + self._threads.turns - since
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
-        """Call a function in a thread; return a future of the running event loop.
+        """Call a function in a thread. Return a future of the running event loop.
 
         If the future is cancelled before the function starts, the function is not called. If
-        it is cancelled later, the function goes on, and its result is dropped.
+        it is cancelled later, the function continues, and its result is dropped.
 
         Raises:
-            UnavailableError: There is no thread, and none could be started.
+            UnavailableError: There is no thread, and no thread could be started.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
@@ -218,12 +223,12 @@ class Worker(Executor):
         return future
 
     def submit(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Call a function in a thread; return a future for any thread.
+        """Call a function in a thread. Return a future that any thread may wait for.
 
         If the future is cancelled before the function starts, the function is not called.
 
         Raises:
-            UnavailableError: There is no thread, and none could be started.
+            UnavailableError: There is no thread, and no thread could be started.
         """
         future: Future[R] = Future()
 
@@ -235,9 +240,9 @@ class Worker(Executor):
         return future
 
     def shutdown(self, *_: object, **__: object) -> None:
-        """Accept no more calls. Those that are in the queue are made. A second `shutdown` does nothing.
+        """Accept no more calls. Calls in the queue are still made. A second `shutdown` does nothing.
 
-        This never waits: the arguments of `Executor.shutdown` have no effect.
+        This method never waits. The arguments of `Executor.shutdown` have no effect.
         """
         if not self._is_told_to_end:
             self._is_told_to_end = True

@@ -1,20 +1,20 @@
 """`FileStorage`: a snapshot and a journal for each state, in a directory.
 
-`docs/design/disk.md` has the rules, with a reason for each. In short:
+The page `docs/design/disk.md` has the rules, with a reason for each. In short:
 
-* `<name>.json` is the snapshot. `<name>.journal` holds the records after it. `<name>.lock`
+* `<name>.json` is the snapshot. `<name>.journal` has the records after it. `<name>.lock`
   is the lock.
-* A commit appends one frame and syncs. Only one frame is in flight at a time.
+* A commit appends one frame and syncs the file. Only one frame is in flight at a time.
 * A checkpoint writes the snapshot under a temporary name while commits go on. Then it
-  makes three changes in one step that no commit interrupts: it appends a frame that names
+  makes three changes in one call that no commit interrupts: it appends a frame that names
   the new snapshot, renames the snapshot, and puts a new journal in place.
 * After a failed sync the journal is never written again. The next commit writes a new
   journal that starts with the whole state. A start after an unclean end does the same,
-  because the frames that it finds may be in the page cache only.
+  because the frames that it finds may be only in the page cache.
 
-One worker makes all calls that touch the journal, one at a time. `Writer` keeps their state.
-So a call is completed even if its caller is cancelled. A second worker writes the snapshot.
-The threads belong to the storage object, so that other code that uses the default executor
+One worker makes all calls that use the journal, one at a time. So a call is completed even if
+its caller is cancelled. `Writer` has the data of these calls. A second worker writes the
+snapshot. The threads belong to the storage object. So other code that uses the default executor
 of the event loop cannot delay a write.
 """
 
@@ -46,7 +46,7 @@ from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
 from lab_state.storage._worker import Threads, Worker
 
 _MOST_OPEN = 64
-"""The number of journals of one storage object that stay open. Opening one again costs a tenth of a sync."""
+"""The number of journals of one storage object that stay open. To open one again takes a tenth of the time of a sync."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,8 +55,8 @@ R = TypeVar("R")
 class FileStorage:
     """States in a directory of this machine, each with one snapshot and one journal.
 
-    A durable change survives SIGKILL, a crash of the machine and a power cut. This requires
-    that the data is on the medium when the system call `fdatasync` or `fsync` has returned.
+    A durable change survives SIGKILL, a crash of the machine and a power cut. For this, the data
+    must be on the medium when the system call `fdatasync` or `fsync` has returned.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, create: bool = True) -> None:
@@ -64,10 +64,10 @@ class FileStorage:
 
         Args:
             directory: The directory of the files. If it is missing, `start()` creates it and
-                the directories above it. Only the user of the process can read them (mode
-                0700, files 0600). `start()` resolves a relative path from the current directory
-                of the process, and symbolic links. A link that is changed later has no effect
-                on a running manager.
+                the directories above it. Only the user of the process can read them: the mode
+                of directories is 0700, and that of files is 0600. `start()` resolves a relative
+                path from the current directory of the process, and resolves symbolic links. A
+                link that is changed later has no effect on a running manager.
             create: Whether `start()` creates a missing state. With `False`, it raises
                 `UnsupportedError` if there is neither a snapshot nor a journal, and creates
                 nothing. Use this for a volume that may not be mounted.
@@ -75,7 +75,7 @@ class FileStorage:
         Raises:
             TypeError: `directory` is not a path.
             ValueError: `directory` is empty, starts with `~`, or contains a NUL character or
-                a character that the encoding of file names here does not have.
+                a character that this system's encoding of file names does not have.
         """
         path = os.fspath(directory)
         if not isinstance(path, str):
@@ -100,7 +100,7 @@ class FileStorage:
         self._threads = Threads("lab_state files")
 
     def __repr__(self) -> str:
-        """Return the class and the directory, which is no secret."""
+        """Return the class and the directory, which is not a secret."""
         return f"FileStorage({self._directory!r})"
 
     async def open(self, name: str) -> FileSession:
@@ -111,7 +111,7 @@ class FileStorage:
             writer, recovery = await asyncio.shield(asyncio.wrap_future(opening))
             return FileSession(writer, recovery, commits, checkpoints, self._journals)
         except BaseException:
-            # After a cancellation, the thread may still take the lock. Release it before the caller goes on.
+            # After a cancellation, the thread may still take the lock. Release it before the caller continues.
             giving_up = commits.submit(_give_up, opening)
             commits.shutdown()
             checkpoints.shutdown()
@@ -121,15 +121,15 @@ class FileStorage:
     async def read(self, name: str) -> Reading:
         """Read the files while a writer may have them open; see `Storage.read`.
 
-        This needs only the permission to read, and works on a file system that is mounted
+        The call needs only the permission to read, and works on a file system that is mounted
         read-only. A relative path is resolved at the call, from the current directory of the
         process. A cancelled call leaves nothing open.
 
         Raises:
-            UnsupportedError: There is no state of this name in the directory. Or a
-                permission is missing, or the format is newer.
+            UnsupportedError: There is no state of this name in the directory, a permission is
+                missing, or the format is newer. The message says which.
             CorruptionError: The stored data are damaged.
-            UnavailableError: The files could not be read this time; or, for 5 s, they were
+            UnavailableError: The files could not be read this time. Or, for 5 s, they were
                 replaced faster than they could be read. Try again.
         """
         thread = Worker(self._threads)
@@ -159,20 +159,20 @@ class Journals:
         self._open: OrderedDict[weakref.ref[FileSession], None] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[Journals], tuple[()]]:
-        """Give a copy of a storage object sessions of its own."""
+        """Return a copy without sessions. A copy of a storage object has its own sessions."""
         return Journals, ()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Start again without sessions. Runs in a forked child.
+        """Start again without sessions. This runs in a forked child.
 
-        The sessions belong to the parent, and so does a thread that may have held the lock.
+        The sessions belong to the parent. A thread of the parent may have held the lock at the fork.
         """
         self.last = None
         self._lock = threading.Lock()
         self._open = OrderedDict()
 
     def used(self, one: weakref.ref[FileSession]) -> None:
-        """Note that a session has committed. If too many journals are open, close the one used least recently."""
+        """Note that a session has committed. If too many journals are open, close the one that was used least recently."""
         forks.disown_in_children(self)
         with self._lock:
             self.last = one
@@ -191,7 +191,7 @@ class Journals:
 
 
 class FileSession:
-    """A state on disk, owned until `aclose`; see `StorageSession`."""
+    """A state on disk that this writer owns until `aclose`; see `StorageSession`."""
 
     def __init__(
         self, writer: Writer, recovery: Recovery, commits: Worker, checkpoints: Worker, journals: Journals
@@ -207,7 +207,7 @@ class FileSession:
         self._new: tuple[fs.NewFile, NewJournal] | None = None
 
     def __repr__(self) -> str:
-        """Return the path of the state."""
+        """Return the class, and the path of the state."""
         return f"<FileSession of {self.path}>"
 
     @property
@@ -229,13 +229,14 @@ class FileSession:
     def progress(self) -> int:
         """A number that grows while commits and checkpoints make progress.
 
-        It counts the bytes written to the disk. While a call waits for a thread, it also
-        counts the calls of other states, because a call that waits for its turn does not hang.
+        It counts the bytes that are written to the disk. While a call waits for a thread, it also
+        counts the calls of other states. So a call that waits for its turn is not taken for a
+        call that hangs.
         """
         return self._writer.progress.count + self._commits.waited + self._checkpoints.waited
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:
-        """Append one frame and sync, in one call of a worker; see `StorageSession.commit`."""
+        """Append one frame and sync the journal, in one call of a worker; see `StorageSession.commit`."""
         self._check_open()
         full_needed = False
         try:
@@ -249,7 +250,7 @@ class FileSession:
         return self._writer.checkpoint_due
 
     async def _commit_full(self, record: bytes, snapshot: SnapshotSource) -> None:
-        """Commit the whole state. This is a separate function, because a traceback keeps the locals of a function alive."""
+        """Commit the whole state. It is a separate function, because the traceback of an error keeps local variables alive."""
         full = await collect(snapshot())
         self._check_open()
         await self._commits.run(self._writer.commit, record, full)
@@ -260,13 +261,13 @@ class FileSession:
             self._commits.submit(self._writer.rest)
 
     async def checkpoint(self, snapshot: SnapshotSource) -> None:
-        """Write the snapshot while commits go on, then publish it; see `StorageSession.checkpoint`."""
+        """Write the snapshot while commits go on. Then publish it; see `StorageSession.checkpoint`."""
         try:
             await self._checkpoint(snapshot)
         except AbandonedError:
             if self._writer.need is not Need.FULL:
                 raise
-            # If the journal was deleted, its content is in memory only: write another snapshot now.
+            # If the journal was deleted, its content is only in memory. So write another snapshot now.
             await self._checkpoint(snapshot)
 
     async def _checkpoint(self, snapshot: SnapshotSource) -> None:
@@ -300,17 +301,19 @@ class FileSession:
                 thread.submit(self._tidy, new, upcoming)
 
     def _tidy(self, new: fs.NewFile, upcoming: NewJournal) -> None:
-        """Close and delete the temporary files of a checkpoint, except those that were renamed. Runs in its worker."""
+        """Close and delete the temporary files of a checkpoint, except those that were renamed. This runs in its worker."""
         new.discard()
         self._writer.lock.forget(new.path)
-        self._commits.submit(self._writer.end_checkpoint, upcoming)  # queued after the call that may put it in place
+        self._commits.submit(
+            self._writer.end_checkpoint, upcoming
+        )  # this call is queued after the one that may put the journal in place
         self._writer.close_replaced()
 
     async def aclose(self) -> None:
-        """Wait for both workers, then release the lock; see `StorageSession.aclose`."""
+        """Wait for both workers. Then release the lock; see `StorageSession.aclose`."""
         self._writer.lock.check_process()  # in a forked child there are no threads to close it
         if self._closing is None:
-            # Queued after all calls of both workers. It runs even if this caller is cancelled.
+            # This is queued after all calls of both workers. It runs even if this caller is cancelled.
             self._closing = Future()
             self._closing.set_running_or_notify_cancel()
             self._checkpoints.submit(self._close, self._closing)

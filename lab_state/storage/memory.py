@@ -1,4 +1,4 @@
-"""`MemoryStorage`: states in memory, for tests and for states that need not outlive the process."""
+"""`MemoryStorage`: states in memory, for tests, and for states that are not needed after the end of the process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LARGE = 1024 * 1024
 
 
 class StoredState:
-    """One state in memory: its snapshot, its journal, and the session that has it open, if any."""
+    """One state in memory: its snapshot, its journal, and the open session, if there is one."""
 
     def __init__(self) -> None:
         self.snapshot: bytes | None = None
@@ -29,8 +29,8 @@ class StoredState:
 class MemoryStorage:
     """States in the memory of this process.
 
-    A durable change survives the manager: another manager on the same object loads it. The
-    states are lost with the object.
+    A durable change survives the end of its manager: another manager with the same storage object
+    loads it. When the storage object is collected, the states are lost.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class MemoryStorage:
         self.places: dict[str, StoredState] = {}
 
     def __repr__(self) -> str:
-        """Return the names of the states."""
+        """Return the class, and the names of the states."""
         return f"<MemoryStorage {sorted(self.places)}>"
 
     async def open(self, name: str) -> MemorySession:
@@ -49,7 +49,7 @@ class MemoryStorage:
         return MemorySession(stored, name)
 
     async def read(self, name: str) -> Reading:
-        """Read the state beside its manager; see `Storage.read`. Every record is durable."""
+        """Read the state while a manager may have it open; see `Storage.read`. Every record is durable."""
         path = _path(name)
         if (stored := self.places.get(name)) is None:
             raise UnsupportedError(f"there is no state at {path}: check the name and the storage")
@@ -60,7 +60,7 @@ class MemoryStorage:
 
 
 class MemorySession:
-    """A state in memory, owned until `aclose`; see `StorageSession`."""
+    """A state in memory that this writer owns until `aclose`; see `StorageSession`."""
 
     def __init__(self, stored: StoredState, name: str) -> None:
         self._name = name
@@ -73,25 +73,25 @@ class MemorySession:
         scan = None if stored.journal is None else journal.scan(data, name, self.path)
         accepted = journal.accept(scan, len(data), base, self.path)
         torn = len(data) - scan.end if scan is not None else 0
-        # Memory has no torn writes: this journal was damaged on purpose. Drop the tail, as `FileStorage` does.
+        # Writes to memory are never torn, so a test has damaged this journal. Drop the tail, as `FileStorage` does.
         self._salt = scan.header.salt if scan is not None else journal.new_salt()
         if stored.journal is None:
             stored.journal = bytearray(journal.header(name, self._salt, base))
         elif torn:
             del stored.journal[-torn:]
         self._journal = stored.journal
-        self._end = len(self._journal)  # a frame that is being appended comes after it
-        self._crc = 0  # of the snapshot that is being written
+        self._end = len(self._journal)  # a frame that is being appended begins here
+        self._crc = 0  # the CRC-32 of the snapshot that is being written
         self.recovery: Recovery = Recovery(stored.snapshot, accepted.records, unsettled=False, dropped_bytes=torn)
         stored.session = self
         forks.disown_in_children(self)
 
     def __repr__(self) -> str:
-        """Return the path of the state."""
+        """Return the class, and the path of the state."""
         return f"<MemorySession of {self.path}>"
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Close the session. Runs in a forked child, whose managers may use its copy of the state."""
+        """Close the session. This runs in a forked child. Managers of the child may then use its copy of the state."""
         if self._stored.session is self:
             self._stored.session = None
 
@@ -106,7 +106,7 @@ class MemorySession:
         return self._end
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- memory can always append
-        """Append one frame; see `StorageSession.commit`. A large one is appended in steps."""
+        """Append one frame; see `StorageSession.commit`. A large frame is appended in steps."""
         self._check_open()
         if len(record) < _LARGE:
             self._journal += journal.frame(self._salt, FrameKind.RECORD, record)
@@ -124,7 +124,7 @@ class MemorySession:
         data = await collect(self._counted(slices))
         self._check_open()
         header = journal.header(self._name, self._salt, journal.base_of(len(data), self._crc))
-        # The journal keeps records that came after the view, and a frame that is being appended.
+        # The journal keeps the records after the view, and a frame that is being appended.
         self._journal[:before] = header
         self._end += len(header) - before
         self._stored.snapshot = data

@@ -180,7 +180,7 @@ async def test_whatever_a_source_raises_a_reader_goes_on(
         clock.advance(1)
         await until(lambda: reader._local.fresh)
         assert await reader.get("a") == 1
-    assert "gets no changes at present" in lines(caplog)[0] or "ZeroDivisionError" in caplog.text
+    assert "receives no changes at present" in lines(caplog)[0] or "ZeroDivisionError" in caplog.text
     assert "secret" not in caplog.text
 
 

@@ -221,7 +221,7 @@ async def test_a_journal_poisoned_beside_a_slow_snapshot(tmp_path: Path, disk: D
     assert kinds(tmp_path) == "F"
     gate.open()
     await until(lambda: state.status().flush_failures == 2)
-    assert "was abandoned; another one follows" in str(state.status().last_error)
+    assert "was abandoned; another checkpoint follows" in str(state.status().last_error)
     assert not (tmp_path / "lab.json").exists()
     assert await found(tmp_path) == await state.get_all()
     clock.advance(10)

@@ -146,7 +146,9 @@ async def test_a_failed_write_is_undone(tmp_path: Path, disk: Disk) -> None:
     disk.fill("lab.journal")
     await state.set("b", 2)
     for _ in range(3):
-        with pytest.raises(UnavailableError, match=r"No space left on device; free some \(not durable yet") as raised:
+        with pytest.raises(
+            UnavailableError, match=r"No space left on device; free some space \(not durable yet"
+        ) as raised:
             await state.flush()
         assert isinstance(raised.value.__cause__, OSError)
     assert path.read_bytes() == before

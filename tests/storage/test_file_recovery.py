@@ -239,7 +239,7 @@ def denied(*args: object) -> list[str]:
     ("code", "remedy"),
     [
         (errno.EIO, "look into the log of the kernel"),
-        (errno.ENOSPC, "free some"),
+        (errno.ENOSPC, "free some space"),
         (errno.EDQUOT, "have the quota raised"),
         (errno.EFBIG, "raise the limit on the size of files"),
         (errno.EMFILE, "raise the limit on open files"),

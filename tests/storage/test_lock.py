@@ -120,7 +120,7 @@ def test_another_manager_in_this_process(tmp_path: Path) -> None:
     lock = Lock(str(tmp_path / "lab.lock"))
     (tmp_path / "lab.lock").write_text(says(1, "elsewhere"))
     os.link(tmp_path / "lab.lock", tmp_path / "other.lock")
-    with pytest.raises(LockedError, match=r"another manager in this process \(was its stop\(\) forgotten\?\)"):
+    with pytest.raises(LockedError, match=r"another manager in this process \(was its stop\(\) called\?\)"):
         Lock(str(tmp_path / "other.lock"))
     lock.release()
     lock.release()

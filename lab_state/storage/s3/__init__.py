@@ -1,7 +1,7 @@
 """`S3Storage`: states in an object store, each with a snapshot and the records after it.
 
-`_open.py` and `_session.py` have the steps, `_format.py` the names and bytes of objects,
-and `_outcomes.py` the meaning of each answer.
+The modules `_open` and `_session` have the steps. `_format` has the names and the bytes of the
+objects, and `_outcomes` has the meaning of each answer.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ class _Claim:
         self._held[self._key] = self
 
     def release(self) -> None:
-        """Give the claim up. A second call does nothing, and a later claim stays."""
+        """Give the claim up. A second call does nothing, even if there is a later claim of the state."""
         if self._held.get(self._key) is self:
             del self._held[self._key]
 
 
 class S3Storage:
-    """States in a bucket of S3, or of a compatible store that honours conditional writes.
+    """States in a bucket of S3, or of a compatible store with conditional writes.
 
     A change is durable when the store has acknowledged it. So it survives the loss of this
     machine. There is no lock. A manager that opens a state becomes its owner, and deposes a
     writer in another process: the next flush of that writer raises `FencedError`, and so does
-    every write after it. In one process, a state that is open cannot be opened again: that
-    raises `LockedError`.
+    every later write. In one process, a state that is open cannot be opened again. Then
+    `start()` raises `LockedError`.
 
     This class needs the extra: `pip install 'lab-state[s3]'`, or `pip install '.[s3]'` in a
     clone of lab_state.
@@ -72,21 +72,21 @@ class S3Storage:
         session: Any = None,
         config: Any = None,
     ) -> None:
-        """Check and keep the settings. The first import and the first request come with `start()`.
+        """Check and keep the settings. `start()` imports the client, and sends the first request.
 
         Args:
             bucket: The bucket. It must exist.
             prefix: The first part of all keys, before the name of a state. It has at most
                 512 bytes and no slash at either end. It may be empty.
             endpoint_url: The address of the store, such as `https://minio.example:9000`.
-                `None` means the address that botocore finds in the environment, or else that
-                of AWS. With an address, the bucket is part of the path of each URL, unless
-                `config` has another `addressing_style`.
-            region_name: The region of the bucket; `None` for the one that botocore finds.
-            session: An aiobotocore session that has the credentials; `None` for the usual
-                chain of botocore.
+                With `None`, botocore looks for an address in the environment, and otherwise
+                uses that of AWS. With an address, the bucket is part of the path of each URL,
+                unless `config` has another `addressing_style`.
+            region_name: The region of the bucket. With `None`, botocore looks for it.
+            session: An aiobotocore session that has the credentials. With `None`, botocore looks
+                for credentials in the usual places.
             config: An aiobotocore `AioConfig`, for timeouts, proxies and similar settings.
-                Its retries are ignored: this library repeats requests itself.
+                Its retries are ignored, because lab_state repeats requests itself.
 
         Raises:
             ImportError: The extra is missing: `pip install 'lab-state[s3]'`, or
@@ -103,12 +103,12 @@ class S3Storage:
         self._time = Time(SystemClock())
 
     def __repr__(self) -> str:
-        """Return bucket, prefix and address, which are no secrets."""
+        """Return bucket, prefix and address, which are not secret."""
         endpoint = "" if self._endpoint_url is None else f", endpoint_url={self._endpoint_url!r}"
         return f"S3Storage({self._bucket!r}, prefix={self._prefix!r}{endpoint})"
 
     async def open(self, name: str) -> S3Session:
-        """Depose the present writer of the state, if any, and load it; see `Storage.open`.
+        """Depose the present writer of the state, if there is one, and load the state; see `Storage.open`.
 
         A cancelled call leaves nothing open.
 
@@ -119,7 +119,7 @@ class S3Storage:
             UnsupportedError: The extra cannot be imported, the store ignores conditions, the
                 bucket is missing, or a permission is missing. The message says which.
         """
-        # The opening is a separate task, so that it is undone completely, even if the caller is cancelled again.
+        # The opening is a separate task. So it is undone completely, even if the caller is cancelled a second time.
         opening = asyncio.create_task(self._open(Names.of(self._bucket, self._prefix, name)))
         try:
             return await asyncio.shield(opening)
@@ -132,7 +132,7 @@ class S3Storage:
         """Read the state without disturbing its writer; see `Storage.read`.
 
         Only the permissions `s3:GetObject` and `s3:ListBucket` are needed. `Reading.live` is
-        `None`: there is no lock that would show a writer.
+        `None`, because there is no lock that shows a writer.
 
         Raises:
             CorruptionError: The stored data are damaged, or a record is missing.
@@ -214,17 +214,17 @@ async def _end(task: asyncio.Task[Any]) -> None:
 
 
 async def _let_go(opening: asyncio.Task[S3Session]) -> None:
-    """Wait for the end of a cancelled opening, and close its session if it got one."""
+    """Wait for the end of a cancelled opening. If it opened a session, close the session."""
     await asyncio.wait({opening})
     if not opening.cancelled() and opening.exception() is None:
         await opening.result().aclose()
 
 
 def _check_extra() -> None:
-    """Look for aiobotocore without importing it, since the import takes 0.3 s.
+    """Check that aiobotocore is installed, without importing it. The import would take 0.3 s.
 
     Raises:
-        ImportError: It is missing.
+        ImportError: aiobotocore is missing.
     """
     try:
         is_missing = importlib.util.find_spec("aiobotocore") is None
@@ -238,7 +238,7 @@ def _check_extra() -> None:
 
 
 def _import() -> None:
-    """Import the client, when it is needed. Runs in a thread, because the import takes 0.3 s."""
+    """Import the client. This runs in a thread, because the import takes 0.3 s."""
     try:
         importlib.import_module("lab_state.storage.s3._client")
     except ImportError as error:
@@ -276,7 +276,7 @@ def _checked_endpoint(url: str) -> str:
     except ValueError:
         raise ValueError(f"{wanted}: this one cannot be parsed") from None
     if "@" in url:
-        raise ValueError(f"{wanted}, without credentials in it: give those as to any AWS client")
+        raise ValueError(f"{wanted}, without credentials in it: set credentials as for any AWS client")
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError(f"{wanted}: with http or https, and a host")
     if parts.query or parts.fragment:

@@ -1,4 +1,4 @@
-"""The bodies of PUT requests: bytes, or a snapshot that is spooled to a temporary file and streamed from there."""
+"""The bodies of PUT requests. A body is bytes, or a snapshot that is spooled to a temporary file and sent from there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lab_state.storage import _fs as fs
 from lab_state.storage.s3._threads import Threads
 
 LONG = 256 * 1024
-"""From this size in bytes on, data are hashed and framed in a thread, and sent in parts."""
+"""The size in bytes from which data are hashed and framed in a thread, and sent in parts."""
 
 _IN_MEMORY = 8 * 1024 * 1024
 _BATCH = 1024 * 1024
@@ -30,7 +30,7 @@ class Body(NamedTuple):
 
     @classmethod
     def of(cls, data: bytes) -> Body:
-        """Return a body of these bytes. This takes a millisecond for each MB."""
+        """Return a body with these bytes. This takes a millisecond for each MB."""
         content = data if len(data) < LONG else Upload(_Bytes(data))
         return cls(content, len(data), _base64(hashlib.md5(data, usedforsecurity=False)))
 
@@ -42,7 +42,7 @@ def _base64(digest: hashlib._Hash) -> str:
 class Spool:
     """The bytes of a snapshot before they are sent: in memory, or in a temporary file if there are many.
 
-    All access to the file is in a thread, a megabyte at a time.
+    The file is written and read only in a thread, a megabyte at a time.
     """
 
     def __init__(self, thread: Threads) -> None:
@@ -62,7 +62,7 @@ class Spool:
             await self._write()
 
     async def body(self) -> Body:
-        """Return everything that was added as a body. Nothing may be added after that."""
+        """Return a body with all parts that were added. After this call, no part may be added."""
         await self._write()
         return Body(Upload(self), self.size, _base64(self._digest))
 
@@ -80,9 +80,9 @@ class Spool:
             fs.add_to_spool(self._file, batch)
 
     async def read(self, position: int) -> bytes:
-        """Return some bytes from a position on; no bytes at the end.
+        """Return some bytes that begin at a position. At the end, return no bytes.
 
-        They are few enough to be sent without blocking the event loop.
+        The bytes are few enough to be sent without blocking the event loop.
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, position)
 
@@ -117,12 +117,12 @@ class _Bytes:
 
 
 class Upload:
-    """A spool as the body of a request. It can be sent several times."""
+    """The content of a spool as the body of a request. It can be sent several times."""
 
     def __init__(self, spool: Spool | _Bytes) -> None:
         self._spool = spool
         self.moved: Callable[[], object] = lambda: None  # called for each part that is sent
-        self.sent: int = 0  # in bytes; a repetition does not count
+        self.sent: int = 0  # the bytes that were sent; a repetition does not count
         self.count: Callable[[int], object] = lambda _: None  # called with the number of new bytes
 
     def __len__(self) -> int:
@@ -130,11 +130,11 @@ class Upload:
         return self._spool.size
 
     def read(self) -> bytes:
-        """Raise an error: botocore only checks that this method exists, and aiohttp iterates."""
+        """Raise an error. botocore only checks that this method exists. aiohttp iterates over the body."""
         raise NotImplementedError
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield the parts from the start on."""
+        """Yield the parts of the body, from its start."""
         position = 0
         while part := await self._spool.read(position):
             self.moved()

@@ -1,4 +1,4 @@
-"""Requests to an object store. Each is repeated until its outcome is known or its time is over."""
+"""Requests to an object store. Each request is repeated until its outcome is known, or until its time limit."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Tries:
     """The repetitions of one request, with the pauses between them and a time limit."""
 
     def __init__(self, time: Time, what: str, seconds: float, *, is_told: bool) -> None:
-        """Start the time limit. With `is_told`, a WARNING says from the second failure on that the caller still waits."""
+        """Start the time limit. With `is_told`, log a WARNING at each failure from the second one on."""
         self._time = time
         self._what = what
         self._seconds = seconds
@@ -64,10 +64,10 @@ class Tries:
         self._tell_at = -math.inf if is_told else math.inf
 
     async def pause(self, why: Failure | str) -> None:
-        """Wait before the next attempt, after one that failed.
+        """Wait after an attempt that failed, before the next one.
 
         Raises:
-            UnavailableError: The time is over.
+            UnavailableError: The time limit is reached.
         """
         longest = self._pauses.start()
         failed = self._pauses.failures
@@ -86,7 +86,7 @@ class Tries:
         await self._time.sleep(min(left, self._time.jitter(longest)))
 
     def refuse(self, failure: Failure, needs: str) -> StorageError:
-        """Return the error for a failure that a repetition does not fix. `needs` is the permission."""
+        """Return the error for a failure that a repetition does not fix. `needs` is the permission for the request."""
         return UnsupportedError(f"{self._what} failed with {failure}: {advice(failure, needs)}")
 
 
@@ -94,12 +94,13 @@ class Requests:
     """The requests of one session to one bucket.
 
     An exception of the client is never passed on, not even as a cause or a context. Its text
-    may hold a credential, such as that of a proxy, and a traceback would show it.
+    may contain a credential, such as that of a proxy, and a traceback would show it.
 
     Attributes:
         thread: The threads for work that would block the event loop.
         sent: The number of bytes of bodies that were sent. Repetitions are not counted.
-        is_opening: Whether the state is being opened or read: a request that fails twice is logged then.
+        is_opening: Whether the state is being opened or read. Only then is a request logged that
+            fails twice.
     """
 
     def __init__(self, bucket: str, connecting: Callable[[], Awaitable[Client]], thread: Threads, time: Time) -> None:
@@ -142,7 +143,7 @@ class Requests:
         return await self._read(once, tries)
 
     async def get(self, key: str) -> tuple[ObjectInfo, bytes] | None:
-        """Return an object with its body; `None` if there is none."""
+        """Return an object with its body; `None` if there is no object."""
 
         async def once(client: Client, limit: Limit) -> tuple[ObjectInfo, bytes]:
             response = await client.get_object(Bucket=self._bucket, Key=key)
@@ -156,7 +157,7 @@ class Requests:
         return await self._read(once, self.tries("reading", key))
 
     async def sizes(self, prefix: str, after: str) -> dict[str, int]:
-        """Return the sizes of all objects with a prefix and a key after `after`, by key."""
+        """Return the sizes by key, for all objects whose key has a prefix and comes after `after`."""
         sizes: dict[str, int] = {}
         token: str | None = None
         tries = self.tries("listing", prefix)
@@ -169,7 +170,7 @@ class Requests:
     async def page(
         self, prefix: str, after: str, token: str | None = None, tries: Tries | None = None
     ) -> tuple[dict[str, int], str | None]:
-        """Return one page of what `sizes` returns, and the token of the next page; `None` after the last page."""
+        """Return one page of the result of `sizes`, and the token of the next page. After the last page it is `None`."""
         where: dict[str, Any] = {"StartAfter": after} if token is None else {"ContinuationToken": token}
 
         async def once(client: Client, _: Limit) -> dict[str, Any]:
@@ -188,7 +189,7 @@ class Requests:
                     return await once(await self._client(), limit)
             except FAILURES as error:
                 failure = failure_of(error)
-            # An error is raised after the handler. Within it, the client's exception would be its context.
+            # Our error is raised after this handler. Inside of it, the exception of the client would be its context.
             meaning = verdict(failure)
             if meaning is Verdict.REFUSED and failure.status == 404:  # noqa: PLR2004 -- 404 Not Found
                 return None
@@ -199,19 +200,19 @@ class Requests:
     # Writing
 
     async def put(self, key: str, body: Body, metadata: dict[str, str], if_match: str | None) -> str:
-        """Write an object if its present version has this ETag, or, with `None`, if there is none.
+        """Write an object under a condition.
 
         Args:
             key: The key.
             body: The bytes.
-            metadata: The metadata. `WRITE_ID` is a new id for this write.
-            if_match: The ETag, or `None`.
+            metadata: The metadata. Its item `WRITE_ID` must be a new id for this write.
+            if_match: The ETag that the present object must have. `None`: there must be no object.
 
         Returns:
-            The ETag of the object written.
+            The ETag of the new object.
 
         Raises:
-            NotOursError: The condition did not hold.
+            NotOursError: The condition was not met.
             UnavailableError: The outcome is unknown.
             UnsupportedError: The store refuses such a request.
         """
@@ -243,7 +244,7 @@ class Requests:
         return written or await self._etag(key, metadata[WRITE_ID], tries)
 
     async def put_anyhow(self, key: str, metadata: dict[str, str], if_match: str | None) -> bool:
-        """Write an empty object under a condition; return whether the store said that it was written.
+        """Write an empty object under a condition. Return whether the store said that it was written.
 
         This shows whether the store honours conditions. The content of the object has no meaning.
         """
@@ -286,7 +287,7 @@ class Requests:
         self.sent += size
 
     async def _etag(self, key: str, write_id: str, tries: Tries) -> str:
-        """Return the ETag of an object that was written, for a store whose answer does not have it."""
+        """Return the ETag of an object that was written. Some stores do not send it with the answer to a PUT."""
         found = await self._head(key, tries)
         ours = found is not None and found.metadata.get(WRITE_ID) == write_id
         return found.etag if found is not None and ours else _REPLACED
@@ -294,7 +295,7 @@ class Requests:
     # Deleting
 
     async def check_deletes(self, key: str) -> None:
-        """Try once to delete an object, which need not exist. Ignore any failure but a refusal.
+        """Try once to delete an object, which need not exist. Ignore every failure except a refusal.
 
         Raises:
             UnsupportedError: The store refuses deletions.

@@ -1,6 +1,6 @@
 """The client of an object store: its settings, and its creation without blocking the event loop.
 
-This is the only module that imports aiobotocore. It is imported when a state is opened.
+Only this module imports aiobotocore. The module is imported when a state is opened.
 """
 
 # aiobotocore and botocore have no types.
@@ -44,8 +44,8 @@ class Client(Protocol):
 class Resolver(AbstractResolver):
     """A resolver that looks up host names in a thread of the session.
 
-    aiohttp would use the default executor of the event loop. All its threads may be waiting
-    for the write that needs this connection.
+    aiohttp would use the default executor of the event loop. All threads of that executor may be
+    waiting for the write that needs this connection.
     """
 
     def __init__(self, thread: Threads) -> None:
@@ -75,16 +75,16 @@ class Resolver(AbstractResolver):
 
 
 def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
-    """Return the settings of the client: our defaults, the caller's in place of them, and then those that must be so."""
+    """Return the settings of the client. The caller's settings replace our defaults. The required ones replace both."""
     ours = AioConfig(connect_timeout=5, read_timeout=STANDSTILL, max_pool_connections=16)
     config: Any = ours if given is None else ours.merge(given)
-    # The signature covers a Content-MD5 of each body. A signed SHA-256 would be computed over 100 MB on the event loop.
+    # The signature covers the Content-MD5 of each body. A signed SHA-256 of 100 MB would be computed on the event loop.
     s3: dict[str, Any] = {"payload_signing_enabled": False}
     if custom_endpoint:
         s3["addressing_style"] = "path"
     needed = AioConfig(
         s3={**s3, **(config.s3 or {})},
-        # One attempt: only `Requests.put` can find out whether the previous attempt took effect.
+        # The client makes one attempt, because only `Requests.put` can find out whether an attempt took effect.
         retries={"mode": "standard", "total_max_attempts": 1},
         connector_args={"resolver": Resolver(thread), **config.connector_args},
         warm_up_loader_caches=True,
@@ -96,7 +96,7 @@ def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
 
 @functools.cache
 def _loader() -> Any:
-    """Return the loader of botocore's description of S3. All sessions share it, because to read it takes 0.1 s."""
+    """Return the loader of botocore's description of S3. All sessions share it, because the reading takes 0.1 s."""
     return get_session().get_component("data_loader")
 
 
@@ -127,20 +127,20 @@ async def connect(
         if isinstance(error, BotoCoreError):
             raise
         problem = type(error).__name__
-    if problem:  # its text may hold a credential, such as one in AWS_ENDPOINT_URL
+    if problem:  # the text of the error may contain a credential, such as one in AWS_ENDPOINT_URL
         raise UnsupportedError(
-            f"no client could be made for S3 ({problem}): check the endpoint and the region, in the environment and in "
-            "~/.aws/config too, and the arguments session and config of S3Storage"
+            f"no client could be made for S3 ({problem}): check the endpoint and the region, also in the environment and in "
+            "~/.aws/config, and the arguments session and config of S3Storage"
         )
     made.meta.events.register("before-call.s3.PutObject", _expect_nothing)
     return cast("Client", made)
 
 
 def _made(session: Any, region_name: str | None, endpoint_url: str | None, settings: Any) -> Any:
-    """Return a new client. Blocks: botocore reads a dozen files.
+    """Return a new client. The call blocks, because botocore reads a dozen files.
 
-    It is created on a temporary event loop. It can be used on another loop, because it
-    binds to the loop of its first request.
+    The client is created on a temporary event loop. It can be used on another event loop, because
+    it is bound to the loop of its first request.
     """
 
     async def make() -> Any:
@@ -151,6 +151,6 @@ def _made(session: Any, region_name: str | None, endpoint_url: str | None, setti
 
 
 def _expect_nothing(params: dict[str, Any], **_: object) -> None:
-    """Send a small body without `Expect: 100-continue`: waiting for that answer costs more than the body."""
+    """Remove `Expect: 100-continue` for a small body. The wait for the answer takes longer than sending the body."""
     if isinstance(params["body"], (bytes, io.BytesIO)):
         params["headers"].pop("Expect", None)

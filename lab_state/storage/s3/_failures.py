@@ -1,4 +1,4 @@
-"""The meaning of the client's exceptions. Their text is not used, because it may hold a credential."""
+"""The meaning of the client's exceptions. Their text is not used, because it may contain a credential."""
 
 # aiobotocore and botocore have no types.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -31,14 +31,14 @@ _TLS_REASONS = frozenset(
         "WRONG_VERSION_NUMBER",
     }
 )
-"""The errors of OpenSSL for which a repetition does not help."""
+"""The errors of OpenSSL that a repetition of the request does not fix."""
 
 FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSError)
 """The client's exceptions for a failed request."""
 
 
 def failure_of(error: Exception) -> Failure:
-    """Return the meaning of a client's exception, without its request and its address, which may hold secrets."""
+    """Return the meaning of an exception of the client. The request and the address are left out, as they may be secret."""
     if isinstance(error, ClientError):
         response: dict[str, Any] = error.response
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

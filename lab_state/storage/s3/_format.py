@@ -1,4 +1,4 @@
-"""The names and the bytes of the objects in S3. Pure.
+"""The names and the bytes of the objects in S3. Pure and synchronous.
 
 * `<prefix>/<name>.json` is the snapshot, in the same format as on disk. Its `$lab_state`
   has two more members: `seq` is the number of the last record that it covers, and `fence`
@@ -28,9 +28,9 @@ OWNER = "labstateowner"
 BASE = "labstatebase"
 """The metadata key for the snapshot that a record follows.
 
-The value is `OWN_BASE` for a snapshot that this library wrote, which its stamp identifies.
-It is `NO_BASE` if there was no snapshot. Otherwise it is the size and the CRC-32 of a file
-that another program put there.
+The value is `OWN_BASE` for a snapshot that lab_state wrote. The stamp of the snapshot then
+identifies it. The value is `NO_BASE` if there was no snapshot. Otherwise another program wrote
+the snapshot, and the value is the size and the CRC-32 of that file.
 """
 
 OWN_BASE = "own"
@@ -43,7 +43,7 @@ _STAMPED = re.compile(rb',"seq":(\d{1,19}),"fence":(\d{1,19}),"crc32":"([0-9a-f]
 _TAIL_BYTES = 96
 
 _END_BYTES = 2 * _TAIL_BYTES
-"""The last bytes of a snapshot that contain its stamp."""
+"""The number of bytes at the end of a snapshot that contain its stamp."""
 
 _NUMBER = re.compile(r"[0-9]{20}")  # `\d` would match digits of other scripts too
 _METADATA_NUMBER = re.compile(r"[0-9]{1,19}")
@@ -74,12 +74,12 @@ class Names(NamedTuple):
         return int(digits) if _NUMBER.fullmatch(digits) else None
 
     def url(self, key: str) -> str:
-        """Return a key as messages show it."""
+        """Return the URL of a key for messages: `s3://bucket/key`."""
         return f"s3://{self.bucket}/{key}"
 
 
 def frame(name: str, number: int, record: bytes) -> bytes:
-    """Return the body of a record object. Its checksum also covers the name of the state and the number."""
+    """Return the body of a record object. Its checksum also covers the name of the state and the number of the record."""
     return join_in_thread(journal.frame_parts(_salt(name, number), FrameKind.RECORD, record))
 
 
@@ -87,7 +87,7 @@ def unframe(name: str, number: int, body: bytes, path: str) -> bytes:
     """Return the record in an object.
 
     Raises:
-        CorruptionError: The object is damaged, or belongs to another state or number.
+        CorruptionError: The object is damaged, or belongs to another state or to another number.
     """
     record = journal.payload(body, _salt(name, number), FrameKind.RECORD)
     if record is None:
@@ -113,8 +113,8 @@ class Stamp(NamedTuple):
 def stamped(last: bytes, stamp: Stamp) -> bytes:
     """Return the last slice of a snapshot with the stamp added.
 
-    A slice without the tail that the codec writes is returned unchanged. The checksum covers
-    every byte before it, so it is continued over the inserted bytes.
+    A slice without the last bytes that the codec writes is returned unchanged. The checksum of a
+    snapshot covers every byte before it, so it is continued over the inserted bytes.
     """
     tail = _TAIL.search(last, max(0, len(last) - _TAIL_BYTES))
     if tail is None:
@@ -146,7 +146,7 @@ def same_stamp(inside: Stamp | None, outside: Stamp | None, path: str) -> Stamp 
     """
     if inside is not None and outside is not None and inside != outside:
         raise CorruptionError(
-            path, 0, "its metadata is another snapshot's; restore a copy, with its metadata or without any"
+            path, 0, "its metadata belongs to another snapshot; restore a copy, with its metadata or without any"
         )
     return outside or inside
 
@@ -154,10 +154,10 @@ def same_stamp(inside: Stamp | None, outside: Stamp | None, path: str) -> Stamp 
 def stamp_in_body(data: bytes, path: str) -> Stamp | None:
     """Return the stamp in the body of a snapshot; `None` if there is none.
 
-    It is needed for a copy that lost its metadata.
+    The stamp in the body is needed for a copy that has lost its metadata.
 
     Raises:
-        CorruptionError: The checksum after it does not match.
+        CorruptionError: The checksum after the stamp does not match.
     """
     found = _STAMPED.search(data, max(0, len(data) - _END_BYTES))
     if found is None:

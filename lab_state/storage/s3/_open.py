@@ -1,16 +1,16 @@
 """Open a state in S3: become its only writer, and load it.
 
-1. Check that the store honours conditions, with a separate object, the probe.
+1. Check that the store honours conditions. This uses a separate object, the probe.
 2. Load: GET the snapshot, LIST the records after the number that it covers, and GET them. If a
-   number is missing, a checkpoint may have deleted it meanwhile. Then the snapshot has changed,
-   too: load again. If the snapshot has not changed, the state is damaged, and the start ends
-   here, before it creates a fence. A fence above the damage would stay after a repair, and the
-   gap below it would stay, too.
-3. LIST again, and create a fence at the next number. The next record of an older writer
-   collides with it.
+   number is missing, a checkpoint may have deleted it meanwhile. In that case the snapshot has
+   changed, too: load again. If the snapshot has not changed, the state is damaged. Then the start
+   ends here, before it creates a fence. Otherwise a fence above the damage would stay after a
+   repair, and the gap below it would stay, too.
+3. LIST again, and create a fence at the next number. The next record of an older writer has the
+   same number, so the store refuses it.
 4. Load again; only changed objects are fetched. If the snapshot covers the number of the fence,
-   a record had that number and was deleted. Then the fence stops no older writer: start again.
-   If there is an object above the fence, there is a newer writer: start again.
+   a record had that number and was deleted. Then the fence does not stop an older writer: start
+   again. If there is an object above the fence, there is a newer writer: start again.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Loaded(NamedTuple):
     """A state at one moment.
 
     Attributes:
-        etag: The ETag of the snapshot; `None` if there is none.
-        snapshot_bytes: The size of the snapshot.
+        etag: The ETag of the snapshot; `None` if there is no snapshot.
+        snapshot_bytes: The size of the snapshot, in bytes.
         base: The snapshot that the next record follows; see `BASE`.
         covered: The number of the last record that the snapshot covers.
-        last: The highest number after it, of a record or a fence; `covered` if there is none.
-        records: The sizes of the records after it, by number.
+        last: The highest number of a record or a fence above `covered`; otherwise `covered`.
+        records: The sizes of the records above `covered`, by number.
         recovery: The bytes of the snapshot and the records.
     """
 
@@ -74,8 +74,8 @@ class Opened(NamedTuple):
     Attributes:
         fence: The number of our fence.
         loaded: The state below the fence.
-        undeletable: The reason why the store refuses deletions; `None` if it does not, or if
-            this is unknown.
+        undeletable: The reason why the store refuses deletions. `None` if it accepts them, or if
+            this is not known.
     """
 
     fence: int
@@ -109,22 +109,26 @@ async def open_state(store: Requests, names: Names) -> Opened:
 
 
 async def _probe(store: Requests, names: Names) -> None:
-    """Raise `UnsupportedError` if the store writes although the condition is not met."""
+    """Check that the store refuses a write whose condition is not met.
+
+    Raises:
+        UnsupportedError: The store ignores the condition.
+    """
 
     async def written(if_match: str | None) -> bool:
         return await store.put_anyhow(names.probe, {WRITE_ID: new_write_id()}, if_match)
 
-    # The first write may find no object. Then the second one must find the first.
+    # If there was no object, the first write creates it. Then the second write must find that object.
     if (await written(None) and await written(None)) or await written(_NO_ETAG):
         raise UnsupportedError(
-            f"the store of s3://{names.bucket} ignores If-None-Match or If-Match: it wrote where it should have "
-            "refused, so it cannot keep two writers apart. Use a store with conditional writes; if the bucket has "
-            "versioning on, try one without"
+            f"the store of s3://{names.bucket} ignores If-None-Match or If-Match: it should have refused a write, "
+            "so it cannot keep two writers apart. Use a store with conditional writes; if versioning of the bucket is on, "
+            "try a bucket without it"
         )
 
 
 async def _undeletable(store: Requests, names: Names) -> str | None:
-    """Return why objects cannot be deleted; `None` if they can. The operator must know this before the first checkpoint."""
+    """Return the reason why objects cannot be deleted; `None` if they can be. The start must report it to the operator."""
     try:
         await store.check_deletes(names.journal + "none")
     except UnsupportedError as refused:
@@ -136,7 +140,9 @@ async def _fence(store: Requests, names: Names, covered: int) -> int | None:
     """Create a fence above all records and fences. Return its number; `None` if another writer took that number."""
     listed = await numbers(store, names, covered)
     fence = covered + len(listed) + 1
-    if listed and max(listed) >= fence:  # a checkpoint is deleting records, or there is damage: the loader finds out
+    if (
+        listed and max(listed) >= fence
+    ):  # a checkpoint is deleting records, or the state is damaged: the loader finds out which
         return None
     try:
         await store.put(names.record(fence), Body.of(b""), {WRITE_ID: new_write_id(), OWNER: _owner()}, None)
@@ -154,7 +160,7 @@ async def numbers(store: Requests, names: Names, after: int) -> dict[int, int]:
     """Return the sizes of the records and fences above `after`, by number, in order. A fence has the size 0.
 
     Raises:
-        CorruptionError: A number is larger than any writer can reach.
+        CorruptionError: A number is larger than the numbers that a writer can reach.
     """
     listed = await store.sizes(names.journal, names.record(after))
     found = {number: size for key, size in listed.items() if (number := names.number(key)) is not None}
@@ -225,7 +231,7 @@ class Loader:
             if fence is not None and (covered >= fence or max(listed, default=0) > fence):
                 return None
             if self._snapshot is not None and self._stamp is None and self._same >= _SAME_SNAPSHOT:
-                # A file from another program has no stamp. So every record that is there is loaded; their revisions decide.
+                # A file from another program has no stamp. So every record is loaded, and their revisions are checked later.
                 last = max(listed, default=covered + 1)
                 covered = min((number for number, size in listed.items() if size), default=last) - 1
                 listed = {number: size for number, size in listed.items() if number > covered}
@@ -245,7 +251,7 @@ class Loader:
             found = await self._store.head(self._names.snapshot)
             if found == (None if self._snapshot is None else self._snapshot[0]):
                 return
-        self._snapshot = None  # freed before the next one is loaded, because both may be large
+        self._snapshot = None  # free it before the next one is loaded, because both may be large
         self._same = 0
         got = await self._store.get(self._names.snapshot)
         self._stamp = _stamp(got, self._path)
@@ -265,7 +271,7 @@ class Loader:
         return await asyncio.get_running_loop().run_in_executor(self._store.thread, zlib.crc32, data)
 
     async def _fetch(self, wanted: list[int]) -> bool:
-        """Fetch the objects with these numbers, some at a time; return False if one is missing."""
+        """Fetch the objects with these numbers, some at a time. Return False if one of them is missing."""
         left = iter([number for number in wanted if number not in self._objects])
         gone = False
 
@@ -288,7 +294,7 @@ class Loader:
         return not gone
 
     def _misfit(self, listed: dict[int, int]) -> str | None:
-        """Return the problem if a record follows another snapshot than this one; otherwise `None`.
+        """Return a description of the problem if a record follows another snapshot; otherwise `None`.
 
         A snapshot with a stamp needs no check, because the stamp has the number of the last
         record that it covers.
@@ -300,8 +306,8 @@ class Loader:
             if found is not None and found.record is not None and found.base not in {None, self._base}:
                 what = "is missing" if self._snapshot is None else "is not the one"
                 return (
-                    f"the snapshot that record {number} follows {what}; restore it. To start with what is there, "
-                    f"delete everything under {self._names.journal}"
+                    f"the snapshot that record {number} follows {what}; restore it. To start from the present snapshot, or "
+                    f"with an empty state if there is none, delete everything under {self._names.journal}"
                 )
         return None
 
@@ -331,7 +337,7 @@ def _stamp(got: tuple[ObjectInfo, bytes] | None, path: str) -> Stamp | None:
 
 
 def gap(listed: dict[int, int], covered: int, fence: int | None, names: Names) -> str | None:
-    """Return a message if numbers are missing between the snapshot and the last one, or the fence; otherwise `None`."""
+    """Return a message if numbers are missing between the snapshot and the last number or the fence; otherwise `None`."""
     end = max(listed, default=covered) if fence is None else fence
     if len(listed) == end - covered:
         return None
@@ -349,12 +355,12 @@ def _object(names: Names, number: int, found: ObjectInfo, body: bytes) -> _Objec
     """Return the content of an object.
 
     Raises:
-        CorruptionError: It is damaged. An empty object is a fence, unless its metadata have
-            a write id but no owner: then it was a record.
+        CorruptionError: The object is damaged. An empty object is a fence, unless its metadata
+            have a write id but no owner. In that case it was a record, and is damaged.
     """
     path = names.url(names.record(number))
     if not body:
         if WRITE_ID in found.metadata and OWNER not in found.metadata:
-            raise CorruptionError(path, 0, "it is empty, which no record is; restore a copy")
+            raise CorruptionError(path, 0, "it is empty, and a record is never empty; restore a copy")
         return _Object(None, None)
     return _Object(unframe(names.name, number, body, path), found.metadata.get(BASE))

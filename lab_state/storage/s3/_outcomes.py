@@ -1,9 +1,9 @@
-"""The meaning of an answer of an object store, and what to do next. Pure.
+"""The meaning of an answer of an object store, and the next step. Pure and synchronous.
 
-Each conditional write has an id of its own in the metadata of the object. So the object
-shows whether the write took effect, also if the answer does not. This is needed in two cases.
-An answer can be lost. The HTTP client can also repeat a request on its own, after a kept-alive
-connection broke. The store then refuses the second request because of the first.
+Each conditional write has a different id, in the metadata of the object. So the object shows
+whether the write took effect, even if the answer does not show it. This is needed in two cases. An
+answer can be lost. And if a kept-alive connection breaks, the HTTP client can repeat a request by
+itself. The store then refuses the second request because of the first one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Failure(NamedTuple):
     """An answer that is not a success.
 
     Attributes:
-        status: The HTTP status; 0 when no answer came.
-        code: The error code of the store, such as `SlowDown`; the class of the exception
-            when no answer came.
-        detail: More about the failure. It is never a text of the client, which may hold a
+        status: The HTTP status; 0 if no answer came.
+        code: The error code of the store, such as `SlowDown`. If no answer came, it is the name
+            of the class of the exception.
+        detail: More about the failure. It is never a text of the client, which may contain a
             credential.
     """
 
@@ -43,7 +43,7 @@ MISSING_FILE = "FileNotFoundError"
 """The code of a failure: a file in the settings of the client is missing."""
 
 PROXY = "ProxyError"
-"""The start of the code of a failure. The status from the proxy follows it, as in `ProxyError403`."""
+"""The beginning of the code of a failure of a proxy. The status from the proxy follows, as in `ProxyError403`."""
 
 
 class Verdict(Enum):
@@ -76,10 +76,10 @@ class ObjectInfo(NamedTuple):
 
 
 class NotOursError(Exception):
-    """A conditional write was refused, and the object that is there was not written by us.
+    """A conditional write was refused, and this write did not create the present object.
 
     Attributes:
-        found: The object that is there; `None` if there is none.
+        found: The present object; `None` if there is no object.
     """
 
     def __init__(self, found: ObjectInfo | None) -> None:
@@ -88,7 +88,7 @@ class NotOursError(Exception):
 
 
 WRITE_ID = "labstatewid"
-"""The metadata key for the id of a write. It has no separators, because some stores change them."""
+"""The metadata key for the id of a write. It has no hyphen or underscore, because some stores change these."""
 
 _REFUSED = frozenset({304, 412})
 _PASSING_STATUS = frozenset({408, 429})
@@ -173,18 +173,18 @@ def after_look(answer: Verdict, found: ObjectInfo | None, write_id: str, if_matc
 
     Args:
         answer: The meaning of the answer: `REFUSED`, `CONFLICT` or `UNKNOWN`.
-        found: The object under the key; `None` if there is none.
+        found: The object under the key; `None` if there is no object.
         write_id: The id of the write.
-        if_match: The ETag in its condition, as it was sent; `None` if the condition was that
-            no object exists.
+        if_match: The ETag in the condition of the write, as it was sent. `None` if the condition
+            was that no object exists.
     """
     if found is not None and found.metadata.get(WRITE_ID) == write_id:
         return Next.COMMITTED
     if answer is not Verdict.REFUSED:
         return Next.REPEAT
     if found is None:
-        # Without an ETag, another object caused the refusal, and was deleted since. Fences are never deleted, and a
-        # record is deleted only after a snapshot that covers its number. So the object was ours.
+        # Without an ETag, an object caused the refusal, and it was deleted since then. Fences are never deleted. A
+        # record is deleted only after a snapshot that covers its number. So the deleted object was ours.
         return Next.REPEAT if if_match is None else Next.GONE
     if if_match is not None and if_match != unquoted(if_match) and unquoted(found.etag) == unquoted(if_match):
         return Next.UNQUOTE
@@ -220,10 +220,10 @@ _BAD_CREDENTIALS = frozenset({"ExpiredToken", "InvalidAccessKeyId", "InvalidToke
 
 
 READS = (
-    "s3:GetObject on the objects, or s3:ListBucket on the bucket, without which the store does not say that an object "
-    "is missing"
+    "s3:GetObject on the objects, or s3:ListBucket on the bucket; without s3:ListBucket the store does not report a "
+    "missing object as missing"
 )
-"""The permission that a GET or a HEAD needs. The other constants name the permission of other requests."""
+"""The permission for a GET or a HEAD. The other constants are the permissions for other requests."""
 
 LISTS = "s3:ListBucket on the bucket"
 WRITES = "s3:PutObject on the objects, and s3:GetObject to replace one"
@@ -256,9 +256,9 @@ def advice(failure: Failure, needs: str) -> str:  # noqa: PLR0911 -- one for eac
     if code in _PROXY_REFUSES:
         return "the proxy refuses the connection: correct its address or its credentials, or let it allow the host"
     if code in _REGION or status in {301, 307}:
-        return "the bucket is in another region: give S3Storage its region_name"
+        return "the bucket is in another region: pass region_name to S3Storage"
     if code in _NO_CREDENTIALS:
-        return "no usable credentials were found: set them as for any AWS client, or give S3Storage a session"
+        return "no usable credentials were found: set them as for any AWS client, or pass a session to S3Storage"
     if code in _BAD_CREDENTIALS:
         return "the store does not accept these credentials: renew or correct them"
     if status == 403:  # noqa: PLR2004 -- 403 Forbidden

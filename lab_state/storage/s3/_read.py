@@ -1,14 +1,14 @@
-"""Reading a state in S3 while a writer may have it open: no fence, no probe, nothing is written.
+"""Read a state in S3 while a writer may have it open. There is no fence and no probe, and nothing is written.
 
 1. Load as a start does: GET the snapshot, LIST the records after the number that it covers,
    and GET them. No number may be missing up to the last one listed.
 2. HEAD the snapshot. If it was replaced meanwhile, start again.
 
-Step 2 is needed because a checkpoint deletes the records that the new snapshot covers.
-Without it, a reader that read the snapshot before a checkpoint, and listed after it, would
-find no records, and would take the old snapshot for the whole state. If the snapshot is
-still the same after the LIST, no record after it was deleted before the LIST. A start does
-not need this step: it has its fence.
+Step 2 is needed because a checkpoint deletes the records that the new snapshot covers. Suppose that
+a reader gets the snapshot before a checkpoint, and lists the records after it. It finds no records,
+and would take the old snapshot for the whole state. If the snapshot is still the same after the
+LIST, no later record was deleted before the LIST. A start does not need this step, because it has
+its fence.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The session of one state in S3. It owns the state until `aclose`.
 
 * A commit creates one record object at the next number. If its outcome is unknown, the
-  record stays pending, with its number, its bytes and its id. It is sent until its outcome
-  is known, before anything else is written.
+  record stays pending, with its number, its bytes and its id. It is sent again until its
+  outcome is known. Nothing else is written before that.
 * A checkpoint takes a view, and notes the number of the last record that the view covers. It
   spools the snapshot, and replaces the old one. Only after that, it deletes the records that
   the snapshot covers. Fences are never deleted.
-* A session that finds the fence or the snapshot of a newer writer is deposed: from then on
+* A session that finds the fence or the snapshot of a newer writer is deposed. From then on,
   each write raises `FencedError`.
 
-Each PUT runs in a task of its own, which goes on if the caller is cancelled. The next call
+Each PUT runs in a separate task, which continues if the caller is cancelled. The next call
 and `aclose` wait for that task.
 """
 
@@ -35,7 +35,7 @@ _logger = Log(logging.getLogger("lab_state"))
 _MOST_RECORDS = 64
 _MIN_CHECKPOINT_BYTES = 1024 * 1024
 _MOST_PAGES = 100
-_MOST_REFUSALS = 4  # each sends the whole snapshot; late attempts of a writer cause fewer
+_MOST_REFUSALS = 4  # each attempt sends the whole snapshot; delayed requests of a writer cause fewer refusals than this
 _MOST_SNAPSHOT_BYTES = 5 * 1024**3
 
 
@@ -51,7 +51,7 @@ class S3Session:
     """A state in S3; see `StorageSession`."""
 
     def __init__(self, store: Requests, names: Names, opened: Opened, let_go: Callable[[], None]) -> None:
-        """Take over an opened state. `let_go` is called when the session has ended."""
+        """Begin the session of an opened state. `let_go` is called when the session has ended."""
         fence, loaded, undeletable = opened
         self.recovery: Recovery = loaded.recovery
         self.path: str = names.url(names.snapshot)
@@ -93,7 +93,7 @@ class S3Session:
     # Commits
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- a new record object is always possible
-        """Create one record object. A pending one is sent first. See `StorageSession.commit`."""
+        """Create one record object. A pending record is sent first. See `StorageSession.commit`."""
         self._check()
         self._committing = _start(self._commit(record, self._committing))
         await asyncio.shield(self._committing)
@@ -117,7 +117,7 @@ class S3Session:
         return await loop.run_in_executor(self._store.thread, lambda: Body.of(frame(name, number, record)))
 
     async def _send_until_known(self, pending: _Pending) -> None:
-        """Send a record until it is known to be stored. On any failure it stays pending."""
+        """Send a record until it is known to be stored. After a failure it stays pending."""
         self._check_deposed()
         number, body, metadata = pending
         try:
@@ -139,7 +139,7 @@ class S3Session:
     # Checkpoints
 
     async def checkpoint(self, snapshot: SnapshotSource) -> None:
-        """Spool the snapshot, then replace the old one; see `StorageSession.checkpoint`."""
+        """Spool the snapshot. Then replace the old one; see `StorageSession.checkpoint`."""
         self._check()
         await _ended(self._publishing)
         self._check()
@@ -180,7 +180,7 @@ class S3Session:
         await self._clean(covered, own)
 
     async def _replace(self, body: Body, stamp: Stamp) -> int:
-        """Replace the snapshot. Return the number of the last record that the stored snapshot then covers."""
+        """Replace the snapshot. Return the number of the last record that the stored snapshot now covers."""
         metadata = {WRITE_ID: new_write_id(), **stamp.metadata()}
         tries = self._store.tries("replacing", self._names.snapshot, body.size)
         for _ in range(_MOST_REFUSALS):
@@ -200,7 +200,7 @@ class S3Session:
             elif there.fence > self._fence:
                 self._depose("the snapshot is", found)
             else:
-                # A late attempt of this session, or of an earlier writer, has replaced the object.
+                # A delayed request of this session, or of an earlier writer, has replaced the object.
                 self._etag = found.etag
                 if there.fence == self._fence and there.seq >= stamp.seq:
                     self.snapshot_bytes = found.size
@@ -212,10 +212,10 @@ class S3Session:
         )
 
     async def _clean(self, covered: int, own: list[int]) -> None:
-        """Delete the records that the snapshot covers, including those that a crash left, but no fence.
+        """Delete the records that the snapshot covers, including those that a crash left. Do not delete fences.
 
-        If the store refused the last deletion, first delete only `own`, the known records, to find
-        out whether it still refuses. If it does, list nothing.
+        If the store refused the last deletion, first delete only `own`, the known records. This
+        shows whether the store still refuses. If it does, do not list the other records.
         """
         try:
             if self.warning is not None:
@@ -226,10 +226,10 @@ class S3Session:
         except UnsupportedError as refused:
             self._warn(str(refused))
         except StorageError as error:
-            _logger.warning("%s: records that it covers stay until the next checkpoint: %s", self.path, error)
+            _logger.warning("%s: records that the snapshot covers stay until the next checkpoint: %s", self.path, error)
 
     async def _clean_pages(self, covered: int) -> None:
-        """Continue where the last call ended. After `_MOST_PAGES` pages, leave the rest to the next checkpoint."""
+        """Continue at the point where the last call ended. After `_MOST_PAGES` pages, leave the rest to the next checkpoint."""
         for _ in range(_MOST_PAGES):
             if self._cleaned >= covered:
                 return
@@ -243,7 +243,7 @@ class S3Session:
         await self._store.delete(map(self._names.record, numbers))
 
     def _warn(self, refused: str) -> None:
-        """Log once that deletions are refused. `status()` shows it until they work again."""
+        """Log once that deletions are refused. `status()` shows this until a deletion succeeds."""
         told = self.warning is not None
         self.warning = f"records that the snapshot covers stay, and pile up, until they can be deleted: {refused}"
         if not told:
@@ -256,7 +256,7 @@ class S3Session:
     # The end
 
     async def aclose(self) -> None:
-        """Wait for running requests, then release the state; see `StorageSession.aclose`."""
+        """Wait for running requests. Then release the state; see `StorageSession.aclose`."""
         if self._closing is None or not _lives(self._closing):
             self._closing = _start(self._close())
         await asyncio.shield(self._closing)
@@ -287,7 +287,7 @@ class S3Session:
 
 
 def _start(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Start a task. asyncio does not log its exception as never retrieved, because the waiting caller gets it."""
+    """Start a task. Keep asyncio from logging its exception as never retrieved: a caller that waits receives it."""
     task = asyncio.create_task(work)
     task.add_done_callback(lambda task: task.cancelled() or task.exception())
     return task

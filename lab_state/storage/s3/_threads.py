@@ -12,14 +12,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _MOST = 2
-"""One for the lookup of a host name, which can take long, and one for a spool."""
+"""The number of threads: one for the lookup of a host name, which can take long, and one for a spool."""
 
 
 class Threads(ThreadPoolExecutor):
     """A pool of at most two threads. Each starts when it is first needed."""
 
     def __init__(self, name: str) -> None:
-        """Name the threads after the state."""
+        """Create the pool. The names of its threads contain `name`, the name of the state."""
         super().__init__(_MOST, thread_name_prefix=f"lab_state {name}")
 
     def submit(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:

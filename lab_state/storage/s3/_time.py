@@ -1,4 +1,4 @@
-"""Pauses, and limits on the time for which a request stands still. Tests replace the clock."""
+"""Pauses, and limits on the time for which a request makes no progress. Tests replace the clock."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class Time:
     def jitter(self, longest: float) -> float:
         """Return a random number of seconds from 0 to `longest`.
 
-        So clients that failed at the same moment do not repeat their requests at the same moment.
+        With it, clients that failed at the same moment repeat their requests at different moments.
         """
         return random.uniform(0, longest)  # noqa: S311 -- not a secret
 
     def limit(self, seconds: float) -> Limit:
-        """Return a limit for what runs inside `async with`; see `Limit`."""
+        """Return a limit for the block of an `async with`; see `Limit`."""
         return Limit(self.clock, seconds)
 
 
 class Limit:
-    """A context manager that raises `TimeoutError` if what runs inside it makes no progress for a while.
+    """A context manager that raises `TimeoutError` if its block makes no progress for a while.
 
-    `asyncio.timeout` cannot be used: it knows only the clock of the event loop.
+    `asyncio.timeout` cannot be used, because it knows only the clock of the event loop.
     """
 
     def __init__(self, clock: Clock, seconds: float) -> None:
-        """Allow at most `seconds` from the start to the first call of `moved`, between two calls, and to the end."""
+        """Allow at most `seconds` before the first call of `moved`, between two calls, and after the last one."""
         self._clock = clock
         self._seconds = seconds
         self._timer: Timer | None = None
@@ -47,7 +47,7 @@ class Limit:
         self._has_ended = False
 
     def moved(self) -> None:
-        """Note progress: the time starts again. After the end of the block, do nothing."""
+        """Note progress: the time limit starts again. After the end of the block, do nothing."""
         self._stop_timer()
         if not self._has_ended:
             self._timer = self._clock.call_later(self._seconds, self._expire)
