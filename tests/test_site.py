@@ -46,6 +46,8 @@ SEARCHES = {
     "performance": "benchmarks.md",
     "license": "index.md",
     "type hint": "handles.md",
+    "unit test": "testing.md",
+    "counter": "tutorial.md",
 }
 """What a newcomer searches for, and the page that answers."""
 
