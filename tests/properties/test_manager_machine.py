@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from concurrent.futures import Future
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,14 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("incr"), st.sampled_from(COUNTERS), st.integers()),
     st.tuples(st.just("delete"), ANY_KEYS, st.none()),
     st.tuples(st.just("delete_all"), st.sampled_from(PREFIXES), st.none()),
+)
+PAGES = st.fixed_dictionaries(
+    {
+        "prefix": st.sampled_from(PREFIXES),
+        "after": st.none() | st.sampled_from((*KEYS, "a/xx", "\U0010ffff")),
+        "limit": st.none() | st.integers(1, 4),
+        "reverse": st.booleans(),
+    }
 )
 MOMENTS = st.sampled_from(["before", "after"])
 Moment = Literal["before", "after"]
@@ -88,6 +97,14 @@ class Model(dict[str, Any]):
         for key in found:
             del self[key]
         return found
+
+    def page(self, *, prefix: str, after: str | None, limit: int | None, reverse: bool, cut: int = 0) -> dict[str, Any]:
+        """Return what `get_all` must return, in order. The prefix is that of the namespace, and more."""
+        names = sorted((name for name in self if name.startswith(prefix)), reverse=reverse)
+        if after is not None:
+            behind = prefix[:cut] + after
+            names = [name for name in names if (name < behind if reverse else name > behind)]
+        return {name[cut:]: self[name] for name in names[:limit]}
 
     def live(self, now: int) -> Model:
         return Model(
@@ -235,19 +252,42 @@ class ManagerMachine(RuleBasedStateMachine):
         assert self.runner.run(self.state.get_or_set(key, lambda: value)) == self.model[key]
         self.changed(whether=absent)
 
+    # Reading
+
+    @rule(page=PAGES)
+    def read_page(self, page: dict[str, Any]) -> None:
+        """Read a page in each way."""
+        expected = list(self.model.page(**page).items())
+        assert list(self.runner.run(self.state.get_all(**page)).items()) == expected
+        assert list(self.state.get_all_nowait(**page).items()) == expected
+        assert (
+            self.runner.run(self.state.keys(**page)) == self.state.keys_nowait(**page) == [key for key, _ in expected]
+        )
+
+    @rule(page=PAGES)
+    def read_page_of_a_namespace(self, page: dict[str, Any]) -> None:
+        """Read a page of a namespace, whose keys are relative to it."""
+        space = self.state.namespace("a")
+        expected = list(self.model.page(**{**page, "prefix": "a/" + page["prefix"]}, cut=2).items())
+        assert list(self.runner.run(space.get_all(**page)).items()) == expected
+        assert self.runner.run(space.keys(**page)) == [key for key, _ in expected]
+        assert len(space) == sum(key.startswith("a/") for key in self.model)
+
     # Transactions
 
-    @rule(operations=st.lists(OPERATIONS, max_size=6), commit=st.booleans())
-    def transaction(self, operations: list[tuple[str, str, Any]], *, commit: bool) -> None:
+    @rule(page=PAGES, operations=st.lists(OPERATIONS, max_size=6), commit=st.booleans())
+    def transaction(self, operations: list[tuple[str, str, Any]], page: dict[str, Any], *, commit: bool) -> None:
         """Make all changes or none, as one revision if there are any."""
         draft = self.model.twin()
-        touched = self.runner.run(self._transaction(operations, draft, commit=commit))
+        touched = self.runner.run(self._transaction(operations, draft, page, commit=commit))
         if commit:
             self.model = draft
             # What was only ever in the draft may be gone again, and nothing changed.
             self.changed(whether=touched and self.state.revision > self.revision)
 
-    async def _transaction(self, operations: list[tuple[str, str, Any]], draft: Model, *, commit: bool) -> bool:
+    async def _transaction(
+        self, operations: list[tuple[str, str, Any]], draft: Model, page: dict[str, Any], *, commit: bool
+    ) -> bool:
         before = dict(draft)
         touched = False
         with suppress(StopItError):
@@ -256,6 +296,8 @@ class ManagerMachine(RuleBasedStateMachine):
                     touched |= self._apply(tx, draft, what, key, argument)
                     assert tx.get_all() == draft
                     assert len(tx) == len(draft)
+                    assert list(tx.get_all(**page).items()) == list(draft.page(**page).items())
+                    assert len(tx.namespace("a")) == sum(name.startswith("a/") for name in draft)
                     assert await self.state.get_all() == before
                 if not commit:
                     raise StopItError
@@ -376,7 +418,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def is_the_model(self) -> None:
-        assert self.runner.run(self.state.get_all()) == self.model
+        assert list(self.runner.run(self.state.get_all()).items()) == sorted(self.model.items(), key=itemgetter(0))
         assert {key for key in self.model if self.runner.run(self.state.expires_in(key))} == set(self.model.expires)
         assert (self.state.revision, len(self.state)) == (self.revision, len(self.model))
         assert self.state.durable_revision <= self.revision
