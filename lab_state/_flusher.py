@@ -30,6 +30,7 @@ from lab_state._entries import ChangeSet
 from lab_state._foreign import only_storage_errors, pass_on, storage_error
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
+from lab_state._order import CHUNKS_AT_ONCE
 from lab_state._outcomes import Outcomes
 from lab_state._snapshots import SnapshotViews
 from lab_state._standstill import Standstill
@@ -175,19 +176,20 @@ class Flusher(Outcomes):
 
     def discard_entries(self) -> None:
         """Free the entries after `stop()`, unless a storage call still in flight may read them."""
-        self.state.free, self.state.on_staged = (
-            ignore,
-            no_clock,
-        )  # not methods of this object, which refers to the state
+        # Not methods of this object, which refers to the state.
+        self.state.free, self.state.on_staged = ignore, no_clock
+        if self.state.index is not None:
+            self._free(self.state.index.release(), CHUNKS_AT_ONCE)
+            self.state.index = None
         if self._task.done() and not self._abandoned and isinstance(self.state.entries, dict):
             self._free(self.state.entries)
 
-    def _free(self, large: dict[Any, Any]) -> None:
-        """Free a map in steps, because freeing a million values at once would block the event loop."""
-        for _ in range(min(len(large), _FREED_AT_ONCE)):
+    def _free(self, large: dict[Any, Any], most: int = _FREED_AT_ONCE) -> None:
+        """Free a map, `most` items in a step, because freeing a million values at once would block the event loop."""
+        for _ in range(min(len(large), most)):
             large.popitem()
         if large:
-            self.loop.call_soon(self._free, large)
+            self.loop.call_soon(self._free, large, most)
 
     def _fold_staged(self) -> None:
         """Merge a change of many keys into the map in steps, and start a checkpoint that waited for that."""

@@ -43,7 +43,7 @@ from lab_state._entries import (
     Value,
 )
 from lab_state._expiry import Expiries
-from lab_state._order import Chunk, Index, in_range
+from lab_state._order import CHUNKS_AT_ONCE, Chunk, Index, in_range
 from lab_state._undo import UndoView, Views, noted, open_ones
 
 Keys: TypeAlias = set[str]
@@ -66,7 +66,7 @@ def no_clock() -> float:
     return 0.0
 
 
-def ignore(_: object) -> None:
+def ignore(*_: object) -> None:
     """Do nothing, in place of a callback."""
 
 
@@ -92,7 +92,8 @@ class State:
         on_staged: A callback after a change of many keys, which `fold_staged` has to merge.
         on_first_change: A callback before the first change after a `take`, or `None`.
         index: The keys in order of code points; `None` until a call needs it. See `_order`.
-        free: A callback that gets a map that is no longer needed, and may be large.
+        free: A callback that gets a map that is no longer needed, and may be large, and perhaps the number of
+            items to free in one step.
         borrowed: Whether values may be views of the buffer from which they were loaded, and
             keep it alive.
         views: The views that `items()` reads. If the list is not empty, `before_overwrite`
@@ -150,7 +151,7 @@ class State:
         self.on_changes: OnChanges | None = None
         self.on_staged: Callable[[], object] = no_clock
         self.on_first_change: Callable[[], object] | None = None
-        self.free: Callable[[dict[Any, Any]], object] = ignore
+        self.free: Callable[..., object] = ignore
         self.views: Views[Stored] = []
         self.on_views: Callable[[], object] = no_clock
         self._held: list[dict[Any, Any]] = []
@@ -475,7 +476,7 @@ class State:
         entries, changes, index = self.entries, self.changes, self.index
         self.entries, self.changes, self.index = {}, {}, None
         if index is not None:
-            self.free(index.release())
+            self.free(index.release(), CHUNKS_AT_ONCE)
         for unneeded in (changes, *self.expiries.clear()):
             self.free(unneeded)
         self._release_entries(entries)
@@ -568,7 +569,7 @@ class State:
         """Tell the index that `changes` is emptied. Drop it if it was not used for so long that it is of no use."""
         index.forget_gone(self.entries)
         if index.is_too_old(self.entries):
-            self.free(index.release())
+            self.free(index.release(), CHUNKS_AT_ONCE)
             self.index = None
 
     def put_back(self, taken: ChangeSet) -> None:

@@ -25,6 +25,7 @@ from lab_state import (
     _flusher,
 )
 from lab_state._entries import Overlay
+from lab_state._order import Index
 from lab_state._snapshots import SnapshotViews
 from lab_state.storage import SnapshotSource
 from lab_state.testing import FaultyStorage, ManualClock
@@ -534,7 +535,7 @@ class TestFreeing:
         assert isinstance(entries, dict)
         return entries
 
-    async def freed(self, large: dict[str, Any]) -> list[int]:
+    async def freed(self, large: dict[Any, Any]) -> list[int]:
         """Return how much is left after each turn of the loop."""
         left = [len(large)]
         while left[-1]:
@@ -549,6 +550,26 @@ class TestFreeing:
             await state.delete_all()
             assert await self.freed(entries) == [2500, 1500, 500, 0]
             assert await state.get_all() == {}
+
+    async def test_the_index(self, storage: FaultyStorage, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After delete_all() and after stop(), the keys of the index go, some thousand in each turn of the loop."""
+        released: list[dict[int, Any]] = []
+        original = Index.release
+
+        def release(index: Index) -> dict[int, Any]:
+            released.append(original(index))
+            return released[-1]
+
+        monkeypatch.setattr(Index, "release", release)
+        values = {f"key {number}": number for number in range(3 * self.KEYS)}
+        async with running(storage, clock, None) as state:
+            await state.set_many(values)
+            assert await state.keys() == sorted(values)
+            await state.delete_all()
+            assert len(await self.freed(released.pop())) > 2
+            await state.set_many(values)
+            assert await state.keys() == sorted(values)
+        assert (await self.freed(released.pop()))[-1] == 0
 
     async def test_what_was_committed(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """After a commit, the map of its changes goes, and the values stay."""

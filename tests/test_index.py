@@ -284,7 +284,7 @@ def test_an_index_that_is_not_used_is_dropped() -> None:
     """When many keys came or went since its last use, the index is given to the owner of the state, to be freed."""
     state = state_of(*KEYS)
     freed: list[dict[Any, Any]] = []
-    state.free = freed.append
+    state.free = lambda large, *_: freed.append(large)
     assert state.names("") == KEYS
     state.set_many({f"x{number}": 1 for number in range(_index.SMALL)})
     state.take()
@@ -300,7 +300,7 @@ def test_the_keys_of_an_index_are_freed_with_the_state() -> None:
     """Deleting all keys gives the keys of the index to the owner of the state, to be freed."""
     state = state_of(*KEYS)
     freed: list[dict[Any, Any]] = []
-    state.free = freed.append
+    state.free = lambda large, *_: freed.append(large)
     assert state.names("") == KEYS
     state.clear()
     assert {0: tuple(KEYS)} in freed

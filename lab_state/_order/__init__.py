@@ -16,7 +16,7 @@ A `State` makes an `Index` at the first call that needs an order. Other modules 
 - `bounds(prefix, after, reverse=...)` makes the two bounds of a range.
 """
 
-from lab_state._order._index import Index, bounds, corrected, in_range
+from lab_state._order._index import CHUNKS_AT_ONCE, Index, bounds, corrected, in_range
 from lab_state._order._sorted_keys import Chunk
 
-__all__ = ["Chunk", "Index", "bounds", "corrected", "in_range"]
+__all__ = ["CHUNKS_AT_ONCE", "Chunk", "Index", "bounds", "corrected", "in_range"]

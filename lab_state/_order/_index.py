@@ -51,6 +51,10 @@ _KEYS_IN_STEP = 2_000
 """The number of keys that a step of the build takes, distributes or sorts."""
 
 
+CHUNKS_AT_ONCE = 16
+"""The number of chunks that are freed in one step: about 4,000 keys."""
+
+
 def bounds(prefix: str, after: str | None = None, *, reverse: bool = False) -> tuple[str, str | None]:
     """Return the range of the keys that start with `prefix`: `low <= key < high`, or without an upper bound.
 
