@@ -18,7 +18,7 @@ from lab_state._entries import MISSING, SCALARS, Expiring, Stored
 from lab_state._handle import Handle
 from lab_state._in_steps import Range, bring_up_to_date, keys_in_steps, take_pieces
 from lab_state._order import bounds
-from lab_state._types import NOT_JSON, check_type, decode_json, decode_value
+from lab_state._types import DECODE_ERRORS, check_type, decode_json, decode_value
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ class Reads(Handle):
                 return stored
             try:
                 value = decode_json(stored)
-            except NOT_JSON:
+            except DECODE_ERRORS:
                 return self._decode(key, stored, default, type)  # it raises the error
             if kind is Raw and value.__class__ in SCALARS:
                 self._core.state.keep_decoded(self._prefix + key, stored, value)
@@ -323,7 +323,7 @@ class Reads(Handle):
                 return stored
             try:
                 value = decode_json(stored)
-            except NOT_JSON:
+            except DECODE_ERRORS:
                 return self._decode(key, stored, default, type_)  # it raises the error
             if kind is Raw and value.__class__ in SCALARS:
                 self._core.state.keep_decoded(self._prefix + key, stored, value)

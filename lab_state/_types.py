@@ -26,8 +26,8 @@ _encode = msgspec.json.Encoder().encode
 decode_json: Decode = msgspec.json.Decoder().decode
 """Decode JSON without a type. An error of this call does not name the key."""
 
-NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError)
-"""The exceptions of a parser for bytes that are not JSON."""
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError)
+"""The exceptions of `decode_json` for bytes that are not JSON. A value that was set is never nested too deep for it."""
 
 _CONTAINERS = (dict, list, set, frozenset, deque)
 
@@ -45,7 +45,7 @@ def decode_value(stored: Value, type_: Any) -> Any:
         if type_ is Any:
             try:
                 return decode_json(data)
-            except NOT_JSON:
+            except DECODE_ERRORS:
                 raise TypeMismatchError("a msgspec.Raw that is not valid JSON; set it anew") from None
     elif type_ is Any or kind is type_:
         return stored
