@@ -140,7 +140,7 @@ class Writing(Reads):
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
-        self._check_writable()
+        self._check_loop()
         if not isinstance(values, Mapping):
             raise TypeError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
         if len(values) >= _batch.MANY and isinstance(self._core, Core):
@@ -266,7 +266,7 @@ class Writing(Reads):
 
     async def _delete_in_steps(self, core: Core, keys: list[str]) -> int:
         """Do as `delete_many` for many keys."""
-        self._check_writable()
+        self._check_loop()
         durability = core.durability
         wanted: dict[str, StoredOrGone] = {}
         for part in in_parts(keys):
@@ -278,7 +278,7 @@ class Writing(Reads):
 
     async def _delete_prefix(self, core: Core, prefix: str) -> int:
         """Delete each key of the whole state that starts with a prefix, in steps if there are many."""
-        self._check_writable()
+        self._check_loop()
         batch = Batch(core.state, {}, prefix=prefix)
 
         async def collect(bulk: Bulk) -> None:
@@ -370,16 +370,16 @@ class Writing(Reads):
                 state.index.note(full)
         state.before_change()
 
-    def _check_writable(self) -> None:
+    def _check_loop(self) -> None:
         """Check that the manager is running, and that the caller is on its event loop."""
         self._core.durability.check_loop()
 
     async def _turn(self) -> None:
         """Wait until no transaction is open. Until its next `await` the caller writes alone."""
-        self._check_writable()
+        self._check_loop()
         if self._core.blocked:
             await self._core.turn()
-            self._check_writable()
+            self._check_loop()
 
     async def _written(self, revision: int) -> int:
         """Return the revision. With a `flush_interval` of 0, first wait until it is durable."""
