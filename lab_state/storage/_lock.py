@@ -196,7 +196,7 @@ class Lock:
             FencedError: The lock is lost: the file was deleted or replaced, or other code in
                 this process closed its descriptor. Another process may own the state now.
         """
-        if lookup.is_same_file(self.path, self._fd, self._identity):
+        if lookup.both_refer_to(self.path, self._fd, self._identity):
             return
         if not lookup.is_file(self.path, self._identity):
             raise FencedError(

@@ -80,7 +80,7 @@ UNKNOWN = Fingerprint(*NO_FILE, -1, -1)
 """A fingerprint that no file has."""
 
 
-def is_same_file(path: str, fd: int, which: Identity) -> bool:
+def both_refer_to(path: str, fd: int, which: Identity) -> bool:
     """Return whether a path and a descriptor both refer to this file. Do not follow a link. Return False on an error."""
     try:  # not `translated`: each commit calls this, and it would cost as much as the call
         named, opened = os.lstat(path), os.fstat(fd)
