@@ -13,7 +13,7 @@ from lab_state.storage._protocol import Reading, Storage
 _MOST_READINGS = 10
 
 
-class Loaded(NamedTuple):
+class Decoded(NamedTuple):
     """A state that was read without opening it.
 
     Attributes:
@@ -31,7 +31,7 @@ class Loaded(NamedTuple):
     size: int
 
 
-async def load(name: str, storage: Storage) -> Loaded:
+async def load(name: str, storage: Storage) -> Decoded:
     """Read a state that a writer may have open, and decode it. Decoding blocks the event loop as `start()` does.
 
     Raises:
@@ -66,11 +66,11 @@ def _is_the_same(before: tuple[Reading, str], now: tuple[Reading, str]) -> bool:
     return error == again and grown
 
 
-async def _decoded(reading: Reading) -> Loaded:
+async def _decoded(reading: Reading) -> Decoded:
     snapshot, records, durable, live, path, crc = reading
     start = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, path, crc)
     await asyncio.sleep(0)
     durable_state = replay(start, records[:durable], path)
     whole = replay(durable_state, records[durable:], path, first=durable + 1)
     size = len(snapshot or b"") + sum(map(len, records))
-    return Loaded(whole, durable_state.revision, live, path, size)
+    return Decoded(whole, durable_state.revision, live, path, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lab_state._clock import Clock, SystemClock
 from lab_state._core import CallCore
 from lab_state._expiry import resumed
-from lab_state._loading import Loaded, load
+from lab_state._loading import Decoded, load
 from lab_state._metrics import Counters
 from lab_state._reads import Reads
 from lab_state._state import State
@@ -33,7 +33,7 @@ class StateView(Reads):
 
     __slots__ = ("_path", "durable_revision", "live", "revision", "wall")
 
-    def __init__(self, name: str, loaded: Loaded, now: float) -> None:
+    def __init__(self, name: str, loaded: Decoded, now: float) -> None:
         """Make the view for `read_state`. `now` is the time of the wall clock, in seconds since 1970."""
         found = loaded.state
         time = resumed(found.time, found.wall, now)[0] if found.expires else now

@@ -14,7 +14,7 @@ STANDS_SECONDS = 10.0
 """The seconds for which a living writer must report a lower revision before it is accepted."""
 
 
-class Accepted(NamedTuple):
+class AcceptedHead(NamedTuple):
     """A head that may be shown, and whether its revision is lower than an earlier one."""
 
     head: Head
@@ -41,7 +41,7 @@ class RevisionGuard:
         """Remember the highest revision for the next opening of the reader."""
         self.seen, self._lower = max(self.seen, highest), None
 
-    def accept(self, found: Fetched, floor: int, lives: Callable[[str, int], bool], now: float) -> Accepted:
+    def accept(self, found: Fetched, floor: int, lives: Callable[[str, int], bool], now: float) -> AcceptedHead:
         """Return the head of a part of a mirror, if that part may be shown.
 
         Args:
@@ -75,7 +75,7 @@ class RevisionGuard:
             )
         self.seen = head.revision if went_back else max(self.seen, head.revision)
         self._lower = None
-        return Accepted(head, went_back)
+        return AcceptedHead(head, went_back)
 
     def _stands(self, head: Head, floor: int, lives: Callable[[str, int], bool], now: float) -> bool:
         """Return whether a lower revision is right: its writer lives, and has reported it for long enough."""

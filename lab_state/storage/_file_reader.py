@@ -21,7 +21,7 @@ from lab_state.storage._directory import Paths
 from lab_state.storage._fs_read import OpenFile, has_moved, is_there, open_to_read
 from lab_state.storage._proc_locks import MOUNTS, find_holders, would_show
 from lab_state.storage._protocol import Reading
-from lab_state.storage._reading import Seen, is_answer, is_empty, judge, needs_snapshot
+from lab_state.storage._reading import ReadFiles, is_answer, is_empty, judge, needs_snapshot
 
 _LONGEST = 5.0
 _PAUSE = 0.05
@@ -82,12 +82,12 @@ class _Look:
         self._read_snapshot = False
         self._journal = open_to_read(paths.journal)
         try:
-            self.seen: Seen = self._read()
+            self.seen: ReadFiles = self._read()
         except BaseException:
             self.close()
             raise
 
-    def _read(self) -> Seen:
+    def _read(self) -> ReadFiles:
         name, path = self._name, self._paths.journal
         base = NO_BASE
         if self._journal is None or needs_snapshot(self._journal.read(_HEADER_BYTES), name, path):
@@ -99,7 +99,7 @@ class _Look:
                 base = journal.base_of(len(self.snapshot_bytes), self._crc)
         # The journal is read after the snapshot. So a reader that sees a new snapshot also sees the frame that names it.
         data = None if self._journal is None else self._journal.read()
-        return Seen(
+        return ReadFiles(
             None if self._journal is None else self._journal.identity,
             None if self._snapshot is None else self._snapshot.identity,
             base,
@@ -119,9 +119,9 @@ class _Look:
             CorruptionError: The files are damaged, or do not belong together.
             UnsupportedError: There are no files, or a newer version of lab_state wrote them.
         """
-        accepted, error, durable, _ = self.seen.verdict
+        accepted, error, durable, _ = self.seen.judgement
         if accepted is None:
-            assert error is not None, "a verdict is either accepted or an error"
+            assert error is not None, "a judgement has either an accepted state or an error"
             raise error
         if is_empty(self.seen) and not is_there(self._paths.lock):
             raise UnsupportedError(f"there is no state at {self._paths.snapshot}: check the name and the directory")

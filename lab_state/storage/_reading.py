@@ -16,7 +16,7 @@ from lab_state._journal import ANY_BASE, NO_BASE, Accepted, FrameKind, Scan
 from lab_state.exceptions import StorageError
 
 
-class Verdict(NamedTuple):
+class Judgement(NamedTuple):
     """The result of one reading.
 
     Attributes:
@@ -32,20 +32,20 @@ class Verdict(NamedTuple):
     sure: bool
 
 
-class Seen(NamedTuple):
+class ReadFiles(NamedTuple):
     """One reading: its files, by device and inode, and its result.
 
     Attributes:
         journal: The journal; `None` if there is no journal.
         snapshot: The snapshot; `None` if there is no snapshot, or if it was not needed.
         base: The size and CRC-32 of the snapshot that was read.
-        verdict: The result.
+        judgement: The result.
     """
 
     journal: tuple[int, int] | None
     snapshot: tuple[int, int] | None
     base: str
-    verdict: Verdict
+    judgement: Judgement
 
 
 def needs_snapshot(start: bytes, name: str, path: str) -> bool:
@@ -56,7 +56,7 @@ def needs_snapshot(start: bytes, name: str, path: str) -> bool:
         return True
 
 
-def judge(data: bytes | None, base: str, name: str, path: str) -> Verdict:
+def judge(data: bytes | None, base: str, name: str, path: str) -> Judgement:
     """Return the result of reading a journal and a snapshot.
 
     Args:
@@ -69,12 +69,12 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Verdict:
         scan = None if data is None else journal.scan(data, name, path)
         accepted = journal.accept(scan, len(data or b""), base, path)
     except StorageError as error:
-        return Verdict(None, error, 0, sure=False)
+        return Judgement(None, error, 0, sure=False)
     if scan is None:
-        return Verdict(accepted, None, 0, sure=False)
+        return Judgement(accepted, None, 0, sure=False)
     # Only one frame is in flight, so all earlier frames are durable. The sync of the last frame may not have succeeded.
     last_is_record = bool(scan.frames) and scan.frames[-1].kind is FrameKind.RECORD
-    return Verdict(accepted, None, len(accepted.records) - last_is_record, sure=_belongs(scan, base))
+    return Judgement(accepted, None, len(accepted.records) - last_is_record, sure=_belongs(scan, base))
 
 
 def _belongs(scan: Scan, base: str) -> bool:
@@ -82,21 +82,21 @@ def _belongs(scan: Scan, base: str) -> bool:
     return scan.header.base in (ANY_BASE, base) or (FrameKind.CHECKPOINT, base.encode()) in scan.frames
 
 
-def is_answer(before: Seen | None, now: Seen) -> bool:
+def is_answer(before: ReadFiles | None, now: ReadFiles) -> bool:
     """Return whether a reading can be accepted.
 
     Args:
         before: The previous reading, whose files are still open; `None` for the first one.
         now: The reading. A journal that only grew counts as the same file.
     """
-    return now.verdict.sure or (before is not None and _key(before) == _key(now))
+    return now.judgement.sure or (before is not None and _key(before) == _key(now))
 
 
-def _key(seen: Seen) -> tuple[object, ...]:
-    verdict = seen.verdict
-    return seen.journal, seen.snapshot, seen.base, verdict.accepted, str(verdict.error)
+def _key(seen: ReadFiles) -> tuple[object, ...]:
+    judgement = seen.judgement
+    return seen.journal, seen.snapshot, seen.base, judgement.accepted, str(judgement.error)
 
 
-def is_empty(seen: Seen) -> bool:
+def is_empty(seen: ReadFiles) -> bool:
     """Return whether there are no files of the state."""
     return seen.journal is None and seen.base == NO_BASE

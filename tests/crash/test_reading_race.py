@@ -28,7 +28,7 @@ from lab_state.storage import _file_reader
 from lab_state.storage import file as module
 from lab_state.storage._file_reader import _Look as Look
 from lab_state.storage._fs_read import OpenFile, open_to_read
-from lab_state.storage._reading import Seen, Verdict, judge
+from lab_state.storage._reading import Judgement, ReadFiles, judge
 
 Patch = pytest.MonkeyPatch
 
@@ -142,7 +142,7 @@ def test_readings_beside_a_writer(tmp_path: Path, monkeypatch: Patch) -> None:
 def counted(patch: Patch, counts: Counter[str]) -> None:
     """Count how often the files are looked at."""
 
-    def judged(data: bytes | None, base: str, name: str, path: str) -> Verdict:
+    def judged(data: bytes | None, base: str, name: str, path: str) -> Judgement:
         counts["looks"] += 1
         return judge(data, base, name, path)
 
@@ -174,7 +174,7 @@ def first_reading_believed(patch: Patch) -> None:
 def snapshot_read_first(patch: Patch) -> None:
     """Open the journal after the snapshot, and accept what `start()` would accept."""
 
-    def read(self: Look) -> Seen:
+    def read(self: Look) -> ReadFiles:
         self._snapshot = open_to_read(self._paths.snapshot)
         if self._snapshot is not None:
             self.snapshot_bytes = self._snapshot.read()
@@ -184,8 +184,8 @@ def snapshot_read_first(patch: Patch) -> None:
         data = None if self._journal is None else self._journal.read()
         found = self.snapshot_bytes
         base = NO_BASE if found is None else base_of(len(found), zlib.crc32(found))
-        verdict = judge(data, base, self._name, self._paths.journal)
-        return Seen(None, None, base, verdict._replace(sure=verdict.accepted is not None))
+        judgement = judge(data, base, self._name, self._paths.journal)
+        return ReadFiles(None, None, base, judgement._replace(sure=judgement.accepted is not None))
 
     patch.setattr(Look, "_read", read)
 
@@ -193,9 +193,9 @@ def snapshot_read_first(patch: Patch) -> None:
 def last_record_called_durable(patch: Patch) -> None:
     """Count a frame that can be read as synced."""
 
-    def judged(data: bytes | None, base: str, name: str, path: str) -> Verdict:
-        verdict = judge(data, base, name, path)
-        return verdict if verdict.accepted is None else verdict._replace(durable=len(verdict.accepted.records))
+    def judged(data: bytes | None, base: str, name: str, path: str) -> Judgement:
+        judgement = judge(data, base, name, path)
+        return judgement if judgement.accepted is None else judgement._replace(durable=len(judgement.accepted.records))
 
     patch.setattr(_file_reader, "judge", judged)
 

@@ -36,7 +36,7 @@ from lab_state._loading import load
 from lab_state.storage import _file_reader, _fs_read
 from lab_state.storage._file_reader import is_held, read_files
 from lab_state.storage._fs_read import open_to_read
-from lab_state.storage._reading import Seen, Verdict, is_answer, judge, needs_snapshot
+from lab_state.storage._reading import Judgement, ReadFiles, is_answer, judge, needs_snapshot
 
 NAME = "lab"
 SALT = "0123456789abcdef"
@@ -73,10 +73,10 @@ def test_what_is_an_answer_at_the_first_reading(
     data: bytes, base: str, records: tuple[bytes, ...], durable: int
 ) -> None:
     """A first reading is accepted if the journal has the whole state, names the snapshot, or needs none."""
-    verdict = judge(data, base, NAME, "path")
-    assert verdict.accepted is not None
-    assert (verdict.accepted.records, verdict.durable) == (records, durable)
-    assert is_answer(None, Seen((1, 2), (1, 3), base, verdict))
+    judgement = judge(data, base, NAME, "path")
+    assert judgement.accepted is not None
+    assert (judgement.accepted.records, judgement.durable) == (records, durable)
+    assert is_answer(None, ReadFiles((1, 2), (1, 3), base, judgement))
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_what_is_an_answer_at_the_first_reading(
 )
 def test_what_takes_a_second_reading(data: bytes | None, base: str, *, accepted: bool) -> None:
     """Missing files, files that do not belong together, and damage are accepted only in a second reading."""
-    seen = Seen((1, 2), (1, 3), base, judge(data, base, NAME, "path"))
-    assert (seen.verdict.accepted is not None) is accepted
-    assert (seen.verdict.error is not None) is not accepted
+    seen = ReadFiles((1, 2), (1, 3), base, judge(data, base, NAME, "path"))
+    assert (seen.judgement.accepted is not None) is accepted
+    assert (seen.judgement.error is not None) is not accepted
     assert not is_answer(None, seen)
-    again = Seen((1, 2), (1, 3), base, judge(data, base, NAME, "path"))
+    again = ReadFiles((1, 2), (1, 3), base, judge(data, base, NAME, "path"))
     assert is_answer(seen, again)
 
 
@@ -113,13 +113,13 @@ def test_what_takes_a_second_reading(data: bytes | None, base: str, *, accepted:
         {"snapshot": (1, 9)},
         {"snapshot": None},
         {"base": OTHER},
-        {"verdict": judge(written(BASE, ONE, tail=b"x" + journal.frame(SALT, *TWO)), BASE, NAME, "path")},
-        {"verdict": judge(None, BASE, NAME, "path")},
+        {"judgement": judge(written(BASE, ONE, tail=b"x" + journal.frame(SALT, *TWO)), BASE, NAME, "path")},
+        {"judgement": judge(None, BASE, NAME, "path")},
     ],
 )
 def test_another_second_reading_is_not_believed(change: dict[str, Any]) -> None:
     """A second reading with another file, another snapshot or other damage is not accepted: something was replaced meanwhile."""
-    seen = Seen((1, 2), (1, 3), BASE, judge(DAMAGED, BASE, NAME, "path"))
+    seen = ReadFiles((1, 2), (1, 3), BASE, judge(DAMAGED, BASE, NAME, "path"))
     assert is_answer(seen, seen)
     assert not is_answer(seen, seen._replace(**change))
 
@@ -127,8 +127,8 @@ def test_another_second_reading_is_not_believed(change: dict[str, Any]) -> None:
 def test_damage_behind_which_the_journal_grew_is_the_same() -> None:
     """Damage is the same in two readings although a writer appended between them."""
     grown = judge(DAMAGED + journal.frame(SALT, *TWO), BASE, NAME, "path")
-    seen = Seen((1, 2), (1, 3), BASE, judge(DAMAGED, BASE, NAME, "path"))
-    assert is_answer(seen, seen._replace(verdict=grown))
+    seen = ReadFiles((1, 2), (1, 3), BASE, judge(DAMAGED, BASE, NAME, "path"))
+    assert is_answer(seen, seen._replace(judgement=grown))
 
 
 def test_only_a_journal_with_the_whole_state_needs_no_snapshot() -> None:
@@ -398,11 +398,11 @@ class Steps:
         self._judge = judge
         monkeypatch.setattr(_file_reader, "judge", self)
 
-    def __call__(self, *arguments: Any) -> Verdict:
+    def __call__(self, *arguments: Any) -> Judgement:
         self.readings += 1
-        verdict = self._judge(*arguments)
+        judgement = self._judge(*arguments)
         next(self._steps, int)()
-        return verdict
+        return judgement
 
 
 def put(path: Path, data: bytes) -> None:

@@ -41,7 +41,7 @@ from lab_state import (
 from lab_state.storage import s3 as module
 from lab_state.storage.s3._body import Upload
 from lab_state.storage.s3._format import Names
-from lab_state.storage.s3._threads import Threads
+from lab_state.storage.s3._threads import S3Threads
 from lab_state.storage.s3._time import Time
 from lab_state.testing import ManualClock
 
@@ -192,7 +192,7 @@ def test_the_path_has_the_bucket_at_custom_endpoints_only() -> None:
     """On AWS the bucket is addressed as botocore does it. Bodies are never read to sign them."""
     from lab_state.storage.s3._connect import client_config  # noqa: PLC0415
 
-    with Threads("test") as thread:
+    with S3Threads("test") as thread:
 
         async def configs() -> list[Any]:
             return [client_config(None, thread, custom_endpoint=custom).s3 for custom in (False, True)]

@@ -97,7 +97,7 @@ async def test_cancelled_twice_anywhere(bucket: Bucket) -> None:
     ("owner", "name"),
     [
         (module, "_Claim"),
-        (module, "Threads"),
+        (module, "S3Threads"),
         (module, "_import"),
         (_client, "Requests"),
         (_connect, "connect"),
@@ -148,7 +148,7 @@ async def test_no_thread_for_a_write(bucket: Bucket, monkeypatch: pytest.MonkeyP
     """A commit and a checkpoint for which no thread can be started fail, and succeed later."""
     session = await bucket.storage().open(NAME)
     await asyncio.to_thread(session._store.thread.shutdown)
-    session._store.thread = _threads.Threads(NAME)
+    session._store.thread = _threads.S3Threads(NAME)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(UnavailableError, match="can't start new thread"):

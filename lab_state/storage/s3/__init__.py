@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lab_state._clock import SystemClock
 from lab_state.exceptions import LockedError, UnsupportedError
 from lab_state.storage.s3._format import Names
-from lab_state.storage.s3._threads import Threads
+from lab_state.storage.s3._threads import S3Threads
 from lab_state.storage.s3._time import Time
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class S3Storage:
             raise
 
     async def _read(self, names: Names) -> Reading:
-        thread = Threads(names.name)
+        thread = S3Threads(names.name)
         try:
             store = await self._requests(thread)
             from lab_state.storage.s3._read import read_objects  # noqa: PLC0415 -- see _import
@@ -172,7 +172,7 @@ class S3Storage:
             raise
 
     async def _open_claimed(self, names: Names, claim: _Claim) -> S3Session:
-        thread = Threads(names.name)
+        thread = S3Threads(names.name)
 
         def let_go() -> None:
             thread.shutdown(wait=False)
@@ -196,7 +196,7 @@ class S3Storage:
             await store.aclose()
             raise
 
-    async def _requests(self, thread: Threads) -> Requests:
+    async def _requests(self, thread: S3Threads) -> Requests:
         await asyncio.get_running_loop().run_in_executor(thread, _import)
         from lab_state.storage.s3._client import Requests  # noqa: PLC0415 -- see _import
         from lab_state.storage.s3._connect import connect  # noqa: PLC0415 -- see _import

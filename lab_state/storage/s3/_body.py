@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 from lab_state.exceptions import UnavailableError
 from lab_state.storage import _fs as fs
-from lab_state.storage.s3._threads import Threads
+from lab_state.storage.s3._threads import S3Threads
 
 LONG = 256 * 1024
 """The size in bytes from which data are hashed and framed in a thread, and sent in parts."""
@@ -45,7 +45,7 @@ class Spool:
     The file is written and read only in a thread, a megabyte at a time.
     """
 
-    def __init__(self, thread: Threads) -> None:
+    def __init__(self, thread: S3Threads) -> None:
         self._thread = thread
         self._lock = threading.Lock()  # a thread may still be at work after its caller was cancelled
         self._file: IO[bytes] | None = None

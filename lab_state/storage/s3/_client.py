@@ -30,7 +30,7 @@ from lab_state.storage.s3._outcomes import (
     unquoted,
     verdict,
 )
-from lab_state.storage.s3._threads import Threads
+from lab_state.storage.s3._threads import S3Threads
 from lab_state.storage.s3._time import Limit, Time
 
 R = TypeVar("R")
@@ -103,8 +103,8 @@ class Requests:
             fails twice.
     """
 
-    def __init__(self, bucket: str, connecting: Callable[[], Awaitable[Client]], thread: Threads, time: Time) -> None:
-        self.thread: Threads = thread
+    def __init__(self, bucket: str, connecting: Callable[[], Awaitable[Client]], thread: S3Threads, time: Time) -> None:
+        self.thread: S3Threads = thread
         self.time: Time = time
         self.sent: int = 0
         self.is_opening: bool = True

@@ -22,7 +22,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from botocore.exceptions import BotoCoreError
 
 from lab_state.exceptions import UnsupportedError
-from lab_state.storage.s3._threads import Threads
+from lab_state.storage.s3._threads import S3Threads
 
 STANDSTILL = 15.0
 """The seconds for which a request may make no progress. The wait for a connection is included."""
@@ -48,7 +48,7 @@ class Resolver(AbstractResolver):
     waiting for the write that needs this connection.
     """
 
-    def __init__(self, thread: Threads) -> None:
+    def __init__(self, thread: S3Threads) -> None:
         self._thread = thread
 
     async def resolve(
@@ -74,7 +74,7 @@ class Resolver(AbstractResolver):
         """Do nothing, because the thread belongs to the session."""
 
 
-def client_config(given: Any, thread: Threads, *, custom_endpoint: bool) -> Any:
+def client_config(given: Any, thread: S3Threads, *, custom_endpoint: bool) -> Any:
     """Return the settings of the client. The caller's settings replace our defaults. The required ones replace both."""
     ours = AioConfig(connect_timeout=5, read_timeout=STANDSTILL, max_pool_connections=16)
     config: Any = ours if given is None else ours.merge(given)
@@ -107,7 +107,7 @@ def _new_session() -> Any:
 
 
 async def connect(
-    session: Any, config: Any, endpoint_url: str | None, region_name: str | None, thread: Threads
+    session: Any, config: Any, endpoint_url: str | None, region_name: str | None, thread: S3Threads
 ) -> Client:
     """Return a new client, created without blocking the event loop.
 

@@ -15,7 +15,7 @@ _MOST = 2
 """The number of threads: one for the lookup of a host name, which can take long, and one for a spool."""
 
 
-class Threads(ThreadPoolExecutor):
+class S3Threads(ThreadPoolExecutor):
     """A pool of at most two threads. Each starts when it is first needed."""
 
     def __init__(self, name: str) -> None:
