@@ -696,8 +696,11 @@ class World:
         self._check(writer.base or [], max(before, key=_by_fence, default=None), f"{writer}'s open")
 
     def highest_fence(self) -> int:
-        numbers = [self.names.number(key) or 0 for key, thing in self.objects.items() if not thing.body]
-        return max([*numbers, self.stamp[0]])
+        """Return the number of the highest fence that counts. A void one deposes no writer: its number was used before."""
+        fences = [
+            self.names.number(key) or 0 for key, thing in self.objects.items() if not thing.body and not thing.void
+        ]
+        return max([*fences, self.stamp[0]])
 
     def fenced(self, writer: Writer, doing: str, error: FencedError) -> None:
         self.count["fenced"] += 1
