@@ -5,6 +5,7 @@ from __future__ import annotations
 from lab_state._clock import Clock, Timer
 from lab_state._copy import copy_state
 from lab_state._escaping import escape_key, escape_name
+from lab_state._items import Items, PlainItems
 from lab_state._metrics import Metrics
 from lab_state._state_view import StateView, read_state
 from lab_state._status import MirrorStatus, Status
@@ -58,7 +59,9 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "BlockingEntry",
     "Change",
     "Entry",
+    "Items",
     "Namespace",
+    "PlainItems",
     "Transaction",
     # where states are kept
     "FileStorage",

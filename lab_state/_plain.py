@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, Final, Literal, ParamSpec, TypeVar, overload
 
 from lab_state._calls import Calls
 from lab_state._handle import Handle
+from lab_state._items import PlainItems
 
+T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
 
@@ -27,6 +29,9 @@ class Plain(Handle):
 
     __slots__ = ("_calls",)
 
+    _may_wait: ClassVar[bool]
+    """Whether a call may wait for the event loop."""
+
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
@@ -36,6 +41,39 @@ class Plain(Handle):
     def __bool__(self) -> Literal[True]:
         """Return True, also for an empty state."""
         return True
+
+    @overload
+    def items(
+        self,
+        prefix: str = ...,
+        *,
+        after: str | None = ...,
+        limit: int | None = ...,
+        reverse: bool = ...,
+        type: type[T],
+    ) -> PlainItems[T]: ...
+    @overload
+    def items(
+        self,
+        prefix: str = ...,
+        *,
+        after: str | None = ...,
+        limit: int | None = ...,
+        reverse: bool = ...,
+        type: Any = ...,
+    ) -> PlainItems[Any]: ...
+    def items(
+        self,
+        prefix: str = "",
+        *,
+        after: str | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        type: Any = Any,
+    ) -> PlainItems[Any]:
+        """Iterate over keys and values of one moment; see `Manager.items`."""
+        steps = self._calls._steps(prefix, after, limit, type, reverse=reverse)  # noqa: SLF001 -- `Plain` and its calls are one object in two parts
+        return PlainItems(steps, self._run, pause=self._may_wait)
 
     get: Final = plain(Calls.get)
     get_many: Final = plain(Calls.get_many)

@@ -15,8 +15,8 @@ from msgspec import Raw
 from lab_state._arguments import as_text, check_default, check_key, check_limit, check_prefix, many_keys
 from lab_state._core import CallCore
 from lab_state._entries import MISSING, SCALARS, Expiring, Stored
-from lab_state._handle import Handle
 from lab_state._in_steps import Range, bring_up_to_date, keys_in_steps, take_pieces
+from lab_state._items import Iterates
 from lab_state._order import bounds
 from lab_state._types import DECODE_ERRORS, check_type, decode_json, decode_value
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
@@ -24,7 +24,7 @@ from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatch
 T = TypeVar("T")
 
 
-class Reads(Handle):
+class Reads(Iterates):
     """The calls that change nothing.
 
     For each call there is a plain one whose name ends in `_nowait`: the same call, without `await`,
@@ -392,6 +392,10 @@ class Reads(Handle):
         behind = None if after is None else check_key(self._full(after))
         low, high = bounds(self._under(prefix), behind, reverse=reverse)
         return Range(low, high, len(self._prefix), limit, reverse)
+
+    @property
+    def _named_core(self) -> CallCore:
+        return self._core
 
     def _names(self, within: Range) -> list[str]:
         """Return the keys of a range, as they are in the whole state, in one step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar, cast, final
+from weakref import ref
 
 from lab_state import _batch
 from lab_state._arguments import Seconds
@@ -16,6 +17,7 @@ from lab_state._entries import Absent, Expiring, Layer, Stored, StoredOrGone, Va
 from lab_state._order import Chunk, corrected, in_range
 from lab_state._plain import Plain
 from lab_state._state import State, is_due
+from lab_state._undo import UndoView
 from lab_state._values import encode_value
 from lab_state.exceptions import ClosedError, InvalidValueError
 
@@ -70,6 +72,13 @@ class Draft(State):
         super().__init__(base.monotonic)
         self.entries = _Entries(_Live(base), self.changes)
         self.revision = base.revision + 1
+
+    def view(self) -> UndoView[Stored]:
+        """Open a view of the draft; see `State.view`. It copies the changes, and `Transaction.set` need not note anything."""
+        assert isinstance(self.entries, Layer)  # over the base
+        view = UndoView[Stored](None, _Entries(self.entries.base, dict(self.changes)))
+        self.views.append(ref(view))
+        return view
 
     def now(self) -> int:
         """Return the time of the base."""
@@ -248,6 +257,8 @@ class DraftCore(CallCore):
 
     def end(self) -> None:
         """Drop the draft. Every later call on it is an error. A second call does nothing."""
+        if isinstance(self.state, Draft):
+            self.state.close_views()
         self.state = State()
         self.changes, self.known, self._is_over = {}, (), True
 
@@ -265,6 +276,8 @@ class Transaction(Plain):
     """
 
     __slots__ = ("_core", "_prefix")
+
+    _may_wait = False
 
     def __init__(self, core: DraftCore, prefix: str) -> None:
         super().__init__(Calls(core, prefix))

@@ -1,9 +1,9 @@
 """Views of a map at one moment, while the map changes. Pure and synchronous.
 
 Theory of operation. A view has a dict `old`. Before a key is changed for the first time after
-the moment of the view, its value at that moment is put into `old`, or `MISSING` if there was none.
-So a key that is not in `old` still has that value. A view that is open costs one lookup for each
-key that changes. Reads of the map cost nothing more.
+the moment of the view, its value at that moment is put into `old`. So a key that is not in `old` still
+has that value, if it was there at that moment. The reader of the view knows which keys were there. A
+view that is open costs one lookup for each key that changes. Reads of the map cost nothing more.
 
 If the whole map is replaced, each open view keeps the map from before. It needs no more values then.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
-from typing import Generic, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 from weakref import ref
 
 V_co = TypeVar("V_co", covariant=True)
@@ -23,9 +23,6 @@ V = TypeVar("V")
 
 _NOTED_AT_ONCE = 5_000
 """The number of keys whose values one step puts into a view. It takes about a millisecond."""
-
-_NONE = object()
-"""Is noted for a key that was not there."""
 
 
 class Lookup(Protocol[V_co]):
@@ -49,20 +46,28 @@ class UndoView(Generic[V]):
 
     Attributes:
         is_closed: Whether `close` was called.
+        unread: What a reader of the view has prepared. `close` empties it.
     """
 
-    __slots__ = ("__weakref__", "_kept", "_old", "_owner", "is_closed")
+    __slots__ = ("__weakref__", "_kept", "_old", "_owner", "is_closed", "unread")
 
-    def __init__(self, owner: Changing[V]) -> None:
-        """Begin a view of the entries as they are now. The owner must call `note` before it changes one of them."""
+    def __init__(self, owner: Changing[V] | None, kept: Lookup[V] | None = None) -> None:
+        """Begin a view of a map as it is now.
+
+        Args:
+            owner: The owner of the map. It must call `note` before it changes a key.
+            kept: The map, if it does not change from now on. Then the view needs no owner.
+        """
         self.is_closed: bool = False
+        self.unread: list[Any] = []
         self._owner: Changing[V] | None = owner
-        self._kept: Lookup[V] | None = None
-        self._old: dict[str, V | object] = {}
+        self._kept: Lookup[V] | None = kept
+        self._old: dict[str, V] = {}
 
     def close(self) -> None:
         """Give up all values. A second call does nothing."""
         self.is_closed = True
+        self.unread.clear()
         self._owner, self._kept, self._old = None, None, {}
 
     def note(self, keys: Iterable[str]) -> None:
@@ -70,33 +75,27 @@ class UndoView(Generic[V]):
         if self._kept is None and self._owner is not None:
             old, entries = self._old, self._owner.entries
             for key in keys:
-                if key not in old:
-                    try:
-                        old[key] = entries[key]
-                    except KeyError:
-                        old[key] = _NONE
+                if key not in old and key in entries:
+                    old[key] = entries[key]
 
     def keep(self) -> None:
         """Keep the whole map, because the owner is about to replace it. The owner must not change that map later."""
         if self._kept is None and self._owner is not None:
             self._kept = self._owner.entries
 
-    def find(self, keys: Iterable[str]) -> list[tuple[str, V]]:
-        """Return those of the keys that were there, in the given order, each with its value at that moment."""
-        assert self._owner is not None  # it is open
-        entries = self._owner.entries if self._kept is None else self._kept
-        old = self._old
-        if not old:
-            return [(key, entries[key]) for key in keys if key in entries]
-        found: list[tuple[str, V]] = []
-        for key in keys:
-            try:
-                value = old[key] if key in old else entries[key]
-            except KeyError:  # noqa: S112 -- the key was not there
-                continue
-            if value is not _NONE:
-                found.append((key, cast("V", value)))
-        return found
+    def _entries(self) -> Lookup[V]:
+        """Return the map that has the values of the keys that were not noted."""
+        if self._kept is not None:
+            return self._kept
+        assert self._owner is not None  # the view is open
+        return self._owner.entries
+
+    def values(self, keys: Iterable[str]) -> list[V]:
+        """Return the values of keys that were there at that moment."""
+        entries, old = self._entries(), self._old
+        if old:
+            return [old[key] if key in old else entries[key] for key in keys]
+        return list(map(entries.__getitem__, keys))
 
 
 Views: TypeAlias = list["ref[UndoView[V]]"]

@@ -43,6 +43,8 @@ class Blocking(Plain):
 
     __slots__ = ()
 
+    _may_wait = True
+
     def __repr__(self) -> str:
         """Return the prefix and the name of the state."""
         core, prefix = self._calls._core, self._calls._prefix  # noqa: SLF001 -- `Blocking` and its calls are one object in two parts

@@ -270,7 +270,7 @@ class BatchMachine(RuleBasedStateMachine):
     def views_stand_still(self) -> None:
         assert all(view == expected for view, expected in self.views)
         for view, expected in self.undo:
-            assert dict(view.find([f"{first}{second}" for first in "ab" for second in "uvwxyz"])) == expected
+            assert dict(zip(expected, view.values(list(expected)), strict=True)) == expected
 
     @invariant()
     def nothing_unflushed_is_forgotten(self) -> None:

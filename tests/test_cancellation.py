@@ -308,6 +308,12 @@ async def _in_transaction(calls: Any) -> None:
         tx.delete("b")
 
 
+async def _walked(calls: Any) -> None:
+    async with calls.items() as items:
+        async for _ in items:
+            pass
+
+
 async def _watched(calls: Any) -> None:
     async with calls.watch() as changes:
         calls._core.durability.loop.call_soon(asyncio.ensure_future, calls.incr("a"))
@@ -326,6 +332,7 @@ CALLS: dict[str, Callable[[Any], Coroutine[Any, Any, Any]]] = {
     "get_many": lambda calls: calls.get_many(["a"]),
     "get_or_set": lambda calls: calls.get_or_set("new", lambda: 1),
     "incr": lambda calls: calls.incr("a"),
+    "items": _walked,
     "keys": lambda calls: calls.keys(),
     "pop": lambda calls: calls.pop("b"),
     "set": lambda calls: calls.set("a", {"x": 2}),
@@ -385,7 +392,9 @@ def waiting_calls(of: type) -> set[str]:
             return False
         call = inspect.unwrap(call)
         returns = str(inspect.signature(call).return_annotation) if inspect.isfunction(call) else ""
-        return inspect.iscoroutinefunction(call) or returns.startswith(("Abstract", "Async", "Awaitable", "Coroutine"))
+        return inspect.iscoroutinefunction(call) or returns.startswith(
+            ("Abstract", "Async", "Awaitable", "Coroutine", "Items")
+        )
 
     public = (name for name in dir(of) if not name.startswith("_") or name in {"__aenter__", "__aexit__", "__anext__"})
     return {name for name in public if can_wait(name)} | ({"watch"} & {*dir(of)})
@@ -405,7 +414,9 @@ def test_no_public_call_is_forgotten() -> None:
         StorageSession: {"aclose", "checkpoint", "commit"},
         lab_state.Storage: {"open", "read"},
         # It changes nothing, and never waits.
-        lab_state.StateView: READS,
+        lab_state.StateView: READS | {"items"},
+        # Its steps are those of `items` in CALLS, and of test_items.py.
+        lab_state.Items: {"__aenter__", "__aexit__", "__anext__", "aclose"},
         lab_state.MemoryCache: {"open"},
         lab_state.RedisCache: {"open"},
         lab_state.Cache: {"open"},

@@ -23,6 +23,7 @@ from forked import begin_in_child, error_of, in_child
 from lab_state import (
     Config,
     FileStorage,
+    Items,
     LockedError,
     Manager,
     MemoryCache,
@@ -42,6 +43,7 @@ class World:
     state: Manager
     reader: Reader
     transaction: Transaction
+    items: Items[Any]
     changes: AsyncIterator[Any]
     told: AsyncIterator[Any]
 
@@ -61,7 +63,9 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         changes = await stack.enter_async_context(state.watch())
         transaction = await stack.enter_async_context(state.transaction())
         transaction.set("b", 2)
-        yield World(state, reader, transaction, changes, told)
+        items = state.items()
+        await anext(items)
+        yield World(state, reader, transaction, items, changes, told)
 
 
 CALLS: dict[str, Callable[[World], Any]] = {
@@ -73,6 +77,10 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "exists": lambda world: world.state.exists("a"),
     "keys": lambda world: world.state.keys(),
     "expires_in": lambda world: world.state.expires_in("a"),
+    "items": lambda world: anext(world.state.items()),
+    "an open iterator": lambda world: anext(world.items),
+    "blocking.items": lambda world: next(world.state.blocking.items()),
+    "items in a transaction": lambda world: next(world.transaction.items()),
     "len": lambda world: len(world.state),
     "in": lambda world: "a" in world.state,
     "set": lambda world: world.state.set("a", 1),

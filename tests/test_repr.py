@@ -55,7 +55,7 @@ async def objects(directory: Path) -> list[Any]:
         await reader.wait_revision(state.revision)
         async with state.transaction() as tx:
             tx.set("other", SECRET)
-            shown: list[Any] = [tx, tx.namespace("a")]
+            shown: list[Any] = [tx, tx.namespace("a"), tx.items(), state.items()]
         view = await read_state("jobs", storage)
         reading = await storage.read("jobs")
         users = state.namespace("users")

@@ -1,0 +1,237 @@
+"""`Items` and `PlainItems`: the iterators that `items()` returns, and `Iterates`, which has that call."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import suppress
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar, final, overload
+
+from lab_state._entries import MISSING
+from lab_state._handle import Handle
+from lab_state._in_steps import Range
+from lab_state._items._pages import Decoding
+from lab_state._items._steps import NamedCore, StateSource, Steps
+from lab_state._types import check_type
+from lab_state.exceptions import ClosedError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@final
+class Items(Handle, AsyncIterator[tuple[str, T]]):
+    """An asynchronous iterator over keys and values, in order of keys, all of one moment.
+
+    The moment is that of the first step: keys that are set, changed or deleted later make no difference, and
+    no writer waits for the iterator. It gives the event loop back every millisecond, and after each value that takes
+    longer. While it is open, the values that are replaced or deleted stay in memory, and `set` takes
+    longer.
+
+    The iterator is closed at its end, by `aclose`, at the end of `async with`, or when it is garbage
+    collected, as it is after a `break` out of `async for`. A closed iterator yields nothing. If a task
+    is cancelled in a step, the next step continues from there.
+
+    Each step can raise the following errors. After a `TypeMismatchError`, the next step continues with the next
+    key.
+
+    Raises:
+        TypeMismatchError: The value is not of the type. Its key is in the message.
+        ClosedError: The manager is not running, or was stopped since the first step.
+        RuntimeError: Another task waits for a step of this iterator.
+    """
+
+    _kind = "an iterator"
+
+    __slots__ = ("_rows", "_steps")
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._rows = steps.rows
+
+    def __repr__(self) -> str:
+        """Return whether the iterator has begun, and whether it is closed."""
+        return f"<Items, {self._steps!r}>"
+
+    def __aiter__(self) -> Self:
+        """Return the iterator itself."""
+        return self
+
+    async def __anext__(self) -> tuple[str, T]:
+        """Return the next key and its value; see the class."""
+        rows = self._rows
+        if not rows and not await self._steps.step(pause=True):
+            raise StopAsyncIteration
+        return rows.pop()
+
+    async def aclose(self) -> None:
+        """Close the iterator, and give up the values that it kept. A second call does nothing."""
+        self._steps.close()
+
+    async def __aenter__(self) -> Self:
+        """Return the iterator itself. The first step is still to come."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the iterator; see `aclose`."""
+        self._steps.close()
+
+
+class Run(Protocol):
+    """A function that runs a coroutine."""
+
+    def __call__(self, coroutine: Coroutine[Any, Any, R], /) -> R:
+        """Return the result of the coroutine, when it has ended."""
+        ...
+
+
+@final
+class PlainItems(Handle, Iterator[tuple[str, T]]):
+    """An iterator over keys and values without `await`, in order of keys, all of one moment.
+
+    It has the guarantees and the errors of `Items`. It is a context manager too.
+    """
+
+    _kind = "an iterator"
+
+    __slots__ = ("_pause", "_rows", "_run", "_steps")
+
+    def __init__(self, steps: Steps, run: Run, *, pause: bool) -> None:
+        """Begin before the first step.
+
+        Args:
+            steps: The steps.
+            run: Runs a step.
+            pause: Whether a step may await.
+        """
+        self._steps = steps
+        self._rows = steps.rows
+        self._run = run
+        self._pause = pause
+
+    def __repr__(self) -> str:
+        """Return whether the iterator has begun, and whether it is closed."""
+        return f"<PlainItems, {self._steps!r}>"
+
+    def __iter__(self) -> Self:
+        """Return the iterator itself."""
+        return self
+
+    def __next__(self) -> tuple[str, T]:
+        """Return the next key and its value; see `Items`."""
+        rows = self._rows
+        while True:
+            if not rows and (self._steps.is_over or not self._run(self._steps.step(pause=self._pause))):
+                raise StopIteration
+            with suppress(IndexError):  # the event loop may just have closed the view
+                return rows.pop()
+
+    def close(self) -> None:
+        """Close the iterator, and give up the values that it kept. A second call does nothing."""
+        if self._steps.has_view:
+            with suppress(ClosedError):  # the manager was stopped just now, and has closed the view
+                self._run(_closed(self._steps))
+        self._steps.is_over = True
+
+    def __enter__(self) -> Self:
+        """Return the iterator itself. The first step is still to come."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the iterator; see `close`."""
+        self.close()
+
+
+async def _closed(steps: Steps) -> None:
+    """Close an iterator on the event loop."""
+    steps.close()
+
+
+class Iterates(Handle):
+    """The base of the handles that read, with the call `items`."""
+
+    __slots__ = ()
+
+    @overload
+    def items(
+        self,
+        prefix: str = ...,
+        *,
+        after: str | None = ...,
+        limit: int | None = ...,
+        reverse: bool = ...,
+        type: type[T],
+    ) -> Items[T]: ...
+    @overload
+    def items(
+        self,
+        prefix: str = ...,
+        *,
+        after: str | None = ...,
+        limit: int | None = ...,
+        reverse: bool = ...,
+        type: Any = ...,
+    ) -> Items[Any]: ...
+    def items(
+        self,
+        prefix: str = "",
+        *,
+        after: str | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        type: Any = Any,
+    ) -> Items[Any]:
+        """Iterate over the keys that start with `prefix` and their values, in order, all of one moment.
+
+        The result is for `async for`. The moment is that of its first step. Later changes are not shown, and
+        no writer waits for the iterator. The event loop runs between two steps of some milliseconds.
+        So a program can read a large state while it goes on. If the loop may be left early, put the
+        iterator into `async with`, which closes it at once.
+
+        While the iterator is open, the old values of keys that change stay in memory, and a
+        `set` takes about twice as long. The first call that needs an order sorts all keys; see `keys`.
+
+        Args:
+            prefix: The beginning of the keys; an empty one means all keys.
+            after: Begin behind this key: above it, or below it with `reverse`. There need not be
+                such a key.
+            limit: The largest number of keys, 1 or more; `None` means all.
+            reverse: Whether to begin with the highest key.
+            type: The type to decode each value as; see `get`.
+
+        Returns:
+            An iterator over pairs of a key and its value. It says which errors its steps raise. A
+            manager that is not running is an error of the first step.
+
+        Raises:
+            InvalidKeyError: `after` cannot be a key.
+            TypeError: An argument has a wrong type, or `type` cannot be decoded; see `get`.
+            ValueError: `limit` is below 1.
+        """
+        return Items(self._steps(prefix, after, limit, type, reverse=reverse))
+
+    def _steps(self, prefix: str, after: str | None, limit: int | None, type_: Any, *, reverse: bool) -> Steps:
+        """Return the steps of an iterator; see `items`."""
+        if type_ is not Any:
+            check_type(type_)
+        within = self._range(prefix, after, limit, reverse=reverse)
+        decoding = Decoding(type_, partial(self._decode, default=MISSING, type_=type_))
+        return Steps(StateSource(self._named_core, within), decoding)
+
+    @property
+    def _named_core(self) -> NamedCore:
+        """The core of the handle."""
+        raise NotImplementedError
+
+    def _range(self, prefix: str, after: str | None, limit: int | None, *, reverse: bool) -> Range:
+        """Return the keys that a call asks for."""
+        raise NotImplementedError
+
+    def _decode(self, key: str, stored: Any, default: object, type_: Any) -> Any:
+        """Return a value as a type."""
+        raise NotImplementedError

@@ -1,0 +1,144 @@
+"""The keys of one moment in order, and their values, some at a time. Pure and synchronous."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
+from typing import Any, NamedTuple, cast
+
+from msgspec import Raw
+
+from lab_state._entries import SCALARS, Expiring, Stored, Value
+from lab_state._in_steps import Range
+from lab_state._order import Chunk
+from lab_state._types import DECODE_ERRORS, decode_json
+from lab_state._undo import UndoView
+
+_KEYS_IN_STEP = 200
+"""The largest number of keys whose values one step decodes."""
+
+_SECONDS_IN_STEP = 0.001
+"""After this many seconds, a step decodes no further value."""
+
+_BYTES_IN_STEP = 32_768
+"""Values of at most this many bytes are decoded at once: about a quarter of a millisecond."""
+
+_JSON = frozenset({bytes, Raw})
+"""The classes of values that have to be decoded."""
+
+
+class Decoding(NamedTuple):
+    """The way in which values are decoded.
+
+    Attributes:
+        type: The type that the caller asked for.
+        value: Decodes the value of a key as this type. It may raise `TypeMismatchError`.
+    """
+
+    type: Any
+    value: Callable[[str, Value], Any]
+
+
+class Pages:
+    """The keys of one moment in order, and their values, some at a time.
+
+    Attributes:
+        view: The values. If it was closed, there are no more pages.
+    """
+
+    __slots__ = ("_at", "_cut", "_left", "_now", "_pieces", "_rest", "_reverse", "view")
+
+    def __init__(self, view: UndoView[Stored], pieces: Sequence[Chunk], within: Range, now: float) -> None:
+        """Begin the pages.
+
+        Args:
+            view: The values of the keys.
+            pieces: The keys of the range in ascending order.
+            within: The range.
+            now: The time of the moment, in milliseconds since 1970. Keys that had expired by then are left out.
+        """
+        self.view: UndoView[Stored] = view
+        self._pieces = list(pieces) if within.reverse else list(reversed(pieces))
+        self._reverse = within.reverse
+        self._at = 0
+        self._rest: list[tuple[str, Stored]] = []
+        self._cut = within.cut
+        self._left = sys.maxsize if within.limit is None else within.limit
+        self._now = now
+
+    def next(self, decoding: Decoding) -> list[tuple[str, Any]] | None:
+        """Return the next keys with their values, in reverse order. At the end, return `None`.
+
+        The list is empty if all of some keys had expired.
+
+        Raises:
+            TypeMismatchError: The next value is not of the type. The next call continues after it.
+        """
+        if not self._rest:
+            keys = self._next_keys()
+            if not keys:
+                return None
+            values = self.view.values(keys)
+            names = [key[self._cut :] for key in keys] if self._cut else keys
+            rows = _all_at_once(names, values, decoding.type)
+            if rows is not None:
+                self._left -= len(rows)
+                return rows
+            self._rest = list(zip(names, values, strict=True))
+            self._rest.reverse()
+        rows = self._one_by_one(decoding)
+        self._left -= len(rows)
+        rows.reverse()
+        return rows
+
+    def _next_keys(self) -> Chunk:
+        """Return the next keys of the range, in order; none at the end."""
+        most = min(self._left, _KEYS_IN_STEP)
+        if not self._pieces or not most:
+            return ()
+        piece, at = self._pieces[-1], self._at
+        end = self._at = min(at + most, len(piece))
+        if end == len(piece):
+            self._at = 0
+            self._pieces.pop()
+        if self._reverse:
+            return piece[len(piece) - end : len(piece) - at][::-1]
+        return piece[at:end]
+
+    def _one_by_one(self, decoding: Decoding) -> list[tuple[str, Any]]:
+        """Decode some values, for a millisecond. The last one may take longer."""
+        rest, until = self._rest, perf_counter() + _SECONDS_IN_STEP
+        rows: list[tuple[str, Any]] = []
+        while rest and perf_counter() < until:
+            key, stored = rest.pop()
+            if isinstance(stored, Expiring):
+                if stored.at <= self._now:
+                    continue
+                stored = stored.value
+            try:
+                rows.append((key, decoding.value(key, stored)))
+            except Exception:
+                if not rows:
+                    raise
+                rest.append((key, stored))  # the next call begins with the error
+                break
+        return rows
+
+
+def _all_at_once(names: Sequence[str], values: list[Stored], type_: Any) -> list[tuple[str, Any]] | None:
+    """Return the common cases in reverse order: scalars, or small JSON, without a type and without an expiry; else `None`."""
+    if type_ is not Any:
+        return None
+    kinds = set(map(type, values))
+    found: Iterable[Any] = values
+    if not kinds <= SCALARS:
+        if not kinds <= _JSON or sum(map(len, cast("list[bytes]", values))) > _BYTES_IN_STEP:
+            return None
+        found = map(decode_json, values)
+    try:
+        rows = list(zip(names, found, strict=True))
+    except DECODE_ERRORS:  # the values are decoded one by one, which finds the bad one
+        return None
+    rows.reverse()
+    return rows

@@ -1,0 +1,155 @@
+"""The steps of an iterator, and the source of the keys of a state."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, NoReturn, Protocol
+
+from lab_state._entries import Stored
+from lab_state._in_steps import Core, Range
+from lab_state._items._pages import Decoding, Pages
+from lab_state._undo import UndoView
+from lab_state.exceptions import ClosedError
+
+
+class Source(Protocol):
+    """The part of an iterator that knows where the values are from."""
+
+    async def begin(self) -> Pages:
+        """Take the keys and a view of the values, both of one moment.
+
+        Raises:
+            LabStateError: The object whose method `items` was called cannot be read now.
+        """
+        ...
+
+    def end(self, view: UndoView[Stored]) -> None:
+        """Close a view."""
+        ...
+
+    def refuse(self) -> NoReturn:
+        """Raise the error for an iterator whose view was closed, because the values can no longer be read."""
+        ...
+
+
+class Steps:
+    """The steps of one iterator, which `Items` and `PlainItems` take.
+
+    Attributes:
+        rows: Keys and values that were not taken yet. The next one is the last of them. It is always the same list,
+            and the view empties it when it is closed.
+        is_over: Whether the iterator is closed.
+    """
+
+    __slots__ = ("_decoding", "_is_busy", "_pages", "_source", "is_over", "rows")
+
+    def __init__(self, source: Source, decoding: Decoding) -> None:
+        """Prepare the first step."""
+        self.rows: list[tuple[str, Any]] = []
+        self.is_over: bool = False
+        self._source = source
+        self._decoding = decoding
+        self._pages: Pages | None = None
+        self._is_busy = False
+
+    def __repr__(self) -> str:
+        return "closed" if self.is_over else "new" if self._pages is None else "open"
+
+    @property
+    def has_view(self) -> bool:
+        """Whether there is a view to read, or to give back."""
+        return self._pages is not None and not self._pages.view.is_closed
+
+    async def step(self, *, pause: bool) -> bool:
+        """Return whether there is a value to take.
+
+        Args:
+            pause: Whether to let the event loop run first, unless this is the first step.
+        """
+        if self._is_busy:
+            raise RuntimeError("another task waits for a step of this iterator: only one may do so at a time")
+        self._is_busy = True
+        try:
+            if self._pages is None and not self.is_over:
+                await self._begin()
+            elif self._may_go_on() and pause:
+                await asyncio.sleep(0)
+            while self._may_go_on() and not self.rows:
+                self._load()
+                if pause and not self.rows:  # all keys of the page had expired
+                    await asyncio.sleep(0)
+        finally:
+            self._is_busy = False
+        return not self.is_over
+
+    async def _begin(self) -> None:
+        """Take the keys and the view."""
+        pages = await self._source.begin()
+        if self.is_over:  # `close` was called meanwhile
+            self._source.end(pages.view)
+        else:
+            self._pages, pages.view.unread = pages, self.rows
+
+    def _may_go_on(self) -> bool:
+        """Return whether the iterator is not over. Raise an error if its view was closed, but not by `close`."""
+        if not self.is_over and not self.has_view:
+            self._source.refuse()
+        return not self.is_over
+
+    def _load(self) -> None:
+        """Take the next values. At the end, close the iterator."""
+        assert self._pages is not None  # it has begun
+        rows = self._pages.next(self._decoding)
+        if rows is None:
+            self.close()
+        else:
+            self.rows += rows
+
+    def close(self) -> None:
+        """Give up the values. A second call does nothing."""
+        if self._pages is not None:
+            self._source.end(self._pages.view)
+        self.is_over = True
+        self.rows.clear()
+
+
+class NamedCore(Core, Protocol):
+    """The core of the handles that read."""
+
+    @property
+    def name(self) -> str:
+        """The name of the state."""
+        ...
+
+
+class StateSource:
+    """A source of the keys of a state."""
+
+    def __init__(self, core: NamedCore, within: Range) -> None:
+        """Prepare an iterator over the keys of a range."""
+        self._core = core
+        self._state = core.state
+        self._within = within
+
+    async def begin(self) -> Pages:
+        """Take the keys and a view; see `Source.begin`."""
+        self._core.check_open()
+        self._state = state = self._core.state
+        if state.is_index_behind:
+            for _ in state.index_steps():
+                await asyncio.sleep(0)
+                if self._core.state is not state:
+                    self.refuse()
+        pieces = state.pieces(self._within.low, self._within.high)
+        return Pages(state.view(), pieces, self._within, state.now())
+
+    def end(self, view: UndoView[Stored]) -> None:
+        """Close a view; see `Source.end`."""
+        self._state.close_view(view)
+
+    def refuse(self) -> NoReturn:
+        """Raise the error for a view that was closed; see `Source.refuse`."""
+        self._core.check_open()
+        raise ClosedError(
+            f"the manager of {self._core.name!r} was stopped since the first step of this iterator: call items() again"
+        )
