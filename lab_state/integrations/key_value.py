@@ -177,9 +177,10 @@ class LabStateStore:
     # The optional protocols
 
     async def keys(self, collection: str | None = None, *, limit: int | None = None) -> list[str]:
-        """Return up to `limit` keys of a collection, in no particular order. The cost grows with the number of all keys."""
+        """Return the first `limit` keys of a collection, in order of their escaped form."""
         prefix = f"{self._collection(collection)}/"
-        found = (await self._namespace.keys(prefix))[: _limit(limit)]
+        most = _limit(limit)
+        found = [] if most == 0 else await self._namespace.keys(prefix, limit=most)
         return [self._text(place, place[len(prefix) :], "key") for place in found]
 
     async def collections(self, *, limit: int | None = None) -> list[str]:
