@@ -27,7 +27,7 @@ from lab_state._codec import encode_record, encode_small_record
 from lab_state._durability import Waiters, copied
 from lab_state._early import LOOK_EVERY, EarlyFlush
 from lab_state._entries import ChangeSet
-from lab_state._foreign import only_storage_errors, pass_on, storage_error
+from lab_state._foreign import described, only_storage_errors, pass_on, storage_error
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
 from lab_state._order import CHUNKS_AT_ONCE
@@ -208,7 +208,9 @@ class Flusher(Outcomes):
     def _ended(self, task: asyncio.Task[None]) -> None:
         """End all waits when the task has ended. Its outcome depends on the changes that are not durable."""
         problem = None if task.cancelled() else task.exception()
-        what = "was cancelled" if task.cancelled() else f"failed: {problem!r}" if problem is not None else "ended"
+        what = (
+            "was cancelled" if task.cancelled() else f"failed: {described(problem)}" if problem is not None else "ended"
+        )
         # The callers get their result first. Foreign code, such as a logger, is called after that.
         self._waiters.settle(self._certain_revision)
         if not self._stopping:
@@ -360,7 +362,8 @@ class Flusher(Outcomes):
         try:
             return self._committed(taken)
         except Exception as problem:  # noqa: BLE001 -- their errors must not end the task
-            self._logger.error("%s: the watchers and the mirror could not be told of a commit: %r", self._name, problem)  # noqa: TRY400 -- one line
+            what = described(problem)
+            self._logger.error("%s: the watchers and the mirror could not be told of a commit: %s", self._name, what)  # noqa: TRY400 -- one line
             return True
 
     async def _write(self, taken: ChangeSet, views: SnapshotViews) -> bool:

@@ -49,6 +49,20 @@ def storage_error(problem: BaseException, blame: str = "") -> StorageError:
     return error
 
 
+def described(problem: BaseException) -> str:
+    """Return the class of a foreign error, and the place where it was raised.
+
+    The text of the error is left out, because it may contain a value or a credential.
+    """
+    name, trace = type(problem).__name__, problem.__traceback__
+    if trace is None:
+        return name
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    return f"{name} at {code.co_filename}:{trace.tb_lineno}, in {code.co_name}"
+
+
 def pass_on(interrupt: BaseException) -> NoReturn:
     """Raise an interrupt in a callback, where it ends the event loop."""
     raise interrupt
@@ -71,7 +85,7 @@ def tell_fenced(on_fenced: Callable[[FencedError], object], error: FencedError, 
     try:
         result = on_fenced(error)
     except Exception as problem:  # noqa: BLE001 -- it is logged
-        logger.error("%s: on_fenced failed: %r", name, problem)  # noqa: TRY400 -- one line
+        logger.error("%s: on_fenced failed: %s", name, described(problem))  # noqa: TRY400 -- one line
         return
     if inspect.iscoroutine(result):
         result.close()

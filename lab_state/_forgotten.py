@@ -7,9 +7,10 @@ import contextlib
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lab_state.storage._protocol import StorageSession
+from lab_state.storage._protocol import Storage, StorageSession
 
 _LONGEST_CLOSE = 10.0
 """Seconds after which the thread that closes a session gives up."""
@@ -17,7 +18,8 @@ _LONGEST_CLOSE = 10.0
 
 class _Started(NamedTuple):
     name: str
-    storage: str
+    storage: Callable[[], object]  # a weak reference, because the storage may refer to the manager
+    place: object
     where: str
 
 
@@ -37,24 +39,44 @@ def _is_ours(module: str) -> bool:
     return module.partition(".")[0] == "lab_state"
 
 
-def note(flusher: object, session: StorageSession, name: str, storage: str, where: str) -> weakref.finalize[Any, Any]:
+def note(
+    flusher: object, session: StorageSession, name: str, storage: Storage, where: str
+) -> weakref.finalize[Any, Any]:
     """Note that a state was started. Its session will be closed when the flusher is collected.
 
     Returns:
         A finalizer. Its `detach` must be called when the session is closed in the normal way.
     """
-    _started[flusher] = _Started(name, storage, where)
+    try:
+        reference: Callable[[], object] = weakref.ref(storage)
+    except TypeError:  # the class of the storage has slots
+        reference = _none
+    _started[flusher] = _Started(name, reference, getattr(session, "place", None), where)
     closing = weakref.finalize(flusher, _close, session)
     closing.atexit = False
     return closing
 
 
-def started_here(name: str, storage: str) -> str:
-    """Return where this process started a state, as the end of a message; an empty text if it did not."""
+def started_here(name: str, storage: Storage, place: object) -> str:
+    """Return where this process started a state, as the end of a message; an empty text if that is not known.
+
+    A state is recognised by its storage object and its name, or by its place, if the storage
+    gives it. Two storages with the same `repr` may have different places. For example, a relative
+    directory depends on the current directory.
+
+    Args:
+        name: The name of the state.
+        storage: The storage object that refused the second start.
+        place: The place in the `LockedError` of that storage; `None` if it has none.
+    """
     for started in list(_started.values()):
-        if (started.name, started.storage) == (name, storage):
+        if started.name == name and (started.storage() is storage or (place is not None and started.place == place)):
             return f"; the first one was started at {started.where}"
     return ""
+
+
+def _none() -> None:
+    """Return no storage."""
 
 
 def _close(session: StorageSession) -> None:

@@ -101,6 +101,8 @@ class UnsupportedError(StorageError):
 class LockedError(StorageError):
     """Another process, or another manager in this process, owns the state: stop that one. The message names it."""
 
+    place: object = None  # set by some storages: equal for equal places of a state, also in another storage object
+
 
 class FencedError(StorageError):
     """A newer writer owns the state: end this process.

@@ -19,7 +19,7 @@ from lab_state._clock import Clock, GuardedClock, SystemClock
 from lab_state._core import Core
 from lab_state._entries import ChangeSet
 from lab_state._flusher import Flusher
-from lab_state._foreign import check_on_fenced
+from lab_state._foreign import check_on_fenced, described
 from lab_state._forgotten import caller, note, started_here
 from lab_state._log import Log, Logs, check_logger
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
@@ -200,7 +200,7 @@ class Manager(Scope):
                 raise
         except LockedError as error:
             self._phase = before
-            first = started_here(self._config.name, repr(self._storage))
+            first = started_here(self._config.name, self._storage, error.place)
             raise LockedError(f"{error}{first}") from error.__cause__
         except BaseException:
             self._phase = before
@@ -241,7 +241,7 @@ class Manager(Scope):
             watchers.attended = sweeper.attend
             flusher.start()
             undo.pop_all()
-        flusher.forgotten = note(flusher, session, self._config.name, repr(self._storage), self._started_at)
+        flusher.forgotten = note(flusher, session, self._config.name, self._storage, self._started_at)
         self._flusher, self._mirror, self._sweeper = flusher, mirror, sweeper
         self._core.open(state, flusher, watchers, sweeper.resume)
 
@@ -383,7 +383,9 @@ class Manager(Scope):
 
     def _clock_failed(self, error: Exception) -> None:
         self._logger.error(
-            "%s: the clock failed; its last time is used until it answers again: %r", self._config.name, error
+            "%s: the clock failed; its last time is used until it answers again: %s",
+            self._config.name,
+            described(error),
         )
 
     # Durability

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -33,6 +34,11 @@ def collect() -> None:
     for thread in threading.enumerate():
         if thread.name == "lab_state forgotten":
             thread.join()
+
+
+def started_line() -> int:
+    """Return the number of the next line, which starts a manager."""
+    return sys._getframe(1).f_lineno + 1
 
 
 async def forgets(directory: Path) -> None:
@@ -112,11 +118,50 @@ async def test_a_second_start_says_where_the_first_was(tmp_path: Path) -> None:
         assert f"{__file__}:" in str(caught.value)
         assert "in test_a_second_start_says_where_the_first_was" in str(caught.value)
         (tmp_path / "link").symlink_to(tmp_path)
-        with pytest.raises(LockedError) as caught:  # by another path it is not known
+        with pytest.raises(LockedError, match="the first one was started at "):  # by another path too
             await Manager("nb", FileStorage(tmp_path / "link")).start()
-        assert "the first one" not in str(caught.value)
     async with Manager("nb", FileStorage(tmp_path)):
         pass
+
+
+async def test_storages_with_one_repr_and_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative directory and a storage in memory look the same in two places. Each place has its own first start."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    relative = FileStorage("states")
+    async with Manager("nb", relative), Manager("nb", MemoryStorage()):
+        monkeypatch.chdir(tmp_path / "b")
+        other = FileStorage("states")
+        assert repr(other) == repr(relative)
+        line = started_line()
+        async with Manager("nb", other):
+            with pytest.raises(LockedError) as caught:
+                await Manager("nb", FileStorage("states")).start()
+            assert f"{__file__}:{line}" in str(caught.value)
+        memory = MemoryStorage()
+        line = started_line()
+        async with Manager("nb", memory):
+            with pytest.raises(LockedError) as caught:
+                await Manager("nb", memory).start()
+            assert f"{__file__}:{line}" in str(caught.value)
+
+
+async def test_a_storage_with_slots_has_no_first_start() -> None:
+    """A storage that supports no weak reference, and gives no place, is refused without the line of the first start."""
+
+    class Slotted:
+        __slots__ = ("open", "read")
+
+        def __init__(self, inner: MemoryStorage) -> None:
+            self.open = inner.open
+            self.read = inner.read
+
+    storage = Slotted(MemoryStorage())
+    async with Manager("nb", storage):
+        with pytest.raises(LockedError) as caught:
+            await Manager("nb", storage).start()
+        assert "the first one" not in str(caught.value)
 
 
 async def test_a_start_in_a_task_of_its_own_is_named_by_asyncio() -> None:

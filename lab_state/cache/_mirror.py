@@ -36,7 +36,7 @@ from collections.abc import AsyncGenerator
 from lab_state._clock import Clock, Pauses, Timer, done_within
 from lab_state._entries import ChangeSet, Stored
 from lab_state._flusher import Flusher
-from lab_state._foreign import is_cancelled
+from lab_state._foreign import described, is_cancelled
 from lab_state._log import Log
 from lab_state._metrics import MirrorCounts
 from lab_state._snapshots import SnapshotViews
@@ -378,7 +378,7 @@ class MirrorWriter:
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Log the end of the task, unless the manager is stopped or fenced."""
         if not task.cancelled() and (problem := task.exception()) is not None:
-            what = f"failed: {problem!r}"
+            what = f"failed: {described(problem)}"
         else:
             what = "was cancelled"
         if not (self._stopping or self._flusher.fenced):

@@ -12,7 +12,7 @@ import zlib
 from lab_state import _journal as journal
 from lab_state._journal import NO_BASE
 from lab_state._log import Log
-from lab_state.exceptions import StorageError
+from lab_state.exceptions import LockedError, StorageError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
@@ -47,7 +47,11 @@ def open_writer(
     paths = Paths.of(folder.opened(directory, create=create), name)
     if not create:
         _check_there(paths)  # before the lock file is created
-    lock = Lock(paths.lock)
+    try:
+        lock = Lock(paths.lock)
+    except LockedError as error:
+        error.place = paths.snapshot
+        raise
     try:
         loaded = _load(paths, name, lock, leftovers)
         if not create:

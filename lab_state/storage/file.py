@@ -202,6 +202,7 @@ class FileSession:
         self._commits = commits
         self._checkpoints = checkpoints
         self._journals = journals
+        self.place: object = writer.paths.snapshot  # see `LockedError.place`
         self._own: weakref.ref[FileSession] = weakref.ref(self)
         self._closing: Future[None] | None = None
         self._new: tuple[fs.NewFile, NewJournal] | None = None

@@ -33,20 +33,22 @@ class _Claim:
     _held: ClassVar[dict[tuple[str, ...], _Claim]] = {}
 
     def __init__(self, endpoint_url: str | None, names: Names) -> None:
-        self._key = (endpoint_url or "", names.bucket, names.snapshot)
+        self.key = (endpoint_url or "", names.bucket, names.snapshot)
         self.pid = os.getpid()
-        holder = self._held.get(self._key)
+        holder = self._held.get(self.key)
         if holder is not None and holder.pid == self.pid:  # a forked child inherits claims of its parent
-            raise LockedError(
+            error = LockedError(
                 f"{names.url(names.snapshot)} is open in this process already: stop its manager first; "
                 "a state has one writer"
             )
-        self._held[self._key] = self
+            error.place = self.key
+            raise error
+        self._held[self.key] = self
 
     def release(self) -> None:
         """Give the claim up. A second call does nothing, even if there is a later claim of the state."""
-        if self._held.get(self._key) is self:
-            del self._held[self._key]
+        if self._held.get(self.key) is self:
+            del self._held[self.key]
 
 
 class S3Storage:
@@ -179,10 +181,12 @@ class S3Storage:
             claim.release()
 
         try:
-            return await self._open_with(names, await self._requests(thread), let_go)
+            session = await self._open_with(names, await self._requests(thread), let_go)
         except BaseException:
             thread.shutdown(wait=False)
             raise
+        session.place = claim.key
+        return session
 
     async def _open_with(self, names: Names, store: Requests, let_go: Any) -> S3Session:
         from lab_state.storage.s3._open import open_state  # noqa: PLC0415 -- see _import

@@ -55,6 +55,7 @@ class S3Session:
         fence, loaded, undeletable = opened
         self.recovery: Recovery = loaded.recovery
         self.path: str = names.url(names.snapshot)
+        self.place: object = None  # see `LockedError.place`; the storage sets it
         self.snapshot_bytes: int = loaded.snapshot_bytes
         self._store = store
         self._names = names
