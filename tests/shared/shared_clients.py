@@ -153,11 +153,7 @@ class ClientSteps:
         if load and not (isinstance(client.load, tuple) and self.wrong == "a load outlives its connection"):
             w = with_client(w, number, load="wanted", kept=())
         if not known:
-            for call in client.book:
-                w = self.finish(w, number, call.op, "unknown")
-            for op, *_ in client.again:
-                w = self.finish(w, number, op, "unknown")
-            return with_client(w, number, generation=client.generation + 1, number=0, book=(), again=(), held=())
+            return self.begin_anew(w, number)
         if self.wrong == "sends again with new numbers":
             book = tuple(call._replace(number=client.number + at) for at, call in enumerate(client.book, 1))
             w = with_client(w, number, book=book, number=client.number + len(book))
@@ -174,6 +170,21 @@ class ClientSteps:
         assert client.conn is not None
         return with_client(w, number, conn=client.conn._replace(up=client.conn.up + client.late), late=())
 
+    def begin_anew(self, w: World, number: int) -> World:
+        """Take a new id. Calls that were sent end; the others were certainly not applied, and get new numbers."""
+        client = w.clients[number]
+        for call in client.book:
+            if call.sent:
+                w = self.finish(w, number, call.op, "unknown")
+        kept = [call for call in client.book if not call.sent]
+        kept = [call._replace(since=NEVER) if call.refused else call for call in kept]
+        book = tuple(call._replace(number=at) for at, call in enumerate(kept, 1))
+        again = tuple((op, NEVER, seen) for op, _, seen in client.again)
+        w = with_client(
+            w, number, generation=client.generation + 1, number=len(book), book=book, again=again, held=(), stamp=None
+        )
+        return self.end(w, number)  # it connects again under the new id
+
     def take(self, w: World, number: int, record: Record) -> World:
         """Apply a record to the copy."""
         client = w.clients[number]
@@ -185,8 +196,11 @@ class ClientSteps:
 
     def answered(self, w: World, number: int, kind: str, n: int, *rest: Any) -> World:
         call = next((call for call in w.clients[number].book if call.number == n), None)
-        if call is None or kind == "moved":  # a moved call stays in the book, for the next owner
+        if call is None:
             return w
+        if kind == "moved":  # it was not applied, and stays in the book for the next owner
+            moved = tuple(one._replace(sent=False) if one == call else one for one in w.clients[number].book)
+            return with_client(w, number, book=moved)
         w = with_client(w, number, book=tuple(one for one in w.clients[number].book if one != call))
         if kind == "answer":
             return self.finish_ok(w, number, call.op, *rest)

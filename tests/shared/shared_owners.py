@@ -143,11 +143,12 @@ class Model(ClientSteps):
         name = name_of(number, client.generation)
         fresh = client.stamp is None or w.minute == client.stamp
         known = name in dict(owner.known) or fresh or self.wrong == "admits a forgotten client"
-        names = name if known else name_of(number, client.generation + 1)
+        if not known:  # the owner tells it so, and closes the connection
+            return with_client(w, number, conn=Conn(down=(("welcome", False, owner.durable, False, w.minute),)))
         w = with_owner(
             w,
-            known=tuple(sorted({names: 0, **dict(owner.known)}.items())),
-            gone=tuple(pair for pair in owner.gone if pair[0] != names),
+            known=tuple(sorted({name: 0, **dict(owner.known)}.items())),
+            gone=tuple(pair for pair in owner.gone if pair[0] != name),
         )
         have = -1 if client.copy is None else len(client.copy)
         tail = tuple(record for record in owner.records if record.end > have)
@@ -155,7 +156,7 @@ class Model(ClientSteps):
         if not load and w.faults.loads:  # the records were dropped: both happen
             w = spend(w, "loads")
             load = True
-        down: tuple[tuple[Any, ...], ...] = (("welcome", known, owner.durable, load, w.minute),)
+        down: tuple[tuple[Any, ...], ...] = (("welcome", True, owner.durable, load, w.minute),)
         if not load:
             down += tuple(("record", record, w.minute) for record in tail)
         return with_client(w, number, conn=Conn(down=down))
@@ -354,13 +355,12 @@ class Model(ClientSteps):
         has_results = entry_of(owner.table, name) is not None or any(one.client == name for one in owner.writing)
         if has_results:
             left = (*left, Pending(name, 0, 0, 0))
-        w = with_owner(
+        return with_owner(
             w,
             known=tuple(pair for pair in owner.known if pair[0] != name),
             gone=tuple(pair for pair in owner.gone if pair[0] != name),
             pending=left,
         )
-        return with_owner(w, table=tuple(entry for entry in owner.table if entry[0] != name))
 
     # The end
 
@@ -446,7 +446,7 @@ class Model(ClientSteps):
         """Look up one of the new owner's own open calls, and apply it if it was not applied."""
         if w.ops[call.op].status != "open":
             return w
-        if lost and self.wrong != "a new owner was not forgotten":
+        if lost and call.sent and self.wrong != "a new owner was not forgotten":
             return self.finish(w, number, call.op, "unknown")
         found = {n: (result, revision) for n, result, revision in (entry_of(table, name) or (0, ()))[1]}
         if call.number in found and self.wrong != "a new owner does not look up its own calls":

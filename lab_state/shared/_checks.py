@@ -1,0 +1,69 @@
+"""Decide whether something that a call has read has changed since then. Pure.
+
+The owner keeps the revision of the last change of each key that changed lately, changes that are not
+durable included. `floor` is the revision from which on it knows all changes. A check below it cannot
+be decided, so it does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+MOST_KEYS = 100_000
+"""So many keys are kept. A check that lists a prefix may look at each of them, which takes about 10 ms."""
+
+
+class RecentChanges:
+    """The keys that changed lately, those that changed last at the end.
+
+    Attributes:
+        floor: All changes after this revision are known.
+    """
+
+    def __init__(self, revision: int, most: int = MOST_KEYS) -> None:
+        """Begin at a revision, before which nothing is known. Keep at most `most` keys."""
+        self.floor: int = revision
+        self._most = most
+        self._changed: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        """Return the number of keys that are kept."""
+        return len(self._changed)
+
+    def note(self, keys: Collection[str], revision: int) -> None:
+        """Note that keys were set, deleted or swept by a change. More keys than are kept count as a clear."""
+        if len(keys) > self._most:
+            self.note_clear(revision)
+            return
+        changed = self._changed
+        for key in keys:
+            changed.pop(key, None)  # so that the key moves to the end
+            changed[key] = revision
+        for key in [key for key, _ in zip(changed, range(len(changed) - self._most), strict=False)]:
+            self.floor = changed.pop(key)
+
+    def note_clear(self, revision: int) -> None:
+        """Note that a change deleted all keys. This counts as a change of every key, also of missing ones."""
+        self._changed = {}
+        self.floor = revision
+
+    def hold(self, since: int, keys: Collection[str], prefixes: Collection[str]) -> bool:
+        """Return whether no key of a check, and none under its prefixes, changed after `since`.
+
+        A check without keys and prefixes always holds.
+        """
+        if not keys and not prefixes:
+            return True
+        if since < self.floor:
+            return False
+        changed = self._changed
+        if any(changed.get(key, 0) > since for key in keys):
+            return False
+        if prefixes:
+            starts = tuple(prefixes)
+            for key in reversed(changed):
+                if changed[key] <= since:
+                    break
+                if key.startswith(starts):
+                    return False
+        return True

@@ -1,0 +1,67 @@
+"""The clients that an owner knows: their acknowledgements, and which of them are to be forgotten. Pure.
+
+All times are those of the owner's `CLOCK_MONOTONIC`, in nanoseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+FORGOTTEN_AFTER = 60 * 1_000_000_000
+"""A client without a connection for so many nanoseconds is forgotten."""
+
+
+def may_be_forgotten(heard: int | None, now: int) -> bool:
+    """Return whether an owner may have forgotten a client that heard from an owner at a time.
+
+    A time that is ahead of the clock is not of this machine, or not since its boot. So it proves nothing.
+    """
+    return heard is not None and not 0 <= now - heard < FORGOTTEN_AFTER
+
+
+class Clients:
+    """The clients that an owner knows."""
+
+    def __init__(self, acknowledged: Mapping[str, int], now: int) -> None:
+        """Take the clients of the table of results. Their minute begins now."""
+        self.acknowledged: dict[str, int] = dict(acknowledged)
+        self._gone: dict[str, int] = dict.fromkeys(acknowledged, now)
+
+    def __contains__(self, client: str) -> bool:
+        """Return whether a client is known."""
+        return client in self.acknowledged
+
+    @property
+    def connected(self) -> int:
+        """The number of clients with a connection."""
+        return len(self.acknowledged) - len(self._gone)
+
+    def admit(self, client: str, heard: int | None, now: int) -> bool:
+        """Note a new connection. Return False if the client may have been forgotten: then nothing is noted."""
+        if client not in self.acknowledged:
+            if may_be_forgotten(heard, now):
+                return False
+            self.acknowledged[client] = 0
+        self._gone.pop(client, None)
+        return True
+
+    def acknowledge(self, client: str, number: int) -> None:
+        """Note the acknowledgement of a client that is known. It never goes back."""
+        self.acknowledged[client] = max(self.acknowledged[client], number)
+
+    def disconnect(self, client: str, now: int) -> None:
+        """Note the end of the last connection of a client. A client that is not known stays so."""
+        if client in self.acknowledged:
+            self._gone[client] = now
+
+    def forget(self, client: str) -> None:
+        """Forget a client. A second call changes nothing."""
+        self.acknowledged.pop(client, None)
+        self._gone.pop(client, None)
+
+    def forget_gone(self, now: int) -> list[str]:
+        """Forget the clients that had no connection for a minute, and return them."""
+        due = [client for client, since in self._gone.items() if now - since >= FORGOTTEN_AFTER]
+        for client in due:
+            self.forget(client)
+        return due

@@ -1,0 +1,176 @@
+"""The book of a client: its calls that have a number and no answer, and those that wait for a number. Pure.
+
+A call gets the next number when the window has room for it, in the order of `submit`. It keeps this
+number when it is sent again. The acknowledgement goes with each message. It is one less than the
+lowest open number, so it never covers a call that may be sent again.
+
+A call may have a check. `since` is its revision, and rests on the copy or on a refusal. What a
+refusal brought may be lost with its owner. So such a check counts on one connection only, and is sent
+as `NEVER` on a later one. The same holds for each check that is sent again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, Literal, TypeAlias, TypeVar
+
+from lab_state.shared._clients import may_be_forgotten
+from lab_state.shared._order import SPAN
+
+C = TypeVar("C")
+
+MOST_BYTES = 16 * 1024 * 1024
+"""The open calls of a client have at most so many bytes together. A larger call may be open alone."""
+
+NEVER = -1
+"""The revision of a check that is always refused."""
+
+Outcome: TypeAlias = Literal["not made", "unknown"]
+
+
+class OpenCall(Generic[C]):
+    """A call in the book.
+
+    Attributes:
+        call: The call itself, which only the client looks at.
+        size: Its size in bytes.
+        number: Its number; 0 while it waits for one.
+        since: The revision of its check; `None` without a check.
+    """
+
+    __slots__ = ("_from_refusal", "_may_be_made", "call", "number", "since", "size")
+
+    def __init__(self, call: C, size: int, since: int | None, *, from_refusal: bool) -> None:
+        self.call: C = call
+        self.size: int = size
+        self.number: int = 0
+        self.since: int | None = since
+        self._from_refusal = from_refusal
+        self._may_be_made = False
+
+    @property
+    def outcome(self) -> Outcome:
+        """The outcome if the call ends without an answer now."""
+        return "unknown" if self._may_be_made else "not made"
+
+    def sent(self) -> None:
+        """Note that the call is being sent, whole or in part."""
+        self._may_be_made = True
+
+    def moved(self) -> None:
+        """Note that the owner has answered that the call was not applied. A check that rests on the copy still counts."""
+        self._may_be_made = False
+
+    def reconnect(self) -> None:
+        """Refuse the check if it does not count on a new connection."""
+        if self.since is not None and (self._may_be_made or self._from_refusal):
+            self.since = NEVER
+
+
+class OpenCalls(Generic[C]):
+    """The calls of one client, from its start to its stop.
+
+    Attributes:
+        heard: The last time that an owner told this client, in nanoseconds; `None` if there is none.
+        connection: The number of the connection, from 1; 0 before the first welcome.
+    """
+
+    def __init__(self) -> None:
+        self.heard: int | None = None
+        self.connection: int = 0
+        self._last = 0
+        self._open: dict[int, OpenCall[C]] = {}  # in the order of the numbers
+        self._waiting: deque[OpenCall[C]] = deque()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        """Return the number of calls that have no answer, with or without a number."""
+        return len(self._open) + len(self._waiting)
+
+    @property
+    def acknowledgement(self) -> int:
+        """The number up to which the client needs no answer any longer."""
+        return next(iter(self._open)) - 1 if self._open else self._last
+
+    def submit(self, call: C, size: int, since: int | None = None, refused_on: int | None = None) -> OpenCall[C]:
+        """Add a call, which waits for a number. `number_next` follows.
+
+        Args:
+            call: The call.
+            size: Its size in bytes.
+            since: The revision of its check; `None` without a check.
+            refused_on: The `connection` on which a refusal brought that revision; `None` if it is
+                that of the copy.
+        """
+        if refused_on is not None and refused_on != self.connection:
+            since = NEVER
+        added = OpenCall(call, size, since, from_refusal=refused_on is not None)
+        self._waiting.append(added)
+        return added
+
+    def number_next(self) -> list[OpenCall[C]]:
+        """Give numbers to the calls for which the window has room, and return these calls, in order."""
+        numbered: list[OpenCall[C]] = []
+        while self._waiting and self._has_room(self._waiting[0].size):
+            call = self._waiting.popleft()
+            self._last += 1
+            call.number = self._last
+            self._open[call.number] = call
+            self._bytes += call.size
+            numbered.append(call)
+        return numbered
+
+    def _has_room(self, size: int) -> bool:
+        if not self._open:
+            return True
+        return self._last + 1 - self.acknowledgement <= SPAN and self._bytes + size <= MOST_BYTES
+
+    def find(self, number: int) -> OpenCall[C] | None:
+        """Return an open call; `None` if there is none with this number."""
+        return self._open.get(number)
+
+    def end(self, call: OpenCall[C]) -> bool:
+        """Remove a call that was answered or given up, or that was cancelled while it waited for a number.
+
+        Return whether it was in the book. From then on its number counts as answered.
+        """
+        if call.number == 0:
+            if call in self._waiting:
+                self._waiting.remove(call)
+                return True
+            return False
+        if self._open.get(call.number) is not call:
+            return False
+        del self._open[call.number]
+        self._bytes -= call.size
+        return True
+
+    def reconnect(self) -> list[OpenCall[C]]:
+        """Return the calls to send on a new connection, in order, after a welcome that knows the client."""
+        self.connection += 1
+        for call in self._calls():
+            call.reconnect()
+        return list(self._open.values())
+
+    def restart(self) -> list[OpenCall[C]]:
+        """Begin anew under a new id, from number 1, because the owner has forgotten the client.
+
+        Return the calls whose outcome is unknown: they have left the book. The others were certainly not
+        made, and wait for numbers again.
+        """
+        calls = list(self._calls())
+        self._open, self._last, self._bytes, self.heard = {}, 0, 0, None
+        self._waiting = deque(call for call in calls if call.outcome == "not made")
+        for call in self._waiting:
+            call.number = 0
+            call.reconnect()
+        return [call for call in calls if call.outcome == "unknown"]
+
+    def is_forgotten(self, now: int) -> bool:
+        """Return whether an owner with this clock may have forgotten the client. A new owner asks for itself."""
+        return may_be_forgotten(self.heard, now)
+
+    def _calls(self) -> Iterator[OpenCall[C]]:
+        yield from self._open.values()
+        yield from self._waiting

@@ -1,0 +1,95 @@
+"""The order of the messages on one connection: which may come when, and with which numbers. Pure.
+
+Each side has one object for each connection, and shows it each message before it handles it.
+"""
+
+from __future__ import annotations
+
+from lab_state.shared._frames import BadMessageError
+from lab_state.shared._messages import (
+    Bye,
+    FromClient,
+    FromOwner,
+    Hello,
+    Life,
+    No,
+    Question,
+    Starting,
+    Welcome,
+)
+
+SPAN = 1024
+"""The numbers of a client's open calls span at most so many."""
+
+
+class ClientOrder:
+    """The order of a client's messages, which the owner checks.
+
+    Attributes:
+        acknowledged: The highest acknowledgement so far.
+    """
+
+    def __init__(self) -> None:
+        self.acknowledged: int = 0
+        self._last = 0
+        self._has_hello = self._has_bye = False
+
+    def resume(self, acknowledged: int) -> None:
+        """Take the acknowledgement that this client gave on earlier connections."""
+        self.acknowledged = max(self.acknowledged, acknowledged)
+
+    def check(self, message: FromClient) -> None:
+        """Check the next message.
+
+        Raises:
+            BadMessageError: It may not come now.
+        """
+        if isinstance(message, Hello) is self._has_hello:
+            raise BadMessageError("a second hello" if self._has_hello else "a first message that is not a hello")
+        if self._has_bye:
+            raise BadMessageError("a message after the farewell")
+        if isinstance(message, Hello):
+            self._has_hello = True
+        elif isinstance(message, Life | Bye):
+            self._has_bye = isinstance(message, Bye)
+            self._acknowledge(message.number)
+        elif not isinstance(message, Question):
+            if not max(self._last, message.ack) < message.n <= message.ack + SPAN:
+                raise BadMessageError(f"the number {message.n} is out of order")
+            self._acknowledge(message.ack)
+            self._last = message.n
+
+    def _acknowledge(self, number: int) -> None:
+        if number < self.acknowledged:
+            raise BadMessageError(f"the acknowledgement {number} is below an earlier one")
+        self.acknowledged = number
+
+
+class OwnerOrder:
+    """The order of an owner's messages, which a client checks.
+
+    Attributes:
+        admitted: Whether the welcome has come.
+    """
+
+    def __init__(self) -> None:
+        self.admitted: bool = False
+        self._time = 0
+        self._is_over = False
+
+    def check(self, time: int, message: FromOwner) -> None:
+        """Check the next message, and its time.
+
+        Raises:
+            BadMessageError: It may not come now.
+        """
+        if self._is_over:
+            raise BadMessageError("a message after the last one")
+        if time < self._time:
+            raise BadMessageError("a time that is below the last one")
+        is_greeting = isinstance(message, Starting | Welcome | No)
+        if is_greeting is self.admitted:
+            raise BadMessageError("a second welcome" if self.admitted else "a first message that admits nothing")
+        self._time = time
+        self.admitted = self.admitted or isinstance(message, Welcome)
+        self._is_over = isinstance(message, No | Bye)

@@ -1,0 +1,184 @@
+"""The results of calls, kept until their client has acknowledged them. Pure.
+
+`ResultTable` is what records have brought. It changes only by records, so it is the same in each
+process at the same revision. `PendingResults` has the results of an owner that are not durable yet.
+A record gets them as its member `calls`::
+
+    {"<client>":[17,{"18":true,"19":7}],"<other client>":null}
+
+The first item is the acknowledgement of the client, and the second its results by number. A client
+with `null` is forgotten. The member of a snapshot has the revision of each result as well::
+
+    {"<client>":[17,{"18":[43,true]}]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, NamedTuple, TypeAlias
+
+import msgspec
+from msgspec import Raw
+
+from lab_state._entries import Json
+
+ClientId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Number: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+
+RecordCalls: TypeAlias = dict[ClientId, tuple[_Count, dict[_Number, Raw]] | None]
+"""The member `calls` of a record."""
+
+SnapshotCalls: TypeAlias = dict[ClientId, tuple[_Count, dict[_Number, tuple[_Count, Raw]]]]
+"""The member `calls` of a snapshot."""
+
+
+class Result(NamedTuple):
+    """The result of a call that changed something, as JSON, and the revision of its answer."""
+
+    revision: int
+    value: Json
+
+
+class _Client:
+    __slots__ = ("acknowledged", "results")
+
+    def __init__(self) -> None:
+        self.acknowledged = 0
+        self.results: dict[int, Result] = {}
+
+    def acknowledge(self, number: int) -> None:
+        self.acknowledged = max(self.acknowledged, number)
+        for old in [old for old in self.results if old <= self.acknowledged]:
+            del self.results[old]
+
+
+class ResultTable:
+    """The results that records have brought, at the revision of the last record."""
+
+    def __init__(self) -> None:
+        self._clients: dict[str, _Client] = {}
+
+    def __contains__(self, client: str) -> bool:
+        """Return whether a record has told of a client that is not forgotten."""
+        return client in self._clients
+
+    @property
+    def acknowledged(self) -> dict[str, int]:
+        """The acknowledgement of each client."""
+        return {name: client.acknowledged for name, client in self._clients.items()}
+
+    def find(self, client: str, number: int) -> Result | None:
+        """Return the result of a call; `None` if it is not there."""
+        entry = self._clients.get(client)
+        return None if entry is None else entry.results.get(number)
+
+    def apply(self, calls: RecordCalls, revision: int) -> None:
+        """Apply the member `calls` of a record, whose last revision is `revision`."""
+        for name, told in calls.items():
+            if told is None:
+                self._clients.pop(name, None)
+                continue
+            entry = self._clients.setdefault(name, _Client())
+            acknowledged, results = told
+            for number, value in results.items():
+                entry.results[number] = Result(revision, Json(bytes(value)))  # a copy: the record is not kept in memory
+            entry.acknowledge(acknowledged)
+
+    def snapshot(self) -> SnapshotCalls:
+        """Return the member of a snapshot. Later records do not change it."""
+        return {
+            name: (
+                client.acknowledged,
+                {number: (result.revision, Raw(result.value)) for number, result in client.results.items()},
+            )
+            for name, client in self._clients.items()
+        }
+
+    def load(self, calls: SnapshotCalls) -> None:
+        """Replace the table by the member of a snapshot."""
+        self._clients = {}
+        for name, (acknowledged, results) in calls.items():
+            entry = self._clients[name] = _Client()
+            for number, (revision, value) in results.items():
+                entry.results[number] = Result(revision, Json(bytes(value)))
+            entry.acknowledge(acknowledged)
+
+
+class Applied(NamedTuple):
+    """The result of a call that was applied and is not durable, and the revision of its change."""
+
+    at: int
+    value: Json
+
+
+_Results: TypeAlias = dict[str, dict[int, Applied] | None]
+
+
+class PendingResults:
+    """The results of an owner since its last sync: those of the record under way, and newer ones."""
+
+    def __init__(self) -> None:
+        self._new: _Results = {}
+        self._under_way: _Results = {}
+
+    def __contains__(self, client: str) -> bool:
+        """Return whether there is a result of a client."""
+        return bool(self._new.get(client) or self._under_way.get(client))
+
+    def __bool__(self) -> bool:
+        """Return whether the next record needs the member `calls`."""
+        return bool(self._new)
+
+    def add(self, client: str, number: int, value: Json, at: int) -> None:
+        """Keep the result of a call, whose change has the revision `at`."""
+        results = self._new.get(client)
+        if results is None:
+            results = self._new[client] = {}
+        results[number] = Applied(at, value)
+
+    def find(self, client: str, number: int) -> Applied | None:
+        """Return the result of a call that is not durable; `None` if it is not there."""
+        for results in (self._new.get(client), self._under_way.get(client)):
+            if results is not None and number in results:
+                return results[number]
+        return None
+
+    def forget(self, client: str) -> None:
+        """Let the next record forget a client. Its newer results are dropped."""
+        self._new[client] = None
+
+    def take(self, acknowledged: Mapping[str, int]) -> RecordCalls:
+        """Take the results for a record, and return its member `calls`. `settle` or `put_back` follows.
+
+        Args:
+            acknowledged: The latest acknowledgement of each client. Results up to it are left out.
+        """
+        self._under_way, self._new = self._new, {}
+        calls: RecordCalls = {}
+        for name, results in self._under_way.items():
+            upto = acknowledged.get(name, 0)
+            calls[name] = (
+                None
+                if results is None
+                else (upto, {number: Raw(result.value) for number, result in results.items() if number > upto})
+            )
+        return calls
+
+    def settle(self) -> None:
+        """Note that the record is durable. Its results are in the `ResultTable` then."""
+        self._under_way = {}
+
+    def put_back(self) -> None:
+        """Put the results of a failed commit back. A client that was forgotten since stays so. A second call changes nothing."""
+        older, self._under_way = self._under_way, {}
+        for name, results in older.items():
+            if name not in self._new:
+                self._new[name] = results
+            elif (newer := self._new[name]) is not None and results is not None:
+                self._new[name] = {**results, **newer}
+
+
+def needs_forgetting(client: str, table: ResultTable, pending: PendingResults) -> bool:
+    """Return whether a record must tell that a client is forgotten: there is something of it to forget."""
+    return client in table or client in pending
