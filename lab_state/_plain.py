@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from inspect import signature
 from typing import Any, ClassVar, Concatenate, Final, Literal, ParamSpec, TypeVar, overload
 
 from lab_state._calls import Calls
@@ -21,6 +22,8 @@ def plain(fn: Callable[Concatenate[Calls, P], Coroutine[Any, Any, R]]) -> Callab
         return self._run(fn(self._calls, *args, **kwargs))
 
     call.__name__, call.__qualname__, call.__doc__ = fn.__name__, fn.__name__, fn.__doc__
+    # With `functools.wraps`, `inspect.unwrap` would find a coroutine function, and FastAPI would await the result.
+    call.__signature__ = signature(fn)  # type: ignore[attr-defined]
     return call
 
 

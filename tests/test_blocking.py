@@ -168,6 +168,14 @@ def test_every_call_is_lifted() -> None:
         assert (function.__name__, function.__doc__) == (name, calls[name].__doc__)
 
 
+@pytest.mark.parametrize("name", ["get", "get_many", "pop", "set", "update", "incr", "wait_durable"])
+def test_help_shows_the_arguments(name: str) -> None:
+    """`help()` and editors show the arguments of the call. Frameworks still see a plain function, not a coroutine function."""
+    lifted = getattr(Blocking, name)
+    assert inspect.signature(lifted) == inspect.signature(getattr(Calls, name))
+    assert not inspect.iscoroutinefunction(inspect.unwrap(lifted))
+
+
 async def outcome(call: Callable[[], Any]) -> tuple[object, ...]:
     """Return what a call gave, or how it failed."""
     try:
