@@ -14,7 +14,7 @@ from lab_state._batch import STEP
 from lab_state._clock import Clock, Pauses
 from lab_state._foreign import only_storage_errors, storage_error
 from lab_state._outcomes import Outcomes
-from lab_state._snapshots import SnapshotViews
+from lab_state._snapshots import Pace, SnapshotViews
 from lab_state.exceptions import StorageError
 from lab_state.storage._protocol import StorageSession
 
@@ -50,6 +50,7 @@ class Checkpoints:
         self.due: bool = False
         self.records: int = 0
         self.task: asyncio.Task[None] | None = None
+        self.pace: Pace = Pace()
         self._name = name
         self._state = outcomes.state
         self._session = session
@@ -95,7 +96,7 @@ class Checkpoints:
         """
         self.due = False
         durable = self._outcomes.make_durable if wait else None
-        views = SnapshotViews(self._state, durable, given=self._given, copy_loaded=True)
+        views = SnapshotViews(self._state, durable, given=self._given, pace=self.pace, copy_loaded=True)
         before = self.records
         started = self._clock.monotonic()
 

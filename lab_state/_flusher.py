@@ -368,6 +368,7 @@ class Flusher(Outcomes):
 
     async def _write(self, taken: ChangeSet, views: SnapshotViews) -> bool:
         record = encode_small_record(taken) or await join_in_steps(self._counted(encode_record(taken)))
+        self.checkpoints.pace.commit_begins()
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
 
     def _progress(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
@@ -12,6 +13,55 @@ from lab_state._state import State
 
 _FOLDED_AT_ONCE = 1000
 """The smallest number of writes that are merged in one turn of the event loop."""
+
+_GIVEN_AT_ONCE = 128 * 1024
+"""Slices are joined until they have this many bytes, because each call of a storage takes time on the event loop."""
+
+LATE = 0.002
+"""The longest time in seconds that a slice waits for the next commit."""
+
+
+class Pace:
+    """The turns of a checkpoint beside commits.
+
+    The event loop and the threads of the storage share one interpreter. So a slice that is encoded while
+    callers of a commit run, or before the next commit starts, delays that commit. It delays it least right
+    after the commit was passed to its thread. So each commit is followed by one slice. After `late`
+    seconds without a new commit, slices go on without waiting.
+    """
+
+    def __init__(self, late: float = LATE) -> None:
+        """Prepare. `late` is in seconds."""
+        self._late = late
+        self._until = -math.inf
+        self._is_free = False
+        self._waiting: asyncio.Future[None] | None = None
+
+    def commit_begins(self) -> None:
+        """Give the next slice its turn, because a commit is about to be passed to its thread."""
+        loop = asyncio.get_running_loop()
+        self._until = loop.time() + self._late
+        self._is_free = True
+        if self._waiting is not None:
+            loop.call_soon(self._wake)
+
+    async def turn(self) -> None:
+        """Wait until a slice may be encoded. Only one task may wait."""
+        await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._until and not self._is_free:
+            self._waiting = loop.create_future()
+            timer = loop.call_at(self._until, self._wake)
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
+                timer.cancel()
+        self._is_free = False
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 class SnapshotViews:
@@ -23,6 +73,7 @@ class SnapshotViews:
         durable: Callable[[int], Awaitable[None]] | None = None,
         *,
         given: Callable[[], object] = lambda: None,
+        pace: Pace | None = None,
         copy_loaded: bool = False,
     ) -> None:
         """Prepare. `take` and `freeze` take views.
@@ -32,6 +83,8 @@ class SnapshotViews:
             durable: A function that waits until a revision is durable. It is awaited before the
                 last slice of each view is yielded, with the revision of the view.
             given: A callback. It is called for each slice.
+            pace: The turns of the slices beside commits. Without it, only one turn of the event loop
+                passes between two slices. A commit itself must not wait for the next one.
             copy_loaded: Whether to replace loaded values by copies. A loaded value is a part of
                 a large buffer, and keeps all of that buffer in memory. For a time, the buffer and
                 the copies are in memory together. Only a checkpoint does this. During a commit
@@ -40,6 +93,7 @@ class SnapshotViews:
         self._state = state
         self._copy_loaded = copy_loaded
         self._one_given = given
+        self._pace = pace
         self._durable = durable
         self._taken: list[dict[str, Stored]] = []
 
@@ -59,19 +113,22 @@ class SnapshotViews:
     async def _given(
         self, slices: Iterator[bytes], view: dict[str, Stored], revision: int, *, copy_loaded: bool
     ) -> AsyncIterator[bytes]:
-        last = b""
+        held: list[bytes] = []
+        size = 0
         for part in slices:
-            if last:
-                self._one_given()
-                yield last
-            await asyncio.sleep(0)
-            last = part
+            self._one_given()
+            if size >= _GIVEN_AT_ONCE:
+                yield b"".join(held)
+                held, size = [], 0
+            held.append(part)
+            size += len(part)
+            await (asyncio.sleep(0) if self._pace is None else self._pace.turn())
         if copy_loaded:
             self._state.note_copied(view)
         if self._durable is not None:
             await self._durable(revision)
         self._one_given()
-        yield last
+        yield b"".join(held)
 
     async def fold(self) -> None:
         """Merge into each view the writes that came after it. A second call does nothing."""
