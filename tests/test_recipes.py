@@ -288,6 +288,52 @@ def test_rate_limit_holds_for_concurrent_calls(tmp_path: Path) -> None:
     assert (statuses.count(200), statuses.count(429)) == (5, 195)
 
 
+def test_lists_and_pages_show_each_user_once(application: Any) -> None:
+    """Pages that follow each other show each user once, in order, although the last user of a page is deleted."""
+    names = [f"user {number:02}" for number in range(25)]
+    with TestClient(application("lists-and-pages")) as client:
+        for name in (*names, "zoe"):
+            assert client.put(f"/users/{name}", json={"age": 30}).status_code == 201
+        shown: list[str] = []
+        after: dict[str, str] = {}
+        while True:
+            page = client.get("/users", params={"limit": 5, "search": "user", **after}).json()
+            shown += page["users"]
+            if page["next"] is None:
+                break
+            after = {"after": page["next"]}
+            assert client.delete(f"/users/{page['next']}").status_code == 204
+        assert shown == names
+        assert page == {"users": {}, "next": None, "of": 21}
+        left = [*(name for name in names if name not in names[4::5]), "zoe"]
+        assert client.get("/users/last", params={"limit": 3}).json() == left[:-4:-1]
+        assert client.get("/users/last", params={"limit": 2, "before": left[-3]}).json() == left[-4:-6:-1]
+        lines = [json.loads(line) for line in client.get("/export").text.splitlines()]
+        assert lines == [{"name": name, "age": 30} for name in left]
+
+
+def test_lists_and_pages_refuse_what_is_no_page(application: Any) -> None:
+    """A limit out of bounds, and an `after` that is no valid key, are 422."""
+    with TestClient(application("lists-and-pages")) as client:
+        for wrong in ({"limit": 0}, {"limit": 101}, {"limit": "x"}, {"after": "x" * 1025}):
+            assert client.get("/users", params=wrong).status_code == 422
+
+
+def test_lists_and_pages_keep_what_was_answered(tmp_path: Path) -> None:
+    """After SIGKILL right behind its answer, a user is there, and the pages are those of before."""
+    page = DOCS / "how-to" / "lists-and-pages.md"
+    with served(page, tmp_path) as (_, client):
+        for name in ("eve", "ann", "bob"):
+            assert client.put(f"/users/{name}", json={}).status_code == 201
+    with served(page, tmp_path) as (_, client):
+        assert client.get("/users", params={"limit": 2}).json() == {
+            "users": {"ann": {}, "bob": {}},
+            "next": "bob",
+            "of": 3,
+        }
+        assert client.get("/users", params={"limit": 2, "after": "bob"}).json()["users"] == {"eve": {}}
+
+
 def test_sessions_live_as_long_as_they_are_used(application: Any, clock: ManualClock) -> None:
     """Each request lets a session live on, also one that changes it; after 30 minutes without one it is over."""
     with TestClient(application("sessions"), base_url="https://testserver") as client:

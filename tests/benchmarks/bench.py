@@ -24,6 +24,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import calls
 import durable
 import growth
 import hot
@@ -31,6 +32,8 @@ import large
 import many
 import mirror
 import pages
+import ranges
+import scan
 import stalls
 import uvloop
 import versus
@@ -48,6 +51,8 @@ PARTS = [
     "mirror",
     "values",
     "stalls",
+    "scan",
+    "calls",
     "imports",
     "memory",
     "operations",
@@ -80,6 +85,11 @@ def measure(results: Results, part: str, directory: str, *, quick: bool) -> None
         run(stalls.values(results, quick=quick))
     elif part == "stalls":
         run(stalls.stalls(results, directory, quick=quick))
+    elif part == "scan":
+        run(scan.scan(results, directory, count))
+        run(ranges.ranges(results, directory, scale))
+    elif part == "calls":
+        run(calls.calls(results, directory, count))
     elif part == "imports":
         large.imports(results)
     elif part == "memory":

@@ -14,11 +14,17 @@ from measure import VALUE, VALUES, Numbers, Results, flusher_of, key_of, timed
 from lab_state import Config, FileStorage, Manager
 from lab_state.testing import ManualClock
 
-LIFECYCLE = {"start", "stop", "config", "revision", "durable_revision", "blocking"}
+LIFECYCLE = {"start", "stop", "disown", "name", "config", "revision", "durable_revision", "blocking"}
 """Measured elsewhere (`start`), or nothing but an attribute; `blocking` is a hop to the loop and the call."""
 
+TWINS = {"get_many_nowait", "get_all_nowait", "keys_nowait", "expires_in_nowait", "delete_nowait", "update_nowait"}
+"""They cost what the call without `_nowait` costs, in one step."""
+
+CLOCK = ManualClock()
+"""The clock of the states here."""
+
 TEN = [f"few/{number}" for number in range(10)]
-CONSTANT, KEYS, CHANGED, MATCHES = "O(1)", "O(keys)", "O(changed keys)", "O(keys) + O(matches)"
+CONSTANT, KEYS, CHANGED, MATCHES = "O(1)", "O(keys)", "O(changed keys)", "O(log keys) + O(matches)"
 
 
 class Row(NamedTuple):
@@ -33,6 +39,16 @@ class Row(NamedTuple):
 
 async def _get_nowait(state: Manager) -> None:
     state.get_nowait(key_of(7))
+
+
+async def _set_nowait(state: Manager) -> None:
+    state.set_nowait(key_of(7), next(VALUES))
+
+
+async def _items(state: Manager) -> None:
+    async with state.items("few/") as items:
+        async for _ in items:
+            pass
 
 
 async def _length(state: Manager) -> None:
@@ -86,16 +102,15 @@ async def _ttl(state: Manager) -> None:
     await state.delete("expiring")
 
 
-async def _few(state: Manager) -> None:
+async def few(state: Manager) -> None:
+    """Set the ten keys of `few/`."""
     await state.set_many(dict.fromkeys(TEN, VALUE))
 
 
 async def _expired(state: Manager) -> None:
     """Let a hundred keys expire, and sweep them."""
     await state.set_many({f"due/{number}": 1 for number in range(100)}, ttl=1)
-    clock = state._clock
-    assert isinstance(clock, ManualClock)
-    clock.advance(3)
+    CLOCK.advance(3)
     assert not await state.exists("due/0")
 
 
@@ -109,17 +124,19 @@ ROWS = (
     Row("keys(prefix), 10 match", "keys", MATCHES, lambda state: state.keys("few/")),
     Row("keys()", "", KEYS, lambda state: state.keys()),
     Row("get_all(prefix), 10 match", "get_all", MATCHES, lambda state: state.get_all("few/")),
+    Row("items(prefix), 10 match", "items", MATCHES, _items),
     Row("get_all()", "", KEYS, lambda state: state.get_all()),
     Row("set", "set", CONSTANT, lambda state: state.set(key_of(7), next(VALUES))),
-    Row("set_many of 10", "set_many", CHANGED, _few),
+    Row("set_nowait", "set_nowait", CONSTANT, _set_nowait),
+    Row("set_many of 10", "set_many", CHANGED, few),
     Row("set_if_absent", "set_if_absent", CONSTANT, lambda state: state.set_if_absent(key_of(7), 1)),
     Row("get_or_set", "get_or_set", CONSTANT, lambda state: state.get_or_set(key_of(7), int)),
     Row("update", "update", CONSTANT, _update),
     Row("incr", "incr", CONSTANT, lambda state: state.incr("count")),
-    Row("delete", "delete", CONSTANT, lambda state: state.delete(TEN[3]), _few),
-    Row("pop", "pop", CONSTANT, lambda state: state.pop(TEN[3]), _few),
-    Row("delete_many of 10", "delete_many", CHANGED, lambda state: state.delete_many(TEN), _few),
-    Row("delete_all(prefix), 10 match", "delete_all", MATCHES, lambda state: state.delete_all("few/"), _few),
+    Row("delete", "delete", CONSTANT, lambda state: state.delete(TEN[3]), few),
+    Row("pop", "pop", CONSTANT, lambda state: state.pop(TEN[3]), few),
+    Row("delete_many of 10", "delete_many", CHANGED, lambda state: state.delete_many(TEN), few),
+    Row("delete_all(prefix), 10 match", "delete_all", MATCHES, lambda state: state.delete_all("few/"), few),
     Row("set(ttl), touch, expires_in, delete", "touch expires_in", CONSTANT, _ttl),
     Row("transaction of 10 sets", "transaction", CHANGED, _transaction),
     Row("watch: open, one change, close", "watch", CONSTANT, _watch),
@@ -132,7 +149,7 @@ ROWS = (
 
 def check_complete() -> None:
     """Raise an error if a call is missing here: its growth would not be measured."""
-    public = {name for name in dir(Manager) if not name.startswith("_")} - LIFECYCLE
+    public = {name for name in dir(Manager) if not name.startswith("_")} - LIFECYCLE - TWINS
     missing = public.symmetric_difference(" ".join(row.names for row in ROWS).split())
     if missing:
         raise RuntimeError(f"the growth of these calls is not measured, or they are gone: {sorted(missing)}")
@@ -143,11 +160,9 @@ async def growth(results: Results, directory: str, counts: list[int]) -> None:
     found: dict[str, list[float]] = {}
     for count in counts:
         name = f"growth-{count}"
-        async with Manager(
-            Config(name=name, flush_interval=None), FileStorage(directory), clock=ManualClock()
-        ) as state:
+        async with Manager(Config(name=name, flush_interval=None), FileStorage(directory), clock=CLOCK) as state:
             await state.set_many({key_of(number): VALUE for number in range(count)})
-            await _few(state)
+            await few(state)
             await state.flush()
             await flusher_of(state).checkpoints.ended()
             gc.collect()

@@ -145,6 +145,15 @@ def growth(run: Numbers) -> str:
     return table(("call", "cost", *(f"{short(count)} keys" for count in found["counts"]), ""), rows)
 
 
+def scans(run: Numbers) -> str:
+    found = run["numbers"]["scan"]
+    rows = (
+        (name, *(beside(one[size], found["scans"][OURS][size]) for size in ("10", "1000")), found["setup"][name])
+        for name, one in found["scans"].items()
+    )
+    return table(("", "10 keys", "1,000 keys", "how"), rows)
+
+
 def machine(run: Numbers) -> str:
     return "".join(sorted({_machine(about) for about in run["machines"].values()}))
 
@@ -169,6 +178,7 @@ TABLES = {
     "starts": sizes("start", _alone),
     "footprint": footprint,
     "growth": growth,
+    "scan": scans,
     "checks": checks,
 }
 NEEDS = {"blocked": {"operations", "writes"}, "stalls": {"sizes"}, "written": {"sizes"}, "starts": {"sizes"}}
