@@ -18,6 +18,7 @@ from itertools import islice
 from typing import TypeVar, cast
 
 from lab_state._entries import DELETED, Absent, Expiring, StoredOrGone, Value
+from lab_state._expiry import Expiries
 from lab_state._state import WATCHED_CLEAR, State
 
 T = TypeVar("T")
@@ -25,8 +26,8 @@ T = TypeVar("T")
 MANY = 1_000
 """A call with this many keys is done in steps. A smaller one is done at once, and never gives the loop back."""
 
-STEP = 1_000
-"""The number of keys of one step. It takes about half a millisecond."""
+STEP = 500
+"""The number of keys of one step. It takes about 0.2 ms, and four times as long if they expire."""
 
 
 class Batch:
@@ -70,7 +71,8 @@ class Batch:
         self._added = 0
         self._index = state.index
         self._moved: set[str] = set()  # keys that are added or removed, if there is an index
-        self._timed: list[str] = []  # keys that have an expiry before or after the change
+        self._stale = Expiries(0)  # the expiries that end with the change
+        self._fresh = Expiries(0)  # those that it brings
         self._late: set[str] = set()  # keys that other code has changed; they are placed in the step of the switch
         self._older: tuple[dict[str, StoredOrGone], int] | None = None  # the older changes that are in `_changes`
 
@@ -79,6 +81,8 @@ class Batch:
         self._late.add(key)
         self._changes.pop(key, None)
         self._moved.discard(key)
+        self._stale.discard(key)
+        self._fresh.discard(key)
         if key in self._top:
             if isinstance(self._top.pop(key), Absent):
                 self.deleted -= 1
@@ -115,7 +119,7 @@ class Batch:
         state, top, changes, late = self._state, self._top, self._changes, self._late
         entries: Container[str] = () if self._cleared else state.entries
         expiries, at = state.expiries, self._at
-        has_times = bool(expiries)
+        has_times = bool(expiries) and not self._cleared
         moved: list[str] = []
         for key, to in part:
             if key in late:
@@ -131,8 +135,10 @@ class Batch:
                 if key not in entries:
                     self._added += 1
                     moved.append(key)
-            if (has_times and key in expiries) or isinstance(to, Expiring):
-                self._timed.append(key)
+            if has_times and key in expiries:
+                self._stale.add(key, expiries.time_of(key))
+            if isinstance(to, Expiring):
+                self._fresh.add(key, to.at)
             top[key] = changes[key] = to
         if self._index is not None:
             self._moved.update(moved)
@@ -180,13 +186,15 @@ class Batch:
             for key in late if self._older is not None else state.changes:
                 if key in state.changes:
                     changes.setdefault(key, state.changes[key])
+        state.free(self.source)
         return state.switch(
             top,
             changes,
             size=len(state.entries) + self._added - self.deleted,
             absent=self.deleted,
             moved=self._moved if state.index is self._index else set(top),
-            timed=[key for key in self._timed if key in top],
+            stale=self._stale,
+            fresh=self._fresh,
             cleared=self._cleared,
         )
 

@@ -9,6 +9,10 @@ While there is a watch, a key must be found at its exact time, not at the end of
 Then the keys of the next few seconds are in a heap, too. If a key is deleted or gets another
 time, its old item stays in the heap. The item is skipped when its time comes.
 
+A change of many keys does not change the index in one step. It brings two small indexes: the times that
+no longer count, and the new ones (`replace`). The counts consider both. `settle` moves them into the index in
+steps.
+
 The time here is the time of the state (`State.now`). It starts from the wall clock, and then
 counts the seconds that pass. If the wall clock is set while the manager runs, no key expires
 earlier or later.
@@ -70,7 +74,18 @@ class Expiries:
         on_nearer: A callback. It is called when an added key is due before all others in the heap.
     """
 
-    __slots__ = ("_buckets", "_heap", "_heaped", "_loading", "_next", "_second", "on_first", "on_nearer")
+    __slots__ = (
+        "_buckets",
+        "_fresh",
+        "_heap",
+        "_heaped",
+        "_loading",
+        "_next",
+        "_second",
+        "_stale",
+        "on_first",
+        "on_nearer",
+    )
 
     def __init__(self, now: int) -> None:
         """Make an empty index. A key that is added with a time before `now` is due at the next sweep.
@@ -83,19 +98,30 @@ class Expiries:
         self._heap: list[tuple[int, str]] | None = None
         self._heaped = -1  # the heap has the keys of all seconds before this one
         self._loading: tuple[Bucket, list[str]] | None = None
+        self._stale: Expiries | None = None  # keys of this index whose time no longer counts
+        self._fresh: Expiries | None = None  # keys whose time is not in this index yet
         self.on_first: Callable[[], object] | None = None
         self.on_nearer: Callable[[], object] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._second)
+        return bool(self._second) or self._fresh is not None
 
     def __contains__(self, key: object) -> bool:
-        return key in self._second
+        return key in self._second or (self._fresh is not None and key in self._fresh)
+
+    def time_of(self, key: str) -> int:
+        """Return the time of a key that is in the index, in milliseconds. Everything must be settled."""
+        return self._buckets[self._second[key]][key]
 
     def add(self, key: str, at: int) -> None:
         """Add a key with its time, in milliseconds since 1970. If the index has the key, replace its time."""
-        is_first = not self._second
+        is_first = not self
         self.discard(key)
+        self._put(key, at)
+        if is_first and self.on_first is not None:
+            self.on_first()
+
+    def _put(self, key: str, at: int) -> None:
         second = self._second[key] = max(at // 1000, self._next)
         bucket = self._buckets.get(second)
         if bucket is None:
@@ -104,11 +130,15 @@ class Expiries:
         bucket.first, bucket.last = min(bucket.first, at), max(bucket.last, at)
         if second < self._heaped:
             self._put_in_heap(at, key)
-        if is_first and self.on_first is not None:
-            self.on_first()
 
     def discard(self, key: str) -> None:
         """Remove a key, if the index has it."""
+        self._remove(key)
+        if self._stale is not None and self._fresh is not None:
+            self._stale.discard(key)
+            self._fresh.discard(key)
+
+    def _remove(self, key: str) -> None:
         second = self._second.pop(key, None)
         if second is not None:
             bucket = self._buckets[second]
@@ -118,11 +148,55 @@ class Expiries:
 
     def clear(self) -> tuple[dict[Any, Any], ...]:
         """Remove all keys. Return the dicts that contained them, so that the caller can free these in steps."""
-        held = self._second, self._buckets
+        held: tuple[dict[Any, Any], ...] = self._second, self._buckets
+        for other in (self._stale, self._fresh):
+            held += () if other is None else other.clear()
         self._second, self._buckets = {}, {}
+        self._stale = self._fresh = None
         if self._heap is not None:
             self._heap, self._loading = [], None
         return held
+
+    # Changes of many keys
+
+    def replace(self, stale: Expiries, fresh: Expiries) -> None:
+        """Replace the times of many keys. `settle` must have returned False since the last call.
+
+        Args:
+            stale: Keys of this index whose time no longer counts, with that time.
+            fresh: Keys that get a time. If one of them is in this index, it is in `stale`, too.
+        """
+        is_first = not self
+        self._stale, self._fresh = stale, fresh
+        if is_first and fresh and self.on_first is not None:
+            self.on_first()
+
+    def settle(self, most: int) -> bool:
+        """Move the times of up to `most` keys of `replace` into this index. Return whether there are more."""
+        stale, fresh = self._stale, self._fresh
+        if stale is None or fresh is None:
+            return False
+        for _ in range(most):
+            if fresh:
+                key, at = fresh.popped()
+                self._remove(key)
+                stale.discard(key)
+                self._put(key, at)
+            elif stale:
+                self._remove(stale.popped()[0])
+            else:
+                self._stale = self._fresh = None
+                return False
+        return True
+
+    def popped(self) -> tuple[str, int]:
+        """Remove one of the keys, and return it with its time."""
+        key, second = self._second.popitem()
+        bucket = self._buckets[second]
+        at = bucket.pop(key)
+        if not bucket:
+            del self._buckets[second]
+        return key, at
 
     def attend(self, *, wanted: bool) -> None:
         """Start or stop the search for keys at their exact time; see `load`."""
@@ -171,11 +245,17 @@ class Expiries:
                 total += len(bucket)
             elif bucket.first <= now:
                 total += sum(at <= now for at in bucket.values())
+        if self._stale is not None and self._fresh is not None:
+            total += self._fresh.due(now) - self._stale.due(now)
         return total
 
     def due_keys(self, now: int) -> list[str]:
         """Return the keys that are due, in no particular order. Only keys that expire by this second are examined."""
-        return [key for bucket in self.passed(now) for key, at in bucket.items() if at <= now]
+        found = [key for bucket in self.passed(now) for key, at in bucket.items() if at <= now]
+        if self._stale is not None and self._fresh is not None:
+            stale = self._stale
+            found = [key for key in found if key not in stale] + self._fresh.due_keys(now)
+        return found
 
     def passed(self, now: int) -> Iterator[Bucket]:
         """Yield the buckets that may contain keys that are due, in order of time."""
@@ -203,6 +283,9 @@ class Expiries:
         if len(taken) < most:
             self._next = over // 1000 + 1
             self._take_near(now, most, taken)
+        if self._stale is not None:
+            for key in taken:
+                self._stale.discard(key)
         return taken
 
     def _take_near(self, now: int, most: int, taken: list[str]) -> None:
@@ -212,5 +295,5 @@ class Expiries:
             at, key = heapq.heappop(heap)
             second = self._second.get(key)
             if second is not None and self._buckets[second][key] == at:
-                self.discard(key)
+                self._remove(key)
                 taken.append(key)

@@ -423,7 +423,8 @@ class State:
         *,
         size: int,
         absent: int,
-        timed: Iterable[str],
+        stale: Expiries,
+        fresh: Expiries,
         moved: Keys,
         cleared: bool,
     ) -> int:
@@ -435,7 +436,8 @@ class State:
                 keys, too.
             size: The number of keys after the change.
             absent: The number of keys that are deleted, apart from those of `cleared`.
-            timed: The keys of `top` that had an expiry, or get one. Other keys of `top` may be among them.
+            stale: The keys that had an expiry; see `Expiries.replace`.
+            fresh: The keys that get an expiry.
             moved: The keys that are added or removed, for the index. Other keys may be among them.
             cleared: Whether to delete all keys first.
         """
@@ -454,15 +456,12 @@ class State:
             entries = self.entries
             assert not isinstance(entries, Staged)  # the caller has merged it
             self.entries = Staged(cast("dict[str, Stored] | Overlay", entries), top, size)
+        self.free(self.changes)
         self.changes = changes
         if self.index is not None:
             self.index.take_over(moved)
-        for key in timed:
-            stored = top[key]
-            if isinstance(stored, Expiring):
-                self.expiries.add(key, stored.at)
-            else:
-                self.expiries.discard(key)
+        if stale or fresh:
+            self.expiries.replace(stale, fresh)
         if self.on_change is not None and self.on_changes is not None:
             if cleared:
                 self.on_change(None, DELETED, self.revision)
@@ -594,7 +593,9 @@ class State:
         That happens when a sync fails while a checkpoint runs. If a change of many keys is
         still to be merged, that is done here, in one step; see `fold_staged`.
         """
-        self.fold_staged(sys.maxsize)
+        if isinstance(self.entries, Staged):
+            self.entries.fold(sys.maxsize)
+            self.entries = self.entries.view
         if isinstance(self.entries, Overlay):
             return dict(self.entries.items())
         view = self.entries
@@ -637,13 +638,16 @@ class State:
         return entries is view or (isinstance(entries, Staged) and entries.view is view)
 
     def fold_staged(self, most: int) -> bool:
-        """Merge about `most` of the changes of `switch` into the map below. Return whether there are more."""
-        entries = self.entries
+        """Merge about `most` of the changes of `switch` into the map below, and into the index of expiries.
+
+        Return whether there are more.
+        """
+        settling, entries = self.expiries.settle(most), self.entries
         if isinstance(entries, Staged):
             if entries.fold(most):
                 return True
             self.entries = entries.view
-        return False
+        return settling
 
 
 def deleted(changes: Mapping[str, StoredOrGone]) -> list[str]:

@@ -249,7 +249,7 @@ class Writing(Reads):
     # Calls with many keys, in steps
 
     async def _set_in_steps(self, core: Core, values: dict[str, object], ttl: Seconds | None) -> int:
-        """Do as `set_many` for many values. No other code may change the dict."""
+        """Do as `set_many` for many values. The dict is emptied."""
         durability = core.durability
         encoded: dict[str, StoredOrGone] = {}
         size = 0
@@ -259,6 +259,7 @@ class Writing(Reads):
             if size >= _STEP_BYTES:
                 size = 0
                 await asyncio.sleep(0)
+        core.state.free(values)
         lifetime = self._lifetime(ttl)
         revision = await Bulk(core, Batch(core.state, encoded, lifetime=lifetime)).make(durability)
         assert revision is not None  # there is at least one value
