@@ -221,8 +221,8 @@ class BatchMachine(RuleBasedStateMachine):
         while self.state.fold_staged(1):
             assert self.state.count() == len(self.model)
         self.state.sweep(100)
-        assert self.state.swept == (swept := self.swept + len(before) - len(self.model))
-        self.swept = swept
+        self.swept += len(before) - len(self.model)
+        assert self.state.swept == self.swept
         self.revision = self.state.revision
 
     @precondition(lambda self: len(self.undo) < 2)

@@ -37,6 +37,9 @@ from lab_state import (
     Recovery,
     Storage,
     StorageSession,
+    _batch,
+    _flusher,
+    _writing,
     copy_state,
     read_state,
 )
@@ -314,6 +317,12 @@ async def _walked(calls: Any) -> None:
             pass
 
 
+async def _cleared_in_transaction(calls: Any) -> None:
+    async with calls.transaction() as tx:
+        tx.delete_all()
+        tx.set_many({"a": 5, "b": 6})
+
+
 async def _watched(calls: Any) -> None:
     async with calls.watch() as changes:
         calls._core.durability.loop.call_soon(asyncio.ensure_future, calls.incr("a"))
@@ -450,6 +459,14 @@ CASES = [
 async def test_a_call_cancelled_wherever_it_waits(place: Place, handle: str, name: str, *, late: bool) -> None:
     """The change was made whole, or not at all; no other caller notices."""
     call = (ENTRY_CALLS if handle == "entry" else CALLS)[name]
+    waits = await cancelled_everywhere(call, place, handle, late=late)
+    assert waits or name in READS
+
+
+async def cancelled_everywhere(
+    call: Callable[[Any], Coroutine[Any, Any, Any]], place: Place, handle: str, *, late: bool
+) -> int:
+    """Cancel a call at each moment, and check what it leaves. Return the number of these moments."""
     async with running(place()) as state:
         await call(HANDLES[handle](state))
         await quiet()
@@ -474,9 +491,31 @@ async def test_a_call_cancelled_wherever_it_waits(place: Place, handle: str, nam
             await quiet()
 
     waits = await at_every_wait(lambda number: run(number, held=False))
-    assert waits or name in READS
     waits_in_turn = await at_every_wait(lambda number: run(number, held=True))
     assert waits_in_turn >= waits
+    return waits
+
+
+IN_STEPS: dict[str, Callable[[Any], Coroutine[Any, Any, Any]]] = {
+    "set_many": lambda calls: calls.set_many({"a": 7, "new": 8, "ttl": 9}),
+    "set_many-ttl": lambda calls: calls.set_many({"a": 7, "new": 8, "ttl": 9}, ttl=500),
+    "delete_many": lambda calls: calls.delete_many(["a", "b", "ttl", "none"]),
+    "delete_all": lambda calls: calls.namespace("ns").delete_all(),
+    "transaction": _in_transaction,
+    "transaction-cleared": lambda calls: _cleared_in_transaction(calls),
+}
+
+
+@LATE
+@pytest.mark.parametrize("name", IN_STEPS)
+async def test_a_call_in_steps_cancelled_wherever_it_waits(
+    name: str, monkeypatch: pytest.MonkeyPatch, *, late: bool
+) -> None:
+    """With steps of one key it waits more often, and the change was made whole, or not at all."""
+    at_once = await cancelled_everywhere(IN_STEPS[name], WaitingStorage, "manager", late=late)
+    for module, constant in ((_batch, "MANY"), (_batch, "STEP"), (_flusher, "STEP"), (_writing, "_STEP_BYTES")):
+        monkeypatch.setattr(module, constant, 1)
+    assert await cancelled_everywhere(IN_STEPS[name], WaitingStorage, "manager", late=late) > at_once
 
 
 # Lifecycle

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
+from itertools import permutations
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,9 @@ from lab_state import (
     StorageSession,
     Transaction,
     UnavailableError,
+    _batch,
+    _flusher,
+    _writing,
 )
 from lab_state.storage import _file_writer
 from lab_state.storage.file import FileSession
@@ -273,6 +278,66 @@ class ManagerMachine(RuleBasedStateMachine):
         assert self.runner.run(space.keys(**page)) == [key for key, _ in expected]
         assert len(space) == sum(key.startswith("a/") for key in self.model)
 
+    @rule(
+        values=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1),
+        keys=st.lists(ANY_KEYS, min_size=1),
+        prefix=st.sampled_from(PREFIXES),
+        key=st.sampled_from(KEYS),
+    )
+    def together(self, values: dict[str, Any], keys: list[str], prefix: str, key: str) -> None:
+        """Call four writes at once: they come one after another in some order, and each reader sees that order."""
+
+        def set_all(model: Model) -> bool:
+            for each, value in values.items():
+                model[each] = value
+            return True
+
+        def append(model: Model) -> bool:
+            model.replace(key, [model.get(key)])
+            return True
+
+        state = self.state
+        calls: list[tuple[Callable[[], Coroutine[Any, Any, object]], Callable[[Model], bool]]] = [
+            (lambda: state.set_many(values), set_all),
+            (lambda: state.delete_many(keys), lambda model: bool(model.remove_keys(keys))),
+            (
+                lambda: state.delete_all(prefix),
+                lambda model: bool(model.remove_keys([each for each in model if each.startswith(prefix)])),
+            ),
+            (lambda: state.update(key, lambda old: [old], None), append),
+        ]
+        seen: list[tuple[int, dict[str, Any]]] = [(self.revision, dict(self.model))]
+
+        async def run() -> None:
+            tasks = [asyncio.create_task(call()) for call, _ in calls]
+            while not all(task.done() for task in tasks):
+                seen.append((state.revision, state.get_all_nowait()))
+                await asyncio.sleep(0)
+            for task in tasks:
+                await task
+            seen.append((state.revision, state.get_all_nowait()))
+
+        self.runner.run(run())
+        orders = [history for order in permutations(calls) if self._explains(history := self._history(order), seen)]
+        assert orders
+        self.history.update(orders[0])
+        self.revision = max(orders[0])
+        self.model = orders[0][self.revision].twin()
+
+    def _history(self, order: Iterable[tuple[object, Callable[[Model], bool]]]) -> dict[int, Model]:
+        """Return what the state holds at each revision, if calls are made in this order."""
+        model, revision = self.model.twin(), self.revision
+        history = {revision: model.twin()}
+        for _, change in order:
+            if change(model):
+                revision += 1
+                history[revision] = model.twin()
+        return history
+
+    @staticmethod
+    def _explains(history: dict[int, Model], seen: list[tuple[int, dict[str, Any]]]) -> bool:
+        return max(history) == seen[-1][0] and all(history[revision] == values for revision, values in seen)
+
     # Transactions
 
     @rule(page=PAGES, operations=st.lists(OPERATIONS, max_size=6), commit=st.booleans())
@@ -456,11 +521,17 @@ class FileMachine(ManagerMachine):
         session._writer.close()
 
 
-@pytest.mark.parametrize(("machine", "examples"), [(MemoryMachine, 120), (FileMachine, 60)])
+@pytest.mark.parametrize(
+    ("machine", "examples", "in_steps"),
+    [(MemoryMachine, 120, False), (FileMachine, 60, False), (MemoryMachine, 60, True)],
+)
 def test_the_manager_is_a_durable_dict(
-    machine: type[ManagerMachine], examples: int, monkeypatch: pytest.MonkeyPatch
+    machine: type[ManagerMachine], examples: int, monkeypatch: pytest.MonkeyPatch, *, in_steps: bool
 ) -> None:
     """Whatever is called in whatever order, the state is its model, and after a crash one that was acknowledged."""
+    if in_steps:
+        for module, constant in ((_batch, "MANY"), (_batch, "STEP"), (_flusher, "STEP"), (_writing, "_STEP_BYTES")):
+            monkeypatch.setattr(module, constant, 1)
     monkeypatch.setattr(_file_writer, "_MIN_CHECKPOINT_BYTES", 100_000)
     run_state_machine_as_test(
         machine,
