@@ -65,6 +65,7 @@ class Batch:
         self._prefix = prefix
         self._lifetime = lifetime
         self._at: int | None = None
+        self._is_few = False
         self._cleared = cleared
         self._top: dict[str, StoredOrGone] = {}
         self._changes: dict[str, StoredOrGone] = {}
@@ -92,14 +93,18 @@ class Batch:
     def prepare(self) -> Iterator[None]:
         """Prepare, and yield between two steps. When it ends, call `switch` in the same step.
 
-        It does not yield at all if there are at most `STEP` changes.
+        With less than `MANY` changes it does not yield.
         """
         state = self._state
         self._at = None if self._lifetime is None else state.now() + self._lifetime
         if self._cleared and state.on_change is not None and len(state.entries) <= WATCHED_CLEAR:
             # As in `State.apply`: each key is reported to the watches.
             self.source = {**dict.fromkeys(state.entries, DELETED), **self.source}
-            self._cleared = False
+            self._cleared, self._prefix = False, ""
+        if len(self.source) < MANY:
+            self._is_few = True
+            self._place(self.source.items())
+            return
         while state.fold_staged(STEP):  # there is at most one such layer
             yield
         for number, part in enumerate(in_parts(self.source.items())):
@@ -119,7 +124,8 @@ class Batch:
         state, top, changes, late = self._state, self._top, self._changes, self._late
         entries: Container[str] = () if self._cleared else state.entries
         expiries, at = state.expiries, self._at
-        has_times = bool(expiries) and not self._cleared
+        with_times = not self._is_few  # few changes are made one by one, which changes the expiries, too
+        has_times = with_times and bool(expiries) and not self._cleared
         moved: list[str] = []
         for key, to in part:
             if key in late:
@@ -137,7 +143,7 @@ class Batch:
                     moved.append(key)
             if has_times and key in expiries:
                 self._stale.add(key, expiries.time_of(key))
-            if isinstance(to, Expiring):
+            if with_times and isinstance(to, Expiring):
                 self._fresh.add(key, to.at)
             top[key] = changes[key] = to
         if self._index is not None:
@@ -178,7 +184,7 @@ class Batch:
         top, changes = self._top, self._changes
         if state.views and late:
             state.before_overwrite(late)
-        if len(top) <= STEP:
+        if len(top) < MANY:
             if top or (self._cleared and len(state.entries)):
                 return state.apply(top, cleared=self._cleared)
             return None
@@ -200,7 +206,7 @@ class Batch:
 
     def _wanted(self, key: str) -> StoredOrGone | None:
         """Return the change of a key that other code has changed meanwhile; `None` if there is none."""
-        if self._prefix is not None and key.startswith(self._prefix):
+        if key not in self.source and self._prefix is not None and key.startswith(self._prefix):
             return DELETED
         return self.source.get(key)
 

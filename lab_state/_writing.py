@@ -14,7 +14,7 @@ from typing import Any
 from lab_state import _batch
 from lab_state._arguments import Seconds, check_key, check_prefix, many_keys, milliseconds
 from lab_state._batch import Batch, in_parts
-from lab_state._bulk import Bulk, run_in_steps
+from lab_state._bulk import Bulk
 from lab_state._core import Core
 from lab_state._entries import DELETED, Expiring, StoredOrGone, Value
 from lab_state._json_keys import check_str_keys
@@ -284,15 +284,18 @@ class Writing(Reads):
 
         async def collect(bulk: Bulk) -> None:
             state = core.state
-            await run_in_steps(state.index_steps(), bulk.check)
+            for number, _ in enumerate(state.index_steps()):
+                if number:  # a single step is enough after less than 1,000 changes
+                    await asyncio.sleep(0)
+                    bulk.check()
             count = 0
             for piece in state.pieces(*bounds(prefix)):
-                batch.source.update(dict.fromkeys(piece, DELETED))
-                count += len(piece)
-                if count >= _batch.STEP:
+                if count >= _batch.MANY:
                     count = 0
                     await asyncio.sleep(0)
                     bulk.check()
+                batch.source.update(dict.fromkeys(piece, DELETED))
+                count += len(piece)
 
         await Bulk(core, batch).make(core.durability, collect)
         return await self._deleted(batch.deleted)

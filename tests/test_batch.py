@@ -7,7 +7,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from lab_state import _batch
@@ -24,6 +24,7 @@ SOURCES = st.dictionaries(KEYS, st.sampled_from(["value", "expiring", "deleted"]
 @pytest.fixture(autouse=True)
 def _short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_batch, "STEP", 2)
+    monkeypatch.setattr(_batch, "MANY", 3)
 
 
 def applied(base: dict[str, Any], taken: ChangeSet) -> dict[str, Any]:
@@ -124,9 +125,13 @@ class BatchMachine(RuleBasedStateMachine):
             assert revision == self.revision
         else:
             assert revision is None
-        if not self.cleared:
-            assert batch.deleted == len(before.keys() - model.keys())
-        self.deleted += len(before) if self.cleared else len(before.keys() - model.keys())
+        gone = len(before.keys() - model.keys())
+        if self.cleared:  # with a watch, an old key that is stored again is not counted
+            assert self.state.deleted - self.deleted in {gone, len(before)}
+            self.deleted = self.state.deleted
+        else:
+            assert batch.deleted == gone
+            self.deleted += gone
         self.stored += len(changed)
         self.batch = self.steps = None
 
@@ -210,18 +215,22 @@ class BatchMachine(RuleBasedStateMachine):
     @rule(seconds=st.integers(1, 4))
     def sweep(self, seconds: int) -> None:
         """Let time pass, and sweep: at once, and again when everything is merged. While a batch is made, there is no sweep."""
-        self.seconds += seconds
-        before, self.model = (
-            self.model,
-            {key: to for key, to in self.model.items() if not (isinstance(to, Expiring) and to.at <= self.state.now())},
-        )
-        assert self.state.count() == len(self.model)
-        self.state.sweep(100)
-        assert self.state.count() == len(self.model)
-        while self.state.fold_staged(1):
+        for more in (seconds, 1):
+            self.seconds += more
+            self.model, before = (
+                {
+                    key: to
+                    for key, to in self.model.items()
+                    if not (isinstance(to, Expiring) and to.at <= self.state.now())
+                },
+                self.model,
+            )
+            self.swept += len(before) - len(self.model)
             assert self.state.count() == len(self.model)
-        self.state.sweep(100)
-        self.swept += len(before) - len(self.model)
+            self.state.sweep(100)
+            assert self.state.count() == len(self.model)
+            while self.state.fold_staged(1):
+                assert self.state.count() == len(self.model)
         assert self.state.swept == self.swept
         self.revision = self.state.revision
 
@@ -304,5 +313,13 @@ class BatchMachine(RuleBasedStateMachine):
 def test_a_batch_is_one_change() -> None:
     """Whatever happens between two steps, the changes are made in one moment, completely, or not at all."""
     run_state_machine_as_test(
-        BatchMachine, settings=settings(max_examples=80, stateful_step_count=40, deadline=None, database=None)
+        BatchMachine,
+        settings=settings(
+            max_examples=80,
+            stateful_step_count=40,
+            deadline=None,
+            database=None,
+            report_multiple_bugs=False,
+            phases=[Phase.generate],
+        ),
     )

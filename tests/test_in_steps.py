@@ -1,0 +1,376 @@
+"""Calls with many keys: they give the loop back between two steps, and change the state in one moment.
+
+Most tests set the number of keys from which a call goes in steps to 4, and let something happen after one turn of the
+loop, after two turns, and so on, until the call is over before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from running import flusher_of, idle, running
+
+from lab_state import (
+    ClosedError,
+    Config,
+    FencedError,
+    InvalidKeyError,
+    Manager,
+    MemoryCache,
+    StorageError,
+    UnavailableError,
+    _batch,
+    _flusher,
+    _writing,
+)
+from lab_state.testing import FaultyStorage, ManualClock
+
+BEFORE: dict[str, Any] = {**{f"a/{number}": number for number in range(8)}, "b": [1], "timed": 1}
+MOST_TURNS = 200
+
+Call = Callable[[Manager], Awaitable[Any]]
+Meanwhile = Callable[[Manager, FaultyStorage], Awaitable[None]]
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let calls with four keys go in steps of two."""
+    for module, constant, value in (
+        (_batch, "MANY", 4),
+        (_batch, "STEP", 2),
+        (_flusher, "STEP", 2),
+        (_writing, "_STEP_BYTES", 600),
+    ):
+        monkeypatch.setattr(module, constant, value)
+
+
+async def transaction(state: Manager) -> int:
+    async with state.transaction() as tx:
+        tx.set_many({f"a/{number}": "tx" for number in range(6)})
+        tx.delete("b")
+        tx.delete("timed")
+        tx.set("new", 1, ttl=100)
+    return state.revision
+
+
+async def cleared(state: Manager) -> int:
+    async with state.transaction() as tx:
+        tx.delete_all()
+        tx.set_many({f"c/{number}": "tx" for number in range(12)})
+    return state.revision
+
+
+CALLS: dict[str, Call] = {
+    "set_many": lambda state: state.set_many({**{f"a/{number}": "new" for number in range(5)}, "c": 1, "timed": 2}),
+    "set_many with ttl": lambda state: state.set_many(dict.fromkeys(["a/1", "b", "c", "d", "timed"], 5), ttl=100),
+    "delete_many": lambda state: state.delete_many([*(f"a/{number}" for number in range(12)), "timed"]),
+    "delete_all": lambda state: state.delete_all("a/"),
+    "namespace delete_all": lambda state: state.namespace("a").delete_all(),
+    "transaction": transaction,
+    "transaction that clears": cleared,
+}
+EACH_CALL = pytest.mark.parametrize("name", CALLS)
+
+
+async def begun(storage: FaultyStorage, clock: ManualClock, cache: MemoryCache | None = None) -> Manager:
+    """Return a manager that runs and has `BEFORE`, durable."""
+    state = Manager(Config(name="test", flush_interval=None), storage, cache, clock=clock)
+    await state.start()
+    await state.set_many({key: value for key, value in BEFORE.items() if key != "timed"})
+    await state.set("timed", 1, ttl=1000)
+    await state.flush()
+    return state
+
+
+async def found_in(storage: FaultyStorage, clock: ManualClock) -> dict[str, Any]:
+    async with running(storage, clock) as state:
+        return await state.get_all()
+
+
+async def after_turns(state: Manager, call: Call, turns: int) -> asyncio.Task[Any]:
+    task = asyncio.ensure_future(call(state))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    return task
+
+
+async def at_every_turn(
+    clock: ManualClock, make: Callable[[], FaultyStorage], name: str, run: Callable[[Manager, FaultyStorage, int], Any]
+) -> int:
+    """Run something after each number of turns of a call, with a new state each time, until the call is over before."""
+    for turns in range(1, MOST_TURNS):
+        storage = make()
+        state = await begun(storage, clock)
+        if await run(state, storage, turns):
+            return turns
+    raise AssertionError(f"{name} takes more than {MOST_TURNS} turns")
+
+
+@pytest.fixture
+def make(storage: FaultyStorage) -> Callable[[], FaultyStorage]:
+    """Return a function that makes empty storages of the kind of the fixture `storage`."""
+    return lambda: FaultyStorage(type(storage._inner)())
+
+
+async def result_of(name: str, storage: FaultyStorage, clock: ManualClock) -> dict[str, Any]:
+    """Return what a call makes of `BEFORE`."""
+    state = await begun(storage, clock)
+    await CALLS[name](state)
+    after = await state.get_all()
+    await state.stop()
+    assert after != BEFORE
+    return after
+
+
+# Small calls
+
+
+@pytest.mark.parametrize("count", [999, 1000])
+async def test_a_small_call_never_gives_the_loop_back(storage: FaultyStorage, clock: ManualClock, count: int) -> None:
+    """Below 1,000 keys no call waits, however large the state is; from 1,000 on each gives the loop back."""
+    values = {f"a/{number:04}": number for number in range(count)}
+
+    async def in_transaction() -> None:
+        async with state.transaction() as tx:
+            tx.set_many(values)
+
+    async with running(storage, clock) as state:
+        calls: list[Callable[[], Any]] = [
+            lambda: state.set_many(values),
+            lambda: state.set_many(values, ttl=5),
+            lambda: state.delete_many(values),
+            in_transaction,
+            lambda: state.delete_all("a/"),
+        ]
+        await state.set_many({f"b/{number}": number for number in range(1500)})
+        await idle()
+        for call in calls:
+            turned = list[int]()
+            asyncio.get_running_loop().call_soon(turned.append, 1)
+            await call()
+            assert bool(turned) is (count == 1000)
+            await idle()
+        assert await state.delete_all("b/149") == 11
+
+
+async def test_a_transaction_and_plain_calls_have_no_steps(storage: FaultyStorage, clock: ManualClock) -> None:
+    """The calls of an open transaction cannot wait, so 2,000 keys are one step."""
+    values = {f"a/{number}": number for number in range(2000)}
+    async with running(storage, clock) as state, state.transaction() as tx:
+        tx.set_many(values)
+        assert tx.get_all() == values
+        assert tx.delete_many(list(values)[:1500]) == 1500
+        assert tx.delete_all("a/") == 500
+
+
+# What readers and writers see
+
+
+@EACH_CALL
+@pytest.mark.usefixtures("short")
+async def test_readers_see_all_or_nothing(name: str, storage: FaultyStorage, clock: ManualClock, make: Any) -> None:
+    """At each turn of the loop, a reader finds the state from before or from after, and the number of its keys."""
+    after = await result_of(name, make(), clock)
+    state = await begun(storage, clock)
+    revision = state.revision
+    task = await after_turns(state, CALLS[name], 0)
+    seen = []
+    while not task.done():
+        now = state.get_all_nowait()
+        assert now in (BEFORE, after)
+        assert len(state) == len(now) == state.status().keys
+        assert len(state.namespace("a")) == sum(key.startswith("a/") for key in now)
+        assert state.revision == revision + (now == after)
+        assert all((key in state) == (key in now) for key in [*BEFORE, *after])
+        seen.append(now == after)
+        await asyncio.sleep(0)
+    assert len(seen) > 3
+    assert seen == sorted(seen)
+    for _ in range(20):
+        assert await state.get_all() == after
+        await asyncio.sleep(0)
+    assert isinstance(state._core.state.entries, dict)
+    await state.stop()
+    assert await found_in(storage, clock) == after
+
+
+@EACH_CALL
+@pytest.mark.usefixtures("short")
+async def test_writers_come_before_or_after(name: str, clock: ManualClock, make: Any) -> None:
+    """A write that is called amid the steps waits for a part of the call, and comes before or after all of it."""
+
+    async def run(state: Manager, storage: FaultyStorage, turns: int) -> bool:
+        call = await after_turns(state, CALLS[name], turns)
+        over = call.done()
+        result = await state.update("a/0", lambda old: [old], "none")
+        await call
+        is_overwritten = result == [0] and after.get("a/0") != 0
+        assert result == [0] or result == [after.get("a/0", "none")]
+        expected = after if is_overwritten else {**after, "a/0": result}
+        assert await state.get_all() == expected
+        await state.stop()
+        assert await found_in(storage, clock) == expected
+        return over
+
+    after = await result_of(name, make(), clock)
+    assert await at_every_turn(clock, make, name, run) > 3
+
+
+@EACH_CALL
+@pytest.mark.usefixtures("short")
+async def test_a_write_that_cannot_wait_comes_before(name: str, clock: ManualClock, make: Any) -> None:
+    """set_nowait, delete_nowait and update_nowait work amid the steps; the call overwrites what they changed."""
+
+    async def run(state: Manager, storage: FaultyStorage, turns: int) -> bool:
+        call = await after_turns(state, CALLS[name], turns)
+        over, took_place = call.done(), state.get_all_nowait() == after
+        held = state._core.transaction is not None
+        if held and name.startswith("transaction"):
+            with pytest.raises(RuntimeError, match="open transaction"):
+                state.set_nowait("a/7", "late")
+            await call
+            await state.stop()
+            return over
+        state.set_nowait("a/7", "late")
+        state.delete_nowait("a/1")
+        state.update_nowait("a/2", lambda old: ["late", old], "none")
+        state.set_nowait("a/none", 1)
+        state.set_nowait("z", 1, ttl=50)
+        with pytest.raises(InvalidKeyError):
+            state.set_nowait("", 1)
+        with pytest.raises(InvalidKeyError):
+            state.delete_nowait(5)  # type: ignore[arg-type]
+        meanwhile = state.get_all_nowait()
+        assert meanwhile["a/7"] == "late"
+        assert "a/1" not in meanwhile
+        await call
+        first = {**BEFORE, "a/7": "late", "a/2": ["late", 2], "a/none": 1, "z": 1}
+        first.pop("a/1")
+        if took_place:
+            expected = {**after, "a/7": "late", "a/2": ["late", after.get("a/2", "none")], "a/none": 1, "z": 1}
+            expected.pop("a/1", None)
+        else:
+            expected = {**first, **{key: value for key, value in after.items() if value != BEFORE.get(key)}}
+            for gone in (BEFORE.keys() - after.keys()) & first.keys():
+                del expected[gone]
+            if name.endswith("delete_all"):
+                del expected["a/none"]
+            if name == "transaction that clears":
+                expected = after
+        assert await state.get_all() == expected
+        assert len(state) == len(expected)
+        await idle()
+        await state.stop()
+        assert await found_in(storage, clock) == expected
+        return over
+
+    after = await result_of(name, make(), clock)
+    assert await at_every_turn(clock, make, name, run) > 3
+
+
+# What happens meanwhile
+
+
+@EACH_CALL
+@pytest.mark.usefixtures("short")
+async def test_a_stop_meanwhile(name: str, clock: ManualClock, make: Any) -> None:
+    """The call raises ClosedError and has changed nothing, or it was made and is durable."""
+
+    async def run(state: Manager, storage: FaultyStorage, turns: int) -> bool:
+        call = await after_turns(state, CALLS[name], turns)
+        over = call.done()
+        await state.stop()
+        try:
+            await call
+        except ClosedError as error:
+            assert "nothing" in str(error) or "not running" in str(error)  # noqa: PT017 -- whether it raises depends on the turn
+            expected = BEFORE
+        else:
+            expected = after
+        assert not state._core._lock.locked()
+        assert await found_in(storage, clock) == expected
+        await state.start()
+        await state.set("works", 1)
+        await state.stop()
+        return over
+
+    after = await result_of(name, make(), clock)
+    assert await at_every_turn(clock, make, name, run) > 3
+
+
+@pytest.mark.usefixtures("short")
+async def test_a_restart_meanwhile(clock: ManualClock, make: Any) -> None:
+    """A call that began before stop() changes nothing in the state that the next start() loads."""
+
+    async def run(state: Manager, storage: FaultyStorage, turns: int) -> bool:
+        call = await after_turns(state, CALLS["set_many"], turns)
+        over = call.done()
+        await state.stop()
+        await state.start()
+        with suppress(ClosedError):
+            await call
+        assert await state.get_all() == (BEFORE if call.exception() else after)
+        await state.stop()
+        return over
+
+    after = await result_of("set_many", make(), clock)
+    assert await at_every_turn(clock, make, "set_many", run) > 3
+
+
+@EACH_CALL
+@pytest.mark.usefixtures("short")
+async def test_a_fence_meanwhile(name: str, clock: ManualClock, make: Any) -> None:
+    """The call raises FencedError and has changed nothing, or it was made before the manager knew."""
+
+    async def run(state: Manager, storage: FaultyStorage, turns: int) -> bool:
+        call = await after_turns(state, CALLS[name], turns)
+        over, done = call.done(), state.get_all_nowait() == after
+        flusher_of(state)._refuse_from_now_on(FencedError("a newer writer owns it"))
+        if done:
+            await call
+        else:
+            with pytest.raises(FencedError, match="nothing was changed"):
+                await call
+        assert await state.get_all() == (after if done else BEFORE)
+        with pytest.raises(FencedError):
+            await state.set_many(dict.fromkeys("abcdefg", 1))
+        await idle()
+        with suppress(StorageError):
+            await state.stop()
+        return over
+
+    after = await result_of(name, make(), clock)
+    assert await at_every_turn(clock, make, name, run) > 3
+
+
+@EACH_CALL
+@pytest.mark.usefixtures("short")
+async def test_a_flush_that_fails_meanwhile(name: str, clock: ManualClock, make: Any) -> None:
+    """No change is lost, of the call or of others, if a commit amid the steps fails or succeeds."""
+
+    async def run(state: Manager, storage: FaultyStorage, turns: int, *, fails: bool) -> bool:
+        early = {f"early/{number}": number for number in range(5)}
+        for key, value in early.items():
+            await state.set(key, value)
+        if fails:
+            storage.fail("commit")
+        call = await after_turns(state, CALLS[name], turns)
+        over = call.done()
+        with suppress(UnavailableError):
+            await state.flush()
+        await call
+        expected = {**after, **({} if name == "transaction that clears" else early)}
+        assert await state.get_all() == expected
+        await state.flush()
+        flusher_of(state).abort()
+        storage.cut_power()
+        assert await found_in(storage, clock) == expected
+        return over
+
+    after = await result_of(name, make(), clock)
+    for fails in (False, True):
+        assert await at_every_turn(clock, make, name, lambda *of, fails=fails: run(*of, fails=fails)) > 3
