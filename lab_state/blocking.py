@@ -28,13 +28,13 @@ _ENDED = "the event loop of the manager does not run; let the threads that use `
 
 @final
 class Blocking(Plain):
-    """The calls without `await`, for threads other than the event loop's.
+    """The calls without `await`, for threads other than that of the event loop.
 
-    It is meant for FastAPI's `def` endpoints, `asyncio.to_thread`, and threads of your own. Any
-    number of threads can use it at once. Each call runs the manager's call of the same name on
-    its event loop, and has the same result or error. So a function that is given to `update`
-    runs there too. `len` and `in` also run there. If a thread is interrupted while it waits,
-    its call goes on.
+    They are meant for FastAPI's `def` endpoints, `asyncio.to_thread`, and your own threads. Any
+    number of threads can use them at once. Each call runs the manager's call of the same name on
+    the event loop of the manager, and has the same result or error. So a function that is passed to
+    `update` runs there too. `len` and `in` also run there. If a thread is interrupted while it
+    waits, its call continues.
 
     Each call can raise two more errors. On the event loop of the manager it raises
     `RuntimeError`, because it would wait for itself: await the call of the manager instead. If
@@ -51,11 +51,11 @@ class Blocking(Plain):
         return f"<Blocking {prefix!r} of {core.name!r}>" if prefix else f"<Blocking of {core.name!r}>"
 
     def __len__(self) -> int:
-        """Return how many keys there are."""
+        """Return the number of keys."""
         return self._run(_called(len, self._calls))
 
     def __contains__(self, key: object) -> bool:
-        """Return whether the key is there; False for an object that cannot be a key."""
+        """Return whether the key exists; False for an object that cannot be a key."""
         return self._run(_called(contains, self._calls, key))
 
     @overload
@@ -124,9 +124,9 @@ class Blocking(Plain):
 
 @final
 class BlockingEntry(Handle, Generic[T]):
-    """The handle for one key and its type, without `await`, for threads other than the event loop's.
+    """The handle for one key and its type, without `await`, for threads other than that of the event loop.
 
-    Each call runs the call of the same name of `Entry`, in the same way as those of `Blocking`.
+    Each call runs the call of `Entry` with the same name, in the way of the calls of `Blocking`.
     """
 
     __slots__ = ("_entry", "_run")
@@ -149,7 +149,7 @@ class BlockingEntry(Handle, Generic[T]):
         return self._run(self._entry.get())
 
     def exists(self) -> bool:
-        """Return whether the key is there; see `Entry.exists`."""
+        """Return whether the key exists; see `Entry.exists`."""
         return self._run(self._entry.exists())
 
     @overload
@@ -181,11 +181,11 @@ class BlockingEntry(Handle, Generic[T]):
         return self._run(cast("Entry[float]", self._entry).incr(delta, ttl=ttl))
 
     def touch(self, ttl: Seconds | None) -> bool:
-        """Give the key another time to live, and return whether it was there; see `Entry.touch`."""
+        """Give the key another time to live, and return whether it exists; see `Entry.touch`."""
         return self._run(self._entry.touch(ttl))
 
     def delete(self) -> bool:
-        """Delete the key, and return whether it was there; see `Entry.delete`."""
+        """Delete the key, and return whether it existed; see `Entry.delete`."""
         return self._run(self._entry.delete())
 
     def pop(self) -> T:

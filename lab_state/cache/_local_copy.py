@@ -1,17 +1,17 @@
 """The local copy of a mirror that a reader with `local=True` keeps in memory. Pure and synchronous.
 
-How it is loaded:
+The copy is loaded in these steps:
 
 1. The reader subscribes. From then on, messages are kept.
-2. It reads the head. This is the first revision.
-3. It reads all keys, in parts. Each part may be of a different revision.
+2. It reads the head. This gives the first revision.
+3. It reads all keys, in parts. Each part may have a different revision.
 4. It reads the head again, and sends a ping on the subscription. When the ping is answered,
    all messages up to the second head have come.
 5. It applies the kept messages after the first revision. They contain every key that changed
    since then. So the copy is exactly at the revision of the last message.
 
-After that, each message must start at the revision of the copy. If one does not, a message
-was lost. Then nothing is shown until the copy is loaded again.
+After that, each message must start at the revision of the copy. If a message does not, an earlier
+message was lost. Then nothing is shown until the copy is loaded again.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class LocalCopy:
     Attributes:
         shown: The entries that may be read; empty while the copy is not fresh.
         fresh: Whether the copy is complete and up to date.
-        head: Writer and revision of the mirror of which this is a copy; `None` before the first load.
-        highest: The highest revision that could be read here.
+        head: The writer and the revision of the mirror that was copied; `None` before the first load.
+        highest: The highest revision that a reader could read here.
     """
 
     def __init__(self) -> None:
@@ -73,12 +73,12 @@ class LocalCopy:
     # Loading
 
     def start_loading(self) -> None:
-        """Keep the messages from now on."""
+        """Keep all messages from now on."""
         self.invalidate()
         self._kept = deque()
 
     def set_head(self, head: Head) -> bool:
-        """Take the first head of a load. Return False if the copy is already at this head, and need not be read."""
+        """Store the first head of a load. Return False if the copy is already at this head, and need not be loaded."""
         if self._whole and head == self.head:
             return False
         self.head, self._entries, self._whole = head, {}, False
@@ -113,8 +113,8 @@ class LocalCopy:
     def finish_loading(self, last: Head) -> bool:
         """Return whether the copy may be read. If not, it must be loaded again.
 
-        `last` is the second head. All messages up to it have come. If there was a fill
-        meanwhile, also at the same revision, the parts that were read may not fit together.
+        `last` is the second head. All messages up to it have come. If there was a fill meanwhile,
+        even at the same revision, the parts that were read may not fit together.
         """
         kept, self._kept = self._kept, None
         if kept is None or self.head is None or any(step[-1].resync for step in kept):

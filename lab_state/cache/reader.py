@@ -38,8 +38,8 @@ _LOOK_AGAIN_SECONDS = 1.0
 class Reader(Handle):
     """A reader of the mirror that a manager keeps in a cache. It changes nothing.
 
-    Use it with `async with`. Entering does not wait, so a worker may start before the writer
-    and before Redis. Each read returns the keys and expiry times of one revision, and only
+    Use it with `async with`. The start of the block does not wait, so a worker may start before the
+    writer and before Redis. Each read returns the keys and expiry times of one revision, and only
     durable changes. A read never returns a lower revision than an earlier read, with one
     exception: if a running writer reports a lower revision for ten seconds, reads continue from
     that revision, and a WARNING is logged. The reason is that the state was restored, or that
@@ -48,7 +48,7 @@ class Reader(Handle):
 
     A read raises `UnavailableError` while there is no mirror, or while its revision is lower than
     one that this reader has read. It never reports a key as missing for that reason. The message
-    says what to do. Answer a web request with 503 then, because the writer repairs the mirror by
+    says what to do. In a web application, answer with 503, because the writer repairs the mirror by
     itself. A read raises `UnsupportedError` if the server refuses the user or if the mirror has a
     newer format, `ClosedError` outside `async with`, and `InvalidKeyError` for a key that no state
     can have.
@@ -83,7 +83,7 @@ class Reader(Handle):
 
     @property
     def up(self) -> bool:
-        """Whether reads succeed and the reader gets the changes. It is False outside `async with`.
+        """Whether reads succeed and the reader receives the changes. It is False outside `async with`.
 
         Without `local`, this is the result of the last read. If the application reads nothing,
         the reader itself reads the revision every two seconds.
@@ -115,7 +115,7 @@ class Reader(Handle):
     async def aclose(self) -> None:
         """Close all connections. Open watches end. A second call does nothing.
 
-        In a forked child it does nothing, because the connections are the parent's.
+        In a forked child it does nothing, because the connections belong to the parent.
         """
         if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
             return
@@ -128,7 +128,7 @@ class Reader(Handle):
         await self._source.aclose()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Refuse every call if the reader is open. Runs in a forked child. The parent's reader is not affected."""
+        """Refuse every call if the reader is open. This runs in a forked child. The parent's reader is not affected."""
         if self._feed is None:
             return
         forks.keep(self._feed)
@@ -161,13 +161,13 @@ class Reader(Handle):
 
         Args:
             key: The key.
-            default: Returned unchanged if the key is missing.
-            type: The type to decode the value as; see `Manager.get`.
+            default: The result if the key is missing. It is returned unchanged.
+            type: The type of the result; see `Manager.get`.
 
         Raises:
             KeyNotFoundError: The key is missing, and no default was given.
             TypeMismatchError: The stored value is not a `type`; the error has the path.
-            TypeError: The type cannot be decoded, or the default is a class: give it as
+            TypeError: The type cannot be decoded, or the default is a class. Pass a class as
                 `type=`.
             UnavailableError: See the class.
         """
@@ -235,7 +235,7 @@ class Reader(Handle):
         return bool(self._alive(found))
 
     async def keys(self, prefix: str = "") -> list[str]:
-        """Return every key that starts with `prefix`, in no particular order. It costs as much as `get_all`.
+        """Return every key that starts with `prefix`, in no particular order. The cost is that of `get_all`.
 
         Raises:
             UnavailableError: See the class.
@@ -259,8 +259,8 @@ class Reader(Handle):
         """Wait until reads return this revision or a later one. Then a caller reads its own writes.
 
         A write of the manager returns its revision. With a `flush_interval` of 0 the change is
-        durable by then, and in the mirror within milliseconds. Otherwise it is in the mirror after
-        the next flush.
+        durable when the write returns, and in the mirror within milliseconds. Otherwise it is in
+        the mirror after the next flush.
 
         Args:
             revision: The revision.
@@ -291,7 +291,7 @@ class Reader(Handle):
             look = not heard or self._is_local or self._open.revision >= revision
 
     async def _reached(self, seconds: float) -> tuple[int, str]:
-        """Return the revision that a read would return, and a text with it; if it would fail, -1 and the reason."""
+        """Return the revision that a read would return, and a text for it. If a read would fail, return -1 and the reason."""
         try:
             with within(self._clock, seconds):
                 reached = await self.revision()
@@ -309,11 +309,11 @@ class Reader(Handle):
         A `resync` is reported at the beginning and after a lost subscription: then read everything.
 
         Args:
-            prefix: The beginning of the keys; an empty one means all keys.
+            prefix: The beginning of the keys; an empty text selects all keys.
 
         Raises:
-            TypeError: At entering: the prefix is not a `str`.
-            ClosedError: At entering: the reader is not open.
+            TypeError: At the beginning: the prefix is not a `str`.
+            ClosedError: At the beginning: the reader is not open.
         """
         return self._watch(prefix)
 
@@ -370,7 +370,7 @@ class Reader(Handle):
         return head, stored
 
     def _checked_head(self, found: Fetched, floor: int) -> Head:
-        """Return the head of a read, if the read may be returned. Continue from it if its revision is lower, but accepted."""
+        """Return the head of a read, if the read may be returned. If its revision is lower, and accepted, continue from it."""
         accepted = self._guard.accept(found, floor, self._lives, self._clock.monotonic())
         if accepted.went_back:
             assert self._feed is not None  # it has reported that the writer lives
