@@ -32,11 +32,11 @@ class MemoryMirror:
                 follower.queue.put_nowait(data)
 
     def seen(self) -> Seen:
-        """Return who wrote the mirror, and its revision."""
+        """Return the writer and the revision of the mirror."""
         return seen_in(self.values.get(HEAD), self.expires.get(HEAD))[0]
 
     def replace(self, values: dict[str, bytes], expires: dict[str, bytes]) -> None:
-        """Replace both hashes. The old ones are freed in steps."""
+        """Replace both hashes. The old hashes are freed in steps."""
         old, self.values, self.expires = (self.values, self.expires), values, expires
         for each in old:
             _discard(each)
@@ -75,7 +75,7 @@ class MemoryCacheSession:
         return f"<MemoryCacheSession of writer {self._writer!r}, {self._mirror.seen()!r}>"
 
     async def look(self) -> Seen:
-        """Return who wrote the mirror; see `CacheSession.look`."""
+        """Return the writer and the revision of the mirror; see `CacheSession.look`."""
         before, seen = self._seen, self._mirror.seen()
         self._seen = seen
         if before == seen and seen.writer == self._writer:
@@ -198,7 +198,7 @@ class MemorySubscription:
         return data
 
     async def ping(self) -> None:
-        """Wait until all messages that are in the queue now were received; see `Subscription.ping`."""
+        """Wait until `receive` has returned all messages that are in the queue now; see `Subscription.ping`."""
         pong = asyncio.Event()
         self.queue.put_nowait(pong)
         await pong.wait()
@@ -213,7 +213,7 @@ class MemorySubscription:
 
 
 def _discard(large: dict[str, bytes]) -> None:
-    """Free a dict in steps, because freeing a million values at once would block the event loop."""
+    """Free a dict in steps. To free a million values at once would block the event loop."""
     for _ in range(min(len(large), _FREED_AT_ONCE)):
         large.popitem()
     if large:

@@ -15,7 +15,7 @@ from lab_state.testing import ManualClock
 
 
 class FaultyCache:
-    """A `MemoryCache` that fails, hangs, or does and then fails, on demand."""
+    """A `MemoryCache` that fails or hangs on demand. It can also do the work of a call, and then fail."""
 
     def __init__(self) -> None:
         self.inner = MemoryCache()
@@ -43,7 +43,7 @@ class FaultyCache:
 
     @property
     def entries(self) -> dict[str, Any]:
-        """What is shown, without the head."""
+        """The values in the mirror, without the head."""
         values = self.inner.mirrors["name"].values if self.inner.mirrors else {}
         return {key: msgspec.json.decode(data) for key, data in values.items() if key != "$lab_state"}
 

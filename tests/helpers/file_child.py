@@ -1,4 +1,4 @@
-"""What the tests of `FileStorage` run in a process of their own: a kill, a limit, another user, a fork.
+"""Programs that the tests of `FileStorage` run in another process: a kill, a limit, another user, a fork.
 
 `python file_child.py <command> <directory>` prints one line of JSON.
 """
@@ -29,7 +29,7 @@ def say(**report: object) -> None:
 
 
 def serve(directory: str) -> None:
-    """Make five flushed changes and one that is not flushed, then wait to be killed."""
+    """Make five changes that are flushed, and one that is not flushed. Then wait to be killed."""
 
     async def main() -> None:
         state = manager(directory)
@@ -45,7 +45,7 @@ def serve(directory: str) -> None:
 
 
 def limited(directory: str) -> None:
-    """Run into a real file size limit in the middle of a frame, three times; then raise it, flush, and be killed."""
+    """Reach a real limit of the file size in the middle of a frame, three times. Then raise the limit, flush, and be killed."""
 
     async def main() -> None:
         journal = Path(directory) / "lab.journal"
@@ -81,7 +81,7 @@ def limited(directory: str) -> None:
 
 
 def refused(directory: str) -> None:
-    """Try to start, as a user with no rights on the directory; root becomes one first."""
+    """Try to start as a user without rights on the directory. If this process runs as root, it becomes such a user first."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)
@@ -92,11 +92,11 @@ def refused(directory: str) -> None:
         say(error=type(error).__name__, message=str(error))
     else:
         say(error=None, message="")
-    os._exit(0)  # so that nothing that runs at exit writes here
+    os._exit(0)  # functions that run at exit must not write here
 
 
 def forked(directory: str) -> None:
-    """Fork with a manager running; the child uses the session that it inherited."""
+    """Fork while a manager runs. The child uses the session that it inherited."""
     with asyncio.Runner() as runner:
         state = manager(directory)
         runner.run(state.start())
@@ -142,7 +142,7 @@ def _attempts(session: StorageSession) -> dict[str, list[str]]:
 
 
 def inherited(directory: str) -> None:
-    """Fork with a manager running; the child uses that manager, in the loop that it inherited, as if it were its own."""
+    """Fork while a manager runs. The child uses that manager, in the event loop that it inherited."""
     with asyncio.Runner() as runner:
         state = manager(directory)
         runner.run(state.start())
@@ -176,7 +176,7 @@ def inherited(directory: str) -> None:
 
 
 def outlived(directory: str) -> None:
-    """Fork a child that does nothing and lives on; then stop, and start again."""
+    """Fork a child that does nothing and does not end. Then stop the manager, and start it again."""
     with asyncio.Runner() as runner:
         state = manager(directory)
         runner.run(state.start())

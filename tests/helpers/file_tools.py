@@ -1,4 +1,4 @@
-"""What the tests of `FileStorage` share: a disk with faults, child processes, and what is in the files."""
+"""Helpers of the tests of `FileStorage`: a disk with faults, child processes, and the contents of the files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plain(name: str) -> str:
 
 @dataclass
 class Fault:
-    """Calls of one function on one file that fail: `times` of them, after the first `skip`."""
+    """A fault of one function on one file. After `skip` calls that succeed, `times` calls fail."""
 
     function: str
     name: str
@@ -57,7 +57,7 @@ class Fault:
 
 
 class Gate:
-    """Holds up a thread in a call until the test opens it."""
+    """A gate that holds a thread in a call until the test opens the gate."""
 
     def __init__(self, function: str, name: str) -> None:
         self.function = function
@@ -86,10 +86,11 @@ class Call:
 
 
 class Disk:
-    """The module `os` as `_fs` sees it: the real one, but for the faults asked for; it remembers what was called.
+    """The module `os` for `_fs`: the real module with the planned faults. It also records the calls.
 
-    A file is named by the last part of its path, a renamed file by its new name. The
-    directory of a state is named `directory`, those above it `above`. The copies that `found` makes are none of its business.
+    The name of a file is the last part of its path. A renamed file has its new name. The
+    directory of a state has the name `directory`, and those above it have the name `above`. Calls on the copies that `found` makes
+    are not recorded.
     """
 
     def __init__(self) -> None:
@@ -111,7 +112,7 @@ class Disk:
         return gate
 
     def fill(self, *names: str) -> None:
-        """Leave no more room for these files: half a write fits, then none."""
+        """Leave no more room for these files. Half of the next write fits, and then nothing."""
         self._full.update(names)
         self._shortened.clear()
 
@@ -213,16 +214,16 @@ def run_child(command: str, directory: Path, returncode: int = 0) -> dict[str, A
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until a thread or a task got there."""
+    """Let the event loop run until a thread or a task has made the condition true."""
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 -- what is waited for sets no event
+        while not condition():  # noqa: ASYNC110 -- there is no event to wait for
             await asyncio.sleep(0)
 
 
 async def found(directory: Path) -> dict[str, Any]:
-    """Return what the next start would find if this process was killed now."""
+    """Return the values that the next start would load if this process were killed now."""
     with tempfile.TemporaryDirectory(dir=directory.parent) as place:
-        # Temporary files come and go beside us, and no start reads them.
+        # Other threads create and delete temporary files meanwhile. No start reads them.
         copy = shutil.copytree(directory, Path(place) / COPY, ignore=shutil.ignore_patterns("*.tmp"))
         async with manager(copy) as state:
             return await state.get_all()
@@ -239,7 +240,7 @@ def kinds(directory: Path) -> str:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Return every file but the lock."""
+    """Return the contents of all files except the lock file."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file() and path.suffix != ".lock"}
 
 
@@ -255,7 +256,7 @@ def view(data: bytes) -> Callable[[], AsyncIterator[bytes]]:
 
 
 class Kept:
-    """A journal under a second name, so that its inode stays; tells whether it was written since."""
+    """A journal under a second name, so that its inode is kept. The object can check that the journal was not written."""
 
     def __init__(self, directory: Path, disk: Disk) -> None:
         self._path = directory.parent / f"{directory.name}-kept"
@@ -269,6 +270,6 @@ class Kept:
         assert self._path.read_bytes() == self.bytes
 
     def freeze(self) -> None:
-        """Note the bytes: from now on it must not be written."""
+        """Store the bytes. From now on, the journal must not be written."""
         self.bytes = self._path.read_bytes()
         self._disk.calls.clear()

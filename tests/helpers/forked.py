@@ -1,4 +1,4 @@
-"""Forks of the process of a test; and processes that fork, and are killed.
+"""Functions that fork the process of a test, and programs that fork and are then killed.
 
 `python forked.py <command> <directory>` prints one line of JSON when it is ready to be killed.
 """
@@ -26,17 +26,19 @@ from lab_state.storage import _fs
 def fork() -> int:
     """Call `os.fork` in a process that has threads."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12 on: which is what is tested
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12 and later warn, because the process has threads
         return os.fork()
 
 
 async def in_child(function: Callable[[], Any]) -> Any:
-    """Call a function in a forked child; return what it returns there, by way of JSON."""
+    """Call a function in a forked child. Return its result, which is sent as JSON."""
     return await asyncio.to_thread(begin_in_child(function))
 
 
 def begin_in_child(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Call a function in a forked child; return a function that waits for its answer."""
+    """Call a function in a forked child. Return a function that waits for the result."""
     reading, writing = os.pipe()
     pid = fork()
     if pid == 0:
@@ -58,7 +60,7 @@ def begin_in_child(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def error_of(call: Callable[[], Any]) -> list[str]:
-    """Return class and message of the error that a call, plain or to be awaited, raises before its first wait."""
+    """Return class and message of the error that a call raises before its first wait. The call may be a coroutine."""
     try:
         result = call()
         if isinstance(result, Coroutine):
@@ -94,14 +96,14 @@ def say(report: dict[str, Any]) -> None:
 
 
 def _sleep(writing: int | None = None) -> None:
-    """Say that this process runs, and live on."""
+    """Report that this process runs, and do not end."""
     if writing is not None:
         os.write(writing, b"1")
     signal.pause()
 
 
 def children(directory: str) -> None:
-    """Fork in every way there is, with a manager running; the children live on."""
+    """Fork in every possible way while a manager runs. The children do not end."""
 
     async def main() -> None:
         state = Manager(Config(name="lab", flush_interval=0), FileStorage(directory))
@@ -126,7 +128,7 @@ def children(directory: str) -> None:
 
 
 def held(directory: str, function: str) -> None:
-    """Fork while a thread of the storage is inside a function of `_fs`; then go on. The child lives on."""
+    """Fork while a thread of the storage is inside a function of `_fs`. Then continue. The child does not end."""
     entered, gate = threading.Event(), threading.Event()
     real = getattr(_fs, function)
     armed = function == "open_lock"

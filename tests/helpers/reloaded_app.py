@@ -1,4 +1,4 @@
-"""The application that the tests of a graceful reload serve: each visit is durable before it is answered."""
+"""The application for the tests of a graceful reload. Each visit is durable before the answer is sent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ state = Manager(
 
 
 async def visit(request: Request) -> JSONResponse:
-    """Count a visit, once the body has come: a client that withholds its end keeps the request under way."""
+    """Count a visit after the whole body has come. A client that does not send the end keeps the request running."""
     await request.body()
     count = await manager(request, "visits").incr(request.path_params["page"])
     return JSONResponse({"pid": os.getpid(), "count": count})

@@ -1,4 +1,4 @@
-"""What many tests begin with: a manager under a clock that stands still, and ways to let the loop go on."""
+"""Helpers of many tests: a manager with a manual clock, and functions that let the event loop run."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def flusher_of(manager: Manager) -> Flusher:
 
 
 async def idle() -> None:
-    """Let everything run that needs no time and no thread."""
+    """Let all tasks run that do not wait for a clock or a thread."""
     for _ in range(50):
         await asyncio.sleep(0)
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Let the loop run until something happened, in a thread perhaps; the test's own timeout bounds it."""
-    while not condition():  # noqa: ASYNC110 -- what is waited for sets no event
+    """Let the event loop run until a condition is true. A thread may make it true. The timeout of the test is the bound."""
+    while not condition():  # noqa: ASYNC110 -- there is no event to wait for
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""A proxy in front of a store that loses, delays, cuts, changes and invents answers on demand."""
+"""A proxy in front of a store. On demand, it loses, delays, cuts, changes and invents answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def error(status: int, code: str) -> Response:
 
 
 def answers(status: int, code: str = "Code") -> Action:
-    """Answer with an error; the store never sees the request."""
+    """Answer with an error. The store never receives the request."""
 
     async def action(request: Request, forward: Forward) -> Response | None:
         return error(status, code)
@@ -56,7 +56,7 @@ def answers(status: int, code: str = "Code") -> Action:
 
 
 def done_but_answers(status: int, code: str = "InternalError") -> Action:
-    """Let the store do it, and answer that it did not."""
+    """Let the store execute the request, and answer with an error."""
 
     async def action(request: Request, forward: Forward) -> Response | None:
         await forward(request)
@@ -67,32 +67,32 @@ def done_but_answers(status: int, code: str = "InternalError") -> Action:
 
 
 async def lost(request: Request, forward: Forward) -> Response | None:
-    """Close the connection; the store never sees the request."""
+    """Close the connection. The store never receives the request."""
     return None
 
 
 async def answer_lost(request: Request, forward: Forward) -> Response | None:
-    """Let the store do it, and close the connection."""
+    """Let the store execute the request, and close the connection without an answer."""
     await forward(request)
     return None
 
 
 async def cut(request: Request, forward: Forward) -> Response | None:
-    """Send half of the answer's body."""
+    """Send only half of the body of the answer."""
     response = await forward(request)
     response.sent = len(response.body) // 2
     return response
 
 
 async def without_etag(request: Request, forward: Forward) -> Response | None:
-    """Let the store do it, and remove the ETag from the answer."""
+    """Let the store execute the request, and remove the ETag from the answer."""
     response = await forward(request)
     response.headers.pop("etag", None)
     return response
 
 
 class Hang:
-    """The request waits, before or after the store has done it; `reached` says that it does."""
+    """An action that makes a request wait, before or after the store has executed it. `reached` is set when it waits."""
 
     def __init__(self, *, after: bool = False) -> None:
         self.after = after
@@ -107,7 +107,7 @@ class Hang:
 
 
 class Before:
-    """Something happens before the store sees the request."""
+    """An action that calls functions before the store receives the request."""
 
     def __init__(self, *steps: Callable[[], object]) -> None:
         self.steps = steps
@@ -129,11 +129,11 @@ class _Plan:
 
 
 class Proxy:
-    """On a port of its own; `async with` starts and ends it.
+    """A proxy on a separate port. `async with` starts and ends it.
 
     Attributes:
         seen: The requests so far, as "PUT part-of-key".
-        sizes: The sizes of what they sent, headers aside.
+        sizes: The sizes of their bodies, in bytes.
     """
 
     def __init__(self, upstream: str) -> None:

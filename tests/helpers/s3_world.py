@@ -1,4 +1,4 @@
-"""A store to test against, and ways to look at it behind the storage's back."""
+"""A store for the tests, and functions that look at it without the storage."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _numbers = itertools.count()
 
 @functools.cache
 def endpoint() -> str:
-    """Return the store of this test run; moto's, in a thread of this process, if no other is given."""
+    """Return the address of the store of this test run. Without a given store, it is that of moto, in another process."""
     if ENDPOINT in os.environ:
         return os.environ[ENDPOINT]
     os.environ.setdefault("AWS_ACCESS_KEY_ID", "testaccess")
     os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testsecret")
     os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
-    # In a process of its own, which ends when this one does and its pipe is closed. Moto asks the file system
-    # about each of its 170 directories at every request, a third of its time; here it does so once.
+    # Moto runs in another process, which ends when this process ends and its pipe is closed. For each request, moto
+    # looks up its 170 directories in the file system, which takes a third of its time. Here it does this only once.
     code = (
         "import sys; from moto import backends as b; from moto.server import ThreadedMotoServer as S;"
         "names = list(b.list_of_moto_modules()); b.list_of_moto_modules = lambda: names;"
@@ -55,7 +55,7 @@ def _end(server: subprocess.Popen[str]) -> None:
 
 @functools.cache
 def client(url: str | None = None) -> Any:
-    """Return a blocking client, to look behind the storage's back."""
+    """Return a blocking client, which looks at the store without the storage."""
     import boto3  # noqa: PLC0415 -- 0.3 s
     from botocore.config import Config  # noqa: PLC0415
 
@@ -66,7 +66,7 @@ def client(url: str | None = None) -> Any:
 
 
 def given(*slices: bytes) -> SnapshotSource:
-    """Return a state, as a storage is given it."""
+    """Return a snapshot source with these slices."""
 
     async def view() -> AsyncIterator[bytes]:
         for part in slices:
@@ -79,7 +79,7 @@ VIEW = given(b"{}")
 
 
 class QuickTime(Time):
-    """Pauses take no time, but count as if they did; a limit expires when the clock is told to move."""
+    """A time for tests. A pause takes no real time, and moves the clock. A limit expires when a test moves the clock."""
 
     def __init__(self) -> None:
         self.manual = ManualClock()
@@ -93,7 +93,7 @@ class QuickTime(Time):
 
 
 class Bucket:
-    """A fresh bucket, and what is in it."""
+    """A new bucket, and functions for its contents."""
 
     def __init__(self, *, versioned: bool = False) -> None:
         self.name = f"bucket-{os.getpid()}-{next(_numbers)}"
@@ -125,7 +125,7 @@ class Bucket:
     # The hooks of the conformance suite
 
     def read_raw(self, name: str) -> dict[str, bytes]:
-        """Return the snapshot and the records; fences and the probe hold nothing."""
+        """Return the snapshot and the records. Fences and the probe are empty, so they are left out."""
         sizes = {**self.keys(f"state/modules/{name}.json"), **self.keys(f"state/modules/{name}.journal/")}
         found = {}
         for key, size in sizes.items():
@@ -135,7 +135,7 @@ class Bucket:
         return found
 
     def write_raw(self, part: str, data: bytes | None) -> None:
-        """Damage keeps the metadata; what is put back has those that it had."""
+        """Write an object. Keep its metadata, also when an object is restored after its deletion."""
         if data is None:
             self.delete(part)
             return
