@@ -8,6 +8,7 @@ after one check.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal, TypeVar, overload
 
 from msgspec import Raw
@@ -16,7 +17,7 @@ from lab_state._arguments import as_text, check_default, check_key, check_limit,
 from lab_state._core import CallCore
 from lab_state._entries import MISSING, SCALARS, Expiring, Stored
 from lab_state._in_steps import Range, bring_up_to_date, keys_in_steps, take_pieces
-from lab_state._items import Iterates
+from lab_state._items import Decoding, Iterates, StateSource, Steps
 from lab_state._order import bounds
 from lab_state._types import DECODE_ERRORS, check_type, decode_json, decode_value
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
@@ -393,9 +394,12 @@ class Reads(Iterates):
         low, high = bounds(self._under(prefix), behind, reverse=reverse)
         return Range(low, high, len(self._prefix), limit, reverse)
 
-    @property
-    def _named_core(self) -> CallCore:
-        return self._core
+    def _steps(self, prefix: str, after: str | None, limit: int | None, type_: Any, *, reverse: bool) -> Steps:
+        if type_ is not Any:
+            check_type(type_)
+        within = self._range(prefix, after, limit, reverse=reverse)
+        decoding = Decoding(type_, partial(self._decode, default=MISSING, type_=type_))
+        return Steps(StateSource(self._core, within), decoding)
 
     def _names(self, within: Range) -> list[str]:
         """Return the keys of a range, as they are in the whole state, in one step."""

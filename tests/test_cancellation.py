@@ -374,6 +374,7 @@ READER_CALLS: dict[str, Callable[[Any], Coroutine[Any, Any, Any]]] = {
     "get": lambda reader: reader.get("a"),
     "get_all": lambda reader: reader.get_all(),
     "get_many": lambda reader: reader.get_many(["a"]),
+    "items": _walked,
     "keys": lambda reader: reader.keys(),
     "revision": lambda reader: reader.revision(),
     "wait_revision": lambda reader: reader.wait_revision(5),

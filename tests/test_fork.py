@@ -46,6 +46,7 @@ class World:
     items: Items[Any]
     changes: AsyncIterator[Any]
     told: AsyncIterator[Any]
+    read: Items[Any]
 
 
 @pytest.fixture
@@ -65,7 +66,9 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         transaction.set("b", 2)
         items = state.items()
         await anext(items)
-        yield World(state, reader, transaction, items, changes, told)
+        read = reader.items()
+        await anext(read)
+        yield World(state, reader, transaction, items, changes, told, read)
 
 
 CALLS: dict[str, Callable[[World], Any]] = {
@@ -115,6 +118,8 @@ READER_CALLS: dict[str, Callable[[World], Any]] = {
     "get": lambda world: world.reader.get("a"),
     "get_many": lambda world: world.reader.get_many(["a"]),
     "get_all": lambda world: world.reader.get_all(),
+    "items": lambda world: anext(world.reader.items()),
+    "an open iterator": lambda world: anext(world.read),
     "keys": lambda world: world.reader.keys(),
     "revision": lambda world: world.reader.revision(),
     "wait_revision": lambda world: world.reader.wait_revision(1),

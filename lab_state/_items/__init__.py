@@ -7,6 +7,6 @@ keys at a time, and decodes them. Between two steps the event loop runs.
 
 from lab_state._items._iterators import Items, Iterates, PlainItems
 from lab_state._items._pages import Decoding, Pages
-from lab_state._items._steps import Source, Steps
+from lab_state._items._steps import StateSource, Steps
 
-__all__ = ["Decoding", "Items", "Iterates", "Pages", "PlainItems", "Source", "Steps"]
+__all__ = ["Decoding", "Items", "Iterates", "Pages", "PlainItems", "StateSource", "Steps"]

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import suppress
-from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, final, overload
 
-from lab_state._entries import MISSING
 from lab_state._handle import Handle
-from lab_state._in_steps import Range
-from lab_state._items._pages import Decoding
-from lab_state._items._steps import NamedCore, StateSource, Steps
-from lab_state._types import check_type
+from lab_state._items._steps import Steps
 from lab_state.exceptions import ClosedError
 
 T = TypeVar("T")
@@ -217,21 +212,4 @@ class Iterates(Handle):
 
     def _steps(self, prefix: str, after: str | None, limit: int | None, type_: Any, *, reverse: bool) -> Steps:
         """Return the steps of an iterator; see `items`."""
-        if type_ is not Any:
-            check_type(type_)
-        within = self._range(prefix, after, limit, reverse=reverse)
-        decoding = Decoding(type_, partial(self._decode, default=MISSING, type_=type_))
-        return Steps(StateSource(self._named_core, within), decoding)
-
-    @property
-    def _named_core(self) -> NamedCore:
-        """The core of the handle."""
-        raise NotImplementedError
-
-    def _range(self, prefix: str, after: str | None, limit: int | None, *, reverse: bool) -> Range:
-        """Return the keys that a call asks for."""
-        raise NotImplementedError
-
-    def _decode(self, key: str, stored: Any, default: object, type_: Any) -> Any:
-        """Return a value as a type."""
         raise NotImplementedError

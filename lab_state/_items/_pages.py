@@ -11,8 +11,9 @@ from msgspec import Raw
 
 from lab_state._entries import SCALARS, Expiring, Stored, Value
 from lab_state._in_steps import Range
+from lab_state._not_json import NOT_JSON
 from lab_state._order import Chunk
-from lab_state._types import DECODE_ERRORS, decode_json
+from lab_state._types import decode_json
 from lab_state._undo import UndoView
 
 _KEYS_IN_STEP = 200
@@ -138,7 +139,7 @@ def _all_at_once(names: Sequence[str], values: list[Stored], type_: Any) -> list
         found = map(decode_json, values)
     try:
         rows = list(zip(names, found, strict=True))
-    except DECODE_ERRORS:  # the values are decoded one by one, which finds the bad one
+    except NOT_JSON:  # the values are decoded one by one, which finds the bad one
         return None
     rows.reverse()
     return rows

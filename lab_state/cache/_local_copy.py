@@ -17,12 +17,15 @@ message was lost. Then nothing is shown until the copy is loaded again.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from weakref import ref
 
 import msgspec
 
 from lab_state._entries import Expiring, Json, Stored, Value
 from lab_state._not_json import NOT_JSON
+from lab_state._order import Chunk, Index
+from lab_state._undo import UndoView, Views, open_ones
 from lab_state.cache._format import Head, Message, parse_time
 from lab_state.cache._source import Fetched
 
@@ -38,6 +41,7 @@ class LocalCopy:
         fresh: Whether the copy is complete and up to date.
         head: The writer and the revision of the mirror that was copied; `None` before the first load.
         highest: The highest revision that a reader could read here.
+        views: The views that `items()` reads, of this copy or of a read of the mirror.
     """
 
     def __init__(self) -> None:
@@ -45,7 +49,9 @@ class LocalCopy:
         self.fresh: bool = False
         self.head: Head | None = None
         self.highest: int = 0
+        self.views: Views[Stored] = []
         self._entries: dict[str, Stored] = {}
+        self._index: Index | None = None
         self._whole = (
             False  # whether `_entries` has all keys at `head`; False during a load, and after an interrupted one
         )
@@ -81,7 +87,8 @@ class LocalCopy:
         """Store the first head of a load. Return False if the copy is already at this head, and need not be loaded."""
         if self._whole and head == self.head:
             return False
-        self.head, self._entries, self._whole = head, {}, False
+        self.head, self._whole = head, False
+        self._replace()
         return True
 
     def add(self, found: Fetched) -> None:
@@ -144,14 +151,77 @@ class LocalCopy:
         return True
 
     def _change(self, message: Message) -> None:
-        entries = self._entries
         if message.clear:
-            entries.clear()
+            self._replace()
+            if self.fresh:
+                self.shown = self._entries
+        entries = self._entries
+        for view in open_ones(self.views):
+            view.note(message.set)
+            view.note(message.delete)
+        self._note([key for key in message.set if key not in entries], message.delete)
         for key, raw in message.set.items():
             value = _stored(bytes(raw))
             entries[key] = Expiring(value, message.expires[key]) if key in message.expires else value
         for key in message.delete:
             entries.pop(key, None)
+
+    # The order, and views
+
+    @property
+    def entries(self) -> dict[str, Stored]:
+        """The entries, complete or not. An `UndoView` reads them."""
+        return self._entries
+
+    def view(self) -> UndoView[Stored]:
+        """Open a view of the entries as they are now."""
+        return self.register(UndoView(self))
+
+    def register(self, view: UndoView[Stored]) -> UndoView[Stored]:
+        """Note a view, so that `close_views` closes it, and return it."""
+        open_ones(self.views)
+        self.views.append(ref(view))
+        return view
+
+    def close_views(self) -> None:
+        """Close each view, because the reader is closed."""
+        for view in open_ones(self.views):
+            view.close()
+
+    def index_steps(self) -> Iterator[None]:
+        """Build the index of the keys, or bring it up to date, in steps of some milliseconds."""
+        while self._ordered().is_building:
+            self._ordered().build_some()
+            yield
+        for _ in range(self._ordered().batches):
+            self._ordered().settle(self._entries)
+            yield
+
+    def pieces(self, low: str, high: str | None) -> list[Chunk]:
+        """Return the keys of a range; see `State.pieces`."""
+        return self._ordered().pieces(self._entries, low, high)
+
+    def _ordered(self) -> Index:
+        """Return the index, made if there is none."""
+        if self._index is None:
+            self._index = Index(self._entries, (), ())
+        return self._index
+
+    def _note(self, *changed: Sequence[str]) -> None:
+        """Note keys that are about to be added or removed for the index. Drop an index that was not used for long."""
+        index = self._index
+        if index is not None:
+            index.forget_gone(self._entries)
+            for keys in changed:
+                index.note_many(keys)
+            if index.is_too_old(self._entries):
+                self._index = None
+
+    def _replace(self) -> None:
+        """Continue with an empty dict. A view keeps the one from before."""
+        for view in open_ones(self.views):
+            view.keep()
+        self._entries, self._index = {}, None
 
 
 def _stored(data: bytes) -> Value:

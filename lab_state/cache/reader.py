@@ -5,18 +5,29 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, cast, overload
 
 from lab_state import _forks as forks
-from lab_state._arguments import check_default, check_key, check_prefix, check_revision, check_timeout, many_keys
+from lab_state._arguments import (
+    check_default,
+    check_key,
+    check_limit,
+    check_prefix,
+    check_revision,
+    check_timeout,
+    many_keys,
+)
 from lab_state._clock import Clock, SystemClock, within
-from lab_state._entries import MISSING, Expiring, Json, Stored
-from lab_state._handle import Handle
+from lab_state._entries import MISSING, Expiring, Json, Stored, Value
+from lab_state._in_steps import Range
+from lab_state._items import Decoding, Items, Iterates, Steps
+from lab_state._order import bounds
 from lab_state._types import check_type, decode_value
 from lab_state._watch import Change, Watcher
 from lab_state.cache._feed import Feed, wait_for_event
 from lab_state.cache._format import HEAD, Head, parse_time
 from lab_state.cache._local_copy import LocalCopy
+from lab_state.cache._moment import Moment
 from lab_state.cache._revision_guard import RevisionGuard
 from lab_state.cache._source import Fetched, Source
 from lab_state.exceptions import (
@@ -35,7 +46,7 @@ _LOOK_AGAIN_SECONDS = 1.0
 """The seconds between two reads of the revision by `wait_revision`, if no message comes."""
 
 
-class Reader(Handle):
+class Reader(Iterates):
     """A reader of the mirror that a manager keeps in a cache. It changes nothing.
 
     Use it with `async with`. The start of the block does not wait, so a worker may start before the
@@ -56,6 +67,10 @@ class Reader(Handle):
     With `local=True` the reader keeps a local copy, which is loaded in the background. Then reads
     are from memory, without a round trip. Before it is loaded, and while the subscription is
     lost, reads go to the cache.
+
+    `items` has the arguments and the guarantees of `Manager.items`. With a local copy it reads that, and the
+    old values of keys that change meanwhile stay in memory. Without one it reads the whole mirror at its
+    first step, as `get_all` does. After `aclose` its steps raise `ClosedError`.
     """
 
     _kind = "a reader"
@@ -121,6 +136,7 @@ class Reader(Handle):
             return
         feed, self._feed = self._feed, None
         self._local.invalidate()
+        self._local.close_views()
         self._guard.close(self._local.highest)
         self._readable = False
         if feed is not None:
@@ -136,6 +152,7 @@ class Reader(Handle):
             watcher.disown(self._refusal())
         self._feed, self._is_parents = None, True
         self._local.invalidate()
+        self._local.close_views()
 
     def _refusal(self) -> UnsupportedError:  # pragma: no cover -- likewise
         return UnsupportedError(
@@ -206,22 +223,53 @@ class Reader(Handle):
         return self._all_decoded(found, type)
 
     @overload
-    async def get_all(self, prefix: str = ..., *, type: type[T]) -> dict[str, T]: ...
+    async def get_all(
+        self, prefix: str = ..., *, after: str | None = ..., limit: int | None = ..., reverse: bool = ..., type: type[T]
+    ) -> dict[str, T]: ...
     @overload
-    async def get_all(self, prefix: str = ..., *, type: Any = ...) -> dict[str, Any]: ...
-    async def get_all(self, prefix: str = "", *, type: Any = Any) -> dict[str, Any]:
-        """Return every key that starts with `prefix`, with its value, all from one moment.
+    async def get_all(
+        self,
+        prefix: str = ...,
+        *,
+        after: str | None = ...,
+        limit: int | None = ...,
+        reverse: bool = ...,
+        type: Any = ...,
+    ) -> dict[str, Any]: ...
+    async def get_all(
+        self,
+        prefix: str = "",
+        *,
+        after: str | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        type: Any = Any,
+    ) -> dict[str, Any]:
+        """Return the keys that start with `prefix` with their values, in order of code points, all of one moment.
 
-        The time on the event loop grows with the number of all keys. Without `local`, so does the
-        time in Redis, which answers no other client meanwhile.
+        With a local copy, it looks only at the keys that it returns, and goes in steps, between which the event
+        loop runs. The first call that needs an order sorts all keys, in steps.
+
+        Without one, it reads the whole mirror and chooses from it, for a page as well. Redis answers no
+        other client meanwhile. The event loop waits for one step, which takes about a second for a million keys.
+
+        Args:
+            prefix: The beginning of the keys; an empty one means all keys.
+            after: Begin behind this key: above it, or below it with `reverse`. There need not be
+                such a key.
+            limit: The largest number of keys, 1 or more; `None` means all.
+            reverse: Whether to begin with the highest key.
+            type: The type to decode each value as; see `Manager.get`.
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
+            InvalidKeyError: No state can have the key `after`.
+            TypeError: An argument has a wrong type, or the type cannot be decoded.
+            ValueError: `limit` is below 1.
             UnavailableError: See the class.
         """
-        if type is not Any:
-            check_type(type)
-        return self._all_decoded(await self._every(prefix), type)
+        async with Items[Any](self._steps(prefix, after, limit, type, reverse=reverse)) as items:
+            return {key: value async for key, value in items}
 
     async def exists(self, key: str) -> bool:
         """Return whether the key exists.
@@ -234,13 +282,26 @@ class Reader(Handle):
             check_key(key)
         return bool(self._alive(found))
 
-    async def keys(self, prefix: str = "") -> list[str]:
-        """Return every key that starts with `prefix`, in no particular order. The cost is that of `get_all`.
+    async def keys(
+        self, prefix: str = "", *, after: str | None = None, limit: int | None = None, reverse: bool = False
+    ) -> list[str]:
+        """Return the keys that start with `prefix`, in order of code points. It reads as much as `get_all`.
+
+        Args:
+            prefix: The beginning of the keys; an empty one means all keys.
+            after: See `get_all`.
+            limit: See `get_all`.
+            reverse: See `get_all`.
 
         Raises:
+            InvalidKeyError: No state can have the key `after`.
+            TypeError: An argument has a wrong type.
+            ValueError: `limit` is below 1.
             UnavailableError: See the class.
         """
-        return list(self._alive(await self._every(prefix)))
+        steps = Steps(self._moment(prefix, after, limit, reverse=reverse), _KEYS_ALONE)
+        async with Items[None](steps) as items:
+            return [key async for key, _ in items]
 
     # Revisions
 
@@ -345,13 +406,31 @@ class Reader(Handle):
             return {key: entries[key] for key in keys if key in entries}
         return (await self._read(self._source.fetch(keys)))[1]
 
-    async def _every(self, prefix: str) -> dict[str, Stored]:
+    def _steps(self, prefix: str, after: str | None, limit: int | None, type_: Any, *, reverse: bool) -> Steps:
+        if type_ is not Any:
+            check_type(type_)
+
+        def decode(key: str, value: Value) -> Any:
+            return self._decoded(key, value, MISSING, type_)
+
+        return Steps(self._moment(prefix, after, limit, reverse=reverse), Decoding(type_, decode))
+
+    def _moment(self, prefix: object, after: object, limit: object, *, reverse: bool) -> Moment:
+        """Return the source for the keys of a range."""
+        if limit is not None:
+            check_limit(limit)
+        low, high = bounds(check_prefix(prefix), None if after is None else _asked(after), reverse=reverse)
+        chosen = Range(low, high, 0, cast("int | None", limit), reverse)
+        return Moment(self._copy, self._all, self._clock.time, chosen)
+
+    def _copy(self) -> LocalCopy:
+        """Return the local copy. It may be empty."""
         _ = self._open
-        prefix = check_prefix(prefix)
-        if self._local.fresh:
-            return {key: value for key, value in self._local.shown.items() if key.startswith(prefix)}
-        _, found = await self._read(self._source.fetch_all())
-        return {key: value for key, value in found.items() if key.startswith(prefix)}
+        return self._local
+
+    async def _all(self) -> dict[str, Stored]:
+        """Read the whole mirror."""
+        return (await self._read(self._source.fetch_all()))[1]
 
     async def _head(self) -> Head:
         return (await self._read(self._source.fetch([])))[0]
@@ -405,6 +484,10 @@ class Reader(Handle):
 
     def _all_decoded(self, entries: dict[str, Stored], type_: Any) -> dict[str, Any]:
         return {key: self._decoded(key, stored, MISSING, type_) for key, stored in self._alive(entries).items()}
+
+
+_KEYS_ALONE = Decoding(None, lambda _, __: None)
+"""In place of values, `None`."""
 
 
 def _stored(found: Fetched) -> dict[str, Stored]:
