@@ -739,3 +739,10 @@ async def test_a_copy_is_read_back(tmp_path: Path) -> None:
         await state.set("a", 1)
     with pytest.raises(StorageError, match="is not what was written"):
         await copy_state(NAME, source, Forgetful())
+
+
+async def test_a_second_start_says_where_the_first_was(bucket: Bucket) -> None:
+    """Two storage objects for the same bucket are one place: the message of the second start names the first one."""
+    async with Manager(NAME, bucket.storage()):
+        with pytest.raises(LockedError, match=r"the first one was started at .*test_s3\.py:\d+, in test_a_second"):
+            await Manager(NAME, bucket.storage()).start()
