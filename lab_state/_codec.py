@@ -13,6 +13,8 @@ Both formats are JSON, in version 1:
 two members more: `time` is the time of the state at the write, and `wall` is the time of the wall
 clock at the write. The next start continues from `time`, and adds the time that has passed on the
 wall clock since the write.
+
+`calls` has the results of calls that other processes made, if there are any (`shared/_results.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from itertools import chain, islice
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import msgspec
-from msgspec import Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from lab_state._arguments import RESERVED, check_key
 from lab_state._buffers import ByteBuffer
@@ -34,6 +36,7 @@ from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._not_json import NOT_JSON, not_an_object
 from lab_state._values import encode, size_of
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
+from lab_state.shared._results import RecordCalls, ResultTable, SnapshotCalls
 
 FORMAT = 1
 
@@ -59,6 +62,7 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expires: dict[str, Int64] = {}
     time: Int64 = 0
     wall: Int64 = 0
+    calls: SnapshotCalls = {}
     seq: int | None = None
     fence: int | None = None
 
@@ -68,13 +72,14 @@ class _AnyFormat(msgspec.Struct, frozen=True):
 
 
 class LoadedState(NamedTuple):
-    """A whole state that was decoded. Times are in milliseconds since 1970."""
+    """A whole state that was decoded. Times are in milliseconds since 1970. `results` is `None` if no record has any."""
 
     entries: dict[str, Stored]
     revision: int
     expires: Mapping[str, int] = {}
     time: int = 0
     wall: int = 0
+    results: ResultTable | None = None
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"start": "from", "end": "to"}):
@@ -88,23 +93,31 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"s
     expires: dict[str, Int64] = {}
     time: Int64 = 0
     wall: Int64 = 0
+    calls: RecordCalls | UnsetType = UNSET  # a default of {} would make a dict for each record
 
 
 _decode_entries = msgspec.json.Decoder(dict[str, Raw]).decode
 _decode_record = msgspec.json.Decoder(Record).decode
 
 
-def encode_small_record(taken: ChangeSet) -> bytes | None:
-    """Return the record of a commit if its changes are few and small, and no key expires. Otherwise return `None`."""
+def encode_small_record(taken: ChangeSet, calls: RecordCalls | None = None) -> bytes | None:
+    """Return the record of a commit if its changes are few and small, and no key expires. Otherwise return `None`.
+
+    `calls` has the results of calls of other processes, if there are any.
+    """
     if taken.time or not (values := _encode_small(taken.changes)):
         return None
     clear = b"true" if taken.cleared else b"false"
     record = b'{"from":%d,"to":%d,"clear":%s,"set":%s,"delete":[],"expires":{}}'
-    return record % (taken.start, taken.end, clear, values)
+    record = record % (taken.start, taken.end, clear, values)
+    return record[:-1] + _calls(calls) + b"}" if calls else record
 
 
-def encode_record(taken: ChangeSet) -> Iterator[bytes]:
-    """Yield the record of a commit in slices. The caller may let the event loop run after each slice."""
+def encode_record(taken: ChangeSet, calls: RecordCalls | None = None) -> Iterator[bytes]:
+    """Yield the record of a commit in slices. The caller may let the event loop run after each slice.
+
+    `calls` has the results of calls of other processes, if there are any.
+    """
     clear = b"true" if taken.cleared else b"false"
     expires: dict[str, int] = {}
     deleted: list[str] = []
@@ -118,7 +131,14 @@ def encode_record(taken: ChangeSet) -> Iterator[bytes]:
         comma = b","
     yield b"]"
     yield from _times(expires, taken.time, taken.wall)
+    if calls:
+        yield _calls(calls)
     yield b"}"
+
+
+def _calls(calls: RecordCalls | SnapshotCalls) -> bytes:
+    """Return the JSON of the member `calls`. A client has at most 1,024 results, so it is encoded at once."""
+    return b',"calls":' + encode(calls)
 
 
 def _encode_small(changes: Mapping[str, StoredOrGone]) -> bytes | None:
@@ -233,7 +253,9 @@ def _copied(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Itera
         yield part
 
 
-def replay(snapshot: LoadedState, records: Iterable[bytes], path: str, *, first: int = 1) -> LoadedState:
+def replay(  # noqa: C901 -- a call for each record would make a start slower
+    snapshot: LoadedState, records: Iterable[bytes], path: str, *, first: int = 1
+) -> LoadedState:
     """Apply records to a loaded snapshot, and return the resulting state. This changes the entries of `snapshot`.
 
     Args:
@@ -245,7 +267,7 @@ def replay(snapshot: LoadedState, records: Iterable[bytes], path: str, *, first:
     Raises:
         CorruptionError: A record cannot be decoded, or a record is missing before another.
     """
-    entries, revision, times, time, wall = snapshot
+    entries, revision, times, time, wall, results = snapshot
     expires = dict(times)
     for number, data in enumerate(records, first):
         try:
@@ -273,11 +295,20 @@ def replay(snapshot: LoadedState, records: Iterable[bytes], path: str, *, first:
         if record.time:
             time, wall = record.time, record.wall
         revision = record.end
-    return LoadedState(entries, revision, expires, time, wall)
+        if record.calls is not UNSET:
+            results = results or ResultTable()
+            results.apply(record.calls, revision)
+    return LoadedState(entries, revision, expires, time, wall, results)
 
 
 def encode_snapshot(
-    view: dict[str, Stored], revision: int, time: int, *, copy_loaded: bool, wall: int = 0
+    view: dict[str, Stored],
+    revision: int,
+    time: int,
+    *,
+    copy_loaded: bool,
+    wall: int = 0,
+    calls: SnapshotCalls | None = None,
 ) -> Iterator[bytes]:
     """Yield the snapshot of a view in slices. The caller may let the event loop run after each. A slice may be empty.
 
@@ -288,9 +319,11 @@ def encode_snapshot(
         wall: The time of the wall clock, in milliseconds since 1970.
         copy_loaded: Whether to replace loaded values in the view by copies. A loaded value is a
             part of a large buffer, and keeps all of that buffer in memory.
+        calls: The results of calls of other processes at this revision, if there are any.
     """
     crc = 0
-    for data in _uncovered(view, revision, time, wall, copy_loaded=copy_loaded):
+    member = (_calls(calls) if calls else b"",)
+    for data in chain(_uncovered(view, revision, time, wall, copy_loaded=copy_loaded), member):
         crc = zlib.crc32(data, crc)
         yield data
     yield b'%s%08x"}}' % (_CRC, crc)
@@ -332,7 +365,11 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedSta
         return LoadedState(entries, 0)
     meta = _check_member(data, member, path, zlib.crc32(data) if crc is None else crc)
     _check_times(meta.expires, entries, path)
-    return LoadedState(entries, meta.revision, meta.expires, meta.time, meta.wall)
+    results = None
+    if meta.calls:
+        results = ResultTable()
+        results.load(meta.calls)
+    return LoadedState(entries, meta.revision, meta.expires, meta.time, meta.wall, results)
 
 
 def _check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:

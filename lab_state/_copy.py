@@ -58,9 +58,10 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
     if not loaded.size:
         raise UnsupportedError(f"there is no state at {loaded.path}: check the name and the storage")
     tell("read", loaded.size)
-    await _write(name, target, loaded.state, tell)
-    await _verify(name, target, loaded.state, tell)
-    return len(loaded.state.entries)
+    state = loaded.state._replace(results=None)  # the copy is another state, which no process has called
+    await _write(name, target, state, tell)
+    await _verify(name, target, state, tell)
+    return len(state.entries)
 
 
 async def _loaded(session: StorageSession) -> LoadedState:

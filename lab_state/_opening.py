@@ -72,6 +72,7 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
     found = replay(found, records, session.path)
     state = State(clock.monotonic, _time(found, session.path, clock, logger), clock.time)
     state.load(found.entries, found.revision, found.expires)
+    state.results = found.results
     if records or dropped or unsettled:
         end = f"after an unclean end, {len(records)} records replayed"
     else:

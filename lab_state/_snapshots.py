@@ -101,7 +101,10 @@ class SnapshotViews:
         """Take a view of the present state. Return its snapshot in slices."""
         view, state = self.freeze(), self._state
         copy_loaded = self._copy_loaded and state.borrowed
-        slices = encode_snapshot(view, state.revision, state.now(), copy_loaded=copy_loaded, wall=state.wall())
+        calls = state.results.snapshot() if state.results is not None else None
+        slices = encode_snapshot(
+            view, state.revision, state.now(), copy_loaded=copy_loaded, wall=state.wall(), calls=calls
+        )
         return self._given(slices, view, state.revision, copy_loaded=copy_loaded)
 
     def freeze(self) -> dict[str, Stored]:

@@ -45,6 +45,7 @@ from lab_state._entries import (
 from lab_state._expiry import Expiries
 from lab_state._order import CHUNKS_AT_ONCE, Chunk, Index, in_range
 from lab_state._undo import UndoView, Views, noted, open_ones
+from lab_state.shared._results import ResultTable
 
 Keys: TypeAlias = set[str]
 
@@ -94,6 +95,8 @@ class State:
         index: The keys in order of code points; `None` until a call needs it. See `_order`.
         free: A callback that gets a map that is no longer needed, and may be large, and perhaps the number of
             items to free in one step.
+        results: The results of calls of other processes that were loaded, if there are any. Each
+            snapshot has them.
         borrowed: Whether values may be views of the buffer from which they were loaded, and
             keep it alive.
         views: The views that `items()` reads. If the list is not empty, `before_overwrite`
@@ -124,6 +127,7 @@ class State:
         "on_first_change",
         "on_staged",
         "on_views",
+        "results",
         "revision",
         "since",
         "swept",
@@ -152,6 +156,7 @@ class State:
         self.on_staged: Callable[[], object] = no_clock
         self.on_first_change: Callable[[], object] | None = None
         self.free: Callable[..., object] = ignore
+        self.results: ResultTable | None = None
         self.views: Views[Stored] = []
         self.on_views: Callable[[], object] = no_clock
         self._held: list[dict[Any, Any]] = []

@@ -20,8 +20,6 @@ from typing import Annotated, NamedTuple, TypeAlias
 import msgspec
 from msgspec import Raw
 
-from lab_state._entries import Json
-
 ClientId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _Number: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
@@ -37,7 +35,7 @@ class Result(NamedTuple):
     """The result of a call that changed something, as JSON, and the revision of its answer."""
 
     revision: int
-    value: Json
+    value: bytes
 
 
 class _Client:
@@ -82,7 +80,7 @@ class ResultTable:
             entry = self._clients.setdefault(name, _Client())
             acknowledged, results = told
             for number, value in results.items():
-                entry.results[number] = Result(revision, Json(bytes(value)))  # a copy: the record is not kept in memory
+                entry.results[number] = Result(revision, bytes(value))  # a copy: the record is not kept in memory
             entry.acknowledge(acknowledged)
 
     def snapshot(self) -> SnapshotCalls:
@@ -101,7 +99,7 @@ class ResultTable:
         for name, (acknowledged, results) in calls.items():
             entry = self._clients[name] = _Client()
             for number, (revision, value) in results.items():
-                entry.results[number] = Result(revision, Json(bytes(value)))
+                entry.results[number] = Result(revision, bytes(value))
             entry.acknowledge(acknowledged)
 
 
@@ -109,7 +107,7 @@ class Applied(NamedTuple):
     """The result of a call that was applied and is not durable, and the revision of its change."""
 
     at: int
-    value: Json
+    value: bytes
 
 
 _Results: TypeAlias = dict[str, dict[int, Applied] | None]
@@ -130,7 +128,7 @@ class PendingResults:
         """Return whether the next record needs the member `calls`."""
         return bool(self._new)
 
-    def add(self, client: str, number: int, value: Json, at: int) -> None:
+    def add(self, client: str, number: int, value: bytes, at: int) -> None:
         """Keep the result of a call, whose change has the revision `at`."""
         results = self._new.get(client)
         if results is None:
