@@ -7,18 +7,21 @@ loop, after two turns, and so on, until the call is over before it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
+from contextvars import Context
 from typing import Any
 
 import pytest
-from running import flusher_of, idle, running
+from forked import error_of, in_child
+from running import flusher_of, idle, running, until
 
 from lab_state import (
     ClosedError,
     Config,
     FencedError,
     InvalidKeyError,
+    InvalidValueError,
     Manager,
     MemoryCache,
     StorageError,
@@ -27,6 +30,10 @@ from lab_state import (
     _flusher,
     _writing,
 )
+from lab_state._entries import Overlay, Staged
+from lab_state._state import State
+from lab_state.cache import memory
+from lab_state.cache._protocol import Slice, Step
 from lab_state.testing import FaultyStorage, ManualClock
 
 BEFORE: dict[str, Any] = {**{f"a/{number}": number for number in range(8)}, "b": [1], "timed": 1}
@@ -374,3 +381,328 @@ async def test_a_flush_that_fails_meanwhile(name: str, clock: ManualClock, make:
     after = await result_of(name, make(), clock)
     for fails in (False, True):
         assert await at_every_turn(clock, make, name, lambda *of, fails=fails: run(*of, fails=fails)) > 3
+
+
+@EACH_CALL
+@pytest.mark.usefixtures("short")
+async def test_a_checkpoint_that_begins_meanwhile(
+    name: str, clock: ManualClock, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint waits until the changes are merged, so its view costs one step; and its snapshot is whole."""
+    freeze = State.freeze
+
+    def freeze_at_once(state: State) -> Any:
+        assert not isinstance(state.entries, Staged)
+        return freeze(state)
+
+    async def run(state: Manager, storage: FaultyStorage, turns: int) -> bool:
+        call = await after_turns(state, CALLS[name], turns)
+        over = call.done()
+        flusher = flusher_of(state)
+        flusher.checkpoints.start()
+        await call
+        await idle()
+        flusher.checkpoints.due = True
+        flusher.checkpoint_if_due()
+        await state.flush()
+        await flusher.checkpoints.ended()
+        assert isinstance(state._core.state.entries, dict)
+        assert await state.get_all() == after
+        flusher.abort()
+        storage.cut_power()
+        assert await found_in(storage, clock) == after
+        return over
+
+    monkeypatch.setattr(State, "freeze", freeze_at_once)
+    after = await result_of(name, make(), clock)
+    assert await at_every_turn(clock, make, name, run) > 3
+
+
+@pytest.mark.usefixtures("short")
+async def test_a_checkpoint_that_is_due_starts_after_the_merge(storage: FaultyStorage, clock: ManualClock) -> None:
+    """While changes are merged no checkpoint starts; the end of the merge starts it."""
+    async with running(storage, clock) as state:
+        await state.set_many(BEFORE)
+        await CALLS["set_many"](state)
+        checkpoints = flusher_of(state).checkpoints
+        checkpoints.due = True
+        flusher_of(state).checkpoint_if_due()
+        assert checkpoints.task is None
+        assert checkpoints.is_waiting
+        await until(lambda: checkpoints.task is not None)
+        await state.flush()
+        await checkpoints.ended()
+        assert storage.calls.count("checkpoint") == 1
+
+
+@EACH_CALL
+@pytest.mark.parametrize("turns", [0, 3, 6, 9, 14])
+@pytest.mark.usefixtures("short")
+async def test_a_checkpoint_under_way(name: str, turns: int, clock: ManualClock, make: Any) -> None:
+    """A call beside a checkpoint changes nothing of its view, whichever of both is over first."""
+    after = await result_of(name, make(), clock)
+    state = await begun(storage := make(), clock)
+    flusher = flusher_of(state)
+    await state.set("a/7", "unflushed")
+    storage.hang("commit")
+    checkpoint = asyncio.create_task(flusher.checkpoints.write(wait=True))
+    await until(lambda: isinstance(state._core.state.entries, Overlay))
+    call = await after_turns(state, CALLS[name], turns)
+    storage.resume()
+    await checkpoint
+    await call
+    await idle()
+    expected = {key: "unflushed" if key == "a/7" else value for key, value in after.items()}
+    assert await state.get_all() == expected
+    assert isinstance(state._core.state.entries, dict)
+    await state.stop()
+    assert await found_in(storage, clock) == expected
+
+
+@EACH_CALL
+@pytest.mark.usefixtures("short")
+async def test_a_cancelled_caller_leaves_the_merge_to_the_loop(
+    name: str, storage: FaultyStorage, clock: ManualClock
+) -> None:
+    """A call that is cancelled while it waits for durability has made its change, and memory ends up the same."""
+    state = Manager(Config(name="test", flush_interval=0), storage, clock=clock)
+    await state.start()
+    await state.set_many(BEFORE)
+    storage.hang("commit")
+    call = await after_turns(state, CALLS[name], 0)
+    await until(lambda: state.status().unflushed_keys)
+    call.cancel()
+    await asyncio.wait({call})
+    assert call.cancelled()
+    after = await state.get_all()
+    assert after != BEFORE
+    await idle()
+    assert isinstance(state._core.state.entries, dict)
+    assert await state.get_all() == after
+    storage.resume()
+    await state.flush()
+    await state.stop()
+    assert await found_in(storage, clock) == after
+
+
+@EACH_CALL
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.usefixtures("short")
+async def test_watches_get_each_key_once(name: str, clock: ManualClock, make: Any, *, durable: bool) -> None:
+    """Each watch gets the keys with its prefix, and a later change after them, although the keys come in steps."""
+    after = await result_of(name, make(), clock)
+    state = await begun(make(), clock)
+    seen: dict[str, dict[str, str]] = {"": {}, "b": {}}
+    revisions: list[int] = []
+
+    async def read(prefix: str, ready: asyncio.Event) -> None:
+        async with state.watch(prefix, durable=durable) as changes:
+            ready.set()
+            async for change in changes:
+                if change.key == "last":
+                    return
+                assert change.key not in seen[prefix]
+                seen[prefix][change.key] = change.kind
+                if change.key != "b last":
+                    revisions.append(change.revision)
+
+    readers = []
+    for prefix in seen:
+        readers.append(asyncio.create_task(read(prefix, ready := asyncio.Event())))
+        await ready.wait()
+    await CALLS[name](state)
+    revision = state.revision
+    await state.set("last", 1)
+    await state.set("b last", 1)
+    await state.flush()
+    await readers[0]
+    expected = {key: "set" for key in after if after[key] != BEFORE.get(key)}
+    expected |= dict.fromkeys(BEFORE.keys() - after.keys(), "delete")
+    assert seen[""] == expected
+    assert set(revisions) == {revision} if not durable else max(revisions) == revision + 2
+    await state.stop()
+    await readers[1]
+    assert seen["b"] == {key: kind for key, kind in expected.items() if key.startswith("b")} | {"b last": "set"}
+
+
+@EACH_CALL
+@pytest.mark.usefixtures("short")
+async def test_keys_that_expire_meanwhile(name: str, clock: ManualClock, make: Any) -> None:
+    """A sweep waits for the end of the call, and then finds what is due. The number of keys is right all the time."""
+
+    async def run(state: Manager, storage: FaultyStorage, turns: int) -> bool:
+        call = await after_turns(state, CALLS[name], turns)
+        over, held = call.done(), state._core.transaction is not None
+        entries = dict(state._core.state.entries.items())
+        clock.advance(2000)
+        if held:
+            assert dict(state._core.state.entries.items()) == entries
+        while not call.done():
+            assert len(state) == len(state.get_all_nowait())
+            await asyncio.sleep(0)
+        await idle()
+        clock.advance(2)
+        found = await state.get_all()
+        assert state._core.state.entries.keys() - {"timed"} - found.keys() <= CALLED_WITH_TTL  # type: ignore[union-attr]
+        clock.advance(200)
+        assert state._core.state.entries.keys() == (await state.get_all()).keys()  # type: ignore[union-attr]
+        assert not state._core.state.expires
+        assert {key: value for key, value in found.items() if key in after} == {
+            key: after[key] for key in after if key in found
+        }
+        await state.stop()
+        return over
+
+    after = await result_of(name, make(), clock)
+    assert await at_every_turn(clock, make, name, run) > 3
+
+
+CALLED_WITH_TTL = {"a/1", "b", "c", "d", "timed", "new"}
+
+
+@EACH_CALL
+@pytest.mark.usefixtures("short")
+async def test_a_mirror_shows_all_or_nothing(
+    name: str, storage: FaultyStorage, clock: ManualClock, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader without a local copy finds the state from before or from after, while the step is merged in steps."""
+    monkeypatch.setattr(memory, "MANY", 2)
+    monkeypatch.setattr(memory, "STEP", 1)
+    after = await result_of(name, make(), clock)
+    cache = MemoryCache()
+    state = await begun(storage, clock, cache)
+    mirror = cache.mirrors["test"]
+    async with cache.reader("test", clock=clock) as reader:
+        await until(lambda: mirror.seen().revision == state.revision)
+        assert await reader.get_all() == BEFORE
+        await CALLS[name](state)
+        flushing = asyncio.create_task(state.flush())
+        while await reader.get_all() == BEFORE:  # noqa: ASYNC110 -- what is waited for sets no event
+            await asyncio.sleep(0)
+        assert mirror.pending
+        while mirror.pending:
+            found = await reader.get_all()
+            assert found == after
+            assert await reader.get_many([*BEFORE, *after]) == after
+            await asyncio.sleep(0)
+        assert await reader.get_all() == after
+        assert "timed" in mirror.expires or name != "set_many with ttl"
+        await flushing
+    await state.stop()
+
+
+@pytest.mark.usefixtures("short")
+async def test_a_mirror_that_is_replaced_while_a_step_is_merged() -> None:
+    """A fill drops the rest of a step, and the next step ends a merge that is not over."""
+    cache = MemoryCache()
+    session = await cache.open("test", "w")
+    mirror = cache.mirrors["test"]
+
+    async def slices(*parts: Slice) -> AsyncIterator[Slice]:
+        for part in parts:
+            yield part
+
+    assert await session.fill(1, slices(Slice({"a": b"1"}, {}, [])), await session.look())
+    many = {f"key {number}": b"1" for number in range(3000)}
+    assert await session.apply(Step(1, 2, False), slices(Slice(many, {"key 1": 5}, ["a"])))
+    assert mirror.pending
+    assert await session.apply(Step(2, 3, False), slices(Slice({"key 0": b"2"}, {}, [])))
+    assert not mirror.pending
+    assert (len(mirror.values), mirror.values["key 0"], mirror.expires["key 1"]) == (3001, b"2", b"5")
+    assert await session.apply(Step(3, 4, False), slices(Slice(many, {}, [])))
+    assert await session.fill(5, slices(Slice({"b": b"1"}, {}, [])), mirror.seen())
+    await idle()
+    assert mirror.values.keys() - {"$lab_state"} == {"b"}
+
+
+# Arguments
+
+
+@pytest.mark.usefixtures("short")
+async def test_a_mapping_that_changes_meanwhile(storage: FaultyStorage, clock: ManualClock) -> None:
+    """The keys and values are those of the moment of the call, whatever becomes of the mapping and the list."""
+    async with running(storage, clock) as state:
+        values = {f"a/{number}": number for number in range(9)}
+        expected, keys = dict(values), list(values)
+        call = asyncio.ensure_future(state.set_many(values))
+        await asyncio.sleep(0)
+        values.clear()
+        await call
+        assert await state.get_all() == expected
+        call = asyncio.ensure_future(state.delete_many(keys))
+        await asyncio.sleep(0)
+        keys.clear()
+        assert await call == 9
+
+
+@pytest.mark.usefixtures("short")
+async def test_a_bad_value_or_key_among_many(storage: FaultyStorage, clock: ManualClock) -> None:
+    """The error is that of a small call and names the key; memory stays as it was."""
+    async with running(storage, clock) as state:
+        await state.set_many(BEFORE)
+        before, revision = await state.get_all(), state.revision
+        many: Mapping[str, Any] = {f"a/{number}": "new" for number in range(9)}
+        with pytest.raises(InvalidValueError, match="the value of 'bad'"):
+            await state.set_many({**many, "bad": object()})
+        with pytest.raises(InvalidValueError, match="ttl"):
+            await state.set_many(many, ttl=-1)
+        with pytest.raises(InvalidKeyError):
+            await state.set_many({**many, "": 1})
+        with pytest.raises(InvalidKeyError):
+            await state.delete_many([*many, ""])
+        assert await state.delete_many([f"none/{number}" for number in range(9)]) == 0
+        assert await state.namespace("none").delete_all() == 0
+        assert (await state.get_all(), state.revision) == (before, revision)
+        assert not state._core.blocked
+
+
+@pytest.mark.usefixtures("short")
+async def test_a_call_inside_of_a_transaction(storage: FaultyStorage, clock: ManualClock) -> None:
+    """It would wait for itself, so it is an error; from another task it waits for the end of the transaction."""
+    async with running(storage, clock) as state:
+        async with state.transaction() as tx:
+            for name in ("set_many", "delete_many"):
+                with pytest.raises(RuntimeError, match="is open here"):
+                    await CALLS[name](state)
+            tx.set("a/0", "tx")
+        await CALLS["set_many"](state)
+        blocks = state.transaction()
+        tx = await blocks.__aenter__()
+        waiting = Context().run(asyncio.ensure_future, CALLS["delete_all"](state))
+        await idle()
+        assert not waiting.done()
+        tx.delete("a/0")
+        await blocks.__aexit__(None, None, None)
+        assert await waiting == 4
+
+
+@pytest.mark.usefixtures("short")
+async def test_a_transaction_is_over_when_its_commit_begins(storage: FaultyStorage, clock: ManualClock) -> None:
+    """Another task that still has the transaction cannot add to a commit in steps."""
+    async with running(storage, clock) as state:
+        block = state.transaction()
+        tx = await block.__aenter__()
+        tx.set_many({f"a/{number}": 1 for number in range(9)})
+        leaving = asyncio.ensure_future(block.__aexit__(None, None, None))
+        await asyncio.sleep(0)
+        assert not leaving.done()
+        for call in (lambda: tx.set("late", 1), lambda: tx.get("a/1"), lambda: tx.delete_all()):
+            with pytest.raises(RuntimeError, match="is over"):
+                call()
+        await leaving
+        assert len(state) == 9
+
+
+@pytest.mark.usefixtures("short")
+async def test_a_fork_meanwhile(storage: FaultyStorage, clock: ManualClock) -> None:
+    """The forked child cannot go on with the call; the parent can."""
+    async with running(storage, clock) as state:
+        call = state.set_many({f"a/{number}": number for number in range(20)})
+        for _ in range(8):
+            call.send(None)
+        assert state._core.transaction is not None
+        assert (await in_child(lambda: error_of(lambda: call.send(None))))[0] == "UnsupportedError"
+        with pytest.raises(StopIteration):
+            while True:
+                call.send(None)
+        assert len(state) == 20

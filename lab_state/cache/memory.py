@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, TypeAlias
 
 from lab_state._clock import Clock
 from lab_state.cache._format import HEAD, MOST_MESSAGE_BYTES, head, message, message_bytes, new_fill, resync, seen_in
@@ -15,13 +16,32 @@ from lab_state.exceptions import UnavailableError
 _FREED_AT_ONCE = 1000
 _SCANNED = 500
 
+MANY = 1000
+"""A step with this many keys is made in steps of the event loop."""
+
+STEP = 500
+"""The number of keys that one of them takes."""
+
+
+Pending: TypeAlias = dict[str, tuple[bytes | None, bytes | None]]
+
 
 class MemoryMirror:
-    """The mirror of one state: two hashes and a channel, as in Redis."""
+    """The mirror of one state: two hashes and a channel, as in Redis.
+
+    Attributes:
+        values: The values by key, and the head.
+        expires: The expiry times by key, and the head.
+        pending: A step that readers see already, and that is still to be merged into both hashes: a value and an
+            expiry time by key. Without a value the key is deleted.
+        followers: The subscriptions.
+        fill: The id of the last fill.
+    """
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
         self.expires: dict[str, bytes] = {}
+        self.pending: Pending = {}
         self.followers: dict[MemorySubscription, None] = {}
         self.fill: str = ""
 
@@ -37,9 +57,45 @@ class MemoryMirror:
 
     def replace(self, values: dict[str, bytes], expires: dict[str, bytes]) -> None:
         """Replace both hashes. The old hashes are freed in steps."""
-        old, self.values, self.expires = (self.values, self.expires), values, expires
+        old = self.values, self.expires, self.pending
+        self.values, self.expires, self.pending = values, expires, {}
         for each in old:
             _discard(each)
+
+    def merge(self, most: int) -> bool:
+        """Merge up to `most` keys of the pending step. Return whether there are more."""
+        for _ in range(min(most, len(self.pending))):
+            key, (value, at) = self.pending.popitem()
+            if value is None:
+                self.values.pop(key, None)
+            else:
+                self.values[key] = value
+            if at is None:
+                self.expires.pop(key, None)
+            else:
+                self.expires[key] = at
+        return bool(self.pending)
+
+    def merge_later(self) -> None:
+        """Merge the pending step in steps of the event loop."""
+        if self.merge(STEP):
+            asyncio.get_running_loop().call_soon(self.merge_later)
+
+    def names(self) -> list[str]:
+        """Return all keys, and keys that the pending step deletes."""
+        return [*self.values, *(key for key in self.pending if key not in self.values)]
+
+    def fetch(self, keys: Iterable[str]) -> Fetched:
+        """Return some keys, those that are there."""
+        values: dict[str, bytes] = {}
+        expires: dict[str, bytes] = {}
+        for key in keys:
+            value, at = self.pending[key] if key in self.pending else (self.values.get(key), self.expires.get(key))
+            if value is not None:
+                values[key] = value
+            if at is not None:
+                expires[key] = at
+        return Fetched(self.values.get(HEAD), self.expires.get(HEAD), values, expires)
 
 
 class MemoryCache:
@@ -113,16 +169,35 @@ class MemoryCacheSession:
             messages.append(self._message(step, parts, more=False))
         else:
             messages = [resync(step.start, step.end, self._writer)]
+        pending = await self._prepared(parts)
         mirror = self._mirror
         if mirror.seen() != (self._writer, step.start):
             return False
         if step.cleared:
             mirror.replace({}, {})
-        for part in parts:
-            self._put(part)
+        mirror.merge(len(mirror.pending))  # it is empty, unless the caller of the last step was cancelled
+        mirror.pending = pending
         self._mark(step.end)
         mirror.publish(messages)
+        if len(pending) < MANY:
+            mirror.merge(MANY)
+        else:
+            mirror.merge_later()
         return True
+
+    async def _prepared(self, parts: Iterable[Slice]) -> Pending:
+        """Return a step by key. The event loop runs after each `STEP` keys."""
+        pending: Pending = {}
+        count = 0
+        for part in parts:
+            pending.update((key, (value, None)) for key, value in part.values.items())
+            pending.update((key, (None, None)) for key in part.deleted)
+            pending.update((key, (part.values[key], b"%d" % at)) for key, at in part.expires.items())
+            count += len(part.values) + len(part.deleted)
+            if count >= STEP:
+                count = 0
+                await asyncio.sleep(0)
+        return pending
 
     async def aclose(self) -> None:
         """Do nothing; see `CacheSession.aclose`."""
@@ -131,15 +206,6 @@ class MemoryCacheSession:
         """Return the message for the last of these slices of a step."""
         clear = step.cleared and len(parts) == 1
         return message(step.start, step.end, self._writer, parts[-1], clear=clear, more=more)
-
-    def _put(self, part: Slice) -> None:
-        mirror = self._mirror
-        mirror.values.update(part.values)
-        for key in (*part.values, *part.deleted):
-            mirror.expires.pop(key, None)
-        for key in part.deleted:
-            mirror.values.pop(key, None)
-        mirror.expires.update((key, b"%d" % at) for key, at in part.expires.items())
 
     def _mark(self, revision: int) -> None:
         mirror, self._seen = self._mirror, Seen(self._writer, revision)
@@ -155,21 +221,15 @@ class MemorySource:
 
     async def fetch(self, keys: Sequence[str]) -> Fetched:
         """Return some keys; see `Source.fetch`."""
-        values, expires = self._mirror.values, self._mirror.expires
-        return Fetched(
-            values.get(HEAD),
-            expires.get(HEAD),
-            {key: values[key] for key in keys if key in values},
-            {key: expires[key] for key in keys if key in expires},
-        )
+        return self._mirror.fetch(keys)
 
     async def fetch_all(self) -> Fetched:
         """Return every key; see `Source.fetch_all`."""
-        return await self.fetch([key for key in self._mirror.values if key != HEAD])
+        return await self.fetch([key for key in self._mirror.names() if key != HEAD])
 
     async def scan(self) -> AsyncIterator[Fetched]:
         """Yield every key, in parts; see `Source.scan`."""
-        keys = list(self._mirror.values)
+        keys = self._mirror.names()
         for start in range(0, len(keys), _SCANNED):
             yield await self.fetch([key for key in keys[start : start + _SCANNED] if key != HEAD])
 
@@ -212,7 +272,7 @@ class MemorySubscription:
         self._mirror.followers.pop(self, None)
 
 
-def _discard(large: dict[str, bytes]) -> None:
+def _discard(large: dict[str, Any]) -> None:
     """Free a dict in steps. To free a million values at once would block the event loop."""
     for _ in range(min(len(large), _FREED_AT_ONCE)):
         large.popitem()
