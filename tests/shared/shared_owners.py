@@ -124,11 +124,12 @@ class Model(ClientSteps):
     def of_owner(self, w: World, owner: Owner) -> Iterator[tuple[str, World]]:
         if w.faults.failures and owner.under is not None:
             yield "commit fails", self.fail(spend(w, "failures"))
+            yield "sync fails", self.fail(spend(w, "failures"), full=True)
         if w.faults.stops and not owner.stopping:
             yield "owner stops", with_owner(spend(w, "stops"), stopping=True)
         if w.faults.checkpoints and owner.view is None:
             yield "checkpoint begins", self.view(spend(w, "checkpoints"))
-        if owner.view is not None and owner.under is None:
+        if owner.view is not None and owner.under is None and not owner.full:
             yield "checkpoint ends", self.publish(w)
         for name, at in owner.gone:
             if w.minute > at:
@@ -284,7 +285,8 @@ class Model(ClientSteps):
         )
         record = Record(owner.durable, owner.layer[owner.durable :], member)
         w = with_owner(w, under=record, writing=owner.pending, pending=())
-        w = w._replace(journal=(*w.journal, record))
+        if not owner.full:
+            w = w._replace(journal=(*w.journal, record))
         if self.wrong == "feeds before the sync":
             w = self.feed(w, record)
         if self.wrong == "answers before the sync":
@@ -297,8 +299,12 @@ class Model(ClientSteps):
         assert owner is not None
         assert owner.under is not None
         record = owner.under
-        w = w._replace(synced=len(w.journal))
         table = applied(owner.table, record.calls, record.end)
+        if owner.full:  # a new journal with the whole state takes the place of the old one
+            history = owner.layer[: None if self.wrong == "a full frame has newer changes" else record.end]
+            results = owner.table if self.wrong == "a full frame lacks its own results" else table
+            w = with_owner(w._replace(snapshot=(history, results), journal=()), full=False, view=None)
+        w = w._replace(synced=len(w.journal))
         w = with_owner(w, under=None, writing=(), durable=record.end, table=table, records=(*owner.records, record))
         if owner.who >= 0:
             w = self.take(w, owner.who, record)
@@ -316,12 +322,18 @@ class Model(ClientSteps):
             w = self.tell(w, number, "record", record)
         return w
 
-    def fail(self, w: World) -> World:
-        """Undo a write that failed. The changes stay in the layer, and the results with them."""
+    def fail(self, w: World, *, full: bool = False) -> World:
+        """Let a commit fail. The changes stay in the layer, and the results with them.
+
+        A write that fails is undone. After a sync that fails (`full`), what was written stays in the journal, which is
+        not written again.
+        """
         owner = w.owner
         assert owner is not None
         pending = owner.pending if self.wrong == "a failed commit drops its results" else owner.writing + owner.pending
-        return with_owner(w._replace(journal=w.journal[:-1]), under=None, writing=(), pending=pending)
+        if not owner.full and not full:
+            w = w._replace(journal=w.journal[:-1])
+        return with_owner(w, under=None, writing=(), pending=pending, full=full or owner.full)
 
     # Checkpoints
 

@@ -136,6 +136,7 @@ class Owner(NamedTuple):
     gone: tuple[tuple[str, int], ...] = ()  # each client without a connection, and the minute when it ended
     records: tuple[Record, ...] = ()
     view: tuple[History, Table] | None = None
+    full: bool = False  # whether the next commit writes the whole state, because a sync has failed
 
 
 class Faults(NamedTuple):

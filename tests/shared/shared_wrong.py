@@ -41,6 +41,8 @@ WRONG: dict[str, Scenario] = {
     "sends again with new numbers": Scenario(ONE, Faults(cuts=1)),
     "a repeat misses what is not durable": Scenario(ONE, Faults(cuts=1)),
     "a failed commit drops its results": Scenario(ONE, Faults(failures=1, cuts=1)),
+    "a full frame lacks its own results": Scenario(ONE, Faults(failures=1, deaths=1)),
+    "a full frame has newer changes": Scenario((("incr", "incr"), ()), Faults(failures=1, deaths=1)),
     "acknowledges what is open": Scenario((("incr", "incr"), ()), Faults(cuts=1)),
     "a snapshot has no results": Scenario(ONE, Faults(deaths=1, checkpoints=1)),
     "a snapshot has results that are not durable": Scenario(ONE, Faults(deaths=1, checkpoints=1)),
