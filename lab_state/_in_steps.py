@@ -16,7 +16,7 @@ _PIECES_IN_STEP = 16
 """A step returns the keys of so many pieces: at most 8,000 keys, in about a millisecond."""
 
 
-class Core(Protocol):
+class ReadingCore(Protocol):
     """The core of the handles that read."""
 
     @property
@@ -47,7 +47,7 @@ class Range(NamedTuple):
     reverse: bool
 
 
-async def bring_up_to_date(core: Core) -> None:
+async def bring_up_to_date(core: ReadingCore) -> None:
     """Build the index of the state, or bring it up to date. If the caller is cancelled, the next call continues."""
     for _ in core.state.index_steps():
         await pause(core)
@@ -65,7 +65,7 @@ def take_pieces(state: State, within: Range) -> list[Chunk] | None:
     return pieces
 
 
-async def keys_in_steps(core: Core, pieces: list[Chunk], within: Range) -> list[str]:
+async def keys_in_steps(core: ReadingCore, pieces: list[Chunk], within: Range) -> list[str]:
     """Return the keys of a range as they are now.
 
     Args:
@@ -89,7 +89,7 @@ async def keys_in_steps(core: Core, pieces: list[Chunk], within: Range) -> list[
     return found[:limit] if limit is not None else found
 
 
-async def pause(core: Core) -> None:
+async def pause(core: ReadingCore) -> None:
     """Let the event loop run.
 
     Raises:

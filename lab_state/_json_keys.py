@@ -74,13 +74,13 @@ def double_key(data: bytes) -> tuple[list[str | int], str] | None:
     if is_canonical(data):
         return None
     try:
-        whole = json.loads(data, object_pairs_hook=_Object)
+        whole = json.loads(data, object_pairs_hook=_Members)
     except (ValueError, RecursionError):  # another check refuses such a value
         return None
     stack: list[tuple[list[str | int], Any]] = [([], whole)]
     while stack:
         way, item = stack.pop()
-        if isinstance(item, _Object):
+        if isinstance(item, _Members):
             seen: set[str] = set()
             for name, _ in item.pairs:
                 if name in seen:
@@ -96,7 +96,7 @@ def _backwards(items: Iterable[Any]) -> list[tuple[int, Any]]:
     return list(enumerate(items))[::-1]
 
 
-class _Object:
+class _Members:
     """The members of an object as they were written."""
 
     __slots__ = ("pairs",)

@@ -6,13 +6,13 @@ import asyncio
 from typing import Any, NoReturn, Protocol
 
 from lab_state._entries import Stored
-from lab_state._in_steps import Core, Range
+from lab_state._in_steps import Range, ReadingCore
 from lab_state._items._pages import Decoding, Pages
 from lab_state._undo import UndoView
 from lab_state.exceptions import ClosedError
 
 
-class Source(Protocol):
+class ItemSource(Protocol):
     """The part of an iterator that knows where the values are from."""
 
     async def begin(self) -> Pages:
@@ -43,7 +43,7 @@ class Steps:
 
     __slots__ = ("_decoding", "_is_busy", "_pages", "_source", "is_over", "rows")
 
-    def __init__(self, source: Source, decoding: Decoding) -> None:
+    def __init__(self, source: ItemSource, decoding: Decoding) -> None:
         """Prepare the first step."""
         self.rows: list[tuple[str, Any]] = []
         self.is_over: bool = False
@@ -113,7 +113,7 @@ class Steps:
         self.rows.clear()
 
 
-class NamedCore(Core, Protocol):
+class NamedCore(ReadingCore, Protocol):
     """The core of the handles that read."""
 
     @property
@@ -132,7 +132,7 @@ class StateSource:
         self._within = within
 
     async def begin(self) -> Pages:
-        """Take the keys and a view; see `Source.begin`."""
+        """Take the keys and a view; see `ItemSource.begin`."""
         self._core.check_open()
         self._state = state = self._core.state
         if state.is_index_behind:
@@ -144,11 +144,11 @@ class StateSource:
         return Pages(state.view(), pieces, self._within, state.now())
 
     def end(self, view: UndoView[Stored]) -> None:
-        """Close a view; see `Source.end`."""
+        """Close a view; see `ItemSource.end`."""
         self._state.close_view(view)
 
     def refuse(self) -> NoReturn:
-        """Raise the error for a view that was closed; see `Source.refuse`."""
+        """Raise the error for a view that was closed; see `ItemSource.refuse`."""
         self._core.check_open()
         raise ClosedError(
             f"the manager of {self._core.name!r} was stopped since the first step of this iterator: call items() again"

@@ -39,7 +39,7 @@ class Moment:
         self._within = within
 
     async def begin(self) -> Pages:
-        """Take the keys and a view; see `Source.begin`."""
+        """Take the keys and a view; see `ItemSource.begin`."""
         copy, within = self._local(), self._within
         if copy.fresh:
             for _ in copy.index_steps():
@@ -57,10 +57,10 @@ class Moment:
         return Pages(view, pieces, within, self._now() * 1000)
 
     def end(self, view: UndoView[Stored]) -> None:
-        """Close a view; see `Source.end`."""
+        """Close a view; see `ItemSource.end`."""
         view.close()
 
     def refuse(self) -> NoReturn:
-        """Raise the error for a view that was closed; see `Source.refuse`."""
+        """Raise the error for a view that was closed; see `ItemSource.refuse`."""
         self._local()  # raises the error of a reader that is not open
         raise ClosedError("the reader was closed since the first step of this iterator: call items() again")

@@ -249,7 +249,7 @@ async def push(socket: WebSocket[Any, Any, Any], watch: Watch, *, data: Data | N
             await socket.close(RESTART)
 
 
-class _Bytes(msgspec.Struct, frozen=True):
+class _Base64Bytes(msgspec.Struct, frozen=True):
     """Bytes that are not UTF-8, as JSON."""
 
     base64: bytes
@@ -336,9 +336,9 @@ class LabStateStore(NamespacedStore):
         """
         name = part(key)
         if not renew_for:
-            return _as_bytes(await self.namespace.get(name, None, type=str | _Bytes))
+            return _as_bytes(await self.namespace.get(name, None, type=str | _Base64Bytes))
         async with self.namespace.transaction() as tx:
-            value: str | _Bytes | None = tx.get(name, None, type=str | _Bytes)
+            value: str | _Base64Bytes | None = tx.get(name, None, type=str | _Base64Bytes)
             if value is not None and tx.expires_in(name) is not None:
                 tx.set(name, value, ttl=renew_for)
         return _as_bytes(value)
@@ -364,12 +364,12 @@ class LabStateStore(NamespacedStore):
         return -1 if seconds is None else math.ceil(seconds)
 
 
-def _from_bytes(value: bytes) -> str | _Bytes:
+def _from_bytes(value: bytes) -> str | _Base64Bytes:
     try:
         return value.decode()
     except UnicodeDecodeError:
-        return _Bytes(value)
+        return _Base64Bytes(value)
 
 
-def _as_bytes(value: str | _Bytes | None) -> bytes | None:
+def _as_bytes(value: str | _Base64Bytes | None) -> bytes | None:
     return value.encode() if isinstance(value, str) else None if value is None else value.base64

@@ -28,7 +28,7 @@ class BadMessageError(ValueError):
     """A message is not one that the protocol allows: close the connection. The text has nothing of its contents."""
 
 
-class Frame(NamedTuple):
+class ReceivedFrame(NamedTuple):
     """A frame that was received."""
 
     kind: bytes
@@ -65,9 +65,9 @@ class Frames:
         self._payload: ByteBuffer | None = None
         self._missing = 0
 
-    def feed(self, data: bytes) -> list[Frame]:
+    def feed(self, data: bytes) -> list[ReceivedFrame]:
         """Return the frames that the next piece completes. Those before a fault are returned, too."""
-        found: list[Frame] = []
+        found: list[ReceivedFrame] = []
         if self.problem is not None:
             return found
         if self._payload is not None:
@@ -76,7 +76,7 @@ class Frames:
             self._missing -= len(part)
             if self._missing:
                 return found
-            found.append(Frame(self._kind, self._payload.taken()))
+            found.append(ReceivedFrame(self._kind, self._payload.taken()))
             self._payload = None
             data = data[len(part) :]
         data, self._rest = self._rest + data, b""
@@ -86,7 +86,7 @@ class Frames:
             self.problem = problem
         return found
 
-    def _heads(self, data: bytes, found: list[Frame]) -> None:
+    def _heads(self, data: bytes, found: list[ReceivedFrame]) -> None:
         position = 0
         while len(data) - position >= _HEAD.size:
             size, kind = _HEAD.unpack_from(data, position)
@@ -101,7 +101,7 @@ class Frames:
                 self._kind, self._payload, self._missing = kind, ByteBuffer(), size - len(payload)
                 self._payload.add(payload)
                 return
-            found.append(Frame(kind, payload))
+            found.append(ReceivedFrame(kind, payload))
         self._rest = data[position:]
         if self._rest and self._rest[0] > _FIRST_BYTE:  # a text in place of a frame may be shorter than a head
             raise BadMessageError("bytes that are not the beginning of a message")

@@ -164,7 +164,7 @@ class Changes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expires: dict[str, Count] = {}
 
 
-class Change(_Call, frozen=True, tag="change"):
+class MakeChanges(_Call, frozen=True, tag="change"):
     """Make changes if their check holds: `since`, the keys and the prefixes that were read."""
 
     since: Since
@@ -173,7 +173,7 @@ class Change(_Call, frozen=True, tag="change"):
     changes: Changes
 
 
-Call: TypeAlias = Set | SetMany | Delete | DeleteMany | DeleteAll | Incr | SetIfAbsent | Touch | Change
+Call: TypeAlias = Set | SetMany | Delete | DeleteMany | DeleteAll | Incr | SetIfAbsent | Touch | MakeChanges
 
 
 # Answers

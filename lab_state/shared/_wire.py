@@ -28,7 +28,7 @@ from lab_state.shared._frames import (
     STARTING,
     WELCOME,
     BadMessageError,
-    Frame,
+    ReceivedFrame,
     frame,
 )
 from lab_state.shared._messages import (
@@ -38,13 +38,13 @@ from lab_state.shared._messages import (
     AnyVersion,
     Bye,
     Call,
-    Change,
     DeleteAll,
     DeleteMany,
     FromClient,
     FromOwner,
     Hello,
     Life,
+    MakeChanges,
     No,
     Question,
     RecordMessage,
@@ -125,7 +125,7 @@ def frame_of_record(time: int, record: Any) -> list[bytes]:
     return frame(RECORD, _ONE.pack(time), record)
 
 
-def decode_from_client(received: Frame) -> FromClient:
+def decode_from_client(received: ReceivedFrame) -> FromClient:
     """Return the message of a client.
 
     Raises:
@@ -143,7 +143,7 @@ def decode_from_client(received: Frame) -> FromClient:
     return Question(number) if kind == QUESTION else Bye(number)
 
 
-def decode_from_owner(received: Frame) -> tuple[int, FromOwner]:
+def decode_from_owner(received: ReceivedFrame) -> tuple[int, FromOwner]:
     """Return the time and the message of an owner.
 
     Raises:
@@ -204,7 +204,7 @@ def _checked(call: Call) -> Call:
             check_key(key)
     except InvalidKeyError:
         raise BadMessageError("a call with a key that cannot be") from None
-    if isinstance(call, Change):
+    if isinstance(call, MakeChanges):
         changes = call.changes
         if not changes.expires.keys() <= changes.set.keys() or not changes.set.keys().isdisjoint(changes.delete):
             raise BadMessageError("a call whose changes do not fit together")
@@ -218,6 +218,6 @@ def _keys(call: Call) -> Iterable[str]:
         return call.keys
     if isinstance(call, DeleteAll):
         return ()
-    if isinstance(call, Change):
+    if isinstance(call, MakeChanges):
         return [*call.keys, *call.changes.set, *call.changes.delete]
     return (call.key,)

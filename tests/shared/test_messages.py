@@ -14,7 +14,7 @@ from msgspec import Raw
 from lab_state.exceptions import InvalidValueError
 from lab_state.shared import _frames as frames
 from lab_state.shared import _messages as m
-from lab_state.shared._frames import FROM_CLIENT, FROM_OWNER, BadMessageError, Frame, Frames, frame
+from lab_state.shared._frames import FROM_CLIENT, FROM_OWNER, BadMessageError, Frames, ReceivedFrame, frame
 from lab_state.shared._order import SPAN, ClientOrder, OwnerOrder
 from lab_state.shared._wire import (
     OtherVersionError,
@@ -39,7 +39,7 @@ CALLS: list[tuple[m.Call, str]] = [
     (m.SetIfAbsent(18, 17, "k", Raw(b"null"), None), '["set_if_absent",18,17,"k",null,null]'),
     (m.Touch(18, 17, "k", 1000), '["touch",18,17,"k",1000]'),
     (
-        m.Change(18, 17, -1, ["a"], ["p/"], CHANGES),
+        m.MakeChanges(18, 17, -1, ["a"], ["p/"], CHANGES),
         '["change",18,17,-1,["a"],["p/"],{"clear":false,"set":{"a":[1]},"delete":["b"],"expires":{"a":9}}]',
     ),
 ]
@@ -89,7 +89,7 @@ OWNERS: list[tuple[m.FromOwner, bytes]] = [
 ]
 
 
-def received(data: bytes, kinds: frozenset[bytes]) -> Frame:
+def received(data: bytes, kinds: frozenset[bytes]) -> ReceivedFrame:
     decoder = Frames(kinds)
     (found,) = decoder.feed(data)
     assert decoder.problem is None
@@ -98,11 +98,11 @@ def received(data: bytes, kinds: frozenset[bytes]) -> Frame:
 
 def from_client(body: bytes) -> m.FromClient:
     """Decode a payload after its kind."""
-    return decode_from_client(Frame(body[:1], body[1:]))
+    return decode_from_client(ReceivedFrame(body[:1], body[1:]))
 
 
 def from_owner(body: bytes) -> m.FromOwner:
-    return decode_from_owner(Frame(body[:1], body[1:]))[1]
+    return decode_from_owner(ReceivedFrame(body[:1], body[1:]))[1]
 
 
 def plain(message: Any) -> Any:
@@ -172,7 +172,7 @@ def test_a_frame_comes_byte_by_byte() -> None:
     decoder = Frames(FROM_OWNER)
     for at in range(len(data) - 1):
         assert decoder.feed(data[at : at + 1]) == []
-    assert decoder.feed(data[-1:] + data) == [Frame(b"R", bytes(range(200)))] * 2
+    assert decoder.feed(data[-1:] + data) == [ReceivedFrame(b"R", bytes(range(200)))] * 2
 
 
 @pytest.mark.parametrize(
@@ -283,10 +283,10 @@ def test_bytes_of_any_kind(data: bytes) -> None:
     """Any payload of any kind is decoded or is a `BadMessageError`. No other error comes."""
     for kind in FROM_CLIENT:
         with contextlib.suppress(BadMessageError):
-            decode_from_client(Frame(kind, data))
+            decode_from_client(ReceivedFrame(kind, data))
     for kind in FROM_OWNER:
         with contextlib.suppress(BadMessageError):
-            decode_from_owner(Frame(kind, data))
+            decode_from_owner(ReceivedFrame(kind, data))
 
 
 # Order

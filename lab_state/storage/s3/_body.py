@@ -31,7 +31,7 @@ class Body(NamedTuple):
     @classmethod
     def of(cls, data: bytes) -> Body:
         """Return a body with these bytes. This takes a millisecond for each MB."""
-        content = data if len(data) < LONG else Upload(_Bytes(data))
+        content = data if len(data) < LONG else Upload(_SpooledBytes(data))
         return cls(content, len(data), _base64(hashlib.md5(data, usedforsecurity=False)))
 
 
@@ -105,7 +105,7 @@ class Spool:
                 self._file.close()
 
 
-class _Bytes:
+class _SpooledBytes:
     """Bytes with the interface of a spool."""
 
     def __init__(self, data: bytes) -> None:
@@ -119,7 +119,7 @@ class _Bytes:
 class Upload:
     """The content of a spool as the body of a request. It can be sent several times."""
 
-    def __init__(self, spool: Spool | _Bytes) -> None:
+    def __init__(self, spool: Spool | _SpooledBytes) -> None:
         self._spool = spool
         self.moved: Callable[[], object] = lambda: None  # called for each part that is sent
         self.sent: int = 0  # the bytes that were sent; a repetition does not count

@@ -173,7 +173,7 @@ async def numbers(store: Requests, names: Names, after: int) -> dict[int, int]:
     return {number: found[number] for number in sorted(found) if number > after}
 
 
-class _Object(NamedTuple):
+class _NumberedObject(NamedTuple):
     """The object under a number.
 
     Attributes:
@@ -199,7 +199,7 @@ class Loader:
         self._crc: int | None = None
         self._base = NO_BASE
         self._same = 0  # the number of failed loads since the snapshot was fetched
-        self._objects: dict[int, _Object] = {}  # a number is never used twice
+        self._objects: dict[int, _NumberedObject] = {}  # a number is never used twice
 
     async def load(self) -> Loaded:
         """Load the whole state.
@@ -351,7 +351,7 @@ def gap(listed: dict[int, int], covered: int, fence: int | None, names: Names) -
     )
 
 
-def _object(names: Names, number: int, found: ObjectInfo, body: bytes) -> _Object:
+def _object(names: Names, number: int, found: ObjectInfo, body: bytes) -> _NumberedObject:
     """Return the content of an object.
 
     Raises:
@@ -362,5 +362,5 @@ def _object(names: Names, number: int, found: ObjectInfo, body: bytes) -> _Objec
     if not body:
         if WRITE_ID in found.metadata and OWNER not in found.metadata:
             raise CorruptionError(path, 0, "it is empty, and a record is never empty; restore a copy")
-        return _Object(None, None)
-    return _Object(unframe(names.name, number, body, path), found.metadata.get(BASE))
+        return _NumberedObject(None, None)
+    return _NumberedObject(unframe(names.name, number, body, path), found.metadata.get(BASE))
