@@ -54,14 +54,12 @@ async def bring_up_to_date(core: ReadingCore) -> None:
 
 
 def take_pieces(state: State, within: Range) -> list[Chunk] | None:
-    """Return the pieces of a range in the order of the call; `None` if one step is enough for them."""
+    """Return the pieces of a range; `None` if one step is enough for them."""
     if within.limit is not None and within.limit < MANY:
         return None
     pieces = state.pieces(within.low, within.high)
     if not state.has_steps or sum(map(len, pieces)) < MANY:
         return None
-    if within.reverse:
-        pieces.reverse()
     return pieces
 
 
@@ -78,6 +76,8 @@ async def keys_in_steps(core: ReadingCore, pieces: list[Chunk], within: Range) -
     """
     state, (low, high, cut, limit, reverse) = core.state, within
     due = set(in_range(state.expiries.due_keys(state.now()), low, high)) if state.expires else ()
+    if reverse:
+        pieces.reverse()
     found: list[str] = []
     for at in range(0, len(pieces), _PIECES_IN_STEP):
         some = pieces[at : at + _PIECES_IN_STEP]

@@ -17,7 +17,7 @@ from lab_state._arguments import as_text, check_default, check_key, check_limit,
 from lab_state._core import CallCore
 from lab_state._entries import MISSING, SCALARS, Expiring, Stored
 from lab_state._in_steps import Range, bring_up_to_date, keys_in_steps, take_pieces
-from lab_state._items import Decoding, Iterates, StateSource, Steps
+from lab_state._items import Decoding, Iterates, StateSource, Steps, collected
 from lab_state._order import bounds
 from lab_state._types import DECODE_ERRORS, check_type, decode_json, decode_value
 from lab_state.exceptions import InvalidKeyError, KeyNotFoundError, TypeMismatchError
@@ -190,6 +190,9 @@ class Reads(Iterates):
         within = self._range(prefix, after, limit, reverse=reverse)
         if self._core.state.is_index_behind:
             await bring_up_to_date(self._core)
+        pieces = take_pieces(self._core.state, within)
+        if pieces is not None:
+            return await collected(self._core, pieces, within, self._decoding(type))
         return self._all(self._cut(self._names(within)), type)
 
     @overload
@@ -395,11 +398,19 @@ class Reads(Iterates):
         return Range(low, high, len(self._prefix), limit, reverse)
 
     def _steps(self, prefix: str, after: str | None, limit: int | None, type_: Any, *, reverse: bool) -> Steps:
+        decoding = self._decoding(type_)
+        within = self._range(prefix, after, limit, reverse=reverse)
+        return Steps(StateSource(self._core, within), decoding)
+
+    def _decoding(self, type_: Any) -> Decoding:
+        """Return the way in which values are decoded as a type.
+
+        Raises:
+            TypeError: The type cannot be decoded.
+        """
         if type_ is not Any:
             check_type(type_)
-        within = self._range(prefix, after, limit, reverse=reverse)
-        decoding = Decoding(type_, partial(self._decode, default=MISSING, type_=type_))
-        return Steps(StateSource(self._core, within), decoding)
+        return Decoding(type_, partial(self._decode, default=MISSING, type_=type_))
 
     def _names(self, within: Range) -> list[str]:
         """Return the keys of a range, as they are in the whole state, in one step."""

@@ -5,8 +5,9 @@ sorted tuples (`_order`), and opens a view of the values (`_undo`). Then it take
 keys at a time, and decodes them. Between two steps the event loop runs.
 """
 
+from lab_state._items._collected import collected
 from lab_state._items._iterators import Items, Iterates, PlainItems
 from lab_state._items._pages import Decoding, Pages
 from lab_state._items._steps import StateSource, Steps
 
-__all__ = ["Decoding", "Items", "Iterates", "Pages", "PlainItems", "StateSource", "Steps"]
+__all__ = ["Decoding", "Items", "Iterates", "Pages", "PlainItems", "StateSource", "Steps", "collected"]

@@ -77,21 +77,52 @@ class Pages:
             TypeMismatchError: The next value is not of the type. The next call continues after it.
         """
         if not self._rest:
-            keys = self._next_keys()
-            if not keys:
+            page = self._next_page(decoding)
+            if page is None:
                 return None
-            values = self.view.values(keys)
-            names = [key[self._cut :] for key in keys] if self._cut else keys
-            rows = _all_at_once(names, values, decoding.type)
-            if rows is not None:
-                self._left -= len(rows)
+            names, values = page
+            if values is not None:
+                rows = list(zip(names, values, strict=True))
+                rows.reverse()
                 return rows
-            self._rest = list(zip(names, values, strict=True))
-            self._rest.reverse()
         rows = self._one_by_one(decoding)
-        self._left -= len(rows)
         rows.reverse()
         return rows
+
+    def add_to(self, found: dict[str, Any], decoding: Decoding) -> bool:
+        """Add the next keys with their values to a dict. Return whether there may be more.
+
+        Raises:
+            TypeMismatchError: The next value is not of the type.
+        """
+        if not self._rest:
+            page = self._next_page(decoding)
+            if page is None:
+                return False
+            names, values = page
+            if values is not None:
+                found.update(zip(names, values, strict=True))
+                return True
+        found.update(self._one_by_one(decoding))
+        return True
+
+    def _next_page(self, decoding: Decoding) -> tuple[Sequence[str], Iterable[Any] | None] | None:
+        """Return the next keys and their values, decoded if that takes one quick step; otherwise put them into `_rest`.
+
+        At the end, return `None`.
+        """
+        keys = self._next_keys()
+        if not keys:
+            return None
+        stored = self.view.values(keys)
+        names = [key[self._cut :] for key in keys] if self._cut else keys
+        values = _all_at_once(stored, decoding.type)
+        if values is None:
+            self._rest = list(zip(names, stored, strict=True))
+            self._rest.reverse()
+        else:
+            self._left -= len(names)
+        return names, values
 
     def _next_keys(self) -> Chunk:
         """Return the next keys of the range, in order; none at the end."""
@@ -124,22 +155,20 @@ class Pages:
                     raise
                 rest.append((key, stored))  # the next call begins with the error
                 break
+        self._left -= len(rows)
         return rows
 
 
-def _all_at_once(names: Sequence[str], values: list[Stored], type_: Any) -> list[tuple[str, Any]] | None:
-    """Return the common cases in reverse order: scalars, or small JSON, without a type and without an expiry; else `None`."""
+def _all_at_once(values: list[Stored], type_: Any) -> list[Any] | None:
+    """Return values in the common cases: scalars, or small JSON, without a type and without an expiry; else `None`."""
     if type_ is not Any:
         return None
     kinds = set(map(type, values))
-    found: Iterable[Any] = values
-    if not kinds <= SCALARS:
-        if not kinds <= _JSON or sum(map(len, cast("list[bytes]", values))) > _BYTES_IN_STEP:
-            return None
-        found = map(decode_json, values)
+    if kinds <= SCALARS:
+        return values
+    if not kinds <= _JSON or sum(map(len, cast("list[bytes]", values))) > _BYTES_IN_STEP:
+        return None
     try:
-        rows = list(zip(names, found, strict=True))
+        return list(map(decode_json, cast("list[bytes]", values)))
     except NOT_JSON:  # the values are decoded one by one, which finds the bad one
         return None
-    rows.reverse()
-    return rows

@@ -1,0 +1,43 @@
+"""The values of many keys of one moment, collected in steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+from lab_state._in_steps import Range, pause
+from lab_state._items._pages import Decoding, Pages
+from lab_state._items._steps import NamedCore
+from lab_state._order import Chunk
+from lab_state.exceptions import ClosedError
+
+_SECONDS_IN_STEP = 0.002
+
+
+async def collected(core: NamedCore, pieces: Sequence[Chunk], within: Range, decoding: Decoding) -> dict[str, Any]:
+    """Return keys with their values as they are now.
+
+    Args:
+        core: The core of the state.
+        pieces: The keys of the range, which `State.pieces` has just returned.
+        within: The range.
+        decoding: The way in which the values are decoded.
+
+    Raises:
+        TypeMismatchError: One of the values is not of the type.
+        LabStateError: The manager was stopped meanwhile.
+    """
+    state = core.state
+    view, found = state.view(), dict[str, Any]()
+    try:
+        pages, until = Pages(view, pieces, within, state.now()), perf_counter() + _SECONDS_IN_STEP
+        while pages.add_to(found, decoding):
+            if perf_counter() > until:
+                await pause(core)
+                if view.is_closed:
+                    raise ClosedError(f"the manager of {core.name!r} was stopped during this call: make it again")
+                until = perf_counter() + _SECONDS_IN_STEP
+    finally:
+        state.close_view(view)
+    return found
