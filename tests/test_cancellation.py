@@ -39,10 +39,13 @@ from lab_state import (
     StorageSession,
     _batch,
     _flusher,
+    _in_steps,
     _writing,
     copy_state,
     read_state,
 )
+from lab_state._items import _collected, _pages
+from lab_state._order import _index, _sorted_keys
 from lab_state.storage._protocol import SnapshotSource
 from lab_state.storage.s3 import _Claim
 
@@ -504,7 +507,24 @@ IN_STEPS: dict[str, Callable[[Any], Coroutine[Any, Any, Any]]] = {
     "delete_all": lambda calls: calls.namespace("ns").delete_all(),
     "transaction": _in_transaction,
     "transaction-cleared": lambda calls: _cleared_in_transaction(calls),
+    "keys": lambda calls: calls.keys(),
+    "get_all": lambda calls: calls.get_all(reverse=True),
 }
+
+STEPS: list[tuple[Any, str]] = [
+    (_batch, "MANY"),
+    (_batch, "STEP"),
+    (_flusher, "STEP"),
+    (_writing, "_STEP_BYTES"),
+    (_in_steps, "MANY"),
+    (_in_steps, "_PIECES_IN_STEP"),
+    (_index, "FEW"),
+    (_index, "SMALL"),
+    (_index, "_KEYS_IN_STEP"),
+    (_sorted_keys, "SIZE"),
+    (_pages, "_KEYS_IN_STEP"),
+]
+"""The size of each step."""
 
 
 @LATE
@@ -514,8 +534,9 @@ async def test_a_call_in_steps_cancelled_wherever_it_waits(
 ) -> None:
     """With steps of one key it waits more often, and the change was made whole, or not at all."""
     at_once = await cancelled_everywhere(IN_STEPS[name], WaitingStorage, "manager", late=late)
-    for module, constant in ((_batch, "MANY"), (_batch, "STEP"), (_flusher, "STEP"), (_writing, "_STEP_BYTES")):
+    for module, constant in STEPS:
         monkeypatch.setattr(module, constant, 1)
+    monkeypatch.setattr(_collected, "_SECONDS_IN_STEP", -1)
     assert await cancelled_everywhere(IN_STEPS[name], WaitingStorage, "manager", late=late) > at_once
 
 

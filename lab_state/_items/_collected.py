@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-from lab_state._in_steps import Range, pause
+from lab_state._in_steps import Core, Range, pause
 from lab_state._items._pages import Decoding, Pages
-from lab_state._items._steps import NamedCore
 from lab_state._order import Chunk
-from lab_state.exceptions import ClosedError
 
 _SECONDS_IN_STEP = 0.002
 
 
-async def collected(core: NamedCore, pieces: Sequence[Chunk], within: Range, decoding: Decoding) -> dict[str, Any]:
+async def collected(core: Core, pieces: Sequence[Chunk], within: Range, decoding: Decoding) -> dict[str, Any]:
     """Return keys with their values as they are now.
 
     Args:
@@ -35,8 +33,6 @@ async def collected(core: NamedCore, pieces: Sequence[Chunk], within: Range, dec
         while pages.add_to(found, decoding):
             if perf_counter() > until:
                 await pause(core)
-                if view.is_closed:
-                    raise ClosedError(f"the manager of {core.name!r} was stopped during this call: make it again")
                 until = perf_counter() + _SECONDS_IN_STEP
     finally:
         state.close_view(view)
