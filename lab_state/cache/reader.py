@@ -263,7 +263,7 @@ class Reader(Iterates):
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
-            InvalidKeyError: No state can have the key `after`.
+            InvalidKeyError: `after` cannot be a key.
             TypeError: An argument has a wrong type, or the type cannot be decoded.
             ValueError: `limit` is below 1.
             UnavailableError: See the class.
@@ -294,7 +294,7 @@ class Reader(Iterates):
             reverse: See `get_all`.
 
         Raises:
-            InvalidKeyError: No state can have the key `after`.
+            InvalidKeyError: `after` cannot be a key.
             TypeError: An argument has a wrong type.
             ValueError: `limit` is below 1.
             UnavailableError: See the class.
@@ -419,7 +419,7 @@ class Reader(Iterates):
         """Return the source for the keys of a range."""
         if limit is not None:
             check_limit(limit)
-        low, high = bounds(check_prefix(prefix), None if after is None else _asked(after), reverse=reverse)
+        low, high = bounds(check_prefix(prefix), None if after is None else check_key(after), reverse=reverse)
         chosen = Range(low, high, 0, cast("int | None", limit), reverse)
         return Moment(self._copy, self._all, self._clock.time, chosen)
 
