@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-from lab_state._in_steps import Core, Range, pause
+from lab_state._in_steps import Range, ReadingCore, pause
 from lab_state._items._pages import Decoding, Pages
 from lab_state._order import Chunk
 
 _SECONDS_IN_STEP = 0.002
 
 
-async def collected(core: Core, pieces: Sequence[Chunk], within: Range, decoding: Decoding) -> dict[str, Any]:
+async def collected(core: ReadingCore, pieces: Sequence[Chunk], within: Range, decoding: Decoding) -> dict[str, Any]:
     """Return keys with their values as they are now.
 
     Args:
