@@ -133,8 +133,8 @@ def docs(session: nox.Session) -> None:
 
 CRASH: dict[str, tuple[str, dict[str, str]]] = {
     "states": (
-        "crash/test_states.py crash/test_seeded_bugs.py crash/test_disk.py crash/test_tracing.py",
-        {"LAB_STATE_CRASH_STATES": "300000", "LAB_STATE_CRASH_STRACE": "1"},
+        "crash/test_states.py crash/test_calls.py crash/test_seeded_bugs.py crash/test_disk.py crash/test_tracing.py",
+        {"LAB_STATE_CRASH_STATES": "300000", "LAB_STATE_CALL_STATES": "50000", "LAB_STATE_CRASH_STRACE": "1"},
     ),
     "kills": (
         "crash/test_kill.py crash/test_storm.py",

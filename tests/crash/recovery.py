@@ -7,7 +7,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -45,8 +45,10 @@ class Recovery:
         whole: How many of them went the whole way too.
     """
 
-    def __init__(self, whole_every: int = 25) -> None:
+    def __init__(self, whole_every: int = 25, also: Callable[[LoadedState], object] | None = None) -> None:
+        """Begin. `also` checks more of each state, and raises a `ViolationError`."""
         self.short = self.whole = 0
+        self._also = also
         self._whole_every = whole_every
         self._root = Path(tempfile.mkdtemp(prefix="lab_state-", dir=MEMORY))
         self._directory = self._root / DIRECTORY
@@ -119,7 +121,7 @@ class Recovery:
         found = self._open()
         if self._open() != found:
             raise ViolationError("the second recovery finds something else than the first one")
-        return _loaded(*found)
+        return _loaded(*found, self._also)
 
     def _open(self) -> tuple[bytes | None, tuple[bytes, ...]]:
         """Open a state as `FileStorage.open` does, without threads and a loop."""
@@ -166,10 +168,14 @@ class Recovery:
         return manager
 
 
-def _loaded(snapshot: bytes | None, records: tuple[bytes, ...]) -> Version:
+def _loaded(
+    snapshot: bytes | None, records: tuple[bytes, ...], also: Callable[[LoadedState], object] | None
+) -> Version:
     """Return what `Manager.start` makes of it."""
     loaded = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, "snapshot")
     loaded = replay(loaded, records, "journal")
+    if also is not None:
+        also(loaded)
     values = msgspec.json.decode(msgspec.json.encode(loaded.entries)) if loaded.entries else {}
     return Version(loaded.revision, values, dict(loaded.expires))
 
