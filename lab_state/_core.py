@@ -89,6 +89,11 @@ class CallCore:
         """Raise a `LabStateError` unless calls are allowed."""
         _ = self.durability  # raises the error
 
+    @property
+    def must_wait(self) -> bool:
+        """Whether a writer may have to wait, or no change can become durable."""
+        raise NotImplementedError
+
     async def turn(self) -> None:
         """Wait until the caller may write. Callers call this only if `blocked` is set."""
         raise NotImplementedError

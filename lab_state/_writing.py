@@ -72,7 +72,7 @@ class Writing(Reads):
             FencedError: A newer writer owns the state; nothing was changed.
         """
         core = self._core
-        if ttl is not None or core.blocked:
+        if (ttl is not None or core.blocked) and not self._note_for_views(key, ttl):
             return await self._put(key, value, ttl)
         # `encode_value` and `State.apply` are written out: the benchmark shows the cost of two more calls.
         try:
@@ -301,6 +301,15 @@ class Writing(Reads):
         return await self._deleted(batch.deleted)
 
     # Steps that the writing calls share
+
+    def _note_for_views(self, key: object, ttl: Seconds | None) -> bool:
+        """Keep the value of a key for iterators. Return False if `set` may have to wait, or has a `ttl`; see `_put`."""
+        core = self._core
+        if ttl is not None or core.must_wait:
+            return False
+        if isinstance(key, str):
+            core.state.before_overwrite((self._prefix + str.__str__(key),))
+        return True
 
     async def _put(self, key: str, value: object, ttl: Seconds | None) -> int:
         """Store a value as `set` does, in the rare cases: with a `ttl`, or if the caller may have to wait."""
