@@ -43,6 +43,7 @@ class ItemsMachine(RuleBasedStateMachine):
         self.model: dict[str, tuple[Any, float]] = {}
         self.walks: list[Walk] = []
         self.frozen: list[dict[str, Stored]] = []
+        self.store_many({name: [0] for name in NAMES}, None)
 
     def teardown(self) -> None:
         self.walks.clear()
@@ -55,12 +56,12 @@ class ItemsMachine(RuleBasedStateMachine):
 
     # Changes
 
-    @rule(key=KEYS, value=VALUES, ttl=st.sampled_from([None, 2, 5]))
+    @rule(key=KEYS, value=VALUES, ttl=st.sampled_from([None, 0.5, 5]))
     def store(self, key: str, value: Any, ttl: float | None) -> None:
         self.runner.run(self.state.set(key, value, ttl=ttl))
         self.model[key] = value, float("inf") if ttl is None else self.clock.monotonic() + ttl
 
-    @rule(new=st.dictionaries(KEYS, VALUES), ttl=st.sampled_from([None, 3]))
+    @rule(new=st.dictionaries(KEYS, VALUES, min_size=6), ttl=st.sampled_from([None, None, 0.75]))
     def store_many(self, new: dict[str, Any], ttl: float | None) -> None:
         self.runner.run(self.state.set_many(new, ttl=ttl))
         until = float("inf") if ttl is None else self.clock.monotonic() + ttl
@@ -72,12 +73,12 @@ class ItemsMachine(RuleBasedStateMachine):
         for key in keys:
             self.model.pop(key, None)
 
-    @rule(prefix=st.sampled_from(["", "a", "a/"]))
+    @rule(prefix=st.sampled_from(["", "", "a/"]))
     def delete_all(self, prefix: str) -> None:
         self.runner.run(self.state.delete_all(prefix))
         self.model = {key: value for key, value in self.model.items() if not key.startswith(prefix)}
 
-    @rule(new=st.dictionaries(KEYS, VALUES), gone=st.sets(KEYS), clear=st.booleans())
+    @rule(new=st.dictionaries(KEYS, VALUES, max_size=9), gone=st.sets(KEYS), clear=st.booleans())
     def transaction(self, *, new: dict[str, Any], gone: set[str], clear: bool) -> None:
         async def commit() -> None:
             async with self.state.transaction() as tx:
@@ -97,8 +98,8 @@ class ItemsMachine(RuleBasedStateMachine):
             self.model.pop(key, None)
         self.model.update({key: (value, float("inf")) for key, value in new.items()})
 
-    @rule(seconds=st.integers(1, 4))
-    def pass_time(self, seconds: int) -> None:
+    @rule(seconds=st.sampled_from([0.25, 0.5, 4]))
+    def pass_time(self, seconds: float) -> None:
         async def advance() -> None:
             self.clock.advance(seconds)
 
@@ -129,9 +130,9 @@ class ItemsMachine(RuleBasedStateMachine):
     # Iterators
 
     @rule(
-        prefix=st.sampled_from(["", "a", "a/", "c"]),
-        after=st.none() | KEYS,
-        limit=st.none() | st.integers(1, 20),
+        prefix=st.sampled_from(["", "", "a", "a/", "c"]),
+        after=st.sampled_from([None, None, *NAMES]),
+        limit=st.sampled_from([None, None, 1, 9]),
         reverse=st.booleans(),
     )
     def begin(self, *, prefix: str, after: str | None, limit: int | None, reverse: bool) -> None:
@@ -161,7 +162,7 @@ class ItemsMachine(RuleBasedStateMachine):
         self.runner.run(walked())
 
     @precondition(lambda self: self.walks)
-    @rule(data=st.data(), steps=st.integers(1, 8))
+    @rule(data=st.data(), steps=st.integers(1, 4))
     def step(self, data: st.DataObject, steps: int) -> None:
         self.go_on(data.draw(st.sampled_from(self.walks)), steps)
 
