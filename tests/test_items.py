@@ -14,6 +14,7 @@ from running import idle, running
 
 from lab_state import ClosedError, Config, InvalidKeyError, Items, Manager, MemoryStorage, TypeMismatchError, read_state
 from lab_state._items._pages import _KEYS_IN_STEP
+from lab_state._order import _index
 from lab_state.testing import FaultyStorage, ManualClock
 
 MANY = {f"key/{number:04}": {"n": number} for number in range(1000)}
@@ -32,6 +33,13 @@ def clock() -> ManualClock:
 async def state(clock: ManualClock) -> AsyncIterator[Manager]:
     async with running(MemoryStorage(), clock) as manager:
         yield manager
+
+
+@pytest.fixture
+def sorted_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the first call that needs an order sort the keys in many steps."""
+    monkeypatch.setattr(_index, "SMALL", 3)
+    monkeypatch.setattr(_index, "_KEYS_IN_STEP", 20)
 
 
 async def listed(items: Items[Any]) -> list[tuple[str, Any]]:
@@ -74,6 +82,10 @@ async def test_a_page_begins_after_a_key(state: Manager) -> None:
     assert await keys(limit=1) == "a"
     assert await keys(prefix="c", after="a") == "c"
     assert await keys(prefix="c", after="d") == ""
+    assert await keys(prefix="\U0010ffff") == ""
+    await state.set("\U0010ffff\U0010ffff", 1)
+    assert await keys(prefix="\U0010ffff") == "\U0010ffff\U0010ffff"
+    assert await keys(prefix="\U0010ffff", reverse=True, after="e") == ""
 
 
 async def test_many_keys_take_several_steps(state: Manager) -> None:
@@ -477,6 +489,47 @@ async def test_an_iterator_that_is_closed_amid_a_step(state: Manager) -> None:
     await items.aclose()
     assert await step == "end"
     assert not state._core.blocked
+
+
+@pytest.mark.usefixtures("sorted_in_steps")
+async def test_a_first_step_that_is_cancelled(state: Manager) -> None:
+    """A first step that is cancelled while it sorts the keys opens no view, and the next one has all keys."""
+    await state.set_many(MANY)
+    items = state.items()
+    for turns in range(1, 4):
+        step = asyncio.create_task(anext(items))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        assert repr(items) == "<Items, new>"
+        assert views(state) == 0
+    assert await listed(items) == list(MANY.items())
+
+
+@pytest.mark.usefixtures("sorted_in_steps")
+async def test_an_iterator_that_is_closed_amid_its_first_step(state: Manager) -> None:
+    """The first step ends without a value, and no view stays open."""
+    await state.set_many(MANY)
+    items = state.items()
+    step = asyncio.create_task(anext(items, "end"))
+    await asyncio.sleep(0)
+    await items.aclose()
+    assert await step == "end"
+    assert not state._core.blocked
+
+
+@pytest.mark.usefixtures("sorted_in_steps")
+async def test_a_stop_amid_the_first_step(clock: ManualClock) -> None:
+    """A first step that sorts the keys when the manager stops raises ClosedError, also if it is started again."""
+    state = Manager("test", MemoryStorage(), clock=clock)
+    async with state:
+        await state.set_many(MANY)
+        step = asyncio.create_task(anext(state.items()))
+        await asyncio.sleep(0)
+    with pytest.raises(ClosedError, match="is not running"):
+        await step
 
 
 # Start and stop
