@@ -10,7 +10,7 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from lab_state import _batch
+from lab_state import _batch, _state
 from lab_state._batch import Batch
 from lab_state._entries import DELETED, Absent, ChangeSet, Expiring, Stored, StoredOrGone
 from lab_state._order import bounds
@@ -25,6 +25,8 @@ SOURCES = st.dictionaries(KEYS, st.sampled_from(["value", "expiring", "deleted"]
 def _short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_batch, "STEP", 2)
     monkeypatch.setattr(_batch, "MANY", 3)
+    for module in (_batch, _state):
+        monkeypatch.setattr(module, "WATCHED_CLEAR", 4)
 
 
 def applied(base: dict[str, Any], taken: ChangeSet) -> dict[str, Any]:

@@ -328,6 +328,22 @@ async def test_a_restart_meanwhile(clock: ManualClock, make: Any) -> None:
     assert await at_every_turn(clock, make, "set_many", run) > 3
 
 
+@pytest.mark.parametrize("name", ["set_many", "set_many with ttl", "delete_many"])
+@pytest.mark.usefixtures("short")
+async def test_a_restart_during_the_encoding(name: str, storage: FaultyStorage, clock: ManualClock) -> None:
+    """A call that waits for no turn yet does not go on with the state of the next start."""
+    state = await begun(storage, clock)
+    call: Any = CALLS[name](state)
+    assert call.send(None) is None
+    await state.stop()
+    await state.start()
+    with pytest.raises(ClosedError, match="stopped during this call: nothing was changed"):
+        while True:
+            call.send(None)
+    assert await state.get_all() == BEFORE
+    await state.stop()
+
+
 @EACH_CALL
 @pytest.mark.usefixtures("short")
 async def test_a_fence_meanwhile(name: str, clock: ManualClock, make: Any) -> None:
