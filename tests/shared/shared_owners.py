@@ -170,6 +170,10 @@ class Model(ClientSteps):
         w = with_client(w, number, conn=client.conn._replace(open=False, up=up))
         if owner is not None and owner.serving:
             name = name_of(number, client.generation)
+            if self.wrong != "answers go to a later connection":
+                w = with_owner(
+                    w, waiting=tuple(one for one in owner.waiting if one.client != number or one.number == 0)
+                )
             w = with_owner(w, gone=tuple(sorted({**dict(owner.gone), name: w.minute}.items())))
         return w
 

@@ -23,6 +23,12 @@ HELD = (
 )
 """A refusal came while A loaded, and then its connection ended."""
 
+UNDER_WAY = (
+    *(*READY, "A calls", "owner serves A", "owner writes", "A is cut"),
+    *("A calls", "A sees the end", "a minute passes", "owner forgets A"),
+)
+"""A was forgotten while its call was being written, and has another call that was not sent."""
+
 LEFT_BEHIND = ("B connects", "B receives welcome", "owner dies", "A takes the lock", "owner settles")
 
 WRONG: dict[str, Scenario] = {
@@ -65,5 +71,6 @@ WRONG: dict[str, Scenario] = {
     ),
     "a load outlives its connection": Scenario((("incr", "incr"), ("incr",)), Faults(deaths=1), LEFT_BEHIND),
     "admits a forgotten client": Scenario(TWO, Faults(cuts=1, minutes=1), FORGOTTEN),
+    "answers go to a later connection": Scenario((("incr", "add"), ()), Faults(cuts=1, minutes=1), UNDER_WAY),
     "a new owner was not forgotten": Scenario(TWO, Faults(deaths=1, cuts=1, minutes=1), (*FORGOTTEN, "A sees the end")),
 }
