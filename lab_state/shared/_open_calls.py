@@ -131,7 +131,7 @@ class OpenCalls(Generic[C]):
         return self._open.get(number)
 
     def end(self, call: OpenCall[C]) -> bool:
-        """Remove a call that was answered or given up, or that was cancelled while it waited for a number.
+        """Remove a call that was answered, or that was given up, also while it waited for a number.
 
         Return whether it was in the book. From then on its number counts as answered.
         """

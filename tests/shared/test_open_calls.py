@@ -75,7 +75,7 @@ def test_the_bytes_of_the_window() -> None:
     assert calls.number_next() == [added[4]]
 
 
-def test_a_call_that_waits_is_cancelled() -> None:
+def test_a_call_that_waits_is_given_up() -> None:
     """A call without a number is removed, and gets none."""
     calls, added = book(MOST_BYTES, 1, 1)
     assert calls.end(added[1])
