@@ -1,7 +1,7 @@
-"""The deletion of expired keys. One timer serves all keys, and each sweep deletes up to 500 of them.
+"""Delete expired keys. One timer serves all keys, and each sweep deletes up to 500 of them.
 
 One sweep per second is enough, because no read returns an expired key. While there is a
-watch, the timer ends when the next key is due. So the watch reports the expiry in time.
+watch, the timer fires when the next key is due. So the watch reports the expiry in time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _GAP = 0.02
 
 
 class Sweeper:
-    """The timer that sweeps one state. It runs while any key has an expiry, and ends once a second or when a key is due."""
+    """The timer that sweeps one state.
+
+    It is set while any key has an expiry. It fires once a second, or, while there is a watch, when a key is due.
+    """
 
     def __init__(
         self, state: State, clock: Clock, busy: Callable[[], bool], swept: Callable[[], None], begun: Callable[[], None]
@@ -40,7 +43,7 @@ class Sweeper:
         self._swept = swept
         self._begun = begun
         self._timer: Timer | None = None
-        self._due = 0.0  # the time at which the timer ends
+        self._due = 0.0  # the time at which the timer fires
         self._put_off = False
         self._looking_ahead = False
         state.expiries.on_first = self._first
@@ -55,14 +58,17 @@ class Sweeper:
         self._disarm()
 
     def attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
-        """Sweep each key when it is due if there is a watch. Otherwise sweep the keys of each second after its end."""
+        """Sweep each key when it is due, if there is a watch. Otherwise sweep once a second."""
         self._state.expiries.attend(wanted=watched)
         self._state.expiries.on_nearer = self._nearer if watched else None
         if watched and self._state.expiries:
             self._look_ahead()
 
     def resume(self) -> None:
-        """Sweep at the end of a transaction, if a sweep waits for it. Later, the next transaction might be open."""
+        """Run the sweep that a transaction has put off, if there is one.
+
+        This is called at the end of the transaction. If the sweep waited longer, the next transaction could put it off again.
+        """
         if self._put_off:
             self._tick()
 
@@ -75,7 +81,7 @@ class Sweeper:
             self._arm(self._delay())
 
     def _look_ahead(self) -> None:
-        """Find some of the keys that are due in the next seconds, and set the timer."""
+        """Find up to 500 keys that are due in the next seconds, and set the timer. If there are more, it fires at once."""
         self._looking_ahead = True
         try:
             more = self._state.expiries.load(self._state.now(), _KEYS_PER_STEP)
@@ -87,12 +93,12 @@ class Sweeper:
         at = self._state.expiries.nearest()
         if at is None:
             return _PERIOD
-        # `now` is in whole milliseconds.
+        # `now` is rounded down to a millisecond. One is added, so that the timer does not fire before the key is due.
         left = (at - self._state.now() + 1) / 1000
         return min(_PERIOD, max(left, _GAP)) if left > 0 else 0.0
 
     def _arm(self, delay: float) -> None:
-        """Set the timer to `delay` seconds, unless it ends earlier."""
+        """Set the timer to fire in `delay` seconds, unless it fires earlier. Do nothing while a sweep is put off."""
         due = self._clock.monotonic() + delay
         if self._put_off or (self._timer is not None and self._due <= due):
             return
@@ -118,6 +124,8 @@ class Sweeper:
                 self._arm(0.0)
             elif self._state.expiries:
                 self._look_ahead()
-        except BaseException:  # such as a MemoryError or an interrupt: the event loop reports it, and later sweeps run
+        except (
+            BaseException
+        ):  # such as a MemoryError: the event loop reports it, and the timer is set for a later sweep
             self._arm(_PERIOD)
             raise

@@ -226,7 +226,7 @@ async def test_one_line_and_health(
         with pytest.raises(FencedError):
             await write(state)
     code, body = _lifespan.health_of({"test": state}, 30)
-    assert (code, b"is fenced: a newer writer owns it" in body) == (503, True)
+    assert (code, b"is fenced: a newer writer owns the state" in body) == (503, True)
     await ended(state)
     (line,) = errors(caplog)
     assert line == (
@@ -370,7 +370,7 @@ async def test_a_manager_without_its_flush_task_refuses_writes(
     assert failure == "the flush task of 'test' was cancelled: call stop(), which flushes what is left"
     assert not state.status().fenced
     code, body = _lifespan.health_of({"test": state}, 30)
-    assert (code, b"has lost a task: the flush task" in body) == (503, True)
+    assert (code, b"has a background task that ended too early: the flush task" in body) == (503, True)
     assert await state.get_all() == {"a": 1}
     await state.stop()
     assert state.status().task_failure is None

@@ -1,4 +1,7 @@
-"""The common part of the web frameworks. It runs managers and readers with the application, finds them, and checks them."""
+"""The part that all integrations of web frameworks share.
+
+It starts and stops managers and readers with the application, finds them by name, and reports their health.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Named(Mapping[str, Served]):
     """Managers and readers by name, read-only.
 
     A framework may copy the objects in its state, even with `deepcopy`, before it passes them
-    to a handler. `copy` and `deepcopy` return this object itself, because a state has one manager.
+    to a handler. `copy` and `deepcopy` return this object itself, because a manager cannot be copied.
     """
 
     def __init__(self, named: Mapping[str, Served]) -> None:
@@ -67,18 +70,19 @@ class Named(Mapping[str, Served]):
         return self
 
 
-_NO_LIFESPAN = (
-    "the application's lifespan does not run: pass the managers to it, and make sure that the server runs the startup; "
-    "a test client does that at the start of its block (`with TestClient(app) as client`)"
+_REMEDY = (
+    "pass the managers to the integration of the application, and make sure that the server runs the application's startup; "
+    "a test client runs it at the start of its block (`with TestClient(app) as client`)"
 )
-_OTHER_WORKER = "if that is another worker of this server, run it with one worker (see docs/workers.md)"
+_NO_LIFESPAN = f"the application's lifespan does not run: {_REMEDY}"
+_OTHER_WORKER = "if another worker of this server holds the lock, run the server with one worker (see docs/workers.md)"
 
 
 def by_name(served: Iterable[S], kinds: tuple[type[Any], ...] = (Manager, Reader)) -> dict[str, S]:
-    """Return managers, readers or both by their names.
+    """Return a dict of managers, readers or both. The keys are their names.
 
     Raises:
-        TypeError: One of the objects is neither.
+        TypeError: An object is not of one of the `kinds`.
         ValueError: There is no object, or two have the same name.
     """
     named: dict[str, S] = {}
@@ -88,7 +92,7 @@ def by_name(served: Iterable[S], kinds: tuple[type[Any], ...] = (Manager, Reader
             raise TypeError(f"{expected} was expected, not {one!r}")
         add(named, one)
     if not named:
-        raise ValueError(f"give the {' or '.join(map(_plural, kinds))} that the application uses, one or more")
+        raise ValueError(f"no {' or '.join(map(_plural, kinds))} were given: pass one or more")
     return named
 
 
@@ -100,7 +104,9 @@ def add(named: dict[str, S], one: S) -> None:
     """
     name = one.config.name if isinstance(one, Manager) else one.name
     if name in named:
-        raise ValueError(f"two are named {name!r}; in one application each manager and reader needs a different name")
+        raise ValueError(
+            f"two managers or readers have the name {name!r}: give each of them in one application a different name"
+        )
     named[name] = one
 
 
@@ -131,17 +137,14 @@ async def serving(served: Named) -> AsyncGenerator[None]:
 
 
 def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None) -> S:
-    """Return the manager or the reader of a name, or the only one if no name is given.
+    """Return the manager or reader with a name. If no name is given, return the only one.
 
     Raises:
         LookupError: There is no such manager or reader. Or there are several, and no name was given.
     """
     found = {known: one for known, one in (served or {}).items() if isinstance(one, kind)}
     if not found:
-        raise LookupError(
-            f"this application has no lab_state {_plural(kind)}: pass them to it, and make sure that the server runs the "
-            "startup; a test client does that at the start of its block (`with TestClient(app) as client`)"
-        )
+        raise LookupError(f"this application has no lab_state {_plural(kind)}: {_REMEDY}")
     if name is None and len(found) == 1:
         return next(iter(found.values()))
     if name is None or name not in found:
@@ -151,7 +154,7 @@ def choose(served: Mapping[str, Served] | None, kind: type[S], name: str | None)
 
 
 def stop_of(served: Mapping[str, Served] | None) -> ServerStop:
-    """Return the event that ends a stream when the server stops. From now on, the server's signals set the event.
+    """Return the event that ends a stream when the server stops. After this call, a signal that stops the server sets it.
 
     Raises:
         LookupError: The application's lifespan does not run.
@@ -191,7 +194,7 @@ def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, b
 
     Args:
         served: The managers and readers, by name.
-        bound: The highest age of a change that is not durable, in seconds.
+        bound: A number of seconds. A manager is unhealthy while it has an older change that is not durable.
     """
     problems = [] if served else ["no manager was started"]
     managers: dict[str, Status] = {}
@@ -214,9 +217,9 @@ def _problem(status: Status, bound: float) -> str | None:
     if status.phase != "running":
         return f"is {status.phase}"
     if status.fenced:
-        return "is fenced: a newer writer owns it"
+        return "is fenced: a newer writer owns the state; end this process"
     if status.task_failure is not None:
-        return f"has lost a task: {status.task_failure}"
+        return f"has a background task that ended too early: {status.task_failure}"
     if status.unflushed_age > bound:
-        return f"has had changes that are not durable for {status.unflushed_age:.1f} s"
+        return f"has a change that is {status.unflushed_age:.1f} s old and not durable"
     return None

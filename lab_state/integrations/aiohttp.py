@@ -183,7 +183,7 @@ def _stop(request: web.Request) -> EndEvent:
     for app in reversed(request.match_info.apps):
         if _STOP in app:
             return app[_STOP]
-    raise LookupError("this application has no lab_state managers: pass them to it with setup()")
+    raise LookupError("this application has no lab_state managers: pass the managers to setup()")
 
 
 async def sse(

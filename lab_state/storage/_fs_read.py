@@ -30,7 +30,7 @@ class OpenFile(NamedTuple):
         return self.status.st_dev, self.status.st_ino
 
     def read(self, most: int | None = None) -> bytes:
-        """Return the bytes from the start to the present end of the file, or the first `most` of them."""
+        """Return the bytes from the start to the current end of the file. If `most` is given, return at most so many bytes."""
         with translated("reading", self.path):
             left = os.fstat(self.fd).st_size
             left = left if most is None else min(left, most)
@@ -85,12 +85,12 @@ def _check_regular(path: str, status: os.stat_result) -> None:
 
 
 def has_moved(path: str, opened: OpenFile | None, *, grows: bool = False) -> bool:
-    """Return whether a path now names another file, or the file was changed.
+    """Return whether the file at a path was replaced, changed, created or removed since it was opened.
 
     Args:
         path: The path.
         opened: The file that the path named before; `None` if there was no file.
-        grows: Whether the file may grow: then a new size and time do not count as a change.
+        grows: If true, the file may grow: a new size or time is not a change.
     """
     now = _status(path)
     if now is None or opened is None:

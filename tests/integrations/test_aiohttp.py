@@ -125,10 +125,10 @@ async def test_started_in_one_task_and_stopped_in_another() -> None:
 async def test_two_managers_of_one_name_are_an_error_at_once() -> None:
     """Two managers of one name are refused, in one call or in two. The application stays as it was."""
     app = web.Application()
-    with pytest.raises(ValueError, match="two are named 'a'"):
+    with pytest.raises(ValueError, match="two managers or readers have the name 'a'"):
         setup(app, make("a"), make("a"))
     setup(app, make("a"))
-    with pytest.raises(ValueError, match="two are named 'a'"):
+    with pytest.raises(ValueError, match="two managers or readers have the name 'a'"):
         setup(app, make("b"), make("a"))
     managers = app[SERVED]
     assert list(managers) == ["a"]
@@ -147,7 +147,7 @@ async def test_health() -> None:
         clock.advance(11)
         async with client.get("/health") as response:
             assert response.status == 503
-            assert (await response.json())["problems"] == ["a has had changes that are not durable for 11.0 s"]
+            assert (await response.json())["problems"] == ["a has a change that is 11.0 s old and not durable"]
         while state.status().unflushed_keys:
             await asyncio.gather(state.flush(), return_exceptions=True)
         async with client.get("/health") as response:

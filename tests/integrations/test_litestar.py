@@ -123,7 +123,7 @@ def test_arguments_are_checked_at_once() -> None:
     state = Manager("a", MemoryStorage())
     with pytest.raises(ValueError, match="Litestar keeps the parameter 'state' for itself"):
         LabStatePlugin(state=state)
-    with pytest.raises(ValueError, match="two are named 'a'"):
+    with pytest.raises(ValueError, match="two managers or readers have the name 'a'"):
         LabStatePlugin(one=state, two=Manager("a", MemoryStorage()))
     with pytest.raises(TypeError, match=r"a lab_state\.Manager or a lab_state\.Reader was expected"):
         LabStatePlugin(one="a")  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ def test_health_turns_when_writes_are_not_durable_for_long() -> None:
         clock.advance(1)
         answer = client.get("/live")
         assert answer.status_code == 503
-        assert answer.json()["problems"] == ["a has had changes that are not durable for 11.0 s"]
+        assert answer.json()["problems"] == ["a has a change that is 11.0 s old and not durable"]
 
 
 def test_health_without_the_plugin() -> None:

@@ -452,5 +452,5 @@ async def test_without_a_lifespan_there_is_no_stream() -> None:
     with pytest.raises(LookupError, match="the application's lifespan does not run"):
         for_litestar.sse(bare, watch)
     bare = SimpleNamespace(match_info=SimpleNamespace(apps=[web.Application()]))
-    with pytest.raises(LookupError, match=r"pass them to it with setup\(\)"):
+    with pytest.raises(LookupError, match=r"pass the managers to setup\(\)"):
         await for_aiohttp.push(bare, watch)

@@ -104,7 +104,7 @@ async def test_several_managers_in_one_collector() -> None:
         assert [value_of(registry, "keys", name=name) for name in "ab"] == [0, 1]
     assert [value_of(registry, "up", name=name) for name in "ab"] == [0, 0]
     assert value_of(registry, "operations_total", name="b", operation="set", status="success") == 1
-    with pytest.raises(ValueError, match="two are named 'a'"):
+    with pytest.raises(ValueError, match="two managers or readers have the name 'a'"):
         LabStateCollector(a, Manager("a", MemoryStorage()))
 
 

@@ -164,14 +164,16 @@ def test_a_reader_is_not_found_as_a_manager() -> None:
         aiohttp.manager(app, "jobs")
     with pytest.raises(LookupError, match="a name is needed; this application has 'jobs', 'users'"):
         aiohttp.reader(app)
-    with pytest.raises(LookupError, match="this application has no lab_state readers: pass them to it"):
+    with pytest.raises(
+        LookupError, match="this application has no lab_state readers: pass the managers to the integration"
+    ):
         aiohttp.reader(web.Application())
 
 
 async def test_a_reader_and_a_manager_of_one_state_are_an_error() -> None:
     """A reader and a manager of one state in one application are refused."""
     cache = MemoryCache()
-    with pytest.raises(ValueError, match="two are named 'jobs'; in one application each manager and reader needs"):
+    with pytest.raises(ValueError, match="two managers or readers have the name 'jobs': give each of them"):
         starlette.lifespan(Manager("jobs", MemoryStorage(), cache), cache.reader("jobs"))
 
 

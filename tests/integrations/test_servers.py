@@ -151,7 +151,9 @@ async def test_two_workers_are_refused(tmp_path: Path) -> None:
     async with started("fastapi", tmp_path, "--workers", "2") as process:
         lines = await lines_of(process)
     told = [line for line in lines if "LockedError: " in line]
-    assert all("if that is another worker of this server, run it with one worker" in line for line in told)
+    assert all(
+        "if another worker of this server holds the lock, run the server with one worker" in line for line in told
+    )
     assert told
 
 

@@ -185,7 +185,7 @@ def test_arguments_are_checked_at_once() -> None:
     """No manager, two of one name, and other objects are errors when the lifespan is made."""
     with pytest.raises(ValueError, match="one or more"):
         lifespan()
-    with pytest.raises(ValueError, match="two are named 'a'"):
+    with pytest.raises(ValueError, match="two managers or readers have the name 'a'"):
         lifespan(make("a"), make("a"))
     with pytest.raises(TypeError, match=r"a lab_state\.Manager or a lab_state\.Reader was expected, not 'a'"):
         lifespan("a")  # type: ignore[arg-type]
@@ -207,7 +207,7 @@ def test_a_manager_that_is_not_there() -> None:
 def test_a_lifespan_that_did_not_run() -> None:
     """A client that is not entered runs no startup, and the error says so."""
     client = TestClient(application(make("a")))
-    with pytest.raises(LookupError, match="make sure that the server runs the startup"):
+    with pytest.raises(LookupError, match="make sure that the server runs the application's startup"):
         client.get("/")
 
 
@@ -244,7 +244,7 @@ def test_health_turns_when_writes_are_not_durable_for_long() -> None:
         portal.call(clock.advance, 0.5)
         answer = client.get("/health")
         assert answer.status_code == 503
-        assert answer.json()["problems"] == ["a has had changes that are not durable for 10.5 s"]
+        assert answer.json()["problems"] == ["a has a change that is 10.5 s old and not durable"]
         while state.status().unflushed_keys:
             try:
                 portal.call(state.flush)
@@ -266,7 +266,7 @@ def test_health_when_a_newer_writer_owns_the_state() -> None:
             portal.call(state.flush)
         answer = client.get("/health")
         assert answer.status_code == 503
-        assert answer.json()["problems"] == ["a is fenced: a newer writer owns it"]
+        assert answer.json()["problems"] == ["a is fenced: a newer writer owns the state; end this process"]
         assert state.status().fenced
 
 
@@ -313,5 +313,7 @@ async def test_a_locked_state_is_named_with_its_remedy() -> None:
     """The error of a state that is open elsewhere says who has it, and what to do with several workers."""
     storage = MemoryStorage()
     async with Manager("a", storage):
-        with pytest.raises(LockedError, match=r"^'a' is open .*run it with one worker \(see docs/workers.md\)$"):
+        with pytest.raises(
+            LockedError, match=r"^'a' is open .*run the server with one worker \(see docs/workers.md\)$"
+        ):
             await lifespan(Manager("a", storage))(None).__aenter__()
