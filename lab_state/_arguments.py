@@ -1,8 +1,9 @@
 """Checks of arguments: keys, times, defaults, functions. Pure and synchronous.
 
-An argument of a wrong Python type is a `TypeError`, and wrong content is an `Invalid...Error`. A key
-is always an `InvalidKeyError` and a value always an `InvalidValueError`: both come from outside the
-program more often than other arguments do, and one handler is enough for them.
+A wrong Python type raises a `TypeError`. Wrong content raises a `ValueError`, often an
+`Invalid...Error`. Keys and values are exceptions: a bad key always raises an `InvalidKeyError`, and a
+bad value always an `InvalidValueError`. They often come from outside the program. So one handler is
+enough for them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MAX_KEY_LENGTH = 1024
 Seconds: TypeAlias = float | timedelta
 
 LONGEST_TTL = 10_000_000_000
-"""Seconds, about 317 years. A time in milliseconds that far ahead is still exact in every JSON reader."""
+"""A number of seconds, about 317 years. A time so far ahead, in milliseconds, is exact in every JSON reader."""
 
 
 def check_key(key: object) -> str:
@@ -58,7 +59,7 @@ def check_prefix(prefix: object) -> str:
 
 
 def check_limit(limit: object) -> None:
-    """Make sure that an argument is the largest number of keys that a call returns.
+    """Check the number of keys that a call returns at most.
 
     Raises:
         TypeError: It is not an `int`.
@@ -109,7 +110,7 @@ def check_timeout(timeout: object) -> float:
 
 
 def check_revision(revision: object) -> None:
-    """Make sure that an argument is a revision.
+    """Check that an argument is a revision.
 
     Raises:
         TypeError: It is not an `int`.
@@ -119,7 +120,7 @@ def check_revision(revision: object) -> None:
 
 
 def check_default(default: object) -> None:
-    """Refuse a class as a default: `get(key, User)` would return plain JSON, or `User` itself.
+    """Refuse a class as a default. Otherwise `get(key, User)` would return plain JSON, or `User` itself.
 
     Raises:
         TypeError: The default is a class.
@@ -129,7 +130,7 @@ def check_default(default: object) -> None:
 
 
 def as_text(key: Any) -> Any:
-    """Return a key as a plain `str`. A subclass such as `Markup` would change the prefix that is put before it."""
+    """Return a key as a plain `str`. A subclass such as `Markup` would change the prefix that is added to it."""
     return str.__str__(key) if isinstance(key, str) else key
 
 
@@ -137,7 +138,7 @@ def many_keys(keys: object) -> Iterable[str]:
     """Return an argument that holds several keys.
 
     Raises:
-        TypeError: It is one `str`, which would be taken for its characters, or is not iterable.
+        TypeError: It is one `str`, whose characters would be used as keys. Or it is not iterable.
     """
     if isinstance(keys, str) or not isinstance(keys, Iterable):
         given = "one str" if isinstance(keys, str) else type(keys).__name__
@@ -146,7 +147,7 @@ def many_keys(keys: object) -> Iterable[str]:
 
 
 def check_callable(call: str, fn: object) -> None:
-    """Make sure that an argument is a function.
+    """Check that an argument is a function.
 
     Raises:
         TypeError: It cannot be called.
@@ -163,7 +164,7 @@ def name_of(fn: object) -> str:
 
 
 def plain_result(call: str, fn: object, result: object) -> object:
-    """Return the result of a function.
+    """Return the result of a function, after a check.
 
     Raises:
         InvalidValueError: It is an awaitable.
@@ -172,6 +173,6 @@ def plain_result(call: str, fn: object, result: object) -> object:
         if inspect.iscoroutine(result):
             result.close()
         raise InvalidValueError(
-            f"{name_of(fn)} given to {call}() must be a plain function, not async: an await inside is not atomic"
+            f"{name_of(fn)} given to {call}() must be a plain function, not async: a change with an await in it is not atomic"
         )
     return result

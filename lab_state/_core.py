@@ -49,7 +49,8 @@ class CallCore:
             durability.
         timed: Whether any key may expire.
         write_through: Whether a write waits for durability.
-        passing: Whether the call that runs now cannot wait, and comes before the one that has the turn.
+        passing: Whether the call that runs now may write before the holder of the lock does, because
+            it cannot wait.
     """
 
     __slots__ = (
@@ -65,7 +66,7 @@ class CallCore:
     )
 
     def __init__(self, name: str, state: State, counters: Counters) -> None:
-        """Take the state. At first writers are not blocked, and a write has no follow-up."""
+        """Set the state. At first writers are not blocked, and a write has no follow-up."""
         self.name: str = name
         self.state: State = state
         self.counters: Counters = counters
@@ -100,16 +101,15 @@ class CallCore:
 
 
 class Core(CallCore):
-    """The state, and the transaction, that a manager shares with its handles.
+    """The state and the open transaction that a manager shares with its handles.
 
     Attributes:
-        is_inherited: Whether this is a forked child of the process that the manager runs
-            in.
+        is_inherited: Whether this process is a forked child, and the manager runs in its parent.
     """
 
     __slots__ = ("_durability", "_lock", "_released", "_watchers", "is_inherited")
 
-    # They belong to the base class, and are assigned here as well.
+    # Attributes of the base class that are assigned here as well.
     state: State
     counters: Counters
     write_through: bool
@@ -129,8 +129,8 @@ class Core(CallCore):
         """Accept calls from now on.
 
         Args:
-            state: The state, loaded.
-            durability: Its durability. Its `refused` is set here.
+            state: The loaded state.
+            durability: The durability of the state. This call sets its `refused`.
             watchers: The watches of this start.
             released: A callback for the end of each transaction.
         """
@@ -159,7 +159,7 @@ class Core(CallCore):
         return self._watchers
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Refuse every call. Runs in a forked child."""
+        """Refuse every call. This runs in a forked child."""
         self.is_inherited = True
         self.counters = self.counted()
         self.state.close_views()
@@ -182,7 +182,7 @@ class Core(CallCore):
             raise self._not_running()
 
     def _not_running(self) -> LabStateError:
-        if self.is_inherited:  # pragma: no cover -- likewise
+        if self.is_inherited:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
             return UnsupportedError(
                 f"the manager of {self.name!r} runs in the parent of this forked process: call it there; to read here, "
                 "use a reader of its cache; a state of this process needs a Manager of its own, with another name"
@@ -293,19 +293,19 @@ class Core(CallCore):
         if transaction is not None and self.transaction is transaction:
             self.transaction = None
             self._set_blocked()
-            with suppress(RuntimeError):  # the task that waits for it may be of an event loop that is closed
+            with suppress(RuntimeError):  # the task that waits for it may belong to a closed event loop
                 self._lock.release()
             if self.is_open:
                 self._released()
 
     @staticmethod
     def leave(transaction: OpenTransaction) -> None:
-        """Remove the transaction from this context. The context may be another one than at `acquire`."""
+        """Remove the transaction from this context, which may differ from the context of `acquire`."""
         _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not transaction))
 
     def _check_still(self, durability: Durability) -> None:
         if self._durability is not durability:
-            raise ClosedError(f"the manager of {self.name!r} was stopped while this waited for a transaction")
+            raise ClosedError(f"the manager of {self.name!r} was stopped while this call waited for a transaction")
         durability.check_writable()
 
     def _check_outside(self) -> None:

@@ -1,10 +1,10 @@
 """The durable revision of one state, and the callers that wait for it.
 
-Theory of operation. A caller waits for a revision. If the commit under way holds that
-revision, the caller waits for this commit. Otherwise it asks for the next one. A caller
-that asks for nothing waits until any commit has made the revision durable. So all callers
-that wait share one write (group commit). Each has a future of its own: if one is
-cancelled, the write and the other callers go on. `Flusher` makes the commits.
+Theory of operation. A caller waits for a revision. If the commit under way contains that
+revision, the caller waits for this commit. Otherwise it asks for the next commit. A passive
+caller asks for no commit, and waits until any commit has made the revision durable. So all
+callers that wait share one write (group commit). Each caller has its own future: if one
+caller is cancelled, the write and the other callers continue. `Flusher` makes the commits.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Waiters:
         Args:
             error: The error. Each caller gets a copy, because an exception that is
                 raised gets the traceback of its caller.
-            note: Appended to the message: what became of the changes.
+            note: A text about the changes, which is appended to the message.
             all_lists: Whether the callers in all three lists get it, because there will
                 be no further commit.
         """
@@ -93,10 +93,10 @@ class Waiters:
 def copied(error: E, note: str) -> E:
     """Return a copy of an error, with a note on the changes.
 
-    The note is appended to the message. An error with other arguments than one message gets
-    it as a note of the exception.
+    The note is appended to the message. If the message is not the only argument of the error,
+    the note is added with `add_note`.
     """
-    # Not `copy.copy`, which calls the constructor: that of a foreign storage's error may take other arguments.
+    # `copy.copy` is not used: it calls the constructor, and an error of a foreign storage may need other arguments.
     told = error.__class__.__new__(error.__class__)
     told.__dict__.update({name: list(value) if name == "__notes__" else value for name, value in vars(error).items()})
     told.__cause__ = error.__cause__
@@ -109,26 +109,26 @@ def copied(error: E, note: str) -> E:
 
 
 class Durability:
-    """The durable revision of a state that was loaded, on one event loop.
+    """The durable revision of a loaded state, on one event loop.
 
     Attributes:
-        state: The state, loaded.
+        state: The loaded state.
         durable_revision: Every change up to this revision is durable.
         loop: The event loop of `start()`.
         write_through: Whether a write returns only when it is durable.
-        refusal: Why no further change can become durable; `None` while one can.
+        refusal: The reason why no further change can become durable; `None` while changes can.
         refused: A callback for the moment when `refusal` is set.
     """
 
     def __init__(self, name: str, state: State, clock: Clock, *, unsettled: bool, flush_interval: float | None) -> None:
-        """Take the running event loop. All other calls must be made on it.
+        """Remember the running event loop. All other calls must be made on it.
 
         Args:
             name: The name of the state.
-            state: The state, loaded.
+            state: The loaded state.
             clock: The clock of the manager.
-            unsettled: Whether the changes that were loaded may not be durable.
-            flush_interval: That of `Config`.
+            unsettled: Whether some of the loaded changes may not be durable.
+            flush_interval: The `flush_interval` of `Config`.
         """
         self.state: State = state
         self.durable_revision: int = 0 if unsettled else state.revision
@@ -141,7 +141,7 @@ class Durability:
         self._only_when_asked = flush_interval is None
         self._waiters = Waiters()
         self._confirming = Waiters()
-        self._begun = 0  # how many commits were started
+        self._begun = 0  # the number of commits that were started
         self._wanted = 0  # the number of the last commit that a caller of `confirm_ownership` wants
         self._under_way: ChangeSet | None = None
         self._wake = asyncio.Event()
@@ -163,13 +163,12 @@ class Durability:
                 await waiters.wait(waiters.next, revision)
 
     async def make_latest_durable(self, revision: int) -> None:
-        """Do as `make_durable` for the caller's latest change, which no commit can hold yet."""
-        if (
-            get_ident() != self._thread or not self.loop.is_running()
-        ):  # cheaper than `check_loop`, a system call on some systems
+        """Make the latest change of the caller durable, as `make_durable` does. No commit can contain it yet."""
+        # This test is cheaper than `check_loop`, which is a system call on some systems.
+        if get_ident() != self._thread or not self.loop.is_running():
             self.check_loop()
         self._wake.set()  # a commit will come: the caller has checked that it can write
-        # The body of `Waiters.wait`, which saves a coroutine for each of a hundred writers.
+        # This repeats the body of `Waiters.wait`, to save a coroutine for each of a hundred writers.
         future: asyncio.Future[None] = self.loop.create_future()
         self._waiters.next.append((revision, future))
         try:
@@ -217,7 +216,7 @@ class Durability:
         await self._confirming.wait(self._confirming.next, self._wanted)
 
     def _must_wait(self, revision: int, *, even_durable: bool = False) -> bool:
-        """Return whether a revision is not durable yet. Raise if it never will be."""
+        """Return whether a revision is not durable yet. Raise an error if it never will be."""
         self.check_loop()
         if revision <= self._certain_revision and not even_durable:
             return False
@@ -299,12 +298,12 @@ class Durability:
 
     @property
     def task_failure(self) -> str | None:
-        """How the flush task has ended before `stop`; `None` if it has not."""
+        """A text about the end of the flush task before `stop`; `None` if the task has not ended."""
         return None if self.refusal is None or self.fenced else str(self.refusal)
 
     @property
     def unflushed_keys(self) -> int:
-        """The number of keys with changes that are not durable. A state that was cleared counts as one more."""
+        """The number of keys with changes that are not durable. If the state was cleared, this counts as one more."""
         pending = len(self.state.changes) + self.state.cleared
         if (taken := self._under_way) is not None:
             pending += len(taken.changes) + taken.cleared
@@ -326,7 +325,7 @@ class Durability:
 
     @property
     def _certain_revision(self) -> int:
-        """The durable revision; -1 as long as the loaded changes themselves may not be durable."""
+        """The durable revision; -1 as long as some of the loaded changes may not be durable."""
         return -1 if self._unsettled else self.durable_revision
 
     @property

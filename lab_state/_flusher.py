@@ -1,10 +1,10 @@
 """The one task that awaits a storage.
 
-Theory of operation. Writers change the map and go on. The task wakes up once an interval,
-or when a caller waits for durability. It takes the changes away and commits them as one
+Theory of operation. A writer changes the map and continues. The task wakes up once an interval,
+or when a caller waits for durability. It takes all unflushed changes, and commits them as one
 record. If a commit fails, its changes are put back, and the commit is repeated after growing
-pauses. The callers that wait are in `_durability.py`, the outcomes of commits in
-`_outcomes.py`, and checkpoints in `_checkpoints.py`.
+pauses. `_durability.py` has the callers that wait, `_outcomes.py` the outcomes of commits, and
+`_checkpoints.py` the checkpoints.
 
 The task never cancels a storage call. If a call hangs at the deadline of `stop`, `stop`
 returns, and the session is closed when the call ends. So no second writer can open the state
@@ -43,7 +43,7 @@ _FREED_AT_ONCE = 1000
 """The number of entries that one step of the event loop frees."""
 
 _LAST_CHANCE = 0.5
-"""The seconds before the deadline of `stop` that are kept for a last commit, or for closing the session."""
+"""The seconds before the deadline of `stop` that are reserved for a last commit, or for closing the session."""
 
 
 class Flusher(Outcomes):
@@ -65,18 +65,18 @@ class Flusher(Outcomes):
         times: FlushTimes,
         on_fenced: Callable[[FencedError], object] | None = None,
     ) -> None:
-        """Prepare for the running event loop. Nothing happens before `start`, and every call needs that loop.
+        """Prepare to run on the present event loop. Nothing runs before `start`. Make every call on this loop.
 
         Args:
-            state: The state, loaded.
-            session: The storage, opened.
+            state: The loaded state.
+            session: The session of the storage.
             config: The settings.
             clock: The clock of the manager.
             logger: The logger of the manager.
             committed: `committed(changes)` is called after each commit. It returns True if
                 it keeps a reference to them.
             times: The object that gets the duration of each commit.
-            on_fenced: The function of the application; see `Manager`.
+            on_fenced: A function of the application; see `Manager`.
         """
         super().__init__(state, session.recovery, config, clock, logger, times, on_fenced)
         state.free, state.on_staged = self._free, self._fold_staged
@@ -96,7 +96,7 @@ class Flusher(Outcomes):
         if self._unsettled:
             self._wake_up()
         self._timer: Timer | None = None
-        # Without this, the record of a bulk writer would be as large as all its writes of one interval.
+        # Without an early flush, the record of a bulk writer would contain all its writes of one interval.
         often = self._interval is None or self._interval <= LOOK_EVERY
         self._early = None if often else EarlyFlush(state, clock, self._wake_up)
 
@@ -109,7 +109,7 @@ class Flusher(Outcomes):
             self.abort()
             raise
 
-    async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- a bound on what it does, not on being awaited
+    async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- it bounds the work, not the wait of the caller
         """Flush, write a checkpoint and close the session.
 
         The call ends early when there was no progress for `timeout` seconds. A flush that
@@ -146,7 +146,7 @@ class Flusher(Outcomes):
         return self._aborted
 
     def nudge(self) -> None:
-        """Flush now if `flush_interval` is 0. This is for an expiry sweep, whose changes no caller waits for."""
+        """Flush now if `flush_interval` is 0. A sweep calls this, because no caller waits for its changes."""
         if self.write_through:
             self._wake_up()
 
@@ -161,7 +161,7 @@ class Flusher(Outcomes):
         return self._session
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Prevent commits. Runs in a forked child."""
+        """Prevent commits. This runs in a forked child."""
         self._pauses.never_end()
         self._checkpoint_pauses.never_end()
         self._waiters, self._confirming = Waiters(), Waiters()
@@ -176,7 +176,7 @@ class Flusher(Outcomes):
 
     def discard_entries(self) -> None:
         """Free the entries after `stop()`, unless a storage call still in flight may read them."""
-        # Not methods of this object, which refers to the state.
+        # Functions of the module: a method refers to this object, which refers to the state.
         self.state.free, self.state.on_staged = ignore, no_clock
         if self.state.index is not None:
             self._free(self.state.index.release(), CHUNKS_AT_ONCE)
@@ -206,7 +206,7 @@ class Flusher(Outcomes):
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """End all waits when the task has ended. Its outcome depends on the changes that are not durable."""
+        """End all waits when the task has ended. The outcome depends on whether all changes are durable."""
         problem = None if task.cancelled() else task.exception()
         what = (
             "was cancelled" if task.cancelled() else f"failed: {described(problem)}" if problem is not None else "ended"
@@ -219,8 +219,8 @@ class Flusher(Outcomes):
                 or UnavailableError(f"the flush task of {self._name!r} {what}: call stop(), which flushes what is left")
             )
             self._logger.error(
-                "%s: the flush task %s: %d changed keys are not durable. Was stop() forgotten? It still flushes; "
-                "`async with` does not forget it",
+                "%s: the flush task %s: %d changed keys are not durable. Was stop() forgotten? Call stop(): it "
+                "still flushes them; `async with` calls it by itself",
                 self._name,
                 what,
                 self.unflushed_keys,
@@ -336,7 +336,7 @@ class Flusher(Outcomes):
             self.state.take(taken)
             due = await self._write(taken, views)
             self.durable_revision = taken.end
-        except Exception as problem:  # noqa: BLE001 -- with any error, the changes stay and the callers get it
+        except Exception as problem:  # noqa: BLE001 -- with any error, the changes are kept, and the callers get the error
             self._put_back()
             error = storage_error(problem)
             self._failed(error)
@@ -415,7 +415,7 @@ class Flusher(Outcomes):
         self._is_closed = True
         if error is not None:
             self._give_up(error)
-            error = copied(error, f"stop() gave up: {self.unflushed_keys} changed keys are not durable, and lost")
+            error = copied(error, f"stop() gave up: {self.unflushed_keys} changed keys are not durable and are lost")
         self._stop_error = self._stop_error or error
         await self.checkpoints.ended()
         if error is None and self.checkpoints.records and not (self._abandoned or self.fenced):
@@ -427,8 +427,8 @@ class Flusher(Outcomes):
         """Close the session.
 
         Args:
-            hurried: Whether the event loop ends as well, and `stop` no longer waits for the
-                storage.
+            hurried: Whether the event loop is ending as well, and `stop` no longer waits for
+                the storage.
         """
         if not hurried:
             await self._close_session()
@@ -459,7 +459,7 @@ class Flusher(Outcomes):
                 if is_last:
                     until = self._deadline - _LAST_CHANCE  # one more attempt, with enough time for a commit
                 pause = until - self._clock.monotonic()
-                # Do not give up because a pause is over already: logging, or folding a view, may have taken that long.
+                # Do not give up only because the pause is over: logging, or folding a view, may have taken that long.
                 if not isinstance(error, UnavailableError) or (is_last and pause <= 0):
                     break
                 await sleep(self._clock, max(pause, 0.0))

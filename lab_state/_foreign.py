@@ -1,4 +1,7 @@
-"""Calls of foreign code, a storage or a function of the application, from a task that must not end with them."""
+"""Calls of foreign code from a task that must not end when they fail.
+
+Foreign code is a storage, or a function of the application.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ R = TypeVar("R")
 async def only_storage_errors(call: Callable[[], Coroutine[Any, Any, R]]) -> R:
     """Await a call of a storage. Turn each of its errors into a `StorageError`.
 
-    These pass unchanged: a cancellation of the present task, an interrupt, the end of the
-    event loop.
+    Three exceptions pass unchanged: a cancellation of the present task, an interrupt, and the
+    end of the event loop.
     """
     try:
         return await call()
@@ -39,7 +42,7 @@ def is_cancelled() -> bool:
 
 
 def storage_error(problem: BaseException, blame: str = "") -> StorageError:
-    """Return a `StorageError` whose text can be read: the error itself, or a new one with it as its cause."""
+    """Return a `StorageError` whose text can be read. This is the problem itself, or a new error whose cause it is."""
     if isinstance(problem, StorageError):
         with contextlib.suppress(Exception):
             str(problem)
@@ -72,7 +75,7 @@ def check_on_fenced(on_fenced: object) -> None:
     """Refuse a function that cannot be called, or is async.
 
     Raises:
-        TypeError: It is no plain function.
+        TypeError: It is not a plain function.
     """
     if not callable(on_fenced):
         raise TypeError(f"on_fenced must be a function of one argument, the error; not {type(on_fenced).__name__}")

@@ -17,15 +17,15 @@ class StateView(Reads):
     """A state as it was at one moment: a copy in memory that never changes.
 
     `read_state` makes it. It has the reading calls of a manager, and none of them waits. Its
-    time stands still, too. Keys that had expired at that moment are not in it, and all other
-    keys stay. `expires_in` counts from that moment.
+    time does not advance either. It does not contain keys that had expired at that moment. All
+    other keys stay in it. `expires_in` counts from that moment.
 
     Attributes:
-        revision: The number of the last change in it.
+        revision: The number of the last change that it contains.
         durable_revision: Every change up to this one is certainly durable. It is lower
-            than `revision` if the last record may still be lost: the writer may not have
-            synced it yet, or have ended without a sync. The next record or the next start
-            decides this.
+            than `revision` if the last record may still be lost. The reason is that the writer
+            has not synced it yet, or ended without a sync. The next record or the next start
+            shows whether it is lost.
         wall: The time of the writer's wall clock at the last change, in seconds since 1970;
             `None` if that is not recorded. It is recorded as long as any key expires.
         live: Whether a writer has the state open; `None` if that is unknown.
@@ -56,7 +56,7 @@ class StateView(Reads):
 
 
 class _Still(CallCore):
-    """A core for the reading calls, for a state that never changes."""
+    """The core of a state that never changes, for the reading calls."""
 
     __slots__ = ()
 
@@ -73,8 +73,8 @@ async def read_state(name: str, storage: Storage, *, clock: Clock | None = None)
     keys are of the same moment. It contains every change that was durable at the call, and
     no change that a manager has not flushed yet.
 
-    The files are read in the storage's own threads. The time grows with the state. Decoding
-    holds up the event loop as `start()` does, about 0.8 s for a million keys. If the caller is
+    The files are read in the threads of the storage. The time grows with the state. Decoding
+    blocks the event loop, as in `start()`: about 0.8 s for a million keys. If the caller is
     cancelled, nothing stays open. Each call reads everything again.
 
     Args:
@@ -91,7 +91,7 @@ async def read_state(name: str, storage: Storage, *, clock: Clock | None = None)
             cannot be read as it is, because of permissions or a newer format.
         CorruptionError: The stored state is damaged. `start()` would refuse it as well.
         UnavailableError: It could not be read this time: read it again.
-        TypeError: `storage` is no storage, or has no method `read`.
+        TypeError: `storage` is not a storage, or has no method `read`.
     """
     name = Config(name=name).name
     loaded = await load(name, storage)

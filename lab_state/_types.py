@@ -1,6 +1,7 @@
-"""The types of `type=`: a decoder for each, which is made once, and the types that cannot be decoded. Pure.
+"""Decoders for the types that callers pass as `type=`, and the reasons why other types cannot be decoded. Pure.
 
-Pydantic decodes a type that is one of its own, or has one as a part. msgspec decodes all others.
+A decoder is made once for each type. Pydantic decodes its own types, and types that contain one of
+them. msgspec decodes all other types.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ decode_json: Decode = msgspec.json.Decoder().decode
 """Decode JSON without a type. An error of this call does not name the key."""
 
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError)
-"""The exceptions of `decode_json` for bytes that are not JSON. A value that was set is never nested too deep for it."""
+"""The errors of `decode_json` for bytes that are not JSON. `RecursionError` is not needed: no stored value is nested too deep."""
 
 _CONTAINERS = (dict, list, set, frozenset, deque)
 
@@ -56,12 +57,12 @@ def decode_value(stored: Value, type_: Any) -> Any:
         return decode(_encode(stored) if data is None else data)
     except (MemoryError, RecursionError):
         raise
-    except Exception as error:  # noqa: BLE001 -- a validator of the caller's may raise anything, and quote the value
+    except Exception as error:  # noqa: BLE001 -- a validator of the caller may raise any error, with the value in its text
         raise _mismatch(type_, error) from None
 
 
 def decoder(type_: Any) -> Decode:
-    """Return the decoder of a type, which is made once.
+    """Return the decoder of a type. It is made once.
 
     Raises:
         TypeError: The type cannot be decoded.
@@ -77,7 +78,7 @@ check_type = decoder
 
 
 def optional(type_: Any) -> Any:
-    """Return a type whose value may be `None`, too."""
+    """Return a type that allows `None` as well."""
     return OrNone(type_) if is_adapter(type_) else Optional[type_]  # noqa: UP045 -- at run time
 
 
@@ -95,7 +96,7 @@ class OrNone:
 
 @lru_cache(maxsize=1024)
 def undecodable(kind: type) -> str | None:
-    """Return why an object of a class cannot be read again after it was written; `None` if it can."""
+    """Return the reason why an object of a class could not be read after it was written; `None` if it could."""
     try:
         decoder(kind)
     except TypeError as error:
@@ -109,7 +110,7 @@ def _make_decoder(type_: Any) -> Decode:
         return _decoder_of(type_)
     except (MemoryError, RecursionError):
         raise
-    except Exception as error:  # noqa: BLE001 -- about the type alone: no value can be in it
+    except Exception as error:  # noqa: BLE001 -- the error is about the type alone, so its text has no value
         raise TypeError(f"{type_name(type_)} is not a type that can be decoded: {_advice(str(error))}") from None
 
 
@@ -143,7 +144,7 @@ def _decoder_of(type_: Any) -> Decode:
     if of_pydantic(type_):
         try:
             return _of_bytes(adapted(type_))
-        except Exception as error:  # noqa: BLE001 -- with a Struct in it, msgspec may know how
+        except Exception as error:  # noqa: BLE001 -- msgspec may decode it, if it contains a Struct
             problem = error
     try:
         decode = msgspec.json.Decoder(type_, dec_hook=_from_json).decode
@@ -160,16 +161,16 @@ def _of_bytes(decode: Callable[[bytes], Any]) -> Decode:
 
 
 def _look_into(type_: Any) -> bool:
-    """Return whether a type has a dataclass whose defaults msgspec leaves on the class when it decodes.
+    """Return whether a type contains a dataclass with defaults that msgspec does not set on the decoded objects.
 
     Raises:
-        TypeError: The type has a class as a part that cannot be decoded.
+        TypeError: The type contains a class that cannot be decoded.
     """
-    from msgspec import inspect  # noqa: PLC0415 -- costs as much as a tenth of importing lab_state
+    from msgspec import inspect  # noqa: PLC0415 -- this import takes a tenth of the time of `import lab_state`
 
     filled = False
     stack: list[Any] = [inspect.type_info(type_)]
-    seen: dict[int, Any] = {}  # an id is only good while its object lives
+    seen: dict[int, Any] = {}  # the objects are kept, because an id is valid only while its object exists
     while stack:
         item = stack.pop()
         if item.__class__ in (tuple, list):
@@ -178,14 +179,14 @@ def _look_into(type_: Any) -> bool:
             seen[id(item)] = item
             stack.extend(getattr(item, name) for name in item.__struct_fields__ if name not in ("default", "cls"))
             if isinstance(item, inspect.CustomType) and not _is_known(item.cls):
-                raise TypeError(f"nothing decodes the class {type_name(item.cls)}")
+                raise TypeError(f"neither msgspec nor Pydantic decodes the class {type_name(item.cls)}")
             if isinstance(item, inspect.DataclassType):
                 filled = filled or bool(_plain_defaults(item.cls))
     return filled
 
 
 def _is_known(kind: Any) -> bool:
-    """Return whether `_from_json` makes objects of a class."""
+    """Return whether `_from_json` can make objects of a class."""
     if is_model(kind):
         check_complete(kind)
         return True
@@ -193,7 +194,7 @@ def _is_known(kind: Any) -> bool:
 
 
 def is_text(kind: type) -> bool:
-    """Return whether objects of a class are kept as their text: paths and IP addresses."""
+    """Return whether objects of a class are stored as text. These are paths and IP addresses."""
     module = sys.modules.get(kind.__module__)
     if module is None or kind.__module__.partition(".")[0] not in ("pathlib", "ipaddress"):
         return False
@@ -226,7 +227,7 @@ def _from_json(type_: Any, value: object) -> object:
 
 
 def _container(kind: Any, args: tuple[Any, ...], value: object) -> object:
-    """Make a deque, an OrderedDict or the like, from a list or a dict."""
+    """Make a deque, an OrderedDict or a similar container from a list or a dict."""
     plain: Any = next(base for base in _CONTAINERS if issubclass(kind, base))
     if kind is Counter and args:
         args = (*args, int)
@@ -243,7 +244,7 @@ _KNOWN_DICTS = (OrderedDict, Counter, defaultdict)
 
 
 def _plain_defaults(kind: Any) -> dict[str, Any]:
-    """Return the defaults of a dataclass that msgspec leaves on the class of the decoded object."""
+    """Return the defaults of a dataclass that msgspec does not set on the decoded objects."""
     fields = getattr(kind, "__dataclass_fields__", {})
     if not hasattr(kind, "__dict__") or not kind.__dictoffset__:
         return {}
@@ -251,7 +252,7 @@ def _plain_defaults(kind: Any) -> dict[str, Any]:
 
 
 def _fill(decoded: Any) -> Any:
-    """Set the defaults on each dataclass object in a decoded value, so that the next encoding writes them."""
+    """Set missing defaults on each dataclass object in a decoded value. Then the next encoding writes them."""
     stack = [decoded]
     while stack:
         item = stack.pop()
@@ -287,15 +288,13 @@ _PATH = re.compile(r".* - at `(.*)`", re.DOTALL)
 
 
 def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
-    """Return the error without the value, which msgspec's and Pydantic's own messages quote."""
+    """Return an error whose text does not contain the value. The messages of msgspec and Pydantic contain it."""
     name, path = type_name(type_), "$"
     cause = error.__cause__
     if isinstance(error, msgspec.ValidationError) and cause is None:
         match = _EXPECTED.fullmatch(str(error))
         path, detail = (match[2] or "$", match[1]) if match is not None else (_path_in(str(error)), "it does not fit")
-    elif isinstance(
-        error, msgspec.ValidationError
-    ):  # a validator of the caller's raised `cause` inside a type of msgspec
+    elif isinstance(error, msgspec.ValidationError):  # a validator of the caller raised `cause`
         path, detail = _path_in(str(error).removeprefix(str(cause))), "it does not fit"
         if hasattr(cause, "errors"):
             inner, detail = first_problem(cause)

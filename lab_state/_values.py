@@ -1,10 +1,16 @@
-"""Encode one value as JSON, decode it, and refuse what would not be read back. Pure.
+"""Encode one value as JSON, and refuse values that would not be read back. Pure.
 
-A scalar is stored as it is, and any other value as its JSON. A value is refused if JSON cannot hold
-it, or if it would not be read back everywhere: NaN and infinity (msgspec writes them as `null`), two
-keys that are one in JSON, times that JSON would change, a value that contains itself, more than 128
-levels of nesting (Python's own limit differs by version and by the caller's stack), a lone surrogate,
-and an object of an unknown class.
+A scalar is stored as it is, and any other value as JSON. A value is refused if JSON cannot hold it,
+or if some reader would get another value. The refused values are:
+
+- NaN and infinity, because msgspec writes them as `null`
+- a dict with two keys that are one key in JSON
+- times that JSON would change
+- a value that contains itself
+- more than 128 levels of nesting, because Python's own limit depends on its version and on the
+  caller's stack
+- a lone surrogate
+- an object of an unknown class
 """
 
 from __future__ import annotations
@@ -42,17 +48,20 @@ NULL = b"null"
 """The JSON that msgspec writes for None, and also for NaN and infinity."""
 
 DEL, COLON, ALL_ONES = 0x7F, ord(":"), 0xFF
-"""Without these three, MessagePack has no NaN, no infinity, no time of day and no datetime with a zone."""
+"""MessagePack without these three bytes contains no NaN, no infinity, no time of day and no datetime with a zone."""
 
 _MOST_DIGITS = 4300
 """Python and msgspec do not read an int with more digits than this."""
 
 _SMALL = 16 * 1024
-"""For JSON of fewer bytes, to examine all of it is quicker than a binary search for the part at fault."""
+"""A size in bytes. To examine smaller JSON as a whole is faster than a binary search for the bad part."""
 
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 
-_NO_ROOM = "so deep in calls, Python's recursion limit leaves no room for its nesting; it cannot be kept from here"
+_NO_ROOM = (
+    "there are so many nested calls here that Python's recursion limit is too low for the nesting of the value; "
+    "store it with fewer calls above"
+)
 _TOO_DEEP = f"more than {MAX_DEPTH} levels of nesting cannot be kept"
 _LONE_SURROGATE = "a str with a lone surrogate cannot be kept: UTF-8 cannot hold it"
 _TOO_MANY_DIGITS = "an int with more digits than Python converts cannot be kept; store it as a str"
@@ -75,12 +84,12 @@ check_json: Callable[[Any], object] = msgspec.json.Decoder(Raw).decode
 """Raise an error unless the bytes are one JSON value. UTF-8 is not checked."""
 
 
-# Each pattern begins with one byte, which is searched for ten times as fast as a set of bytes.
+# Each pattern begins with one fixed byte. A search for one byte is ten times as fast as a search for a set of bytes.
 find_ones = re.compile(rb"\xff(?:(?<=[\xd6\xd7\x0c]\xff)|(?<=\xcb\xff)[\xf0-\xff])").search
-"""Find in MessagePack a datetime with a zone, or a NaN or infinity whose sign is minus."""
+"""Find in MessagePack a datetime with a zone, or a NaN or infinity with a minus sign."""
 
 find_del = re.compile(rb"\x7f(?<=\xcb\x7f)[\xf0-\xff]").search
-"""Find in MessagePack another NaN, or infinity."""
+"""Find in MessagePack a NaN or infinity with a plus sign."""
 
 find_colon = re.compile(rb":\d\d:(?<=[\xa8-\xb5]\d\d:\d\d:)").search
 """Find in MessagePack a time of day, or a text of 8 to 21 bytes that looks like one."""
@@ -102,7 +111,7 @@ def encode_value(value: object) -> Value:
             decode_json(data)  # raises for numbers that are out of range
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 -- a serializer of the caller's may raise anything, and quote the value
+    except Exception:  # noqa: BLE001 -- a serializer of the caller may raise any error, with the value in its text
         raise _refusal(value) from None
     if kind not in PLAIN:
         _check_class(kind)
@@ -132,7 +141,7 @@ def check_encoded(value: object, data: bytes) -> None:
             decode_json(data)
         if is_flat(value, size):
             return
-        check_json(data)  # a msgspec.Raw, or a model's own serializer, may have put anything there
+        check_json(data)  # a msgspec.Raw, or the serializer of a model, may have written bytes that are not JSON
         if not data.isascii():
             data.decode()
     except (UnicodeDecodeError, msgspec.MsgspecError, RecursionError):
@@ -158,7 +167,7 @@ def check_packed(value: object, data: bytes, packed: bytes) -> None:
         packed: Its MessagePack, with a NaN in place of each model.
     """
     ones = ALL_ONES in packed and find_ones(packed)
-    if (ones or (DEL in packed and find_del(packed))) and data.rfind(NULL) >= 0:  # quicker than `in`
+    if (ones or (DEL in packed and find_del(packed))) and data.rfind(NULL) >= 0:  # faster than `in`
         if len(data) >= _SMALL:
             steps, part = innermost(value, _may_be_not_finite, fields=False)
             _check_finite(part, steps)
@@ -168,21 +177,21 @@ def check_packed(value: object, data: bytes, packed: bytes) -> None:
 
 
 def _may_be_not_finite(part: object) -> bool:
-    """Return whether there is a NaN, an infinity or a model in what can be packed."""
+    """Return whether a part may contain a NaN, an infinity or a model."""
     try:
         packed = check_str_keys(part)
-    except RecursionError:  # pragma: no cover -- beside Python's limit coverage is not collected
+    except RecursionError:  # pragma: no cover -- coverage is not collected near Python's recursion limit
         return False
     return find_del(packed) is not None or find_ones(packed) is not None
 
 
 def _check_keys(value: object, data: bytes) -> None:
     """Refuse two keys of a dict that are one key in JSON."""
-    if is_canonical(data):  # good values end here
+    if is_canonical(data):  # most values are accepted here
         return
     steps, part = innermost(value, _may_have_double_keys, fields=False)
     double = double_key(encode(part)) if steps else None
-    if double is None:  # the keys are of the whole, or JSON of the caller's own is in it: a `Raw`
+    if double is None:  # the two keys are keys of the whole value, or are in a `Raw`
         steps, double = [], double_key(data)
     if double is not None:
         way, name = double
@@ -193,10 +202,10 @@ def _check_keys(value: object, data: bytes) -> None:
 
 
 def _may_have_double_keys(part: object) -> bool:
-    """Return whether JSON of a part is not as msgspec would write it again."""
+    """Return whether the JSON of a part changes when msgspec reads it and writes it again."""
     try:
         return not is_canonical(encode(part))
-    except RecursionError:  # pragma: no cover -- beside Python's limit coverage is not collected
+    except RecursionError:  # pragma: no cover -- coverage is not collected near Python's recursion limit
         return False
 
 
@@ -211,7 +220,7 @@ _TIME = re.compile(rb':\d\d(?:\.\d+)?Z?"')
 
 
 def _may_have_longer_ints() -> bool:
-    """Return whether Python would write an int that is too long to be read. It would if its limit was raised."""
+    """Return whether Python may write an int that is too long to be read. It may if Python's limit was raised."""
     return not 0 < sys.get_int_max_str_digits() <= _MOST_DIGITS
 
 
@@ -241,7 +250,7 @@ def _check_encodes(value: object, why_not: str) -> None:
 
 
 def _as_written(value: object) -> object:
-    """Return the contents of the JSON of a value, but with NaN and infinity. `to_builtins` calls this for other classes."""
+    """Return an object as its JSON holds it, but with NaN and infinity. `to_builtins` calls this for unknown classes."""
     if isinstance(value, Raw):
         return decode_json(value)
     if hasattr(type(value), "model_dump"):
@@ -250,7 +259,7 @@ def _as_written(value: object) -> object:
 
 
 def _check_finite(value: object, steps: Sequence[str] = ()) -> None:
-    """Refuse NaN and infinity, which JSON would hold as `null`. The steps lead to the value."""
+    """Refuse NaN and infinity, because JSON would hold them as `null`. `steps` is the path to the value."""
     try:
         tree = msgspec.to_builtins(value, enc_hook=_as_written)
     except Exception:  # noqa: BLE001 -- as in encode_value
@@ -260,10 +269,10 @@ def _check_finite(value: object, steps: Sequence[str] = ()) -> None:
 
 
 def _refusal(value: object) -> InvalidValueError:
-    """Return why a value cannot be encoded, and the path to the innermost part that cannot.
+    """Return the refusal of a value that cannot be encoded, with the path to the innermost bad part.
 
-    It takes a few times as long as encoding. At each level, a binary search finds the part that
-    cannot be encoded. Then a binary search over these parts finds the innermost one at fault.
+    This takes a few times as long as encoding the value. At each level, a binary search finds the
+    part that cannot be encoded. Then a binary search over these parts finds the innermost bad one.
     """
     way, steps, above = [value], [""], {id(value)}
     while len(way) <= MAX_DEPTH and (found := _first_refused(way[-1], MAX_DEPTH - len(way))) is not None:
@@ -292,10 +301,10 @@ def _refusal(value: object) -> InvalidValueError:
 
 
 def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
-    """Return the first of the parts that cannot be encoded within `levels` levels of nesting.
+    """Return the first part of a container that cannot be encoded within `levels` levels of nesting.
 
-    A level with one part that is not a scalar costs only its scalars. So many such levels around
-    a large part do not encode it once for each of them.
+    If only one part is not a scalar, only the scalars are encoded. So a large part that is nested
+    in many such containers is not encoded once for each of them.
     """
 
     def refused(parts: object) -> bool:
@@ -328,7 +337,7 @@ def _refusal_of_time(value: object, *, keys: bool) -> InvalidValueError:
 
 
 def _changed(value: Any) -> InvalidValueError | None:
-    """Return the refusal of a model that can be written, but is read back as something else; `None` otherwise."""
+    """Return the refusal of a model that can be written, but would be read back as another value; otherwise `None`."""
     if hasattr(class_of(value), "model_dump_json"):
         try:
             if (path := first_not_finite(value.model_dump(round_trip=True, warnings="none"))) is not None:
@@ -362,7 +371,7 @@ def _reason_of_model(model: Any) -> tuple[str, str]:
         return str(error.args[0]), error.path
     except RecursionError:
         return _NO_ROOM, "$"
-    except Exception as error:  # noqa: BLE001 -- a serializer of the caller's may raise anything, and quote the value
+    except Exception as error:  # noqa: BLE001 -- a serializer of the caller may raise any error, with the value in its text
         if hasattr(error, "errors"):
             path, detail = first_problem(error)
             return f"{what}: what it writes is not what it reads: {detail}", path
@@ -374,11 +383,11 @@ def _reason_of_model(model: Any) -> tuple[str, str]:
 
 
 def _field_to_blame(model: Any) -> str | None:
-    """Return the field of a model that cannot be written."""
+    """Return the name of the first field of a model that cannot be written; `None` if there is none."""
     for name in getattr(class_of(model), "model_fields", ()):
         try:
             model.model_dump_json(include={name}, round_trip=True, warnings="none")
-        except Exception:  # noqa: BLE001 -- this is the one
+        except Exception:  # noqa: BLE001 -- this field cannot be written
             return str(name)
     return None
 
@@ -418,16 +427,16 @@ def _reason_of_keys(value: dict[object, object]) -> str:
     for key in value:
         try:
             encode({key: None})
-        except Exception:  # noqa: BLE001 -- this is the one
+        except Exception:  # noqa: BLE001 -- this key cannot be written
             if isinstance(key, str) and type(key) is str:
                 return f"a dict with the key {key!r} cannot be kept: it has a lone surrogate, which UTF-8 cannot hold"
             kind = _class_name(type(key))
             return f"a dict with a key of the class {kind} cannot be kept: use keys that are str, int or float"
-    return _NO_ROOM  # pragma: no cover -- likewise
+    return _NO_ROOM  # pragma: no cover -- as in `_reason`
 
 
 def _way_out(value: object) -> str:
-    """Return the advice for an object of an unknown class: what to keep in its place."""
+    """Return the advice for an object of an unknown class: what to store in its place."""
     for plain in (str, int, float, bytes):
         if isinstance(value, plain):
             return f"make it a plain {plain.__name__}"

@@ -809,7 +809,9 @@ class TestStop:
         while not stopping.done():
             await idle()
             clock.advance(0.1)
-        with pytest.raises(UnavailableError, match=r"\(stop\(\) gave up: 2 changed keys are not durable, and lost\)$"):
+        with pytest.raises(
+            UnavailableError, match=r"\(stop\(\) gave up: 2 changed keys are not durable and are lost\)$"
+        ):
             await stopping
 
     async def test_what_cannot_be_retried_is_not(self, storage: FaultyStorage, clock: ManualClock) -> None:

@@ -180,8 +180,8 @@ def test_a_mismatch_of_pydantics_has_the_path_and_not_the_value(value: Any, type
         (datetime | date, "JSON cannot tell them apart"),
         (HoldsUnion, "wrap the union: pydantic.RootModel[A | B]"),
         (Cat | StructA, "Unable to generate pydantic-core schema"),
-        (HoldsUnknown, "nothing decodes the class Unknown"),
-        (Iterable[int], "nothing decodes the class Iterable"),
+        (HoldsUnknown, "neither msgspec nor Pydantic decodes the class Unknown"),
+        (Iterable[int], "neither msgspec nor Pydantic decodes the class Iterable"),
         ("int", "is not supported"),
         (list["Nowhere"], "Nowhere"),  # type: ignore[name-defined]  # noqa: F821 -- that is the point
     ],
