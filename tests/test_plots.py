@@ -137,6 +137,7 @@ def test_a_run_writes_the_tables_that_the_page_has() -> None:
                 "counts": [1000, 100_000, 1_000_000],
                 "rows": [{"call": "get", "cost": "O(1)", "seconds": [1e-6] * 3, "grows": False}],
             },
+            "scan": {"scans": {plots.OURS: {"10": 1e-5, "1000": 1e-3}}, "setup": {plots.OURS: "get_all(prefix)"}},
         },
         "checks": {},
         "machines": {},

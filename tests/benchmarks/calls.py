@@ -55,7 +55,7 @@ LARGE: dict[str, Work] = {
 async def calls(results: Results, directory: str, count: int) -> None:
     """Measure each call, and raise `SystemExit` if one has a step above its bound."""
     check_complete()
-    keys = [key_of(number) for number in range(count)]
+    keys = tuple(key_of(number) for number in range(count))
     grown = grow(keys)
     missed: list[str] = []
     with watched() as steps:
