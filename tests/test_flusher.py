@@ -518,6 +518,7 @@ class TestCheckpoint:
                 if cancel:
                     folding.cancel()
                 await asyncio.gather(folding, return_exceptions=True)
+                await idle()  # the changes of `set_many` lie in a layer of their own, which is merged as well
                 assert state._core.state.entries is view
                 assert len(view) == 5001
                 storage.resume()
