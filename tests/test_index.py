@@ -267,6 +267,18 @@ def test_steps_end_while_writers_go_on() -> None:
     assert state.names("0", "1") == KEYS[:10]
 
 
+@pytest.mark.parametrize("already", ["", "mnop"], ids=["fewer", "more"])
+def test_a_set_of_keys_is_taken_over(already: str) -> None:
+    """The index keeps a set of notes, or adds it to its own if that is larger. Either way it has the notes of both."""
+    state = state_of("a")
+    assert state.names("") == ["a"]
+    state.set_many(dict.fromkeys(already, 1))
+    assert state.index is not None
+    state.index.take_over({"x", "y"})
+    state.entries.update({"x": 1, "y": 1})  # type: ignore[union-attr]
+    assert state.names("") == ["a", *already, "x", "y"]
+
+
 # What an index costs that is not used
 
 

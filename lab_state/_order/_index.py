@@ -14,7 +14,7 @@ were removed since the last commit. Without touched keys, the numbers of sorted 
 entries differ only if `set` has stored such a key.
 
 The build takes the keys of the dict in slices. A writer may change the
-dict meanwhile: then all keys are taken at once, which takes about 30 ms for a million. Then the keys are distributed to buckets by a
+dict meanwhile: then all keys are taken at once, which takes about 50 ms for a million. Then the keys are distributed to buckets by a
 sorted sample, and each bucket is sorted. Keys that are in order already are only cut into chunks.
 """
 
