@@ -1,8 +1,8 @@
 """Decide whether something that a call has read has changed since then. Pure.
 
-The owner keeps the revision of the last change of each key that changed lately, changes that are not
-durable included. `floor` is the revision from which on it knows all changes. A check below it cannot
-be decided, so it does not hold.
+The owner keeps the keys that changed lately, each with the revision of its last change. This includes
+changes that are not durable. The owner knows all changes after the revision `floor`. A check of an
+older revision cannot be decided, so it does not hold.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Collection
 
 MOST_KEYS = 100_000
-"""So many keys are kept. A check that lists a prefix may look at each of them, which takes about 10 ms."""
+"""The largest number of keys that are kept. A check with a prefix may look at each of them, which takes about 10 ms."""
 
 
 class RecentChanges:
-    """The keys that changed lately, those that changed last at the end.
+    """The keys that changed lately, in the order of their last changes.
 
     Attributes:
         floor: All changes after this revision are known.
     """
 
     def __init__(self, revision: int, most: int = MOST_KEYS) -> None:
-        """Begin at a revision, before which nothing is known. Keep at most `most` keys."""
+        """Begin at a revision. No change up to it is known. Keep at most `most` keys."""
         self.floor: int = revision
         self._most = most
         self._changed: dict[str, int] = {}
@@ -31,7 +31,7 @@ class RecentChanges:
         return len(self._changed)
 
     def note(self, keys: Collection[str], revision: int) -> None:
-        """Note that keys were set, deleted or swept by a change. More keys than are kept count as a clear."""
+        """Note the keys that a change has set, deleted or swept. If they are more than `most`, note a clear instead."""
         if len(keys) > self._most:
             self.note_clear(revision)
             return
@@ -43,12 +43,12 @@ class RecentChanges:
             self.floor = changed.pop(key)
 
     def note_clear(self, revision: int) -> None:
-        """Note that a change deleted all keys. This counts as a change of every key, also of missing ones."""
+        """Note that a change deleted all keys. This counts as a change of every key, even of a missing one."""
         self._changed = {}
         self.floor = revision
 
     def hold(self, since: int, keys: Collection[str], prefixes: Collection[str]) -> bool:
-        """Return whether no key of a check, and none under its prefixes, changed after `since`.
+        """Return whether a check holds: none of its keys, and no key under its prefixes, changed after `since`.
 
         A check without keys and prefixes always holds.
         """

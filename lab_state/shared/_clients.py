@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 FORGOTTEN_AFTER = 60 * 1_000_000_000
-"""A client without a connection for so many nanoseconds is forgotten."""
+"""The time in nanoseconds after which a client without a connection is forgotten."""
 
 
 def may_be_forgotten(heard: int | None, now: int) -> bool:
-    """Return whether an owner may have forgotten a client that heard from an owner at a time.
+    """Return whether an owner may have forgotten a client. `heard` is when the client last heard from an owner.
 
-    A time that is ahead of the clock is not of this machine, or not since its boot. So it proves nothing.
+    A time ahead of the clock is from another machine, or from before the last boot. So it proves nothing.
     """
     return heard is not None and not 0 <= now - heard < FORGOTTEN_AFTER
 
@@ -23,7 +23,7 @@ class Clients:
     """The clients that an owner knows."""
 
     def __init__(self, acknowledged: Mapping[str, int], now: int) -> None:
-        """Take the clients of the table of results. Their minute begins now."""
+        """Add the clients of the table of results. The minute until each is forgotten begins now."""
         self.acknowledged: dict[str, int] = dict(acknowledged)
         self._gone: dict[str, int] = dict.fromkeys(acknowledged, now)
 
@@ -46,11 +46,11 @@ class Clients:
         return True
 
     def acknowledge(self, client: str, number: int) -> None:
-        """Note the acknowledgement of a client that is known. It never goes back."""
+        """Note the acknowledgement of a known client. It never decreases."""
         self.acknowledged[client] = max(self.acknowledged[client], number)
 
     def disconnect(self, client: str, now: int) -> None:
-        """Note the end of the last connection of a client. A client that is not known stays so."""
+        """Note the end of the last connection of a client. For an unknown client, do nothing."""
         if client in self.acknowledged:
             self._gone[client] = now
 
@@ -60,7 +60,7 @@ class Clients:
         self._gone.pop(client, None)
 
     def forget_gone(self, now: int) -> list[str]:
-        """Forget the clients that had no connection for a minute, and return them."""
+        """Forget the clients that have had no connection for a minute, and return them."""
         due = [client for client, since in self._gone.items() if now - since >= FORGOTTEN_AFTER]
         for client in due:
             self.forget(client)

@@ -1,7 +1,7 @@
-"""Frames on the socket of a shared state, and a decoder that gets their bytes in pieces. Pure.
+"""Frames on the socket of a shared state, and a decoder that receives their bytes in pieces. Pure.
 
-A frame is `<length: 4 bytes, big endian> <kind: 1 byte> <payload>`. A text in place of a frame has
-a length above the bound, so it is noticed with its first byte or its fourth.
+A frame is `<length: 4 bytes, big endian> <kind: 1 byte> <payload>`. Text that is sent in place of a
+frame looks like a frame with a length above the bound. So it is refused after its first bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FIRST_BYTE = MOST_BYTES >> 24
 
 
 class BadMessageError(ValueError):
-    """A message is not one that the protocol allows: close the connection. The text has nothing of its contents."""
+    """The error for a message that the protocol does not allow: close the connection. Its text has no key and no value."""
 
 
 class ReceivedFrame(NamedTuple):
@@ -50,10 +50,10 @@ def frame(kind: bytes, *parts: bytes) -> list[bytes]:
 
 
 class Frames:
-    """A decoder of frames, which gets the bytes of one connection in pieces of any size.
+    """A decoder of frames, which receives the bytes of one connection in pieces of any size.
 
     Attributes:
-        problem: The fault in what was received. Nothing after it is decoded; `None` if there is none.
+        problem: The fault in the received bytes; `None` if there is none. Nothing after a fault is decoded.
     """
 
     def __init__(self, kinds: frozenset[bytes]) -> None:
@@ -66,7 +66,7 @@ class Frames:
         self._missing = 0
 
     def feed(self, data: bytes) -> list[ReceivedFrame]:
-        """Return the frames that the next piece completes. Those before a fault are returned, too."""
+        """Return the frames that the next piece completes. Frames before a fault are returned, too."""
         found: list[ReceivedFrame] = []
         if self.problem is not None:
             return found

@@ -21,7 +21,7 @@ Since: TypeAlias = Annotated[int, msgspec.Meta(ge=-1, le=2**63 - 1)]
 Ttl: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=LONGEST_TTL * 1000)] | None
 
 
-# The first messages. `lab_state` and `protocol` stay as they are in all versions.
+# The first messages of a connection. Their members `lab_state` and `protocol` are the same in all versions.
 
 
 class AnyVersion(msgspec.Struct, frozen=True):
@@ -38,7 +38,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         name: The name of the state.
         client: The id of the client.
         revision: The revision of its copy; `None` without one.
-        heard: The last time that an owner told it, in nanoseconds; `None` if there is none.
+        heard: The last time that it got from an owner, in nanoseconds; `None` if there is none.
     """
 
     lab_state: Literal["shared"] = "shared"
@@ -50,7 +50,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Starting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The answer to a hello while the owner loads: wait."""
+    """The answer to a hello while the owner loads the state. The client waits."""
 
     lab_state: Literal["shared"] = "shared"
     protocol: int = PROTOCOL
@@ -62,8 +62,8 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """The answer to a hello that admits the client.
 
     Attributes:
-        host: The machine of the owner.
-        pid: The process of the owner.
+        host: The name of the owner's machine.
+        pid: The process id of the owner.
         known: Whether the client may send its open calls again.
         epoch: The time of the state, in seconds, when `CLOCK_MONOTONIC` is 0.
         revision: The durable revision.
@@ -98,7 +98,7 @@ class _Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=
 
 
 class Set(_Call, frozen=True, tag="set"):
-    """Store a value."""
+    """The call that stores a value."""
 
     key: str
     value: Raw
@@ -106,32 +106,32 @@ class Set(_Call, frozen=True, tag="set"):
 
 
 class SetMany(_Call, frozen=True, tag="set_many"):
-    """Store several values."""
+    """The call that stores several values."""
 
     values: dict[str, Raw]
     ttl: Ttl
 
 
 class Delete(_Call, frozen=True, tag="delete"):
-    """Delete a key."""
+    """The call that deletes a key."""
 
     key: str
 
 
 class DeleteMany(_Call, frozen=True, tag="delete_many"):
-    """Delete several keys."""
+    """The call that deletes several keys."""
 
     keys: list[str]
 
 
 class DeleteAll(_Call, frozen=True, tag="delete_all"):
-    """Delete all keys under a prefix."""
+    """The call that deletes all keys under a prefix."""
 
     prefix: str
 
 
 class Incr(_Call, frozen=True, tag="incr"):
-    """Add to a number."""
+    """The call that adds to a number."""
 
     key: str
     delta: int | float
@@ -141,7 +141,7 @@ class Incr(_Call, frozen=True, tag="incr"):
 
 
 class SetIfAbsent(_Call, frozen=True, tag="set_if_absent"):
-    """Store a value if the key is missing."""
+    """The call that stores a value if the key is missing."""
 
     key: str
     value: Raw
@@ -149,14 +149,14 @@ class SetIfAbsent(_Call, frozen=True, tag="set_if_absent"):
 
 
 class Touch(_Call, frozen=True, tag="touch"):
-    """Give a key another time to live."""
+    """The call that gives a key another time to live."""
 
     key: str
     ttl: Ttl
 
 
 class Changes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Changes that a client has computed, as in a record. `expires` has times of the state, in milliseconds."""
+    """Changes that a client has computed, in the form of a record. `expires` has times of the state, in milliseconds."""
 
     clear: bool = False
     set: dict[str, Raw] = {}
@@ -165,7 +165,7 @@ class Changes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MakeChanges(_Call, frozen=True, tag="change"):
-    """Make changes if their check holds: `since`, the keys and the prefixes that were read."""
+    """The call that makes changes if its check holds. The check is `since`, and the keys and prefixes that were read."""
 
     since: Since
     keys: list[str]
@@ -184,14 +184,14 @@ class _Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
 
 
 class Ok(_Answer, frozen=True, tag="ok"):
-    """The call was applied, or changed nothing."""
+    """The answer to a call that was applied, or that had nothing to change."""
 
     revision: Count
     result: Raw
 
 
 class Raised(_Answer, frozen=True, tag="raised"):
-    """The call raised because of what is stored, and changed nothing."""
+    """The answer to a call that raised an error because of the stored value. The call changed nothing."""
 
     revision: Count
     error: Literal["TypeMismatchError", "InvalidValueError"]
@@ -200,18 +200,22 @@ class Raised(_Answer, frozen=True, tag="raised"):
 
 
 class Refused(_Answer, frozen=True, tag="refused"):
-    """The check does not hold. `values` has the current values of its keys with their expiry; `None` if they are many."""
+    """The answer to a check that does not hold.
+
+    `values` has the present value and expiry of each of its keys, without missing keys. It is `None`
+    for more than 16 keys or 1 MiB.
+    """
 
     revision: Count
     values: dict[str, tuple[Raw, Count | None]] | None
 
 
 class Moved(_Answer, frozen=True, tag="moved"):
-    """The call was not applied: it is for the next owner."""
+    """The answer to a call that was not applied. The client sends it to the next owner."""
 
 
 class Failed(_Answer, frozen=True, tag="failed"):
-    """The commit failed. The change may still become durable."""
+    """The answer to a call whose commit failed. The change may still become durable."""
 
     error: str
     message: str
@@ -224,7 +228,7 @@ Answer: TypeAlias = Ok | Raised | Refused | Moved | Failed
 
 
 class Life(NamedTuple):
-    """A sign of life: of a client with its acknowledgement, of an owner with the durable revision."""
+    """A sign of life. The number is the acknowledgement of a client, or the durable revision of an owner."""
 
     number: int
 
@@ -236,7 +240,7 @@ class Question(NamedTuple):
 
 
 class Bye(NamedTuple):
-    """The farewell of a client, with its acknowledgement; or its confirmation, with 0."""
+    """The last message of a client, with its acknowledgement. The owner confirms it with the number 0."""
 
     number: int
 
@@ -249,7 +253,7 @@ class Reply(NamedTuple):
 
 
 class RecordMessage(NamedTuple):
-    """A record, as the journal has it."""
+    """A record, as it is in the journal."""
 
     record: memoryview
 

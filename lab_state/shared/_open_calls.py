@@ -1,12 +1,12 @@
-"""The book of a client: its calls that have a number and no answer, and those that wait for a number. Pure.
+"""The calls of a client without an answer: open calls, which have a number, and calls that wait for one. Pure.
 
 A call gets the next number when the window has room for it, in the order of `submit`. It keeps this
-number when it is sent again. The acknowledgement goes with each message. It is one less than the
+number when it is sent again. The acknowledgement is sent with each message. It is one less than the
 lowest open number, so it never covers a call that may be sent again.
 
-A call may have a check. `since` is its revision, and rests on the copy or on a refusal. What a
-refusal brought may be lost with its owner. So such a check counts on one connection only, and is sent
-as `NEVER` on a later one. The same holds for each check that is sent again.
+A call may have a check. Its revision `since` comes from the copy or from a refusal. The changes that
+a refusal shows may be lost with its owner. So such a check is valid on one connection only. On a later
+one it is sent as `NEVER`. The same is done with each check that is sent again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lab_state.shared._order import SPAN
 C = TypeVar("C")
 
 MOST_BYTES = 16 * 1024 * 1024
-"""The open calls of a client have at most so many bytes together. A larger call may be open alone."""
+"""The largest total size of a client's open calls, in bytes. A larger call may be open alone."""
 
 NEVER = -1
 """The revision of a check that is always refused."""
@@ -30,10 +30,10 @@ Outcome: TypeAlias = Literal["not made", "unknown"]
 
 
 class OpenCall(Generic[C]):
-    """A call in the book.
+    """A call without an answer.
 
     Attributes:
-        call: The call itself, which only the client looks at.
+        call: The call itself. Only the client looks at it.
         size: Its size in bytes.
         number: Its number; 0 while it waits for one.
         since: The revision of its check; `None` without a check.
@@ -51,7 +51,7 @@ class OpenCall(Generic[C]):
 
     @property
     def outcome(self) -> Outcome:
-        """The outcome if the call ends without an answer now."""
+        """The outcome of the call if it ends now, without an answer."""
         return "unknown" if self._may_be_made else "not made"
 
     def sent(self) -> None:
@@ -59,11 +59,11 @@ class OpenCall(Generic[C]):
         self._may_be_made = True
 
     def moved(self) -> None:
-        """Note that the owner has answered that the call was not applied. A check that rests on the copy still counts."""
+        """Note the answer that the call was not applied. A check whose revision comes from the copy stays valid."""
         self._may_be_made = False
 
     def reconnect(self) -> None:
-        """Refuse the check if it does not count on a new connection."""
+        """Let the check be refused, if it is not valid on a new connection."""
         if self.since is not None and (self._may_be_made or self._from_refusal):
             self.since = NEVER
 
@@ -72,7 +72,7 @@ class OpenCalls(Generic[C]):
     """The calls of one client, from its start to its stop.
 
     Attributes:
-        heard: The last time that an owner told this client, in nanoseconds; `None` if there is none.
+        heard: The last time that this client got from an owner, in nanoseconds; `None` if there is none.
         connection: The number of the connection, from 1; 0 before the first welcome.
     """
 
@@ -90,18 +90,18 @@ class OpenCalls(Generic[C]):
 
     @property
     def acknowledgement(self) -> int:
-        """The number up to which the client needs no answer any longer."""
+        """The number up to which the client needs no more answers."""
         return next(iter(self._open)) - 1 if self._open else self._last
 
     def submit(self, call: C, size: int, since: int | None = None, refused_on: int | None = None) -> OpenCall[C]:
-        """Add a call, which waits for a number. `number_next` follows.
+        """Add a call. It waits for a number, which `number_next` gives.
 
         Args:
             call: The call.
             size: Its size in bytes.
             since: The revision of its check; `None` without a check.
-            refused_on: The `connection` on which a refusal brought that revision; `None` if it is
-                that of the copy.
+            refused_on: The `connection` on which a refusal had that revision; `None` if it is the
+                revision of the copy.
         """
         if refused_on is not None and refused_on != self.connection:
             since = NEVER
@@ -133,7 +133,7 @@ class OpenCalls(Generic[C]):
     def end(self, call: OpenCall[C]) -> bool:
         """Remove a call that was answered, or that was given up, also while it waited for a number.
 
-        Return whether it was in the book. From then on its number counts as answered.
+        Return whether it was there. From then on its number counts as answered.
         """
         if call.number == 0:
             if call in self._waiting:
@@ -147,16 +147,16 @@ class OpenCalls(Generic[C]):
         return True
 
     def reconnect(self) -> list[OpenCall[C]]:
-        """Return the calls to send on a new connection, in order, after a welcome that knows the client."""
+        """Return the calls to send on a new connection, in order. Call this after a welcome that knows the client."""
         self.connection += 1
         for call in self._calls():
             call.reconnect()
         return list(self._open.values())
 
     def restart(self) -> list[OpenCall[C]]:
-        """Begin anew under a new id, from number 1, because the owner has forgotten the client.
+        """Start again with a new id, from number 1, because the owner has forgotten the client.
 
-        Return the calls whose outcome is unknown: they have left the book. The others were certainly not
+        Return the calls with an unknown outcome, which are removed. All other calls were certainly not
         made, and wait for numbers again.
         """
         calls = list(self._calls())
@@ -168,7 +168,7 @@ class OpenCalls(Generic[C]):
         return [call for call in calls if call.outcome == "unknown"]
 
     def is_forgotten(self, now: int) -> bool:
-        """Return whether an owner with this clock may have forgotten the client. A new owner asks for itself."""
+        """Return whether an owner with this clock may have forgotten the client. A new owner asks this about itself."""
         return may_be_forgotten(self.heard, now)
 
     def _calls(self) -> Iterator[OpenCall[C]]:

@@ -1,6 +1,6 @@
-"""The order of the messages on one connection: which may come when, and with which numbers. Pure.
+"""The order and the numbers that are allowed for the messages on one connection. Pure.
 
-Each side has one object for each connection, and shows it each message before it handles it.
+Each side has one object for each connection. It checks each message with it before it handles the message.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lab_state.shared._messages import (
 )
 
 SPAN = 1024
-"""The numbers of a client's open calls span at most so many."""
+"""The size of the window. The number of a call is at most this much above the acknowledgement."""
 
 
 class ClientOrder:
@@ -35,14 +35,14 @@ class ClientOrder:
         self._has_hello = self._has_bye = False
 
     def resume(self, acknowledged: int) -> None:
-        """Take the acknowledgement that this client gave on earlier connections."""
+        """Set the acknowledgement that this client sent on earlier connections."""
         self.acknowledged = max(self.acknowledged, acknowledged)
 
     def check(self, message: FromClient) -> None:
         """Check the next message.
 
         Raises:
-            BadMessageError: It may not come now.
+            BadMessageError: The message is not allowed at this point.
         """
         if isinstance(message, Hello) is self._has_hello:
             raise BadMessageError("a second hello" if self._has_hello else "a first message that is not a hello")
@@ -81,7 +81,7 @@ class OwnerOrder:
         """Check the next message, and its time.
 
         Raises:
-            BadMessageError: It may not come now.
+            BadMessageError: The message is not allowed at this point.
         """
         if self._is_over:
             raise BadMessageError("a message after the last one")

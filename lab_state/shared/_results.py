@@ -1,8 +1,8 @@
 """The results of calls, kept until their client has acknowledged them. Pure.
 
-`ResultTable` is what records have brought. It changes only by records, so it is the same in each
+`ResultTable` has the results that records contained. Only records change it, so it is the same in each
 process at the same revision. `PendingResults` has the results of an owner that are not durable yet.
-A record gets them as its member `calls`::
+A record contains them in its member `calls`::
 
     {"<client>":[17,{"18":true,"19":7}],"<other client>":null}
 
@@ -52,13 +52,13 @@ class _Client:
 
 
 class ResultTable:
-    """The results that records have brought, at the revision of the last record."""
+    """The results that records contained, up to the revision of the last record."""
 
     def __init__(self) -> None:
         self._clients: dict[str, _Client] = {}
 
     def __contains__(self, client: str) -> bool:
-        """Return whether a record has told of a client that is not forgotten."""
+        """Return whether a record has named a client, which was not forgotten since."""
         return client in self._clients
 
     @property
@@ -129,7 +129,7 @@ class PendingResults:
         return bool(self._new)
 
     def add(self, client: str, number: int, value: bytes, at: int) -> None:
-        """Keep the result of a call, whose change has the revision `at`."""
+        """Keep the result of a call. The change of the call has the revision `at`."""
         results = self._new.get(client)
         if results is None:
             results = self._new[client] = {}
@@ -143,11 +143,11 @@ class PendingResults:
         return None
 
     def forget(self, client: str) -> None:
-        """Let the next record forget a client. Its newer results are dropped."""
+        """Let the next record say that a client is forgotten. Drop the newer results of the client."""
         self._new[client] = None
 
     def take(self, acknowledged: Mapping[str, int]) -> RecordCalls:
-        """Take the results for a record, and return its member `calls`. `settle` or `put_back` follows.
+        """Take the results for a record, and return its member `calls`. Call `settle` or `put_back` after the commit.
 
         Args:
             acknowledged: The latest acknowledgement of each client. Results up to it are left out.
@@ -164,11 +164,11 @@ class PendingResults:
         return calls
 
     def settle(self) -> None:
-        """Note that the record is durable. Its results are in the `ResultTable` then."""
+        """Note that the record is durable. By now its results are in the `ResultTable`."""
         self._under_way = {}
 
     def put_back(self) -> None:
-        """Put the results of a failed commit back. A client that was forgotten since stays so. A second call changes nothing."""
+        """Put back the results of a failed commit. A client that was forgotten meanwhile stays forgotten. A second call does nothing."""
         older, self._under_way = self._under_way, {}
         for name, results in older.items():
             if name not in self._new:
@@ -178,5 +178,5 @@ class PendingResults:
 
 
 def needs_forgetting(client: str, table: ResultTable, pending: PendingResults) -> bool:
-    """Return whether a record must tell that a client is forgotten: there is something of it to forget."""
+    """Return whether a record must say that a client is forgotten. It must if the client is in the table, or has results."""
     return client in table or client in pending

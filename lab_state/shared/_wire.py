@@ -1,8 +1,8 @@
 """Encode and decode the messages between the owner of a shared state and its followers. Pure.
 
 A payload is JSON, or 8-byte integers. Both ends run as the same user, and have the same version of
-the protocol. So the contents of a value are not examined again: the client that encoded it has
-checked it. All else is checked, since another program may be at the other end.
+the protocol. So a value is not checked again: the client that encoded it has checked it. Everything
+else is checked, because another program may be at the other end.
 """
 
 from __future__ import annotations
@@ -176,13 +176,13 @@ def _message_of(kind: bytes, body: memoryview) -> FromOwner:
 
 def _numbers(form: struct.Struct, payload: bytes) -> tuple[int, ...]:
     if len(payload) != form.size:
-        raise BadMessageError(f"a payload of {len(payload)} bytes, where {form.size} belong")
+        raise BadMessageError(f"a payload of {len(payload)} bytes instead of {form.size}")
     numbers: tuple[int, ...] = form.unpack(payload)
     return numbers
 
 
 def _decode(decoder: msgspec.json.Decoder[T], payload: bytes | memoryview, what: str) -> T:
-    """Decode JSON. A `Raw` in it may be any UTF-8, so that is checked here."""
+    """Decode JSON. Check here that it is UTF-8, because msgspec does not check a `Raw` in it."""
     try:
         str(payload, "utf-8")
         return decoder.decode(payload)
@@ -198,16 +198,16 @@ def _versioned(decoder: msgspec.json.Decoder[T], payload: bytes | memoryview, wh
 
 
 def _checked(call: Call) -> Call:
-    """Check the keys of a call, and that its changes fit together."""
+    """Check the keys of a call, and that its changes do not contradict each other."""
     try:
         for key in _keys(call):
             check_key(key)
     except InvalidKeyError:
-        raise BadMessageError("a call with a key that cannot be") from None
+        raise BadMessageError("a call with an invalid key") from None
     if isinstance(call, MakeChanges):
         changes = call.changes
         if not changes.expires.keys() <= changes.set.keys() or not changes.set.keys().isdisjoint(changes.delete):
-            raise BadMessageError("a call whose changes do not fit together")
+            raise BadMessageError("a call whose changes contradict each other")
     return call
 
 

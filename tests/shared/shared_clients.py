@@ -198,7 +198,7 @@ class ClientSteps:
         call = next((call for call in w.clients[number].book if call.number == n), None)
         if call is None:
             return w
-        if kind == "moved":  # it was not applied, and stays in the book for the next owner
+        if kind == "moved":  # it was not applied, and is kept for the next owner
             moved = tuple(one._replace(sent=False) if one == call else one for one in w.clients[number].book)
             return with_client(w, number, book=moved)
         w = with_client(w, number, book=tuple(one for one in w.clients[number].book if one != call))

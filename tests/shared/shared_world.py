@@ -65,7 +65,7 @@ class Op(NamedTuple):
 
 
 class Open(NamedTuple):
-    """A call in the book of its client. `since` and `seen` are those of a check."""
+    """A call of a client without an answer. `since` and `seen` are those of a check."""
 
     number: int
     op: int
