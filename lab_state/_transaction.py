@@ -271,6 +271,10 @@ class Transaction(Plain):
     the changes made in the transaction so far, and never waits. `set` and `set_many` return the
     revision that the whole transaction makes if it changes anything in the end.
 
+    Each call takes one step, however many keys it returns: `get_all` of a million keys takes a second or
+    more. A call that needs an order looks at each change of the transaction as well. If it is the first
+    one since the start, it sorts all keys of the state; see `Manager.keys`.
+
     Raises:
         RuntimeError: From each call: the transaction is over.
     """
@@ -315,7 +319,7 @@ class Transaction(Plain):
         return f"<Transaction {prefix}{self._core.name!r}, {'open' if self._core.is_held else 'over'}>"
 
     def __len__(self) -> int:
-        """Return how many keys there are, with the changes made so far."""
+        """Return how many keys there are, with the changes made so far. It looks at each of these changes."""
         return len(self._calls)
 
     def __contains__(self, key: object) -> bool:
