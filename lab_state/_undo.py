@@ -120,9 +120,14 @@ def noted(views: Views[V], keys: Collection[str]) -> Iterator[None]:
     while waiting := [reference for reference in views if reference not in done]:
         rest = iter(keys)
         while part := list(islice(rest, _NOTED_AT_ONCE)):
-            for reference in waiting:
-                if (view := reference()) is not None:
-                    view.note(part)
-            del view
+            _note(waiting, part)
             yield
         done += waiting
+
+
+def _note(views: Views[V], keys: list[str]) -> None:
+    """Call `note` of some views. No view is referred to afterwards."""
+    for reference in views:
+        view = reference()
+        if view is not None:
+            view.note(keys)

@@ -486,8 +486,11 @@ class Reader(Iterates):
         return {key: self._decoded(key, stored, MISSING, type_) for key, stored in self._alive(entries).items()}
 
 
-_KEYS_ALONE = Decoding(None, lambda _, __: None)
-"""In place of values, `None`."""
+def _no_value(_key: str, _value: Value) -> None:
+    """Return `None` in place of a value."""
+
+
+_KEYS_ALONE = Decoding(None, _no_value)
 
 
 def _stored(found: Fetched) -> dict[str, Stored]:
