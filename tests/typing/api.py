@@ -18,11 +18,13 @@ from lab_state import (
     Config,
     Entry,
     FileStorage,
+    Items,
     Manager,
     MemoryCache,
     MemoryStorage,
     MirrorStatus,
     Namespace,
+    PlainItems,
     Reader,
     Reading,
     Recovery,
@@ -68,6 +70,21 @@ async def reading(state: Manager) -> None:
     assert_type(await state.expires_in("key", "gone"), float | str | None)
     assert_type(len(state), int)
     assert_type("key" in state, bool)
+
+
+async def iterating(state: Manager, tx: Transaction, blocking: Blocking, reader: Reader, view: StateView) -> None:
+    assert_type(state.items(), Items[Any])
+    assert_type(state.namespace("a").items("u", after="v", limit=5, reverse=True, type=User), Items[User])
+    assert_type(reader.items(type=User), Items[User])
+    assert_type(view.items(), Items[Any])
+    assert_type(tx.items(type=User), PlainItems[User])
+    assert_type(blocking.items(), PlainItems[Any])
+    async with state.items(type=User) as items:
+        async for key, user in items:
+            assert_type(key, str)
+            assert_type(user, User)
+    with blocking.items(type=int) as numbers:
+        assert_type(next(numbers), tuple[str, int])
 
 
 def reading_at_once(state: Manager) -> None:
