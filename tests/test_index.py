@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
@@ -448,3 +449,21 @@ class IndexMachine(RuleBasedStateMachine):
 
 TestIndex = IndexMachine.TestCase
 TestIndex.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_looks_at_new_keys_in_small_numbers(enabled: bool) -> None:  # noqa: FBT001
+    """A build has young collections of its own, each after few new tuples; none if the program has turned the collector off."""
+    state = State()
+    state.load({f"{number * 7919 % 100_003:06}": 1 for number in range(100_000)}, 1)
+    seen: list[str] = []
+    (gc.enable if enabled else gc.disable)()
+    gc.callbacks.append(lambda phase, _: seen.append(phase))
+    try:
+        for _ in state.index_steps():
+            pass
+    finally:
+        gc.callbacks.pop()
+        gc.enable()
+    assert (seen.count("stop") >= 4) is enabled
+    assert state.names("", None, 3) == ["000000", "000001", "000002"]
