@@ -34,7 +34,8 @@ from lab_state._order import CHUNKS_AT_ONCE
 from lab_state._outcomes import Outcomes
 from lab_state._snapshots import SnapshotViews
 from lab_state._standstill import Standstill
-from lab_state._state import State, ignore, no_clock
+from lab_state._state import State
+from lab_state._state._contents import ignore, no_clock
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
 from lab_state.storage._protocol import StorageSession

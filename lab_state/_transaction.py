@@ -16,7 +16,8 @@ from lab_state._durability import Durability
 from lab_state._entries import Absent, Expiring, Layer, Stored, StoredOrGone, Value
 from lab_state._order import Chunk, corrected, in_range
 from lab_state._plain import Plain
-from lab_state._state import State, is_due
+from lab_state._state import State
+from lab_state._state._contents import is_due
 from lab_state._undo import UndoView
 from lab_state._values import encode_value
 from lab_state.exceptions import ClosedError, InvalidValueError

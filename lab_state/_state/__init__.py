@@ -1,0 +1,342 @@
+"""The map in memory: entries, unflushed changes, revisions. Pure and synchronous.
+
+Theory of operation. `entries` maps keys to stored values. A scalar is stored as it is.
+Any other value is stored as its JSON, so no object of a caller is shared. `changes` holds
+the keys that changed since the last commit took the changes away: each with its stored
+value, or with `DELETED` or `EXPIRED`. If `cleared` is set, all older keys were deleted
+before these changes. A commit takes the changes by putting an empty dict in their place
+(`take`). If the commit fails, they are put back (`put_back`). A newer change of a key
+replaces an older one.
+
+A snapshot needs a view that does not change while writers go on. `freeze` returns the dict
+itself as the view, and puts an `Overlay` over it that takes the writes. Afterwards `fold`
+merges them into the dict in small steps. So the cost of both is independent of the size of
+the state. Reading and writing `entries` works the same with and without an overlay.
+
+A value that expires stays in `entries` until a sweep removes it. So each read calls `alive`,
+and `count`, `names` and `count_in` leave out keys that are due.
+
+The keys in order of code points are in an index (`_order`), which exists from the first call on that
+needs an order. Each method that adds or removes a key notes the key for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import filterfalse
+from typing import Literal, cast
+
+from lab_state._entries import (
+    DELETED,
+    EXPIRED,
+    Absent,
+    ChangeSet,
+    Expiring,
+    Layer,
+    Overlay,
+    Staged,
+    Stored,
+    StoredOrGone,
+    Value,
+)
+from lab_state._expiry import Expiries
+from lab_state._order import CHUNKS_AT_ONCE, Index
+from lab_state._state._contents import Keys, OnChange, is_due
+from lab_state._state._ordered import Ordered, deleted
+
+WATCHED_CLEAR = 10_000
+"""While there is a watch, a clear of at most this many keys deletes them one by one, so that each is reported."""
+
+
+class State(Ordered):
+    """The map of one manager: its changes, and the views for snapshots. `Contents` lists the attributes."""
+
+    __slots__ = ()
+
+    # Changes
+
+    def before_change(self) -> None:
+        """Prepare a change. If it is the first after a `take`, note its time and call `on_first_change`."""
+        if self.revision == self.taken:
+            self.since = self.monotonic()
+            if self.on_first_change is not None:
+                self.on_first_change()
+
+    def set(self, key: str, stored: Stored) -> int:
+        """Store one value, and return the new revision."""
+        return self.apply({key: stored}, cleared=False)
+
+    def keep_decoded(self, key: str, stored: Stored, same: Value) -> None:
+        """Replace a stored value by the same value in decoded form. This is not a change, and has no revision."""
+        # An overlay would treat it as a write. A value that expires is inside an `Expiring`, and stays as it is.
+        if self.entries.__class__ is dict and self.entries[key] is stored:
+            self.entries[key] = same
+
+    def set_many(self, values: Mapping[str, Value]) -> int:
+        """Store values that do not expire, as one change, and return the new revision."""
+        entries = self.entries
+        if not isinstance(entries, dict) or self.on_change is not None:
+            return self.apply(values, cleared=False)
+        if self.views:
+            self.before_overwrite(values)
+        self.before_change()
+        self.revision += 1
+        if self.expiries:
+            for key in values:
+                self.expiries.discard(key)
+        if self.index is not None:
+            self.index.note_many(filterfalse(entries.__contains__, values))
+        entries.update(values)
+        self.changes.update(values)
+        self._stored_more += len(values) - 1
+        return self.revision
+
+    def delete_many(self, keys: Iterable[str]) -> int:
+        """Delete those of the keys that exist, as one change, and return their number."""
+        found = {key for key in keys if self.has(key)}
+        self._drop(found, DELETED)
+        return len(found)
+
+    def _drop(self, keys: Iterable[str], how: Literal[Absent.DELETED, Absent.EXPIRED]) -> None:
+        if keys:
+            self.apply(dict.fromkeys(keys, how), cleared=False)
+
+    def clear(self) -> int:
+        """Delete all keys, and return their number. The cost does not depend on that number."""
+        count = self.count()
+        if len(self.entries):
+            self.apply({}, cleared=True)
+        return count
+
+    def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
+        """Make several changes as one, and return the new revision.
+
+        Args:
+            changes: The changes by key. A key that is deleted must exist.
+            cleared: Whether to delete all keys first.
+        """
+        if cleared and self.on_change is not None and len(self.entries) <= WATCHED_CLEAR:
+            changes, cleared = {**dict.fromkeys(self.entries, DELETED), **changes}, False
+        if self.views and not cleared:
+            self.before_overwrite(changes)
+        self.before_change()
+        self.revision += 1
+        if cleared:
+            self.deleted += len(self.entries)
+            self._empty()
+        absent = 0
+        entries, mine, expiries = self.entries, self.changes, self.expiries
+        self.note_many([key for key, to in changes.items() if isinstance(to, Absent) or key not in entries])
+        for key, stored in changes.items():
+            if isinstance(stored, Absent):
+                del entries[key]
+                expiries.discard(key)
+                absent += 1
+            else:
+                if isinstance(stored, Expiring):
+                    expiries.add(key, stored.at)
+                elif key in expiries:
+                    expiries.discard(key)
+                entries[key] = stored
+            mine[key] = stored
+        self.deleted += absent
+        self._stored_more += len(changes) - absent - 1
+        if self.on_change is not None:
+            self._report(self.on_change, changes, cleared=cleared)
+        return self.revision
+
+    def _report(self, on_change: OnChange, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> None:
+        """Report a change to the watches."""
+        if cleared:
+            on_change(None, DELETED, self.revision)
+        for key, stored in changes.items():
+            on_change(key, stored, self.revision)
+
+    def switch(
+        self,
+        top: dict[str, StoredOrGone],
+        changes: dict[str, StoredOrGone],
+        *,
+        size: int,
+        absent: int,
+        stale: Expiries,
+        fresh: Expiries,
+        moved: Keys,
+        cleared: bool,
+    ) -> int:
+        """Make many prepared changes as one, at once, and return the new revision. The state keeps both dicts.
+
+        Args:
+            top: The changes by key. A key that is deleted must exist. With `cleared` there is none.
+            changes: The same changes in another dict. Without `cleared` it has the unflushed changes of other
+                keys, too.
+            size: The number of keys after the change.
+            absent: The number of keys that are deleted, apart from those of `cleared`.
+            stale: The keys that had an expiry; see `Expiries.replace`.
+            fresh: The keys that get an expiry.
+            moved: The keys that are added or removed, for the index. Other keys may be among them.
+            cleared: Whether to delete all keys first.
+        """
+        self.before_change()
+        self.revision += 1
+        self.deleted += absent
+        self._stored_more += len(top) - absent - 1
+        keys, values = (list(top), list(top.values())) if self.on_changes is not None else ((), ())
+        if cleared:
+            self.deleted += len(self.entries)
+            self._empty()
+            self.entries = cast("dict[str, Stored]", top)
+        elif isinstance(self.entries, dict) and not self.entries:
+            self.entries = cast("dict[str, Stored]", top)  # there was no key that could be deleted
+        else:
+            entries = self.entries
+            assert not isinstance(entries, Staged)  # the caller has merged it
+            self.entries = Staged(cast("dict[str, Stored] | Overlay", entries), top, size)
+        self.free(self.changes)
+        self.changes = changes
+        if self.index is not None:
+            self.index.take_over(moved)
+        if stale or fresh:
+            self.expiries.replace(stale, fresh)
+        if self.on_change is not None and self.on_changes is not None:
+            if cleared:
+                self.on_change(None, DELETED, self.revision)
+            self.on_changes(keys, values, self.revision)
+        self.on_staged()
+        return self.revision
+
+    def _empty(self) -> None:
+        if self.views:
+            self.before_overwrite(None)
+        entries, changes, index = self.entries, self.changes, self.index
+        self.entries, self.changes, self.index = {}, {}, None
+        if index is not None:
+            self.free(index.release(), CHUNKS_AT_ONCE)
+        for unneeded in (changes, *self.expiries.clear()):
+            self.free(unneeded)
+        self._release_entries(entries)
+        self.cleared = True
+
+    def _release_entries(self, entries: dict[str, Stored] | Layer) -> None:
+        if isinstance(entries, dict):
+            self.release(entries)
+            return
+        self.release(entries.top)
+        if isinstance(entries, Staged):  # below an `Overlay`, a view is still being read
+            self._release_entries(entries.view)
+
+    def sweep(self, most: int) -> int:
+        """Delete expired keys, as one change. Return the number of keys that were examined, up to `most`."""
+        now, entries = self.now(), self.entries
+        keys = self.expiries.take(now, most)
+        found = [key for key in keys if is_due(entries, key, now)]  # the entry decides, not the index
+        self._drop(found, EXPIRED)
+        self.deleted -= len(found)
+        self.swept += len(found)
+        return len(keys)
+
+    def untaken(self) -> ChangeSet:
+        """Return the changes that `take` would take away."""
+        time, wall = (self.now(), self.wall()) if self.expiries else (0, 0)
+        return ChangeSet(self.taken, self.revision, self.cleared, self.changes, self.since, time, wall)
+
+    def take(self, taken: ChangeSet | None = None) -> ChangeSet:
+        """Take the changes away for a commit, and return them.
+
+        Args:
+            taken: The result of `untaken`, called just before. A caller that keeps it can call
+                `put_back` with it if this method is interrupted, and no change is lost.
+        """
+        if taken is None:
+            taken = self.untaken()
+        if self.index is not None:
+            self._end_window(self.index)
+        self.cleared = False  # first, because `put_back` drops everything older than a clear
+        self.changes, self.taken = {}, self.revision
+        return taken
+
+    def _end_window(self, index: Index) -> None:
+        """Tell the index that `changes` is emptied. Drop it if it was not used for so long that it is of no use."""
+        index.forget_gone(self.entries)
+        if index.is_too_old(self.entries):
+            self.free(index.release(), CHUNKS_AT_ONCE)
+            self.index = None
+
+    def put_back(self, taken: ChangeSet) -> None:
+        """Put the changes of a failed commit back. Newer changes stay. A second call changes nothing."""
+        if not self.cleared:
+            if self.index is not None:
+                self.index.note_gone(deleted(taken.changes))
+            older, newer = taken.changes, self.changes
+            if len(newer) <= len(older):  # the smaller dict is copied into the larger one
+                older.update(newer)
+                self.changes = older
+            else:
+                for key, changed in older.items():
+                    newer.setdefault(key, changed)
+            self.cleared = taken.cleared
+        self.taken, self.since = taken.start, taken.since
+
+    def freeze(self) -> dict[str, Stored]:
+        """Return a view of the entries, which does not change until `fold` is called with it.
+
+        The first view costs nothing. A second view at the same time is a copy of the state.
+        That happens when a sync fails while a checkpoint runs. If a change of many keys is
+        still to be merged, that is done here, in one step; see `fold_staged`.
+        """
+        if isinstance(self.entries, Staged):
+            self.entries.fold(sys.maxsize)
+            self.entries = self.entries.view
+        if isinstance(self.entries, Overlay):
+            return dict(self.entries.items())
+        view = self.entries
+        assert isinstance(view, dict)  # a draft is never frozen
+        self.entries = Overlay(view)
+        return view
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a view would cost more than nothing: there is one, or many changes are still to be merged."""
+        return isinstance(self.entries, Overlay)
+
+    def note_copied(self, view: dict[str, Stored]) -> None:
+        """Note that no value of a view keeps a loaded buffer alive. Do nothing if the view is not the present one."""
+        if self._over(view) is not None:
+            self.borrowed = False
+
+    def fold(self, view: dict[str, Stored], most: int) -> bool:
+        """Merge about `most` of the writes since `freeze` into the view. Return whether there are more."""
+        overlay = self._over(view)
+        if overlay is not None:
+            if overlay.fold(most):
+                return True
+            if isinstance(self.entries, Staged):
+                self.entries.rest_on(view)
+            else:
+                self.entries = view
+        return False
+
+    def _over(self, view: dict[str, Stored]) -> Overlay | None:
+        """Return the layer over a view; `None` if there is none."""
+        entries: object = self.entries
+        if isinstance(entries, Staged):
+            entries = entries.view
+        return entries if isinstance(entries, Overlay) and entries.view is view else None
+
+    def has_as_base(self, view: dict[str, Stored]) -> bool:
+        """Return whether a map is the one that the entries are in, alone or below the changes that are to be merged."""
+        entries = self.entries
+        return entries is view or (isinstance(entries, Staged) and entries.view is view)
+
+    def fold_staged(self, most: int) -> bool:
+        """Merge about `most` of the changes of `switch` into the map below, and into the index of expiries.
+
+        Return whether there are more.
+        """
+        settling, entries = self.expiries.settle(most), self.entries
+        if isinstance(entries, Staged):
+            if entries.fold(most):
+                return True
+            self.entries = entries.view
+        return settling

@@ -1,0 +1,203 @@
+"""The contents of a state, and their expiry. Pure and synchronous."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeAlias, cast
+
+from lab_state._entries import (
+    MISSING,
+    Absent,
+    Expiring,
+    Layer,
+    Stored,
+    StoredOrGone,
+    Value,
+)
+from lab_state._expiry import Expiries
+from lab_state._order import Index
+from lab_state._undo import Views
+from lab_state.shared._results import ResultTable
+
+Keys: TypeAlias = set[str]
+
+OnChanges: TypeAlias = Callable[[Sequence[str], Sequence[StoredOrGone], int], None]
+"""A callback that gets keys, their new values in the same order, and the revision. The callee keeps both sequences."""
+
+OnChange: TypeAlias = Callable[[str | None, StoredOrGone, int], None]
+"""A callback that gets a key, its new value or `DELETED` or `EXPIRED`, and the revision.
+
+The key is `None` if all keys were deleted at once.
+"""
+
+
+def no_clock() -> float:
+    """Return 0.0. It is used in place of a clock where time must not pass."""
+    return 0.0
+
+
+def ignore(*_: object) -> None:
+    """Do nothing, in place of a callback."""
+
+
+class Contents:
+    """The map of one manager.
+
+    Attributes:
+        entries: Stored values by key. `clear`, `freeze` and `fold` replace this object:
+            read the attribute each time.
+        changes: The keys that changed since the last `take`.
+        cleared: Whether all keys were deleted before `changes`.
+        revision: The number of the last change.
+        taken: The revision up to which changes were taken.
+        since: The time of the oldest change that was not taken, in seconds of
+            `monotonic`.
+        deleted: The number of keys that were deleted since the state was loaded.
+        swept: The number of keys that were deleted by sweeps.
+        expiries: The index of keys that expire.
+        monotonic: The clock that never goes back.
+        on_change: A callback after each change, if there is a watch. The hot path of `set`
+            calls it, too.
+        on_changes: A callback after a change of many keys, if there is a watch.
+        on_staged: A callback after a change of many keys, which `fold_staged` has to merge.
+        on_first_change: A callback before the first change after a `take`, or `None`.
+        index: The keys in order of code points; `None` until a call needs it. See `_order`.
+        free: A callback that gets a map that is no longer needed, and may be large, and perhaps the number of
+            items to free in one step.
+        results: The results of calls of other processes that were loaded, if there are any. Each
+            snapshot has them.
+        borrowed: Whether values may be views of the buffer from which they were loaded, and
+            keep it alive.
+        views: The views that `items()` reads. If the list is not empty, `before_overwrite`
+            has to be called before each change.
+        on_views: A callback after the first of these views was opened, and after the last one was closed.
+    """
+
+    has_steps: ClassVar[bool] = True
+    """Whether calls for many keys may go in steps. Those of a draft may not, because no call of a transaction awaits."""
+
+    __slots__ = (
+        "_epoch",
+        "_held",
+        "_loaded_revision",
+        "_stored_more",
+        "_wall_clock",
+        "borrowed",
+        "changes",
+        "cleared",
+        "deleted",
+        "entries",
+        "expiries",
+        "free",
+        "index",
+        "monotonic",
+        "on_change",
+        "on_changes",
+        "on_first_change",
+        "on_staged",
+        "on_views",
+        "results",
+        "revision",
+        "since",
+        "swept",
+        "taken",
+        "views",
+    )
+
+    def __init__(
+        self,
+        monotonic: Callable[[], float] = no_clock,
+        start: float = 0.0,
+        wall_clock: Callable[[], float] = no_clock,
+    ) -> None:
+        """Make an empty state.
+
+        Args:
+            monotonic: The clock that never goes back. Without it, the time of the state does not advance.
+            start: The time of the state now, in seconds since 1970.
+            wall_clock: The wall clock, in seconds since 1970.
+        """
+        self.monotonic: Callable[[], float] = monotonic
+        self._wall_clock = wall_clock
+        self._epoch = start - monotonic()
+        self.on_change: OnChange | None = None
+        self.on_changes: OnChanges | None = None
+        self.on_staged: Callable[[], object] = no_clock
+        self.on_first_change: Callable[[], object] | None = None
+        self.free: Callable[..., object] = ignore
+        self.results: ResultTable | None = None
+        self.views: Views[Stored] = []
+        self.on_views: Callable[[], object] = no_clock
+        self._held: list[dict[Any, Any]] = []
+        self.load({}, 0)
+
+    def load(self, entries: dict[str, Stored], revision: int, expires: Mapping[str, int] | None = None) -> None:
+        """Replace the contents by loaded ones, which count as taken. `expires` has times in milliseconds since 1970."""
+        self.entries: dict[str, Stored] | Layer = entries
+        self.index: Index | None = None
+        self.borrowed: bool = bool(entries)
+        self.changes: dict[str, StoredOrGone] = {}
+        self.cleared: bool = False
+        self.revision: int = revision
+        self.taken: int = revision
+        self.since: float = self.monotonic()
+        self.deleted: int = 0
+        self.swept: int = 0
+        self._loaded_revision = revision
+        self._stored_more = 0  # see `stored`
+        self.expiries: Expiries = Expiries(0 if expires else self.now())  # keys that are overdue keep their second
+        for key, at in (expires or {}).items():
+            entries[key] = Expiring(cast("Value", entries[key]), at)
+            self.expiries.add(key, at)
+
+    @property
+    def stored(self) -> int:
+        """The number of values stored since the state was loaded.
+
+        A `set` adds one to the revision, and stores one value. Every other change adds the number
+        of its values, less one, to `_stored_more`. So the sum below is exact, and `set` does not
+        have to count. A counter would make `set` 3 % slower: an increment took 52 ns, and a `set`
+        1,560 ns, in the same process.
+        """
+        return self.revision - self._loaded_revision + self._stored_more
+
+    # Time
+
+    def now(self) -> int:
+        """Return the time for expiry, in milliseconds since 1970: the time at the start plus the time since then."""
+        return int((self._epoch + self.monotonic()) * 1000)
+
+    def wall(self) -> int:
+        """Return the time of the wall clock, in milliseconds since 1970. The next start continues from it."""
+        return int(self._wall_clock() * 1000)
+
+    def alive(self, expiring: Expiring) -> Value | Literal[Absent.MISSING]:
+        """Return the value if it has not expired, and `MISSING` otherwise."""
+        return expiring.value if expiring.at > self.now() else MISSING
+
+    def has(self, key: str) -> bool:
+        """Return whether a key exists."""
+        if key not in self.entries:
+            return False
+        return not self.expiries or self._lives(key)
+
+    def _lives(self, key: str) -> bool:
+        stored = self.entries[key]
+        return not isinstance(stored, Expiring) or self.alive(stored) is not MISSING
+
+    def count(self) -> int:
+        """Return the number of keys. The cost depends only on the number of keys that expire in the current second."""
+        return len(self.entries) - (self.expiries.due(self.now()) if self.expiries else 0)
+
+    @property
+    def expires(self) -> bool:
+        """Whether any key expires."""
+        return bool(self.expiries)
+
+
+def is_due(entries: dict[str, Stored] | Layer, key: str, now: int) -> bool:
+    """Return whether the entry of a key exists and has expired."""
+    if key not in entries:
+        return False
+    stored = entries[key]
+    return isinstance(stored, Expiring) and stored.at <= now

@@ -1,0 +1,171 @@
+"""The keys of a state in order, and the views that `items()` reads. Pure and synchronous."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
+from typing import Any, cast
+from weakref import ref
+
+from lab_state._entries import (
+    Absent,
+    Expiring,
+    Layer,
+    Stored,
+    StoredOrGone,
+)
+from lab_state._order import Chunk, Index, in_range
+from lab_state._state._contents import Contents
+from lab_state._undo import UndoView, noted, open_ones
+
+
+class Ordered(Contents):
+    """Contents whose keys are in order, and can be read as they were at one moment."""
+
+    __slots__ = ()
+
+    # Order
+
+    def note(self, key: str) -> None:
+        """Note that a key was added or removed; see `_order`."""
+        if self.index is not None:
+            self.index.note(key)
+
+    def note_many(self, keys: Iterable[str]) -> None:
+        """Note that keys may have been added or removed; see `_order`."""
+        if self.index is not None:
+            self.index.note_many(keys)
+
+    def _index(self) -> Index:
+        """Return the index, made if there is none."""
+        if self.index is None:
+            base, touched = self.entries, set[str]()
+            while isinstance(base, Layer):
+                touched.update(base.top)
+                base = cast("dict[str, Stored] | Layer", base.base)  # a draft has no index of its own
+            self.index = Index(base, touched, deleted(self.changes))
+        return self.index
+
+    @property
+    def is_index_behind(self) -> bool:
+        """Whether `index_steps` has something to do."""
+        return self._index().is_building or self._index().batches > 0
+
+    def index_steps(self) -> Generator[None]:
+        """Build the index, or bring it up to date, in steps of a few milliseconds."""
+        while self._index().is_building:
+            self._index().build_some()
+            yield
+        for _ in range(self._index().batches):  # not until none is left: writers may add more all the time
+            self._index().settle(self.entries)
+            yield
+
+    def page(self, low: str, high: str | None, limit: int | None = None, *, reverse: bool = False) -> list[str]:
+        """Return keys as `names` does, with those that have expired."""
+        return self._index().page(self.entries, low, high, limit, reverse=reverse)
+
+    def pieces(self, low: str, high: str | None) -> list[Chunk]:
+        """Return the keys in a range, with those that have expired, as sorted tuples.
+
+        Each has 1 key or more, and is above the one before. The cost is O(log n), and some
+        nanoseconds for each 256 keys, if the index is not behind.
+        """
+        return self._index().pieces(self.entries, low, high)
+
+    def held_in(self, low: str, high: str | None) -> int:
+        """Return the number of keys in a range, with those that have expired."""
+        return self._index().count(self.entries, low, high)
+
+    def due_in(self, low: str, high: str | None) -> int:
+        """Return the number of keys in a range that have expired, and are not removed yet."""
+        return len(in_range(self.expiries.due_keys(self.now()), low, high)) if self.expiries else 0
+
+    def count_in(self, low: str, high: str | None) -> int:
+        """Return the number of keys in a range that have not expired.
+
+        The cost is O(log n), and one step for each key of the state that has expired and is not removed yet.
+        """
+        return self.held_in(low, high) - self.due_in(low, high)
+
+    def names(self, low: str, high: str | None = None, limit: int | None = None, *, reverse: bool = False) -> list[str]:
+        """Return the keys in a range that have not expired, in order of code points.
+
+        Args:
+            low: No key is below this. `_order.bounds` makes both bounds.
+            high: Each key is below this, unless it is `None`.
+            limit: Return only this many keys.
+            reverse: Whether to begin with the highest key.
+        """
+        found = self.page(low, high, limit, reverse=reverse)
+        if not self.expires:
+            return found
+        names = self.living(found)
+        while limit is not None and len(names) < limit == len(found):  # expired keys took places in the page
+            low, high = (low, found[-1]) if reverse else (found[-1] + "\0", high)
+            found = self.page(low, high, limit, reverse=reverse)
+            names += self.living(found)
+        return names[:limit]
+
+    def living(self, keys: list[str]) -> list[str]:
+        """Return those of some keys with an entry that have not expired."""
+        entries, now = self.entries, self.now()
+        return [key for key in keys if not (isinstance(stored := entries[key], Expiring) and stored.at <= now)]
+
+    # Views of `items()`
+
+    def view(self) -> UndoView[Stored]:
+        """Open a view of the entries as they are now. It is closed by `close_view`, or when it is collected."""
+        view = UndoView(self)
+        self.views.append(ref(view))
+        self.on_views()
+        return view
+
+    def close_view(self, view: UndoView[Stored]) -> None:
+        """Close a view. A second call does nothing."""
+        view.close()
+        self._open_views()
+
+    def close_views(self) -> None:
+        """Close each view, because the state is no longer used."""
+        for view in self._open_views():
+            self.close_view(view)
+
+    def before_overwrite(self, keys: Iterable[str] | None) -> None:
+        """Keep the values of keys for the open views. Call it before these keys change, if `views` is not empty.
+
+        Args:
+            keys: The keys that are stored or deleted; `None` if all keys are deleted at once.
+        """
+        for view in self._open_views():
+            if keys is None:
+                view.keep()
+            else:
+                view.note(keys)
+
+    def prepare_overwrite(self, keys: Collection[str]) -> Iterator[None]:
+        """Do the work of `before_overwrite` for many keys, in steps, and yield between two steps.
+
+        No other code may change these keys during the steps. At the end change them before other code runs.
+        """
+        return noted(self.views, keys)
+
+    def release(self, large: dict[Any, Any]) -> None:
+        """Free a map in steps, once no view is open that may read it."""
+        if self._open_views():
+            self._held.append(large)
+        else:
+            self.free(large)
+
+    def _open_views(self) -> list[UndoView[Stored]]:
+        """Return the open views. If there is none, free the maps that only views needed."""
+        found = open_ones(self.views)
+        if not found:
+            held, self._held = self._held, []
+            for large in held:
+                self.free(large)
+            self.on_views()
+        return found
+
+
+def deleted(changes: Mapping[str, StoredOrGone]) -> list[str]:
+    """Return the keys that changes delete."""
+    return [key for key, to in changes.items() if isinstance(to, Absent)]
