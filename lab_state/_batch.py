@@ -184,7 +184,7 @@ class Batch:
         top, changes = self._top, self._changes
         if state.views and late:
             state.before_overwrite(late)
-        if len(top) < MANY:
+        if self._is_few or len(top) < MANY:  # few changes brought no times with them; see `_place`
             if top or (self._cleared and len(state.entries)):
                 return state.apply(top, cleared=self._cleared)
             return None

@@ -325,3 +325,16 @@ def test_a_batch_is_one_change() -> None:
             phases=[Phase.generate],
         ),
     )
+
+
+def test_few_changes_that_become_many_end_their_expiries() -> None:
+    """A key that is stored while the batch waits to begin may make it large. Its expiry, and those of the others, end with it."""
+    state = State()
+    for key in ("a/1", "a/2"):
+        state.set(key, Expiring(1, 1_000))
+    batch = Batch(state, dict.fromkeys(["a/1", "a/2"], DELETED), prefix="a/")
+    batch.before("a/3")
+    state.set("a/3", Expiring(1, 1_000))
+    assert list(batch.prepare()) == []
+    assert batch.switch() == 4
+    assert state.count() == state.expiries.due(2_000) == 0
