@@ -1,8 +1,8 @@
 """A change of many keys: prepared in steps, then made at once. Pure and synchronous.
 
 Theory of operation. `Batch.prepare` puts the changes into two new dicts: one becomes the top
-layer of the entries, the other the unflushed changes. It also counts which keys are new. The
-state does not change meanwhile, so a caller may stop between two steps, and nothing happened.
+layer of the entries, the other the unflushed changes. It also counts the new keys. The state
+does not change meanwhile. So a caller may stop between two steps, and nothing has changed.
 `Batch.switch` then gives both dicts to the state, in one short step: readers see all of the
 changes, or none. Later the state merges the layer into its map in steps (`State.fold_staged`).
 
@@ -24,7 +24,7 @@ from lab_state._state import WATCHED_CLEAR, State
 T = TypeVar("T")
 
 MANY = 1_000
-"""A call with this many keys is done in steps. A smaller one is done at once, and never gives the loop back."""
+"""A call with this many keys is done in steps. A smaller one is done in one step, during which the event loop does not run."""
 
 STEP = 500
 """The number of keys of one step. It takes about 0.2 ms, and four times as long if they expire."""
@@ -48,14 +48,14 @@ class Batch:
         lifetime: int | None = None,
         cleared: bool = False,
     ) -> None:
-        """Begin. Nothing is prepared yet.
+        """Begin a batch. Nothing is prepared yet.
 
         Args:
             state: The state.
             source: The changes; see the attribute.
-            prefix: The prefix whose keys are all in `source`, to be deleted. A key with this prefix that is stored
+            prefix: A prefix, if `source` deletes all of its keys. A key with this prefix that is stored
                 during the steps is deleted, too.
-            lifetime: How long the values live, in milliseconds from `prepare` on. Without it they keep
+            lifetime: The time to live of the values, in milliseconds from `prepare` on. Without it they keep
                 the expiry that they have in `source`.
             cleared: Whether to delete all keys first. Then `source` has no deleted keys.
         """
@@ -73,7 +73,7 @@ class Batch:
         self._index = state.index
         self._moved: set[str] = set()  # keys that are added or removed, if there is an index
         self._stale = Expiries(0)  # the expiries that end with the change
-        self._fresh = Expiries(0)  # those that it brings
+        self._fresh = Expiries(0)  # the expiries that begin with it
         self._late: set[str] = set()  # keys that other code has changed; they are placed in the step of the switch
         self._older: tuple[dict[str, StoredOrGone], int] | None = None  # the older changes that are in `_changes`
 
@@ -91,9 +91,9 @@ class Batch:
                 self._added -= 1
 
     def prepare(self) -> Iterator[None]:
-        """Prepare, and yield between two steps. When it ends, call `switch` in the same step.
+        """Prepare the change in steps, and yield between two steps. After the last step, call `switch` before other code runs.
 
-        With less than `MANY` changes it does not yield.
+        With fewer than `MANY` changes it does not yield.
         """
         state = self._state
         self._at = None if self._lifetime is None else state.now() + self._lifetime
@@ -105,7 +105,7 @@ class Batch:
             self._is_few = True
             self._place(self.source.items())
             return
-        while state.fold_staged(STEP):  # there is at most one such layer
+        while state.fold_staged(STEP):  # a state has at most one staged layer
             yield
         for number, part in enumerate(in_parts(self.source.items())):
             if number:
@@ -120,7 +120,7 @@ class Batch:
                 return
 
     def _place(self, part: Iterable[tuple[str, StoredOrGone]]) -> None:
-        """Add some of the changes to both dicts, as far as they have an effect."""
+        """Add some of the changes to both dicts. Leave out changes without an effect."""
         state, top, changes, late = self._state, self._top, self._changes, self._late
         entries: Container[str] = () if self._cleared else state.entries
         expiries, at = state.expiries, self._at

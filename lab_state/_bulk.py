@@ -1,7 +1,8 @@
 """`Bulk`: the turn of a call that changes many keys in steps.
 
-Other writers wait for it, as they do for a transaction, and so they come before or after it.
-`set_nowait` and the like cannot wait. They come before it; see `Batch.before`.
+Other writers wait for it, as they wait for a transaction. So each of their changes is ordered before or
+after the whole call. `set_nowait` and similar calls cannot wait. Their changes are ordered before the
+call; see `Batch.before`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ class Bulk:
         return self._core.transaction is self
 
     def end(self) -> None:
-        """Do nothing. The next step finds that the turn is over."""
+        """Do nothing. The next step of the call notices that the turn is over."""
 
     def check(self) -> None:
         """Check that the manager was not stopped meanwhile.
 
         Raises:
-            ClosedError: It was. Nothing was changed.
+            ClosedError: The manager was stopped. Nothing was changed.
         """
         if not self.is_held:
             self._core.check_process()
@@ -51,7 +52,7 @@ class Bulk:
 
         Args:
             durability: The durability of the manager at the beginning of the call.
-            collect: A function that adds the changes to the batch, when it is the turn of this call.
+            collect: A function that adds the changes to the batch. It is called when this call has the turn.
         """
         core = self._core
         if core.durability is not durability:
@@ -69,7 +70,7 @@ class Bulk:
 
 
 async def run_in_steps(steps: Iterator[None], check: Callable[[], object]) -> None:
-    """Run steps. The event loop runs after each of them. After that `check` is called, which may raise."""
+    """Run all steps. After each step let the event loop run, and then call `check`, which may raise an error."""
     for _ in steps:
         await asyncio.sleep(0)
         check()

@@ -1,4 +1,4 @@
-"""`Calls`: the calls whose change depends on what is there, and those that wait for durability.
+"""`Calls`: the calls whose change depends on the old value, and the calls that wait for durability.
 
 With the calls of `_reads.py` and `_writing.py` they are the base of the manager. Each call is written
 once, for the keys under a prefix.
@@ -33,10 +33,10 @@ class Calls(Writing):
     A write that changes nothing returns at once, as a read does.
 
     Once the manager knows that a newer writer owns the state, each write raises
-    `FencedError` and changes nothing, whatever `Config.flush_interval` is. This is so for
-    writes that would change nothing too. Reads go on. If other code has cancelled the flush
-    task of the manager, each write raises `UnavailableError` in the same way until `stop()`;
-    see `Status.task_failure`.
+    `FencedError` and changes nothing, whatever `Config.flush_interval` is. A write that would
+    change nothing raises it, too. Reads go on. If other code has cancelled the flush task of the
+    manager, each write raises `UnavailableError` in the same way until `stop()`; see
+    `Status.task_failure`.
 
     Each call raises `ClosedError` before `start()` and after `stop()`. Each call with a key
     raises `InvalidKeyError` unless the key is a `str` of 1 to 1,024 characters, without NUL
@@ -46,9 +46,9 @@ class Calls(Writing):
     be flushed anyway does not check the loop.
 
     A call whose name ends in `_nowait` is the same call without `await`, for callbacks and other
-    synchronous code on the event loop. Reads never wait, so there is one for each read; that of
-    `exists` is `in`. There are three for writes: `set_nowait`, `delete_nowait` and `update_nowait`.
-    They change memory and return, and the change becomes durable with the next flush.
+    synchronous code on the event loop. Each read has such a call; in place of `exists`, it is `in`.
+    Three writes have one: `set_nowait`, `delete_nowait` and `update_nowait`. They change memory and
+    return, and the change becomes durable with the next flush.
     """
 
     __slots__ = ()
@@ -66,8 +66,8 @@ class Calls(Writing):
 
         Args:
             key: The key.
-            default: The result when the key is missing; see `get`.
-            type: The type to decode the value as; see `get`.
+            default: The result if the key is missing; see `get`.
+            type: The type of the result; see `get`.
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
@@ -106,17 +106,17 @@ class Calls(Writing):
             fn: A plain function that is given the value and returns the new one. If it
                 raises, nothing changes. If it changes this key itself, with `set_nowait`,
                 its result overwrites that.
-            default: The argument of `fn` when the key is missing.
-            type: The type to decode the value as; the new value must be one too.
-            ttl: How long the key lives from now on; see `set`. Without it, or with `None`,
-                a key that is there keeps its time: it expires when it would have, or never.
-                To let a key live for good, use `touch(key, None)`.
+            default: The argument of `fn` if the key is missing.
+            type: The type to decode the value as; the new value must have it, too.
+            ttl: The time until the key expires, from now on; see `set`. Without it, or with
+                `None`, an existing key keeps its expiry, or stays without one. To remove the
+                expiry of a key, use `touch(key, None)`.
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored or the new value is not a `type`.
-            InvalidValueError: The new value cannot be kept, is an awaitable, or is
-                `None` where the old one was not: a forgotten `return`. Or `ttl` is out of
+            InvalidValueError: The new value cannot be kept, is an awaitable, or is `None`
+                although the old one was not: `fn` lacks a `return`. Or `ttl` is out of
                 bounds.
             TypeError: `fn` is not callable; or see `get` and `set`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
@@ -154,8 +154,8 @@ class Calls(Writing):
             key: The key.
             factory: A plain function, called only when the key is missing. If it sets this
                 key itself, with `set_nowait`, its result overwrites that.
-            type: The type to decode the value as; the result of `factory` must be one too.
-            ttl: How long the key lives if the result of `factory` is stored; see `set`.
+            type: The type to decode the value as; the result of `factory` must have it, too.
+            ttl: The time until the key expires, if the result of `factory` is stored; see `set`.
 
         Raises:
             TypeMismatchError: The stored or the new value is not a `type`.
@@ -180,7 +180,7 @@ class Calls(Writing):
         Args:
             key: The key.
             value: The value; see `set`.
-            ttl: How long the key lives if the value is stored; see `set`.
+            ttl: The time until the key expires, if the value is stored; see `set`.
 
         Raises:
             InvalidValueError: JSON cannot hold the value, or `ttl` is out of bounds.
@@ -219,11 +219,11 @@ class Calls(Writing):
         Args:
             key: The key.
             delta: The number to add. It may be negative.
-            type: `int` or `float`, or a type of such a number: what to decode the stored
-                number as. The new number must be one too.
-            default: The number to start from when the key is missing.
-            ttl: How long the key lives if it is missing; see `set`. A key that is there
-                keeps its time, so the number can count what happens in a period of time.
+            type: `int` or `float`, or another type of a number. The stored number is decoded
+                as this type, and the new number must have it, too.
+            default: The number to start from if the key is missing.
+            ttl: The time until the key expires, if the key is missing; see `set`. An existing
+                key keeps its expiry. So the number can count the events of a period.
 
         Raises:
             TypeMismatchError: The stored value is not a number, or the stored or the new
@@ -255,8 +255,8 @@ class Calls(Writing):
 
     # Without waiting
 
-    # These are for callbacks and other synchronous code on the event loop. Each runs the call
-    # without `_nowait` to its end: `_check_nowait` makes sure that the call does not have to wait.
+    # These calls are for callbacks and other synchronous code on the event loop. Each runs the call
+    # without `_nowait` to its end. `_check_nowait` has checked that this call does not have to wait.
 
     def set_nowait(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:
         """Store a value, without waiting, and return the revision.
@@ -264,7 +264,7 @@ class Calls(Writing):
         Args:
             key: The key.
             value: The value; see `set`.
-            ttl: How long the key lives; see `set`.
+            ttl: The time until the key expires; see `set`.
 
         Raises:
             RuntimeError: This is not the event loop of `start()`, `flush_interval` is 0, or a
@@ -276,7 +276,7 @@ class Calls(Writing):
         return self._now(key, self.set(key, value, ttl=ttl))
 
     def delete_nowait(self, key: str) -> bool:
-        """Delete a key, without waiting, and return whether it was there.
+        """Delete a key, without waiting, and return whether it existed.
 
         Raises:
             RuntimeError: This is not the event loop of `start()`, `flush_interval` is 0, or a
@@ -309,10 +309,11 @@ class Calls(Writing):
 
         Args:
             key: The key.
-            fn: A plain function: value in, value out. If it raises, nothing changes.
-            default: The argument of `fn` when the key is missing.
-            type: The type to decode the value as; the new value must be one too.
-            ttl: How long the key lives from now on; see `update`.
+            fn: A plain function that is given the value and returns the new one. If it raises,
+                nothing changes.
+            default: The argument of `fn` if the key is missing.
+            type: The type to decode the value as; the new value must have it, too.
+            ttl: The time until the key expires, from now on; see `update`.
 
         Raises:
             RuntimeError: This is not the event loop of `start()`, `flush_interval` is 0, or a
@@ -326,10 +327,10 @@ class Calls(Writing):
         return self._now(key, self.update(key, fn, default, type=type, ttl=ttl))
 
     def _check_nowait(self, call: str) -> None:
-        """Make sure that a write need not wait.
+        """Check that a write does not have to wait.
 
         Raises:
-            RuntimeError: It would have to, or this is not the event loop of the manager.
+            RuntimeError: It would have to wait, or this is not the event loop of the manager.
             ClosedError: The manager is not running.
             StorageError: No change can become durable; see `Durability.check_writable`.
         """
@@ -353,7 +354,7 @@ class Calls(Writing):
             )
 
     def _now(self, key: object, call: Coroutine[Any, Any, R]) -> R:
-        """Run a writing call to its end. If a call with many keys has the turn, this change comes before it."""
+        """Run a writing call to its end. If a call with many keys has the turn, order this change before it."""
         core = self._core
         if not isinstance(core.transaction, Bulk):
             return at_once(call)
@@ -368,10 +369,10 @@ class Calls(Writing):
     # Durability
 
     async def flush(self) -> None:
-        """Return when each change made so far is durable.
+        """Wait until each change made so far is durable.
 
-        It writes nothing if nothing changed. Callers at the same time share one write.
-        Cancelling the caller does not cancel the write.
+        If nothing changed, nothing is written. Callers at the same time share one write.
+        If the caller is cancelled, the write goes on.
 
         Raises:
             StorageError: The write failed. The changes stay in memory. The next flush
@@ -384,11 +385,11 @@ class Calls(Writing):
     async def wait_durable(self, revision: int | None = None, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- raised as a StorageError
         """Wait until a revision is durable. Unlike `flush()`, start no flush.
 
-        Cancelling the caller ends the wait and changes nothing.
+        If the caller is cancelled, the wait ends, and nothing changes.
 
         Args:
             revision: The revision that a write returned; by default the last change.
-            timeout: How long to wait, in seconds, 0 or more and finite. `None` waits without
+            timeout: The longest wait, in seconds, 0 or more and finite. `None` waits without
                 a limit.
 
         Raises:
@@ -430,7 +431,7 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def _check_number(name: str, number: object) -> None:
-    """Make sure that an argument of `incr` is a finite number."""
+    """Check that an argument of `incr` is a finite number."""
     if not _is_number(number):
         raise TypeError(f"incr() needs an int or a float as {name}, not {number.__class__.__name__}")
     if isinstance(number, float) and not math.isfinite(number):

@@ -11,8 +11,8 @@ from msgspec import Raw, Struct
 Json = NewType("Json", bytes)
 """The bytes of exactly one JSON value in UTF-8.
 
-Only code that has checked the bytes makes one. So values that are joined with commas are
-as many members of an object as there are values.
+Only code that has checked the bytes makes a `Json`. So several of them, joined with commas, are
+exactly as many values.
 """
 
 Value: TypeAlias = str | int | float | bool | Json | Raw | None
@@ -23,14 +23,14 @@ the loaded buffer. It is exactly one value as well, because the parser found its
 """
 
 SCALARS = frozenset({str, int, float, bool, type(None)})
-"""The classes of values that are stored as they are."""
+"""The classes of values that are stored unchanged."""
 
 
 class Expiring(Struct, frozen=True, gc=False):
-    """A value with its expiry: the key does not exist from `at` on, in milliseconds since 1970.
+    """A value with its expiry. From the time `at` on, in milliseconds since 1970, the key does not exist.
 
-    The garbage collector does not track it. A tracked value makes the dict of the state tracked as
-    well, and then each full collection looks at every key.
+    The garbage collector does not track it. A tracked value would make the dict of the state tracked
+    as well. Then each full collection would look at every key.
     """
 
     value: Value
@@ -133,7 +133,7 @@ class Layer:
 
 
 class Overlay(Layer):
-    """A layer over a map, its view. In the end its writes are merged into the view."""
+    """A layer over a map, which is its view. Later its writes are merged into the view."""
 
     __slots__ = ("_left", "_size", "view")
 

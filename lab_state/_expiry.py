@@ -10,7 +10,7 @@ Then the keys of the next few seconds are in a heap, too. If a key is deleted or
 time, its old item stays in the heap. The item is skipped when its time comes.
 
 A change of many keys does not change the index in one step. It brings two small indexes: the times that
-no longer count, and the new ones (`replace`). The counts consider both. `settle` moves them into the index in
+no longer count, and the new ones (`replace`). The counts consider both. `merge_replaced` moves them into the index in
 steps.
 
 The time here is the time of the state (`State.now`). It starts from the wall clock, and then
@@ -110,7 +110,7 @@ class Expiries:
         return key in self._second or (self._fresh is not None and key in self._fresh)
 
     def time_of(self, key: str) -> int:
-        """Return the time of a key that is in the index, in milliseconds. Everything must be settled."""
+        """Return the time of a key that is in the index, in milliseconds. The times of `replace` must be merged."""
         return self._buckets[self._second[key]][key]
 
     def add(self, key: str, at: int) -> None:
@@ -160,7 +160,7 @@ class Expiries:
     # Changes of many keys
 
     def replace(self, stale: Expiries, fresh: Expiries) -> None:
-        """Replace the times of many keys. `settle` must have returned False since the last call.
+        """Replace the times of many keys. `merge_replaced` must have returned False since the last call.
 
         Args:
             stale: Keys of this index whose time no longer counts, with that time.
@@ -171,7 +171,7 @@ class Expiries:
         if is_first and fresh and self.on_first is not None:
             self.on_first()
 
-    def settle(self, most: int) -> bool:
+    def merge_replaced(self, most: int) -> bool:
         """Move the times of up to `most` keys of `replace` into this index. Return whether there are more."""
         stale, fresh = self._stale, self._fresh
         if stale is None or fresh is None:

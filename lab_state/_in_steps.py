@@ -1,4 +1,4 @@
-"""Reads of many keys in steps, between which the event loop runs. The result is of one moment."""
+"""Reads of many keys in steps. The event loop runs between two steps. The result is of one moment."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lab_state._order import Chunk, in_range
 from lab_state._state import State
 
 MANY = 1_000
-"""A call that returns fewer keys takes one step, so it never gives the loop back."""
+"""A call that returns fewer keys takes one step. So the event loop does not run during the call."""
 
 _PIECES_IN_STEP = 16
-"""A step returns the keys of so many pieces: at most 8,000 keys, in about a millisecond."""
+"""The number of pieces whose keys one step returns: at most 8,000 keys, in about a millisecond."""
 
 
 class ReadingCore(Protocol):
@@ -68,7 +68,7 @@ async def keys_in_steps(core: ReadingCore, pieces: list[Chunk], within: Range) -
 
     Args:
         core: The core of the state.
-        pieces: What `take_pieces` has just returned.
+        pieces: The result of `take_pieces`, called just before.
         within: The range.
 
     Raises:

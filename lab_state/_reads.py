@@ -28,8 +28,8 @@ T = TypeVar("T")
 class Reads(Iterates):
     """The calls that change nothing.
 
-    For each call there is a plain one whose name ends in `_nowait`: the same call, without `await`,
-    for callbacks and other synchronous code on the event loop. That of `exists` is `in`.
+    Each call is also there without `await`, for callbacks and other synchronous code on the event loop.
+    The name of that call ends in `_nowait`. In place of `exists`, it is `in`.
     """
 
     __slots__ = ("_core", "_prefix")
@@ -39,10 +39,10 @@ class Reads(Iterates):
         self._prefix = prefix
 
     def __len__(self) -> int:
-        """Return how many keys there are.
+        """Return the number of keys.
 
-        It costs one step for each key that expires within this second. In a namespace it costs O(log n)
-        as well, and the first call sorts all keys of the state in one step; see `keys`.
+        The cost is one step for each key that expires within this second. In a namespace it is also O(log n),
+        and the first call sorts all keys of the state in one step; see `keys`.
         """
         self._check_open()
         if not self._prefix:
@@ -54,7 +54,7 @@ class Reads(Iterates):
         return True
 
     def __contains__(self, key: object) -> bool:
-        """Return whether the key is there; False for an object that cannot be a key."""
+        """Return whether the key exists; False for an object that cannot be a key."""
         self._check_open()
         return isinstance(key, str) and self._core.state.has(self._prefix + str.__str__(key))
 
@@ -74,13 +74,13 @@ class Reads(Iterates):
 
         Args:
             key: The key.
-            default: The result when the key is missing. It is returned as it is.
-            type: What to decode the value as: any type that msgspec decodes, a Pydantic
-                model, any type that contains a type of Pydantic, or a `pydantic.TypeAdapter`.
+            default: The result if the key is missing. It is returned unchanged.
+            type: The type of the result: any type that msgspec decodes, a Pydantic model,
+                any type that contains a type of Pydantic, or a `pydantic.TypeAdapter`.
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
-            TypeMismatchError: The stored value is not a `type`; the error says where.
+            TypeMismatchError: The stored value is not a `type`; the error has the path.
             TypeError: The type cannot be decoded; the message says why. Each call with a
                 `type` raises this before it looks at a value. Or the default is a class:
                 to decode the value, pass the class as `type`.
@@ -168,13 +168,13 @@ class Reads(Iterates):
     ) -> dict[str, Any]:
         """Return the keys that start with `prefix` with their values, in order of code points, all of one moment.
 
-        It looks only at keys that it returns. From 1,000 keys on it goes in steps of some milliseconds,
-        and the event loop runs between two steps. See `keys` for the first call, and for pages. To look at
-        values one after the other, without a dict of all, use `items`.
+        The cost depends on the keys that are returned, not on all keys. With 1,000 keys or more, the call
+        works in steps of some milliseconds, and the event loop runs between two steps. `keys` describes the
+        first call, and pages. To look at values one after the other, without a dict of all, use `items`.
 
         Args:
-            prefix: The beginning of the keys; an empty one means all keys.
-            after: Begin behind this key; see `keys`.
+            prefix: The beginning of the keys; an empty text selects all keys.
+            after: Begin after this key; see `keys`.
             limit: The largest number of keys, 1 or more; `None` means all.
             reverse: Whether to begin with the highest key.
             type: The type to decode each value as; see `get`.
@@ -226,7 +226,7 @@ class Reads(Iterates):
         return self._all(self._cut(self._names(self._range(prefix, after, limit, reverse=reverse))), type)
 
     async def exists(self, key: str) -> bool:
-        """Return whether the key is there."""
+        """Return whether the key exists."""
         if key in self:
             return True
         self._missing(key, default=False)  # it raises an error for a key out of bounds
@@ -237,20 +237,20 @@ class Reads(Iterates):
     ) -> list[str]:
         """Return the keys that start with `prefix`, in order of code points, all of one moment.
 
-        It looks only at keys that it returns. From 1,000 keys on it goes in steps of some milliseconds,
-        and the event loop runs between two steps.
+        The cost depends on the keys that are returned, not on all keys. With 1,000 keys or more, the call
+        works in steps of some milliseconds, and the event loop runs between two steps.
 
         The first call that needs an order sorts all keys of the state, in steps. A million keys take one to three
-        seconds. From then on, the order is kept. It takes 8 MB for a million keys, and a key that is added or
-        deleted later costs about 2 µs at the next call.
+        seconds. From then on, the order is kept. It takes 8 MB for a million keys. Each key that is added or
+        deleted later costs the next call about 2 µs.
 
         A page is a call with a `limit`. The next page begins `after` the last key of this one. Keys that are
         added or deleted meanwhile never move other keys to another page.
 
         Args:
-            prefix: The beginning of the keys; an empty one means all keys.
-            after: Begin behind this key: above it, or below it with `reverse`. There need not be
-                such a key.
+            prefix: The beginning of the keys; an empty text selects all keys.
+            after: Begin after this key: above it, or below it with `reverse`. The key need not
+                exist.
             limit: The largest number of keys, 1 or more; `None` means all.
             reverse: Whether to begin with the highest key.
 
@@ -288,7 +288,7 @@ class Reads(Iterates):
 
         Args:
             key: The key.
-            default: The result when the key is missing. It is returned as it is.
+            default: The result if the key is missing. It is returned unchanged.
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
@@ -335,7 +335,7 @@ class Reads(Iterates):
         return self._decode(key, stored, default, type_)
 
     def _all(self, keys: Iterable[str], type_: Any) -> dict[str, Any]:
-        """Return the values of those keys that are there."""
+        """Return the values of those keys that exist."""
         if type_ is not Any:
             check_type(type_)
         found: dict[str, Any] = {}
@@ -348,7 +348,7 @@ class Reads(Iterates):
     def _missing(self, key: object, default: object, type_: Any = Any) -> Any:
         """Return the default for a key that was not found, or raise an error about the key or the call."""
         if key.__class__ is not str and isinstance(key, str):
-            return self._get(str.__str__(key), default, type_)  # a class of its own may have changed the prefix
+            return self._get(str.__str__(key), default, type_)  # a subclass of `str` may have changed the prefix
         self._check_open()
         if type_ is not Any:
             check_type(type_)
@@ -362,7 +362,7 @@ class Reads(Iterates):
         return default
 
     def _decode(self, key: str, stored: Stored, default: object, type_: Any) -> Any:
-        """Return a stored value as a `type_`; the default if its time is over."""
+        """Return a stored value as a `type_`; the default if it has expired."""
         if stored.__class__ is not bytes and isinstance(stored, Expiring):  # type: ignore[redundant-expr]  # a Json is bytes
             alive = self._core.state.alive(stored)
             if alive is MISSING:
@@ -376,7 +376,7 @@ class Reads(Iterates):
         return value
 
     def _expiry(self, key: str) -> int | None:
-        """Return when a key that is there expires, in milliseconds; `None` if it never does."""
+        """Return the expiry of a key that exists, in milliseconds since 1970; `None` if it never expires."""
         stored = self._core.state.entries[self._full(key)]
         return stored.at if isinstance(stored, Expiring) else None
 
@@ -384,7 +384,7 @@ class Reads(Iterates):
         self._core.check_open()
 
     def _range(self, prefix: object, after: object, limit: int | None, *, reverse: bool) -> Range:
-        """Return the keys that a call asks for, as they are in the whole state.
+        """Return the range of the keys that a call asks for. Its bounds include the prefix of this handle.
 
         Raises:
             InvalidKeyError: `after` cannot be a key.
@@ -403,7 +403,7 @@ class Reads(Iterates):
         return Steps(StateSource(self._core, within), decoding)
 
     def _decoding(self, type_: Any) -> Decoding:
-        """Return the way in which values are decoded as a type.
+        """Return the way to decode values as a type.
 
         Raises:
             TypeError: The type cannot be decoded.
@@ -413,7 +413,7 @@ class Reads(Iterates):
         return Decoding(type_, partial(self._decode, default=MISSING, type_=type_))
 
     def _names(self, within: Range) -> list[str]:
-        """Return the keys of a range, as they are in the whole state, in one step."""
+        """Return the keys of a range, in one step. They include the prefix of this handle."""
         return self._core.state.names(within.low, within.high, within.limit, reverse=within.reverse)
 
     def _cut(self, names: list[str]) -> list[str]:
@@ -427,7 +427,7 @@ class Reads(Iterates):
         return self._cut(self._names(self._range(prefix, None, None, reverse=False)))
 
     def _under(self, prefix: object) -> str:
-        """Return a prefix as it is in the whole state."""
+        """Return a prefix with the prefix of this handle before it."""
         return self._prefix + check_prefix(prefix)
 
     def _nested(self, name: str) -> str:

@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 class _Live:
-    """The entries of a state. Each call asks the state, because it may have replaced its dict since the last call."""
+    """The present entries of a state. Each call asks the state, because it may have replaced its map meanwhile."""
 
     __slots__ = ("_state",)
 
@@ -90,9 +90,9 @@ class Draft(State):
         return key in self.entries and self._lives(key)
 
     def count(self) -> int:
-        """Return how many keys there are.
+        """Return the number of keys.
 
-        Its cost grows with the number of changes, and of keys that expire within this second.
+        The cost grows with the number of changes, and with the number of keys that expire within this second.
         """
         total = len(self.entries)
         if self.expires:
@@ -113,7 +113,7 @@ class Draft(State):
         return False
 
     def page(self, low: str, high: str | None, limit: int | None = None, *, reverse: bool = False) -> list[str]:
-        """Return the first keys in a range; see `State.names`. The cost grows with the number of changes, too."""
+        """Return the first keys in a range; see `State.page`. The cost grows with the number of changes, too."""
         mine = in_range(self.changes, low, high)
         if self.cleared:
             found = []
@@ -130,7 +130,7 @@ class Draft(State):
         return [tuple(found)] if found else []
 
     def held_in(self, low: str, high: str | None) -> int:
-        """Return the number of keys in a range, with those that have expired."""
+        """Return the number of keys in a range, including expired keys."""
         mine = in_range(self.changes, low, high)
         if self.cleared:
             return sum(key in self.entries for key in mine)
@@ -181,13 +181,13 @@ class DraftCore(CallCore):
 
     Attributes:
         changes: The changes of the draft. After the transaction, an unused dict.
-        known: Keys that are already validated: those of the state. Empty after the transaction.
+        known: The keys of the state, which need no check. Empty after the transaction.
         revision: The revision that `merge` will make.
     """
 
     __slots__ = ("_core", "_is_over", "changes", "known", "revision")
 
-    state: State  # it belongs to the base class, and is assigned here as well
+    state: State  # an attribute of the base class that is assigned here as well
 
     def __init__(self, core: Core) -> None:
         super().__init__(core.name, core.state, core.counters)
@@ -248,7 +248,7 @@ class DraftCore(CallCore):
         """Check that the manager was not stopped meanwhile.
 
         Raises:
-            ClosedError: It was. Nothing was changed.
+            ClosedError: The manager was stopped. Nothing was changed.
         """
         if self._core.transaction is not self:
             self._core.check_process()
@@ -257,7 +257,7 @@ class DraftCore(CallCore):
             )
 
     def end(self) -> None:
-        """Drop the draft. Every later call on it is an error. A second call does nothing."""
+        """Drop the draft. Every later call of the transaction raises an error. A second call does nothing."""
         if isinstance(self.state, Draft):
             self.state.close_views()
         self.state = State()
@@ -268,16 +268,16 @@ class DraftCore(CallCore):
 class Transaction(Plain):
     """A transaction: changes that are not in the state yet, and the calls that make and read them, without `await`.
 
-    Each has the guarantees and errors of the call of the same name of the manager. It sees
-    the changes made in the transaction so far, and never waits. `set` and `set_many` return the
-    revision that the whole transaction makes if it changes anything in the end.
+    Each call has the guarantees and errors of the manager's call of the same name. It sees the
+    changes made in the transaction so far, and never waits. `set` and `set_many` return the
+    revision that the whole transaction makes, if it changes anything in the end.
 
-    Each call takes one step, however many keys it returns: `get_all` of a million keys takes a second or
-    more. A call that needs an order looks at each change of the transaction as well. If it is the first
-    one since the start, it sorts all keys of the state; see `Manager.keys`.
+    Each call takes one step, even if it returns many keys: `get_all` of a million keys takes a second or
+    more. A call that needs an order looks at each change of the transaction as well. The first such call
+    since the start of the manager sorts all keys of the state; see `Manager.keys`.
 
     Raises:
-        RuntimeError: From each call: the transaction is over.
+        RuntimeError: Each call raises it when the transaction is over.
     """
 
     __slots__ = ("_core", "_prefix")
@@ -296,7 +296,7 @@ class Transaction(Plain):
         """Store a value; see `Manager.set`."""
         if ttl is not None:
             return self._run(self._calls.set(key, value, ttl=ttl))
-        # Written out: the coroutine would cost more than the work.
+        # This repeats `Writing.set`, because the coroutine would cost more than the work.
         core = self._core
         try:
             stored = encode_value(value)
@@ -311,7 +311,7 @@ class Transaction(Plain):
         return core.revision
 
     def namespace(self, name: str) -> Transaction:
-        """Return the same transaction, for the keys that begin with `name` and a slash; see `Manager.namespace`."""
+        """Return the same transaction, for the keys that start with `name` and a slash; see `Manager.namespace`."""
         return Transaction(self._core, self._calls._nested(name))  # noqa: SLF001 -- likewise
 
     def __repr__(self) -> str:
@@ -320,9 +320,9 @@ class Transaction(Plain):
         return f"<Transaction {prefix}{self._core.name!r}, {'open' if self._core.is_held else 'over'}>"
 
     def __len__(self) -> int:
-        """Return how many keys there are, with the changes made so far. It looks at each of these changes."""
+        """Return the number of keys, with the changes made so far. This looks at each of these changes."""
         return len(self._calls)
 
     def __contains__(self, key: object) -> bool:
-        """Return whether the key is there, with the changes made so far."""
+        """Return whether the key exists, with the changes made so far."""
         return key in self._calls

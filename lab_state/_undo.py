@@ -1,14 +1,14 @@
 """Views of a map at one moment, while the map changes. Pure and synchronous.
 
 Theory of operation. A view has a dict `old`. Before a key is changed for the first time after
-the moment of the view, its value at that moment is put into `old`. So a key that is not in `old` still
-has that value, if it was there at that moment. The reader of the view knows which keys were there. A
-view that is open costs one lookup for each key that changes. Reads of the map cost nothing more.
+the moment of the view, its value at that moment is put into `old`. So a key that existed at that moment,
+and is not in `old`, still has the same value. The reader of the view knows which keys existed. An open
+view costs one lookup for each key that changes. Reads of the map cost the same as without a view.
 
-If the whole map is replaced, each open view keeps the map from before. It needs no more values then.
+If the whole map is replaced, each open view keeps the old map. From then on it needs no other values.
 
-The map refers to its views weakly. A view that is no longer used is collected, and the next
-change finds that out.
+The map has only weak references to its views. A view that is no longer used is garbage-collected, and
+the next change removes the reference.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class UndoView(Generic[V]):
 
     Attributes:
         is_closed: Whether `close` was called.
-        unread: What a reader of the view has prepared. `close` empties it.
+        unread: The items that a reader of the view has prepared. `close` empties this list.
     """
 
     __slots__ = ("__weakref__", "_kept", "_old", "_owner", "is_closed", "unread")
@@ -65,7 +65,7 @@ class UndoView(Generic[V]):
         self._old: dict[str, V] = {}
 
     def close(self) -> None:
-        """Give up all values. A second call does nothing."""
+        """Drop all values. A second call does nothing."""
         self.is_closed = True
         self.unread.clear()
         self._owner, self._kept, self._old = None, None, {}
@@ -91,7 +91,7 @@ class UndoView(Generic[V]):
         return self._owner.entries
 
     def values(self, keys: Iterable[str]) -> list[V]:
-        """Return the values of keys that were there at that moment."""
+        """Return the values of keys that existed at the moment of the view."""
         entries, old = self._entries(), self._old
         if old:
             return [old[key] if key in old else entries[key] for key in keys]
@@ -113,10 +113,11 @@ def open_ones(views: Views[V]) -> list[UndoView[V]]:
 def noted(views: Views[V], keys: Collection[str]) -> Iterator[None]:
     """Call `note` of each open view with many keys, in steps, and yield between two steps.
 
-    At the end, each view has the values, even if it was opened between two steps. Until the caller
-    changes these keys, it must not let other code run, and no other code may change them during the steps.
+    At the end, each view has the values, even if it was opened between two steps. No other code may
+    change these keys during the steps. After the last step, the caller must change them before other
+    code runs.
     """
-    done: Views[V] = []  # a list, because a reference whose view was collected still has to differ
+    done: Views[V] = []  # a list, because a reference to a collected view may not be hashable
     while waiting := [reference for reference in views if reference not in done]:
         rest = iter(keys)
         while part := list(islice(rest, _NOTED_AT_ONCE)):

@@ -40,7 +40,7 @@ from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 _KEY_BYTES = 256  # added to the size of each value, because a key takes time even if its value is small
 _STEP_BYTES = 128 * 1024
-"""After so many bytes were encoded, the event loop runs. It takes about a millisecond, unless one value is larger."""
+"""The event loop runs after this many bytes were encoded: about a millisecond, or longer if one value is larger."""
 
 
 class Writing(Reads):
@@ -54,15 +54,15 @@ class Writing(Reads):
         Args:
             key: The key.
             value: Anything that msgspec encodes as JSON, a Pydantic model, a path, an IP
-                address or a deque. The page "Values and types" says what survives. The value is
+                address or a deque. The page "Values and types" lists what a read returns. The value is
                 encoded now, in one step of the event loop, so that writes keep their order.
                 A later change of the object does not change the state. A large value takes
                 two to five times as long as `msgspec.json.encode`, about 3 ms for a megabyte
                 of records. A value that is nested deeply, or is refused, takes up to twenty
                 times as long.
-            ttl: How long the key lives: seconds or a `timedelta`, above 0 and at most
-                10,000,000,000 seconds. Without it the key never expires, even if it would
-                have expired before.
+            ttl: The time until the key expires: seconds or a `timedelta`, above 0 and at most
+                10,000,000,000 seconds. Without it the key never expires. An earlier expiry of the
+                key is removed.
 
         Raises:
             InvalidValueError: JSON cannot hold the value; the error has the path to the bad part.
@@ -86,7 +86,7 @@ class Writing(Reads):
                         packed = check_str_keys(value)
                     else:
                         packed = None
-                except Exception:  # noqa: BLE001 -- encode_value says what is wrong with it
+                except Exception:  # noqa: BLE001 -- encode_value raises an error with the reason
                     stored = encode_value(value)
                 else:
                     if packed is None:
@@ -122,15 +122,15 @@ class Writing(Reads):
         """Store several values as one change, and return the revision. A crash keeps all of them, or none.
 
         Args:
-            values: The keys and their values. Below 1,000 keys they are encoded at once. From 1,000 keys
-                on the call goes in steps of about a millisecond, and the event loop runs between two steps.
-                Do not change the values until the call returns. The mapping itself is copied first, in
-                2 ms for 100,000 keys.
-            ttl: How long all of them live; see `set`.
+            values: The keys and their values. Fewer than 1,000 are encoded in one step. With 1,000 keys or
+                more, the call works in steps of about a millisecond, and the event loop runs between two
+                steps. Do not change the values until the call returns. The mapping itself is copied first,
+                in 2 ms for 100,000 keys.
+            ttl: The time until all of them expire; see `set`.
 
-        The stored values change in one moment, in steps too: a read finds all of them, or none. Another
-        write comes before or after all of them, and may wait for a part of the call. If the caller is
-        cancelled before that moment, nothing is stored.
+        All values change in one moment, even if the call works in steps: a read finds all of them, or none.
+        Another write is ordered before or after all of them, and may wait during a part of the call. If the
+        caller is cancelled before that moment, nothing is stored.
 
         Raises:
             InvalidValueError: One of the values cannot be kept, or `ttl` is out of
@@ -159,13 +159,13 @@ class Writing(Reads):
         return await self._written(state.apply(expiring, cleared=False))
 
     async def touch(self, key: str, ttl: Seconds | None) -> bool:
-        """Give a key another time to live, leave its value, and return whether the key was there.
+        """Give a key another time to live, keep its value, and return whether the key existed.
 
         It is meant for sessions that live as long as they are used.
 
         Args:
             key: The key.
-            ttl: How long the key lives from now on; see `set`. With `None` it never expires.
+            ttl: The time until the key expires, from now on; see `set`. With `None` it never expires.
 
         Raises:
             InvalidValueError: `ttl` is out of bounds.
@@ -184,7 +184,7 @@ class Writing(Reads):
         return True
 
     async def delete(self, key: str) -> bool:
-        """Delete a key, and return whether it was there.
+        """Delete a key, and return whether it existed.
 
         Raises:
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
@@ -195,11 +195,11 @@ class Writing(Reads):
     async def delete_many(self, keys: Iterable[str]) -> int:
         """Delete several keys as one change, and return how many of them existed.
 
-        From 1,000 keys on it goes in steps, as `set_many` does: a read finds all of those that
-        existed, or none, and a caller that is cancelled before that moment has deleted none.
+        With 1,000 keys or more, the call works in steps, as `set_many` does. A read finds all of the keys
+        that existed, or none. If the caller is cancelled before that moment, nothing is deleted.
 
         Args:
-            keys: The keys. They are copied first, in a millisecond for 100,000 of a list.
+            keys: The keys. They are copied first, in a millisecond for a list of 100,000.
 
         Raises:
             TypeError: `keys` is one `str`, or is not iterable.
@@ -219,13 +219,13 @@ class Writing(Reads):
         )
 
     async def delete_all(self, prefix: str = "") -> int:
-        """Delete each key that starts with `prefix`, as one change, and return how many there were.
+        """Delete each key that starts with `prefix`, as one change, and return the number of these keys.
 
-        All keys at once are deleted in one step, which does not depend on their number. With a prefix, 1,000
-        keys or more are deleted in steps; see `delete_many`.
+        All keys of the state are deleted in one step. Its time does not depend on their number. With a prefix,
+        1,000 keys or more are deleted in steps; see `delete_many`.
 
         Args:
-            prefix: The beginning of the keys; an empty one means all keys.
+            prefix: The beginning of the keys; an empty text selects all keys.
 
         Raises:
             TypeError: `prefix` is not a `str`.
@@ -242,14 +242,14 @@ class Writing(Reads):
         if self._prefix or prefix:
             return await self._deleted(state.delete_many([self._prefix + key for key in self._keys(prefix)]))
         before, count = state.revision, state.clear()
-        if state.revision > before:  # it is a change even if every key had expired
+        if state.revision > before:  # deleting keys that had all expired is a change, too
             await self._written(state.revision)
         return count
 
     # Calls with many keys, in steps
 
     async def _set_in_steps(self, core: Core, values: dict[str, object], ttl: Seconds | None) -> int:
-        """Do as `set_many` for many values. The dict is emptied."""
+        """Store many values in steps; see `set_many`. This empties the dict."""
         durability = core.durability
         encoded: dict[str, StoredOrGone] = {}
         size = 0
@@ -266,7 +266,7 @@ class Writing(Reads):
         return await self._written(revision)
 
     async def _delete_in_steps(self, core: Core, keys: list[str]) -> int:
-        """Do as `delete_many` for many keys."""
+        """Delete many keys in steps; see `delete_many`."""
         self._check_loop()
         durability = core.durability
         wanted: dict[str, StoredOrGone] = {}
@@ -278,14 +278,14 @@ class Writing(Reads):
         return await self._deleted(batch.deleted)
 
     async def _delete_prefix(self, core: Core, prefix: str) -> int:
-        """Delete each key of the whole state that starts with a prefix, in steps if there are many."""
+        """Delete each key of the whole state that starts with a prefix, in steps if there are many keys."""
         self._check_loop()
         batch = Batch(core.state, {}, prefix=prefix)
 
         async def collect(bulk: Bulk) -> None:
             state = core.state
             for number, _ in enumerate(state.index_steps()):
-                if number:  # a single step is enough after less than 1,000 changes
+                if number:  # after fewer than 1,000 changes, one step is enough
                     await asyncio.sleep(0)
                     bulk.check()
             count = 0
@@ -322,8 +322,8 @@ class Writing(Reads):
     async def _store(self, key: str, value: Value, at: int | None) -> int:
         """Store one value, and return the revision.
 
-        The caller has called `_turn` and has not awaited since. `at` is when the key expires, in
-        milliseconds since 1970; `None` if it never does.
+        The caller has called `_turn` and has not awaited since. `at` is the expiry of the key, in
+        milliseconds since 1970; `None` if it never expires.
         """
         full = check_key(self._full(key))
         return await self._written(self._core.state.set(full, value if at is None else Expiring(value, at)))
@@ -351,14 +351,14 @@ class Writing(Reads):
         return None if lifetime is None else self._core.state.now() + lifetime
 
     def _replaceable(self, key: str, default: object, type_: Any) -> tuple[Any, int | None]:
-        """Return the current value, or `default` if the key is missing, and when the key expires."""
+        """Return the current value, or `default` if the key is missing. Return the expiry of the key with it."""
         old = self._get(key, MISSING_VALUE, type_)
         if old is MISSING_VALUE:
             return self._missing(key, default), None
         return old, self._expiry(key)
 
     def _encode(self, value: object) -> Value:
-        """Return the stored form of a value; count it if it is refused."""
+        """Return the stored form of a value. If the value is refused, count the error."""
         try:
             return encode_value(value)
         except InvalidValueError:
@@ -373,7 +373,7 @@ class Writing(Reads):
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
 
     def _before_first_change(self, full: str) -> None:
-        """Prepare the first change of a key since the last commit: check the loop and the key, note the time."""
+        """Prepare the first change of a key since the last commit. Check the loop and the key, and note the time."""
         core = self._core
         core.durability.check_loop()
         state = core.state

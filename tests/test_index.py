@@ -256,7 +256,7 @@ def test_a_call_without_steps_ends_a_build() -> None:
 
 @pytest.mark.usefixtures("small_steps")
 def test_steps_end_while_writers_go_on() -> None:
-    """The steps settle the keys that waited at the beginning. They do not wait for a writer that adds more."""
+    """The steps look up the keys that were touched at the beginning. They do not wait for a writer that adds more."""
     state = state_of("a")
     assert state.names("") == ["a"]
     state.set_many(dict.fromkeys(KEYS, 1))
@@ -320,7 +320,7 @@ def test_the_keys_of_an_index_are_freed_with_the_state() -> None:
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """A state whose index is built and settled a few keys at a time, beside a sorted dict."""
+    """A state whose index is built and brought up to date a few keys at a time, beside a sorted dict."""
 
     def __init__(self) -> None:
         super().__init__()

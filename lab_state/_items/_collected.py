@@ -18,9 +18,9 @@ async def collected(core: ReadingCore, pieces: Sequence[Chunk], within: Range, d
 
     Args:
         core: The core of the state.
-        pieces: The keys of the range, which `State.pieces` has just returned.
+        pieces: The keys of the range: the result of `State.pieces`, called just before.
         within: The range.
-        decoding: The way in which the values are decoded.
+        decoding: The way to decode the values.
 
     Raises:
         TypeMismatchError: One of the values is not of the type.

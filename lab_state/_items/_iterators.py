@@ -19,10 +19,9 @@ R = TypeVar("R")
 class Items(Handle, AsyncIterator[tuple[str, T]]):
     """An asynchronous iterator over keys and values, in order of keys, all of one moment.
 
-    The moment is that of the first step: keys that are set, changed or deleted later make no difference, and
-    no writer waits for the iterator. It gives the event loop back every millisecond, and after each value that takes
-    longer. While it is open, the values that are replaced or deleted stay in memory, and `set` takes
-    longer.
+    The moment is that of the first step. Later changes have no effect on the iterator, and no writer waits
+    for it. It lets the event loop run every millisecond, and after each value that takes longer. While it
+    is open, the values that are replaced or deleted stay in memory, and `set` takes longer.
 
     The iterator is closed at its end, by `aclose`, at the end of `async with`, or when it is garbage
     collected, as it is after a `break` out of `async for`. A closed iterator yields nothing. If a task
@@ -61,11 +60,11 @@ class Items(Handle, AsyncIterator[tuple[str, T]]):
         return rows.pop()
 
     async def aclose(self) -> None:
-        """Close the iterator, and give up the values that it kept. A second call does nothing."""
+        """Close the iterator, and drop the values that it kept. A second call does nothing."""
         self._steps.close()
 
     async def __aenter__(self) -> Self:
-        """Return the iterator itself. The first step is still to come."""
+        """Return the iterator itself. This takes no step."""
         return self
 
     async def __aexit__(
@@ -95,11 +94,11 @@ class PlainItems(Handle, Iterator[tuple[str, T]]):
     __slots__ = ("_pause", "_rows", "_run", "_steps")
 
     def __init__(self, steps: Steps, run: Run, *, pause: bool) -> None:
-        """Begin before the first step.
+        """Prepare the iterator. No step is taken yet.
 
         Args:
             steps: The steps.
-            run: Runs a step.
+            run: A function that runs a step.
             pause: Whether a step may await.
         """
         self._steps = steps
@@ -125,14 +124,14 @@ class PlainItems(Handle, Iterator[tuple[str, T]]):
                 return rows.pop()
 
     def close(self) -> None:
-        """Close the iterator, and give up the values that it kept. A second call does nothing."""
+        """Close the iterator, and drop the values that it kept. A second call does nothing."""
         if self._steps.has_view:
             with suppress(ClosedError):  # the manager was stopped just now, and has closed the view
                 self._run(_closed(self._steps))
         self._steps.is_over = True
 
     def __enter__(self) -> Self:
-        """Return the iterator itself. The first step is still to come."""
+        """Return the iterator itself. This takes no step."""
         return self
 
     def __exit__(
@@ -185,23 +184,23 @@ class Iterates(Handle):
 
         The result is for `async for`. The moment is that of its first step. Later changes are not shown, and
         no writer waits for the iterator. The event loop runs between two steps of some milliseconds.
-        So a program can read a large state while it goes on. If the loop may be left early, put the
-        iterator into `async with`, which closes it at once.
+        So a program can read a large state and do other work meanwhile. If the `async for` may end early,
+        put the iterator into `async with`, which closes it at once.
 
         While the iterator is open, the old values of keys that change stay in memory, and a
         `set` takes about twice as long. The first call that needs an order sorts all keys; see `keys`.
 
         Args:
-            prefix: The beginning of the keys; an empty one means all keys.
-            after: Begin behind this key: above it, or below it with `reverse`. There need not be
-                such a key.
+            prefix: The beginning of the keys; an empty text selects all keys.
+            after: Begin after this key: above it, or below it with `reverse`. The key need not
+                exist.
             limit: The largest number of keys, 1 or more; `None` means all.
             reverse: Whether to begin with the highest key.
             type: The type to decode each value as; see `get`.
 
         Returns:
-            An iterator over pairs of a key and its value. It says which errors its steps raise. A
-            manager that is not running is an error of the first step.
+            An iterator over pairs of a key and its value. Its class lists the errors of its steps. If the
+            manager is not running, the first step raises the error.
 
         Raises:
             InvalidKeyError: `after` cannot be a key.

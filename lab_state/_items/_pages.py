@@ -30,11 +30,11 @@ _JSON = frozenset({bytes, Raw})
 
 
 class Decoding(NamedTuple):
-    """The way in which values are decoded.
+    """The way to decode values.
 
     Attributes:
         type: The type that the caller asked for.
-        value: Decodes the value of a key as this type. It may raise `TypeMismatchError`.
+        value: A function that decodes the value of a key as this type. It may raise `TypeMismatchError`.
     """
 
     type: Any
@@ -71,7 +71,7 @@ class Pages:
     def next(self, decoding: Decoding) -> list[tuple[str, Any]] | None:
         """Return the next keys with their values, in reverse order. At the end, return `None`.
 
-        The list is empty if all of some keys had expired.
+        The list is empty if all keys of the step had expired.
 
         Raises:
             TypeMismatchError: The next value is not of the type. The next call continues after it.
@@ -107,7 +107,7 @@ class Pages:
         return True
 
     def _next_page(self, decoding: Decoding) -> tuple[Sequence[str], Iterable[Any] | None] | None:
-        """Return the next keys and their values, decoded if that takes one quick step; otherwise put them into `_rest`.
+        """Return the next keys and their decoded values. If decoding may take long, put them into `_rest` instead.
 
         At the end, return `None`.
         """
@@ -125,7 +125,7 @@ class Pages:
         return names, values
 
     def _next_keys(self) -> Chunk:
-        """Return the next keys of the range, in order; none at the end."""
+        """Return the next keys of the range, in order. At the end, return an empty tuple."""
         most = min(self._left, _KEYS_IN_STEP)
         if not self._pieces or not most:
             return ()
@@ -160,7 +160,7 @@ class Pages:
 
 
 def _all_at_once(values: list[Stored], type_: Any) -> list[Any] | None:
-    """Return values in the common cases: scalars, or small JSON, without a type and without an expiry; else `None`."""
+    """Return values decoded, in the common cases: scalars or small JSON, no type, no expiry. Otherwise return `None`."""
     if type_ is not Any:
         return None
     kinds = set(map(type, values))

@@ -13,7 +13,7 @@ from lab_state.exceptions import ClosedError
 
 
 class ItemSource(Protocol):
-    """The part of an iterator that knows where the values are from."""
+    """The part of an iterator that finds the keys and the values."""
 
     async def begin(self) -> Pages:
         """Take the keys and a view of the values, both of one moment.
@@ -36,8 +36,8 @@ class Steps:
     """The steps of one iterator, which `Items` and `PlainItems` take.
 
     Attributes:
-        rows: Keys and values that were not taken yet. The next one is the last of them. It is always the same list,
-            and the view empties it when it is closed.
+        rows: The keys and values that the caller has not taken yet. The last one is taken next. This is always
+            the same list. The view empties it when it is closed.
         is_over: Whether the iterator is closed.
     """
 
@@ -57,7 +57,7 @@ class Steps:
 
     @property
     def has_view(self) -> bool:
-        """Whether there is a view to read, or to give back."""
+        """Whether there is a view to read, or to close."""
         return self._pages is not None and not self._pages.view.is_closed
 
     async def step(self, *, pause: bool) -> bool:
@@ -106,7 +106,7 @@ class Steps:
             self.rows += rows
 
     def close(self) -> None:
-        """Give up the values. A second call does nothing."""
+        """Drop the values, and close the view. A second call does nothing."""
         if self._pages is not None:
             self._source.end(self._pages.view)
         self.is_over = True
@@ -114,7 +114,7 @@ class Steps:
 
 
 class NamedCore(ReadingCore, Protocol):
-    """The core of the handles that read."""
+    """A core that has the name of its state."""
 
     @property
     def name(self) -> str:

@@ -3,16 +3,16 @@
 A `State` makes an `Index` at the first call that needs an order. Other modules call the state:
 
 - `State.index_steps()` is an iterator. It builds the index, or brings it up to date, in steps of
-  a few milliseconds. An asynchronous call runs it first, if `State.is_index_behind`, and gives the loop
-  back between two steps. A synchronous call leaves it out: the calls below do what is missing, at once.
+  a few milliseconds. An asynchronous call runs it first, if `State.is_index_behind`, and lets the event
+  loop run between two steps. A synchronous call does not run it: the calls below then do that work at once.
 - `State.pieces(low, high)` returns the keys in a range at this moment, as sorted tuples, each above the
-  one before. It is for work in steps. Keys that have expired are among them: the entry of a key decides.
+  one before. It is for work in steps. Expired keys are included, so the caller looks at each entry.
 - `State.names(low, high, limit, reverse=...)` returns the keys in a range that have not expired.
 - `State.count_in(low, high)` returns their number.
 - `State.note(key)` and `State.note_many(keys)` tell the index that keys may have been added or
-  removed. Code that changes `State.entries` by another way than the methods of `State` calls one
-  of them, in the same step as the change. Both do nothing while there is no index. A replaced
-  value needs no note.
+  removed. Code that changes `State.entries` without a method of `State` must call one of them, in
+  the same step as the change. Both do nothing while there is no index. A replaced value needs no
+  note.
 - `bounds(prefix, after, reverse=...)` makes the two bounds of a range.
 """
 

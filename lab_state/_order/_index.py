@@ -1,21 +1,21 @@
 """The index of a state: its keys in order of code points. Pure and synchronous.
 
-Theory of operation. The sorted keys (`SortedKeys`) lag behind the state. `_touched` has the keys
-that were added or removed since. Only when a call needs the order, each touched key is looked up in
-the state, and added to the sorted keys or removed. So a write pays for one insertion into a set.
+Theory of operation. The sorted keys (`SortedKeys`) may be older than the state. `_touched` has the keys
+that were added or removed since then. When a call needs the order, each touched key is looked up in the
+state, and then added to the sorted keys or removed from them. So a write only adds a key to a set.
 
-A few touched keys are settled in the call. If there are more, an asynchronous call settles them in steps.
-A synchronous call settles a few, and looks at each of the others: the result is right, and the next calls
-have less to do.
+If few keys are touched, the call looks up all of them. If more are touched, an asynchronous call looks
+them up in steps. A synchronous call looks up a few, and corrects its result for all others. So its
+result is right, and the next calls have less to do.
 
-There is one change without a note: `set` stores a key that was deleted after the last commit, so
-the key is still in `State.changes`, and `set` takes it for an old one. `_gone` therefore keeps the keys that
-were removed since the last commit. Without touched keys, the numbers of sorted keys and of
-entries differ only if `set` has stored such a key.
+There is one change without a note. `set` may store a key that was deleted after the last commit. This
+key is still in `State.changes`, so `set` takes it for an old key. Therefore `_gone` has the keys that were
+removed since the last commit. If no key is touched, the numbers of sorted keys and of entries differ
+only if `set` has stored such a key.
 
-The build takes the keys of the dict in slices. A writer may change the
-dict meanwhile: then all keys are taken at once, which takes about 50 ms for a million. Then the keys are distributed to buckets by a
-sorted sample, and each bucket is sorted. Keys that are in order already are only cut into chunks.
+The build takes the keys of the dict in slices. If a writer changes the dict meanwhile, all keys are taken
+at once, which takes about 50 ms for a million. Then the keys are distributed to buckets, whose bounds are
+taken from a sorted sample, and each bucket is sorted. Keys that are in order already are only cut into chunks.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from lab_state._order._sorted_keys import Chunk, SortedKeys, cut
 
 
 class Held(Protocol):
-    """The entries of a state: the index asks which keys they have, and how many."""
+    """The entries of a state. The index asks which keys exist, and how many."""
 
     def __contains__(self, key: object, /) -> bool: ...
     def __len__(self) -> int: ...
 
 
 FEW = 300
-"""The number of touched keys that one step settles: about 2 ms."""
+"""The number of touched keys that one step looks up: about 2 ms."""
 
 SMALL = 4_000
 """An index of at most this many keys is built at once: about 2 ms."""
 
 _SAMPLE = 4_096
-"""About so many keys are sorted to find the bounds of the buckets."""
+"""The approximate number of keys that are sorted to find the bounds of the buckets."""
 
 _BUCKET = 1_000
-"""About so many keys are in a bucket, or more if a quarter of the sample gives fewer bounds."""
+"""The approximate number of keys in a bucket. It is larger if a quarter of the sample gives fewer bounds."""
 
 _KEYS_IN_STEP = 2_000
 """The number of keys that a step of the build takes, distributes or sorts."""
@@ -60,7 +60,7 @@ CHUNKS_AT_ONCE = 16
 
 
 def bounds(prefix: str, after: str | None = None, *, reverse: bool = False) -> tuple[str, str | None]:
-    """Return the range of the keys that start with `prefix`: `low <= key < high`, or without an upper bound.
+    """Return the range of the keys that start with `prefix`: `low <= key < high`. If `high` is `None`, it has no upper bound.
 
     Args:
         prefix: The beginning of the keys, as they are in the state.
@@ -70,7 +70,7 @@ def bounds(prefix: str, after: str | None = None, *, reverse: bool = False) -> t
     low, high = prefix, _above(prefix)
     if after is not None:
         if not reverse:
-            low = max(low, after + "\0")  # the next text, and no key
+            low = max(low, after + "\0")  # the next text, which is not a key
         elif high is None or after < high:
             high = after
     return low, high
@@ -91,7 +91,7 @@ class Index:
         """Begin an index. It is built at once if it is small, and in steps otherwise.
 
         Args:
-            base: A dict with the keys. It changes only together with notes.
+            base: A dict with the keys. Each change of its keys must be noted.
             touched: Keys that may have been added to `base`, or removed from it, since.
             gone: See `note_gone`.
         """
@@ -115,7 +115,7 @@ class Index:
         self._touched.update(keys)
 
     def take_over(self, keys: set[str]) -> None:
-        """Note that keys may have been added or removed. The index keeps the set. The smaller set is added to the larger."""
+        """Note that keys may have been added or removed. The index keeps the set: the smaller set is added to the larger one."""
         touched = self._touched
         if len(touched) < len(keys):
             touched, keys = keys, touched
@@ -132,7 +132,7 @@ class Index:
         self._gone.clear()
 
     def is_too_old(self, entries: Held) -> bool:
-        """Return whether so many keys are touched that a new index would be as cheap. It bounds the memory of an unused index."""
+        """Return whether so many keys are touched that a new index would be as cheap. This bounds the memory of an unused index."""
         return len(self._touched) > max(len(entries) // 4, SMALL)
 
     # Steps
@@ -144,7 +144,7 @@ class Index:
 
     @property
     def batches(self) -> int:
-        """How many times `settle` leaves touched keys."""
+        """The number of calls of `catch_up` that leave touched keys."""
         return len(self._touched) // FEW
 
     def build_some(self) -> None:
@@ -152,8 +152,8 @@ class Index:
         if self._build is not None and next(self._build, self) is self:
             self._build = None
 
-    def settle(self, entries: Held) -> None:
-        """Bring the sorted keys up to date, except for touched keys beyond the first few. A build is ended first."""
+    def catch_up(self, entries: Held) -> None:
+        """Look up a few touched keys, and correct the sorted keys. If the build is not over, finish it first."""
         while self._build is not None:
             self.build_some()
         keys, touched, gone = self._keys, self._touched, self._gone
@@ -173,33 +173,33 @@ class Index:
     # Reading
 
     def page(self, entries: Held, low: str, high: str | None, limit: int | None, *, reverse: bool) -> list[str]:
-        """Return the first keys in a range, at most `limit`; the last ones, from the highest down, with `reverse`."""
-        self.settle(entries)
-        unsettled = self._unsettled(low, high)
-        most = None if limit is None else limit + len(unsettled)
+        """Return the first keys in a range, at most `limit`. With `reverse`, return the last ones, from the highest down."""
+        self.catch_up(entries)
+        doubtful = self._doubtful(low, high)
+        most = None if limit is None else limit + len(doubtful)
         found = self._keys.page(low, high, most, reverse=reverse)
-        return corrected(found, unsettled, entries, reverse=reverse)[:limit] if unsettled else found
+        return corrected(found, doubtful, entries, reverse=reverse)[:limit] if doubtful else found
 
     def pieces(self, entries: Held, low: str, high: str | None) -> list[Chunk]:
         """Return the keys in a range as sorted tuples, each above the one before."""
-        self.settle(entries)
-        unsettled = self._unsettled(low, high)
-        if not unsettled:
+        self.catch_up(entries)
+        doubtful = self._doubtful(low, high)
+        if not doubtful:
             return self._keys.pieces(low, high)
-        patched = corrected(self._keys.page(low, high), unsettled, entries)
+        patched = corrected(self._keys.page(low, high), doubtful, entries)
         return [tuple(patched)] if patched else []
 
     def count(self, entries: Held, low: str, high: str | None) -> int:
         """Return the number of keys in a range."""
-        self.settle(entries)
+        self.catch_up(entries)
         total = self._keys.count(low, high)
-        if unsettled := self._unsettled(low, high):
+        if doubtful := self._doubtful(low, high):
             known = set(self._keys.page(low, high))
-            total += sum((key in entries) - (key in known) for key in unsettled)
+            total += sum((key in entries) - (key in known) for key in doubtful)
         return total
 
-    def _unsettled(self, low: str, high: str | None) -> list[str]:
-        """Return the keys in a range of which the sorted keys may be wrong."""
+    def _doubtful(self, low: str, high: str | None) -> list[str]:
+        """Return the keys in a range that the sorted keys may lack, or have wrongly."""
         return in_range(self._touched | self._gone, low, high) if self._touched else []
 
     def release(self) -> dict[int, Chunk]:
@@ -258,7 +258,7 @@ class Index:
         self._keys = SortedKeys(chunks)
 
     def _slice(self, names: Iterator[str]) -> Chunk | None:
-        """Return the next keys of a dict; `None` if keys came or went, and the iterator cannot be used."""
+        """Return the next keys of a dict; `None` if keys were added or removed, so that the iterator cannot be used."""
         if self._touched:
             return None
         try:
@@ -274,11 +274,11 @@ def in_range(keys: Iterable[str], low: str, high: str | None) -> list[str]:
     return [key for key in keys if low <= key < high]
 
 
-def corrected(keys: list[str], unsettled: list[str], present: Held, *, reverse: bool = False) -> list[str]:
-    """Return sorted keys, with those among `unsettled` that are present, and without the others of them."""
-    doubtful = set(unsettled)
-    found = [key for key in keys if key not in doubtful]
-    found += [key for key in doubtful if key in present]
+def corrected(keys: list[str], doubtful: list[str], present: Held, *, reverse: bool = False) -> list[str]:
+    """Return sorted keys. Include a key of `doubtful` if it is present, and leave it out if it is not."""
+    asked = set(doubtful)
+    found = [key for key in keys if key not in asked]
+    found += [key for key in asked if key in present]
     found.sort(reverse=reverse)
     return found
 

@@ -5,9 +5,10 @@ Theory of operation. The keys are in sorted tuples, the chunks. A chunk has at m
 over the lengths of the chunks. It gives the number of keys before a chunk in O(log n). After
 chunks were split or joined, it is made anew when it is needed.
 
-A change replaces the tuple. So a caller may keep chunks, and they never change. There is another reason:
-the garbage collector does not track a tuple of strings. A list of a million keys adds about 30 ms to each full
-collection. In return, a new key takes 7 µs instead of 3 µs (a million keys in memory in random order).
+A change replaces the tuple of a chunk. This has two reasons. A caller may keep chunks, because they never
+change. And the garbage collector does not track a tuple of strings, whereas a list of a million keys adds
+about 30 ms to each full collection. The cost is that a new key takes 7 µs instead of 3 µs (a million keys
+in memory in random order).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 SIZE = 256
-"""The number of keys of a new chunk. A chunk of twice as many keys is split, and one of a quarter is joined.
+"""The number of keys of a new chunk. A chunk of twice as many keys is split. One of less than a quarter is joined with another.
 
 With 1,000 keys, a new key took twice as long. With 128, it took as long as with 256.
 """
@@ -40,7 +41,7 @@ class SortedKeys:
     __slots__ = ("_chunks", "_lasts", "_size", "_tree")
 
     def __init__(self, chunks: list[Chunk]) -> None:
-        """Take the keys. The chunks are sorted, without repetition, and each is above the one before; see `cut`."""
+        """Set the keys. Each chunk must be sorted, without repetition, and above the one before; see `cut`."""
         self._chunks: list[Chunk] = chunks
         self._lasts: list[str] = [chunk[-1] for chunk in chunks]
         self._size: int = sum(map(len, chunks))
@@ -140,7 +141,7 @@ class SortedKeys:
         return pieces
 
     def page(self, low: str, high: str | None, limit: int | None = None, *, reverse: bool = False) -> list[str]:
-        """Return the first keys of a range, at most `limit`; the last ones, from the highest down, with `reverse`.
+        """Return the first keys of a range, at most `limit`. With `reverse`, return the last ones, from the highest down.
 
         The cost is O(log n), and some nanoseconds for each key.
         """

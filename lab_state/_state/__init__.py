@@ -1,23 +1,22 @@
 """The map in memory: entries, unflushed changes, revisions. Pure and synchronous.
 
-Theory of operation. `entries` maps keys to stored values. A scalar is stored as it is.
-Any other value is stored as its JSON, so no object of a caller is shared. `changes` holds
-the keys that changed since the last commit took the changes away: each with its stored
-value, or with `DELETED` or `EXPIRED`. If `cleared` is set, all older keys were deleted
-before these changes. A commit takes the changes by putting an empty dict in their place
-(`take`). If the commit fails, they are put back (`put_back`). A newer change of a key
-replaces an older one.
+Theory of operation. `entries` maps keys to stored values. A scalar is stored unchanged. Any
+other value is stored as JSON, so no object of a caller is shared. `changes` has the keys that
+changed since the last `take`, each with its stored value, `DELETED` or `EXPIRED`. If `cleared`
+is set, all older keys were deleted before these changes. A commit takes the changes, and leaves
+an empty dict in their place (`take`). If the commit fails, the changes are put back (`put_back`).
+A newer change of a key then replaces the older one.
 
-A snapshot needs a view that does not change while writers go on. `freeze` returns the dict
-itself as the view, and puts an `Overlay` over it that takes the writes. Afterwards `fold`
-merges them into the dict in small steps. So the cost of both is independent of the size of
-the state. Reading and writing `entries` works the same with and without an overlay.
+A snapshot needs a view that does not change while writers continue. `freeze` returns the dict
+itself as the view, and puts an `Overlay` over it, which takes the writes. Afterwards `fold`
+merges the writes into the dict in small steps. So the cost of both does not depend on the size
+of the state. `entries` is read and written in the same way with and without an overlay.
 
 A value that expires stays in `entries` until a sweep removes it. So each read calls `alive`,
 and `count`, `names` and `count_in` leave out keys that are due.
 
-The keys in order of code points are in an index (`_order`), which exists from the first call on that
-needs an order. Each method that adds or removes a key notes the key for it.
+The index (`_order`) has the keys in order of code points. The first call that needs an order makes it.
+Each method that adds or removes a key notes the key for the index.
 """
 
 from __future__ import annotations
@@ -168,7 +167,7 @@ class State(Ordered):
         """Make many prepared changes as one, at once, and return the new revision. The state keeps both dicts.
 
         Args:
-            top: The changes by key. A key that is deleted must exist. With `cleared` there is none.
+            top: The changes by key. A key that is deleted must exist. With `cleared`, no key is deleted.
             changes: The same changes in another dict. Without `cleared` it has the unflushed changes of other
                 keys, too.
             size: The number of keys after the change.
@@ -257,14 +256,14 @@ class State(Ordered):
         return taken
 
     def _end_window(self, index: Index) -> None:
-        """Tell the index that `changes` is emptied. Drop it if it was not used for so long that it is of no use."""
+        """Tell the index that `changes` will be empty. Drop the index if it is too old to be useful."""
         index.forget_gone(self.entries)
         if index.is_too_old(self.entries):
             self.free(index.release(), CHUNKS_AT_ONCE)
             self.index = None
 
     def put_back(self, taken: ChangeSet) -> None:
-        """Put the changes of a failed commit back. Newer changes stay. A second call changes nothing."""
+        """Put back the changes of a failed commit. Newer changes stay. A second call changes nothing."""
         if not self.cleared:
             if self.index is not None:
                 self.index.note_gone(deleted(taken.changes))
@@ -283,7 +282,7 @@ class State(Ordered):
 
         The first view costs nothing. A second view at the same time is a copy of the state.
         That happens when a sync fails while a checkpoint runs. If a change of many keys is
-        still to be merged, that is done here, in one step; see `fold_staged`.
+        not merged yet, it is merged here, in one step; see `fold_staged`.
         """
         if isinstance(self.entries, Staged):
             self.entries.fold(sys.maxsize)
@@ -297,7 +296,7 @@ class State(Ordered):
 
     @property
     def frozen(self) -> bool:
-        """Whether a view would cost more than nothing: there is one, or many changes are still to be merged."""
+        """Whether `freeze` would take long: a view is in use, or a change of many keys is not merged yet."""
         return isinstance(self.entries, Overlay)
 
     def note_copied(self, view: dict[str, Stored]) -> None:
@@ -325,7 +324,7 @@ class State(Ordered):
         return entries if isinstance(entries, Overlay) and entries.view is view else None
 
     def has_as_base(self, view: dict[str, Stored]) -> bool:
-        """Return whether a map is the one that the entries are in, alone or below the changes that are to be merged."""
+        """Return whether a map has the entries, alone or below a change of many keys that is not merged yet."""
         entries = self.entries
         return entries is view or (isinstance(entries, Staged) and entries.view is view)
 
@@ -334,9 +333,9 @@ class State(Ordered):
 
         Return whether there are more.
         """
-        settling, entries = self.expiries.settle(most), self.entries
+        is_merging, entries = self.expiries.merge_replaced(most), self.entries
         if isinstance(entries, Staged):
             if entries.fold(most):
                 return True
             self.entries = entries.view
-        return settling
+        return is_merging

@@ -37,7 +37,7 @@ def no_clock() -> float:
 
 
 def ignore(*_: object) -> None:
-    """Do nothing, in place of a callback."""
+    """Do nothing. It is used in place of a callback."""
 
 
 class Contents:
@@ -62,10 +62,10 @@ class Contents:
         on_staged: A callback after a change of many keys, which `fold_staged` has to merge.
         on_first_change: A callback before the first change after a `take`, or `None`.
         index: The keys in order of code points; `None` until a call needs it. See `_order`.
-        free: A callback that gets a map that is no longer needed, and may be large, and perhaps the number of
-            items to free in one step.
-        results: The results of calls of other processes that were loaded, if there are any. Each
-            snapshot has them.
+        free: A callback that frees a map that is no longer needed, and may be large. Its second argument is
+            optional: the number of items that one step frees.
+        results: The loaded results of calls of other processes; `None` if there are none. Each
+            snapshot contains them.
         borrowed: Whether values may be views of the buffer from which they were loaded, and
             keep it alive.
         views: The views that `items()` reads. If the list is not empty, `before_overwrite`
@@ -74,7 +74,7 @@ class Contents:
     """
 
     has_steps: ClassVar[bool] = True
-    """Whether calls for many keys may go in steps. Those of a draft may not, because no call of a transaction awaits."""
+    """Whether calls with many keys may run in steps. Calls of a draft may not, because a transaction never awaits."""
 
     __slots__ = (
         "_epoch",
@@ -145,7 +145,9 @@ class Contents:
         self.swept: int = 0
         self._loaded_revision = revision
         self._stored_more = 0  # see `stored`
-        self.expiries: Expiries = Expiries(0 if expires else self.now())  # keys that are overdue keep their second
+        self.expiries: Expiries = Expiries(
+            0 if expires else self.now()
+        )  # with 0, overdue keys are in the bucket of their own second
         for key, at in (expires or {}).items():
             entries[key] = Expiring(cast("Value", entries[key]), at)
             self.expiries.add(key, at)

@@ -36,7 +36,7 @@ class Ordered(Contents):
             self.index.note_many(keys)
 
     def _index(self) -> Index:
-        """Return the index, made if there is none."""
+        """Return the index. Make it if there is none."""
         if self.index is None:
             base, touched = self.entries, set[str]()
             while isinstance(base, Layer):
@@ -55,24 +55,24 @@ class Ordered(Contents):
         while self._index().is_building:
             self._index().build_some()
             yield
-        for _ in range(self._index().batches):  # not until none is left: writers may add more all the time
-            self._index().settle(self.entries)
+        for _ in range(self._index().batches):  # a fixed number, because writers may touch more keys meanwhile
+            self._index().catch_up(self.entries)
             yield
 
     def page(self, low: str, high: str | None, limit: int | None = None, *, reverse: bool = False) -> list[str]:
-        """Return keys as `names` does, with those that have expired."""
+        """Return keys as `names` does, but include expired keys."""
         return self._index().page(self.entries, low, high, limit, reverse=reverse)
 
     def pieces(self, low: str, high: str | None) -> list[Chunk]:
-        """Return the keys in a range, with those that have expired, as sorted tuples.
+        """Return the keys in a range as sorted tuples, including expired keys.
 
-        Each has 1 key or more, and is above the one before. The cost is O(log n), and some
-        nanoseconds for each 256 keys, if the index is not behind.
+        Each tuple has 1 key or more, and all its keys are above those of the tuple before. If the index
+        is up to date, the cost is O(log n), and some nanoseconds for each 256 keys.
         """
         return self._index().pieces(self.entries, low, high)
 
     def held_in(self, low: str, high: str | None) -> int:
-        """Return the number of keys in a range, with those that have expired."""
+        """Return the number of keys in a range, including expired keys."""
         return self._index().count(self.entries, low, high)
 
     def due_in(self, low: str, high: str | None) -> int:
@@ -106,14 +106,14 @@ class Ordered(Contents):
         return names[:limit]
 
     def living(self, keys: list[str]) -> list[str]:
-        """Return those of some keys with an entry that have not expired."""
+        """Return those keys that have not expired. Each key must have an entry."""
         entries, now = self.entries, self.now()
         return [key for key in keys if not (isinstance(stored := entries[key], Expiring) and stored.at <= now)]
 
     # Views of `items()`
 
     def view(self) -> UndoView[Stored]:
-        """Open a view of the entries as they are now. It is closed by `close_view`, or when it is collected."""
+        """Open a view of the present entries. `close_view` closes it, and so does the garbage collector."""
         view = UndoView(self)
         self.views.append(ref(view))
         self.on_views()
@@ -144,12 +144,13 @@ class Ordered(Contents):
     def prepare_overwrite(self, keys: Collection[str]) -> Iterator[None]:
         """Do the work of `before_overwrite` for many keys, in steps, and yield between two steps.
 
-        No other code may change these keys during the steps. At the end change them before other code runs.
+        No other code may change these keys during the steps. After the last step, change them before other
+        code runs.
         """
         return noted(self.views, keys)
 
     def release(self, large: dict[Any, Any]) -> None:
-        """Free a map in steps, once no view is open that may read it."""
+        """Free a map in steps. If a view is open, which may read the map, free it when all views are closed."""
         if self._open_views():
             self._held.append(large)
         else:

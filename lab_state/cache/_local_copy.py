@@ -194,7 +194,7 @@ class LocalCopy:
             self._ordered().build_some()
             yield
         for _ in range(self._ordered().batches):
-            self._ordered().settle(self._entries)
+            self._ordered().catch_up(self._entries)
             yield
 
     def pieces(self, low: str, high: str | None) -> list[Chunk]:
