@@ -1,6 +1,6 @@
 """`Reads`: each reading call, written once, for the keys under a prefix.
 
-`get` is the hot path: one Python frame when the key is there and no type is asked for.
+`get` is the hot path: it takes one Python frame if the key exists and the caller passes no type.
 Rare cases (a missing key, a closed manager, a typed read) are handled in separate functions,
 after one check.
 """
@@ -87,7 +87,7 @@ class Reads(Iterates):
         """
         if default is not MISSING and default is not None:
             check_default(default)
-        # `_get`, written out: the benchmark shows the cost of one more call.
+        # This repeats `_get`: the benchmark shows the cost of one more call.
         try:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):

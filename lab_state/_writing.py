@@ -74,7 +74,7 @@ class Writing(Reads):
         core = self._core
         if (ttl is not None or core.blocked) and not self._note_for_views(key, ttl):
             return await self._put(key, value, ttl)
-        # `encode_value` and `State.apply` are written out: the benchmark shows the cost of two more calls.
+        # This repeats `encode_value` and `State.apply`: the benchmark shows the cost of two more calls.
         try:
             if value.__class__ is dict or value.__class__ is list:
                 try:

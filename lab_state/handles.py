@@ -80,8 +80,8 @@ class Scope(Calls):
         exception or a cancellation ends the block, its changes are dropped.
         Only one transaction is open at a time. Other transactions and writers wait for its end.
         Readers never wait. They see the state from before the transaction.
-        With 1,000 changes or more, the end of the block goes in steps, and the event loop runs between two
-        steps. Readers then see all of the changes in one moment.
+        With 1,000 changes or more, the end of the block works in steps, and the event loop runs between two
+        steps. All changes are still made in one moment.
 
         Raises:
             RuntimeError: At the beginning, and from each writing call of the manager inside the

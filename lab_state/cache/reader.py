@@ -247,16 +247,18 @@ class Reader(Iterates):
     ) -> dict[str, Any]:
         """Return the keys that start with `prefix` with their values, in order of code points, all of one moment.
 
-        With a local copy, it looks only at the keys that it returns, and goes in steps, between which the event
-        loop runs. The first call that needs an order sorts all keys, in steps.
+        With a local copy, the cost depends on the keys that are returned, not on all keys. The call works in
+        steps, and the event loop runs between two steps. The first call that needs an order sorts all keys,
+        in steps.
 
-        Without one, it reads the whole mirror and chooses from it, for a page as well. Redis answers no
-        other client meanwhile. The event loop waits for one step, which takes about a second for a million keys.
+        Without a local copy, the call reads the whole mirror and chooses from it, even for a page. Redis
+        answers no other client meanwhile. One step then blocks the event loop, for about a second with a
+        million keys.
 
         Args:
-            prefix: The beginning of the keys; an empty one means all keys.
-            after: Begin behind this key: above it, or below it with `reverse`. There need not be
-                such a key.
+            prefix: The beginning of the keys; an empty text selects all keys.
+            after: Begin after this key: above it, or below it with `reverse`. The key need not
+                exist.
             limit: The largest number of keys, 1 or more; `None` means all.
             reverse: Whether to begin with the highest key.
             type: The type to decode each value as; see `Manager.get`.
@@ -285,10 +287,10 @@ class Reader(Iterates):
     async def keys(
         self, prefix: str = "", *, after: str | None = None, limit: int | None = None, reverse: bool = False
     ) -> list[str]:
-        """Return the keys that start with `prefix`, in order of code points. It reads as much as `get_all`.
+        """Return the keys that start with `prefix`, in order of code points. This reads as much as `get_all`.
 
         Args:
-            prefix: The beginning of the keys; an empty one means all keys.
+            prefix: The beginning of the keys; an empty text selects all keys.
             after: See `get_all`.
             limit: See `get_all`.
             reverse: See `get_all`.
