@@ -1,0 +1,154 @@
+"""The base of `Reader`: the reads that its calls share.
+
+A read takes the keys and values from the local copy if that is fresh, and otherwise from the cache. What comes
+from the cache is checked: a read fails if a part of the mirror is missing, or if its revision is lower than one that
+this reader has returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from typing import Any, cast
+
+from lab_state._arguments import check_key, check_limit, check_prefix
+from lab_state._clock import Clock, SystemClock
+from lab_state._entries import MISSING, Expiring, Json, Stored, Value
+from lab_state._in_steps import Range
+from lab_state._items import Decoding, Iterates, Steps
+from lab_state._order import bounds
+from lab_state._types import check_type, decode_value
+from lab_state.cache._feed import Feed
+from lab_state.cache._format import Head, parse_time
+from lab_state.cache._local_copy import LocalCopy
+from lab_state.cache._moment import Moment
+from lab_state.cache._revision_guard import RevisionGuard
+from lab_state.cache._source import Fetched, Source
+from lab_state.exceptions import ClosedError, KeyNotFoundError, StorageError, TypeMismatchError, UnsupportedError
+
+
+class MirrorAccess(Iterates):
+    """The local copy of a reader, the source of its mirror, and the reads from both. `Reader` has the public calls."""
+
+    def __init__(self, name: str, source: Source, *, local: bool, clock: Clock | None) -> None:
+        self._name = name
+        self._source = source
+        self._is_local = local
+        self._clock: Clock = SystemClock() if clock is None else clock
+        self._local = LocalCopy()
+        self._feed: Feed | None = None
+        self._guard = RevisionGuard(name, source.path)
+        self._readable = False  # whether the last read of the mirror succeeded
+        self._is_parents = False
+
+    def _refusal(
+        self,
+    ) -> UnsupportedError:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+        return UnsupportedError(
+            f"the reader of {self._name!r} is open in the parent of this forked process: open another one here"
+        )
+
+    def _check_process(self) -> None:
+        if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
+            raise self._refusal()
+
+    @property
+    def _open(self) -> Feed:
+        self._check_process()
+        if self._feed is None:
+            raise ClosedError(f"the reader of {self._name!r} is not open: use it inside `async with`")
+        return self._feed
+
+    async def _some(self, keys: Sequence[str]) -> dict[str, Stored]:
+        """Return those keys that exist. They may have expired."""
+        _ = self._open
+        if self._local.fresh:
+            entries = self._local.shown
+            return {key: entries[key] for key in keys if key in entries}
+        return (await self._read(self._source.fetch(keys)))[1]
+
+    def _steps(self, prefix: str, after: str | None, limit: int | None, type_: Any, *, reverse: bool) -> Steps:
+        if type_ is not Any:
+            check_type(type_)
+
+        def decode(key: str, value: Value) -> Any:
+            return self._decoded(key, value, MISSING, type_)
+
+        return Steps(self._moment(prefix, after, limit, reverse=reverse), Decoding(type_, decode))
+
+    def _moment(self, prefix: object, after: object, limit: object, *, reverse: bool) -> Moment:
+        """Return the source for the keys of a range."""
+        if limit is not None:
+            check_limit(limit)
+        low, high = bounds(check_prefix(prefix), None if after is None else check_key(after), reverse=reverse)
+        chosen = Range(low, high, 0, cast("int | None", limit), reverse)
+        return Moment(self._copy, self._all, self._clock.time, chosen)
+
+    def _copy(self) -> LocalCopy:
+        """Return the local copy. It may be empty."""
+        _ = self._open
+        return self._local
+
+    async def _all(self) -> dict[str, Stored]:
+        """Read the whole mirror."""
+        return (await self._read(self._source.fetch_all()))[1]
+
+    async def _head(self) -> Head:
+        return (await self._read(self._source.fetch([])))[0]
+
+    async def _read(self, fetching: Awaitable[Fetched]) -> tuple[Head, dict[str, Stored]]:
+        """Read the mirror, check whether it may be shown, and note whether that succeeded."""
+        # The lowest revision to accept is taken before the read, because another read may return a higher one meanwhile.
+        floor = max(self._guard.seen, self._local.highest)
+        try:
+            found = await fetching
+            head, stored = self._checked_head(found, floor), _stored(found)
+        except StorageError:
+            self._readable = False
+            raise
+        self._readable = True
+        return head, stored
+
+    def _checked_head(self, found: Fetched, floor: int) -> Head:
+        """Return the head of a read, if the read may be returned. If its revision is lower, and accepted, continue from it."""
+        accepted = self._guard.accept(found, floor, self._lives, self._clock.monotonic())
+        if accepted.went_back:
+            assert self._feed is not None  # it has reported that the writer lives
+            self._local.reset()
+            self._feed.restart_from(accepted.head.revision)
+        return accepted.head
+
+    def _lives(self, writer: str, below: int) -> bool:
+        return self._feed is not None and self._feed.lives(writer, below)
+
+    def _alive(self, entries: dict[str, Stored]) -> dict[str, Stored]:
+        """Return the entries that have not expired."""
+        now = self._clock.time() * 1000
+        return {key: stored for key, stored in entries.items() if not isinstance(stored, Expiring) or stored.at > now}
+
+    def _missing(self, key: str, default: object) -> Any:
+        if default is MISSING:
+            raise KeyNotFoundError(key)
+        return default
+
+    def _decoded(self, key: str, stored: Stored, default: object, type_: Any) -> Any:
+        if isinstance(stored, Expiring):
+            if stored.at <= self._clock.time() * 1000:
+                return self._missing(key, default)
+            stored = stored.value
+        try:
+            return decode_value(stored, type_)
+        except RecursionError:
+            raise TypeMismatchError(f"key {key!r}: its nesting is too deep to decode") from None
+        except TypeMismatchError as error:
+            raise TypeMismatchError(f"key {key!r}: {error}", error.path) from None
+
+    def _all_decoded(self, entries: dict[str, Stored], type_: Any) -> dict[str, Any]:
+        return {key: self._decoded(key, stored, MISSING, type_) for key, stored in self._alive(entries).items()}
+
+
+def _stored(found: Fetched) -> dict[str, Stored]:
+    expires = found.expires
+    return {
+        key: Expiring(Json(data), parse_time(expires[key])) if key in expires else Json(data)
+        for key, data in found.values.items()  # decoding raises for invalid JSON
+    }
