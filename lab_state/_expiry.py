@@ -9,9 +9,9 @@ While there is a watch, a key must be found at its exact time, not at the end of
 Then the keys of the next few seconds are in a heap, too. If a key is deleted or gets another
 time, its old item stays in the heap. The item is skipped when its time comes.
 
-A change of many keys does not change the index in one step. It brings two small indexes: the times that
-no longer count, and the new ones (`replace`). The counts consider both. `merge_replaced` moves them into the index in
-steps.
+A change of many keys does not change the index in one step. It adds two small indexes: one has the times
+that are no longer valid, and one has the new times (`replace`). The counts consider both. `merge_replaced`
+moves their keys into the index in steps.
 
 The time here is the time of the state (`State.now`). It starts from the wall clock, and then
 counts the seconds that pass. If the wall clock is set while the manager runs, no key expires

@@ -25,7 +25,7 @@ class Pace:
     """The turns of a checkpoint beside commits.
 
     The event loop and the threads of the storage share one interpreter. So a slice that is encoded while
-    callers of a commit run, or before the next commit starts, delays that commit. It delays it least right
+    callers of a commit run, or before the next commit starts, delays that commit. The delay is smallest right
     after the commit was passed to its thread. So each commit is followed by one slice. After `late`
     seconds without a new commit, slices go on without waiting.
     """

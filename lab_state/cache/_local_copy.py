@@ -52,9 +52,7 @@ class LocalCopy:
         self.views: Views[Stored] = []
         self._entries: dict[str, Stored] = {}
         self._index: Index | None = None
-        self._whole = (
-            False  # whether `_entries` has all keys at `head`; False during a load, and after an interrupted one
-        )
+        self._whole = False  # whether `_entries` has all keys at `head`; not during a load, or after an interrupted one
         self._kept: deque[Sequence[Message]] | None = None
 
     def invalidate(self) -> None:
@@ -174,7 +172,7 @@ class LocalCopy:
         return self._entries
 
     def view(self) -> UndoView[Stored]:
-        """Open a view of the entries as they are now."""
+        """Open a view of the present entries."""
         return self.register(UndoView(self))
 
     def register(self, view: UndoView[Stored]) -> UndoView[Stored]:
@@ -202,13 +200,13 @@ class LocalCopy:
         return self._ordered().pieces(self._entries, low, high)
 
     def _ordered(self) -> Index:
-        """Return the index, made if there is none."""
+        """Return the index. Make it if there is none."""
         if self._index is None:
             self._index = Index(self._entries, (), ())
         return self._index
 
     def _note(self, *changed: Sequence[str]) -> None:
-        """Note keys that are about to be added or removed for the index. Drop an index that was not used for long."""
+        """Tell the index that keys are about to be added or removed. Drop the index if it is too old to be useful."""
         index = self._index
         if index is not None:
             index.forget_gone(self._entries)
@@ -218,7 +216,7 @@ class LocalCopy:
                 self._index = None
 
     def _replace(self) -> None:
-        """Continue with an empty dict. A view keeps the one from before."""
+        """Continue with an empty dict. The open views keep the old dict."""
         for view in open_ones(self.views):
             view.keep()
         self._entries, self._index = {}, None

@@ -16,7 +16,7 @@ from lab_state.exceptions import ClosedError
 
 
 class Moment:
-    """A source of the keys of a mirror: of the local copy if it is fresh, and otherwise of one read of the whole mirror."""
+    """A source of the keys of a mirror. It uses the local copy if that is fresh. Otherwise it reads the whole mirror once."""
 
     def __init__(
         self,
@@ -25,12 +25,13 @@ class Moment:
         now: Callable[[], float],
         within: Range,
     ) -> None:
-        """Prepare.
+        """Prepare an iterator over the keys of a range.
 
         Args:
-            local: Returns the local copy of the reader. It raises an error if the reader is not open.
-            fetch: Reads the whole mirror.
-            now: Returns the time, in seconds since 1970.
+            local: A function that returns the local copy of the reader. It raises an error if the reader is not
+                open.
+            fetch: A function that reads the whole mirror.
+            now: A function that returns the time, in seconds since 1970.
             within: The range of the keys.
         """
         self._local = local

@@ -17,10 +17,10 @@ _FREED_AT_ONCE = 1000
 _SCANNED = 500
 
 MANY = 1000
-"""A step with this many keys is made in steps of the event loop."""
+"""A mirror step with this many keys is made in several turns of the event loop."""
 
 STEP = 500
-"""The number of keys that one of them takes."""
+"""The number of keys in one of these turns."""
 
 
 Pending: TypeAlias = dict[str, tuple[bytes | None, bytes | None]]
@@ -32,8 +32,8 @@ class MemoryMirror:
     Attributes:
         values: The values by key, and the head.
         expires: The expiry times by key, and the head.
-        pending: A step that readers see already, and that is still to be merged into both hashes: a value and an
-            expiry time by key. Without a value the key is deleted.
+        pending: A step that readers see already, but that is not merged into both hashes yet: a value and an
+            expiry time by key. A key without a value is deleted.
         followers: The subscriptions.
         fill: The id of the last fill.
     """
@@ -77,16 +77,16 @@ class MemoryMirror:
         return bool(self.pending)
 
     def merge_later(self) -> None:
-        """Merge the pending step in steps of the event loop."""
+        """Merge the pending step in several turns of the event loop."""
         if self.merge(STEP):
             asyncio.get_running_loop().call_soon(self.merge_later)
 
     def names(self) -> list[str]:
-        """Return all keys, and keys that the pending step deletes."""
+        """Return all keys. Keys that the pending step deletes may be among them."""
         return [*self.values, *(key for key in self.pending if key not in self.values)]
 
     def fetch(self, keys: Iterable[str]) -> Fetched:
-        """Return some keys, those that are there."""
+        """Return the given keys, as far as they exist."""
         values: dict[str, bytes] = {}
         expires: dict[str, bytes] = {}
         for key in keys:
