@@ -31,10 +31,10 @@ from msgspec import UNSET, Raw, UnsetType
 
 from lab_state._arguments import RESERVED, check_key
 from lab_state._buffers import ByteBuffer
-from lab_state._entries import Absent, ChangeSet, Expiring, Json, Stored, StoredOrGone, Value
+from lab_state._entries import Absent, ChangeSet, Expiring, Json, Stored, StoredOrGone, Value, size_of
 from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._not_json import NOT_JSON, not_an_object
-from lab_state._values import encode, size_of
+from lab_state._values import encode
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 from lab_state.shared._results import RecordCalls, ResultTable, SnapshotCalls
 

@@ -26,6 +26,13 @@ SCALARS = frozenset({str, int, float, bool, type(None)})
 """The classes of values that are stored unchanged."""
 
 
+def size_of(stored: Value) -> int:
+    """Return the approximate size of a value as JSON, in bytes."""
+    if isinstance(stored, Raw):
+        return memoryview(stored).nbytes
+    return len(stored) if isinstance(stored, bytes | str) else 8
+
+
 class Expiring(Struct, frozen=True, gc=False):
     """A value with its expiry. From the time `at` on, in milliseconds since 1970, the key does not exist.
 

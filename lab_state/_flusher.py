@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 from weakref import finalize
 
@@ -33,7 +33,7 @@ from lab_state._metrics import FlushTimes
 from lab_state._order import CHUNKS_AT_ONCE
 from lab_state._outcomes import Outcomes
 from lab_state._snapshots import SnapshotViews
-from lab_state._standstill import Standstill
+from lab_state._standstill import Progress, Standstill
 from lab_state._state import State
 from lab_state._state._contents import ignore, no_clock
 from lab_state.config import Config
@@ -86,12 +86,10 @@ class Flusher(Outcomes):
         self._abandoned = self._aborted = False
         self.forgotten: finalize[Any, Any] | None = None  # closes the session when all other objects are collected
         self._deadline = math.inf
-        # If this raises, start() fails. Without `progress`, stop() could not distinguish a slow storage from one that hangs.
-        _ = session.progress
-        self._slices = 0  # the number of encoded slices of records and snapshots; encoding is progress, too
+        self._progress = Progress(lambda: session.progress)
         self._stop_error: LabStateError | None = None
         self.checkpoints: Checkpoints = Checkpoints(
-            config.name, session, self, clock, self._checkpoint_pauses, self._count
+            config.name, session, self, clock, self._checkpoint_pauses, self._progress.count
         )
         self.checkpoints.records = len(session.recovery.records) + self._unsettled
         if self._unsettled:
@@ -122,7 +120,7 @@ class Flusher(Outcomes):
         self._stopping = True
         self._deadline = self._clock.monotonic() + timeout
         self._end_timers()
-        standstill = Standstill(self._clock, timeout, self._progress)
+        standstill = Standstill(self._clock, timeout, self._progress.number)
         if self._task.done() or self._task.get_loop() is not self.loop:  # its event loop was closed before
             self._start(self._run())
         self._wake.set()
@@ -327,7 +325,7 @@ class Flusher(Outcomes):
         """Commit all unflushed changes, and return the error if that failed."""
         self._begun += 1
         number = self._begun
-        views = SnapshotViews(self.state, given=self._count)
+        views = SnapshotViews(self.state, given=self._progress.count)
         taken: ChangeSet | None = None
         try:
             self._waiters.start_commit()
@@ -368,24 +366,9 @@ class Flusher(Outcomes):
             return True
 
     async def _write(self, taken: ChangeSet, views: SnapshotViews) -> bool:
-        record = encode_small_record(taken) or await join_in_steps(self._counted(encode_record(taken)))
+        record = encode_small_record(taken) or await join_in_steps(self._progress.counted(encode_record(taken)))
         self.checkpoints.pace.commit_begins()
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
-
-    def _progress(self) -> int:
-        """Return a number that grows while bytes are encoded or written."""
-        try:
-            return self._session.progress + self._slices
-        except Exception:  # noqa: BLE001 -- with a storage that breaks its promise, stop() must still end
-            return self._slices
-
-    def _count(self) -> None:
-        self._slices += 1
-
-    def _counted(self, slices: Iterable[bytes]) -> Iterator[bytes]:
-        for part in slices:
-            self._slices += 1
-            yield part
 
     def checkpoint_if_due(self) -> None:
         """Start a checkpoint if one is due, no view is in use, and `stop` was not called."""

@@ -1,9 +1,9 @@
-"""A watchdog for work that should make progress."""
+"""A watchdog for work that should make progress, and the number that shows the progress of a flush."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from lab_state._clock import Clock, resolver
 
@@ -47,3 +47,31 @@ class Standstill:
         """Stop the watchdog."""
         self._timer.cancel()
         self.reached.cancel()
+
+
+class Progress:
+    """The progress of flushes and checkpoints: the bytes that are written, and the slices that are encoded."""
+
+    def __init__(self, written: Callable[[], int]) -> None:
+        """Call `written` once. It returns the number of bytes that the storage has written. If it raises, so does this call."""
+        # Then start() fails. Without this number, stop() could not distinguish a slow storage from one that hangs.
+        written()
+        self._written = written
+        self._slices = 0
+
+    def number(self) -> int:
+        """Return a number that grows while bytes are encoded or written."""
+        try:
+            return self._written() + self._slices
+        except Exception:  # noqa: BLE001 -- with a storage that breaks its promise, stop() must still end
+            return self._slices
+
+    def count(self) -> None:
+        """Count one encoded slice of a record or a snapshot."""
+        self._slices += 1
+
+    def counted(self, slices: Iterable[bytes]) -> Iterator[bytes]:
+        """Yield the slices, and count each."""
+        for part in slices:
+            self._slices += 1
+            yield part

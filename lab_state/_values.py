@@ -224,13 +224,6 @@ def _may_have_longer_ints() -> bool:
     return not 0 < sys.get_int_max_str_digits() <= _MOST_DIGITS
 
 
-def size_of(stored: Value) -> int:
-    """Return the approximate size of a value as JSON, in bytes."""
-    if isinstance(stored, Raw):
-        return memoryview(stored).nbytes
-    return len(stored) if isinstance(stored, bytes | str) else 8
-
-
 def _check_scalar(value: str | float | None) -> None:
     if isinstance(value, str):
         if not value.isascii():

@@ -16,7 +16,7 @@ from lab_state._arguments import Seconds, check_key, check_prefix, many_keys, mi
 from lab_state._batch import Batch, in_parts
 from lab_state._bulk import Bulk
 from lab_state._core import Core
-from lab_state._entries import DELETED, Expiring, StoredOrGone, Value
+from lab_state._entries import DELETED, Expiring, StoredOrGone, Value, size_of
 from lab_state._json_keys import check_str_keys
 from lab_state._nesting import SHALLOW
 from lab_state._order import bounds
@@ -34,7 +34,6 @@ from lab_state._values import (
     find_colon,
     find_del,
     find_ones,
-    size_of,
 )
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 

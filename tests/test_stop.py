@@ -204,10 +204,10 @@ async def test_encoding_a_record_is_progress(slow: Slow, clock: ManualClock) -> 
     slow.goes_on.set()
     async with Manager(Config(name="test", flush_interval=None), slow, clock=clock) as state:
         flusher = flusher_of(state)
-        before = flusher._progress()
+        before = flusher._progress.number()
         await state.set_many({f"key {number}": "x" * 1000 for number in range(2000)})
         await state.flush()
-        assert flusher._progress() > before + 1
+        assert flusher._progress.number() > before + 1
         assert slow.session.progress == 0
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from lab_state._entries import MISSING, Absent, ChangeSet, Expiring, StoredOrGone
-from lab_state._values import size_of
+from lab_state._entries import MISSING, Absent, ChangeSet, Expiring, StoredOrGone, size_of
 
 MOST_KEYS = 100_000
 MOST_BYTES = 32 * 1024 * 1024
