@@ -84,7 +84,7 @@ def milliseconds(ttl: Seconds) -> int:
     if not 0 < seconds <= LONGEST_TTL:
         raise InvalidValueError(
             f"ttl must be above 0 and at most {LONGEST_TTL} seconds; to delete a key use delete(), "
-            "to keep it for good leave ttl out"
+            "for a key that never expires leave ttl out"
         )
     return math.ceil(seconds * 1000)
 
@@ -116,7 +116,7 @@ def check_revision(revision: object) -> None:
         TypeError: It is not an `int`.
     """
     if isinstance(revision, bool) or not isinstance(revision, int):
-        raise TypeError(f"a revision is an int, such as a write returns; not {type(revision).__name__}")
+        raise TypeError(f"a revision must be an int, which a write has returned; not {type(revision).__name__}")
 
 
 def check_default(default: object) -> None:
@@ -126,7 +126,7 @@ def check_default(default: object) -> None:
         TypeError: The default is a class.
     """
     if isinstance(default, type):
-        raise TypeError(f"the default is a class; to have the value decoded as one, write type={default.__name__}")
+        raise TypeError(f"the default is a class; to decode the value as this class, pass type={default.__name__}")
 
 
 def as_text(key: Any) -> Any:
@@ -154,7 +154,7 @@ def check_callable(call: str, fn: object) -> None:
     """
     if not callable(fn):
         raise TypeError(
-            f"{call}() needs a function, not {type(fn).__name__}; to store a value as it is use set() or set_if_absent()"
+            f"{call}() needs a function, not {type(fn).__name__}; to store a value use set() or set_if_absent()"
         )
 
 

@@ -92,4 +92,4 @@ def tell_fenced(on_fenced: Callable[[FencedError], object], error: FencedError, 
         return
     if inspect.iscoroutine(result):
         result.close()
-        logger.error("%s: on_fenced returned a coroutine, which nothing awaits: give a plain function", name)
+        logger.error("%s: on_fenced returned a coroutine, which nothing awaits: pass a plain function", name)

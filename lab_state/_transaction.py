@@ -253,7 +253,7 @@ class DraftCore(CallCore):
         if self._core.transaction is not self:
             self._core.check_process()
             raise ClosedError(
-                f"the manager of {self.name!r} was stopped while this transaction was open: nothing changed"
+                f"the manager of {self.name!r} was stopped while this transaction was open: nothing was changed"
             )
 
     def end(self) -> None:

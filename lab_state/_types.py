@@ -47,7 +47,7 @@ def decode_value(stored: Value, type_: Any) -> Any:
             try:
                 return decode_json(data)
             except DECODE_ERRORS:
-                raise TypeMismatchError("a msgspec.Raw that is not valid JSON; set it anew") from None
+                raise TypeMismatchError("the value is a msgspec.Raw that is not valid JSON; set it again") from None
     elif type_ is Any or kind is type_:
         return stored
     else:

@@ -184,7 +184,9 @@ class Manager(Scope):
         self._core.check_process()
         check_asyncio()
         if self._phase not in ("new", "stopped"):
-            raise RuntimeError(f"start() of {self._config.name!r} while it is {self._phase}: await stop() first")
+            raise RuntimeError(
+                f"start() of {self._config.name!r} was called while it is {self._phase}: await stop() first"
+            )
         self._started_at = caller()
         before, self._phase = self._phase, "starting"
         forks.disown_in_children(self)
@@ -264,7 +266,9 @@ class Manager(Scope):
         """
         self._core.check_process()
         if self._phase == "starting":
-            raise RuntimeError(f"stop() of {self._config.name!r} while it is starting: cancel start() instead")
+            raise RuntimeError(
+                f"stop() of {self._config.name!r} was called while it is starting: cancel start() instead"
+            )
         flusher = self._flusher
         if self._phase == "running" and flusher is not None:
             flusher.move()

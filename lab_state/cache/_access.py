@@ -40,9 +40,7 @@ class MirrorAccess(Iterates):
         self._readable = False  # whether the last read of the mirror succeeded
         self._is_parents = False
 
-    def _refusal(
-        self,
-    ) -> UnsupportedError:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
+    def _refusal(self) -> UnsupportedError:  # pragma: no cover -- a child's coverage is not collected
         return UnsupportedError(
             f"the reader of {self._name!r} is open in the parent of this forked process: open another one here"
         )

@@ -222,7 +222,7 @@ def check_replaceable(path: str, directory: str) -> None:
                 "give the file to this user, or choose another directory"
             )
         if _flags_of(path) & _UNCHANGEABLE:
-            raise UnsupportedError(f"{path} is immutable or append-only: `chattr -i -a` it")
+            raise UnsupportedError(f"{path} is immutable or append-only: run `chattr -i -a` on it")
 
 
 def _mount_of(path: str) -> bytes:

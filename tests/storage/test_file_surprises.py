@@ -195,7 +195,7 @@ async def test_an_immutable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """An immutable file is refused at the start."""
     (tmp_path / "lab.json").write_bytes(b"{}")
     monkeypatch.setattr(_directory, "_flags_of", lambda path: 0x10)
-    with pytest.raises(UnsupportedError, match=r"lab\.json is immutable or append-only: `chattr -i -a` it"):
+    with pytest.raises(UnsupportedError, match=r"lab\.json is immutable or append-only: run `chattr -i -a` on it"):
         await manager(tmp_path).start()
 
 

@@ -74,4 +74,4 @@ class Limit:
         self._has_ended = True
         self._stop_timer()
         if self._is_expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise TimeoutError(f"nothing moved for {self._seconds:g} s") from error
+            raise TimeoutError(f"no bytes were sent or received for {self._seconds:g} s") from error
