@@ -87,7 +87,7 @@ class TestReading:
         await state.set("user", {"name": "Ann", "age": 30})
         for key in ("user", "nope"):
             for call in (state.get, state.pop):
-                with pytest.raises(TypeError, match=r"the default is a class; .* write type=User"):
+                with pytest.raises(TypeError, match=r"the default is a class; .* pass type=User"):
                     await call(key, User)
             with pytest.raises(TypeError, match="write type=int"):
                 state.get_nowait(key, int)
