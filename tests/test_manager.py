@@ -89,7 +89,7 @@ class TestReading:
             for call in (state.get, state.pop):
                 with pytest.raises(TypeError, match=r"the default is a class; .* pass type=User"):
                     await call(key, User)
-            with pytest.raises(TypeError, match="write type=int"):
+            with pytest.raises(TypeError, match="pass type=int"):
                 state.get_nowait(key, int)
         assert await state.get("nope", "a default") == "a default"
         assert await state.exists("user")
@@ -583,7 +583,7 @@ class TestArguments:
         with pytest.raises(TypeError, match="needs a mapping"):
             await state.set_many([("a", 1)])  # type: ignore[arg-type]
         for revision in ("5", 1.5, True):
-            with pytest.raises(TypeError, match="a revision is an int"):
+            with pytest.raises(TypeError, match="a revision must be an int"):
                 await state.wait_durable(revision)  # type: ignore[arg-type]
         await state.set("huge", 10**400)
         with pytest.raises(InvalidValueError, match="too large"):
