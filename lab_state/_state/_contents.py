@@ -41,7 +41,7 @@ def ignore(*_: object) -> None:
 
 
 class Contents:
-    """The map of one manager.
+    """The contents of a state: its entries, its changes, its numbers and its time. `State` has the calls that change it.
 
     Attributes:
         entries: Stored values by key. `clear`, `freeze` and `fold` replace this object:
@@ -145,9 +145,8 @@ class Contents:
         self.swept: int = 0
         self._loaded_revision = revision
         self._stored_more = 0  # see `stored`
-        self.expiries: Expiries = Expiries(
-            0 if expires else self.now()
-        )  # with 0, overdue keys are in the bucket of their own second
+        # With 0, overdue keys are in the bucket of their own second.
+        self.expiries: Expiries = Expiries(0 if expires else self.now())
         for key, at in (expires or {}).items():
             entries[key] = Expiring(cast("Value", entries[key]), at)
             self.expiries.add(key, at)

@@ -1,8 +1,8 @@
 """The base of `Reader`: the reads that its calls share.
 
-A read takes the keys and values from the local copy if that is fresh, and otherwise from the cache. What comes
-from the cache is checked: a read fails if a part of the mirror is missing, or if its revision is lower than one that
-this reader has returned.
+A read takes the keys and values from the local copy if that is fresh, and otherwise from the cache. Data from the
+cache is checked. A read fails if a part of the mirror is missing, or if its revision is lower than one that this
+reader has returned.
 """
 
 from __future__ import annotations

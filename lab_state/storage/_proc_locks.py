@@ -89,7 +89,7 @@ def would_show(mounts: str, device: int, pid_namespace: int) -> bool:
         pid_namespace: The inode of `/proc/self/ns/pid`.
 
     Returns:
-        False outside the first pid namespace of the machine. Also False on file systems
+        False outside the first pid namespace of the machine. It is also False on file systems
         for which `stat` shows another device or inode (btrfs, overlay), and on those that
         other machines can lock (NFS).
     """
