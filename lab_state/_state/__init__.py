@@ -53,6 +53,17 @@ class State(Ordered):
 
     __slots__ = ()
 
+    # Attributes of the base classes that are assigned here as well. `pyright --verifytypes` needs a declaration in each class.
+    entries: dict[str, Stored] | Layer
+    index: Index | None
+    changes: dict[str, StoredOrGone]
+    cleared: bool
+    revision: int
+    taken: int
+    since: float
+    deleted: int
+    swept: int
+
     # Changes
 
     def before_change(self) -> None:

@@ -23,6 +23,8 @@ class Ordered(Contents):
 
     __slots__ = ()
 
+    index: Index | None  # of the base class, and assigned here as well: see `State`
+
     # Order
 
     def note(self, key: str) -> None:
