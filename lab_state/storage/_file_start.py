@@ -119,7 +119,7 @@ def _keep_torn(path: str, data: bytes, start: int, leftovers: Leftovers) -> None
         # The tail is copied in pieces, because one large copy would block every other thread.
         tail = [data[at : at + _COPIED_AT_ONCE] for at in range(start, len(data), _COPIED_AT_ONCE)]
         kept = f"{path}.torn-{time.time_ns() // 1_000_000}"
-        fs.close(fs.create(kept, tail, fs.Progress()))
+        fs.close(fs.create(kept, tail, fs.WrittenBytes()))
         leftovers.add(path, kept)
     except StorageError as error:
         _logger.warning("the torn tail of %s could not be saved: %s", path, error)

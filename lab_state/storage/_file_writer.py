@@ -84,7 +84,7 @@ class Writer:
         self.generation: int = 0
         self.since: list[bytes] | None = None
         self.replaced: list[int] = []
-        self.progress: fs.Progress = fs.Progress()
+        self.progress: fs.WrittenBytes = fs.WrittenBytes()
         self._fd = -1
         self._left = lookup.UNKNOWN
         self._is_timed = True

@@ -57,7 +57,7 @@ _NOT_FOR_DIRECTORIES = {errno.EINVAL, errno.ENOSYS}
 """The errors of file systems that cannot sync a directory: CIFS, FUSE, DrvFs."""
 
 
-class Progress:
+class WrittenBytes:
     """The number of bytes that were written to the disk.
 
     Attributes:
@@ -165,7 +165,7 @@ def read(path: str, most: int = -1) -> bytes | None:
             close(fd)
 
 
-def create(path: str, parts: Sequence[bytes], progress: Progress, *replaced: str) -> int:
+def create(path: str, parts: Sequence[bytes], progress: WrittenBytes, *replaced: str) -> int:
     """Create a file with these bytes, and sync it. Return its descriptor. After a failure the file is deleted.
 
     Args:
@@ -210,7 +210,7 @@ class NewFile:
     may be called at any time, also after a cancellation.
     """
 
-    def __init__(self, path: str, progress: Progress, *replaced: str) -> None:
+    def __init__(self, path: str, progress: WrittenBytes, *replaced: str) -> None:
         """Prepare a file without creating it. `replaced` is passed to `_ownership.keep`."""
         self.path = path
         self._progress = progress
@@ -323,7 +323,7 @@ class TornWriteError(Exception):
         self.error = error
 
 
-def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: Progress) -> None:
+def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: WrittenBytes) -> None:
     """Append to a file, and sync it. Large data are written in steps, and each step is synced.
 
     Raises:
@@ -376,7 +376,7 @@ def _cut(parts: Sequence[bytes]) -> Iterator[Sequence[memoryview]]:
         yield step
 
 
-def _write(fd: int, parts: Sequence[bytes | memoryview], offset: int, progress: Progress) -> int:
+def _write(fd: int, parts: Sequence[bytes | memoryview], offset: int, progress: WrittenBytes) -> int:
     """Write the parts one after the other. Return the offset after the last one."""
     for batch in (b"".join(parts),) if sum(map(len, parts)) <= _COPIED else _batched(parts):
         rest = memoryview(batch)

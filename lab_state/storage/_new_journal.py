@@ -33,7 +33,7 @@ class NewJournal:
         records: The number of records that were added.
     """
 
-    def __init__(self, paths: Paths, name: str, progress: fs.Progress) -> None:
+    def __init__(self, paths: Paths, name: str, progress: fs.WrittenBytes) -> None:
         """Prepare a journal for the state of this name. No file is created yet."""
         self.path: str = fs.temporary(paths.journal)
         self.base: str = NO_BASE

@@ -69,7 +69,7 @@ def no_sync_of_a_commit(patch: Patch) -> None:
 def acknowledged_before_the_sync(patch: Patch) -> None:
     """Sync a frame only with the next one."""
 
-    def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: _fs.Progress) -> None:
+    def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: _fs.WrittenBytes) -> None:
         _fs._sync_data(fd)
         _fs._write(fd, parts, offset, progress)
 
@@ -84,7 +84,7 @@ def no_sync_of_a_snapshot(patch: Patch) -> None:
 def no_sync_of_a_new_journal(patch: Patch) -> None:
     """Rename a new journal with its bytes in the cache."""
 
-    def create(path: str, parts: Sequence[bytes], progress: _fs.Progress, *_: str) -> int:
+    def create(path: str, parts: Sequence[bytes], progress: _fs.WrittenBytes, *_: str) -> int:
         fd: int = _system().open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         _fs._write(fd, parts, 0, progress)
         return fd
@@ -239,7 +239,7 @@ def failed_changes_forgotten(patch: Patch) -> None:
 def cut_short_write_left_in_place(patch: Patch) -> None:
     """Write the next frame behind the rest of one that found no room."""
 
-    def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: _fs.Progress) -> None:
+    def append(fd: int, path: str, parts: Sequence[bytes], offset: int, progress: _fs.WrittenBytes) -> None:
         with translated("writing", path):
             _fs._write(fd, parts, os.fstat(fd).st_size, progress)
             _fs._sync_data(fd)
