@@ -29,6 +29,9 @@ MANY = 1_000
 STEP = 500
 """The number of keys of one step. It takes about 0.2 ms, and four times as long if they expire."""
 
+_ADDED_AT_ONCE = 16_000
+"""The step of the switch adds at most this many changes to older ones. It takes about 5 ms."""
+
 
 class Batch:
     """A change of many keys that is being prepared.
@@ -152,11 +155,18 @@ class Batch:
     # The unflushed changes from before
 
     def _is_merged(self) -> bool:
-        """Return whether `_changes` has the older changes, or these are so few that `switch` can add them."""
+        """Return whether `_changes` has the older changes, or `switch` can bring both together in its step."""
         state = self._state
         if self._older is not None:
             return self._older[0] is state.changes and self._older[1] == state.taken
-        return self._cleared or len(state.changes) <= STEP
+        return self._cleared or len(state.changes) <= STEP or self._is_smaller()
+
+    def _is_smaller(self) -> bool:
+        """Return whether the changes are few enough to be added to the older ones at once.
+
+        Otherwise many small batches without a commit would each copy all changes before them.
+        """
+        return len(self._top) <= min(_ADDED_AT_ONCE, len(self._state.changes))
 
     def _merge_older(self) -> Iterator[None]:
         """Add the older changes of other keys, in steps. A commit may take them away meanwhile, or put them back."""
@@ -188,7 +198,11 @@ class Batch:
             if top or (self._cleared and len(state.entries)):
                 return state.apply(top, cleared=self._cleared)
             return None
-        if not self._cleared:
+        if self._older is None and not self._cleared and self._is_smaller():
+            state.changes.update(changes)
+            state.free(changes)
+            changes = state.changes
+        elif not self._cleared:
             for key in late if self._older is not None else state.changes:
                 if key in state.changes:
                     changes.setdefault(key, state.changes[key])

@@ -27,6 +27,9 @@ _encode = msgspec.json.Encoder().encode
 decode_json: Decode = msgspec.json.Decoder().decode
 """Decode JSON without a type. An error of this call does not name the key."""
 
+decode_list: Callable[[bytes], list[Any]] = msgspec.json.Decoder(list).decode
+"""Decode a JSON array. One call for many values takes less time than one call for each."""
+
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError)
 """The errors of `decode_json` for bytes that are not JSON. `RecursionError` is not needed: no stored value is nested too deep."""
 

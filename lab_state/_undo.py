@@ -13,8 +13,9 @@ the next change removes the reference.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 from weakref import ref
 
@@ -90,12 +91,13 @@ class UndoView(Generic[V]):
         assert self._owner is not None  # the view is open
         return self._owner.entries
 
-    def values(self, keys: Iterable[str]) -> list[V]:
+    def values(self, keys: Sequence[str]) -> Sequence[V]:
         """Return the values of keys that existed at the moment of the view."""
         entries, old = self._entries(), self._old
-        if old:
+        if len(keys) <= 1 or not old.keys().isdisjoint(keys):
             return [old[key] if key in old else entries[key] for key in keys]
-        return list(map(entries.__getitem__, keys))
+        found: tuple[V, ...] = itemgetter(*keys)(entries)  # faster than `map`; see decision 142
+        return found
 
 
 Views: TypeAlias = list["ref[UndoView[V]]"]

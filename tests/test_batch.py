@@ -25,6 +25,7 @@ SOURCES = st.dictionaries(KEYS, st.sampled_from(["value", "expiring", "deleted"]
 def _short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_batch, "STEP", 2)
     monkeypatch.setattr(_batch, "MANY", 3)
+    monkeypatch.setattr(_batch, "_ADDED_AT_ONCE", 4)
     for module in (_batch, _state):
         monkeypatch.setattr(module, "WATCHED_CLEAR", 4)
 
@@ -338,3 +339,61 @@ def test_few_changes_that_become_many_end_their_expiries() -> None:
     assert list(batch.prepare()) == []
     assert batch.switch() == 4
     assert state.count() == state.expiries.due(2_000) == 0
+
+
+@pytest.mark.parametrize("older", [4, 40, 400])
+def test_a_small_batch_costs_the_same_after_many_changes(older: int) -> None:
+    """The unflushed changes before a small batch are not copied: its steps are as many, and the dict is the same one."""
+    state = State()
+    for number in range(older):
+        state.set(f"old/{number}", number)
+    state.take()
+    for number in range(older):
+        state.set(f"old/{number}", -number)
+    before = state.changes
+    batch = Batch(state, {"old/0": 5, "old/1": DELETED, "new": 6})
+    assert len(list(batch.prepare())) == 1
+    assert state.changes == {f"old/{number}": -number for number in range(older)}
+    batch.switch()
+    assert state.changes is before
+    assert state.changes == {f"old/{number}": -number for number in range(2, older)} | {
+        "old/0": 5,
+        "old/1": DELETED,
+        "new": 6,
+    }
+
+
+def test_a_small_batch_that_clears_drops_the_changes_before_it() -> None:
+    """After a clear, the unflushed changes are those of the batch alone."""
+    state = State()
+    for number in range(10):
+        state.set(f"old/{number}", number)
+    batch = Batch(state, {"a": 1, "b": 2, "c": 3}, cleared=True)
+    assert len(list(batch.prepare())) == 1
+    batch.switch()
+    assert state.cleared
+    assert state.changes == {"a": 1, "b": 2, "c": 3}
+    assert dict(state.entries.items()) == state.changes
+
+
+def test_a_key_that_changes_amid_a_small_batch_is_overwritten_by_it() -> None:
+    """A `set` between two steps comes before the batch, in the unflushed changes too."""
+    state = State()
+    for number in range(10):
+        state.set(f"old/{number}", number)
+    batch = Batch(state, {"a": 1, "old/0": 2, "old/1": DELETED})
+    steps = batch.prepare()
+    next(steps)
+    for key in ("a", "old/0", "old/1", "other"):
+        batch.before(key)
+        state.set(key, 77)
+    assert list(steps) == []
+    batch.switch()
+    assert {key: state.changes[key] for key in ("a", "old/0", "old/1", "other", "old/9")} == {
+        "a": 1,
+        "old/0": 2,
+        "old/1": DELETED,
+        "other": 77,
+        "old/9": 9,
+    }
+    assert batch.deleted == 1

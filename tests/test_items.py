@@ -144,10 +144,11 @@ async def test_a_value_of_another_type_is_an_error_of_its_step(state: Manager) -
         await anext(items)
 
 
-async def test_a_value_that_is_not_json_is_an_error_of_its_step(state: Manager) -> None:
+@pytest.mark.parametrize("bad", [b"[", b"1,2", b""])
+async def test_a_value_that_is_not_json_is_an_error_of_its_step(state: Manager, bad: bytes) -> None:
     """A value that cannot be decoded without a type either is an error, and the others come."""
     await state.set_many({"a": [1], "b": [2], "c": [3]})
-    state._core.state.entries["b"] = msgspec.Raw(b"[")
+    state._core.state.entries["b"] = msgspec.Raw(bad)
     items = state.items()
     assert await anext(items) == ("a", [1])
     with pytest.raises(TypeMismatchError, match="key 'b'"):

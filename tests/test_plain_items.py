@@ -234,13 +234,16 @@ async def test_a_view_that_is_closed_amid_a_step_of_a_thread(state: Manager) -> 
     await state.set_many(MANY)
     items = state.blocking.items()
 
-    class Emptied(list[Any]):
-        def pop(self, index: Any = -1) -> Any:
-            if len(self) == _KEYS_IN_STEP:
-                del self[:]
-            return super().pop(index)
+    run, steps = items._run, items._steps
 
-    items._rows = items._steps.rows = Emptied()
+    def emptied(step: Any) -> Any:
+        is_first, result = steps._pages is None, run(step)
+        if is_first:
+            assert steps._pages is not None
+            steps._pages.view.unread.clear()
+        return result
+
+    items._run = emptied
     assert (await in_thread(lambda: next(items)))[0] == f"key/{_KEYS_IN_STEP:04}"
     await in_thread(items.close)
 

@@ -38,11 +38,10 @@ class Items(Handle, AsyncIterator[tuple[str, T]]):
 
     _kind = "an iterator"
 
-    __slots__ = ("_rows", "_steps")
+    __slots__ = ("_steps",)
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
-        self._rows = steps.rows
 
     def __repr__(self) -> str:
         """Return whether the iterator has begun, and whether it is closed."""
@@ -54,10 +53,12 @@ class Items(Handle, AsyncIterator[tuple[str, T]]):
 
     async def __anext__(self) -> tuple[str, T]:
         """Return the next key and its value; see the class."""
-        rows = self._rows
-        if not rows and not await self._steps.step(pause=True):
+        steps = self._steps
+        for row in steps.rows:  # the quickest way to take one
+            return row
+        if not await steps.step(pause=True):
             raise StopAsyncIteration
-        return rows.pop()
+        return next(steps.rows)
 
     async def aclose(self) -> None:
         """Close the iterator, and drop the values that it kept. A second call does nothing."""
@@ -91,7 +92,7 @@ class PlainItems(Handle, Iterator[tuple[str, T]]):
 
     _kind = "an iterator"
 
-    __slots__ = ("_pause", "_rows", "_run", "_steps")
+    __slots__ = ("_pause", "_run", "_steps")
 
     def __init__(self, steps: Steps, run: Run, *, pause: bool) -> None:
         """Prepare the iterator. No step is taken yet.
@@ -102,7 +103,6 @@ class PlainItems(Handle, Iterator[tuple[str, T]]):
             pause: Whether a step may await.
         """
         self._steps = steps
-        self._rows = steps.rows
         self._run = run
         self._pause = pause
 
@@ -116,12 +116,12 @@ class PlainItems(Handle, Iterator[tuple[str, T]]):
 
     def __next__(self) -> tuple[str, T]:
         """Return the next key and its value; see `Items`."""
-        rows = self._rows
-        while True:
-            if not rows and (self._steps.is_over or not self._run(self._steps.step(pause=self._pause))):
+        steps = self._steps
+        while True:  # the event loop may close the view just after a step
+            for row in steps.rows:
+                return row
+            if steps.is_over or not self._run(steps.step(pause=self._pause)):
                 raise StopIteration
-            with suppress(IndexError):  # the event loop may just have closed the view
-                return rows.pop()
 
     def close(self) -> None:
         """Close the iterator, and drop the values that it kept. A second call does nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +13,7 @@ from lab_state._entries import SCALARS, Expiring, Stored, Value
 from lab_state._in_steps import Range
 from lab_state._not_json import NOT_JSON
 from lab_state._order import Chunk
-from lab_state._types import decode_json
+from lab_state._types import decode_list
 from lab_state._undo import UndoView
 
 _KEYS_IN_STEP = 200
@@ -68,10 +68,11 @@ class Pages:
         self._left = sys.maxsize if within.limit is None else within.limit
         self._now = now
 
-    def next(self, decoding: Decoding) -> list[tuple[str, Any]] | None:
-        """Return the next keys with their values, in reverse order. At the end, return `None`.
+    def next(self, decoding: Decoding) -> Iterator[tuple[str, Any]] | None:
+        """Return an iterator over the next keys with their values. At the end, return `None`.
 
-        The list is empty if all keys of the step had expired.
+        `view.unread` is then the list of these values, or of these keys with values. If it is emptied, the iterator
+        ends. The list is empty if all keys of the step had expired.
 
         Raises:
             TypeMismatchError: The next value is not of the type. The next call continues after it.
@@ -82,12 +83,10 @@ class Pages:
                 return None
             names, values = page
             if values is not None:
-                rows = list(zip(names, values, strict=True))
-                rows.reverse()
-                return rows
-        rows = self._one_by_one(decoding)
-        rows.reverse()
-        return rows
+                self.view.unread = values
+                return zip(names, values, strict=False)  # `close` makes the second one shorter
+        self.view.unread = rows = self._one_by_one(decoding)
+        return iter(rows)
 
     def add_to(self, found: dict[str, Any], decoding: Decoding) -> bool:
         """Add the next keys with their values to a dict. Return whether there may be more.
@@ -106,7 +105,7 @@ class Pages:
         found.update(self._one_by_one(decoding))
         return True
 
-    def _next_page(self, decoding: Decoding) -> tuple[Sequence[str], Iterable[Any] | None] | None:
+    def _next_page(self, decoding: Decoding) -> tuple[Sequence[str], list[Any] | None] | None:
         """Return the next keys and their decoded values. If decoding may take long, put them into `_rest` instead.
 
         At the end, return `None`.
@@ -159,16 +158,17 @@ class Pages:
         return rows
 
 
-def _all_at_once(values: list[Stored], type_: Any) -> list[Any] | None:
+def _all_at_once(values: Sequence[Stored], type_: Any) -> list[Any] | None:
     """Return values decoded, in the common cases: scalars or small JSON, no type, no expiry. Otherwise return `None`."""
     if type_ is not Any:
         return None
     kinds = set(map(type, values))
     if kinds <= SCALARS:
-        return values
-    if not kinds <= _JSON or sum(map(len, cast("list[bytes]", values))) > _BYTES_IN_STEP:
+        return list(values)
+    if not kinds <= _JSON or sum(map(len, cast("Sequence[bytes]", values))) > _BYTES_IN_STEP:
         return None
     try:
-        return list(map(decode_json, cast("list[bytes]", values)))
+        decoded = decode_list(b"[%b]" % b",".join(cast("Sequence[bytes]", values)))
     except NOT_JSON:  # the values are decoded one by one, which finds the bad one
         return None
+    return decoded if len(decoded) == len(values) else None

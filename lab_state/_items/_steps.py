@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any, NoReturn, Protocol
 
 from lab_state._entries import Stored
@@ -36,8 +37,7 @@ class Steps:
     """The steps of one iterator, which `Items` and `PlainItems` take.
 
     Attributes:
-        rows: The keys and values that the caller has not taken yet. The last one is taken next. This is always
-            the same list. The view empties it when it is closed.
+        rows: An iterator over the keys and values that the caller has not taken yet. It ends when the view is closed.
         is_over: Whether the iterator is closed.
     """
 
@@ -45,7 +45,7 @@ class Steps:
 
     def __init__(self, source: ItemSource, decoding: Decoding) -> None:
         """Prepare the first step."""
-        self.rows: list[tuple[str, Any]] = []
+        self.rows: Iterator[tuple[str, Any]] = iter(())
         self.is_over: bool = False
         self._source = source
         self._decoding = decoding
@@ -74,9 +74,8 @@ class Steps:
                 await self._begin()
             elif self._may_go_on() and pause:
                 await asyncio.sleep(0)
-            while self._may_go_on() and not self.rows:
-                self._load()
-                if pause and not self.rows:  # all keys of the page had expired
+            while self._may_go_on() and not self._load():  # all keys of the page had expired, or it was the last one
+                if pause:
                     await asyncio.sleep(0)
         finally:
             self._is_busy = False
@@ -88,7 +87,7 @@ class Steps:
         if self.is_over:  # `close` was called meanwhile
             self._source.end(pages.view)
         else:
-            self._pages, pages.view.unread = pages, self.rows
+            self._pages = pages
 
     def _may_go_on(self) -> bool:
         """Return whether the iterator is not over. Raise an error if its view was closed, but not by `close`."""
@@ -96,21 +95,22 @@ class Steps:
             self._source.refuse()
         return not self.is_over
 
-    def _load(self) -> None:
-        """Take the next values. At the end, close the iterator."""
+    def _load(self) -> bool:
+        """Take the next values, and return whether there are any. At the end, close the iterator."""
         assert self._pages is not None  # it has begun
         rows = self._pages.next(self._decoding)
         if rows is None:
             self.close()
-        else:
-            self.rows += rows
+            return False
+        self.rows = rows
+        return bool(self._pages.view.unread)
 
     def close(self) -> None:
         """Drop the values, and close the view. A second call does nothing."""
         if self._pages is not None:
             self._source.end(self._pages.view)
         self.is_over = True
-        self.rows.clear()
+        self.rows = iter(())
 
 
 class NamedCore(ReadingCore, Protocol):

@@ -180,7 +180,7 @@ class State(Ordered):
         Args:
             top: The changes by key. A key that is deleted must exist. With `cleared`, no key is deleted.
             changes: The same changes in another dict. Without `cleared` it has the unflushed changes of other
-                keys, too.
+                keys, too. It may be the present dict of changes.
             size: The number of keys after the change.
             absent: The number of keys that are deleted, apart from those of `cleared`.
             stale: The keys that had an expiry; see `Expiries.replace`.
@@ -203,8 +203,9 @@ class State(Ordered):
             entries = self.entries
             assert not isinstance(entries, Staged)  # the caller has merged it
             self.entries = Staged(cast("dict[str, Stored] | Overlay", entries), top, size)
-        self.free(self.changes)
-        self.changes = changes
+        if changes is not self.changes:
+            self.free(self.changes)
+            self.changes = changes
         if self.index is not None:
             self.index.take_over(moved)
         if stale or fresh:
