@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from enum import Enum
+from itertools import islice
 from typing import Literal, NamedTuple, NewType, Protocol, TypeAlias
 
 from msgspec import Raw, Struct
@@ -176,12 +177,14 @@ class Overlay(Layer):
         """Move `most` writes into the view, or more if new writes come faster. Return whether any is left."""
         came = 0 if self._left is None else len(self.top) - self._left
         view = self.view
-        for _ in range(min(max(most, 2 * came), len(self.top))):
-            key, value = self.top.popitem()
+        some = list(islice(reversed(self.top.items()), max(most, 2 * came)))
+        for key, value in some:
             if not isinstance(value, Absent):
                 view[key] = value
             elif key in view:
                 del view[key]
+        for _ in some:  # only now, so that an error above, such as a `MemoryError`, loses no write
+            self.top.popitem()
         self._left = len(self.top)
         return bool(self.top)
 

@@ -145,7 +145,8 @@ class Draft(State):
             if self.cleared
             else sum(key not in changes for key in in_range(self.base.expiries.due_keys(now), low, high))
         )
-        return due + super().due_in(low, high)
+        mine = (changes[key] for key in in_range(changes, low, high))
+        return due + sum(isinstance(to, Expiring) and to.at <= now for to in mine)
 
     def merge(self) -> int | None:
         """Apply all changes to the base, as one change. Return its revision, or `None` if nothing changed."""

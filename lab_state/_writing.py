@@ -143,7 +143,9 @@ class Writing(Reads):
         if not isinstance(values, Mapping):
             raise TypeError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
         if len(values) >= _batch.MANY and isinstance(self._core, Core):
-            return await self._set_in_steps(self._core, dict(values), ttl)
+            # A subclass of `dict` may have changed `items`, which `dict(values)` would not call.
+            taken = values.copy() if values.__class__ is dict else dict(values.items())
+            return await self._set_in_steps(self._core, taken, ttl)
         encoded = {check_key(self._full(key)): self._encode_one(key, value) for key, value in values.items()}
         lifetime = self._lifetime(ttl)
         if self._core.blocked:
@@ -261,7 +263,8 @@ class Writing(Reads):
         core.state.free(values)
         lifetime = self._lifetime(ttl)
         revision = await Bulk(core, Batch(core.state, encoded, lifetime=lifetime)).make(durability)
-        assert revision is not None  # there is at least one value
+        if revision is None:  # the mapping had no items, although it had a length
+            return core.state.revision
         return await self._written(revision)
 
     async def _delete_in_steps(self, core: Core, keys: list[str]) -> int:

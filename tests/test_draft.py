@@ -241,6 +241,7 @@ def test_a_value_set_over_one_that_expires_stays() -> None:
     draft.changes["b"] = 4
     clock_of(base).now += 5
     assert (draft.has("a"), draft.has("b"), expired(draft)) == (True, True, set())
+    assert (draft.count(), draft.count_in("", None), draft.count_in("b", "c")) == (2, 2, 1)
     draft.merge()
     assert (base.has("a"), base.has("b"), expired(base)) == (True, True, set())
     base.sweep(9)

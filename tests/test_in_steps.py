@@ -328,6 +328,25 @@ async def test_a_restart_meanwhile(clock: ManualClock, make: Any) -> None:
     assert await at_every_turn(clock, make, "set_many", run) > 3
 
 
+@pytest.mark.usefixtures("short")
+async def test_the_items_of_a_mapping_are_stored(storage: FaultyStorage, clock: ManualClock) -> None:
+    """A call in steps stores what `items()` yields, as a small call does, even if it yields less than the length says."""
+
+    class Upper(dict[str, int]):
+        def items(self) -> Any:
+            return [(key.upper(), value) for key, value in super().items()]
+
+    class Longer(dict[str, int]):
+        def __len__(self) -> int:
+            return 9
+
+    async with Manager("items", storage, clock=clock) as state:
+        await state.set_many(Upper(dict.fromkeys("ab", 1)))
+        await state.set_many(Upper(dict.fromkeys("cdefgh", 1)))
+        assert await state.keys() == list("ABCDEFGH")
+        assert await state.set_many(Longer()) == state.revision == 2
+
+
 @pytest.mark.parametrize("name", ["set_many", "set_many with ttl", "delete_many"])
 @pytest.mark.usefixtures("short")
 async def test_a_restart_during_the_encoding(name: str, storage: FaultyStorage, clock: ManualClock) -> None:

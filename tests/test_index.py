@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lab_state._order import _index, _sorted_keys, bounds
 from lab_state._order._sorted_keys import SortedKeys
 from lab_state._state import State
 from lab_state._transaction import Draft
+from lab_state.cache._local_copy import LocalCopy
 
 HIGHEST = "\U0010ffff"
 NAMES = st.text(st.sampled_from("ab/é\ud7ff\ue000" + HIGHEST), min_size=1, max_size=3)
@@ -467,3 +469,40 @@ def test_the_collector_looks_at_new_keys_in_small_numbers(enabled: bool) -> None
         gc.enable()
     assert (seen.count("stop") >= 4) is enabled
     assert state.names("", None, 3) == ["000000", "000001", "000002"]
+
+
+def called_deeper_and_deeper(call: Callable[[], object]) -> int:
+    """Make a call at smaller and smaller depths, until it succeeds. Return how often it failed for want of stack."""
+
+    def at_depth(left: int) -> object:
+        return at_depth(left - 1) if left else call()
+
+    for number, depth in enumerate(range(sys.getrecursionlimit() - 1, 0, -1)):
+        try:
+            at_depth(depth)
+        except RecursionError:
+            continue
+        return number
+    raise AssertionError("the call never succeeded")
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_an_index_that_an_error_has_stopped_is_made_anew() -> None:
+    """A `RecursionError` during the build, or while touched keys are looked up, hides no key from later calls."""
+    state = state_of(*KEYS[::-1])
+    assert called_deeper_and_deeper(lambda: state.names("")) > 0
+    assert state.names("") == sorted(KEYS)
+    added = [f"added {number}" for number in range(30)]
+    state.set_many(dict.fromkeys(added, 1))
+    assert called_deeper_and_deeper(lambda: state.count_in("", None)) > 0
+    assert state.names("") == sorted([*KEYS, *added])
+    assert state.count_in("", None) == len(KEYS) + 30
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_an_index_of_a_local_copy_is_made_anew() -> None:
+    """The index of a reader that an error has stopped is not used, either."""
+    local = LocalCopy()
+    local.entries.update(dict.fromkeys(KEYS[::-1], 1))
+    assert called_deeper_and_deeper(lambda: local.pieces("", None)) > 0
+    assert [key for piece in local.pieces("", None) for key in piece] == sorted(KEYS)

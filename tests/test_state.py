@@ -316,6 +316,27 @@ def test_a_view_is_folded_in_small_steps() -> None:
     assert view == expected
 
 
+def test_folding_loses_no_write_if_memory_is_short() -> None:
+    """A write that cannot be merged into the view stays in the layer, and the next step merges it."""
+
+    class Full(dict[str, Stored]):
+        is_full = True
+
+        def __setitem__(self, key: str, stored: Stored) -> None:
+            if self.is_full:
+                raise MemoryError
+            super().__setitem__(key, stored)
+
+    view = Full(a=1)
+    overlay = Overlay(view, {"b": 2, "a": 3})
+    with pytest.raises(MemoryError):
+        overlay.fold(10)
+    assert (overlay["a"], overlay["b"]) == (3, 2)
+    view.is_full = False
+    assert not overlay.fold(10)
+    assert view == {"a": 3, "b": 2}
+
+
 def test_folding_keeps_ahead_of_writers() -> None:
     """A step takes no more than it was told to, unless more come than that: then twice as many."""
     state = state_of(a=1)

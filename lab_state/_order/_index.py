@@ -83,9 +83,14 @@ def _above(prefix: str) -> str | None:
 
 
 class Index:
-    """The keys of a state in order of code points."""
+    """The keys of a state in order of code points.
 
-    __slots__ = ("_build", "_gone", "_keys", "_touched")
+    Attributes:
+        is_whole: Whether the sorted keys may be used. It is False if an error, such as a `RecursionError`, has
+            stopped a step half-way. Then the owner must make a new index.
+    """
+
+    __slots__ = ("_build", "_gone", "_keys", "_touched", "is_whole")
 
     def __init__(self, base: dict[str, Any], touched: Iterable[str], gone: Iterable[str]) -> None:
         """Begin an index. It is built at once if it is small, and in steps otherwise.
@@ -95,6 +100,7 @@ class Index:
             touched: Keys that may have been added to `base`, or removed from it, since.
             gone: See `note_gone`.
         """
+        self.is_whole: bool = True
         self._touched: set[str] = set(touched)
         self._gone: set[str] = set(gone)
         self._build: Generator[None] | None = None
@@ -149,13 +155,16 @@ class Index:
 
     def build_some(self) -> None:
         """Take one step of the build."""
+        self.is_whole = False
         if self._build is not None and next(self._build, self) is self:
             self._build = None
+        self.is_whole = True
 
     def catch_up(self, entries: Held) -> None:
         """Look up a few touched keys, and correct the sorted keys. If the build is not over, finish it first."""
         while self._build is not None:
             self.build_some()
+        self.is_whole = False
         keys, touched, gone = self._keys, self._touched, self._gone
         for _ in range(min(FEW, len(touched))):
             key = touched.pop()
@@ -169,6 +178,7 @@ class Index:
             gone.difference_update(back)
             for key in back:
                 keys.add(key)
+        self.is_whole = True
 
     # Reading
 

@@ -105,11 +105,12 @@ class SortedKeys:
         at, place = self._find(bound)
         tree = self._tree
         if tree is None:
-            tree = self._tree = [len(chunk) for chunk in self._chunks]
+            tree = [len(chunk) for chunk in self._chunks]
             for child in range(len(tree)):
                 parent = child | (child + 1)
                 if parent < len(tree):
                     tree[parent] += tree[child]
+            self._tree = tree
         while at:
             place += tree[at - 1]
             at &= at - 1

@@ -38,8 +38,8 @@ class Ordered(Contents):
             self.index.note_many(keys)
 
     def _index(self) -> Index:
-        """Return the index. Make it if there is none."""
-        if self.index is None:
+        """Return the index. Make it if there is none, or if an error has stopped its last step."""
+        if self.index is None or not self.index.is_whole:
             base, touched = self.entries, set[str]()
             while isinstance(base, Layer):
                 touched.update(base.top)

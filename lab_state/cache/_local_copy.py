@@ -200,8 +200,8 @@ class LocalCopy:
         return self._ordered().pieces(self._entries, low, high)
 
     def _ordered(self) -> Index:
-        """Return the index. Make it if there is none."""
-        if self._index is None:
+        """Return the index. Make it if there is none, or if an error has stopped its last step."""
+        if self._index is None or not self._index.is_whole:
             self._index = Index(self._entries, (), ())
         return self._index
 
