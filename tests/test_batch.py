@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from lab_state import _batch, _state
 from lab_state._batch import Batch
-from lab_state._entries import DELETED, Absent, ChangeSet, Expiring, Stored, StoredOrGone
+from lab_state._entries import DELETED, Absent, ChangeSet, Expiring, Staged, Stored, StoredOrGone
 from lab_state._order import bounds
 from lab_state._state import State
 from lab_state._undo import UndoView
@@ -397,3 +397,72 @@ def test_a_key_that_changes_amid_a_small_batch_is_overwritten_by_it() -> None:
         "old/9": 9,
     }
     assert batch.deleted == 1
+
+
+def test_a_batch_that_clears_many_keys_tells_the_watches_so() -> None:
+    """Above the bound for single reports, the watches hear of the clear first, and then of the new keys."""
+    state, told = State(), list[Any]()
+    for number in range(5):
+        state.set(f"old/{number}", number)
+    state.on_change = lambda key, to, _: told.append((key, to))
+    state.on_changes = lambda keys, values, _: told.extend(zip(keys, values, strict=True))
+    batch = Batch(state, {"a": 1, "b": 2, "c": 3}, cleared=True)
+    assert len(list(batch.prepare())) == 1
+    batch.switch()
+    assert told == [(None, DELETED), ("a", 1), ("b", 2), ("c", 3)]
+
+
+def staged() -> State:
+    """Return a state with old keys, and with a batch that is not merged yet."""
+    state = State()
+    for number in range(5):
+        state.set(f"old/{number}", number)
+    batch = Batch(state, {"old/0": DELETED, "b": 2, "c": 3})
+    for _ in batch.prepare():
+        pass
+    batch.switch()
+    assert isinstance(state.entries, Staged)
+    return state
+
+
+def test_a_clear_frees_the_map_below_a_batch() -> None:
+    """If all keys are deleted before a batch is merged, its layer and the map below it are freed."""
+    state, freed = staged(), list[dict[Any, Any]]()
+    state.free = lambda large, *_: freed.append(large)
+    assert state.clear() == 6
+    assert {"old/0": DELETED, "b": 2, "c": 3} in freed
+    assert {f"old/{number}": number for number in range(5)} in freed
+    assert dict(state.entries.items()) == {}
+
+
+def test_a_view_merges_a_batch_first() -> None:
+    """A view that is taken before a batch is merged shows the batch, and stands still."""
+    state = staged()
+    view = state.freeze()
+    state.set("old/1", 77)
+    assert view == {"old/1": 1, "old/2": 2, "old/3": 3, "old/4": 4, "b": 2, "c": 3}
+    assert state.entries["old/1"] == 77
+
+
+def test_writers_that_change_much_amid_the_last_steps() -> None:
+    """While a batch keeps old values for a view, other writers may change so much that it has to merge their changes again."""
+    state = State()
+    for number in range(9):
+        state.set(f"old/{number}", number)
+    state.take()
+    view = state.view()
+    batch = Batch(state, {f"old/{number}": -number for number in range(9)})
+    steps = batch.prepare()
+    for _ in range(5):  # all are placed, and the first old values are kept
+        next(steps)
+    for number in range(5):
+        batch.before(f"new/{number}")
+        state.before_overwrite([f"new/{number}"])
+        state.set(f"new/{number}", number)
+    for _ in steps:
+        pass
+    batch.switch()
+    assert state.changes == {f"old/{number}": -number for number in range(9)} | {
+        f"new/{number}": number for number in range(5)
+    }
+    assert view.values([f"old/{number}" for number in range(9)]) == list(range(9))

@@ -27,6 +27,7 @@ from lab_state import (
     StorageError,
     UnavailableError,
     _batch,
+    _checkpoints,
     _flusher,
     _writing,
 )
@@ -50,6 +51,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         (_batch, "MANY", 4),
         (_batch, "STEP", 2),
         (_flusher, "STEP", 2),
+        (_checkpoints, "STEP", 2),
         (_writing, "_STEP_BYTES", 600),
     ):
         monkeypatch.setattr(module, constant, value)

@@ -602,3 +602,14 @@ async def test_a_view_of_a_stored_state(clock: ManualClock) -> None:
     assert await listed(view.items(after="key/0999", type=User)) == [("x", User(5))]
     async with view.items(reverse=True) as items:
         assert await anext(items) == ("x", {"age": 5})
+
+
+async def test_a_key_that_is_no_text_beside_an_iterator(state: Manager) -> None:
+    """`set` refuses such a key while an iterator is open, as it does at other times."""
+    await state.set("a", 1)
+    async with state.items() as items:
+        assert await anext(items) == ("a", 1)
+        key: Any = 5
+        with pytest.raises(InvalidKeyError, match="a key must be a str, not int"):
+            await state.set(key, 1)
+    assert len(state) == 1

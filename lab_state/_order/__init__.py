@@ -9,10 +9,9 @@ A `State` makes an `Index` at the first call that needs an order. Other modules 
   one before. It is for work in steps. Expired keys are included, so the caller looks at each entry.
 - `State.names(low, high, limit, reverse=...)` returns the keys in a range that have not expired.
 - `State.count_in(low, high)` returns their number.
-- `State.note(key)` and `State.note_many(keys)` tell the index that keys may have been added or
-  removed. Code that changes `State.entries` without a method of `State` must call one of them, in
-  the same step as the change. Both do nothing while there is no index. A replaced value needs no
-  note.
+- `State.note_many(keys)` tells the index that keys may have been added or removed. Code that
+  changes `State.entries` without a method of `State` must call it, or `Index.note`, in the same step
+  as the change. It does nothing while there is no index. A replaced value needs no note.
 - `bounds(prefix, after, reverse=...)` makes the two bounds of a range.
 """
 

@@ -27,11 +27,6 @@ class Ordered(Contents):
 
     # Order
 
-    def note(self, key: str) -> None:
-        """Note that a key was added or removed; see `_order`."""
-        if self.index is not None:
-            self.index.note(key)
-
     def note_many(self, keys: Iterable[str]) -> None:
         """Note that keys may have been added or removed; see `_order`."""
         if self.index is not None:
