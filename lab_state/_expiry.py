@@ -179,9 +179,13 @@ class Expiries:
         for _ in range(most):
             if fresh:
                 key, at = fresh.popped()
-                self._remove(key)
-                stale.discard(key)
-                self._put(key, at)
+                try:
+                    self._remove(key)
+                    stale.discard(key)
+                    self._put(key, at)
+                except BaseException:  # without the time, the key would never be swept
+                    fresh.add(key, at)
+                    raise
             elif stale:
                 self._remove(stale.popped()[0])
             else:

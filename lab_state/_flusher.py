@@ -192,7 +192,14 @@ class Flusher(Outcomes):
 
     def _fold_staged(self) -> None:
         """Merge a change of many keys into the map in steps, and start a checkpoint that waited for that."""
-        if self.state.fold_staged(STEP):
+        try:
+            more = self.state.fold_staged(STEP)
+        except (
+            BaseException
+        ):  # such as a MemoryError: the event loop reports it, and no checkpoint begins before the rest
+            self._clock.call_later(1.0, self._fold_staged)
+            raise
+        if more:
             self.loop.call_soon(self._fold_staged)
         else:
             self.checkpoint_if_due()

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from lab_state import _batch, _state
 from lab_state._batch import Batch
 from lab_state._entries import DELETED, Absent, ChangeSet, Expiring, Staged, Stored, StoredOrGone
+from lab_state._expiry import Expiries
 from lab_state._order import bounds
 from lab_state._state import State
 from lab_state._undo import UndoView
@@ -466,3 +467,26 @@ def test_writers_that_change_much_amid_the_last_steps() -> None:
         f"new/{number}": number for number in range(5)
     }
     assert view.values([f"old/{number}" for number in range(9)]) == list(range(9))
+
+
+def test_an_error_amid_the_merge_of_expiries_loses_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If memory is short while the times of a batch are merged, the next step merges the rest."""
+    state = State()
+    batch = Batch(state, {f"key/{number}": Expiring(number, 1_000) for number in range(5)})
+    for _ in batch.prepare():
+        pass
+    batch.switch()
+    put, calls = Expiries._put, iter(range(100))
+
+    def put_without_memory(expiries: Expiries, key: str, at: int) -> None:
+        if expiries is state.expiries and next(calls) == 2:
+            raise MemoryError
+        put(expiries, key, at)
+
+    monkeypatch.setattr(Expiries, "_put", put_without_memory)
+    with pytest.raises(MemoryError):
+        state.expiries.merge_replaced(10)
+    assert state.expiries.due(1_000) == 5
+    while state.expiries.merge_replaced(10):
+        pass
+    assert sorted(state.expiries.take(2_000, 10)) == [f"key/{number}" for number in range(5)]

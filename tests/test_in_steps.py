@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from contextvars import Context
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from forked import error_of, in_child
@@ -24,6 +24,7 @@ from lab_state import (
     InvalidValueError,
     Manager,
     MemoryCache,
+    MemoryStorage,
     StorageError,
     UnavailableError,
     _batch,
@@ -749,3 +750,27 @@ async def test_a_fork_meanwhile(storage: FaultyStorage, clock: ManualClock) -> N
             while True:
                 call.send(None)
         assert len(state) == 20
+
+
+@pytest.mark.usefixtures("short")
+async def test_an_error_amid_the_merge_stops_no_checkpoint(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If memory is short while a large change is merged, the merge goes on a second later."""
+    async with running(MemoryStorage(), clock) as state:
+        await state.set_many({f"old/{number}": number for number in range(3)})
+        fold, errors = State.fold_staged, iter([MemoryError()])
+
+        def fold_without_memory(of: State, most: int) -> bool:
+            if (error := next(errors, None)) is not None:
+                raise error
+            return fold(of, most)
+
+        monkeypatch.setattr(State, "fold_staged", fold_without_memory)
+        core, flusher = state._core.state, flusher_of(state)
+        core.entries = Staged(cast("Any", core.entries), {f"new/{number}": number for number in range(9)}, 12)
+        with pytest.raises(MemoryError):
+            flusher._fold_staged()
+        assert core.frozen
+        clock.advance(1)
+        await idle()
+        assert not core.frozen
+        assert len(state) == 12
