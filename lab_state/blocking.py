@@ -23,7 +23,7 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 _LOOK_AGAIN = 1.0
-_ENDED = "the event loop of the manager does not run; let the threads that use `blocking` end before it"
+_ENDED = "the event loop of the manager does not run; wait for all threads that use `blocking` before you stop the event loop"
 
 
 @final
@@ -37,8 +37,8 @@ class Blocking(Plain):
     waits, its call continues.
 
     Each call can raise two more errors. On the event loop of the manager it raises
-    `RuntimeError`, because it would wait for itself: await the call of the manager instead. If
-    that loop ends during the call, it raises `ClosedError` within a second.
+    `RuntimeError`, because it would block the loop that has to run it: await the call of the
+    manager instead. If that loop ends during the call, it raises `ClosedError` within a second.
     """
 
     __slots__ = ()
@@ -69,14 +69,14 @@ class Blocking(Plain):
     def entry(self, key: str, type: Any, *, default: Any = MISSING) -> BlockingEntry[Any]:
         """Return a handle for one key, without `await`; see `Manager.entry`.
 
-        It can be made on any thread, before `start()` too.
+        The handle can be made on any thread, before `start()` too.
         """
         return BlockingEntry(self, entry_of(self._calls, key, type, default))
 
     def namespace(self, name: str) -> Blocking:
-        """Return the same calls for the keys that begin with `name` and a slash; see `Manager.namespace`.
+        """Return a handle with the same calls for the keys that begin with `name` and a slash; see `Manager.namespace`.
 
-        It can be made on any thread, before `start()` too.
+        The handle can be made on any thread, before `start()` too.
         """
         calls = self._calls
         return Blocking(Calls(calls._core, calls._nested(name)))  # noqa: SLF001 -- as above
@@ -126,7 +126,8 @@ class Blocking(Plain):
 class BlockingEntry(Handle, Generic[T]):
     """The handle for one key and its type, without `await`, for threads other than that of the event loop.
 
-    Each call runs the call of `Entry` with the same name, in the way of the calls of `Blocking`.
+    Each call runs the call of `Entry` with the same name on the event loop of the manager. It can raise the same two
+    additional errors as a call of `Blocking`.
     """
 
     __slots__ = ("_entry", "_run")

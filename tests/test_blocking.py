@@ -494,7 +494,7 @@ async def committing(storage: FaultyStorage) -> None:
 
 @pytest.mark.usefixtures("_impatient")
 class TestLoopEnded:
-    ENDED = "the event loop of the manager does not run; let the threads that use `blocking` end before it"
+    ENDED = "the event loop of the manager does not run; wait for all threads that use `blocking` before you stop the event loop"
 
     def test_by_asyncio_run(self, storage: FaultyStorage, clock: ManualClock) -> None:
         """It cancels what is under way, so the thread is told at once."""

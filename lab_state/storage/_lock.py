@@ -54,7 +54,7 @@ class Lock:
     """An advisory lock on a file that is never renamed and never unlinked.
 
     It uses `flock`, not `lockf`. A lock of `lockf` is dropped when the process closes any
-    descriptor of the file. It also does not exclude another manager in the same process.
+    descriptor of the file. Such a lock also does not exclude another manager in the same process.
 
     Attributes:
         path: The path of the lock file.
@@ -94,7 +94,7 @@ class Lock:
     def _acquire(self) -> None:
         if not fs.try_lock(self._fd, self.path):
             raise LockedError(
-                f"{self.path} is locked by {self._who()}: stop it first, or use another name; a state has one writer"
+                f"{self.path} is locked by {self._who()}: stop that writer first, or use another name for this state; a state has one writer"
             )
         _ours[self._identity] = self
         said = fs.read_lock(self._fd, self.path)
@@ -102,10 +102,10 @@ class Lock:
         self._tell()
 
     def _left(self, said: bytes) -> tuple[str, ...] | None:
-        """Return the temporary files that may exist, from the content of the lock file; `None` if it may be wrong.
+        """Return the temporary files that may exist, by the content of the lock file; `None` if the content may be wrong.
 
-        The content may be wrong after a power cut, which can undo the last write. So the boot id
-        is compared.
+        It may be wrong after a power cut, which can undo the last write, and in a copied lock file. So
+        the boot id in it must be that of the running kernel, and the inode that of this file.
         """
         try:
             last = msgspec.json.decode(said, type=LockHolder)
@@ -139,13 +139,13 @@ class Lock:
         fs.write_lock(self._fd, msgspec.json.encode(holder) + b"\n")
 
     def note(self, *paths: str) -> None:
-        """Note temporary files in the lock file before they are created. The next start deletes those that are left."""
+        """Write names of temporary files to the lock file, before the files are created. The next start deletes those that are left."""
         with self._telling:
             self._making.update(paths)
             self._tell()
 
     def forget(self, *paths: str) -> None:
-        """Remove temporary files from the lock file, except those that could not be deleted."""
+        """Remove names of temporary files from the lock file. Keep the names of files that still exist."""
         with self._telling:
             self._making.difference_update([path for path in paths if lookup.is_gone(path)])
             self._tell()
@@ -160,7 +160,7 @@ class Lock:
             self.forget(*paths)
 
     def note_left(self, left: tuple[str, ...]) -> None:
-        """Note those of these files of earlier sessions that still exist."""
+        """Replace the names of files of earlier sessions in the lock file by those in `left` that still exist."""
         left = tuple(path for path in left if not lookup.is_gone(path))
         with self._telling:
             if self.left != left:
@@ -186,7 +186,7 @@ class Lock:
         """
         if self.is_parents:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(
-                f"{self.path} is locked by the parent of this forked process; start a manager of its own"
+                f"{self.path} is locked by the parent of this forked process; make a manager with another name here, or stop the parent's first"
             )
 
     def check(self) -> None:
@@ -209,7 +209,7 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Release the lock. A second call does nothing. If the descriptor now belongs to another file, do not close it."""
+        """Release the lock. A second call does nothing. A descriptor that now belongs to another file is not closed."""
         try:
             # Unlock before closing, because a child that is forked now may keep a copy of the descriptor.
             if lookup.is_open(self._fd, self._identity):
@@ -239,7 +239,7 @@ _ours: dict[lookup.Identity, Lock] = {}
 
 
 def describe(holder: LockHolder | None, shown: list[int], path: str) -> str:
-    """Return a description of the process that holds a lock, for the message. It is not this process.
+    """Return a description of another process, which holds a lock, for the message.
 
     Args:
         holder: The content of the lock file; `None` if it cannot be decoded.
@@ -252,7 +252,7 @@ def describe(holder: LockHolder | None, shown: list[int], path: str) -> str:
         who = str(holder) if holder is not None and holder.pid == pid else f"pid {pid} on {host}"
         if _is_running(pid):
             return who
-        return f"a child of {who}, which has ended (`fuser {path}` finds the child)"
+        return f"a child of {who}; that parent has ended (`fuser {path}` finds the child)"
     if holder is None:
         return "another writer"
     if holder.host == host and holder.pid == os.getpid():

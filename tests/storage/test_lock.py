@@ -63,7 +63,7 @@ def refusal(directory: Path) -> str:
         asyncio.run(Manager("lab", FileStorage(directory)).start())
     message = str(refused.value)
     assert message.startswith(f"{directory}/lab.lock is locked by ")
-    assert message.endswith(": stop it first, or use another name; a state has one writer")
+    assert message.endswith(": stop that writer first, or use another name for this state; a state has one writer")
     return message
 
 
@@ -86,9 +86,7 @@ def test_a_process_with_our_pid_and_host_name(tmp_path: Path) -> None:
 def test_a_dead_process_whose_child_holds_the_lock(tmp_path: Path) -> None:
     """If a child of a dead process holds the lock, the message does not name the dead process but says how to find the child."""
     with locked(tmp_path / "lab.lock", says("PID"), "fork") as pid:
-        expected = (
-            f"by a child of pid {pid} on {HOST}, since {STARTED}, which has ended (`fuser {tmp_path}/lab.lock` finds"
-        )
+        expected = f"by a child of pid {pid} on {HOST}, since {STARTED}; that parent has ended (`fuser {tmp_path}/lab.lock` finds"
         assert expected in refusal(tmp_path)
 
 
