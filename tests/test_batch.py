@@ -466,7 +466,7 @@ def test_writers_that_change_much_amid_the_last_steps() -> None:
     assert state.changes == {f"old/{number}": -number for number in range(9)} | {
         f"new/{number}": number for number in range(5)
     }
-    assert view.values([f"old/{number}" for number in range(9)]) == list(range(9))
+    assert list(view.values([f"old/{number}" for number in range(9)])) == list(range(9))
 
 
 def test_an_error_amid_the_merge_of_expiries_loses_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,7 +256,7 @@ class Copies(RuleBasedStateMachine):
     def each_view_shows_its_moment(self) -> None:
         for view, keys, model in self.views:
             assert keys == sorted(model)
-            assert view.values(keys) == [model[key] for key in keys]
+            assert list(view.values(keys)) == [model[key] for key in keys]
 
     @invariant()
     def the_order_is_right(self) -> None:
