@@ -27,7 +27,7 @@ _encode = msgspec.json.Encoder().encode
 decode_json: Decode = msgspec.json.Decoder().decode
 """Decode JSON without a type. An error of this call does not name the key."""
 
-decode_list: Callable[[bytes], list[Any]] = msgspec.json.Decoder(list).decode
+decode_list: Callable[[bytes], list[Any]] = msgspec.json.Decoder(list[Any]).decode
 """Decode a JSON array. One call for many values takes less time than one call for each."""
 
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError)

@@ -144,7 +144,7 @@ class Writing(Reads):
             raise TypeError(f"set_many() needs a mapping of keys to values, not {type(values).__name__}")
         if len(values) >= _batch.MANY and isinstance(self._core, Core):
             # A subclass of `dict` may have changed `items`, which `dict(values)` would not call.
-            taken = values.copy() if values.__class__ is dict else dict(values.items())
+            taken = dict(values) if values.__class__ is dict else dict(values.items())
             return await self._set_in_steps(self._core, taken, ttl)
         encoded = {check_key(self._full(key)): self._encode_one(key, value) for key, value in values.items()}
         lifetime = self._lifetime(ttl)

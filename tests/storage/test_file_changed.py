@@ -178,7 +178,9 @@ async def test_two_processes(tmp_path: Path) -> None:
     When that process ends, the state is free.
     """
     child = start_child("serve", tmp_path)
-    with pytest.raises(LockedError, match=rf"locked by pid {child.pid} on {socket.gethostname()}, .*stop that writer first"):
+    with pytest.raises(
+        LockedError, match=rf"locked by pid {child.pid} on {socket.gethostname()}, .*stop that writer first"
+    ):
         await manager(tmp_path).start()
     kill(child)
     async with manager(tmp_path) as state:
