@@ -194,9 +194,8 @@ class Flusher(Outcomes):
         """Merge a change of many keys into the map in steps, and start a checkpoint that waited for that."""
         try:
             more = self.state.fold_staged(STEP)
-        except (
-            BaseException
-        ):  # such as a MemoryError: the event loop reports it, and no checkpoint begins before the rest
+        except BaseException:
+            # Such as a MemoryError. The event loop reports it. No checkpoint begins before the rest is merged.
             self._clock.call_later(1.0, self._fold_staged)
             raise
         if more:

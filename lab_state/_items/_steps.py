@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn, Protocol
 
 from lab_state._entries import Stored
-from lab_state._in_steps import Range, ReadingCore
+from lab_state._in_steps import Range, ReadingCore, bring_up_to_date
 from lab_state._items._pages import Decoding, Pages
 from lab_state._undo import UndoView
 from lab_state.exceptions import ClosedError
@@ -136,10 +136,9 @@ class StateSource:
         self._core.check_open()
         self._state = state = self._core.state
         if state.is_index_behind:
-            for _ in state.index_steps():
-                await asyncio.sleep(0)
-                if self._core.state is not state:
-                    self.refuse()
+            await bring_up_to_date(self._core)
+            if self._core.state is not state:  # the manager was stopped, and started again
+                self.refuse()
         pieces = state.pieces(self._within.low, self._within.high)
         return Pages(state.view(), pieces, self._within, state.now())
 
