@@ -490,3 +490,55 @@ def test_an_error_amid_the_merge_of_expiries_loses_no_time(monkeypatch: pytest.M
     while state.expiries.merge_replaced(10):
         pass
     assert sorted(state.expiries.take(2_000, 10)) == [f"key/{number}" for number in range(5)]
+
+
+def test_a_view_is_merged_before_the_batch_above_it() -> None:
+    """If a view is given back while a batch lies above it, the batch then rests on the map, and is merged later."""
+    state = State()
+    for number in range(5):
+        state.set(f"old/{number}", number)
+    view = state.freeze()
+    state.set("old/1", 77)
+    batch = Batch(state, {"old/0": DELETED, "b": 2, "c": 3})
+    for _ in batch.prepare():
+        pass
+    batch.switch()
+    assert not state.has_as_base(view)
+    assert not state.fold(view, 10)
+    assert isinstance(state.entries, Staged)
+    assert state.has_as_base(view)
+    assert view == {"old/0": 0, "old/1": 77, "old/2": 2, "old/3": 3, "old/4": 4}
+    while state.fold_staged(1):
+        pass
+    merged: object = state.entries
+    assert merged is view
+    assert view == {"old/1": 77, "old/2": 2, "old/3": 3, "old/4": 4, "b": 2, "c": 3}
+
+
+def test_a_batch_merges_the_one_before_it() -> None:
+    """A batch that begins before the last one is merged does that first, in steps."""
+    state = staged()
+    batch = Batch(state, {"old/1": DELETED, "b": 5, "d": 6})
+    steps = batch.prepare()
+    next(steps)
+    assert isinstance(state.entries, Staged)
+    for _ in steps:
+        pass
+    assert isinstance(state.entries, dict)
+    batch.switch()
+    assert dict(state.entries.items()) == {"old/2": 2, "old/3": 3, "old/4": 4, "b": 5, "c": 3, "d": 6}
+
+
+def test_the_due_keys_amid_a_merge_of_expiries() -> None:
+    """While the times of a batch are merged, the keys that are due are those of the batch and of the rest."""
+    state = State()
+    for key in ("a", "b", "c"):
+        state.set(key, Expiring(0, 1_000))
+    batch = Batch(state, {"a": 1, "b": Expiring(2, 9_000), "d": Expiring(3, 1_000)})
+    for _ in batch.prepare():
+        pass
+    batch.switch()
+    assert sorted(state.expiries.due_keys(2_000)) == ["c", "d"]
+    while state.fold_staged(1):
+        assert sorted(state.expiries.due_keys(2_000)) == ["c", "d"]
+    assert sorted(state.expiries.due_keys(2_000)) == ["c", "d"]

@@ -530,3 +530,13 @@ def test_a_count_makes_no_list_of_all_keys(monkeypatch: pytest.MonkeyPatch) -> N
     draft = Draft(state)
     monkeypatch.setattr(Draft, "names", None)
     assert draft.count() == 2
+
+
+def test_the_number_of_keys_under_a_prefix_after_a_clear() -> None:
+    """After a clear, a draft counts only the keys that it has stored since."""
+    draft = Draft(state_of(**{"a/1": 1, "a/2": 2, "b/1": 3}))
+    draft.clear()
+    draft.set("a/2", 5)
+    draft.set("a/3", 6)
+    assert draft.count_in("a/", "a0") == 2
+    assert draft.count_in("b/", "b0") == 0

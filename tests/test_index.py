@@ -506,3 +506,21 @@ def test_an_index_of_a_local_copy_is_made_anew() -> None:
     local.entries.update(dict.fromkeys(KEYS[::-1], 1))
     assert called_deeper_and_deeper(lambda: local.pieces("", None)) > 0
     assert [key for piece in local.pieces("", None) for key in piece] == sorted(KEYS)
+
+
+def test_pieces_are_right_while_the_index_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If so many keys changed that the index is behind, the pieces have them all the same."""
+    monkeypatch.setattr(_index, "FEW", 2)
+    state = State()
+    state.set_many({f"key/{number}": number for number in range(9)})
+    for _ in state.index_steps():
+        pass
+    state.set_many({f"new/{number}": number for number in range(9)})
+    state.delete_many([f"key/{number}" for number in range(3)])
+    steps = state.index_steps()
+    expected = [f"key/{number}" for number in range(3, 9)] + [f"new/{number}" for number in range(9)]
+    while True:
+        assert [key for piece in state.pieces("", None) for key in piece] == expected
+        assert state.pieces("other", None) == []
+        if next(steps, "end") == "end":
+            break

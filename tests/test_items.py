@@ -523,7 +523,7 @@ async def test_an_iterator_that_is_closed_amid_its_first_step(state: Manager) ->
 
 @pytest.mark.usefixtures("sorted_in_steps")
 async def test_a_stop_amid_the_first_step(clock: ManualClock) -> None:
-    """A first step that sorts the keys when the manager stops raises ClosedError, also if it is started again."""
+    """A first step that sorts the keys when the manager stops raises ClosedError."""
     state = Manager("test", MemoryStorage(), clock=clock)
     async with state:
         await state.set_many(MANY)

@@ -137,8 +137,6 @@ class StateSource:
         self._state = state = self._core.state
         if state.is_index_behind:
             await bring_up_to_date(self._core)
-            if self._core.state is not state:  # the manager was stopped, and started again
-                self.refuse()
         pieces = state.pieces(self._within.low, self._within.high)
         return Pages(state.view(), pieces, self._within, state.now())
 
