@@ -17,6 +17,7 @@ from lab_state.config import Config
 from lab_state.entry import Entry
 from lab_state.exceptions import (
     ClosedError,
+    ConflictError,
     CorruptionError,
     FencedError,
     InvalidKeyError,
@@ -85,6 +86,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "escape_name",
     # errors
     "ClosedError",
+    "ConflictError",
     "CorruptionError",
     "FencedError",
     "InvalidKeyError",

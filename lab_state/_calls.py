@@ -1,7 +1,7 @@
-"""`Calls`: the calls whose change depends on the old value, and the calls that wait for durability.
+"""`Calls`: the calls whose change depends on the old value.
 
-With the calls of `_reads.py` and `_writing.py` they are the base of the manager. Each call is written
-once, for the keys under a prefix.
+With the calls of `_reads.py`, `_writing.py` and `_waits.py` they are the base of the manager. Each call is
+written once, for the keys under a prefix.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, overload
 
-from lab_state._arguments import Seconds, check_callable, check_revision, check_timeout, name_of, plain_result
+from lab_state._arguments import Seconds, check_callable, name_of, plain_result
 from lab_state._bulk import Bulk
 from lab_state._entries import MISSING
 from lab_state._reads import MISSING_VALUE
+from lab_state._waits import Waits
 from lab_state._writing import Writing
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Calls(Writing):
+class Calls(Writing, Waits):
     """The calls that read and those that write.
 
     A read never waits. It sees every change made so far, and returns a fresh value each time,
@@ -365,51 +366,6 @@ class Calls(Writing):
             return at_once(call)
         finally:
             core.passing = False
-
-    # Durability
-
-    async def flush(self) -> None:
-        """Wait until each change made so far is durable.
-
-        If nothing changed, nothing is written. Callers at the same time share one write.
-        If the caller is cancelled, the write goes on.
-
-        Raises:
-            StorageError: The write failed. The changes stay in memory. The next flush
-                tries again, in the background too unless `flush_interval` is `None`.
-            ClosedError: The manager is not running.
-            RuntimeError: This is not the event loop of `start()`.
-        """
-        await self._core.durability.make_durable(self._core.state.revision)
-
-    async def wait_durable(self, revision: int | None = None, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- raised as a StorageError
-        """Wait until a revision is durable. Unlike `flush()`, start no flush.
-
-        If the caller is cancelled, the wait ends, and nothing changes.
-
-        Args:
-            revision: The revision that a write returned; by default the last change.
-            timeout: The longest wait, in seconds, 0 or more and finite. `None` waits without
-                a limit.
-
-        Raises:
-            WaitTimeoutError: The revision is not durable after `timeout` seconds; wait again.
-                It is an `UnavailableError` and a `TimeoutError`.
-            ValueError: There is no such revision yet, or the timeout is out of bounds.
-            TypeError: The revision is not an `int`, or the timeout is not a number.
-            RuntimeError: This is not the event loop of `start()`.
-            FencedError: It will never be durable: a newer writer owns the state.
-            StorageError: The manager was stopped, and its last flush failed.
-            ClosedError: The manager is not running.
-        """
-        self._check_open()
-        last = self._core.state.revision
-        if revision is not None:
-            check_revision(revision)
-        if revision is not None and revision > last:
-            raise ValueError(f"there is no revision {revision} yet: the last one is {last}")
-        seconds = check_timeout(timeout)
-        await self._core.durability.wait_durable(last if revision is None else revision, seconds)
 
 
 def at_once(coroutine: Coroutine[Any, Any, R]) -> R:

@@ -84,7 +84,6 @@ class Plain(Handle):
     exists: Final = plain(Calls.exists)
     keys: Final = plain(Calls.keys)
     expires_in: Final = plain(Calls.expires_in)
-    set_many: Final = plain(Calls.set_many)
     touch: Final = plain(Calls.touch)
     delete: Final = plain(Calls.delete)
     delete_many: Final = plain(Calls.delete_many)

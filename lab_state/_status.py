@@ -10,6 +10,7 @@ from lab_state._flusher import Flusher
 from lab_state.cache._mirror import MirrorWriter
 
 Phase = Literal["new", "starting", "running", "stopping", "stopped"]
+Role = Literal["owner", "follower"]
 
 
 class MirrorStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -183,10 +183,11 @@ class DraftCore(CallCore):
     Attributes:
         changes: The changes of the draft. After the transaction, an unused dict.
         known: The keys of the state, which need no check. Empty after the transaction.
-        revision: The revision that `merge` will make.
+        committed: The revision of the commit, or that of the state if nothing was changed. `None` before the
+            commit.
     """
 
-    __slots__ = ("_core", "_is_over", "changes", "known", "revision")
+    __slots__ = ("_core", "_is_over", "changes", "committed", "known")
 
     state: State  # an attribute of the base class that is assigned here as well
 
@@ -195,7 +196,7 @@ class DraftCore(CallCore):
         self._core = core
         self.changes: dict[str, StoredOrGone] = {}
         self.known: Container[str] = ()
-        self.revision: int = 0
+        self.committed: int | None = None
         self._is_over = False
 
     @property
@@ -221,7 +222,12 @@ class DraftCore(CallCore):
         self.state = draft
         self.changes = draft.changes
         self.known = draft.base.entries
-        self.revision = draft.revision
+
+    async def conclude(self) -> int | None:
+        """Commit the draft, and note the revision; see `merge`."""
+        made = await self.merge()
+        self.committed = self._core.state.revision if made is None else made
+        return made
 
     async def merge(self) -> int | None:
         """Commit the draft; return the revision, or `None` if it changed nothing.
@@ -270,8 +276,8 @@ class Transaction(Plain):
     """A transaction: changes that are not in the state yet, and the calls that make and read them, without `await`.
 
     Each call has the guarantees and errors of the manager's call of the same name. It sees the
-    changes made in the transaction so far, and never waits. `set` and `set_many` return the
-    revision that the whole transaction makes, if it changes anything in the end.
+    changes made in the transaction so far, and never waits. `set` and `set_many` return `None`,
+    because the revision is not known before the commit; see `revision`.
 
     Each call takes one step, even if it returns many keys: `get_all` of a million keys takes a second or
     more. A call that needs an order looks at each change of the transaction as well. The first such call
@@ -293,10 +299,24 @@ class Transaction(Plain):
     def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
         return at_once(coroutine)
 
-    def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:
+    @property
+    def revision(self) -> int:
+        """The revision of the commit. If the transaction changed nothing, it is that of the state at the commit.
+
+        Raises:
+            RuntimeError: The transaction is not committed: it is open, or its block ended with an exception.
+        """
+        if self._core.committed is None:
+            raise RuntimeError(
+                f"this transaction of {self._core.name!r} has no revision: it is not committed; read it after the block"
+            )
+        return self._core.committed
+
+    def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> None:
         """Store a value; see `Manager.set`."""
         if ttl is not None:
-            return self._run(self._calls.set(key, value, ttl=ttl))
+            self._run(self._calls.set(key, value, ttl=ttl))
+            return
         # This repeats `Writing.set`, because the coroutine would cost more than the work.
         core = self._core
         try:
@@ -309,7 +329,10 @@ class Transaction(Plain):
         if full not in changes and full not in core.known:
             self._calls._before_first_change(full)  # noqa: SLF001 -- likewise
         changes[full] = stored
-        return core.revision
+
+    def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> None:
+        """Store several values; see `Manager.set_many`."""
+        self._run(self._calls.set_many(values, ttl=ttl))
 
     def namespace(self, name: str) -> Transaction:
         """Return the same transaction, for the keys that start with `name` and a slash; see `Manager.namespace`."""

@@ -118,8 +118,11 @@ class Blocking(Plain):
         return loop
 
     set: Final = plain(Calls.set)
+    set_many: Final = plain(Calls.set_many)
     flush: Final = plain(Calls.flush)
+    catch_up: Final = plain(Calls.catch_up)
     wait_durable: Final = plain(Calls.wait_durable)
+    wait_revision: Final = plain(Calls.wait_revision)
 
 
 @final

@@ -6,6 +6,8 @@ never contains a value or a credential. It may contain keys, names, paths and ty
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 class LabStateError(Exception):
     """The base class of all errors of lab_state."""
@@ -76,13 +78,29 @@ class StorageError(LabStateError):
     """The base class of the errors of a storage or a cache."""
 
 
+class ConflictError(LabStateError):
+    """Something that a transaction has read was changed meanwhile: run the transaction again. It has changed nothing.
+
+    `Manager.transact` runs it again by itself. Only a shared state raises this error, because in any other
+    state no write is made while a transaction is open.
+    """
+
+
 class UnavailableError(StorageError):
     """The storage or the cache failed this time, and may work again later.
 
     If a write or a flush raises it, the changes are in memory. They are written at the next
     attempt, so there is no need to repeat the call. If `start()` raises it, start again. If
-    `stop()` raises it, the changes above `durable_revision` are lost.
+    `stop()` raises it, the changes above `durable_revision` are lost. In a shared state, a call
+    raises it too if no process owns the state; see `outcome`.
+
+    Attributes:
+        outcome: Whether a call of a shared state was made, if the process that owns the state did not answer.
+            `"not made"`: it has changed nothing, and never will. `"unknown"`: it was made once, or not
+            at all; read the state to find out. `None` for every other error.
     """
+
+    outcome: Literal["not made", "unknown"] | None = None
 
 
 class WaitTimeoutError(UnavailableError, TimeoutError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from inspect import isawaitable
 from typing import Any, TypeVar, final, overload
 
+from lab_state._arguments import check_callable
 from lab_state._calls import Calls
 from lab_state._core import Core
 from lab_state._entries import MISSING
@@ -15,6 +17,7 @@ from lab_state.blocking import Blocking
 from lab_state.entry import Entry, entry_of
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Scope(Calls):
@@ -104,13 +107,43 @@ class Scope(Calls):
         try:
             draft.begin()
             yield Transaction(draft, self._prefix)
-            revision = await draft.merge()
+            revision = await draft.conclude()
         finally:
             draft.end()
             core.release(draft)
             core.leave(draft)
         if revision is not None:
             await self._written(revision)
+
+    @overload
+    async def transact(self, fn: Callable[[Transaction], Coroutine[Any, Any, R]]) -> R: ...
+    @overload
+    async def transact(self, fn: Callable[[Transaction], R]) -> R: ...
+    async def transact(self, fn: Callable[[Transaction], Any]) -> Any:
+        """Call `fn` with a transaction, commit the transaction, and return the result of `fn`.
+
+        The result is returned when the changes are made: all of them or none, as `transaction` describes. In a
+        shared state, a change of another process may come in between. Then nothing was changed, and `fn`
+        is called again, with a new transaction. So `fn` should have no other effects. In any other state it is
+        called once.
+
+        Args:
+            fn: A plain function, or a coroutine function. It is given the transaction.
+
+        Raises:
+            TypeError: `fn` is not callable.
+            RuntimeError: This task is inside a transaction of the same manager, and would wait for itself.
+            ClosedError: The manager is not running, or was stopped meanwhile. Nothing was changed.
+            FencedError: A newer writer owns the state. Nothing was changed.
+            StorageError: With a `flush_interval` of 0: the changes are made in memory, but not durable yet.
+                The manager tries again by itself.
+        """
+        check_callable("transact", fn)
+        async with self.transaction() as tx:
+            result = fn(tx)
+            if isawaitable(result):
+                result = await result
+        return result
 
     def watch(self, prefix: str = "", *, durable: bool = False) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """Iterate over the keys that change from now on.

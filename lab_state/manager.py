@@ -25,7 +25,7 @@ from lab_state._log import Log, Logs, check_logger
 from lab_state._metrics import FlushTimes, Metrics, MirrorCounts, metrics
 from lab_state._opening import check_asyncio, loaded, opened
 from lab_state._state import State
-from lab_state._status import MirrorStatus, Phase, Status, status_of
+from lab_state._status import MirrorStatus, Phase, Role, Status, status_of
 from lab_state._sweeper import Sweeper
 from lab_state._watch import Watchers
 from lab_state.cache._mirror import MirrorWriter
@@ -155,6 +155,14 @@ class Manager(Scope):
     def config(self) -> Config:
         """The settings."""
         return self._config
+
+    @property
+    def role(self) -> Role | None:
+        """The role of this process in the state: `"owner"` or `"follower"`. `None` while the manager does not run.
+
+        A state that is not shared has one process, which is its owner.
+        """
+        return "owner" if self._core.is_open else None
 
     # Lifecycle
 

@@ -83,6 +83,7 @@ OTHERWISE: dict[tuple[str, str], list[Wrong]] = {
     ("incr", "default"): NUMBERS,
     ("entry", "default"): [],  # what a read returns in the end, as it is
     ("expires_in", "default"): [],
+    ("transact", "fn"): of_no_type(5, None, "abs"),
     ("update", "default"): [],
     ("watch", "durable"): [],  # a flag: Python's truth of it counts
     ("wait_revision", "revision"): of_no_type("1", 1.5, True, None),

@@ -44,6 +44,7 @@ from lab_state import (
 from lab_state._calls import Calls
 from lab_state._plain import Plain
 from lab_state._reads import Reads
+from lab_state._waits import Waits
 from lab_state._writing import Writing
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -148,6 +149,12 @@ SAME: dict[str, list[Callable[[Any], Any]]] = {
         lambda calls: calls.wait_durable("x"),
         lambda calls: calls.wait_durable(timeout=0),
     ],
+    "catch_up": [lambda calls: calls.catch_up()],
+    "wait_revision": [
+        lambda calls: calls.wait_revision(0),
+        lambda calls: calls.wait_revision("x"),
+        lambda calls: calls.wait_revision(99, timeout=0),
+    ],
 }
 """Each call, as it is made of a manager and of `blocking`."""
 
@@ -156,7 +163,7 @@ def test_every_call_is_lifted() -> None:
     """Every coroutine function of a manager's calls is one of `Blocking` too, with its name and description."""
     calls = {
         name: function
-        for cls in (Reads, Writing, Calls)
+        for cls in (Reads, Writing, Waits, Calls)
         for name, function in vars(cls).items()
         if name[0] != "_" and inspect.iscoroutinefunction(function)
     }

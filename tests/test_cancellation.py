@@ -314,6 +314,11 @@ async def _in_transaction(calls: Any) -> None:
         tx.delete("b")
 
 
+def _sets(tx: Any) -> None:
+    tx.set("a", 5)
+    tx.delete("b")
+
+
 async def _walked(calls: Any) -> None:
     async with calls.items() as items:
         async for _ in items:
@@ -353,7 +358,10 @@ CALLS: dict[str, Callable[[Any], Coroutine[Any, Any, Any]]] = {
     "touch": lambda calls: calls.touch("ttl", 500),
     "transaction": _in_transaction,
     "update": lambda calls: calls.update("a", lambda old: old + 1),
+    "catch_up": lambda calls: _set_and(calls, calls.catch_up),
+    "transact": lambda calls: calls.transact(_sets),
     "wait_durable": lambda calls: _set_and(calls, calls.wait_durable),
+    "wait_revision": lambda calls: _set_and(calls, lambda: calls.wait_revision(1)),
     "watch": _watched,
 }
 

@@ -11,6 +11,7 @@ import pytest
 from lab_state import exceptions
 from lab_state.exceptions import (
     ClosedError,
+    ConflictError,
     CorruptionError,
     FencedError,
     InvalidKeyError,
@@ -35,6 +36,7 @@ ERRORS: list[LabStateError] = [
     InvalidValueError("what failed", "$.a[0]"),
     TypeMismatchError("what failed at `$.a`", "$.a"),
     ClosedError("what failed"),
+    ConflictError("what failed"),
     StorageError("what failed"),
     UnavailableError("what failed"),
     WaitTimeoutError("what failed"),

@@ -384,7 +384,10 @@ class TestLife:
                 lambda: manager.set_if_absent("a", 1),
                 lambda: manager.get_or_set("a", lambda: 1),
                 lambda: manager.flush(),
+                lambda: manager.catch_up(),
                 lambda: manager.wait_durable(),
+                lambda: manager.wait_revision(0),
+                lambda: manager.transact(lambda tx: None),
             ]
             for call in calls:
                 with pytest.raises(ClosedError):

@@ -51,6 +51,14 @@ class Model(BaseModel):
     name: str
 
 
+def pays(tx: Transaction) -> int:
+    return tx.incr("paid", type=int)
+
+
+async def pays_slowly(tx: Transaction) -> str:
+    return tx.get("paid", type=str)
+
+
 async def reading(state: Manager) -> None:
     assert_type(await state.get("key"), Any)
     assert_type(await state.get("key", 0), Any)
@@ -234,9 +242,10 @@ async def transactions(state: Manager) -> None:
         assert_type(tx.expires_in("key"), float | None)
         assert_type(len(tx), int)
         assert_type("key" in tx, bool)
-        assert_type(tx.set("key", User("Ann")), int)
-        assert_type(tx.set("key", 1, ttl=timedelta(hours=1)), int)
-        assert_type(tx.set_many({"key": 1}, ttl=5), int)
+        tx.set("key", User("Ann"))
+        tx.set("key", 1, ttl=timedelta(hours=1))
+        tx.set_many({"key": 1}, ttl=5)
+        assert_type(tx.revision, int)
         assert_type(tx.delete("key"), bool)
         assert_type(tx.delete_many(["key"]), int)
         assert_type(tx.touch("key", 5), bool)
@@ -314,6 +323,8 @@ def threads(state: Manager) -> None:
     calls.flush()
     calls.wait_durable(5)
     calls.wait_durable(5, timeout=0.5)
+    calls.catch_up()
+    calls.wait_revision(5, timeout=0.5)
     calls.set(5, 1)  # type: ignore[arg-type]
     calls.get()  # type: ignore[call-overload]
 
@@ -339,6 +350,13 @@ async def life(state: Manager) -> None:
     await state.wait_durable(5)
     await state.wait_durable(timeout=1)
     await state.wait_durable(5, timeout=None)
+    await state.catch_up()
+    await state.wait_revision(5)
+    await state.wait_revision(5, timeout=1)
+    assert_type(state.role, Literal["owner", "follower"] | None)
+    assert_type(await state.transact(pays), int)
+    assert_type(await state.transact(pays_slowly), str)
+    assert_type(await state.namespace("users").transact(pays), int)
     await state.wait_durable(5, timeout="1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     assert_type(state.name, str)
     assert_type(state.status().mirror, MirrorStatus | None)

@@ -1,0 +1,94 @@
+"""`Waits`: the calls that wait for a revision."""
+
+from __future__ import annotations
+
+from lab_state._arguments import check_revision, check_timeout
+from lab_state._reads import Reads
+
+
+class Waits(Reads):
+    """The calls that wait until changes are durable, or until this process has them."""
+
+    __slots__ = ()
+
+    async def flush(self) -> None:
+        """Wait until each change made so far is durable.
+
+        If nothing changed, nothing is written. Callers at the same time share one write.
+        If the caller is cancelled, the write goes on.
+
+        Raises:
+            StorageError: The write failed. The changes stay in memory. The next flush
+                tries again, in the background too unless `flush_interval` is `None`.
+            ClosedError: The manager is not running.
+            RuntimeError: This is not the event loop of `start()`.
+        """
+        await self._core.durability.make_durable(self._core.state.revision)
+
+    async def catch_up(self) -> None:
+        """Wait until this process has all changes that were durable at the call.
+
+        If the state has one process, it has all changes already, and the call returns at once.
+
+        Raises:
+            ClosedError: The manager is not running.
+            RuntimeError: This is not the event loop of `start()`.
+        """
+        self._core.durability.check_loop()
+
+    async def wait_durable(self, revision: int | None = None, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- raised as a StorageError
+        """Wait until a revision is durable. Unlike `flush()`, start no flush.
+
+        If the caller is cancelled, the wait ends, and nothing changes.
+
+        Args:
+            revision: The revision that a write returned; by default the last change.
+            timeout: The longest wait, in seconds, 0 or more and finite. `None` waits without
+                a limit.
+
+        Raises:
+            WaitTimeoutError: The revision is not durable after `timeout` seconds; wait again.
+                It is an `UnavailableError` and a `TimeoutError`.
+            ValueError: There is no such revision yet, or the timeout is out of bounds.
+            TypeError: The revision is not an `int`, or the timeout is not a number.
+            RuntimeError: This is not the event loop of `start()`.
+            FencedError: It will never be durable: a newer writer owns the state.
+            StorageError: The manager was stopped, and its last flush failed.
+            ClosedError: The manager is not running.
+        """
+        self._check_open()
+        last = self._core.state.revision
+        if revision is not None:
+            check_revision(revision)
+        if revision is not None and revision > last:
+            raise ValueError(f"there is no revision {revision} yet: the last one is {last}")
+        seconds = check_timeout(timeout)
+        await self._core.durability.wait_durable(last if revision is None else revision, seconds)
+
+    async def wait_revision(self, revision: int, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- raised as a StorageError
+        """Wait until this process has a revision that another process, or an earlier start, has returned.
+
+        A revision that the state has reached needs no wait. The call waits for a later one until it is durable.
+        If the caller is cancelled, the wait ends, and nothing changes.
+
+        Args:
+            revision: The revision.
+            timeout: The longest wait, in seconds, 0 or more and finite. `None` waits without
+                a limit.
+
+        Raises:
+            WaitTimeoutError: The revision was not reached in time; wait again, or go on with what is there.
+                It is an `UnavailableError` and a `TimeoutError`.
+            TypeError: The revision is not an `int`, or the timeout is not a number.
+            ValueError: The timeout is out of bounds.
+            RuntimeError: This is not the event loop of `start()`.
+            FencedError: It will not be reached: a newer writer owns the state.
+            StorageError: The manager was stopped meanwhile, and its last flush failed.
+            ClosedError: The manager is not running.
+        """
+        check_revision(revision)
+        seconds = check_timeout(timeout)
+        durability = self._core.durability
+        durability.check_loop()
+        if revision > self._core.state.revision:
+            await durability.wait_durable(revision, seconds)
