@@ -72,6 +72,7 @@ class Batch:
         self._cleared = cleared
         self._top: dict[str, StoredOrGone] = {}
         self._changes: dict[str, StoredOrGone] = {}
+        self._placed: list[str] = []  # the keys that are in `_top`, and not in `_changes` yet
         self._added = 0
         self._index = state.index
         self._moved: set[str] = set()  # keys that are added or removed, if there is an index
@@ -107,13 +108,17 @@ class Batch:
         if len(self.source) < MANY:
             self._is_few = True
             self._place(self.source.items())
+            self._place_changes()
             return
         while state.fold_staged(STEP):  # a state has at most one staged layer
             yield
         for number, part in enumerate(in_parts(self.source.items())):
             if number:
                 yield
+            # Both dicts grow at the same number of keys, and each growth takes long. So they get the same keys in different steps.
+            self._place_changes()
             self._place(part)
+        self._place_changes()
         while True:
             while not self._is_merged():
                 yield from self._merge_older()
@@ -123,8 +128,8 @@ class Batch:
                 return
 
     def _place(self, part: Iterable[tuple[str, StoredOrGone]]) -> None:
-        """Add some of the changes to both dicts. Leave out changes without an effect."""
-        state, top, changes, late = self._state, self._top, self._changes, self._late
+        """Add some of the changes to the top layer. Leave out changes without an effect."""
+        state, top, placed, late = self._state, self._top, self._placed, self._late
         entries: Container[str] = () if self._cleared else state.entries
         expiries, at = state.expiries, self._at
         with_times = not self._is_few  # few changes are made one by one, which changes the expiries, too
@@ -148,9 +153,16 @@ class Batch:
                 self._stale.add(key, expiries.time_of(key))
             if with_times and isinstance(to, Expiring):
                 self._fresh.add(key, to.at)
-            top[key] = changes[key] = to
+            top[key] = to
+            placed.append(key)
         if self._index is not None:
             self._moved.update(moved)
+
+    def _place_changes(self) -> None:
+        """Add the keys of the last `_place` to the unflushed changes, unless `before` has removed them."""
+        top, placed = self._top, self._placed
+        self._placed = []
+        self._changes.update([(key, top[key]) for key in placed if key in top])
 
     # The unflushed changes from before
 
@@ -191,6 +203,7 @@ class Batch:
         state, late = self._state, list(self._late)
         self._late = set()
         self._place((key, to) for key in late if (to := self._wanted(key)) is not None)
+        self._place_changes()
         top, changes = self._top, self._changes
         if state.views and late:
             state.before_overwrite(late)

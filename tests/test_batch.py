@@ -329,6 +329,15 @@ def test_a_batch_is_one_change() -> None:
     )
 
 
+def test_both_dicts_of_a_batch_grow_in_different_steps() -> None:
+    """After each step but the last, one dict has a step's keys more than the other: so no step has both growths."""
+    batch = Batch(State(), {f"key{number}": number for number in range(10)})
+    sizes = [(len(batch._top), len(batch._changes)) for _ in batch.prepare()]
+    assert sizes == [(2, 0), (4, 2), (6, 4), (8, 6)]
+    assert batch._top == batch._changes
+    assert len(batch._top) == 10
+
+
 def test_few_changes_that_become_many_end_their_expiries() -> None:
     """A key that is stored while the batch waits to begin may make it large. Its expiry, and those of the others, end with it."""
     state = State()

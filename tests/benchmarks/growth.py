@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from measure import VALUE, VALUES, Numbers, Results, flusher_of, key_of, timed
 
-from lab_state import Config, FileStorage, Manager
+from lab_state import Config, FileStorage, Manager, Transaction
 from lab_state.testing import ManualClock
 
-LIFECYCLE = {"start", "stop", "disown", "name", "config", "revision", "durable_revision", "blocking"}
+LIFECYCLE = {"start", "stop", "disown", "name", "config", "role", "revision", "durable_revision", "blocking"}
 """Measured elsewhere (`start`), or nothing but an attribute; `blocking` is a hop to the loop and the call."""
 
 TWINS = {"get_many_nowait", "get_all_nowait", "keys_nowait", "expires_in_nowait", "delete_nowait", "update_nowait"}
@@ -62,8 +62,12 @@ async def _update(state: Manager) -> None:
 
 async def _transaction(state: Manager) -> None:
     async with state.transaction() as transaction:
-        for key in TEN:
-            transaction.set(key, next(VALUES))
+        _ten_sets(transaction)
+
+
+def _ten_sets(transaction: Transaction) -> None:
+    for key in TEN:
+        transaction.set(key, next(VALUES))
 
 
 async def _watch(state: Manager) -> None:
@@ -88,6 +92,11 @@ async def _flush(state: Manager) -> None:
     await state.set(TEN[0], next(VALUES))
     await state.flush()
     await state.wait_durable()
+
+
+async def _catch_up(state: Manager) -> None:
+    await state.catch_up()
+    await state.wait_revision(state.revision)
 
 
 async def _status(state: Manager) -> None:
@@ -139,9 +148,11 @@ ROWS = (
     Row("delete_all(prefix), 10 match", "delete_all", MATCHES, lambda state: state.delete_all("few/"), few),
     Row("set(ttl), touch, expires_in, delete", "touch expires_in", CONSTANT, _ttl),
     Row("transaction of 10 sets", "transaction", CHANGED, _transaction),
+    Row("transact of 10 sets", "transact", CHANGED, lambda state: state.transact(_ten_sets)),
     Row("watch: open, one change, close", "watch", CONSTANT, _watch),
     Row("watch(durable=True): the same, flushed", "", CONSTANT, _durable_watch),
     Row("set, flush, wait_durable", "flush wait_durable", CHANGED, _flush),
+    Row("catch_up, wait_revision", "catch_up wait_revision", CONSTANT, _catch_up),
     Row("status(), metrics()", "status metrics", CONSTANT, _status),
     Row("set_many(ttl) of 100, sweep", "", CHANGED, _expired),
 )
