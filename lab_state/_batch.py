@@ -50,6 +50,7 @@ class Batch:
         prefix: str | None = None,
         lifetime: int | None = None,
         cleared: bool = False,
+        expired: bool = False,
     ) -> None:
         """Begin a batch. Nothing is prepared yet.
 
@@ -61,6 +62,7 @@ class Batch:
             lifetime: The time to live of the values, in milliseconds from `prepare` on. Without it they keep
                 the expiry that they have in `source`.
             cleared: Whether to delete all keys first. Then `source` has no deleted keys.
+            expired: Whether a key that has expired can be deleted. Otherwise it counts as missing.
         """
         self.source: dict[str, StoredOrGone] = source
         self.deleted: int = 0
@@ -70,6 +72,7 @@ class Batch:
         self._at: int | None = None
         self._is_few = False
         self._cleared = cleared
+        self._expired = expired
         self._top: dict[str, StoredOrGone] = {}
         self._changes: dict[str, StoredOrGone] = {}
         self._placed: list[str] = []  # the keys that are in `_top`, and not in `_changes` yet
@@ -139,7 +142,7 @@ class Batch:
             if key in late:
                 continue
             if isinstance(to, Absent):
-                if self._cleared or not state.has(key):
+                if self._cleared or not (key in entries if self._expired else state.has(key)):
                     continue
                 self.deleted += 1
                 moved.append(key)

@@ -15,6 +15,7 @@ from lab_state._clock import Clock, Pauses
 from lab_state._foreign import only_storage_errors, storage_error
 from lab_state._outcomes import Outcomes
 from lab_state._snapshots import Pace, SnapshotViews
+from lab_state._state import State
 from lab_state.exceptions import StorageError
 from lab_state.storage._protocol import StorageSession
 
@@ -36,6 +37,7 @@ class Checkpoints:
         clock: Clock,
         pauses: Pauses,
         given: Callable[[], object],
+        state: State | None = None,
     ) -> None:
         """Prepare for the running event loop.
 
@@ -46,13 +48,14 @@ class Checkpoints:
             clock: The clock of the manager.
             pauses: The pauses after checkpoints that failed.
             given: A function that is called for each slice of a snapshot.
+            state: The state that the snapshots contain; by default that of `outcomes`.
         """
         self.due: bool = False
         self.records: int = 0
         self.task: asyncio.Task[None] | None = None
         self.pace: Pace = Pace()
         self._name = name
-        self._state = outcomes.state
+        self._state = outcomes.state if state is None else state
         self._session = session
         self._outcomes = outcomes
         self._clock = clock

@@ -31,7 +31,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from lab_state._arguments import RESERVED, check_key
 from lab_state._buffers import ByteBuffer
-from lab_state._entries import Absent, ChangeSet, Expiring, Json, Stored, StoredOrGone, Value, size_of
+from lab_state._entries import Absent, ChangeSet, Expiring, Json, Layer, Stored, StoredOrGone, Value, size_of
 from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._not_json import NOT_JSON, not_an_object
 from lab_state._values import encode
@@ -97,7 +97,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"s
 
 
 _decode_entries = msgspec.json.Decoder(dict[str, Raw]).decode
-_decode_record = msgspec.json.Decoder(Record).decode
+decode_record = msgspec.json.Decoder(Record).decode
 
 
 def encode_small_record(taken: ChangeSet, calls: RecordCalls | None = None) -> bytes | None:
@@ -271,7 +271,7 @@ def replay(  # noqa: C901 -- a call for each record would make a start slower
     expires = dict(times)
     for number, data in enumerate(records, first):
         try:
-            record = _decode_record(data)
+            record = decode_record(data)
         except NOT_JSON:
             raise CorruptionError(path, 0, f"record {number} has a valid checksum, but is not a record") from None
         if record.end <= revision:
@@ -302,7 +302,7 @@ def replay(  # noqa: C901 -- a call for each record would make a start slower
 
 
 def encode_snapshot(
-    view: dict[str, Stored],
+    view: dict[str, Stored] | Layer,
     revision: int,
     time: int,
     *,
@@ -313,7 +313,7 @@ def encode_snapshot(
     """Yield the snapshot of a view in slices. The caller may let the event loop run after each. A slice may be empty.
 
     Args:
-        view: The entries. Other code must not change them until the last slice.
+        view: The entries. Other code must not change them until the last slice. With `copy_loaded` it is a dict.
         revision: The revision of the view.
         time: The time of the state, in milliseconds since 1970.
         wall: The time of the wall clock, in milliseconds since 1970.
@@ -329,12 +329,14 @@ def encode_snapshot(
     yield b'%s%08x"}}' % (_CRC, crc)
 
 
-def _uncovered(view: dict[str, Stored], revision: int, time: int, wall: int, *, copy_loaded: bool) -> Iterator[bytes]:
+def _uncovered(
+    view: dict[str, Stored] | Layer, revision: int, time: int, wall: int, *, copy_loaded: bool
+) -> Iterator[bytes]:
     """Yield the part of a snapshot that its checksum covers."""
     opening = b"{"
     expires: dict[str, int] = {}
     parts = _parts(view.items(), expires, [])
-    for part in _members(_copied(parts, view) if copy_loaded else parts):
+    for part in _members(_copied(parts, view) if copy_loaded and isinstance(view, dict) else parts):
         yield opening + part if part else b""
         opening = b"" if part else opening
     member = encode({"format": FORMAT, "revision": revision, "id": os.urandom(8).hex()})

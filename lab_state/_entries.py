@@ -118,7 +118,7 @@ class Layer:
 
     def __contains__(self, key: object) -> bool:
         value = self.top.get(key, MISSING)  # type: ignore[call-overload]  # any object may be looked up
-        return key in self.base if value is MISSING else value is not DELETED
+        return key in self.base if value is MISSING else not isinstance(value, Absent)
 
     def __iter__(self) -> Iterator[str]:
         return (key for key, _ in self.items())

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 _AHEAD = 3
@@ -263,12 +264,19 @@ class Expiries:
 
     def passed(self, now: int) -> Iterator[Bucket]:
         """Yield the buckets that may contain keys that are due, in order of time."""
+        return (self._buckets[second] for second in self._passed_seconds(now))
+
+    def _passed_seconds(self, now: int) -> list[int]:
         end = now // 1000 + 1
         if end - self._next <= len(self._buckets):
-            seconds = [second for second in range(self._next, end) if second in self._buckets]
-        else:
-            seconds = sorted(second for second in self._buckets if second < end)
-        return (self._buckets[second] for second in seconds)
+            return [second for second in range(self._next, end) if second in self._buckets]
+        return sorted(second for second in self._buckets if second < end)
+
+    def advance(self, now: int) -> None:
+        """Begin later searches at the first second that has a key. Without sweeps, they would look at all passed seconds."""
+        present = now // 1000
+        seconds = self._passed_seconds(present * 1000 - 1)
+        self._next = max(self._next, seconds[0] if seconds else present)
 
     def take(self, now: int, most: int) -> list[str]:
         """Remove up to `most` keys that are due, and return them.
@@ -291,6 +299,28 @@ class Expiries:
             for key in taken:
                 self._stale.discard(key)
         return taken
+
+    def overdue(self, now: int, most: int) -> list[str]:
+        """Return up to `most` keys that are due, as `take` does, and remove none of them."""
+        found: dict[str, None] = {}
+        for bucket in self.passed(now // 1000 * 1000 - 1):
+            found.update(dict.fromkeys(islice(bucket, most - len(found))))
+        if self._heap:
+            self._find_near(self._heap, now, most, found)
+        return list(found)
+
+    def _find_near(self, heap: list[tuple[int, str]], now: int, most: int, found: dict[str, None]) -> None:
+        """Add keys of the heap that are due, up to `most` keys in all. Drop items whose time no longer counts."""
+        looks, held = most * _LEFT_BEHIND, list[tuple[int, str]]()
+        while heap and heap[0][0] <= now and len(found) < most and looks:
+            looks -= 1
+            item = heapq.heappop(heap)
+            second = self._second.get(item[1])
+            if second is not None and self._buckets[second][item[1]] == item[0]:
+                found[item[1]] = None
+                held.append(item)
+        for item in held:
+            heapq.heappush(heap, item)
 
     def _take_near(self, now: int, most: int, taken: list[str]) -> None:
         heap, looks = self._heap, most * _LEFT_BEHIND

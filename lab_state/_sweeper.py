@@ -25,19 +25,29 @@ class Sweeper:
     It is set while any key has an expiry. It fires once a second, or, while there is a watch, when a key is due.
     """
 
-    def __init__(
-        self, state: State, clock: Clock, busy: Callable[[], bool], swept: Callable[[], None], begun: Callable[[], None]
+    def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
+        self,
+        state: State,
+        clock: Clock,
+        busy: Callable[[], bool],
+        swept: Callable[[], None],
+        begun: Callable[[], None],
+        layer: State | None = None,
     ) -> None:
         """Start the timer, if any key has an expiry.
 
         Args:
             state: The state.
             clock: The clock of the manager.
-            busy: A function that returns whether a transaction is open. A sweep waits for its end.
+            busy: A function that returns whether a transaction is open. A sweep waits for its end, and `resume`
+                is called then.
             swept: A callback. It is called after each sweep that deleted keys.
             begun: A callback. It is called when a key gets an expiry, and no other key has one.
+            layer: The state that a sweep changes; by default `state`. The owner of a shared state passes its layer. Then
+                `busy` also returns whether the last sweep is not durable yet.
         """
         self._state = state
+        self._layer = state if layer is None else layer
         self._clock = clock
         self._busy = busy
         self._swept = swept
@@ -115,10 +125,11 @@ class Sweeper:
         self._put_off = self._busy()
         if self._put_off:
             return
-        before = self._state.revision
+        layer = self._layer
+        before = layer.revision
         try:
-            more = self._state.sweep(_KEYS_PER_STEP) == _KEYS_PER_STEP
-            if self._state.revision > before:
+            more = layer.sweep(_KEYS_PER_STEP) == _KEYS_PER_STEP
+            if layer.revision > before:
                 self._swept()
             if more:
                 self._arm(0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Coroutine, Iterable, Mapping
+from collections.abc import Container, Coroutine, Mapping
 from typing import Any, TypeVar, cast, final
 from weakref import ref
 
@@ -13,11 +13,10 @@ from lab_state._bulk import run_in_steps
 from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore, Core
 from lab_state._durability import Durability
-from lab_state._entries import Absent, Expiring, Layer, Stored, StoredOrGone, Value
-from lab_state._order import Chunk, corrected, in_range
+from lab_state._entries import Absent, Stored, StoredOrGone, Value
+from lab_state._layered import Layered, LayeredEntries
 from lab_state._plain import Plain
 from lab_state._state import State
-from lab_state._state._contents import is_due
 from lab_state._undo import UndoView
 from lab_state._values import encode_value
 from lab_state.exceptions import ClosedError, InvalidValueError
@@ -25,128 +24,26 @@ from lab_state.exceptions import ClosedError, InvalidValueError
 R = TypeVar("R")
 
 
-class _Live:
-    """The present entries of a state. Each call asks the state, because it may have replaced its map meanwhile."""
-
-    __slots__ = ("_state",)
-
-    def __init__(self, state: State) -> None:
-        self._state = state
-
-    def __getitem__(self, key: str) -> Stored:
-        return self._state.entries[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._state.entries
-
-    def items(self) -> Iterable[tuple[str, Stored]]:
-        return self._state.entries.items()
-
-    def __len__(self) -> int:
-        return len(self._state.entries)
-
-
-class _Entries(Layer):
-    """The entries as the transaction sees them."""
-
-    __slots__ = ()
-
-    def __len__(self) -> int:
-        added = sum((not isinstance(value, Absent)) - (key in self.base) for key, value in self.top.items())
-        return len(self.base) + added
-
-
-class Draft(State):
+class Draft(Layered):
     """A state on top of another state, its base. Nothing else changes the base while the draft exists.
 
-    `changes` is also the top layer of `entries`, so one assignment changes both. `revision` is the
-    revision that the commit will make.
+    `revision` is the revision that the commit will make.
     """
 
-    has_steps = False
-    __slots__ = ("_only_values", "base")
+    __slots__ = ("_only_values",)
 
     def __init__(self, base: State) -> None:
         """Begin with the entries of `base`, and no changes."""
-        self.base = base
+        super().__init__(base)
         self._only_values = True
-        super().__init__(base.monotonic)
-        self.entries = _Entries(_Live(base), self.changes)
         self.revision = base.revision + 1
 
     def view(self) -> UndoView[Stored]:
         """Open a view of the draft; see `State.view`. It copies the changes, and `Transaction.set` need not note anything."""
-        assert isinstance(self.entries, Layer)  # over the base
-        view = UndoView[Stored](None, _Entries(self.entries.base, dict(self.changes)))
+        assert isinstance(self.entries, LayeredEntries)
+        view = UndoView[Stored](None, LayeredEntries(self.entries.base, dict(self.changes)))
         self.views.append(ref(view))
         return view
-
-    def now(self) -> int:
-        """Return the time of the base."""
-        return self.base.now()
-
-    def has(self, key: str) -> bool:
-        """Return whether a key exists, and has not expired."""
-        return key in self.entries and self._lives(key)
-
-    def count(self) -> int:
-        """Return the number of keys.
-
-        The cost grows with the number of changes, and with the number of keys that expire within this second.
-        """
-        total = len(self.entries)
-        if self.expires:
-            now, beneath = self.now(), self.base.entries
-            total -= sum(isinstance(to, Expiring) and to.at <= now for to in self.changes.values())
-            if not self.cleared:
-                total -= self.base.expiries.due(now) - sum(is_due(beneath, key, now) for key in self.changes)
-        return total
-
-    @property
-    def expires(self) -> bool:
-        """Whether a key expires, in the draft or in the base."""
-        return bool(self.expiries) or bool(self.base.expiries)
-
-    @property
-    def is_index_behind(self) -> bool:
-        """Return False: the calls of a transaction have no steps."""
-        return False
-
-    def page(self, low: str, high: str | None, limit: int | None = None, *, reverse: bool = False) -> list[str]:
-        """Return the first keys in a range; see `State.page`. The cost grows with the number of changes, too."""
-        mine = in_range(self.changes, low, high)
-        if self.cleared:
-            found = []
-        else:
-            most = None if limit is None else limit + len(mine)
-            found = self.base.page(low, high, most, reverse=reverse)
-        return corrected(found, mine, self.entries, reverse=reverse)[:limit] if mine else found
-
-    def pieces(self, low: str, high: str | None) -> list[Chunk]:
-        """Return the keys in a range; see `State.pieces`. They are in one tuple if the draft has changes in the range."""
-        if not self.cleared and not in_range(self.changes, low, high):
-            return self.base.pieces(low, high)
-        found = self.page(low, high)
-        return [tuple(found)] if found else []
-
-    def held_in(self, low: str, high: str | None) -> int:
-        """Return the number of keys in a range, including expired keys."""
-        mine = in_range(self.changes, low, high)
-        if self.cleared:
-            return sum(key in self.entries for key in mine)
-        beneath = self.base.entries
-        return self.base.held_in(low, high) + sum((key in self.entries) - (key in beneath) for key in mine)
-
-    def due_in(self, low: str, high: str | None) -> int:
-        """Return the number of keys in a range that have expired, and are not removed yet."""
-        now, changes = self.now(), self.changes
-        due = (
-            0
-            if self.cleared
-            else sum(key not in changes for key in in_range(self.base.expiries.due_keys(now), low, high))
-        )
-        mine = (changes[key] for key in in_range(changes, low, high))
-        return due + sum(isinstance(to, Expiring) and to.at <= now for to in mine)
 
     def merge(self) -> int | None:
         """Apply all changes to the base, as one change. Return its revision, or `None` if nothing changed."""
@@ -172,7 +69,7 @@ class Draft(State):
 
     def _empty(self) -> None:
         self.changes.clear()
-        self.entries = _Entries({}, self.changes)
+        self.entries = LayeredEntries({}, self.changes)
         self.cleared = True
         self.expiries.clear()
 

@@ -247,9 +247,14 @@ class State(Ordered):
         self.swept += len(found)
         return len(keys)
 
+    def skip_to(self, revision: int) -> None:
+        """Give the next change the revision after this one. All changes must be taken; `stored` stays the same."""
+        self._stored_more -= revision - self.revision
+        self.revision = self.taken = revision
+
     def untaken(self) -> ChangeSet:
         """Return the changes that `take` would take away."""
-        time, wall = (self.now(), self.wall()) if self.expiries else (0, 0)
+        time, wall = (self.now(), self.wall()) if self.expires else (0, 0)
         return ChangeSet(self.taken, self.revision, self.cleared, self.changes, self.since, time, wall)
 
     def take(self, taken: ChangeSet | None = None) -> ChangeSet:

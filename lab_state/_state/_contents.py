@@ -188,7 +188,15 @@ class Contents:
 
     def count(self) -> int:
         """Return the number of keys. The cost depends only on the number of keys that expire in the current second."""
-        return len(self.entries) - (self.expiries.due(self.now()) if self.expiries else 0)
+        return len(self.entries) - (self.due(self.now()) if self.expires else 0)
+
+    def due(self, now: int) -> int:
+        """Return the number of keys that have expired at a time, and are not removed yet."""
+        return self.expiries.due(now)
+
+    def due_keys(self, now: int) -> list[str]:
+        """Return the keys that have expired at a time, and are not removed yet, in no particular order."""
+        return self.expiries.due_keys(now)
 
     @property
     def expires(self) -> bool:

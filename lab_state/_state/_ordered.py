@@ -74,7 +74,7 @@ class Ordered(Contents):
 
     def due_in(self, low: str, high: str | None) -> int:
         """Return the number of keys in a range that have expired, and are not removed yet."""
-        return len(in_range(self.expiries.due_keys(self.now()), low, high)) if self.expiries else 0
+        return len(in_range(self.due_keys(self.now()), low, high)) if self.expires else 0
 
     def count_in(self, low: str, high: str | None) -> int:
         """Return the number of keys in a range that have not expired.

@@ -1,0 +1,136 @@
+"""Copies of a state that follow its owner step by step: the followers of a shared state, and local readers of a mirror.
+
+Pure and synchronous. A step has the new values of keys, the deleted keys, and whether all keys were deleted
+before. It is applied to a `State`, so indexes, views and watches work as in the owner. The caller decides
+which steps to apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+
+import msgspec
+from msgspec import Raw
+
+from lab_state._batch import MANY, Batch, in_parts
+from lab_state._entries import DELETED, EXPIRED, SCALARS, Absent, Expiring, Json, StoredOrGone, Value
+from lab_state._not_json import NOT_JSON
+from lab_state._state import State
+
+_OBJECT_OR_ARRAY = (b"{", b"[")
+
+
+def stored_of(data: bytes | bytearray | memoryview | Raw) -> Value:
+    """Return a value as a manager stores it: a scalar decoded, any other value as JSON.
+
+    The result does not keep `data` alive. It may be invalid JSON, if `data` is. A read raises for it.
+    """
+    held = bytes(data)
+    if held[:1] in _OBJECT_OR_ARRAY:
+        return Json(held)
+    try:
+        value: Value = msgspec.json.decode(held)
+    except NOT_JSON:
+        return Json(held)
+    return value if value.__class__ in SCALARS else Json(held)  # a foreign client may have put spaces before an object
+
+
+def step_of(
+    values: Mapping[str, Raw], expires: Mapping[str, int], deleted: Iterable[str]
+) -> Generator[None, None, dict[str, StoredOrGone]]:
+    """Return the changes of a step, from its JSON. Yield after each 500 keys.
+
+    Args:
+        values: The new values of keys.
+        expires: Their expiry times, for those that expire.
+        deleted: The keys that are deleted.
+    """
+    changes: dict[str, StoredOrGone] = {}
+    for part in in_parts(values.items()):
+        for key, raw in part:
+            value = stored_of(raw)
+            changes[key] = Expiring(value, expires[key]) if key in expires else value
+        yield
+    for keys in in_parts(deleted):
+        changes.update(dict.fromkeys(keys, DELETED))
+        yield
+    return changes
+
+
+class Step:
+    """A step that is being applied to a copy. Nothing else may change the copy between `prepare` and `finish`."""
+
+    def __init__(
+        self, copy: State, changes: Mapping[str, StoredOrGone], revision: int, *, cleared: bool, time: int = 0
+    ) -> None:
+        """Begin. Nothing is changed yet.
+
+        Args:
+            copy: The copy. All of its changes are taken.
+            changes: The last effect on each key. A key that is deleted need not exist.
+            revision: The revision of the copy after the step.
+            cleared: Whether all keys are deleted first.
+            time: The time of the owner at the step, in milliseconds since 1970. A deleted key whose expiry is not
+                after it has expired. With 0, no key has.
+        """
+        self._copy = copy
+        self._changes = changes
+        self._revision = revision
+        self._cleared = cleared
+        self._time = time
+        self._expired = 0
+        self._batch: Batch | None = None
+
+    def prepare(self) -> Iterator[None]:
+        """Do most of the work, and yield between two parts of it. Reads do not see the step before `finish`."""
+        copy, source = self._copy, dict[str, StoredOrGone]()
+        for part in in_parts(self._changes.items()):
+            source.update(self._effects(part))
+            if len(self._changes) >= MANY:
+                yield
+        self._batch = Batch(copy, source, cleared=self._cleared, expired=True)
+        yield from self._batch.prepare()
+
+    def _effects(self, part: Iterable[tuple[str, StoredOrGone]]) -> Iterator[tuple[str, StoredOrGone]]:
+        """Yield the changes that have an effect. Tell an expiry from another deletion."""
+        entries = self._copy.entries
+        for key, to in part:
+            if not isinstance(to, Absent):
+                yield key, to
+            elif not self._cleared and key in entries:
+                stored = entries[key]
+                has_expired = isinstance(stored, Expiring) and stored.at <= self._time
+                self._expired += has_expired
+                yield key, EXPIRED if has_expired else DELETED
+
+    def finish(self) -> None:
+        """Show the step, in one short step of the event loop."""
+        assert self._batch is not None  # `prepare` has made it
+        self._show(self._batch.switch)
+
+    def apply(self) -> None:
+        """Make the whole step at once."""
+        if len(self._changes) >= MANY:
+            for _ in self.prepare():
+                pass
+            self.finish()
+            return
+        self._show(self._apply_few)
+
+    def _apply_few(self) -> int | None:
+        copy, effects = self._copy, dict(self._effects(self._changes.items()))
+        if effects or (self._cleared and len(copy.entries)):
+            return copy.apply(effects, cleared=self._cleared)
+        return None
+
+    def _show(self, change: Callable[[], int | None]) -> None:
+        """Call a function that makes the change, and returns `None` if there is none. Set the revision, and count expiries."""
+        copy = self._copy
+        copy.skip_to(self._revision - 1)
+        if change() is None:
+            copy.skip_to(self._revision)
+        copy.deleted -= self._expired
+        copy.swept += self._expired
+        copy.free(copy.take().changes)
+        if copy.expiries:
+            copy.expiries.advance(copy.now())
