@@ -150,6 +150,11 @@ class Durability:
         self.refusal: LabStateError | None = None
         self.refused: Callable[[], object] = _nothing
 
+    @property
+    def shown(self) -> State:
+        """The state that reads use, and that a snapshot contains. In a shared state it lies below `state`."""
+        return self.state
+
     # Waiting
 
     async def make_durable(self, revision: int) -> None:

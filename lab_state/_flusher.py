@@ -38,6 +38,7 @@ from lab_state._state import State
 from lab_state._state._contents import ignore, no_clock
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
+from lab_state.shared._results import RecordCalls
 from lab_state.storage._protocol import StorageSession
 
 _FREED_AT_ONCE = 1000
@@ -80,7 +81,8 @@ class Flusher(Outcomes):
             on_fenced: A function of the application; see `Manager`.
         """
         super().__init__(state, session.recovery, config, clock, logger, times, on_fenced)
-        state.free, state.on_staged = self._free, self._fold_staged
+        for one in (state, self.shown):
+            one.free, one.on_staged = self._free, self._fold_staged
         self._committed = committed
         self._session = session
         self._abandoned = self._aborted = False
@@ -89,7 +91,7 @@ class Flusher(Outcomes):
         self._progress = Progress(lambda: session.progress)
         self._stop_error: LabStateError | None = None
         self.checkpoints: Checkpoints = Checkpoints(
-            config.name, session, self, clock, self._checkpoint_pauses, self._progress.count
+            config.name, session, self, clock, self._checkpoint_pauses, self._progress.count, self.shown
         )
         self.checkpoints.records = len(session.recovery.records) + self._unsettled
         if self._unsettled:
@@ -176,12 +178,14 @@ class Flusher(Outcomes):
     def discard_entries(self) -> None:
         """Free the entries after `stop()`, unless a storage call still in flight may read them."""
         # Functions of the module: a method refers to this object, which refers to the state.
-        self.state.free, self.state.on_staged = ignore, no_clock
-        if self.state.index is not None:
-            self._free(self.state.index.release(), CHUNKS_AT_ONCE)
-            self.state.index = None
-        if self._task.done() and not self._abandoned and isinstance(self.state.entries, dict):
-            self._free(self.state.entries)
+        state = self.shown
+        for one in (self.state, state):
+            one.free, one.on_staged = ignore, no_clock
+        if state.index is not None:
+            self._free(state.index.release(), CHUNKS_AT_ONCE)
+            state.index = None
+        if self._task.done() and not self._abandoned and isinstance(state.entries, dict):
+            self._free(state.entries)
 
     def _free(self, large: dict[Any, Any], most: int = _FREED_AT_ONCE) -> None:
         """Free a map, `most` items in a step, because freeing a million values at once would block the event loop."""
@@ -193,7 +197,7 @@ class Flusher(Outcomes):
     def _fold_staged(self) -> None:
         """Merge a change of many keys into the map in steps, and start a checkpoint that waited for that."""
         try:
-            more = self.state.fold_staged(STEP)
+            more = self.shown.fold_staged(STEP)
         except BaseException:
             # Such as a MemoryError. The event loop reports it. No checkpoint begins before the rest is merged.
             self._clock.call_later(1.0, self._fold_staged)
@@ -371,10 +375,16 @@ class Flusher(Outcomes):
             self._logger.error("%s: the watchers and the mirror could not be told of a commit: %s", self._name, what)  # noqa: TRY400 -- one line
             return True
 
-    async def _write(self, taken: ChangeSet, views: SnapshotViews) -> bool:
-        record = encode_small_record(taken) or await join_in_steps(self._progress.counted(encode_record(taken)))
+    async def _write(self, taken: ChangeSet, views: SnapshotViews, calls: RecordCalls | None = None) -> bool:
+        record = encode_small_record(taken, calls) or await join_in_steps(
+            self._progress.counted(encode_record(taken, calls))
+        )
+        self._encoded(record)
         self.checkpoints.pace.commit_begins()
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
+
+    def _encoded(self, record: bytes) -> None:
+        """Do nothing. The owner of a shared state keeps the record for its followers."""
 
     def checkpoint_if_due(self) -> None:
         """Start a checkpoint if one is due, no view is in use, and `stop` was not called."""

@@ -97,9 +97,13 @@ class Outcomes(Durability):
             self._fence(error)
             return
         self._waiters.fail(error, note, all_lists=False)
+        self._commit_failed(error, note)
         if not self._stopping:  # for every `flush_interval`, because `confirm_ownership` waits for the end of the pause
             self._clock.call_later(pause, self._wake_up if retried else self._wake.set)
         self._logger.error("%s: a flush failed; %s: %s", self._name, note, error)
+
+    def _commit_failed(self, error: StorageError, note: str) -> None:
+        """Do nothing. The owner of a shared state answers its clients here. `note` is about the changes of the commit."""
 
     def _fence(self, error: FencedError) -> None:
         """Refuse every write from now on: a newer writer owns the state."""

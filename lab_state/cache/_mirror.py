@@ -236,7 +236,7 @@ class MirrorWriter:
 
     def _check_clocks(self) -> None:
         """Request a fill if the wall clock has drifted from the time of the state. Then expiry times are wrong."""
-        ahead = _ahead(self._flusher.state)
+        ahead = _ahead(self._flusher.shown)
         if abs(ahead - self._ahead) >= _MOST_DRIFT_MILLISECONDS:
             if self._has_times:
                 self.revision = None
@@ -290,7 +290,7 @@ class MirrorWriter:
         await self._flusher.wait_flushed(0)  # after an unclean end, the first commit begins at once and holds a view
         self._flusher.checkpoint_if_due()
         await self._flusher.checkpoints.ended()  # a second view at a time would be a copy of the state
-        while self._flusher.state.frozen:  # noqa: ASYNC110 -- a commit of the whole state holds a view too, and sets no event
+        while self._flusher.shown.frozen:  # noqa: ASYNC110 -- a commit of the whole state holds a view too, and sets no event
             await asyncio.sleep(_REST_SECONDS)
         self._backlog.clear()
         await self._replace(session, seen)
@@ -301,7 +301,7 @@ class MirrorWriter:
 
     async def _replace(self, session: CacheSession, seen: Seen) -> None:
         """Replace the mirror that `look` found by the present state. A checkpoint that is due cuts this off."""
-        state = self._flusher.state
+        state = self._flusher.shown
         views, revision, ahead = SnapshotViews(state), state.revision, _ahead(state)
         self._tried = revision
         # Take the view here, and not when the first slice is requested.
