@@ -1,0 +1,410 @@
+"""The owner's part of the protocol: it executes calls, keeps their results, and answers them. Pure and synchronous.
+
+Each call is executed in one step, on the layer: the changes that are not durable yet, over the durable
+copy. A call that changed something is answered when its record is durable, with the last revision of
+that record. A call that changed nothing is answered when the revision that it saw is durable.
+
+`OwnerFlusher` tells the engine of each commit: `begin`, then `landed` or `put_back`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Coroutine, Hashable, Iterator
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
+
+from msgspec import Raw
+
+from lab_state._arguments import Seconds
+from lab_state._calls import Calls, at_once
+from lab_state._core import CallCore
+from lab_state._entries import DELETED, ChangeSet, Expiring, Stored, StoredOrGone, size_of
+from lab_state._following import stored_of
+from lab_state._metrics import Counters
+from lab_state._state import State
+from lab_state._values import encode
+from lab_state.exceptions import InvalidValueError, TypeMismatchError
+from lab_state.shared._checks import RecentChanges
+from lab_state.shared._clients import Clients
+from lab_state.shared._layer import OwnerLayer
+from lab_state.shared._messages import (
+    Answer,
+    Call,
+    Changes,
+    Delete,
+    DeleteAll,
+    DeleteMany,
+    Failed,
+    Incr,
+    MakeChanges,
+    Moved,
+    Ok,
+    Raised,
+    Refused,
+    Set,
+    SetIfAbsent,
+    SetMany,
+    Touch,
+)
+from lab_state.shared._results import PendingResults, RecordCalls, Result, ResultTable, needs_forgetting
+
+C = TypeVar("C", bound=Hashable)
+R = TypeVar("R")
+
+MOST_VALUES = 16
+"""A refusal has the values of at most this many keys."""
+
+MOST_BYTES = 1024 * 1024
+"""The largest total size of the values in a refusal, in bytes."""
+
+_KINDS: dict[str, Any] = {"any": Any, "int": int, "float": float}
+
+
+class Executed(Generic[R]):
+    """A call that was executed on the layer.
+
+    Attributes:
+        at: The revision of the layer after the call. The answer waits until it is durable.
+        changed: Whether the call changed something.
+        revision: The revision of the answer. For a call that changed something it is 0 until its record is durable.
+        error: The error that the call raised; `None` if it returned.
+    """
+
+    __slots__ = ("_result", "at", "changed", "error", "revision")
+
+    def __init__(self, at: int, result: R | None, error: Exception | None = None, *, changed: bool) -> None:
+        self.at: int = at
+        self.changed: bool = changed
+        self.revision: int = 0 if changed else at
+        self.error: Exception | None = error
+        self._result = result
+
+    @property
+    def result(self) -> R:
+        """The result of the call.
+
+        Raises:
+            Exception: The call raised this error.
+        """
+        if self.error is not None:
+            raise self.error
+        return cast("R", self._result)
+
+
+class _Waiting(NamedTuple):
+    """A call of a client that was executed and is not answered."""
+
+    number: int
+    executed: Executed[bytes]
+
+    def answer(self, end: int) -> Answer:
+        """Return the answer. `end` is the revision at which the record of the call ends."""
+        executed = self.executed
+        revision = end if executed.changed else executed.at
+        if (error := executed.error) is None:
+            return Ok(self.number, revision, Raw(executed.result))
+        assert isinstance(error, TypeMismatchError | InvalidValueError)
+        kind: Literal["TypeMismatchError", "InvalidValueError"] = (
+            "TypeMismatchError" if isinstance(error, TypeMismatchError) else "InvalidValueError"
+        )
+        return Raised(self.number, revision, kind, str(error), error.path)
+
+
+class _LayerCore(CallCore):
+    """The core of the calls on a layer. None of them waits."""
+
+    __slots__ = ()
+
+    def __init__(self, layer: State) -> None:
+        super().__init__("", layer, Counters())
+        self.blocked = True  # so that `set` does not write into the entries itself; see `Writing.set`
+
+    def check_open(self) -> None:
+        """Do nothing: a layer is always open."""
+
+    @property
+    def must_wait(self) -> bool:
+        """Return True, so that each write asks for its turn."""
+        return True
+
+    async def turn(self) -> None:
+        """Return at once."""
+
+
+class _LayerCalls(Calls):
+    """The calls on a layer."""
+
+    __slots__ = ()
+
+    def _check_loop(self) -> None:
+        """Do nothing: the caller of the engine is on the right event loop."""
+
+
+class _MessageCalls(_LayerCalls):
+    """The calls on a layer, with times to live in whole milliseconds, as messages have them."""
+
+    __slots__ = ()
+
+    def _lifetime(self, ttl: Seconds | None) -> int | None:
+        return cast("int | None", ttl)
+
+
+class Engine(Generic[C]):
+    """The calls of all clients of one owner, from its start to its end. `C` is the type of a connection.
+
+    Attributes:
+        clients: The clients that the owner knows.
+        is_ending: Whether calls that were not executed before are answered with "moved".
+    """
+
+    def __init__(self, layer: OwnerLayer, monotonic_ns: Callable[[], int]) -> None:
+        """Begin with what was loaded. The minute until each client of the table is forgotten begins now.
+
+        Args:
+            layer: The layer. It has no changes yet. Its copy has the loaded state and the table of results.
+                The engine sets `on_applied` of the layer.
+            monotonic_ns: `CLOCK_MONOTONIC`, in nanoseconds.
+        """
+        self.is_ending: bool = False
+        self._layer = layer
+        self._copy = layer.copy
+        self._now = monotonic_ns
+        self.clients: Clients = Clients(self._table.acknowledged, monotonic_ns())
+        self._recent = RecentChanges(layer.copy.revision)
+        self._pending = PendingResults()
+        self._waiting: dict[C, list[_Waiting]] = {}
+        self._own: list[Executed[Any]] = []
+        self._end: float = math.inf  # the revision at which the record under way ends
+        self._core = _LayerCore(layer)
+        self._calls = _MessageCalls(self._core, "")
+        layer.on_applied = self._note
+
+    @property
+    def _table(self) -> ResultTable:
+        """The results that are durable."""
+        return self._copy.results or ResultTable()
+
+    def _note(self, keys: Collection[str] | None, revision: int) -> None:
+        """Note a change of the layer, for the checks of later calls. The keys are `None` after a clear."""
+        if keys is None:
+            self._recent.note_clear(revision)
+        else:
+            self._recent.note(keys, revision)
+
+    # Clients
+
+    def admit(self, client: str, heard: int | None) -> bool:
+        """Note a new connection of a client. Return False if the client may have been forgotten; see `Clients.admit`."""
+        return self.clients.admit(client, heard, self._now())
+
+    def disconnect(self, client: str) -> None:
+        """Note the end of the last connection of a client."""
+        self.clients.disconnect(client, self._now())
+
+    def drop(self, connection: C) -> None:
+        """Drop the answers that wait for a connection, because it has ended. The calls stay executed."""
+        self._waiting.pop(connection, None)
+
+    def farewell(self, client: str) -> None:
+        """Forget a client that has said farewell."""
+        self.clients.forget(client)
+        self._forget(client)
+
+    def forget_gone(self) -> None:
+        """Forget the clients that have had no connection for a minute. Call this every second."""
+        for client in self.clients.forget_gone(self._now()):
+            self._forget(client)
+
+    def _forget(self, client: str) -> None:
+        if needs_forgetting(client, self._table, self._pending):
+            self._pending.forget(client)
+
+    # Calls
+
+    def call(self, connection: C, client: str, call: Call) -> Answer | None:
+        """Execute a call of a client, or find the result of its first execution.
+
+        Return the answer if it can be sent now. Otherwise return `None`: `landed` or `failed` returns it later.
+
+        Args:
+            connection: The connection on which the call came. Its answer goes there.
+            client: The id of the client, which must be known.
+            call: The call.
+        """
+        self.clients.acknowledge(client, call.ack)
+        executed: Executed[bytes] | Refused
+        if (applied := self._pending.find(client, call.n)) is not None:
+            executed = Executed(applied.at, applied.value, changed=True)
+        elif (found := self.find(client, call.n)) is not None:
+            return Ok(call.n, found.revision, Raw(found.value))
+        elif self.is_ending:
+            return Moved(call.n)
+        else:
+            executed = self.execute(call)
+            if isinstance(executed, Refused):
+                return executed
+            if executed.changed:
+                self._pending.add(client, call.n, executed.result, executed.at)
+        waiting = _Waiting(call.n, executed)
+        if not executed.changed and executed.at <= self._copy.revision:
+            return waiting.answer(executed.at)
+        self._waiting.setdefault(connection, []).append(waiting)
+        return None
+
+    def find(self, client: str, number: int) -> Result | None:
+        """Return the durable result of a call; `None` if it is not there. A new owner looks up its own open calls."""
+        return self._table.find(client, number)
+
+    def execute(self, call: Call) -> Executed[bytes] | Refused:
+        """Execute a call on the layer, without looking for an earlier execution. Its result is JSON.
+
+        An error that the stored value causes is in the result. It is a `TypeMismatchError` or an
+        `InvalidValueError`, and nothing was changed.
+        """
+        before = self._layer.revision
+        if isinstance(call, MakeChanges) and not self._recent.hold(call.since, call.keys, call.prefixes):
+            return Refused(call.n, before, self._values(call.keys))
+        try:
+            result = encode(self._apply(call))
+        except (TypeMismatchError, InvalidValueError) as error:
+            return Executed(before, None, error, changed=False)
+        return self._executed(before, result)
+
+    def run(self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str = "") -> Executed[R]:
+        """Run a call with a function of the application on the layer. An error that it raises is in the result.
+
+        Args:
+            body: A function that gets calls on the layer and makes one of them. The call must not wait.
+            prefix: The prefix of the keys of these calls.
+        """
+        before = self._layer.revision
+        try:
+            result = at_once(body(_LayerCalls(self._core, prefix)))
+        except Exception as error:  # noqa: BLE001 -- the caller raises it when what the function has seen is durable
+            return self._executed(before, None, error)
+        return self._executed(before, result)
+
+    def _executed(self, before: int, result: R | None, error: Exception | None = None) -> Executed[R]:
+        after = self._layer.revision
+        return Executed(after, result, error, changed=after > before)
+
+    def own(self, executed: Executed[Any]) -> None:
+        """Note that a task of the owner waits for the revision of a call. `landed` sets it."""
+        if executed.changed:
+            self._own.append(executed)
+
+    def _apply(self, call: Call) -> object:
+        """Make the changes of a call, and return its result."""
+        if isinstance(call, Set | SetMany | SetIfAbsent):
+            return self._store(call)
+        if isinstance(call, MakeChanges):
+            self._make(call.changes)
+            return None
+        return at_once(self._coroutine(call))
+
+    def _coroutine(self, call: Incr | Touch | Delete | DeleteMany | DeleteAll) -> Coroutine[Any, Any, object]:
+        """Return the call of the same name on the layer."""
+        calls = self._calls
+        if isinstance(call, Incr):
+            kind, ttl = _KINDS[call.kind], cast("Seconds | None", call.ttl)
+            return calls.incr(call.key, call.delta, type=kind, default=call.default, ttl=ttl)
+        if isinstance(call, Touch):
+            return calls.touch(call.key, cast("Seconds | None", call.ttl))
+        if isinstance(call, Delete):
+            return calls.delete(call.key)
+        return calls.delete_many(call.keys) if isinstance(call, DeleteMany) else calls.delete_all(call.prefix)
+
+    def _store(self, call: Set | SetMany | SetIfAbsent) -> bool | None:
+        """Store values. They were checked by the client, so they are not checked again."""
+        layer, ttl = self._layer, call.ttl
+        if isinstance(call, SetIfAbsent) and layer.has(call.key):
+            return False
+        values = call.values if isinstance(call, SetMany) else {call.key: call.value}
+        if values:
+            layer.apply({key: self._stored(raw, ttl) for key, raw in values.items()}, cleared=False)
+        return True if isinstance(call, SetIfAbsent) else None
+
+    def _stored(self, raw: Raw, ttl: int | None) -> Stored:
+        value = stored_of(raw)
+        return value if ttl is None else Expiring(value, self._layer.now() + ttl)
+
+    def _make(self, made: Changes) -> None:
+        """Make changes that a client has computed. Those without an effect are left out."""
+        layer = self._layer
+        changes: dict[str, StoredOrGone] = {}
+        if not made.clear:
+            entries = layer.entries
+            changes.update((key, DELETED) for key in made.delete if key in entries)
+        for key, raw in made.set.items():
+            value, at = stored_of(raw), made.expires.get(key)
+            changes[key] = value if at is None else Expiring(value, at)
+        if changes or (made.clear and len(layer.entries)):
+            layer.apply(changes, cleared=made.clear)
+
+    def _values(self, keys: Collection[str]) -> dict[str, tuple[Raw, int | None]] | None:
+        """Return the present values of keys for a refusal; `None` if they are too many or too large."""
+        if len(keys) > MOST_VALUES:
+            return None
+        layer, left = self._layer, MOST_BYTES
+        values: dict[str, tuple[Raw, int | None]] = {}
+        for key in keys:
+            if layer.has(key):
+                stored = layer.entries[key]
+                value, at = (stored.value, stored.at) if isinstance(stored, Expiring) else (stored, None)
+                left -= size_of(value)
+                if left < 0:
+                    return None
+                values[key] = (Raw(value) if isinstance(value, bytes) else Raw(encode(value)), at)
+        return values
+
+    # Commits
+
+    def begin(self, taken: ChangeSet) -> RecordCalls:
+        """Note that a commit begins, and return the member `calls` of its record. Call this in the step that took the changes.
+
+        A record without changes has no results: a process that has its revision would skip it.
+        """
+        self._end = taken.end
+        return self._pending.take(self.clients.acknowledged) if taken.end > taken.start else {}
+
+    def landed(self) -> dict[C, list[Answer]]:
+        """Note that the commit is durable, and that the copy has its record. Return the answers that it settles."""
+        end, self._end = int(self._end), math.inf
+        self._pending.settle()
+        for executed in self._own:
+            if executed.at <= end:
+                executed.revision = end
+        self._own = [executed for executed in self._own if not executed.revision]
+        return {connection: [one.answer(end) for one in ready] for connection, ready in self._ready(end)}
+
+    def put_back(self) -> None:
+        """Note that the commit failed. Its results join those of the next record. A second call does nothing."""
+        self._pending.put_back()
+
+    def failed(self, error: str, message: str) -> dict[C, list[Answer]]:
+        """Return the answers to the calls of a failed commit. Call `put_back` first.
+
+        Args:
+            error: The name of the class of the error.
+            message: The text of the error, without a value.
+        """
+        end, self._end = self._end, math.inf
+        return {
+            connection: [Failed(one.number, error, message) for one in ready] for connection, ready in self._ready(end)
+        }
+
+    def _ready(self, end: float) -> Iterator[tuple[C, list[_Waiting]]]:
+        """Remove the calls up to a revision from those that wait, and yield them by connection."""
+        for connection, waiting in list(self._waiting.items()):
+            ready = [one for one in waiting if one.executed.at <= end]
+            if len(ready) == len(waiting):
+                del self._waiting[connection]
+            else:
+                self._waiting[connection] = [one for one in waiting if one.executed.at > end]
+            if ready:
+                yield connection, ready
+
+    def close(self) -> None:
+        """Drop all answers that wait: there will be no further commit."""
+        self._waiting.clear()
+        self._own.clear()
