@@ -8,14 +8,18 @@ which steps to apply.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import msgspec
 from msgspec import Raw
 
-from lab_state._batch import MANY, Batch, in_parts
+from lab_state import _batch
+from lab_state._batch import Batch, in_parts
 from lab_state._entries import DELETED, EXPIRED, SCALARS, Absent, Expiring, Json, StoredOrGone, Value
 from lab_state._not_json import NOT_JSON
 from lab_state._state import State
+
+T = TypeVar("T")
 
 _OBJECT_OR_ARRAY = (b"{", b"[")
 
@@ -35,7 +39,14 @@ def stored_of(data: bytes | bytearray | memoryview | Raw) -> Value:
     return value if value.__class__ in SCALARS else Json(held)  # a foreign client may have put spaces before an object
 
 
-def step_of(
+def changes_of(
+    values: Mapping[str, Raw], expires: Mapping[str, int], deleted: Iterable[str]
+) -> dict[str, StoredOrGone]:
+    """Return the changes of a step at once; see `changes_in_steps`."""
+    return result_of(changes_in_steps(values, expires, deleted))
+
+
+def changes_in_steps(
     values: Mapping[str, Raw], expires: Mapping[str, int], deleted: Iterable[str]
 ) -> Generator[None, None, dict[str, StoredOrGone]]:
     """Return the changes of a step, from its JSON. Yield after each 500 keys.
@@ -55,6 +66,16 @@ def step_of(
         changes.update(dict.fromkeys(keys, DELETED))
         yield
     return changes
+
+
+def result_of(steps: Generator[None, None, T]) -> T:
+    """Run all steps at once, and return their result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
 
 
 class Step:
@@ -86,7 +107,7 @@ class Step:
         copy, source = self._copy, dict[str, StoredOrGone]()
         for part in in_parts(self._changes.items()):
             source.update(self._effects(part))
-            if len(self._changes) >= MANY:
+            if len(self._changes) >= _batch.MANY:
                 yield
         self._batch = Batch(copy, source, cleared=self._cleared, expired=True)
         yield from self._batch.prepare()
@@ -109,15 +130,10 @@ class Step:
         self._show(self._batch.switch)
 
     def apply(self) -> None:
-        """Make the whole step at once."""
-        if len(self._changes) >= MANY:
-            for _ in self.prepare():
-                pass
-            self.finish()
-            return
-        self._show(self._apply_few)
+        """Make the whole step at once, without `prepare` and `finish`."""
+        self._show(self._apply)
 
-    def _apply_few(self) -> int | None:
+    def _apply(self) -> int | None:
         copy, effects = self._copy, dict(self._effects(self._changes.items()))
         if effects or (self._cleared and len(copy.entries)):
             return copy.apply(effects, cleared=self._cleared)

@@ -17,20 +17,19 @@ message was lost. Then nothing is shown until the copy is loaded again.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from typing import cast
 from weakref import ref
 
-import msgspec
-
-from lab_state._entries import Expiring, Json, Stored, Value
-from lab_state._not_json import NOT_JSON
-from lab_state._order import Chunk, Index
-from lab_state._undo import UndoView, Views, open_ones
+from lab_state._entries import Expiring, Stored, StoredOrGone
+from lab_state._following import Step, changes_of, stored_of
+from lab_state._order import Chunk
+from lab_state._state import State
+from lab_state._undo import UndoView, open_ones
 from lab_state.cache._format import Head, Message, parse_time
 from lab_state.cache._source import Fetched
 
 _MOST_KEPT = 100_000
-_OBJECT_OR_ARRAY = (b"{", b"[")
 
 
 class LocalCopy:
@@ -41,7 +40,6 @@ class LocalCopy:
         fresh: Whether the copy is complete and up to date.
         head: The writer and the revision of the mirror that was copied; `None` before the first load.
         highest: The highest revision that a reader could read here.
-        views: The views that `items()` reads, of this copy or of a read of the mirror.
     """
 
     def __init__(self) -> None:
@@ -49,10 +47,8 @@ class LocalCopy:
         self.fresh: bool = False
         self.head: Head | None = None
         self.highest: int = 0
-        self.views: Views[Stored] = []
-        self._entries: dict[str, Stored] = {}
-        self._index: Index | None = None
-        self._whole = False  # whether `_entries` has all keys at `head`; not during a load, or after an interrupted one
+        self._state = State()
+        self._whole = False  # whether `entries` has all keys at `head`; not during a load, or after an interrupted one
         self._kept: deque[Sequence[Message]] | None = None
 
     def invalidate(self) -> None:
@@ -86,18 +82,18 @@ class LocalCopy:
         if self._whole and head == self.head:
             return False
         self.head, self._whole = head, False
-        self._replace()
+        self._update({}, cleared=True)
         return True
 
     def add(self, found: Fetched) -> None:
         """Add a part of the mirror. The value of a key must come before its expiry time."""
-        entries = self._entries
-        for key, data in found.values.items():
-            entries[key] = _stored(data)
+        self._update({key: stored_of(data) for key, data in found.values.items()})
+        entries, timed = self.entries, dict[str, StoredOrGone]()
         for key, at in found.expires.items():
             if key in entries:
                 value = entries[key]
-                entries[key] = Expiring(value.value if isinstance(value, Expiring) else value, parse_time(at))
+                timed[key] = Expiring(value.value if isinstance(value, Expiring) else value, parse_time(at))
+        self._update(timed)
 
     def replay(self, most: int) -> bool:
         """Apply about `most` keys of the kept messages, and return whether there are more.
@@ -128,7 +124,7 @@ class LocalCopy:
             return False
         if (last.writer, last.fill) != (self.head.writer, self.head.fill) or last.revision > self.head.revision:
             return False
-        self.fresh, self.shown, self._whole = True, self._entries, True
+        self.fresh, self.shown, self._whole = True, self.entries, True
         self.highest = max(self.highest, self.head.revision)
         return True
 
@@ -142,92 +138,40 @@ class LocalCopy:
         if end.end == head.revision:
             return True
         for message in step:
-            self._change(message)
+            self._update(changes_of(message.set, message.expires, message.delete), cleared=message.clear)
         self.head = Head(head.format, end.end, head.writer, head.fill)
         if self.fresh:
-            self.highest = end.end
+            self.highest, self.shown = end.end, self.entries
         return True
 
-    def _change(self, message: Message) -> None:
-        if message.clear:
-            self._replace()
-            if self.fresh:
-                self.shown = self._entries
-        entries = self._entries
-        for view in open_ones(self.views):
-            view.note(message.set)
-            view.note(message.delete)
-        self._note([key for key in message.set if key not in entries], message.delete)
-        for key, raw in message.set.items():
-            value = _stored(bytes(raw))
-            entries[key] = Expiring(value, message.expires[key]) if key in message.expires else value
-        for key in message.delete:
-            entries.pop(key, None)
+    def _update(self, changes: Mapping[str, StoredOrGone], *, cleared: bool = False) -> None:
+        Step(self._state, changes, self._state.revision + 1, cleared=cleared).apply()
 
     # The order, and views
 
     @property
     def entries(self) -> dict[str, Stored]:
-        """The entries, complete or not. An `UndoView` reads them."""
-        return self._entries
+        """The entries, complete or not."""
+        return cast("dict[str, Stored]", self._state.entries)  # steps that are applied at once add no layer
 
     def view(self) -> UndoView[Stored]:
         """Open a view of the present entries."""
-        return self.register(UndoView(self))
+        return self._state.view()
 
     def register(self, view: UndoView[Stored]) -> UndoView[Stored]:
-        """Note a view, so that `close_views` closes it, and return it."""
-        open_ones(self.views)
-        self.views.append(ref(view))
+        """Note a view of a read of the mirror, so that `close_views` closes it, and return it."""
+        open_ones(self._state.views)
+        self._state.views.append(ref(view))
         return view
 
     def close_views(self) -> None:
         """Close each view, because the reader is closed."""
-        for view in open_ones(self.views):
-            view.close()
+        self._state.close_views()
 
-    def index_steps(self) -> Iterator[None]:
+    def index_steps(self) -> Generator[None]:
         """Build the index of the keys, or bring it up to date, in steps of some milliseconds."""
-        while self._ordered().is_building:
-            self._ordered().build_some()
-            yield
-        for _ in range(self._ordered().batches):
-            self._ordered().catch_up(self._entries)
-            yield
+        return self._state.index_steps()
 
     def pieces(self, low: str, high: str | None) -> list[Chunk]:
         """Return the keys of a range; see `State.pieces`."""
-        return self._ordered().pieces(self._entries, low, high)
-
-    def _ordered(self) -> Index:
-        """Return the index. Make it if there is none, or if an error has stopped its last step."""
-        if self._index is None or not self._index.is_whole:
-            self._index = Index(self._entries, (), ())
-        return self._index
-
-    def _note(self, *changed: Sequence[str]) -> None:
-        """Tell the index that keys are about to be added or removed. Drop the index if it is too old to be useful."""
-        index = self._index
-        if index is not None:
-            index.forget_gone(self._entries)
-            for keys in changed:
-                index.note_many(keys)
-            if index.is_too_old(self._entries):
-                self._index = None
-
-    def _replace(self) -> None:
-        """Continue with an empty dict. The open views keep the old dict."""
-        for view in open_ones(self.views):
-            view.keep()
-        self._entries, self._index = {}, None
-
-
-def _stored(data: bytes) -> Value:
-    """Return a value as a manager stores it: a scalar decoded, any other value as JSON. A read raises for invalid JSON."""
-    if data[:1] in _OBJECT_OR_ARRAY:
-        return Json(data)
-    try:
-        value: Value = msgspec.json.decode(data)
-    except NOT_JSON:
-        return Json(data)
-    return value
+        return self._state.pieces(low, high)

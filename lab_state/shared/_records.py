@@ -17,7 +17,7 @@ from msgspec import UNSET
 from lab_state._arguments import check_key
 from lab_state._codec import Record, decode_record
 from lab_state._entries import ChangeSet, StoredOrGone
-from lab_state._following import Step, step_of
+from lab_state._following import Step, changes_in_steps, result_of
 from lab_state._not_json import NOT_JSON
 from lab_state._state import State
 from lab_state.exceptions import InvalidKeyError
@@ -59,13 +59,7 @@ def parse_record(data: bytes | memoryview) -> ParsedRecord:
     Raises:
         BadMessageError: It is not a record.
     """
-    steps = parse_in_steps(data)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            record: ParsedRecord = stop.value
-            return record
+    return result_of(parse_in_steps(data))
 
 
 def parse_in_steps(data: bytes | memoryview) -> Generator[None, None, ParsedRecord]:
@@ -78,7 +72,7 @@ def parse_in_steps(data: bytes | memoryview) -> Generator[None, None, ParsedReco
     """
     record = _decoded(data)
     yield from _check(record)
-    changes = yield from step_of(record.set, record.expires, record.delete)
+    changes = yield from changes_in_steps(record.set, record.expires, record.delete)
     calls = None if record.calls is UNSET else record.calls
     return ParsedRecord(record.start, record.end, record.clear, changes, record.time, record.wall, calls)
 

@@ -172,8 +172,8 @@ async def test_a_copy_that_is_lost_while_its_keys_are_sorted(monkeypatch: pytest
         await has_all(reader, state, until)
         reading = asyncio.create_task(reader.keys(limit=2))
         await asyncio.sleep(0)
-        assert reader._local._index is not None
-        assert reader._local._index.is_building
+        assert reader._local._state.index is not None
+        assert reader._local._state.index.is_building
         reader._local.invalidate()
         assert await reading == ["00000", "00001"]
 
@@ -193,7 +193,7 @@ async def test_a_cancelled_call_leaves_nothing_open(local: Any, until: Any) -> N
                 await calling
         assert await reader.get_all() == MANY
         await reader.keys(limit=1)
-        assert all((view := known()) is None or view.is_closed for known in reader._local.views)
+        assert all((view := known()) is None or view.is_closed for known in reader._local._state.views)
 
 
 class Copies(RuleBasedStateMachine):
@@ -215,7 +215,7 @@ class Copies(RuleBasedStateMachine):
         self.fills += 1
         head = Head(1, self.revision, "me", str(self.fills))
         assert self.copy.set_head(head)
-        self.copy._entries.update(self.model)
+        self.copy.entries.update(self.model)
         assert self.copy.finish_loading(head)
         assert self.copy.fresh
 
@@ -278,5 +278,5 @@ async def test_an_index_that_is_not_used_is_dropped(until: Any) -> None:
         await state.set_many({f"b{number}": 1 for number in range(5000)})
         await state.set("c", 1)
         await has_all(reader, state, until)
-        assert reader._local._index is None
+        assert reader._local._state.index is None
         assert await reader.keys(limit=2) == ["a", "b0"]
