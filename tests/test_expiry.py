@@ -858,3 +858,53 @@ def test_a_stopped_sweeper_has_no_timer() -> None:
     swept.sweeper.stop()
     swept.sweeper.attend(False)
     assert swept.timers == 0
+
+
+def test_overdue_keys_are_found_and_stay() -> None:
+    """The owner of a shared state sweeps keys that stay in the index until the sweep is durable."""
+    index = Expiries(0)
+    for key, at in {"a": 500, "b": 1_500, "c": 2_100, "d": 9_000}.items():
+        index.add(key, at)
+    assert index.overdue(2_200, 9) == ["a", "b"]
+    assert index.overdue(2_200, 1) == ["a"]
+    assert index.overdue(2_200, 9) == ["a", "b"]
+    assert index.due(2_200) == 3
+    index.discard("a")
+    index.discard("b")
+    assert index.overdue(2_200, 9) == []
+
+
+def test_overdue_keys_are_found_at_their_exact_time() -> None:
+    """While there is a watch, keys of this second are found too. Items of removed keys leave the heap."""
+    index = Expiries(0)
+    index.attend(wanted=True)
+    for key, at in {"a": 500, "b": 2_050, "c": 2_100, "d": 2_900}.items():
+        index.add(key, at)
+    assert not index.load(2_000, 9)
+    assert index.overdue(2_200, 9) == ["a", "b", "c"]
+    assert index.overdue(2_200, 2) == ["a", "b"]
+    assert index.nearest() == 2_050
+    index.discard("b")
+    index.add("c", 7_000)
+    assert index.overdue(2_200, 9) == ["a"]
+    assert index.nearest() == 2_900
+    assert index.take(9_000, 9) == ["a", "d", "c"]
+
+
+def test_a_search_begins_where_the_last_one_ended() -> None:
+    """`advance` skips the seconds without keys, and no key is missed. A key that is added late is found, too."""
+    index = Expiries(0)
+    index.add("a", 5_000)
+    index.advance(3_900)
+    assert index._next == 3
+    index.advance(8_000)
+    index.advance(7_000)
+    assert index._next == 5
+    assert index.due_keys(8_000) == ["a"]
+    index.discard("a")
+    index.advance(8_000)
+    assert index._next == 8
+    index.add("late", 6_000)
+    assert index.due_keys(8_000) == ["late"]
+    index.advance(9_000)
+    assert index.overdue(9_000, 9) == ["late"]
