@@ -1,0 +1,252 @@
+"""The flusher of the owner of a shared state.
+
+Theory of operation. The flusher commits the changes of the layer, with the results of the calls that made
+them. When a commit has succeeded, the following is one step of the event loop: the copy gets the changes,
+the followers get the record, then the clients and the tasks of the owner get their answers. So no process
+shows a change that is not durable, and each answer comes after its record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from lab_state import _batch
+from lab_state._bulk import run_in_steps
+from lab_state._calls import Calls
+from lab_state._clock import Clock
+from lab_state._durability import copied
+from lab_state._entries import ChangeSet
+from lab_state._flusher import Flusher
+from lab_state._log import Log
+from lab_state._metrics import FlushTimes
+from lab_state._snapshots import SnapshotViews
+from lab_state._state import State
+from lab_state.config import Config
+from lab_state.exceptions import FencedError, LabStateError, StorageError
+from lab_state.shared._engine import C, Engine, Executed
+from lab_state.shared._last_records import LastRecords
+from lab_state.shared._layer import OwnerLayer
+from lab_state.shared._messages import Answer, Call, Refused
+from lab_state.shared._records import ParsedRecord, RecordApplier, record_of
+from lab_state.shared._results import RecordCalls
+from lab_state.shared._views import FrameViews
+from lab_state.storage._protocol import StorageSession
+
+R = TypeVar("R")
+C_contra = TypeVar("C_contra", contravariant=True)
+
+
+class Listener(Protocol[C_contra]):
+    """The connections of the owner, as the flusher sees them. After `closed`, the other methods do nothing."""
+
+    def record(self, data: bytes, /) -> object:
+        """Put a durable record into the queue of each follower."""
+        ...
+
+    def answers(self, connection: C_contra, answers: Sequence[Answer], /) -> object:
+        """Put answers into the queue of a connection. If it has ended, do nothing."""
+        ...
+
+    def closed(self, error: LabStateError, /) -> object:
+        """Close all connections at once, without further answers: there will be no further commit. A second call does nothing."""
+        ...
+
+    async def finish(self) -> None:
+        """Send what the queues hold, for at most a second, and close all connections. The flusher frees the lock after this."""
+        ...
+
+
+class OwnerFlusher(Flusher, Generic[C]):
+    """The task that makes the changes of a shared state durable. Its `state` is the layer, and `shown` is the copy.
+
+    Attributes:
+        engine: The engine, which executes the calls.
+        last_records: The last durable records, for clients that connect with a copy.
+    """
+
+    def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
+        self,
+        layer: OwnerLayer,
+        engine: Engine[C],
+        listener: Listener[C],
+        session: StorageSession,
+        config: Config,
+        clock: Clock,
+        logger: Log,
+        committed: Callable[[ChangeSet], bool],
+        times: FlushTimes,
+        on_fenced: Callable[[FencedError], object] | None = None,
+    ) -> None:
+        """Prepare to run on the present event loop; see `Flusher`.
+
+        Args:
+            layer: The layer over the loaded state.
+            engine: The engine of this layer.
+            listener: The connections.
+            session: The session of the storage. It still has the recovered records.
+            config: The settings. The flush interval is 0.
+            clock: The clock of the manager.
+            logger: The logger of the manager.
+            committed: See `Flusher`. It is called after the copy was changed and the answers were queued, in the same step.
+            times: The object that gets the duration of each commit.
+            on_fenced: A function of the application; see `Manager`.
+        """
+        self._layer = layer
+        super().__init__(layer, session, config, clock, logger, committed, times, on_fenced)
+        self.engine: Engine[C] = engine
+        self.last_records: LastRecords = LastRecords(session.recovery.records, layer.copy.revision)
+        self._listener = listener
+        self._applier = RecordApplier(layer.copy)
+        self._record = ParsedRecord(0, 0, cleared=False, changes={})  # the record under way
+        self._data = b""
+        self._asked = False  # whether a client has asked for the next commit
+
+    @property
+    def shown(self) -> State:
+        """The copy."""
+        return self._layer.copy
+
+    async def settled(self) -> None:
+        """Wait until everything that was loaded is certainly durable.
+
+        Raises:
+            StorageError: The commit that settles the state failed. It is repeated: call this again.
+        """
+        await self.make_durable(0)
+
+    # Calls
+
+    def call(self, connection: C, client: str, call: Call) -> Answer | None:
+        """Execute a call of a client; see `Engine.call`. If the result is `None`, the listener gets the answer later."""
+        answer = self.engine.call(connection, client, call)
+        if answer is None:
+            self._ask()
+        return answer
+
+    def _ask(self) -> None:
+        """Ask for a commit, as a caller that waits does, unless the commit under way has all changes."""
+        if not self._asked and self.state.revision > self.state.taken:
+            self._asked = True
+            self._waiters.next.append((self.state.revision, self.loop.create_future()))
+            self._wake.set()
+
+    async def make(self, call: Call) -> tuple[bytes, int] | Refused:
+        """Execute a call of this process, and wait until it is durable. Return its result as JSON, and its revision.
+
+        The call has no number, so its own one is not looked at. If its check does not hold, return the refusal at once.
+        If the caller is cancelled, the call goes on.
+
+        Raises:
+            TypeMismatchError: The stored value does not allow the call. Nothing was changed.
+            InvalidValueError: Likewise.
+            FencedError: A newer writer owns the state; nothing was changed.
+            StorageError: The change, or one that the call saw, is not durable yet. It may become durable.
+        """
+        self._check_call()
+        executed = self.engine.execute(call)
+        return executed if isinstance(executed, Refused) else await self._answer(executed)
+
+    async def run(self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str = "") -> tuple[R, int]:
+        """Run a call with a function of the application, and wait until it is durable. Return its result and its revision.
+
+        An error that the call raises is raised when everything that the call saw is durable. If the caller is
+        cancelled, the call goes on.
+
+        Args:
+            body: A function that gets calls on the layer and makes one of them. The call must not wait.
+            prefix: The prefix of the keys of these calls.
+
+        Raises:
+            FencedError: A newer writer owns the state; nothing was changed.
+            StorageError: The change, or one that the call saw, is not durable yet. It may become durable.
+        """
+        self._check_call()
+        return await self._answer(self.engine.run(body, prefix))
+
+    def _check_call(self) -> None:
+        self.check_loop()
+        self.check_writable()
+
+    async def _answer(self, executed: Executed[R]) -> tuple[R, int]:
+        self.engine.own(executed)
+        await self.make_durable(executed.at)
+        return executed.result, executed.revision
+
+    # Commits
+
+    async def _write(self, taken: ChangeSet, views: SnapshotViews, calls: RecordCalls | None = None) -> bool:  # noqa: ARG002 -- the views and the results are those of the owner
+        self._asked = False
+        calls = self.engine.begin(taken)  # in the step that has taken the changes
+        self._record = record_of(taken, calls)
+        frames = FrameViews(self.shown, taken, calls, given=self._progress.count)
+        try:
+            due = await super()._write(taken, frames, calls)
+        finally:
+            await frames.fold()
+        if self._is_large:
+            await run_in_steps(self._applier.prepare(self._record), bool)
+        return due
+
+    def _encoded(self, record: bytes) -> None:
+        self._data = record
+
+    @property
+    def _is_large(self) -> bool:
+        """Whether the copy gets the record under way in steps."""
+        return len(self._record.changes) >= _batch.MANY
+
+    def _succeeded(self, seconds: float) -> None:
+        """Show the record that is durable now, and answer the calls, in this step."""
+        taken, record, data = self._under_way, self._record, self._data
+        assert taken is not None  # the commit that succeeded
+        if self._is_large:
+            self._applier.finish()
+        else:
+            self._applier.apply(record)
+        self._layer.landed(taken)
+        answers = self.engine.landed()
+        if record.end > record.start:  # otherwise each copy would skip it
+            self.last_records.add(record.start, record.end, data)
+            self._listener.record(data)
+        self._tell(answers)
+        self._record, self._data = ParsedRecord(0, 0, cleared=False, changes={}), b""
+        super()._succeeded(seconds)
+
+    def _tell(self, answers: Mapping[C, Sequence[Answer]]) -> None:
+        for connection, some in answers.items():
+            self._listener.answers(connection, some)
+
+    def _put_back(self) -> None:
+        self.engine.put_back()
+        super()._put_back()
+
+    def _commit_failed(self, error: StorageError, note: str) -> None:
+        """Answer the calls of a failed commit. During a stop they wait: if the last commit fails, the next owner answers them."""
+        self._asked = False
+        if not self._stopping:
+            self._tell(self.engine.failed(type(error).__name__, str(copied(error, note))))
+
+    # The end
+
+    def _give_up(self, error: LabStateError) -> None:
+        super()._give_up(error)
+        self.engine.close()
+        self._listener.closed(error)
+
+    def move(self) -> None:
+        """Move to the running event loop; see `Durability.move`. No connection of a closed loop gets an answer."""
+        if self.loop.is_closed():
+            self.engine.close()
+        super().move()
+
+    async def _close(self, *, hurried: bool) -> None:
+        if not hurried:
+            try:
+                await self._listener.finish()
+            except GeneratorExit:  # the event loop of this task was closed: `stop` starts another task
+                raise
+            except BaseException:  # the event loop cancels all its tasks
+                await super()._close(hurried=True)
+                raise
+        await super()._close(hurried=hurried)
