@@ -141,10 +141,15 @@ class Step:
 
     def _show(self, change: Callable[[], int | None]) -> None:
         """Call a function that makes the change, and returns `None` if there is none. Set the revision, and count expiries."""
-        copy = self._copy
+        copy, before = self._copy, self._copy.revision
         copy.skip_to(self._revision - 1)
-        if change() is None:
-            copy.skip_to(self._revision)
+        try:
+            if change() is None:
+                copy.skip_to(self._revision)
+        except BaseException:  # such as a MemoryError: a part of the step may be made, so it must be made again
+            copy.take()
+            copy.skip_to(before)
+            raise
         copy.deleted -= self._expired
         copy.swept += self._expired
         copy.free(copy.take().changes)

@@ -8,6 +8,7 @@ older revision cannot be decided, so it does not hold.
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import islice
 
 MOST_KEYS = 100_000
 """The largest number of keys that are kept. A check with a prefix may look at each of them, which takes about 10 ms."""
@@ -39,8 +40,9 @@ class RecentChanges:
         for key in keys:
             changed.pop(key, None)  # so that the key moves to the end
             changed[key] = revision
-        for key in [key for key, _ in zip(changed, range(len(changed) - self._most), strict=False)]:
-            self.floor = changed.pop(key)
+        if len(changed) > self._most:
+            for key in list(islice(changed, len(changed) - self._most)):
+                self.floor = changed.pop(key)
 
     def note_clear(self, revision: int) -> None:
         """Note that a change deleted all keys. This counts as a change of every key, even of a missing one."""

@@ -134,8 +134,8 @@ class RecordApplier:
         """
         outcome = self.outcome(record)
         if outcome is Outcome.APPLIED:
+            self._note_results(record)  # first: if the step fails, the same record comes again
             self._step(record).apply()
-            self._note_results(record)
         return outcome
 
     def prepare(self, record: ParsedRecord) -> Iterator[None]:
@@ -155,8 +155,8 @@ class RecordApplier:
         self._prepared = None
         outcome = self.outcome(record)
         if step is not None:
-            step.finish()
             self._note_results(record)
+            step.finish()
         return outcome
 
     def _step(self, record: ParsedRecord) -> Step:

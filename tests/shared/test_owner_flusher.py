@@ -241,26 +241,29 @@ async def test_calls_of_the_next_commit_do_not_fail_with_this_one(storage: Fault
         assert [(to, type(answer)) for to, answer in owner.told()] == [("left", Failed), ("record", int), ("right", Ok)]
 
 
-async def test_a_failure_outside_of_the_storage_is_one_of_the_commit(
-    storage: FaultyStorage, clock: ManualClock
+@pytest.mark.parametrize("count", [2, 2_000])
+async def test_a_failure_of_the_copy_is_one_of_the_commit(
+    storage: FaultyStorage, clock: ManualClock, count: int
 ) -> None:
-    """The record may be durable. Its changes and results are committed once more, which changes nothing."""
+    """The record is durable, but not shown. It is committed and applied once more, which changes nothing but the revision."""
     async with owning(storage, clock) as owner:
-        owner.layer.set("large", "x")
+        values = {f"key {number}": number for number in range(count)}
 
         def full(*_: object) -> None:
             raise MemoryError
 
-        owner.copy.on_change = full
-        owner.left(incr(1, "a"))
-        owner.right(incr(1, "b"))
-        await until(lambda: commits(storage) == 1)
-        await idle()
+        owner.copy.on_change = owner.copy.on_changes = full
+        owner.left(set_many(1, values))
+        owner.right(incr(1, "a"))
+        await until(lambda: owner.connections.told)
         assert [(to, type(answer)) for to, answer in owner.told()] == [("left", Failed), ("right", Failed)]
-        owner.copy.on_change = None
-        assert owner.left(incr(1, "a")) is None
-        await until(lambda: owner.told() != [])
-    assert dict(owner.copy.entries.items()) == {"large": "x", "a": 1, "b": 1}
+        assert (owner.copy.revision, owner.copy.taken) == (0, 0)
+        owner.copy.on_change = owner.copy.on_changes = None
+        assert owner.right(incr(2, "a")) is None
+        await until(lambda: owner.copy.revision == 3)
+        assert owner.told() == [("record", 3), ("right", ok(2, 3, 2))]
+        assert owner.right(incr(1, "a")) == ok(1, 3, 1)
+        assert dict(owner.copy.entries.items()) == {**values, "a": 2}
 
 
 async def test_a_fenced_owner_answers_no_call(storage: FaultyStorage, clock: ManualClock) -> None:
