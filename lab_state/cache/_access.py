@@ -1,8 +1,8 @@
 """The base of `Reader`: the reads that its calls share.
 
 A read takes the keys and values from the local copy if that is fresh, and otherwise from the cache. Data from the
-cache is checked. A read fails if a part of the mirror is missing, or if its revision is lower than one that this
-reader has returned.
+cache is checked. A read fails if a part of the mirror is missing, or if the revision of the mirror is lower than one
+that this reader has returned.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class MirrorAccess(Iterates):
         return self._feed
 
     async def _some(self, keys: Sequence[str]) -> dict[str, Stored]:
-        """Return those keys that exist. They may have expired."""
+        """Return the entries of those keys that are in the mirror. They may have expired."""
         _ = self._open
         if self._local.fresh:
             entries = self._local.shown
@@ -95,7 +95,7 @@ class MirrorAccess(Iterates):
 
     async def _read(self, fetching: Awaitable[Fetched]) -> tuple[Head, dict[str, Stored]]:
         """Read the mirror, check whether it may be shown, and note whether that succeeded."""
-        # The lowest revision to accept is taken before the read, because another read may return a higher one meanwhile.
+        # The lowest revision to accept is computed before the read, because another read may return a higher one meanwhile.
         floor = max(self._guard.seen, self._local.highest)
         try:
             found = await fetching
@@ -107,10 +107,13 @@ class MirrorAccess(Iterates):
         return head, stored
 
     def _checked_head(self, found: Fetched, floor: int) -> Head:
-        """Return the head of a read, if the read may be returned. If its revision is lower, and accepted, continue from it."""
+        """Return the head of a part of the mirror, if that part may be shown; see `RevisionGuard.accept`.
+
+        If a revision below the earlier ones is accepted, later reads continue from it.
+        """
         accepted = self._guard.accept(found, floor, self._lives, self._clock.monotonic())
         if accepted.went_back:
-            assert self._feed is not None  # it has reported that the writer lives
+            assert self._feed is not None  # `accept` goes back only if the feed says that the writer lives
             self._local.reset()
             self._feed.restart_from(accepted.head.revision)
         return accepted.head
@@ -148,5 +151,5 @@ def _stored(found: Fetched) -> dict[str, Stored]:
     expires = found.expires
     return {
         key: Expiring(Json(data), parse_time(expires[key])) if key in expires else Json(data)
-        for key, data in found.values.items()  # decoding raises for invalid JSON
+        for key, data in found.values.items()  # invalid JSON raises an error when the value is decoded
     }

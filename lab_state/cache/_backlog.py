@@ -1,8 +1,8 @@
 """The durable changes that are not in the mirror yet. Pure and synchronous.
 
 The flusher adds each commit to a queue, which takes almost no time. The task of the mirror merges
-the commits key by key, in small steps. If there are more keys or bytes than a bound, all of them
-are dropped, and the mirror has to be filled.
+the commits key by key, in small steps. If there are more than `MOST_KEYS` keys or `MOST_BYTES`
+bytes, all changes are dropped, and the mirror has to be filled.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Backlog:
         return len(self._changes) + self._queued
 
     def overflow(self) -> None:
-        """Drop everything, and keep nothing until `clear`. Call this if changes are missing, or if there are too many."""
+        """Drop everything, and add nothing until `clear`. Call this if changes are missing, or if there are too many."""
         self.clear()
         self.overflowed = True
 
@@ -87,7 +87,7 @@ class Backlog:
         return taken
 
     def put_back(self, taken: ChangeSet) -> None:
-        """Add changes again that `take` returned, because they did not reach the mirror. Newer changes win."""
+        """Put back the changes that `take` returned, because they did not reach the mirror. They do not replace newer changes."""
         if self.overflowed:
             return
         self._queue.appendleft((taken, iter(taken.changes.items())))

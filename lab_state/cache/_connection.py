@@ -1,4 +1,4 @@
-"""A connection to Redis. redis-py opens it, and knows TLS, ACL, Unix sockets and Sentinel.
+"""A connection to Redis. redis-py opens it, because redis-py supports TLS, ACL, Unix sockets and Sentinel.
 
 This module sends the commands and reads the answers itself. A pipeline of redis-py would pack all
 commands at once. Here a step of many keys is sent in slices, and the event loop runs between them.
@@ -45,7 +45,7 @@ Command: TypeAlias = bytes | tuple[bytes, ...]
 
 
 def command(*args: bytes) -> bytes:
-    """Return a command as it is sent to the server."""
+    """Return the bytes of a command, in the protocol of Redis."""
     return b"*%d\r\n" % len(args) + b"".join([b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in args])
 
 
@@ -87,7 +87,10 @@ def _check_url(url: str) -> None:
     """Check that special characters in the user and the password of a URL are escaped.
 
     Otherwise the URL parser takes a part of the password for a port, a host or a path. Messages
-    show these.
+    contain these, and would show the password.
+
+    Raises:
+        ValueError: One of them is not escaped.
     """
     scheme, _, rest = url.partition("://")
     address = re.split("[/?#]", rest, maxsplit=1)[0]
@@ -115,7 +118,7 @@ class Dialer:
             raise ValueError(
                 "not a URL of Redis: it begins with redis://, rediss:// or unix://, and its options are redis-py's"
             ) from None
-        self._pool = pool  # a connection by Sentinel has only a weak reference to its pool, so the pool is kept here
+        self._pool = pool  # kept here, because a connection by Sentinel has only a weak reference to its pool
         self._make: Any = pool.connection_class
         # Remove the options that redis-py 8 adds for RESP3.
         given: dict[str, Any] = {k: v for k, v in pool.connection_kwargs.items() if not k.startswith(("maint", "orig"))}
@@ -133,7 +136,7 @@ class Dialer:
         self.path: str = _address(given, is_url=isinstance(url, str))
 
     async def connect(self, clock: Clock) -> Connection:
-        """Open a connection. `clock` measures its timeouts.
+        """Open a connection. `clock` measures the timeouts of the connection.
 
         Raises:
             StorageError: The connection cannot be opened.
@@ -172,7 +175,7 @@ async def _prepare_tls(connection: Any) -> None:
 
 
 class Connection:
-    """A connection to Redis."""
+    """A connection to Redis that sends commands and reads answers. Each round trip has a timeout."""
 
     def __init__(self, connection: Any, path: str, timeout: float, clock: Clock) -> None:
         """Use a connection of redis-py. A round trip may take `timeout` seconds of the clock."""
@@ -191,7 +194,7 @@ class Connection:
         self._is_parents = True
 
     async def send(self, *commands: Command) -> None:
-        """Send commands. A large value is sent in pieces. Each piece may take as long as an answer."""
+        """Send commands. A large value is sent in pieces, and the timeout begins again for each piece."""
         for number, piece in enumerate(_pieces(commands)):
             if number:
                 await asyncio.sleep(0)
@@ -234,7 +237,7 @@ class Connection:
         """Check that none of the answers is an error.
 
         Raises:
-            StorageError: One of them is an error.
+            StorageError: One of them is an error. The first one is raised.
         """
         for answer in answers:
             if isinstance(answer, Exception):
@@ -257,7 +260,7 @@ class Connection:
 
     async def aclose(self) -> None:
         """Close the connection. This is allowed during a call."""
-        if self._is_parents:  # pragma: no cover -- likewise
+        if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
             return
         with contextlib.suppress(Exception):  # the connection is closed even if this raises
             await self._connection.disconnect(nowait=True)
@@ -292,7 +295,7 @@ class Connection:
         except (problems.RedisError, OSError, EOFError) as error:
             raise self.problem(error) from None
         except AttributeError:
-            # Another task may have closed the stream meanwhile. redis-py uses it without a check.
+            # redis-py uses the stream without a check, and another task may have closed the connection meanwhile.
             if self._connection.is_connected:
                 raise
             raise self._lost() from None

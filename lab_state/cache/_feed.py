@@ -1,9 +1,9 @@
 """The one task of a reader. It receives the changes, and updates the local copy.
 
-If the subscription is lost, the task subscribes again, after growing pauses. A running writer
-sends heartbeats. So if there is no message for some seconds, the task sends a ping. Every two
-seconds the task also reads the head of the mirror. So the reader knows whether reads succeed, even
-if the application reads nothing.
+If the subscription is lost, the task subscribes again, after growing pauses. A running writer sends
+heartbeats. So if there is no message for some seconds, the task tests the subscription with a ping.
+Every two seconds the task also reads the head of the mirror. So the reader knows whether reads
+succeed, even if the application reads nothing.
 
 Any client may send a message. Messages that are not from lab_state are skipped, and the first one
 is logged.
@@ -28,7 +28,7 @@ POLL_SECONDS = 2.0
 """The seconds between two reads of the head."""
 
 SILENT_SECONDS = 5.0
-"""The seconds without a message after which the subscription is tested. A writer sends more than two heartbeats in it."""
+"""The seconds without a message after which the subscription is tested. A writer sends at least two heartbeats in this time."""
 
 _REPLAYED_AT_ONCE = 1000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
@@ -155,7 +155,7 @@ class Feed:
             try:
                 head = await self._head()
             except StorageError:
-                head = None  # a read of the application raises this error; a new mirror comes with a resync
+                head = None  # reads of the application raise this error, so it is not logged here
             if head is not None and self.revision < head.revision:
                 begins = self.revision < 0
                 self.revision = head.revision
@@ -166,7 +166,12 @@ class Feed:
             await self._test(subscription)
 
     async def _test(self, subscription: Subscription) -> None:
-        """Test a subscription without messages. If the writer has ended, there are none: then the mirror has not changed."""
+        """Test the subscription if no message has come for some seconds. If the writer has ended, that is no fault.
+
+        Raises:
+            UnavailableError: The mirror has changed without a message.
+            StorageError: The subscription or the cache does not answer.
+        """
         if self._clock.monotonic() - self._heard < SILENT_SECONDS:
             return
         await subscription.ping()
@@ -207,7 +212,7 @@ class Feed:
         """Collect the messages of a step, and process the step when it is complete."""
         first = self._parts[0] if self._parts else message
         if (message.start, message.end, message.writer) != (first.start, first.end, first.writer):
-            self._parts, self._bytes = [], 0  # the last message of that step was lost
+            self._parts, self._bytes = [], 0  # the last message of the earlier step was lost
             self._resync()
         self._parts.append(message)
         self._bytes += size
@@ -253,7 +258,7 @@ class Feed:
             self._filled.clear()
             try:
                 loaded = await self._load(local, subscription)
-            except StorageError:  # a read of the application raises this error
+            except StorageError:  # reads of the application raise this error, so it is not logged here
                 loaded = False
             if loaded:
                 pauses.reset()

@@ -1,6 +1,6 @@
-"""The bytes of a mirror and of its messages. Pure.
+"""The bytes of a mirror, and of the messages about its changes. Pure.
 
-A state has two hashes: values and expiry times. Each of them has one more field, `$lab_state`, with
+A mirror has two hashes: values and expiry times. Each of them has one more field, `$lab_state`, with
 the same JSON: format, revision, writer, and the id of the fill that wrote the mirror. So a
 reader notices if a hash is missing, evicted or old, and never takes it for an empty hash.
 
@@ -11,7 +11,7 @@ A message on the channel is a step: `{"from":41,"to":42,"set":{...},"delete":[..
 "expires":{...}}`. `clear` says that all keys are deleted before this message applies. `more`
 says that another message of the same step follows. `resync` says that the message has no
 changes, and that the mirror must be read again. If `from` equals `to`, the message is a
-heartbeat: the writer lives.
+heartbeat, which only says that the writer lives.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Revision: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
 class Keys:
-    """The names of the keys and of the channel of one state."""
+    """The names of the two keys and of the channel of one mirror."""
 
     def __init__(self, prefix: str, name: str) -> None:
         self.values: bytes = f"{prefix}{{{name}}}".encode()
@@ -64,7 +64,7 @@ class Keys:
 
 
 class Head(msgspec.Struct, frozen=True):
-    """The contents of `$lab_state`. Each fill has a different `fill`."""
+    """The contents of `$lab_state`. `fill` is the id of the fill that wrote the mirror."""
 
     format: int
     revision: Revision
@@ -73,7 +73,7 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"start": "from", "end": "to"}):
-    """A step, or a part of a step."""
+    """A message on the channel: a step, or a part of a step. The docstring of the module has its members."""
 
     start: Revision
     end: Revision
@@ -132,7 +132,7 @@ def seen_in(values: bytes | None, expires: bytes | None) -> tuple[Seen, str]:
     found = None if values is None or values != expires else _read(_decode_head, values)
     if found is None:
         return Seen(None, 0), ""
-    # A mirror of another format counts as the mirror of another writer. The id "" is not the id of any writer.
+    # A mirror of another format counts as the mirror of another writer. No writer has the id "".
     return Seen(found.writer if found.format == FORMAT else "", found.revision), found.fill
 
 

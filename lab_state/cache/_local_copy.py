@@ -10,8 +10,8 @@ The copy is loaded in these steps:
 5. It applies the kept messages after the first revision. They contain every key that changed
    since then. So the copy is exactly at the revision of the last message.
 
-After that, each message must start at the revision of the copy. If a message does not, an earlier
-message was lost. Then nothing is shown until the copy is loaded again.
+After that, no message may start above the revision of the copy. If a message does, an earlier
+message was lost. Then the copy is not read until it is loaded again.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class LocalCopy:
     # Loading
 
     def start_loading(self) -> None:
-        """Keep all messages from now on."""
+        """Begin to load the copy: from now on, keep all messages for `replay`."""
         self.invalidate()
         self._kept = deque()
 
@@ -98,7 +98,7 @@ class LocalCopy:
     def replay(self, most: int) -> bool:
         """Apply about `most` keys of the kept messages, and return whether there are more.
 
-        If a message does not start at the revision of the copy, stop there. Then
+        If an earlier message was lost, or if a message is a resync, stop there. Then
         `finish_loading` returns False.
         """
         kept, head = self._kept, self.head

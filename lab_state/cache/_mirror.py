@@ -6,14 +6,14 @@ has another writer or an unexpected revision, it is filled: the whole state repl
 sends a view of the state. It sends the last slice only when the whole view is durable. So readers
 never see a change that a crash could undo.
 
-No caller waits for this task. An error here does not affect the manager. It is logged once, and
-shown in `status()`, and the task tries again after growing pauses. No exception of a cache, a
-logger or a clock ends the task.
+No caller waits for this task. An error here does not affect the manager. The error is logged once,
+and `status()` shows it. The task tries again after growing pauses. No exception of a cache, a logger
+or a clock ends the task.
 
-If another client has written to the mirror, the mirror is filled again, because its changes are
-not known. If the mirror has expiry times, it is also filled again after the wall clock was set or
-the machine slept. The reason is that readers use the wall clock, and the state counts the seconds
-that pass.
+If another client has written to the mirror, the mirror is filled again, because it is not known
+what that client has changed. If the mirror has expiry times, it is also filled again after the wall
+clock was set or the machine slept. The reason is that readers use the wall clock, and the state
+counts the seconds that pass.
 
 A fill holds a view of the state, and no checkpoint can begin meanwhile. So a checkpoint that is due
 cuts the fill off. The fill begins again after the checkpoint. It then has time until the next
@@ -23,7 +23,7 @@ time for a fill would also be too slow for the steps.
 The mirror of another writer may be from an earlier start of this state, or from a newer owner
 of the state. Only the storage knows which: a commit that succeeds proves that the state has no
 newer owner. So a commit is made before the mirror of another writer is replaced. Right after the
-start this is not needed.
+start this is not needed, because the start has made this manager the owner.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from lab_state.exceptions import FencedError, StorageError, UnavailableError
 
 STOP_SECONDS = 1.0
 HEARTBEAT_SECONDS = 2.0
-"""The seconds after which an idle writer checks its mirror and sends a heartbeat."""
+"""The seconds after which an idle writer looks at the mirror and sends a heartbeat."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _FIRST_SPOILT, _LONGEST_SPOILT = 1.0, 300.0
 """The pauses between two fills, while another client writes to the mirror repeatedly."""
 
 _CALM_SECONDS = 60.0
-"""The seconds without such a write after which the next one is logged again, and a fill begins without a pause."""
+"""If other clients write nothing for so many seconds, the next such write is logged, and is followed by a fill at once."""
 
 _MOST_DRIFT_MILLISECONDS = 500
 """The drift between the two clocks at which the mirror is filled again. Expiry times are wrong by less than this."""
@@ -64,7 +64,7 @@ _REST_SECONDS = 0.006
 """The pause after a step. In this pause, the application can use the event loop, and more commits are merged."""
 
 _LONG_REST_SECONDS = 0.02
-"""The pause after a step with more than `_MANY_COMMITS` commits. Then the application flushes all the time."""
+"""The pause after a step with more than `_MANY_COMMITS` commits. With it, more commits are merged into the next step."""
 
 _MANY_COMMITS = 5
 
@@ -111,7 +111,7 @@ class MirrorWriter:
         self._ahead = 0  # milliseconds from the state's time to the wall clock, as added to the mirror's expiry times
         self._has_times = False  # whether the mirror may have expiry times
         self._tried: int | None = None  # the revision of a step whose outcome is unknown
-        self._is_owner = True  # the start, or a commit just before, has shown that this manager owns the state
+        self._is_owner = True  # whether the start, or a commit just before, has shown that this manager owns the state
         self._idle = False  # whether nothing was sent since the last heartbeat
         self._stopping = False
         self._holding: asyncio.Timeout | None = None  # the timeout of a fill, while it holds a view
@@ -155,7 +155,7 @@ class MirrorWriter:
                     self._holding = None
 
     async def stop(self) -> None:
-        """Send the remaining changes, for one second at most. If some are left, the next start sends them."""
+        """Send the remaining changes, for one second at most. If some are left, the next start fills the mirror."""
         self._stopping = True
         self._timer.cancel()
         task = self._task
@@ -194,7 +194,7 @@ class MirrorWriter:
         try:
             while self._backlog.merge(_MERGED_AT_ONCE):  # noqa: ASYNC110 -- the condition does the work
                 await asyncio.sleep(0)
-        except Exception:  # noqa: BLE001 -- memory ran out halfway, so the mirror is filled
+        except Exception:  # noqa: BLE001 -- such as MemoryError; changes are missing then, so the mirror is filled
             self._backlog.overflow()
 
     async def _attempt(self) -> bool:
@@ -204,7 +204,7 @@ class MirrorWriter:
         except StorageError as error:
             await self._failed(error)
             return False
-        except (Exception, asyncio.CancelledError) as error:  # a cache that breaks its promise must not end the task
+        except (Exception, asyncio.CancelledError) as error:  # a cache must not raise it, but may do so
             if isinstance(error, asyncio.CancelledError) and is_cancelled():
                 raise
             problem = UnavailableError(f"the cache failed with {type(error).__name__}, which a cache must not raise")
@@ -272,7 +272,7 @@ class MirrorWriter:
             self._backlog.put_back(taken)
             self._tried = None  # the step was not done, so the mirror cannot have its revision
             await self._look(session)
-            if self.revision == start:  # another client has changed something else
+            if self.revision == start:  # the revision is right, so another client has changed something else
                 self._spoil()
                 self.revision = None
         self._tried = None
@@ -289,7 +289,7 @@ class MirrorWriter:
         self._is_owner = False
         await self._flusher.wait_flushed(0)  # after an unclean end, the first commit begins at once and holds a view
         self._flusher.checkpoint_if_due()
-        await self._flusher.checkpoints.ended()  # a second view at a time would be a copy of the state
+        await self._flusher.checkpoints.ended()  # a second view at the same time would need a copy of the state
         while self._flusher.shown.frozen:  # noqa: ASYNC110 -- a commit of the whole state holds a view too, and sets no event
             await asyncio.sleep(_REST_SECONDS)
         self._backlog.clear()
@@ -304,7 +304,7 @@ class MirrorWriter:
         state = self._flusher.shown
         views, revision, ahead = SnapshotViews(state), state.revision, _ahead(state)
         self._tried = revision
-        # Take the view here, and not when the first slice is requested.
+        # `freeze` takes the view here, and not when the first slice is requested.
         parts = self._whole(views, views.freeze(), revision, ahead)
         self._holding = bound = asyncio.timeout(None)
         try:

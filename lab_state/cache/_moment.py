@@ -1,4 +1,4 @@
-"""The keys and values of a mirror at one moment: what `items`, `keys` and `get_all` of a reader read."""
+"""The keys and values of a mirror at one moment, for `items`, `keys` and `get_all` of a reader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lab_state.exceptions import ClosedError
 
 
 class Moment:
-    """A source of the keys of a mirror. It uses the local copy if that is fresh. Otherwise it reads the whole mirror once."""
+    """A source of keys and values. It uses the local copy if that is fresh. Otherwise it reads the whole mirror once."""
 
     def __init__(
         self,
@@ -63,5 +63,5 @@ class Moment:
 
     def refuse(self) -> NoReturn:
         """Raise the error for a view that was closed; see `ItemSource.refuse`."""
-        self._local()  # raises the error of a reader that is not open
+        self._local()  # raises an error if the reader is not open
         raise ClosedError("the reader was closed since the first step of this iterator: call items() again")

@@ -16,7 +16,7 @@ class Slice(NamedTuple):
 
     Attributes:
         values: The JSON of each key that is set.
-        expires: The expiry times of those of these keys that expire, in milliseconds since 1970.
+        expires: The expiry time of each of these keys that expires, in milliseconds since 1970.
         deleted: The keys that are deleted.
     """
 
@@ -25,7 +25,7 @@ class Slice(NamedTuple):
     deleted: list[str]
 
     def __repr__(self) -> str:
-        """Return the numbers of keys. It has no values, because they may be secret."""
+        """Return the numbers of keys. The text has no values, because they may be secret."""
         return (
             f"<Slice of {len(self.values)} values, {len(self.expires)} expiry times, {len(self.deleted)} deleted keys>"
         )
@@ -53,7 +53,7 @@ class Seen(NamedTuple):
 
 
 SPOILT = Seen(None, -1)
-"""The mirror has this writer, but another client has written to it."""
+"""The result of `look` for a mirror of this writer to which another client has written."""
 
 
 class CacheSession(Protocol):
@@ -61,7 +61,7 @@ class CacheSession(Protocol):
 
     Calls do not overlap. Each raises `StorageError` or a subclass, and no other error. After
     an error the outcome is unknown: readers see the mirror as it was before the call or as it
-    is after the call, and never a part of the change. Then the session can only be closed.
+    is after the call, and never a part of the change. After an error the session can only be closed.
     """
 
     async def look(self) -> Seen:

@@ -1,12 +1,12 @@
 """The session that writes the mirror of a state in Redis.
 
-Each step is one MULTI on a connection that watches the two hashes. If another client has
-changed them since the last look, Redis does not execute the step. Delayed commands of an older
-connection are such a change, too. A heartbeat is also a MULTI. So the writer notices another
-client's change within one heartbeat.
+Each step is one MULTI transaction on a connection that watches the two hashes. If another client
+has changed them since the last look, Redis does not execute the step. Delayed commands of an older
+connection count as such a change, too. A heartbeat is also a MULTI transaction. So the writer
+notices another client's change at the next heartbeat.
 
 A fill writes to two keys with new names. Redis drops them after a minute without a write.
-At the end, one MULTI renames them.
+At the end, one MULTI transaction renames them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HEAD = HEAD.encode()
 
 
 class RedisSession:
-    """One writer's session; see `CacheSession`."""
+    """The session of one writer in Redis; see `CacheSession`."""
 
     def __init__(self, connection: Connection, keys: Keys, writer: str) -> None:
         self._connection = connection
@@ -58,7 +58,7 @@ class RedisSession:
         return f"<RedisSession of {self._keys.values.decode()!r}>"
 
     async def look(self) -> Seen:
-        """Return the writer of the mirror, and send a heartbeat if it is this session's mirror; see `CacheSession.look`."""
+        """Return the writer and the revision of the mirror. If this session wrote it, send a heartbeat; see `CacheSession.look`."""
         before, connection = self._seen, self._connection
         if before.writer != self._writer:
             # A key that was watched before may have changed. Without UNWATCH, the next step would fail.
@@ -142,9 +142,8 @@ class RedisSession:
                 await connection.send(*commands)
                 count, commands = count + len(commands), []
         assert before is not None  # `slices` yields at least one slice
-        total += message_bytes(
-            before
-        )  # the size is estimated first, because a message with a large value would be large
+        # The size is estimated before the message is made, so that no message above the bound is made.
+        total += message_bytes(before)
         data = (
             message(step.start, step.end, self._writer, before, clear=clear)
             if total <= MOST_MESSAGE_BYTES
@@ -162,7 +161,7 @@ class RedisSession:
         await self._connection.aclose()
 
     def _members(self, values: bytes, expires: bytes, part: Slice, *, replace: bool) -> list[Command]:
-        """Return the commands that write a slice to two hashes. Use `replace` if the hashes may have these keys already."""
+        """Return the commands that write a slice to two hashes. With `replace`, also delete old expiry times of these keys."""
         commands: list[Command] = [hset(values, part.values)] if part.values else []
         if part.deleted:
             commands.append(command(b"HDEL", values, *map(str.encode, part.deleted)))

@@ -32,7 +32,7 @@ class RedisSource:
         self.path: str = f"{dialer.path} {keys.values.decode()}"
 
     async def fetch(self, keys: Sequence[str]) -> Fetched:
-        """Return these keys, in one round trip; see `Source.fetch`."""
+        """Return the values and expiry times of these keys, in one round trip; see `Source.fetch`."""
         fields = [_HEAD, *[key.encode() for key in keys]]
         (value_head, *values), (expires_head, *expires) = await self._read(
             command(b"HMGET", self._keys.values, *fields), command(b"HMGET", self._keys.expires, *fields)
@@ -40,7 +40,7 @@ class RedisSource:
         return Fetched(value_head, expires_head, _present(keys, values), _present(keys, expires))
 
     async def fetch_all(self) -> Fetched:
-        """Return all keys, in one round trip; see `Source.fetch_all`."""
+        """Return the values and expiry times of all keys, in one round trip; see `Source.fetch_all`."""
         values, expires = await self._read(
             command(b"HGETALL", self._keys.values), command(b"HGETALL", self._keys.expires)
         )
@@ -73,7 +73,7 @@ class RedisSource:
             await self._free.pop().aclose()
 
     async def _read(self, *commands: bytes) -> list[Any]:
-        """Run commands as one transaction of Redis. If an old connection is lost, try again on a new one."""
+        """Run commands as one transaction of Redis. If a free connection is lost, try again on a new one."""
         if self._free:
             try:
                 return await self._on(self._free.pop(), commands)
@@ -94,7 +94,7 @@ class RedisSource:
         return answers
 
     def _pairs(self, flat: Sequence[bytes]) -> dict[str, bytes]:
-        """Return the fields of a hash. Skip fields that are not UTF-8, which no key of lab_state can be, and log that once."""
+        """Return the fields of a hash. Skip fields that are not UTF-8, because no key of lab_state is like that. Log this once."""
         pairs: dict[str, bytes] = {}
         members = iter(flat)
         for field, value in zip(members, members, strict=True):

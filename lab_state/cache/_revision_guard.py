@@ -1,4 +1,8 @@
-"""The decision whether a reader may show a reading: never half a mirror, never a lower revision. Pure and synchronous."""
+"""Decide whether a reader may show a part of a mirror that it has read. Pure and synchronous.
+
+If one of the two hashes is missing, nothing is shown. A revision below an earlier one is shown only
+after a living writer has reported it for some seconds.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from lab_state.cache._source import Fetched
 from lab_state.exceptions import UnavailableError
 
 STANDS_SECONDS = 10.0
-"""The seconds for which a living writer must report a lower revision before it is accepted."""
+"""The seconds for which a living writer must report a lower revision, until that revision is accepted."""
 
 
 class AcceptedHead(NamedTuple):
@@ -24,7 +28,7 @@ class AcceptedHead(NamedTuple):
 class RevisionGuard:
     """A check that refuses revisions below those that were read before.
 
-    A lower revision is accepted when a living writer has reported it for ten seconds.
+    A lower revision is accepted when a living writer has reported it for `STANDS_SECONDS`.
 
     Attributes:
         seen: The highest revision that was read. No later read may return a lower one.
@@ -53,7 +57,8 @@ class RevisionGuard:
             now: The time of a monotonic clock, in seconds.
 
         Raises:
-            UnavailableError: There is no mirror, half of it is missing, or its revision is lower.
+            UnavailableError: There is no mirror, half of it is missing, or its revision is below
+                `floor` and not accepted yet.
         """
         if found.head is None and found.head_of_expires is None:
             raise UnavailableError(

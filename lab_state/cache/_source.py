@@ -14,7 +14,7 @@ class Fetched(NamedTuple):
         head_of_expires: The field `$lab_state` of the expiry times. In a mirror without damage
             it has the same bytes as `head`.
         values: The JSON of each requested key that exists.
-        expires: The expiry times of those of these keys that expire, in milliseconds since 1970.
+        expires: The expiry time of each of these keys that expires, in milliseconds since 1970.
     """
 
     head: bytes | None
@@ -24,7 +24,7 @@ class Fetched(NamedTuple):
 
 
 class Subscription(Protocol):
-    """The messages about changes of a mirror, in order. No message after the call of `subscribe` is missing."""
+    """The messages about changes of a mirror, in order. From the return of `subscribe` on, no message is missing."""
 
     async def receive(self) -> bytes:
         """Return the next message.
@@ -69,7 +69,8 @@ class Source(Protocol):
     def scan(self) -> AsyncIterator[Fetched]:
         """Yield all keys in parts, which may be from different moments.
 
-        A key that exists during the whole scan is yielded at least once. The heads may be `None`.
+        A key that exists during the whole scan is yielded at least once. In a part, `head` and
+        `head_of_expires` may be `None`.
         """
         ...
 

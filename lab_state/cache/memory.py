@@ -17,10 +17,10 @@ _FREED_AT_ONCE = 1000
 _SCANNED = 500
 
 MANY = 1000
-"""A mirror step with this many keys is made in several turns of the event loop."""
+"""A step with this many keys or more is merged in several turns of the event loop."""
 
 STEP = 500
-"""The number of keys in one of these turns."""
+"""The number of keys that one of these turns merges."""
 
 
 Pending: TypeAlias = dict[str, tuple[bytes | None, bytes | None]]
@@ -86,7 +86,7 @@ class MemoryMirror:
         return [*self.values, *(key for key in self.pending if key not in self.values)]
 
     def fetch(self, keys: Iterable[str]) -> Fetched:
-        """Return the given keys, as far as they exist."""
+        """Return the values and expiry times of those of the given keys that exist."""
         values: dict[str, bytes] = {}
         expires: dict[str, bytes] = {}
         for key in keys:
@@ -119,7 +119,7 @@ class MemoryCache:
 
 
 class MemoryCacheSession:
-    """One writer's session; see `CacheSession`."""
+    """The session of one writer in memory; see `CacheSession`."""
 
     def __init__(self, mirror: MemoryMirror, writer: str) -> None:
         self._mirror = mirror
@@ -175,7 +175,7 @@ class MemoryCacheSession:
             return False
         if step.cleared:
             mirror.replace({}, {})
-        mirror.merge(len(mirror.pending))  # it is empty, unless the caller of the last step was cancelled
+        mirror.merge(len(mirror.pending))  # the rest of the last step, if it is not merged yet
         mirror.pending = pending
         self._mark(step.end)
         mirror.publish(messages)
@@ -186,7 +186,7 @@ class MemoryCacheSession:
         return True
 
     async def _prepared(self, parts: Iterable[Slice]) -> Pending:
-        """Return a step by key. The event loop runs after each `STEP` keys."""
+        """Return the changes of a step, by key. The event loop runs after each `STEP` keys."""
         pending: Pending = {}
         count = 0
         for part in parts:
@@ -213,18 +213,18 @@ class MemoryCacheSession:
 
 
 class MemorySource:
-    """The source from which a reader reads a mirror; see `Source`."""
+    """The source from which a reader reads a mirror in memory; see `Source`."""
 
     def __init__(self, mirror: MemoryMirror, name: str) -> None:
         self._mirror = mirror
         self.path: str = f"memory:{name}"
 
     async def fetch(self, keys: Sequence[str]) -> Fetched:
-        """Return some keys; see `Source.fetch`."""
+        """Return the values and expiry times of some keys; see `Source.fetch`."""
         return self._mirror.fetch(keys)
 
     async def fetch_all(self) -> Fetched:
-        """Return every key; see `Source.fetch_all`."""
+        """Return the values and expiry times of all keys; see `Source.fetch_all`."""
         return await self.fetch([key for key in self._mirror.names() if key != HEAD])
 
     async def scan(self) -> AsyncIterator[Fetched]:

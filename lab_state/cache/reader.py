@@ -37,20 +37,21 @@ class Reader(MirrorAccess):
     another client had written to the mirror. During the ten seconds, reads raise
     `UnavailableError`.
 
-    A read raises `UnavailableError` while there is no mirror, or while its revision is lower than
-    one that this reader has read. It never reports a key as missing for that reason. The message
-    says what to do. In a web application, answer with 503, because the writer repairs the mirror by
-    itself. A read raises `UnsupportedError` if the server refuses the user or if the mirror has a
-    newer format, `ClosedError` outside `async with`, and `InvalidKeyError` for a key that no state
-    can have.
+    A read raises `UnavailableError` while there is no mirror, or while the revision of the mirror
+    is lower than one that this reader has read. It never reports a key as missing for that reason.
+    The message says what to do. In a web application, answer with 503, because the writer repairs
+    the mirror by itself. A read raises `UnsupportedError` if the server refuses the user or if the
+    mirror has a newer format, `ClosedError` outside `async with`, and `InvalidKeyError` for a key
+    that no state can have.
 
     With `local=True` the reader keeps a local copy, which is loaded in the background. Then reads
-    are from memory, without a round trip. Before it is loaded, and while the subscription is
+    are from memory, without a round trip. Until the copy is loaded, and while the subscription is
     lost, reads go to the cache.
 
-    `items` has the arguments and the guarantees of `Manager.items`. With a local copy it reads that, and the
-    old values of keys that change meanwhile stay in memory. Without one it reads the whole mirror at its
-    first step, as `get_all` does. After `aclose` its steps raise `ClosedError`.
+    `items` has the arguments and the guarantees of `Manager.items`. With a local copy, the iterator
+    reads the copy, and the old values of keys that change meanwhile stay in memory. Without a local
+    copy, its first step reads the whole mirror, as `get_all` does. After `aclose`, steps raise
+    `ClosedError`.
     """
 
     _kind = "a reader"
@@ -69,8 +70,8 @@ class Reader(MirrorAccess):
     def up(self) -> bool:
         """Whether reads succeed and the reader receives the changes. It is False outside `async with`.
 
-        Without `local`, this is the result of the last read. If the application reads nothing,
-        the reader itself reads the revision every two seconds.
+        Without `local`, this is the result of the last read. The reader itself reads the revision
+        every two seconds, even if the application reads nothing.
         """
         follows = self._feed is not None and self._feed.revision >= 0
         return follows and (self._local.fresh or self._readable)
@@ -205,11 +206,11 @@ class Reader(MirrorAccess):
         reverse: bool = False,
         type: Any = Any,
     ) -> dict[str, Any]:
-        """Return the keys that start with `prefix` with their values, in order of code points, all of one moment.
+        """Return the keys that start with `prefix`, and their values, all from one moment, in order of code points.
 
-        With a local copy, the cost depends on the keys that are returned, not on all keys. The call works in
-        steps, and the event loop runs between two steps. The first call that needs an order sorts all keys,
-        in steps.
+        With a local copy, the cost depends on the number of keys that are returned, not on that of all keys.
+        The call works in steps, and the event loop runs between two steps. The first call that needs the
+        order of the keys sorts all keys, in steps.
 
         Without a local copy, the call reads the whole mirror and chooses from it, even for a page. Redis
         answers no other client meanwhile. One step then blocks the event loop, for about a second with a
@@ -247,7 +248,7 @@ class Reader(MirrorAccess):
     async def keys(
         self, prefix: str = "", *, after: str | None = None, limit: int | None = None, reverse: bool = False
     ) -> list[str]:
-        """Return the keys that start with `prefix`, in order of code points. This reads as much as `get_all`.
+        """Return the keys that start with `prefix`, in order of code points. The cost is that of `get_all`.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -279,7 +280,7 @@ class Reader(MirrorAccess):
         return (await self._head()).revision
 
     async def wait_revision(self, revision: int, timeout: float | None = 5.0) -> None:  # noqa: ASYNC109 -- raised as a StorageError
-        """Wait until reads return this revision or a later one. Then a caller reads its own writes.
+        """Wait until reads return this revision or a later one. So a caller can read what it has written.
 
         A write of the manager returns its revision. With a `flush_interval` of 0 the change is
         durable when the write returns, and in the mirror within milliseconds. Otherwise it is in
@@ -329,7 +330,8 @@ class Reader(MirrorAccess):
 
         Open the watch, and then read. It reports only durable changes. The revision of a change is
         that of the step that wrote it to the mirror. A key that expired is reported as `delete`.
-        A `resync` is reported at the beginning and after a lost subscription: then read everything.
+        A `resync` is reported at the beginning, and whenever changes may have been missed, as after a
+        lost subscription. Then read everything.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.

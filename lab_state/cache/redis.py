@@ -1,6 +1,7 @@
 """`RedisCache`: mirrors in Redis or Valkey.
 
-A state has three keys. Their names have a hash tag, so that a cluster keeps them on one node:
+A mirror has two keys and a channel. Their names have a hash tag, so that a cluster keeps them on one
+node:
 
     lab_state:{name}            hash: field = key, value = JSON; and `$lab_state`
     lab_state:{name}:expires    hash: field = key, value = Unix milliseconds; and `$lab_state`
@@ -63,7 +64,7 @@ class RedisCache:
         return RedisSession(await self._dialer.connect(self._clock), Keys(self._prefix, name), writer)
 
     def reader(self, name: str, *, local: bool = False, clock: Clock | None = None) -> Reader:
-        """Return a reader of a state's mirror, in any process. Use it with `async with`.
+        """Return a reader of the mirror of a state. Any process may read it. Use the reader with `async with`.
 
         Args:
             name: The name of the state.

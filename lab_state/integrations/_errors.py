@@ -11,7 +11,7 @@ from lab_state._log import Log
 from lab_state.exceptions import InvalidKeyError, InvalidValueError, LabStateError, StorageError
 
 ANSWERED = (StorageError, InvalidKeyError, InvalidValueError)
-"""The errors that get a response here. The application handles all others."""
+"""The errors for which `answer_to` has a response. The application handles all others."""
 
 _log = Log(logging.getLogger("lab_state"))
 
@@ -48,7 +48,7 @@ def answer_to(error: Exception, asked: str, retry_after: int) -> Answer:
 
     Args:
         error: The error.
-        asked: The method of the request, for the log.
+        asked: The method of the request, or `WebSocket`, for the log.
         retry_after: The number of seconds after which a client may try again.
     """
     assert isinstance(error, LabStateError)

@@ -1,4 +1,4 @@
-"""Any text as a part of a key, and back to the text."""
+"""Turn any text into a part of a key, and such a part back into the text."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ LONGEST = LONGEST_ESCAPED
 def part(text: str) -> str:
     """Return a text as a part of a key. The result is that of `escape_key`, with one exception.
 
-    The text `$lab_state` is not changed. It is reserved only as a whole key, and stored states may
-    have this part from before `escape_key` existed.
+    The text `$lab_state` is not changed. It is reserved only as a whole key, and existing states
+    may have keys with this part.
     """
     return text if text == RESERVED else escape_key(text)
 
 
 def unescape(escaped: str) -> str:
-    """Return the text from which `part` made this part."""
+    """Return the text from which `part` made this part. The part must not be a hash; see `is_hash`."""
     return "" if escaped == "%" else unquote(escaped, errors="surrogatepass")
 
 
 def is_hash(part: str) -> bool:
-    """Return whether a part was cut. Then its text cannot be recovered from it."""
+    """Return whether a part is the hash of a longer one. Then the text cannot be recovered from it."""
     return part.startswith(CUT_KEY)

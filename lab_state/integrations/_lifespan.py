@@ -1,6 +1,7 @@
-"""The part that all integrations of web frameworks share.
+"""The functions that all integrations of web frameworks share.
 
-It starts and stops managers and readers with the application, finds them by name, and reports their health.
+They start and stop managers and readers with the application, find them by name, and report their
+health.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Served: TypeAlias = Manager | Reader
 S = TypeVar("S", bound=Manager | Reader)
 
 KEY = "lab_state"
-"""The name under which a framework's own state holds the managers and readers."""
+"""The name under which the `state` of an application or a request has the managers and readers."""
 
 
 class Named(Mapping[str, Served]):
@@ -121,9 +122,8 @@ async def running(served: Iterable[Served]) -> AsyncGenerator[None]:
             try:
                 await stack.enter_async_context(one)
             except LockedError as error:
-                error.args = (
-                    f"{error}; {_OTHER_WORKER}",
-                )  # one line, so that the last line of the traceback has the whole message
+                # The message is one line, so that the last line of the traceback has all of it.
+                error.args = (f"{error}; {_OTHER_WORKER}",)
                 raise
         yield
 
@@ -171,7 +171,7 @@ def _plural(kind: type[Any]) -> str:
 
 
 def check_bound(seconds: float | None) -> float:
-    """Return the bound for `health_of`. `None` becomes infinity.
+    """Return `max_unflushed_age` as the bound for `health_of`. `None` becomes infinity.
 
     Raises:
         ValueError: The bound is not above 0.

@@ -3,7 +3,7 @@
 A server tells its application that it stops only after every request has ended. A stream of changes
 does not end by itself. So the stream must learn of the stop earlier, from the signal. The server
 already has a handler for that signal. When the first stream begins, `ServerStop` replaces that
-handler by its own. Its handler ends the streams, and then calls the server's handler.
+handler by another one. The new handler ends the streams, and then calls the server's handler.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class EndEvent:
-    """An event that can be set once. It then calls functions.
+    """An event that can be set once. When it is set, it calls the functions that wait for it.
 
     Attributes:
         is_set: Whether the event was set.
@@ -59,7 +59,7 @@ class EndEvent:
 
     @contextmanager
     def calling(self, callback: Callable[[], object]) -> Generator[None]:
-        """Call a function when the event is set, or at once if it is set already. At the end of the block, forget it."""
+        """Call a function when the event is set, or at once if it is set already. After the block, it is not called."""
         self._callbacks[callback] = None
         try:
             if self.is_set:
@@ -73,7 +73,7 @@ class ServerStop(EndEvent):
     """An event for the moment at which the server begins to stop. From the first stream on, the server's signals set it."""
 
     def __init__(self) -> None:
-        """Create it for the running event loop."""
+        """Create the event for the running event loop."""
         super().__init__()
         self._loop = asyncio.get_running_loop()
         self._installed: dict[int, tuple[Any, Any]] = {}
@@ -95,8 +95,8 @@ class ServerStop(EndEvent):
     def close(self) -> None:
         """Set the event, and stop listening.
 
-        If another handler has replaced ours meanwhile, it may still call ours. Ours then only
-        calls the server's handler.
+        If other code has replaced our handler meanwhile, that code may still call it. Then our
+        handler only calls the server's handler.
         """
         self.set()
         for number, (ours, theirs) in self._installed.items():
@@ -113,7 +113,7 @@ class ServerStop(EndEvent):
         self._installed[number] = ours, theirs
         signal.signal(number, ours)
         if getattr(getattr(theirs, "__self__", None), "should_exit", False):
-            self.set()  # the server is uvicorn, and received its signal before there was a stream
+            self.set()  # the server is uvicorn, and received the signal before there was a stream
 
 
 async def changes_until(end: EndEvent, watch: Watch, heartbeat: float) -> AsyncGenerator[Change | None]:
@@ -150,7 +150,7 @@ async def changes_until(end: EndEvent, watch: Watch, heartbeat: float) -> AsyncG
 async def event_stream(
     watch: Watch, stop: EndEvent, *, data: Data | None, heartbeat: float, retry: float
 ) -> AsyncGenerator[bytes]:
-    """Yield the bytes of a stream of server-sent events."""
+    """Yield the bytes of a stream of server-sent events, until `stop` is set. For the arguments, see `sse`."""
     yield b"retry: %d\n\n" % round(retry * 1000)
     changes = changes_until(stop, watch, heartbeat)
     try:
@@ -173,7 +173,7 @@ async def send_changes(
 
     Args:
         watch: The watch, not yet entered.
-        stop: The stop of the server.
+        stop: The event that is set when the server begins to stop.
         data: A function that returns the data to send for a change. With `None`, the change
             itself is sent.
         drop_input: A function that drops all messages of the client, and returns when the client

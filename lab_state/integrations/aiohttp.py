@@ -26,7 +26,7 @@ from lab_state.manager import Manager
 __all__ = ["SERVED", "errors", "health", "manager", "push", "reader", "setup", "sse"]
 
 SERVED: web.AppKey[Mapping[str, Manager | Reader]] = web.AppKey("lab_state.served", Mapping)
-"""The key under which an application holds its managers and readers, by name."""
+"""The key of an application under which its managers and readers are found, by name."""
 
 _STOP: web.AppKey[EndEvent] = web.AppKey("lab_state.stopping", EndEvent)
 
@@ -77,7 +77,7 @@ def _own(app: web.Application) -> dict[str, Served]:
 
 def _served(source: web.Request | web.Application) -> Mapping[str, Served]:
     apps = source.match_info.apps if isinstance(source, web.Request) else (source,)
-    # A sub-application comes after its parent, so its own managers replace the parent's of the same name.
+    # A sub-application comes after its parent. So its managers replace those of the parent with the same name.
     return {name: one for app in apps for name, one in _own(app).items()}
 
 
@@ -86,8 +86,8 @@ def manager(source: web.Request | web.Application, name: str | None = None) -> M
 
     Args:
         source: A request or an application. A request finds the managers of the application
-            that handles it, and of the parents of that application. An application finds only
-            its own managers, because it does not know its parents.
+            that handles it, and of the parents of that application. An application does not know
+            its parents. So with an application, only the managers of that one are found.
         name: The name of the manager. It may be left out if there is only one.
 
     Raises:
@@ -139,16 +139,16 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
 
 
 def errors(app: web.Application, *, retry_after: int = 1) -> None:
-    """Give errors of lab_state a response of their own, in place of a plain 500: `errors(app)`.
+    """Answer errors of lab_state with 503 or 422, in place of a plain 500: `errors(app)`.
 
     `StorageError` becomes 503 with `Retry-After`, because the storage may work again after that
     time. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
     `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
     without a value. The level is WARNING for 503 and DEBUG for 422.
 
-    This adds a middleware outside of the existing ones, so they see the error first.
-    Sub-applications are covered. A response that has begun, such as that of a WebSocket,
-    cannot be changed. Then the error is passed on to aiohttp.
+    This adds a middleware outside the existing ones, so they see the error first. It also answers
+    errors of sub-applications. A response that has begun, such as that of a WebSocket, cannot be
+    changed. Then the error is passed on to aiohttp.
 
     Args:
         app: The application, not yet running.
@@ -194,14 +194,14 @@ async def sse(
     Write `return await sse(request, state.watch("jobs/"))` in a handler.
 
     Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
-    event is a `resync`. At a `resync`, the client should read everything; the later events are
-    changes of it. So a browser that connects again misses nothing. A client that reads slowly
+    event is a `resync`. At a `resync`, the client should read everything. The later events are the
+    changes since then. So a browser that connects again misses nothing. A client that reads slowly
     receives only the last change of each key.
 
     The stream ends when the client leaves, when the manager stops, or when the server begins to
-    stop. At SIGTERM or SIGINT, aiohttp calls `on_shutdown` before it waits for its connections,
-    and that ends the stream. A client that reads nothing delays the end of the server. Limit that
-    delay with `shutdown_timeout` of `run_app`.
+    stop. At SIGTERM or SIGINT, aiohttp calls the functions of `on_shutdown`, before it waits for
+    its connections. One of these functions ends the stream. A client that reads nothing delays the
+    end of the server. Limit that delay with `shutdown_timeout` of `run_app`.
 
     Args:
         request: The request. Its response has not begun.
@@ -217,7 +217,7 @@ async def sse(
     Raises:
         LookupError: `setup` was not called for this application.
         TypeError: `heartbeat` or `retry` is not a number.
-        ValueError: `heartbeat` is not above 0, or `retry` is below 0.
+        ValueError: `heartbeat` is not above 0, `retry` is below 0, or one of them is not finite.
     """
     check_times(heartbeat, retry)
     stop = _stop(request)
@@ -238,8 +238,8 @@ async def push(request: web.Request, watch: Watch, *, data: Data | None = None) 
 
     The body of a handler can be this one line: `return await push(request, state.watch("jobs/"))`.
 
-    Each message is the JSON of a change, as text. The first message is a `resync`: the client
-    should read everything then. Messages from the client are dropped. The call returns when the
+    Each message is the JSON of a change, as text. The first message is a `resync`. At a `resync`,
+    the client should read everything. Messages from the client are dropped. The call returns when the
     client has left, when the manager stops, or when the server begins to stop (see `sse`). In the
     last two cases it closes the WebSocket with code 1012, so that clients connect again. If the
     call is cancelled, it leaves the WebSocket open.

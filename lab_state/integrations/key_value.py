@@ -32,15 +32,15 @@ class LabStateStore:
     """An `AsyncKeyValue` in a namespace, with every optional protocol of py-key-value.
 
     Values are mappings of plain JSON. Each read returns a new `dict`. A read never waits. A
-    write is in memory at once. The manager's `flush_interval` decides when it becomes durable.
+    write changes the memory at once. The manager's `flush_interval` decides when it becomes durable.
     The store does not start the manager, which must be running. All calls must be made on the
     manager's event loop.
 
     A value is stored under `<collection>/<key>` in the namespace. The slashes of both parts
     are escaped, so collection `a/b` with key `c` differs from `a` with `b/c`. Any string may
     be a key or a collection. If a part has more than 256 characters after escaping, its
-    SHA-256 is used instead. Then the text of the part is stored beside the value, so that
-    `keys` and `collections` can return it.
+    SHA-256 is used instead. Then both texts are stored beside the value, so that `keys` and
+    `collections` can return them.
 
     Every call raises `ClosedError` while the manager does not run, and `TypeError` for a
     key or a collection that is not a `str`. With a `flush_interval` of 0, each writing call
@@ -177,14 +177,14 @@ class LabStateStore:
     # The optional protocols
 
     async def keys(self, collection: str | None = None, *, limit: int | None = None) -> list[str]:
-        """Return the first `limit` keys of a collection, in order of their escaped form."""
+        """Return the first `limit` keys of a collection, in order of their escaped form; all keys with `None`."""
         prefix = f"{self._collection(collection)}/"
         most = _limit(limit)
         found = [] if most == 0 else await self._namespace.keys(prefix, limit=most)
         return [self._text(place, place[len(prefix) :], "key") for place in found]
 
     async def collections(self, *, limit: int | None = None) -> list[str]:
-        """Return up to `limit` collections that have a key, in no particular order. The cost is that of `keys`."""
+        """Return up to `limit` collections that have a key, in no particular order. The call reads all keys of the namespace."""
         first: dict[str, str] = {}
         for place in await self._namespace.keys():
             first.setdefault(place.partition("/")[0], place)
@@ -196,7 +196,7 @@ class LabStateStore:
             return await self._namespace.delete_all(f"{self._collection(collection)}/") > 0
 
     async def destroy(self) -> bool:
-        """Delete everything in the namespace, as one change."""
+        """Delete everything in the namespace, as one change. Return True."""
         with _errors():
             await self._namespace.delete_all()
         return True
@@ -204,7 +204,7 @@ class LabStateStore:
     async def cull(self) -> None:
         """Do nothing. Reads do not return expired values, and the manager deletes them by itself."""
 
-    # Places: the keys in the namespace
+    # Places: a place is a key in the namespace
 
     def _collection(self, collection: str | None) -> str:
         return part(_text("a collection", collection or self.default_collection))
@@ -237,7 +237,7 @@ class LabStateStore:
 
 
 def _tells_no_text(place: str) -> bool:
-    """Return whether a part of a place is a hash, so that its text is stored beside the value."""
+    """Return whether a part of a place is a hash. Then the texts of both parts are stored beside the value."""
     return any(map(is_hash, place.split("/")))
 
 

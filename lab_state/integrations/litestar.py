@@ -178,16 +178,16 @@ def sse(
     Write `return sse(request, state.watch("jobs/"))` in an `async def` handler.
 
     Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
-    event is a `resync`. At a `resync`, the client should read everything; the later events are
-    changes of it. So a browser that connects again misses nothing. A client that reads slowly
+    event is a `resync`. At a `resync`, the client should read everything. The later events are the
+    changes since then. So a browser that connects again misses nothing. A client that reads slowly
     receives only the last change of each key.
 
     The stream ends when the client leaves, when the manager stops, or when the server begins to
-    stop. That is at SIGTERM or SIGINT, before the server waits for its connections. For this, a
-    signal handler is installed until the lifespan ends. It ends the streams, and then calls the
-    server's handler. A server outside the main thread receives no signal, so the streams end with
-    the manager. A client that reads nothing delays the end of the server. Limit that delay, for
-    example with uvicorn's `--timeout-graceful-shutdown`.
+    stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its connections. To
+    notice this, the first stream installs a signal handler until the lifespan ends. It ends the
+    streams, and then calls the server's handler. A server outside the main thread receives no
+    signal. Then the streams end when the manager stops. A client that reads nothing delays the end
+    of the server. Limit that delay, for example with uvicorn's `--timeout-graceful-shutdown`.
 
     Args:
         request: The request.
@@ -203,7 +203,7 @@ def sse(
     Raises:
         LookupError: The application has no `LabStatePlugin`, or its lifespan did not run.
         TypeError: `heartbeat` or `retry` is not a number.
-        ValueError: `heartbeat` is not above 0, or `retry` is below 0.
+        ValueError: `heartbeat` is not above 0, `retry` is below 0, or one of them is not finite.
     """
     check_times(heartbeat, retry)
     stream = event_stream(watch, stop_of(_served(request)), data=data, heartbeat=heartbeat, retry=retry)
@@ -216,8 +216,8 @@ async def push(socket: WebSocket[Any, Any, Any], watch: Watch, *, data: Data | N
     The body of a handler can be this one line: `await push(socket, state.watch("jobs/"))`. The call
     accepts the WebSocket, unless it was accepted before.
 
-    Each message is the JSON of a change, as text. The first message is a `resync`: the client
-    should read everything then. Messages from the client are dropped. The call returns when the
+    Each message is the JSON of a change, as text. The first message is a `resync`. At a `resync`,
+    the client should read everything. Messages from the client are dropped. The call returns when the
     client has left, when the manager stops, or when the server begins to stop (see `sse`). In the
     last two cases it closes the WebSocket with code 1012, so that clients connect again. If the
     call is cancelled, it leaves the WebSocket open.
@@ -250,7 +250,7 @@ async def push(socket: WebSocket[Any, Any, Any], watch: Watch, *, data: Data | N
 
 
 class _Base64Bytes(msgspec.Struct, frozen=True):
-    """Bytes that are not UTF-8, as JSON."""
+    """The form in which bytes that are not UTF-8 are stored as JSON."""
 
     base64: bytes
 
@@ -259,7 +259,7 @@ class LabStateStore(NamespacedStore):
     """A Litestar store in a namespace: sessions, rate limits and cached responses survive a restart.
 
     With `StoreRegistry(default_factory=LabStateStore(state.namespace("litestar")).with_namespace)`
-    all stores of an application are in this namespace, each under its own name.
+    all stores of an application are in this namespace, each under the name of the store.
 
     The store does not start the manager; `LabStatePlugin` does. The manager's `flush_interval`
     decides when a write becomes durable. Text is stored as a JSON string, and bytes that are not
@@ -267,7 +267,8 @@ class LabStateStore(NamespacedStore):
     256 characters after that is stored under its hash.
 
     Every call raises `ClosedError` while the manager does not run. With a `flush_interval` of
-    0, each writing call raises `StorageError` if the change is not durable yet.
+    0, each writing call raises `StorageError` if the storage fails. Then the change is not durable
+    yet, and the manager tries again by itself.
     """
 
     __slots__ = ()
@@ -292,7 +293,9 @@ class LabStateStore(NamespacedStore):
         return f"<LabStateStore in {self.namespace!r}>"
 
     def with_namespace(self, namespace: str) -> LabStateStore:
-        """Return a store under this one. `delete_all` of this store empties both. Other calls do not see its values.
+        """Return a store under this one. `delete_all` of this store empties both stores.
+
+        All other calls of this store ignore the values of the new store.
 
         Args:
             namespace: Any string.
@@ -309,8 +312,7 @@ class LabStateStore(NamespacedStore):
             key: Any string.
             value: Text or bytes. `get` returns bytes in either case.
             expires_in: The time until the value expires, in seconds or as a `timedelta`.
-                Without it, the value does not expire. With 0 or less the value expires at once:
-                the key is deleted.
+                With `None`, the value does not expire. With 0 or less, the key is deleted.
 
         Raises:
             InvalidValueError: The text has lone surrogates.
@@ -327,8 +329,8 @@ class LabStateStore(NamespacedStore):
         Args:
             key: Any string.
             renew_for: The new time until the value expires, in seconds or as a `timedelta`.
-                With 0, or if the value does not expire, nothing changes. Reading and renewing
-                are one step: no other write can happen in between.
+                With `None` or 0, or if the value does not expire, nothing changes. Reading and
+                renewing are one step: no other write can happen in between.
 
         Raises:
             TypeMismatchError: Other code has stored the value in this namespace.

@@ -49,9 +49,9 @@ class LabStateCollector(Collector):
     """Metrics of managers: `REGISTRY.register(LabStateCollector(state))`.
 
     Each metric has a label `name`. The collector reads all metrics during a scrape, and does
-    nothing between scrapes. Any thread may scrape; the reading runs on the manager's event loop.
-    `lab_state_up` is 0 if that loop does not answer within 5 seconds. It is also 0 if a manager
-    does not run; then the other metrics are still reported.
+    nothing between scrapes. Any thread may scrape. Each manager is read on its event loop.
+    `lab_state_up` is 0 if that loop does not answer within 5 seconds. It is also 0 if the manager
+    does not run, but then the other metrics are still reported.
     """
 
     def __init__(self, *managers: Manager) -> None:
@@ -71,7 +71,7 @@ class LabStateCollector(Collector):
         return f"<LabStateCollector of {list(self._managers)}>"
 
     def describe(self) -> Iterator[Metric]:
-        """Yield the metrics without their values. So the registration does not wait for an event loop."""
+        """Yield the metrics without values. The registry calls this, so that a registration need not wait for an event loop."""
         return iter(_Families())
 
     def collect(self) -> Iterator[Metric]:
@@ -110,7 +110,7 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 class _Families:
-    """The metrics, without values at first."""
+    """The metrics of one scrape. `add` adds the values of a manager."""
 
     def __init__(self) -> None:
         self._up = GaugeMetricFamily("lab_state_up", "Whether the manager runs and answers.", labels=["name"])

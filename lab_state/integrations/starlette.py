@@ -51,8 +51,8 @@ def lifespan(
     They are started in the order given, and stopped in reverse order. If one of them cannot
     be started, those before it are stopped, and the server exits with its error.
 
-    Endpoints find them by name in `request.state.lab_state`; see `manager` and `reader`. The same
-    holds for WebSockets and for mounted applications. There are no global variables, so each
+    Endpoints find them by name in `request.state.lab_state`; see `manager` and `reader`. WebSockets
+    and mounted applications find them there, too. There are no global variables, so each
     application of a process, and each test, has its own managers.
 
     Args:
@@ -150,15 +150,15 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
 
 
 def errors(app: Starlette, *, retry_after: int = 1) -> None:
-    """Give errors of lab_state a response of their own, in place of a plain 500: `errors(app)`.
+    """Answer errors of lab_state with 503 or 422, in place of a plain 500: `errors(app)`.
 
     `StorageError` becomes 503 with `Retry-After`, because the storage may work again after that
     time. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
     `{"detail": ...}`, as in FastAPI. Each error is one line in the log `lab_state`, without a
     traceback and without a value. The level is WARNING for 503 and DEBUG for 422.
 
-    In place of 503, a WebSocket is closed with code 1013 (try again later), and in place of 422
-    with code 1008. A response that has begun cannot be changed. Then Starlette raises a
+    A WebSocket is closed with code 1013 (try again later) in place of 503, and with code 1008 in
+    place of 422. A response that has begun cannot be changed. Then Starlette raises a
     `RuntimeError`. Mounted applications have their own error handlers: call this function for each
     of them.
 
@@ -185,7 +185,7 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
         return None
 
     for kind in ANSWERED:
-        app.exception_handlers[kind] = cast("Any", answer)  # requests and WebSockets have one table
+        app.exception_handlers[kind] = cast("Any", answer)  # Starlette uses this table for requests and for WebSockets
 
 
 def sse(
@@ -196,16 +196,16 @@ def sse(
     Write `return sse(request, state.watch("jobs/"))` in an `async def` endpoint.
 
     Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
-    event is a `resync`. At a `resync`, the client should read everything; the later events are
-    changes of it. So a browser that connects again misses nothing. A client that reads slowly
+    event is a `resync`. At a `resync`, the client should read everything. The later events are the
+    changes since then. So a browser that connects again misses nothing. A client that reads slowly
     receives only the last change of each key.
 
     The stream ends when the client leaves, when the manager stops, or when the server begins to
-    stop. That is at SIGTERM or SIGINT, before the server waits for its connections. For this, a
-    signal handler is installed until the lifespan ends. It ends the streams, and then calls the
-    server's handler. A server outside the main thread receives no signal, so the streams end with
-    the manager. A client that reads nothing delays the end of the server. Limit that delay, for
-    example with uvicorn's `--timeout-graceful-shutdown`.
+    stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its connections. To
+    notice this, the first stream installs a signal handler until the lifespan ends. It ends the
+    streams, and then calls the server's handler. A server outside the main thread receives no
+    signal. Then the streams end when the manager stops. A client that reads nothing delays the end
+    of the server. Limit that delay, for example with uvicorn's `--timeout-graceful-shutdown`.
 
     Args:
         connection: The request.
@@ -221,7 +221,7 @@ def sse(
     Raises:
         LookupError: The lifespan did not run.
         TypeError: `heartbeat` or `retry` is not a number.
-        ValueError: `heartbeat` is not above 0, or `retry` is below 0.
+        ValueError: `heartbeat` is not above 0, `retry` is below 0, or one of them is not finite.
     """
     check_times(heartbeat, retry)
     stop = stop_of(_served(connection))
@@ -249,8 +249,8 @@ async def push(websocket: WebSocket, watch: Watch, *, data: Data | None = None) 
     The body of an endpoint can be this one line: `await push(websocket, state.watch("jobs/"))`. The
     call accepts the WebSocket, unless it was accepted before.
 
-    Each message is the JSON of a change, as text. The first message is a `resync`: the client
-    should read everything then. Messages from the client are dropped. The call returns when the
+    Each message is the JSON of a change, as text. The first message is a `resync`. At a `resync`,
+    the client should read everything. Messages from the client are dropped. The call returns when the
     client has left, when the manager stops, or when the server begins to stop (see `sse`). In the
     last two cases it closes the WebSocket with code 1012, so that clients connect again. If the
     call is cancelled, it leaves the WebSocket open.

@@ -1,8 +1,8 @@
-"""Decide whether something that a call has read has changed since then. Pure.
+"""Decide whether a key that a call has read has changed since then. Pure.
 
 The owner keeps the keys that changed lately, each with the revision of its last change. This includes
-changes that are not durable. The owner knows all changes after the revision `floor`. A check of an
-older revision cannot be decided, so it does not hold.
+changes that are not durable. All changes after the revision `floor` are known. If a call has read an
+older revision, some changes since then are not known. So its check does not hold.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The clients that an owner knows: their acknowledgements, and which of them are to be forgotten. Pure.
+"""The clients that an owner knows, their acknowledgements, and the time after which they are forgotten. Pure.
 
 All times are those of the owner's `CLOCK_MONOTONIC`, in nanoseconds.
 """
@@ -12,15 +12,23 @@ FORGOTTEN_AFTER = 60 * 1_000_000_000
 
 
 def may_be_forgotten(heard: int | None, now: int) -> bool:
-    """Return whether an owner may have forgotten a client. `heard` is when the client last heard from an owner.
+    """Return whether an owner may have forgotten a client.
 
-    A time ahead of the clock is from another machine, or from before the last boot. So it proves nothing.
+    Args:
+        heard: The last time that the client got from an owner; `None` for a new client. A time ahead
+            of the clock is from another machine, or from before the last boot. Such a time proves
+            nothing, so the result is True.
+        now: The present time.
     """
     return heard is not None and not 0 <= now - heard < FORGOTTEN_AFTER
 
 
 class Clients:
-    """The clients that an owner knows."""
+    """The clients that an owner knows.
+
+    Attributes:
+        acknowledged: The acknowledgement of each client.
+    """
 
     def __init__(self, acknowledged: Mapping[str, int], now: int) -> None:
         """Add the clients of the table of results. The minute until each is forgotten begins now."""

@@ -37,8 +37,8 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     Attributes:
         name: The name of the state.
         client: The id of the client.
-        revision: The revision of its copy; `None` without one.
-        heard: The last time that it got from an owner, in nanoseconds; `None` if there is none.
+        revision: The revision of the client's copy; `None` if it has none.
+        heard: The last time that the client got from an owner, in nanoseconds; `None` if there is none.
     """
 
     lab_state: Literal["shared"] = "shared"
@@ -93,6 +93,8 @@ class No(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class _Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """A call with its number, and the acknowledgement of the client."""
+
     n: Number
     ack: Count
 
@@ -180,6 +182,8 @@ Call: TypeAlias = Set | SetMany | Delete | DeleteMany | DeleteAll | Incr | SetIf
 
 
 class _Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """An answer with the number of the call."""
+
     n: Number
 
 
@@ -200,10 +204,10 @@ class Raised(_Answer, frozen=True, tag="raised"):
 
 
 class Refused(_Answer, frozen=True, tag="refused"):
-    """The answer to a check that does not hold.
+    """The answer to a call whose check does not hold. The call changed nothing.
 
-    `values` has the present value and expiry of each of its keys, without missing keys. It is `None`
-    for more than 16 keys or 1 MiB.
+    `values` has the present value and expiry of each key of the check, without missing keys. It is
+    `None` for more than 16 keys or 1 MiB.
     """
 
     revision: Count
@@ -211,7 +215,7 @@ class Refused(_Answer, frozen=True, tag="refused"):
 
 
 class Moved(_Answer, frozen=True, tag="moved"):
-    """The answer to a call that was not applied. The client sends it to the next owner."""
+    """The answer to a call that was not applied. The client sends the call to the next owner."""
 
 
 class Failed(_Answer, frozen=True, tag="failed"):
@@ -228,7 +232,7 @@ Answer: TypeAlias = Ok | Raised | Refused | Moved | Failed
 
 
 class Life(NamedTuple):
-    """A sign of life. The number is the acknowledgement of a client, or the durable revision of an owner."""
+    """A sign of life. A client sends its acknowledgement as the number, and an owner the durable revision."""
 
     number: int
 

@@ -1,12 +1,13 @@
-"""The calls of a client without an answer: open calls, which have a number, and calls that wait for one. Pure.
+"""The calls of a client that have no answer yet: open calls, which have a number, and calls that wait for one. Pure.
 
 A call gets the next number when the window has room for it, in the order of `submit`. It keeps this
-number when it is sent again. The acknowledgement is sent with each message. It is one less than the
-lowest open number, so it never covers a call that may be sent again.
+number when it is sent again. Each call, each sign of life and the farewell have the acknowledgement.
+It is one less than the lowest open number, so it never covers a call that may be sent again.
 
 A call may have a check. Its revision `since` comes from the copy or from a refusal. The changes that
-a refusal shows may be lost with its owner. So such a check is valid on one connection only. On a later
-one it is sent as `NEVER`. The same is done with each check that is sent again.
+a refusal shows may be lost with its owner. So a check with the revision of a refusal is valid on one
+connection only. On a later connection `NEVER` is sent in place of `since`. `NEVER` is also sent for
+each check that is sent again.
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ class OpenCall(Generic[C]):
         self._may_be_made = True
 
     def moved(self) -> None:
-        """Note the answer that the call was not applied. A check whose revision comes from the copy stays valid."""
+        """Note the answer `Moved`: the call was not applied. A check whose revision comes from the copy stays valid."""
         self._may_be_made = False
 
     def reconnect(self) -> None:
-        """Let the check be refused, if it is not valid on a new connection."""
+        """Prepare for a new connection: if the check is not valid there, let it be refused."""
         if self.since is not None and (self._may_be_made or self._from_refusal):
             self.since = NEVER
 
@@ -131,9 +132,9 @@ class OpenCalls(Generic[C]):
         return self._open.get(number)
 
     def end(self, call: OpenCall[C]) -> bool:
-        """Remove a call that was answered, or that was given up, also while it waited for a number.
+        """Remove a call that was answered or given up. It may still wait for a number.
 
-        Return whether it was there. From then on its number counts as answered.
+        Return whether the call was there. From then on its number counts as answered.
         """
         if call.number == 0:
             if call in self._waiting:
@@ -168,7 +169,7 @@ class OpenCalls(Generic[C]):
         return [call for call in calls if call.outcome == "unknown"]
 
     def is_forgotten(self, now: int) -> bool:
-        """Return whether an owner with this clock may have forgotten the client. A new owner asks this about itself."""
+        """Return whether an owner may have forgotten this client at the time `now`. A client that becomes the owner asks this, too."""
         return may_be_forgotten(self.heard, now)
 
     def _calls(self) -> Iterator[OpenCall[C]]:

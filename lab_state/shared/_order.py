@@ -1,6 +1,7 @@
 """The order and the numbers that are allowed for the messages on one connection. Pure.
 
-Each side has one object for each connection. It checks each message with it before it handles the message.
+Each side has one object for each connection. The side checks each message with it,
+and then handles the message.
 """
 
 from __future__ import annotations

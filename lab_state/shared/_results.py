@@ -6,8 +6,8 @@ A record contains them in its member `calls`::
 
     {"<client>":[17,{"18":true,"19":7}],"<other client>":null}
 
-The first item is the acknowledgement of the client, and the second its results by number. A client
-with `null` is forgotten. The member of a snapshot has the revision of each result as well::
+The first item is the acknowledgement of the client, and the second has its results by number. A client
+with `null` is forgotten. In a snapshot, each result has its revision as well::
 
     {"<client>":[17,{"18":[43,true]}]}
 """
@@ -58,7 +58,7 @@ class ResultTable:
         self._clients: dict[str, _Client] = {}
 
     def __contains__(self, client: str) -> bool:
-        """Return whether a record has named a client, which was not forgotten since."""
+        """Return whether a record has named a client, and no later record has forgotten it."""
         return client in self._clients
 
     @property
@@ -80,7 +80,8 @@ class ResultTable:
             entry = self._clients.setdefault(name, _Client())
             acknowledged, results = told
             for number, value in results.items():
-                entry.results[number] = Result(revision, bytes(value))  # a copy: the record is not kept in memory
+                # `bytes` makes a copy, because `value` would keep the whole record in memory.
+                entry.results[number] = Result(revision, bytes(value))
             entry.acknowledge(acknowledged)
 
     def snapshot(self) -> SnapshotCalls:

@@ -1,8 +1,8 @@
 """Encode and decode the messages between the owner of a shared state and its followers. Pure.
 
-A payload is JSON, or 8-byte integers. Both ends run as the same user, and have the same version of
-the protocol. So a value is not checked again: the client that encoded it has checked it. Everything
-else is checked, because another program may be at the other end.
+A payload is JSON, or 8-byte integers. A stored value in it is not checked again, because the client
+that encoded the value has checked it. Everything else is checked, because another program may be at
+the other end.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class OtherVersionError(BadMessageError):
     """The other process speaks another version of the protocol.
 
     Attributes:
-        protocol: Its version.
+        protocol: The version of the other process.
     """
 
     def __init__(self, protocol: int) -> None:
@@ -130,7 +130,7 @@ def decode_from_client(received: ReceivedFrame) -> FromClient:
 
     Raises:
         OtherVersionError: The client has another version of the protocol.
-        BadMessageError: It is not a message of this protocol.
+        BadMessageError: The frame is not a message of this protocol.
     """
     kind, payload = received
     if kind == CALL:
@@ -148,7 +148,7 @@ def decode_from_owner(received: ReceivedFrame) -> tuple[int, FromOwner]:
 
     Raises:
         OtherVersionError: The owner has another version of the protocol.
-        BadMessageError: It is not a message of this protocol.
+        BadMessageError: The frame is not a message of this protocol.
     """
     kind, payload = received
     if kind == LIFE:
@@ -182,7 +182,7 @@ def _numbers(form: struct.Struct, payload: bytes) -> tuple[int, ...]:
 
 
 def _decode(decoder: msgspec.json.Decoder[T], payload: bytes | memoryview, what: str) -> T:
-    """Decode JSON. Check here that it is UTF-8, because msgspec does not check a `Raw` in it."""
+    """Decode JSON. Check that the payload is UTF-8, because msgspec does not check the bytes of a `Raw`."""
     try:
         str(payload, "utf-8")
         return decoder.decode(payload)

@@ -1,4 +1,4 @@
-"""Storages: where states are kept."""
+"""Storages, which keep states in memory, in files or in an object store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The directory of the files of a state: it is found, created, synced, and tried out at the start.
+"""Find, create, sync and try out the directory of the files of a state.
 
 All functions are synchronous, and run in a thread of the storage, like those of `_fs`.
 """
@@ -76,7 +76,7 @@ def opened(path: str, *, create: bool) -> str:
 
 
 def missing(path: str) -> UnsupportedError:
-    """Return the error for a missing state where `create` is False."""
+    """Return the error for a missing state, for a storage with `create=False`."""
     return UnsupportedError(
         f"there is no state at {path}, and create=False: check that the volume is mounted and the path is right; "
         "to create an empty state, start once with create=True and make a change"
@@ -153,15 +153,15 @@ def try_out(
         tried: The directories that were tried out. This directory is added. If it is in the set
             already, nothing is done.
         noted: A function that takes the names of temporary files, and returns a context
-            manager. The files may exist only inside of it.
+            manager. The files exist only inside the block of that manager; see `Lock.noted`.
 
     Returns:
-        Whether the names in the directory are durable. After a failed sync they may not be
-        durable, and no later sync makes them durable.
+        False if the sync of the directory failed. Then the names in it may not be durable, and no
+        later sync makes them durable. Otherwise True.
 
     Raises:
-        StorageError: One of these operations failed. A full disk and a failed sync raise
-            nothing, and are only logged.
+        StorageError: One of these operations failed. A full disk, and a sync that fails with an
+            I/O error, are only logged.
     """
     with translated("looking up", path):
         found = os.stat(path)

@@ -1,4 +1,4 @@
-"""The start of a session on disk: the lock, the files, the decision which state to load, and old files. The calls block.
+"""Start a session on disk: take the lock, read the files, choose the state to load, and delete old files. The calls block.
 
 The page `docs/design/disk.md` has the rules, with a reason for each.
 """
@@ -38,7 +38,7 @@ def open_writer(
         directory: The directory of the files.
         name: The name of the state.
         tried: The directories that were tried out; see `_directory.try_out`.
-        leftovers: The files that earlier sessions left in these directories.
+        leftovers: The listings of the files that earlier sessions left.
         create: Whether to create a missing directory and a missing state.
 
     Raises:

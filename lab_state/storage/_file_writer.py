@@ -1,8 +1,8 @@
 """The journal of one state on disk. Commits append to it, and checkpoints replace it. The calls block.
 
 The page `docs/design/disk.md` has the rules, with a reason for each. The worker for commits calls
-the methods of `Writer`, one at a time. So a method is completed even if the task that waits for it
-is cancelled. The worker for checkpoints calls a few methods; their docstrings say so.
+the methods of `Writer`, one at a time. A method that has begun is completed, even if the task that
+waits for it is cancelled. The worker for checkpoints calls a few methods; their docstrings say so.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ _logger = Log(logging.getLogger("lab_state"))
 
 _MIN_CHECKPOINT_BYTES = 4 * 1024 * 1024
 _LEFT_TO_PUBLISH = 256 * 1024
+"""When no more bytes of records than this are missing in the upcoming journal, `prepare` leaves them to `publish`."""
+
 _LARGEST_READ_AGAIN = 16 * 1024 * 1024
-"""The most bytes of a journal that is read again. For such a size, reading costs less than writing the whole state."""
+"""The size in bytes up to which a journal is read again, to see whether its frames are still valid."""
+
 _MOST_ROUNDS = 8
 
 
@@ -45,7 +48,7 @@ class FullNeededError(Exception):
 
 
 class AbandonedError(UnavailableError):
-    """The journal that was in use when the checkpoint started has been replaced."""
+    """The journal that was in use when the checkpoint began was given up or replaced meanwhile."""
 
 
 class Writer:
@@ -58,7 +61,8 @@ class Writer:
         base: The snapshot that a new journal follows, by size and CRC-32.
         snapshot_fingerprint: The fingerprint of that snapshot; `None` if there is none.
         need: The work that the next commit has to do first.
-        unsynced: Whether the files that the start found may be only in the page cache.
+        unsynced: Whether the files that the start found may be only in the page cache. True until
+            this session has synced or replaced them.
         snapshot_bytes: The size of the snapshot, in bytes.
         end: The size of the journal, in bytes.
         starts_full: Whether the journal starts with the whole state.
@@ -94,7 +98,11 @@ class Writer:
     # Commits
 
     def commit(self, record: bytes, full: bytes | None) -> None:
-        """Make a record durable: append it, or write the whole state `full` that contains it."""
+        """Make a record durable: append it, or write the whole state `full` that contains it.
+
+        Raises:
+            FullNeededError: The whole state must be written, and `full` is `None`. Call again with it.
+        """
         self._check()
         self._check_snapshot()
         if self.need is Need.FULL:
@@ -169,7 +177,7 @@ class Writer:
         """Replace the old snapshot by a new one, and the current journal by the upcoming one.
 
         Raises:
-            AbandonedError: The journal was given up since the view was taken.
+            AbandonedError: The journal was given up or replaced since the view was taken.
         """
         self._check()
         if self.need is Need.FULL or generation != self.generation:
@@ -202,7 +210,7 @@ class Writer:
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether the journal is so large that a checkpoint is due. The bound gives about three written bytes a changed byte."""
+        """Whether the journal is so large that a checkpoint is due. With this bound, a changed byte costs about three written bytes."""
         return self.starts_full or self.end > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
 
     def close(self) -> None:
@@ -356,7 +364,7 @@ class Writer:
         self.need = Need.NOTHING
 
     def _sync_found(self, *, snapshot: bool) -> None:
-        """Sync the files that the start found. They may be new copies, and the first journal relies on them.
+        """Sync the files that the start found. The first journal relies on them, and they may be only in the page cache.
 
         A failed sync of the snapshot is not repeated. Instead, the next journal starts with the
         whole state.

@@ -1,4 +1,4 @@
-"""The only module that opens, syncs, renames or locks a file.
+"""Create, write, sync, rename, delete and lock files. No other module of the storages does this.
 
 All functions are synchronous, except `NewFile.write`. They run in a thread of the storage.
 Two rules hold:
@@ -40,13 +40,15 @@ if sys.platform != "win32":  # pragma: no branch -- never run there
 _SYNCED_AT_ONCE = 1024 * 1024
 """The number of bytes of a large new file that are written between two syncs.
 
-A sync of the journal also waits for unsynced bytes of other files in the same file system.
+A sync of the journal also waits for unsynced bytes of other files in the same file system. With
+small steps, a commit does not wait long for the snapshot that is being written.
 """
 
 _APPENDED_AT_ONCE = 4 * 1024 * 1024
 """The number of bytes of a large record that are written between two syncs.
 
-One sync of a hundred megabytes would look like a disk that hangs, because nothing makes progress.
+One sync of a hundred megabytes would look like a disk that hangs, because `progress` does not grow
+during a sync.
 """
 
 _COPIED = 64 * 1024
@@ -66,7 +68,7 @@ class WrittenBytes:
 
     def __init__(self) -> None:
         self.count: int = 0
-        self._lock = threading.Lock()  # a checkpoint and a commit may count at the same time
+        self._lock = threading.Lock()  # a checkpoint and a commit may call `add` at the same time
 
     def add(self, size: int) -> None:
         """Add a number of bytes. Any thread may call this."""
@@ -206,8 +208,8 @@ def close(fd: int) -> None:
 class NewFile:
     """A new file that is written in slices. Each slice is one call in a thread. Other work can run between two calls.
 
-    Every method except `write` is synchronous. Call all of them in one worker. Then `discard`
-    may be called at any time, also after a cancellation.
+    Every method except `write` is synchronous. Call these methods in the worker that `write` gets.
+    Then `discard` may be called at any time, also after a cancellation.
     """
 
     def __init__(self, path: str, progress: WrittenBytes, *replaced: str) -> None:
@@ -416,7 +418,7 @@ def _sync_data(fd: int) -> None:
 
 
 def sync_names(path: str) -> None:
-    """Do the same as `sync_directory`, but raise an `OSError`."""
+    """Do the same as `sync_directory`, but raise the `OSError` of a failure unchanged."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

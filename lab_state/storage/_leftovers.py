@@ -14,7 +14,7 @@ from lab_state import _forks as forks
 from lab_state.storage import _lookup as lookup
 
 _LEFT = re.compile(r"(.+\.(?:json|journal))\.(?:[0-9a-f]{8}\.tmp|torn-\d+)")
-"""The name of a temporary file or of a torn tail. No file of a state has such a name."""
+"""The name of a temporary file or of a torn tail. A snapshot, a journal or a lock file never has such a name."""
 
 
 class Leftovers:
@@ -26,7 +26,7 @@ class Leftovers:
         self._found: dict[str, dict[str, list[str]]] = {}
 
     def __reduce__(self) -> tuple[type[Leftovers], tuple[()]]:
-        """Return a copy without listings, so that a copy of a storage object makes its own."""
+        """Let `copy` and `pickle` make an object without listings. The copy lists the directories again."""
         return Leftovers, ()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected

@@ -104,8 +104,8 @@ class Lock:
     def _left(self, said: bytes) -> tuple[str, ...] | None:
         """Return the temporary files that may exist, by the content of the lock file; `None` if the content may be wrong.
 
-        It may be wrong after a power cut, which can undo the last write, and in a copied lock file. So
-        the boot id in it must be that of the running kernel, and the inode that of this file.
+        It may be wrong in a copied lock file, and after a power cut, which can undo the last write. So
+        the content must have the boot id of the running kernel, and the inode of this file.
         """
         try:
             last = msgspec.json.decode(said, type=LockHolder)
@@ -139,7 +139,7 @@ class Lock:
         fs.write_lock(self._fd, msgspec.json.encode(holder) + b"\n")
 
     def note(self, *paths: str) -> None:
-        """Write names of temporary files to the lock file, before the files are created. The next start deletes those that are left."""
+        """Write names of temporary files to the lock file. Call this before they are created. The next start deletes those that are left."""
         with self._telling:
             self._making.update(paths)
             self._tell()

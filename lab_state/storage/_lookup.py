@@ -1,4 +1,4 @@
-"""Lookups of files: to which file a path or a descriptor leads, and whether another program has changed the file.
+"""Find out to which file a path or a descriptor leads, and whether another program has changed a file.
 
 All functions are synchronous, and run in a thread of the storage, like those of `_fs`. None
 of them opens or changes a file.
@@ -40,7 +40,7 @@ def is_open(fd: int, which: Identity) -> bool:
 
 def is_file(path: str, which: Identity) -> bool:
     """Return whether a path still names this open file. Do not follow a link."""
-    try:  # not `translated`: it would cost as much as the call
+    try:  # without `translated`, which would take as long as `lstat`
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -54,7 +54,7 @@ class Fingerprint(NamedTuple):
 
     A replaced file has another fingerprint. A changed file has another one, too, unless its
     size is the same and the change is within one tick of the file system's clock. Some file
-    systems set the time once more after a write, so another time need not be a change.
+    systems set the time once more after a write. So a file with another time may have the same bytes.
     """
 
     device: int
@@ -82,7 +82,7 @@ UNKNOWN = Fingerprint(*NO_FILE, -1, -1)
 
 def both_refer_to(path: str, fd: int, which: Identity) -> bool:
     """Return whether a path and a descriptor both refer to this file. Do not follow a link. Return False on an error."""
-    try:  # not `translated`: each commit calls this, and it would cost as much as the call
+    try:  # without `translated`, which would take as long as `lstat`: each commit calls this
         named, opened = os.lstat(path), os.fstat(fd)
     except OSError:
         return False
@@ -119,7 +119,7 @@ def is_gone(path: str) -> bool:
 
 def fingerprint(path: str) -> Fingerprint | None:
     """Return the fingerprint of the file or link at a path; `None` if there is neither."""
-    try:  # not `translated`: as above
+    try:  # without `translated`, as in `is_file`
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -130,7 +130,7 @@ def fingerprint(path: str) -> Fingerprint | None:
 
 def fingerprint_of(fd: int, path: str) -> Fingerprint:
     """Return the fingerprint of an open file. The path is for the message of an error."""
-    try:  # not `translated`: as above
+    try:  # without `translated`, as in `is_file`
         found = os.fstat(fd)
     except OSError as error:
         raise storage_error("looking up", path, error) from error

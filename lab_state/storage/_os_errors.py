@@ -22,6 +22,8 @@ _TO_BE_FIXED = {
     errno.EOPNOTSUPP: "the file system cannot do this; choose another one",
     errno.ENOLCK: "the file system cannot lock; choose another one",
 }
+"""The remedies for errors that stay until the operator has changed something. After that, a new start is needed."""
+
 _TO_BE_MENDED = {
     errno.EIO: "the disk may be failing; look into the log of the kernel",
     errno.ENOSPC: "free some space",
@@ -30,7 +32,7 @@ _TO_BE_MENDED = {
     errno.EMFILE: "close some, or raise the limit on open files",
     errno.ENFILE: "close some, or raise the limit on open files",
 }
-"""Errors that may be gone at the next attempt, without a new start."""
+"""The remedies for errors that may be gone at the next attempt, without a new start."""
 
 
 @contextlib.contextmanager
@@ -82,7 +84,8 @@ def check_regular(path: str, mode: int) -> None:
 
     Raises:
         UnsupportedError: The file is a symbolic link, a FIFO, a socket or a device.
-        IsADirectoryError: The file is a directory.
+        IsADirectoryError: The file is a directory. Call this inside `translated`, which replaces
+            the error.
     """
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

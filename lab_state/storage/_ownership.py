@@ -1,8 +1,8 @@
-"""Give a new file the owner, group, mode and access list of the file that it replaces, as far as this process may.
+"""Give a new file the owner, group, mode and access list of the file that it replaces.
 
-If one of these cannot be kept, the new file has fewer permissions, never more. For example, if the
-process is not a member of the file's group, the permissions of the group are removed. The group of
-the process does not get them.
+If this process may not set one of these, the new file has fewer permissions, never more. For
+example, if the process is not a member of the file's group, the permissions of the group are
+removed. The group of the process does not get them.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _LINE = re.compile(
 )  # a line with "-> FLOCK" is a process that waits, and does not match
 
 _SHOWN_AT_ONCE = 4000
-"""The number of bytes that the kernel returns at once, about. In a longer text a line may be missing."""
+"""The number of bytes, roughly, that the kernel returns in one piece. In a longer text, a line may be missing."""
 
 _AS_STAT_SAYS = {"ext2", "ext3", "ext4", "f2fs", "jfs", "tmpfs", "xfs"}
 """Local file systems for which `/proc/locks` shows the same device and inode as `stat`."""
@@ -89,9 +89,9 @@ def would_show(mounts: str, device: int, pid_namespace: int) -> bool:
         pid_namespace: The inode of `/proc/self/ns/pid`.
 
     Returns:
-        False outside the first pid namespace of the machine. It is also False on file systems
-        for which `stat` shows another device or inode (btrfs, overlay), and on those that
-        other machines can lock (NFS).
+        True if a lock without a line is certainly free. The result is False outside the first
+        pid namespace of the machine. It is also False on file systems for which `stat` shows
+        another device or inode (btrfs, overlay), and on those that other machines can lock (NFS).
     """
     if pid_namespace != FIRST_PID_NAMESPACE:
         return False

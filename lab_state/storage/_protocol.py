@@ -16,7 +16,7 @@ SnapshotSource = Callable[[], AsyncIterator[bytes]]
 The call takes a view of the state at its present revision. The event loop runs between
 two slices. For a checkpoint, the last slice comes only after every change in the view was
 committed. So a storage that publishes all slices publishes only durable changes. If such a
-commit fails, the iterator raises its `StorageError`.
+commit fails, the iterator raises the `StorageError` of that commit.
 """
 
 
@@ -27,13 +27,13 @@ class Recovery(NamedTuple):
         snapshot: The bytes of the snapshot; `None` if there has never been one.
         records: The records that were committed after it, oldest first. Some of them may be
             in the snapshot already.
-        unsettled: Whether a crash may still lose the recovered changes. This may be so if the
-            last writer did not end cleanly, because the files may be only in a cache of the
-            machine. The first commit makes the changes durable. It is made at once then, even
-            without a new change.
-        dropped_bytes: The size of a torn tail that was dropped. It was never acknowledged.
-        crc32: The CRC-32 of the snapshot, if the storage knows it. Then it is not
-            computed again.
+        unsettled: Whether a crash may still lose the recovered changes. After an unclean end, the
+            files may be only in a cache of the machine. If this is True, the manager makes a
+            commit at once, even without a new change. This commit makes the recovered changes
+            durable.
+        dropped_bytes: The size of a torn tail that was dropped; 0 if there was none. Its record
+            was never acknowledged.
+        crc32: The CRC-32 of the snapshot. If it is `None`, lab_state computes it.
     """
 
     snapshot: bytes | None
@@ -43,14 +43,14 @@ class Recovery(NamedTuple):
     crc32: int | None = None
 
     def __repr__(self) -> str:
-        """Return sizes and flags. It has no bytes of the state, because they may contain secrets."""
+        """Return sizes and flags. The text has no bytes of the state, because they may contain secrets."""
         return (
             f"<Recovery of {_sizes(self.snapshot, self.records)}, unsettled={self.unsettled}, "
             f"dropped_bytes={self.dropped_bytes}>"
         )
 
     def used(self) -> Recovery:
-        """Return a copy without the bytes."""
+        """Return a copy without the snapshot and the records. A session calls this to free their memory."""
         return self._replace(snapshot=None, records=())
 
 
@@ -59,14 +59,14 @@ class Reading(NamedTuple):
 
     Attributes:
         snapshot: The bytes of the snapshot; `None` if there has never been one.
-        records: The records after it, oldest first. Some of them may be in the
-            snapshot already.
+        records: The records that were committed after it, oldest first. Some of them may be in
+            the snapshot already.
         durable: The number of these records, counted from the first, that are certainly durable.
             The snapshot is durable too. A crash may still lose the other records: a
             running writer may be about to sync the last one.
         live: Whether a writer has the state open; `None` if the storage cannot tell.
         path: The place of the state, for messages, without credentials.
-        crc32: The CRC-32 of the snapshot, if the storage knows it.
+        crc32: The CRC-32 of the snapshot. If it is `None`, lab_state computes it.
     """
 
     snapshot: bytes | None
@@ -77,7 +77,7 @@ class Reading(NamedTuple):
     crc32: int | None = None
 
     def __repr__(self) -> str:
-        """Return path, sizes and flags. It has no bytes of the state, because they may contain secrets."""
+        """Return path, sizes and flags. The text has no bytes of the state, because they may contain secrets."""
         sizes = _sizes(self.snapshot, self.records)
         return f"<Reading of {self.path}: {sizes}, {self.durable} of them durable, live={self.live}>"
 
@@ -90,10 +90,10 @@ def _sizes(snapshot: bytes | None, records: tuple[bytes, ...]) -> str:
 class StorageSession(Protocol):
     """One state that this writer owns until `aclose`.
 
-    At most one `commit` and one `checkpoint` run at a time. Each method raises
-    `StorageError` or a subclass, and no other error. The error is raised `from` its cause, unless
-    the text of the cause may contain a credential. After a cancellation the outcome is
-    unknown, as after an error. The stored state is intact in both cases.
+    At most one `commit` and at most one `checkpoint` run at a time, and the two may overlap. Each
+    method raises `StorageError` or a subclass, and no other error. The error is raised `from` its
+    cause, unless the text of the cause may contain a credential. After a cancellation the outcome
+    is unknown, as after an error. The stored state is intact in both cases.
     """
 
     @property
@@ -124,11 +124,10 @@ class StorageSession(Protocol):
     def progress(self) -> int:
         """The number of bytes that were written to the disk or sent to the store since the state was opened.
 
-        The number grows while `commit` and `checkpoint` run. It also grows during a large write:
-        every few MiB are counted when they are sent, or when they are written and synced. If the
-        storage does not sync, they are counted when they are written. The number never
-        decreases. A repetition need not be counted. The event loop may read the number at any
-        time, also after `aclose`.
+        The number grows while `commit` and `checkpoint` run. During a large write, it grows at
+        least once for every few MiB. A storage that syncs must sync as often, because the number
+        does not grow during a sync. The number never decreases. Bytes that are sent again need
+        not be counted. The event loop may read the number at any time, also after `aclose`.
 
         `stop()` gives up when the number has not changed for `Config.stop_timeout` seconds.
         So it can distinguish a slow storage from a storage that hangs.
@@ -145,8 +144,8 @@ class StorageSession(Protocol):
 
         Args:
             record: The record.
-            snapshot: The whole state, for a storage that cannot append at the moment and
-                must write everything anew. It contains the changes of the record.
+            snapshot: The whole state, which contains the changes of the record. A storage that
+                cannot append at the moment writes the whole state instead.
 
         Returns:
             Whether a checkpoint is due. The record is durable when the call returns.
@@ -154,12 +153,13 @@ class StorageSession(Protocol):
         Raises:
             StorageError: The outcome is unknown. The manager may commit the changes again,
                 in this record or in another record.
-            FencedError: A newer writer owns the state. Every later call raises this error too.
+            FencedError: A newer writer owns the state. Every later commit and checkpoint raises
+                this error too.
         """
         ...
 
     async def checkpoint(self, snapshot: SnapshotSource) -> None:
-        """Replace the snapshot and the records before it by a new snapshot.
+        """Replace the old snapshot, and the records that the new one covers, by the new snapshot.
 
         Commits do not wait for the checkpoint, and run at the same time. Records that are
         committed after the view was taken are kept.
@@ -173,8 +173,8 @@ class StorageSession(Protocol):
     async def aclose(self) -> None:
         """Release the state. A second call does nothing.
 
-        Calls that are still running end first. This writer owns the state until then, so no
-        second writer can open it meanwhile. This also holds when the caller is cancelled.
+        Calls that are still running end before the release. Until then this writer owns the
+        state, and no second writer can open it. This also holds when the caller is cancelled.
 
         Raises:
             StorageError: The release failed. The session is closed even then.
@@ -183,7 +183,7 @@ class StorageSession(Protocol):
 
 
 class Storage(Protocol):
-    """A place for states. The object has only the settings. One object may be used for any number of names."""
+    """A place for states. One storage object may be used for any number of names."""
 
     async def open(self, name: str) -> StorageSession:
         """Become the only writer of a state, and load it.

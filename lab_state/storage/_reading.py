@@ -49,7 +49,13 @@ class ReadFiles(NamedTuple):
 
 
 def needs_snapshot(start: bytes, name: str, path: str) -> bool:
-    """Return whether a journal with these first bytes follows a snapshot. If its header is bad, return True."""
+    """Return whether the snapshot is needed, too, because the journal does not begin with the whole state.
+
+    Args:
+        start: The first bytes of the journal. If the header in them is bad, the result is True.
+        name: The name of the state.
+        path: The path of the journal, for messages.
+    """
     try:
         return journal.read_header(start, name, path).base != ANY_BASE
     except StorageError:
@@ -61,7 +67,7 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Judgement:
 
     Args:
         data: The bytes of the journal, read after the snapshot; `None` if there is none.
-        base: The `base_of` the snapshot; `NO_BASE` if there is no snapshot.
+        base: The result of `base_of` for the snapshot; `NO_BASE` if there is no snapshot.
         name: The name of the state.
         path: The path of the journal, for messages.
     """
@@ -72,7 +78,7 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Judgement:
         return Judgement(None, error, 0, sure=False)
     if scan is None:
         return Judgement(accepted, None, 0, sure=False)
-    # Only one frame is in flight, so all earlier frames are durable. The sync of the last frame may not have succeeded.
+    # A frame is written only after the sync of the previous one. So only the last frame may not be synced.
     last_is_record = bool(scan.frames) and scan.frames[-1].kind is FrameKind.RECORD
     return Judgement(accepted, None, len(accepted.records) - last_is_record, sure=_belongs(scan, base))
 
@@ -87,7 +93,8 @@ def is_answer(before: ReadFiles | None, now: ReadFiles) -> bool:
 
     Args:
         before: The previous reading, whose files are still open; `None` for the first one.
-        now: The reading. A journal that only grew counts as the same file.
+        now: The new reading. It is accepted if it is certain, or if it has the same files and
+            the same result as `before`. A journal that only grew counts as the same file.
     """
     return now.judgement.sure or (before is not None and _key(before) == _key(now))
 

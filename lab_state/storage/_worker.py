@@ -1,8 +1,8 @@
 """The threads of a storage object, and a fast way to call a function in one of them.
 
-`loop.run_in_executor` takes 30 to 50 microseconds more. It needs a future with a condition, a second
-future for the event loop, and locks. That is a fifth of the time of a sync on an SSD, and a single
-writer has to wait for it.
+`loop.run_in_executor` takes 30 to 50 microseconds longer than a worker. It needs a future with a
+condition, a second future for the event loop, and locks. The additional time is a fifth of the time
+of a sync on an SSD, and a single writer would have to wait for it.
 
 A worker calls one function at a time, in order. A worker does not have a fixed thread: all workers
 of a storage object share its threads, so an idle state needs no thread. A free thread is given to
@@ -52,13 +52,13 @@ class Threads:
         self._lock = threading.Lock()
         self._ready: SimpleQueue[Worker | None] = SimpleQueue()
         self._count = 0
-        self._free = 0  # idle threads, minus the workers that wait for a thread
+        self._free = 0  # the number of idle threads, minus that of the workers that wait for one
         self._workers = 0  # workers that were not shut down
         self.turns: int = 0  # the number of calls that have ended
         self._dropped: deque[None] = deque()  # one item for each worker that was collected without `shutdown`
 
     def __reduce__(self) -> tuple[type[Threads], tuple[str]]:
-        """Return a copy with its own threads. A storage object may be sent to another process."""
+        """Let `copy` and `pickle` make an object without threads. The copy starts other threads when it needs them."""
         return Threads, (self._name,)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
@@ -84,7 +84,7 @@ class Threads:
         self._ready.put(None)
 
     def hand(self, worker: Worker, work: _Work) -> None:
-        """Add a call to the queue of a worker. It is made after the worker's earlier calls.
+        """Add a call to the queue of a worker. The call is made after the worker's earlier calls.
 
         Raises:
             UnavailableError: There is no thread, and no thread could be started.
@@ -95,9 +95,8 @@ class Threads:
                 return
             if self._free <= 0 and self._count < _MOST:
                 self._start()
-            worker.todo.append(
-                work
-            )  # this comes before `put`, because the thread that gets the worker reads it at once
+            # This comes before `put`, because the thread that gets the worker reads `todo` at once.
+            worker.todo.append(work)
             worker.is_queued = True
             self._free -= 1
             if self._free < 0:
@@ -131,7 +130,7 @@ class Threads:
                 while self._dropped:
                     self._dropped.pop()
                     self._workers -= 1
-                # If no thread is free, a worker already waits for this one.
+                # If `_free` is not above 0, a worker is in the queue for each idle thread, also for this one.
                 if self._free > 0 and (self._count > 1 or not self._workers):
                     self._free -= 1
                     self._count -= 1
@@ -178,7 +177,7 @@ class Worker(Executor):
         self.waits_since: int | None = None
         self._waited = 0
         self._threads = threads
-        self._is_told_to_end = True  # until `enter` has counted it
+        self._is_told_to_end = True  # so that `__del__` does nothing if `enter` fails
         threads.enter()
         self._is_told_to_end = False
 
@@ -188,10 +187,8 @@ class Worker(Executor):
 
     def has_thread(self) -> None:
         """Note that the worker has got a thread. This runs in that thread."""
-        since, self.waits_since = (
-            self.waits_since,
-            None,
-        )  # this is cleared first, because `waited` must not count these turns twice
+        # `waits_since` is cleared first, because `waited` must not count these turns twice.
+        since, self.waits_since = self.waits_since, None
         if since is not None:
             self._waited += self._threads.turns - since
 
@@ -209,6 +206,7 @@ class Worker(Executor):
 
         Raises:
             UnavailableError: There is no thread, and no thread could be started.
+            RuntimeError: The worker was shut down.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
@@ -229,6 +227,7 @@ class Worker(Executor):
 
         Raises:
             UnavailableError: There is no thread, and no thread could be started.
+            RuntimeError: The worker was shut down.
         """
         future: Future[R] = Future()
 

@@ -4,7 +4,8 @@ The page `docs/design/disk.md` has the rules, with a reason for each. In short:
 
 * `<name>.json` is the snapshot. `<name>.journal` has the records after it. `<name>.lock`
   is the lock.
-* A commit appends one frame and syncs the file. Only one frame is in flight at a time.
+* A commit appends one frame and syncs the file. A frame is written only after the sync of
+  the previous one has returned.
 * A checkpoint writes the snapshot under a temporary name while commits go on. Then it
   makes three changes in one call that no commit interrupts: it appends a frame that names
   the new snapshot, renames the snapshot, and puts a new journal in place.
@@ -12,10 +13,10 @@ The page `docs/design/disk.md` has the rules, with a reason for each. In short:
   journal that starts with the whole state. A start after an unclean end does the same,
   because the frames that it finds may be only in the page cache.
 
-One worker makes all calls that use the journal, one at a time. So a call is completed even if
-its caller is cancelled. `Writer` has the data of these calls. A second worker writes the
-snapshot. The threads belong to the storage object. So other code that uses the default executor
-of the event loop cannot delay a write.
+One worker makes all calls that use the present journal, one at a time. A call that has begun is
+completed, even if its caller is cancelled. These calls are methods of `Writer`. A second worker
+writes the snapshot. The threads belong to the storage object. So other code that uses the default
+executor of the event loop cannot delay a write.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
 from lab_state.storage._worker import Threads, Worker
 
 _MOST_OPEN = 64
-"""The number of journals of one storage object that stay open. To open one again takes a tenth of the time of a sync."""
+"""The largest number of journals that stay open, for one storage object. Opening one takes a tenth of the time of a sync."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,16 +65,17 @@ class FileStorage:
 
         Args:
             directory: The directory of the files. If it is missing, `start()` creates it and
-                the directories above it. Only the user of the process can read them: the mode
-                of directories is 0700, and that of files is 0600. `start()` resolves a relative
-                path from the current directory of the process, and resolves symbolic links. A
-                link that is changed later has no effect on a running manager.
+                the directories above it. Only the user of the process can read new directories
+                and files: their modes are 0700 and 0600. A file that replaces another one keeps
+                the mode of that file. `start()` resolves a relative path from the current
+                directory of the process, and resolves symbolic links. A link that is changed
+                later has no effect on a running manager.
             create: Whether `start()` creates a missing state. With `False`, it raises
                 `UnsupportedError` if there is neither a snapshot nor a journal, and creates
                 nothing. Use this for a volume that may not be mounted.
 
         Raises:
-            TypeError: `directory` is not a path.
+            TypeError: `directory` is not a path, or is a path of bytes.
             ValueError: `directory` is empty, starts with `~`, or contains a NUL character or
                 a character that this system's encoding of file names does not have.
         """
@@ -159,7 +161,7 @@ class Journals:
         self._open: OrderedDict[weakref.ref[FileSession], None] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[Journals], tuple[()]]:
-        """Return a copy without sessions. A copy of a storage object has its own sessions."""
+        """Let `copy` and `pickle` make an object without sessions. The sessions belong to the original storage object."""
         return Journals, ()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
@@ -251,7 +253,11 @@ class FileSession:
         return self._writer.checkpoint_due
 
     async def _commit_full(self, record: bytes, snapshot: SnapshotSource) -> None:
-        """Commit the whole state. It is a separate function, because the traceback of an error keeps local variables alive."""
+        """Commit the whole state.
+
+        This is a separate function, because the traceback of `FullNeededError` may keep the local
+        variables of `commit` in memory.
+        """
         full = await collect(snapshot())
         self._check_open()
         await self._commits.run(self._writer.commit, record, full)
@@ -268,7 +274,8 @@ class FileSession:
         except AbandonedError:
             if self._writer.need is not Need.FULL:
                 raise
-            # If the journal was deleted, its content is only in memory. So write another snapshot now.
+            # The journal was given up, because it was deleted, for example. Then some changes are only in memory. So
+            # write another snapshot now.
             await self._checkpoint(snapshot)
 
     async def _checkpoint(self, snapshot: SnapshotSource) -> None:
@@ -298,23 +305,22 @@ class FileSession:
             self.recovery = self.recovery.used()
         finally:
             writer.since = None
-            if self._closing is None:  # otherwise `_close` does it
+            if self._closing is None:  # otherwise `_close` calls `_tidy`
                 thread.submit(self._tidy, new, upcoming)
 
     def _tidy(self, new: fs.NewFile, upcoming: NewJournal) -> None:
-        """Close and delete the temporary files of a checkpoint, except those that were renamed. This runs in its worker."""
+        """Close and delete the temporary files of a checkpoint, except those that were renamed. The worker for checkpoints calls this."""
         new.discard()
         self._writer.lock.forget(new.path)
-        self._commits.submit(
-            self._writer.end_checkpoint, upcoming
-        )  # this call is queued after the one that may put the journal in place
+        # This call comes after the queued call that may put the journal in place.
+        self._commits.submit(self._writer.end_checkpoint, upcoming)
         self._writer.close_replaced()
 
     async def aclose(self) -> None:
         """Wait for both workers. Then release the lock; see `StorageSession.aclose`."""
         self._writer.lock.check_process()  # in a forked child there are no threads to close it
         if self._closing is None:
-            # This is queued after all calls of both workers. It runs even if this caller is cancelled.
+            # `_close` and `_let_go` run after all queued calls of both workers, even if this caller is cancelled.
             self._closing = Future()
             self._closing.set_running_or_notify_cancel()
             self._checkpoints.submit(self._close, self._closing)
@@ -353,7 +359,7 @@ class FileSession:
 
 
 class _Counted:
-    """An iterator of slices that counts their size and their CRC-32."""
+    """The size and the CRC-32 of the slices that pass through `slices`."""
 
     def __init__(self, slices: AsyncIterator[bytes]) -> None:
         self._slices = slices

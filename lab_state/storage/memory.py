@@ -30,7 +30,7 @@ class MemoryStorage:
     """States in the memory of this process.
 
     A durable change survives the end of its manager: another manager with the same storage object
-    loads it. When the storage object is collected, the states are lost.
+    loads it. When the storage object is garbage-collected, the states are lost.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,8 @@ class MemorySession:
         scan = None if stored.journal is None else journal.scan(data, name, self.path)
         accepted = journal.accept(scan, len(data), base, self.path)
         torn = len(data) - scan.end if scan is not None else 0
-        # Writes to memory are never torn, so a test has damaged this journal. Drop the tail, as `FileStorage` does.
+        # A torn tail is here if a test has damaged this journal, or if the last session was closed while it appended a
+        # large frame. Drop the tail, as `FileStorage` does.
         self._salt = scan.header.salt if scan is not None else journal.new_salt()
         if stored.journal is None:
             stored.journal = bytearray(journal.header(name, self._salt, base))

@@ -52,7 +52,7 @@ class ManualClock:
         return f"<ManualClock after {self._monotonic:g} s>"
 
     def time(self) -> float:
-        """Return the wall clock: seconds since 1970."""
+        """Return the time of the wall clock, in seconds since 1970."""
         return self._time
 
     def monotonic(self) -> float:
@@ -66,12 +66,15 @@ class ManualClock:
         return timer
 
     def advance(self, seconds: float) -> None:
-        """Move both clocks, and make the calls that become due, in the order of their times.
+        """Move the wall clock and the monotonic clock. Make the calls that become due, in the order of their times.
 
         Tasks that these calls wake run at the next `await` of the caller.
 
         Args:
             seconds: 0 or more.
+
+        Raises:
+            ValueError: `seconds` is below 0.
         """
         if seconds < 0:
             raise ValueError("a monotonic clock cannot go back; use jump() for the wall clock")
@@ -86,7 +89,7 @@ class ManualClock:
         self._monotonic = end
 
     def jump(self, seconds: float) -> None:
-        """Set the wall clock forward or back, as an administrator or NTP does."""
+        """Set the wall clock forward or back by `seconds`, as an administrator or NTP does."""
         self._time += seconds
 
 
@@ -105,7 +108,7 @@ class FaultyStorage:
 
     Attributes:
         calls: The operation of each call so far, in order.
-        faults: The number of calls that failed. If it is 0, no fault has happened in the test.
+        faults: The number of calls that failed on demand. If it is 0, the test has tested no fault.
     """
 
     def __init__(self, inner: Storage) -> None:
@@ -131,7 +134,7 @@ class FaultyStorage:
         Args:
             inner: The storage that gets the calls.
             seed: The start value of the random numbers. The same calls with the same seed have the same faults.
-            rate: The share of the calls that fails: above 0, below 1.
+            rate: The share of the commits and checkpoints that fail: above 0, below 1.
 
         Raises:
             ValueError: `rate` is out of bounds.
@@ -162,7 +165,7 @@ class FaultyStorage:
     ) -> None:
         """Plan faults of an operation, after the faults that are planned already.
 
-        A failing `aclose` releases the state at every moment, as each storage must.
+        A failing `aclose` releases the state with each `moment`, because every storage must do so.
 
         Args:
             operation: The operation.
@@ -182,7 +185,11 @@ class FaultyStorage:
         self._plan(operation, [_fault(operation, moment, error)] * times, skip)
 
     def hang(self, operation: Operation, *, skip: int = 0) -> None:
-        """Make one call of an operation wait for `resume()` before it begins. The `skip` calls before it do not wait."""
+        """Let one call of an operation wait for `resume()` before it begins. The `skip` calls before that one do not wait.
+
+        Raises:
+            ValueError: An argument is out of bounds.
+        """
         self._plan(operation, [_Fault("hang", UnavailableError("never raised"))], skip)
         self._resumed.clear()
 
@@ -191,7 +198,7 @@ class FaultyStorage:
         self._resumed.set()
 
     def cut_power(self, during: Operation | None = None, moment: Moment = "before", *, skip: int = 0) -> None:
-        """Simulate a power cut: open sessions write nothing more, and each of their calls raises `StorageError`.
+        """Simulate a power cut: open sessions write nothing more, and their commits and checkpoints raise `StorageError`.
 
         The next manager with this object loads the durable state, as after a reboot. A manager
         that was running at the power cut must still be stopped. Its `stop()` raises if there is
@@ -256,7 +263,7 @@ class FaultyStorage:
         self.faults += 1
         if fault.kind == "after":
             result = await call()
-            if isinstance(result, _Closable):  # it is a session, and the caller does not receive it
+            if isinstance(result, _Closable):  # it is a session, which the caller does not receive
                 await result.aclose()
         if fault.kind == "torn" and tear is not None:
             tear()

@@ -24,7 +24,7 @@ from lab_state.testing._conformance_tools import (
 
 
 class StorageConformance(ReadingConformance):
-    """A suite of tests for a storage. To use it, define a subclass with the four methods of `Hooks`.
+    """A suite of tests for a storage. Define `make_storage`, `crash`, `read_raw` and `write_raw` in a subclass.
 
     Each test method is a coroutine function without arguments, so any test runner for coroutines
     can run it. Each test needs an empty place: a directory or a bucket without states. With
@@ -71,7 +71,7 @@ class StorageConformance(ReadingConformance):
             assert session.recovery.records[-1:] == (b"2",)
 
     async def test_commits_beside_a_checkpoint_are_kept(self) -> None:
-        """A record that is committed while a snapshot is written is recovered. It follows that snapshot."""
+        """A record that is committed while a snapshot is written is recovered, as a record after that snapshot."""
         async with opened(self.make_storage()) as session:
             await session.commit(b"before", given(b"{}"))
 
@@ -118,7 +118,7 @@ class StorageConformance(ReadingConformance):
             assert (one.recovery.records, two.recovery.records) == ((b"1",), (b"2",))
 
     async def test_sizes_are_told(self) -> None:
-        """`snapshot_bytes` and `journal_bytes` grow by the bytes that are written."""
+        """`snapshot_bytes` is the size of the snapshot. A commit adds at least the size of its record to `journal_bytes`."""
         async with opened(self.make_storage()) as session:
             await session.checkpoint(given(b"x" * 500))
             assert session.snapshot_bytes == 500
@@ -360,14 +360,17 @@ class StorageConformance(ReadingConformance):
 
     async def _end(self, manager: Manager) -> None:
         """End a manager as SIGKILL does."""
-        flusher = manager._flusher  # noqa: SLF001 -- every public call writes at the end
+        flusher = manager._flusher  # noqa: SLF001 -- every public call that ends a manager also writes
         assert flusher is not None  # the manager runs
         session = flusher.abort()
         await asyncio.sleep(0)
         await self.crash(session)
 
     async def _flip_bits(self, *allowed: dict[str, Any]) -> None:
-        """Flip single bits of each stored part. A start must be refused, or load one of the allowed states."""
+        """Flip single bits of each stored part. A start must be refused, or load one of the allowed states.
+
+        At the end, with all parts repaired, it must load the last of these states.
+        """
         whole = dict(self.read_raw(NAME))
         for part, data in whole.items():
             step = max(1, len(data) // self.sampled)

@@ -84,7 +84,7 @@ class ReadingConformance(Hooks):
                     await session.commit(b"%d" % number, given(b"{}"))
                     durable = number
                     begun.set()
-                    await asyncio.sleep(0)  # the storage might never wait
+                    await asyncio.sleep(0)  # the storage may have no await that lets the reader run
                     if number % _A_CHECKPOINT_EVERY == 0:
                         await session.checkpoint(given(b"%d" % number))
 
@@ -139,7 +139,7 @@ class ReadingConformance(Hooks):
         assert (await self.make_storage().read(NAME)).records == (b"1", b"2")
 
     async def test_a_closed_storage_session_is_read(self) -> None:
-        """The object whose session was closed can still read the state."""
+        """A storage object can still read the state after its session was closed."""
         storage = self.make_storage()
         session = await storage.open(NAME)
         await session.commit(b"1", given(b"{}"))

@@ -18,7 +18,7 @@ NAME = "conformance"
 
 
 class Hooks:
-    """The four methods with which a suite reaches the storage under test."""
+    """The four methods that a subclass of the suite defines. With them, the tests reach its storage."""
 
     def make_storage(self) -> Storage:
         """Return a new storage object. All objects of one test must use the same place."""
@@ -48,7 +48,7 @@ async def opened(storage: Storage, name: str = NAME) -> AsyncGenerator[StorageSe
 
 
 def given(*slices: bytes) -> SnapshotSource:
-    """Return a view with these slices."""
+    """Return a source of a snapshot that consists of these slices."""
 
     async def view() -> AsyncIterator[bytes]:
         for part in slices:
@@ -58,7 +58,7 @@ def given(*slices: bytes) -> SnapshotSource:
 
 
 def failing(*slices: bytes) -> SnapshotSource:
-    """Return a view that raises an error after these slices."""
+    """Return a source of a snapshot that raises an error after these slices."""
 
     async def view() -> AsyncIterator[bytes]:
         for part in slices:
@@ -74,7 +74,7 @@ async def awaited(call: Awaitable[object]) -> None:
 
 
 async def got_through(call: Awaitable[object]) -> bool:
-    """Await a call, and return True when it has returned."""
+    """Await a call, and return True. From this, a caller knows that `cancelled_at`, which may return `None`, did not cancel it."""
     await call
     return True
 
@@ -89,7 +89,7 @@ async def raises(kind: type[E], call: Awaitable[object]) -> E:
 
 
 async def until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
-    """Call `run` with 0, 1, 2 and so on, until it returns True: then the call under test was not cancelled."""
+    """Call `run` with 0, 1, 2 and so on, until it returns True. Then the call under test ended before its cancellation."""
     for number in range(200):
         if await run(number):
             return

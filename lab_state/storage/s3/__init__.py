@@ -1,7 +1,7 @@
 """`S3Storage`: states in an object store, each with a snapshot and the records after it.
 
-The modules `_open` and `_session` have the steps. `_format` has the names and the bytes of the
-objects, and `_outcomes` has the meaning of each answer.
+`_open` has the steps of an opening, and `_session` those of commits and checkpoints. `_format` has
+the names and the bytes of the objects, and `_outcomes` has the meaning of each answer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Claim:
         self._held[self.key] = self
 
     def release(self) -> None:
-        """Give the claim up. A second call does nothing, even if there is a later claim of the state."""
+        """Give the claim up. A second call does nothing, even if another claim of the state was made since."""
         if self._held.get(self.key) is self:
             del self._held[self.key]
 
@@ -77,7 +77,7 @@ class S3Storage:
         """Check and keep the settings. `start()` imports the client, and sends the first request.
 
         Args:
-            bucket: The bucket. It must exist.
+            bucket: The name of the bucket, which must exist.
             prefix: The first part of all keys, before the name of a state. It has at most
                 512 bytes and no slash at either end. It may be empty.
             endpoint_url: The address of the store, such as `https://minio.example:9000`.
@@ -115,9 +115,10 @@ class S3Storage:
         A cancelled call leaves nothing open.
 
         Raises:
-            LockedError: This process has the state open.
+            LockedError: A manager in this process has the state open.
             CorruptionError: The stored data are damaged. They were not changed.
-            UnavailableError: The store did not answer for half a minute.
+            UnavailableError: For half a minute, the store did not answer, or other writers opened
+                the state at the same time. Try again.
             UnsupportedError: The extra cannot be imported, the store ignores conditions, the
                 bucket is missing, or a permission is missing. The message says which.
         """
@@ -214,7 +215,7 @@ class S3Storage:
 async def _end(task: asyncio.Task[Any]) -> None:
     """Wait until a task has ended, and ignore its outcome."""
     await asyncio.wait({task})
-    _ = task.cancelled() or task.exception()  # its caller already has the error
+    _ = task.cancelled() or task.exception()  # otherwise asyncio would log the exception, which nothing retrieves
 
 
 async def _let_go(opening: asyncio.Task[S3Session]) -> None:

@@ -96,7 +96,7 @@ class Spool:
         """Close the file, after the work in the thread has ended."""
         try:
             self._thread.submit(self._close)
-        except UnavailableError:  # no thread is available
+        except UnavailableError:  # no thread is available, so close the file here
             self._close()
 
     def _close(self) -> None:
@@ -121,7 +121,7 @@ class Upload:
 
     def __init__(self, spool: Spool | _SpooledBytes) -> None:
         self._spool = spool
-        self.moved: Callable[[], object] = lambda: None  # called for each part that is sent
+        self.moved: Callable[[], object] = lambda: None  # called before each part is sent
         self.sent: int = 0  # the bytes that were sent; a repetition does not count
         self.count: Callable[[int], object] = lambda _: None  # called with the number of new bytes
 

@@ -55,7 +55,7 @@ class Tries:
     """The repetitions of one request, with the pauses between them and a time limit."""
 
     def __init__(self, time: Time, what: str, seconds: float, *, is_told: bool) -> None:
-        """Start the time limit. With `is_told`, log a WARNING at each failure from the second one on."""
+        """Start the time limit. With `is_told`, log a WARNING at the second failure and later, at most once in 10 s."""
         self._time = time
         self._what = what
         self._seconds = seconds
@@ -99,8 +99,9 @@ class Requests:
     Attributes:
         thread: The threads for work that would block the event loop.
         sent: The number of bytes of bodies that were sent. Repetitions are not counted.
-        is_opening: Whether the state is being opened or read. Only then is a request logged that
-            fails twice.
+        time: The pauses and the time limits.
+        is_opening: Whether the state is being opened or read. Meanwhile, requests that fail twice
+            are logged. Later, the manager logs the error that a call raises.
     """
 
     def __init__(self, bucket: str, connecting: Callable[[], Awaitable[Client]], thread: S3Threads, time: Time) -> None:
@@ -189,7 +190,7 @@ class Requests:
                     return await once(await self._client(), limit)
             except FAILURES as error:
                 failure = failure_of(error)
-            # Our error is raised after this handler. Inside of it, the exception of the client would be its context.
+            # Our error is raised after the handler. Inside it, the exception of the client would be the context of ours.
             meaning = verdict(failure)
             if meaning is Verdict.REFUSED and failure.status == 404:  # noqa: PLR2004 -- 404 Not Found
                 return None
@@ -206,7 +207,8 @@ class Requests:
             key: The key.
             body: The bytes.
             metadata: The metadata. Its item `WRITE_ID` must be a new id for this write.
-            if_match: The ETag that the present object must have. `None`: there must be no object.
+            if_match: The ETag that the present object must have. With `None`, there must be no
+                object.
 
         Returns:
             The ETag of the new object.
@@ -287,7 +289,10 @@ class Requests:
         self.sent += size
 
     async def _etag(self, key: str, write_id: str, tries: Tries) -> str:
-        """Return the ETag of an object that was written. Some stores do not send it with the answer to a PUT."""
+        """Return the ETag of an object that was written. Some stores do not send it with the answer to a PUT.
+
+        If another write has replaced the object meanwhile, return a text that is the ETag of no object.
+        """
         found = await self._head(key, tries)
         ours = found is not None and found.metadata.get(WRITE_ID) == write_id
         return found.etag if found is not None and ours else _REPLACED

@@ -75,7 +75,7 @@ class Resolver(AbstractResolver):
 
 
 def client_config(given: Any, thread: S3Threads, *, custom_endpoint: bool) -> Any:
-    """Return the settings of the client. The caller's settings replace our defaults. The required ones replace both."""
+    """Return the settings of the client. The caller's settings replace our defaults. Required settings replace both."""
     ours = AioConfig(connect_timeout=5, read_timeout=STANDSTILL, max_pool_connections=16)
     config: Any = ours if given is None else ours.merge(given)
     # The signature covers the Content-MD5 of each body. A signed SHA-256 of 100 MB would be computed on the event loop.
@@ -96,7 +96,7 @@ def client_config(given: Any, thread: S3Threads, *, custom_endpoint: bool) -> An
 
 @functools.cache
 def _loader() -> Any:
-    """Return the loader of botocore's description of S3. All sessions share it, because the reading takes 0.1 s."""
+    """Return the loader of botocore's description of S3. All sessions share it, because loading takes 0.1 s."""
     return get_session().get_component("data_loader")
 
 

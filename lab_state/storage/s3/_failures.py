@@ -1,4 +1,4 @@
-"""The meaning of the client's exceptions. Their text is not used, because it may contain a credential."""
+"""The meaning of the client's exceptions. The text of an exception is not used, because it may contain a credential."""
 
 # aiobotocore and botocore have no types.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -38,16 +38,15 @@ FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSErr
 
 
 def failure_of(error: Exception) -> Failure:
-    """Return the meaning of an exception of the client. The request and the address are left out, as they may be secret."""
+    """Return the meaning of an exception of the client. The request and the address are left out, because they may be secret."""
     if isinstance(error, ClientError):
         response: dict[str, Any] = error.response
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return Failure(int(status), str(response.get("Error", {}).get("Code", "")))
     causes = list(_causes(error))
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
-        reasons = (
-            str(getattr(cause, "verify_message", "")).rstrip(".") for cause in causes
-        )  # the exception of aiohttp has none
+        # The exception of aiohttp has no `verify_message`.
+        reasons = (str(getattr(cause, "verify_message", "")).rstrip(".") for cause in causes)
         return Failure(0, CERTIFICATE, next(filter(None, reasons), ""))
     detail = ""
     for cause in causes:

@@ -106,15 +106,15 @@ class Stamp(NamedTuple):
     fence: int
 
     def metadata(self) -> dict[str, str]:
-        """Return the metadata of the object."""
+        """Return the stamp as metadata of the object."""
         return {SEQ: str(self.seq), FENCE: str(self.fence)}
 
 
 def stamped(last: bytes, stamp: Stamp) -> bytes:
     """Return the last slice of a snapshot with the stamp added.
 
-    A slice without the last bytes that the codec writes is returned unchanged. The checksum of a
-    snapshot covers every byte before it, so it is continued over the inserted bytes.
+    If the slice does not end as the codec ends a snapshot, it is returned unchanged. The checksum of
+    a snapshot covers every byte before the checksum. So it is continued over the inserted bytes.
     """
     tail = _TAIL.search(last, max(0, len(last) - _TAIL_BYTES))
     if tail is None:

@@ -4,10 +4,10 @@
 2. Load: GET the snapshot, LIST the records after the number that it covers, and GET them. If a
    number is missing, a checkpoint may have deleted it meanwhile. In that case the snapshot has
    changed, too: load again. If the snapshot has not changed, the state is damaged. Then the start
-   ends here, before it creates a fence. Otherwise a fence above the damage would stay after a
-   repair, and the gap below it would stay, too.
+   ends here. If it created a fence above the missing numbers, the fence would stay after a repair,
+   and numbers below it would be missing again.
 3. LIST again, and create a fence at the next number. The next record of an older writer has the
-   same number, so the store refuses it.
+   same number, so the store refuses that record.
 4. Load again; only changed objects are fetched. If the snapshot covers the number of the fence,
    a record had that number and was deleted. Then the fence does not stop an older writer: start
    again. If there is an object above the fence, there is a newer writer: start again.
@@ -72,8 +72,8 @@ class Opened(NamedTuple):
     """A state that was opened and loaded.
 
     Attributes:
-        fence: The number of our fence.
-        loaded: The state below the fence.
+        fence: The number of the fence that this writer created.
+        loaded: The state below this fence.
         undeletable: The reason why the store refuses deletions. `None` if it accepts them, or if
             this is not known.
     """
@@ -118,7 +118,7 @@ async def _probe(store: Requests, names: Names) -> None:
     async def written(if_match: str | None) -> bool:
         return await store.put_anyhow(names.probe, {WRITE_ID: new_write_id()}, if_match)
 
-    # If there was no object, the first write creates it. Then the second write must find that object.
+    # If there was no object, the first write creates it. Then the store must refuse the second write.
     if (await written(None) and await written(None)) or await written(_NO_ETAG):
         raise UnsupportedError(
             f"the store of s3://{names.bucket} ignores If-None-Match or If-Match: it should have refused a write, "
@@ -128,7 +128,7 @@ async def _probe(store: Requests, names: Names) -> None:
 
 
 async def _undeletable(store: Requests, names: Names) -> str | None:
-    """Return the reason why objects cannot be deleted; `None` if they can be. The start must report it to the operator."""
+    """Return the reason why objects cannot be deleted; `None` if they can be. `S3Session.warning` shows the reason."""
     try:
         await store.check_deletes(names.journal + "none")
     except UnsupportedError as refused:
@@ -137,12 +137,14 @@ async def _undeletable(store: Requests, names: Names) -> str | None:
 
 
 async def _fence(store: Requests, names: Names, covered: int) -> int | None:
-    """Create a fence above all records and fences. Return its number; `None` if another writer took that number."""
+    """Create a fence above all records and fences, and return its number.
+
+    Return `None` if another writer took that number, or if numbers are missing.
+    """
     listed = await numbers(store, names, covered)
     fence = covered + len(listed) + 1
-    if (
-        listed and max(listed) >= fence
-    ):  # a checkpoint is deleting records, or the state is damaged: the loader finds out which
+    # If a number is missing, a checkpoint is deleting records, or the state is damaged. The loader finds out which.
+    if listed and max(listed) >= fence:
         return None
     try:
         await store.put(names.record(fence), Body.of(b""), {WRITE_ID: new_write_id(), OWNER: _owner()}, None)
@@ -174,7 +176,7 @@ async def numbers(store: Requests, names: Names, after: int) -> dict[int, int]:
 
 
 class _NumberedObject(NamedTuple):
-    """The object under a number.
+    """The content of the object with a number: a record or a fence.
 
     Attributes:
         record: The record; `None` for a fence.
@@ -209,11 +211,13 @@ class Loader:
             StorageError: The state could not be read.
         """
         loaded = await self._load(None)
-        assert loaded is not None, "there is no fence that could fail"
+        assert loaded is not None, "without a fence, a load returns a state or raises an error"
         return loaded
 
     async def load_below(self, fence: int) -> Loaded | None:
-        """Load the state below our fence; return `None` if the fence does not stop older writers.
+        """Load the state below the fence of this writer.
+
+        Return `None` if the fence does not stop older writers, or if there is a newer writer.
 
         Raises:
             CorruptionError: The state is damaged.
@@ -231,7 +235,8 @@ class Loader:
             if fence is not None and (covered >= fence or max(listed, default=0) > fence):
                 return None
             if self._snapshot is not None and self._stamp is None and self._same >= _SAME_SNAPSHOT:
-                # A file from another program has no stamp. So every record is loaded, and their revisions are checked later.
+                # The snapshot has no stamp, so another program wrote it. Begin at the first record that is there. If a
+                # record is missing, the start notices later that revisions are missing.
                 last = max(listed, default=covered + 1)
                 covered = min((number for number, size in listed.items() if size), default=last) - 1
                 listed = {number: size for number, size in listed.items() if number > covered}
@@ -271,7 +276,7 @@ class Loader:
         return await asyncio.get_running_loop().run_in_executor(self._store.thread, zlib.crc32, data)
 
     async def _fetch(self, wanted: list[int]) -> bool:
-        """Fetch the objects with these numbers, some at a time. Return False if one of them is missing."""
+        """Fetch the objects with these numbers, `_AT_ONCE` at a time. Return False if one of them is missing."""
         left = iter([number for number in wanted if number not in self._objects])
         gone = False
 

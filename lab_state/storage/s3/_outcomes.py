@@ -1,9 +1,9 @@
 """The meaning of an answer of an object store, and the next step. Pure and synchronous.
 
 Each conditional write has a different id, in the metadata of the object. So the object shows
-whether the write took effect, even if the answer does not show it. This is needed in two cases. An
-answer can be lost. And if a kept-alive connection breaks, the HTTP client can repeat a request by
-itself. The store then refuses the second request because of the first one.
+whether the write took effect, even if the answer does not show it. This is needed in two cases.
+First, an answer can be lost. Second, if a kept-alive connection breaks, the HTTP client can repeat a
+request by itself. Then the store refuses the second request because of the first one.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ _FINAL_WITHOUT_ANSWER = frozenset(
 )
 
 
-def verdict(failure: Failure) -> Verdict:  # noqa: PLR0911 -- one for each row of the table
+def verdict(failure: Failure) -> Verdict:  # noqa: PLR0911 -- one for each meaning
     """Return the meaning of a failure, for requests with or without a condition."""
     status, code, _ = failure
     if status == 0:
@@ -161,7 +161,7 @@ def verdict(failure: Failure) -> Verdict:  # noqa: PLR0911 -- one for each row o
         return Verdict.NOT_IMPLEMENTED
     if status in _REFUSED or status == 404:  # noqa: PLR2004 -- 404 Not Found
         return Verdict.REFUSED
-    if status == 409:  # noqa: PLR2004 -- 409 Conflict, under whatever name
+    if status == 409:  # noqa: PLR2004 -- 409 Conflict, with any code
         return Verdict.CONFLICT
     if status >= 500 or status in _PASSING_STATUS or code in _PASSING_CODES:  # noqa: PLR2004 -- 5xx
         return Verdict.UNKNOWN
@@ -223,7 +223,7 @@ READS = (
     "s3:GetObject on the objects, or s3:ListBucket on the bucket; without s3:ListBucket the store does not report a "
     "missing object as missing"
 )
-"""The permission for a GET or a HEAD. The other constants are the permissions for other requests."""
+"""The permissions for a GET or a HEAD. The next three constants are for other requests."""
 
 LISTS = "s3:ListBucket on the bucket"
 WRITES = "s3:PutObject on the objects, and s3:GetObject to replace one"

@@ -1,8 +1,8 @@
-"""The session of one state in S3. It owns the state until `aclose`.
+"""The session of one state in S3. Its writer owns the state until `aclose`, or until a newer writer deposes it.
 
 * A commit creates one record object at the next number. If its outcome is unknown, the
-  record stays pending, with its number, its bytes and its id. It is sent again until its
-  outcome is known. Nothing else is written before that.
+  record stays pending, with its number, its bytes and its id. The next commit sends it again
+  until its outcome is known. No other record is written before that.
 * A checkpoint takes a view, and notes the number of the last record that the view covers. It
   spools the snapshot, and replaces the old one. Only after that, it deletes the records that
   the snapshot covers. Fences are never deleted.
@@ -48,7 +48,7 @@ class _Pending(NamedTuple):
 
 
 class S3Session:
-    """A state in S3; see `StorageSession`."""
+    """A state in S3 that this writer owns until `aclose`; see `StorageSession`."""
 
     def __init__(self, store: Requests, names: Names, opened: Opened, let_go: Callable[[], None]) -> None:
         """Begin the session of an opened state. `let_go` is called when the session has ended."""
@@ -215,8 +215,8 @@ class S3Session:
     async def _clean(self, covered: int, own: list[int]) -> None:
         """Delete the records that the snapshot covers, including those that a crash left. Do not delete fences.
 
-        If the store refused the last deletion, first delete only `own`, the known records. This
-        shows whether the store still refuses. If it does, do not list the other records.
+        If the store refused the last deletion, first delete only the records in `own`, which this
+        session knows. If the store refuses again, do not list the other records.
         """
         try:
             if self.warning is not None:
@@ -244,7 +244,7 @@ class S3Session:
         await self._store.delete(map(self._names.record, numbers))
 
     def _warn(self, refused: str) -> None:
-        """Log once that deletions are refused. `status()` shows this until a deletion succeeds."""
+        """Log once that the store refuses deletions. `status()` shows this until a deletion succeeds."""
         told = self.warning is not None
         self.warning = f"records that the snapshot covers stay, and pile up, until they can be deleted: {refused}"
         if not told:
@@ -276,7 +276,7 @@ class S3Session:
     def _check(self) -> None:
         if os.getpid() != self._pid:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(
-                f"{self.path} belongs to the parent of this forked process; start a manager of its own"
+                f"{self.path} belongs to the parent of this forked process; start another manager in this process"
             )
         if self._closing is not None:
             raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
