@@ -124,7 +124,7 @@ class _LayerCore(CallCore):
 
     @property
     def must_wait(self) -> bool:
-        """Return True, so that each write asks for its turn."""
+        """Always True, so that each write calls `turn`."""
         return True
 
     async def turn(self) -> None:
@@ -158,7 +158,7 @@ class Engine(Generic[C]):
     """
 
     def __init__(self, layer: OwnerLayer, monotonic_ns: Callable[[], int]) -> None:
-        """Begin with what was loaded. The minute until each client of the table is forgotten begins now.
+        """Begin with the loaded state. The minute until each client of the table is forgotten begins now.
 
         Args:
             layer: The layer. It has no changes yet. Its copy has the loaded state and the table of results.
@@ -224,7 +224,7 @@ class Engine(Generic[C]):
     def call(self, connection: C, client: str, call: Call) -> Answer | None:
         """Execute a call of a client, or find the result of its first execution.
 
-        Return the answer if it can be sent now. Otherwise return `None`: `landed` or `failed` returns it later.
+        Return the answer if it can be sent now. Otherwise return `None`. Then `landed` or `failed` returns the answer later.
 
         Args:
             connection: The connection on which the call came. Its answer goes there.
@@ -258,8 +258,8 @@ class Engine(Generic[C]):
     def execute(self, call: Call) -> Executed[bytes] | Refused:
         """Execute a call on the layer, without looking for an earlier execution. Its result is JSON.
 
-        An error that the stored value causes is in the result. It is a `TypeMismatchError` or an
-        `InvalidValueError`, and nothing was changed.
+        If the check of the call does not hold, return a refusal. An error that the stored value causes is
+        in the result. It is a `TypeMismatchError` or an `InvalidValueError`, and nothing was changed.
         """
         before = self._layer.revision
         if isinstance(call, MakeChanges) and not self._recent.hold(call.since, call.keys, call.prefixes):
@@ -271,7 +271,7 @@ class Engine(Generic[C]):
         return self._executed(before, result)
 
     def run(self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str = "") -> Executed[R]:
-        """Run a call with a function of the application on the layer. An error that it raises is in the result.
+        """Run a function of the application, which makes one call on the layer. An error that it raises is in the result.
 
         Args:
             body: A function that gets calls on the layer and makes one of them. The call must not wait.
@@ -289,7 +289,7 @@ class Engine(Generic[C]):
         return Executed(after, result, error, changed=after > before)
 
     def own(self, executed: Executed[Any]) -> None:
-        """Note that a task of the owner waits for the revision of a call. `landed` sets it."""
+        """Note that a task of the owner waits for a call. `landed` sets the revision of its answer."""
         if executed.changed:
             self._own.append(executed)
 
@@ -315,7 +315,7 @@ class Engine(Generic[C]):
         return calls.delete_many(call.keys) if isinstance(call, DeleteMany) else calls.delete_all(call.prefix)
 
     def _store(self, call: Set | SetMany | SetIfAbsent) -> bool | None:
-        """Store values. They were checked by the client, so they are not checked again."""
+        """Store values. The client has checked them, so they are not checked again."""
         layer, ttl = self._layer, call.ttl
         if isinstance(call, SetIfAbsent) and layer.has(call.key):
             return False
@@ -329,7 +329,7 @@ class Engine(Generic[C]):
         return value if ttl is None else Expiring(value, self._layer.now() + ttl)
 
     def _make(self, made: Changes) -> None:
-        """Make changes that a client has computed. Those without an effect are left out."""
+        """Make changes that a client has computed. Deletions of missing keys are left out."""
         layer = self._layer
         changes: dict[str, StoredOrGone] = {}
         if not made.clear:
@@ -362,7 +362,7 @@ class Engine(Generic[C]):
     def begin(self, taken: ChangeSet) -> RecordCalls:
         """Note that a commit begins, and return the member `calls` of its record. Call this in the step that took the changes.
 
-        A record without changes has no results: a process that has its revision would skip it.
+        A record without changes has no results, because a process that has reached the end of the record would skip it.
         """
         self._end = taken.end
         return self._pending.take(self.clients.acknowledged) if taken.end > taken.start else {}

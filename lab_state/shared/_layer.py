@@ -26,8 +26,8 @@ class OwnerLayer(Layered):
     """The changes of an owner that are not durable, over its copy.
 
     `changes` has the changes that no commit has taken. `revision` is that of the last change. Everything
-    that a `Flusher` and `Calls` do with a `State` can be done with this object, apart from views, calls in
-    steps, and an index of its own.
+    that a `Flusher` and `Calls` do with a `State` can be done with this object, with three exceptions: it has no
+    views, no calls in steps, and no index.
 
     Attributes:
         copy: The durable state. Only records change it.
@@ -73,8 +73,8 @@ class OwnerLayer(Layered):
         """Delete expired keys of the copy, as one change. Return the number of keys that were examined, up to `most`.
 
         The copy still has these keys until the record is applied, and they stay in its index of expiries. So the
-        call does nothing while `is_sweeping` is set. A key whose newer change is not durable is left as it is,
-        unless that has expired as well.
+        call does nothing while `is_sweeping` is True. A key with a newer value that is not durable is left as it is,
+        unless the newer value has expired as well.
         """
         if self.is_sweeping:
             return 0

@@ -38,7 +38,7 @@ C_contra = TypeVar("C_contra", contravariant=True)
 
 
 class Listener(Protocol[C_contra]):
-    """The connections of the owner, as the flusher sees them. After `closed`, the other methods do nothing."""
+    """The connections of the owner. The flusher calls these methods. After `closed`, the other methods do nothing."""
 
     def record(self, data: bytes, /) -> object:
         """Put a durable record into the queue of each follower."""
@@ -65,7 +65,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         last_records: The last durable records, for clients that connect with a copy.
     """
 
-    def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
+    def __init__(  # noqa: PLR0917 -- all are needed, and each has a different type
         self,
         layer: OwnerLayer,
         engine: Engine[C],
@@ -104,14 +104,14 @@ class OwnerFlusher(Flusher, Generic[C]):
 
     @property
     def shown(self) -> State:
-        """The copy."""
+        """The copy, which has the durable state."""
         return self._layer.copy
 
     async def settled(self) -> None:
         """Wait until everything that was loaded is certainly durable.
 
         Raises:
-            StorageError: The commit that settles the state failed. It is repeated: call this again.
+            StorageError: The commit that settles the state failed. The flusher repeats it: call this again.
         """
         await self.make_durable(0)
 
@@ -134,12 +134,12 @@ class OwnerFlusher(Flusher, Generic[C]):
     async def make(self, call: Call) -> tuple[bytes, int] | Refused:
         """Execute a call of this process, and wait until it is durable. Return its result as JSON, and its revision.
 
-        The call has no number, so its own one is not looked at. If its check does not hold, return the refusal at once.
-        If the caller is cancelled, the call goes on.
+        The number and the acknowledgement in `call` are ignored. If the check of the call does not hold, return the
+        refusal at once. If the caller is cancelled, the call goes on.
 
         Raises:
             TypeMismatchError: The stored value does not allow the call. Nothing was changed.
-            InvalidValueError: Likewise.
+            InvalidValueError: The new value cannot be stored. Nothing was changed.
             FencedError: A newer writer owns the state; nothing was changed.
             StorageError: The change, or one that the call saw, is not durable yet. It may become durable.
         """
@@ -148,7 +148,9 @@ class OwnerFlusher(Flusher, Generic[C]):
         return executed if isinstance(executed, Refused) else await self._answer(executed)
 
     async def run(self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str = "") -> tuple[R, int]:
-        """Run a call with a function of the application, and wait until it is durable. Return its result and its revision.
+        """Run a function of the application, which makes one call, and wait until that call is durable.
+
+        Return the result of the function, and the revision of the call.
 
         An error that the call raises is raised when everything that the call saw is durable. If the caller is
         cancelled, the call goes on.
@@ -175,7 +177,7 @@ class OwnerFlusher(Flusher, Generic[C]):
 
     # Commits
 
-    async def _write(self, taken: ChangeSet, views: SnapshotViews, calls: RecordCalls | None = None) -> bool:  # noqa: ARG002 -- the views and the results are those of the owner
+    async def _write(self, taken: ChangeSet, views: SnapshotViews, calls: RecordCalls | None = None) -> bool:  # noqa: ARG002 -- the views and the results of the owner are used instead
         self._asked = False
         calls = self.engine.begin(taken)  # in the step that has taken the changes
         self._record = record_of(taken, calls)

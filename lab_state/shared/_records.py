@@ -29,7 +29,7 @@ class ParsedRecord(NamedTuple):
     """The changes of one commit, and the results of its calls.
 
     Attributes:
-        start: The first change has the next revision after this one.
+        start: The revision before the first change.
         end: The revision of the last change.
         cleared: Whether all keys were deleted before `changes`.
         changes: The last effect on each key that changed. A key that was deleted need not have existed.
@@ -57,7 +57,7 @@ def parse_record(data: bytes | memoryview) -> ParsedRecord:
     """Return the contents of a record. Its `changes` do not keep `data` alive, but its `calls` do.
 
     Raises:
-        BadMessageError: It is not a record.
+        BadMessageError: The bytes are not a record.
     """
     return result_of(parse_in_steps(data))
 
@@ -68,7 +68,7 @@ def parse_in_steps(data: bytes | memoryview) -> Generator[None, None, ParsedReco
     The first step decodes the JSON. It takes about 30 ms for 100,000 keys.
 
     Raises:
-        BadMessageError: It is not a record.
+        BadMessageError: The bytes are not a record.
     """
     record = _decoded(data)
     yield from _check(record)
@@ -110,14 +110,14 @@ class Outcome(Enum):
 
 
 class RecordApplier:
-    """A copy, and the way in which records change it.
+    """An object that applies records to a copy.
 
     Attributes:
         copy: The copy. Nothing else may change it.
     """
 
     def __init__(self, copy: State) -> None:
-        """Prepare. The changes of the copy must all be taken."""
+        """Prepare to change a copy. Its changes must all be taken."""
         self.copy: State = copy
         self._prepared: tuple[ParsedRecord, Step | None] | None = None
 
@@ -134,7 +134,7 @@ class RecordApplier:
         """
         outcome = self.outcome(record)
         if outcome is Outcome.APPLIED:
-            self._note_results(record)  # first: if the step fails, the same record comes again
+            self._note_results(record)  # this comes first: if the step fails, the same record is applied again
             self._step(record).apply()
         return outcome
 

@@ -22,7 +22,7 @@ class FrameViews(SnapshotViews):
         Args:
             copy: The copy of the owner.
             taken: The changes of the commit. They must not change until the commit is over.
-            calls: The results in its record.
+            calls: The results in the record of the commit.
             given: A callback. It is called for each slice.
         """
         super().__init__(copy, given=given)
