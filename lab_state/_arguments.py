@@ -2,8 +2,8 @@
 
 A wrong Python type raises a `TypeError`. Wrong content raises a `ValueError`, often an
 `Invalid...Error`. Keys and values are exceptions: a bad key always raises an `InvalidKeyError`, and a
-bad value always an `InvalidValueError`. They often come from outside the program. So one handler is
-enough for them.
+bad value always an `InvalidValueError`. Keys and values often come from outside the program. So a
+program can handle all bad keys with one `except` clause, and all bad values with another.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ from typing import Any, TypeAlias, cast
 from lab_state.exceptions import InvalidKeyError, InvalidValueError
 
 RESERVED = "$lab_state"
+"""The name of the member of a snapshot that has the data of lab_state. No key may have this name."""
+
 MAX_KEY_LENGTH = 1024
 
 Seconds: TypeAlias = float | timedelta
 
 LONGEST_TTL = 10_000_000_000
-"""A number of seconds, about 317 years. A time so far ahead, in milliseconds, is exact in every JSON reader."""
+"""The longest time to live, in seconds: about 317 years.
+
+An expiry that far ahead, in milliseconds since 1970, is below 2**53. So every JSON reader reads it exactly.
+"""
 
 
 def check_key(key: object) -> str:
     """Return a key as a plain `str`.
 
     Raises:
-        InvalidKeyError: It is not a `str`, or out of bounds.
+        InvalidKeyError: The key is not a `str`, is empty or too long, has a NUL or a lone surrogate, or is reserved.
     """
     if not isinstance(key, str):
         raise InvalidKeyError(f"a key must be a str, not {type(key).__name__}")
@@ -51,7 +56,7 @@ def check_prefix(prefix: object) -> str:
     """Return a prefix of keys as a plain `str`.
 
     Raises:
-        TypeError: It is not a `str`.
+        TypeError: The prefix is not a `str`.
     """
     if not isinstance(prefix, str):
         raise TypeError(f"a prefix must be a str, not {type(prefix).__name__}")
@@ -59,11 +64,11 @@ def check_prefix(prefix: object) -> str:
 
 
 def check_limit(limit: object) -> None:
-    """Check the number of keys that a call returns at most.
+    """Check a `limit`: the largest number of keys that a call returns.
 
     Raises:
-        TypeError: It is not an `int`.
-        ValueError: It is below 1.
+        TypeError: The limit is not an `int`.
+        ValueError: The limit is below 1.
     """
     if isinstance(limit, bool) or not isinstance(limit, int):
         raise TypeError(f"limit must be an int of 1 or more, or None for all keys, not {type(limit).__name__}")
@@ -75,8 +80,8 @@ def milliseconds(ttl: Seconds) -> int:
     """Return a time to live in whole milliseconds, rounded up.
 
     Raises:
-        InvalidValueError: It is out of bounds.
-        TypeError: It is not a number and not a `timedelta`.
+        InvalidValueError: The time is not above 0, or is longer than `LONGEST_TTL`.
+        TypeError: The time is neither a number nor a `timedelta`.
     """
     seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
@@ -93,8 +98,8 @@ def check_timeout(timeout: object) -> float:
     """Return a timeout in seconds; infinity for `None`.
 
     Raises:
-        TypeError: It is not a number.
-        ValueError: It is negative or not finite.
+        TypeError: The timeout is neither a number nor `None`.
+        ValueError: The timeout is negative or not finite.
     """
     if timeout is None:
         return math.inf
@@ -110,17 +115,19 @@ def check_timeout(timeout: object) -> float:
 
 
 def check_revision(revision: object) -> None:
-    """Check that an argument is a revision.
+    """Check that a revision is an `int`.
 
     Raises:
-        TypeError: It is not an `int`.
+        TypeError: The revision is not an `int`.
     """
     if isinstance(revision, bool) or not isinstance(revision, int):
         raise TypeError(f"a revision must be an int, which a write has returned; not {type(revision).__name__}")
 
 
 def check_default(default: object) -> None:
-    """Refuse a class as a default. Otherwise `get(key, User)` would return plain JSON, or `User` itself.
+    """Refuse a class as a default, because the caller probably means it as the type.
+
+    `get(key, User)` would return the value undecoded as a dict. For a missing key it would return the class `User`.
 
     Raises:
         TypeError: The default is a class.
@@ -130,15 +137,18 @@ def check_default(default: object) -> None:
 
 
 def as_text(key: Any) -> Any:
-    """Return a key as a plain `str`. A subclass such as `Markup` would change the prefix that is added to it."""
+    """Return a key as a plain `str`, and any other object unchanged.
+
+    A subclass of `str` may define the addition anew. For example, `Markup` escapes the prefix that is put before it.
+    """
     return str.__str__(key) if isinstance(key, str) else key
 
 
 def many_keys(keys: object) -> Iterable[str]:
-    """Return an argument that holds several keys.
+    """Check an argument that has several keys, and return it.
 
     Raises:
-        TypeError: It is one `str`, whose characters would be used as keys. Or it is not iterable.
+        TypeError: The argument is not iterable. Or it is one `str`, whose characters would be used as keys.
     """
     if isinstance(keys, str) or not isinstance(keys, Iterable):
         given = "one str" if isinstance(keys, str) else type(keys).__name__
@@ -147,10 +157,10 @@ def many_keys(keys: object) -> Iterable[str]:
 
 
 def check_callable(call: str, fn: object) -> None:
-    """Check that an argument is a function.
+    """Check that `fn` is a function. `call` is the name of the method that got it, for the message.
 
     Raises:
-        TypeError: It cannot be called.
+        TypeError: `fn` cannot be called.
     """
     if not callable(fn):
         raise TypeError(
@@ -159,15 +169,15 @@ def check_callable(call: str, fn: object) -> None:
 
 
 def name_of(fn: object) -> str:
-    """Return the name of a function for a message."""
+    """Return the name of a function, or of its class if it has no name, for a message."""
     return getattr(fn, "__qualname__", None) or repr(type(fn).__qualname__)
 
 
 def plain_result(call: str, fn: object, result: object) -> object:
-    """Return the result of a function, after a check.
+    """Check the result of `fn`, and return it. `call` is the name of the method that got `fn`, for the message.
 
     Raises:
-        InvalidValueError: It is an awaitable.
+        InvalidValueError: The result is an awaitable. Probably `fn` is an async function.
     """
     if inspect.isawaitable(result):
         if inspect.iscoroutine(result):

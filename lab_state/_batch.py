@@ -2,13 +2,13 @@
 
 Theory of operation. `Batch.prepare` puts the changes into two new dicts: one becomes the top
 layer of the entries, the other the unflushed changes. It also counts the new keys. The state
-does not change meanwhile. So a caller may stop between two steps, and nothing has changed.
+does not change meanwhile. So if a caller stops between two steps, nothing has changed.
 `Batch.switch` then gives both dicts to the state, in one short step: readers see all of the
 changes, or none. Later the state merges the layer into its map in steps (`State.fold_staged`).
 
 During the steps other code may read the state, take changes for a commit, put them back, and
-take or fold a view. It must not change the state, with one exception: before a change of one
-key it calls `before`. That change is then ordered before the whole batch.
+take or fold a view. Other code may change a single key, if it calls `before` first. That change is then
+ordered before the whole batch. All other changes must wait.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from lab_state._state import WATCHED_CLEAR, State
 T = TypeVar("T")
 
 MANY = 1_000
-"""A call with this many keys is done in steps. A smaller one is done in one step, during which the event loop does not run."""
+"""A call with this many keys is done in steps. A smaller one is done in one step: the event loop does not run meanwhile."""
 
 STEP = 500
-"""The number of keys of one step. It takes about 0.2 ms, and four times as long if they expire."""
+"""The number of keys that one step prepares. A step takes about 0.2 ms, and four times as long if the keys expire."""
 
 _ADDED_AT_ONCE = 16_000
-"""The step of the switch adds at most this many changes to older ones. It takes about 5 ms."""
+"""The largest number of changes that `Batch.switch` adds to the older ones. To add so many takes about 5 ms."""
 
 
 class Batch:
@@ -39,7 +39,7 @@ class Batch:
     Attributes:
         source: The changes by key. A key that is deleted need not exist. The caller may fill this dict
             until `prepare` begins.
-        deleted: The number of keys that are deleted, without those of `cleared`.
+        deleted: The number of keys that the batch deletes. Keys that `cleared` deletes are not counted.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Batch:
         cleared: bool = False,
         expired: bool = False,
     ) -> None:
-        """Begin a batch. Nothing is prepared yet.
+        """Begin a batch. `prepare` prepares the changes.
 
         Args:
             state: The state.
             source: The changes; see the attribute.
-            prefix: A prefix, if `source` deletes all of its keys. A key with this prefix that is stored
-                during the steps is deleted, too.
-            lifetime: The time to live of the values, in milliseconds from `prepare` on. Without it they keep
-                the expiry that they have in `source`.
-            cleared: Whether to delete all keys first. Then `source` has no deleted keys.
+            prefix: The prefix, if `source` deletes all keys with one prefix. A key with this prefix that
+                other code stores during the steps is deleted, too.
+            lifetime: The time to live of the values, in milliseconds from `prepare` on. Without it, each value
+                keeps the expiry that it has in `source`.
+            cleared: Whether to delete all keys first. Then deletions in `source` have no effect.
             expired: Whether a key that has expired can be deleted. Otherwise it counts as missing.
         """
         self.source: dict[str, StoredOrGone] = source
@@ -78,14 +78,15 @@ class Batch:
         self._placed: list[str] = []  # the keys that are in `_top`, and not in `_changes` yet
         self._added = 0
         self._index = state.index
-        self._moved: set[str] = set()  # keys that are added or removed, if there is an index
-        self._stale = Expiries(0)  # the expiries that end with the change
-        self._fresh = Expiries(0)  # the expiries that begin with it
-        self._late: set[str] = set()  # keys that other code has changed; they are placed in the step of the switch
-        self._older: tuple[dict[str, StoredOrGone], int] | None = None  # the older changes that are in `_changes`
+        self._moved: set[str] = set()  # keys that the batch adds or removes; empty without an index
+        self._stale = Expiries(0)  # the keys that lose their expiry, with the old times
+        self._fresh = Expiries(0)  # the keys that get an expiry, with the new times
+        self._late: set[str] = set()  # keys that other code has changed during the steps; `switch` places them
+        # The older changes that were copied into `_changes`, and `State.taken` at that moment.
+        self._older: tuple[dict[str, StoredOrGone], int] | None = None
 
     def before(self, key: str) -> None:
-        """Note that other code is about to change a key, in this step."""
+        """Note that other code changes a key right after this call. `switch` then decides what the batch does to this key."""
         self._late.add(key)
         self._changes.pop(key, None)
         self._moved.discard(key)
@@ -105,7 +106,7 @@ class Batch:
         state = self._state
         self._at = None if self._lifetime is None else state.now() + self._lifetime
         if self._cleared and state.on_change is not None and len(state.entries) <= WATCHED_CLEAR:
-            # As in `State.apply`: each key is reported to the watches.
+            # Delete key by key instead, as `State.apply` does, so that each deletion is reported to the watches.
             self.source = {**dict.fromkeys(state.entries, DELETED), **self.source}
             self._cleared, self._prefix = False, ""
         if len(self.source) < MANY:
@@ -113,12 +114,12 @@ class Batch:
             self._place(self.source.items())
             self._place_changes()
             return
-        while state.fold_staged(STEP):  # a state has at most one staged layer
+        while state.fold_staged(STEP):  # merge an earlier staged layer first: a state has at most one
             yield
         for number, part in enumerate(in_parts(self.source.items())):
             if number:
                 yield
-            # Both dicts grow at the same number of keys, and each growth takes long. So they get the same keys in different steps.
+            # Both dicts grow at the same numbers of keys, and each growth takes long. So they get the same keys in different steps.
             self._place_changes()
             self._place(part)
         self._place_changes()
@@ -131,11 +132,11 @@ class Batch:
                 return
 
     def _place(self, part: Iterable[tuple[str, StoredOrGone]]) -> None:
-        """Add some of the changes to the top layer. Leave out changes without an effect."""
+        """Add some of the changes to the top layer. Leave out deletions of missing keys, and the keys of `before`."""
         state, top, placed, late = self._state, self._top, self._placed, self._late
         entries: Container[str] = () if self._cleared else state.entries
         expiries, at = state.expiries, self._at
-        with_times = not self._is_few  # few changes are made one by one, which changes the expiries, too
+        with_times = not self._is_few  # few changes are made by `State.apply`, which changes the expiries, too
         has_times = with_times and bool(expiries) and not self._cleared
         moved: list[str] = []
         for key, to in part:
@@ -167,24 +168,27 @@ class Batch:
         self._placed = []
         self._changes.update([(key, top[key]) for key in placed if key in top])
 
-    # The unflushed changes from before
+    # The older changes: those that were unflushed before the batch
 
     def _is_merged(self) -> bool:
-        """Return whether `_changes` has the older changes, or `switch` can bring both together in its step."""
+        """Return whether `_changes` has the older changes, or `switch` can merge both in one short step."""
         state = self._state
         if self._older is not None:
             return self._older[0] is state.changes and self._older[1] == state.taken
         return self._cleared or len(state.changes) <= STEP or self._is_smaller()
 
     def _is_smaller(self) -> bool:
-        """Return whether the changes are few enough to be added to the older ones at once.
+        """Return whether the batch is so small that `switch` adds its changes to the older ones.
 
-        Otherwise many small batches without a commit would each copy all changes before them.
+        Without this, each of many small batches before a commit would copy the changes of all batches before it.
         """
         return len(self._top) <= min(_ADDED_AT_ONCE, len(self._state.changes))
 
     def _merge_older(self) -> Iterator[None]:
-        """Add the older changes of other keys, in steps. A commit may take them away meanwhile, or put them back."""
+        """Copy the older changes of other keys into `_changes`, in steps.
+
+        A commit may take the older changes meanwhile, or put them back. Then the next call removes the copies.
+        """
         if self._older is not None:
             self._older, self._changes = None, {}
             for keys in in_parts(list(self._top)):
@@ -210,7 +214,7 @@ class Batch:
         top, changes = self._top, self._changes
         if state.views and late:
             state.before_overwrite(late)
-        if self._is_few or len(top) < MANY:  # few changes brought no times with them; see `_place`
+        if self._is_few or len(top) < MANY:  # `apply` changes the expiries, too
             if top or (self._cleared and len(state.entries)):
                 return state.apply(top, cleared=self._cleared)
             return None
@@ -235,14 +239,14 @@ class Batch:
         )
 
     def _wanted(self, key: str) -> StoredOrGone | None:
-        """Return the change of a key that other code has changed meanwhile; `None` if there is none."""
+        """Return the batch's change of a key that other code has changed meanwhile; `None` if there is none."""
         if key not in self.source and self._prefix is not None and key.startswith(self._prefix):
             return DELETED
         return self.source.get(key)
 
 
 def in_parts(items: Iterable[T]) -> Iterator[list[T]]:
-    """Yield items in lists of `STEP`."""
+    """Yield the items in lists of at most `STEP` items."""
     rest = iter(items)
     while part := list(islice(rest, STEP)):
         yield part

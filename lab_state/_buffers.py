@@ -1,8 +1,8 @@
 """Join parts to large bytes without blocking other threads for long.
 
 `b"".join` of a hundred megabytes blocks every thread during the copy. A `BytesIO` grows part by
-part. Mostly it grows by moving pages of memory, without copying bytes. In CPython it returns its
-buffer without a copy.
+part. Mostly it grows by moving pages of memory, without copying bytes. In CPython, its `getvalue`
+returns the buffer without a copy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _QUICK_BYTES = 4096
 _COPIED_AT_ONCE = 1024 * 1024
 _LARGE = 1024 * 1024
 _ROOM = 40 * 1024 * 1024
-"""A size in bytes. glibc always allocates a block of more than 32 MiB as separate pages, which can be moved."""
+"""The first size in bytes of a large block. glibc allocates each block of more than 32 MiB as separate pages, which can be moved."""
 
 
 class ByteBuffer:
-    """Bytes that grow part by part. The cost of adding a part depends on its size, not on the bytes before it."""
+    """Bytes that grow part by part. The cost of adding a part depends on the size of the part, not on the bytes before it."""
 
     __slots__ = ("_buffer", "_is_roomy")
 
@@ -45,13 +45,13 @@ class ByteBuffer:
         self._buffer, self._is_roomy = roomy, True
 
     def taken(self) -> bytes:
-        """Return all bytes. No part may be added after this."""
+        """Return all bytes. After this call, no part may be added."""
         self._buffer.truncate()
         return self._buffer.getvalue()
 
 
 def join_in_thread(parts: Iterable[bytes]) -> bytes:
-    """Join the parts. This is meant for a thread: other threads can run after each megabyte."""
+    """Join the parts. Call this in a separate thread: the other threads can run after each megabyte."""
     together = ByteBuffer()
     for part in parts:
         with memoryview(part) as view:
@@ -61,7 +61,7 @@ def join_in_thread(parts: Iterable[bytes]) -> bytes:
 
 
 async def join_in_steps(parts: Iterable[bytes]) -> bytes:
-    """Join the parts. Let the event loop run after each part that is not small, and after an empty one."""
+    """Join the parts. Let the event loop run after each part of more than 4,096 bytes, and after each empty part."""
     together = ByteBuffer()
     for part in parts:
         together.add(part)

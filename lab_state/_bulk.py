@@ -1,8 +1,8 @@
-"""`Bulk`: the turn of a call that changes many keys in steps.
+"""`Bulk`: the turn of a call that changes many keys in steps. A call has the turn while it holds the lock of `Core`.
 
-Other writers wait for it, as they wait for a transaction. So each of their changes is ordered before or
-after the whole call. `set_nowait` and similar calls cannot wait. Their changes are ordered before the
-call; see `Batch.before`.
+Other writers wait for the end of the turn, as they wait for a transaction. So each of their changes is
+ordered before or after the whole call. `set_nowait` and similar calls cannot wait. Their changes are
+ordered before the call; see `Batch.before`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lab_state.exceptions import ClosedError
 
 
 class Bulk:
-    """The turn of one call. It is used in place of a transaction; see `OpenTransaction`."""
+    """The turn of one call. `Core` treats it as an open transaction; see `OpenTransaction`."""
 
     def __init__(self, core: Core, batch: Batch) -> None:
         """Prepare the turn. `make` waits for it."""
@@ -31,10 +31,10 @@ class Bulk:
         return self._core.transaction is self
 
     def end(self) -> None:
-        """Do nothing. The next step of the call notices that the turn is over."""
+        """Do nothing. `check` notices in the next step that the turn is over."""
 
     def check(self) -> None:
-        """Check that the manager was not stopped meanwhile.
+        """Check that the manager was not stopped during the call.
 
         Raises:
             ClosedError: The manager was stopped. Nothing was changed.
@@ -53,6 +53,10 @@ class Bulk:
         Args:
             durability: The durability of the manager at the beginning of the call.
             collect: A function that adds the changes to the batch. It is called when this call has the turn.
+
+        Raises:
+            ClosedError: The manager was stopped during the call.
+            LabStateError: As from `Core.acquire`.
         """
         core = self._core
         if core.durability is not durability:

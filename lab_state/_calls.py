@@ -1,7 +1,7 @@
-"""`Calls`: the calls whose change depends on the old value.
+"""`Calls`: writes that depend on the old value, and writes without `await`.
 
-With the calls of `_reads.py`, `_writing.py` and `_waits.py` they are the base of the manager. Each call is
-written once, for the keys under a prefix.
+`Calls` inherits all other calls from `_reads.py`, `_writing.py` and `_waits.py`. The manager and each
+namespace inherit `Calls`. Each call is for the keys under one prefix. The prefix of the manager is empty.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ R = TypeVar("R")
 class Calls(Writing, Waits):
     """The calls that read and those that write.
 
-    A read never waits. It sees every change made so far, and returns a fresh value each time,
+    A read waits for no write. It sees every change made so far, and returns a fresh value each time,
     so changing that value does not change the state. A write is atomic and is in memory at
     once. It becomes durable later; see `Config.flush_interval`. With an interval of 0, a write
     returns when it is durable. If it then raises `StorageError`, or its caller is cancelled,
-    the change stays in memory and is tried again: it is not durable yet, but not undone.
+    the change stays in memory. It is not durable yet, and the next flush includes it.
     A write that changes nothing returns at once, as a read does.
 
     Once the manager knows that a newer writer owns the state, each write raises
@@ -41,10 +41,10 @@ class Calls(Writing, Waits):
 
     Each call raises `ClosedError` before `start()` and after `stop()`. Each call with a key
     raises `InvalidKeyError` unless the key is a `str` of 1 to 1,024 characters, without NUL
-    and lone surrogates, and not `$lab_state`; only `in` returns False for it. Each other
-    argument of a wrong Python type raises `TypeError`. A write on another event loop than that
-    of `start()` raises `RuntimeError`. There is one exception: `set` of a key that is about to
-    be flushed anyway does not check the loop.
+    and lone surrogates, and not `$lab_state`. Only `in` returns False for any other key. Each
+    other argument of a wrong Python type raises `TypeError`. A write on another event loop than
+    that of `start()` raises `RuntimeError`. There is one exception: `set` does not check the loop
+    if the key has an unflushed change already.
 
     A call whose name ends in `_nowait` is the same call without `await`, for callbacks and other
     synchronous code on the event loop. Each read has such a call; in place of `exists`, it is `in`.
@@ -63,7 +63,7 @@ class Calls(Writing, Waits):
     @overload
     async def pop(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
     async def pop(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
-        """Delete a key and return its value, or `default` if it is missing.
+        """Delete a key and return the value. If the key is missing, return `default`.
 
         Args:
             key: The key.
@@ -105,8 +105,8 @@ class Calls(Writing, Waits):
         Args:
             key: The key.
             fn: A plain function that is given the value and returns the new one. If it
-                raises, nothing changes. If it changes this key itself, with `set_nowait`,
-                its result overwrites that.
+                raises an error, the call changes nothing. If it sets this key with `set_nowait`,
+                the result of `fn` overwrites that value.
             default: The argument of `fn` if the key is missing.
             type: The type to decode the value as; the new value must have it, too.
             ttl: The time until the key expires, from now on; see `set`. Without it, or with
@@ -117,8 +117,8 @@ class Calls(Writing, Waits):
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored or the new value is not a `type`.
             InvalidValueError: The new value cannot be kept, is an awaitable, or is `None`
-                although the old one was not: `fn` lacks a `return`. Or `ttl` is out of
-                bounds.
+                although the old one was not: probably `fn` lacks a `return`. Or `ttl` is out
+                of bounds.
             TypeError: `fn` is not callable; or see `get` and `set`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
@@ -149,12 +149,12 @@ class Calls(Writing, Waits):
     async def get_or_set(
         self, key: str, factory: Callable[[], object], *, type: Any = Any, ttl: Seconds | None = None
     ) -> Any:
-        """Return the value of a key. If it is missing, store the result of `factory` first.
+        """Return the value of a key. If the key is missing, store the result of `factory` first.
 
         Args:
             key: The key.
             factory: A plain function, called only when the key is missing. If it sets this
-                key itself, with `set_nowait`, its result overwrites that.
+                key with `set_nowait`, the result of `factory` overwrites that value.
             type: The type to decode the value as; the result of `factory` must have it, too.
             ttl: The time until the key expires, if the result of `factory` is stored; see `set`.
 
@@ -310,8 +310,8 @@ class Calls(Writing, Waits):
 
         Args:
             key: The key.
-            fn: A plain function that is given the value and returns the new one. If it raises,
-                nothing changes.
+            fn: A plain function that is given the value and returns the new one. If it raises
+                an error, the call changes nothing.
             default: The argument of `fn` if the key is missing.
             type: The type to decode the value as; the new value must have it, too.
             ttl: The time until the key expires, from now on; see `update`.
@@ -331,7 +331,7 @@ class Calls(Writing, Waits):
         """Check that a write does not have to wait.
 
         Raises:
-            RuntimeError: It would have to wait, or this is not the event loop of the manager.
+            RuntimeError: The write would have to wait, or this is not the event loop of the manager.
             ClosedError: The manager is not running.
             StorageError: No change can become durable; see `Durability.check_writable`.
         """
@@ -369,7 +369,7 @@ class Calls(Writing, Waits):
 
 
 def at_once(coroutine: Coroutine[Any, Any, R]) -> R:
-    """Run a coroutine that never waits to its end, and return its result."""
+    """Run a coroutine to its end, and return its result. The coroutine must never have to wait."""
     try:
         coroutine.send(None)
     except StopIteration as stop:

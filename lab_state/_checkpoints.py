@@ -27,9 +27,10 @@ class Checkpoints:
         due: Whether a checkpoint is due.
         records: The number of records that the storage keeps after the last snapshot.
         task: The task of the last checkpoint; `None` before the first one.
+        pace: The turns of the slices of a checkpoint beside commits.
     """
 
-    def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
+    def __init__(  # noqa: PLR0917 -- all are needed, and no two have the same type
         self,
         name: str,
         session: StorageSession,
@@ -39,12 +40,12 @@ class Checkpoints:
         given: Callable[[], object],
         state: State | None = None,
     ) -> None:
-        """Prepare for the running event loop.
+        """Set the attributes. No checkpoint is started.
 
         Args:
             name: The name of the state.
             session: The session of the storage.
-            outcomes: The object that receives the outcome of each checkpoint.
+            outcomes: The object that has the state, and that receives the outcome of each checkpoint.
             clock: The clock of the manager.
             pauses: The pauses after checkpoints that failed.
             given: A function that is called for each slice of a snapshot.
@@ -64,11 +65,11 @@ class Checkpoints:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a checkpoint is due, and only waits for the end of the views in use."""
+        """Whether a checkpoint is due, and begins as soon as no view is in use."""
         return self.due and not self._pauses.failures and self._state.frozen
 
     def start_if_due(self) -> None:
-        """Start a checkpoint if one is due and no view is in use. A second view at a time would be a copy of the state."""
+        """Start a checkpoint if one is due and no view is in use. A second view would be a copy of the whole state."""
         if self.due and self._pauses.are_over and not self._state.frozen:
             self.start()
 
@@ -105,11 +106,11 @@ class Checkpoints:
 
         def snapshot() -> AsyncIterator[bytes]:
             nonlocal before
-            before = self.records  # records of later commits stay after the snapshot
+            before = self.records  # the snapshot covers these records, and not those of later commits
             return views.take()
 
         try:
-            # A view would merge the rest in one step.
+            # Otherwise `freeze` would merge the rest in one step, which may take long.
             while self._state.fold_staged(STEP):  # noqa: ASYNC110 -- the condition does the work
                 await asyncio.sleep(0)
             await only_storage_errors(lambda: self._session.checkpoint(snapshot))
@@ -117,7 +118,7 @@ class Checkpoints:
             self._failed(error)
         else:
             self.records -= before
-            self.due = False  # a commit may have set it meanwhile, but the large journal is gone now
+            self.due = False  # a commit may have set it meanwhile, before the snapshot replaced the large journal
             self._outcomes.checkpoint_succeeded(self._clock.monotonic() - started, self._session.snapshot_bytes)
         finally:
             await views.fold()

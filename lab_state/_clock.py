@@ -17,7 +17,7 @@ class Timer(Protocol):
     """A call that `Clock.call_later` has scheduled."""
 
     def cancel(self) -> None:
-        """Cancel the scheduled call. If it was made already, do nothing."""
+        """Cancel the scheduled call. Do nothing if the call was made already."""
 
 
 class Clock(Protocol):
@@ -37,7 +37,7 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The machine's own clock."""
+    """The clock of the machine, with the timers of the event loop."""
 
     def time(self) -> float:
         """Return `time.time()`."""
@@ -53,18 +53,18 @@ class SystemClock:
 
 
 class GuardedClock:
-    """A clock of the application, which may raise.
+    """A wrapper for the clock of the application, which may raise errors.
 
-    If it raises, `time` and `monotonic` return their last results, and `call_later` uses a timer
+    After an error, `time` and `monotonic` return their last results, and `call_later` uses a timer
     of the event loop.
 
     Attributes:
-        strict: Whether an error of the clock is raised to the caller instead. It is `True`
+        strict: Whether errors of the clock are raised to the caller instead. This is `True`
             during `start()`. So the application learns that its clock fails.
     """
 
     def __init__(self, clock: Clock, failed: Callable[[Exception], object]) -> None:
-        """Guard a clock. `failed` is called with its first error."""
+        """Wrap a clock. `failed` is called once, with the first error that is not raised."""
         self.strict: bool = True
         self._clock = clock
         self._failed: Callable[[Exception], object] | None = failed
@@ -119,7 +119,7 @@ async def sleep(clock: Clock, seconds: float) -> None:
 
 
 async def done_within(future: asyncio.Future[Any], clock: Clock, seconds: float) -> bool:
-    """Wait for a future, for at most `seconds` of the clock. Return whether the future is done."""
+    """Wait for a future, for at most `seconds` of the clock. Return whether it is done. Do not cancel it."""
     timeout = asyncio.get_running_loop().create_future()
     timer = clock.call_later(seconds, resolver(timeout))
     try:
@@ -130,8 +130,8 @@ async def done_within(future: asyncio.Future[Any], clock: Clock, seconds: float)
     return future.done()
 
 
-class within:  # noqa: N801 -- used as asyncio.timeout is
-    """A context manager like `asyncio.timeout`, with a clock. After `seconds` it cancels its block, and raises `TimeoutError`."""
+class within:  # noqa: N801 -- in lower case, like asyncio.timeout
+    """A context manager like `asyncio.timeout`, for any `Clock`. After `seconds` the block is cancelled and raises `TimeoutError`."""
 
     __slots__ = ("_cancelling", "_clock", "_expired", "_seconds", "_task", "_timer")
 
@@ -164,7 +164,7 @@ class Pauses:
 
     Attributes:
         failures: The number of attempts that failed since the last success.
-        until: The end of the pause, in seconds of `monotonic`.
+        until: The end of the last pause, in seconds of `monotonic`.
     """
 
     def __init__(self, clock: Clock, first: float, longest: float) -> None:
@@ -192,5 +192,5 @@ class Pauses:
         self.failures, self.until = 0, 0.0
 
     def never_end(self) -> None:
-        """Make the present pause endless, after a failure that is final."""
+        """Make the pause endless, after a failure that is final. Then `are_over` is always False."""
         self.until = math.inf

@@ -9,9 +9,9 @@ Both formats are JSON, in version 1:
   The CRC-32 covers every byte before `,"crc32":"`: the values and the rest of the member.
   `id` is a new random text for each snapshot, so no two snapshots have the same bytes.
 
-`expires` has the expiry times of keys, in milliseconds since 1970. If any key expires, there are
-two members more: `time` is the time of the state at the write, and `wall` is the time of the wall
-clock at the write. The next start continues from `time`, and adds the time that has passed on the
+`expires` has the expiry times of keys. If any key expires, there are two members more: `time` is the
+time of the state at the write, and `wall` is the time of the wall clock at the write. All three are in
+milliseconds since 1970. The next start continues from `time`, and adds the time that has passed on the
 wall clock since the write.
 
 `calls` has the results of calls that other processes made, if there are any (`shared/_results.py`).
@@ -44,16 +44,16 @@ _CRC = b',"crc32":"'
 _MEMBER_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
 _END_BYTES = len(b',"crc32":"00000000"}}')
 _SLICE_BYTES = 64 * 1024
-_KEY_BYTES = 128  # added to the size of each value: even a key with a small value takes time
+_KEY_BYTES = 128  # added to the size of each value, because a key takes time even if its value is small
 _MOST_AT_ONCE = 500
 
 
 Int64: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""A revision or a time that may be stored: a positive integer of 64 bits, or 0."""
+"""A revision or a time in stored JSON. The decoder refuses numbers that a signed integer of 64 bits cannot hold."""
 
 
 class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The reserved member of a snapshot. Only a snapshot in S3 has `seq` and `fence`."""
+    """The reserved member of a snapshot. Only a snapshot in S3 has `seq` and `fence`, the two numbers of its stamp."""
 
     format: int
     revision: Int64
@@ -68,11 +68,13 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _AnyFormat(msgspec.Struct, frozen=True):
+    """The format of a reserved member. All other fields are ignored, so the member of a newer version can be read."""
+
     format: int
 
 
 class LoadedState(NamedTuple):
-    """A whole state that was decoded. Times are in milliseconds since 1970. `results` is `None` if no record has any."""
+    """A whole state that was decoded. Times are in milliseconds since 1970. `results` is `None` if there are none."""
 
     entries: dict[str, Stored]
     revision: int
@@ -101,7 +103,7 @@ decode_record = msgspec.json.Decoder(Record).decode
 
 
 def encode_small_record(taken: ChangeSet, calls: RecordCalls | None = None) -> bytes | None:
-    """Return the record of a commit if its changes are few and small, and no key expires. Otherwise return `None`.
+    """Return the record of a commit that only stores few, small values, in a state without expiries. Otherwise return `None`.
 
     `calls` has the results of calls of other processes, if there are any.
     """
@@ -137,14 +139,14 @@ def encode_record(taken: ChangeSet, calls: RecordCalls | None = None) -> Iterato
 
 
 def _calls(calls: RecordCalls | SnapshotCalls) -> bytes:
-    """Return the JSON of the member `calls`. A client has at most 1,024 results, so it is encoded at once."""
+    """Return the JSON of the member `calls`. It is encoded at once, because a client has at most 1,024 results."""
     return b',"calls":' + encode(calls)
 
 
 def _encode_small(changes: Mapping[str, StoredOrGone]) -> bytes | None:
-    """Encode the values in one call, and return their JSON, if they are few and small. Otherwise return `None`.
+    """Return the JSON of the changes, encoded in one call. Return `None` if there are others than a few small values.
 
-    In most commits they are few and small. For a hundred values, one call saves 98 us of each commit.
+    Most commits have only a few small values. For a hundred values, a single call saves 98 µs.
     """
     if len(changes) > _MOST_AT_ONCE:
         return None
@@ -180,8 +182,8 @@ def _parts(
 ) -> Iterator[dict[str, Value]]:
     """Split the entries into parts for `encode`. Each part is small enough for one turn of the event loop.
 
-    A large value is alone in its part. A part may be empty. The function adds the expiry times
-    to `expires`, and the deleted keys to `deleted`.
+    There is one exception: a large value is alone in its part, and `pieces` splits it later. A part may be empty.
+    The function adds the expiry times to `expires`, and the deleted keys to `deleted`.
     """
     part: dict[str, Value] = {}
     size = 0
@@ -211,7 +213,7 @@ def _parts(
 
 
 def _members(parts: Iterable[dict[str, Value]]) -> Iterator[bytes]:
-    """Yield the JSON of the members of an object, without its braces. An empty slice lets the caller run the event loop."""
+    """Yield the JSON of the members of an object, without the braces. Some slices are empty, so that the event loop can run."""
     comma = b""
     for part in parts:
         if len(part) == 1 and size_of(next(iter(part.values()))) >= _SLICE_BYTES:
@@ -238,6 +240,7 @@ def pieces(large: Value) -> Iterator[bytes]:
 
 
 def _copied(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterator[dict[str, Value]]:
+    """Yield the parts, after loaded values in `view` were replaced by copies. Empty parts divide the copy of a large value."""
     for part in parts:
         for key in part:
             stored = view[key]
@@ -253,10 +256,10 @@ def _copied(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Itera
         yield part
 
 
-def replay(  # noqa: C901 -- a call for each record would make a start slower
+def replay(  # noqa: C901 -- a function call for each record would make a start slower
     snapshot: LoadedState, records: Iterable[bytes], path: str, *, first: int = 1
 ) -> LoadedState:
-    """Apply records to a loaded snapshot, and return the resulting state. This changes the entries of `snapshot`.
+    """Apply records to a loaded snapshot, and return the resulting state. This may change the entries of `snapshot`.
 
     Args:
         snapshot: The state before the records.
@@ -265,7 +268,7 @@ def replay(  # noqa: C901 -- a call for each record would make a start slower
         first: The number of the first record, for messages.
 
     Raises:
-        CorruptionError: A record cannot be decoded, or a record is missing before another.
+        CorruptionError: A record cannot be decoded, has an expiry without a value, or does not follow the one before.
     """
     entries, revision, times, time, wall, results = snapshot
     expires = dict(times)
@@ -310,7 +313,7 @@ def encode_snapshot(
     wall: int = 0,
     calls: SnapshotCalls | None = None,
 ) -> Iterator[bytes]:
-    """Yield the snapshot of a view in slices. The caller may let the event loop run after each. A slice may be empty.
+    """Yield the snapshot of a view in slices, some of them empty. The caller may let the event loop run after each slice.
 
     Args:
         view: The entries. Other code must not change them until the last slice. With `copy_loaded` it is a dict.
@@ -386,7 +389,7 @@ def _check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
         meta = msgspec.json.decode(member, type=Meta)
     except NOT_JSON:
         _refuse_member(path, "its member is damaged")
-    # The member contains the checksum of all bytes before it. Continue it over the last bytes: the result must be `crc`.
+    # The member contains the checksum of all bytes before `,"crc32":"`. Continued over the rest, it must be `crc`.
     end = _MEMBER_END.search(data, max(0, len(data) - _END_BYTES))
     claimed = end is not None and end[1].decode() == meta.crc32 and zlib.crc32(end[0], int(end[1], 16)) == crc
     if not claimed or meta.format != FORMAT or meta.revision < 0:
@@ -439,7 +442,7 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
 def _why_not(value: Raw) -> str | None:
     try:
         msgspec.json.decode(value)
-    except msgspec.ValidationError:  # no type was requested, so there is no other reason
+    except msgspec.ValidationError:  # no type was requested, so only a number can cause this error
         return "has a number that is out of range: larger than any float, or with too many digits; make it a string"
     except NOT_JSON:
         return "is not valid JSON in UTF-8; mend it by hand"

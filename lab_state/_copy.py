@@ -1,4 +1,4 @@
-"""`copy_state`, which copies a state from one storage to another."""
+"""The function `copy_state`. It copies a state from one storage to another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lab_state.exceptions import StorageError, UnsupportedError
 from lab_state.storage._protocol import Recovery, Storage, StorageSession
 
 Progress: TypeAlias = Callable[[Literal["read", "written", "verified"], int], object]
-"""A function that is called with a step and the number of bytes that it has processed."""
+"""A callback that gets the name of a step, and the number of bytes that this step has processed so far."""
 
 _AT_ONCE = 1000
 
@@ -47,7 +47,7 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
         The number of keys that were copied.
 
     Raises:
-        InvalidNameError: The name is out of bounds.
+        InvalidNameError: The name is not valid; see `Config.name`.
         TypeError: The source is not a storage, or has no method `read`.
         UnsupportedError: The target has a state of this name, or the source has none.
         StorageError: Reading or writing failed; see `Storage` and `StorageSession`.
@@ -58,7 +58,7 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
     if not loaded.size:
         raise UnsupportedError(f"there is no state at {loaded.path}: check the name and the storage")
     tell("read", loaded.size)
-    state = loaded.state._replace(results=None)  # the copy is another state, which no process has called
+    state = loaded.state._replace(results=None)  # the copy is another state: no process has sent a call to it
     await _write(name, target, state, tell)
     await _verify(name, target, state, tell)
     return len(state.entries)

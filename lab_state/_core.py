@@ -17,7 +17,7 @@ from lab_state.exceptions import ClosedError, LabStateError, UnsupportedError
 
 
 class OpenTransaction(Protocol):
-    """A transaction that is open, or was open before."""
+    """A transaction, or a `Bulk`: a call with many keys. It may have ended."""
 
     @property
     def is_held(self) -> bool:
@@ -25,7 +25,7 @@ class OpenTransaction(Protocol):
         ...
 
     def end(self) -> None:
-        """Drop the changes, and show an empty state from now on."""
+        """End the transaction, because the manager was stopped. Its changes are dropped."""
         ...
 
 
@@ -38,19 +38,19 @@ class CallCore:
 
     Attributes:
         name: The name of the state.
-        state: The state. For a manager, it is an empty one before `start()` and after `stop()`. So a
-            call that finds its key in it knows that the manager is running.
+        state: The state. The state of a manager is empty before `start()` and after `stop()`. So a
+            call that finds a key in it knows that the manager is running.
         transaction: The transaction that is open; `None` if none is. Writers wait for it.
         blocked: Whether a writer must call `turn` first: a transaction is open, no
-            change can become durable, or `items()` has a view of the state open. Otherwise a writer
+            change can become durable, or an iterator of `items()` is open. Otherwise a writer
             does not need the lock, because it changes the state without an `await`.
         counters: Counts of calls that failed, and the counts of earlier starts.
-        has_followup: True if a write must notify watchers, drop an expiry or wait for
-            durability.
+        has_followup: Whether a write has more to do after it has changed the state: notify
+            watchers, drop an expiry or wait for durability.
         timed: Whether any key may expire.
         write_through: Whether a write waits for durability.
-        passing: Whether the call that runs now may write before the holder of the lock does, because
-            it cannot wait.
+        passing: Whether a call without `await` runs now while a `Bulk` holds the lock. The call cannot
+            wait, so it writes before the `Bulk` does.
     """
 
     __slots__ = (
@@ -154,7 +154,7 @@ class Core(CallCore):
         self.update_followup()
         if self.transaction is not None:
             self.transaction.end()
-        self.release(self.transaction)  # tasks that wait for it find the manager closed
+        self.release(self.transaction)  # tasks that wait for the lock then find the manager closed
         self._set_blocked()
         return self._watchers
 
@@ -176,7 +176,7 @@ class Core(CallCore):
         """Check that the manager does not run in the parent of this process.
 
         Raises:
-            UnsupportedError: It runs there, and this is a forked child.
+            UnsupportedError: This process is a forked child, and the manager runs in its parent.
         """
         if self.is_inherited:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
             raise self._not_running()
@@ -231,7 +231,7 @@ class Core(CallCore):
 
         Raises:
             ClosedError: The manager is not running.
-            UnsupportedError: It runs in the parent of this forked process.
+            UnsupportedError: The manager runs in the parent of this forked process.
         """
         if self._durability is None:
             raise self._not_running()
@@ -257,7 +257,8 @@ class Core(CallCore):
         """Wait until no transaction is open. Until its next `await` the caller writes alone.
 
         Raises:
-            RuntimeError: The caller is inside that transaction, and would wait for itself.
+            RuntimeError: The caller is inside the open transaction, and would wait for itself.
+            ClosedError: The manager is not running, or was stopped during the wait.
             StorageError: No change can become durable; see `Durability.check_writable`.
         """
         self._check_outside()
@@ -293,22 +294,24 @@ class Core(CallCore):
         if transaction is not None and self.transaction is transaction:
             self.transaction = None
             self._set_blocked()
-            with suppress(RuntimeError):  # the task that waits for it may belong to a closed event loop
+            with suppress(RuntimeError):  # a task that waits for the lock may belong to a closed event loop
                 self._lock.release()
             if self.is_open:
                 self._released()
 
     @staticmethod
     def leave(transaction: OpenTransaction) -> None:
-        """Remove the transaction from this context, which may differ from the context of `acquire`."""
+        """Remove the transaction from the present `contextvars` context. It may be another context than that of `acquire`."""
         _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not transaction))
 
     def _check_still(self, durability: Durability) -> None:
+        """Check after a wait that the manager was not stopped meanwhile, and that a change can become durable."""
         if self._durability is not durability:
             raise ClosedError(f"the manager of {self.name!r} was stopped while this call waited for a transaction")
         durability.check_writable()
 
     def _check_outside(self) -> None:
+        """Check that the caller is not inside the open transaction. It would wait for itself."""
         if self.transaction is not None and self.transaction in _INSIDE.get():
             raise RuntimeError(
                 f"a transaction of {self.name!r} is open here: call the transaction itself, or leave it first"

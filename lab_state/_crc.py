@@ -3,8 +3,8 @@
 To compute the checksum of a part, zlib has to read the part. If parts overlap, it reads the same
 bytes many times. But a CRC is linear. Suppose that two checksums start from different initial
 values, and read the same bytes. Then the XOR of the results depends only on the XOR of the initial
-values and on the number of bytes. So the bytes can be replaced by zeros to compute it, and one pass
-over the buffer is enough for all of its parts. "Difference" means such an XOR here.
+values and on the number of bytes. So this XOR can be computed with zeros in place of the bytes. One
+pass over the buffer is then enough for all of its parts. In this module, such an XOR is a difference.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def part(before: int, whole: int, length: int, seed: int) -> int:
 
 @cache
 def _zeros(length: int) -> _Tables:
-    """Return the tables that advance a difference over `length` zero bytes: one for each of its four bytes."""
+    """Return the tables that advance a difference over `length` zero bytes. There is one for each byte of a difference."""
     if length == 1:
         images = [_after_one(1 << bit) for bit in range(32)]
     else:
@@ -61,18 +61,20 @@ def _zeros(length: int) -> _Tables:
 
 
 def _after(difference: int, tables: _Tables) -> int:
+    """Return a difference after the zero bytes for which the tables were made."""
     a, b, c, d = tables
     return a[difference & 255] ^ b[difference >> 8 & 255] ^ c[difference >> 16 & 255] ^ d[difference >> 24]
 
 
 def _after_one(difference: int) -> int:
+    """Return a difference after one zero byte."""
     for _ in range(8):
         difference = difference >> 1 ^ (_POLYNOMIAL if difference & 1 else 0)
     return difference
 
 
 def _by_value(images: list[int]) -> tuple[int, ...]:
-    """Return the results for all 256 values of a byte. `images` has the results for its eight single bits."""
+    """Return the results for all 256 values of a byte. `images` has the results for the eight single bits."""
     found = [0]
     for image in images:
         found += [image ^ other for other in found]

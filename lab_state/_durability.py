@@ -1,9 +1,9 @@
 """The durable revision of one state, and the callers that wait for it.
 
 Theory of operation. A caller waits for a revision. If the commit under way contains that
-revision, the caller waits for this commit. Otherwise it asks for the next commit. A passive
-caller asks for no commit, and waits until any commit has made the revision durable. So all
-callers that wait share one write (group commit). Each caller has its own future: if one
+revision, the caller waits for this commit. Otherwise it asks for the next commit. So all callers
+that ask at the same time share one write (group commit). A passive caller asks for no commit,
+and waits until any commit has made the revision durable. Each caller has its own future: if one
 caller is cancelled, the write and the other callers continue. `Flusher` makes the commits.
 """
 
@@ -68,11 +68,11 @@ class Waiters:
             waiters[:] = rest
 
     def fail(self, error: LabStateError, note: str, *, all_lists: bool) -> None:
-        """Give an error to the callers that wait for the commit under way, or to all.
+        """Give an error to the callers that wait for the commit under way, or to all callers.
 
         Args:
-            error: The error. Each caller gets a copy, because an exception that is
-                raised gets the traceback of its caller.
+            error: The error. Each caller gets a copy, because each `raise` adds a traceback
+                to the exception.
             note: A text about the changes, which is appended to the message.
             all_lists: Whether the callers in all three lists get it, because there will
                 be no further commit.
@@ -81,7 +81,7 @@ class Waiters:
             for _, future in waiters:
                 if not future.done():
                     future.set_exception(copied(error, note))
-                    future.exception()  # marks it as retrieved: a caller that is cancelled right now will not do that
+                    future.exception()  # otherwise asyncio would log the error, if the caller is cancelled now
             waiters.clear()
 
     def forget_cancelled(self) -> None:
@@ -93,8 +93,8 @@ class Waiters:
 def copied(error: E, note: str) -> E:
     """Return a copy of an error, with a note on the changes.
 
-    The note is appended to the message. If the message is not the only argument of the error,
-    the note is added with `add_note`.
+    If the message is the only argument of the error, the note is appended to the message.
+    Otherwise the note is added with `add_note`.
     """
     # `copy.copy` is not used: it calls the constructor, and an error of a foreign storage may need other arguments.
     told = error.__class__.__new__(error.__class__)
@@ -115,7 +115,7 @@ class Durability:
         state: The loaded state.
         durable_revision: Every change up to this revision is durable.
         loop: The event loop of `start()`.
-        write_through: Whether a write returns only when it is durable.
+        write_through: Whether each write waits until it is durable, because `flush_interval` is 0.
         refusal: The reason why no further change can become durable; `None` while changes can.
         refused: A callback for the moment when `refusal` is set.
     """
@@ -127,7 +127,7 @@ class Durability:
             name: The name of the state.
             state: The loaded state.
             clock: The clock of the manager.
-            unsettled: Whether some of the loaded changes may not be durable.
+            unsettled: Whether some of the loaded changes may not be durable. Then a commit is due.
             flush_interval: The `flush_interval` of `Config`.
         """
         self.state: State = state
@@ -168,12 +168,12 @@ class Durability:
                 await waiters.wait(waiters.next, revision)
 
     async def make_latest_durable(self, revision: int) -> None:
-        """Make the latest change of the caller durable, as `make_durable` does. No commit can contain it yet."""
+        """Wait as `make_durable` does, for a change that the caller has just made. No commit can contain it yet."""
         # This test is cheaper than `check_loop`, which is a system call on some systems.
         if get_ident() != self._thread or not self.loop.is_running():
             self.check_loop()
         self._wake.set()  # a commit will come: the caller has checked that it can write
-        # This repeats the body of `Waiters.wait`, to save a coroutine for each of a hundred writers.
+        # This repeats the body of `Waiters.wait`, because a coroutine for each writer takes time.
         future: asyncio.Future[None] = self.loop.create_future()
         self._waiters.next.append((revision, future))
         try:
@@ -186,7 +186,7 @@ class Durability:
         """Wait until `revision` is durable. Ask for no commit.
 
         Raises:
-            WaitTimeoutError: It is not durable after `timeout` seconds.
+            WaitTimeoutError: The revision is not durable after `timeout` seconds.
         """
         if not self._must_wait(revision):
             return
@@ -207,7 +207,7 @@ class Durability:
         await (self.wait_durable if self._only_when_asked else self.make_durable)(revision)
 
     async def confirm_ownership(self) -> None:
-        """Wait for a commit that started after this call, which proves that this writer owns the state.
+        """Wait for a commit that starts after this call. Its success proves that this writer owns the state.
 
         The commit is made even if nothing has changed.
 
@@ -240,6 +240,7 @@ class Durability:
             raise copied(self.refusal, "nothing was changed")
 
     def _refuse(self) -> None:
+        """Raise the reason why there will be no further commit."""
         if self.refusal is not None:
             raise copied(self.refusal, "not durable")
         raise UnavailableError(f"the flush task of {self._name!r} has ended; call stop() to write what is left")
@@ -272,7 +273,7 @@ class Durability:
         """Check that the caller runs on the event loop that the manager was started on.
 
         Raises:
-            RuntimeError: It runs on another event loop, or in another thread.
+            RuntimeError: The caller runs on another event loop, or on none.
         """
         if asyncio.get_running_loop() is not self.loop:
             raise RuntimeError(
@@ -281,15 +282,15 @@ class Durability:
             )
 
     def move(self) -> None:
-        """Move to the running event loop, for a stop, if the event loop of the start is closed.
+        """Use the running event loop for `stop()`, if the event loop of `start()` is closed.
 
         Raises:
-            RuntimeError: The event loop of the start is another one, and not closed.
+            RuntimeError: The event loop of `start()` is another one, and is not closed.
         """
         if self.loop.is_closed():
             self.loop, self._thread = asyncio.get_running_loop(), get_ident()
             self._put_back()  # the loop was closed during a commit, which was not cancelled
-            # All tasks of the old loop have ended, so no task waits for these three.
+            # All tasks of the old loop have ended, so no task waits for the event or for a commit.
             self._wake = asyncio.Event()
             self._waiters, self._confirming = Waiters(), Waiters()
         self.check_loop()
@@ -303,12 +304,12 @@ class Durability:
 
     @property
     def task_failure(self) -> str | None:
-        """A text about the end of the flush task before `stop`; `None` if the task has not ended."""
+        """The reason why the flush task ended before `stop()`; `None` if it did not, or if the state is fenced."""
         return None if self.refusal is None or self.fenced else str(self.refusal)
 
     @property
     def unflushed_keys(self) -> int:
-        """The number of keys with changes that are not durable. If the state was cleared, this counts as one more."""
+        """The number of keys with changes that are not durable. Deleting all keys at once counts as one more."""
         pending = len(self.state.changes) + self.state.cleared
         if (taken := self._under_way) is not None:
             pending += len(taken.changes) + taken.cleared
@@ -325,7 +326,7 @@ class Durability:
 
     @property
     def _unflushed(self) -> bool:
-        """Whether there is work for a commit. The commit under way is not counted."""
+        """Whether there is work for a further commit, after the commit under way."""
         return self._unsettled or self._wanted > self._begun or self.state.revision > self.state.taken
 
     @property

@@ -1,7 +1,7 @@
 """A flush before the end of `flush_interval`, if many bytes are not flushed.
 
-While there are unflushed changes, a timer estimates their size a few times a second. So `set` does
-not have to count bytes.
+While there are unflushed changes, a timer estimates their size 16 times a second. So `set` does not
+have to count bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MANY_BYTES = 8 * 1024 * 1024
 """The number of changed bytes at which a flush starts early."""
 
 LOOK_EVERY = 1 / 16
-"""Seconds between two estimates. A float holds this number exactly, so the times of a test's clock are exact."""
+"""Seconds between two estimates. A float holds this number exactly, so a test can compute the times exactly."""
 
 _MEASURED_AT_ONCE = 20_000
 
@@ -37,8 +37,8 @@ class EarlyFlush:
         self._timer: Timer | None = None
         self._changes = state.changes
         self._keys = 0  # the number of changed keys at the last estimate
-        self._stored = state.stored
-        self._bytes = 0
+        self._stored = state.stored  # the number of stored values at the last estimate
+        self._bytes = 0  # the last estimate
         self._asked = 0  # the estimate at the last call of `flush`
         state.on_first_change = self._wait
 
@@ -66,19 +66,19 @@ class EarlyFlush:
         self._wait()
 
     def cancel(self) -> None:
-        """Stop the timer."""
+        """Stop the timer. After this, no flush begins early."""
         self._state.on_first_change = None
         if self._timer is not None:
             self._timer.cancel()
 
 
 def _size(changes: dict[str, StoredOrGone], newest: int, *, timed: bool) -> int:
-    """Return an estimate of the bytes of the `newest` last changes in a record. If there are very many, measure some."""
+    """Return an estimate of the bytes that the last `newest` changes take in a record. Measure at most 20,000 of them."""
     some = min(newest, _MEASURED_AT_ONCE)
     if some <= 0:
         return 0
     keys = sum(map(len, islice(reversed(changes), some)))
-    # `getsizeof` includes the overhead of the object. It takes the place of the punctuation around the value.
+    # `getsizeof` includes the overhead of the object. That stands for the punctuation around the value.
     measure: Callable[[StoredOrGone], int] = _size_of if timed else getsizeof
     values = sum(measure(stored) for stored in islice(reversed(changes.values()), some))
     return (keys + values) * newest // some

@@ -12,15 +12,15 @@ from msgspec import Raw, Struct
 Json = NewType("Json", bytes)
 """The bytes of exactly one JSON value in UTF-8.
 
-Only code that has checked the bytes makes a `Json`. So several of them, joined with commas, are
-exactly as many values.
+Only code that has checked the bytes makes a `Json`. So if several of them are joined with commas, the
+decoder finds exactly as many values.
 """
 
 Value: TypeAlias = str | int | float | bool | Json | Raw | None
-"""A JSON scalar, or the JSON of any other value.
+"""A scalar, or the JSON of a value.
 
-The JSON is a `Json` if the value was set, and a `Raw` if it was loaded. A `Raw` is a view of
-the loaded buffer. It is exactly one value as well, because the parser found its end.
+The JSON is a `Json` if the value was set, and a `Raw` if the value was loaded. A `Raw` is a view of
+the loaded buffer. It has exactly one value as well, because the parser has found where the value ends.
 """
 
 SCALARS = frozenset({str, int, float, bool, type(None)})
@@ -37,8 +37,8 @@ def size_of(stored: Value) -> int:
 class Expiring(Struct, frozen=True, gc=False):
     """A value with its expiry. From the time `at` on, in milliseconds since 1970, the key does not exist.
 
-    The garbage collector does not track it. A tracked value would make the dict of the state tracked
-    as well. Then each full collection would look at every key.
+    The garbage collector does not track an `Expiring`. A tracked value would make the dict of the state
+    tracked as well. Then each full collection would look at every key.
     """
 
     value: Value
@@ -46,7 +46,7 @@ class Expiring(Struct, frozen=True, gc=False):
 
 
 class Absent(Enum):
-    """The reasons why there is no value."""
+    """The reasons why a key has no value."""
 
     MISSING = "missing"
     DELETED = "deleted"
@@ -68,14 +68,14 @@ class ChangeSet(NamedTuple):
     """The changes that one commit makes durable.
 
     Attributes:
-        start: The first of them has the next revision after this one.
-        end: The revision of the last of them.
+        start: The revision before the first change.
+        end: The revision of the last change.
         cleared: Whether all keys were deleted before `changes`.
         changes: The last effect on each key that changed.
         since: The time of the oldest change, in seconds of `State.monotonic`.
-        time: `State.now` when they were taken, in milliseconds; 0 if no key expires.
-        wall: The time of the wall clock then, in milliseconds since 1970; 0 if no key
-            expires.
+        time: The result of `State.now` when the changes were taken; 0 if no key expires.
+        wall: The time of the wall clock when the changes were taken, in milliseconds since
+            1970; 0 if no key expires.
     """
 
     start: int
@@ -141,7 +141,7 @@ class Layer:
 
 
 class Overlay(Layer):
-    """A layer over a map, which is its view. Later its writes are merged into the view."""
+    """A layer over a map, the view. Later the writes of the layer are merged into the view."""
 
     __slots__ = ("_left", "_size", "view")
 
@@ -151,7 +151,7 @@ class Overlay(Layer):
         top: dict[str, StoredOrGone] | None = None,
         size: int | None = None,
     ) -> None:
-        """Put a layer over `view`. `top` has its first writes, and `size` is the number of keys with them."""
+        """Put a layer over `view`. `top` has the first writes. `size` is the number of keys after these writes."""
         super().__init__(view, {} if top is None else top)
         self.view: dict[str, Stored] | Overlay = view
         self._size = len(view) if size is None else size
@@ -170,7 +170,7 @@ class Overlay(Layer):
         self._size -= 1
 
     def rest_on(self, view: dict[str, Stored]) -> None:
-        """Put this layer on the map into which the layer below was merged."""
+        """Put this layer directly on `view`, because the layer between both was merged into `view`."""
         self.base = self.view = view
 
     def fold(self, most: int) -> bool:

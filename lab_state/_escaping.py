@@ -2,7 +2,7 @@
 
 Both functions are injective: different texts never have the same result. The proof has four parts.
 
-* Each character that is not allowed is encoded as UTF-8. Each byte of it is written as the escape
+* Each character that is not allowed is encoded as UTF-8. Each of these bytes is written as the escape
   character and two hexadecimal digits. The escape character itself is replaced in the same way. So
   an escaped text can be decoded, and different texts have different escaped texts.
 * Three results are made in another way: the key of an empty text, a name with a prefix, and a
@@ -20,7 +20,7 @@ import re
 from lab_state._arguments import RESERVED
 
 LONGEST_ESCAPED = 256
-"""The most characters of an escaped key. A key may have 1,024, so a prefix and a few escaped keys fit into it."""
+"""The largest length of an escaped key, in characters. A key may have 1,024: a prefix and a few escaped keys fit into it."""
 
 CUT_KEY = "%~"
 """The beginning of an escaped key that was cut."""
@@ -39,10 +39,10 @@ def escape_key(text: str) -> str:
 
     The result has 1 to 256 characters. It has no slash, no NUL and no lone surrogate, and is not
     `$lab_state`. So `f"{escape_key(user)}/{escape_key(path)}"` is a valid key too, and different
-    for each pair. A slash, a NUL, a lone surrogate and `%` become `%` and two hexadecimal digits for
-    each byte, as in a URL. All other characters stay as they are. An empty text becomes `%`. If the
-    escaped text has more than 256 characters, the result is `%~` and the SHA-256 of the escaped
-    text. Then the text cannot be recovered from the key.
+    for each pair. A slash, a NUL, a lone surrogate and `%` are encoded as UTF-8. Each byte becomes `%`
+    and two hexadecimal digits, as in a URL. All other characters stay as they are. An empty text
+    becomes `%`. If the escaped text has more than 256 characters, the result is `%~` and the SHA-256
+    of the escaped text. Then the text cannot be recovered from the key.
 
     Args:
         text: The text. It may have any length and any characters.
@@ -61,7 +61,7 @@ def escape_name(text: str) -> str:
 
     The result is a valid `Config.name`: 1 to 128 characters of `A-Z a-z 0-9 . _ -`, the first a
     letter or a digit. Letters and digits of ASCII, `.` and `-` stay as they are. Every other
-    character, including `_`, becomes `_` and two hexadecimal digits for each byte of it in UTF-8. If
+    character, including `_`, is encoded as UTF-8. Each byte becomes `_` and two hexadecimal digits. If
     the first character is not a letter or a digit, it is replaced as well, and `x_` is put before
     it. An empty text becomes `x_`. If the escaped text has more than 128 characters, the result is
     the first 62 of them, `_.` and the SHA-256 of the whole escaped text. Then the text cannot be

@@ -6,12 +6,12 @@ A key is due when its time has come. A value that expires is stored together wit
 at the buckets since the last sweep. Whole buckets are counted without looking at their keys.
 
 While there is a watch, a key must be found at its exact time, not at the end of its second.
-Then the keys of the next few seconds are in a heap, too. If a key is deleted or gets another
-time, its old item stays in the heap. The item is skipped when its time comes.
+For this, the keys of the next few seconds are in a heap, too. If a key is deleted or gets another
+time, the old item stays in the heap. It is skipped when its time comes.
 
-A change of many keys does not change the index in one step. It adds two small indexes: one has the times
-that are no longer valid, and one has the new times (`replace`). The counts consider both. `merge_replaced`
-moves their keys into the index in steps.
+A change of many keys does not change the index in one step. It adds two separate indexes: one has the times
+that are no longer valid, and one has the new times (`replace`). The counts consider both of these indexes.
+`merge_replaced` moves their keys into the main index in steps.
 
 The time here is the time of the state (`State.now`). It starts from the wall clock, and then
 counts the seconds that pass. If the wall clock is set while the manager runs, no key expires
@@ -26,10 +26,10 @@ from itertools import islice
 from typing import Any
 
 _AHEAD = 3
-"""The heap has the keys of this many seconds, beginning with the current second. Two sweeps are closer together."""
+"""The heap has the keys of this many seconds, beginning with the current second. The time between two sweeps is shorter."""
 
 _LEFT_BEHIND = 4
-"""The largest number of heap items that a sweep examines for each key that it may remove."""
+"""The largest number of heap items that a sweep examines for each key that it may remove. Deleted keys leave items behind."""
 
 
 def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
@@ -93,12 +93,12 @@ class Expiries:
 
         `now` is in milliseconds since 1970.
         """
-        self._second: dict[str, int] = {}
+        self._second: dict[str, int] = {}  # the second of each key: the key of its bucket
         self._buckets: dict[int, Bucket] = {}
-        self._next = now // 1000
+        self._next = now // 1000  # all keys of the seconds before this one were swept
         self._heap: list[tuple[int, str]] | None = None
         self._heaped = -1  # the heap has the keys of all seconds before this one
-        self._loading: tuple[Bucket, list[str]] | None = None
+        self._loading: tuple[Bucket, list[str]] | None = None  # a bucket, and its keys that are not in the heap yet
         self._stale: Expiries | None = None  # keys of this index whose time no longer counts
         self._fresh: Expiries | None = None  # keys whose time is not in this index yet
         self.on_first: Callable[[], object] | None = None
@@ -111,7 +111,7 @@ class Expiries:
         return key in self._second or (self._fresh is not None and key in self._fresh)
 
     def time_of(self, key: str) -> int:
-        """Return the time of a key that is in the index, in milliseconds. The times of `replace` must be merged."""
+        """Return the time of a key that is in the index, in milliseconds. No times of `replace` may be left to merge."""
         return self._buckets[self._second[key]][key]
 
     def add(self, key: str, at: int) -> None:
@@ -204,7 +204,7 @@ class Expiries:
         return key, at
 
     def attend(self, *, wanted: bool) -> None:
-        """Start or stop the search for keys at their exact time; see `load`."""
+        """Start or stop the use of the heap, which finds keys at their exact time. `load` fills the heap."""
         self._heap = [] if wanted else None
         self._heaped, self._loading = -1, None
 
@@ -233,7 +233,7 @@ class Expiries:
         return False
 
     def nearest(self) -> int | None:
-        """Return the first time in the heap, in milliseconds. Its key may be removed from the index already."""
+        """Return the first time in the heap, in milliseconds. The key with this time may have been removed already."""
         return self._heap[0][0] if self._heap else None
 
     def _put_in_heap(self, at: int, key: str) -> None:

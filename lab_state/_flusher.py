@@ -1,13 +1,13 @@
-"""The one task that awaits a storage.
+"""The task that commits the changes of a state to its storage.
 
-Theory of operation. A writer changes the map and continues. The task wakes up once an interval,
-or when a caller waits for durability. It takes all unflushed changes, and commits them as one
+Theory of operation. A writer changes the map and continues. The task wakes up once in each flush interval,
+or when a caller asks for a commit. It takes all unflushed changes, and commits them as one
 record. If a commit fails, its changes are put back, and the commit is repeated after growing
 pauses. `_durability.py` has the callers that wait, `_outcomes.py` the outcomes of commits, and
 `_checkpoints.py` the checkpoints.
 
-The task never cancels a storage call. If a call hangs at the deadline of `stop`, `stop`
-returns, and the session is closed when the call ends. So no second writer can open the state
+The task never cancels a storage call. If a call hangs at the deadline of `stop`, `stop` no longer
+waits for it, and the session is closed when the call ends. So no second writer can open the state
 before that.
 """
 
@@ -56,7 +56,7 @@ class Flusher(Outcomes):
     refusal: LabStateError | None
     last_error: StorageError | None
 
-    def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
+    def __init__(  # noqa: PLR0917 -- all are needed, and no two have the same type
         self,
         state: State,
         session: StorageSession,
@@ -75,8 +75,8 @@ class Flusher(Outcomes):
             config: The settings.
             clock: The clock of the manager.
             logger: The logger of the manager.
-            committed: `committed(changes)` is called after each commit. It returns True if
-                it keeps a reference to them.
+            committed: A callback after each commit, with the changes. It returns True if it
+                keeps a reference to the changes.
             times: The object that gets the duration of each commit.
             on_fenced: A function of the application; see `Manager`.
         """
@@ -86,7 +86,7 @@ class Flusher(Outcomes):
         self._committed = committed
         self._session = session
         self._abandoned = self._aborted = False
-        self.forgotten: finalize[Any, Any] | None = None  # closes the session when all other objects are collected
+        self.forgotten: finalize[Any, Any] | None = None  # closes the session if this object is collected while it runs
         self._deadline = math.inf
         self._progress = Progress(lambda: session.progress)
         self._stop_error: LabStateError | None = None
@@ -97,12 +97,12 @@ class Flusher(Outcomes):
         if self._unsettled:
             self._wake_up()
         self._timer: Timer | None = None
-        # Without an early flush, the record of a bulk writer would contain all its writes of one interval.
+        # Without an early flush, one record could contain very many writes: all those of one interval.
         often = self._interval is None or self._interval <= LOOK_EVERY
         self._early = None if often else EarlyFlush(state, clock, self._wake_up)
 
     def start(self) -> None:
-        """Start the task, which flushes in the background. If this raises, no task was started."""
+        """Start the task, which flushes in the background. If this raises an error, no task is left running."""
         self._start(self._run())
         try:
             self._arm()
@@ -113,17 +113,17 @@ class Flusher(Outcomes):
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- it bounds the work, not the wait of the caller
         """Flush, write a checkpoint and close the session.
 
-        The call ends early when there was no progress for `timeout` seconds. A flush that
-        fails is repeated until `timeout` seconds after the call.
+        Give up when there was no progress for `timeout` seconds. A flush that fails is repeated
+        until `timeout` seconds after the call.
 
         Raises:
-            StorageError: The last flush failed, with this error.
+            StorageError: The last flush failed, the storage made no progress, or a newer writer owns the state.
         """
         self._stopping = True
         self._deadline = self._clock.monotonic() + timeout
         self._end_timers()
         standstill = Standstill(self._clock, timeout, self._progress.number)
-        if self._task.done() or self._task.get_loop() is not self.loop:  # its event loop was closed before
+        if self._task.done() or self._task.get_loop() is not self.loop:  # the event loop of the task was closed before
             self._start(self._run())
         self._wake.set()
         await asyncio.wait({self._task, standstill.reached}, return_when=asyncio.FIRST_COMPLETED)
@@ -147,12 +147,12 @@ class Flusher(Outcomes):
         return self._aborted
 
     def nudge(self) -> None:
-        """Flush now if `flush_interval` is 0. A sweep calls this, because no caller waits for its changes."""
+        """Flush now if `flush_interval` is 0. This is called after a sweep, because no caller waits for the swept keys."""
         if self.write_through:
             self._wake_up()
 
     def abort(self) -> StorageSession:
-        """End without a write, as in a crash, and return the open session. Tests of crashes call this."""
+        """End without a write, as in a crash, and return the open session. This is for tests, and for a start that fails."""
         self._stopping = self._aborted = True
         self.remember()
         self._end_timers()
@@ -177,7 +177,7 @@ class Flusher(Outcomes):
 
     def discard_entries(self) -> None:
         """Free the entries after `stop()`, unless a storage call still in flight may read them."""
-        # Functions of the module: a method refers to this object, which refers to the state.
+        # These functions do not refer to this object. A method would keep it, and with it the state, in memory.
         state = self.shown
         for one in (self.state, state):
             one.free, one.on_staged = ignore, no_clock
@@ -195,11 +195,11 @@ class Flusher(Outcomes):
             self.loop.call_soon(self._free, large, most)
 
     def _fold_staged(self) -> None:
-        """Merge a change of many keys into the map in steps, and start a checkpoint that waited for that."""
+        """Merge a change of many keys into the map, step by step. After the last step, start a checkpoint if one is due."""
         try:
             more = self.shown.fold_staged(STEP)
         except BaseException:
-            # Such as a MemoryError. The event loop reports it. No checkpoint begins before the rest is merged.
+            # For example, a MemoryError. The event loop reports it. Try again, because a checkpoint waits for the merge.
             self._clock.call_later(1.0, self._fold_staged)
             raise
         if more:
@@ -279,7 +279,7 @@ class Flusher(Outcomes):
 
     @property
     def storage_warning(self) -> str | None:
-        """A fault and its remedy for the operator, from the storage; `None` if there is none."""
+        """A warning of the storage for the operator, with the fault and the remedy; `None` if there is none."""
         return self._session.warning
 
     # The task
@@ -291,12 +291,12 @@ class Flusher(Outcomes):
                     await self._work()
                     break
                 except (KeyboardInterrupt, SystemExit) as interrupt:
-                    # A signal handler raised it while this task was running. Pass it on to the loop, and go on.
+                    # A signal handler raised the interrupt while this task was running. Pass it on to the loop, and go on.
                     self._survive(interrupt)
                     self.loop.call_soon(pass_on, interrupt)
         except GeneratorExit:  # the event loop of this task was closed: `stop` starts another task
             raise
-        except BaseException as error:  # the event loop cancels all its tasks
+        except BaseException as error:  # for example, the event loop cancels all its tasks when it ends
             if self._stopping and not self._aborted:
                 await self._close(hurried=self._abandoned and isinstance(error, asyncio.CancelledError))
             raise
@@ -326,7 +326,7 @@ class Flusher(Outcomes):
     async def _commit_all(self) -> None:
         while self._waiters.next or (self._due and self._pauses.are_over):
             self._due = False
-            if not self._unflushed:  # an earlier commit has included their changes
+            if not self._unflushed:  # an earlier commit has included the changes of these callers
                 self._waiters.settle(self._certain_revision)
                 return
             await self._commit()
@@ -350,7 +350,7 @@ class Flusher(Outcomes):
             error = storage_error(problem)
             self._failed(error)
             return error
-        except BaseException:  # the event loop cancels all its tasks
+        except BaseException:  # for example, the event loop cancels all its tasks when it ends
             if self._under_way is taken:  # otherwise `move` has put them back
                 self._put_back()
             raise
@@ -370,7 +370,7 @@ class Flusher(Outcomes):
         """Pass durable changes to the watchers and the mirror. Return whether these keep a reference to the changes."""
         try:
             return self._committed(taken)
-        except Exception as problem:  # noqa: BLE001 -- their errors must not end the task
+        except Exception as problem:  # noqa: BLE001 -- an error of the callback must not end the task
             what = described(problem)
             self._logger.error("%s: the watchers and the mirror could not be told of a commit: %s", self._name, what)  # noqa: TRY400 -- one line
             return True

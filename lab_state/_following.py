@@ -27,7 +27,7 @@ _OBJECT_OR_ARRAY = (b"{", b"[")
 def stored_of(data: bytes | bytearray | memoryview | Raw) -> Value:
     """Return a value as a manager stores it: a scalar decoded, any other value as JSON.
 
-    The result does not keep `data` alive. It may be invalid JSON, if `data` is. A read raises for it.
+    The result does not keep `data` alive. If `data` is invalid JSON, so is the result, and a read raises an error.
     """
     held = bytes(data)
     if held[:1] in _OBJECT_OR_ARRAY:
@@ -53,7 +53,7 @@ def changes_in_steps(
 
     Args:
         values: The new values of keys.
-        expires: Their expiry times, for those that expire.
+        expires: The expiry times of the keys that expire, in milliseconds since 1970.
         deleted: The keys that are deleted.
     """
     changes: dict[str, StoredOrGone] = {}
@@ -79,20 +79,20 @@ def result_of(steps: Generator[None, None, T]) -> T:
 
 
 class Step:
-    """A step that is being applied to a copy. Nothing else may change the copy between `prepare` and `finish`."""
+    """A step that is being applied to a copy. Other code must not change the copy between `prepare` and `finish`."""
 
     def __init__(
         self, copy: State, changes: Mapping[str, StoredOrGone], revision: int, *, cleared: bool, time: int = 0
     ) -> None:
-        """Begin. Nothing is changed yet.
+        """Set the step. Nothing is changed yet.
 
         Args:
             copy: The copy. All of its changes are taken.
             changes: The last effect on each key. A key that is deleted need not exist.
             revision: The revision of the copy after the step.
             cleared: Whether all keys are deleted first.
-            time: The time of the owner at the step, in milliseconds since 1970. A deleted key whose expiry is not
-                after it has expired. With 0, no key has.
+            time: The time of the owner at the step, in milliseconds since 1970. A deleted key with an expiry up to
+                this time counts as expired. With 0, no key does.
         """
         self._copy = copy
         self._changes = changes
@@ -103,7 +103,7 @@ class Step:
         self._batch: Batch | None = None
 
     def prepare(self) -> Iterator[None]:
-        """Do most of the work, and yield between two parts of it. Reads do not see the step before `finish`."""
+        """Prepare the step in parts, and yield between two parts. Reads do not see the step before `finish`."""
         copy, source = self._copy, dict[str, StoredOrGone]()
         for part in in_parts(self._changes.items()):
             source.update(self._effects(part))
@@ -113,7 +113,7 @@ class Step:
         yield from self._batch.prepare()
 
     def _effects(self, part: Iterable[tuple[str, StoredOrGone]]) -> Iterator[tuple[str, StoredOrGone]]:
-        """Yield the changes that have an effect. Tell an expiry from another deletion."""
+        """Yield the changes without deletions of missing keys. Mark the deletions of expired keys as `EXPIRED`."""
         entries = self._copy.entries
         for key, to in part:
             if not isinstance(to, Absent):
@@ -125,7 +125,7 @@ class Step:
                 yield key, EXPIRED if has_expired else DELETED
 
     def finish(self) -> None:
-        """Show the step, in one short step of the event loop."""
+        """Make the prepared changes at once. From now on reads see them."""
         assert self._batch is not None  # `prepare` has made it
         self._show(self._batch.switch)
 
@@ -140,13 +140,13 @@ class Step:
         return None
 
     def _show(self, change: Callable[[], int | None]) -> None:
-        """Call a function that makes the change, and returns `None` if there is none. Set the revision, and count expiries."""
+        """Call `change`, which returns `None` if it has changed nothing. Set the revision, and count the expired keys."""
         copy, before = self._copy, self._copy.revision
         copy.skip_to(self._revision - 1)
         try:
             if change() is None:
                 copy.skip_to(self._revision)
-        except BaseException:  # such as a MemoryError: a part of the step may be made, so it must be made again
+        except BaseException:  # such as a MemoryError: a part of the step may be missing, so it is repeated
             copy.take()
             copy.skip_to(before)
             raise

@@ -1,4 +1,4 @@
-"""Calls of foreign code from a task that must not end when they fail.
+"""Calls of foreign code, from a task that must not end when such a call fails.
 
 Foreign code is a storage, or a function of the application.
 """
@@ -20,8 +20,8 @@ R = TypeVar("R")
 async def only_storage_errors(call: Callable[[], Coroutine[Any, Any, R]]) -> R:
     """Await a call of a storage. Turn each of its errors into a `StorageError`.
 
-    Three exceptions pass unchanged: a cancellation of the present task, an interrupt, and the
-    end of the event loop.
+    Three exceptions pass unchanged: a cancellation of the present task, an interrupt (`KeyboardInterrupt`
+    or `SystemExit`), and the `GeneratorExit` of a closed event loop.
     """
     try:
         return await call()
@@ -36,13 +36,16 @@ async def only_storage_errors(call: Callable[[], Coroutine[Any, Any, R]]) -> R:
 
 
 def is_cancelled() -> bool:
-    """Return whether the present task was cancelled. Otherwise its `CancelledError` comes from a call that it awaits."""
+    """Return whether the present task was cancelled. If not, a `CancelledError` comes from the call that the task awaits."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 def storage_error(problem: BaseException, blame: str = "") -> StorageError:
-    """Return a `StorageError` whose text can be read. This is the problem itself, or a new error whose cause it is."""
+    """Return the problem if it is a `StorageError` whose `str()` works. Otherwise return a new error that it causes.
+
+    `blame` is added to the message of the new error, after the class of the problem.
+    """
     if isinstance(problem, StorageError):
         with contextlib.suppress(Exception):
             str(problem)
@@ -53,7 +56,7 @@ def storage_error(problem: BaseException, blame: str = "") -> StorageError:
 
 
 def described(problem: BaseException) -> str:
-    """Return the class of a foreign error, and the place where it was raised.
+    """Return a text with the class of a foreign error, and the place where it was raised.
 
     The text of the error is left out, because it may contain a value or a credential.
     """
@@ -67,15 +70,15 @@ def described(problem: BaseException) -> str:
 
 
 def pass_on(interrupt: BaseException) -> NoReturn:
-    """Raise an interrupt in a callback, where it ends the event loop."""
+    """Raise an interrupt. This is for a callback of the event loop, because the interrupt then ends the loop."""
     raise interrupt
 
 
 def check_on_fenced(on_fenced: object) -> None:
-    """Refuse a function that cannot be called, or is async.
+    """Check that `on_fenced` is a plain function: it can be called, and is not async.
 
     Raises:
-        TypeError: It is not a plain function.
+        TypeError: `on_fenced` is not a plain function.
     """
     if not callable(on_fenced):
         raise TypeError(f"on_fenced must be a function of one argument, the error; not {type(on_fenced).__name__}")
@@ -84,10 +87,10 @@ def check_on_fenced(on_fenced: object) -> None:
 
 
 def tell_fenced(on_fenced: Callable[[FencedError], object], error: FencedError, name: str, logger: Log) -> None:
-    """Call the function of the application, and log its error."""
+    """Call `on_fenced`, a function of the application. If it raises an error or returns a coroutine, log that."""
     try:
         result = on_fenced(error)
-    except Exception as problem:  # noqa: BLE001 -- it is logged
+    except Exception as problem:  # noqa: BLE001 -- every error of the function is logged
         logger.error("%s: on_fenced failed: %s", name, described(problem))  # noqa: TRY400 -- one line
         return
     if inspect.iscoroutine(result):

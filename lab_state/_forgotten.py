@@ -1,4 +1,4 @@
-"""A manager that is collected while it runs: the place where it was started, and the close of its session."""
+"""The places where running managers were started, and the close of a session whose manager was garbage-collected."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from lab_state.storage._protocol import Storage, StorageSession
 
 _LONGEST_CLOSE = 10.0
-"""Seconds after which the thread that closes a session gives up."""
+"""The longest time that closing a session may take, in seconds. The thread gives up after that."""
 
 
 class _Started(NamedTuple):
     name: str
-    storage: Callable[[], object]  # a weak reference, because the storage may refer to the manager
+    storage: Callable[[], object]  # a weak reference: the storage may refer to the manager, and would keep it in memory
     place: object
     where: str
 
@@ -28,7 +28,7 @@ _started: weakref.WeakKeyDictionary[Any, _Started] = weakref.WeakKeyDictionary()
 
 
 def caller() -> str:
-    """Return the file, line and function of the application that awaits the present call."""
+    """Return the place in the application that has called lab_state: file, line and function."""
     frame = sys._getframe(1)  # noqa: SLF001 -- as `inspect` does, which is slow to import
     while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
@@ -42,7 +42,7 @@ def _is_ours(module: str) -> bool:
 def note(
     flusher: object, session: StorageSession, name: str, storage: Storage, where: str
 ) -> weakref.finalize[Any, Any]:
-    """Note that a state was started. Its session will be closed when the flusher is collected.
+    """Note that a state was started. Its session is closed when the flusher is collected. `where` comes from `caller`.
 
     Returns:
         A finalizer. Its `detach` must be called when the session is closed in the normal way.
@@ -58,10 +58,10 @@ def note(
 
 
 def started_here(name: str, storage: Storage, place: object) -> str:
-    """Return where this process started a state, as the end of a message; an empty text if that is not known.
+    """Return the end of a message: where this process started a state. If that is not known, return an empty text.
 
     A state is recognised by its storage object and its name, or by its place, if the storage
-    gives it. Two storages with the same `repr` may have different places. For example, a relative
+    has one. Two storages with the same `repr` may have different places. For example, a relative
     directory depends on the current directory.
 
     Args:
@@ -76,12 +76,12 @@ def started_here(name: str, storage: Storage, place: object) -> str:
 
 
 def _none() -> None:
-    """Return no storage."""
+    """Return `None`, in place of a weak reference to a storage."""
 
 
 def _close(session: StorageSession) -> None:
     """Close a session in another thread, because the garbage collector may run this at any point of any thread."""
-    with contextlib.suppress(RuntimeError):  # the interpreter ends, which releases everything
+    with contextlib.suppress(RuntimeError):  # at the end of the interpreter no thread can start, and none is needed
         threading.Thread(target=_run_close, args=(session,), name="lab_state forgotten", daemon=True).start()
 
 
@@ -89,5 +89,5 @@ def _run_close(session: StorageSession) -> None:
     async def close() -> None:
         await asyncio.wait_for(session.aclose(), _LONGEST_CLOSE)
 
-    with contextlib.suppress(Exception):  # the warning about the manager was given already, and no caller is left
+    with contextlib.suppress(Exception):  # the manager has warned already, and no caller can get the error
         asyncio.run(close())

@@ -2,8 +2,8 @@
 
 A child has the memory and the descriptors of its parent, but none of its threads. An `flock`
 belongs to the open file, which parent and child share. So the lock would stay held while the child
-lives, even after the parent has ended. Therefore the child closes the descriptors. Objects that
-were in use at the fork refuse all calls in the child. An object that was idle at the fork can be
+lives, even after the parent has ended. Therefore the child closes the inherited descriptors. An object
+that was in use at the fork refuses all calls in the child. An object that was idle at the fork can be
 used in the child as in any other process.
 """
 

@@ -1,4 +1,4 @@
-"""The base class of managers and handles, which cannot be copied and cannot be pickled."""
+"""The base class of managers, handles and iterators: objects that are neither copied nor pickled."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from typing import Any, ClassVar, NoReturn, Self
 
 
 class Handle:
-    """An object that is bound to a manager, and cannot be copied as data can.
+    """An object that belongs to a manager, or is one.
 
-    `copy.copy` and `copy.deepcopy` return the object itself. It supports weak references.
-    `mock.patch.object` can replace its methods.
+    `copy.copy` and `copy.deepcopy` return the same object, and `pickle` refuses it. There can be weak
+    references to it. It has a `__dict__`, so that `mock.patch.object` can replace the methods.
     """
 
     __slots__ = ("__dict__", "__weakref__")
 
+    # The two parts of the message of `__reduce_ex__`.
     _kind: ClassVar[str] = "a handle of a manager"
     _remedy: ClassVar[str] = "make a Manager of another name in the other process, or use a reader of its cache"
 

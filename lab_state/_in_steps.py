@@ -1,4 +1,4 @@
-"""Reads of many keys in steps. The event loop runs between two steps. The result is of one moment."""
+"""Reads of many keys in steps. The event loop runs between two steps. All keys of a result are of one moment."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lab_state._order import Chunk, in_range
 from lab_state._state import State
 
 MANY = 1_000
-"""A call that returns fewer keys takes one step. So the event loop does not run during the call."""
+"""A call that returns fewer keys than this takes one step. So the event loop does not run during the call."""
 
 _PIECES_IN_STEP = 16
 """The number of pieces whose keys one step returns: at most 8,000 keys, in about a millisecond."""
 
 
 class ReadingCore(Protocol):
-    """The core of the handles that read."""
+    """The part of a `CallCore` that reads in steps use."""
 
     @property
     def state(self) -> State:
-        """The state. It is replaced at the start and at the end of the manager."""
+        """The state. `start()` and `stop()` of the manager replace it."""
         ...
 
     def check_open(self) -> None:
@@ -54,7 +54,7 @@ async def bring_up_to_date(core: ReadingCore) -> None:
 
 
 def take_pieces(state: State, within: Range) -> list[Chunk] | None:
-    """Return the pieces of a range; `None` if one step is enough for them."""
+    """Return the pieces of a range. Return `None` if one step is enough, or if calls on this state must not await."""
     if within.limit is not None and within.limit < MANY:
         return None
     pieces = state.pieces(within.low, within.high)
@@ -64,7 +64,7 @@ def take_pieces(state: State, within: Range) -> list[Chunk] | None:
 
 
 async def keys_in_steps(core: ReadingCore, pieces: list[Chunk], within: Range) -> list[str]:
-    """Return the keys of a range as they are now.
+    """Return the keys of a range as they are at the call.
 
     Args:
         core: The core of the state.

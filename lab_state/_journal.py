@@ -8,11 +8,11 @@ The CRC-32 covers the salt, the length, the kind and the payload. The salt is a 
 journal, and is stored in its header. So old bytes in reused blocks of the disk are never a valid
 frame, and a user's value cannot contain one.
 
-The writer keeps one frame in flight: it writes a frame only after the sync of the previous frame
+The writer has at most one frame in flight: it writes a frame only after the sync of the previous frame
 has returned. So invalid bytes at the end, with no valid frame after them, are a torn tail, which
 was never acknowledged. If a valid frame follows invalid bytes, acknowledged data is damaged.
-The WAL repair of etcd and `kPointInTimeRecovery` of RocksDB follow the same rule. But they do not
-keep one frame in flight, so they cannot always tell the two cases apart.
+The WAL repair of etcd and `kPointInTimeRecovery` of RocksDB follow the same rule. But their writers
+may have several frames in flight, so they cannot always tell the two cases apart.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NO_BASE = "none"
 
 
 class FrameKind(StrEnum):
-    """The kind of a frame."""
+    """The kind of a frame. A `CHECKPOINT` contains the base of a new snapshot, and a `FULL` the whole state."""
 
     HEADER = "H"
     RECORD = "R"
@@ -84,9 +84,9 @@ class Scan(NamedTuple):
 _FRAME = re.compile(rb"([0-9a-f]{8}) ((\d{1,15}) ([A-Z]) )")
 _LONGEST_HEAD = 8 + 1 + 15 + 3
 _HEAD_BEHIND = re.compile(rb" (?=(\d{1,15}) [A-Z] )")
-"""The space after a checksum, and the rest of a head. A search for one byte is fast. The checksum is compared later."""
+"""The space after a checksum, and the rest of a head. The pattern begins with one fixed byte, so the search is fast."""
 
-_CHECKSUM = re.compile(rb"[0-9a-f]{8}")
+_CHECKSUM = re.compile(rb"[0-9a-f]{8}")  # checked only where `_HEAD_BEHIND` was found
 _SEARCHED_AT_ONCE = 256 * 1024
 _NEWLINE = 0x0A
 _PIECE = 256 * 1024
@@ -115,7 +115,7 @@ def frame_parts(salt: str, kind: FrameKind, payload: bytes) -> tuple[bytes, byte
 
 
 def frame_in_steps(salt: str, kind: FrameKind, payload: bytes) -> Iterator[bytes]:
-    """Yield one line of the journal in pieces. First yield an empty piece after each step of the checksum."""
+    """Yield one line of the journal in pieces. The first pieces are empty: one after each step of the checksum."""
     head = b"%d %s " % (len(payload), _LETTERS[kind])
     crc = zlib.crc32(head, zlib.crc32(salt.encode()))
     for start in range(0, len(payload), _PIECE):
@@ -141,7 +141,7 @@ def header(name: str, salt: str, base: str) -> bytes:
 
 
 def scan(data: bytes, name: str, path: str) -> Scan:
-    """Read a whole journal.
+    """Return the contents of a journal. A torn tail is left out, and damage is an error.
 
     Args:
         data: The bytes of the journal.
@@ -182,7 +182,7 @@ def read_header(data: bytes, name: str, path: str) -> Header:
 
 
 def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
-    """Return the header and the offset after it. Verify its checksum with the salt, which the header itself contains."""
+    """Return the header and the offset after it. Verify the checksum of the header with the salt that is in the header."""
     bad_line = CorruptionError(path, 0, "its first line is not a valid journal header; restore a copy")
     line = _FRAME.match(data)
     if line is None or line[4] != FrameKind.HEADER.value.encode():
@@ -227,7 +227,7 @@ def _known_kind(kind: bytes, position: int, path: str) -> FrameKind:
 
 
 def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
-    """Return the offset of the first valid frame that starts at any byte from `position` on.
+    """Return the offset of the first valid frame that starts at any byte from `position` on; `None` if there is none.
 
     The search looks at each byte, not only at the start of a line. If the newline between two
     frames is damaged, a search by lines would miss the second frame, which was acknowledged. A
@@ -244,7 +244,7 @@ def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
 
 
 class _Head(NamedTuple):
-    """Bytes that look like the head of a frame, and have a newline where the payload would end."""
+    """Bytes that look like the head of a frame, with a newline at `end`. The checksum is of the bytes from `covered` to `end`."""
 
     start: int
     covered: int
@@ -290,7 +290,7 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
         path: The file or object of the journal, for messages.
 
     Raises:
-        CorruptionError: The journal does not follow this snapshot.
+        CorruptionError: The journal does not follow this snapshot, or has the whole state in a wrong place.
     """
     if found is None:
         return Accepted(None, (), unclean=False)

@@ -3,8 +3,8 @@
 msgspec writes both members, and a reader of the JSON finds only the last one. A dict whose
 keys are all `str` cannot have two such keys. With `order="deterministic"`, msgspec's encoders
 accept only `str` keys, at any depth. So each value is encoded a second time, as MessagePack
-in that order. If that is refused, the JSON itself is examined. NaN, infinity and times are
-found in the MessagePack, because JSON has them as `null` or as text.
+in that order. If the encoder refuses the value, the JSON itself is examined. `_values.py` also
+searches the MessagePack for NaN, infinity and times, because JSON has them as `null` or as text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
 _MANY = 32
-"""Sorting more keys than this costs more than looking at each of them."""
+"""To sort more keys than this takes longer than to check each of them."""
 
 
 class _Keys(msgspec.Struct, gc=False):
@@ -29,20 +29,20 @@ class _Keys(msgspec.Struct, gc=False):
 
 
 def _other(value: object) -> object:
-    """Encode a deque as a list, and a model as NaN: a model checks its own JSON."""
+    """Return what MessagePack has in place of an object: a list for a deque, NaN for a model, `None` for any other."""
     if isinstance(value, deque):
         return list(cast("deque[object]", value))
     return nan if hasattr(value, "model_dump_json") else None
 
 
 check_str_keys = msgspec.msgpack.Encoder(order="deterministic", enc_hook=_other).encode
-"""Encode a value. Raise an error if a dict has a key that is not a `str`, at any depth, or if MessagePack cannot hold it."""
+"""Encode a value as MessagePack. Raise an error if that cannot hold it, or if a key of a dict at any depth is not a `str`."""
 
 
 def pack(value: Any) -> bytes | None:
-    """Return a value in MessagePack. Return `None` if that cannot hold it, or if a key of a dict in it is not a `str`.
+    """Return a value in MessagePack. Return `None` if `check_str_keys` refuses the value.
 
-    The keys of a large outermost dict are left out.
+    The keys of a large outermost dict are left out, because `have_own_texts` checks them faster.
     """
     try:
         if value.__class__ is dict and len(value) > _MANY and have_own_texts(value):
@@ -53,7 +53,10 @@ def pack(value: Any) -> bytes | None:
 
 
 def have_own_texts(keys: dict[Any, Any]) -> bool:
-    """Return whether all keys are of `str`, or all of `int`. Objects of a subclass could have any text."""
+    """Return whether all keys are `str`, or all are `int`. Then no two keys have the same text in JSON.
+
+    An object of a subclass could have any text, so such keys are not accepted.
+    """
     try:
         msgspec.convert(keys, _Keys)
     except msgspec.ValidationError:
@@ -62,7 +65,7 @@ def have_own_texts(keys: dict[Any, Any]) -> bool:
 
 
 def is_canonical(data: bytes) -> bool:
-    """Return whether msgspec would write the same JSON again. It would not if an object has a member twice."""
+    """Return whether msgspec decodes JSON, and encodes it to the same bytes. If an object has a member twice, it does not."""
     try:
         return _encode(_decode(data)) == data
     except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -70,7 +73,7 @@ def is_canonical(data: bytes) -> bool:
 
 
 def double_key(data: bytes) -> tuple[list[str | int], str] | None:
-    """Find the first object of valid JSON that has a member twice. Return the path to it, and the name; or `None`."""
+    """Find the first object of valid JSON that has a member twice. Return its path and the name of the member, or `None`."""
     if is_canonical(data):
         return None
     try:

@@ -32,13 +32,13 @@ class Decoded(NamedTuple):
 
 
 async def load(name: str, storage: Storage) -> Decoded:
-    """Read a state that a writer may have open, and decode it. Decoding blocks the event loop as `start()` does.
+    """Read a state that a writer may have open, and decode it. As in `start()`, decoding blocks the event loop.
 
     Raises:
         TypeError: `storage` is not a storage, or has no method `read`.
-        StorageError: See `Storage.read`.
+        StorageError: Reading failed, or the state changed during each of ten readings; see `Storage.read`.
     """
-    # A storage from another package may lack `read`: the method was added to the protocol later.
+    # A storage from another package may lack `read`, because a manager does not call it.
     if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "read", None)):
         raise TypeError(
             f"{type(storage).__name__} cannot be read without being opened: a storage needs "
@@ -52,7 +52,7 @@ async def load(name: str, storage: Storage) -> Decoded:
         try:
             return await _decoded(reading)
         except CorruptionError as error:
-            # A writer may have replaced files during the reading, which looks like damage. Real damage is found again.
+            # If a writer replaces files during the reading, this looks like damage. Only real damage is found again.
             if before is not None and _is_the_same(before, (reading, str(error))):
                 raise
             before = reading, str(error)

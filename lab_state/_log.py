@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Logs(Protocol):
-    """The methods that a logger must have. Each is called with one argument: the complete message."""
+    """The methods that a logger must have. Each is called with the complete message as its only argument."""
 
     def info(self, message: str, /) -> object:
         """Log at level INFO."""
@@ -24,7 +24,7 @@ class Logs(Protocol):
 
 
 def check_logger(logger: object) -> None:
-    """Check that an object is a logger. This is done early, before there is a failure to log.
+    """Check that an object is a logger. A `Manager` does this when it is made, before there is a failure to log.
 
     Raises:
         TypeError: The object is a class, or lacks a method of `Logs`.
@@ -38,8 +38,8 @@ def check_logger(logger: object) -> None:
 class Log:
     """A logger that passes messages to the logger of the application, and never raises an error.
 
-    If that logger raises an error, the message goes to `logging.lastResort`, which prints WARNING
-    and ERROR to stderr. The class of the error is added to the message.
+    If the logger of the application raises an error, the message goes to `logging.lastResort`, which
+    prints WARNING and ERROR to stderr. The class of the error is added to the message.
     """
 
     __slots__ = ("_logger",)
@@ -79,7 +79,7 @@ class Log:
 
 
 def _complete(message: str, args: tuple[object, ...]) -> str:
-    """Return the message with its arguments, because not every logger knows `%s`. Escape lone surrogates for UTF-8."""
+    """Insert the arguments into the message, because not every logger does. Escape lone surrogates for UTF-8."""
     return (message % args).encode(errors="backslashreplace").decode()
 
 

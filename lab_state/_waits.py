@@ -18,8 +18,9 @@ class Waits(Reads):
         If the caller is cancelled, the write goes on.
 
         Raises:
-            StorageError: The write failed. The changes stay in memory. The next flush
-                tries again, in the background too unless `flush_interval` is `None`.
+            StorageError: The write failed. The changes stay in memory, and the next flush tries
+                again. Unless `flush_interval` is `None`, it begins after a pause at the latest.
+            FencedError: The changes will never be durable: a newer writer owns the state.
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
         """
@@ -42,7 +43,7 @@ class Waits(Reads):
         If the caller is cancelled, the wait ends, and nothing changes.
 
         Args:
-            revision: The revision that a write returned; by default the last change.
+            revision: The revision that a write returned; by default that of the last change.
             timeout: The longest wait, in seconds, 0 or more and finite. `None` waits without
                 a limit.
 
@@ -52,7 +53,7 @@ class Waits(Reads):
             ValueError: There is no such revision yet, or the timeout is out of bounds.
             TypeError: The revision is not an `int`, or the timeout is not a number.
             RuntimeError: This is not the event loop of `start()`.
-            FencedError: It will never be durable: a newer writer owns the state.
+            FencedError: The revision will never be durable: a newer writer owns the state.
             StorageError: The manager was stopped, and its last flush failed.
             ClosedError: The manager is not running.
         """
@@ -77,12 +78,12 @@ class Waits(Reads):
                 a limit.
 
         Raises:
-            WaitTimeoutError: The revision was not reached in time; wait again, or go on with what is there.
+            WaitTimeoutError: The revision was not reached in time; wait again, or use the present state.
                 It is an `UnavailableError` and a `TimeoutError`.
             TypeError: The revision is not an `int`, or the timeout is not a number.
             ValueError: The timeout is out of bounds.
             RuntimeError: This is not the event loop of `start()`.
-            FencedError: It will not be reached: a newer writer owns the state.
+            FencedError: The revision will not be reached: a newer writer owns the state.
             StorageError: The manager was stopped meanwhile, and its last flush failed.
             ClosedError: The manager is not running.
         """

@@ -1,8 +1,8 @@
 """Iterators over the keys and values of one moment.
 
-Theory of operation. At its first step an iterator takes the keys of its range, which the index keeps in
-sorted tuples (`_order`), and opens a view of the values (`_undo`). Then it takes the values of some
-keys at a time, and decodes them. Between two steps the event loop runs.
+Theory of operation. At the first step, an iterator gets the keys of its range from the index, as sorted
+tuples (`_order`). In the same moment it opens a view of the values (`_undo`). Each step then takes the
+values of some keys, and decodes them. The event loop runs between two steps of an `async for`.
 """
 
 from lab_state._items._collected import collected

@@ -14,7 +14,7 @@ _SECONDS_IN_STEP = 0.002
 
 
 async def collected(core: ReadingCore, pieces: Sequence[Chunk], within: Range, decoding: Decoding) -> dict[str, Any]:
-    """Return keys with their values as they are now.
+    """Return the keys of a range with their values, as they are at the call.
 
     Args:
         core: The core of the state.
@@ -23,7 +23,7 @@ async def collected(core: ReadingCore, pieces: Sequence[Chunk], within: Range, d
         decoding: The way to decode the values.
 
     Raises:
-        TypeMismatchError: One of the values is not of the type.
+        TypeMismatchError: One of the values is not of the requested type.
         LabStateError: The manager was stopped meanwhile.
     """
     state = core.state

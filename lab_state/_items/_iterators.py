@@ -1,4 +1,4 @@
-"""`Items` and `PlainItems`: the iterators that `items()` returns, and `Iterates`, which has that call."""
+"""`Items` and `PlainItems`: the iterators that `items()` returns. `Iterates`: the class with the method `items`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Items(Handle, AsyncIterator[tuple[str, T]]):
     for it. It lets the event loop run every millisecond, and after each value that takes longer. While it
     is open, the values that are replaced or deleted stay in memory, and `set` takes longer.
 
-    The iterator is closed at its end, by `aclose`, at the end of `async with`, or when it is garbage
-    collected, as it is after a `break` out of `async for`. A closed iterator yields nothing. If a task
-    is cancelled in a step, the next step continues from there.
+    The iterator is closed after the last key, by `aclose`, and at the end of `async with`. It is also
+    closed when it is garbage-collected, for example after a `break` out of `async for`. A closed iterator
+    yields nothing. If a task is cancelled in a step, the next step continues from there.
 
     Each step can raise the following errors. After a `TypeMismatchError`, the next step continues with the next
     key.
 
     Raises:
-        TypeMismatchError: The value is not of the type. Its key is in the message.
+        TypeMismatchError: The value is not of the requested type. The message has the key.
         ClosedError: The manager is not running, or was stopped since the first step.
         RuntimeError: Another task waits for a step of this iterator.
     """
@@ -44,7 +44,7 @@ class Items(Handle, AsyncIterator[tuple[str, T]]):
         self._steps = steps
 
     def __repr__(self) -> str:
-        """Return whether the iterator has begun, and whether it is closed."""
+        """Return a text that says whether the iterator is new, open or closed."""
         return f"<Items, {self._steps!r}>"
 
     def __aiter__(self) -> Self:
@@ -54,7 +54,7 @@ class Items(Handle, AsyncIterator[tuple[str, T]]):
     async def __anext__(self) -> tuple[str, T]:
         """Return the next key and its value; see the class."""
         steps = self._steps
-        for row in steps.rows:  # the quickest way to take one
+        for row in steps.rows:  # the fastest way to take one row
             return row
         if not await steps.step(pause=True):
             raise StopAsyncIteration
@@ -79,7 +79,7 @@ class Run(Protocol):
     """A function that runs a coroutine."""
 
     def __call__(self, coroutine: Coroutine[Any, Any, R], /) -> R:
-        """Return the result of the coroutine, when it has ended."""
+        """Wait for the end of the coroutine, and return its result."""
         ...
 
 
@@ -87,7 +87,7 @@ class Run(Protocol):
 class PlainItems(Handle, Iterator[tuple[str, T]]):
     """An iterator over keys and values without `await`, in order of keys, all of one moment.
 
-    It has the guarantees and the errors of `Items`. It is a context manager too.
+    It has the guarantees and the errors of `Items`. It is also a context manager, which closes it.
     """
 
     _kind = "an iterator"
@@ -100,14 +100,14 @@ class PlainItems(Handle, Iterator[tuple[str, T]]):
         Args:
             steps: The steps.
             run: A function that runs a step.
-            pause: Whether a step may await.
+            pause: Whether a step lets the event loop run. This is False if the caller runs on that loop.
         """
         self._steps = steps
         self._run = run
         self._pause = pause
 
     def __repr__(self) -> str:
-        """Return whether the iterator has begun, and whether it is closed."""
+        """Return a text that says whether the iterator is new, open or closed."""
         return f"<PlainItems, {self._steps!r}>"
 
     def __iter__(self) -> Self:
@@ -117,7 +117,7 @@ class PlainItems(Handle, Iterator[tuple[str, T]]):
     def __next__(self) -> tuple[str, T]:
         """Return the next key and its value; see `Items`."""
         steps = self._steps
-        while True:  # the event loop may close the view just after a step
+        while True:  # a stop in the thread of the event loop may empty the rows just after a step
             for row in steps.rows:
                 return row
             if steps.is_over or not self._run(steps.step(pause=self._pause)):
@@ -183,9 +183,9 @@ class Iterates(Handle):
         """Iterate over the keys that start with `prefix` and their values, in order, all of one moment.
 
         The result is for `async for`. The moment is that of its first step. Later changes are not shown, and
-        no writer waits for the iterator. The event loop runs between two steps of some milliseconds.
-        So a program can read a large state and do other work meanwhile. If the `async for` may end early,
-        put the iterator into `async with`, which closes it at once.
+        no writer waits for the iterator. The event loop runs every millisecond, and after each value that
+        takes longer. So a program can read a large state and do other work meanwhile. If the `async for` may
+        end early, put the iterator into `async with`, which closes it at once.
 
         While the iterator is open, the old values of keys that change stay in memory, and a
         `set` takes about twice as long. The first call that needs an order sorts all keys; see `keys`.
@@ -199,8 +199,8 @@ class Iterates(Handle):
             type: The type to decode each value as; see `get`.
 
         Returns:
-            An iterator over pairs of a key and its value. Its class lists the errors of its steps. If the
-            manager is not running, the first step raises the error.
+            An iterator over pairs of a key and its value. The class lists the errors of the steps. If the
+            manager is not running, the first step raises `ClosedError`.
 
         Raises:
             InvalidKeyError: `after` cannot be a key.

@@ -1,4 +1,4 @@
-"""The keys of one moment in order, and their values, some at a time. Pure and synchronous."""
+"""The keys of one moment in order, with their values, in pages of up to 200 keys. Pure and synchronous."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SECONDS_IN_STEP = 0.001
 """After this many seconds, a step decodes no further value."""
 
 _BYTES_IN_STEP = 32_768
-"""Values of at most this many bytes are decoded at once: about a quarter of a millisecond."""
+"""Values with at most this many bytes in total are decoded in one call. It takes about a quarter of a millisecond."""
 
 _JSON = frozenset({bytes, Raw})
-"""The classes of values that have to be decoded."""
+"""The classes of stored values that are JSON, and have to be decoded."""
 
 
 class Decoding(NamedTuple):
@@ -42,10 +42,10 @@ class Decoding(NamedTuple):
 
 
 class Pages:
-    """The keys of one moment in order, and their values, some at a time.
+    """The keys of one moment in order, with their values, in pages.
 
     Attributes:
-        view: The values. If it was closed, there are no more pages.
+        view: The values. After it was closed, no page may be read.
     """
 
     __slots__ = ("_at", "_cut", "_left", "_now", "_pieces", "_rest", "_reverse", "view")
@@ -55,7 +55,7 @@ class Pages:
 
         Args:
             view: The values of the keys.
-            pieces: The keys of the range in ascending order.
+            pieces: The keys of the range, in ascending order; see `State.pieces`.
             within: The range.
             now: The time of the moment, in milliseconds since 1970. Keys that had expired by then are left out.
         """
@@ -71,11 +71,11 @@ class Pages:
     def next(self, decoding: Decoding) -> Iterator[tuple[str, Any]] | None:
         """Return an iterator over the next keys with their values. At the end, return `None`.
 
-        `view.unread` is then the list of these values, or of these keys with values. If it is emptied, the iterator
-        ends. The list is empty if all keys of the step had expired.
+        The iterator reads the list `view.unread`. If that list is emptied, the iterator ends. The list is empty
+        from the start if all keys of the page had expired.
 
         Raises:
-            TypeMismatchError: The next value is not of the type. The next call continues after it.
+            TypeMismatchError: The next value is not of the requested type. The next call continues after this value.
         """
         if not self._rest:
             page = self._next_page(decoding)
@@ -84,7 +84,7 @@ class Pages:
             names, values = page
             if values is not None:
                 self.view.unread = values
-                return zip(names, values, strict=False)  # `close` makes the second one shorter
+                return zip(names, values, strict=False)  # `view.close` empties `values`, which ends the iterator
         self.view.unread = rows = self._one_by_one(decoding)
         return iter(rows)
 
@@ -92,7 +92,7 @@ class Pages:
         """Add the next keys with their values to a dict. Return whether there may be more.
 
         Raises:
-            TypeMismatchError: The next value is not of the type.
+            TypeMismatchError: The next value is not of the requested type.
         """
         if not self._rest:
             page = self._next_page(decoding)
@@ -106,9 +106,9 @@ class Pages:
         return True
 
     def _next_page(self, decoding: Decoding) -> tuple[Sequence[str], list[Any] | None] | None:
-        """Return the next keys and their decoded values. If decoding may take long, put them into `_rest` instead.
+        """Return the next keys and their decoded values. At the end, return `None`.
 
-        At the end, return `None`.
+        If decoding may take long, return `None` in place of the values, and put keys and stored values into `_rest`.
         """
         keys = self._next_keys()
         if not keys:
@@ -138,7 +138,7 @@ class Pages:
         return piece[at:end]
 
     def _one_by_one(self, decoding: Decoding) -> list[tuple[str, Any]]:
-        """Decode some values, for a millisecond. The last one may take longer."""
+        """Decode values of `_rest` for about a millisecond, and return them with their keys. Leave out expired keys."""
         rest, until = self._rest, perf_counter() + _SECONDS_IN_STEP
         rows: list[tuple[str, Any]] = []
         while rest and perf_counter() < until:
@@ -152,14 +152,17 @@ class Pages:
             except Exception:
                 if not rows:
                     raise
-                rest.append((key, stored))  # the next call begins with the error
+                rest.append((key, stored))  # the next call begins with this value, and raises the error
                 break
         self._left -= len(rows)
         return rows
 
 
 def _all_at_once(values: Sequence[Stored], type_: Any) -> list[Any] | None:
-    """Return values decoded, in the common cases: scalars or small JSON, no type, no expiry. Otherwise return `None`."""
+    """Return the decoded values in the common cases: no type and no expiry, and only scalars or only little JSON.
+
+    Otherwise return `None`.
+    """
     if type_ is not Any:
         return None
     kinds = set(map(type, values))
@@ -169,6 +172,6 @@ def _all_at_once(values: Sequence[Stored], type_: Any) -> list[Any] | None:
         return None
     try:
         decoded = decode_list(b"[%b]" % b",".join(cast("Sequence[bytes]", values)))
-    except NOT_JSON:  # the values are decoded one by one, which finds the bad one
+    except NOT_JSON:  # the caller decodes the values one by one, which finds the bad one
         return None
     return decoded if len(decoded) == len(values) else None

@@ -1,4 +1,4 @@
-"""The steps of an iterator, and the source of the keys of a state."""
+"""The steps of an iterator, and the source of its keys and values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ItemSource(Protocol):
         """Take the keys and a view of the values, both of one moment.
 
         Raises:
-            LabStateError: The object whose method `items` was called cannot be read now.
+            LabStateError: The manager or other object whose `items` was called cannot be read now.
         """
         ...
 
@@ -29,7 +29,7 @@ class ItemSource(Protocol):
         ...
 
     def refuse(self) -> NoReturn:
-        """Raise the error for an iterator whose view was closed, because the values can no longer be read."""
+        """Raise the error for a step after other code has closed the view. The values can no longer be read."""
         ...
 
 
@@ -61,10 +61,14 @@ class Steps:
         return self._pages is not None and not self._pages.view.is_closed
 
     async def step(self, *, pause: bool) -> bool:
-        """Return whether there is a value to take.
+        """Take one step: decode the next values into `rows`. Return whether there are any.
 
         Args:
             pause: Whether to let the event loop run first, unless this is the first step.
+
+        Raises:
+            RuntimeError: Another task waits for a step.
+            LabStateError: The values can no longer be read; see `ItemSource`.
         """
         if self._is_busy:
             raise RuntimeError("another task waits for a step of this iterator: only one may do so at a time")
@@ -74,7 +78,7 @@ class Steps:
                 await self._begin()
             elif self._may_go_on() and pause:
                 await asyncio.sleep(0)
-            while self._may_go_on() and not self._load():  # all keys of the page had expired, or it was the last one
+            while self._may_go_on() and not self._load():  # a page is empty if all its keys had expired
                 if pause:
                     await asyncio.sleep(0)
         finally:
@@ -90,14 +94,14 @@ class Steps:
             self._pages = pages
 
     def _may_go_on(self) -> bool:
-        """Return whether the iterator is not over. Raise an error if its view was closed, but not by `close`."""
+        """Return whether the iterator is not closed. Raise an error if other code has closed its view."""
         if not self.is_over and not self.has_view:
             self._source.refuse()
         return not self.is_over
 
     def _load(self) -> bool:
-        """Take the next values, and return whether there are any. At the end, close the iterator."""
-        assert self._pages is not None  # it has begun
+        """Decode the next page into `rows`, and return whether it has values. At the end, close the iterator."""
+        assert self._pages is not None  # the iterator has begun
         rows = self._pages.next(self._decoding)
         if rows is None:
             self.close()
@@ -123,7 +127,7 @@ class NamedCore(ReadingCore, Protocol):
 
 
 class StateSource:
-    """A source of the keys of a state."""
+    """The `ItemSource` of a state."""
 
     def __init__(self, core: NamedCore, within: Range) -> None:
         """Prepare an iterator over the keys of a range."""
@@ -145,7 +149,7 @@ class StateSource:
         self._state.close_view(view)
 
     def refuse(self) -> NoReturn:
-        """Raise the error for a view that was closed; see `ItemSource.refuse`."""
+        """Raise an error, because the manager was stopped; see `ItemSource.refuse`."""
         self._core.check_open()
         raise ClosedError(
             f"the manager of {self._core.name!r} was stopped since the first step of this iterator: call items() again"

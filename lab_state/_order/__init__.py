@@ -1,18 +1,19 @@
 """The keys of a state in order of code points. Pure and synchronous.
 
-A `State` makes an `Index` at the first call that needs an order. Other modules call the state:
+A `State` makes an `Index` at the first call that needs an order. Other modules call these methods of the state:
 
 - `State.index_steps()` is an iterator. It builds the index, or brings it up to date, in steps of
-  a few milliseconds. An asynchronous call runs it first, if `State.is_index_behind`, and lets the event
-  loop run between two steps. A synchronous call does not run it: the calls below then do that work at once.
+  a few milliseconds. An asynchronous call runs it first, if `State.is_index_behind` is set, and lets the
+  event loop run between two steps. If it was not run, the methods below do the necessary work in one step.
 - `State.pieces(low, high)` returns the keys in a range at this moment, as sorted tuples, each above the
-  one before. It is for work in steps. Expired keys are included, so the caller looks at each entry.
+  one before. It is for work in steps. Expired keys are included, so the caller must check each entry.
 - `State.names(low, high, limit, reverse=...)` returns the keys in a range that have not expired.
-- `State.count_in(low, high)` returns their number.
+- `State.count_in(low, high)` returns the number of these keys.
 - `State.note_many(keys)` tells the index that keys may have been added or removed. Code that
   changes `State.entries` without a method of `State` must call it, or `Index.note`, in the same step
-  as the change. It does nothing while there is no index. A replaced value needs no note.
-- `bounds(prefix, after, reverse=...)` makes the two bounds of a range.
+  as the change. Without an index, `note_many` does nothing. A replaced value needs no note.
+
+The function `bounds(prefix, after, reverse=...)` makes the two bounds of a range.
 """
 
 from lab_state._order._index import CHUNKS_AT_ONCE, Index, bounds, corrected, in_range

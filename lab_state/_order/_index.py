@@ -5,13 +5,13 @@ that were added or removed since then. When a call needs the order, each touched
 state, and then added to the sorted keys or removed from them. So a write only adds a key to a set.
 
 If few keys are touched, the call looks up all of them. If more are touched, an asynchronous call looks
-them up in steps. A synchronous call looks up a few, and corrects its result for all others. So its
-result is right, and the next calls have less to do.
+them up in steps. A synchronous call looks up a few, and corrects the result for all others in the range. So
+the result is right, and the next calls have less to do.
 
 There is one change without a note. `set` may store a key that was deleted after the last commit. This
-key is still in `State.changes`, so `set` takes it for an old key. Therefore `_gone` has the keys that were
-removed since the last commit. If no key is touched, the numbers of sorted keys and of entries differ
-only if `set` has stored such a key.
+key is still in `State.changes`, so `set` treats it as a key that exists. Therefore `_gone` has the keys that
+were removed since the last commit. If no key is touched, the number of sorted keys differs from the number
+of entries only if `set` has stored such a key.
 
 The build takes the keys of the dict in slices. If a writer changes the dict meanwhile, all keys are taken
 at once, which takes about 50 ms for a million. Then the keys are distributed to buckets, whose bounds are
@@ -46,13 +46,13 @@ _SAMPLE = 4_096
 """The approximate number of keys that are sorted to find the bounds of the buckets."""
 
 _BUCKET = 1_000
-"""The approximate number of keys in a bucket. It is larger if a quarter of the sample gives fewer bounds."""
+"""The approximate number of keys in a bucket. It is larger for more than a million keys, to have about 1,000 buckets at most."""
 
 _KEYS_IN_STEP = 2_000
 """The number of keys that a step of the build takes, distributes or sorts."""
 
 _UNTRACKED_AT_ONCE = 16
-"""The number of tuples after which the build lets the garbage collector look at them."""
+"""The number of tuples after which the build runs the garbage collector; see `_untrack`."""
 
 
 CHUNKS_AT_ONCE = 16
@@ -60,7 +60,7 @@ CHUNKS_AT_ONCE = 16
 
 
 def bounds(prefix: str, after: str | None = None, *, reverse: bool = False) -> tuple[str, str | None]:
-    """Return the range of the keys that start with `prefix`: `low <= key < high`. If `high` is `None`, it has no upper bound.
+    """Return `low` and `high`: a key starts with `prefix` if `low <= key < high`. `None` as `high` is above all keys.
 
     Args:
         prefix: The beginning of the keys, as they are in the state.
@@ -97,7 +97,7 @@ class Index:
 
         Args:
             base: A dict with the keys. Each change of its keys must be noted.
-            touched: Keys that may have been added to `base`, or removed from it, since.
+            touched: Keys of layers over `base`. The layers may have added or removed them.
             gone: See `note_gone`.
         """
         self.is_whole: bool = True
@@ -113,15 +113,15 @@ class Index:
     # Notes
 
     def note(self, key: str) -> None:
-        """Note that a key may have been added or removed."""
+        """Note that a key may have been added or removed. The next call that needs the order looks it up."""
         self._touched.add(key)
 
     def note_many(self, keys: Iterable[str]) -> None:
-        """Note that keys may have been added or removed."""
+        """Note that keys may have been added or removed; see `note`."""
         self._touched.update(keys)
 
     def take_over(self, keys: set[str]) -> None:
-        """Note that keys may have been added or removed. The index keeps the set: the smaller set is added to the larger one."""
+        """Note that keys may have been added or removed. The index keeps the given set, and may change it."""
         touched = self._touched
         if len(touched) < len(keys):
             touched, keys = keys, touched
@@ -129,7 +129,7 @@ class Index:
         self._touched = touched
 
     def note_gone(self, keys: Iterable[str]) -> None:
-        """Note keys that were deleted since the last commit: `set` may store them without a note."""
+        """Note keys that were deleted since the last commit, because `set` may store them again without a note."""
         self._gone.update(keys)
 
     def forget_gone(self, entries: Held) -> None:
@@ -138,30 +138,30 @@ class Index:
         self._gone.clear()
 
     def is_too_old(self, entries: Held) -> bool:
-        """Return whether so many keys are touched that a new index would be as cheap. This bounds the memory of an unused index."""
+        """Return whether so many keys are touched that a new index costs no more. This bounds the memory of an unused index."""
         return len(self._touched) > max(len(entries) // 4, SMALL)
 
     # Steps
 
     @property
     def is_building(self) -> bool:
-        """Whether the first build is not over."""
+        """Whether the build has not ended yet."""
         return self._build is not None
 
     @property
     def batches(self) -> int:
-        """The number of calls of `catch_up` that leave touched keys."""
+        """The number of calls of `catch_up` after which fewer than `FEW` keys are touched."""
         return len(self._touched) // FEW
 
     def build_some(self) -> None:
-        """Take one step of the build."""
+        """Take one step of the build. Do nothing if the build has ended."""
         self.is_whole = False
         if self._build is not None and next(self._build, self) is self:
             self._build = None
         self.is_whole = True
 
     def catch_up(self, entries: Held) -> None:
-        """Look up a few touched keys, and correct the sorted keys. If the build is not over, finish it first."""
+        """Look up at most `FEW` touched keys, and correct the sorted keys. If the build has not ended, finish it first."""
         while self._build is not None:
             self.build_some()
         self.is_whole = False
@@ -209,7 +209,7 @@ class Index:
         return total
 
     def _doubtful(self, low: str, high: str | None) -> list[str]:
-        """Return the keys in a range that the sorted keys may lack, or have wrongly."""
+        """Return the keys in a range that the sorted keys may lack, or may still have after a deletion."""
         return in_range(self._touched | self._gone, low, high) if self._touched else []
 
     def release(self) -> dict[int, Chunk]:
@@ -219,7 +219,7 @@ class Index:
     # The build
 
     def _built(self, base: dict[str, Any]) -> Generator[None]:
-        """Build the sorted keys in steps. A key that is added or removed meanwhile is touched."""
+        """Build the sorted keys in steps. A key that other code adds or removes meanwhile is among the touched keys."""
         parts: list[Chunk] = []
         chunks: list[Chunk] = []
         in_order, last, names = True, "", iter(base)
@@ -249,14 +249,14 @@ class Index:
         sample = sorted(chain.from_iterable(part[::stride] for part in parts))
         limits = sample[:: max(4, len(sample) * _BUCKET // count)][1:]
         buckets: list[list[str]] = [[] for _ in range(len(limits) + 1)]
-        _untrack(0, 1)  # while they are empty: afterwards only a full collection looks at them
+        _untrack(0, 1)  # quick while the buckets are empty; afterwards only a full collection looks at them
         while parts:
             yield
             for key in parts.pop():
                 buckets[bisect_right(limits, key)].append(key)
         done = 0
         buckets.reverse()
-        while buckets:  # each bucket is freed in its step
+        while buckets:  # each bucket is freed in the step that sorts it
             bucket = buckets.pop()
             bucket.sort()
             chunks += cut(bucket)
@@ -294,10 +294,10 @@ def corrected(keys: list[str], doubtful: list[str], present: Held, *, reverse: b
 
 
 def _untrack(number: int, generation: int = 0) -> None:
-    """Let the garbage collector look at the newest tuples, once in `_UNTRACKED_AT_ONCE` numbers.
+    """Run the garbage collector, if `number` is a multiple of `_UNTRACKED_AT_ONCE`, and the collector is enabled.
 
-    It then leaves tuples of strings alone. Without this, one collection would look at all of them:
-    50 ms for a million keys. It is not called if the program has turned the collector off.
+    The collector finds that the newest tuples have only strings, and never looks at them again. Without this,
+    a later collection would look at all tuples at once, which takes 50 ms for a million keys.
     """
     if not number % _UNTRACKED_AT_ONCE and gc.isenabled():
         gc.collect(generation)

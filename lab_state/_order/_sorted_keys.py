@@ -3,12 +3,12 @@
 Theory of operation. The keys are in sorted tuples, the chunks. A chunk has at most `2 * SIZE` keys.
 `_lasts` has the last key of each chunk, so two binary searches find a key. `_tree` is a Fenwick tree
 over the lengths of the chunks. It gives the number of keys before a chunk in O(log n). After
-chunks were split or joined, it is made anew when it is needed.
+chunks were split or joined, the next call that needs the tree makes a new one.
 
 A change replaces the tuple of a chunk. This has two reasons. A caller may keep chunks, because they never
-change. And the garbage collector does not track a tuple of strings, whereas a list of a million keys adds
-about 30 ms to each full collection. The cost is that a new key takes 7 µs instead of 3 µs (a million keys
-in memory in random order).
+change. And the garbage collector does not track a tuple of strings, whereas lists with a million keys add
+about 30 ms to each full collection. The cost is that adding a key takes 7 µs instead of 3 µs (measured with
+a million keys in memory in random order).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 SIZE = 256
-"""The number of keys of a new chunk. A chunk of twice as many keys is split. One of less than a quarter is joined with another.
+"""The number of keys of a new chunk. A chunk with twice as many keys is split. One with less than a quarter is joined with another.
 
-With 1,000 keys, a new key took twice as long. With 128, it took as long as with 256.
+With a size of 1,000, adding a key takes twice as long as with 256. With 128 it takes as long as with 256.
 """
 
 Chunk: TypeAlias = tuple[str, ...]
@@ -51,7 +51,7 @@ class SortedKeys:
         return self._size
 
     def add(self, key: str) -> None:
-        """Add a key. Do nothing if it is there."""
+        """Add a key. Do nothing if the set has it."""
         at = bisect_left(self._lasts, key)
         if at < len(self._lasts):
             chunk = self._chunks[at]
@@ -66,7 +66,7 @@ class SortedKeys:
             self._size = 1
 
     def remove(self, key: str) -> None:
-        """Remove a key. Do nothing if it is not there."""
+        """Remove a key. Do nothing if the set does not have it."""
         at = bisect_left(self._lasts, key)
         if at == len(self._lasts):
             return
@@ -79,7 +79,7 @@ class SortedKeys:
             self._change(at, chunk, -1)
 
     def _change(self, at: int, chunk: Chunk, by: int) -> None:
-        """Replace a chunk by one with `by` keys more. Split it or join it with a neighbour if its length is out of bounds."""
+        """Replace a chunk by one with `by` keys more. If the new one is too long or too short, split it or join it with another."""
         self._size += by
         self._chunks[at] = chunk
         if len(chunk) >= 2 * SIZE:
@@ -130,7 +130,7 @@ class SortedKeys:
     def pieces(self, low: str, high: str | None) -> list[Chunk]:
         """Return the keys of a range as sorted tuples, each above the one before.
 
-        Each has 1 to `2 * SIZE` keys. The cost is O(log n), and some nanoseconds for each tuple.
+        Each tuple has 1 to `2 * SIZE` keys. The cost is O(log n), and some nanoseconds for each tuple.
         """
         first, start = self._find(low)
         last, stop = self._find(high)
