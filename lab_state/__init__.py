@@ -1,4 +1,4 @@
-"""An asyncio-native state manager: a map in memory, durable on disk."""
+"""An asyncio-native state manager: a map in memory that is made durable in files or in S3."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "MirrorStatus",
     "Status",
     "Timer",
-    # its handles
+    # handles and what their calls return
     "Blocking",
     "BlockingEntry",
     "Change",
@@ -64,7 +64,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Namespace",
     "PlainItems",
     "Transaction",
-    # where states are kept
+    # storages and calls that read them
     "FileStorage",
     "MemoryStorage",
     "Reading",

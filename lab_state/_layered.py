@@ -75,11 +75,11 @@ class Layered(State):
         self.entries = LayeredEntries({} if cleared else _Live(self.base), changes)
 
     def now(self) -> int:
-        """Return the time of the base."""
+        """Return the time of the base, in milliseconds since 1970."""
         return self.base.now()
 
     def wall(self) -> int:
-        """Return the time of the wall clock of the base."""
+        """Return the time of the wall clock of the base, in milliseconds since 1970."""
         return self.base.wall()
 
     def has(self, key: str) -> bool:
@@ -88,7 +88,7 @@ class Layered(State):
 
     @property
     def expires(self) -> bool:
-        """Whether a key expires, here or in the base."""
+        """Whether any key expires, here or in the base."""
         return bool(self.expiries) or self.base.expires
 
     def due(self, now: int) -> int:
@@ -107,7 +107,7 @@ class Layered(State):
 
     @property
     def is_index_behind(self) -> bool:
-        """Return False: the calls on this state have no steps."""
+        """False, because the calls on this state do not work in steps."""
         return False
 
     def page(self, low: str, high: str | None, limit: int | None = None, *, reverse: bool = False) -> list[str]:

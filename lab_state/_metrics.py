@@ -12,19 +12,19 @@ _BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts since the manager was created. A restart does not reset them.
+    """Counts since the manager was created. `stop()` and `start()` do not reset them.
 
     Attributes:
         operations: The number of operations, by name and status (`success` or `error`).
             `set`: values stored, and values refused. `get`: only calls that failed, because
             the key was missing without a default, or the value had another type. Successful
-            reads are not counted, because that would take as long as the reads. `delete`: keys
-            deleted. `expire`: expired keys removed. `flush`: commits that succeeded, and commits
-            that failed. With a cache there are two more. `mirror`: steps sent to the cache, and
-            attempts that failed. `fill`: the times that the whole state was copied to the cache.
+            reads are not counted, because counting would take as long as reading. `delete`: keys
+            deleted. `expire`: expired keys deleted. `flush`: commits that succeeded, and commits
+            that failed. With a cache, there are two more names. `mirror`: steps sent to the cache,
+            and attempts that failed. `fill`: the number of times the whole state was sent.
         flush_seconds: The total duration of all successful commits, in seconds.
-        flush_buckets: A histogram of these times. Each pair is a bound in seconds and the
-            number of commits that took at most that long. The last bound is infinity.
+        flush_buckets: A histogram of the durations of these commits. Each pair is a bound in seconds and
+            the number of commits that took at most that long. The last bound is infinity.
     """
 
     operations: dict[tuple[str, str], int]
@@ -33,7 +33,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters:
-    """The counts that the state does not keep: of some calls, and of the starts before the present one."""
+    """The counts that `State` does not have: those of calls that failed, and those of earlier starts."""
 
     __slots__ = ("deletes", "expiries", "get_errors", "set_errors", "sets")
 
@@ -46,7 +46,7 @@ class Counters:
 
 
 class MirrorCounts:
-    """The steps and fills of a mirror, and the attempts that failed."""
+    """The numbers of steps and fills that were sent to a mirror, and the number of attempts that failed."""
 
     def __init__(self) -> None:
         self.steps: int = 0

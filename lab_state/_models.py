@@ -2,7 +2,7 @@
 
 lab_state does not import Pydantic. It recognizes models and adapters by their methods, and
 uses the module that the application has imported. The JSON of a model has the names of its
-fields. A model is stored only if its JSON gives an equal model.
+fields, not their aliases. A model is stored only if an equal model can be read from its JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lab_state._json_keys import double_key
 from lab_state.exceptions import InvalidValueError
 
 Way = list[str | int]
+"""The path to a part of a value, as a list of keys and indexes. `path_of` returns its text."""
 
 NOT_FINITE = "NaN and infinity cannot be kept: JSON has no such numbers"
 HIDDEN = "a secret of Pydantic would be kept as asterisks: give its field a serializer, or keep the text itself"
@@ -28,12 +29,12 @@ _PACKAGES = frozenset({"pydantic", "pydantic_core", "annotated_types"})
 
 
 def is_model(kind: object) -> bool:
-    """Return whether a class is a model of Pydantic 2, or has the methods of one."""
+    """Return whether an object is a class of models of Pydantic 2, or another class with `model_validate_json`."""
     return isinstance(kind, type) and hasattr(kind, "model_validate_json")
 
 
 def read(kind: Any, data: bytes) -> Any:
-    """Return a model from its JSON, which has the names of the fields or their aliases."""
+    """Return a model that is decoded from JSON. The JSON may have the names of the fields, or their aliases."""
     return kind.model_validate_json(data, by_alias=True, by_name=True)
 
 
@@ -99,7 +100,7 @@ def class_of(value: object) -> Any:
 
 
 def _all_are(kind: Any, *values: Any) -> bool:
-    """Return whether all values are of a class. After a direct `isinstance`, type checkers would know less than `Any`."""
+    """Return whether all values are of a class. Unlike `isinstance`, this does not narrow `Any` for type checkers."""
     return all(isinstance(value, kind) for value in values)
 
 
@@ -124,7 +125,7 @@ def _leaves(old: Any, new: Any, way: Way) -> Iterator[tuple[Way, Any, Any]]:
 
 
 def _first_difference(old: Any, new: Any) -> Way:
-    """Return the path to the first part in which two decoded JSON values differ."""
+    """Return the path to the first innermost part in which two decoded JSON values differ."""
     way: Way = []
     while class_of(old) is class_of(new) and _all_are((dict, list), old):
         steps: Any = [*old, *new] if _all_are(dict, old) else range(max(len(old), len(new)))
@@ -135,13 +136,14 @@ def _first_difference(old: Any, new: Any) -> Way:
 
 
 def _part(container: Any, step: Any) -> Any:
+    """Return a part of a dict or a list. If there is none, return this function, because it equals no JSON value."""
     if _all_are(dict, container):
         return container.get(step, _part)
     return container[step] if step < len(container) else _part
 
 
 def step_of(key: object) -> str:
-    """Return the step for a key of a dict, as text in a path."""
+    """Return the text for a key of a dict in a path: `.name` for an identifier, `['a b']` for another key."""
     return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
 
 
@@ -154,7 +156,7 @@ def path_of(way: Way) -> str:
 
 
 def is_adapter(type_: object) -> bool:
-    """Return whether this is a `pydantic.TypeAdapter`."""
+    """Return whether an object is a `pydantic.TypeAdapter`."""
     kind: Any = type(type_)
     return bool(kind.__name__ == "TypeAdapter" and hasattr(kind, "validate_json"))
 
@@ -188,9 +190,9 @@ def adapted(type_: Any) -> Callable[[bytes], Any]:
     else:
         pydantic: Any = sys.modules["pydantic"]
         try:
-            # msgspec writes bytes as base64.
+            # msgspec writes bytes as base64, so Pydantic must read them in that form.
             adapter = pydantic.TypeAdapter(type_, config={"val_json_bytes": "base64"})
-        except pydantic.PydanticUserError:  # Pydantic takes no `config` for a class that has its own
+        except pydantic.PydanticUserError:  # Pydantic refuses `config` for a class that has a configuration
             adapter = pydantic.TypeAdapter(type_)
     if not adapter.pydantic_complete:
         adapter.rebuild(raise_errors=True)
@@ -212,11 +214,14 @@ _SAYS_NO_VALUE = re.compile(
     r"missing|extra_forbidden|.*_type|(int|float|bool)_parsing|int_from_float|(greater|less)_than(_equal)?|finite_number|"
     r"multiple_of|(string_)?too_(short|long)|string_pattern_mismatch|literal_error|enum|none_required"
 )
-"""The kinds of Pydantic's problems whose messages never quote the value. They only name the expected type."""
+"""The kinds of Pydantic's problems whose messages never quote the value. The messages name only what was expected."""
 
 
 def first_problem(error: object) -> tuple[str, str]:
-    """Return the path and the message of the first problem that Pydantic found. The message never quotes the value."""
+    """Return the path and the message of the first problem that Pydantic found.
+
+    A message that might quote the value is replaced by the kind of the problem.
+    """
     problems = cast("Any", error).errors(include_url=False, include_context=False, include_input=False)
     first: dict[str, Any] = problems[0]
     kind = str(first["type"])

@@ -18,7 +18,7 @@ from __future__ import annotations
 from itertools import accumulate
 
 MAX_DEPTH = 128
-"""The most levels of nesting of a stored value. Python's own limit depends on its version and on the caller's stack."""
+"""The largest depth of a stored value. It is fixed, because Python's limit depends on the version and on the caller's stack."""
 
 SHALLOW = 2 * MAX_DEPTH + 1
 """JSON of fewer bytes than this cannot have more than `MAX_DEPTH` levels."""
@@ -26,12 +26,16 @@ SHALLOW = 2 * MAX_DEPTH + 1
 _BACKSLASH = ord("\\")
 _DROPPED = bytes(set(range(256)) - set(b'[]{}"'))
 _STEPS = bytes(1 if byte in b"[{" else 255 if byte in b"]}" else 0 for byte in range(256))
+"""A table for `translate`: an opening bracket becomes 1, and a closing one -1, as signed bytes."""
+
 _MOST_ROUNDS = 12
 _LONGEST_UNIT = 64
+
 _SHORT = 8 * 1024
+"""JSON of fewer bytes is accepted at once if it has no more opening brackets than levels are allowed."""
 
 _FEW = 16
-"""If there are more than this many brackets for each quote, the strings are removed."""
+"""If fewer than one in this many brackets and quotes is a quote, the strings are removed."""
 
 
 def too_deep(data: bytes) -> bool:
@@ -52,7 +56,7 @@ def deeper(data: bytes, levels: int) -> bool:
     rest = rest.replace(b'""', b"")
     for _ in range(_MOST_ROUNDS):
         before = len(rest)
-        if before + gone <= levels:  # each level needs at least one bracket
+        if before + gone <= levels:  # each level of the rest needs at least one bracket
             return False
         rest = rest.replace(b"[]", b"").replace(b"{}", b"").replace(b'""', b"")
         gone += 2
@@ -62,7 +66,7 @@ def deeper(data: bytes, levels: int) -> bool:
 
 
 def _without_what_repeats(structure: bytes) -> tuple[bytes, int]:
-    """Return the structure without a group that repeats, and an upper bound of the number of levels that were removed."""
+    """Return the structure without a group that repeats in its middle, and an upper bound of the levels that were removed."""
     middle = len(structure) // 2
     length = structure.find(structure[middle : middle + 8], middle + 8, middle + _LONGEST_UNIT) - middle
     unit = structure[middle : middle + max(0, length)]
@@ -71,7 +75,7 @@ def _without_what_repeats(structure: bytes) -> tuple[bytes, int]:
         return structure, 0
     start, end = structure.find(unit), structure.rfind(unit) + length
     times, more = divmod(end - start, length)
-    if not more and structure[start:end] == unit * times:  # this costs far less than `replace`
+    if not more and structure[start:end] == unit * times:  # much faster than `replace`
         outside = structure.count(b'"', 0, start) % 2
         if not _balance(b"".join(halves[outside::2])):
             return structure[:start] + structure[end:], length
@@ -82,11 +86,12 @@ def _without_what_repeats(structure: bytes) -> tuple[bytes, int]:
 
 
 def _balance(brackets: bytes) -> int:
+    """Return the number of opening brackets minus the number of closing brackets."""
     return sum(memoryview(brackets.translate(_STEPS)).cast("b"))
 
 
 def _levels(structure: bytes) -> int:
-    """Return the number of levels of a text of quotes and brackets alone."""
+    """Return the number of levels of a text that has only quotes and brackets."""
     return max(accumulate(memoryview(_outside(structure).translate(_STEPS)).cast("b")), default=0)
 
 

@@ -1,4 +1,4 @@
-"""Invalid JSON, from another program or after damage: the exceptions of the decoder, and the messages for them."""
+"""Invalid JSON, from another program or after damage: the exceptions of the decoder, and the messages about the fault."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 NOT_JSON: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What the decoder raises: for invalid JSON, JSON of another type, bytes that are not UTF-8, and nesting too deep."""
+"""The exceptions of the decoder: for invalid JSON, JSON of another type, bytes that are not UTF-8, and too many levels."""
 
 _BYTE = re.compile(r" \(byte (\d+)\)")
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
@@ -18,7 +18,10 @@ _HIGH, _LOW = range(0xD800, 0xDC00), range(0xDC00, 0xE000)
 
 
 def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
-    """Return the offset and a description of the fault in the bytes of a file. The file should contain a state."""
+    """Return the offset and a description of the fault in `data`, the bytes of a file that should contain a state.
+
+    `error` is the exception that the decoder raised for these bytes.
+    """
     if data.startswith(codecs.BOM_UTF8):
         return 0, "it begins with a byte order mark, which JSON must not have; save it without one"
     if not data.strip():
@@ -30,7 +33,7 @@ def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
         return 0, "it is not a JSON object; a state is one object, with a member for each key"
     if (lone := _lone_surrogate(data)) is not None:
         return lone, "it has a lone surrogate, which UTF-8 cannot hold; write the whole character, or leave it out"
-    # msgspec's errors about syntax hold no values.
+    # The text of msgspec's error about syntax contains no value. The text of another error may contain one.
     where = str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
     byte = _BYTE.search(where)
     return int(byte[1]) if byte else 0, f"it is not valid JSON ({_BYTE.sub('', where)}); mend it, or restore a copy"

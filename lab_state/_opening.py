@@ -1,4 +1,4 @@
-"""The start of a manager: the wait for a state that another writer holds, and the loading of it."""
+"""The start of a manager: the wait for a state that another writer holds, and the loading of that state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lab_state.config import Config
 from lab_state.exceptions import LockedError
 from lab_state.storage._protocol import Storage, StorageSession
 
-_FIRST_PAUSE = 0.05
+_FIRST_PAUSE = 0.05  # in seconds, as the next two
 _LONGEST_PAUSE = 0.5
 _TOLD_EVERY = 10.0
 
@@ -26,7 +26,7 @@ async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) ->
 
     Raises:
         LockedError: Another writer still holds the state at the end of that time.
-        StorageError: `Storage.open` raised another error. It is not called again.
+        StorageError: `Storage.open` raised another error. There is no further attempt.
     """
     seconds = config.lock_timeout
     pauses = Pauses(clock, _FIRST_PAUSE, _LONGEST_PAUSE)
@@ -91,11 +91,11 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
 
 
 def _time(found: LoadedState, path: str, clock: Clock, logger: Log) -> float:
-    """Return the time by which keys expire, in seconds since 1970."""
+    """Return the time of the state now, in seconds since 1970. If the wall clock is behind, log a warning."""
     wall = clock.time()
     if not found.expires:
         return wall
-    # Use the time of the state, and not the wall clock, which may have been wrong at the write.
+    # Continue the recorded time of the state. The wall clock may have been wrong at the write, or may be wrong now.
     time, behind = resumed(found.time, found.wall, wall)
     if behind:
         logger.warning(

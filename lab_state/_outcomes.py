@@ -1,7 +1,7 @@
 """The outcomes of commits and checkpoints.
 
-Each outcome is counted. A failure is logged, and the commit or checkpoint is repeated after a pause.
-The callers that wait for a commit receive its outcome.
+Each outcome is counted, and each failure is logged. A failed checkpoint is repeated after a pause. So is
+a failed commit, unless `flush_interval` is `None`. The callers that wait for a commit receive its outcome.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Outcomes(Durability):
         failures: The number of commits and checkpoints that failed.
         last_error: The error of the last commit or checkpoint; `None` if it succeeded.
         last_flush_at: The time of the last commit that succeeded, in seconds since 1970.
-        last_flush_seconds: The duration of that commit.
+        last_flush_seconds: The duration of that commit, in seconds.
     """
 
-    def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
+    def __init__(  # noqa: PLR0917 -- all are needed, and no two have the same type
         self,
         state: State,
         recovery: Recovery,
@@ -56,7 +56,7 @@ class Outcomes(Durability):
         self.last_error: StorageError | None = None
         self.last_flush_at: float | None = None
         self.last_flush_seconds: float | None = None
-        self._failure: StorageError | None = None  # the error of the last commit
+        self._failure: StorageError | None = None  # the error of the last commit; `None` if it succeeded
         self._interval = config.flush_interval
         self._logger = logger
         self._times = times
@@ -91,14 +91,14 @@ class Outcomes(Durability):
             note = "not durable yet: the changes stay in memory, and the flush is repeated"
         else:
             note = "not durable yet: the changes stay in memory, and the next flush() repeats it"
-        # The callers receive the error first. Only then is code of the application called, such as its logger or clock.
+        # The callers receive the error first. The logger of the application is called after that.
         self._confirming.fail(error, note, all_lists=True)
         if isinstance(error, FencedError):
             self._fence(error)
             return
         self._waiters.fail(error, note, all_lists=False)
         self._commit_failed(error, note)
-        if not self._stopping:  # for every `flush_interval`, because `confirm_ownership` waits for the end of the pause
+        if not self._stopping:  # even if `flush_interval` is `None`: `confirm_ownership` waits for the end of the pause
             self._clock.call_later(pause, self._wake_up if retried else self._wake.set)
         self._logger.error("%s: a flush failed; %s: %s", self._name, note, error)
 
@@ -106,7 +106,7 @@ class Outcomes(Durability):
         """Do nothing. The owner of a shared state answers its clients here. `note` is about the changes of the commit."""
 
     def _fence(self, error: FencedError) -> None:
-        """Refuse every write from now on: a newer writer owns the state."""
+        """Refuse every write from now on, because a newer writer owns the state. Log it, and schedule `on_fenced`."""
         if self.fenced:
             return
         self._pauses.never_end()
@@ -123,9 +123,7 @@ class Outcomes(Durability):
     def checkpoint_succeeded(self, seconds: float, size: int) -> None:
         """Note that a checkpoint succeeded, and log it if it took more than a second."""
         self._checkpoint_pauses.reset()
-        if (
-            not self._pauses.failures
-        ):  # otherwise commits still fail, and `last_error` keeps the error of the last commit
+        if not self._pauses.failures:  # while commits fail, `last_error` keeps the error of the last commit
             self.last_error = None
         if seconds > _LONG_CHECKPOINT:
             self._logger.info("%s: a checkpoint of %d bytes took %.1f s", self._name, size, seconds)

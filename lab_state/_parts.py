@@ -1,6 +1,6 @@
 """The parts of a value, and the search for a part that is refused: NaN, infinity, and times that JSON would change.
 
-A part is an item of a list, a value of a dict, or a field of an object. Its step is the text for it
+A part is an item of a list, a value of a dict, or a field of an object. The step of a part is its text
 in a path, such as `[3]`. All functions are pure and synchronous.
 """
 
@@ -19,6 +19,7 @@ from lab_state._models import step_of
 from lab_state._nesting import MAX_DEPTH
 
 PLAIN = frozenset({dict, list, tuple, set, frozenset})
+"""The built-in classes of containers. A subclass of them is not plain."""
 
 _TIMES = (datetime, time)
 _MAX_PATH = 200
@@ -30,10 +31,10 @@ _ZONE_OF_A_TIME = (
 
 
 def first_part(container: Any, refused: Callable[[Any], bool]) -> tuple[object, object] | None:
-    """Return the first part that is refused, with its step. If there are no parts, return `None`.
+    """Return the first part that is refused, as a pair of `parts_of`. If there are no parts, return `None`.
 
-    This is a binary search. `refused` is called with half of the remaining parts, as a list. The
-    last remaining part is returned without a call, so the caller must check it.
+    This is a binary search. `refused` is called with half of the remaining parts, as one list or tuple.
+    The last remaining part is returned without a call, so the caller must check it.
     """
     kind = container.__class__
     if kind in SCALARS:
@@ -62,13 +63,14 @@ def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tu
     Args:
         value: The value.
         refused: The check. It is called with a part, or with a list of parts.
-        fields: Whether the fields of objects are parts. For a model they are not, because it may
-            write a field in another form.
+        fields: Whether to look into objects with fields. Pass False if `refused` encodes the parts: a
+            model may write a field in another form than the field alone would have.
     """
     steps: list[str] = []
     while True:
         chain = _single_parts(value, refused, fields=fields)
-        # If a part of the chain is refused, all parts before it are refused, too. Mostly it is the last one.
+        # If a part of the chain is refused, all parts before it are refused, too. The last part is tried first,
+        # because it is refused in most cases. Then a binary search finds the last refused part.
         first, end = (len(chain),) * 2 if chain and refused(chain[-1][1]) else (0, max(0, len(chain) - 1))
         while first < end:
             middle = (first + end + 1) // 2
@@ -102,7 +104,10 @@ def _single_parts(value: Any, refused: Callable[[Any], bool], *, fields: bool) -
 
 
 def single_part(value: Any, refused: Callable[[Any], bool]) -> tuple[object, Any] | None:
-    """Return the only part that is not a scalar, with its step. If there are several, or a scalar is refused, return `None`."""
+    """Return the only part that is not a scalar, as a pair of `parts_of`.
+
+    If there is not exactly one, or a scalar is refused, return `None`.
+    """
     parts = [*parts_of(value)]
     inner = [pair for pair in parts if pair[1].__class__ not in SCALARS]
     if len(inner) != 1 or (len(parts) > 1 and refused([part for _, part in parts if part is not inner[0][1]])):
@@ -111,7 +116,7 @@ def single_part(value: Any, refused: Callable[[Any], bool]) -> tuple[object, Any
 
 
 def parts_of(container: Any) -> Iterable[tuple[object, object]]:
-    """Return the parts of an object. Each comes with its key in a dict, its number in a list, or its step."""
+    """Return a pair for each part: first its key in a dict, its number in a list, or its step, and then the part."""
     kind: Any = container.__class__
     if kind is dict:
         items: Iterable[tuple[object, object]] = container.items()
@@ -127,6 +132,7 @@ def step_in(container: Any, step: object) -> str:
 
 
 def joined(steps: list[str]) -> str:
+    """Return the path with these steps, shortened if it is long."""
     return shortened("$" + "".join(steps))
 
 
@@ -144,6 +150,7 @@ def _children(value: object) -> Iterator[tuple[str, object]]:
 
 
 def _field_names(value: object) -> Iterator[str]:
+    """Yield the field names of a Struct, a dataclass, an attrs object or a model of Pydantic."""
     kind = type(value)
     if isinstance(value, msgspec.Struct):
         yield from kind.__struct_fields__  # type: ignore[attr-defined]
@@ -156,19 +163,20 @@ def _field_names(value: object) -> Iterator[str]:
 
 
 def shortened(path: str) -> str:
+    """Return the path, or its beginning and three dots if it is long."""
     return path if len(path) <= _MAX_PATH else f"{path[:_MAX_PATH]}..."
 
 
 def first_not_finite(tree: object) -> str | None:
     """Return the path of the first NaN or infinity; `None` if there is none."""
-    stack: list[tuple[str, object, int]] = [("$", [tree], 0)]
+    stack: list[tuple[str, object, int]] = [("$", [tree], 0)]  # in a list, `tree` is a part; its step is removed below
     while stack:
         path, item, depth = stack.pop()
         for step, child in parts_of(item):
             kind: Any = child.__class__
             if kind is float and not isfinite(cast("float", child)):
                 return shortened(path + step_in(item, step)).replace("$[0]", "$", 1)
-            if kind not in SCALARS and depth <= MAX_DEPTH:  # a bound, because it may contain itself
+            if kind not in SCALARS and depth <= MAX_DEPTH:  # a bound, because the value may contain itself
                 stack.append((path + step_in(item, step), child, depth + 1))
     return None
 
@@ -196,7 +204,7 @@ def moved_time(value: Any, *, keys: bool = True) -> str | None:
                 if (why := _moved(item)) is not None:
                     return why
                 if zone.__class__ is timezone:
-                    fixed = zone  # a zone whose offset never changes
+                    fixed = zone  # its offset never changes: other times with it need no check
             else:
                 below += [part for _, part in parts_of(item) if part.__class__ not in SCALARS]
         level = below

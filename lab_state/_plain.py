@@ -1,4 +1,4 @@
-"""`Plain`: the calls of `Calls` as plain methods, without `await`. They are made from those of `Calls`."""
+"""`Plain`: the calls of `Calls` as methods without `await`. The function `plain` makes each method from a call of `Calls`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ P = ParamSpec("P")
 
 
 def plain(fn: Callable[Concatenate[Calls, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Plain, P], R]:
-    """Return a call without `await`, made from one of `Calls`. It has each of its overloads."""
+    """Return a method without `await` that runs a call of `Calls`. It has the same arguments, overloads and docstring."""
 
     def call(self: Plain, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._run(fn(self._calls, *args, **kwargs))
@@ -33,7 +33,7 @@ class Plain(Handle):
     __slots__ = ("_calls",)
 
     _may_wait: ClassVar[bool]
-    """Whether a call may wait for the event loop."""
+    """Whether a call may await. If not, its coroutine runs to the end in one step."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
@@ -42,7 +42,7 @@ class Plain(Handle):
         raise NotImplementedError
 
     def __bool__(self) -> Literal[True]:
-        """Return True, also for an empty state."""
+        """Return True, even if the state is empty."""
         return True
 
     @overload
@@ -74,7 +74,7 @@ class Plain(Handle):
         reverse: bool = False,
         type: Any = Any,
     ) -> PlainItems[Any]:
-        """Iterate over keys and values of one moment; see `Manager.items`."""
+        """Iterate over the keys that start with `prefix` and their values, all of one moment; see `Manager.items`."""
         steps = self._calls._steps(prefix, after, limit, type, reverse=reverse)  # noqa: SLF001 -- `Plain` and its calls are one object in two parts
         return PlainItems(steps, self._run, pause=self._may_wait)
 

@@ -1,4 +1,4 @@
-"""`Reads`: each reading call, written once, for the keys under a prefix.
+"""`Reads`: the calls that read keys under a prefix. Managers, namespaces, transactions and views share them.
 
 `get` is the hot path: it takes one Python frame if the key exists and the caller passes no type.
 Rare cases (a missing key, a closed manager, a typed read) are handled in separate functions,
@@ -28,8 +28,8 @@ T = TypeVar("T")
 class Reads(Iterates):
     """The calls that change nothing.
 
-    Each call is also there without `await`, for callbacks and other synchronous code on the event loop.
-    The name of that call ends in `_nowait`. In place of `exists`, it is `in`.
+    Each call but `items` has a form without `await`, for callbacks and other synchronous code on the event
+    loop. The name of that form ends in `_nowait`. In place of `exists`, use `in`.
     """
 
     __slots__ = ("_core", "_prefix")
@@ -50,7 +50,7 @@ class Reads(Iterates):
         return self._core.state.count_in(*bounds(self._prefix))
 
     def __bool__(self) -> Literal[True]:
-        """Return True: an empty state is a state too."""
+        """Return True, even if the state is empty."""
         return True
 
     def __contains__(self, key: object) -> bool:
@@ -81,13 +81,12 @@ class Reads(Iterates):
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             TypeMismatchError: The stored value is not a `type`; the error has the path.
-            TypeError: The type cannot be decoded; the message says why. Each call with a
-                `type` raises this before it looks at a value. Or the default is a class:
-                to decode the value, pass the class as `type`.
+            TypeError: The type cannot be decoded, whatever the value is; the message says why.
+                Or the default is a class: to decode the value, pass the class as `type`.
         """
         if default is not MISSING and default is not None:
             check_default(default)
-        # This repeats `_get`: the benchmark shows the cost of one more call.
+        # This repeats the body of `_get`, because one more call would make `get` measurably slower.
         try:
             stored = self._core.state.entries[self._prefix + key]
         except (KeyError, TypeError):
@@ -113,7 +112,7 @@ class Reads(Iterates):
     @overload
     def get_nowait(self, key: str, default: object = ..., *, type: Any = ...) -> Any: ...
     def get_nowait(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
-        """Return the value of a key, as a plain call; see `get`."""
+        """Return the value of a key, without `await`; see `get`."""
         check_default(default)
         return self._get(key, default, type)
 
@@ -122,7 +121,7 @@ class Reads(Iterates):
     @overload
     async def get_many(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
     async def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
-        """Return the keys that exist with their values, in the given order. Missing keys are left out.
+        """Return those of the keys that exist, in the given order, with their values.
 
         Args:
             keys: The keys.
@@ -139,7 +138,7 @@ class Reads(Iterates):
     @overload
     def get_many_nowait(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
     def get_many_nowait(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
-        """Return several keys with their values, as a plain call; see `get_many`."""
+        """Return those of the keys that exist, with their values, without `await`; see `get_many`."""
         self._check_open()
         return self._all(many_keys(keys), type)
 
@@ -166,11 +165,12 @@ class Reads(Iterates):
         reverse: bool = False,
         type: Any = Any,
     ) -> dict[str, Any]:
-        """Return the keys that start with `prefix` with their values, in order of code points, all of one moment.
+        """Return the keys that start with `prefix`, in order of code points, with their values. All are of one moment.
 
         The cost depends on the keys that are returned, not on all keys. With 1,000 keys or more, the call
-        works in steps of some milliseconds, and the event loop runs between two steps. `keys` describes the
-        first call, and pages. To look at values one after the other, without a dict of all, use `items`.
+        works in steps of some milliseconds, and the event loop runs between two steps. See `keys` for the
+        cost of the first call, and for pages. To read values one after the other, without a dict of all
+        values, use `items`.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -218,9 +218,9 @@ class Reads(Iterates):
         reverse: bool = False,
         type: Any = Any,
     ) -> dict[str, Any]:
-        """Return the keys that start with `prefix` with their values, as a plain call, in one step; see `get_all`.
+        """Return the keys that start with `prefix`, with their values, without `await`, in one step; see `get_all`.
 
-        A million keys take some seconds.
+        With a million keys, the event loop does not run for some seconds.
         """
         self._check_open()
         return self._all(self._cut(self._names(self._range(prefix, after, limit, reverse=reverse))), type)
@@ -229,7 +229,7 @@ class Reads(Iterates):
         """Return whether the key exists."""
         if key in self:
             return True
-        self._missing(key, default=False)  # it raises an error for a key out of bounds
+        self._missing(key, default=False)  # raises an error for a key out of bounds
         return False
 
     async def keys(
@@ -240,12 +240,13 @@ class Reads(Iterates):
         The cost depends on the keys that are returned, not on all keys. With 1,000 keys or more, the call
         works in steps of some milliseconds, and the event loop runs between two steps.
 
-        The first call that needs an order sorts all keys of the state, in steps. A million keys take one to three
-        seconds. From then on, the order is kept. It takes 8 MB for a million keys. Each key that is added or
-        deleted later costs the next call about 2 µs.
+        The first call that needs an order is an exception: it sorts all keys of the state, in steps. A million keys
+        take one to three seconds. Then the order is kept, in 8 MB of memory for a million keys. Each key that
+        is added or deleted later costs the next call about 2 µs. If more than a quarter of the keys are added or
+        deleted without such a call, the order may be dropped, and the next call sorts all keys again.
 
-        A page is a call with a `limit`. The next page begins `after` the last key of this one. Keys that are
-        added or deleted meanwhile never move other keys to another page.
+        A call with a `limit` returns a page. To get the next page, pass the last key of this page as `after`. Keys
+        that are added or deleted between two calls never move other keys to another page.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -272,9 +273,9 @@ class Reads(Iterates):
     def keys_nowait(
         self, prefix: str = "", *, after: str | None = None, limit: int | None = None, reverse: bool = False
     ) -> list[str]:
-        """Return the keys that start with `prefix`, as a plain call, in one step; see `keys`.
+        """Return the keys that start with `prefix`, without `await`, in one step; see `keys`.
 
-        A million keys take about 0.1 s, and the first call sorts all keys of the state in this step.
+        A million keys take about 0.1 s. If the keys have to be sorted first, that is done in the same step.
         """
         self._check_open()
         return self._cut(self._names(self._range(prefix, after, limit, reverse=reverse)))
@@ -284,7 +285,7 @@ class Reads(Iterates):
     @overload
     async def expires_in(self, key: str, default: T) -> float | T | None: ...
     async def expires_in(self, key: str, default: object = MISSING) -> object:
-        """Return the seconds until a key expires, above 0; `None` if it never does.
+        """Return the seconds until a key expires, above 0; `None` if it never expires.
 
         Args:
             key: The key.
@@ -300,7 +301,7 @@ class Reads(Iterates):
     @overload
     def expires_in_nowait(self, key: str, default: T) -> float | T | None: ...
     def expires_in_nowait(self, key: str, default: object = MISSING) -> object:
-        """Return the seconds until a key expires, as a plain call; see `expires_in`."""
+        """Return the seconds until a key expires, without `await`; see `expires_in`."""
         if key not in self:
             return self._missing(key, default)
         at = self._expiry(key)
@@ -309,13 +310,13 @@ class Reads(Iterates):
     # Rare cases of the hot path, and steps that several calls share
 
     def _full(self, key: object) -> str:
-        """Return the key with the prefix before it. `check_key` checks its bounds."""
+        """Return the key with the prefix before it. Raise an error if it is not a `str`. Its bounds are not checked here."""
         if not isinstance(key, str):
             raise InvalidKeyError(f"a key must be a str, not {key.__class__.__name__}")
         return self._prefix + str.__str__(key)
 
     def _get(self, key: str, default: object, type_: Any) -> Any:
-        """Return the value of a key, or the default."""
+        """Return the value of a key, or the default; see `get`."""
         if key.__class__ is not str:
             key = as_text(key)
         try:
@@ -335,7 +336,7 @@ class Reads(Iterates):
         return self._decode(key, stored, default, type_)
 
     def _all(self, keys: Iterable[str], type_: Any) -> dict[str, Any]:
-        """Return the values of those keys that exist."""
+        """Return those of the keys that exist, with their values."""
         if type_ is not Any:
             check_type(type_)
         found: dict[str, Any] = {}
@@ -348,21 +349,22 @@ class Reads(Iterates):
     def _missing(self, key: object, default: object, type_: Any = Any) -> Any:
         """Return the default for a key that was not found, or raise an error about the key or the call."""
         if key.__class__ is not str and isinstance(key, str):
-            return self._get(str.__str__(key), default, type_)  # a subclass of `str` may have changed the prefix
+            # The `+` of a subclass of `str` may have made another key. So look up the plain text.
+            return self._get(str.__str__(key), default, type_)
         self._check_open()
         if type_ is not Any:
             check_type(type_)
         try:
             check_key(self._full(key))
         except InvalidKeyError as error:
-            raise error from None  # not from the `KeyError` of the dict
+            raise error from None  # without the `KeyError` of the dict in the traceback
         if default is MISSING:
             self._core.counters.get_errors += 1
             raise KeyNotFoundError(str(key)) from None
         return default
 
     def _decode(self, key: str, stored: Stored, default: object, type_: Any) -> Any:
-        """Return a stored value as a `type_`; the default if it has expired."""
+        """Return a stored value as a `type_`; the default if it has expired. The errors name the key."""
         if stored.__class__ is not bytes and isinstance(stored, Expiring):  # type: ignore[redundant-expr]  # a Json is bytes
             alive = self._core.state.alive(stored)
             if alive is MISSING:
@@ -403,7 +405,7 @@ class Reads(Iterates):
         return Steps(StateSource(self._core, within), decoding)
 
     def _decoding(self, type_: Any) -> Decoding:
-        """Return the way to decode values as a type.
+        """Return the function that decodes values as a type, together with the type.
 
         Raises:
             TypeError: The type cannot be decoded.
@@ -422,7 +424,7 @@ class Reads(Iterates):
         return [name[cut:] for name in names] if cut else names
 
     def _keys(self, prefix: str) -> list[str]:
-        """Return each key that starts with a prefix."""
+        """Return the keys that start with a prefix, without the prefix of this handle, in one step."""
         self._check_open()
         return self._cut(self._names(self._range(prefix, None, None, reverse=False)))
 
@@ -431,7 +433,7 @@ class Reads(Iterates):
         return self._prefix + check_prefix(prefix)
 
     def _nested(self, name: str) -> str:
-        """Return the prefix of a namespace."""
+        """Return the prefix of the keys of a namespace; see `Manager.namespace` for the errors."""
         if not isinstance(name, str):
             raise TypeError(f"the name of a namespace must be a str, not {name.__class__.__name__}")
         prefix = check_key(f"{self._under(name)}/")

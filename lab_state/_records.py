@@ -3,8 +3,8 @@
 A record is a dict with scalars only. The records are converted to Structs, slice by slice, and the
 Structs are dropped. Their class has a field for each key of the first record. A field accepts a
 `str`, an `int`, a `bool`, `None` or a finite float, and nothing else. So if a list can be converted,
-all keys are a `str`, and there is no NaN, no time, no `msgspec.Raw`, and no third level. Then no
-other check is needed.
+each key is a `str`, and there is no NaN, no time, no `msgspec.Raw`, and no third level of nesting.
+Such a list needs no other check.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_inf
 _Scalar = str | int | _Finite | bool | None
 
 _LEAST = 4 * 1024
-"""The least bytes of a value that is converted. For less, an exception of the conversion costs more than it saves."""
+"""The smallest size in bytes of a value that is converted. For less, a conversion that fails takes longer than one that succeeds saves."""
 
 _SLICE = 256
 """The number of items that are converted at once. The memory of one slice is reused for the next."""
 
 _ENOUGH = 64 * 1024
-"""The bytes of records with the same keys after which a class is made for them. A class costs 100 to 700 microseconds."""
+"""After this many bytes of records with the same keys, a class is made for them, in 100 to 700 microseconds."""
 
-_MOST_FIELDS, _LONGEST_NAMES = 32, 1024
-_MOST_CLASSES = 256
+_MOST_FIELDS, _LONGEST_NAMES = 32, 1024  # no class is made for records with more keys, or with longer keys in all
+_MOST_CLASSES = 256  # when `_classes` has this many items, all of them are dropped
 
 _classes: dict[tuple[str, ...], Any] = {}
-"""By the keys of a record: the type of a list of such records, `None` if there cannot be one, or the bytes so far."""
+"""By the keys of a record: the type of a list of such records, `None` if msgspec refuses the keys, or the bytes seen so far."""
 
 
 def is_flat(value: Any, size: int) -> bool:
-    """Return True if a value is a list or a dict of scalars, or of records. False means that it was not examined or differs.
+    """Return True if a value is known to be a list or a dict of scalars, or of records. Otherwise it needs other checks.
 
     Args:
         value: The value.
-        size: The number of bytes of its JSON. An empty list has two.
+        size: The number of bytes of its JSON. Small values are not examined, so an examined value is never empty.
     """
     if size < _LEAST:
         return False

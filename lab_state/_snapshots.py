@@ -1,4 +1,4 @@
-"""Views of the state for a storage. A view is taken and encoded in slices. At the end, later writes are merged into it."""
+"""Views of the state for a storage. A view is encoded in slices. At the end, the writes that came later are merged into it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ LATE = 0.002
 
 
 class Pace:
-    """The turns of a checkpoint beside commits.
+    """The turns of the slices of a checkpoint, while commits go on.
 
-    The event loop and the threads of the storage share one interpreter. So a slice that is encoded while
-    callers of a commit run, or before the next commit starts, delays that commit. The delay is smallest right
-    after the commit was passed to its thread. So each commit is followed by one slice. After `late`
-    seconds without a new commit, slices go on without waiting.
+    Encoding a slice uses the interpreter, which the event loop and the threads of the storage share. So it
+    delays a commit that runs or starts at this time. The delay is smallest right after a commit was passed to
+    its thread. So one slice is encoded after the beginning of each commit. After `late` seconds
+    without a new commit, slices are encoded without waiting.
     """
 
     def __init__(self, late: float = LATE) -> None:
-        """Prepare. `late` is in seconds."""
+        """Begin without a commit. `late` is the longest wait of a slice for the next commit, in seconds."""
         self._late = late
         self._until = -math.inf
         self._is_free = False
@@ -76,19 +76,20 @@ class SnapshotViews:
         pace: Pace | None = None,
         copy_loaded: bool = False,
     ) -> None:
-        """Prepare. `take` and `freeze` take views.
+        """Prepare. No view is taken yet.
 
         Args:
             state: The state.
             durable: A function that waits until a revision is durable. It is awaited before the
                 last slice of each view is yielded, with the revision of the view.
             given: A callback. It is called for each slice.
-            pace: The turns of the slices beside commits. Without it, only one turn of the event loop
-                passes between two slices. A commit itself must not wait for the next one.
+            pace: The turns of the slices of a checkpoint. Without it, only one turn of the event loop
+                passes between two slices. A commit that writes a snapshot has none, because it must
+                not wait for the next commit.
             copy_loaded: Whether to replace loaded values by copies. A loaded value is a part of
                 a large buffer, and keeps all of that buffer in memory. For a time, the buffer and
-                the copies are in memory together. Only a checkpoint does this. During a commit
-                the storage may have the whole snapshot in memory as well.
+                the copies are in memory together. Only a checkpoint asks for copies, because during
+                a commit the storage may have the whole snapshot in memory as well.
         """
         self._state = state
         self._copy_loaded = copy_loaded
@@ -98,7 +99,7 @@ class SnapshotViews:
         self._taken: list[dict[str, Stored]] = []
 
     def take(self) -> AsyncIterator[bytes]:
-        """Take a view of the present state. Return its snapshot in slices."""
+        """Take a view of the present state, and return an iterator over the slices of its snapshot."""
         view, state = self.freeze(), self._state
         copy_loaded = self._copy_loaded and state.borrowed
         calls = state.results.snapshot() if state.results is not None else None
@@ -143,5 +144,6 @@ class SnapshotViews:
             except asyncio.CancelledError:
                 self._state.fold(view, sys.maxsize)
                 raise
-            if not self._state.has_as_base(view):  # the view was a copy, or the state was cleared meanwhile
+            # If the view was a copy, or the state was cleared meanwhile, no other code frees it.
+            if not self._state.has_as_base(view):
                 self._state.release(view)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from lab_state._clock import Clock, resolver
 
 _LOOKS = 8
+"""The number of times that the number is read in `seconds`."""
 
 
 class Standstill:
@@ -53,8 +54,8 @@ class Progress:
     """The progress of flushes and checkpoints: the bytes that are written, and the slices that are encoded."""
 
     def __init__(self, written: Callable[[], int]) -> None:
-        """Call `written` once. It returns the number of bytes that the storage has written. If it raises, so does this call."""
-        # Then start() fails. Without this number, stop() could not distinguish a slow storage from one that hangs.
+        """Call `written` once. It returns the number of bytes that the storage has written. Its error is passed on."""
+        # An error here lets start() fail. Without this number, stop() could not distinguish a slow storage from one that hangs.
         written()
         self._written = written
         self._slices = 0

@@ -16,18 +16,18 @@ from lab_state.storage._protocol import Storage
 class StateView(Reads):
     """A state as it was at one moment: a copy in memory that never changes.
 
-    `read_state` makes it. It has the reading calls of a manager, and none of them waits. Its
-    time does not advance either. It does not contain keys that had expired at that moment. All
-    other keys stay in it. `expires_in` counts from that moment.
+    `read_state` makes it. It has the reading calls of a manager. The time of a view does not advance.
+    Keys that had expired at that moment are not in the view. All other keys stay in it.
+    `expires_in` counts from that moment.
 
     Attributes:
-        revision: The number of the last change that it contains.
-        durable_revision: Every change up to this one is certainly durable. It is lower
+        revision: The number of the last change that the view contains.
+        durable_revision: Every change up to this revision is certainly durable. It is lower
             than `revision` if the last record may still be lost. The reason is that the writer
-            has not synced it yet, or ended without a sync. The next record or the next start
-            shows whether it is lost.
-        wall: The time of the writer's wall clock at the last change, in seconds since 1970;
-            `None` if that is not recorded. It is recorded as long as any key expires.
+            has not synced that record yet, or ended without a sync. The next record or the next
+            start shows whether it is lost.
+        wall: The time of the writer's wall clock at its last write to the storage, in seconds since
+            1970; `None` if that is not recorded. It is recorded as long as any key expires.
         live: Whether a writer has the state open; `None` if that is unknown.
     """
 
@@ -51,7 +51,7 @@ class StateView(Reads):
         super().__init__(_Still(name, state, Counters()), "")
 
     def __repr__(self) -> str:
-        """Name the place where it was read, and its revision."""
+        """Return the place of the state in its storage, and the revision."""
         return f"<StateView of {self._path} at revision {self.revision}>"
 
 
@@ -67,15 +67,15 @@ class _Still(CallCore):
 async def read_state(name: str, storage: Storage, *, clock: Clock | None = None) -> StateView:
     """Read a state, whether a manager is running on it or not.
 
-    It takes no lock and writes nothing. It does not disturb a manager that starts, runs or
-    stops meanwhile. It needs only the permission to read the files, so it works on a
+    The call takes no lock and writes nothing. It does not disturb a manager that starts, runs
+    or stops meanwhile. It needs only the permission to read the files, so it works on a
     read-only mount. The result is the state at one moment between call and return. All its
-    keys are of the same moment. It contains every change that was durable at the call, and
-    no change that a manager has not flushed yet.
+    keys are of the same moment. The result contains every change that was durable at the call,
+    and no change that its writer has not written yet.
 
-    The files are read in the threads of the storage. The time grows with the state. Decoding
-    blocks the event loop, as in `start()`: about 0.8 s for a million keys. If the caller is
-    cancelled, nothing stays open. Each call reads everything again.
+    The files are read in the threads of the storage. The time of a call grows with the size of
+    the state. Decoding blocks the event loop, as in `start()`: about 0.8 s for a million keys. If
+    the caller is cancelled, nothing stays open. Each call reads everything again.
 
     Args:
         name: The name of the state.
@@ -83,14 +83,14 @@ async def read_state(name: str, storage: Storage, *, clock: Clock | None = None)
         clock: A clock for tests. By default it is the clock of the machine.
 
     Returns:
-        The state.
+        A view of the state.
 
     Raises:
         InvalidNameError: The name is out of bounds.
-        UnsupportedError: There is no state of this name: check the name and the storage. Or it
-            cannot be read as it is, because of permissions or a newer format.
+        UnsupportedError: There is no state of this name: check the name and the storage. Or the
+            state cannot be read as it is, because of permissions or a newer format.
         CorruptionError: The stored state is damaged. `start()` would refuse it as well.
-        UnavailableError: It could not be read this time: read it again.
+        UnavailableError: The state could not be read this time: read it again.
         TypeError: `storage` is not a storage, or has no method `read`.
     """
     name = Config(name=name).name

@@ -37,14 +37,15 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         keys: The number of keys; 0 after `stop()`, because the state is not in memory then.
         revision: The number of the last change.
         durable_revision: Every change up to this revision is durable.
-        unflushed_keys: The number of keys with changes that are not durable.
+        unflushed_keys: The number of keys with changes that are not durable. A key that was changed
+            again during a commit counts twice.
         unflushed_age: The age of the oldest of these changes, in seconds; 0 if there are none.
-        last_flush_at: The time of the last flush that wrote something and succeeded, in
-            seconds since 1970.
-        last_flush_seconds: The duration of that flush.
-        flushes: The number of flushes that succeeded since the start.
-        flush_failures: The number of flushes and checkpoints that failed since the start.
-        last_error: The error of the last flush or checkpoint; `None` if it succeeded.
+        last_flush_at: The time of the last commit that succeeded, in seconds since 1970. A flush
+            makes one commit, or none if all changes are durable.
+        last_flush_seconds: The duration of that commit, in seconds.
+        flushes: The number of commits that succeeded since the start.
+        flush_failures: The number of commits and checkpoints that failed since the start.
+        last_error: The error of the last commit or checkpoint; `None` if it succeeded.
         snapshot_bytes: The size of the snapshot, in bytes.
         journal_bytes: The size of the journal that follows the snapshot, in bytes.
         storage_warning: A fault of the storage that does not make any call fail, and the
@@ -105,5 +106,5 @@ def _mirror_status(mirror: MirrorWriter) -> MirrorStatus:
 
 
 def _printable(message: object | None) -> str | None:
-    """Return a message as text that can be encoded as UTF-8. A path in it may have lone surrogates; escape them."""
+    """Return a message as text that can be encoded as UTF-8. A path in it may have lone surrogates, which are escaped."""
     return None if message is None else str(message).encode(errors="backslashreplace").decode()

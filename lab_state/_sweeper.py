@@ -1,4 +1,4 @@
-"""Delete expired keys. One timer serves all keys, and each sweep deletes up to 500 of them.
+"""The sweeps, which delete expired keys. One timer serves all keys. Each sweep deletes up to 500 keys.
 
 One sweep per second is enough, because no read returns an expired key. While there is a
 watch, the timer fires when the next key is due. So the watch reports the expiry in time.
@@ -16,7 +16,7 @@ _PERIOD = 1.0
 
 _KEYS_PER_STEP = 500
 _GAP = 0.02
-"""The shortest wait for the next due key, in seconds. So keys with nearly the same expiry are deleted in one sweep."""
+"""The shortest wait for the next due key, in seconds. Keys with nearly the same expiry are deleted in one sweep."""
 
 
 class Sweeper:
@@ -54,7 +54,7 @@ class Sweeper:
         self._begun = begun
         self._timer: Timer | None = None
         self._due = 0.0  # the time at which the timer fires
-        self._put_off = False
+        self._put_off = False  # whether a sweep waits for the end of a transaction
         self._looking_ahead = False
         state.expiries.on_first = self._first
         if state.expiries:
@@ -77,7 +77,7 @@ class Sweeper:
     def resume(self) -> None:
         """Run the sweep that a transaction has put off, if there is one.
 
-        This is called at the end of the transaction. If the sweep waited longer, the next transaction could put it off again.
+        This is called at the end of the transaction. The next transaction could put off a later sweep again.
         """
         if self._put_off:
             self._tick()
@@ -100,6 +100,7 @@ class Sweeper:
         self._arm(0.0 if more else self._delay())
 
     def _delay(self) -> float:
+        """Return the seconds from now to the next sweep."""
         at = self._state.expiries.nearest()
         if at is None:
             return _PERIOD
@@ -135,8 +136,6 @@ class Sweeper:
                 self._arm(0.0)
             elif self._state.expiries:
                 self._look_ahead()
-        except (
-            BaseException
-        ):  # such as a MemoryError: the event loop reports it, and the timer is set for a later sweep
+        except BaseException:  # such as a MemoryError: the event loop reports it, and a later sweep tries again
             self._arm(_PERIOD)
             raise

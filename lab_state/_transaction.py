@@ -1,4 +1,4 @@
-"""`Transaction`: its calls, and the changes that it holds until they are committed."""
+"""`Transaction`: its calls, and the draft that has its changes until they are made."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ R = TypeVar("R")
 
 
 class Draft(Layered):
-    """A state on top of another state, its base. Nothing else changes the base while the draft exists.
+    """A state on top of another state, its base. No other writer changes the base while the draft exists.
 
-    `revision` is the revision that the commit will make.
+    `revision` is the revision that the base will have after `merge`.
     """
 
     __slots__ = ("_only_values",)
@@ -39,7 +39,7 @@ class Draft(Layered):
         self.revision = base.revision + 1
 
     def view(self) -> UndoView[Stored]:
-        """Open a view of the draft; see `State.view`. It copies the changes, and `Transaction.set` need not note anything."""
+        """Open a view of the draft; see `State.view`. The view has a copy of the changes, so `set` need not call `before_overwrite`."""
         assert isinstance(self.entries, LayeredEntries)
         view = UndoView[Stored](None, LayeredEntries(self.entries.base, dict(self.changes)))
         self.views.append(ref(view))
@@ -75,18 +75,17 @@ class Draft(Layered):
 
 
 class DraftCore(CallCore):
-    """The common part of the calls of a transaction.
+    """The part of a transaction that its handles share; see `CallCore`.
 
     Attributes:
-        changes: The changes of the draft. After the transaction, an unused dict.
-        known: The keys of the state, which need no check. Empty after the transaction.
-        committed: The revision of the commit, or that of the state if nothing was changed. `None` before the
-            commit.
+        changes: The changes of the draft. After the transaction, an empty dict.
+        known: The keys of the state. A key that is among them was checked before. Empty after the transaction.
+        committed: The revision of the state after `conclude`; `None` before.
     """
 
     __slots__ = ("_core", "_is_over", "changes", "committed", "known")
 
-    state: State  # an attribute of the base class that is assigned here as well
+    state: State  # of the base class, and assigned here as well: see `lab_state._state.State`
 
     def __init__(self, core: Core) -> None:
         super().__init__(core.name, core.state, core.counters)
@@ -121,19 +120,19 @@ class DraftCore(CallCore):
         self.known = draft.base.entries
 
     async def conclude(self) -> int | None:
-        """Commit the draft, and note the revision; see `merge`."""
+        """Call `merge`, and set `committed`. Return the result of `merge`."""
         made = await self.merge()
         self.committed = self._core.state.revision if made is None else made
         return made
 
     async def merge(self) -> int | None:
-        """Commit the draft; return the revision, or `None` if it changed nothing.
+        """Make the changes of the draft. Return the new revision, or `None` if nothing changed.
 
         Many changes are made in steps. If the caller is cancelled meanwhile, nothing is changed.
 
         Raises:
             ClosedError: The manager was stopped meanwhile; nothing was changed.
-            FencedError: A newer writer owns the state; nothing was changed.
+            StorageError: No change can become durable; see `Durability.check_writable`. Nothing was changed.
         """
         self._check_turn()
         draft, durability = self.state, self.durability
@@ -149,7 +148,7 @@ class DraftCore(CallCore):
         return batch.switch()
 
     def _check_turn(self) -> None:
-        """Check that the manager was not stopped meanwhile.
+        """Check that the manager was not stopped since the beginning of the transaction.
 
         Raises:
             ClosedError: The manager was stopped. Nothing was changed.
@@ -174,11 +173,11 @@ class Transaction(Plain):
 
     Each call has the guarantees and errors of the manager's call of the same name. It sees the
     changes made in the transaction so far, and never waits. `set` and `set_many` return `None`,
-    because the revision is not known before the commit; see `revision`.
+    because the revision is not known before the end of the block; see `revision`.
 
     Each call takes one step, even if it returns many keys: `get_all` of a million keys takes a second or
-    more. A call that needs an order looks at each change of the transaction as well. The first such call
-    since the start of the manager sorts all keys of the state; see `Manager.keys`.
+    more. A call that needs an order looks at each change of the transaction as well. Like a call of the
+    manager, it may have to sort all keys of the state first; see `Manager.keys`.
 
     Raises:
         RuntimeError: Each call raises it when the transaction is over.
@@ -198,10 +197,11 @@ class Transaction(Plain):
 
     @property
     def revision(self) -> int:
-        """The revision of the commit. If the transaction changed nothing, it is that of the state at the commit.
+        """The revision of the changes. If nothing was changed, it is that of the state at the end of the block.
 
         Raises:
-            RuntimeError: The transaction is not committed: it is open, or its block ended with an exception.
+            RuntimeError: The transaction is open: read the revision after the block. Or the block ended with an
+                exception, and nothing was changed.
         """
         if self._core.committed is None:
             raise RuntimeError(
@@ -210,11 +210,11 @@ class Transaction(Plain):
         return self._core.committed
 
     def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> None:
-        """Store a value; see `Manager.set`."""
+        """Store a value in the transaction; see `Manager.set`."""
         if ttl is not None:
             self._run(self._calls.set(key, value, ttl=ttl))
             return
-        # This repeats `Writing.set`, because the coroutine would cost more than the work.
+        # This repeats `Writing.set`, because running its coroutine would take longer than storing the value.
         core = self._core
         try:
             stored = encode_value(value)
@@ -228,11 +228,11 @@ class Transaction(Plain):
         changes[full] = stored
 
     def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> None:
-        """Store several values; see `Manager.set_many`."""
+        """Store several values in the transaction; see `Manager.set_many`."""
         self._run(self._calls.set_many(values, ttl=ttl))
 
     def namespace(self, name: str) -> Transaction:
-        """Return the same transaction, for the keys that start with `name` and a slash; see `Manager.namespace`."""
+        """Return a handle of this transaction for the keys that start with `name` and a slash; see `Manager.namespace`."""
         return Transaction(self._core, self._calls._nested(name))  # noqa: SLF001 -- likewise
 
     def __repr__(self) -> str:

@@ -1,7 +1,7 @@
 """Decoders for the types that callers pass as `type=`, and the reasons why other types cannot be decoded. Pure.
 
-A decoder is made once for each type. Pydantic decodes its own types, and types that contain one of
-them. msgspec decodes all other types.
+The decoders are cached by type. Pydantic decodes the types of Pydantic, and types that contain one
+of these. msgspec decodes all other types.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError)
 """The errors of `decode_json` for bytes that are not JSON. `RecursionError` is not needed: no stored value is nested too deep."""
 
 _CONTAINERS = (dict, list, set, frozenset, deque)
+"""The base classes of the containers that `_from_json` makes."""
 
 
 def decode_value(stored: Value, type_: Any) -> Any:
-    """Decode a value as a type. Each call makes a new object.
+    """Decode a value as a type. An object that can be changed is new in each call.
 
     Raises:
         TypeError: The type cannot be decoded. This does not depend on the value.
@@ -65,7 +66,7 @@ def decode_value(stored: Value, type_: Any) -> Any:
 
 
 def decoder(type_: Any) -> Decode:
-    """Return the decoder of a type. It is made once.
+    """Return the decoder of a type. For hashable types, the last 1,024 decoders are cached.
 
     Raises:
         TypeError: The type cannot be decoded.
@@ -82,7 +83,7 @@ check_type = decoder
 
 def optional(type_: Any) -> Any:
     """Return a type that allows `None` as well."""
-    return OrNone(type_) if is_adapter(type_) else Optional[type_]  # noqa: UP045 -- at run time
+    return OrNone(type_) if is_adapter(type_) else Optional[type_]  # noqa: UP045 -- the type is made at run time
 
 
 class OrNone:
@@ -121,7 +122,7 @@ _cached_decoder = lru_cache(maxsize=1024)(_make_decoder)
 
 
 def _advice(problem: str) -> str:
-    """Return the message for a type that msgspec cannot decode, with a type to use in its place."""
+    """Return the first line of msgspec's message about a type. For a known problem, add what to do."""
     first = problem.partition("\n")[0]
     if "more than one dataclass or attrs type" in first:
         return f"{first}; make them msgspec.Structs with tag=True, or Pydantic models"
@@ -147,7 +148,7 @@ def _decoder_of(type_: Any) -> Decode:
     if of_pydantic(type_):
         try:
             return _of_bytes(adapted(type_))
-        except Exception as error:  # noqa: BLE001 -- msgspec may decode it, if it contains a Struct
+        except Exception as error:  # noqa: BLE001 -- msgspec may decode the type, if it contains a Struct
             problem = error
     try:
         decode = msgspec.json.Decoder(type_, dec_hook=_from_json).decode
@@ -205,7 +206,7 @@ def is_text(kind: type) -> bool:
 
 
 class _InnerError(ValueError):
-    """A mismatch inside an object of a class that msgspec does not know."""
+    """A mismatch inside an object of a class that msgspec does not know. `path` begins at that object."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -291,7 +292,7 @@ _PATH = re.compile(r".* - at `(.*)`", re.DOTALL)
 
 
 def _mismatch(type_: Any, error: Exception) -> TypeMismatchError:
-    """Return an error whose text does not contain the value. The messages of msgspec and Pydantic contain it."""
+    """Return an error whose text does not contain the value. The messages of msgspec and Pydantic may contain it."""
     name, path = type_name(type_), "$"
     cause = error.__cause__
     if isinstance(error, msgspec.ValidationError) and cause is None:

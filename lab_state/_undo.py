@@ -1,11 +1,11 @@
 """Views of a map at one moment, while the map changes. Pure and synchronous.
 
-Theory of operation. A view has a dict `old`. Before a key is changed for the first time after
-the moment of the view, its value at that moment is put into `old`. So a key that existed at that moment,
-and is not in `old`, still has the same value. The reader of the view knows which keys existed. An open
-view costs one lookup for each key that changes. Reads of the map cost the same as without a view.
+Theory of operation. A view has a dict `_old`. Before a key is changed for the first time after
+the moment of the view, its value at that moment is put into `_old`. So a key that existed at that moment,
+and is not in `_old`, still has the same value. The reader of the view has a list of the keys that existed. An
+open view costs one lookup for each key that changes. Reads of the map cost the same as without a view.
 
-If the whole map is replaced, each open view keeps the old map. From then on it needs no other values.
+If the whole map is replaced, each open view keeps the old map. From then on, the view notes no values.
 
 The map has only weak references to its views. A view that is no longer used is garbage-collected, and
 the next change removes the reference.
@@ -101,7 +101,7 @@ class UndoView(Generic[V]):
 
 
 Views: TypeAlias = list["ref[UndoView[V]]"]
-"""The views of one map. They may be closed, or collected."""
+"""The views of one map. Some of them may be closed or garbage-collected."""
 
 
 def open_ones(views: Views[V]) -> list[UndoView[V]]:
@@ -129,7 +129,7 @@ def noted(views: Views[V], keys: Collection[str]) -> Iterator[None]:
 
 
 def _note(views: Views[V], keys: list[str]) -> None:
-    """Call `note` of some views. No view is referred to afterwards."""
+    """Call `note` of some views. When this returns, no variable refers to a view, so an unused view can be collected."""
     for reference in views:
         view = reference()
         if view is not None:

@@ -1,16 +1,16 @@
 """Encode one value as JSON, and refuse values that would not be read back. Pure.
 
 A scalar is stored as it is, and any other value as JSON. A value is refused if JSON cannot hold it,
-or if some reader would get another value. The refused values are:
+or if some reader would get another value. Among the refused values are:
 
 - NaN and infinity, because msgspec writes them as `null`
 - a dict with two keys that are one key in JSON
 - times that JSON would change
 - a value that contains itself
-- more than 128 levels of nesting, because Python's own limit depends on its version and on the
-  caller's stack
+- more than 128 levels of nesting, because Python's limit depends on the version of Python and on
+  the caller's stack
 - a lone surrogate
-- an object of an unknown class
+- an object of a class that neither msgspec nor `_encode_other` can encode
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _TOO_MANY_DIGITS = "an int with more digits than Python converts cannot be kept;
 
 
 def _encode_other(value: object) -> object:
-    """Encode objects that msgspec does not know, at any depth: models of Pydantic, paths, IP addresses, deques."""
+    """Return a form that msgspec encodes, for a model of Pydantic, a path, an IP address or a deque."""
     kind = type(value)
     if hasattr(kind, "model_dump_json"):
         return Raw(write(value))
@@ -108,7 +108,7 @@ def encode_value(value: object) -> Value:
     try:
         data = encode(value)
         if kind is Raw:
-            decode_json(data)  # raises for numbers that are out of range
+            decode_json(data)  # raises an error for numbers that are out of range
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 -- a serializer of the caller may raise any error, with the value in its text
@@ -120,7 +120,7 @@ def encode_value(value: object) -> Value:
 
 
 def _check_class(kind: type) -> None:
-    """Refuse an object of a class that can be written, but never read."""
+    """Refuse an object of a class whose JSON can be written, but not read back."""
     if (why := undecodable(kind)) is not None:
         raise InvalidValueError(f"an object of the class {_class_name(kind)} cannot be kept: {why}")
 
@@ -187,7 +187,7 @@ def _may_be_not_finite(part: object) -> bool:
 
 def _check_keys(value: object, data: bytes) -> None:
     """Refuse two keys of a dict that are one key in JSON."""
-    if is_canonical(data):  # most values are accepted here
+    if is_canonical(data):  # true for most values
         return
     steps, part = innermost(value, _may_have_double_keys, fields=False)
     double = double_key(encode(part)) if steps else None
@@ -216,11 +216,11 @@ def _check_times(value: object, *, keys: bool) -> None:
 
 
 _TIME = re.compile(rb':\d\d(?:\.\d+)?Z?"')
-"""The end of a time in JSON. An offset of 30 seconds is written as `Z`."""
+"""The end of a time in JSON, with or without an offset. msgspec writes an offset of less than a minute as `Z`."""
 
 
 def _may_have_longer_ints() -> bool:
-    """Return whether Python may write an int that is too long to be read. It may if Python's limit was raised."""
+    """Return whether Python may write an int that is too long to be read. This is so if the limit of digits was raised."""
     return not 0 < sys.get_int_max_str_digits() <= _MOST_DIGITS
 
 
@@ -236,6 +236,7 @@ def _check_scalar(value: str | float | None) -> None:
 
 
 def _check_encodes(value: object, why_not: str) -> None:
+    """Refuse a value that cannot be encoded and decoded. `why_not` is the message."""
     try:
         decode_json(encode(value))
     except (ValueError, msgspec.MsgspecError):
@@ -344,6 +345,7 @@ def _changed(value: Any) -> InvalidValueError | None:
 
 
 def _refused(value: object, levels: int) -> bool:
+    """Return whether a value cannot be encoded, or has more than `levels` levels of nesting."""
     try:
         check_json(data := encode(value))
         data.decode()
@@ -386,6 +388,7 @@ def _field_to_blame(model: Any) -> str | None:
 
 
 def _reason(value: object) -> str:  # noqa: C901, PLR0911 -- a list of reasons
+    """Return why a value cannot be kept. The value is not a model, and no part of it is refused."""
     try:
         encode(value)
     except RecursionError:
@@ -417,6 +420,7 @@ def _reason(value: object) -> str:  # noqa: C901, PLR0911 -- a list of reasons
 
 
 def _reason_of_keys(value: dict[object, object]) -> str:
+    """Return why a dict cannot be kept: the reason is its first key that cannot be encoded."""
     for key in value:
         try:
             encode({key: None})
@@ -443,6 +447,6 @@ def _way_out(value: object) -> str:
 
 
 def _class_name(kind: type) -> str:
-    """Return the name of a class. If a built-in class has that name, add the module."""
+    """Return the name of a class, with its module if a built-in class has the same name."""
     shadows = kind.__module__ != "builtins" and hasattr(builtins, kind.__name__)
     return f"{kind.__module__}.{kind.__qualname__}" if shadows else kind.__qualname__

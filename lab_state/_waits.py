@@ -29,7 +29,7 @@ class Waits(Reads):
     async def catch_up(self) -> None:
         """Wait until this process has all changes that were durable at the call.
 
-        If the state has one process, it has all changes already, and the call returns at once.
+        A manager of a state that is not shared has all changes already. Then the call returns at once.
 
         Raises:
             ClosedError: The manager is not running.
@@ -37,7 +37,7 @@ class Waits(Reads):
         """
         self._core.durability.check_loop()
 
-    async def wait_durable(self, revision: int | None = None, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- raised as a StorageError
+    async def wait_durable(self, revision: int | None = None, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- a timeout raises a `StorageError`
         """Wait until a revision is durable. Unlike `flush()`, start no flush.
 
         If the caller is cancelled, the wait ends, and nothing changes.
@@ -49,7 +49,7 @@ class Waits(Reads):
 
         Raises:
             WaitTimeoutError: The revision is not durable after `timeout` seconds; wait again.
-                It is an `UnavailableError` and a `TimeoutError`.
+                The error is an `UnavailableError` and a `TimeoutError`.
             ValueError: There is no such revision yet, or the timeout is out of bounds.
             TypeError: The revision is not an `int`, or the timeout is not a number.
             RuntimeError: This is not the event loop of `start()`.
@@ -66,10 +66,10 @@ class Waits(Reads):
         seconds = check_timeout(timeout)
         await self._core.durability.wait_durable(last if revision is None else revision, seconds)
 
-    async def wait_revision(self, revision: int, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- raised as a StorageError
+    async def wait_revision(self, revision: int, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- a timeout raises a `StorageError`
         """Wait until this process has a revision that another process, or an earlier start, has returned.
 
-        A revision that the state has reached needs no wait. The call waits for a later one until it is durable.
+        A revision that the state has reached needs no wait. For a later revision, the call waits until that is durable.
         If the caller is cancelled, the wait ends, and nothing changes.
 
         Args:
@@ -79,7 +79,7 @@ class Waits(Reads):
 
         Raises:
             WaitTimeoutError: The revision was not reached in time; wait again, or use the present state.
-                It is an `UnavailableError` and a `TimeoutError`.
+                The error is an `UnavailableError` and a `TimeoutError`.
             TypeError: The revision is not an `int`, or the timeout is not a number.
             ValueError: The timeout is out of bounds.
             RuntimeError: This is not the event loop of `start()`.

@@ -3,9 +3,8 @@
 A watcher is one open watch. A write only notes its change. In the next turn of the event loop, the
 watchers receive the changes that were noted. So the cost of a write does not depend on the number
 of watchers. Each watcher keeps the last pending change of each key. With more than `MOST_PENDING`
-keys, it keeps one `resync` instead. There is no loop over all watchers to find those of a key: one
-lookup is made for each different length of a watched prefix. Watchers of durable changes receive the
-changes of each commit.
+keys, it keeps one `resync` instead. To find the watchers of a key, one lookup is made for each
+different length of a watched prefix. Watchers of durable changes receive the changes of each commit.
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ from lab_state._state import State
 from lab_state.exceptions import LabStateError
 
 MOST_PENDING = 10_000
+"""The largest number of keys whose changes wait in one watcher."""
+
 _TOLD_AT_ONCE = 1_000
+"""The number of steps in one turn of the event loop; see `Group.tell`."""
 
 Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
 
@@ -37,8 +39,8 @@ class Change(msgspec.Struct, frozen=True):
 
     Attributes:
         key: The key, without the prefix of the handle that is watched; empty for `resync`.
-        kind: `set`, `delete`, `expire` or `resync`. After a `resync`, read the state again. It is
-            sent when more than 10,000 keys are pending, or were deleted at once.
+        kind: `set`, `delete`, `expire` or `resync`. After a `resync`, read the state again; see
+            `Manager.watch`.
         revision: A revision of the state that contains the change.
     """
 
@@ -109,7 +111,7 @@ class Watcher:
     def disown(
         self, refusal: LabStateError
     ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Let the next `__anext__` raise this error. This runs in a forked child."""
+        """Let each `__anext__` raise this error from now on. This runs in a forked child."""
         self._pending.clear()
         self._resync, self._closed, self._refusal = None, True, refusal
 
@@ -117,11 +119,11 @@ class Watcher:
         return self
 
     async def __anext__(self) -> Change:
-        """Wait for a change that the reader has not received yet, and return the oldest one."""
+        """Return the oldest change that the reader has not received yet. If there is none, wait for one."""
         if self._waiting is not None:
             raise RuntimeError("two tasks read one watch: open a watch for each task")
         while self._resync is None and not self._pending:
-            if self._refusal is not None:  # pragma: no cover -- likewise
+            if self._refusal is not None:  # pragma: no cover -- as for `disown`
                 raise self._refusal
             if self._closed:
                 raise StopAsyncIteration
@@ -168,7 +170,10 @@ class Group:
             del self._by_length[len(watcher.prefix)]
 
     def tell(self, changes: Iterable[Told], most: float = math.inf) -> int:
-        """Give each change to the watchers of its key. Stop after about `most` steps, and return the number of steps."""
+        """Give each change to the watchers of its key. Stop after about `most` steps, and return the number of steps.
+
+        A change is one step, and one more for each watcher that gets it.
+        """
         lengths = list(self._by_length.items())
         steps = 0
         for key, (changed, revision) in changes:
@@ -199,9 +204,9 @@ class Watchers:
         self.attended: Callable[[bool], object] = bool
         self._live = Group()
         self._durable = Group()
-        self._turn: dict[str, tuple[StoredOrGone, int]] = {}
-        self._everything = 0  # the revision at which all keys were deleted in this turn
-        self._queue: deque[tuple[Group, Iterator[Told] | int]] = deque()
+        self._turn: dict[str, tuple[StoredOrGone, int]] = {}  # the last change of each key in this turn
+        self._everything = 0  # the revision at which all keys were deleted in this turn; 0 if they were not
+        self._queue: deque[tuple[Group, Iterator[Told] | int]] = deque()  # an int is the revision of a `resync`
 
     def __bool__(self) -> bool:
         return bool(self._live) or bool(self._durable)
@@ -264,16 +269,18 @@ class Watchers:
     def disown(
         self, refusal: LabStateError
     ) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Let every watcher raise this error. This runs in a forked child."""
+        """Let each iteration over a watcher raise this error. This runs in a forked child."""
         for group in (self._live, self._durable):
             for watcher in group:
                 watcher.disown(refusal)
 
     def _hand_out(self) -> None:
+        """Queue the changes that were noted in this turn, and begin to report them."""
         self._queue_turn()
         self._tell()
 
     def _queue_turn(self) -> None:
+        """Move the changes that were noted in this turn to the queue."""
         turn, self._turn = self._turn, {}
         everything, self._everything = self._everything, 0
         if everything:
@@ -281,7 +288,7 @@ class Watchers:
         self._queue.append((self._live, iter(turn.items())))
 
     def _tell(self) -> None:
-        """Report the queued changes to the watchers, about `_TOLD_AT_ONCE` in each turn of the event loop."""
+        """Report the queued changes to the watchers, in about `_TOLD_AT_ONCE` steps in each turn of the event loop."""
         self._step()
         if self._queue:
             asyncio.get_running_loop().call_soon(self._tell)

@@ -73,19 +73,19 @@ class Writing(Reads):
         core = self._core
         if (ttl is not None or core.blocked) and not self._note_for_views(key, ttl):
             return await self._put(key, value, ttl)
-        # This repeats `encode_value` and `State.apply`: the benchmark shows the cost of two more calls.
+        # This repeats `encode_value` and `State.apply`, because two more calls would make `set` measurably slower.
         try:
             if value.__class__ is dict or value.__class__ is list:
                 try:
                     stored: Any = encode(value)
                     if len(stored) < SHALLOW:
-                        check_json(stored)  # a `msgspec.Raw` inside may hold anything
+                        check_json(stored)  # a `msgspec.Raw` inside may hold bytes that are not JSON
                         if not stored.isascii():
                             stored.decode()
                         packed = check_str_keys(value)
                     else:
                         packed = None
-                except Exception:  # noqa: BLE001 -- encode_value raises an error with the reason
+                except Exception:  # noqa: BLE001 -- encode_value makes all checks, and raises an error with the reason
                     stored = encode_value(value)
                 else:
                     if packed is None:
@@ -120,16 +120,16 @@ class Writing(Reads):
     async def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> int:
         """Store several values as one change, and return the revision. A crash keeps all of them, or none.
 
+        All values change in one moment, even if the call works in steps: a read finds all of them, or none.
+        Another write is ordered before or after all of them, and may wait during a part of the call. If the
+        caller is cancelled before that moment, nothing is stored.
+
         Args:
             values: The keys and their values. Fewer than 1,000 are encoded in one step. With 1,000 keys or
                 more, the call works in steps of about a millisecond, and the event loop runs between two
                 steps. Do not change the values until the call returns. The mapping itself is copied first,
                 in 2 ms for 100,000 keys.
             ttl: The time until all of them expire; see `set`.
-
-        All values change in one moment, even if the call works in steps: a read finds all of them, or none.
-        Another write is ordered before or after all of them, and may wait during a part of the call. If the
-        caller is cancelled before that moment, nothing is stored.
 
         Raises:
             InvalidValueError: One of the values cannot be kept, or `ttl` is out of
@@ -222,8 +222,9 @@ class Writing(Reads):
     async def delete_all(self, prefix: str = "") -> int:
         """Delete each key that starts with `prefix`, as one change, and return the number of these keys.
 
-        All keys of the state are deleted in one step. Its time does not depend on their number. With a prefix,
-        1,000 keys or more are deleted in steps; see `delete_many`.
+        Without a prefix, a manager deletes all keys in one step, in a time that hardly depends on their number.
+        With a prefix, or in a namespace, 1,000 keys or more are deleted in steps; see `delete_many`. Such a call
+        may have to sort all keys of the state first; see `keys`.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -287,7 +288,7 @@ class Writing(Reads):
         async def collect(bulk: Bulk) -> None:
             state = core.state
             for number, _ in enumerate(state.index_steps()):
-                if number:  # after fewer than 1,000 changes, one step is enough
+                if number:  # with a single step, the event loop need not run
                     await asyncio.sleep(0)
                     bulk.check()
             count = 0
@@ -305,7 +306,7 @@ class Writing(Reads):
     # Steps that the writing calls share
 
     def _note_for_views(self, key: object, ttl: Seconds | None) -> bool:
-        """Keep the value of a key for iterators. Return False if `set` may have to wait, or has a `ttl`; see `_put`."""
+        """Keep the value of a key for iterators. But if `set` may have to wait, or has a `ttl`, only return False."""
         core = self._core
         if ttl is not None or core.must_wait:
             return False
@@ -341,7 +342,7 @@ class Writing(Reads):
         return fresh
 
     def _lifetime(self, ttl: Seconds | None) -> int | None:
-        """Return a time to live in milliseconds; `None` if there is none."""
+        """Return a time to live in milliseconds; `None` if there is none. If it is refused, count the error."""
         try:
             return None if ttl is None else milliseconds(ttl)
         except (InvalidValueError, TypeError):
@@ -349,11 +350,11 @@ class Writing(Reads):
             raise
 
     def _at(self, lifetime: int | None) -> int | None:
-        """Return the expiry time of a key that lives for `lifetime` milliseconds from now on."""
+        """Return the expiry of a key that lives for `lifetime` milliseconds from now on; `None` for `None`."""
         return None if lifetime is None else self._core.state.now() + lifetime
 
     def _replaceable(self, key: str, default: object, type_: Any) -> tuple[Any, int | None]:
-        """Return the current value, or `default` if the key is missing. Return the expiry of the key with it."""
+        """Return the value of a key and its expiry. If the key is missing, return `default` and `None`."""
         old = self._get(key, MISSING_VALUE, type_)
         if old is MISSING_VALUE:
             return self._missing(key, default), None
@@ -375,7 +376,7 @@ class Writing(Reads):
             raise InvalidValueError(f"the value of {key!r}: {error.args[0]}", error.path) from None
 
     def _before_first_change(self, full: str) -> None:
-        """Prepare the first change of a key since the last commit. Check the loop and the key, and note the time."""
+        """Prepare the first change of a key since the last commit: check the event loop, and the key if it is new."""
         core = self._core
         core.durability.check_loop()
         state = core.state

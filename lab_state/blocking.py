@@ -1,4 +1,4 @@
-"""`Blocking` and `BlockingEntry`: the calls of a manager and of an entry, for other threads."""
+"""`Blocking` and `BlockingEntry`: the calls of a manager and of an entry, for threads without the event loop of the manager."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 _LOOK_AGAIN = 1.0
+"""Seconds after which a waiting call checks again that the event loop of the manager runs."""
+
 _ENDED = "the event loop of the manager does not run; wait for all threads that use `blocking` before you stop the event loop"
 
 
@@ -33,12 +35,13 @@ class Blocking(Plain):
     They are meant for FastAPI's `def` endpoints, `asyncio.to_thread`, and your own threads. Any
     number of threads can use them at once. Each call runs the manager's call of the same name on
     the event loop of the manager, and has the same result or error. So a function that is passed to
-    `update` runs there too. `len` and `in` also run there. If a thread is interrupted while it
-    waits, its call continues.
+    `update` runs on the event loop, too. `len` and `in` also run there. If a `KeyboardInterrupt`
+    ends the wait of a thread, the call continues on the event loop.
 
     Each call can raise two more errors. On the event loop of the manager it raises
     `RuntimeError`, because it would block the loop that has to run it: await the call of the
-    manager instead. If that loop ends during the call, it raises `ClosedError` within a second.
+    manager instead. If that loop does not run, or stops during the call, the call raises
+    `ClosedError` within a second.
     """
 
     __slots__ = ()
@@ -82,7 +85,7 @@ class Blocking(Plain):
         return Blocking(Calls(calls._core, calls._nested(name)))  # noqa: SLF001 -- as above
 
     def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        """Run a coroutine on the event loop of the manager, and return its result."""
+        """Run a coroutine on the event loop of the manager, and return its result. Raise the errors of `Blocking`."""
         try:
             loop = self._loop()
             future = _submit(coroutine, loop)
@@ -91,7 +94,7 @@ class Blocking(Plain):
             raise
         while not future.done():
             concurrent.futures.wait([future], _LOOK_AGAIN)
-            if loop.is_closed():  # a closed loop runs no cancellation
+            if loop.is_closed():  # `cancel` needs the loop, and a closed loop accepts no callbacks
                 break
             if not loop.is_running():
                 future.cancel()
@@ -99,13 +102,18 @@ class Blocking(Plain):
             try:
                 return future.result()
             finally:
-                del future  # it refers to the error, and the error to this frame
+                del future  # breaks a reference cycle: the future refers to the error, and its traceback to this frame
         if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
             coroutine.close()
         raise ClosedError(_ENDED)
 
     def _loop(self) -> asyncio.AbstractEventLoop:
-        """Return the event loop of the manager, which is running in another thread."""
+        """Return the event loop of the manager.
+
+        Raises:
+            RuntimeError: The caller runs on that event loop.
+            ClosedError: The manager or its event loop does not run.
+        """
         core = self._calls._core  # noqa: SLF001 -- as above
         loop = core.durability.loop
         if running_loop() is loop:
@@ -137,7 +145,7 @@ class BlockingEntry(Handle, Generic[T]):
 
     def __init__(self, blocking: Blocking, entry: Entry[T]) -> None:
         self._entry = entry
-        self._run = blocking._run  # noqa: SLF001 -- of the same module
+        self._run = blocking._run  # noqa: SLF001 -- `Blocking` is in this module
 
     def __repr__(self) -> str:
         """Return the key and the type."""
@@ -149,7 +157,7 @@ class BlockingEntry(Handle, Generic[T]):
         return self._entry.key
 
     def get(self) -> T:
-        """Return the value, or the default; see `Entry.get`."""
+        """Return the value, or the default if the key is missing; see `Entry.get`."""
         return self._run(self._entry.get())
 
     def exists(self) -> bool:
@@ -161,7 +169,7 @@ class BlockingEntry(Handle, Generic[T]):
     @overload
     def expires_in(self, default: D) -> float | D | None: ...
     def expires_in(self, default: object = MISSING) -> object:
-        """Return the seconds until the key expires; `None` if it never does; see `Entry.expires_in`."""
+        """Return the seconds until the key expires; `None` if it never expires; see `Entry.expires_in`."""
         return self._run(self._entry.expires_in(default))
 
     def set(self, value: T, *, ttl: Seconds | None = None) -> int:
@@ -185,7 +193,7 @@ class BlockingEntry(Handle, Generic[T]):
         return self._run(cast("Entry[float]", self._entry).incr(delta, ttl=ttl))
 
     def touch(self, ttl: Seconds | None) -> bool:
-        """Give the key another time to live, and return whether it exists; see `Entry.touch`."""
+        """Give the key another time to live, and return whether the key exists; see `Entry.touch`."""
         return self._run(self._entry.touch(ttl))
 
     def delete(self) -> bool:
@@ -198,12 +206,13 @@ class BlockingEntry(Handle, Generic[T]):
 
 
 async def _called(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a plain function on the event loop."""
+    """Call a plain function in a coroutine, so that `Blocking` can run it on the event loop."""
     return fn(*args, **kwargs)
 
 
 def _submit(coroutine: Coroutine[Any, Any, R], loop: asyncio.AbstractEventLoop) -> concurrent.futures.Future[R]:
+    """Start a coroutine on the event loop. Raise a `ClosedError` if the loop is closed."""
     try:
         return asyncio.run_coroutine_threadsafe(coroutine, loop)
-    except RuntimeError:  # the loop was closed after the check
+    except RuntimeError:  # the loop was closed after the check in `_loop`
         raise ClosedError(_ENDED) from None

@@ -13,7 +13,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The base of `Config`. Its field, the name, may be passed by position."""
+    """The base of `Config`. It has the only field that may be passed by position."""
 
     name: str
 
@@ -31,10 +31,11 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
         flush_interval: Seconds between background flushes, 0 or more. `0`: every
             call that changes something returns only when its change is durable.
             Concurrent callers share one write. `None`: only `flush()` and
-            `stop()` write. A flush begins early when about 8 MiB are not flushed.
+            `stop()` write changes. With a number above 0, a flush begins early when
+            about 8 MiB are not flushed.
         stop_timeout: Seconds without progress after which `stop()` gives up, above 0.
             While bytes are written or sent, `stop()` goes on, however large the state is.
-            A flush that fails is tried again for the same time.
+            A flush that fails is tried again until this many seconds after the call of `stop()`.
         lock_timeout: Seconds for which `start()` tries again while another writer
             holds the state, 0 or more. `None`: without a limit. `0`: `start()` raises
             `LockedError` at once. A server with a graceful reload starts the new process
@@ -42,7 +43,7 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             process may need to end.
 
     Raises:
-        InvalidNameError: The name is out of bounds. It becomes a file name. So a name
+        InvalidNameError: The name is out of bounds. The name becomes a file name. So a name
             that could lead out of the directory is refused.
         ValueError: Another field is out of bounds.
         TypeError: A field has the wrong type.
@@ -70,6 +71,7 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def _check_seconds(field: str, value: float) -> None:
+    """Check that the value of a field is a finite number of seconds, 0 or more."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"Config.{field} must be a number of seconds, not {type(value).__name__}")
     try:

@@ -18,7 +18,7 @@ D = TypeVar("D")
 
 
 def entry_of(calls: Calls, key: str, type_: Any, default: Any) -> Entry[Any]:
-    """Return an entry with checked arguments; see `Scope.entry`."""
+    """Check the arguments, and return an entry; see `Scope.entry`."""
     check_key(calls._full(key))  # noqa: SLF001 -- an entry and its `Calls` belong together
     check_type(type_)
     return Entry(calls, key, optional(type_) if default is None else type_, default)
@@ -28,10 +28,11 @@ def entry_of(calls: Calls, key: str, type_: Any, default: Any) -> Entry[Any]:
 class Entry(Handle, Generic[T]):
     """A handle for one key, whose values have the type `T`.
 
-    Each call does the same as the manager's call of that name, with the same guarantees and
+    Each call does the same as the manager's call of the same name, with the same guarantees and
     errors. A value that is read must be a `T`. A new value that `update` or `incr` computes must be
-    a `T`, too. If the key is missing, and the entry has a default, `get`, `pop`, `update` and `incr`
-    use a copy of the default. So changes of the result do not change the default.
+    a `T`, too. Only type checkers check the value of `set` and `set_if_absent`. If the key is missing,
+    and the entry has a default, `get`, `pop`, `update` and `incr` use a copy of the default. So
+    changes of the result do not change the default.
     """
 
     __slots__ = ("_calls", "_default", "_key", "_type")
@@ -54,15 +55,15 @@ class Entry(Handle, Generic[T]):
     # Reading
 
     async def get(self) -> T:
-        """Return the value, or the default."""
+        """Return the value, or a copy of the default if the key is missing; see `Manager.get`."""
         return self._or_default(await self._calls.get(self._key, self._asked, type=self._type))
 
     def get_nowait(self) -> T:
-        """Return the value, or the default, without `await`; see `Manager.get_nowait`."""
+        """Return the same as `get`, without `await`; see `Manager.get_nowait`."""
         return self._or_default(self._calls.get_nowait(self._key, self._asked, type=self._type))
 
     async def exists(self) -> bool:
-        """Return whether the key exists."""
+        """Return whether the key exists; see `Manager.exists`."""
         return await self._calls.exists(self._key)
 
     @overload
@@ -70,7 +71,7 @@ class Entry(Handle, Generic[T]):
     @overload
     async def expires_in(self, default: D) -> float | D | None: ...
     async def expires_in(self, default: object = MISSING) -> object:
-        """Return the seconds until the key expires; `None` if it never does; see `Manager.expires_in`.
+        """Return the seconds until the key expires; `None` if it never expires; see `Manager.expires_in`.
 
         Args:
             default: The result if the key is missing. The default of the entry is not used here,
@@ -89,7 +90,7 @@ class Entry(Handle, Generic[T]):
     # Writing
 
     async def set(self, value: T, *, ttl: Seconds | None = None) -> int:
-        """Store a value, and return the revision."""
+        """Store a value, and return the revision; see `Manager.set`."""
         return await self._calls.set(self._key, value, ttl=ttl)
 
     def set_nowait(self, value: T, *, ttl: Seconds | None = None) -> int:
@@ -97,7 +98,7 @@ class Entry(Handle, Generic[T]):
         return self._calls.set_nowait(self._key, value, ttl=ttl)
 
     async def set_if_absent(self, value: T, *, ttl: Seconds | None = None) -> bool:
-        """Store a value if the key is missing, and return whether it was stored."""
+        """Store a value if the key is missing, and return whether it was stored; see `Manager.set_if_absent`."""
         return await self._calls.set_if_absent(self._key, value, ttl=ttl)
 
     async def update(self, fn: Callable[[T], T], *, ttl: Seconds | None = None) -> T:
@@ -106,8 +107,8 @@ class Entry(Handle, Generic[T]):
         Args:
             fn: A plain function that takes the old value and returns the new one; see
                 `Manager.update`.
-            ttl: The time to live from now on. By default, and with `None`, the expiry time does
-                not change. To remove the expiry time, use `touch(None)`.
+            ttl: The time to live from now on. By default, and with `None`, the expiry of the key
+                does not change. To remove the expiry, use `touch(None)`.
         """
         return await self._calls.update(self._key, fn, self._start, type=self._python_type, ttl=ttl)
 
@@ -133,7 +134,7 @@ class Entry(Handle, Generic[T]):
         return new
 
     async def touch(self, ttl: Seconds | None) -> bool:
-        """Give the key another time to live, and return whether it exists. With `None` it never expires."""
+        """Give the key another time to live, and return whether the key exists. With `None` it never expires."""
         return await self._calls.touch(self._key, ttl)
 
     async def delete(self) -> bool:
@@ -152,17 +153,23 @@ class Entry(Handle, Generic[T]):
 
     @property
     def _asked(self) -> object:
-        """The default for a read. It is an object that is never stored, so its return means that the key is missing."""
+        """The default that is passed to a read. It is never a stored value.
+
+        If the entry has no default, it is `MISSING`. Then the read raises an error for a missing key. Otherwise it is
+        `MISSING_VALUE`. If the read returns that object, the key is missing.
+        """
         return MISSING if self._default is MISSING else MISSING_VALUE
 
     @property
     def _start(self) -> T:
-        """A copy of the default. Without a default it is `MISSING`: `deepcopy` returns that object itself."""
+        """A copy of the default. Without a default it is `MISSING`, because `deepcopy` of an enum member returns the member."""
         return cast("T", deepcopy(self._default))
 
     @property
     def _python_type(self) -> type[T]:
+        """The type of the entry, in the form that the overloads of `Calls` need."""
         return cast("type[T]", self._type)
 
     def _or_default(self, found: object) -> T:
+        """Return the result of a read that was called with `_asked`, or a copy of the default if the key was missing."""
         return self._start if found is MISSING_VALUE else cast("T", found)

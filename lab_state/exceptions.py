@@ -1,7 +1,8 @@
-"""Every error that lab_state raises, in one tree.
+"""The classes of errors that lab_state defines, in one tree.
 
 There is a separate class only where the caller would act differently. A message
 never contains a value or a credential. It may contain keys, names, paths and types.
+For a wrong argument or a call in the wrong place, lab_state also raises `TypeError`, `ValueError` and `RuntimeError`.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ class KeyNotFoundError(LabStateError, KeyError):
         self.key = key
 
     def __str__(self) -> str:
-        """Return a sentence. `KeyError` would quote its argument."""
+        """Return a message with a remedy. `KeyError.__str__` would return only the quoted key."""
         return f"no key {self.key!r} in the state; to read a key that may be missing, pass a default"
 
 
 class InvalidNameError(LabStateError, ValueError):
-    """The name of a state is out of bounds: fix the argument."""
+    """The name of a state is out of bounds: fix the argument. `Config` lists the bounds. `escape_name` makes a valid name."""
 
 
 class InvalidKeyError(LabStateError, ValueError):
-    """The key is out of bounds: fix the argument."""
+    """The key is not a `str`, or is out of bounds: fix the argument. `escape_key` makes a valid key.
+
+    A key has 1 to 1,024 characters. It has no NUL and no lone surrogate, and is not `$lab_state`.
+    """
 
 
 class InvalidValueError(LabStateError, ValueError):
@@ -55,7 +59,9 @@ class InvalidValueError(LabStateError, ValueError):
 
 
 class TypeMismatchError(LabStateError):
-    """The stored value is not of the type asked for: ask for another type, or migrate the value.
+    """A value is not of the type asked for: ask for another type, or migrate the value.
+
+    It is a stored value, or a new value that `update`, `incr` or `get_or_set` would store.
 
     Attributes:
         path: The JSON path to the part that does not match; `$` is the value itself.
@@ -66,7 +72,7 @@ class TypeMismatchError(LabStateError):
         self.path = path
 
     def __str__(self) -> str:
-        """Return the message alone. It already names the path."""
+        """Return the message alone, because it already contains the path."""
         return str(self.args[0])
 
 
@@ -79,10 +85,10 @@ class StorageError(LabStateError):
 
 
 class ConflictError(LabStateError):
-    """Something that a transaction has read was changed meanwhile: run the transaction again. It has changed nothing.
+    """Another process changed what a transaction has read: run the transaction again. It has changed nothing.
 
-    `Manager.transact` runs it again by itself. Only a shared state raises this error, because in any other
-    state no write is made while a transaction is open.
+    `Manager.transact` runs the transaction again by itself. Only a shared state raises this error, because in
+    any other state no write is made while a transaction is open.
     """
 
 
@@ -90,8 +96,9 @@ class UnavailableError(StorageError):
     """The storage or the cache failed this time, and may work again later.
 
     If a write or a flush raises it, the changes are in memory. They are written at the next
-    attempt, so there is no need to repeat the call. If `start()` raises it, start again. If
-    `stop()` raises it, the changes above `durable_revision` are lost. In a shared state, a call
+    attempt, so there is no need to repeat the call. There is one exception: if the flush task has
+    ended, a write changes nothing; see `Status.task_failure`. If `start()` raises it, start again.
+    If `stop()` raises it, the changes above `durable_revision` may be lost. In a shared state, a call
     raises it too if no process owns the state; see `outcome`.
 
     Attributes:
@@ -108,31 +115,36 @@ class WaitTimeoutError(UnavailableError, TimeoutError):
 
     It is also a `TimeoutError`. Calls with an argument `timeout` raise it, such as
     `Manager.wait_durable` and `Reader.wait_revision`. The state is not affected. The
-    revision may still be reached later.
+    awaited revision may still come later.
     """
 
 
 class UnsupportedError(StorageError):
-    """The storage cannot do this as it is: fix its permissions, its settings or the version of the library."""
+    """The storage cannot do this as it is: fix its permissions, its settings or the version of the library.
+
+    In a forked child, the calls of a manager that the parent runs raise this error. Make a manager with another name there.
+    """
 
 
 class LockedError(StorageError):
-    """Another process, or another manager in this process, owns the state: stop that one. The message names it."""
+    """Another process, or another manager in this process, owns the state: stop that writer. The message names it."""
 
-    place: object = None  # set by some storages: equal for equal places of a state, also in another storage object
+    place: object = None  # the place of the state, if the storage gives it; equal places have the same states
 
 
 class FencedError(StorageError):
     """A newer writer owns the state: end this process.
 
-    Once a manager knows it, every write, flush and transaction raises this error and changes
-    nothing, with every `flush_interval`. Reads still succeed. The callback `on_fenced` of
-    `Manager` is called.
+    Once a manager knows of the newer writer, every write and every transaction raises this error
+    and changes nothing, with every `flush_interval`. A flush raises it if a change is not durable.
+    Reads still succeed. The callback `on_fenced` of `Manager` is called.
     """
 
 
 class CorruptionError(StorageError):
-    """The stored state is damaged: restore a copy. Nothing was changed, and damage is never treated as an empty state.
+    """The stored state is damaged: restore a copy. Nothing was changed.
+
+    A damaged state is never treated as an empty state.
 
     Attributes:
         path: The damaged file or object.

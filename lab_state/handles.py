@@ -1,4 +1,4 @@
-"""`Scope`, the base of a manager and of a namespace, and `Namespace`. They make the handles for keys."""
+"""`Namespace`, and `Scope`, the base of a manager and of a namespace."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ R = TypeVar("R")
 
 
 class Scope(Calls):
-    """The common base of a manager and a namespace. It has the calls for keys, and makes handles."""
+    """The base of a manager and of a namespace: the calls for keys, and the calls that make handles."""
 
     __slots__ = ()
 
-    _core: Core  # pyright: ignore[reportIncompatibleVariableOverride] -- it is assigned once, at the start
+    _core: Core  # pyright: ignore[reportIncompatibleVariableOverride] -- it is assigned once, in `__init__`
 
     def __init__(self, core: Core, prefix: str) -> None:
         super().__init__(core, prefix)
@@ -39,7 +39,9 @@ class Scope(Calls):
     @overload
     def entry(self, key: str, type: Any, *, default: Any = ...) -> Entry[Any]: ...
     def entry(self, key: str, type: Any, *, default: Any = MISSING) -> Entry[Any]:
-        """Return a handle for one key. The handle can be made before `start()`, and used again after a restart.
+        """Return a handle for one key.
+
+        The handle can be made before `start()`, and used again after a restart of the manager.
 
         Args:
             key: The key.
@@ -49,8 +51,9 @@ class Scope(Calls):
 
         Raises:
             InvalidKeyError: The key is out of bounds.
-            TypeError: The type cannot be decoded; see `get`. It may also name a class that is
-                defined further down in its module. In that case, make the entry after that class.
+            TypeError: The type cannot be decoded; see `get`. One possible cause is an annotation
+                that names a class that is defined later in its module. In that case, make the
+                entry after that class.
         """
         return entry_of(self, key, type, default)
 
@@ -64,8 +67,7 @@ class Scope(Calls):
             name: The text before the slash: 1 character or more, without a slash at its end.
 
         Raises:
-            InvalidKeyError: The name is empty, ends with a slash, or cannot begin a key; see
-                `Calls`.
+            InvalidKeyError: The name is empty, ends with a slash, or cannot begin a key.
             TypeError: The name is not a `str`.
         """
         return Namespace(self._core, self._nested(name))
@@ -89,11 +91,14 @@ class Scope(Calls):
         Raises:
             RuntimeError: At the beginning, and from each writing call of the manager inside the
                 block: this task is inside a transaction of the same manager, and would wait for
-                itself. Use the methods of that transaction.
+                itself. Use the methods of that transaction. Also at the beginning: this is not
+                the event loop of `start()`.
             ClosedError: At the beginning: the manager is not running. At the end: the manager
                 was stopped meanwhile, and nothing was changed.
             FencedError: At the beginning or at the end: a newer writer owns the state.
                 Nothing was changed.
+            UnavailableError: At the beginning or at the end: the flush task has ended; see
+                `Status.task_failure`. Nothing was changed.
             StorageError: At the end, with a `flush_interval` of 0: the changes are made in memory,
                 but not durable yet. The manager tries again by itself.
         """
@@ -120,11 +125,11 @@ class Scope(Calls):
     @overload
     async def transact(self, fn: Callable[[Transaction], R]) -> R: ...
     async def transact(self, fn: Callable[[Transaction], Any]) -> Any:
-        """Call `fn` with a transaction, commit the transaction, and return the result of `fn`.
+        """Call `fn` with a transaction, make its changes, and return the result of `fn`.
 
         The result is returned when the changes are made: all of them or none, as `transaction` describes. In a
-        shared state, a change of another process may come in between. Then nothing was changed, and `fn`
-        is called again, with a new transaction. So `fn` should have no other effects. In any other state it is
+        shared state, another process may change what `fn` has read. Then nothing was changed, and `fn` is
+        called again, with a new transaction. So `fn` should have no other effects. In any other state `fn` is
         called once.
 
         Args:
@@ -150,10 +155,11 @@ class Scope(Calls):
 
         Use it with `async with`, and iterate over the result. Open the watch first, and then read
         the state. Then no change is missed. A slow task receives only the last change of each key.
-        If changes of more than 10,000 keys are pending, or more than 10,000 keys are deleted at
-        once, the task receives one `resync` instead. Then read the state again. When the manager
-        stops or the block is left, the iteration ends after the pending changes. Only one task
-        may iterate over a watch.
+        If changes of more than 10,000 keys are pending, the task receives one `resync` instead. The
+        same happens when all keys of a state with more than 10,000 keys are deleted at once. After
+        a `resync`, read the state again. When the manager stops or the block is left, the iteration
+        ends after the pending changes. Only one task may iterate over a watch: a second one gets
+        a `RuntimeError`.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.

@@ -36,6 +36,7 @@ from lab_state.handles import Scope
 from lab_state.storage._protocol import Storage, StorageSession
 
 _SWEPT_AT_START = 100_000
+"""The largest number of expired keys that one change deletes at the start."""
 
 
 class Manager(Scope):
@@ -43,9 +44,9 @@ class Manager(Scope):
 
     One manager is the only writer of its state. From `start()` to `stop()` it belongs to the
     event loop that `start()` runs on. If a running manager is garbage collected, Python
-    shows a `ResourceWarning`. The manager then releases its lock and its files when its
-    loop is closed. `copy.copy` and `copy.deepcopy` return the manager itself. It cannot be
-    pickled.
+    shows a `ResourceWarning`. The lock and the files of the state are then released when
+    the event loop has been closed. `copy.copy` and `copy.deepcopy` return the manager itself. It
+    cannot be pickled.
     """
 
     _kind = "a manager"
@@ -88,16 +89,16 @@ class Manager(Scope):
             storage: The storage that keeps the state. Any number of managers may use one storage
                 object, each with a different name.
             cache: The cache in which the manager keeps a mirror for other processes, such as
-                `RedisCache(url)`. No call waits for the cache, or fails because of it.
-                `status().mirror` shows its errors.
+                `RedisCache(url)`. Only `stop()` waits for the cache, for at most one second. No call
+                fails because of it. `status().mirror` shows its errors.
             logger: The logger for the messages on the page "Logging"; by default
                 `logging.getLogger("lab_state")`. It may be an adapter, a logger of loguru or
                 structlog, or any object with the methods `info`, `warning` and `error`. No
                 value and no credential is logged. If the logger raises an error, the
                 message goes to stderr.
-            clock: A clock for tests; by default the clock of the machine. If the clock raises
-                an error during `start()`, `start()` raises it. Later, the first error is
-                logged, and the last time of the clock is used until it answers again.
+            clock: A clock for tests; by default the clock of the machine. If the clock raises an
+                error in this call or during `start()`, that call raises it. Later, only the first error
+                is logged. As long as the clock raises errors, its last time is used.
             on_fenced: A plain function that takes the `FencedError`. It is called on the event
                 loop when the manager learns that a newer writer owns the state. This may happen
                 during `stop()`, too. It is called at most once for each `start()`. Use it to end
@@ -112,7 +113,7 @@ class Manager(Scope):
         self._config = Config(name=config) if isinstance(config, str) else config
         if not isinstance(self._config, Config):
             raise TypeError(f"config must be a Config or a str, the name of the state; not {type(config).__name__}")
-        # A `Path` has a method `open` too, which could create or truncate a file.
+        # A `Path` is refused as well: it has a method `open`, too, which could create or truncate a file.
         if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "open", None)):
             kind = storage if isinstance(storage, type) else type(storage)
             raise TypeError(f"storage must be an object such as FileStorage('directory'), not {kind.__name__}")
@@ -169,13 +170,13 @@ class Manager(Scope):
     async def start(self) -> None:
         """Become the only writer of the state, load it, and begin to flush in the background.
 
-        The state is decoded on the event loop, which takes about 0.8 s for a million keys. A
-        start that fails or is cancelled releases everything, and may be tried again. A manager
-        can be started again after `stop()`, also on another event loop.
+        Decoding blocks the event loop: for about 0.8 s with a million keys. A start that fails
+        or is cancelled releases everything, and may be tried again. A manager can be started
+        again after `stop()`, also on another event loop.
 
         If another writer holds the state, the call tries again for `Config.lock_timeout`
-        seconds. At the first refusal, and every 10 s after it, a WARNING names the
-        holder.
+        seconds. At the first refusal, and every 10 s after it, a message at level WARNING
+        names that writer.
 
         Raises:
             RuntimeError: The manager is running already, another start or stop is under way,
@@ -221,7 +222,7 @@ class Manager(Scope):
         self._phase = "running"
 
     def _run(self, state: State, session: StorageSession) -> None:
-        """Start the tasks. If this raises an error, none of them runs."""
+        """Start the tasks and timers of a loaded state, and accept calls. If this raises an error, none of them runs."""
         watchers = Watchers(state)
         committed = watchers.committed
         mirror: MirrorWriter | None = None
@@ -238,14 +239,14 @@ class Manager(Scope):
         flusher = Flusher(
             state, session, self._config, self._clock, self._logger, committed, self._times, self._on_fenced
         )
-        # Many keys may have expired since the last stop. Remove them here, although that blocks the event loop.
+        # Many keys may have expired since the last stop. They are deleted here: only `start()` may block the event loop.
         while state.sweep(_SWEPT_AT_START):
             flusher.nudge()
         with ExitStack() as undo:
             if mirror is not None:
                 mirror.start(flusher)
                 undo.callback(mirror.abort)
-            core = self._core  # with a reference to the manager instead, a forgotten manager would never be collected
+            core = self._core  # a reference to the manager instead would keep a manager alive that was never stopped
             sweeper = Sweeper(state, self._clock, lambda: core.must_wait, flusher.nudge, core.update_followup)
             undo.callback(sweeper.stop)
             watchers.attended = sweeper.attend
@@ -260,15 +261,18 @@ class Manager(Scope):
 
         The call continues while bytes are written or sent. It ends after `Config.stop_timeout`
         seconds without progress, or up to an eighth of that time later. A flush that fails is
-        tried again for the same time. A storage call that hangs continues after the end of
-        `stop()`, and the state stays locked until that call ends. After the flush, `stop()` sends
-        the last changes to the cache, for at most one second. A second call waits for the first.
-        A call before `start()` does nothing. If the caller is cancelled, the stop continues.
+        tried again until that many seconds after the call. A storage call that hangs continues
+        after the end of `stop()`, and the state stays locked until that call ends. At the end,
+        `stop()` sends the last changes to the cache, for at most one second. A second call waits
+        for the first. A call before `start()` does nothing. If the caller is cancelled, the stop
+        continues.
 
         Raises:
-            StorageError: The last flush failed, or the storage hangs. The manager is stopped. The
-                changes above `durable_revision` are lost. If the storage hangs, and the flush
-                before failed, the message also has the error of that flush.
+            StorageError: The last flush failed, or the storage hangs before all changes are durable.
+                The manager is stopped. The changes above `durable_revision` may be lost. If the
+                storage hangs, and the flush before failed, the message also has the error of that
+                flush.
+            FencedError: A newer writer owns the state. The message says whether changes are lost.
             RuntimeError: `start()` is still under way: cancel `start()` instead. Or this is not
                 the event loop of `start()`, and that loop is not closed.
         """
@@ -281,12 +285,12 @@ class Manager(Scope):
         if self._phase == "running" and flusher is not None:
             flusher.move()
             self._phase = "stopping"
-            # From here on, new calls see an empty, closed state. Calls that already run keep the old one.
+            # From here on, new calls see an empty, closed state. Calls that already run keep the loaded state.
             self._sweeper.stop()
             self._watchers = self._core.close(State(self._clock.monotonic))
             self._start_stopping(flusher)
         elif self._stopping is not None and self._stopping.get_loop().is_closed() and self._flusher is not None:
-            self._flusher.move()  # the loop was closed during the stop: continue the stop on this one
+            self._flusher.move()  # the loop was closed during the stop: continue on the present loop
             self._start_stopping(self._flusher)
         if self._stopping is not None and self._phase == "stopping":
             await asyncio.shield(self._stopping)
@@ -380,7 +384,7 @@ class Manager(Scope):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Call `stop()`. An exception of the block is passed on. If `stop()` fails, its error is added as a note."""
+        """Call `stop()`. If the block and `stop()` both fail, raise the error of the block. It gets that of `stop()` as a note."""
         try:
             await self.stop()
         except Exception as problem:
@@ -404,13 +408,13 @@ class Manager(Scope):
 
     @property
     def revision(self) -> int:
-        """The number of the last change; 0 for a new state. The count goes on after a restart."""
+        """The number of the last change; 0 for a new state, and before the first `start()`. A restart does not reset it."""
         flusher = self._flusher  # read once: another thread may be here while `stop()` ends
         return self._ended.revision if flusher is None else flusher.state.revision
 
     @property
     def durable_revision(self) -> int:
-        """The last revision that is durable. Every change up to this revision is durable, too."""
+        """Every change up to this revision is durable. After an unclean end it is 0 until the first commit."""
         flusher = self._flusher
         return self._ended.durable_revision if flusher is None else flusher.durable_revision
 

@@ -9,11 +9,11 @@ A newer change of a key then replaces the older one.
 
 A snapshot needs a view that does not change while writers continue. `freeze` returns the dict
 itself as the view, and puts an `Overlay` over it, which takes the writes. Afterwards `fold`
-merges the writes into the dict in small steps. So the cost of both does not depend on the size
-of the state. `entries` is read and written in the same way with and without an overlay.
+merges the writes into the dict in small steps. So the cost of `freeze` and of a step of `fold` does
+not depend on the size of the state. `entries` is used in the same way with and without an overlay.
 
-A value that expires stays in `entries` until a sweep removes it. So each read calls `alive`,
-and `count`, `names` and `count_in` leave out keys that are due.
+An expired value stays in `entries` until a sweep deletes it. So each read of a value with an expiry
+calls `alive`, and `count`, `names` and `count_in` leave out keys that are due.
 
 The index (`_order`) has the keys in order of code points. The first call that needs an order makes it.
 Each method that adds or removes a key notes the key for the index.
@@ -49,7 +49,7 @@ WATCHED_CLEAR = 10_000
 
 
 class State(Ordered):
-    """The map of one manager: its changes, and the views for snapshots. `Contents` lists the attributes."""
+    """The map of one manager, with the calls that change it and take views for snapshots. `Contents` lists the attributes."""
 
     __slots__ = ()
 
@@ -79,7 +79,7 @@ class State(Ordered):
 
     def keep_decoded(self, key: str, stored: Stored, same: Value) -> None:
         """Replace a stored value by the same value in decoded form. This is not a change, and has no revision."""
-        # An overlay would treat it as a write. A value that expires is inside an `Expiring`, and stays as it is.
+        # An overlay would treat this as a write. A value that expires stays encoded, because an `Expiring` has it.
         if self.entries.__class__ is dict and self.entries[key] is stored:
             self.entries[key] = same
 
@@ -113,7 +113,7 @@ class State(Ordered):
             self.apply(dict.fromkeys(keys, how), cleared=False)
 
     def clear(self) -> int:
-        """Delete all keys, and return their number. The cost does not depend on that number."""
+        """Delete all keys, and return their number. Without a watch, the cost does not depend on that number."""
         count = self.count()
         if len(self.entries):
             self.apply({}, cleared=True)
@@ -198,10 +198,10 @@ class State(Ordered):
             self._empty()
             self.entries = cast("dict[str, Stored]", top)
         elif isinstance(self.entries, dict) and not self.entries:
-            self.entries = cast("dict[str, Stored]", top)  # there was no key that could be deleted
+            self.entries = cast("dict[str, Stored]", top)  # the map was empty, so `top` deletes no key
         else:
             entries = self.entries
-            assert not isinstance(entries, Staged)  # the caller has merged it
+            assert not isinstance(entries, Staged)  # the caller has merged the last staged layer
             self.entries = Staged(cast("dict[str, Stored] | Overlay", entries), top, size)
         if changes is not self.changes:
             self.free(self.changes)
@@ -218,6 +218,7 @@ class State(Ordered):
         return self.revision
 
     def _empty(self) -> None:
+        """Delete all keys. Free the old entries, changes and indexes in steps."""
         if self.views:
             self.before_overwrite(None)
         entries, changes, index = self.entries, self.changes, self.index
@@ -230,18 +231,19 @@ class State(Ordered):
         self.cleared = True
 
     def _release_entries(self, entries: dict[str, Stored] | Layer) -> None:
+        """Release the maps of old entries, except the map of a view that is still being read."""
         if isinstance(entries, dict):
             self.release(entries)
             return
         self.release(entries.top)
-        if isinstance(entries, Staged):  # below an `Overlay`, a view is still being read
+        if isinstance(entries, Staged):  # the map below another `Overlay` is such a view
             self._release_entries(entries.view)
 
     def sweep(self, most: int) -> int:
         """Delete expired keys, as one change. Return the number of keys that were examined, up to `most`."""
         now, entries = self.now(), self.entries
         keys = self.expiries.take(now, most)
-        found = [key for key in keys if is_due(entries, key, now)]  # the entry decides, not the index
+        found = [key for key in keys if is_due(entries, key, now)]  # the index may be out of date
         self._drop(found, EXPIRED)
         self.deleted -= len(found)
         self.swept += len(found)
@@ -268,12 +270,12 @@ class State(Ordered):
             taken = self.untaken()
         if self.index is not None:
             self._end_window(self.index)
-        self.cleared = False  # first, because `put_back` drops everything older than a clear
+        self.cleared = False  # first: if this call is interrupted, `put_back` must not drop `taken` because of a clear
         self.changes, self.taken = {}, self.revision
         return taken
 
     def _end_window(self, index: Index) -> None:
-        """Tell the index that `changes` will be empty. Drop the index if it is too old to be useful."""
+        """Tell the index that `changes` will be empty. Drop the index if a new one would be as cheap."""
         index.forget_gone(self.entries)
         if index.is_too_old(self.entries):
             self.free(index.release(), CHUNKS_AT_ONCE)
@@ -341,7 +343,7 @@ class State(Ordered):
         return entries if isinstance(entries, Overlay) and entries.view is view else None
 
     def has_as_base(self, view: dict[str, Stored]) -> bool:
-        """Return whether a map has the entries, alone or below a change of many keys that is not merged yet."""
+        """Return whether a dict is the map of this state, alone or below a change of many keys that is not merged yet."""
         entries = self.entries
         return entries is view or (isinstance(entries, Staged) and entries.view is view)
 

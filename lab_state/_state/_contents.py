@@ -32,40 +32,39 @@ The key is `None` if all keys were deleted at once.
 
 
 def no_clock() -> float:
-    """Return 0.0. It is used in place of a clock where time must not pass."""
+    """Return 0.0. This is used in place of a clock if time must not pass, and in place of a callback without arguments."""
     return 0.0
 
 
 def ignore(*_: object) -> None:
-    """Do nothing. It is used in place of a callback."""
+    """Do nothing. This is used in place of a callback with arguments."""
 
 
 class Contents:
-    """The contents of a state: its entries, its changes, its numbers and its time. `State` has the calls that change it.
+    """The contents of a state: its entries, changes, revisions and time. `State` has the calls that change them.
 
     Attributes:
         entries: Stored values by key. `clear`, `freeze` and `fold` replace this object:
             read the attribute each time.
-        changes: The keys that changed since the last `take`.
+        changes: The keys that changed since the last `take`, each with its value, `DELETED` or `EXPIRED`.
         cleared: Whether all keys were deleted before `changes`.
         revision: The number of the last change.
         taken: The revision up to which changes were taken.
         since: The time of the oldest change that was not taken, in seconds of
             `monotonic`.
-        deleted: The number of keys that were deleted since the state was loaded.
+        deleted: The number of keys that were deleted since the state was loaded, without those of sweeps.
         swept: The number of keys that were deleted by sweeps.
         expiries: The index of keys that expire.
         monotonic: The clock that never goes back.
-        on_change: A callback after each change, if there is a watch. The hot path of `set`
-            calls it, too.
+        on_change: A callback after each change, if there is a watch. `Writing.set` calls it, too.
         on_changes: A callback after a change of many keys, if there is a watch.
         on_staged: A callback after a change of many keys, which `fold_staged` has to merge.
-        on_first_change: A callback before the first change after a `take`, or `None`.
+        on_first_change: A callback before the first change after a `take`; `None` if there is none.
         index: The keys in order of code points; `None` until a call needs it. See `_order`.
         free: A callback that frees a map that is no longer needed, and may be large. Its second argument is
             optional: the number of items that one step frees.
-        results: The loaded results of calls of other processes; `None` if there are none. Each
-            snapshot contains them.
+        results: The results of calls that other processes made, as they were loaded; `None` if there are
+            none. Each snapshot contains them.
         borrowed: Whether values may be views of the buffer from which they were loaded, and
             keep it alive.
         views: The views that `items()` reads. If the list is not empty, `before_overwrite`
@@ -74,7 +73,7 @@ class Contents:
     """
 
     has_steps: ClassVar[bool] = True
-    """Whether calls with many keys may run in steps. Calls of a draft may not, because a transaction never awaits."""
+    """Whether calls with many keys may run in steps. For a draft it is False, because its calls never await."""
 
     __slots__ = (
         "_epoch",
@@ -132,7 +131,7 @@ class Contents:
         self.load({}, 0)
 
     def load(self, entries: dict[str, Stored], revision: int, expires: Mapping[str, int] | None = None) -> None:
-        """Replace the contents by loaded ones, which count as taken. `expires` has times in milliseconds since 1970."""
+        """Replace the contents by loaded ones. There are no changes to take. `expires` has times in milliseconds since 1970."""
         self.entries: dict[str, Stored] | Layer = entries
         self.index: Index | None = None
         self.borrowed: bool = bool(entries)
@@ -145,7 +144,7 @@ class Contents:
         self.swept: int = 0
         self._loaded_revision = revision
         self._stored_more = 0  # see `stored`
-        # With 0, overdue keys are in the bucket of their own second.
+        # The 0 puts a key that is already due into the bucket of its expiry, and not into that of the present second.
         self.expiries: Expiries = Expiries(0 if expires else self.now())
         for key, at in (expires or {}).items():
             entries[key] = Expiring(cast("Value", entries[key]), at)
@@ -165,11 +164,11 @@ class Contents:
     # Time
 
     def now(self) -> int:
-        """Return the time for expiry, in milliseconds since 1970: the time at the start plus the time since then."""
+        """Return the time of the state, in milliseconds since 1970: its time at the start plus the time since then."""
         return int((self._epoch + self.monotonic()) * 1000)
 
     def wall(self) -> int:
-        """Return the time of the wall clock, in milliseconds since 1970. The next start continues from it."""
+        """Return the time of the wall clock, in milliseconds since 1970. A commit records it for the next start."""
         return int(self._wall_clock() * 1000)
 
     def alive(self, expiring: Expiring) -> Value | Literal[Absent.MISSING]:
@@ -177,7 +176,7 @@ class Contents:
         return expiring.value if expiring.at > self.now() else MISSING
 
     def has(self, key: str) -> bool:
-        """Return whether a key exists."""
+        """Return whether a key exists, and has not expired."""
         if key not in self.entries:
             return False
         return not self.expiries or self._lives(key)
@@ -187,7 +186,7 @@ class Contents:
         return not isinstance(stored, Expiring) or self.alive(stored) is not MISSING
 
     def count(self) -> int:
-        """Return the number of keys. The cost depends only on the number of keys that expire in the current second."""
+        """Return the number of keys that have not expired. The cost depends on the number of keys that expire in this second."""
         return len(self.entries) - (self.due(self.now()) if self.expires else 0)
 
     def due(self, now: int) -> int:

@@ -19,7 +19,7 @@ from lab_state._undo import UndoView, noted, open_ones
 
 
 class Ordered(Contents):
-    """Contents whose keys are in order, and can be read as they were at one moment."""
+    """The contents of a state, with the calls that return keys in order, and with views of one moment."""
 
     __slots__ = ()
 
@@ -38,7 +38,7 @@ class Ordered(Contents):
             base, touched = self.entries, set[str]()
             while isinstance(base, Layer):
                 touched.update(base.top)
-                base = cast("dict[str, Stored] | Layer", base.base)  # a draft has no index of its own
+                base = cast("dict[str, Stored] | Layer", base.base)  # not a `_Live`: a draft makes no index
             self.index = Index(base, touched, deleted(self.changes))
         return self.index
 
@@ -89,7 +89,7 @@ class Ordered(Contents):
         Args:
             low: No key is below this. `_order.bounds` makes both bounds.
             high: Each key is below this, unless it is `None`.
-            limit: Return only this many keys.
+            limit: The largest number of keys; `None` means all.
             reverse: Whether to begin with the highest key.
         """
         found = self.page(low, high, limit, reverse=reverse)
@@ -147,7 +147,7 @@ class Ordered(Contents):
         return noted(self.views, keys)
 
     def release(self, large: dict[Any, Any]) -> None:
-        """Free a map in steps. If a view is open, which may read the map, free it when all views are closed."""
+        """Free a map in steps. If a view is open, it may still read the map. Then free the map when all views are closed."""
         if self._open_views():
             self._held.append(large)
         else:
