@@ -44,14 +44,31 @@ def open_writer(
     Raises:
         StorageError: See `Storage.open`.
     """
+    paths, lock = take_lock(directory, name, create=create)
+    return load_writer(paths, name, lock, tried, leftovers, create=create)
+
+
+def take_lock(directory: str, name: str, *, create: bool, shared: bool = False) -> tuple[Paths, Lock]:
+    """Find the directory, or create it, and lock the state. The arguments are those of `open_writer` and of `Lock`.
+
+    Raises:
+        LockedError: Another process, or another session of this process, has the lock.
+        StorageError: See `Storage.open`.
+    """
     paths = Paths.of(folder.opened(directory, create=create), name)
     if not create:
         _check_there(paths)  # before the lock file is created
     try:
-        lock = Lock(paths.lock)
+        return paths, Lock(paths.lock, shared=shared)
     except LockedError as error:
         error.place = paths.snapshot
         raise
+
+
+def load_writer(
+    paths: Paths, name: str, lock: Lock, tried: set[lookup.Identity], leftovers: Leftovers, *, create: bool
+) -> tuple[Writer, Recovery]:
+    """Do the rest of `open_writer` under the lock. If this fails, release the lock."""
     try:
         loaded = _load(paths, name, lock, leftovers)
         if not create:

@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -36,6 +36,11 @@ class LockHolder(msgspec.Struct, frozen=True):
             not known.
         inode: The inode number of the lock file. A copy of the file has another number.
         making: The names of temporary files that may exist.
+        protocol: The version of the protocol by which the process shares the state; 0 if it does
+            not share it.
+        socket: The name of the socket of a shared state.
+        kernel: The boot id of the kernel, if the state is shared. Containers of one machine have
+            the same one.
     """
 
     host: Annotated[str, msgspec.Meta(pattern=r"^[\w.:?-]{1,255}\Z")]
@@ -44,10 +49,20 @@ class LockHolder(msgspec.Struct, frozen=True):
     boot: str = ""
     inode: int = 0
     making: tuple[str, ...] = ()
+    protocol: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+    socket: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{0,133}\Z")] = ""
+    kernel: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f-]{0,64}\Z")] = ""
 
     def __str__(self) -> str:
         """Return the process, the machine and the time, for a message."""
         return f"pid {self.pid} on {self.host}, since {self.started}"
+
+
+_REMEDY = (
+    "stop that writer first, use another name for this state, or let processes of one machine share it with "
+    "Config(shared=True) in each of them"
+)
+_SHARED_REMEDY = "no connection to that process could be made: wait until it has started or ended, or stop it"
 
 
 class Lock:
@@ -62,9 +77,21 @@ class Lock:
         is_new: Whether the lock file was empty, as a new one is.
         left: The temporary files that earlier sessions may have left; `None` if they are
             not known.
+        before_release: A function that `release` calls while the lock is still held. It must
+            not raise.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, shared: bool = False) -> None:
+        """Take the lock.
+
+        Args:
+            path: The path of the lock file. A missing file is created.
+            shared: Whether the caller shares the state. This changes only the text of an error.
+
+        Raises:
+            LockedError: Another process, or another lock of this process, has the lock.
+            StorageError: The lock file cannot be opened, read or locked.
+        """
         self.path: str = path
         self.is_parents: bool = False
         self._fd = -1
@@ -72,7 +99,10 @@ class Lock:
         self.is_new: bool = True
         self.left: tuple[str, ...] | None = None
         self._making: set[str] = set()
+        self.before_release: Callable[[], None] | None = None
         self._telling = threading.Lock()
+        self._sharing: tuple[int, str, str] = (0, "", "")
+        self._remedy = _SHARED_REMEDY if shared else _REMEDY
         self._since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._opening = True
         forks.disown_in_children(self)  # before the file is opened: a fork can happen at any time
@@ -93,9 +123,7 @@ class Lock:
 
     def _acquire(self) -> None:
         if not fs.try_lock(self._fd, self.path):
-            raise LockedError(
-                f"{self.path} is locked by {self._who()}: stop that writer first, or use another name for this state; a state has one writer"
-            )
+            raise LockedError(f"{self.path} is locked by {self._who()}: {self._remedy}")
         _ours[self._identity] = self
         said = fs.read_lock(self._fd, self.path)
         self.is_new, self.left = not said, self._left(said)
@@ -127,16 +155,26 @@ class Lock:
         """
         if not lookup.is_open(self._fd, self._identity):
             return
+        fs.write_lock(self._fd, msgspec.json.encode(self.holder()) + b"\n")
+
+    def holder(self) -> LockHolder:
+        """Return the content of the lock file while this process holds the lock."""
         making = (*(self.left or ()), *self._making)
-        holder = LockHolder(
+        return LockHolder(
             _host(),
             os.getpid(),
             self._since,
             "" if self.left is None else _boot(),
             self._identity[1],
             tuple(sorted(map(os.path.basename, making))),
+            *self._sharing,
         )
-        fs.write_lock(self._fd, msgspec.json.encode(holder) + b"\n")
+
+    def announce(self, protocol: int, socket_name: str) -> None:
+        """Write to the lock file that this process shares the state, by which protocol, and at which socket."""
+        with self._telling:
+            self._sharing = protocol, socket_name, _boot()
+            self._tell()
 
     def note(self, *paths: str) -> None:
         """Write names of temporary files to the lock file. Call this before they are created. The next start deletes those that are left."""
@@ -211,6 +249,8 @@ class Lock:
     def release(self) -> None:
         """Release the lock. A second call does nothing. A descriptor that now belongs to another file is not closed."""
         try:
+            if self.before_release is not None:
+                self.before_release()
             # Unlock before closing, because a child that is forked now may keep a copy of the descriptor.
             if lookup.is_open(self._fd, self._identity):
                 fs.unlock(self._fd)
@@ -260,6 +300,49 @@ def describe(holder: LockHolder | None, shown: list[int], path: str) -> str:
     if holder.host == host and not _is_running(holder.pid):
         return f"{holder}, which does not run here: it is in another container, or its child holds the lock"
     return str(holder)
+
+
+def read_holder(path: str) -> LockHolder | None:
+    """Return the content of a lock file. It may be that of an earlier holder.
+
+    Return `None` if there is no such file, or if its content cannot be decoded.
+
+    Raises:
+        StorageError: The file cannot be read.
+    """
+    try:
+        return msgspec.json.decode(fs.read(path, 4096) or b"", type=LockHolder)
+    except NOT_JSON:
+        return None
+
+
+def is_here(holder: LockHolder) -> bool:
+    """Return whether a process runs on this machine.
+
+    Containers of one machine have different host names, and machines may have equal ones. So the
+    boot id of the kernel decides, if both are known.
+    """
+    return holder.kernel == _boot() if holder.kernel and _boot() else holder.host == _host()
+
+
+def refusal(path: str, holder: LockHolder) -> StorageError | None:
+    """Return the error of a process that wants to share a state with the holder of its lock; `None` if it can.
+
+    Args:
+        path: The path of the lock file.
+        holder: The content of the lock file.
+    """
+    if not is_here(holder):
+        return UnsupportedError(
+            f"{path} is locked by {holder}, on another machine: a shared state needs all of its processes on one "
+            "machine; start this one there, or use a directory that only this machine has"
+        )
+    if not holder.protocol:
+        return LockedError(
+            f"{path} is locked by {holder}, which does not share this state: start that process with "
+            "Config(shared=True) as well, or stop it"
+        )
+    return None
 
 
 @functools.cache

@@ -117,6 +117,14 @@ def is_gone(path: str) -> bool:
     return False
 
 
+def user_of(path: str) -> int | None:
+    """Return the user who owns a file; `None` if the lookup fails. Do not follow a link."""
+    try:
+        return os.lstat(path).st_uid
+    except OSError:
+        return None
+
+
 def fingerprint(path: str) -> Fingerprint | None:
     """Return the fingerprint of the file or link at a path; `None` if there is neither."""
     try:  # without `translated`, as in `is_file`

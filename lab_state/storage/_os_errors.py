@@ -54,6 +54,11 @@ def storage_error(what: str, path: str, error: OSError) -> StorageError:
     return UnavailableError(message)
 
 
+def may_pass(error: OSError) -> bool:
+    """Return whether the operation may succeed at the next attempt, without a change of a setting or a permission."""
+    return error.errno in _TO_BE_MENDED
+
+
 def is_out_of_descriptors(error: StorageError) -> bool:
     """Return whether the cause is that the process or the machine has too many open files.
 

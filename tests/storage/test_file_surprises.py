@@ -404,8 +404,8 @@ async def test_a_state_that_goes_while_it_is_locked(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         real = _lock.Lock.__init__
 
-        def locking(self: _lock.Lock, path: str) -> None:
-            real(self, path)
+        def locking(self: _lock.Lock, path: str, *, shared: bool) -> None:
+            real(self, path, shared=shared)
             for name in ("lab.json", "lab.journal"):
                 (tmp_path / name).unlink()
 

@@ -63,7 +63,10 @@ def refusal(directory: Path) -> str:
         asyncio.run(Manager("lab", FileStorage(directory)).start())
     message = str(refused.value)
     assert message.startswith(f"{directory}/lab.lock is locked by ")
-    assert message.endswith(": stop that writer first, or use another name for this state; a state has one writer")
+    assert message.endswith(
+        ": stop that writer first, use another name for this state, or let processes of one machine share it with "
+        "Config(shared=True) in each of them"
+    )
     return message
 
 

@@ -1,0 +1,231 @@
+"""The claim of a shared state: its lock, and the socket at which its other processes connect.
+
+The section "Election" of `docs/design/shared.md` has the steps, with a reason for each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import ParamSpec, TypeAlias, TypeVar
+
+from lab_state.shared._address import Address, address_of
+from lab_state.storage import _directory as folder
+from lab_state.storage import _fs_socket as fs_socket
+from lab_state.storage import _lookup as lookup
+from lab_state.storage._directory import Paths
+from lab_state.storage._file_start import take_lock
+from lab_state.storage._fs_socket import OwnSocket
+from lab_state.storage._lock import Lock, LockHolder
+from lab_state.storage._protocol import StorageSession
+from lab_state.storage._worker import Worker
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Load: TypeAlias = Callable[[Paths, Lock], Awaitable[StorageSession]]
+"""A function that loads a state whose lock is held. If it fails or is cancelled, it releases the lock."""
+
+
+class Listener:
+    """The listening socket of an owner, and its file. The calls block. Any thread may make them.
+
+    Attributes:
+        address: The place of the socket.
+        socket: The socket that is bound there.
+    """
+
+    def __init__(self, address: Address, own: OwnSocket) -> None:
+        """Bind a new socket, and listen; see `_fs_socket.bind`."""
+        self.address: Address = address
+        self.socket: OwnSocket = own
+        self._turn = threading.Lock()
+        self._is_closed = False
+        self._identity: lookup.Identity = fs_socket.bind(own, address)
+
+    def is_gone(self) -> bool:
+        """Return whether the file was deleted or replaced. The answer is False after `close`.
+
+        Raises:
+            StorageError: The file cannot be looked up.
+        """
+        with self._turn:
+            return not self._is_closed and not lookup.is_file(self.address.path, self._identity)
+
+    def replace(self, own: OwnSocket) -> bool:
+        """Bind another new socket. Return False, and close it, after `close`. The replaced socket stays open.
+
+        Raises:
+            StorageError: See `_fs_socket.bind`. The new socket is closed.
+        """
+        with self._turn:
+            try:
+                if not self._is_closed:
+                    self._identity = fs_socket.bind(own, self.address)
+                    self.socket = own
+            finally:
+                if self.socket is not own:
+                    own.close()
+        return self.socket is own
+
+    def close(self) -> None:
+        """Delete the file, if it is still that of the socket. Close the socket. A second call does nothing."""
+        with self._turn:
+            if not self._is_closed:
+                self._is_closed = True
+                fs_socket.remove_own(self.address.path, self._identity)
+                self.socket.close()
+
+
+class Claim:
+    """A shared state whose lock this process holds. It listens at the socket, but may not be loaded yet.
+
+    Other processes can connect from now on. They wait until the caller accepts the connections.
+
+    Attributes:
+        holder: This process, as the lock file names it.
+    """
+
+    def __init__(self, paths: Paths, lock: Lock, listener: Listener, thread: Worker, load: Load) -> None:
+        self.holder: LockHolder = lock.holder()
+        self._paths = paths
+        self._lock = lock
+        self._listener = listener
+        self._thread = thread
+        self._load = load
+        self._is_loaded = False
+        self._releasing: Future[None] | None = None
+
+    def __repr__(self) -> str:
+        """Return the class, and the path of the socket."""
+        return f"<Claim of {self.path}>"
+
+    @property
+    def listener(self) -> socket.socket:
+        """The listening socket. It never blocks. `rebind_if_gone` may replace it."""
+        return self._listener.socket
+
+    @property
+    def path(self) -> str:
+        """The path of the socket."""
+        return self._listener.address.path
+
+    async def load(self) -> StorageSession:
+        """Load the state, as `FileStorage.open` does. Call this once.
+
+        `aclose` of the session deletes the socket file, closes the listening socket and frees the
+        lock, in this order. A failed or cancelled call does the same before it raises.
+
+        Raises:
+            StorageError: See `Storage.open`. It is no `LockedError`.
+        """
+        self._lock.check_process()
+        session = await self._load(self._paths, self._lock)
+        self._is_loaded = True
+        return session
+
+    async def rebind_if_gone(self) -> socket.socket | None:
+        """Check that the socket file is still there. If it was deleted or replaced, bind a new socket, and return it.
+
+        Return `None` if the file is still there, or if the claim was released. The caller accepts
+        connections at the new socket, and closes the old one. The connections that it accepted
+        before are not affected. After a cancellation, `listener` is the socket that is bound.
+
+        Raises:
+            FencedError: The lock is lost, and another process may be the owner. Nothing was bound.
+            StorageError: The file could not be looked up, or no socket could be bound. Processes
+                that start now cannot connect. Call again, such as a second later.
+        """
+        self._lock.check_process()
+        if self._releasing is not None or not await self._run(self._is_gone):
+            return None
+        own = OwnSocket()
+        return own if await self._run(self._listener.replace, own) else None
+
+    def _is_gone(self) -> bool:
+        if not self._listener.is_gone():
+            return False
+        self._lock.check()  # otherwise the file may be the socket of another owner
+        return True
+
+    async def release(self) -> None:
+        """Delete the socket file, close the listening socket and free the lock, if `load` was not called or failed.
+
+        After a successful `load` this call only ends the checks of the socket file: `aclose` of the
+        session does the rest. Do not call this while `load` runs. If the caller is cancelled, the
+        call goes on. A second call waits for the first one.
+        """
+        self._lock.check_process()
+        if self._releasing is None:
+            self._releasing = self._thread.submit(_nothing if self._is_loaded else self._lock.release)
+            self._thread.shutdown()
+        await asyncio.shield(asyncio.wrap_future(self._releasing))
+
+    async def _run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a function in the thread. It runs to its end, even if the caller is cancelled."""
+        return await asyncio.shield(asyncio.wrap_future(self._thread.submit(function, *args, **kwargs)))
+
+
+async def make_claim(thread: Worker, directory: str, name: str, protocol: int, load: Load, *, create: bool) -> Claim:
+    """Take the lock of a state, listen at its socket, and write both to the lock file; see `FileStorage.claim`."""
+    own = OwnSocket()
+    taking = thread.submit(_take, directory, name, protocol, own, create=create)
+    try:
+        return Claim(*await asyncio.shield(asyncio.wrap_future(taking)), thread, load)
+    except BaseException:
+        # After a cancellation, the thread may still take the lock. Release it before the caller continues.
+        giving_up = thread.submit(_give_up, taking, own)
+        thread.shutdown()
+        await asyncio.shield(asyncio.wrap_future(giving_up))
+        raise
+
+
+def _take(directory: str, name: str, protocol: int, own: OwnSocket, *, create: bool) -> tuple[Paths, Lock, Listener]:
+    paths, lock = take_lock(directory, name, create=create, shared=True)
+    try:
+        listener = Listener(address_of(paths.directory, name), own)
+        lock.before_release = listener.close
+        lock.announce(protocol, listener.address.socket_name)
+    except BaseException:
+        lock.release()
+        raise
+    return paths, lock, listener
+
+
+def _give_up(taking: Future[tuple[Paths, Lock, Listener]], own: OwnSocket) -> None:
+    if taking.exception() is None:
+        _, lock, _ = taking.result()
+        lock.release()
+    own.close()
+
+
+def _nothing() -> None:
+    """Do nothing, after the earlier calls of the thread."""
+
+
+def real_path(directory: str) -> str:
+    """Return the path of a directory without symbolic links. A missing directory is accepted."""
+    return os.path.realpath(folder.absolute(directory))
+
+
+async def make_connection(thread: Worker, directory: str, name: str) -> OwnSocket | None:
+    """Connect to the owner of a state; see `FileStorage.connect`."""
+    own = OwnSocket()
+    connecting = thread.submit(_connect, directory, name, own)
+    try:
+        is_connected = await asyncio.shield(asyncio.wrap_future(connecting))
+    except BaseException:
+        connecting.add_done_callback(lambda _: own.close())  # after a cancellation, the thread may still use the socket
+        raise
+    if not is_connected:
+        own.close()
+        return None
+    return own
+
+
+def _connect(directory: str, name: str, own: OwnSocket) -> bool:
+    return fs_socket.connect(own, address_of(real_path(directory), name))
