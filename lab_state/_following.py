@@ -7,8 +7,8 @@ which steps to apply.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import cast
 
 import msgspec
 from msgspec import Raw
@@ -18,8 +18,6 @@ from lab_state._batch import Batch, in_parts
 from lab_state._entries import DELETED, EXPIRED, SCALARS, Absent, Expiring, Json, StoredOrGone, Value
 from lab_state._not_json import NOT_JSON
 from lab_state._state import State
-
-T = TypeVar("T")
 
 _OBJECT_OR_ARRAY = (b"{", b"[")
 
@@ -42,44 +40,40 @@ def stored_of(data: bytes | bytearray | memoryview | Raw) -> Value:
 def changes_of(
     values: Mapping[str, Raw], expires: Mapping[str, int], deleted: Iterable[str]
 ) -> dict[str, StoredOrGone]:
-    """Return the changes of a step at once; see `changes_in_steps`."""
-    return result_of(changes_in_steps(values, expires, deleted))
-
-
-def changes_in_steps(
-    values: Mapping[str, Raw], expires: Mapping[str, int], deleted: Iterable[str]
-) -> Generator[None, None, dict[str, StoredOrGone]]:
-    """Return the changes of a step, from its JSON. Yield after each 500 keys.
+    """Return the changes of a step, from its JSON.
 
     Args:
         values: The new values of keys.
         expires: The expiry times of the keys that expire, in milliseconds since 1970.
         deleted: The keys that are deleted.
     """
-    changes: dict[str, StoredOrGone] = {}
-    for part in in_parts(values.items()):
-        for key, raw in part:
-            value = stored_of(raw)
-            changes[key] = Expiring(value, expires[key]) if key in expires else value
-        yield
-    for keys in in_parts(deleted):
-        changes.update(dict.fromkeys(keys, DELETED))
-        yield
+    changes: dict[str, StoredOrGone] = {key: stored_of(raw) for key, raw in values.items()}
+    if expires:
+        for key in expires.keys() & changes.keys():
+            changes[key] = Expiring(cast("Value", changes[key]), expires[key])
+    if deleted:
+        changes.update(dict.fromkeys(deleted, DELETED))
     return changes
 
 
-def result_of(steps: Generator[None, None, T]) -> T:
-    """Run all steps at once, and return their result."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
+def apply_step(
+    copy: State, changes: Mapping[str, StoredOrGone], revision: int, *, cleared: bool, time: int = 0
+) -> None:
+    """Apply a step to a copy at once. The arguments are those of `Step`."""
+    effects, expired = changes, 0
+    if any(isinstance(to, Absent) for to in changes.values()):
+        effects, expired = _effects(copy, changes.items(), cleared=cleared, time=time)
+
+    def change() -> int | None:
+        if effects or (cleared and len(copy.entries)):
+            return copy.apply(effects, cleared=cleared)
+        return None
+
+    _show(copy, change, revision, expired)
 
 
 class Step:
-    """A step that is being applied to a copy. Other code must not change the copy between `prepare` and `finish`."""
+    """A step that is prepared, and then shown. Other code must not change the copy between `prepare` and `finish`."""
 
     def __init__(
         self, copy: State, changes: Mapping[str, StoredOrGone], revision: int, *, cleared: bool, time: int = 0
@@ -88,7 +82,7 @@ class Step:
 
         Args:
             copy: The copy. All of its changes are taken.
-            changes: The last effect on each key. A key that is deleted need not exist.
+            changes: The last effect on each key. A key that is deleted need not exist. The step does not keep them.
             revision: The revision of the copy after the step.
             cleared: Whether all keys are deleted first.
             time: The time of the owner at the step, in milliseconds since 1970. A deleted key with an expiry up to
@@ -106,52 +100,53 @@ class Step:
         """Prepare the step in parts, and yield between two parts. Reads do not see the step before `finish`."""
         copy, source = self._copy, dict[str, StoredOrGone]()
         for part in in_parts(self._changes.items()):
-            source.update(self._effects(part))
+            effects, expired = _effects(copy, part, cleared=self._cleared, time=self._time)
+            source.update(effects)
+            self._expired += expired
             if len(self._changes) >= _batch.MANY:
                 yield
         self._batch = Batch(copy, source, cleared=self._cleared, expired=True)
         yield from self._batch.prepare()
 
-    def _effects(self, part: Iterable[tuple[str, StoredOrGone]]) -> Iterator[tuple[str, StoredOrGone]]:
-        """Yield the changes without deletions of missing keys. Mark the deletions of expired keys as `EXPIRED`."""
-        entries = self._copy.entries
-        for key, to in part:
-            if not isinstance(to, Absent):
-                yield key, to
-            elif not self._cleared and key in entries:
-                stored = entries[key]
-                has_expired = isinstance(stored, Expiring) and stored.at <= self._time
-                self._expired += has_expired
-                yield key, EXPIRED if has_expired else DELETED
-
     def finish(self) -> None:
         """Make the prepared changes at once. From now on reads see them."""
         assert self._batch is not None  # `prepare` has made it
-        self._show(self._batch.switch)
+        _show(self._copy, self._batch.switch, self._revision, self._expired)
 
-    def apply(self) -> None:
-        """Make the whole step at once, without `prepare` and `finish`."""
-        self._show(self._apply)
 
-    def _apply(self) -> int | None:
-        copy, effects = self._copy, dict(self._effects(self._changes.items()))
-        if effects or (self._cleared and len(copy.entries)):
-            return copy.apply(effects, cleared=self._cleared)
-        return None
+def _effects(
+    copy: State, changes: Iterable[tuple[str, StoredOrGone]], *, cleared: bool, time: int
+) -> tuple[dict[str, StoredOrGone], int]:
+    """Return the changes without deletions of missing keys, and the number of expired keys.
 
-    def _show(self, change: Callable[[], int | None]) -> None:
-        """Call `change`, which returns `None` if it has changed nothing. Set the revision, and count the expired keys."""
-        copy, before = self._copy, self._copy.revision
-        copy.skip_to(self._revision - 1)
-        try:
-            if change() is None:
-                copy.skip_to(self._revision)
-        except BaseException:  # such as a MemoryError: a part of the step may be missing, so it is repeated
-            copy.take()
-            copy.skip_to(before)
-            raise
-        copy.deleted -= self._expired
-        copy.swept += self._expired
-        copy.free(copy.take().changes)
-        if copy.expiries:
-            copy.expiries.advance(copy.now())
+    The deletion of an expired key is marked as `EXPIRED`.
+    """
+    effects: dict[str, StoredOrGone] = {}
+    entries, expired = copy.entries, 0
+    for key, to in changes:
+        if not isinstance(to, Absent):
+            effects[key] = to
+        elif not cleared and key in entries:
+            stored = entries[key]
+            has_expired = isinstance(stored, Expiring) and stored.at <= time
+            expired += has_expired
+            effects[key] = EXPIRED if has_expired else DELETED
+    return effects, expired
+
+
+def _show(copy: State, change: Callable[[], int | None], revision: int, expired: int) -> None:
+    """Call `change`, which returns `None` if it has changed nothing. Set the revision, and count the expired keys."""
+    before = copy.revision
+    copy.skip_to(revision - 1)
+    try:
+        if change() is None:
+            copy.skip_to(revision)
+    except BaseException:  # such as a MemoryError: a part of the step may be missing, so it is repeated
+        copy.take()
+        copy.skip_to(before)
+        raise
+    copy.deleted -= expired
+    copy.swept += expired
+    copy.free(copy.end_window())
+    if copy.expiries:
+        copy.expiries.advance(copy.now())

@@ -268,18 +268,20 @@ class State(Ordered):
         """
         if taken is None:
             taken = self.untaken()
-        if self.index is not None:
-            self._end_window(self.index)
-        self.cleared = False  # first: if this call is interrupted, `put_back` must not drop `taken` because of a clear
-        self.changes, self.taken = {}, self.revision
+        self.end_window()
         return taken
 
-    def _end_window(self, index: Index) -> None:
-        """Tell the index that `changes` will be empty. Drop the index if a new one would be as cheap."""
-        index.forget_gone(self.entries)
-        if index.is_too_old(self.entries):
-            self.free(index.release(), CHUNKS_AT_ONCE)
-            self.index = None
+    def end_window(self) -> dict[str, StoredOrGone]:
+        """Forget which keys have changed since the last `take`, and return their changes."""
+        index, changes = self.index, self.changes
+        if index is not None:
+            index.forget_gone(self.entries)
+            if index.is_too_old(self.entries):
+                self.free(index.release(), CHUNKS_AT_ONCE)
+                self.index = None
+        self.cleared = False  # first: if `take` is interrupted, `put_back` must not drop `taken` because of a clear
+        self.changes, self.taken = {}, self.revision
+        return changes
 
     def put_back(self, taken: ChangeSet) -> None:
         """Put back the changes of a failed commit. Newer changes stay. A second call changes nothing."""

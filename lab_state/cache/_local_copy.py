@@ -22,7 +22,7 @@ from typing import cast
 from weakref import ref
 
 from lab_state._entries import Expiring, Stored, StoredOrGone
-from lab_state._following import Step, changes_of, stored_of
+from lab_state._following import apply_step, changes_of, stored_of
 from lab_state._order import Chunk
 from lab_state._state import State
 from lab_state._undo import UndoView, open_ones
@@ -47,7 +47,9 @@ class LocalCopy:
         self.fresh: bool = False
         self.head: Head | None = None
         self.highest: int = 0
-        self._state = State()
+        self._state = (
+            State()
+        )  # its index of expiries is not complete, because a reader looks at the entries and the wall clock
         self._whole = False  # whether `entries` has all keys at `head`; not during a load, or after an interrupted one
         self._kept: deque[Sequence[Message]] | None = None
 
@@ -87,13 +89,14 @@ class LocalCopy:
 
     def add(self, found: Fetched) -> None:
         """Add a part of the mirror. The value of a key must come before its expiry time."""
-        self._update({key: stored_of(data) for key, data in found.values.items()})
-        entries, timed = self.entries, dict[str, StoredOrGone]()
+        entries = self.entries
+        self._state.note_many(found.values)
+        for key, data in found.values.items():
+            entries[key] = stored_of(data)
         for key, at in found.expires.items():
             if key in entries:
                 value = entries[key]
-                timed[key] = Expiring(value.value if isinstance(value, Expiring) else value, parse_time(at))
-        self._update(timed)
+                entries[key] = Expiring(value.value if isinstance(value, Expiring) else value, parse_time(at))
 
     def replay(self, most: int) -> bool:
         """Apply about `most` keys of the kept messages, and return whether there are more.
@@ -145,7 +148,7 @@ class LocalCopy:
         return True
 
     def _update(self, changes: Mapping[str, StoredOrGone], *, cleared: bool = False) -> None:
-        Step(self._state, changes, self._state.revision + 1, cleared=cleared).apply()
+        apply_step(self._state, changes, self._state.revision + 1, cleared=cleared)
 
     # The order, and views
 

@@ -26,8 +26,8 @@ class OwnerLayer(Layered):
     """The changes of an owner that are not durable, over its copy.
 
     `changes` has the changes that no commit has taken. `revision` is that of the last change. Everything
-    that a `Flusher` and `Calls` do with a `State` can be done with this object, with three exceptions: it has no
-    views, no calls in steps, and no index.
+    that a `Flusher` and `Calls` do with a `State` can be done with this object, with four exceptions: it has no
+    views, no calls in steps, and no index, and it does not count values. The copy counts them.
 
     Attributes:
         copy: The durable state. Only records change it.
@@ -53,10 +53,20 @@ class OwnerLayer(Layered):
 
     def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
         """Make several changes as one, and return the new revision; see `State.apply`."""
-        revision = super().apply(changes, cleared=cleared)
+        self.before_change()
+        self.revision += 1
+        if cleared:
+            self._empty()
+        self.changes.update(changes)
+        expiries = self.expiries
+        for key, to in changes.items():
+            if isinstance(to, Expiring):
+                expiries.add(key, to.at)
+            elif expiries:
+                expiries.discard(key)
         if self.on_applied is not None:
-            self.on_applied(None if cleared else changes.keys(), revision)
-        return revision
+            self.on_applied(None if cleared else changes.keys(), self.revision)
+        return self.revision
 
     def _empty(self) -> None:
         self.free(self.changes)
@@ -82,8 +92,6 @@ class OwnerLayer(Layered):
         keys = self.copy.expiries.overdue(now, most)
         found = [key for key in keys if is_due(entries, key, now)]
         self._drop(found, EXPIRED)
-        self.deleted -= len(found)
-        self.swept += len(found)
         self._swept_at = self.revision if keys else 0
         return len(keys)
 

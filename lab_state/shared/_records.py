@@ -7,17 +7,17 @@ are the same at the same revision, and each watch reports the same changes.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from enum import Enum
-from itertools import chain
 from typing import NamedTuple
 
 from msgspec import UNSET
 
 from lab_state._arguments import check_key
+from lab_state._batch import in_parts
 from lab_state._codec import Record, decode_record
-from lab_state._entries import ChangeSet, StoredOrGone
-from lab_state._following import Step, changes_in_steps, result_of
+from lab_state._entries import DELETED, ChangeSet, StoredOrGone
+from lab_state._following import Step, apply_step, changes_of
 from lab_state._not_json import NOT_JSON
 from lab_state._state import State
 from lab_state.exceptions import InvalidKeyError
@@ -59,7 +59,11 @@ def parse_record(data: bytes | memoryview) -> ParsedRecord:
     Raises:
         BadMessageError: The bytes are not a record.
     """
-    return result_of(parse_in_steps(data))
+    record = _decoded(data)
+    _check(record)
+    _check_keys(record.set)
+    _check_keys(record.delete)
+    return _parsed(record, changes_of(record.set, record.expires, record.delete))
 
 
 def parse_in_steps(data: bytes | memoryview) -> Generator[None, None, ParsedRecord]:
@@ -71,10 +75,18 @@ def parse_in_steps(data: bytes | memoryview) -> Generator[None, None, ParsedReco
         BadMessageError: The bytes are not a record.
     """
     record = _decoded(data)
-    yield from _check(record)
-    changes = yield from changes_in_steps(record.set, record.expires, record.delete)
-    calls = None if record.calls is UNSET else record.calls
-    return ParsedRecord(record.start, record.end, record.clear, changes, record.time, record.wall, calls)
+    _check(record)
+    yield
+    changes: dict[str, StoredOrGone] = {}
+    for part in in_parts(record.set):
+        _check_keys(part)
+        changes |= changes_of({key: record.set[key] for key in part}, record.expires, ())
+        yield
+    for part in in_parts(record.delete):
+        _check_keys(part)
+        changes |= dict.fromkeys(part, DELETED)
+        yield
+    return _parsed(record, changes)
 
 
 def _decoded(data: bytes | memoryview) -> Record:
@@ -85,18 +97,24 @@ def _decoded(data: bytes | memoryview) -> Record:
         raise BadMessageError("a record that is not JSON, or has other members than a record") from None
 
 
-def _check(record: Record) -> Iterator[None]:
+def _check(record: Record) -> None:
     if not 0 <= record.start <= record.end:
         raise BadMessageError("a record with impossible revisions")
     if not record.expires.keys() <= record.set.keys() or not record.set.keys().isdisjoint(record.delete):
         raise BadMessageError("a record whose changes contradict each other")
+
+
+def _check_keys(keys: Iterable[str]) -> None:
     try:
-        for number, key in enumerate(chain(record.set, record.delete), 1):
+        for key in keys:
             check_key(key)
-            if not number % 500:
-                yield
     except InvalidKeyError:
         raise BadMessageError("a record with an invalid key") from None
+
+
+def _parsed(record: Record, changes: dict[str, StoredOrGone]) -> ParsedRecord:
+    calls = None if record.calls is UNSET else record.calls
+    return ParsedRecord(record.start, record.end, record.clear, changes, record.time, record.wall, calls)
 
 
 class Outcome(Enum):
@@ -135,7 +153,7 @@ class RecordApplier:
         outcome = self.outcome(record)
         if outcome is Outcome.APPLIED:
             self._note_results(record)  # this comes first: if the step fails, the same record is applied again
-            self._step(record).apply()
+            apply_step(self.copy, record.changes, record.end, cleared=record.cleared, time=record.time)
         return outcome
 
     def prepare(self, record: ParsedRecord) -> Iterator[None]:
@@ -143,7 +161,9 @@ class RecordApplier:
 
         No other record may be applied until `finish` was called. To give up, drop the iterator.
         """
-        step = self._step(record) if self.outcome(record) is Outcome.APPLIED else None
+        step: Step | None = None
+        if self.outcome(record) is Outcome.APPLIED:
+            step = Step(self.copy, record.changes, record.end, cleared=record.cleared, time=record.time)
         self._prepared = record, step
         if step is not None:
             yield from step.prepare()
@@ -158,9 +178,6 @@ class RecordApplier:
             self._note_results(record)
             step.finish()
         return outcome
-
-    def _step(self, record: ParsedRecord) -> Step:
-        return Step(self.copy, record.changes, record.end, cleared=record.cleared, time=record.time)
 
     def _note_results(self, record: ParsedRecord) -> None:
         if record.calls:
