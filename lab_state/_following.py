@@ -82,7 +82,7 @@ class Step:
 
         Args:
             copy: The copy. All of its changes are taken.
-            changes: The last effect on each key. A key that is deleted need not exist. The step does not keep them.
+            changes: The last effect on each key. A key that is deleted need not exist. They stay as they are.
             revision: The revision of the copy after the step.
             cleared: Whether all keys are deleted first.
             time: The time of the owner at the step, in milliseconds since 1970. A deleted key with an expiry up to
