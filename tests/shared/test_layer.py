@@ -74,6 +74,8 @@ def test_the_copy_stays_as_it_is() -> None:
     assert (layer.names(""), layer.count(), layer.count_in(*bounds("c"))) == (["a", "c", "d"], 3, 1)
     assert (entries_of(layer.copy), layer.copy.revision, layer.copy.changes) == ({"a": 1, "b": 2}, 10, {})
     assert layer.changes == {"a": 9, "c": 3, "d": 4, "b": DELETED}
+    assert not layer.is_index_behind
+    assert not layer.has_steps
 
 
 def test_changes_under_way_are_still_shown() -> None:
@@ -97,7 +99,7 @@ def test_changes_land_after_they_were_applied() -> None:
     """Dropping changes that the copy lacks would lose them, so it is refused."""
     layer = layer_of(a=1)
     layer.set("a", 2)
-    taken = layer.take()
+    taken = layer.take(layer.untaken())
     with pytest.raises(AssertionError):
         layer.landed(taken)
     assert entries_of(layer) == {"a": 2}
