@@ -11,8 +11,10 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import ParamSpec, TypeAlias, TypeVar
 
+from lab_state.exceptions import StorageError
 from lab_state.shared._address import Address, address_of
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs_socket as fs_socket
@@ -20,15 +22,15 @@ from lab_state.storage import _lookup as lookup
 from lab_state.storage._directory import Paths
 from lab_state.storage._file_start import take_lock
 from lab_state.storage._fs_socket import OwnSocket
-from lab_state.storage._lock import Lock, LockHolder
+from lab_state.storage._lock import Lock, LockHolder, read_holder, refusal
 from lab_state.storage._protocol import StorageSession
-from lab_state.storage._worker import Worker
+from lab_state.storage._worker import Threads, Worker
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Load: TypeAlias = Callable[[Paths, Lock], Awaitable[StorageSession]]
-"""A function that loads a state whose lock is held. If it fails or is cancelled, it releases the lock."""
+Load: TypeAlias = Callable[[str, Paths, Lock], Awaitable[StorageSession]]
+"""A function that loads the state of a name, whose lock is held. If it fails or is cancelled, it releases the lock."""
 
 
 class Listener:
@@ -90,9 +92,10 @@ class Claim:
         holder: This process, as the lock file names it.
     """
 
-    def __init__(self, paths: Paths, lock: Lock, listener: Listener, thread: Worker, load: Load) -> None:
+    def __init__(
+        self, lock: Lock, listener: Listener, thread: Worker, load: Callable[[], Awaitable[StorageSession]]
+    ) -> None:
         self.holder: LockHolder = lock.holder()
-        self._paths = paths
         self._lock = lock
         self._listener = listener
         self._thread = thread
@@ -115,7 +118,7 @@ class Claim:
         return self._listener.address.path
 
     async def load(self) -> StorageSession:
-        """Load the state, as `FileStorage.open` does. Call this once.
+        """Load the state, as `Storage.open` does. Call this once.
 
         `aclose` of the session deletes the socket file, closes the listening socket and frees the
         lock, in this order. A failed or cancelled call does the same before it raises.
@@ -124,7 +127,7 @@ class Claim:
             StorageError: See `Storage.open`. It is no `LockedError`.
         """
         self._lock.check_process()
-        session = await self._load(self._paths, self._lock)
+        session = await self._load()
         self._is_loaded = True
         return session
 
@@ -170,18 +173,86 @@ class Claim:
         return await asyncio.shield(asyncio.wrap_future(self._thread.submit(function, *args, **kwargs)))
 
 
-async def make_claim(thread: Worker, directory: str, name: str, protocol: int, load: Load, *, create: bool) -> Claim:
-    """Take the lock of a state, listen at its socket, and write both to the lock file; see `FileStorage.claim`."""
-    own = OwnSocket()
-    taking = thread.submit(_take, directory, name, protocol, own, create=create)
-    try:
-        return Claim(*await asyncio.shield(asyncio.wrap_future(taking)), thread, load)
-    except BaseException:
-        # After a cancellation, the thread may still take the lock. Release it before the caller continues.
-        giving_up = thread.submit(_give_up, taking, own)
+class SharedFiles:
+    """The lock files and the sockets of the states in a directory. Each call runs in a thread."""
+
+    def __init__(self, directory: str, threads: Threads, load: Load, *, create: bool) -> None:
+        """Keep the settings of a storage; see `FileStorage`."""
+        self._directory = directory
+        self._threads = threads
+        self._load = load
+        self._create = create
+
+    async def claim(self, name: str, protocol: int) -> Claim:
+        """Lock a state for this process, which shares it, and listen at its socket. The state is not loaded yet.
+
+        If the caller is cancelled, nothing stays locked or bound.
+
+        Args:
+            name: The name of the state.
+            protocol: The version of the protocol, for the lock file.
+
+        Raises:
+            LockedError: Another process, or another manager of this one, holds the lock.
+            UnsupportedError: No socket can be bound in the directory, or see `Storage.open`.
+            UnavailableError: The disk is full, or there are too many open files.
+        """
+        own, thread = OwnSocket(), Worker(self._threads)
+        taking = thread.submit(_take, self._directory, name, protocol, own, create=self._create)
+        try:
+            paths, lock, listener = await asyncio.shield(asyncio.wrap_future(taking))
+            return Claim(lock, listener, thread, partial(self._load, name, paths, lock))
+        except BaseException:
+            # After a cancellation, the thread may still take the lock. Release it before the caller continues.
+            giving_up = thread.submit(_give_up, taking, own)
+            thread.shutdown()
+            await asyncio.shield(asyncio.wrap_future(giving_up))
+            raise
+
+    async def holder(self, name: str) -> LockHolder | None:
+        """Return the process that the lock file names. It may be an earlier holder, and the lock may be free.
+
+        Return `None` if there is no lock file, or if its content cannot be decoded.
+
+        Raises:
+            StorageError: The lock file cannot be read.
+        """
+        thread = Worker(self._threads)
+        try:
+            return await thread.run(_read_holder, self._directory, name)
+        finally:
+            thread.shutdown()
+
+    def refusal(self, name: str, holder: LockHolder) -> StorageError | None:
+        """Return the error of a process that cannot share a state with the holder of its lock; see `_lock.refusal`.
+
+        `holder` may be an earlier holder. So do not believe a single answer.
+        """
+        return refusal(Paths.of(self._directory, name).lock, holder)
+
+    async def connect(self, name: str) -> OwnSocket | None:
+        """Connect to the process that shares a state and holds its lock. Return `None` if none accepts.
+
+        The connection never blocks. Its peer runs as the user of this process. A forked child
+        closes its copy. If the caller is cancelled, nothing stays connected.
+
+        Raises:
+            UnsupportedError: Another user owns the socket, or a permission is missing.
+            UnavailableError: There are too many open files, or the disk fails.
+        """
+        own, thread = OwnSocket(), Worker(self._threads)
+        connecting = thread.submit(_connect, self._directory, name, own)
         thread.shutdown()
-        await asyncio.shield(asyncio.wrap_future(giving_up))
-        raise
+        try:
+            is_connected = await asyncio.shield(asyncio.wrap_future(connecting))
+        except BaseException:
+            # After a cancellation, the thread may still use the socket.
+            connecting.add_done_callback(lambda _: own.close())
+            raise
+        if not is_connected:
+            own.close()
+            return None
+        return own
 
 
 def _take(directory: str, name: str, protocol: int, own: OwnSocket, *, create: bool) -> tuple[Paths, Lock, Listener]:
@@ -207,25 +278,14 @@ def _nothing() -> None:
     """Do nothing, after the earlier calls of the thread."""
 
 
-def real_path(directory: str) -> str:
-    """Return the path of a directory without symbolic links. A missing directory is accepted."""
-    return os.path.realpath(folder.absolute(directory))
-
-
-async def make_connection(thread: Worker, directory: str, name: str) -> OwnSocket | None:
-    """Connect to the owner of a state; see `FileStorage.connect`."""
-    own = OwnSocket()
-    connecting = thread.submit(_connect, directory, name, own)
-    try:
-        is_connected = await asyncio.shield(asyncio.wrap_future(connecting))
-    except BaseException:
-        connecting.add_done_callback(lambda _: own.close())  # after a cancellation, the thread may still use the socket
-        raise
-    if not is_connected:
-        own.close()
-        return None
-    return own
+def _read_holder(directory: str, name: str) -> LockHolder | None:
+    return read_holder(Paths.of(_real_path(directory), name).lock)
 
 
 def _connect(directory: str, name: str, own: OwnSocket) -> bool:
-    return fs_socket.connect(own, address_of(real_path(directory), name))
+    return fs_socket.connect(own, address_of(_real_path(directory), name))
+
+
+def _real_path(directory: str) -> str:
+    """Return the path of a directory without symbolic links. A missing directory is accepted."""
+    return os.path.realpath(folder.absolute(directory))

@@ -36,17 +36,16 @@ from typing import ParamSpec, TypeVar
 from lab_state import _forks as forks
 from lab_state import _journal as journal
 from lab_state._buffers import collect
-from lab_state.exceptions import StorageError, UnsupportedError
+from lab_state.exceptions import UnsupportedError
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
-from lab_state.storage._claim import Claim, make_claim, make_connection, real_path
+from lab_state.storage._claim import SharedFiles
 from lab_state.storage._directory import Paths
 from lab_state.storage._file_reader import read_files
 from lab_state.storage._file_start import load_writer, open_writer
 from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, Writer
-from lab_state.storage._fs_socket import OwnSocket
 from lab_state.storage._leftovers import Leftovers
-from lab_state.storage._lock import Lock, LockHolder, read_holder, refusal
+from lab_state.storage._lock import Lock
 from lab_state.storage._new_journal import NewJournal
 from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
 from lab_state.storage._worker import Threads, Worker
@@ -116,84 +115,6 @@ class FileStorage:
             partial(open_writer, self._directory, name, self._tried, self._leftovers, create=self._create)
         )
 
-    async def claim(self, name: str, protocol: int) -> Claim:
-        """Lock the state for this process, which shares it, and listen at its socket. The state is not loaded yet.
-
-        If the caller is cancelled, nothing stays locked or bound.
-
-        Args:
-            name: The name of the state.
-            protocol: The version of the protocol, for the lock file.
-
-        Raises:
-            LockedError: Another process, or another manager of this one, holds the lock.
-            UnsupportedError: No socket can be bound in the directory, or see `Storage.open`.
-            UnavailableError: The disk is full, or there are too many open files.
-        """
-
-        def load(paths: Paths, lock: Lock) -> Awaitable[FileSession]:
-            return self._start(
-                partial(load_writer, paths, name, lock, self._tried, self._leftovers, create=self._create)
-            )
-
-        return await make_claim(Worker(self._threads), self._directory, name, protocol, load, create=self._create)
-
-    async def holder(self, name: str) -> LockHolder | None:
-        """Return the process that the lock file names. It may be an earlier holder, and the lock may be free.
-
-        Return `None` if there is no lock file, or if its content cannot be decoded.
-
-        Raises:
-            StorageError: The lock file cannot be read.
-        """
-        return await self._once(lambda: read_holder(Paths.of(real_path(self._directory), name).lock))
-
-    def refusal(self, name: str, holder: LockHolder) -> StorageError | None:
-        """Return the error of a process that cannot share a state with the holder of its lock; see `_lock.refusal`.
-
-        `holder` may be an earlier holder. So do not believe a single answer.
-        """
-        return refusal(Paths.of(self._directory, name).lock, holder)
-
-    async def connect(self, name: str) -> OwnSocket | None:
-        """Connect to the process that shares this state and holds its lock. Return `None` if none accepts.
-
-        The connection never blocks. Its peer runs as the user of this process. A forked child
-        closes its copy. If the caller is cancelled, nothing stays connected.
-
-        Raises:
-            UnsupportedError: Another user owns the socket, or a permission is missing.
-            UnavailableError: There are too many open files, or the disk fails.
-        """
-        thread = Worker(self._threads)
-        try:
-            return await make_connection(thread, self._directory, name)
-        finally:
-            thread.shutdown()
-
-    async def _start(self, opening: Callable[[], tuple[Writer, Recovery]]) -> FileSession:
-        """Call a function that opens a state in a thread. Return the session. If the caller is cancelled, close it again."""
-        commits, checkpoints = Worker(self._threads), Worker(self._threads)
-        opened = commits.submit(opening)
-        try:
-            writer, recovery = await asyncio.shield(asyncio.wrap_future(opened))
-            return FileSession(writer, recovery, commits, checkpoints, self._journals)
-        except BaseException:
-            # After a cancellation, the thread may still take the lock. Release it before the caller continues.
-            giving_up = commits.submit(_give_up, opened)
-            commits.shutdown()
-            checkpoints.shutdown()
-            await asyncio.shield(asyncio.wrap_future(giving_up))
-            raise
-
-    async def _once(self, function: Callable[[], R]) -> R:
-        """Call a function in a thread."""
-        thread = Worker(self._threads)
-        try:
-            return await thread.run(function)
-        finally:
-            thread.shutdown()
-
     async def read(self, name: str) -> Reading:
         """Read the files while a writer may have them open; see `Storage.read`.
 
@@ -215,6 +136,33 @@ class FileStorage:
         finally:
             given_up.set()
             thread.shutdown()
+
+    def _shared_files(self) -> SharedFiles:
+        return SharedFiles(self._directory, self._threads, self._load, create=self._create)
+
+    def _load(self, name: str, paths: Paths, lock: Lock) -> Awaitable[FileSession]:
+        """Load a state whose lock is held."""
+        return self._start(partial(load_writer, paths, name, lock, self._tried, self._leftovers, create=self._create))
+
+    async def _start(self, opening: Callable[[], tuple[Writer, Recovery]]) -> FileSession:
+        """Call a function that opens a state in a thread. Return the session. If the caller is cancelled, close it again."""
+        commits, checkpoints = Worker(self._threads), Worker(self._threads)
+        opened = commits.submit(opening)
+        try:
+            writer, recovery = await asyncio.shield(asyncio.wrap_future(opened))
+            return FileSession(writer, recovery, commits, checkpoints, self._journals)
+        except BaseException:
+            # After a cancellation, the thread may still take the lock. Release it before the caller continues.
+            giving_up = commits.submit(_give_up, opened)
+            commits.shutdown()
+            checkpoints.shutdown()
+            await asyncio.shield(asyncio.wrap_future(giving_up))
+            raise
+
+
+def files_of(storage: FileStorage) -> SharedFiles:
+    """Return the files by which processes share the states of a storage."""
+    return storage._shared_files()  # noqa: SLF001 -- `FileStorage` is in this module, and this is not for its users
 
 
 def _give_up(opening: Future[tuple[Writer, Recovery]]) -> None:

@@ -19,6 +19,7 @@ import pytest
 from lab_state import FileStorage, LockedError
 from lab_state.storage._claim import Claim
 from lab_state.storage._fs_socket import OwnSocket
+from lab_state.storage.file import files_of
 
 PROTOCOL = 1
 
@@ -35,7 +36,7 @@ def names(directory: Path) -> list[str]:
 @asynccontextmanager
 async def claimed(directory: Path, name: str = "lab") -> AsyncIterator[Claim]:
     """Claim a state, and release it at the end."""
-    claim = await FileStorage(directory).claim(name, PROTOCOL)
+    claim = await files_of(FileStorage(directory)).claim(name, PROTOCOL)
     try:
         yield claim
     finally:
@@ -52,7 +53,7 @@ def accepted(claim: Claim) -> Iterator[socket.socket]:
 
 async def connected(directory: Path, name: str = "lab") -> OwnSocket:
     """Connect to an owner."""
-    connection = await FileStorage(directory).connect(name)
+    connection = await files_of(FileStorage(directory)).connect(name)
     assert connection is not None
     return connection
 
@@ -104,9 +105,10 @@ class Gate:
 OWNER = """
 import asyncio, os, signal, sys
 from lab_state import FileStorage
+from lab_state.storage.file import files_of
 async def main():
-    claim = await FileStorage(sys.argv[1]).claim("lab", 1)
-    with await FileStorage(sys.argv[1]).connect("lab") as mine, claim.listener.accept()[0] as theirs:
+    claim = await files_of(FileStorage(sys.argv[1])).claim("lab", 1)
+    with await files_of(FileStorage(sys.argv[1])).connect("lab") as mine, claim.listener.accept()[0] as theirs:
         child = 0
         if len(sys.argv) > 2:
             reading, writing = os.pipe()

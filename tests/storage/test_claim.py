@@ -31,6 +31,7 @@ from lab_state.shared._address import address_of
 from lab_state.storage import _file_start, _fs, _lookup
 from lab_state.storage._claim import Claim, Listener
 from lab_state.storage._fs_socket import OwnSocket, peer_uid
+from lab_state.storage.file import files_of
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ async def test_a_claim(tmp_path: Path) -> None:
         assert claim.listener.getblocking() is False
         said = json.loads((directory / "lab.lock").read_bytes())
         assert (said["pid"], said["protocol"], said["socket"]) == (os.getpid(), PROTOCOL, "lab.sock")
-        assert claim.holder == await FileStorage(directory).holder("lab")
+        assert claim.holder == await files_of(FileStorage(directory)).holder("lab")
         assert not await is_free(directory)
 
 
@@ -115,7 +116,7 @@ async def test_no_connection_waits(tmp_path: Path) -> None:
 
 async def test_a_session(tmp_path: Path) -> None:
     """The session of a claim commits. Its end deletes the socket file first, and frees the lock then."""
-    claim = await FileStorage(tmp_path).claim("lab", PROTOCOL)
+    claim = await files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL)
     session = await claim.load()
     await session.commit(b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":{}}', no_record)
     await claim.release()
@@ -138,15 +139,15 @@ async def test_a_session(tmp_path: Path) -> None:
 
 async def test_a_lock_file_after_a_load(tmp_path: Path) -> None:
     """Later changes of the lock file keep the protocol and the socket in it. A state that is not shared names neither."""
-    claim = await FileStorage(tmp_path).claim("lab", PROTOCOL)
+    claim = await files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL)
     session = await claim.load()
     await session.commit(b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":{}}', no_record)
-    holder = await FileStorage(tmp_path).holder("lab")
+    holder = await files_of(FileStorage(tmp_path)).holder("lab")
     await session.aclose()
     assert holder is not None
     assert (holder.protocol, holder.socket, bool(holder.boot)) == (PROTOCOL, "lab.sock", True)
     async with Manager("lab", FileStorage(tmp_path)):
-        holder = await FileStorage(tmp_path).holder("lab")
+        holder = await files_of(FileStorage(tmp_path)).holder("lab")
         assert holder is not None
         assert (holder.protocol, holder.socket, holder.kernel) == (0, "", "")
 
@@ -177,7 +178,7 @@ async def test_a_listening_socket_that_was_closed_before(tmp_path: Path) -> None
     """The caller may close the listening socket itself. The release still deletes the socket file."""
     async with claimed(tmp_path) as claim:
         claim.listener.close()
-        assert await FileStorage(tmp_path).connect("lab") is None
+        assert await files_of(FileStorage(tmp_path)).connect("lab") is None
         await claim.release()
         assert names(tmp_path) == ["lab.lock"]
 
@@ -185,7 +186,7 @@ async def test_a_listening_socket_that_was_closed_before(tmp_path: Path) -> None
 async def test_a_claim_of_a_missing_state(tmp_path: Path) -> None:
     """With `create=False`, the claim of a missing state is refused, and no file is created."""
     with pytest.raises(UnsupportedError, match="there is no state at"):
-        await FileStorage(tmp_path, create=False).claim("lab", PROTOCOL)
+        await files_of(FileStorage(tmp_path, create=False)).claim("lab", PROTOCOL)
     assert names(tmp_path) == []
 
 
@@ -195,7 +196,7 @@ async def test_a_claim_of_a_missing_state(tmp_path: Path) -> None:
 async def test_only_one_claim_succeeds(tmp_path: Path) -> None:
     """If many claim a state at once, one of them gets it, and its socket is the one that is there."""
     results = await asyncio.gather(
-        *(FileStorage(tmp_path).claim("lab", PROTOCOL) for _ in range(16)), return_exceptions=True
+        *(files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL) for _ in range(16)), return_exceptions=True
     )
     (claim,) = (result for result in results if not isinstance(result, LockedError))
     assert isinstance(claim, Claim)
@@ -207,7 +208,7 @@ async def test_a_second_claim(tmp_path: Path) -> None:
     """A second claim is a LockedError with the holder and the place. The first one goes on."""
     async with claimed(tmp_path) as claim:
         with pytest.raises(LockedError) as refused:
-            await FileStorage(tmp_path).claim("lab", PROTOCOL)
+            await files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL)
         assert str(refused.value) == (
             f"{tmp_path}/lab.lock is locked by {claim.holder}, another manager in this process (was its stop() called?): "
             "no connection to that process could be made: wait until it has started or ended, or stop it"
@@ -252,7 +253,7 @@ async def test_a_directory_in_the_place_of_the_socket(tmp_path: Path) -> None:
     """A directory in the place of the socket is refused with its path and a remedy. The lock is free then."""
     (tmp_path / "lab.sock").mkdir()
     with pytest.raises(UnsupportedError, match=r"/lab.sock failed: Is a directory; a directory is in its place; move"):
-        await FileStorage(tmp_path).claim("lab", PROTOCOL)
+        await files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL)
     assert await is_free(tmp_path)
     assert (tmp_path / "lab.sock").is_dir()
 
@@ -279,7 +280,7 @@ async def test_a_socket_that_cannot_be_bound(
         pytest.raises(expected, match=re.escape(f"{tmp_path}/lab.sock failed: {text}")),
     ):
         patch.setattr(OwnSocket, "bind", bind)
-        await FileStorage(tmp_path).claim("lab", PROTOCOL)
+        await files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL)
     assert await is_free(tmp_path)
     assert names(tmp_path) == ["lab.lock"]
 
@@ -292,7 +293,7 @@ async def test_a_socket_that_cannot_listen(tmp_path: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch, pytest.raises(UnsupportedError, match=r"lab\.sock failed: Operation not supp"):
         patch.setattr(OwnSocket, "listen", listen)
-        await FileStorage(tmp_path).claim("lab", PROTOCOL)
+        await files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL)
     assert names(tmp_path) == ["lab.lock"]
 
 
@@ -303,7 +304,7 @@ async def test_too_many_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    storage = FileStorage(tmp_path)
+    storage = files_of(FileStorage(tmp_path))
     with monkeypatch.context() as patch, pytest.raises(UnavailableError, match="making a socket failed: Too many open"):
         patch.setattr(socket.socket, "__init__", full)
         await (storage.claim("lab", PROTOCOL) if call == "claim" else storage.connect("lab"))
@@ -329,7 +330,7 @@ async def test_a_cancelled_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     gate = Gate(_fs.try_lock)
     with monkeypatch.context() as patch:
         patch.setattr(_fs, "try_lock", gate)
-        await gate.cancel(asyncio.create_task(FileStorage(tmp_path).claim("lab", PROTOCOL)))
+        await gate.cancel(asyncio.create_task(files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL)))
     assert names(tmp_path) == ["lab.lock"]
     assert await is_free(tmp_path)
 

@@ -46,6 +46,7 @@ from lab_state import (
 from lab_state.storage import _fs_socket, _lock
 from lab_state.storage._fs_socket import OwnSocket
 from lab_state.storage._lock import LockHolder, is_here, refusal
+from lab_state.storage.file import files_of
 
 STARTED = "2026-01-01T00:00:00+0000"
 
@@ -64,15 +65,15 @@ async def _gives_back() -> AsyncIterator[None]:
 
 async def test_no_owner(tmp_path: Path) -> None:
     """Without a directory, a socket or a listener there is no connection, and no error."""
-    assert await FileStorage(tmp_path / "none").connect("lab") is None
+    assert await files_of(FileStorage(tmp_path / "none")).connect("lab") is None
     for make in (bind_stale, Path.touch):
-        assert await FileStorage(tmp_path).connect("lab") is None
+        assert await files_of(FileStorage(tmp_path)).connect("lab") is None
         make(tmp_path / "lab.sock")
-        assert await FileStorage(tmp_path).connect("lab") is None
+        assert await files_of(FileStorage(tmp_path)).connect("lab") is None
         (tmp_path / "lab.sock").unlink()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(tmp_path / "lab.sock"))
-        assert await FileStorage(tmp_path).connect("lab") is None
+        assert await files_of(FileStorage(tmp_path)).connect("lab") is None
 
 
 async def test_an_owner_that_does_not_accept(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ async def test_an_owner_that_does_not_accept(tmp_path: Path) -> None:
         with contextlib.ExitStack() as stack:
             for _ in range(_fs_socket._BACKLOG + 1):
                 stack.enter_context(await connected(tmp_path))
-            assert await FileStorage(tmp_path).connect("lab") is None
+            assert await files_of(FileStorage(tmp_path)).connect("lab") is None
 
 
 async def test_a_relative_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +105,7 @@ async def test_a_long_path(tmp_path: Path, name: str, depth: int) -> None:
         with await connected(directory, name), accepted(claim):
             pass
         Path(claim.path).unlink()
-        assert await FileStorage(directory).connect(name) is None
+        assert await files_of(FileStorage(directory)).connect(name) is None
         old = claim.listener
         assert await claim.rebind_if_gone() is claim.listener
         old.close()
@@ -120,7 +121,7 @@ async def test_a_socket_of_another_user(tmp_path: Path, monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.setattr(os, "geteuid", lambda: mine + 1)
             with pytest.raises(UnsupportedError) as refused:
-                await FileStorage(tmp_path).connect("lab")
+                await files_of(FileStorage(tmp_path)).connect("lab")
         assert str(refused.value) == (
             f"{tmp_path}/lab.sock is the socket of user {mine}, and this process runs as user {mine + 1}: "
             "run all processes of a shared state as one user"
@@ -132,12 +133,13 @@ async def test_a_socket_of_another_user(tmp_path: Path, monkeypatch: pytest.Monk
 AS_ANOTHER = """
 import asyncio, os, sys
 from lab_state import FileStorage, StorageError
+from lab_state.storage.file import files_of
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 os.geteuid = lambda: 65534
 async def main():
     try:
-        print(await FileStorage(sys.argv[1]).connect("lab"))
+        print(await files_of(FileStorage(sys.argv[1])).connect("lab"))
     except StorageError as error:
         print(type(error).__name__, error, flush=True)
 asyncio.run(main())
@@ -173,17 +175,17 @@ async def test_a_connection_that_fails(
     async with claimed(tmp_path):
         monkeypatch.setattr(OwnSocket, "connect", connect)
         with pytest.raises(expected, match=re.escape(f"connecting to {tmp_path}/lab.sock failed: {text}")):
-            await FileStorage(tmp_path).connect("lab")
+            await files_of(FileStorage(tmp_path)).connect("lab")
         os.unlink(tmp_path / "lab.sock")  # noqa: PTH108 -- on the event loop of a test
         with pytest.raises(expected, match=re.escape(f"connecting to {tmp_path}/lab.sock failed: {text}")):
-            await FileStorage(tmp_path).connect("lab")
+            await files_of(FileStorage(tmp_path)).connect("lab")
 
 
 async def test_a_cancelled_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of `connect` that is cancelled leaves no connection."""
     async with claimed(tmp_path) as claim:
         gate = Gate(_fs_socket.connect)
-        storage = FileStorage(tmp_path)
+        storage = files_of(FileStorage(tmp_path))
         with monkeypatch.context() as patch:
             patch.setattr(_fs_socket, "connect", gate)
             await gate.cancel(asyncio.create_task(storage.connect("lab")))
@@ -202,7 +204,7 @@ async def test_a_killed_owner(tmp_path: Path, fork: tuple[str, ...]) -> None:
     """After SIGKILL the lock is free at once, and the old socket accepts nothing, also if a forked child lives on."""
     with killed(tmp_path, *fork):
         assert (tmp_path / "lab.sock").is_socket()
-        assert await FileStorage(tmp_path).connect("lab") is None
+        assert await files_of(FileStorage(tmp_path)).connect("lab") is None
         async with claimed(tmp_path) as claim:
             with await connected(tmp_path), accepted(claim):
                 pass
@@ -211,8 +213,9 @@ async def test_a_killed_owner(tmp_path: Path, fork: tuple[str, ...]) -> None:
 FOLLOWER = """
 import asyncio, os, signal, sys
 from lab_state import FileStorage
+from lab_state.storage.file import files_of
 async def main():
-    connection = await FileStorage(sys.argv[1]).connect("lab")
+    connection = await files_of(FileStorage(sys.argv[1])).connect("lab")
     if os.fork():
         signal.pause()
     os.write(1, f"{os.getpid()}\\n".encode())
@@ -268,7 +271,7 @@ async def test_a_fork_while_a_thread_binds(tmp_path: Path, monkeypatch: pytest.M
         real(own, path)
 
     monkeypatch.setattr(OwnSocket, "bind", bind)
-    claiming = asyncio.create_task(FileStorage(tmp_path).claim("lab", PROTOCOL))
+    claiming = asyncio.create_task(files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL))
     await asyncio.to_thread(entered.wait)
     assert await in_child(lambda: sockets[0].fileno()) == -1
     gate.set()
@@ -283,11 +286,11 @@ HERE = LockHolder(_lock._host(), 7, STARTED, protocol=1, socket="lab.sock", kern
 
 async def test_no_holder(tmp_path: Path) -> None:
     """Without a directory or a lock file there is no holder. After an end, the lock file names the earlier holder."""
-    assert await FileStorage(tmp_path / "none").holder("lab") is None
-    assert await FileStorage(tmp_path).holder("lab") is None
+    assert await files_of(FileStorage(tmp_path / "none")).holder("lab") is None
+    assert await files_of(FileStorage(tmp_path)).holder("lab") is None
     async with claimed(tmp_path) as claim:
         pass
-    assert await FileStorage(tmp_path).holder("lab") == claim.holder
+    assert await files_of(FileStorage(tmp_path)).holder("lab") == claim.holder
 
 
 @pytest.mark.parametrize(
@@ -308,18 +311,18 @@ async def test_a_lock_file_that_others_wrote(tmp_path: Path, changed: dict[str, 
     """Content of a lock file that lab_state cannot have written names no holder."""
     said = {"host": "web-1", "pid": 7, "started": STARTED, "protocol": 1, "socket": "lab.sock", "kernel": "0-f"}
     (tmp_path / "lab.lock").write_text(json.dumps(said))
-    assert await FileStorage(tmp_path).holder("lab") == LockHolder(
+    assert await files_of(FileStorage(tmp_path)).holder("lab") == LockHolder(
         "web-1", 7, STARTED, protocol=1, socket="lab.sock", kernel="0-f"
     )
     (tmp_path / "lab.lock").write_text(json.dumps(said | changed))
-    assert await FileStorage(tmp_path).holder("lab") is None
+    assert await files_of(FileStorage(tmp_path)).holder("lab") is None
 
 
 async def test_a_lock_file_that_cannot_be_read(tmp_path: Path) -> None:
     """A lock file that cannot be read is an error, and not a missing holder."""
     (tmp_path / "lab.lock").mkdir()
     with pytest.raises(UnsupportedError, match=r"lab\.lock failed: Is a directory"):
-        await FileStorage(tmp_path).holder("lab")
+        await files_of(FileStorage(tmp_path)).holder("lab")
 
 
 def with_values(host: str, kernel: str) -> LockHolder:
@@ -343,14 +346,14 @@ def test_the_machine_of_a_holder(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_who_can_be_followed(tmp_path: Path) -> None:
     """A shared owner on this machine can be followed."""
     async with claimed(tmp_path) as claim:
-        assert FileStorage(tmp_path).refusal("lab", claim.holder) is None
+        assert files_of(FileStorage(tmp_path)).refusal("lab", claim.holder) is None
     assert refusal("lab.lock", HERE) is None
 
 
 async def test_an_owner_that_is_not_shared(tmp_path: Path) -> None:
     """An owner that does not share the state is a LockedError that names it, and says how to share the state."""
     async with Manager("lab", FileStorage(tmp_path)):
-        storage = FileStorage(tmp_path)
+        storage = files_of(FileStorage(tmp_path))
         holder = await storage.holder("lab")
         assert holder is not None
         error = storage.refusal("lab", holder)
