@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
-from lab_state._arguments import Seconds, check_callable, name_of, plain_result
+from lab_state._arguments import Seconds, check_callable, check_key, name_of, plain_result
 from lab_state._bulk import Bulk
 from lab_state._entries import MISSING
 from lab_state._reads import MISSING_VALUE
@@ -77,6 +77,8 @@ class Calls(Writing, Waits):
             FencedError: A newer writer owns the state; nothing was changed.
         """
         await self._turn()
+        if (port := self._core.port) is not None:
+            return await port.run(self._full(key), self._prefix, lambda calls: calls.pop(key, default, type=type))
         value = self.get_nowait(key, default, type=type)
         await self.delete_many((key,))
         return value
@@ -126,6 +128,10 @@ class Calls(Writing, Waits):
         check_callable("update", fn)
         lifetime = self._lifetime(ttl)
         await self._turn()
+        if (port := self._core.port) is not None:
+            return await port.run(
+                self._full(key), self._prefix, lambda calls: calls.update(key, fn, default, type=type, ttl=ttl)
+            )
         old, at = self._replaceable(key, default, type)
         if lifetime is not None:
             at = self._at(lifetime)
@@ -169,6 +175,13 @@ class Calls(Writing, Waits):
         check_callable("get_or_set", factory)
         lifetime = self._lifetime(ttl)
         await self._turn()
+        if (port := self._core.port) is not None:
+            return await port.run(
+                self._full(key),
+                self._prefix,
+                lambda calls: calls.get_or_set(key, factory, type=type, ttl=ttl),
+                may_read=True,
+            )
         found = self._get(key, MISSING_VALUE, type)
         if found is not MISSING_VALUE:
             return found
@@ -192,6 +205,8 @@ class Calls(Writing, Waits):
         stored = self._encode(value)
         lifetime = self._lifetime(ttl)
         await self._turn()
+        if (port := self._core.port) is not None:
+            return await port.set_if_absent(check_key(self._full(key)), stored, lifetime)
         if key in self:
             return False
         await self._store(key, stored, self._at(lifetime))
@@ -239,6 +254,13 @@ class Calls(Writing, Waits):
         _check_number("default", default)
         lifetime = self._lifetime(ttl)
         await self._turn()
+        if (port := self._core.port) is not None:
+            full, kind = check_key(self._full(key)), _kind_of(type)
+            if kind is not None and _is_plain(delta) and _is_plain(default):
+                return await port.incr(full, delta, default, kind, lifetime)
+            return await port.run(
+                full, self._prefix, lambda calls: calls.incr(key, delta, type=type, default=default, ttl=ttl)
+            )
         old, at = self._replaceable(key, MISSING_VALUE, type)
         if old is MISSING_VALUE:
             old, at = default, self._at(lifetime)
@@ -392,6 +414,18 @@ def _check_number(name: str, number: object) -> None:
         raise TypeError(f"incr() needs an int or a float as {name}, not {number.__class__.__name__}")
     if isinstance(number, float) and not math.isfinite(number):
         raise InvalidValueError(f"incr() needs a finite number as {name}")
+
+
+def _kind_of(type_: Any) -> Literal["any", "int", "float"] | None:
+    """Return the name of a type of `incr` in a message to another process; `None` if it has none, because it is code."""
+    if type_ is Any:
+        return "any"
+    return "int" if type_ is int else "float" if type_ is float else None
+
+
+def _is_plain(number: float) -> bool:
+    """Return whether JSON keeps a number exactly: a `float`, or an `int` of 64 bits."""
+    return number.__class__ is float or (number.__class__ is int and -(2**63) <= number < 2**63)
 
 
 def _is_number(value: object) -> bool:

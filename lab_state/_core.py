@@ -3,17 +3,63 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from copy import copy
-from typing import Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from lab_state._durability import Durability
+from lab_state._entries import Value
 from lab_state._metrics import Counters
 from lab_state._state import State
 from lab_state._watch import Watcher, Watchers
 from lab_state.exceptions import ClosedError, LabStateError, UnsupportedError
+
+R = TypeVar("R")
+
+
+class Port(Protocol):
+    """The writing calls of a state that several processes share. They go to the process that owns the state.
+
+    Keys and prefixes are those of the whole state, and values are in their stored form. A `ttl` is in
+    milliseconds. Each call returns when its change is durable, and in the copy of this process.
+    """
+
+    async def set(self, key: str, value: Value, ttl: int | None) -> int: ...
+    async def set_many(self, values: Mapping[str, Value], ttl: int | None) -> int: ...
+    async def touch(self, key: str, ttl: int | None) -> bool: ...
+    async def delete_many(self, keys: Sequence[str]) -> int: ...
+    async def delete_all(self, prefix: str) -> int: ...
+    async def set_if_absent(self, key: str, value: Value, ttl: int | None) -> bool: ...
+    async def incr(
+        self, key: str, delta: float, default: float, kind: Literal["any", "int", "float"], ttl: int | None
+    ) -> int | float: ...
+
+    async def run(
+        self, key: str, prefix: str, body: Callable[[Any], Coroutine[Any, Any, R]], *, may_read: bool = False
+    ) -> R:
+        """Run a call whose change depends on the value of one key, and return its result.
+
+        Args:
+            key: The key.
+            prefix: The prefix of the handle that the call was made of.
+            body: A function that is given a `Calls`, and makes the call on it. It may be called again, if another
+                process has changed the key meanwhile.
+            may_read: Whether the call is a read if it changes nothing. Then it needs no owner.
+        """
+        ...
+
+    def transaction(self) -> AbstractAsyncContextManager[Any]:
+        """Open a transaction, as a `DraftCore`. At the end of the block it is committed.
+
+        Raises:
+            ConflictError: Something that the transaction has read was changed. The transaction changed nothing.
+        """
+        ...
+
+    async def catch_up(self) -> None: ...
+    async def wait_revision(self, revision: int, seconds: float) -> None: ...
 
 
 class OpenTransaction(Protocol):
@@ -51,6 +97,8 @@ class CallCore:
         write_through: Whether a write waits for durability.
         passing: Whether a call without `await` runs now while a `Bulk` holds the lock. The call cannot
             wait, so it writes before the `Bulk` does.
+        port: The way to the owner of a shared state, which makes each change; `None` if the state is not
+            shared. With a port, `blocked` is always set.
     """
 
     __slots__ = (
@@ -59,6 +107,7 @@ class CallCore:
         "has_followup",
         "name",
         "passing",
+        "port",
         "state",
         "timed",
         "transaction",
@@ -76,6 +125,7 @@ class CallCore:
         self.timed: bool = False
         self.write_through: bool = False
         self.passing: bool = False
+        self.port: Port | None = None
 
     @property
     def durability(self) -> Durability:
@@ -125,7 +175,14 @@ class Core(CallCore):
         self._durability: Durability | None = None
         self._released: Callable[[], None] = _nothing
 
-    def open(self, state: State, durability: Durability, watchers: Watchers, released: Callable[[], None]) -> None:
+    def open(
+        self,
+        state: State,
+        durability: Durability,
+        watchers: Watchers,
+        released: Callable[[], None],
+        port: Port | None = None,
+    ) -> None:
         """Accept calls from now on.
 
         Args:
@@ -133,8 +190,10 @@ class Core(CallCore):
             durability: The durability of the state. This call sets its `refused`.
             watchers: The watches of this start.
             released: A callback for the end of each transaction.
+            port: The port of a shared state.
         """
         self.state = state
+        self.port = port
         self._released = released
         self.write_through = durability.write_through
         self._watchers = watchers
@@ -149,7 +208,7 @@ class Core(CallCore):
         _ = self.durability  # raises unless it is open
         self.counters = self.counted()
         self.state.close_views()
-        self.state, self._durability = closed, None
+        self.state, self._durability, self.port = closed, None, None
         self.write_through = False
         self.update_followup()
         if self.transaction is not None:
@@ -163,7 +222,7 @@ class Core(CallCore):
         self.is_inherited = True
         self.counters = self.counted()
         self.state.close_views()
-        self.state, self._durability = State(), None
+        self.state, self._durability, self.port = State(), None, None
         self.write_through = False
         self.update_followup()
         transaction, self.transaction = self.transaction, None
@@ -246,7 +305,7 @@ class Core(CallCore):
 
     def _set_blocked(self) -> None:
         """Recompute `blocked`."""
-        self.blocked = self.must_wait or bool(self.state.views)
+        self.blocked = self.must_wait or bool(self.state.views) or self.port is not None
 
     @property
     def must_wait(self) -> bool:

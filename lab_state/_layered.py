@@ -16,7 +16,7 @@ from lab_state._state import State
 from lab_state._state._contents import is_due
 
 
-class _Live:
+class Live:
     """The present entries of a state. Each call asks the state, because the state may replace its map."""
 
     __slots__ = ("_state",)
@@ -61,7 +61,7 @@ class Layered(State):
         """Begin with the entries of `base`, and no changes."""
         self.base: State = base
         super().__init__(base.monotonic)
-        self.entries = LayeredEntries(_Live(base), self.changes)
+        self.entries = LayeredEntries(Live(base), self.changes)
 
     def show(self, changes: dict[str, StoredOrGone], expiries: Expiries, *, cleared: bool) -> None:
         """Replace all changes.
@@ -72,7 +72,7 @@ class Layered(State):
             cleared: Whether all keys of the base are deleted.
         """
         self.cleared, self.changes, self.expiries = cleared, changes, expiries
-        self.entries = LayeredEntries({} if cleared else _Live(self.base), changes)
+        self.entries = LayeredEntries({} if cleared else Live(self.base), changes)
 
     def now(self) -> int:
         """Return the time of the base, in milliseconds since 1970."""

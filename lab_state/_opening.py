@@ -70,7 +70,7 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
         )
     found = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path, crc)
     found = replay(found, records, session.path)
-    state = State(clock.monotonic, _time(found, session.path, clock, logger), clock.time)
+    state = State(clock.monotonic, time_of(found, session.path, clock, logger), clock.time)
     state.load(found.entries, found.revision, found.expires)
     state.results = found.results
     if records or dropped or unsettled:
@@ -90,7 +90,7 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
     return state
 
 
-def _time(found: LoadedState, path: str, clock: Clock, logger: Log) -> float:
+def time_of(found: LoadedState, path: str, clock: Clock, logger: Log) -> float:
     """Return the time of the state now, in seconds since 1970. If the wall clock is behind, log a warning."""
     wall = clock.time()
     if not found.expires:

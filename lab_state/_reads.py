@@ -45,9 +45,11 @@ class Reads(Iterates):
         and the first call sorts all keys of the state in one step; see `keys`.
         """
         self._check_open()
+        state = self._core.state
+        state.note_listing(self._prefix)
         if not self._prefix:
-            return self._core.state.count()
-        return self._core.state.count_in(*bounds(self._prefix))
+            return state.count()
+        return state.count_in(*bounds(self._prefix))
 
     def __bool__(self) -> Literal[True]:
         """Return True, even if the state is empty."""
@@ -396,7 +398,9 @@ class Reads(Iterates):
         if limit is not None:
             check_limit(limit)
         behind = None if after is None else check_key(self._full(after))
-        low, high = bounds(self._under(prefix), behind, reverse=reverse)
+        under = self._under(prefix)
+        self._core.state.note_listing(under)
+        low, high = bounds(under, behind, reverse=reverse)
         return Range(low, high, len(self._prefix), limit, reverse)
 
     def _steps(self, prefix: str, after: str | None, limit: int | None, type_: Any, *, reverse: bool) -> Steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import msgspec
@@ -57,6 +58,14 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
             write with `UnavailableError`; `stop()` still flushes. Without the mirror's
             task the mirror is no longer kept up to date.
         mirror: The mirror in the cache; `None` if the manager has no cache.
+        role: `owner` or `follower`; `None` while the manager does not run. A state that is not
+            shared has one process, its owner.
+        owner_pid: The process id of the owner; `None` while there is none, or while the manager
+            does not run.
+        followers: The number of processes that follow this one, if it is the owner of a shared state;
+            otherwise `None`.
+        lag: The seconds since the last sign of life of the owner, which comes at least once a second.
+            The state in memory may lack what became durable in this time. It is 0 in the owner.
     """
 
     phase: Phase
@@ -76,14 +85,19 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     fenced: bool = False
     task_failure: str | None = None
     mirror: MirrorStatus | None = None
+    role: Role | None = None
+    owner_pid: int | None = None
+    followers: int | None = None
+    lag: float = 0.0
 
 
 def status_of(phase: Phase, flusher: Flusher, mirror: MirrorWriter | None) -> Status:
-    """Return the status of a manager that was started."""
+    """Return the status of a manager that was started, and owns its state."""
+    shown = flusher.shown
     return Status(
         phase=phase,
-        keys=flusher.state.count(),
-        revision=flusher.state.revision,
+        keys=shown.count(),
+        revision=shown.revision,
         durable_revision=flusher.durable_revision,
         unflushed_keys=flusher.unflushed_keys,
         unflushed_age=flusher.unflushed_age,
@@ -98,6 +112,8 @@ def status_of(phase: Phase, flusher: Flusher, mirror: MirrorWriter | None) -> St
         fenced=flusher.fenced,
         task_failure=_printable(flusher.task_failure or (None if mirror is None else mirror.task_failure)),
         mirror=None if mirror is None else _mirror_status(mirror),
+        role="owner" if phase == "running" else None,
+        owner_pid=os.getpid() if phase == "running" else None,
     )
 
 

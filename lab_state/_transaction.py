@@ -108,13 +108,20 @@ class DraftCore(CallCore):
         return self._core.durability
 
     @property
+    def has_conflict(self) -> bool:
+        """Whether something that was read has changed meanwhile. In a state of one process this cannot happen."""
+        return False
+
+    @property
     def is_held(self) -> bool:
         """Whether the transaction is open."""
         return self._core.transaction is self and not self._is_over
 
     def begin(self) -> None:
         """Begin a draft over the present state."""
-        draft = Draft(self._core.state)
+        self._take(Draft(self._core.state))
+
+    def _take(self, draft: Draft) -> None:
         self.state = draft
         self.changes = draft.changes
         self.known = draft.base.entries

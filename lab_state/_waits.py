@@ -24,6 +24,9 @@ class Waits(Reads):
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
         """
+        if self._core.port is not None:
+            await self.catch_up()
+            return
         await self._core.durability.make_durable(self._core.state.revision)
 
     async def catch_up(self) -> None:
@@ -36,6 +39,8 @@ class Waits(Reads):
             RuntimeError: This is not the event loop of `start()`.
         """
         self._core.durability.check_loop()
+        if (port := self._core.port) is not None:
+            await port.catch_up()
 
     async def wait_durable(self, revision: int | None = None, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- a timeout raises a `StorageError`
         """Wait until a revision is durable. Unlike `flush()`, start no flush.
@@ -61,9 +66,12 @@ class Waits(Reads):
         last = self._core.state.revision
         if revision is not None:
             check_revision(revision)
+        seconds = check_timeout(timeout)
+        if self._core.port is not None:  # another process may make it
+            await self.wait_revision(last if revision is None else revision, timeout)
+            return
         if revision is not None and revision > last:
             raise ValueError(f"there is no revision {revision} yet: the last one is {last}")
-        seconds = check_timeout(timeout)
         await self._core.durability.wait_durable(last if revision is None else revision, seconds)
 
     async def wait_revision(self, revision: int, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- a timeout raises a `StorageError`
@@ -91,5 +99,9 @@ class Waits(Reads):
         seconds = check_timeout(timeout)
         durability = self._core.durability
         durability.check_loop()
-        if revision > self._core.state.revision:
+        if revision <= self._core.state.revision:
+            return
+        if (port := self._core.port) is not None:
+            await port.wait_revision(revision, seconds)
+        else:
             await durability.wait_durable(revision, seconds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from lab_state import _batch
 from lab_state._arguments import Seconds, check_key, check_prefix, many_keys, milliseconds
@@ -150,6 +150,8 @@ class Writing(Reads):
         lifetime = self._lifetime(ttl)
         if self._core.blocked:
             await self._turn()
+        if (port := self._core.port) is not None:
+            return await port.set_many(encoded, lifetime)
         state = self._core.state
         if not encoded:
             return state.revision
@@ -177,6 +179,8 @@ class Writing(Reads):
         lifetime = self._lifetime(ttl)
         await self._turn()
         state, full = self._core.state, check_key(self._full(key))
+        if (port := self._core.port) is not None:
+            return await port.touch(full, lifetime)
         if not state.has(full):
             return False
         stored = state.entries[full]
@@ -214,6 +218,8 @@ class Writing(Reads):
             return await self._delete_in_steps(self._core, given)
         wanted = [self._full(key) for key in given]
         await self._turn()
+        if (port := self._core.port) is not None:
+            return await port.delete_many([check_key(key) for key in wanted])
         entries = self._core.state.entries
         return await self._deleted(
             self._core.state.delete_many([key if key in entries else check_key(key) for key in wanted])
@@ -237,6 +243,9 @@ class Writing(Reads):
         """
         prefix = check_prefix(prefix)
         core = self._core
+        if core.port is not None:
+            await self._turn()
+            return await core.port.delete_all(self._prefix + prefix)
         if (self._prefix or prefix) and len(core.state.entries) >= _batch.MANY and isinstance(core, Core):
             return await self._delete_prefix(core, self._prefix + prefix)
         await self._turn()
@@ -263,6 +272,9 @@ class Writing(Reads):
                 await asyncio.sleep(0)
         core.state.free(values)
         lifetime = self._lifetime(ttl)
+        if core.port is not None:
+            await self._turn()
+            return await core.port.set_many(cast("dict[str, Value]", encoded), lifetime)
         revision = await Bulk(core, Batch(core.state, encoded, lifetime=lifetime)).make(durability)
         if revision is None:  # the mapping had no items, although it had a length
             return core.state.revision
@@ -276,6 +288,9 @@ class Writing(Reads):
         for part in in_parts(keys):
             wanted.update((check_key(self._full(key)), DELETED) for key in part)
             await asyncio.sleep(0)
+        if core.port is not None:
+            await self._turn()
+            return await core.port.delete_many(list(wanted))
         batch = Batch(core.state, wanted)
         await Bulk(core, batch).make(durability)
         return await self._deleted(batch.deleted)
@@ -308,7 +323,7 @@ class Writing(Reads):
     def _note_for_views(self, key: object, ttl: Seconds | None) -> bool:
         """Keep the value of a key for iterators. But if `set` may have to wait, or has a `ttl`, only return False."""
         core = self._core
-        if ttl is not None or core.must_wait:
+        if ttl is not None or core.must_wait or core.port is not None:
             return False
         if isinstance(key, str):
             core.state.before_overwrite((self._prefix + str.__str__(key),))
@@ -318,8 +333,10 @@ class Writing(Reads):
         """Store a value as `set` does, in the rare cases: with a `ttl`, or if the caller may have to wait."""
         stored = self._encode(value)
         lifetime = self._lifetime(ttl)
-        check_key(self._full(key))
+        full = check_key(self._full(key))
         await self._turn()
+        if (port := self._core.port) is not None:
+            return await port.set(full, stored, lifetime)
         return await self._store(key, stored, self._at(lifetime))
 
     async def _store(self, key: str, value: Value, at: int | None) -> int:
@@ -380,7 +397,7 @@ class Writing(Reads):
         core = self._core
         core.durability.check_loop()
         state = core.state
-        if full not in state.entries:
+        if full not in state.known:
             check_key(full)
             if state.index is not None:
                 state.index.note(full)

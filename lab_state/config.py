@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import cast
 
 import msgspec
 
@@ -33,6 +34,7 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             Concurrent callers share one write. `None`: only `flush()` and
             `stop()` write changes. With a number above 0, a flush begins early when
             about 8 MiB are not flushed.
+            The default is 1.0, and 0 in a shared state, which allows no other value.
         stop_timeout: Seconds without progress after which `stop()` gives up, above 0.
             While bytes are written or sent, `stop()` goes on, however large the state is.
             A flush that fails is tried again until this many seconds after the call of `stop()`.
@@ -40,7 +42,13 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             holds the state, 0 or more. `None`: without a limit. `0`: `start()` raises
             `LockedError` at once. A server with a graceful reload starts the new process
             before the old one has ended. In that case, choose more seconds than the old
-            process may need to end.
+            process may need to end. In a shared state it is 0, because each process can
+            start at any time.
+        shared: Whether several processes of this machine use the state. It needs a
+            `FileStorage`.
+        owner_timeout: Seconds for which a call of a shared state waits for a process that
+            owns the state, or for a sign of life of that process, above 0. After that, the
+            call raises `UnavailableError`.
 
     Raises:
         InvalidNameError: The name is out of bounds. The name becomes a file name. So a name
@@ -49,9 +57,12 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
         TypeError: A field has the wrong type.
     """
 
-    flush_interval: float | None = 1.0
+    # `__post_init__` puts the value in force in its place, so no reader of the field sees `UNSET`.
+    flush_interval: float | None = cast("float | None", msgspec.UNSET)
     stop_timeout: float = 8.0
     lock_timeout: float | None = 0.0
+    shared: bool = False
+    owner_timeout: float = 10.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -61,6 +72,10 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 f"Config.name {self.name[:140]!r} is out of bounds: use 1 to 128 characters of "
                 "A-Z a-z 0-9 . _ -, the first a letter or a digit"
             )
+        if not isinstance(self.shared, bool):
+            raise TypeError(f"Config.shared must be a bool, not {type(self.shared).__name__}")
+        if self.flush_interval is cast("float | None", msgspec.UNSET):
+            msgspec.structs.force_setattr(self, "flush_interval", 0.0 if self.shared else 1.0)
         if self.flush_interval is not None:
             _check_seconds("flush_interval", self.flush_interval)
         _check_seconds("stop_timeout", self.stop_timeout)
@@ -68,6 +83,23 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError("Config.stop_timeout must be above 0 seconds, or nothing could be written at stop")
         if self.lock_timeout is not None:
             _check_seconds("lock_timeout", self.lock_timeout)
+        _check_seconds("owner_timeout", self.owner_timeout)
+        if self.owner_timeout == 0:
+            raise ValueError("Config.owner_timeout must be above 0 seconds, or no call could wait for the owner")
+        if self.shared:
+            self._check_shared()
+
+    def _check_shared(self) -> None:
+        if self.flush_interval != 0:
+            raise ValueError(
+                f"Config.flush_interval must be 0 with shared=True, not {self.flush_interval!r}: a write of a shared state "
+                "returns only when it is durable; leave flush_interval out, or pass flush_interval=0 to structs.replace()"
+            )
+        if self.lock_timeout != 0:
+            raise ValueError(
+                f"Config.lock_timeout must be 0 with shared=True, not {self.lock_timeout!r}: a process of a shared state "
+                "does not wait for the lock; owner_timeout says how long it waits for an owner"
+            )
 
 
 def _check_seconds(field: str, value: float) -> None:

@@ -15,6 +15,7 @@ from lab_state._transaction import DraftCore, Transaction
 from lab_state._watch import Change, Watcher
 from lab_state.blocking import Blocking
 from lab_state.entry import Entry, entry_of
+from lab_state.exceptions import ConflictError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -107,6 +108,11 @@ class Scope(Calls):
     @asynccontextmanager
     async def _transaction(self) -> AsyncGenerator[Transaction]:
         core = self._core
+        if (port := core.port) is not None:
+            core.durability.check_loop()
+            async with port.transaction() as shared:
+                yield Transaction(shared, self._prefix)
+            return
         draft = DraftCore(core)
         await core.acquire(draft)
         try:
@@ -144,11 +150,17 @@ class Scope(Calls):
                 The manager tries again by itself.
         """
         check_callable("transact", fn)
-        async with self.transaction() as tx:
-            result = fn(tx)
-            if isawaitable(result):
-                result = await result
-        return result
+        while True:
+            try:
+                async with self.transaction() as tx:
+                    result = fn(tx)
+                    if isawaitable(result):
+                        result = await result
+            except ConflictError:
+                if not tx._core.has_conflict:  # noqa: SLF001 -- a transaction that `fn` has opened elsewhere raised it
+                    raise
+            else:
+                return result
 
     def watch(self, prefix: str = "", *, durable: bool = False) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """Iterate over the keys that change from now on.

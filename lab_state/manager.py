@@ -31,9 +31,11 @@ from lab_state._watch import Watchers
 from lab_state.cache._mirror import MirrorWriter
 from lab_state.cache._protocol import Cache
 from lab_state.config import Config
-from lab_state.exceptions import FencedError, LockedError
+from lab_state.exceptions import FencedError, LockedError, UnsupportedError
 from lab_state.handles import Scope
+from lab_state.shared._member import Member
 from lab_state.storage._protocol import Storage, StorageSession
+from lab_state.storage.file import FileStorage
 
 _SWEPT_AT_START = 100_000
 """The largest number of expired keys that one change deletes at the start."""
@@ -57,12 +59,12 @@ class Manager(Scope):
         "_clock",
         "_config",
         "_ended",
-        "_flusher",
         "_logger",
         "_mirror",
         "_mirrored",
         "_on_fenced",
         "_phase",
+        "_running",
         "_started_at",
         "_stop_began",
         "_stopping",
@@ -135,11 +137,12 @@ class Manager(Scope):
         self._phase: Phase = "new"
         self._started_at = ""
         self._stop_began = 0.0
-        self._flusher: Flusher | None = None
+        self._running: Flusher | Member | None = None
         self._ended = Status(
             phase="new", keys=0, revision=0, durable_revision=0, mirror=None if cache is None else MirrorStatus()
         )
         self._times = FlushTimes()
+        self._sweeper: Sweeper | None = None
         self._stopping: asyncio.Task[None] | None = None
         super().__init__(Core(self._config.name, State(self._clock.monotonic)), "")
 
@@ -163,7 +166,10 @@ class Manager(Scope):
 
         A state that is not shared has one process, which is its owner.
         """
-        return "owner" if self._core.is_open else None
+        flusher = self._running
+        if not self._core.is_open:
+            return None
+        return flusher.role if isinstance(flusher, Member) else "owner"
 
     # Lifecycle
 
@@ -201,14 +207,7 @@ class Manager(Scope):
         forks.disown_in_children(self)
         self._set_strict(strict=True)
         try:
-            began = self._clock.monotonic()
-            session = await opened(self._storage, self._config, self._clock, self._logger)
-            try:
-                state = loaded(session, self._config.name, self._clock, self._logger, began)
-                self._run(state, session)
-            except BaseException:
-                await session.aclose()
-                raise
+            await (self._start_shared() if self._config.shared else self._start_alone())
         except LockedError as error:
             self._phase = before
             first = started_here(self._config.name, self._storage, error.place)
@@ -221,13 +220,45 @@ class Manager(Scope):
         self._stopping = None
         self._phase = "running"
 
+    async def _start_alone(self) -> None:
+        """Start as the only process of the state."""
+        began = self._clock.monotonic()
+        session = await opened(self._storage, self._config, self._clock, self._logger)
+        try:
+            state = loaded(session, self._config.name, self._clock, self._logger, began)
+            self._run(state, session)
+        except BaseException:
+            await session.aclose()
+            raise
+
+    async def _start_shared(self) -> None:
+        """Start as one of the processes of a shared state."""
+        storage = self._storage
+        if not isinstance(storage, FileStorage):
+            raise UnsupportedError(
+                f"a shared state needs a FileStorage, and {storage!r} is none: processes on one machine share the files of a "
+                "directory. Processes on several machines read a mirror; see RedisCache"
+            )
+        member = Member(
+            self._core, self._config, storage, self._clock, self._logger, self._times, self._on_fenced, self._new_mirror
+        )
+        await member.start()
+        self._running = member
+
+    def _new_mirror(self) -> MirrorWriter | None:
+        """Return a writer of the mirror; `None` if the manager has no cache."""
+        if self._cache is None or self._mirrored is None:
+            return None
+        self._mirror = MirrorWriter(self._config.name, self._cache, self._clock, self._logger, self._mirrored)
+        return self._mirror
+
     def _run(self, state: State, session: StorageSession) -> None:
         """Start the tasks and timers of a loaded state, and accept calls. If this raises an error, none of them runs."""
         watchers = Watchers(state)
         committed = watchers.committed
-        mirror: MirrorWriter | None = None
-        if self._cache is not None and self._mirrored is not None:
-            mirror = follower = MirrorWriter(self._config.name, self._cache, self._clock, self._logger, self._mirrored)
+        mirror = self._new_mirror()
+        if mirror is not None:
+            follower = mirror
 
             def committed(taken: ChangeSet) -> bool:
                 try:
@@ -253,7 +284,7 @@ class Manager(Scope):
             flusher.start()
             undo.pop_all()
         flusher.forgotten = note(flusher, session, self._config.name, self._storage, self._started_at)
-        self._flusher, self._mirror, self._sweeper = flusher, mirror, sweeper
+        self._running, self._sweeper = flusher, sweeper
         self._core.open(state, flusher, watchers, sweeper.resume)
 
     async def stop(self) -> None:
@@ -281,26 +312,27 @@ class Manager(Scope):
             raise RuntimeError(
                 f"stop() of {self._config.name!r} was called while it is starting: cancel start() instead"
             )
-        flusher = self._flusher
+        flusher = self._running
         if self._phase == "running" and flusher is not None:
             flusher.move()
             self._phase = "stopping"
             # From here on, new calls see an empty, closed state. Calls that already run keep the loaded state.
-            self._sweeper.stop()
+            if self._sweeper is not None:
+                self._sweeper.stop()
             self._watchers = self._core.close(State(self._clock.monotonic))
             self._start_stopping(flusher)
-        elif self._stopping is not None and self._stopping.get_loop().is_closed() and self._flusher is not None:
-            self._flusher.move()  # the loop was closed during the stop: continue on the present loop
-            self._start_stopping(self._flusher)
+        elif self._stopping is not None and self._stopping.get_loop().is_closed() and self._running is not None:
+            self._running.move()  # the loop was closed during the stop: continue on the present loop
+            self._start_stopping(self._running)
         if self._stopping is not None and self._phase == "stopping":
             await asyncio.shield(self._stopping)
 
-    def _start_stopping(self, flusher: Flusher) -> None:
+    def _start_stopping(self, flusher: Flusher | Member) -> None:
         self._stop_began = self._clock.monotonic()
         name = f"lab_state {self._config.name} stop"
         self._stopping = asyncio.create_task(self._stop(flusher), name=name)
 
-    async def _stop(self, flusher: Flusher) -> None:
+    async def _stop(self, flusher: Flusher | Member) -> None:
         try:
             await self._stop_tasks(flusher)
         except GeneratorExit:  # the loop was closed during the stop: the next `stop()` continues
@@ -310,7 +342,7 @@ class Manager(Scope):
             raise
         self._stopped(flusher)
 
-    async def _stop_tasks(self, flusher: Flusher) -> None:
+    async def _stop_tasks(self, flusher: Flusher | Member) -> None:
         try:
             await flusher.stop(self._config.stop_timeout)
         except GeneratorExit:
@@ -324,17 +356,17 @@ class Manager(Scope):
         if self._mirror is not None:
             await self._mirror.stop()
 
-    def _stopped(self, flusher: Flusher) -> None:
+    def _stopped(self, flusher: Flusher | Member) -> None:
         flusher.remember()
         try:
             self._watchers.close()
         finally:
             self._phase = "stopped"
             try:
-                self._ended = msgspec.structs.replace(status_of("stopped", flusher, self._mirror), keys=0)
+                self._ended = msgspec.structs.replace(self._status_of("stopped", flusher), keys=0)
             finally:
                 self._mirror = None
-                self._flusher = None
+                self._running = None
                 flusher.discard_entries()
         self._logger.info(
             "%s: stopped at revision %d, durable up to revision %d, in %.3f s",
@@ -345,7 +377,7 @@ class Manager(Scope):
         )
 
     def __del__(self) -> None:
-        flusher = getattr(self, "_flusher", None)
+        flusher = getattr(self, "_running", None)
         if flusher is not None and self._phase == "running" and not flusher.is_aborted and not sys.is_finalizing():
             warnings.warn(
                 f"{self!r} was collected while it runs: `await stop()` was not called; it was started at {self._started_at}",
@@ -358,8 +390,8 @@ class Manager(Scope):
         """Refuse every call, if the manager is running. This runs in a forked child. The parent's manager is not affected."""
         if self._phase in {"new", "stopped"}:
             return
-        flusher, mirror = self._flusher, self._mirror
-        self._phase, self._flusher, self._mirror = "stopped", None, None
+        flusher, mirror = self._running, self._mirror
+        self._phase, self._running, self._mirror = "stopped", None, None
         if flusher is not None:
             flusher.disown()
             self._ended = Status(
@@ -370,7 +402,8 @@ class Manager(Scope):
                 mirror=self._ended.mirror,
             )
         if self._core.is_open:  # otherwise the fork was in the middle of a start
-            self._sweeper.stop()
+            if self._sweeper is not None:
+                self._sweeper.stop()
             if mirror is not None:
                 mirror.disown()
         forks.keep(flusher, mirror, self._stopping)
@@ -393,6 +426,11 @@ class Manager(Scope):
             self._logger.error("%s: stop() failed as well: %s", self._config.name, problem)  # noqa: TRY400 -- the exception of the block is passed on, with its own traceback
             error.add_note(f"lab_state: stop() of {self._config.name!r} failed as well: {problem}")
 
+    @property
+    def _flusher(self) -> Flusher | None:
+        """The flusher, if this process owns the state."""
+        return self._running.flusher if isinstance(self._running, Member) else self._running
+
     def _set_strict(self, *, strict: bool) -> None:
         if isinstance(self._clock, GuardedClock):
             self._clock.strict = strict
@@ -409,21 +447,26 @@ class Manager(Scope):
     @property
     def revision(self) -> int:
         """The number of the last change; 0 for a new state, and before the first `start()`. A restart does not reset it."""
-        flusher = self._flusher  # read once: another thread may be here while `stop()` ends
-        return self._ended.revision if flusher is None else flusher.state.revision
+        flusher = self._running  # read once: another thread may be here while `stop()` ends
+        return self._ended.revision if flusher is None else flusher.shown.revision
 
     @property
     def durable_revision(self) -> int:
         """Every change up to this revision is durable. After an unclean end it is 0 until the first commit."""
-        flusher = self._flusher
+        flusher = self._running
         return self._ended.durable_revision if flusher is None else flusher.durable_revision
 
     def status(self) -> Status:
         """Return the present status of the manager. The call works in every phase."""
-        flusher = self._flusher
+        flusher = self._running
         if flusher is None:
             return msgspec.structs.replace(self._ended, phase=self._phase)
-        return status_of(self._phase, flusher, self._mirror)
+        return self._status_of(self._phase, flusher)
+
+    def _status_of(self, phase: Phase, flusher: Flusher | Member) -> Status:
+        if isinstance(flusher, Flusher):
+            return status_of(phase, flusher, self._mirror)
+        return flusher.status(phase, self._mirror, self._ended)
 
     def metrics(self) -> Metrics:
         """Return counts for a monitoring system. The call works in every phase, and from any thread."""

@@ -249,6 +249,16 @@ class State(Ordered):
         self.swept += len(found)
         return len(keys)
 
+    def adopt(self, other: State) -> None:
+        """Replace everything by the contents of another state, which is not used after this. All changes count as taken.
+
+        Open views keep what they read. The old entries are freed in steps.
+        """
+        self._empty()
+        self.load({}, other.revision)
+        self.entries, self.expiries, self.borrowed = other.entries, other.expiries, other.borrowed
+        self.epoch, self.results, self.cleared = other.epoch, other.results, False
+
     def skip_to(self, revision: int) -> None:
         """Give the next change the revision after this one. All changes must be taken; `stored` stays the same."""
         self._stored_more -= revision - self.revision

@@ -10,6 +10,7 @@ from lab_state._entries import (
     Absent,
     Expiring,
     Layer,
+    Readable,
     Stored,
     StoredOrGone,
     Value,
@@ -54,6 +55,7 @@ class Contents:
             `monotonic`.
         deleted: The number of keys that were deleted since the state was loaded, without those of sweeps.
         swept: The number of keys that were deleted by sweeps.
+        epoch: The time of the state, in seconds since 1970, when `monotonic` is 0.
         expiries: The index of keys that expire.
         monotonic: The clock that never goes back.
         on_change: A callback after each change, if there is a watch. `Writing.set` calls it, too.
@@ -76,7 +78,6 @@ class Contents:
     """Whether calls with many keys may run in steps. For a draft it is False, because its calls never await."""
 
     __slots__ = (
-        "_epoch",
         "_held",
         "_loaded_revision",
         "_stored_more",
@@ -86,6 +87,7 @@ class Contents:
         "cleared",
         "deleted",
         "entries",
+        "epoch",
         "expiries",
         "free",
         "index",
@@ -118,7 +120,7 @@ class Contents:
         """
         self.monotonic: Callable[[], float] = monotonic
         self._wall_clock = wall_clock
-        self._epoch = start - monotonic()
+        self.epoch = start - monotonic()
         self.on_change: OnChange | None = None
         self.on_changes: OnChanges | None = None
         self.on_staged: Callable[[], object] = no_clock
@@ -161,11 +163,19 @@ class Contents:
         """
         return self.revision - self._loaded_revision + self._stored_more
 
+    @property
+    def known(self) -> Readable:
+        """The entries, for a look that tells the application nothing. A draft that notes what is read does not note it."""
+        return self.entries
+
+    def note_listing(self, prefix: str) -> None:
+        """Note that the application is about to read all keys with a prefix. Only some drafts need this."""
+
     # Time
 
     def now(self) -> int:
         """Return the time of the state, in milliseconds since 1970: its time at the start plus the time since then."""
-        return int((self._epoch + self.monotonic()) * 1000)
+        return int((self.epoch + self.monotonic()) * 1000)
 
     def wall(self) -> int:
         """Return the time of the wall clock, in milliseconds since 1970. A commit records it for the next start."""

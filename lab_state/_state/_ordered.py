@@ -38,7 +38,7 @@ class Ordered(Contents):
             base, touched = self.entries, set[str]()
             while isinstance(base, Layer):
                 touched.update(base.top)
-                base = cast("dict[str, Stored] | Layer", base.base)  # not a `_Live`: a draft makes no index
+                base = cast("dict[str, Stored] | Layer", base.base)  # not a `Live`: a draft makes no index
             self.index = Index(base, touched, deleted(self.changes))
         return self.index
 

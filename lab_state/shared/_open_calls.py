@@ -150,7 +150,7 @@ class OpenCalls(Generic[C]):
     def reconnect(self) -> list[OpenCall[C]]:
         """Return the calls to send on a new connection, in order. Call this after a welcome that knows the client."""
         self.connection += 1
-        for call in self._calls():
+        for call in self.everything():
             call.reconnect()
         return list(self._open.values())
 
@@ -160,7 +160,7 @@ class OpenCalls(Generic[C]):
         Return the calls with an unknown outcome, which are removed. All other calls were certainly not
         made, and wait for numbers again.
         """
-        calls = list(self._calls())
+        calls = list(self.everything())
         self._open, self._last, self._bytes, self.heard = {}, 0, 0, None
         self._waiting = deque(call for call in calls if call.outcome == "not made")
         for call in self._waiting:
@@ -172,6 +172,7 @@ class OpenCalls(Generic[C]):
         """Return whether an owner may have forgotten this client at the time `now`. A client that becomes the owner asks this, too."""
         return may_be_forgotten(self.heard, now)
 
-    def _calls(self) -> Iterator[OpenCall[C]]:
+    def everything(self) -> Iterator[OpenCall[C]]:
+        """Yield the calls that have no answer, in order."""
         yield from self._open.values()
         yield from self._waiting

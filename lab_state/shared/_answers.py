@@ -1,0 +1,117 @@
+"""Answers of an owner as results and errors of calls, and values in the form of a message. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+from msgspec import Raw
+
+from lab_state._entries import DELETED, Absent, Expiring, StoredOrGone, Value
+from lab_state._following import stored_of
+from lab_state._values import encode
+from lab_state.exceptions import (
+    FencedError,
+    InvalidValueError,
+    LabStateError,
+    StorageError,
+    TypeMismatchError,
+    UnavailableError,
+    UnsupportedError,
+)
+from lab_state.shared._messages import Changes, Failed, Ok, Raised, Refused
+
+_ERRORS: dict[str, type[StorageError]] = {
+    kind.__name__: kind for kind in (FencedError, UnavailableError, UnsupportedError, StorageError)
+}
+"""The errors of a commit. An error of a subclass elsewhere, or of one with other arguments, becomes a `StorageError`."""
+
+
+class Settled(NamedTuple):
+    """A call that ended without an error: its revision, and its result as JSON."""
+
+    revision: int
+    result: bytes | Raw
+
+
+class Refusal(NamedTuple):
+    """A check that did not hold.
+
+    Attributes:
+        revision: The revision of the owner's layer.
+        values: The present values of the keys that were read; `None` if they are too many or too large.
+        connection: The connection on which the refusal came; see `OpenCalls.connection`.
+    """
+
+    revision: int
+    values: dict[str, StoredOrGone] | None
+    connection: int
+
+
+Ended: TypeAlias = Settled | Refusal
+
+
+def ended(answer: Ok | Raised | Refused | Failed, keys: list[str], connection: int) -> Ended:
+    """Return the end of a call from its answer.
+
+    Args:
+        answer: The answer.
+        keys: The keys of the check of the call.
+        connection: The number of the connection.
+
+    Raises:
+        TypeMismatchError: The stored value does not allow the call. Nothing was changed.
+        InvalidValueError: Likewise.
+        StorageError: The commit of the call failed.
+    """
+    if isinstance(answer, Ok):
+        return Settled(answer.revision, answer.result)
+    if isinstance(answer, Refused):
+        return Refusal(answer.revision, _values(answer, keys), connection)
+    if isinstance(answer, Raised):
+        error = TypeMismatchError if answer.error == "TypeMismatchError" else InvalidValueError
+        raise error(answer.message, answer.path)
+    raise failure(answer)
+
+
+def failure(answer: Failed) -> LabStateError:
+    """Return the error of a commit that failed, as the owner's own callers get it."""
+    return _ERRORS.get(answer.error, StorageError)(answer.message)
+
+
+def _values(answer: Refused, keys: list[str]) -> dict[str, StoredOrGone] | None:
+    if answer.values is None:
+        return None
+    values: dict[str, StoredOrGone] = dict.fromkeys(keys, DELETED)
+    for key, (raw, at) in answer.values.items():
+        value = stored_of(raw)
+        values[key] = value if at is None else Expiring(value, at)
+    return values
+
+
+def raw_of(value: Value) -> Raw:
+    """Return a stored value in the form of a message."""
+    return value if isinstance(value, Raw) else Raw(value if isinstance(value, bytes) else encode(value))
+
+
+def changes_of(changes: dict[str, StoredOrGone], *, cleared: bool) -> tuple[Changes, int]:
+    """Return the changes of a draft in the form of a message, and their approximate size in bytes."""
+    values: dict[str, Raw] = {}
+    expires: dict[str, int] = {}
+    deleted: list[str] = []
+    size = 0
+    for key, to in changes.items():
+        size += len(key) + 32
+        if isinstance(to, Absent):
+            deleted.append(key)
+            continue
+        if isinstance(to, Expiring):
+            expires[key], to = to.at, to.value
+        values[key] = raw = raw_of(to)
+        size += memoryview(raw).nbytes
+    return Changes(clear=cleared, set=values, delete=deleted, expires=expires), size
+
+
+def result_of(ended: Settled) -> object:
+    """Return the result of a call."""
+    return msgspec.json.decode(ended.result)

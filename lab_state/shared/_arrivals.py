@@ -1,0 +1,137 @@
+"""The callers that wait until the copy of their process has a revision."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from copy import copy as copy_of
+from typing import NamedTuple
+
+from lab_state._clock import Clock, within
+from lab_state._state import State
+from lab_state.exceptions import LabStateError, UnavailableError, WaitTimeoutError
+
+
+class _Question(NamedTuple):
+    """A caller of `catch_up` that waits for the durable revision of the owner."""
+
+    made: float
+    done: asyncio.Future[int]
+
+
+class Arrivals:
+    """The callers that wait for the copy of one process."""
+
+    def __init__(self, copy: State, name: str, clock: Clock) -> None:
+        """Begin without an owner to ask.
+
+        Args:
+            copy: The copy.
+            name: The name of the state.
+            clock: The clock of the manager.
+        """
+        self._copy = copy
+        self._name = name
+        self._clock = clock
+        self._ask: Callable[[int], object] | None = None
+        self._token = 0
+        self._questions: dict[int, _Question] = {}
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+
+    async def catch_up(self, now: float) -> None:
+        """Ask the owner for its durable revision, and wait until the copy has it. Without an owner, wait for one.
+
+        `now` is the time of the clock, in seconds.
+        """
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._token += 1
+        self._questions[self._token] = _Question(now, done)
+        if self._ask is not None:
+            self._ask(self._token)
+        await self.reach(await done)
+
+    async def reach(self, revision: int) -> None:
+        """Wait until the copy has a revision."""
+        if self._copy.revision >= revision:
+            return
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((revision, done))
+        await done
+
+    async def wait(self, revision: int, seconds: float) -> None:
+        """Wait until the copy has a revision, for at most `seconds`, which may be infinite.
+
+        Raises:
+            WaitTimeoutError: The revision was not reached in time.
+        """
+        try:
+            with within(self._clock, seconds):
+                await self.reach(revision)
+        except TimeoutError:
+            raise WaitTimeoutError(
+                f"revision {revision} of {self._name!r} was not reached after {seconds:g} s: this process has "
+                f"revision {self._copy.revision}; wait again, or go on with what is there"
+            ) from None
+
+    def follow(self, ask: Callable[[int], object] | None) -> None:
+        """Ask a new owner all questions that wait; `None` if there is no owner.
+
+        Args:
+            ask: A function that sends a question with a token to the owner.
+        """
+        self._ask = ask
+        if ask is not None:
+            for token in self._questions:
+                ask(token)
+
+    def reply(self, token: int, revision: int) -> None:
+        """Note the answer to a question."""
+        question = self._questions.pop(token, None)
+        if question is not None and not question.done.done():
+            question.done.set_result(revision)
+
+    def have_all(self) -> None:
+        """Answer all questions, because this process is the owner, and its copy has everything that is durable."""
+        for token in list(self._questions):
+            self.reply(token, self._copy.revision)
+
+    def settle(self) -> None:
+        """Wake up the callers whose revision the copy has."""
+        if not self._waiting:
+            return
+        reached = self._copy.revision
+        rest: list[tuple[int, asyncio.Future[None]]] = []
+        for revision, done in self._waiting:
+            if revision > reached and not done.done():
+                rest.append((revision, done))
+            elif not done.done():
+                done.set_result(None)
+        self._waiting = rest
+
+    def give_up(self, now: float, since: float, timeout: float, why: str) -> None:
+        """End the questions that have waited for longer than `timeout` seconds; see `SharedPort.give_up`."""
+        for token, question in list(self._questions.items()):
+            if now >= max(since, question.made) + timeout:
+                del self._questions[token]
+                _fail(
+                    question.done,
+                    UnavailableError(f"catch_up() of {self._name!r} had no answer, because {why}"),
+                )
+
+    def close(self, error: LabStateError) -> None:
+        """End all waits with an error, because the manager has stopped."""
+        for done in self._futures():
+            _fail(done, copy_of(error))
+        self._questions, self._waiting = {}, []
+
+    def _futures(self) -> Iterator[asyncio.Future[int] | asyncio.Future[None]]:
+        for question in self._questions.values():
+            yield question.done
+        for _, done in self._waiting:
+            yield done
+
+
+def _fail(done: asyncio.Future[int] | asyncio.Future[None], error: LabStateError) -> None:
+    if not done.done():
+        done.set_exception(error)
+        done.exception()  # marks it as retrieved: a caller that was cancelled will not do that

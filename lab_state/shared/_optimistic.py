@@ -1,0 +1,174 @@
+"""Transactions of a shared state. They hold no lock, and note what they have read.
+
+The draft lies over the copy, which goes on changing. The draft knows which keys of the copy have changed
+since it began. All other keys have the values from its beginning. So it shows the state of that
+moment, or raises `ConflictError`. At the commit, the owner compares what was read with its own changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import cast
+
+from lab_state._core import Core
+from lab_state._durability import Durability
+from lab_state._entries import Readable, Stored, StoredOrGone
+from lab_state._layered import LayeredEntries, Live
+from lab_state._state import State
+from lab_state._transaction import Draft, DraftCore
+from lab_state.exceptions import ClosedError, ConflictError
+
+
+class _Noted(Live):
+    """The entries of the copy. Each look at a key is noted."""
+
+    __slots__ = ("_draft",)
+
+    def __init__(self, draft: OptimisticDraft) -> None:
+        super().__init__(draft.base)
+        self._draft = draft
+
+    def __getitem__(self, key: str) -> Stored:
+        self._draft.note_read(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self._draft.note_read(cast("str", key))
+        return super().__contains__(key)
+
+    def items(self) -> Iterable[tuple[str, Stored]]:
+        self._draft.note_listing("")
+        return super().items()
+
+
+class OptimisticDraft(Draft):
+    """A draft that notes what is read. Other changes of the base go on.
+
+    Attributes:
+        read_at: The revision of the base at the beginning.
+        keys: The keys that were read, also those that are missing.
+        prefixes: The prefixes whose keys were listed.
+        has_conflict: Whether something that was read has changed meanwhile.
+    """
+
+    __slots__ = ("_stale", "has_conflict", "keys", "prefixes", "read_at")
+
+    def __init__(self, base: State) -> None:
+        self.read_at: int = base.revision
+        self.keys: set[str] = set()
+        self.prefixes: set[str] = set()
+        self.has_conflict: bool = False
+        self._stale: set[str] | None = set()  # the keys of the base that have changed; `None`: any key may have
+        super().__init__(base)
+        self.entries = LayeredEntries(_Noted(self), self.changes)
+
+    @property
+    def known(self) -> Readable:
+        """The entries. A look into them is not noted."""
+        return LayeredEntries({} if self.cleared else Live(self.base), self.changes)
+
+    def note_changed(self, keys: Collection[str] | None) -> None:
+        """Note that keys of the base have changed; `None` if all may have changed."""
+        if keys is None or self._stale is None:
+            self._stale = None
+        else:
+            self._stale.update(keys)
+
+    def note_read(self, key: str) -> None:
+        """Note that a key is read.
+
+        Raises:
+            ConflictError: It has changed since the beginning.
+        """
+        if self._stale is None or key in self._stale:
+            raise self.conflict()
+        self.keys.add(key)
+
+    def note_listing(self, prefix: str) -> None:
+        """Note that all keys with a prefix are read.
+
+        Raises:
+            ConflictError: One of them has changed since the beginning.
+        """
+        if self.cleared:  # then the keys of the base are hidden
+            return
+        if self._stale is None or any(key.startswith(prefix) for key in self._stale):
+            raise self.conflict()
+        self.prefixes.add(prefix)
+
+    def check(self) -> None:
+        """Check that nothing that was read has changed since the beginning.
+
+        Raises:
+            ConflictError: Something has changed.
+        """
+        if not self.keys and not self.prefixes:
+            return
+        starts = tuple(self.prefixes)
+        if self._stale is None or any(key in self.keys or key.startswith(starts) for key in self._stale):
+            raise self.conflict()
+
+    def conflict(self) -> ConflictError:
+        """Note that something that was read has changed, and return the error."""
+        self.has_conflict = True
+        return ConflictError(
+            "something that this transaction has read was changed meanwhile, and the transaction changed nothing: run it "
+            "again; `transact` does so by itself"
+        )
+
+    def count(self) -> int:
+        """Return the number of keys. This reads all of them."""
+        self.note_listing("")
+        return super().count()
+
+    def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
+        """Apply changes to the draft. What this looks up is not noted: a change alone reads nothing."""
+        noted, self.entries = self.entries, cast("LayeredEntries", self.known)
+        try:
+            return super().apply(changes, cleared=cleared)
+        finally:
+            if not self.cleared:
+                self.entries = noted
+
+
+class OptimisticCore(DraftCore):
+    """The common part of the calls of a transaction that holds no lock.
+
+    Attributes:
+        draft: The draft, which notes what is read.
+    """
+
+    __slots__ = ("_durability", "draft")
+
+    def __init__(self, core: Core) -> None:
+        """Begin a draft over the copy of this process."""
+        super().__init__(core)
+        self._durability = core.durability
+        self.draft: OptimisticDraft = OptimisticDraft(core.state)
+        self._take(self.draft)
+
+    @property
+    def has_conflict(self) -> bool:
+        """Whether something that was read has changed meanwhile."""
+        return self.draft.has_conflict
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the transaction is open."""
+        return not self._is_over
+
+    @property
+    def durability(self) -> Durability:
+        """The durability of the manager.
+
+        Raises:
+            RuntimeError: The transaction is over.
+            ClosedError: The manager is not running, or was stopped and started again meanwhile.
+        """
+        if self._is_over and self._core.is_open:
+            raise RuntimeError(f"this transaction of {self.name!r} is over: begin another one")
+        if self._core.durability is not self._durability:
+            raise ClosedError(
+                f"the manager of {self.name!r} was stopped while this transaction was open: nothing was changed"
+            )
+        return self._durability
