@@ -46,7 +46,7 @@ from lab_state.shared._port import SharedPort
 from lab_state.shared._records import ParsedRecord, RecordApplier
 from lab_state.storage._claim import Claim
 from lab_state.storage._protocol import StorageSession
-from lab_state.storage.file import FileStorage
+from lab_state.storage.file import FileStorage, files_of
 
 _SOON = 0.001
 """The pause in seconds between two attempts right after the end of an owner."""
@@ -107,6 +107,7 @@ class Member(Durability):
         self._core = core
         self._config = config
         self._storage = storage
+        self._files = files_of(storage)
         self._logger = logger
         self._times = times
         self._on_fenced = on_fenced
@@ -178,8 +179,8 @@ class Member(Durability):
             if self._follower is not None:  # an owner accepted the connection: it exists, or has just ended
                 began, pause, self._follower = now, _FIRST_PAUSE, None
             else:
-                holder = await self._storage.holder(self._name)
-                refusal = None if holder is None else self._storage.refusal(self._name, holder)
+                holder = await self._files.holder(self._name)
+                refusal = None if holder is None else self._files.refusal(self._name, holder)
                 doubts.add(None if refusal is None else holder)
                 if refusal is not None and doubts.are_over and not self.has_state:
                     raise refusal
@@ -201,13 +202,13 @@ class Member(Durability):
 
     async def _claim(self) -> tuple[Claim | None, LockedError | None]:
         try:
-            return await self._storage.claim(self._name, PROTOCOL), None
+            return await self._files.claim(self._name, PROTOCOL), None
         except LockedError as error:
             return None, error
 
     async def _follow(self) -> bool:
         """Connect to the owner, and return whether this process follows it now."""
-        connected = await self._storage.connect(self._name)
+        connected = await self._files.connect(self._name)
         if connected is None:
             return False
         self._follower = follower = Follower(self._name, self._storage, self, self.port, self._clock, self._logger)
