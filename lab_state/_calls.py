@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, TypeVar, overload
 
-from lab_state._arguments import Seconds, check_callable, check_key, name_of, plain_result
+from lab_state._arguments import Seconds, check_callable, check_default, check_key, name_of, plain_result
 from lab_state._bulk import Bulk
 from lab_state._entries import MISSING
 from lab_state._reads import MISSING_VALUE
+from lab_state._types import check_type
 from lab_state._waits import Waits
 from lab_state._writing import Writing
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
@@ -78,7 +79,10 @@ class Calls(Writing, Waits):
         """
         await self._turn()
         if (port := self._core.port) is not None:
-            return await port.run(self._full(key), self._prefix, lambda calls: calls.pop(key, default, type=type))
+            check_default(default)
+            return await port.run(
+                self._whole(key, type), self._prefix, lambda calls: calls.pop(key, default, type=type)
+            )
         value = self.get_nowait(key, default, type=type)
         await self.delete_many((key,))
         return value
@@ -130,7 +134,7 @@ class Calls(Writing, Waits):
         await self._turn()
         if (port := self._core.port) is not None:
             return await port.run(
-                self._full(key), self._prefix, lambda calls: calls.update(key, fn, default, type=type, ttl=ttl)
+                self._whole(key, type), self._prefix, lambda calls: calls.update(key, fn, default, type=type, ttl=ttl)
             )
         old, at = self._replaceable(key, default, type)
         if lifetime is not None:
@@ -177,7 +181,7 @@ class Calls(Writing, Waits):
         await self._turn()
         if (port := self._core.port) is not None:
             return await port.run(
-                self._full(key),
+                self._whole(key, type),
                 self._prefix,
                 lambda calls: calls.get_or_set(key, factory, type=type, ttl=ttl),
                 may_read=True,
@@ -255,9 +259,9 @@ class Calls(Writing, Waits):
         lifetime = self._lifetime(ttl)
         await self._turn()
         if (port := self._core.port) is not None:
-            full, kind = check_key(self._full(key)), _kind_of(type)
+            full, kind = self._whole(key, type), _kind_of(type)
             if kind is not None and _is_plain(delta) and _is_plain(default):
-                return await port.incr(full, delta, default, kind, lifetime)
+                return await port.incr(full, delta, default, kind, lifetime, prefix=self._prefix)
             return await port.run(
                 full, self._prefix, lambda calls: calls.incr(key, delta, type=type, default=default, ttl=ttl)
             )
@@ -275,6 +279,12 @@ class Calls(Writing, Waits):
         else:
             await self._store(key, self._encode(new), at)
         return new
+
+    def _whole(self, key: object, type_: Any) -> str:
+        """Return a key with the prefix before it. Raise the errors of arguments: they need no owner."""
+        if type_ is not Any:
+            check_type(type_)
+        return check_key(self._full(key))
 
     # Without waiting
 

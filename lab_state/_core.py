@@ -32,9 +32,28 @@ class Port(Protocol):
     async def delete_many(self, keys: Sequence[str]) -> int: ...
     async def delete_all(self, prefix: str) -> int: ...
     async def set_if_absent(self, key: str, value: Value, ttl: int | None) -> bool: ...
+
     async def incr(
-        self, key: str, delta: float, default: float, kind: Literal["any", "int", "float"], ttl: int | None
-    ) -> int | float: ...
+        self,
+        key: str,
+        delta: float,
+        default: float,
+        kind: Literal["any", "int", "float"],
+        ttl: int | None,
+        *,
+        prefix: str,
+    ) -> int | float:
+        """Add to a number, and return the new number.
+
+        Args:
+            key: The key.
+            delta: The number to add.
+            default: The number to start from if the key is missing.
+            kind: The name of the type that both numbers must have.
+            ttl: The time to live of a new key.
+            prefix: The prefix of the handle that the call was made of. An error names the key without it.
+        """
+        ...
 
     async def run(
         self, key: str, prefix: str, body: Callable[[Any], Coroutine[Any, Any, R]], *, may_read: bool = False
@@ -46,7 +65,7 @@ class Port(Protocol):
             prefix: The prefix of the handle that the call was made of.
             body: A function that is given a `Calls`, and makes the call on it. It may be called again, if another
                 process has changed the key meanwhile.
-            may_read: Whether the call is a read if it changes nothing. Then it needs no owner.
+            may_read: Whether the call is a read if the key exists. Then it needs no owner.
         """
         ...
 

@@ -21,7 +21,7 @@ from lab_state._entries import ChangeSet
 from lab_state._state import State
 from lab_state.exceptions import FencedError, LabStateError, UnavailableError, WaitTimeoutError
 
-E = TypeVar("E", bound=LabStateError)
+E = TypeVar("E", bound=Exception)
 
 Waiter = tuple[int, "asyncio.Future[None]"]
 
@@ -90,8 +90,8 @@ class Waiters:
             waiters[:] = [waiter for waiter in waiters if not waiter[1].cancelled()]
 
 
-def copied(error: E, note: str) -> E:
-    """Return a copy of an error, with a note on the changes.
+def copied(error: E, note: str | None = None) -> E:
+    """Return a copy of an error, with a note on the changes if one is given.
 
     If the message is the only argument of the error, the note is appended to the message.
     Otherwise the note is added with `add_note`.
@@ -100,7 +100,9 @@ def copied(error: E, note: str) -> E:
     told = error.__class__.__new__(error.__class__)
     told.__dict__.update({name: list(value) if name == "__notes__" else value for name, value in vars(error).items()})
     told.__cause__ = error.__cause__
-    if len(error.args) == 1:
+    if note is None:
+        told.args = error.args
+    elif len(error.args) == 1:
         told.args = (f"{error} ({note})",)
     else:
         told.args = error.args

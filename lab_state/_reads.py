@@ -388,6 +388,12 @@ class Reads(Iterates):
         self._core.check_open()
 
     def _range(self, prefix: object, after: object, limit: int | None, *, reverse: bool) -> Range:
+        """Return the range of the keys that a call is about to read; see `_checked_range`."""
+        within = self._checked_range(prefix, after, limit, reverse=reverse)
+        self._core.state.note_listing(self._under(prefix))
+        return within
+
+    def _checked_range(self, prefix: object, after: object, limit: int | None, *, reverse: bool) -> Range:
         """Return the range of the keys that a call asks for. Its bounds include the prefix of this handle.
 
         Raises:
@@ -398,15 +404,13 @@ class Reads(Iterates):
         if limit is not None:
             check_limit(limit)
         behind = None if after is None else check_key(self._full(after))
-        under = self._under(prefix)
-        self._core.state.note_listing(under)
-        low, high = bounds(under, behind, reverse=reverse)
+        low, high = bounds(self._under(prefix), behind, reverse=reverse)
         return Range(low, high, len(self._prefix), limit, reverse)
 
     def _steps(self, prefix: str, after: str | None, limit: int | None, type_: Any, *, reverse: bool) -> Steps:
         decoding = self._decoding(type_)
-        within = self._range(prefix, after, limit, reverse=reverse)
-        return Steps(StateSource(self._core, within), decoding)
+        within = self._checked_range(prefix, after, limit, reverse=reverse)
+        return Steps(StateSource(self._core, within, self._under(prefix)), decoding)
 
     def _decoding(self, type_: Any) -> Decoding:
         """Return the function that decodes values as a type, together with the type.

@@ -110,6 +110,7 @@ class Scope(Calls):
         core = self._core
         if (port := core.port) is not None:
             core.durability.check_loop()
+            core.durability.check_writable()
             async with port.transaction() as shared:
                 yield Transaction(shared, self._prefix)
             return

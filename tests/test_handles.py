@@ -28,6 +28,7 @@ from lab_state import (
 )
 from lab_state._calls import Calls
 from lab_state._reads import Reads
+from lab_state._waits import Waits
 from lab_state._writing import Writing
 from lab_state.handles import Scope
 from lab_state.testing import ManualClock
@@ -279,7 +280,7 @@ class TestNamespace:
     def test_no_call_is_copied(self) -> None:
         """A namespace defines no call of its own, and a manager none of those that it shares with it."""
         assert [name for name in vars(Namespace) if name[0] != "_"] == ["prefix"]
-        shared = {name for cls in (Reads, Writing, Calls, Scope) for name in vars(cls) if name[0] != "_"}
+        shared = {name for cls in (Reads, Writing, Waits, Calls, Scope) for name in vars(cls) if name[0] != "_"}
         assert not shared & vars(Manager).keys()
         assert {"get", "set", "transaction", "watch", "entry", "blocking", "namespace", "flush"} <= shared
 

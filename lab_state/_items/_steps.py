@@ -129,11 +129,12 @@ class NamedCore(ReadingCore, Protocol):
 class StateSource:
     """The `ItemSource` of a state."""
 
-    def __init__(self, core: NamedCore, within: Range) -> None:
-        """Prepare an iterator over the keys of a range."""
+    def __init__(self, core: NamedCore, within: Range, prefix: str) -> None:
+        """Prepare an iterator over the keys of a range. Each of them begins with `prefix`."""
         self._core = core
         self._state = core.state
         self._within = within
+        self._prefix = prefix
 
     async def begin(self) -> Pages:
         """Take the keys and a view; see `ItemSource.begin`."""
@@ -141,6 +142,7 @@ class StateSource:
         self._state = state = self._core.state
         if state.is_index_behind:
             await bring_up_to_date(self._core)
+        state.note_listing(self._prefix)
         pieces = state.pieces(self._within.low, self._within.high)
         return Pages(state.view(), pieces, self._within, state.now())
 

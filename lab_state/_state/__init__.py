@@ -252,12 +252,14 @@ class State(Ordered):
     def adopt(self, other: State) -> None:
         """Replace everything by the contents of another state, which is not used after this. All changes count as taken.
 
-        Open views keep what they read. The old entries are freed in steps.
+        Open views keep what they read. The old entries are freed in steps. `stored`, `deleted` and `swept` go on.
         """
+        stored, deleted, swept = self.stored, self.deleted, self.swept
         self._empty()
         self.load({}, other.revision)
+        self._stored_more, self.deleted, self.swept = stored, deleted, swept
         self.entries, self.expiries, self.borrowed = other.entries, other.expiries, other.borrowed
-        self.epoch, self.results, self.cleared = other.epoch, other.results, False
+        self.epoch, self.results = other.epoch, other.results
 
     def skip_to(self, revision: int) -> None:
         """Give the next change the revision after this one. All changes must be taken; `stored` stays the same."""

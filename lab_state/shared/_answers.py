@@ -79,6 +79,13 @@ def failure(answer: Failed) -> LabStateError:
     return _ERRORS.get(answer.error, StorageError)(answer.message)
 
 
+def relative(
+    error: TypeMismatchError | InvalidValueError, key: str, prefix: str
+) -> TypeMismatchError | InvalidValueError:
+    """Return an error that names a key of the whole state, as a handle with a prefix raises it: with its own key."""
+    return error.__class__(error.args[0].replace(repr(key), repr(key[len(prefix) :]), 1), error.path)
+
+
 def _values(answer: Refused, keys: list[str]) -> dict[str, StoredOrGone] | None:
     if answer.values is None:
         return None
@@ -94,21 +101,27 @@ def raw_of(value: Value) -> Raw:
     return value if isinstance(value, Raw) else Raw(value if isinstance(value, bytes) else encode(value))
 
 
+def size_of(key: str, raw: Raw | None = None) -> int:
+    """Return a bound of the size of a key and its value in a message, in bytes. JSON has at most 6 bytes for a character."""
+    return 6 * len(key) + 32 + (0 if raw is None else memoryview(raw).nbytes)
+
+
 def changes_of(changes: dict[str, StoredOrGone], *, cleared: bool) -> tuple[Changes, int]:
-    """Return the changes of a draft in the form of a message, and their approximate size in bytes."""
+    """Return the changes of a draft in the form of a message, and a bound of their size in bytes."""
     values: dict[str, Raw] = {}
     expires: dict[str, int] = {}
     deleted: list[str] = []
     size = 0
     for key, to in changes.items():
-        size += len(key) + 32
         if isinstance(to, Absent):
             deleted.append(key)
+            size += size_of(key)
             continue
         if isinstance(to, Expiring):
             expires[key], to = to.at, to.value
+            size += size_of(key)
         values[key] = raw = raw_of(to)
-        size += memoryview(raw).nbytes
+        size += size_of(key, raw)
     return Changes(clear=cleared, set=values, delete=deleted, expires=expires), size
 
 

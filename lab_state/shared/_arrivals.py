@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from copy import copy as copy_of
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lab_state._clock import Clock, within
+from lab_state._durability import copied
 from lab_state._state import State
 from lab_state.exceptions import LabStateError, UnavailableError, WaitTimeoutError
 
@@ -36,27 +37,25 @@ class Arrivals:
         self._ask: Callable[[int], object] | None = None
         self._token = 0
         self._questions: dict[int, _Question] = {}
-        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._waiting: dict[asyncio.Future[None], int] = {}
 
     async def catch_up(self, now: float) -> None:
         """Ask the owner for its durable revision, and wait until the copy has it. Without an owner, wait for one.
 
-        `now` is the time of the clock, in seconds.
+        Args:
+            now: The time of the clock, in seconds.
         """
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._token += 1
-        self._questions[self._token] = _Question(now, done)
+        token = self._token
+        self._questions[token] = _Question(now, done)
         if self._ask is not None:
-            self._ask(self._token)
-        await self.reach(await done)
-
-    async def reach(self, revision: int) -> None:
-        """Wait until the copy has a revision."""
-        if self._copy.revision >= revision:
-            return
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((revision, done))
-        await done
+            self._ask(token)
+        try:
+            revision = await done
+        finally:
+            self._questions.pop(token, None)
+        await self._reach(revision)
 
     async def wait(self, revision: int, seconds: float) -> None:
         """Wait until the copy has a revision, for at most `seconds`, which may be infinite.
@@ -65,13 +64,27 @@ class Arrivals:
             WaitTimeoutError: The revision was not reached in time.
         """
         try:
-            with within(self._clock, seconds):
-                await self.reach(revision)
+            if seconds == math.inf:
+                await self._reach(revision)
+            else:
+                with within(self._clock, seconds):
+                    await self._reach(revision)
         except TimeoutError:
-            raise WaitTimeoutError(
-                f"revision {revision} of {self._name!r} was not reached after {seconds:g} s: this process has "
-                f"revision {self._copy.revision}; wait again, or go on with what is there"
-            ) from None
+            if self._copy.revision < revision:  # it may have come at the moment of the timeout
+                raise WaitTimeoutError(
+                    f"revision {revision} of {self._name!r} was not reached after {seconds:g} s: this process has "
+                    f"revision {self._copy.revision}; wait again, or go on with what is there"
+                ) from None
+
+    async def _reach(self, revision: int) -> None:
+        if self._copy.revision >= revision:
+            return
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[done] = revision
+        try:
+            await done
+        finally:
+            self._waiting.pop(done, None)
 
     def follow(self, ask: Callable[[int], object] | None) -> None:
         """Ask a new owner all questions that wait; `None` if there is no owner.
@@ -81,7 +94,7 @@ class Arrivals:
         """
         self._ask = ask
         if ask is not None:
-            for token in self._questions:
+            for token in list(self._questions):
                 ask(token)
 
     def reply(self, token: int, revision: int) -> None:
@@ -100,35 +113,30 @@ class Arrivals:
         if not self._waiting:
             return
         reached = self._copy.revision
-        rest: list[tuple[int, asyncio.Future[None]]] = []
-        for revision, done in self._waiting:
-            if revision > reached and not done.done():
-                rest.append((revision, done))
-            elif not done.done():
+        for done in [done for done, revision in self._waiting.items() if revision <= reached]:
+            del self._waiting[done]
+            if not done.done():
                 done.set_result(None)
-        self._waiting = rest
 
-    def give_up(self, now: float, since: float, timeout: float, why: str) -> None:
-        """End the questions that have waited for longer than `timeout` seconds; see `SharedPort.give_up`."""
+    def give_up(self, is_due: Callable[[float], bool], why: str) -> None:
+        """End the questions that have waited too long.
+
+        Args:
+            is_due: A function that returns whether a call of that time is to be given up.
+            why: The reason, for the message.
+        """
         for token, question in list(self._questions.items()):
-            if now >= max(since, question.made) + timeout:
+            if is_due(question.made):
                 del self._questions[token]
-                _fail(
-                    question.done,
-                    UnavailableError(f"catch_up() of {self._name!r} had no answer, because {why}"),
-                )
+                _fail(question.done, UnavailableError(f"catch_up() of {self._name!r} had no answer, because {why}"))
 
     def close(self, error: LabStateError) -> None:
         """End all waits with an error, because the manager has stopped."""
-        for done in self._futures():
-            _fail(done, copy_of(error))
-        self._questions, self._waiting = {}, []
-
-    def _futures(self) -> Iterator[asyncio.Future[int] | asyncio.Future[None]]:
         for question in self._questions.values():
-            yield question.done
-        for _, done in self._waiting:
-            yield done
+            _fail(question.done, copied(error))
+        for done in self._waiting:
+            _fail(done, copied(error))
+        self._questions, self._waiting = {}, {}
 
 
 def _fail(done: asyncio.Future[int] | asyncio.Future[None], error: LabStateError) -> None:

@@ -12,31 +12,64 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from copy import copy as copy_of
-from typing import Any, NamedTuple, Protocol, TypeVar
+from functools import partial
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore, Core
-from lab_state._durability import Durability
+from lab_state._durability import Durability, copied
 from lab_state._entries import Absent
 from lab_state._state import State
 from lab_state._transaction import Draft
-from lab_state.exceptions import LabStateError
+from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.shared._answers import Ended, Refusal, changes_of
 from lab_state.shared._messages import Changes
+from lab_state.shared._open_calls import Outcome
 
 R = TypeVar("R")
+Make = Callable[[Calls], Coroutine[Any, Any, R]]
+
+NOT_READ: Final = object()
+"""The result of `Bodies.read` for a call that is not a read."""
+
+
+class ReadAt(NamedTuple):
+    """The revision of a check.
+
+    Attributes:
+        since: The revision.
+        refused_on: The connection on which a refusal had it; `None` if it is that of the copy. See `OpenCalls.submit`.
+    """
+
+    since: int
+    refused_on: int | None
 
 
 class Sender(Protocol):
     """The port, which sends the changes."""
 
-    async def send_change(self, key: str, since: int, refused_on: int | None, changes: Changes, size: int) -> Ended:
-        """Send changes with a check of one key, and return the end of the call; see `OpenCalls.submit`."""
+    def check_open(self) -> None:
+        """Check that calls can be made. If not, raise the reason."""
         ...
 
-    async def reach(self, revision: int) -> None:
-        """Wait until the copy has a revision."""
+    def spawn(self, work: Coroutine[Any, Any, R], what: str) -> asyncio.Task[R]:
+        """Start a task, and keep a reference to it."""
+        ...
+
+    async def send_change(self, key: str, at: ReadAt, changes: Changes, size: int, made: float) -> Ended:
+        """Send changes with a check of one key, and return the end of the call.
+
+        Args:
+            key: The key.
+            at: The revision at which it was read.
+            changes: The changes.
+            size: A bound of their size, in bytes.
+            made: When the call was made, in seconds of the clock.
+        """
+        ...
+
+    async def see_all(self, made: float) -> None:
+        """Wait until the copy has everything that the owner has changed so far."""
         ...
 
 
@@ -56,99 +89,130 @@ class _BodyCore(CallCore):
 
 
 class _Body(NamedTuple):
-    """A call that waits for its turn."""
+    """A call, and the future of its caller."""
 
     prefix: str
-    make: Callable[[Calls], Coroutine[Any, Any, Any]]
-    may_read: bool
+    make: Make[Any]
+    made: float
     done: asyncio.Future[Any]
 
 
 class _Outcome(NamedTuple):
+    """The result or the error of a call that ran on a draft."""
+
+    body: _Body
     result: Any
     error: Exception | None
 
 
-class Bodies:
-    """The calls of this process whose change depends on one key, by key.
+class _Turn:
+    """The calls for one key: those whose change is under way, and those that wait."""
 
-    Attributes:
-        tasks: The tasks that make them.
-    """
+    __slots__ = ("running", "waiting")
+
+    def __init__(self) -> None:
+        self.running: list[_Body] = []
+        self.waiting: list[_Body] = []
+
+
+class Bodies:
+    """The calls of this process whose change depends on one key, by key."""
 
     def __init__(self, core: Core, durability: Durability, sender: Sender) -> None:
         self._core = core
         self._durability = durability
         self._sender = sender
-        self._waiting: dict[str, list[_Body]] = {}
-        self.tasks: set[asyncio.Task[None]] = set()
+        self._turns: dict[str, _Turn] = {}
 
-    async def run(self, key: str, prefix: str, make: Callable[[Calls], Coroutine[Any, Any, R]], *, may_read: bool) -> R:
+    def read(self, key: str, prefix: str, make: Make[R]) -> R | object:
+        """Run a call that is a read if its key exists. If it is not a read, return `NOT_READ`."""
+        copy = self._durability.state
+        if not copy.has(key):
+            return NOT_READ
+        draft = Draft(copy)
+        result = at_once(make(Calls(_BodyCore(self._core, self._durability, draft), prefix)))
+        return NOT_READ if draft.changes else result  # the key may expire in this moment
+
+    async def run(self, key: str, prefix: str, make: Make[R], made: float) -> R:
         """Run a call, and return its result when its change is durable and in the copy; see `Port.run`."""
         done: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        body = _Body(prefix, make, may_read, done)
-        if (waiting := self._waiting.get(key)) is not None:
-            waiting.append(body)
-        else:
-            self._waiting[key] = [body]
-            task = asyncio.create_task(self._serve(key), name=f"lab_state {self._core.name} update")
-            self.tasks.add(task)  # the event loop keeps no reference
-            task.add_done_callback(self.tasks.discard)
+        turn = self._turns.get(key)
+        is_first = turn is None
+        if turn is None:
+            turn = self._turns[key] = _Turn()
+        turn.waiting.append(_Body(prefix, make, made, done))
+        if is_first:
+            task = self._sender.spawn(self._serve(key, turn), "update")
+            task.add_done_callback(partial(self._served, key, turn))
         return await done
 
-    async def _serve(self, key: str) -> None:
+    async def _serve(self, key: str, turn: _Turn) -> None:
         """Make the changes of one key, until no call for it waits."""
-        try:
-            while bodies := self._waiting[key]:
-                self._waiting[key] = []
-                await self._settle(key, bodies)
-        finally:
-            for body in self._waiting.pop(key):  # if this task was cancelled, with its event loop
-                body.done.cancel()
+        while turn.waiting:
+            turn.running, turn.waiting = turn.waiting, []
+            try:
+                outcomes = await self._made(key, turn.running)
+            except Exception as error:  # noqa: BLE001 -- the callers get it
+                for body in turn.running:
+                    _fail(body.done, copied(error))
+            else:
+                for body, result, problem in outcomes:
+                    if problem is not None:
+                        _fail(body.done, problem)
+                    elif not body.done.done():
+                        body.done.set_result(result)
+            turn.running = []
+        del self._turns[key]
 
-    async def _settle(self, key: str, bodies: list[_Body]) -> None:
-        """Run calls until their change is made, and end them."""
-        try:
-            outcomes = await self._made(key, bodies)
-        except LabStateError as error:
+    def _served(self, key: str, turn: _Turn, _: asyncio.Task[None]) -> None:
+        """End the calls of a turn whose task was cancelled by other code."""
+        if self._turns.get(key) is turn:
+            del self._turns[key]
+        outcome: Outcome
+        for bodies, outcome in ((turn.running, "unknown"), (turn.waiting, "not made")):
             for body in bodies:
-                _fail(body.done, copy_of(error))  # an error that is raised gets the traceback of its caller
-        except BaseException:
-            for body in bodies:
-                body.done.cancel()
-            raise
-        else:
-            for body, outcome in zip(bodies, outcomes, strict=True):
-                if outcome.error is not None:
-                    _fail(body.done, outcome.error)
-                elif not body.done.done():
-                    body.done.set_result(outcome.result)
+                error = UnavailableError(
+                    f"other code has cancelled a task of {self._core.name!r}, which this call needs"
+                )
+                error.outcome = outcome
+                _fail(body.done, error)
 
     async def _made(self, key: str, bodies: list[_Body]) -> list[_Outcome]:
+        """Run calls until the owner has made their change, and return what they returned and raised."""
+        made = min(body.made for body in bodies)
         refusal: Refusal | None = None
         while True:
+            self._sender.check_open()  # after the end, the copy is empty
             copy = self._durability.state
             if refusal is None:
-                base, since, refused_on = copy, copy.revision, None
+                draft, at = Draft(copy), ReadAt(copy.revision, None)
             else:
-                base, since, refused_on = _refused(copy, refusal), refusal.revision, refusal.connection
-            draft = Draft(base)
+                draft, at = Draft(_refused(copy, refusal)), ReadAt(refusal.revision, refusal.connection)
             core = _BodyCore(self._core, self._durability, draft)
-            outcomes = [_run(body, core) for body in bodies]
-            if (
-                refusal is None
-                and not draft.changes
-                and all(body.may_read and outcome.error is None for body, outcome in zip(bodies, outcomes, strict=True))
-            ):
-                return outcomes
+            outcomes = [outcome for body in bodies if (outcome := _run(body, core)) is not None]
+            if not outcomes:
+                return []
+            bodies = [outcome.body for outcome in outcomes]
             changes, size = changes_of(draft.changes, cleared=False)
-            ended = await self._sender.send_change(key, since, refused_on, changes, size)
+            ended = await self._sender.send_change(key, at, changes, size, made)
             if not isinstance(ended, Refusal):
                 return outcomes
             refusal = ended
-            if refusal.values is None:
-                await self._sender.reach(refusal.revision)
+            if refusal.values is None:  # they were too large
+                await self._see_all(made)
                 refusal = None
+
+    async def _see_all(self, made: float) -> None:
+        try:
+            await self._sender.see_all(made)
+        except StorageError as error:
+            if getattr(error, "outcome", None) is not None:
+                raise
+            told = UnavailableError(
+                f"an update of {self._core.name!r} was not made: a change before it failed: {error}"
+            )
+            told.outcome = "not made"
+            raise told from error
 
 
 def _refused(copy: State, refusal: Refusal) -> State:
@@ -162,15 +226,21 @@ def _refused(copy: State, refusal: Refusal) -> State:
     return seen
 
 
-def _run(body: _Body, core: CallCore) -> _Outcome:
-    """Run one call on the draft. A call that raises has changed nothing."""
+def _run(body: _Body, core: CallCore) -> _Outcome | None:
+    """Run one call on the draft. A call that raises has changed nothing.
+
+    If it is interrupted, as by Ctrl-C, its caller gets the interrupt at once, and the result is `None`.
+    """
     try:
-        return _Outcome(at_once(body.make(Calls(core, body.prefix))), None)
+        return _Outcome(body, at_once(body.make(Calls(core, body.prefix))), None)
     except Exception as error:  # noqa: BLE001 -- the caller gets it
-        return _Outcome(None, error)
+        return _Outcome(body, None, error)
+    except BaseException as interrupt:  # noqa: BLE001 -- likewise; here it would end the task that serves all callers
+        _fail(body.done, interrupt)
+        return None
 
 
-def _fail(done: asyncio.Future[Any], error: Exception) -> None:
+def _fail(done: asyncio.Future[Any], error: BaseException) -> None:
     if not done.done():
         done.set_exception(error)
         done.exception()  # marks it as retrieved: a caller that was cancelled will not do that

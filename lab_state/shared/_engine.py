@@ -107,7 +107,7 @@ class _Waiting(NamedTuple):
         kind: Literal["TypeMismatchError", "InvalidValueError"] = (
             "TypeMismatchError" if isinstance(error, TypeMismatchError) else "InvalidValueError"
         )
-        return Raised(self.number, revision, kind, str(error), error.path)
+        return Raised(self.number, revision, kind, error.args[0], error.path)
 
 
 class _LayerCore(CallCore):

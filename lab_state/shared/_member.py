@@ -362,7 +362,7 @@ class Member(Durability):
             "%s: this process has lost its state: every write raises this error; restart it: %s", self._name, error
         )
         self._refuse_from_now_on(error)
-        self.port.close(error)
+        self.port.refuse(error)
 
     def _look_at_calls(self) -> None:
         """Give up calls that have waited too long."""

@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
+from lab_state._arguments import check_key
 from lab_state._core import Core
 from lab_state._durability import Durability
 from lab_state._entries import Readable, Stored, StoredOrGone
 from lab_state._layered import LayeredEntries, Live
 from lab_state._state import State
 from lab_state._transaction import Draft, DraftCore
-from lab_state.exceptions import ClosedError, ConflictError
+from lab_state.exceptions import ClosedError, ConflictError, InvalidKeyError
+from lab_state.shared._checks import MOST_KEYS
+from lab_state.shared._data_calls import can_begin_key
 
 
 class _Noted(Live):
-    """The entries of the copy. Each look at a key is noted."""
+    """The entries of the copy. Each look at a key is noted. A look at all keys is noted as a listing."""
 
     __slots__ = ("_draft",)
 
@@ -39,6 +42,10 @@ class _Noted(Live):
     def items(self) -> Iterable[tuple[str, Stored]]:
         self._draft.note_listing("")
         return super().items()
+
+    def __len__(self) -> int:
+        self._draft.note_listing("")
+        return super().__len__()
 
 
 class OptimisticDraft(Draft):
@@ -68,11 +75,16 @@ class OptimisticDraft(Draft):
         return LayeredEntries({} if self.cleared else Live(self.base), self.changes)
 
     def note_changed(self, keys: Collection[str] | None) -> None:
-        """Note that keys of the base have changed; `None` if all may have changed."""
+        """Note that keys of the base have changed; `None` if all may have changed.
+
+        With more than `MOST_KEYS` of them, all count as changed: the owner would refuse the check anyway.
+        """
         if keys is None or self._stale is None:
             self._stale = None
-        else:
-            self._stale.update(keys)
+            return
+        self._stale.update(keys)
+        if len(self._stale) > MOST_KEYS:
+            self._stale = None
 
     def note_read(self, key: str) -> None:
         """Note that a key is read.
@@ -108,6 +120,15 @@ class OptimisticDraft(Draft):
         if self._stale is None or any(key in self.keys or key.startswith(starts) for key in self._stale):
             raise self.conflict()
 
+    def reads(self) -> tuple[list[str], list[str]]:
+        """Return the keys and the prefixes for the check of the commit.
+
+        Left out are keys under a prefix that is there as well, and texts that cannot be keys. Nothing changes those.
+        """
+        prefixes = [prefix for prefix in self.prefixes if can_begin_key(prefix)]
+        starts = tuple(prefixes)
+        return [key for key in self.keys if not key.startswith(starts) and _is_key(key)], prefixes
+
     def conflict(self) -> ConflictError:
         """Note that something that was read has changed, and return the error."""
         self.has_conflict = True
@@ -129,6 +150,14 @@ class OptimisticDraft(Draft):
         finally:
             if not self.cleared:
                 self.entries = noted
+
+
+def _is_key(text: str) -> bool:
+    try:
+        check_key(text)
+    except InvalidKeyError:
+        return False
+    return True
 
 
 class OptimisticCore(DraftCore):

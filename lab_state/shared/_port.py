@@ -11,49 +11,36 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from copy import copy as copy_of
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from lab_state._calls import Calls
 from lab_state._clock import Clock, done_within
 from lab_state._core import Core
-from lab_state._durability import Durability
-from lab_state._entries import Value
-from lab_state.exceptions import InvalidValueError, LabStateError, UnavailableError
-from lab_state.shared._answers import Ended, Refusal, Settled, changes_of, ended, raw_of, result_of
+from lab_state._durability import Durability, copied
+from lab_state.exceptions import ClosedError, LabStateError, UnavailableError
+from lab_state.shared._answers import Ended, Settled, changes_of, ended, size_of
 from lab_state.shared._arrivals import Arrivals
-from lab_state.shared._bodies import Bodies
+from lab_state.shared._bodies import NOT_READ, Bodies, ReadAt
+from lab_state.shared._data_calls import DataCalls, Make
 from lab_state.shared._frames import MOST_BYTES
-from lab_state.shared._messages import (
-    Answer,
-    Call,
-    Changes,
-    Delete,
-    DeleteAll,
-    DeleteMany,
-    Incr,
-    MakeChanges,
-    Moved,
-    Refused,
-    Set,
-    SetIfAbsent,
-    SetMany,
-    Touch,
-)
-from lab_state.shared._open_calls import NEVER, OpenCall, OpenCalls
+from lab_state.shared._messages import Answer, Changes, MakeChanges, Moved, Refused
+from lab_state.shared._open_calls import NEVER, OpenCall, OpenCalls, Outcome
 from lab_state.shared._optimistic import OptimisticCore
 from lab_state.shared._owner_flusher import OwnerFlusher
 from lab_state.shared._wire import encode_for_owner
 
 R = TypeVar("R")
 
-Make = Callable[[int, int, int], Call]
-"""A function that makes the message of a call from its number, the acknowledgement, and the revision of its check."""
-
 _HEAD_BYTES = 256
 """The most bytes of a message beside its keys and values."""
+
+_LARGEST = 2**63 - 1
+"""The largest number in a message."""
+
+_NO_CHANGES: Final = Changes()
 
 
 class PendingCall(NamedTuple):
@@ -63,16 +50,18 @@ class PendingCall(NamedTuple):
         make: See `Make`.
         keys: The keys of its check.
         made: When it was made, in seconds of the clock.
+        is_empty: Whether it changes nothing, however it ends.
         done: The future of its end.
     """
 
     make: Make
     keys: list[str]
     made: float
+    is_empty: bool
     done: asyncio.Future[Ended]
 
 
-class SharedPort:
+class SharedPort(DataCalls):
     """The port of one manager, from its start to its stop; see `Port`.
 
     Attributes:
@@ -92,74 +81,60 @@ class SharedPort:
         """
         self.client: str = os.urandom(16).hex()
         self.calls: OpenCalls[PendingCall] = OpenCalls()
-        self.arrivals: Arrivals = Arrivals(durability.state, core.name, clock)
         self._core = core
+        self._durability = durability
         self._clock = clock
         self._owner_timeout = owner_timeout
         self._owner: OwnerFlusher[Any] | None = None
         self._send_soon: Callable[[], object] = _nothing
         self._again: list[OpenCall[PendingCall]] = []
-        self._bodies = Bodies(core, durability, self)
-        self._drafts: set[OptimisticCore] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._closed: LabStateError | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin on the running event loop, without callers."""
+        self.arrivals: Arrivals = Arrivals(self._durability.state, self._core.name, self._clock)
+        self._bodies = Bodies(self._core, self._durability, self)
+        self._drafts: set[OptimisticCore] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._idle: asyncio.Future[None] | None = None
+
+    def move(self) -> None:
+        """Move to the running event loop, for a stop, because the event loop of the start is closed.
+
+        The callers have ended with their loop. Their calls stay open.
+        """
+        self.unfollow()
+        self._begin()
+        loop = asyncio.get_running_loop()
+        for call in self.calls.everything():
+            call.call = call.call._replace(done=loop.create_future())
 
     # The calls
-
-    async def set(self, key: str, value: Value, ttl: int | None) -> int:
-        """Store a value, and return the revision."""
-        raw = raw_of(value)
-        settled = await self._made(lambda n, ack, _: Set(n, ack, key, raw, ttl), _size(key, raw))
-        return settled.revision
-
-    async def set_many(self, values: Mapping[str, Value], ttl: int | None) -> int:
-        """Store several values, and return the revision."""
-        raws = {key: raw_of(value) for key, value in values.items()}
-        size = sum(_size(key, raw) for key, raw in raws.items())
-        settled = await self._made(lambda n, ack, _: SetMany(n, ack, raws, ttl), size)
-        return settled.revision
-
-    async def touch(self, key: str, ttl: int | None) -> bool:
-        """Give a key another time to live, and return whether it existed."""
-        return bool(result_of(await self._made(lambda n, ack, _: Touch(n, ack, key, ttl), len(key))))
-
-    async def delete_many(self, keys: Sequence[str]) -> int:
-        """Delete keys, and return how many of them existed."""
-        if len(keys) == 1:
-            return int(bool(result_of(await self._made(lambda n, ack, _: Delete(n, ack, keys[0]), len(keys[0])))))
-        given = list(keys)
-        settled = await self._made(lambda n, ack, _: DeleteMany(n, ack, given), sum(map(len, given)))
-        return cast("int", result_of(settled))
-
-    async def delete_all(self, prefix: str) -> int:
-        """Delete the keys with a prefix, and return their number."""
-        return cast("int", result_of(await self._made(lambda n, ack, _: DeleteAll(n, ack, prefix), len(prefix))))
-
-    async def set_if_absent(self, key: str, value: Value, ttl: int | None) -> bool:
-        """Store a value if the key is missing, and return whether it was stored."""
-        raw = raw_of(value)
-        return bool(result_of(await self._made(lambda n, ack, _: SetIfAbsent(n, ack, key, raw, ttl), _size(key, raw))))
-
-    async def incr(
-        self, key: str, delta: float, default: float, kind: Literal["any", "int", "float"], ttl: int | None
-    ) -> int | float:
-        """Add to a number, and return the new number."""
-        settled = await self._made(lambda n, ack, _: Incr(n, ack, key, delta, default, kind, ttl), len(key))
-        return cast("int | float", result_of(settled))
 
     async def run(
         self, key: str, prefix: str, body: Callable[[Calls], Coroutine[Any, Any, R]], *, may_read: bool = False
     ) -> R:
         """Run a call whose change depends on one key; see `Port.run`."""
-        self._check_open()
+        self.check_open()
+        if may_read and (found := self._bodies.read(key, prefix, body)) is not NOT_READ:
+            return cast("R", found)
         if self._owner is not None:
             return (await self._owner.run(body, prefix))[0]
-        return await self._bodies.run(key, prefix, body, may_read=may_read)
+        return await self._bodies.run(key, prefix, body, self._clock.monotonic())
+
+    async def delete_all(self, prefix: str) -> int:
+        """Delete the keys with a prefix, and return their number."""
+        copy = self._durability.state
+        if self._owner is not None and prefix and copy.is_index_behind:
+            for _ in copy.index_steps():
+                await asyncio.sleep(0)
+        return await super().delete_all(prefix)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[OptimisticCore]:
         """Open a transaction that holds no lock; see `Port.transaction`."""
-        self._check_open()
+        self.check_open()
         shared = OptimisticCore(self._core)
         self._drafts.add(shared)
         try:
@@ -171,39 +146,41 @@ class SharedPort:
 
     async def _commit(self, shared: OptimisticCore) -> int:
         """Commit a transaction, and return its revision."""
+        self.check_open()
         draft = shared.draft
-        _ = shared.durability  # raises if the manager was stopped meanwhile
+        shared.durability.check_loop()  # raises an error if the manager was stopped meanwhile
         draft.check()
-        keys, prefixes, since = list(draft.keys), list(draft.prefixes), draft.read_at
+        (keys, prefixes), since = draft.reads(), draft.read_at
         changes, size = changes_of(draft.changes, cleared=draft.cleared)
         reads = bool(keys or prefixes)
-        if not reads and not draft.changes and not draft.cleared:
+        is_empty = not draft.changes and not draft.cleared
+        if not reads and is_empty:
             return since
         shared.end()  # from here on, other tasks cannot add changes
+        size += sum(map(size_of, keys)) + sum(map(size_of, prefixes))
         made = await self._ended(
             lambda n, ack, at: MakeChanges(n, ack, at, keys, prefixes, changes),
-            size + sum(map(len, keys)) + sum(map(len, prefixes)),
+            size,
             since if reads else None,
             keys=keys,
+            is_empty=is_empty,
         )
-        if isinstance(made, Refusal):
-            raise draft.conflict()
-        return made.revision
+        if isinstance(made, Settled):
+            return made.revision
+        with suppress(LabStateError):  # the next attempt raises it again, if it lasts
+            await self.see_all()  # otherwise the next attempt would meet the same change
+        raise draft.conflict()
 
     async def catch_up(self) -> None:
         """Wait until the copy has everything that was durable at the call."""
-        self._check_open()
+        self.check_open()
         if self._owner is None:
             await self.arrivals.catch_up(self._clock.monotonic())
 
     async def wait_revision(self, revision: int, seconds: float) -> None:
         """Wait until the copy has a revision, for at most `seconds`."""
-        self._check_open()
+        self.check_open()
         await self.arrivals.wait(revision, seconds)
-
-    async def reach(self, revision: int) -> None:
-        """Wait until the copy has a revision that the owner has named."""
-        await self.arrivals.reach(revision)
 
     # Making a call
 
@@ -213,16 +190,21 @@ class SharedPort:
         assert isinstance(made, Settled)  # only a check is refused
         return made
 
-    async def send_change(self, key: str, since: int, refused_on: int | None, changes: Changes, size: int) -> Ended:
-        """Send changes with a check of one key, and return the end of the call."""
+    async def send_change(self, key: str, at: ReadAt, changes: Changes, size: int, made: float) -> Ended:
+        """Send changes with a check of one key, and return the end of the call; see `Sender.send_change`."""
         keys = [key]
         return await self._ended(
-            lambda n, ack, at: MakeChanges(n, ack, at, keys, [], changes),
-            size + len(key),
-            since,
-            refused_on,
-            keys,
+            lambda n, ack, since: MakeChanges(n, ack, since, keys, [], changes),
+            size + size_of(key),
+            *at,
+            keys=keys,
+            made=made,
+            is_empty=not changes.set and not changes.delete,
         )
+
+    async def see_all(self, made: float | None = None) -> None:
+        """Wait until the copy has everything that the owner has changed so far. A call without changes does this."""
+        await self._ended(lambda n, ack, _: MakeChanges(n, ack, 0, [], [], _NO_CHANGES), 0, made=made, is_empty=True)
 
     async def _ended(
         self,
@@ -230,30 +212,33 @@ class SharedPort:
         size: int,
         since: int | None = None,
         refused_on: int | None = None,
+        *,
         keys: list[str] | None = None,
+        made: float | None = None,
+        is_empty: bool = False,
     ) -> Ended:
         """Make a call, and return its end. If the caller is cancelled, the call goes on.
 
         Args:
             make: See `Make`.
-            size: The approximate size of its message, in bytes.
+            size: A bound of the size of its keys and values, in bytes.
             since: The revision of its check; `None` without a check.
             refused_on: See `OpenCalls.submit`.
             keys: The keys of its check.
+            made: When it was made, in seconds of the clock; by default now.
+            is_empty: Whether it changes nothing, however it ends.
         """
-        self._check_open()
-        if size > MOST_BYTES - _HEAD_BYTES:
-            raise InvalidValueError(
-                f"a call with {size} bytes of keys and values is larger than the {MOST_BYTES} that processes of a shared "
-                "state can exchange; split it"
-            )
+        self.check_open()
+        size += _HEAD_BYTES
+        if size > MOST_BYTES:
+            encode_for_owner(make(_LARGEST, _LARGEST, _LARGEST))  # raises an error if it is too large, in each role
         if self._owner is not None:
             if refused_on is not None and refused_on != self.calls.connection:
                 since = NEVER
             return await self._execute(self._owner, make, since, keys or [])
         done: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
-        call = PendingCall(make, keys or [], self._clock.monotonic(), done)
-        self.calls.submit(call, size + _HEAD_BYTES, since, refused_on)
+        call = PendingCall(make, keys or [], self._clock.monotonic() if made is None else made, is_empty, done)
+        self.calls.submit(call, size, since, refused_on)
         self._send_soon()
         return await done
 
@@ -264,9 +249,21 @@ class SharedPort:
             return ended(made, keys, self.calls.connection)
         return Settled(made[1], made[0])
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Check that calls can be made. If not, raise the reason."""
         if self._closed is not None:
-            raise copy_of(self._closed)
+            raise copied(self._closed)
+
+    def spawn(self, work: Coroutine[Any, Any, R], what: str) -> asyncio.Task[R]:
+        """Start a task, and keep a reference to it: the event loop keeps none."""
+        task = asyncio.create_task(work, name=f"lab_state {self._core.name} {what}")
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self._note_end()
 
     # The connection
 
@@ -296,19 +293,9 @@ class SharedPort:
         """Yield the frames of the calls that are to be sent now, in order and in parts."""
         again, self._again = self._again, []
         for call in [*again, *self.calls.number_next()]:
-            yield from self._frame(call)
-
-    def _frame(self, call: OpenCall[PendingCall]) -> Iterable[bytes | memoryview]:
-        if self.calls.find(call.number) is not call:
-            return ()  # it was given up meanwhile
-        try:
-            parts = encode_for_owner(call.call.make(call.number, self.calls.acknowledgement, call.since or 0))
-        except InvalidValueError as error:
-            self.calls.end(call)
-            _fail(call, error)
-            return ()
-        call.sent()
-        return parts
+            if self.calls.find(call.number) is call:  # otherwise it was given up meanwhile
+                call.sent()
+                yield from encode_for_owner(call.call.make(call.number, self.acknowledgement, call.since or 0))
 
     def answers(self, answers: Iterable[Answer]) -> None:
         """End the calls that were answered. The copy has the revisions of the answers."""
@@ -319,25 +306,31 @@ class SharedPort:
             if isinstance(answer, Moved):
                 call.moved()
                 continue
-            self.calls.end(call)
             try:
-                self._finish(call, ended(answer, call.call.keys, self.calls.connection))
+                end = ended(answer, call.call.keys, self.calls.connection)
             except LabStateError as error:
-                _fail(call, error)
+                self._end(call, error)
+            else:
+                self._end(call, end)
         self._send_soon()  # calls that waited for room
 
-    @staticmethod
-    def _finish(call: OpenCall[PendingCall], end: Ended) -> None:
-        if not call.call.done.done():
-            call.call.done.set_result(end)
+    def _end(self, call: OpenCall[PendingCall], end: Ended | BaseException) -> None:
+        """End a call, and give the end to its caller, unless that was cancelled."""
+        self.calls.end(call)
+        done = call.call.done
+        if not done.done():
+            if isinstance(end, BaseException):
+                done.set_exception(end)
+                done.exception()  # marks it as retrieved: a caller that is cancelled right now will not do that
+            else:
+                done.set_result(end)
+        self._note_end()
 
     def forgotten(self) -> None:
         """Take a new id, because the owner has forgotten this client. The calls that were sent have an unknown outcome."""
         for call in self.calls.restart():
-            _fail(
-                call,
-                self._unavailable(call, "the owner of the state has forgotten this process, which was away too long"),
-            )
+            why = "the owner of the state has forgotten this process, which was away too long"
+            self._end(call, self._unavailable(call, why))
         self.client = os.urandom(16).hex()
 
     # The owner
@@ -356,23 +349,20 @@ class SharedPort:
         for call in self.calls.reconnect():
             found = owner.engine.find(self.client, call.number)
             if found is not None:
-                self.calls.end(call)
-                self._finish(call, Settled(found.revision, found.value))
+                self._end(call, Settled(found.revision, found.value))
         for call in list(self.calls.everything()):
+            pending = call.call
+            task = self.spawn(self._execute(owner, pending.make, call.since, pending.keys), "call")
             self.calls.end(call)
-            self._execute_soon(owner, call)
+            task.add_done_callback(partial(self._executed, call))
         self.arrivals.have_all()
 
-    def _execute_soon(self, owner: OwnerFlusher[Any], call: OpenCall[PendingCall]) -> None:
-        task = asyncio.create_task(self._execute_again(owner, call), name=f"lab_state {self._core.name} call")
-        self._tasks.add(task)  # the event loop keeps no reference
-        task.add_done_callback(self._tasks.discard)
-
-    async def _execute_again(self, owner: OwnerFlusher[Any], call: OpenCall[PendingCall]) -> None:
-        try:
-            self._finish(call, await self._execute(owner, call.call.make, call.since, call.call.keys))
-        except LabStateError as error:
-            _fail(call, error)
+    def _executed(self, call: OpenCall[PendingCall], task: asyncio.Task[Ended]) -> None:
+        """Note the end of a call that this process has executed itself, as the next owner."""
+        if task.cancelled():
+            self._end(call, self._unavailable(call, "other code has cancelled the task that waits for it"))
+        else:
+            self._end(call, task.exception() or task.result())
 
     # The copy
 
@@ -392,53 +382,58 @@ class SharedPort:
             why: The reason, for the message.
         """
         now = self._clock.monotonic()
+
+        def is_due(made: float) -> bool:
+            return now >= max(since, made) + self._owner_timeout
+
         for call in list(self.calls.everything()):
-            if now >= max(since, call.call.made) + self._owner_timeout:
-                self.calls.end(call)
-                _fail(call, self._unavailable(call, why))
-        self.arrivals.give_up(now, since, self._owner_timeout, why)
+            if is_due(call.call.made):
+                self._end(call, self._unavailable(call, why))
+        self.arrivals.give_up(is_due, why)
+        self._send_soon()  # calls that waited for room
 
     def _unavailable(self, call: OpenCall[PendingCall], why: str) -> UnavailableError:
-        how = "it was not made" if call.outcome == "not made" else "it was made once, or not at all"
+        outcome: Outcome = "not made" if call.call.is_empty else call.outcome
+        how = "it was not made" if outcome == "not made" else "it was made once, or not at all"
         error = UnavailableError(f"a call of {self._core.name!r} had no answer, because {why}: {how}")
-        error.outcome = call.outcome
+        error.outcome = outcome
         return error
 
     async def finish(self, deadline: float) -> None:
         """Wait until no call waits for an answer, or until the deadline, in seconds of the clock."""
         while not self.is_idle and (left := deadline - self._clock.monotonic()) > 0:
-            unfinished: list[asyncio.Future[Any]] = [call.call.done for call in self.calls.everything()]
-            unfinished += [*self._tasks, *self._bodies.tasks]
-            waiting = asyncio.ensure_future(asyncio.wait(unfinished))
-            await done_within(waiting, self._clock, left)
-            waiting.cancel()
+            if self._idle is None:
+                self._idle = asyncio.get_running_loop().create_future()
+            await done_within(self._idle, self._clock, left)
+
+    def _note_end(self) -> None:
+        if self.is_idle and self._idle is not None:
+            self._idle.set_result(None)
+            self._idle = None
 
     @property
     def is_idle(self) -> bool:
         """Whether no call waits for an answer."""
-        return not len(self.calls) and not self._tasks and not self._bodies.tasks
+        return not len(self.calls) and not self._tasks
+
+    def refuse(self, error: LabStateError) -> None:
+        """End all calls, because this process has lost its state. Later calls raise the error."""
+        self._closed = error
+        for call in list(self.calls.everything()):
+            self._end(call, self._lost(call, error))
+        self.arrivals.close(error)
+
+    def _lost(self, call: OpenCall[PendingCall], error: LabStateError) -> LabStateError:
+        if isinstance(error, ClosedError):
+            return self._unavailable(call, "the manager was stopped")
+        made = "not made" if call.call.is_empty or call.outcome == "not made" else "made once, or not at all"
+        return copied(error, f"the call was {made}")
 
     def close(self, error: LabStateError) -> None:
         """End all calls and transactions, because the manager has stopped. Later calls raise the error."""
-        self._closed = error
-        for call in list(self.calls.everything()):
-            self.calls.end(call)
-            _fail(call, self._unavailable(call, "the manager was stopped"))
-        for shared in list(self._drafts):
+        self.refuse(error)
+        for shared in self._drafts:
             shared.end()
-        self.arrivals.close(error)
-
-
-def _size(key: str, raw: Any) -> int:
-    """Return the approximate size of a key and its value in a message, in bytes."""
-    return len(key) + memoryview(raw).nbytes + 8
-
-
-def _fail(call: OpenCall[PendingCall], error: LabStateError) -> None:
-    done = call.call.done
-    if not done.done():
-        done.set_exception(error)
-        done.exception()  # marks it as retrieved: a caller that was cancelled will not do that
 
 
 def _nothing() -> None: ...
