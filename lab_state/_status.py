@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
 from lab_state._flusher import Flusher
-from lab_state.cache._mirror import MirrorWriter
 
 Phase = Literal["new", "starting", "running", "stopping", "stopped"]
 Role = Literal["owner", "follower"]
@@ -91,7 +90,20 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     lag: float = 0.0
 
 
-def status_of(phase: Phase, flusher: Flusher, mirror: MirrorWriter | None) -> Status:
+class Mirror(Protocol):
+    """The attributes of the writer of a mirror that a status has."""
+
+    @property
+    def up(self) -> bool: ...
+    @property
+    def revision(self) -> int | None: ...
+    @property
+    def last_error(self) -> object | None: ...
+    @property
+    def task_failure(self) -> str | None: ...
+
+
+def status_of(phase: Phase, flusher: Flusher, mirror: Mirror | None) -> Status:
     """Return the status of a manager that was started, and owns its state."""
     shown = flusher.shown
     return Status(
@@ -117,7 +129,7 @@ def status_of(phase: Phase, flusher: Flusher, mirror: MirrorWriter | None) -> St
     )
 
 
-def _mirror_status(mirror: MirrorWriter) -> MirrorStatus:
+def _mirror_status(mirror: Mirror) -> MirrorStatus:
     return MirrorStatus(up=mirror.up, revision=mirror.revision, error=_printable(mirror.last_error))
 
 
