@@ -76,7 +76,7 @@ _REMEDY = (
     "a test client runs it at the start of its block (`with TestClient(app) as client`)"
 )
 _NO_LIFESPAN = f"the application's lifespan does not run: {_REMEDY}"
-_OTHER_WORKER = "if another worker of this server holds the lock, run the server with one worker (see docs/workers.md)"
+_OTHER_WORKER = "if another worker of this server holds the lock, see docs/workers.md"
 
 
 def by_name(served: Iterable[S], kinds: tuple[type[Any], ...] = (Manager, Reader)) -> dict[str, S]:
@@ -190,7 +190,8 @@ def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, b
     """Return the HTTP status and the JSON body of a health response.
 
     The status is 503 if a manager does not run or cannot write, or if a reader is not up. Otherwise
-    it is 200.
+    it is 200. A manager of a shared state cannot write if there was no sign of life of the owner for its
+    `owner_timeout`.
 
     Args:
         served: The managers and readers, by name.
@@ -206,14 +207,14 @@ def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, b
         else:
             status = one.status()
             managers[name] = status
-            problem = _problem(status, bound)
+            problem = _problem(status, bound, one.config.owner_timeout)
         if problem is not None:
             problems.append(f"{name} {problem}")
     body: dict[str, Any] = {"healthy": not problems, "problems": problems, "managers": managers, "readers": readers}
     return 503 if problems else 200, msgspec.json.encode(body)
 
 
-def _problem(status: Status, bound: float) -> str | None:
+def _problem(status: Status, bound: float, owner_timeout: float) -> str | None:
     if status.phase != "running":
         return f"is {status.phase}"
     if status.fenced:
@@ -222,4 +223,6 @@ def _problem(status: Status, bound: float) -> str | None:
         return f"has a background task that ended too early: {status.task_failure}"
     if status.unflushed_age > bound:
         return f"has a change that is {status.unflushed_age:.1f} s old and not durable"
+    if status.lag >= owner_timeout:
+        return f"has had no sign of life of an owner for {status.lag:.1f} s: writes fail, and reads return values as old as that"
     return None

@@ -42,6 +42,26 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ),
     ("lab_state_snapshot_bytes", "Size of the snapshot.", lambda status: status.snapshot_bytes),
     ("lab_state_journal_bytes", "Size of the journal after the snapshot.", lambda status: status.journal_bytes),
+    (
+        "lab_state_is_owner",
+        "1 in the process that owns the state, 0 in its followers; absent while the manager does not run.",
+        lambda status: None if status.role is None else status.role == "owner",
+    ),
+    (
+        "lab_state_owner_pid",
+        "The process id of the owner; absent while there is none.",
+        lambda status: status.owner_pid,
+    ),
+    (
+        "lab_state_followers",
+        "The processes that follow this one; present only in the owner of a shared state.",
+        lambda status: status.followers,
+    ),
+    (
+        "lab_state_lag_seconds",
+        "Seconds since the last sign of life of the owner. Reads may lack what became durable since then.",
+        lambda status: status.lag,
+    ),
 )
 
 

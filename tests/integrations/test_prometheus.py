@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -11,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
-from lab_state import Config, KeyNotFoundError, Manager, MemoryStorage, UnavailableError
+from lab_state import Config, FileStorage, KeyNotFoundError, Manager, MemoryStorage, UnavailableError
 from lab_state.integrations import prometheus
 from lab_state.integrations.prometheus import LabStateCollector
 from lab_state.testing import FaultyStorage, ManualClock
@@ -70,6 +72,19 @@ async def test_what_is_told() -> None:
             (operation, status): value_of(registry, "operations_total", operation=operation, status=status)
             for operation, status in operations
         } == operations
+
+
+async def test_a_shared_state(tmp_path: Path) -> None:
+    """The owner tells the number of its followers. A follower tells who the owner is, and how long it has been silent."""
+    clock, config, storage = ManualClock(), Config("a", shared=True), FileStorage(tmp_path)
+    # The clock of the owner stands still, so the owner gives no sign of life.
+    owner, follower = Manager(config, storage, clock=ManualClock()), Manager(config, storage, clock=clock)
+    names = ("is_owner", "owner_pid", "followers", "lag_seconds")
+    async with owner, follower:
+        clock.advance(2.5)
+        told = [[value_of(scrape(state), name) for name in names] for state in (owner, follower)]
+    assert told == [[1, os.getpid(), 1, 0], [0, os.getpid(), None, 2.5]]
+    assert [value_of(scrape(owner), name) for name in names] == [None, None, None, 0]
 
 
 async def test_the_histogram_of_flushes() -> None:

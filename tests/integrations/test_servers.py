@@ -147,13 +147,12 @@ async def test_a_locked_state_ends_the_server(server: str, tmp_path: Path) -> No
 
 
 async def test_two_workers_are_refused(tmp_path: Path) -> None:
-    """`uvicorn --workers 2` on one state ends, and says what to do instead."""
+    """`uvicorn --workers 2` on a state that is not shared ends, and says what to do instead."""
     async with started("fastapi", tmp_path, "--workers", "2") as process:
         lines = await lines_of(process)
     told = [line for line in lines if "LockedError: " in line]
-    assert all(
-        "if another worker of this server holds the lock, run the server with one worker" in line for line in told
-    )
+    assert all("share it with Config(shared=True) in each of them" in line for line in told)
+    assert all("if another worker of this server holds the lock, see docs/workers.md" in line for line in told)
     assert told
 
 

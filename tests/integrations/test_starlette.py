@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket
 
-from lab_state import Config, FencedError, LockedError, Manager, MemoryStorage, UnavailableError
+from lab_state import Config, FencedError, FileStorage, LockedError, Manager, MemoryStorage, UnavailableError
 from lab_state.integrations.starlette import health, lifespan, manager
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -270,6 +272,29 @@ def test_health_when_a_newer_writer_owns_the_state() -> None:
         assert state.status().fenced
 
 
+async def test_health_of_a_shared_state(tmp_path: Path) -> None:
+    """Health has the role of the process, the pid of the owner, the number of followers, and the lag. A process whose owner is silent is not healthy."""
+    clock, config, storage = ManualClock(), Config("a", shared=True), FileStorage(tmp_path)
+    # The clock of the owner stands still, so the owner gives no sign of life.
+    owner, follower = Manager(config, storage, clock=ManualClock()), Manager(config, storage, clock=clock)
+    async with owner, lifespan(follower)(None) as given:
+        request = Request({"type": "http", "state": dict(given)})
+        told = {"owner": owner.status(), "follower": follower.status()}
+        assert [status.followers for status in told.values()] == [1, None]
+        healthy = await health()(request)
+        clock.advance(9.9)
+        still = await health()(request)
+        clock.advance(0.1)
+        answer = await health()(request)
+    assert (healthy.status_code, still.status_code, answer.status_code) == (200, 200, 503)
+    body = json.loads(bytes(answer.body))
+    assert body["problems"] == [
+        "a has had no sign of life of an owner for 10.0 s: writes fail, and reads return values as old as that"
+    ]
+    shown = {name: body["managers"]["a"][name] for name in ("role", "owner_pid", "followers", "lag")}
+    assert shown == {"role": "follower", "owner_pid": os.getpid(), "followers": None, "lag": 10.0}
+
+
 async def test_health_when_a_manager_does_not_run() -> None:
     """Health is 503 if a manager was stopped, or if the lifespan did not run."""
     state = make("a")
@@ -314,6 +339,6 @@ async def test_a_locked_state_is_named_with_its_remedy() -> None:
     storage = MemoryStorage()
     async with Manager("a", storage):
         with pytest.raises(
-            LockedError, match=r"^'a' is open .*run the server with one worker \(see docs/workers.md\)$"
+            LockedError, match=r"^'a' is open .*if another worker of this server holds the lock, see docs/workers.md$"
         ):
             await lifespan(Manager("a", storage))(None).__aenter__()
