@@ -368,7 +368,7 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedSta
     if member is None:
         _check_foreign(data, entries, path)
         return LoadedState(entries, 0)
-    meta = _check_member(data, member, path, zlib.crc32(data) if crc is None else crc)
+    meta = check_member(data, member, path, zlib.crc32(data) if crc is None else crc)
     _check_times(meta.expires, entries, path)
     results = None
     if meta.calls:
@@ -377,8 +377,13 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedSta
     return LoadedState(entries, meta.revision, meta.expires, meta.time, meta.wall, results)
 
 
-def _check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
-    """Decode the reserved member, and check it against `crc`, the checksum of all bytes."""
+def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
+    """Decode the reserved member of a snapshot, and check it against `crc`, the checksum of all bytes.
+
+    Raises:
+        CorruptionError: The member is damaged, or the checksum is wrong.
+        UnsupportedError: A newer version of lab_state wrote the snapshot.
+    """
     try:
         found = msgspec.json.decode(member, type=_AnyFormat).format
         if found > FORMAT:

@@ -12,7 +12,7 @@ from lab_state._log import Log
 from lab_state._state import State
 from lab_state.config import Config
 from lab_state.exceptions import LockedError
-from lab_state.storage._protocol import Storage, StorageSession
+from lab_state.storage._protocol import Recovery, Storage, StorageSession
 
 _FIRST_PAUSE = 0.05  # in seconds, as the next two
 _LONGEST_PAUSE = 0.5
@@ -61,33 +61,50 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
         CorruptionError: The stored state is damaged.
         UnsupportedError: The stored state has a newer format.
     """
-    snapshot, records, unsettled, dropped, crc = session.recovery
-    if dropped:
+    snapshot, records, _, _, crc = session.recovery
+    warn_of_torn_tail(session, logger)
+    found = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path, crc)
+    state = state_of(replay(found, records, session.path), session.path, clock, logger)
+    tell_loaded(session.recovery, session.path, name, state, logger, clock.monotonic() - began)
+    return state
+
+
+def state_of(found: LoadedState, path: str, clock: Clock, logger: Log) -> State:
+    """Return a decoded state as the state of a manager, whose clock runs from now on."""
+    state = State(clock.monotonic, time_of(found, path, clock, logger), clock.time)
+    state.load(found.entries, found.revision, found.expires)
+    state.results = found.results
+    return state
+
+
+def warn_of_torn_tail(session: StorageSession, logger: Log) -> None:
+    """Log a warning if the end of the journal was not a whole record."""
+    if dropped := session.recovery.dropped_bytes:
         logger.warning(
             "%s: the last %d bytes of its journal are not a whole record, as after a crash during a write; they were dropped",
             session.path,
             dropped,
         )
-    found = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, session.path, crc)
-    found = replay(found, records, session.path)
-    state = State(clock.monotonic, time_of(found, session.path, clock, logger), clock.time)
-    state.load(found.entries, found.revision, found.expires)
-    state.results = found.results
+
+
+def tell_loaded(  # noqa: PLR0917 -- all are needed, and each means something else
+    recovery: Recovery, path: str, name: str, state: State, logger: Log, seconds: float
+) -> None:
+    """Log that a start has loaded its state, how long it took, and how the state ended before."""
+    snapshot, records, unsettled, dropped, _ = recovery
     if records or dropped or unsettled:
         end = f"after an unclean end, {len(records)} records replayed"
     else:
         end = "a new state" if snapshot is None else "after a clean end"
-    seconds = clock.monotonic() - began
     logger.info(
         "%s: loaded %d keys at revision %d from %s in %.3f s: %s",
         name,
-        len(found.entries),
-        found.revision,
-        session.path,
+        len(state.entries),
+        state.revision,
+        path,
         seconds,
         end,
     )
-    return state
 
 
 def time_of(found: LoadedState, path: str, clock: Clock, logger: Log) -> float:

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 import msgspec
 
 from lab_state._flusher import Flusher
+from lab_state._state import State
+from lab_state.exceptions import LabStateError
 
 Phase = Literal["new", "starting", "running", "stopping", "stopped"]
 Role = Literal["owner", "follower"]
@@ -126,6 +128,25 @@ def status_of(phase: Phase, flusher: Flusher, mirror: Mirror | None) -> Status:
         mirror=None if mirror is None else _mirror_status(mirror),
         role="owner" if phase == "running" else None,
         owner_pid=os.getpid() if phase == "running" else None,
+    )
+
+
+def status_of_follower(phase: Phase, copy: State, failure: LabStateError | None, mirror: MirrorStatus | None) -> Status:
+    """Return the status of a process that follows the owner of a shared state.
+
+    Args:
+        phase: The phase of the manager.
+        copy: The copy of this process.
+        failure: The error with which this process has lost its state, if it has.
+        mirror: The status of the mirror, which the owner feeds.
+    """
+    return Status(
+        phase=phase,
+        keys=copy.count(),
+        revision=copy.revision,
+        durable_revision=copy.revision,
+        task_failure=_printable(failure),
+        mirror=mirror,
     )
 
 

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,7 +34,7 @@ from lab_state.cache._protocol import Cache
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LockedError, UnsupportedError
 from lab_state.handles import Scope
-from lab_state.shared._member import Member
+from lab_state.shared._member import Member, Surroundings
 from lab_state.storage._protocol import Storage, StorageSession
 from lab_state.storage.file import FileStorage
 
@@ -60,9 +61,9 @@ class Manager(Scope):
         "_config",
         "_ended",
         "_logger",
-        "_mirror",
         "_mirrored",
         "_on_fenced",
+        "_own_mirror",
         "_phase",
         "_running",
         "_started_at",
@@ -126,7 +127,7 @@ class Manager(Scope):
         self._storage = storage
         self._on_fenced = on_fenced
         self._cache = cache
-        self._mirror: MirrorWriter | None = None
+        self._own_mirror: MirrorWriter | None = None
         self._mirrored = None if cache is None else MirrorCounts()
         if logger is not None:
             check_logger(logger)
@@ -239,26 +240,32 @@ class Manager(Scope):
                 f"a shared state needs a FileStorage, and {storage!r} is none: processes on one machine share the files of a "
                 "directory. Processes on several machines read a mirror; see RedisCache"
             )
-        member = Member(
-            self._core, self._config, storage, self._clock, self._logger, self._times, self._on_fenced, self._new_mirror
+        around = Surroundings(
+            storage,
+            self._clock,
+            self._logger,
+            self._times,
+            self._on_fenced,
+            self._mirror_maker(),
+            self._started_at,
         )
+        member = Member(self._core, self._config, around)
         await member.start()
         self._running = member
 
-    def _new_mirror(self) -> MirrorWriter | None:
-        """Return a writer of the mirror; `None` if the manager has no cache."""
+    def _mirror_maker(self) -> Callable[[], MirrorWriter] | None:
+        """Return a function that returns a writer of the mirror; `None` if the manager has no cache."""
         if self._cache is None or self._mirrored is None:
             return None
-        self._mirror = MirrorWriter(self._config.name, self._cache, self._clock, self._logger, self._mirrored)
-        return self._mirror
+        return partial(MirrorWriter, self._config.name, self._cache, self._clock, self._logger, self._mirrored)
 
     def _run(self, state: State, session: StorageSession) -> None:
         """Start the tasks and timers of a loaded state, and accept calls. If this raises an error, none of them runs."""
         watchers = Watchers(state)
         committed = watchers.committed
-        mirror = self._new_mirror()
-        if mirror is not None:
-            follower = mirror
+        mirror = None
+        if (make_mirror := self._mirror_maker()) is not None:
+            self._own_mirror = mirror = follower = make_mirror()
 
             def committed(taken: ChangeSet) -> bool:
                 try:
@@ -365,7 +372,7 @@ class Manager(Scope):
             try:
                 self._ended = msgspec.structs.replace(self._status_of("stopped", flusher), keys=0)
             finally:
-                self._mirror = None
+                self._own_mirror = None
                 self._running = None
                 flusher.discard_entries()
         self._logger.info(
@@ -391,7 +398,7 @@ class Manager(Scope):
         if self._phase in {"new", "stopped"}:
             return
         flusher, mirror = self._running, self._mirror
-        self._phase, self._running, self._mirror = "stopped", None, None
+        self._phase, self._running, self._own_mirror = "stopped", None, None
         if flusher is not None:
             flusher.disown()
             self._ended = Status(
@@ -430,6 +437,11 @@ class Manager(Scope):
     def _flusher(self) -> Flusher | None:
         """The flusher, if this process owns the state."""
         return self._running.flusher if isinstance(self._running, Member) else self._running
+
+    @property
+    def _mirror(self) -> MirrorWriter | None:
+        """The writer of the mirror, if this process owns the state and has a cache."""
+        return self._running.mirror if isinstance(self._running, Member) else self._own_mirror
 
     def _set_strict(self, *, strict: bool) -> None:
         if isinstance(self._clock, GuardedClock):

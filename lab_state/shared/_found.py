@@ -1,4 +1,4 @@
-"""What a new owner finds in the files, beside its copy. Pure, apart from the log.
+"""What a new owner finds in the files, beside its copy.
 
 A process that has a copy needs only the records after it. They are shown when they are certainly durable: the
 new owner first writes the whole state, with these records, as one frame. Rule 4 of the disk says why.
@@ -7,95 +7,122 @@ new owner first writes the whole state, with these records, as one frame. Rule 4
 from __future__ import annotations
 
 import asyncio
+import math
+import zlib
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from lab_state._clock import Clock
-from lab_state._codec import LoadedState, decode_snapshot, encode_snapshot, replay
+import msgspec
+from msgspec import Raw
+
+from lab_state._arguments import RESERVED
+from lab_state._codec import LoadedState, check_member, decode_snapshot, encode_snapshot, replay
 from lab_state._entries import Layer, StoredOrGone
-from lab_state._log import Log
-from lab_state._opening import time_of
+from lab_state._not_json import NOT_JSON
 from lab_state._state import State
 from lab_state.exceptions import CorruptionError
 from lab_state.shared._frames import BadMessageError
-from lab_state.shared._records import ParsedRecord, parse_record
+from lab_state.shared._records import ParsedRecord, parse_in_turns
 from lab_state.shared._results import ResultTable
 from lab_state.storage._protocol import Recovery
+
+_MEMBER = f'"{RESERVED}":'.encode()
+
+
+class _Span(msgspec.Struct, frozen=True, rename={"start": "from", "end": "to"}):
+    """The revisions of a record. The other members are skipped."""
+
+    start: int
+    end: int
+
+
+_span = msgspec.json.Decoder(_Span).decode
 
 
 class Found(NamedTuple):
     """The state in the files.
 
     Attributes:
-        fresh: The whole state, which replaces the copy; `None` if the copy stays.
+        whole: The whole state, which replaces the copy; `None` if the copy stays.
         tail: The records after the copy.
-        revision: The revision of the state.
     """
 
-    fresh: State | None
+    whole: LoadedState | None
     tail: list[ParsedRecord]
-    revision: int
 
 
-def find(recovery: Recovery, path: str, copy: State | None, clock: Clock, logger: Log) -> Found:
+async def find(recovery: Recovery, path: str, copy: State | None) -> Found:
     """Return what the files have beside a copy.
+
+    Loading the whole state blocks the event loop, as in `start()`. A copy for which the files have all records
+    needs no such load.
 
     Args:
         recovery: The content of the files.
         path: The place of the state, for messages.
-        copy: The copy of this process; `None` if it has none.
-        clock: The clock of the manager.
-        logger: The logger of the manager.
+        copy: The copy of this process; `None` if it has none. It must not change meanwhile.
 
     Raises:
         CorruptionError: The files are damaged, or have less than the copy.
+        UnsupportedError: A newer version of lab_state wrote the files.
     """
-    if copy is not None and recovery.records and (tail := _tail(recovery.records, copy, path)) is not None:
-        return Found(None, tail, max([copy.revision, *(record.end for record in tail)]))
     snapshot, records, _, _, crc = recovery
+    if copy is not None:
+        if records:
+            tail = await _tail(records, copy.revision, path)
+        else:
+            tail = [] if _revision_of(snapshot, path, crc) == copy.revision else None
+        if tail is not None:
+            return Found(None, tail)
     loaded = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, path, crc)
     loaded = replay(loaded, records, path)
-    if copy is not None and loaded.revision <= copy.revision:
-        _check_reaches(loaded.revision, copy, path)
-        return Found(None, [], copy.revision)
-    return Found(_state(loaded, path, clock, logger), [], loaded.revision)
+    if copy is not None:
+        _check_reaches(loaded.revision, copy.revision, path)
+    return Found(loaded, [])
 
 
-def _tail(records: tuple[bytes, ...], copy: State, path: str) -> list[ParsedRecord] | None:
-    """Return the records after the copy; `None` if the first record begins above it."""
-    try:
-        parsed = [parse_record(record) for record in records]
-    except BadMessageError:
-        raise CorruptionError(path, 0, "a record of its journal has a valid checksum, but is not a record") from None
-    if parsed[0].start > copy.revision:
+def _revision_of(snapshot: bytes | None, path: str, crc: int | None) -> int | None:
+    """Return the revision of a snapshot, without decoding its entries; `None` if that is not possible."""
+    if snapshot is None or (start := snapshot.rfind(_MEMBER)) < 0:
         return None
-    _check_reaches(parsed[-1].end, copy, path)
-    tail = [record for record in parsed if record.end > copy.revision]
-    at = copy.revision
-    for record in tail:
-        if record.start > at:
-            raise CorruptionError(
-                path, 0, f"the changes {at + 1} to {record.start} are missing in its journal; restore a copy"
-            )
-        at = record.end
-    return tail
+    member = Raw(snapshot[start + len(_MEMBER) : -1])
+    try:
+        return check_member(snapshot, member, path, zlib.crc32(snapshot) if crc is None else crc).revision
+    except CorruptionError:  # or another program wrote it; decoding it tells
+        return None
 
 
-def _check_reaches(revision: int, copy: State, path: str) -> None:
-    if revision < copy.revision:
+async def _tail(records: tuple[bytes, ...], revision: int, path: str) -> list[ParsedRecord] | None:
+    """Return the records after a revision; `None` if the first record begins above it."""
+    try:
+        _check_reaches(_span(records[-1]).end, revision, path)
+        newer: list[bytes] = []
+        start: float = math.inf  # of the oldest record that was looked at
+        for record in reversed(records):
+            span = _span(record)
+            if newer and span.end < start:
+                raise CorruptionError(
+                    path, 0, f"the changes {span.end + 1} to {start} are missing in its journal; restore a copy"
+                )
+            start = span.start
+            if span.end <= revision:
+                break
+            newer.append(record)
+        if start > revision:
+            return None
+        return [await parse_in_turns(record) for record in reversed(newer)]
+    except (*NOT_JSON, BadMessageError):
+        raise CorruptionError(path, 0, "a record of its journal has a valid checksum, but is not a record") from None
+
+
+def _check_reaches(end: int, revision: int, path: str) -> None:
+    if end < revision:
         raise CorruptionError(
             path,
             0,
-            f"it ends at revision {revision}, but this process has seen revision {copy.revision}, which was durable: the "
-            "files were replaced or lost. Stop all processes, and restore the files",
+            f"it ends at revision {end}, but this process has seen revision {revision}, which was durable: the files "
+            "were replaced or lost. Stop all processes, and restore the files",
         )
-
-
-def _state(loaded: LoadedState, path: str, clock: Clock, logger: Log) -> State:
-    state = State(clock.monotonic, time_of(loaded, path, clock, logger), clock.time)
-    state.load(loaded.entries, loaded.revision, loaded.expires)
-    state.results = loaded.results
-    return state
 
 
 class Settling:

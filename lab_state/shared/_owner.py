@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 from lab_state._clock import Clock, Timer
 from lab_state._entries import ChangeSet
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
-from lab_state._state import State
 from lab_state._sweeper import Sweeper
 from lab_state.cache._mirror import MirrorWriter
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError
 from lab_state.shared._connection import Connection
+from lab_state.shared._copy import SharedCopy
 from lab_state.shared._engine import Engine
 from lab_state.shared._layer import OwnerLayer
 from lab_state.shared._messages import Answer, Call, DeleteAll, Hello, No, Starting, Welcome
@@ -38,98 +40,121 @@ class Owner:
     Attributes:
         server: The connections.
         flusher: The flusher; `None` until the state was loaded.
-        is_settled: Whether everything that was loaded is durable. Before that, processes that connect wait.
+        is_settled: Whether everything that was loaded is durable, and shown. Before that, processes that connect wait.
     """
 
-    def __init__(self, config: Config, claim: Claim, clock: Clock, logger: Log) -> None:
-        """Begin with a state that was claimed and not loaded."""
+    def __init__(self, copy: SharedCopy, config: Config, claim: Claim, clock: Clock, logger: Log) -> None:
+        """Begin with a state that was claimed and not loaded. Each process that connects is told to wait."""
         self.server: Server = Server(self, clock=clock, log=logger)
         self.flusher: OwnerFlusher[Connection] | None = None
         self.is_settled: bool = False
+        self._copy = copy
         self._config = config
         self._claim = claim
         self._clock = clock
         self._logger = logger
-        self._copy: State | None = None
         self._sweeper: Sweeper | None = None
         self._timer: Timer | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._is_closed = False
+        self._socket_failed = False
 
     # The roles of the state
 
     def listen(self) -> None:
-        """Accept connections. Each client is told to wait until the state is settled."""
-        self.server.listen(self._claim.listener)
+        """Accept connections."""
+        # The server has a descriptor of its own, because a thread closes that of the claim.
+        self.server.listen(self._claim.listener.dup())
         self._timer = self._clock.call_later(TICK, self._tick)
 
-    def own(  # noqa: PLR0917 -- all are needed, and each has a type of its own
+    def own(
         self,
-        copy: State,
         session: StorageSession,
-        committed: Callable[[ChangeSet], object],
         times: FlushTimes,
         on_fenced: Callable[[FencedError], object] | None,
-        begun: Callable[[], None],
         mirror: MirrorWriter | None,
+        sweep_now: int,
     ) -> OwnerFlusher[Connection]:
-        """Start the tasks of the owner on a copy, which has everything that was loaded."""
-        self._copy = copy
-        layer = OwnerLayer(copy)
-        engine: Engine[Connection] = Engine(layer, time.monotonic_ns)
+        """Start the tasks of the owner on the copy, which has everything that was loaded. If this raises, none of them runs.
 
-        def landed(taken: ChangeSet) -> bool:
-            committed(taken)
+        Args:
+            session: The session of the storage.
+            times: The object that gets the duration of each commit.
+            on_fenced: A function of the application; see `Manager`.
+            mirror: The writer of the mirror, if there is one.
+            sweep_now: The largest number of expired keys to delete at once.
+        """
+        state = self._copy.state
+        layer = OwnerLayer(state)
+        engine: Engine[Connection] = Engine(layer, time.monotonic_ns)
+        flusher = OwnerFlusher(
+            layer,
+            engine,
+            self,
+            session,
+            self._config,
+            self._clock,
+            self._logger,
+            partial(self._committed, mirror),
+            times,
+            on_fenced,
+        )
+        with ExitStack() as undo:
+            if mirror is not None:
+                mirror.start(flusher)
+                undo.callback(mirror.abort)
+            self._sweeper = Sweeper(state, self._clock, lambda: layer.is_sweeping, flusher.nudge, _nothing, layer=layer)
+            undo.callback(self._sweeper.stop)
+            self.attend(bool(self._copy.watchers))
+            if layer.sweep(sweep_now):
+                flusher.nudge()
+            flusher.start()
+            undo.pop_all()
+        self.flusher = flusher
+        return flusher
+
+    def _committed(self, mirror: MirrorWriter | None, taken: ChangeSet) -> bool:
+        """Tell of a commit. Return whether the changes are still needed."""
+        try:
+            is_kept = self._copy.committed(taken)
+        finally:
             if mirror is not None:
                 mirror.committed(taken)
             if self._sweeper is not None:
                 self._sweeper.resume()
-            return True
-
-        flusher = OwnerFlusher(
-            layer, engine, self, session, self._config, self._clock, self._logger, landed, times, on_fenced
-        )
-        self.flusher = flusher
-        if mirror is not None:
-            mirror.start(flusher)
-        self._sweeper = Sweeper(copy, self._clock, lambda: layer.is_sweeping, flusher.nudge, begun, layer=layer)
-        flusher.start()
-        return flusher
-
-    async def settle(self) -> None:
-        """Wait until everything that was loaded is durable.
-
-        Raises:
-            StorageError: The commit that settles the state failed. It is repeated: call this again.
-        """
-        assert self.flusher is not None
-        await self.flusher.settled()
-        self.is_settled = True
+        return is_kept or mirror is not None
 
     def begin_stop(self) -> None:
         """Begin a planned end: accept no connection, and apply no further call of a client."""
+        assert self.flusher is not None
         self.server.stop_accepting()
-        if self.flusher is not None:
-            self.flusher.engine.is_ending = True
-        if self._sweeper is not None:
-            self._sweeper.stop()
+        self.flusher.engine.is_ending = True
+        self._end_timers()
 
-    async def aclose(self) -> None:
-        """Close the connections at once, and release what was claimed, unless the flusher does it."""
-        self._end_timer()
-        await self.server.aclose(0.0)
+    async def release(self) -> None:
+        """Close the connections at once, and release the claim, unless closing the session does it. A second call does nothing."""
+        self._close()
         await self._claim.release()
-
-    async def abort(self) -> None:
-        """Release everything, because the start has failed. The session is closed already, if the state was loaded."""
-        if self._sweeper is not None:
-            self._sweeper.stop()
-        await self.aclose()
 
     def attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
         """Note that the first watch was opened, or the last one closed."""
         if self._sweeper is not None:
             self._sweeper.attend(watched)
+
+    def move(self) -> None:
+        """Move to the running event loop, because that of the owner is closed. Its connections are lost."""
+        self._close()
+        if self.flusher is not None:
+            self.flusher.move()
+
+    def _close(self) -> None:
+        self._end_timers()
+        self.server.close()
+
+    def _end_timers(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._sweeper is not None:
+            self._sweeper.stop()
 
     # What the flusher tells
 
@@ -143,13 +168,11 @@ class Owner:
 
     def closed(self, error: LabStateError) -> None:  # noqa: ARG002 -- the flusher logs it
         """Close all connections, because there will be no further commit. A second call does nothing."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._run(self.server.aclose(0.0), "close")
+        self._close()
 
     async def finish(self) -> None:
         """Send what the queues hold, and close all connections."""
-        self._end_timer()
+        self._end_timers()
         await self.server.aclose()
         await self._claim.release()
 
@@ -158,24 +181,23 @@ class Owner:
     @property
     def durable_revision(self) -> int:
         """The revision of the last record that was given to the server."""
-        assert self._copy is not None
-        return self._copy.revision
+        return self._copy.state.revision
 
     def greeting(self, hello: Hello) -> Welcome | Starting | No:
         """Answer a hello."""
         holder = self._claim.holder
         if hello.name != self._config.name:
             return No(reason="name", detail=f"this is the state {self._config.name!r}, and not {hello.name!r}")
-        copy, flusher = self._copy, self.flusher
-        if not self.is_settled or copy is None or flusher is None:
+        flusher = self.flusher
+        if not self.is_settled or flusher is None:
             return Starting(host=holder.host, pid=holder.pid)
         lacks = hello.revision is None or flusher.last_records.after(hello.revision) is None
         return Welcome(
             host=holder.host,
             pid=holder.pid,
             known=flusher.engine.admit(hello.client, hello.heard),
-            epoch=copy.epoch - time.monotonic() + self._clock.monotonic(),
-            revision=copy.revision,
+            epoch=self._copy.epoch,
+            revision=self.durable_revision,
             load=lacks,
         )
 
@@ -189,28 +211,23 @@ class Owner:
 
     def call(self, connection: Connection, call: Call) -> None:
         """Execute a call of a client."""
-        copy, flusher = self._copy, self.flusher
-        assert copy is not None
+        flusher = self.flusher
         assert flusher is not None
-        if isinstance(call, DeleteAll) and call.prefix and copy.is_index_behind:
-            self._run(self._delete_later(copy, flusher, connection, call), "delete_all")
+        if isinstance(call, DeleteAll) and call.prefix and self._copy.state.is_index_behind:
+            self._run(self._delete_later(flusher, connection, call), "delete_all")
             return
         if (answer := flusher.call(connection, connection.client, call)) is not None:
             connection.answers([answer])
 
-    async def _delete_later(
-        self, copy: State, flusher: OwnerFlusher[Connection], connection: Connection, call: DeleteAll
-    ) -> None:
-        """Bring the index up to date in steps, and execute the call after that. Its client may send it again meanwhile."""
-        await self.prepare_index(copy)
+    async def _delete_later(self, flusher: OwnerFlusher[Connection], connection: Connection, call: DeleteAll) -> None:
+        """Bring the index of the keys up to date in steps, and execute the call then.
+
+        Calls that came after it may be executed before it. Its caller has not waited for them, so they have no order.
+        """
+        for _ in self._copy.state.index_steps():
+            await asyncio.sleep(0)
         if connection.is_admitted and (answer := flusher.call(connection, connection.client, call)) is not None:
             connection.answers([answer])
-
-    @staticmethod
-    async def prepare_index(copy: State) -> None:
-        """Build the index of the keys of a copy, or bring it up to date, in steps."""
-        for _ in copy.index_steps():
-            await asyncio.sleep(0)
 
     def acknowledge(self, client: str, number: int) -> None:
         """Note the acknowledgement of a client."""
@@ -238,21 +255,33 @@ class Owner:
 
     async def _look_at_socket(self) -> None:
         """Bind a new socket, if the file of the socket was deleted or replaced."""
+        old = self._claim.listener
         try:
             new = await self._claim.rebind_if_gone()
         except StorageError as error:
-            self._logger.error("%s: processes that start now cannot connect: %s", self._config.name, error)  # noqa: TRY400 -- one line
+            await self._cannot_bind(error)
             return
+        if self._socket_failed:
+            self._socket_failed = False
+            self._logger.debug("%s: processes that start now can connect again", self._config.name)
         if new is not None:
-            self._logger.warning("%s: the socket file was gone, and was made again", self._config.name)
-            self.server.listen(new)
+            old.close()
+            self.server.listen(new.dup())
+            self._logger.warning("%s: the socket file was deleted or replaced, and was made again", self._config.name)
 
-    def _end_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    async def _cannot_bind(self, error: StorageError) -> None:
+        """Log the first of several failures. If the lock is lost, let a commit find that out, also if there is no change."""
+        if not self._socket_failed:
+            self._socket_failed = True
+            self._logger.error("%s: processes that start now cannot connect: %s", self._config.name, error)
+        if isinstance(error, FencedError) and self.flusher is not None:
+            with suppress(LabStateError):  # the flusher logs it
+                await self.flusher.confirm_ownership()
 
-    def _run(self, work: Any, what: str) -> None:
+    def _run(self, work: Coroutine[Any, Any, None], what: str) -> None:
         task = asyncio.create_task(work, name=f"lab_state {self._config.name} {what}")
         self._tasks.add(task)  # the event loop keeps no reference
         task.add_done_callback(self._tasks.discard)
+
+
+def _nothing() -> None: ...

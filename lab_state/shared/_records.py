@@ -1,4 +1,4 @@
-"""Records of an owner, and the copies that they change. Pure.
+"""Records of an owner, and the copies that they change.
 
 Each process has a copy: the durable state in its memory. Only records change it. The owner applies a record
 when its commit is durable, and a follower when the record comes. Both use `RecordApplier`, so all copies
@@ -7,9 +7,10 @@ are the same at the same revision, and each watch reports the same changes.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator, Iterable, Iterator
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from msgspec import UNSET
 
@@ -87,6 +88,21 @@ def parse_in_steps(data: bytes | memoryview) -> Generator[None, None, ParsedReco
         changes |= dict.fromkeys(part, DELETED)
         yield
     return _parsed(record, changes)
+
+
+async def parse_in_turns(data: bytes | memoryview) -> ParsedRecord:
+    """Return the contents of a record, as `parse_record` does. The event loop runs after each 500 keys.
+
+    Raises:
+        BadMessageError: The bytes are not a record.
+    """
+    steps = parse_in_steps(data)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return cast("ParsedRecord", stop.value)
+        await asyncio.sleep(0)
 
 
 def _decoded(data: bytes | memoryview) -> Record:

@@ -5,9 +5,7 @@ The section "Election" of `docs/design/shared.md` has the steps, with a reason f
 
 from __future__ import annotations
 
-import asyncio
 import os
-import socket
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -24,7 +22,7 @@ from lab_state.storage._file_start import take_lock
 from lab_state.storage._fs_socket import OwnSocket
 from lab_state.storage._lock import Lock, LockHolder, read_holder, refusal
 from lab_state.storage._protocol import StorageSession
-from lab_state.storage._worker import Threads, Worker
+from lab_state.storage._worker import Threads, Worker, waited
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -108,7 +106,7 @@ class Claim:
         return f"<Claim of {self.path}>"
 
     @property
-    def listener(self) -> socket.socket:
+    def listener(self) -> OwnSocket:
         """The listening socket. It never blocks. `rebind_if_gone` may replace it."""
         return self._listener.socket
 
@@ -131,7 +129,7 @@ class Claim:
         self._is_loaded = True
         return session
 
-    async def rebind_if_gone(self) -> socket.socket | None:
+    async def rebind_if_gone(self) -> OwnSocket | None:
         """Check that the socket file is still there. If it was deleted or replaced, bind a new socket, and return it.
 
         Return `None` if the file is still there, or if the claim was released. The caller accepts
@@ -144,10 +142,16 @@ class Claim:
                 that start now cannot connect. Call again, such as a second later.
         """
         self._lock.check_process()
-        if self._releasing is not None or not await self._run(self._is_gone):
+        if self._has_ended or not await self._run(self._is_gone):
+            return None
+        if self._has_ended:  # meanwhile
             return None
         own = OwnSocket()
         return own if await self._run(self._listener.replace, own) else None
+
+    @property
+    def _has_ended(self) -> bool:
+        return self._releasing is not None
 
     def _is_gone(self) -> bool:
         if not self._listener.is_gone():
@@ -166,11 +170,11 @@ class Claim:
         if self._releasing is None:
             self._releasing = self._thread.submit(_nothing if self._is_loaded else self._lock.release)
             self._thread.shutdown()
-        await asyncio.shield(asyncio.wrap_future(self._releasing))
+        await waited(self._releasing)
 
     async def _run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a function in the thread. It runs to its end, even if the caller is cancelled."""
-        return await asyncio.shield(asyncio.wrap_future(self._thread.submit(function, *args, **kwargs)))
+        return await waited(self._thread.submit(function, *args, **kwargs))
 
 
 class SharedFiles:
@@ -200,13 +204,13 @@ class SharedFiles:
         own, thread = OwnSocket(), Worker(self._threads)
         taking = thread.submit(_take, self._directory, name, protocol, own, create=self._create)
         try:
-            paths, lock, listener = await asyncio.shield(asyncio.wrap_future(taking))
+            paths, lock, listener = await waited(taking)
             return Claim(lock, listener, thread, partial(self._load, name, paths, lock))
         except BaseException:
             # After a cancellation, the thread may still take the lock. Release it before the caller continues.
             giving_up = thread.submit(_give_up, taking, own)
             thread.shutdown()
-            await asyncio.shield(asyncio.wrap_future(giving_up))
+            await waited(giving_up)
             raise
 
     async def holder(self, name: str) -> LockHolder | None:
@@ -244,7 +248,7 @@ class SharedFiles:
         connecting = thread.submit(_connect, self._directory, name, own)
         thread.shutdown()
         try:
-            is_connected = await asyncio.shield(asyncio.wrap_future(connecting))
+            is_connected = await waited(connecting)
         except BaseException:
             # After a cancellation, the thread may still use the socket.
             connecting.add_done_callback(lambda _: own.close())

@@ -63,6 +63,14 @@ class OwnSocket(socket.socket):
         accepted, address = super().accept()
         return OwnSocket(fileno=accepted.detach()), address
 
+    def dup(self) -> OwnSocket:
+        """Return another descriptor of the same socket, which a forked child closes as well.
+
+        Raises:
+            OSError: There are too many open files, or the socket is closed.
+        """
+        return OwnSocket(fileno=os.dup(self.fileno()))
+
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Close this copy. This runs in a forked child. The connection of the parent stays open."""
         self.close()
@@ -134,9 +142,22 @@ def peer_uid(connected: socket.socket) -> int:
     Raises:
         OSError: The socket is closed.
     """
+    return _peer(connected)[1]
+
+
+def peer_pid(connected: socket.socket) -> int:
+    """Return the process that connected or listened; 0 if it is in another container. It may have ended.
+
+    Raises:
+        OSError: The socket is closed.
+    """
+    return _peer(connected)[0]
+
+
+def _peer(connected: socket.socket) -> tuple[int, int]:
     said = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    _, uid, _ = _PEER.unpack(said)
-    return int(uid)
+    pid, uid, _ = _PEER.unpack(said)
+    return int(pid), int(uid)
 
 
 def _check_user(path: str, uid: int | None) -> None:

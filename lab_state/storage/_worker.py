@@ -253,6 +253,19 @@ class Worker(Executor):
         self._threads.hand(self, work)
 
 
+async def waited(future: Future[R]) -> R:
+    """Wait for a call in a thread. If the caller is cancelled, the call goes on, and its error is dropped."""
+    waiting = asyncio.wrap_future(future)
+    waiting.add_done_callback(_retrieve)
+    return await asyncio.shield(waiting)
+
+
+def _retrieve(ended: asyncio.Future[Any]) -> None:
+    """Mark the error of a future as retrieved. Otherwise asyncio logs it if nothing waits for the future."""
+    if not ended.cancelled():
+        ended.exception()
+
+
 def _outcome(function: Callable[..., R], *args: Any, **kwargs: Any) -> tuple[Any, BaseException | None]:
     try:
         return function(*args, **kwargs), None

@@ -48,7 +48,7 @@ from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
 from lab_state.storage._new_journal import NewJournal
 from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
-from lab_state.storage._worker import Threads, Worker
+from lab_state.storage._worker import Threads, Worker, waited
 
 _MOST_OPEN = 64
 """The largest number of journals that stay open, for one storage object. Opening one takes a tenth of the time of a sync."""
@@ -149,14 +149,14 @@ class FileStorage:
         commits, checkpoints = Worker(self._threads), Worker(self._threads)
         opened = commits.submit(opening)
         try:
-            writer, recovery = await asyncio.shield(asyncio.wrap_future(opened))
+            writer, recovery = await waited(opened)
             return FileSession(writer, recovery, commits, checkpoints, self._journals)
         except BaseException:
             # After a cancellation, the thread may still take the lock. Release it before the caller continues.
             giving_up = commits.submit(_give_up, opened)
             commits.shutdown()
             checkpoints.shutdown()
-            await asyncio.shield(asyncio.wrap_future(giving_up))
+            await waited(giving_up)
             raise
 
 
@@ -283,6 +283,7 @@ class FileSession:
         full = await collect(snapshot())
         self._check_open()
         await self._commits.run(self._writer.commit, record, full)
+        self.recovery = self.recovery._replace(unsettled=False)
 
     def rest(self) -> None:
         """Close the journal until the next commit. Any thread may call this."""
@@ -346,7 +347,7 @@ class FileSession:
             self._closing = Future()
             self._closing.set_running_or_notify_cancel()
             self._checkpoints.submit(self._close, self._closing)
-        await asyncio.shield(asyncio.wrap_future(self._closing))
+        await waited(self._closing)
 
     def _close(self, closing: Future[None]) -> None:
         try:

@@ -1,0 +1,119 @@
+"""The copy of one process of a shared state, and the objects that are told of its changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from lab_state import _batch
+from lab_state._bulk import run_in_steps
+from lab_state._clock import Clock
+from lab_state._codec import LoadedState
+from lab_state._core import Core
+from lab_state._durability import Durability
+from lab_state._entries import DELETED, ChangeSet
+from lab_state._state import State
+from lab_state._state._contents import ignore, no_clock
+from lab_state._watch import Watchers
+from lab_state.config import Config
+from lab_state.shared._port import SharedPort
+from lab_state.shared._records import Outcome, ParsedRecord, RecordApplier
+
+_FREED_AT_ONCE = 1000
+"""The number of entries that one step of the event loop frees."""
+
+
+class SharedCopy(Durability):
+    """The copy of one process, from its start to its stop. All of it is durable, so it is a durability of its own.
+
+    Attributes:
+        applier: The object that applies records to the copy.
+        has_state: Whether the copy has a state.
+        watchers: The watches of this start.
+        port: The calls of this process.
+    """
+
+    def __init__(self, core: Core, config: Config, clock: Clock) -> None:
+        """Prepare an empty copy for the running event loop."""
+        copy = State(clock.monotonic, clock.time(), clock.time)
+        super().__init__(config.name, copy, clock, unsettled=False, flush_interval=0)
+        self.applier: RecordApplier = RecordApplier(copy)
+        self.has_state: bool = False
+        self.watchers: Watchers = Watchers(copy)
+        self.port: SharedPort = SharedPort(core, self, clock, config.owner_timeout)
+        copy.free, copy.on_staged = self._free, self._fold
+
+    def load(self, loaded: LoadedState) -> None:
+        """Show a state that was loaded. The clock of the state goes on as it was."""
+        fresh = State(self._clock.monotonic, self._clock.time(), self._clock.time)
+        fresh.load(loaded.entries, loaded.revision, loaded.expires)
+        fresh.epoch, fresh.results = self.state.epoch, loaded.results
+        self.replace(fresh)
+
+    def replace(self, fresh: State) -> None:
+        """Show another state. `fresh` is not used after this. Watches report a `resync`, unless it is the first state."""
+        copy = self.state
+        copy.adopt(fresh)
+        self.durable_revision = copy.revision
+        is_first, self.has_state = not self.has_state, True
+        if is_first:
+            return
+        if copy.on_change is not None:
+            copy.on_change(None, DELETED, copy.revision)
+        self._told(ChangeSet(0, copy.revision, cleared=True, changes={}, since=0.0))
+
+    async def apply_all(self, records: Iterable[ParsedRecord]) -> None:
+        """Apply records that follow the copy, and tell of each. The event loop runs meanwhile."""
+        for record in records:
+            await self.apply_in_turns(record)
+            self.changed(record)
+
+    async def apply_in_turns(self, record: ParsedRecord) -> Outcome:
+        """Apply a record while the event loop runs, and return the outcome. Nothing else may change the copy meanwhile."""
+        await run_in_steps(self.applier.prepare(record), bool)
+        return self.applier.finish()
+
+    def changed(self, record: ParsedRecord) -> None:
+        """Tell watches, transactions and waiting callers that a record was applied."""
+        start, end, cleared, changes, at, wall, _ = record
+        self._told(ChangeSet(start, end, cleared, changes, 0.0, at, wall))
+
+    def committed(self, taken: ChangeSet) -> bool:
+        """Tell of the commit of this process, which is the owner. Return whether a watch keeps the changes."""
+        return self._told(taken)
+
+    def _told(self, taken: ChangeSet) -> bool:
+        self.durable_revision = self.state.revision
+        try:
+            return self.watchers.committed(taken)
+        finally:
+            self.port.shows(None if taken.cleared else taken.changes.keys())
+
+    @property
+    def epoch(self) -> float:
+        """The time of the state, in seconds, when `CLOCK_MONOTONIC` is 0; see `Welcome`."""
+        return self.state.epoch - time.monotonic() + self._clock.monotonic()
+
+    @epoch.setter
+    def epoch(self, epoch: float) -> None:
+        self.state.epoch = epoch + time.monotonic() - self._clock.monotonic()
+
+    def discard_entries(self) -> None:
+        """Free the entries after `stop`."""
+        copy = self.state
+        copy.free, copy.on_staged = ignore, no_clock
+        if isinstance(copy.entries, dict):
+            self._free(copy.entries)
+
+    def _free(self, large: dict[Any, Any], most: int = _FREED_AT_ONCE) -> None:
+        """Free a map in steps; see `Flusher`."""
+        for _ in range(min(len(large), most)):
+            large.popitem()
+        if large:
+            self.loop.call_soon(self._free, large, most)
+
+    def _fold(self) -> None:
+        """Merge a change of many keys into the map of the copy, in steps."""
+        if self.state.fold_staged(_batch.STEP):
+            self.loop.call_soon(self._fold)

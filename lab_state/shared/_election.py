@@ -1,0 +1,134 @@
+"""The election: a process looks for its role in a shared state. It takes the lock, or connects to the holder of the lock.
+
+The section "Election" of `docs/design/shared.md` has the steps, with a reason for each.
+"""
+
+from __future__ import annotations
+
+from lab_state._clock import Clock, sleep
+from lab_state.exceptions import LockedError, StorageError
+from lab_state.shared._messages import PROTOCOL
+from lab_state.storage._claim import Claim, SharedFiles
+from lab_state.storage._fs_socket import OwnSocket
+from lab_state.storage._lock import LockHolder
+
+_SOON, _SOON_FOR = 0.001, 0.1
+"""A process with a copy tries again after the first pause, in seconds, for this time after the end of an owner."""
+
+_LATER = 0.01
+"""The seconds for which a process without a copy leaves the lock to the others, after the end of an owner."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.05
+_BELIEVED_AFTER = 0.5
+"""A lock file that names an owner which cannot be followed is believed if its content is the same for this time, in seconds."""
+
+_BELIEVED_ATTEMPTS = 3
+
+
+class Election:
+    """One search of a process for its role, from its start or the end of its owner.
+
+    Attributes:
+        why: The reason why there is no owner. It names the holder of the lock, if there is one.
+    """
+
+    def __init__(self, files: SharedFiles, name: str, clock: Clock, owner_timeout: float) -> None:
+        """Begin now.
+
+        Args:
+            files: The files of the storage.
+            name: The name of the state.
+            clock: The clock of the manager.
+            owner_timeout: See `Config`.
+        """
+        self.why: str = "no process has taken the state over yet"
+        self._files = files
+        self._name = name
+        self._clock = clock
+        self._owner_timeout = owner_timeout
+        self._since = clock.monotonic()
+        self._pause = 0.0
+        self._doubts = _Doubts(clock)
+
+    def ended(self, *, greeted: bool, has_copy: bool) -> None:
+        """Note that the connection that was found has ended.
+
+        Args:
+            greeted: Whether an owner has answered on it. Then the search begins again.
+            has_copy: Whether this process has a copy.
+        """
+        if greeted:
+            self._since = self._clock.monotonic()
+            self._pause = 0.0 if has_copy else _LATER
+        else:
+            self._wait_longer(has_copy=has_copy)
+
+    async def role(self, *, has_copy: bool) -> Claim | OwnSocket:
+        """Take the lock, or connect to its holder. Try again until one of them works.
+
+        Args:
+            has_copy: Whether this process has a copy. Without one, the search has a limit.
+
+        Raises:
+            LockedError: The holder of the lock does not share the state, or did not answer for `owner_timeout` seconds.
+                This is raised only without a copy.
+            UnsupportedError: The files or the socket cannot be used. Or the holder runs on another machine, which is
+                raised only without a copy.
+            UnavailableError: The files or the socket cannot be used this time.
+        """
+        while True:
+            if self._pause:
+                await sleep(self._clock, self._pause)
+            try:
+                return await self._files.claim(self._name, PROTOCOL)
+            except LockedError as error:
+                locked = error
+            self.why = f"{locked}; no owner answers at the socket of the state"
+            if not has_copy and self._clock.monotonic() - self._since >= self._owner_timeout:
+                raise _placed(LockedError(f"{self.why} for {self._owner_timeout:g} s"), locked)
+            if (connected := await self._files.connect(self._name)) is not None:
+                return connected
+            holder = await self._files.holder(self._name)
+            refusal = None if holder is None else self._files.refusal(self._name, holder)
+            self._doubts.add(None if refusal is None else holder)
+            if refusal is not None and not has_copy and self._doubts.are_over:
+                raise _placed(refusal, locked)
+            self._wait_longer(has_copy=has_copy)
+
+    def _wait_longer(self, *, has_copy: bool) -> None:
+        if has_copy and self._clock.monotonic() - self._since < _SOON_FOR:
+            self._pause = _SOON
+        else:
+            self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE)
+
+
+def _placed(error: StorageError, locked: LockedError) -> StorageError:
+    """Return an error with the place of the state, if it is a `LockedError`."""
+    if isinstance(error, LockedError):
+        error.place = locked.place
+    return error
+
+
+class _Doubts:
+    """Lock files that name an owner which cannot be followed. Such a file may be that of an earlier holder."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._seen: LockHolder | None = None
+        self._since = 0.0
+        self._times = 0
+
+    def add(self, seen: LockHolder | None) -> None:
+        """Note what an attempt has found; `None` if the file names an owner that can be followed."""
+        if seen is None or seen != self._seen:
+            self._seen, self._since, self._times = seen, self._clock.monotonic(), 0
+        self._times += 1
+
+    @property
+    def are_over(self) -> bool:
+        """Whether the same was found often enough, and for long enough, to be believed."""
+        return (
+            self._seen is not None
+            and self._times >= _BELIEVED_ATTEMPTS
+            and self._clock.monotonic() - self._since >= _BELIEVED_AFTER
+        )
