@@ -1,0 +1,220 @@
+"""One end of a connection between two processes of a shared state: frames over a socket.
+
+There is no task for a connection: the event loop calls a function when bytes have arrived, or when
+the socket takes bytes again. All messages of one step of the event loop are sent together, by one
+system call after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import TypeAlias
+
+from lab_state._clock import Clock
+from lab_state.shared._frames import BadMessageError, Frames, ReceivedFrame
+from lab_state.shared._queue import SendQueue
+
+Handle: TypeAlias = Callable[[ReceivedFrame], Awaitable[None] | None]
+"""The call that handles a frame. If it returns an awaitable, nothing else is handled until this is done."""
+
+Ended: TypeAlias = Callable[[BadMessageError | None], object]
+"""The call at the end of a connection, with the fault of the other end if there is one."""
+
+
+class Channel:
+    """One end of a connection.
+
+    Attributes:
+        is_open: Whether frames are sent and handled.
+        kind: The kind of the last frame that was handled; empty if the bytes after it were no frame.
+        received_at: The time of the clock, in seconds, at which bytes were received last.
+    """
+
+    __slots__ = (
+        "_ended",
+        "_frames",
+        "_handle",
+        "_is_closed",
+        "_is_scheduled",
+        "_is_writing",
+        "_loop",
+        "_monotonic",
+        "_most_received",
+        "_queue",
+        "_socket",
+        "_waiting",
+        "is_open",
+        "kind",
+        "received_at",
+    )
+
+    def __init__(
+        self,
+        connected: socket.socket,
+        kinds: frozenset[bytes],
+        handle: Handle,
+        ended: Ended,
+        *,
+        clock: Clock,
+        most_received: int,
+        most_waiting: int | None,
+    ) -> None:
+        """Take over a connected socket that does not block, and begin to receive.
+
+        Args:
+            connected: The socket. It is closed with the channel.
+            kinds: The kinds of frames that may be received.
+            handle: The call that handles a frame. A `BadMessageError` from it is a fault of the other end.
+            ended: The call that is made once, when the channel is closed, whatever closed it.
+            clock: The clock for `received_at`.
+            most_received: The number of bytes that are received and handled in one step of the event loop.
+            most_waiting: The number of bytes that may wait to be sent; `None` for any number.
+        """
+        self.is_open: bool = True
+        self.kind: bytes = b""
+        self._monotonic = clock.monotonic
+        self.received_at: float = self._monotonic()
+        self._socket = connected
+        self._frames = Frames(kinds)
+        self._handle = handle
+        self._ended = ended
+        self._most_received = most_received
+        self._queue = SendQueue(most_waiting)
+        self._is_closed = self._is_scheduled = self._is_writing = False
+        self._waiting: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(connected, self._receive)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether bytes have arrived that were not received yet, or the other end has closed."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # `_receive` is about to find it
+        return True
+
+    def send(self, parts: Iterable[bytes | memoryview]) -> bool:
+        """Send a message after this step of the event loop. On a closed channel do nothing.
+
+        Return False if too many bytes wait: then the message is not sent.
+        """
+        if not self.is_open:
+            return True
+        if not self._queue.put(parts):
+            return False
+        if not self._is_scheduled and not self._is_writing:
+            self._is_scheduled = True
+            self._loop.call_soon(self.flush)
+        return True
+
+    def flush(self) -> None:
+        """Send now what waits. What the socket does not take is sent later."""
+        self._is_scheduled = False
+        if not self._is_writing and not self._is_closed:
+            self._write()
+
+    def finish(self) -> None:
+        """Handle nothing from now on, and close the channel when everything is sent. A second call does nothing."""
+        self.is_open = False
+        self.flush()
+
+    def close(self) -> None:
+        """Close the channel at once, and call `ended`. A second call does nothing."""
+        self._close(None)
+
+    def _close(self, problem: BadMessageError | None) -> None:
+        if self._is_closed:
+            return
+        self._is_closed, self.is_open = True, False
+        self._queue.clear()
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and waiting is not asyncio.current_task():
+            waiting.cancel()
+        self._ended(problem)
+
+    def _receive(self) -> None:
+        try:
+            data = self._socket.recv(self._most_received)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # the other end has closed before it read everything
+        if not data:
+            self._close(None)
+        elif self.is_open:
+            self.received_at = self._monotonic()
+            self._handle_all(iter(self._frames.feed(data)))
+
+    def _handle_all(self, frames: Iterator[ReceivedFrame]) -> None:
+        try:
+            self._handle_each(frames)
+        except BadMessageError as problem:
+            self._close(problem)
+        except BaseException:
+            self._close(None)
+            raise  # the event loop reports it
+
+    def _handle_each(self, frames: Iterator[ReceivedFrame]) -> None:
+        for frame in frames:
+            self.kind = frame.kind
+            waits = self._handle(frame)
+            if not self.is_open:
+                return
+            if waits is not None:
+                self._loop.remove_reader(self._socket)
+                self._waiting = self._loop.create_task(self._wait(waits, frames))
+                return
+        if self._frames.problem is not None:
+            self.kind = b""
+            raise self._frames.problem
+
+    async def _wait(self, waits: Awaitable[None], frames: Iterator[ReceivedFrame]) -> None:
+        """Wait until a frame has been handled, and then handle the frames that came with it."""
+        try:
+            await waits
+        except BadMessageError as problem:
+            self._close(problem)
+        except BaseException:
+            self._close(None)
+            raise
+        if self.is_open:
+            self._waiting = None
+            self._loop.add_reader(self._socket, self._receive)
+            self._handle_all(frames)
+
+    def _write(self) -> None:
+        if self._queue:
+            self._send_piece()
+        if not self._queue:
+            if self._is_writing:
+                self._is_writing = False
+                self._loop.remove_writer(self._socket)
+            if not self.is_open:
+                self._close(None)
+        elif not self._is_writing:
+            self._is_writing = True
+            self._loop.add_writer(self._socket, self._write)
+
+    def _send_piece(self) -> None:
+        try:
+            size = self._socket.send(self._queue.next_piece())
+        except BlockingIOError:
+            return
+        except OSError:
+            # The other end has closed. What it sent before that is still received.
+            self._queue.clear()
+        else:
+            self._queue.sent(size)
+
+
+def fault_of(channel: Channel, problem: BadMessageError) -> str:
+    """Return a text for the log: the fault of the other end. It has no key and no value."""
+    return f"bad message{' of kind ' * bool(channel.kind)}{channel.kind.decode()}: {problem}"

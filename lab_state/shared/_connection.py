@@ -1,0 +1,257 @@
+"""The owner's end of one connection: a hello, then calls, and the records and answers to one client.
+
+A connection knows the order of messages and the bounds. An `OwnerSide` decides about clients and calls.
+All of its methods are synchronous. So a record, and the answers that it settles, are put into the
+queue in one step, and are sent together.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+from lab_state._clock import Clock
+from lab_state._log import Log
+from lab_state.exceptions import InvalidValueError
+from lab_state.shared._channel import Channel, fault_of
+from lab_state.shared._frames import CALL, FROM_CLIENT, BadMessageError, ReceivedFrame
+from lab_state.shared._messages import (
+    Answer,
+    Answers,
+    Bye,
+    Call,
+    FromClient,
+    FromOwner,
+    Hello,
+    Life,
+    No,
+    Question,
+    RecordMessage,
+    Reply,
+    Starting,
+    Welcome,
+)
+from lab_state.shared._order import ClientOrder
+from lab_state.shared._queue import MOST_WAITING
+from lab_state.shared._wire import OtherVersionError, decode_from_client, encode_for_client
+
+_PATIENCE = 5.0
+"""The time in seconds in which a client must send its hello, or must read the last message of the owner."""
+
+_MOST_RECEIVED = 16 * 1024
+"""How many bytes of calls are applied in one step of the event loop. The calls of 25 tasks have a few thousand."""
+
+
+class OwnerSide(Protocol):
+    """The owner, as its connections see it. Each method is called on the event loop, and may close connections."""
+
+    @property
+    def durable_revision(self) -> int:
+        """The revision of the last record that was given to the connections, or that the owner began with."""
+        ...
+
+    def greeting(self, hello: Hello) -> Welcome | Starting | No:
+        """Answer a hello. After `Starting`, this is called again each second, and by `Server.greet_waiting`."""
+        ...
+
+    def admit(self, connection: Connection, hello: Hello) -> int:
+        """Accept a known client, behind the welcome. Give the connection the records that the client lacks.
+
+        Return the acknowledgement of the client's earlier connections; 0 if there was none.
+        """
+        ...
+
+    def call(self, connection: Connection, call: Call) -> None:
+        """Apply a call, and note its acknowledgement. Its number and its acknowledgement are in order."""
+        ...
+
+    def acknowledge(self, client: str, number: int) -> None:
+        """Note the acknowledgement of a message that is not a call."""
+        ...
+
+    def farewell(self, client: str) -> None:
+        """Forget a client. The connection sends the confirmation."""
+        ...
+
+    def left(self, connection: Connection) -> None:
+        """Drop the answers that wait for a connection. This is called once for each admitted connection, when it ends."""
+        ...
+
+
+class Connection:
+    """One connection of a client.
+
+    Attributes:
+        client: The id of the client; empty before the hello.
+        is_admitted: Whether the client is admitted and has not left. It gets records and answers.
+    """
+
+    def __init__(
+        self,
+        owner: OwnerSide,
+        connected: socket.socket,
+        pid: int,
+        *,
+        by_client: dict[str, Connection],
+        ended: Callable[[Connection], object],
+        clock: Clock,
+        log: Log,
+        monotonic_ns: Callable[[], int],
+    ) -> None:
+        """Take over a connected socket that does not block, and wait for the hello.
+
+        Args:
+            owner: The owner's side.
+            connected: The socket. It is closed with the connection.
+            pid: The process at the other end.
+            by_client: The connection of each client that sent a hello. It is kept up to date here.
+            ended: The call that is made once, when the connection has ended.
+            clock: The clock for the patience with a client.
+            log: The log.
+            monotonic_ns: The source of the time in each message.
+        """
+        self.client: str = ""
+        self.is_admitted: bool = False
+        self._owner = owner
+        self._pid = pid
+        self._by_client = by_client
+        self._has_ended = ended
+        self._clock = clock
+        self._log = log
+        self._time = monotonic_ns
+        self._hello: Hello | None = None
+        self._order = ClientOrder()
+        self._until = clock.monotonic() + _PATIENCE
+        self._channel = Channel(
+            connected,
+            FROM_CLIENT,
+            self._handle,
+            self._end,
+            clock=clock,
+            most_received=_MOST_RECEIVED,
+            most_waiting=MOST_WAITING,
+        )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether messages are handled and sent."""
+        return self._channel.is_open
+
+    def record(self, data: bytes) -> None:
+        """Send a record. If the client cannot take it, close the connection: the client loads it from the files."""
+        self._send(RecordMessage(memoryview(data)))
+
+    def answers(self, answers: Sequence[Answer]) -> None:
+        """Send answers in one message. On a closed connection do nothing: the client sends its calls again."""
+        self._send(Answers(answers))
+
+    def send_parts(self, parts: list[bytes]) -> None:
+        """Send a message that was encoded for all clients. If too many bytes wait, close the connection."""
+        if not self._channel.send(parts):
+            self._cut_off(f"it reads too slowly: more than {MOST_WAITING} bytes wait for it")
+
+    def tick(self, now: float) -> None:
+        """Do what is due each second: a sign of life, another greeting, the end of the patience."""
+        if self.is_admitted:
+            self._send(Life(self._owner.durable_revision))
+        elif now >= self._until:
+            if self.is_open:
+                self._log.warning(f"closed the connection of process {self._pid}: it sent no hello in {_PATIENCE:g} s")
+            self.close()
+        else:
+            self.greet()
+
+    def greet(self) -> None:
+        """Answer the hello, if it came and the client is not admitted yet."""
+        hello = self._hello
+        if hello is None or self.is_admitted or not self.is_open:
+            return
+        answer = self._owner.greeting(hello)
+        self._send(answer)
+        if isinstance(answer, Starting):
+            return
+        if isinstance(answer, Welcome) and answer.known:
+            self.is_admitted = True
+            self._order.resume(self._owner.admit(self, hello))
+            return
+        if isinstance(answer, No):
+            self._log.warning(f"refused the process {self._pid}: {answer.detail}")
+        self.finish()
+
+    def finish(self) -> None:
+        """Close the connection when everything that waits is sent. Nothing is handled from now on."""
+        self._until = self._clock.monotonic() + _PATIENCE
+        self._leave()
+        self._channel.finish()
+
+    def close(self) -> None:
+        """Close the connection at once. A second call does nothing."""
+        self._leave()
+        self._channel.close()
+
+    def _leave(self) -> None:
+        if self._by_client.get(self.client) is self:
+            del self._by_client[self.client]
+        if self.is_admitted:
+            self.is_admitted = False
+            self._owner.left(self)
+
+    def _cut_off(self, why: str) -> None:
+        self._log.warning(f"closed the connection of process {self._pid}: {why}")
+        self.close()
+
+    def _send(self, message: FromOwner) -> None:
+        try:
+            parts = encode_for_client(self._time(), message)
+        except InvalidValueError as problem:
+            self._cut_off(str(problem))
+        else:
+            self.send_parts(parts)
+
+    def _handle(self, frame: ReceivedFrame) -> None:
+        try:
+            message = decode_from_client(frame)
+        except OtherVersionError as problem:
+            self._log.warning(f"refused the process {self._pid}: {problem}")
+            self._send(No(reason="protocol", detail=str(problem)))
+            self.finish()
+            return
+        self._order.check(message)
+        if frame.kind == CALL and self.is_admitted:
+            self._owner.call(self, cast("Call", message))
+        else:
+            self._handle_other(message)
+
+    def _handle_other(self, message: FromClient) -> None:
+        if isinstance(message, Hello):
+            self._receive_hello(message)
+        elif not self.is_admitted:
+            if not isinstance(message, Life):
+                raise BadMessageError("a message before the welcome")
+        elif isinstance(message, Question):
+            self._send(Reply(message.token, self._owner.durable_revision))
+        elif isinstance(message, Life):
+            self._owner.acknowledge(self.client, message.number)
+        else:
+            assert isinstance(message, Bye)
+            self._owner.acknowledge(self.client, message.number)
+            self._owner.farewell(self.client)
+            self._send(Bye(0))
+            self.finish()
+
+    def _receive_hello(self, hello: Hello) -> None:
+        if (other := self._by_client.get(hello.client)) is not None:
+            other.close()  # first: nothing that came on it is applied from now on
+        self._until = math.inf
+        self._hello = hello
+        self.client = hello.client
+        self._by_client[hello.client] = self
+        self.greet()
+
+    def _end(self, problem: BadMessageError | None) -> None:
+        if problem is not None:
+            self._log.warning(f"closed the connection of process {self._pid}: {fault_of(self._channel, problem)}")
+        self._leave()
+        self._has_ended(self)

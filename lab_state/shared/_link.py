@@ -1,0 +1,240 @@
+"""A client's end of its connection to the owner: a hello, then calls, and the records and answers that come back.
+
+The link knows the order of messages. The copy and the open calls belong to a `ClientSide`. All of its
+methods are synchronous, except that a large record may be applied in steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Protocol
+
+from lab_state._clock import Clock, Timer
+from lab_state._log import Log
+from lab_state.shared._channel import Channel, fault_of
+from lab_state.shared._frames import FROM_OWNER, BadMessageError, ReceivedFrame
+from lab_state.shared._messages import (
+    Answer,
+    Answers,
+    Bye,
+    FromOwner,
+    Hello,
+    Life,
+    No,
+    Question,
+    RecordMessage,
+    Reply,
+    Starting,
+    Welcome,
+)
+from lab_state.shared._order import OwnerOrder
+from lab_state.shared._wire import decode_from_owner, encode_for_owner
+
+LIFE = 1.0
+"""The time in seconds between two signs of life."""
+
+_MOST_RECEIVED = 64 * 1024
+"""How many bytes of records and answers are handled in one step of the event loop."""
+
+
+class ClientSide(Protocol):
+    """The client, as its link sees it. Each method is called on the event loop, and may close the link."""
+
+    @property
+    def acknowledgement(self) -> int:
+        """The number up to which the client needs no more answers."""
+        ...
+
+    def calls_to_send(self) -> Iterable[bytes | memoryview]:
+        """Return the frames of the calls that are to be sent now, in order and in parts.
+
+        This is called behind a welcome that knows the client, and after each `Link.send_soon`.
+        """
+        ...
+
+    def starting(self, starting: Starting) -> None:
+        """Note that the owner loads its state. The link waits on."""
+        ...
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """Note the welcome. If it knows the client, the open calls are sent again behind it."""
+        ...
+
+    def refused(self, no: No) -> None:
+        """Note that the owner does not admit this process. `ended` follows."""
+        ...
+
+    def record(self, record: memoryview) -> Awaitable[None] | None:
+        """Apply a record, or keep it. If this returns an awaitable, the next message is handled after it.
+
+        Raises:
+            BadMessageError: It is not a record, or it starts above the copy. The link ends.
+        """
+        ...
+
+    def answers(self, answers: Sequence[Answer]) -> None:
+        """End the calls that were answered. All records up to the revisions of the answers have come."""
+        ...
+
+    def revision(self, durable: int) -> None:
+        """Note the durable revision of a sign of life."""
+        ...
+
+    def reply(self, token: int, revision: int) -> None:
+        """Note the answer to `Link.ask`. All records up to the revision have come."""
+        ...
+
+    def farewell_confirmed(self) -> None:
+        """Note that the owner has forgotten this client. `ended` follows."""
+        ...
+
+    def ended(self, problem: BadMessageError | None) -> None:
+        """Note the end of the connection: the fault of the owner, or `None` if the owner closed it.
+
+        This is called once, after all other calls. It is not called after `Link.close`.
+        """
+        ...
+
+
+class Link:
+    """A connection to the owner.
+
+    Attributes:
+        heard: The owner's time in the last message, in nanoseconds; `None` before the first.
+        is_greeted: Whether an owner has answered the hello. Another program could have answered before that.
+        is_admitted: Whether calls can be sent: from a welcome that knows the client to the farewell, or to the end.
+    """
+
+    def __init__(self, side: ClientSide, *, clock: Clock, log: Log) -> None:
+        """Prepare a link. `clock` measures silence, and the time between signs of life."""
+        self.heard: int | None = None
+        self.is_greeted: bool = False
+        self.is_admitted: bool = False
+        self._side = side
+        self._clock = clock
+        self._log = log
+        self._order = OwnerOrder()
+        self._channel: Channel | None = None
+        self._timer: Timer | None = None
+        self._is_asked_soon = False
+        self._is_closed = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether messages are sent and handled."""
+        return self._channel is not None and self._channel.is_open
+
+    def open(self, connected: socket.socket, hello: Hello) -> None:
+        """Send the hello over a connected socket, and begin to receive. This does not wait for an answer.
+
+        The socket belongs to the link from now on. A link is opened once.
+        """
+        self._channel = Channel(
+            connected,
+            FROM_OWNER,
+            self._handle,
+            self._end,
+            clock=self._clock,
+            most_received=_MOST_RECEIVED,
+            most_waiting=None,  # the window of open calls is the bound
+        )
+        self._channel.send(encode_for_owner(hello))
+        self._timer = self._clock.call_later(LIFE, self._tick)
+
+    def send_soon(self) -> None:
+        """Ask for the calls to send, once at the end of this step of the event loop. So the calls of many tasks leave together.
+
+        Before the welcome, and after the end, do nothing.
+        """
+        if self.is_admitted and not self._is_asked_soon:
+            self._is_asked_soon = True
+            asyncio.get_running_loop().call_soon(self._send_calls)
+
+    def ask(self, token: int) -> None:
+        """Ask for the durable revision. `ClientSide.reply` gets it."""
+        self._send(Question(token))
+
+    def say_farewell(self) -> None:
+        """Tell the owner that this client stops. Nothing may be sent after it."""
+        self._send(Bye(self._side.acknowledgement))
+        self.is_admitted = False
+
+    def silent_for(self) -> float:
+        """Return the seconds since anything was received. The result is 0 if something has arrived that was not read yet.
+
+        So an event loop that was blocked does not take its own silence for that of the owner.
+        """
+        if self._channel is None or self._channel.has_unread:
+            return 0.0
+        return self._clock.monotonic() - self._channel.received_at
+
+    def close(self) -> None:
+        """Close the connection at once. The client's side is not called from now on. A second call does nothing."""
+        self._is_closed = True
+        self._stop()
+        if self._channel is not None:
+            self._channel.close()
+
+    def _stop(self) -> None:
+        self.is_admitted = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _send(self, message: Question | Bye | Life) -> None:
+        if self.is_admitted and self._channel is not None:
+            self._channel.send(encode_for_owner(message))
+
+    def _send_calls(self) -> None:
+        self._is_asked_soon = False
+        if self.is_admitted and self._channel is not None:
+            self._channel.send(self._side.calls_to_send())
+            self._channel.flush()  # at once: this runs at the end of the step
+
+    def _tick(self) -> None:
+        self._timer = self._clock.call_later(LIFE, self._tick)
+        self._send(Life(self._side.acknowledgement))
+
+    def _handle(self, frame: ReceivedFrame) -> Awaitable[None] | None:
+        time, message = decode_from_owner(frame)
+        self._order.check(time, message)
+        self.heard = time
+        if isinstance(message, RecordMessage):
+            return self._side.record(message.record)
+        if isinstance(message, Answers):
+            self._side.answers(message.answers)
+        else:
+            self._handle_other(message)
+        return None
+
+    def _handle_other(self, message: FromOwner) -> None:
+        if isinstance(message, Life):
+            self._side.revision(message.number)
+        elif isinstance(message, Reply):
+            self._side.reply(message.token, message.revision)
+        elif isinstance(message, Bye):
+            self._side.farewell_confirmed()
+        else:
+            self.is_greeted = True
+            if isinstance(message, Starting):
+                self._side.starting(message)
+            elif isinstance(message, Welcome):
+                self._receive_welcome(message)
+            else:
+                assert isinstance(message, No)
+                self._side.refused(message)
+
+    def _receive_welcome(self, welcome: Welcome) -> None:
+        self.is_admitted = welcome.known
+        self._side.welcomed(welcome)
+        self.send_soon()
+
+    def _end(self, problem: BadMessageError | None) -> None:
+        self._stop()
+        if self._is_closed:
+            return
+        if problem is not None and self._channel is not None:
+            self._log.warning(f"closed the connection to the owner: {fault_of(self._channel, problem)}")
+        self._side.ended(problem)

@@ -1,0 +1,86 @@
+"""The bytes that wait to be sent on one connection. Pure.
+
+Small parts are joined, so that many messages take one call of the system. A large part is sent as it
+is: a record of many megabytes is not copied, and the queues of all followers share it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+MOST_WAITING = 64 * 1024 * 1024
+"""The bound of a queue, in bytes. One larger message may wait besides."""
+
+_SMALL = 64 * 1024
+_JOINED = 256 * 1024
+
+
+class SendQueue:
+    """Parts of messages in the order in which they are sent."""
+
+    __slots__ = ("_added", "_large", "_large_end", "_most", "_parts", "_sent")
+
+    def __init__(self, most: int | None) -> None:
+        """Set the bound in bytes. `None` sets no bound: then the sender has one of its own."""
+        self._most = most
+        self._parts: deque[bytes | memoryview] = deque()
+        self._added = self._sent = 0
+        self._large = self._large_end = 0  # the size of the last large message, and the value of `_sent` at its end
+
+    def __bool__(self) -> bool:
+        """Return whether anything waits to be sent."""
+        return bool(self._parts)
+
+    @property
+    def waiting(self) -> int:
+        """The number of bytes that wait to be sent."""
+        return self._added - self._sent
+
+    def put(self, parts: Iterable[bytes | memoryview]) -> bool:
+        """Append a message. Return False if the queue is full: then nothing is appended.
+
+        A message that is larger than the bound does not count, but only one of them may wait.
+        """
+        parts = tuple(parts)
+        size = sum(map(len, parts))
+        if self._most is not None and not self._has_room(size, self._most):
+            return False
+        self._parts += parts
+        self._added += size
+        return True
+
+    def _has_room(self, size: int, most: int) -> bool:
+        has_large = self._sent < self._large_end
+        if size <= most:
+            return self.waiting + size <= most + (self._large if has_large else 0)
+        if has_large:
+            return False
+        self._large, self._large_end = size, self._added + size
+        return True
+
+    def next_piece(self) -> bytes | memoryview:
+        """Return the bytes to send next, from a queue that is not empty. They stay in the queue until `sent`."""
+        parts = self._parts
+        if len(parts) > 1 and len(parts[0]) <= _SMALL:
+            small: list[bytes | memoryview] = []
+            size = 0
+            while parts and len(parts[0]) <= _SMALL and size < _JOINED:
+                size += len(parts[0])
+                small.append(parts.popleft())
+            parts.appendleft(b"".join(small))
+        return parts[0]
+
+    def sent(self, size: int) -> None:
+        """Remove the first `size` bytes of the last piece."""
+        piece = self._parts[0]
+        if size == len(piece):
+            self._parts.popleft()
+        else:
+            self._parts[0] = memoryview(piece)[size:]
+        self._sent += size
+
+    def clear(self) -> None:
+        """Remove everything, because the connection has ended."""
+        self._parts.clear()
+        self._sent = self._added
