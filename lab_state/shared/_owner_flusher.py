@@ -227,7 +227,9 @@ class OwnerFlusher(Flusher, Generic[C]):
         """Answer the calls of a failed commit. During a stop they wait: if the last commit fails, the next owner answers them."""
         self._asked = False
         if not self._stopping:
-            self._tell(self.engine.failed(type(error).__name__, str(copied(error, note))))
+            # A path in the text may have lone surrogates, which a message cannot hold.
+            text = str(copied(error, note)).encode(errors="backslashreplace").decode()
+            self._tell(self.engine.failed(type(error).__name__, text))
 
     # The end
 

@@ -19,8 +19,9 @@ from lab_state import FencedError, FileStorage, MemoryStorage, StorageError, Una
 from lab_state._loading import load
 from lab_state._watch import Watcher, Watchers
 from lab_state.exceptions import TypeMismatchError
-from lab_state.shared._messages import Answer, Failed, Moved, Ok, Refused
+from lab_state.shared._messages import Answer, Answers, Failed, Moved, Ok, Refused
 from lab_state.shared._results import Result
+from lab_state.shared._wire import encode_for_client
 from lab_state.storage import Storage
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -207,6 +208,17 @@ async def test_a_failed_commit_answers_its_callers(
         assert owner.told() == [("record", 2), ("left", ok(1, 2, 1))]
         assert owner.copy.entries["a"] == 2
     assert [record.levelname for record in caplog.records if record.levelno > logging.INFO] == ["ERROR"]
+
+
+async def test_the_text_of_an_error_can_be_sent(storage: FaultyStorage, clock: ManualClock) -> None:
+    """A path may have bytes that are not UTF-8. They are escaped in the answer."""
+    async with owning(storage, clock) as owner:
+        storage.fail("commit", error=UnsupportedError("cannot write /state/\udcff.journal"))
+        owner.left(set_(1, "a", 1))
+        await until(lambda: owner.connections.told)
+        ((_, answer),) = owner.told()
+        assert answer.message.startswith(r"cannot write /state/\udcff.journal (not durable yet")
+        assert encode_for_client(0, Answers([answer]))
 
 
 async def test_a_client_asks_for_a_commit_as_a_task_does(storage: FaultyStorage, clock: ManualClock) -> None:
