@@ -200,8 +200,19 @@ class OwnerFlusher(Flusher, Generic[C]):
 
     def _succeeded(self, seconds: float) -> None:
         """Show the record that is durable now, and answer the calls, in this step."""
-        taken, record, data = self._under_way, self._record, self._data
+        taken = self._under_way
         assert taken is not None  # the commit that succeeded
+        try:
+            self._show(taken)
+        except (
+            BaseException
+        ):  # such as a MemoryError: the commit is repeated, and its callers get no result before that
+            self.durable_revision = taken.start
+            raise
+        super()._succeeded(seconds)
+
+    def _show(self, taken: ChangeSet) -> None:
+        record, data = self._record, self._data
         if self._is_large:
             self._applier.finish()
         else:
@@ -213,7 +224,6 @@ class OwnerFlusher(Flusher, Generic[C]):
             self._listener.record(data)
         self._tell(answers)
         self._record, self._data = ParsedRecord(0, 0, cleared=False, changes={}), b""
-        super()._succeeded(seconds)
 
     def _tell(self, answers: Mapping[C, Sequence[Answer]]) -> None:
         for connection, some in answers.items():
