@@ -14,12 +14,10 @@ from collections.abc import Callable
 from lab_state._clock import Clock, Timer, done_within
 from lab_state._log import Log
 from lab_state.exceptions import InvalidValueError
+from lab_state.shared._channel import LIFE
 from lab_state.shared._connection import Connection, OwnerSide
 from lab_state.shared._wire import frame_of_record
 from lab_state.storage._fs_socket import peer_of
-
-LIFE = 1.0
-"""The time in seconds between two signs of life."""
 
 
 class Server:

@@ -111,6 +111,7 @@ class Client(Told):
         self.slow: list[Awaitable[None] | BadMessageError] = []
         self.link: Link | None = None
         self.closes_at = ""
+        self.at_record: Callable[[], object] = lambda: None
 
     def tell(self, *what: Any) -> None:
         super().tell(*what)
@@ -137,6 +138,7 @@ class Client(Told):
 
     def record(self, record: memoryview) -> Awaitable[None] | None:
         self.tell("record", bytes(record))
+        self.at_record()
         slow = self.slow.pop(0) if self.slow else None
         if isinstance(slow, BadMessageError):
             raise slow

@@ -134,8 +134,8 @@ async def test_a_record_that_is_applied_in_steps() -> None:
         world.client.slow = [apply(first), apply(second)]
         record = m.RecordMessage(memoryview(b"{}"))
         await world.owner.tell(record, m.Life(1), record, m.Life(2))
-        await world.owner.tell(m.Life(3))
         assert await world.client.next() == ("record", b"{}")
+        await world.owner.tell(m.Life(3))
         world.client.submit(call(1))
         world.link.send_soon()
         assert (await world.owner.next()).n == 1
@@ -160,6 +160,33 @@ async def test_a_link_that_is_closed_while_a_record_is_applied() -> None:
         assert applying.cancelled()
         assert await world.owner.all() == []
         assert world.client.rest() == []
+
+
+async def test_a_record_whose_application_is_cancelled() -> None:
+    """If the task that applies a record is cancelled, the link ends: the copy lacks the record."""
+    async with linked() as world:
+        applying = asyncio.get_running_loop().create_future()
+        world.client.slow = [applying]
+        await world.owner.tell(m.RecordMessage(memoryview(b"{}")), m.Life(1))
+        assert await world.client.next() == ("record", b"{}")
+        applying.cancel()
+        assert await world.client.next() == ("ended", None)
+        assert await world.owner.all() == []
+
+
+async def test_a_link_that_is_closed_before_a_record_is_applied() -> None:
+    """A coroutine that has not begun to apply a record is closed with the link."""
+    async with linked() as world:
+        applied = []
+
+        async def apply() -> None:
+            applied.append(1)
+
+        world.client.slow = [apply()]
+        world.client.at_record = lambda: asyncio.get_running_loop().call_soon(world.link.close)
+        await world.owner.tell(m.RecordMessage(memoryview(b"{}")))
+        assert await world.owner.all() == []
+        assert applied == []
 
 
 async def test_a_record_that_closes_the_link_while_it_is_applied() -> None:
@@ -232,6 +259,15 @@ async def test_the_calls_of_many_tasks_leave_together() -> None:
         assert [(await world.owner.next()).n for _ in range(100)] == list(range(1, 101))
         assert world.owner.pieces == before + 1
         assert world.client.rest() == [("calls_to_send",)]
+
+
+async def test_a_call_leaves_at_once() -> None:
+    """A call is sent in the next step of the event loop."""
+    async with linked() as world:
+        world.client.submit(call(1))
+        world.link.send_soon()
+        await asyncio.sleep(0)
+        assert world.owner.socket.recv(1, socket.MSG_PEEK) == b"\0"
 
 
 async def test_a_large_call() -> None:

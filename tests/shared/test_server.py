@@ -236,6 +236,7 @@ def said(*messages: m.FromClient) -> bytes:
     ("data", "why"),
     [
         (said(m.Life(0)), "bad message of kind L: a first message that is not a hello"),
+        (said(call(1)), "bad message of kind C: a first message that is not a hello"),
         (b"GET / HTTP/1.1\r\n\r\n", "bad message: a message of 1195725856 bytes; at most 268435456 are allowed"),
         (bad(b"H", b"secret"), "bad message of kind H: a payload that is not a hello"),
         (said(hello(), hello()), "bad message of kind H: a second hello"),
@@ -279,14 +280,17 @@ async def test_a_bad_message(tmp_path: Path, data: bytes, why: str, caplog: pyte
         assert logged(caplog) == [f"closed the connection of process {os.getpid()}: bad message{why}"]
 
 
-async def test_a_message_before_the_welcome(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("message", [call(1), m.Question(1), m.Bye(0)])
+async def test_a_message_before_the_welcome(
+    tmp_path: Path, message: m.FromClient, caplog: pytest.LogCaptureFixture
+) -> None:
     """A client that was told to wait sends only signs of life."""
     async with serving(tmp_path, STARTING) as world:
         peer = world.connect()
-        await peer.say(hello(), call(1))
+        await peer.say(hello(), message)
         assert await peer.all() == []
         assert [what[0] for what in world.owner.rest()] == ["greeting"]
-        assert "kind C: a message before the welcome" in caplog.text
+        assert ": a message before the welcome" in caplog.text
 
 
 async def test_a_message_after_the_farewell(tmp_path: Path) -> None:
@@ -436,24 +440,29 @@ async def test_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 async def test_no_descriptor_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """If a connection cannot be accepted, the owner says so once, and tries again each second."""
+    """If connections cannot be accepted, the owner says so once, and tries again each second, and not all the time."""
+    loop = asyncio.get_running_loop()
     async with serving(tmp_path) as world:
-        peer = world.connect()
-        bounds = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (peer.socket.fileno() + 1, bounds[1]))
-        try:
-            for _ in "123":
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
-                world.clock.advance(1)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, bounds)
-        why = os.strerror(errno.EMFILE)
-        assert logged(caplog) == [f"cannot accept connections, and tries again each second: {why}"]
-        await peer.say(hello())
-        world.clock.advance(1)
-        assert await peer.next() == WELCOME
-        assert (await world.owner.next())[0] == "greeting"
+        for client in (CLIENT, OTHER):
+            caplog.clear()
+            peer = world.connect()
+            bounds = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (peer.socket.fileno() + 1, bounds[1]))
+            try:
+                for _ in "123":
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+                    assert world.server._listener is not None
+                    assert not loop.remove_reader(world.server._listener)
+                    world.clock.advance(1)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, bounds)
+            why = os.strerror(errno.EMFILE)
+            assert logged(caplog) == [f"cannot accept connections, and tries again each second: {why}"]
+            await peer.say(hello(client))
+            world.clock.advance(1)
+            assert await peer.next() == WELCOME
+        assert world.server.followers == 2
 
 
 # The listening socket, and the end
