@@ -39,12 +39,12 @@ class Sweeper:
         Args:
             state: The state.
             clock: The clock of the manager.
-            busy: A function that returns whether a transaction is open. A sweep waits for its end, and `resume`
-                is called then.
+            busy: A function that returns True while no sweep may run: a transaction is open, or no change can become
+                durable. `resume` is called at the end of each transaction.
             swept: A callback. It is called after each sweep that deleted keys.
             begun: A callback. It is called when a key gets an expiry, and no other key has one.
-            layer: The state that a sweep changes; by default `state`. The owner of a shared state passes its layer. Then
-                `busy` also returns whether the last sweep is not durable yet.
+            layer: The state that a sweep changes; by default `state`. In a shared state, this is the `OwnerLayer`, and
+                `state` is the copy below it. Then `busy` also returns True while the last sweep is not durable.
         """
         self._state = state
         self._layer = state if layer is None else layer
@@ -54,7 +54,7 @@ class Sweeper:
         self._begun = begun
         self._timer: Timer | None = None
         self._due = 0.0  # the time at which the timer fires
-        self._put_off = False  # whether a sweep waits for the end of a transaction
+        self._put_off = False  # whether a sweep was put off, because `busy` returned True
         self._looking_ahead = False
         state.expiries.on_first = self._first
         if state.expiries:
@@ -77,7 +77,8 @@ class Sweeper:
     def resume(self) -> None:
         """Run the sweep that a transaction has put off, if there is one.
 
-        This is called at the end of the transaction. The next transaction could put off a later sweep again.
+        This is called at the end of the transaction, before the next one begins. A sweep that waited for the timer
+        instead could meet an open transaction each time.
         """
         if self._put_off:
             self._tick()
@@ -91,7 +92,10 @@ class Sweeper:
             self._arm(self._delay())
 
     def _look_ahead(self) -> None:
-        """Find up to 500 keys that are due in the next seconds, and set the timer. If there are more, it fires at once."""
+        """Set the timer. While there is a watch, first put up to 500 keys into the heap of `Expiries`.
+
+        These keys are due in the next seconds. If there are more of them, the timer fires at once.
+        """
         self._looking_ahead = True
         try:
             more = self._state.expiries.load(self._state.now(), _KEYS_PER_STEP)

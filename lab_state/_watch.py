@@ -1,10 +1,11 @@
 """The watches of one state, and the changes that they have not received yet.
 
-A watcher is one open watch. A write only notes its change. In the next turn of the event loop, the
-watchers receive the changes that were noted. So the cost of a write does not depend on the number
-of watchers. Each watcher keeps the last pending change of each key. With more than `MOST_PENDING`
-keys, it keeps one `resync` instead. To find the watchers of a key, one lookup is made for each
-different length of a watched prefix. Watchers of durable changes receive the changes of each commit.
+A watcher is one open watch. A write only notes its change. So the cost of a write does not depend
+on the number of watchers. In the next turn of the event loop, the watchers receive the noted
+changes. If there are many, the rest follows in later turns. Each watcher keeps the last pending
+change of each key. With more than `MOST_PENDING` keys, it keeps one `resync` instead. To find the
+watchers of a key, one lookup is made for each different length of a watched prefix. Watchers of
+durable changes receive the changes of each commit.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ MOST_PENDING = 10_000
 """The largest number of keys whose changes wait in one watcher."""
 
 _TOLD_AT_ONCE = 1_000
-"""The number of steps in one turn of the event loop; see `Group.tell`."""
+"""Reports stop after about this many steps, and continue in the next turn of the event loop; see `Group.tell`."""
 
 Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
 
 
 Told: TypeAlias = tuple[str, tuple[StoredOrGone, int]]
-"""A key, its change, and the revision of the change."""
+"""A key; its new value, `DELETED` or `EXPIRED`; and the revision to report."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -56,7 +57,7 @@ def _kind(changed: StoredOrGone) -> Kind:
 
 
 class Watcher:
-    """An open watch. It is an iterator over the changes that its reader has not received yet."""
+    """An open watch. It is an iterator over its pending changes."""
 
     def __init__(self, prefix: str, cut: int, since: int, *, durable: bool) -> None:
         """Create a watch without pending changes.
@@ -119,7 +120,7 @@ class Watcher:
         return self
 
     async def __anext__(self) -> Change:
-        """Return the oldest change that the reader has not received yet. If there is none, wait for one."""
+        """Return the oldest pending change. If there is none, wait for one."""
         if self._waiting is not None:
             raise RuntimeError("two tasks read one watch: open a watch for each task")
         while self._resync is None and not self._pending:
@@ -172,7 +173,7 @@ class Group:
     def tell(self, changes: Iterable[Told], most: float = math.inf) -> int:
         """Give each change to the watchers of its key. Stop after about `most` steps, and return the number of steps.
 
-        A change is one step, and one more for each watcher that gets it.
+        Each change counts as one step. Each watcher that gets it counts as one more.
         """
         lengths = list(self._by_length.items())
         steps = 0
@@ -248,7 +249,10 @@ class Watchers:
         asyncio.get_running_loop().call_soon(self._tell)
 
     def committed(self, taken: ChangeSet) -> bool:
-        """Add the changes of a commit to the queue of durable changes. Return whether the queue keeps a reference to them."""
+        """Queue the changes of a commit for the watchers of durable changes, and begin to report them.
+
+        Return True if there are such watchers, because the queue may then keep a reference to the changes.
+        """
         if self._durable:
             if taken.cleared:
                 self._queue.append((self._durable, taken.end))
