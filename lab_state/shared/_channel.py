@@ -10,11 +10,15 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
 from typing import TypeAlias
 
 from lab_state._clock import Clock
 from lab_state.shared._frames import BadMessageError, Frames, ReceivedFrame
 from lab_state.shared._queue import SendQueue
+
+LIFE = 1.0
+"""The time in seconds between two signs of life."""
 
 Handle: TypeAlias = Callable[[ReceivedFrame], Awaitable[None] | None]
 """The call that handles a frame. If it returns an awaitable, nothing else is handled until this is done."""
@@ -83,7 +87,7 @@ class Channel:
         self._most_received = most_received
         self._queue = SendQueue(most_waiting)
         self._is_closed = self._is_scheduled = self._is_writing = False
-        self._waiting: asyncio.Task[None] | None = None
+        self._waiting: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(connected, self._receive)
 
@@ -170,23 +174,26 @@ class Channel:
                 return
             if waits is not None:
                 self._loop.remove_reader(self._socket)
-                self._waiting = self._loop.create_task(self._wait(waits, frames))
+                self._waiting = asyncio.ensure_future(waits)
+                self._waiting.add_done_callback(partial(self._go_on, frames))
                 return
         if self._frames.problem is not None:
             self.kind = b""
             raise self._frames.problem
 
-    async def _wait(self, waits: Awaitable[None], frames: Iterator[ReceivedFrame]) -> None:
-        """Wait until a frame has been handled, and then handle the frames that came with it."""
-        try:
-            await waits
-        except BadMessageError as problem:
-            self._close(problem)
-        except BaseException:
+    def _go_on(self, frames: Iterator[ReceivedFrame], waited: asyncio.Future[None]) -> None:
+        """Handle the frames that came with a frame, after that one has been handled."""
+        self._waiting = None
+        if waited.cancelled():
             self._close(None)
-            raise
-        if self.is_open:
-            self._waiting = None
+            return
+        error = waited.exception()
+        if isinstance(error, BadMessageError):
+            self._close(error)
+        elif error is not None:
+            self._close(None)
+            raise error  # the event loop reports it
+        elif self.is_open:
             self._loop.add_reader(self._socket, self._receive)
             self._handle_all(frames)
 

@@ -57,7 +57,7 @@ class OwnerSide(Protocol):
         ...
 
     def admit(self, connection: Connection, hello: Hello) -> int:
-        """Admit a known client, behind the welcome. Give the connection the records that the client lacks.
+        """Accept a known client, behind the welcome. Give the connection the records that the client lacks.
 
         Return the acknowledgement of the client's earlier connections; 0 if there was none.
         """
@@ -218,11 +218,17 @@ class Connection:
             self._send(No(reason="protocol", detail=str(problem)))
             self.finish()
             return
-        self._order.check(message)
-        if frame.kind == CALL and self.is_admitted:
-            self._owner.call(self, cast("Call", message))
+        if frame.kind == CALL:
+            self._handle_call(cast("Call", message))
         else:
+            self._order.check(message)
             self._handle_other(message)
+
+    def _handle_call(self, call: Call) -> None:
+        self._order.check_call(call)
+        if not self.is_admitted:
+            raise BadMessageError("a message before the welcome")
+        self._owner.call(self, call)
 
     def _handle_other(self, message: FromClient) -> None:
         if isinstance(message, Hello):

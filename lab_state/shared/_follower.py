@@ -24,7 +24,7 @@ from lab_state.shared._link import Link
 from lab_state.shared._messages import Answer, Hello, No, Starting, Welcome
 from lab_state.shared._records import Outcome, ParsedRecord, parse_in_turns, parse_record
 from lab_state.shared._wire import OtherVersionError
-from lab_state.storage._fs_socket import OwnSocket, peer_pid
+from lab_state.storage._fs_socket import OwnSocket, peer_of
 from lab_state.storage._protocol import Storage
 
 MOST_KEPT = 64 * 1024 * 1024
@@ -92,7 +92,7 @@ class Follower:
 
     def open(self, connected: OwnSocket, *, anew: bool) -> None:
         """Send the hello over a connected socket. With `anew`, the owner is asked for a load, even if there is a copy."""
-        self.owner_pid = peer_pid(connected)
+        self.owner_pid = peer_of(connected).pid
         copy, port = self._copy, self._port
         revision = copy.state.revision if copy.has_state and not anew else None
         self.link.open(connected, Hello(name=self._name, client=port.client, revision=revision, heard=port.calls.heard))

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from lab_state._clock import Clock, Timer
 from lab_state._log import Log
-from lab_state.shared._channel import Channel, fault_of
+from lab_state.shared._channel import LIFE, Channel, fault_of
 from lab_state.shared._frames import FROM_OWNER, BadMessageError, ReceivedFrame
 from lab_state.shared._messages import (
     Answer,
@@ -31,9 +31,6 @@ from lab_state.shared._messages import (
 )
 from lab_state.shared._order import OwnerOrder
 from lab_state.shared._wire import decode_from_owner, encode_for_owner
-
-LIFE = 1.0
-"""The time in seconds between two signs of life."""
 
 _MOST_RECEIVED = 64 * 1024
 """How many bytes of records and answers are handled in one step of the event loop."""

@@ -200,8 +200,19 @@ class OwnerFlusher(Flusher, Generic[C]):
 
     def _succeeded(self, seconds: float) -> None:
         """Show the record that is durable now, and answer the calls, in this step."""
-        taken, record, data = self._under_way, self._record, self._data
+        taken = self._under_way
         assert taken is not None  # the commit that succeeded
+        try:
+            self._show(taken)
+        except (
+            BaseException
+        ):  # such as a MemoryError: the commit is repeated, and its callers get no result before that
+            self.durable_revision = taken.start
+            raise
+        super()._succeeded(seconds)
+
+    def _show(self, taken: ChangeSet) -> None:
+        record, data = self._record, self._data
         if self._is_large:
             self._applier.finish()
         else:
@@ -213,7 +224,6 @@ class OwnerFlusher(Flusher, Generic[C]):
             self._listener.record(data)
         self._tell(answers)
         self._record, self._data = ParsedRecord(0, 0, cleared=False, changes={}), b""
-        super()._succeeded(seconds)
 
     def _tell(self, answers: Mapping[C, Sequence[Answer]]) -> None:
         for connection, some in answers.items():
@@ -227,7 +237,9 @@ class OwnerFlusher(Flusher, Generic[C]):
         """Answer the calls of a failed commit. During a stop they wait: if the last commit fails, the next owner answers them."""
         self._asked = False
         if not self._stopping:
-            self._tell(self.engine.failed(type(error).__name__, str(copied(error, note))))
+            # A path in the text may have lone surrogates, which a message cannot hold.
+            text = str(copied(error, note)).encode(errors="backslashreplace").decode()
+            self._tell(self.engine.failed(type(error).__name__, text))
 
     # The end
 

@@ -8,20 +8,16 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import struct
 import time
 from collections.abc import Callable
 
 from lab_state._clock import Clock, Timer, done_within
 from lab_state._log import Log
 from lab_state.exceptions import InvalidValueError
+from lab_state.shared._channel import LIFE
 from lab_state.shared._connection import Connection, OwnerSide
 from lab_state.shared._wire import frame_of_record
-
-LIFE = 1.0
-"""The time in seconds between two signs of life."""
-
-_CREDENTIALS = struct.Struct("3i")
+from lab_state.storage._fs_socket import peer_of
 
 
 class Server:
@@ -63,7 +59,7 @@ class Server:
         """
         self._stop_listening()
         self._listener = listener
-        self._resume_accepting()
+        self._loop.add_reader(listener, self._accept, listener)
         if self._timer is None:
             self._timer = self._clock.call_later(LIFE, self._tick)
 
@@ -121,10 +117,6 @@ class Server:
             self._listener.close()
             self._listener = None
 
-    def _resume_accepting(self) -> None:
-        if self._listener is not None:
-            self._loop.add_reader(self._listener, self._accept, self._listener)
-
     def _accept(self, listener: socket.socket) -> None:
         try:
             accepted, _ = listener.accept()
@@ -141,8 +133,7 @@ class Server:
         self._add(accepted)
 
     def _add(self, accepted: socket.socket) -> None:
-        credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _ = _CREDENTIALS.unpack(credentials)
+        pid, uid = peer_of(accepted)
         if uid != os.geteuid():
             accepted.close()
             if uid not in self._other_users:
@@ -172,8 +163,8 @@ class Server:
 
     def _tick(self) -> None:
         self._timer = self._clock.call_later(LIFE, self._tick)
-        if self._cannot_accept:
-            self._resume_accepting()
+        if self._cannot_accept and self._listener is not None:
+            self._loop.add_reader(self._listener, self._accept, self._listener)
         now = self._clock.monotonic()
         for connection in list(self._connections):
             connection.tick(now)

@@ -49,6 +49,7 @@ from lab_state.shared._messages import (
     Question,
     RecordMessage,
     Reply,
+    Set,
     SetMany,
     Starting,
     Welcome,
@@ -200,8 +201,11 @@ def _versioned(decoder: msgspec.json.Decoder[T], payload: bytes | memoryview, wh
 def _checked(call: Call) -> Call:
     """Check the keys of a call, and that its changes do not contradict each other."""
     try:
-        for key in _keys(call):
-            check_key(key)
+        if isinstance(call, Set):  # the most frequent call: without the loop, its check takes a third of the time
+            check_key(call.key)
+        else:
+            for key in _keys(call):
+                check_key(key)
     except InvalidKeyError:
         raise BadMessageError("a call with an invalid key") from None
     if isinstance(call, MakeChanges):

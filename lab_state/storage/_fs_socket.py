@@ -13,7 +13,7 @@ import socket
 import struct
 import sys
 from collections.abc import Generator
-from typing import Any
+from typing import Any, NamedTuple
 
 from lab_state import _forks as forks
 from lab_state.exceptions import StorageError, UnsupportedError
@@ -132,32 +132,26 @@ def connect(own: OwnSocket, address: Address) -> bool:
         if error.errno == errno.EACCES:
             _check_user(path, lookup.user_of(path))
         raise storage_error("connecting to", path, error) from error
-    _check_user(path, peer_uid(own))
+    _check_user(path, peer_of(own).uid)
     return True
 
 
-def peer_uid(connected: socket.socket) -> int:
-    """Return the effective user of the process that connected or listened, at the moment when it did.
+class Peer(NamedTuple):
+    """The process at the other end of a connection: its id, and its effective user."""
+
+    pid: int
+    uid: int
+
+
+def peer_of(connected: socket.socket) -> Peer:
+    """Return the process that connected or listened, as it was at that moment.
 
     Raises:
         OSError: The socket is closed.
     """
-    return _peer(connected)[1]
-
-
-def peer_pid(connected: socket.socket) -> int:
-    """Return the process that connected or listened; 0 if it is in another container. It may have ended.
-
-    Raises:
-        OSError: The socket is closed.
-    """
-    return _peer(connected)[0]
-
-
-def _peer(connected: socket.socket) -> tuple[int, int]:
     said = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
     pid, uid, _ = _PEER.unpack(said)
-    return int(pid), int(uid)
+    return Peer(pid, uid)
 
 
 def _check_user(path: str, uid: int | None) -> None:

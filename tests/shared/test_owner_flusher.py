@@ -19,8 +19,9 @@ from lab_state import FencedError, FileStorage, MemoryStorage, StorageError, Una
 from lab_state._loading import load
 from lab_state._watch import Watcher, Watchers
 from lab_state.exceptions import TypeMismatchError
-from lab_state.shared._messages import Answer, Failed, Moved, Ok, Refused
+from lab_state.shared._messages import Answer, Answers, Failed, Moved, Ok, Refused
 from lab_state.shared._results import Result
+from lab_state.shared._wire import encode_for_client
 from lab_state.storage import Storage
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -209,6 +210,17 @@ async def test_a_failed_commit_answers_its_callers(
     assert [record.levelname for record in caplog.records if record.levelno > logging.INFO] == ["ERROR"]
 
 
+async def test_the_text_of_an_error_can_be_sent(storage: FaultyStorage, clock: ManualClock) -> None:
+    """A path may have bytes that are not UTF-8. They are escaped in the answer."""
+    async with owning(storage, clock) as owner:
+        storage.fail("commit", error=UnsupportedError("cannot write /state/\udcff.journal"))
+        owner.left(set_(1, "a", 1))
+        await until(lambda: owner.connections.told)
+        ((_, answer),) = owner.told()
+        assert answer.message.startswith(r"cannot write /state/\udcff.journal (not durable yet")
+        assert encode_for_client(0, Answers([answer]))
+
+
 async def test_a_client_asks_for_a_commit_as_a_task_does(storage: FaultyStorage, clock: ManualClock) -> None:
     """After a failure a new call does not wait for the end of the pause. It may fail at once as well."""
     async with owning(storage, clock) as owner:
@@ -255,14 +267,16 @@ async def test_a_failure_of_the_copy_is_one_of_the_commit(
         owner.copy.on_change = owner.copy.on_changes = full
         owner.left(set_many(1, values))
         owner.right(incr(1, "a"))
-        await until(lambda: owner.connections.told)
+        with pytest.raises(StorageError, match="MemoryError"):
+            await owner.flusher.make(delete(1, "key 0"))
         assert [(to, type(answer)) for to, answer in owner.told()] == [("left", Failed), ("right", Failed)]
-        assert (owner.copy.revision, owner.copy.taken) == (0, 0)
+        assert (owner.copy.revision, owner.copy.taken, owner.flusher.durable_revision) == (0, 0, 0)
         owner.copy.on_change = owner.copy.on_changes = None
         assert owner.right(incr(2, "a")) is None
-        await until(lambda: owner.copy.revision == 3)
-        assert owner.told() == [("record", 3), ("right", ok(2, 3, 2))]
-        assert owner.right(incr(1, "a")) == ok(1, 3, 1)
+        await until(lambda: owner.copy.revision == 4)
+        assert owner.told() == [("record", 4), ("right", ok(2, 4, 2))]
+        assert owner.right(incr(1, "a")) == ok(1, 4, 1)
+        del values["key 0"]
         assert dict(owner.copy.entries.items()) == {**values, "a": 2}
 
 

@@ -30,7 +30,7 @@ from lab_state import (
 from lab_state.shared._address import address_of
 from lab_state.storage import _file_start, _fs, _lookup
 from lab_state.storage._claim import Claim, Listener
-from lab_state.storage._fs_socket import OwnSocket, peer_uid
+from lab_state.storage._fs_socket import OwnSocket, peer_of
 from lab_state.storage.file import files_of
 
 
@@ -89,7 +89,7 @@ async def test_a_connection(tmp_path: Path) -> None:
     """Another storage object connects, both ends see the user of the peer, and bytes go both ways."""
     async with claimed(tmp_path) as claim:
         with await connected(tmp_path) as mine, accepted(claim) as theirs:
-            assert peer_uid(mine) == peer_uid(theirs) == os.geteuid()
+            assert peer_of(mine) == peer_of(theirs) == (os.getpid(), os.geteuid())
             assert mine.getblocking() is theirs.getblocking() is False
             mine.send(b"hello")
             assert theirs.recv(10) == b"hello"
@@ -104,7 +104,7 @@ async def test_a_user_of_a_closed_socket(tmp_path: Path) -> None:
         with accepted(claim):
             connection.close()
             with pytest.raises(OSError, match="Bad file descriptor"):
-                peer_uid(connection)
+                peer_of(connection)
 
 
 async def test_no_connection_waits(tmp_path: Path) -> None:
