@@ -34,6 +34,7 @@ import mirror
 import pages
 import ranges
 import scan
+import shared
 import stalls
 import uvloop
 import versus
@@ -61,6 +62,7 @@ PARTS = [
     "footprint",
     "growth",
     "many",
+    "shared",
 ]
 
 
@@ -100,6 +102,8 @@ def measure(results: Results, part: str, directory: str, *, quick: bool) -> None
         versus.footprint(results, directory, scale)
     elif part == "growth":
         run(growth.growth(results, directory, [1000, count // 10, count]))
+    elif part == "shared":
+        run(shared.shared(results, directory, scale))
     elif part == "many":
         run(many.many(results, directory, count // 100))
     else:
