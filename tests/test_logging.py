@@ -1,4 +1,4 @@
-"""What lab_state logs: the page lists every line, and INFO is for starts, stops and slow checkpoints."""
+"""What lab_state logs: the page lists every line, and INFO is for starts, stops, roles and slow checkpoints."""
 
 from __future__ import annotations
 
@@ -52,10 +52,16 @@ def test_the_page_lists_every_line() -> None:
     assert page - code == set(), "not in the code: change or delete the row"
 
 
-def test_only_three_lines_are_info() -> None:
-    """INFO is a start, a stop, and a slow checkpoint."""
+def test_few_lines_are_info() -> None:
+    """INFO is a start, a stop, a new role, and a slow checkpoint."""
     info = sorted(line for level, line in lines_in_code() if level == "INFO")
-    assert [line.split("%s: ", 1)[1].split(" ", 1)[0] for line in info] == ["a", "loaded", "stopped"]
+    assert [line.split("%s: ", 1)[1].split(" ", 1)[0] for line in info] == [
+        "a",
+        "follows",
+        "loaded",
+        "stopped",
+        "this",
+    ]
 
 
 def test_no_other_way_to_log() -> None:

@@ -158,7 +158,7 @@ class Connection:
             self._send(Life(self._owner.durable_revision))
         elif now >= self._until:
             if self.is_open:
-                self._log.warning(f"closed the connection of process {self._pid}: it sent no hello in {_PATIENCE:g} s")
+                self._log.warning("closed the connection of process %d: it sent no hello in %g s", self._pid, _PATIENCE)
             self.close()
         else:
             self.greet()
@@ -177,7 +177,7 @@ class Connection:
             self._order.resume(self._owner.admit(self, hello))
             return
         if isinstance(answer, No):
-            self._log.warning(f"refused the process {self._pid}: {answer.detail}")
+            self._log.warning("refused the process %d: %s", self._pid, answer.detail)
         self.finish()
 
     def finish(self) -> None:
@@ -199,7 +199,7 @@ class Connection:
             self._owner.left(self)
 
     def _cut_off(self, why: str) -> None:
-        self._log.warning(f"closed the connection of process {self._pid}: {why}")
+        self._log.warning("closed the connection of process %d: %s", self._pid, why)
         self.close()
 
     def _send(self, message: FromOwner) -> None:
@@ -214,7 +214,7 @@ class Connection:
         try:
             message = decode_from_client(frame)
         except OtherVersionError as problem:
-            self._log.warning(f"refused the process {self._pid}: {problem}")
+            self._log.warning("refused the process %d: %s", self._pid, problem)
             self._send(No(reason="protocol", detail=str(problem)))
             self.finish()
             return
@@ -258,6 +258,6 @@ class Connection:
 
     def _end(self, problem: BadMessageError | None) -> None:
         if problem is not None:
-            self._log.warning(f"closed the connection of process {self._pid}: {fault_of(self._channel, problem)}")
+            self._log.warning("closed the connection of process %d: %s", self._pid, fault_of(self._channel, problem))
         self._leave()
         self._has_ended(self)

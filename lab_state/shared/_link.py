@@ -233,5 +233,5 @@ class Link:
         if self._is_closed:
             return
         if problem is not None and self._channel is not None:
-            self._log.warning(f"closed the connection to the owner: {fault_of(self._channel, problem)}")
+            self._log.warning("closed the connection to the owner: %s", fault_of(self._channel, problem))
         self._side.ended(problem)

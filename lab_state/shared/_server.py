@@ -124,7 +124,7 @@ class Server:
             return
         except OSError as problem:
             if not self._cannot_accept:
-                self._log.error(f"cannot accept connections, and tries again each second: {problem.strerror}")
+                self._log.error("cannot accept connections, and tries again each second: %s", problem.strerror)
             self._cannot_accept = True
             self._loop.remove_reader(listener)  # until the next tick
             return
@@ -139,8 +139,9 @@ class Server:
             if uid not in self._other_users:
                 self._other_users.add(uid)
                 self._log.warning(
-                    f"closed a connection of user {uid}: only user {os.geteuid()} may use this state; "
-                    "run all processes as one user"
+                    "closed a connection of user %d: only user %d may use this state; run all processes as one user",
+                    uid,
+                    os.geteuid(),
                 )
             return
         self._connections.add(
