@@ -83,9 +83,9 @@ class Election:
                 return await self._files.claim(self._name, PROTOCOL)
             except LockedError as error:
                 locked = error
-            self.why = f"{locked}; no owner answers at the socket of the state"
+            self.why = str(locked)
             if not has_copy and self._clock.monotonic() - self._since >= self._owner_timeout:
-                raise _placed(LockedError(f"{self.why} for {self._owner_timeout:g} s"), locked)
+                raise _placed(LockedError(f"{locked}; tried for {self._owner_timeout:g} s"), locked)
             if (connected := await self._files.connect(self._name)) is not None:
                 return connected
             holder = await self._files.holder(self._name)

@@ -1,0 +1,273 @@
+"""A process that cannot share a state: each start ends with a clear error, and with nothing changed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from claims import descriptors
+from members import NAME, connect, crash, manager, member_of, members, owner_of
+from running import until
+
+from lab_state import (
+    Config,
+    CorruptionError,
+    FileStorage,
+    LabStateError,
+    LockedError,
+    Manager,
+    MemoryStorage,
+    UnavailableError,
+    UnsupportedError,
+)
+from lab_state._journal import frame
+from lab_state.shared import _election
+from lab_state.shared._messages import No, Starting, Welcome
+from lab_state.shared._wire import encode_for_client
+from lab_state.storage import _lock
+from lab_state.storage._claim import Claim
+from lab_state.storage.file import files_of
+from lab_state.testing import FaultyStorage
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Return the contents of the files of a state."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+# Storages
+
+
+@pytest.mark.parametrize("storage", [MemoryStorage(), FaultyStorage(MemoryStorage())])
+async def test_other_storages(storage: Any) -> None:
+    """Only a `FileStorage` can be shared. The error says what to use."""
+    state = Manager(Config(NAME, shared=True), storage)
+    with pytest.raises(UnsupportedError, match=r"needs a FileStorage.*RedisCache"):
+        await state.start()
+    assert state.status().phase == "new"
+
+
+# An owner that cannot be followed
+
+
+async def test_an_owner_that_is_not_shared(tmp_path: Path) -> None:
+    """The error names the process, `shared=True`, and where this process has started it. Nothing was changed."""
+    async with Manager(NAME, FileStorage(tmp_path)) as other:
+        await other.set("a", 1)
+        await other.flush()
+        before = files(tmp_path)
+        with pytest.raises(LockedError, match=r"(?s)does not share this state.*shared=True.*started at .*test_refusals"):
+            await manager(tmp_path).start()
+        assert files(tmp_path) == before
+    async with members(tmp_path, 1) as (one,):
+        assert await one.get("a") == 1
+
+
+async def test_a_process_that_is_not_shared(tmp_path: Path) -> None:
+    """A manager that is not shared finds the owner, and is told of `shared=True`."""
+    async with members(tmp_path, 1):
+        with pytest.raises(LockedError, match=r"shared=True.*started at .*members\.py"):
+            await Manager(NAME, FileStorage(tmp_path)).start()
+
+
+async def test_a_lock_file_of_an_earlier_holder(tmp_path: Path) -> None:
+    """A lock file that names a holder which is not shared is not believed at once: the holder may be about to write it anew."""
+    async with Manager(NAME, FileStorage(tmp_path)):
+        pass
+    claim = await files_of(FileStorage(tmp_path)).claim(NAME, 1)
+    stale = json.loads((tmp_path / "lab.lock").read_bytes())
+    written = (tmp_path / "lab.lock").read_bytes()
+    (tmp_path / "lab.lock").write_bytes(json.dumps({**stale, "protocol": 0}).encode())
+    claim.listener.close()
+    one = manager(tmp_path)
+    start = asyncio.create_task(one.start())
+    await asyncio.sleep(0.1)  # the fact is that nothing happens in this time
+    assert not start.done()
+    (tmp_path / "lab.lock").write_bytes(written)
+    await claim.release()
+    await start
+    await one.stop()
+
+
+async def test_an_owner_on_another_machine(tmp_path: Path) -> None:
+    """The error names the machine. Nothing was changed."""
+    claim = await files_of(FileStorage(tmp_path)).claim(NAME, 1)
+    claim.listener.close()
+    held = json.loads((tmp_path / "lab.lock").read_bytes())
+    (tmp_path / "lab.lock").write_bytes(json.dumps({**held, "host": "far", "kernel": "0" * 36}).encode())
+    before = files(tmp_path)
+    with pytest.raises(UnsupportedError, match="far.*on another machine"):
+        await manager(tmp_path).start()
+    assert files(tmp_path) == before
+    await claim.release()
+
+
+async def test_an_owner_that_does_not_accept(tmp_path: Path) -> None:
+    """If the holder of the lock accepts no connection, a start ends after `owner_timeout`, and names the holder."""
+    claim = await files_of(FileStorage(tmp_path)).claim(NAME, 1)
+    claim.listener.close()
+    with pytest.raises(LockedError, match=rf"pid {os.getpid()}.*tried for 0.3 s"):
+        await manager(tmp_path, owner_timeout=0.3).start()
+    await claim.release()
+
+
+async def test_an_owner_that_says_nothing(tmp_path: Path) -> None:
+    """If the owner accepts the connection and says nothing, a start ends after `owner_timeout`, and names the owner."""
+    claim = await files_of(FileStorage(tmp_path)).claim(NAME, 1)
+    with pytest.raises(UnavailableError, match=rf"pid {os.getpid()}\) gave no sign of life for 0 s: it may hang"):
+        await manager(tmp_path, owner_timeout=0.3).start()
+    await claim.release()
+
+
+@asynccontextmanager
+async def answering(directory: Path, *answers: bytes | None) -> AsyncIterator[Claim]:
+    """Hold the lock and the socket. Give these bytes to one connection after the other. `None` closes it at once."""
+    claim = await files_of(FileStorage(directory)).claim(NAME, 1)
+    loop = asyncio.get_running_loop()
+
+    async def answer() -> None:
+        for data in answers:
+            connection, _ = await loop.sock_accept(claim.listener)
+            with connection:
+                if data is not None:
+                    await loop.sock_recv(connection, 1000)  # the hello
+                    await loop.sock_sendall(connection, data)
+                    while await loop.sock_recv(connection, 1000):
+                        pass
+
+    task = asyncio.create_task(answer())
+    try:
+        yield claim
+    finally:
+        task.cancel()
+        await claim.release()
+
+
+def said(message: Any) -> bytes:
+    return b"".join(encode_for_client(1, message))
+
+
+OTHER = said(Starting(host="h", pid=1)).replace(b'"protocol":1', b'"protocol":2')
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (OTHER, r"another version of lab_state.*all processes need one version"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", r"another program \(pid \d+\) answers at the socket"),
+        (b"\0\0\0\1?x", "another program"),
+        (said(No(reason="name", detail="this is another state")), "does not admit this process: this is another state"),
+        (said(No(reason="protocol", detail="version 2 here")), "does not admit this process: version 2 here"),
+    ],
+)
+async def test_an_answer_that_ends_a_start(tmp_path: Path, answer: bytes, message: str) -> None:
+    """Another version, another program and a refusal end a start with an error that says which. Nothing was changed."""
+    async with answering(tmp_path, answer):
+        before = files(tmp_path)
+        with pytest.raises(UnsupportedError, match=message):
+            await manager(tmp_path).start()
+        assert files(tmp_path) == before
+
+
+async def test_an_owner_that_closes_connections(tmp_path: Path) -> None:
+    """A program that closes each connection is no owner: the start ends after `owner_timeout`."""
+    async with answering(tmp_path, *[None] * 1000):
+        with pytest.raises(LockedError, match=rf"pid {os.getpid()}.*tried for 0.3 s"):
+            await manager(tmp_path, owner_timeout=0.3).start()
+
+
+async def test_an_owner_that_ends_during_a_start(tmp_path: Path) -> None:
+    """A process without a copy whose owner ends while it loads leaves the lock to others first, and then takes it."""
+    claim = await files_of(FileStorage(tmp_path)).claim(NAME, 1)
+    loop = asyncio.get_running_loop()
+    one = manager(tmp_path)
+    start = asyncio.create_task(one.start())
+    connection, _ = await loop.sock_accept(claim.listener)
+    with connection:
+        await loop.sock_recv(connection, 1000)
+        await loop.sock_sendall(connection, said(Starting(host="h", pid=1)))
+        await until(lambda: not start.done())
+        await claim.release()
+    await start
+    assert one.role == "owner"
+    await one.stop()
+
+
+# Files
+
+
+async def test_no_socket_can_be_bound(tmp_path: Path) -> None:
+    """A directory in the place of the socket ends a start. The lock is free again."""
+    (tmp_path / "lab.sock").mkdir()
+    with pytest.raises(UnsupportedError, match=r"lab\.sock"):
+        await manager(tmp_path).start()
+    async with Manager(NAME, FileStorage(tmp_path)):
+        pass
+
+
+async def test_a_stale_socket(tmp_path: Path) -> None:
+    """The socket file of an owner that was killed does not hinder the next one."""
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(tmp_path / "lab.sock"))
+    async with members(tmp_path, 2) as (_, other):
+        assert await other.incr("n") == 1
+
+
+async def test_a_long_path(tmp_path: Path) -> None:
+    """A path that is too long for a socket, and a name of 128 characters, can be shared."""
+    directory = tmp_path / ("d" * 100) / ("e" * 100)
+    name = "n" * 128
+    one, other = (Manager(Config(name, shared=True), FileStorage(directory)) for _ in range(2))
+    async with one, other:
+        assert await other.incr("n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_another_user(tmp_path: Path) -> None:
+    """A process of another user cannot follow. The error names both users."""
+    tmp_path.chmod(0o777)
+    for parent in list(tmp_path.parents)[:3]:
+        parent.chmod(0o755)
+    async with members(tmp_path, 1):
+        for path in tmp_path.iterdir():
+            path.chmod(0o666)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(UnsupportedError, match="socket of user 0, and this process runs as user 65534"):
+                await manager(tmp_path).start()
+        finally:
+            os.seteuid(0)
+
+
+# Failed starts
+
+
+async def test_a_failed_start_leaves_nothing(tmp_path: Path) -> None:
+    """After a start that failed or was cancelled, nothing is open, and the manager can be started."""
+    one = manager(tmp_path)
+    (tmp_path / "lab.json").write_bytes(b"{")
+    before = descriptors()
+    with pytest.raises(CorruptionError):
+        await one.start()
+    assert descriptors() == before
+    assert files(tmp_path)["lab.json"] == b"{"
+    (tmp_path / "lab.json").unlink()
+    for turns in range(40):
+        start = asyncio.create_task(one.start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        start.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await start
+            await one.stop()
+    assert one.role is None
+    async with one:
+        assert await one.incr("n") == 1
