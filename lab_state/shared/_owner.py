@@ -57,6 +57,7 @@ class Owner:
         self._timer: Timer | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._socket_failed = False
+        self._is_ending = False
 
     # The roles of the state
 
@@ -126,9 +127,8 @@ class Owner:
     def begin_stop(self) -> None:
         """Begin a planned end: accept no connection, and apply no further call of a client."""
         assert self.flusher is not None
-        self.server.stop_accepting()
+        self._stop_accepting()
         self.flusher.engine.is_ending = True
-        self._end_timers()
 
     async def release(self) -> None:
         """Close the connections at once, and release the claim, unless closing the session does it. A second call does nothing."""
@@ -147,10 +147,14 @@ class Owner:
             self.flusher.move()
 
     def _close(self) -> None:
-        self._end_timers()
+        self._stop_accepting()
         self.server.close()
 
-    def _end_timers(self) -> None:
+    def _stop_accepting(self) -> None:
+        """Refuse connections, and end the timers. A second call does nothing."""
+        self._is_ending = True
+        self._claim.listener.close()
+        self.server.stop_accepting()
         if self._timer is not None:
             self._timer.cancel()
         if self._sweeper is not None:
@@ -172,7 +176,7 @@ class Owner:
 
     async def finish(self) -> None:
         """Send what the queues hold, and close all connections."""
-        self._end_timers()
+        self._stop_accepting()
         await self.server.aclose()
         await self._claim.release()
 
@@ -264,7 +268,9 @@ class Owner:
         if self._socket_failed:
             self._socket_failed = False
             self._logger.debug("%s: processes that start now can connect again", self._config.name)
-        if new is not None:
+        if new is not None and self._is_ending:
+            new.close()
+        elif new is not None:
             old.close()
             self.server.listen(new.dup())
             self._logger.warning("%s: the socket file was deleted or replaced, and was made again", self._config.name)

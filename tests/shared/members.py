@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -14,9 +13,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from lab_state import Config, FileStorage, Manager
+import pytest
+
+from lab_state import Config, FileStorage, LabStateError, Manager
 from lab_state.cache import Cache
 from lab_state.shared._address import address_of
+from lab_state.shared._election import Election
+from lab_state.shared._last_records import LastRecords
 from lab_state.shared._member import Member
 from lab_state.shared._owner import Owner
 
@@ -66,6 +69,46 @@ async def crash(one: Manager) -> None:
     if member._look is not None:
         member._look.cancel()
     await session.aclose()
+
+
+async def bury(one: Manager) -> None:
+    """Stop a manager after `crash`."""
+    with contextlib.suppress(LabStateError):
+        await one.stop()
+
+
+def cut(one: Manager) -> None:
+    """Cut the connections of an owner."""
+    for connection in list(owner_of(one).server._connections):
+        connection.close()
+
+
+class _Forgetful(LastRecords):
+    """The last records of an owner, which keeps none."""
+
+    def add(self, start: int, end: int, data: bytes) -> None:
+        super().add(start, end, data)
+        self._records.clear()
+        self._bytes = 0
+
+
+@asynccontextmanager
+async def apart(owner: Manager) -> AsyncIterator[None]:
+    """Cut the connections of an owner. In the block, no process can connect again. After it, each one has to load."""
+    gate, real = asyncio.Event(), Election.role
+
+    async def role(self: Election, *, has_copy: bool) -> Any:
+        await gate.wait()
+        return await real(self, has_copy=has_copy)
+
+    flusher = owner_of(owner).flusher
+    assert flusher is not None
+    flusher.last_records = _Forgetful((), flusher.durable_revision)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Election, "role", role)
+        cut(owner)
+        yield
+    gate.set()
 
 
 def connect(directory: Path) -> socket.socket:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
+import gc
 import json
+import logging
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
-from members import NAME, crash, manager, member_of, members, owner_of
+from claims import Gate, descriptors
+from members import bury, crash, manager, member_of, members, owner_of
 from running import until
 
-from lab_state import Manager
+from lab_state import ClosedError, LockedError, Manager, UnavailableError
+from lab_state.shared._election import Election
+from lab_state.storage import _file_start
+
+
+def collect() -> None:
+    """Collect what was forgotten, and wait until it is closed."""
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "lab_state forgotten":
+            thread.join()
+
 
 # Starts
 
@@ -76,3 +93,264 @@ async def test_the_end_of_an_owner_that_is_killed(tmp_path: Path) -> None:
         for one in (second, third):
             await one.catch_up()
             assert await one.get_all() == {"a": 1, "n": 100}
+
+
+async def test_ownership_that_moves_all_the_time(tmp_path: Path) -> None:
+    """Managers that stop and start again move the ownership. Each completed call counts once."""
+    async with members(tmp_path, 2) as (one, other):
+        done = 0
+        for _ in range(10):
+            moving = [manager(tmp_path) for _ in range(2)]
+            for each in moving:
+                await each.start()
+            made = asyncio.gather(*(each.incr("n") for each in (one, other, *moving) for _ in range(5)))
+            await asyncio.sleep(0)
+            stopping = [each.stop() for each in moving]
+            if other.role == "owner":
+                one, other = other, one
+            stopping.append(one.stop())
+            answers = await asyncio.gather(made, *stopping)
+            done += 20
+            assert max(answers[0]) == done
+            await one.start()
+    assert json.loads((tmp_path / "lab.json").read_bytes())["n"] == done
+
+
+async def test_a_stop_while_there_is_no_owner(tmp_path: Path) -> None:
+    """A follower that stops just after the end of its owner takes over, and writes the plain JSON file."""
+    async with members(tmp_path, 1) as (first,):
+        one = manager(tmp_path)
+        await one.start()
+        made = asyncio.create_task(one.set("a", 1))
+        await asyncio.sleep(0)
+        await crash(first)
+        await one.stop()
+        assert await made == 1
+        assert json.loads((tmp_path / "lab.json").read_bytes())["a"] == 1
+        await bury(first)
+
+
+async def test_a_stop_beside_an_owner_that_does_not_answer(tmp_path: Path) -> None:
+    """A stop ends after `stop_timeout`. It raises an error if calls had no answer, and these calls say so."""
+    async with members(tmp_path, 1) as (owner,):
+        one, idle = (manager(tmp_path, stop_timeout=0.4) for _ in range(2))
+        await one.start()
+        await idle.start()
+        owner_of(owner)._close()  # it still holds the lock
+        made = asyncio.create_task(one.set("a", 1))
+        with pytest.raises(UnavailableError, match=r"stop\(\) gave up after 0.4 s: calls of 'lab' had no answer"):
+            await one.stop()
+        with pytest.raises(UnavailableError, match="the manager was stopped"):
+            await made
+        await idle.stop()
+
+
+async def test_a_farewell_without_an_answer(tmp_path: Path) -> None:
+    """A follower whose farewell has no answer until `stop_timeout` ends without an error: all its calls are complete."""
+    async with members(tmp_path, 1) as (owner,):
+        one = manager(tmp_path, stop_timeout=0.3)
+        await one.start()
+        assert await one.set("a", 1) == 1
+        (connection,) = owner_of(owner).server._connections
+        connection._handle = lambda _: None  # type: ignore[method-assign] # it ignores all messages
+        connection._channel._handle = lambda _: None
+        await one.stop()
+        assert one.role is None
+
+
+async def test_a_stop_beside_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop in the middle of a takeover ends after `stop_timeout`, also if the disk hangs."""
+    async with members(tmp_path, 1) as (first,):
+        one = manager(tmp_path, stop_timeout=0.3)
+        await one.start()
+        gate = Gate(_file_start._load)
+        monkeypatch.setattr(_file_start, "_load", gate)
+        await crash(first)
+        await gate.entered()
+        await one.stop()
+        gate.open()
+        await bury(first)
+    while True:
+        with contextlib.suppress(LockedError):
+            async with manager(tmp_path, owner_timeout=5) as again:
+                assert again.role == "owner"
+                break
+
+
+async def test_calls_during_a_stop(tmp_path: Path) -> None:
+    """Calls after `stop()` raise an error. Calls before it complete, in each role."""
+    async with members(tmp_path, 2) as (owner, one):
+        for each in (one, owner):
+            made = asyncio.gather(*(each.incr("n") for _ in range(10)), each.update("u", lambda old: old + 1, 0))
+            stop = asyncio.create_task(each.stop())
+            await asyncio.sleep(0)
+            with pytest.raises(ClosedError):
+                await each.set("a", 1)
+            await stop
+            assert len(set(await made)) >= 10
+
+
+async def test_a_farewell(tmp_path: Path) -> None:
+    """A follower that has stopped looks for no owner, and the results of its calls are forgotten."""
+    async with members(tmp_path, 1) as (owner,):
+        one = manager(tmp_path)
+        await one.start()
+        await one.incr("n")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Election, "role", None)
+            await one.stop()
+        await owner.set("a", 1)
+        assert member_of(owner).state.results is not None
+        assert member_of(owner).state.results.snapshot() == {}
+
+
+# Event loops
+
+
+def test_a_loop_that_is_closed_before_the_stop(tmp_path: Path) -> None:
+    """A manager whose event loop was closed is stopped on another one, in each role. Nothing stays locked or open."""
+    before = descriptors()
+
+    async def begin() -> tuple[Manager, Manager]:
+        owner, one = manager(tmp_path), manager(tmp_path)
+        await owner.start()
+        await one.start()
+        await one.set("a", 1)
+        return owner, one
+
+    async def end(*all_: Manager) -> None:
+        for each in all_:
+            await each.stop()
+
+    for backwards in (False, True):
+        both = asyncio.run(begin())
+        asyncio.run(end(*(reversed(both) if backwards else both)))
+        content = json.loads((tmp_path / "lab.json").read_bytes())
+        assert content["a"] == 1
+    gc.collect()
+    assert descriptors() == before
+
+
+def test_a_loop_that_is_closed_with_open_calls(tmp_path: Path) -> None:
+    """Open calls of a closed event loop are made once or not at all, and do not hinder the stop."""
+
+    async def begin() -> Manager:
+        owner, one = manager(tmp_path), manager(tmp_path)
+        await owner.start()
+        await one.start()
+        owners.append(owner)
+        for _ in range(10):
+            tasks.append(asyncio.create_task(one.incr("n")))
+            tasks.append(asyncio.create_task(one.update("u", lambda old: old + 1, 0)))
+        tasks.append(asyncio.create_task(one.catch_up()))
+        await asyncio.sleep(0)
+        return one
+
+    owners: list[Manager] = []
+    tasks: list[asyncio.Task[object]] = []
+    one = asyncio.run(begin())
+    asyncio.run(one.stop())
+    asyncio.run(owners[0].stop())
+    content = json.loads((tmp_path / "lab.json").read_bytes())
+    assert content.get("n", 0) in range(11)
+    assert content.get("u", 0) in range(11)
+
+
+def test_another_loop_that_runs(tmp_path: Path) -> None:
+    """While the event loop of the start runs, a stop on another one is refused."""
+
+    async def main() -> None:
+        async with members(tmp_path, 1) as (one,):
+            with pytest.raises(RuntimeError, match="belongs to the event loop"):
+                await asyncio.to_thread(asyncio.run, one.stop())
+
+    asyncio.run(main())
+
+
+def test_two_managers_on_two_loops(tmp_path: Path) -> None:
+    """Two managers of one process, in threads with event loops of their own, share the state."""
+
+    async def work() -> None:
+        async with manager(tmp_path) as one:
+            barrier.wait()
+            for _ in range(50):
+                await one.incr("n")
+            barrier.wait()
+            await one.catch_up()
+            assert await one.get("n") == 100
+            barrier.wait()
+
+    barrier = threading.Barrier(2, timeout=30)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(asyncio.run, work()) for _ in range(2)]:
+            done.result()
+
+
+def test_an_application_that_is_loaded_again_and_again(tmp_path: Path) -> None:
+    """A process can start and stop the state many times, each time on another event loop."""
+
+    async def life(number: int) -> None:
+        async with members(tmp_path, 2) as (_, one):
+            assert await one.incr("n") == number
+
+    for number in range(1, 6):
+        asyncio.run(life(number))
+
+
+@pytest.mark.parametrize("role", ["owner", "follower"])
+def test_a_forgotten_manager(tmp_path: Path, role: str) -> None:
+    """A manager that is collected while it runs shows a `ResourceWarning`. When its loop is closed, nothing stays locked."""
+    before = descriptors()
+
+    async def forgets() -> None:
+        one, other = manager(tmp_path), manager(tmp_path)
+        await one.start()
+        if role == "follower":
+            await other.start()
+            await other.set("a", 1)
+            del other
+            gc.collect()
+            await one.stop()
+        else:
+            await one.set("a", 1)
+            del one
+            gc.collect()
+
+    with pytest.warns(ResourceWarning, match=r"was collected while it runs: .* started at .*test_member\.py:\d+, in"):
+        asyncio.run(forgets())
+        collect()
+    assert descriptors() == before
+
+    async def again() -> None:
+        async with manager(tmp_path) as state:
+            assert (state.role, await state.get("a")) == ("owner", 1)
+
+    asyncio.run(again())
+
+
+# Logs
+
+
+async def test_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each start, takeover and stop is one line at level INFO."""
+    caplog.set_level(logging.INFO, "lab_state")
+
+    def lines() -> list[str]:
+        found = [re.sub(r"\d\.\d{3} s", "S s", record.getMessage()) for record in caplog.records]
+        caplog.clear()
+        return found
+
+    first, one = manager(tmp_path), manager(tmp_path)
+    await first.start()
+    assert lines() == [f"lab: loaded 0 keys at revision 0 from {tmp_path}/lab.json in S s: a new state"]
+    await first.set("a", 1)
+    await one.start()
+    assert lines() == [f"lab: follows process {os.getpid()} with 1 keys at revision 1, after S s"]
+    await first.stop()
+    await one.set("b", 1)
+    assert sorted(lines()) == [
+        "lab: stopped at revision 1, durable up to revision 1, in S s",
+        "lab: this process owns the state now, with 1 keys at revision 1, after S s",
+    ]
+    await one.stop()
+    assert lines() == ["lab: stopped at revision 2, durable up to revision 2, in S s"]
