@@ -34,6 +34,11 @@ class Calls(Writing, Waits):
     the change stays in memory. It is not durable yet, and the next flush includes it.
     A write that changes nothing returns at once, as a read does.
 
+    In a shared state (`Config.shared`), a read returns durable values only. Each write, also one that
+    changes nothing, goes to the process that owns the state. It returns when its revision is durable, and
+    in the memory of this process. Without a sign of life of an owner for `Config.owner_timeout` seconds,
+    a write raises `UnavailableError`; its `outcome` says whether the write was made.
+
     Once the manager knows that a newer writer owns the state, each write raises
     `FencedError` and changes nothing, whatever `Config.flush_interval` is. A write that would
     change nothing raises it, too. Reads go on. If other code has cancelled the flush task of the
@@ -112,7 +117,8 @@ class Calls(Writing, Waits):
             key: The key.
             fn: A plain function that is given the value and returns the new one. If it
                 raises an error, the call changes nothing. If it sets this key with `set_nowait`,
-                the result of `fn` overwrites that value.
+                the result of `fn` overwrites that value. In a shared state, it is called again if
+                another process has changed the key meanwhile.
             default: The argument of `fn` if the key is missing.
             type: The type to decode the value as; the new value must have it, too.
             ttl: The time until the key expires, from now on; see `set`. Without it, or with
@@ -164,7 +170,8 @@ class Calls(Writing, Waits):
         Args:
             key: The key.
             factory: A plain function, called only when the key is missing. If it sets this
-                key with `set_nowait`, the result of `factory` overwrites that value.
+                key with `set_nowait`, the result of `factory` overwrites that value. In a shared
+                state, it may be called again, as `fn` of `update`.
             type: The type to decode the value as; the result of `factory` must have it, too.
             ttl: The time until the key expires, if the result of `factory` is stored; see `set`.
 
@@ -383,7 +390,7 @@ class Calls(Writing, Waits):
         if core.write_through:
             raise RuntimeError(
                 f"{call}_nowait() cannot wait until its change is durable, as every write of {core.name!r} does "
-                f"(its flush_interval is 0): await {call}(), or choose another flush_interval"
+                f"(its flush_interval is 0): await {call}(){'' if core.port else ', or choose another flush_interval'}"
             )
 
     def _now(self, key: object, call: Coroutine[Any, Any, R]) -> R:

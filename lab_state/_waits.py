@@ -15,7 +15,8 @@ class Waits(Reads):
         """Wait until each change made so far is durable.
 
         If nothing changed, nothing is written. Callers at the same time share one write.
-        If the caller is cancelled, the write goes on.
+        If the caller is cancelled, the write goes on. In a shared state, this is `catch_up`, since each
+        write that has returned is durable.
 
         Raises:
             StorageError: The write failed. The changes stay in memory, and the next flush tries
@@ -32,9 +33,12 @@ class Waits(Reads):
     async def catch_up(self) -> None:
         """Wait until this process has all changes that were durable at the call.
 
-        A manager of a state that is not shared has all changes already. Then the call returns at once.
+        In a shared state, these are the changes of all processes. The call asks the owner, unless this process
+        is the owner. A manager of a state that is not shared has all changes already. Then the call returns at
+        once. If the caller is cancelled, the wait ends, and nothing changes.
 
         Raises:
+            UnavailableError: There was no sign of life of an owner for `Config.owner_timeout` seconds. Call again.
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
         """

@@ -89,7 +89,13 @@ class Scope(Calls):
         With 1,000 changes or more, the end of the block works in steps, and the event loop runs between two
         steps. All changes are still made in one moment.
 
+        In a shared state a transaction holds no lock, and delays no writer. It sees the state as it was at its
+        beginning. If something that it has read is changed by the end of the block, it raises `ConflictError`.
+        `transact` then runs it again.
+
         Raises:
+            ConflictError: In a shared state, from a read in the block or at its end: something that the
+                transaction has read was changed meanwhile. Nothing was changed. Run it again.
             RuntimeError: At the beginning, and from each writing call of the manager inside the
                 block: this task is inside a transaction of the same manager, and would wait for
                 itself. Use the methods of that transaction. Also at the beginning: this is not
@@ -172,7 +178,7 @@ class Scope(Calls):
         same happens when all keys of a state with more than 10,000 keys are deleted at once. After
         a `resync`, read the state again. When the manager stops or the block is left, the iteration
         ends after the pending changes. Only one task may iterate over a watch: a second one gets
-        a `RuntimeError`.
+        a `RuntimeError`. In a shared state, the changes of all processes are reported, when they are durable.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.

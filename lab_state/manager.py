@@ -45,15 +45,15 @@ _SWEPT_AT_START = 100_000
 class Manager(Scope):
     """A map from string keys to JSON values, in memory and durable.
 
-    One manager is the only writer of its state. From `start()` to `stop()` it belongs to the
-    event loop that `start()` runs on. If a running manager is garbage collected, Python
+    One manager is the only writer of its state, unless several processes share it; see `Config.shared`.
+    From `start()` to `stop()` it belongs to the event loop that `start()` runs on. If a running manager is garbage collected, Python
     shows a `ResourceWarning`. The lock and the files of the state are then released when
     the event loop has been closed. `copy.copy` and `copy.deepcopy` return the manager itself. It
     cannot be pickled.
     """
 
     _kind = "a manager"
-    _remedy = "make one with another name in the other process: a state has one writer"
+    _remedy = "make one in the other process, with another name or with Config(shared=True)"
 
     __slots__ = (
         "_cache",
@@ -175,7 +175,7 @@ class Manager(Scope):
     # Lifecycle
 
     async def start(self) -> None:
-        """Become the only writer of the state, load it, and begin to flush in the background.
+        """Become the only writer of the state, or one of the processes that share it, and load it.
 
         Decoding blocks the event loop: for about 0.8 s with a million keys. A start that fails
         or is cancelled releases everything, and may be tried again. A manager can be started
@@ -185,6 +185,9 @@ class Manager(Scope):
         seconds. At the first refusal, and every 10 s after it, a message at level WARNING
         names that writer.
 
+        In a shared state, the call waits until this process owns the state, or follows the process that does.
+        It waits while that process loads the state, however long this takes.
+
         Raises:
             RuntimeError: The manager is running already, another start or stop is under way,
                 or the event loop is not asyncio's.
@@ -193,9 +196,11 @@ class Manager(Scope):
                 of this process, the message also says where its `start()` was called. Stop that
                 manager first.
             CorruptionError: The stored state is damaged. Nothing was changed.
-            UnavailableError: The state could not be read this time. Start again.
+            UnavailableError: The state could not be read this time, or a shared state had no owner that
+                answers for `Config.owner_timeout` seconds. Start again.
             UnsupportedError: The state cannot be opened as it is. For example, a permission is
-                missing, or the format is newer.
+                missing, or the format is newer. Or the state is shared, and the storage is not a
+                `FileStorage`, or the owner has another version of lab_state.
         """
         self._core.check_process()
         check_asyncio()
@@ -304,6 +309,9 @@ class Manager(Scope):
         `stop()` sends the last changes to the cache, for at most one second. A second call waits
         for the first. A call before `start()` does nothing. If the caller is cancelled, the stop
         continues.
+
+        In a shared state, a process that is not the owner waits for the answers to its calls, and writes
+        nothing. If there is no owner, it becomes the owner first. So the last process writes the checkpoint.
 
         Raises:
             StorageError: The last flush failed, or the storage hangs before all changes are durable.

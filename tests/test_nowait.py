@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable
 from contextvars import Context
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from lab_state import (
     Config,
     Entry,
     FencedError,
+    FileStorage,
     Manager,
     MemoryStorage,
     Namespace,
@@ -297,3 +299,11 @@ async def test_without_the_flush_task(state: Manager, name: str) -> None:
     with pytest.raises(UnavailableError, match="nothing was changed"):
         WRITES[name][0](state, "_nowait")
     await unchanged(state)
+
+
+async def test_a_shared_state_has_no_write_without_waiting(tmp_path: Path) -> None:
+    """In a shared state, each write has to wait. The error names the call that waits, and no setting, since there is no other one."""
+    async with Manager(Config("a", shared=True), FileStorage(tmp_path)) as state:
+        with pytest.raises(RuntimeError, match=r"\(its flush_interval is 0\): await set\(\)$"):
+            state.set_nowait("key", 1)
+        assert state.revision == 0
