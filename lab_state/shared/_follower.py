@@ -139,7 +139,7 @@ class Follower:
             self._loading = asyncio.create_task(self._load_copy(), name=f"lab_state {self._name} load")
         self._port.follow(self.link.send_soon, self.link.ask)
         if not welcome.load:
-            self._set_ready()
+            self.ready.set_result(True)
 
     def refused(self, no: No) -> None:
         """Note that the owner does not admit this process."""
@@ -261,8 +261,8 @@ class Follower:
             self._give_up(StorageError(f"the state {self._name!r} could not be read: {described(problem)}"))
             return
         load, self._load = self._load, None
-        if load is not None:  # otherwise the connection has just ended
-            self._show(loaded, load)
+        assert load is not None  # the end of the connection would have cancelled this task
+        self._show(loaded, load)
 
     def _show(self, loaded: LoadedState, load: _Load) -> None:
         """Show what was read, with the records that were kept. Then handle the answers that were kept, in order."""
@@ -277,7 +277,7 @@ class Follower:
         self._port.answers(load.answers)
         for token, revision in load.replies:
             self._port.arrivals.reply(token, revision)
-        self._set_ready()
+        self.ready.set_result(True)
 
     async def _read(self) -> LoadedState:
         """Read the files until the result is not older than the copy, and wait until the owner has named its revision."""
@@ -288,10 +288,6 @@ class Follower:
                 await self._named_more.wait()
             if not self._copy.has_state or found.revision >= self._copy.state.revision:
                 return found
-
-    def _set_ready(self) -> None:
-        if not self.ready.done():
-            self.ready.set_result(True)
 
     def _give_up(self, error: LabStateError) -> None:
         """End the connection with an error, unless it has ended."""

@@ -120,12 +120,7 @@ class Member(SharedCopy):
             LabStateError: See `Manager.start`.
         """
         began = self._clock.monotonic()
-        try:
-            await self._join()
-        except BaseException:
-            if self._core.is_open:
-                self._core.close(State(self._clock.monotonic))
-            raise
+        await self._join()
         if self._follower is not None:
             self._logger.info(
                 "%s: follows process %d with %d keys at revision %d, after %.3f s",
@@ -369,9 +364,9 @@ class Member(SharedCopy):
         """End the tasks. The port refuses all calls."""
         if self._look is not None:
             self._look.cancel()
-        if self._life is not None:
-            self._life.cancel()
-            await done_within(self._life, self._clock, _LAST_CHANCE)
+        assert self._life is not None  # `stop` has started it, if the start had not
+        self._life.cancel()
+        await done_within(self._life, self._clock, _LAST_CHANCE)
         if self._follower is not None:
             self._follower.close()
         if self._owner is not None:

@@ -120,8 +120,8 @@ class Owner:
         finally:
             if mirror is not None:
                 mirror.committed(taken)
-            if self._sweeper is not None:
-                self._sweeper.resume()
+            assert self._sweeper is not None  # `own` has made it
+            self._sweeper.resume()
         return is_kept or mirror is not None
 
     def begin_stop(self) -> None:
@@ -137,14 +137,14 @@ class Owner:
 
     def attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
         """Note that the first watch was opened, or the last one closed."""
-        if self._sweeper is not None:
-            self._sweeper.attend(watched)
+        assert self._sweeper is not None  # `own` has made it
+        self._sweeper.attend(watched)
 
     def move(self) -> None:
         """Move to the running event loop, because that of the owner is closed. Its connections are lost."""
+        assert self.flusher is not None
         self._close()
-        if self.flusher is not None:
-            self.flusher.move()
+        self.flusher.move()
 
     def _close(self) -> None:
         self._stop_accepting()

@@ -67,9 +67,10 @@ class OwnSocket(socket.socket):
         """Return another descriptor of the same socket, which a forked child closes as well.
 
         Raises:
-            OSError: There are too many open files, or the socket is closed.
+            UnavailableError: There are too many open files.
         """
-        return OwnSocket(fileno=os.dup(self.fileno()))
+        with translated("making", "a socket"):
+            return OwnSocket(fileno=os.dup(self.fileno()))
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Close this copy. This runs in a forked child. The connection of the parent stays open."""

@@ -166,7 +166,9 @@ async def test_the_frame_has_the_state_with_the_records() -> None:
 
 async def test_the_frame_after_a_clear() -> None:
     """A record that clears the state leaves nothing of the copy."""
-    loaded = await settled(copy_at(2, a=1), RECORDS[1], record(3, 4, clear=True, set={"d": 4}), record(4, 5, set={"e": 5}))
+    loaded = await settled(
+        copy_at(2, a=1), RECORDS[1], record(3, 4, clear=True, set={"d": 4}), record(4, 5, set={"e": 5})
+    )
     assert set(loaded.entries) == {"d", "e"}
 
 

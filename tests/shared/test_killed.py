@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from members import Process, RemoteError, manager, members, processes
+from members import RemoteError, manager, members, processes
 from running import until
 
 from lab_state import UnavailableError
@@ -144,7 +144,9 @@ async def test_an_owner_that_hangs(tmp_path: Path) -> None:
         async with one:
             await one.set("a", 1)
             owner.signal(signal.SIGSTOP)
-            with pytest.raises(UnavailableError, match=rf"the process {owner.pid}, which owns the state,.* once, or not") as info:
+            with pytest.raises(
+                UnavailableError, match=rf"the process {owner.pid}, which owns the state,.* once, or not"
+            ) as info:
                 await one.set("a", 2)
             assert info.value.outcome == "unknown"
             with pytest.raises(UnavailableError, match=str(owner.pid)):
@@ -173,7 +175,9 @@ async def test_a_follower_that_was_stopped_for_too_long(tmp_path: Path) -> None:
         await one.do("import lab_state.shared._link as link\nlink.LIFE = 1e9")
         made = await one.do("await state.incr('n')\nreturn state.role")
         assert made == "follower"
-        await owner.do("import lab_state.shared._engine as engine\nengine.Engine.call = lambda *args: None")  # it never answers
+        await owner.do(
+            "import lab_state.shared._engine as engine\nengine.Engine.call = lambda *args: None"
+        )  # it never answers
         calling = one.begin("return await state.incr('n')")
         await owner.do("owner = state._running._owner\nwhile not owner.server.followers: await asyncio.sleep(0)")
         await one.do("return 1")  # the call was sent
@@ -243,7 +247,11 @@ async def test_a_forked_child_outlives_a_killed_owner(tmp_path: Path) -> None:
 
 async def test_a_forked_child_of_a_follower(tmp_path: Path) -> None:
     """A child of a follower has no connection. In the child, each call of the inherited manager is refused."""
-    fork = FORK.replace('os.write(writing, b"1")', 'os.write(writing, refused().encode())').replace("os.read(reading, 1)", "told = os.read(reading, 1000).decode()").replace("return child", "return child, told")
+    fork = (
+        FORK.replace('os.write(writing, b"1")', "os.write(writing, refused().encode())")
+        .replace("os.read(reading, 1)", "told = os.read(reading, 1000).decode()")
+        .replace("return child", "return child, told")
+    )
     refused = """
 def refused():
     answers = []
@@ -275,5 +283,3 @@ async def test_all_processes_end_at_once(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "lab.json").read_bytes())
     assert content["n"] == 4
     assert (tmp_path / "lab.journal").stat().st_size < 200
-
-

@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from claims import descriptors
-from members import NAME, connect, crash, manager, member_of, members, owner_of
+from claims import Gate, descriptors
+from members import NAME, bury, connect, crash, manager, members, owner_of
 from running import until
 
 from lab_state import (
     Config,
     CorruptionError,
     FileStorage,
-    LabStateError,
     LockedError,
     Manager,
     MemoryStorage,
     UnavailableError,
     UnsupportedError,
 )
-from lab_state._journal import frame
-from lab_state.shared import _election
-from lab_state.shared._messages import No, Starting, Welcome
-from lab_state.shared._wire import encode_for_client
-from lab_state.storage import _lock
+from lab_state.shared._messages import Hello, No, Starting
+from lab_state.shared._wire import encode_for_client, encode_for_owner
+from lab_state.storage import _file_start
 from lab_state.storage._claim import Claim
 from lab_state.storage.file import files_of
-from lab_state.testing import FaultyStorage
+from lab_state.testing import FaultyStorage, ManualClock
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -64,7 +62,9 @@ async def test_an_owner_that_is_not_shared(tmp_path: Path) -> None:
         await other.set("a", 1)
         await other.flush()
         before = files(tmp_path)
-        with pytest.raises(LockedError, match=r"(?s)does not share this state.*shared=True.*started at .*test_refusals"):
+        with pytest.raises(
+            LockedError, match=r"(?s)does not share this state.*shared=True.*started at .*test_refusals"
+        ):
             await manager(tmp_path).start()
         assert files(tmp_path) == before
     async with members(tmp_path, 1) as (one,):
@@ -104,7 +104,7 @@ async def test_an_owner_on_another_machine(tmp_path: Path) -> None:
     held = json.loads((tmp_path / "lab.lock").read_bytes())
     (tmp_path / "lab.lock").write_bytes(json.dumps({**held, "host": "far", "kernel": "0" * 36}).encode())
     before = files(tmp_path)
-    with pytest.raises(UnsupportedError, match="far.*on another machine"):
+    with pytest.raises(UnsupportedError, match=r"far.*on another machine"):
         await manager(tmp_path).start()
     assert files(tmp_path) == before
     await claim.release()
@@ -175,6 +175,63 @@ async def test_an_answer_that_ends_a_start(tmp_path: Path, answer: bytes, messag
         with pytest.raises(UnsupportedError, match=message):
             await manager(tmp_path).start()
         assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("answer", [OTHER, b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+async def test_bad_bytes_for_a_follower(tmp_path: Path, answer: bytes) -> None:
+    """A process that follows an owner connects again after bad bytes, and goes on."""
+    async with members(tmp_path, 2) as (owner, one):
+        await one.set("a", 1)
+        (connection,) = owner_of(owner).server._connections
+        connection._channel.send([answer])
+        await until(lambda: connection not in owner_of(owner).server._connections)
+        assert await one.incr("n") == 1
+
+
+async def test_another_program_for_a_while(tmp_path: Path) -> None:
+    """A process with a copy that meets another program at the socket tries again, until it finds an owner."""
+    async with members(tmp_path, 1) as (first,):
+        one = manager(tmp_path)
+        await one.start()
+        await first.set("a", 1)
+        await crash(first)
+        async with answering(tmp_path, *[b"HTTP/1.1 400 Bad Request\r\n\r\n"] * 3):
+            await until(lambda: one.status().owner_pid is None)
+            made = asyncio.create_task(one.incr("n"))
+        assert await made == 1
+        assert one.role == "owner"
+        await one.stop()
+        await bury(first)
+
+
+async def test_a_client_of_another_state(tmp_path: Path) -> None:
+    """An owner refuses a client that asks for another state."""
+    async with members(tmp_path, 1):
+        loop = asyncio.get_running_loop()
+        with connect(tmp_path) as raw:
+            hello = Hello(name="other", client="a" * 32, revision=None, heard=None)
+            await loop.sock_sendall(raw, b"".join(encode_for_owner(hello)))
+            answer = await loop.sock_recv(raw, 1000)
+            assert b"this is the state 'lab', and not 'other'" in answer
+
+
+async def test_processes_wait_while_the_owner_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the owner loads, it says each second that it starts. So a long load is not silence."""
+    gate = Gate(_file_start._load)
+    monkeypatch.setattr(_file_start, "_load", gate)
+    clock = ManualClock()
+    owner, one = manager(tmp_path, clock=clock), manager(tmp_path, owner_timeout=0.5)
+    starts = asyncio.gather(owner.start(), one.start())
+    await gate.entered()
+    for _ in range(8):
+        await asyncio.sleep(0.1)
+        clock.advance(1)
+    assert not starts.done()
+    gate.open()
+    await starts
+    assert (owner.role, one.role) == ("owner", "follower")
+    await one.stop()
+    await owner.stop()
 
 
 async def test_an_owner_that_closes_connections(tmp_path: Path) -> None:
@@ -248,6 +305,21 @@ async def test_another_user(tmp_path: Path) -> None:
 
 
 # Failed starts
+
+
+async def test_too_many_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If there is no descriptor for the socket of the owner, the start fails, and nothing stays open."""
+
+    def dup(_: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    before = descriptors()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "dup", dup)
+        with pytest.raises(UnavailableError, match="open files"):
+            await manager(tmp_path).start()
+    assert descriptors() == before
+    assert not (tmp_path / "lab.sock").exists()
 
 
 async def test_a_failed_start_leaves_nothing(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from lab_state import (
     UnsupportedError,
 )
 from lab_state.shared._address import address_of
-from lab_state.storage import _file_start, _fs, _lookup
+from lab_state.storage import _claim, _file_start, _fs, _lookup
 from lab_state.storage._claim import Claim, Listener
 from lab_state.storage._fs_socket import OwnSocket, peer_of
 from lab_state.storage.file import files_of
@@ -450,3 +450,31 @@ def test_a_listener_is_closed_once(tmp_path: Path) -> None:
     listener._identity = found.st_dev, found.st_ino
     listener.close()
     assert (tmp_path / "lab.sock").exists()
+
+
+async def test_a_release_while_the_socket_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket file that is gone is not made again if the claim is released meanwhile."""
+    async with claimed(tmp_path) as claim:
+        (tmp_path / "lab.sock").unlink()
+        gate = Gate(Listener.is_gone)
+        monkeypatch.setattr(Listener, "is_gone", lambda listener: gate(listener))
+        looking = asyncio.create_task(claim.rebind_if_gone())
+        await gate.entered()
+        releasing = asyncio.create_task(claim.release())
+        await asyncio.sleep(0)
+        gate.open()
+        assert await looking is None
+        await releasing
+    assert names(tmp_path) == ["lab.lock"]
+
+
+async def test_a_cancelled_claim_of_a_held_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancelled claim that fails later logs no error."""
+    problems: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    async with claimed(tmp_path):
+        gate = Gate(_claim._take)
+        monkeypatch.setattr(_claim, "_take", gate)
+        await gate.cancel(asyncio.create_task(files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL)))
+    await asyncio.to_thread(gc.collect)
+    assert problems == []
