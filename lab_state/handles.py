@@ -158,13 +158,14 @@ class Scope(Calls):
         """
         check_callable("transact", fn)
         while True:
+            tx: Transaction | None = None
             try:
                 async with self.transaction() as tx:
                     result = fn(tx)
                     if isawaitable(result):
                         result = await result
             except ConflictError:
-                if not tx._core.has_conflict:  # noqa: SLF001 -- a transaction that `fn` has opened elsewhere raised it
+                if tx is None or not tx._core.has_conflict:  # noqa: SLF001 -- a transaction that `fn` has opened elsewhere raised it
                     raise
             else:
                 return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -80,7 +81,7 @@ def test_a_lock_timeout_within_bounds(value: float | None) -> None:
     assert make(lock_timeout=value).lock_timeout == value
 
 
-@pytest.mark.parametrize("field", ["flush_interval", "stop_timeout", "lock_timeout"])
+@pytest.mark.parametrize("field", ["flush_interval", "stop_timeout", "lock_timeout", "owner_timeout"])
 @pytest.mark.parametrize("value", [-1, -0.001, float("nan"), float("inf"), float("-inf"), 10**400], ids=range(6))
 def test_seconds_out_of_bounds(field: str, value: float) -> None:
     """Seconds that are negative or not finite are a ValueError that names the field."""
@@ -88,7 +89,7 @@ def test_seconds_out_of_bounds(field: str, value: float) -> None:
         make(**{field: value})
 
 
-@pytest.mark.parametrize("field", ["flush_interval", "stop_timeout", "lock_timeout"])
+@pytest.mark.parametrize("field", ["flush_interval", "stop_timeout", "lock_timeout", "owner_timeout"])
 @pytest.mark.parametrize("value", ["1", b"1", True, False, [1]], ids=repr)
 def test_seconds_of_another_type(field: str, value: Any) -> None:
     """Seconds that are no number are a TypeError that names the field; a bool is no number."""
@@ -109,6 +110,72 @@ def test_a_stop_timeout_of_nothing(value: float) -> None:
         ValueError, match=r"^Config\.stop_timeout must be above 0 seconds, or nothing could be written at stop$"
     ):
         make(stop_timeout=value)
+
+
+# A shared state
+
+
+def test_the_defaults_of_a_shared_state() -> None:
+    """Each write waits until it is durable. Calls wait for an owner for 10 seconds."""
+    config = Config("jobs", shared=True)
+    assert (config.flush_interval, config.lock_timeout, config.owner_timeout) == (0, 0, 10)
+    assert not Config("jobs").shared
+
+
+def test_no_reader_sees_the_mark_of_a_default() -> None:
+    """The value in force is in the field, in its copy and in its JSON."""
+    for config in (Config("jobs"), Config("jobs", shared=True)):
+        assert isinstance(config.flush_interval, float)
+        assert msgspec.structs.replace(config) == config
+        assert msgspec.json.decode(msgspec.json.encode(config), type=Config) == config
+        assert msgspec.convert({"name": "jobs", "shared": config.shared}, Config) == config
+
+
+@pytest.mark.parametrize("value", [1.0, 0.001, None], ids=repr)
+def test_a_shared_state_has_no_other_flush_interval(value: float | None) -> None:
+    """The error says why, and what to do in `structs.replace`, where the value in force is given by itself."""
+    message = (
+        f"Config.flush_interval must be 0 with shared=True, not {value!r}: a write of a shared state returns only when "
+        "it is durable; leave flush_interval out, or pass flush_interval=0 to structs.replace()"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Config("jobs", shared=True, flush_interval=value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        msgspec.structs.replace(Config("jobs", flush_interval=value), shared=True)
+    changed = msgspec.structs.replace(Config("jobs", flush_interval=value), shared=True, flush_interval=0)
+    assert changed == Config("jobs", shared=True, flush_interval=0) == Config("jobs", shared=True)
+
+
+@pytest.mark.parametrize("value", [0.5, 30, None], ids=repr)
+def test_a_shared_state_does_not_wait_for_the_lock(value: float | None) -> None:
+    """The error names the setting that counts."""
+    with pytest.raises(
+        ValueError, match=r"^Config\.lock_timeout must be 0 with shared=True.*owner_timeout says how long"
+    ):
+        Config("jobs", shared=True, lock_timeout=value)
+    assert Config("jobs", shared=True, lock_timeout=0).shared
+
+
+@pytest.mark.parametrize("value", [0.001, 1, 60.0, 1e9], ids=repr)
+def test_an_owner_timeout_within_bounds(value: float) -> None:
+    """It is any finite number of seconds above 0, and may be given for a state that is not shared."""
+    assert make(owner_timeout=value).owner_timeout == make(owner_timeout=value, shared=True).owner_timeout == value
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.0], ids=repr)
+def test_an_owner_timeout_of_nothing(value: float) -> None:
+    """No time to wait is a ValueError."""
+    with pytest.raises(
+        ValueError, match=r"^Config\.owner_timeout must be above 0 seconds, or no call could wait for the owner$"
+    ):
+        make(owner_timeout=value)
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", None], ids=repr)
+def test_shared_is_a_bool(value: Any) -> None:
+    """A number or a text is a TypeError."""
+    with pytest.raises(TypeError, match=rf"^Config\.shared must be a bool, not {type(value).__name__}$"):
+        make(shared=value)
 
 
 def test_the_name_may_be_given_by_position() -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from msgspec import Raw
 
-from lab_state._entries import DELETED, Absent, ChangeSet, Overlay, Stored
+from lab_state._entries import DELETED, Absent, ChangeSet, Expiring, Overlay, Stored
 from lab_state._state import State
+from lab_state.shared._results import ResultTable
 
 
 class Ticks:
@@ -53,6 +54,55 @@ def folded(state: State, view: dict[str, Stored], most: int = 1) -> int:
         if not state.fold(view, most):
             return steps
     raise AssertionError
+
+
+# Another state in its place
+
+
+def test_a_state_adopts_the_contents_of_another() -> None:
+    """Entries, expiries, results, revision and time are those of the other state. Nothing is left of its own changes."""
+    state, other = state_of(a=1, b=2), State(Ticks())
+    other.load({"a": 5, "c": 6}, 20, {"c": 3_000_000})
+    other.epoch, other.results = 2000.0, ResultTable()
+    state.set("a", 3)
+    state.clear()
+    state.set("d", 4)
+    assert state.names("") == ["d"]
+    state.adopt(other)
+    assert (state.revision, state.taken, state.changes, state.cleared) == (20, 20, {}, False)
+    assert (entries_of(state), state.names("")) == ({"a": 5, "c": Expiring(6, 3_000_000)}, ["a", "c"])
+    assert (state.epoch, state.now(), state.results) == (2000.0, 2_100_000, other.results)
+    assert state.expires
+    state.epoch = 2901.0
+    assert (state.count(), state.sweep(10), entries_of(state)) == (1, 1, {"a": 5})
+    assert state.set("a", 6) == 22
+
+
+def test_the_counts_go_on_after_an_adoption() -> None:
+    """A counter of the metrics never goes back."""
+    state, other = state_of(a=1, b=2), state_of(c=3)
+    state.set_many({"d": 4, "e": 5})
+    state.delete_many(["a"])
+    before = (state.stored, state.deleted, state.swept)
+    assert before == (2, 1, 0)
+    state.adopt(other)
+    assert (state.stored, state.deleted, state.swept) == before
+    state.set("x", 1)
+    state.delete_many(["c"])
+    assert (state.stored, state.deleted, state.swept) == (3, 2, 0)
+
+
+def test_an_open_view_keeps_what_it_has_before_an_adoption() -> None:
+    """The old entries are freed when the last view is closed."""
+    freed: list[dict[Any, Any]] = []
+    state = state_of(a=1, b=2)
+    state.free = lambda large, *_: freed.append(large)
+    view, old = state.view(), state.entries
+    state.adopt(state_of(a=5))
+    assert list(view.values(["a", "b"])) == [1, 2]
+    assert not any(one is old for one in freed)
+    state.close_view(view)
+    assert any(one is old for one in freed)
 
 
 # Changes and revisions

@@ -120,7 +120,7 @@ class Contents:
         """
         self.monotonic: Callable[[], float] = monotonic
         self._wall_clock = wall_clock
-        self.epoch = start - monotonic()
+        self.epoch: float = start - monotonic()
         self.on_change: OnChange | None = None
         self.on_changes: OnChanges | None = None
         self.on_staged: Callable[[], object] = no_clock

@@ -168,8 +168,8 @@ class Bodies:
         """End the calls of a turn whose task was cancelled by other code."""
         if self._turns.get(key) is turn:
             del self._turns[key]
-        outcome: Outcome
-        for bodies, outcome in ((turn.running, "unknown"), (turn.waiting, "not made")):
+        ends: dict[Outcome, list[_Body]] = {"unknown": turn.running, "not made": turn.waiting}
+        for outcome, bodies in ends.items():
             for body in bodies:
                 error = UnavailableError(
                     f"other code has cancelled a task of {self._core.name!r}, which this call needs"

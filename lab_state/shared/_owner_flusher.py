@@ -8,6 +8,7 @@ shows a change that is not durable, and each answer comes after its record.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -172,7 +173,11 @@ class OwnerFlusher(Flusher, Generic[C]):
 
     async def _answer(self, executed: Executed[R]) -> tuple[R, int]:
         self.engine.own(executed)
-        await self.make_durable(executed.at)
+        try:
+            await self.make_durable(executed.at)
+        except asyncio.CancelledError:
+            self._ask()  # otherwise the change would wait for the next caller
+            raise
         return executed.result, executed.revision
 
     # Commits
