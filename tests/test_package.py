@@ -356,14 +356,14 @@ def test_fs_read_changes_nothing() -> None:
 def test_only_the_flusher_writes_to_a_session(module: str) -> None:
     """Only `_flusher.py` commits and only `_checkpoints.py` checkpoints, so at most one of each is under way.
 
-    `_copy.py` writes one checkpoint, to a session that it opens and closes itself. `shared/_member.py` makes
-    one commit, to settle what it has loaded, before there is a flusher.
+    `_copy.py` writes one checkpoint, to a session that it opens and closes itself. `shared/_found.py` makes
+    one commit, to settle what was loaded, before there is a flusher.
     """
     names = {call.func.attr for call in calls_in(module) if isinstance(call.func, ast.Attribute)}
     allowed = {
         "_flusher": {"commit"},
         "_checkpoints": {"checkpoint"},
         "_copy": {"checkpoint"},
-        "shared._member": {"commit"},
+        "shared._found": {"commit"},
     }
     assert names & {"commit", "checkpoint"} == allowed.get(module, set())

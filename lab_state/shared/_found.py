@@ -16,15 +16,17 @@ import msgspec
 from msgspec import Raw
 
 from lab_state._arguments import RESERVED
+from lab_state._batch import STEP
 from lab_state._codec import LoadedState, check_member, decode_snapshot, encode_snapshot, replay
 from lab_state._entries import Layer, StoredOrGone
+from lab_state._foreign import only_storage_errors
 from lab_state._not_json import NOT_JSON
 from lab_state._state import State
 from lab_state.exceptions import CorruptionError
 from lab_state.shared._frames import BadMessageError
 from lab_state.shared._records import ParsedRecord, parse_in_turns
 from lab_state.shared._results import ResultTable
-from lab_state.storage._protocol import Recovery
+from lab_state.storage._protocol import Recovery, StorageSession
 
 _MEMBER = f'"{RESERVED}":'.encode()
 
@@ -123,6 +125,23 @@ def _check_reaches(end: int, revision: int, path: str) -> None:
             f"it ends at revision {end}, but this process has seen revision {revision}, which was durable: the files "
             "were replaced or lost. Stop all processes, and restore the files",
         )
+
+
+async def settle(session: StorageSession, base: State, tail: list[ParsedRecord]) -> None:
+    """Make a state and the records after it certainly durable, before anything of it is shown.
+
+    Args:
+        session: The session of the storage. Its next commit writes the whole state.
+        base: The state. It must not change meanwhile.
+        tail: The records.
+
+    Raises:
+        StorageError: The commit failed.
+    """
+    while base.fold_staged(STEP):  # noqa: ASYNC110 -- the condition does the work
+        await asyncio.sleep(0)
+    settling = Settling(base, tail)
+    await only_storage_errors(lambda: session.commit(settling.record, settling.slices))
 
 
 class Settling:

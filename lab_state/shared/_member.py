@@ -10,37 +10,30 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import msgspec
 
-from lab_state._batch import STEP
-from lab_state._clock import Clock, Pauses, Timer, done_within, sleep
+from lab_state._clock import Pauses, Timer, done_within, sleep
 from lab_state._core import Core
 from lab_state._durability import copied
-from lab_state._foreign import described, only_storage_errors
+from lab_state._foreign import described
 from lab_state._forgotten import note
-from lab_state._log import Log
-from lab_state._metrics import FlushTimes
 from lab_state._opening import state_of, tell_loaded, warn_of_torn_tail
-from lab_state._state import State
 from lab_state._status import Phase, Role, Status, status_of, status_of_follower
 from lab_state.cache._mirror import MirrorWriter
 from lab_state.config import Config
-from lab_state.exceptions import ClosedError, FencedError, LabStateError, StorageError, UnavailableError
+from lab_state.exceptions import ClosedError, LabStateError, StorageError, UnavailableError
 from lab_state.shared._connection import Connection
 from lab_state.shared._copy import SharedCopy
 from lab_state.shared._election import Election
 from lab_state.shared._follower import Follower
-from lab_state.shared._found import Settling, find
-from lab_state.shared._owner import Owner
+from lab_state.shared._found import find, settle
+from lab_state.shared._owner import Owner, Surroundings
 from lab_state.shared._owner_flusher import OwnerFlusher
-from lab_state.shared._records import ParsedRecord
 from lab_state.storage._claim import Claim
 from lab_state.storage._fs_socket import OwnSocket
 from lab_state.storage._protocol import StorageSession
-from lab_state.storage.file import FileStorage, files_of
+from lab_state.storage.file import files_of
 
 _LOOK_EVERY = 0.25
 """The seconds between two looks for calls that have waited too long."""
@@ -56,29 +49,6 @@ _SWEPT_AT_START = 100_000
 
 _LAST_CHANCE = 0.5
 """The seconds that `stop` waits for a storage call that hangs, after the call was cancelled."""
-
-
-class Surroundings(NamedTuple):
-    """What the manager gives to its member.
-
-    Attributes:
-        storage: The storage.
-        clock: The clock.
-        logger: The logger.
-        times: The object that gets the duration of each commit.
-        on_fenced: A function of the application; see `Manager`.
-        make_mirror: A function that returns a writer of the mirror; `None` if there is no cache. It must not refer
-            to the manager, which could not be collected then.
-        started_at: The place in the application that started the manager.
-    """
-
-    storage: FileStorage
-    clock: Clock
-    logger: Log
-    times: FlushTimes
-    on_fenced: Callable[[FencedError], object] | None
-    make_mirror: Callable[[], MirrorWriter] | None
-    started_at: str
 
 
 class Member(SharedCopy):
@@ -135,6 +105,7 @@ class Member(SharedCopy):
 
     def _live(self) -> None:
         self._life = asyncio.create_task(self._follow_all(), name=f"lab_state {self._name} member")
+        self._life.add_done_callback(self._life_ended)
 
     def _show(self) -> None:
         """Open the core, if this is the first state that the copy shows."""
@@ -236,7 +207,7 @@ class Member(SharedCopy):
     async def _become_owner(self, claim: Claim) -> None:
         """Load the state, or what the copy lacks of it. Settle and show it, and admit other processes."""
         began = self._clock.monotonic()
-        owner = Owner(self, self._config, claim, self._clock, self._logger)
+        owner = Owner(self, self._config, claim, self._around)
         try:
             owner.listen()
             session = await claim.load()
@@ -265,12 +236,12 @@ class Member(SharedCopy):
         if whole is not None and not is_start:
             whole.epoch = self.state.epoch  # by a clock that is read anew, an expired key could come back
         if recovery.unsettled:
-            await _settle(session, self.state if whole is None else whole, found.tail)
+            await settle(session, self.state if whole is None else whole, found.tail)
         if whole is not None:
             self.replace(whole)
         await self.apply_all(found.tail)
         mirror = None if around.make_mirror is None else around.make_mirror()
-        flusher = owner.own(session, around.times, around.on_fenced, mirror, _SWEPT_AT_START if is_start else 0)
+        flusher = owner.own(session, mirror, _SWEPT_AT_START if is_start else 0)
         flusher.forgotten = note(flusher, session, self._name, around.storage, around.started_at)
         self.mirror = mirror
         seconds = self._clock.monotonic() - began
@@ -292,9 +263,22 @@ class Member(SharedCopy):
 
     # Faults
 
+    def _life_ended(self, life: asyncio.Task[None]) -> None:
+        """Refuse all calls if other code has cancelled the task, such as the end of the event loop."""
+        if life.cancelled() and not self._stopping:
+            self._refuse_calls(
+                UnavailableError(
+                    f"the task of {self._name!r} that follows the owner was cancelled; was stop() forgotten? Call stop()"
+                )
+            )
+
     def _fail(self, error: LabStateError) -> None:
-        """Refuse all calls from now on."""
+        """Refuse all calls from now on. `stop` raises the error as well."""
         self._failure = error
+        self._refuse_calls(error)
+        self._turned.set()
+
+    def _refuse_calls(self, error: LabStateError) -> None:
         self._logger.error(
             "%s: this process has lost its state, and every write raises this error; end it, and mend the fault: %s",
             self._name,
@@ -302,7 +286,6 @@ class Member(SharedCopy):
         )
         self._refuse_from_now_on(error)
         self.port.refuse(error)
-        self._turned.set()
 
     def _look_at_calls(self) -> None:
         """Give up calls that have waited too long."""
@@ -329,7 +312,7 @@ class Member(SharedCopy):
         """
         self._stopping = True
         deadline = self._clock.monotonic() + timeout
-        if self._life is None:  # the event loop of the start was closed
+        if self._life is None or self._life.cancelled():  # as after the end of the event loop
             self._live()
         try:
             has_left = await self._leave(deadline)
@@ -451,14 +434,6 @@ class Member(SharedCopy):
         if self._lost_at is not None:
             return self._clock.monotonic() - self._lost_at
         return 0.0 if self._follower is None else self._follower.link.silent_for()
-
-
-async def _settle(session: StorageSession, base: State, tail: list[ParsedRecord]) -> None:
-    """Make a state and the records after it certainly durable, before anything of it is shown."""
-    while base.fold_staged(STEP):  # noqa: ASYNC110 -- the condition does the work
-        await asyncio.sleep(0)
-    settling = Settling(base, tail)
-    await only_storage_errors(lambda: session.commit(settling.record, settling.slices))
 
 
 def _nothing() -> None: ...

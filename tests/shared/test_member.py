@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -253,6 +254,37 @@ def test_a_loop_that_is_closed_with_open_calls(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "lab.json").read_bytes())
     assert content.get("n", 0) in range(11)
     assert content.get("u", 0) in range(11)
+
+
+async def test_a_task_that_other_code_cancels(tmp_path: Path) -> None:
+    """If other code cancels the task of a member, each write raises an error that says so. A stop works as always."""
+    async with members(tmp_path, 1) as (owner,):
+        one = manager(tmp_path)
+        await one.start()
+        await one.set("a", 1)
+        life = member_of(one)._life
+        assert life is not None
+        life.cancel()
+        await asyncio.wait({life})
+        await asyncio.sleep(0)
+        with pytest.raises(UnavailableError, match="was cancelled; was stop"):
+            await one.set("a", 2)
+        assert await one.get("a") == 1
+        await one.stop()
+        assert owner.status().followers == 0
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+async def test_a_loop_that_runs_eager_tasks(tmp_path: Path) -> None:
+    """On an event loop whose tasks begin at once, everything works as on another one."""
+    asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009 -- 3.11 has none
+    async with members(tmp_path, 3) as (first, one, other):
+        made = [each.incr("n") for each in (first, one, other) for _ in range(5)]
+        made += [each.update("n", lambda old: old + 1, 0) for each in (first, one, other)]
+        assert sorted(await asyncio.gather(*made)) == list(range(1, 19))
+        await crash(first)
+        assert await other.incr("n") == 19
+        await bury(first)
 
 
 def test_another_loop_that_runs(tmp_path: Path) -> None:

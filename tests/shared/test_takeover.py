@@ -29,6 +29,7 @@ from lab_state import _loading as loading
 from lab_state._batch import Batch
 from lab_state._state import State
 from lab_state.shared import _clients, _follower, _member
+from lab_state.shared._found import settle
 from lab_state.shared._last_records import LastRecords
 from lab_state.shared._messages import RecordMessage
 from lab_state.storage._claim import Listener
@@ -163,16 +164,17 @@ async def test_a_takeover_that_finds_records(tmp_path: Path) -> None:
 async def test_a_large_change_is_merged_before_it_is_settled(tmp_path: Path) -> None:
     """A copy with a change of many keys, which is not merged yet, is settled as a whole."""
     state = State()
-    batch = Batch(state, {f"key {number}": number for number in range(3000)})
+    state.load({f"key {number}": 1 for number in range(20_000)}, 0)
+    batch = Batch(state, {f"key {number}": 2 for number in range(3000)})
     for _ in batch.prepare():
         pass
     batch.switch()
     session = await FileStorage(tmp_path).open(NAME)
     session._writer.need = Need.FULL  # as after an unclean end
-    await _member._settle(session, state, [])
+    await settle(session, state, [])
     await session.aclose()
     found = await loading.load(NAME, FileStorage(tmp_path))
-    assert (len(found.state.entries), found.state.revision) == (3000, 1)
+    assert (len(found.state.entries), found.state.revision) == (20_000, 1)
 
 
 # Loads
@@ -231,10 +233,11 @@ async def test_a_load_that_is_dropped(tmp_path: Path, monkeypatch: pytest.Monkey
 
         async def load(*args: Any) -> Any:
             nonlocal loads
+            gate = gates[0] if gates else None
             loads += 1
             found = await real(*args)
-            if gates:
-                await gates[0].wait()
+            if gate is not None:
+                await gate.wait()
             return found
 
         monkeypatch.setattr(_follower, "load", load)
@@ -451,14 +454,14 @@ async def test_a_takeover_on_a_full_disk(
     async with members(tmp_path, 2) as (first, one):
         await one.set("a", 1)
         failures = [UnavailableError("the disk is full")] * 2
-        real = _member._settle
+        real = settle
 
-        async def settle(*args: Any) -> None:
+        async def settles(*args: Any) -> None:
             if failures:
                 raise failures.pop()
             await real(*args)
 
-        monkeypatch.setattr(_member, "_settle", settle)
+        monkeypatch.setattr(_member, "settle", settles)
         await crash(first)
         assert await one.incr("n") == 1
         assert failures == []
