@@ -34,7 +34,8 @@ from lab_state.cache._protocol import Cache
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LockedError, UnsupportedError
 from lab_state.handles import Scope
-from lab_state.shared._member import Member, Surroundings
+from lab_state.shared._member import Member
+from lab_state.shared._owner import Surroundings
 from lab_state.storage._protocol import Storage, StorageSession
 from lab_state.storage.file import FileStorage
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from lab_state._clock import Clock, Timer
 from lab_state._entries import ChangeSet
@@ -29,9 +29,33 @@ from lab_state.shared._owner_flusher import OwnerFlusher
 from lab_state.shared._server import Server
 from lab_state.storage._claim import Claim
 from lab_state.storage._protocol import StorageSession
+from lab_state.storage.file import FileStorage
 
 TICK = 1.0
 """The seconds between two looks at the socket file and at clients without a connection."""
+
+
+class Surroundings(NamedTuple):
+    """What the manager gives to its member.
+
+    Attributes:
+        storage: The storage.
+        clock: The clock.
+        logger: The logger.
+        times: The object that gets the duration of each commit.
+        on_fenced: A function of the application; see `Manager`.
+        make_mirror: A function that returns a writer of the mirror; `None` if there is no cache. It must not refer
+            to the manager, which could not be collected then.
+        started_at: The place in the application that started the manager.
+    """
+
+    storage: FileStorage
+    clock: Clock
+    logger: Log
+    times: FlushTimes
+    on_fenced: Callable[[FencedError], object] | None
+    make_mirror: Callable[[], MirrorWriter] | None
+    started_at: str
 
 
 class Owner:
@@ -43,16 +67,17 @@ class Owner:
         is_settled: Whether everything that was loaded is durable, and shown. Before that, processes that connect wait.
     """
 
-    def __init__(self, copy: SharedCopy, config: Config, claim: Claim, clock: Clock, logger: Log) -> None:
+    def __init__(self, copy: SharedCopy, config: Config, claim: Claim, around: Surroundings) -> None:
         """Begin with a state that was claimed and not loaded. Each process that connects is told to wait."""
-        self.server: Server = Server(self, clock=clock, log=logger)
+        self.server: Server = Server(self, clock=around.clock, log=around.logger)
         self.flusher: OwnerFlusher[Connection] | None = None
         self.is_settled: bool = False
         self._copy = copy
         self._config = config
         self._claim = claim
-        self._clock = clock
-        self._logger = logger
+        self._around = around
+        self._clock = around.clock
+        self._logger = around.logger
         self._sweeper: Sweeper | None = None
         self._timer: Timer | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -67,20 +92,11 @@ class Owner:
         self.server.listen(self._claim.listener.dup())
         self._timer = self._clock.call_later(TICK, self._tick)
 
-    def own(
-        self,
-        session: StorageSession,
-        times: FlushTimes,
-        on_fenced: Callable[[FencedError], object] | None,
-        mirror: MirrorWriter | None,
-        sweep_now: int,
-    ) -> OwnerFlusher[Connection]:
+    def own(self, session: StorageSession, mirror: MirrorWriter | None, sweep_now: int) -> OwnerFlusher[Connection]:
         """Start the tasks of the owner on the copy, which has everything that was loaded. If this raises, none of them runs.
 
         Args:
             session: The session of the storage.
-            times: The object that gets the duration of each commit.
-            on_fenced: A function of the application; see `Manager`.
             mirror: The writer of the mirror, if there is one.
             sweep_now: The largest number of expired keys to delete at once.
         """
@@ -96,8 +112,8 @@ class Owner:
             self._clock,
             self._logger,
             partial(self._committed, mirror),
-            times,
-            on_fenced,
+            self._around.times,
+            self._around.on_fenced,
         )
         with ExitStack() as undo:
             if mirror is not None:
