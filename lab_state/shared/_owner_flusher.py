@@ -182,6 +182,12 @@ class OwnerFlusher(Flusher, Generic[C]):
 
     # Commits
 
+    async def _commit(self) -> StorageError | None:
+        # Calls of other processes have come during the last commit. Tasks of this process that it has answered run
+        # now, so that their next calls join this commit, too. Otherwise every other commit would have theirs alone.
+        await asyncio.sleep(0)
+        return await super()._commit()
+
     async def _write(self, taken: ChangeSet, views: SnapshotViews, calls: RecordCalls | None = None) -> bool:  # noqa: ARG002 -- the views and the results of the owner are used instead
         self._asked = False
         calls = self.engine.begin(taken)  # in the step that has taken the changes
