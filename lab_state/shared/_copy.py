@@ -64,7 +64,7 @@ class SharedCopy(Durability):
         self._told(ChangeSet(0, copy.revision, cleared=True, changes={}, since=0.0))
 
     async def apply_all(self, records: Iterable[ParsedRecord]) -> None:
-        """Apply records that follow the copy, and tell of each. The event loop runs meanwhile."""
+        """Apply records that follow the copy, and report each. The event loop runs meanwhile."""
         for record in records:
             await self.apply_in_turns(record)
             self.changed(record)
@@ -75,12 +75,12 @@ class SharedCopy(Durability):
         return self.applier.finish()
 
     def changed(self, record: ParsedRecord) -> None:
-        """Tell watches, transactions and waiting callers that a record was applied."""
+        """Report a record that was applied to watches, transactions and waiting callers."""
         start, end, cleared, changes, at, wall, _ = record
         self._told(ChangeSet(start, end, cleared, changes, 0.0, at, wall))
 
     def committed(self, taken: ChangeSet) -> bool:
-        """Tell of the commit of this process, which is the owner. Return whether a watch keeps the changes."""
+        """Report a commit of this process, which is the owner. Return whether a watch keeps the changes."""
         return self._told(taken)
 
     def _told(self, taken: ChangeSet) -> bool:

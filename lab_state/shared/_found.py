@@ -1,4 +1,4 @@
-"""What a new owner finds in the files, beside its copy.
+"""The state that a new owner finds in the files, beside its copy.
 
 A process that has a copy needs only the records after it. They are shown when they are certainly durable: the
 new owner first writes the whole state, with these records, as one frame. Rule 4 of the disk says why.
@@ -70,6 +70,7 @@ async def find(recovery: Recovery, path: str, copy: State | None) -> Found:
     """
     snapshot, records, _, _, crc = recovery
     if copy is not None:
+        tail: list[ParsedRecord] | None
         if records:
             tail = await _tail(records, copy.revision, path)
         else:

@@ -1,6 +1,6 @@
 """The owner of a shared state: the commits, the connections of the followers, sweeps and the mirror.
 
-`Owner` is both what the server asks about clients and calls, and what the flusher tells of commits.
+`Owner` is the `OwnerSide` of the server, and the `Listener` of the flusher.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TICK = 1.0
 
 
 class Surroundings(NamedTuple):
-    """What the manager gives to its member.
+    """The objects that a manager gives to its member.
 
     Attributes:
         storage: The storage.
@@ -130,7 +130,7 @@ class Owner:
         return flusher
 
     def _committed(self, mirror: MirrorWriter | None, taken: ChangeSet) -> bool:
-        """Tell of a commit. Return whether the changes are still needed."""
+        """Report a commit to the watches and the mirror. Return whether one of them keeps the changes."""
         try:
             is_kept = self._copy.committed(taken)
         finally:
