@@ -125,7 +125,7 @@ async def sets(state: Manager) -> None:
 
 async def one_task(results: Results, place: Path, other: Path) -> None:
     """Compare durable sets of one task in a follower, whose owner is another process, with those of one task alone."""
-    async with workers("shared", place, 2) as (owner, reader):
+    async with workers("shared", place, 1):
         follower = Manager(SHARED, FileStorage(place))
         async with follower, Manager(Config("state", flush_interval=0), FileStorage(other)) as plain:
             assert follower.role == "follower"
@@ -136,12 +136,12 @@ async def one_task(results: Results, place: Path, other: Path) -> None:
                 "<= 2",
                 met=ratio <= 2,
             )
-            await latency(results, follower, reader, "a follower")
-            await owner("sets", 1, 0.01)
+            async with workers("shared", place, 1) as (reader,):
+                await latency(results, follower, reader)
 
 
-async def latency(results: Results, state: Manager, reader: Worker, who: str) -> None:
-    """Measure from the return of a durable `set` to the moment at which another process can read it."""
+async def latency(results: Results, state: Manager, reader: Worker) -> None:
+    """Measure from the return of a durable `set` to the moment at which another process can read it. It may be earlier."""
     found = []
     for number in range(LATENCIES + 10):
         asked = asyncio.create_task(reader("readable", state.revision + 1))
@@ -151,7 +151,7 @@ async def latency(results: Results, state: Manager, reader: Worker, who: str) ->
         found.append(await asked - durable_at)
     median = statistics.median(found[10:])
     reached = f"{median * 1e3:.2f} ms"
-    results.add(f"from durable in {who} to readable in another", reached, "<= 0.5 ms", met=median <= 0.0005)
+    results.add("from durable in a follower to readable in another", reached, "<= 0.5 ms", met=median <= 0.0005)
 
 
 async def idle_followers(results: Results, place: Path, other: Path) -> None:
