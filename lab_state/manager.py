@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -16,9 +14,10 @@ from typing import Any, Self
 import msgspec
 
 from lab_state import _forks as forks
+from lab_state._alone import run_alone, told_of_commits
+from lab_state._arguments import check_cache, check_storage
 from lab_state._clock import Clock, GuardedClock, SystemClock
 from lab_state._core import Core
-from lab_state._entries import ChangeSet
 from lab_state._flusher import Flusher
 from lab_state._foreign import check_on_fenced, described
 from lab_state._forgotten import caller, note, started_here
@@ -38,9 +37,6 @@ from lab_state.shared._member import Member
 from lab_state.shared._owner import Surroundings
 from lab_state.storage._protocol import Storage, StorageSession
 from lab_state.storage.file import FileStorage
-
-_SWEPT_AT_START = 100_000
-"""The largest number of expired keys that one change deletes at the start."""
 
 
 class Manager(Scope):
@@ -117,12 +113,9 @@ class Manager(Scope):
         self._config = Config(name=config) if isinstance(config, str) else config
         if not isinstance(self._config, Config):
             raise TypeError(f"config must be a Config or a str, the name of the state; not {type(config).__name__}")
-        # A `Path` is refused as well: it has a method `open`, too, which could create or truncate a file.
-        if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "open", None)):
-            kind = storage if isinstance(storage, type) else type(storage)
-            raise TypeError(f"storage must be an object such as FileStorage('directory'), not {kind.__name__}")
-        if cache is not None and (isinstance(cache, type) or not callable(getattr(cache, "open", None))):
-            raise TypeError(f"cache must be an object such as RedisCache('redis://host'), not {type(cache).__name__}")
+        check_storage(storage)
+        if cache is not None:
+            check_cache(cache)
         if on_fenced is not None:
             check_on_fenced(on_fenced)
         self._storage = storage
@@ -268,34 +261,14 @@ class Manager(Scope):
     def _run(self, state: State, session: StorageSession) -> None:
         """Start the tasks and timers of a loaded state, and accept calls. If this raises an error, none of them runs."""
         watchers = Watchers(state)
-        committed = watchers.committed
-        mirror = None
-        if (make_mirror := self._mirror_maker()) is not None:
-            self._own_mirror = mirror = follower = make_mirror()
-
-            def committed(taken: ChangeSet) -> bool:
-                try:
-                    watchers.committed(taken)
-                finally:
-                    follower.committed(taken)
-                return True
-
+        make_mirror = self._mirror_maker()
+        mirror = None if make_mirror is None else make_mirror()
+        committed = told_of_commits(watchers, mirror)
         flusher = Flusher(
             state, session, self._config, self._clock, self._logger, committed, self._times, self._on_fenced
         )
-        # Many keys may have expired since the last stop. They are deleted here: only `start()` may block the event loop.
-        while state.sweep(_SWEPT_AT_START):
-            flusher.nudge()
-        with ExitStack() as undo:
-            if mirror is not None:
-                mirror.start(flusher)
-                undo.callback(mirror.abort)
-            core = self._core  # a reference to the manager instead would keep a manager alive that was never stopped
-            sweeper = Sweeper(state, self._clock, lambda: core.must_wait, flusher.nudge, core.update_followup)
-            undo.callback(sweeper.stop)
-            watchers.attended = sweeper.attend
-            flusher.start()
-            undo.pop_all()
+        self._own_mirror = mirror
+        sweeper = run_alone(self._core, flusher, watchers, mirror, self._clock)
         flusher.forgotten = note(flusher, session, self._config.name, self._storage, self._started_at)
         self._running, self._sweeper = flusher, sweeper
         self._core.open(state, flusher, watchers, sweeper.resume)

@@ -210,6 +210,8 @@ def test_each_parameter_is_tried() -> None:
         ("flush_interval", [*of_no_type("1", True, [1]), Wrong(-1, ValueError), Wrong(math.nan, ValueError)]),
         ("stop_timeout", [*of_no_type("1", None, True), Wrong(0, ValueError), Wrong(math.inf, ValueError)]),
         ("lock_timeout", [*of_no_type("1", True, [1]), Wrong(-1, ValueError), Wrong(math.inf, ValueError)]),
+        ("shared", of_no_type("yes", 1, None)),
+        ("owner_timeout", [*of_no_type("1", True, None), Wrong(0, ValueError), Wrong(-1, ValueError)]),
     ],
 )
 def test_each_wrong_setting(field: str, wrong: list[Wrong]) -> None:
@@ -222,7 +224,8 @@ def test_each_wrong_setting(field: str, wrong: list[Wrong]) -> None:
 
 def test_each_setting_is_tried() -> None:
     """The fields are those above."""
-    assert set(Config.__struct_fields__) == {"name", "flush_interval", "stop_timeout", "lock_timeout"}
+    tried = {"name", "flush_interval", "stop_timeout", "lock_timeout", "shared", "owner_timeout"}
+    assert set(Config.__struct_fields__) == tried
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""The tasks and timers of a manager whose state is not shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from lab_state._clock import Clock
+from lab_state._core import Core
+from lab_state._entries import ChangeSet
+from lab_state._flusher import Flusher
+from lab_state._sweeper import Sweeper
+from lab_state._watch import Watchers
+from lab_state.cache._mirror import MirrorWriter
+
+_SWEPT_AT_START = 100_000
+"""The largest number of expired keys that one change deletes at the start."""
+
+
+def told_of_commits(watchers: Watchers, mirror: MirrorWriter | None) -> Callable[[ChangeSet], bool]:
+    """Return a function that tells the watchers and the mirror of a commit. An error of the watchers does not keep it from the mirror."""
+    if mirror is None:
+        return watchers.committed
+
+    def committed(taken: ChangeSet) -> bool:
+        try:
+            watchers.committed(taken)
+        finally:
+            mirror.committed(taken)
+        return True
+
+    return committed
+
+
+def run_alone(core: Core, flusher: Flusher, watchers: Watchers, mirror: MirrorWriter | None, clock: Clock) -> Sweeper:
+    """Start the flusher of a loaded state, its sweeper and its mirror. If this raises an error, none of them runs.
+
+    None of them refers to the manager. So a manager that was never stopped can be collected.
+    """
+    # Many keys may have expired since the last stop. They are deleted here: only `start()` may block the event loop.
+    while flusher.state.sweep(_SWEPT_AT_START):
+        flusher.nudge()
+    with ExitStack() as undo:
+        if mirror is not None:
+            mirror.start(flusher)
+            undo.callback(mirror.abort)
+        sweeper = Sweeper(flusher.state, clock, lambda: core.must_wait, flusher.nudge, core.update_followup)
+        undo.callback(sweeper.stop)
+        watchers.attended = sweeper.attend
+        flusher.start()
+        undo.pop_all()
+    return sweeper
