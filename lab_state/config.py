@@ -48,7 +48,8 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             `FileStorage`.
         owner_timeout: Seconds for which a call of a shared state waits for a process that
             owns the state, or for a sign of life of that process, above 0. After that, the
-            call raises `UnavailableError`.
+            call raises `UnavailableError`. There is one sign of life each second, so no process
+            counts as silent before 2 seconds.
 
     Raises:
         InvalidNameError: The name is out of bounds. The name becomes a file name. So a name

@@ -190,14 +190,15 @@ class Member(SharedCopy):
 
     async def _is_ready(self, follower: Follower) -> bool:
         """Wait until the copy is shown and calls can be sent. Return False if the connection ended before that."""
+        patience = max(self._config.owner_timeout, _SILENT)
         while not follower.ready.done():
             silent = follower.link.silent_for()
-            if not self.has_state and silent >= self._config.owner_timeout:
+            if not self.has_state and silent >= patience:
                 raise UnavailableError(
                     f"the owner of {self._name!r} (pid {follower.owner_pid}) gave no sign of life for {silent:.0f} s: it "
                     "may hang; start again, or end that process"
                 )
-            await done_within(follower.ready, self._clock, self._config.owner_timeout - silent)
+            await done_within(follower.ready, self._clock, patience - silent)
         return follower.ready.result()
 
     def _met(self, follower: Follower) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from claims import Gate, descriptors
-from members import NAME, bury, connect, crash, manager, members, owner_of
+from members import NAME, apart, bury, connect, crash, manager, members, owner_of
 from running import until
 
 from lab_state import (
@@ -122,7 +122,7 @@ async def test_an_owner_that_does_not_accept(tmp_path: Path) -> None:
 async def test_an_owner_that_says_nothing(tmp_path: Path) -> None:
     """If the owner accepts the connection and says nothing, a start ends after `owner_timeout`, and names the owner."""
     claim = await files_of(FileStorage(tmp_path)).claim(NAME, 1)
-    with pytest.raises(UnavailableError, match=rf"pid {os.getpid()}\) gave no sign of life for 0 s: it may hang"):
+    with pytest.raises(UnavailableError, match=rf"pid {os.getpid()}\) gave no sign of life for 2 s: it may hang"):
         await manager(tmp_path, owner_timeout=0.3).start()
     await claim.release()
 
@@ -188,16 +188,19 @@ async def test_bad_bytes_for_a_follower(tmp_path: Path, answer: bytes) -> None:
         assert await one.incr("n") == 1
 
 
-async def test_another_program_for_a_while(tmp_path: Path) -> None:
+async def test_another_program_for_a_while(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A process with a copy that meets another program at the socket tries again, until it finds an owner."""
     async with members(tmp_path, 1) as (first,):
         one = manager(tmp_path)
         await one.start()
         await first.set("a", 1)
-        await crash(first)
-        async with answering(tmp_path, *[b"HTTP/1.1 400 Bad Request\r\n\r\n"] * 3):
-            await until(lambda: one.status().owner_pid is None)
+        async with contextlib.AsyncExitStack() as stack:
+            async with apart(first):
+                await crash(first)
+                other = answering(tmp_path, *[b"HTTP/1.1 400 Bad Request\r\n\r\n"] * 3)
+                await stack.enter_async_context(other)
             made = asyncio.create_task(one.incr("n"))
+            await until(lambda: caplog.text.count("closed the connection to the owner: bad message") == 3)
         assert await made == 1
         assert one.role == "owner"
         await one.stop()
@@ -220,10 +223,10 @@ async def test_processes_wait_while_the_owner_loads(tmp_path: Path, monkeypatch:
     gate = Gate(_file_start._load)
     monkeypatch.setattr(_file_start, "_load", gate)
     clock = ManualClock()
-    owner, one = manager(tmp_path, clock=clock), manager(tmp_path, owner_timeout=0.5)
+    owner, one = manager(tmp_path, clock=clock), manager(tmp_path, owner_timeout=0.1)
     starts = asyncio.gather(owner.start(), one.start())
     await gate.entered()
-    for _ in range(8):
+    for _ in range(25):  # for longer than the 2 s after which silence is believed
         await asyncio.sleep(0.1)
         clock.advance(1)
     assert not starts.done()
