@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from lab_state._clock import Clock, resolver
 
 _LOOKS = 8
-"""In `seconds`, the number of the caller is read this many times."""
+"""The watched number is read this many times in `seconds`."""
 
 
 class Standstill:
@@ -54,7 +54,7 @@ class Progress:
     """The progress of flushes and checkpoints: the bytes that are written, and the slices that are encoded."""
 
     def __init__(self, written: Callable[[], int]) -> None:
-        """Call `written` once, and raise its error. It returns the number of bytes that the storage has written so far."""
+        """Call `written` once, and raise the error of this call, if any. It returns the number of bytes that the storage has written so far."""
         # An error here lets start() fail. Without this number, stop() could not distinguish a slow storage from one that hangs.
         written()
         self._written = written

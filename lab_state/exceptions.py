@@ -133,7 +133,7 @@ class UnsupportedError(StorageError):
 class LockedError(StorageError):
     """Another process, or another manager in this process, owns the state: stop that writer. The message names it."""
 
-    place: object = None  # the place of the state, if the storage gives it; the same name there is the same state
+    place: object = None  # the place of the state, if the storage gives it; equal places mean the same state
 
 
 class FencedError(StorageError):
