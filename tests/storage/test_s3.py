@@ -737,7 +737,7 @@ async def test_a_copy_is_read_back(tmp_path: Path) -> None:
     source = FileStorage(tmp_path)
     async with Manager(NAME, source) as state:
         await state.set("a", 1)
-    with pytest.raises(StorageError, match="is not what was written"):
+    with pytest.raises(StorageError, match="differs from the source"):
         await copy_state(NAME, source, Forgetful())
 
 
