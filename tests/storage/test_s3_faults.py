@@ -836,7 +836,10 @@ async def test_a_file_put_there_in_the_first_run(bucket: Bucket, caplog: pytest.
     assert state.status().fenced
     assert len(caplog.messages) == 1  # not one that says that nothing is lost, and one that it is
     assert "fenced" in caplog.text
-    with pytest.raises(CorruptionError, match="snapshot that record 2 follows is not the present one"):
+    with pytest.raises(
+        CorruptionError,
+        match=r"record 2 follows no snapshot, .*; move that snapshot away\. To start from that snapshot",
+    ):
         await Manager(NAME, bucket.storage()).start()
     bucket.delete(SNAPSHOT)
     async with Manager(NAME, bucket.storage()) as again:

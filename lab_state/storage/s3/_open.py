@@ -1,6 +1,7 @@
 """Open a state in S3: become its only writer, and load it.
 
-1. Check that the store honours conditions. This uses a separate object, the probe.
+1. Check that the store honours conditions. This uses a separate object, the probe. Check also whether
+   it accepts deletions. If it does not, only a warning follows.
 2. Load: GET the snapshot, LIST the records after the number that it covers, and GET them. If a
    number is missing, a checkpoint may have deleted it meanwhile. In that case the snapshot has
    changed, too: load again. If four loads find the same snapshot and fail, the state is damaged.
@@ -105,7 +106,7 @@ async def open_state(store: Requests, names: Names) -> Opened:
             loaded = await loader.load_below(fence)
             if loaded is not None:
                 return Opened(fence, loaded, undeletable)
-        await tries.pause("other writers that open it at the same time")
+        await tries.pause("a change by another writer at the same time")
 
 
 async def _probe(store: Requests, names: Names) -> None:
@@ -191,7 +192,7 @@ class _NumberedObject(NamedTuple):
 
 
 class Loader:
-    """A loader of a state, for several loads. It fetches an object again only if it has changed."""
+    """A loader of a state, for several loads. It fetches the snapshot again only if it has changed, and no record twice."""
 
     def __init__(self, store: Requests, names: Names) -> None:
         """Create a loader that has fetched nothing yet."""
@@ -314,6 +315,12 @@ class Loader:
         for number in listed:
             found = self._objects.get(number)
             if found is not None and found.record is not None and found.base not in {None, self._base}:
+                if found.base == NO_BASE:
+                    return (
+                        f"record {number} follows no snapshot, but there is one, which another program wrote; move that "
+                        "snapshot away. To start from that snapshot instead, without the records, delete everything "
+                        f"under {self._names.journal}"
+                    )
                 what = "is missing" if self._snapshot is None else "is not the present one"
                 return (
                     f"the snapshot that record {number} follows {what}; restore it. To start from the present snapshot, or "
