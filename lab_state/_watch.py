@@ -4,8 +4,8 @@ A watcher is one open watch. A write only notes its change. So the cost of a wri
 on the number of watchers. In the next turn of the event loop, the watchers receive the noted
 changes. If there are many, the rest follows in later turns. Each watcher keeps the last pending
 change of each key. With more than `MOST_PENDING` keys, it keeps one `resync` instead. To find the
-watchers of a key, one lookup is made for each different length of a watched prefix. Watchers of
-durable changes receive the changes of each commit.
+watchers of a key, one lookup is made for each different length of a watched prefix. A watcher of
+durable changes receives a change only after the commit that contains it.
 """
 
 from __future__ import annotations
@@ -80,13 +80,16 @@ class Watcher:
         self._waiting: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
-        """Return the prefix, and the number of pending changes."""
+        """Return the prefix, and the number of keys with pending changes. In its place may be `a resync` or `closed`."""
         what = "closed" if self._closed else "a resync" if self._resync is not None else f"{len(self._pending)} keys"
         durable = ", durable" if self.durable else ""
         return f"<watch of {self.prefix!r}{durable}, pending: {what}>"
 
     def tell(self, key: str, kind: Kind, revision: int) -> None:
-        """Add the change of a key, in place of an earlier pending one."""
+        """Add the change of a key, in place of an earlier pending change of this key. Ignore a revision up to `since`.
+
+        If a `resync` is pending, or if too many keys have pending changes, add a `resync` instead.
+        """
         if revision <= self._since:
             return
         if self._resync is not None or (len(self._pending) >= MOST_PENDING and key not in self._pending):
@@ -97,7 +100,7 @@ class Watcher:
         self._wake()
 
     def resync(self, revision: int) -> None:
-        """Replace all pending changes by one `resync`. It means that any key may have changed."""
+        """Replace all pending changes by one `resync`. It means that any key may have changed. Ignore a revision up to `since`."""
         if revision <= self._since:
             return
         self._pending.clear()
@@ -120,7 +123,11 @@ class Watcher:
         return self
 
     async def __anext__(self) -> Change:
-        """Return the oldest pending change. If there is none, wait for one."""
+        """Return the oldest pending change. If there is none, wait for one. After `close`, end the iteration instead.
+
+        Raises:
+            RuntimeError: Another task waits for a change of this watch.
+        """
         if self._waiting is not None:
             raise RuntimeError("two tasks read one watch: open a watch for each task")
         while self._resync is None and not self._pending:
@@ -197,7 +204,7 @@ class Watchers:
     """The watchers of one state, from a start to a stop.
 
     Attributes:
-        attended: A callback. It gets True when the first watch opens, and False when the last one ends.
+        attended: A callback. It gets True when a watch begins and there is no other, and False when the last one ends.
     """
 
     def __init__(self, state: State) -> None:
@@ -213,7 +220,7 @@ class Watchers:
         return bool(self._live) or bool(self._durable)
 
     def add(self, watcher: Watcher) -> None:
-        """Report all changes from now on to this watcher."""
+        """Report the changes of its keys to this watcher from now on."""
         watcher.opened = self._state.revision
         is_first = not self
         (self._durable if watcher.durable else self._live).add(watcher)
@@ -229,7 +236,10 @@ class Watchers:
             self.attended(False)
 
     def note(self, key: str | None, changed: StoredOrGone, revision: int) -> None:
-        """Note a change of a key, or of all keys (`None`). Watchers receive it in the next turn of the event loop."""
+        """Note that a key was changed, or that all keys were deleted (`None`). The watchers receive this in a later turn.
+
+        The reports begin in the next turn of the event loop.
+        """
         turn = self._turn
         if not turn and not self._everything:
             asyncio.get_running_loop().call_soon(self._hand_out)
@@ -242,7 +252,7 @@ class Watchers:
             turn[key] = (changed, revision)
 
     def note_many(self, keys: Sequence[str], changed: Sequence[StoredOrGone], revision: int) -> None:
-        """Note the changes of many keys. Watchers get them in the next turns of the loop, in steps."""
+        """Note the changes of many keys. The watchers get them in steps, from the next turn of the event loop on."""
         self._queue_turn()
         told: Iterator[Told] = ((key, (to, revision)) for key, to in zip(keys, changed, strict=True))
         self._queue.append((self._live, told))
@@ -251,7 +261,7 @@ class Watchers:
     def committed(self, taken: ChangeSet) -> bool:
         """Queue the changes of a commit for the watchers of durable changes, and begin to report them.
 
-        Return True if there are such watchers, because the queue may then keep a reference to the changes.
+        Return whether there are such watchers. If so, the queue may still refer to `taken` after the call.
         """
         if self._durable:
             if taken.cleared:
@@ -292,7 +302,7 @@ class Watchers:
         self._queue.append((self._live, iter(turn.items())))
 
     def _tell(self) -> None:
-        """Report the queued changes to the watchers, in about `_TOLD_AT_ONCE` steps in each turn of the event loop."""
+        """Report queued changes to the watchers, in about `_TOLD_AT_ONCE` steps. Report the rest in later turns of the event loop."""
         self._step()
         if self._queue:
             asyncio.get_running_loop().call_soon(self._tell)
