@@ -32,8 +32,11 @@ SILENT_SECONDS = 5.0
 
 _REPLAYED_AT_ONCE = 1000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-_MOST_BYTES = 16 * 1024 * 1024
-"""The most bytes in the messages of one step. A writer sends a resync in place of changes of more than about 4 MiB."""
+_MOST_BYTES = 32 * 1024 * 1024
+"""The most bytes in the messages of one step. A writer sends a resync in place of changes of more than about 4 MiB.
+
+It counts a character of a key as one byte, but in JSON such a character has up to six.
+"""
 
 _LONGEST_STEP = 1_000_000
 """The most revisions of a step. A larger step may be from another client, so the mirror is read again."""
@@ -64,6 +67,7 @@ class Feed:
         self._head = head
         self._parts: list[Message] = []
         self._bytes = 0  # the size of `_parts`
+        self._ends_with: tuple[int, int, str] | None = None  # a step that was too large: its other parts are dropped
         self._last: Message | None = None
         self._heard = clock.monotonic()
         self._stale = asyncio.Event()
@@ -214,6 +218,11 @@ class Feed:
 
     def _collect(self, message: Message, size: int) -> None:
         """Collect the messages of a step, and process the step when it is complete."""
+        if self._ends_with == (message.start, message.end, message.writer):
+            if not message.more:
+                self._ends_with = None
+                self._resync()  # again: a load that has begun meanwhile may lack a part of this step
+            return
         first = self._parts[0] if self._parts else message
         if (message.start, message.end, message.writer) != (first.start, first.end, first.writer):
             self._parts, self._bytes = [], 0  # a message of the earlier step was lost
@@ -223,6 +232,8 @@ class Feed:
         if message.more:
             if self._bytes > _MOST_BYTES:
                 self._parts, self._bytes = [], 0
+                self._ends_with = message.start, message.end, message.writer
+                self._resync()
             return
         step, self._parts, self._bytes = self._parts, [], 0
         self._step(step)
