@@ -185,7 +185,8 @@ class Pauses:
         """Start a pause after a failure, and return its length in seconds: twice that of the last pause, up to the longest."""
         self.failures += 1
         pause = min(self._longest, self._first * 2.0 ** min(self.failures - 1, 30))
-        self.until = self._clock.monotonic() + pause
+        if self.until < math.inf:
+            self.until = self._clock.monotonic() + pause
         return pause
 
     def reset(self) -> None:
@@ -193,5 +194,5 @@ class Pauses:
         self.failures, self.until = 0, 0.0
 
     def never_end(self) -> None:
-        """Make the pause endless, after a failure that is final. Then `are_over` is False until the next `start` or `reset`."""
+        """Make the pause endless, after a failure that is final. Then `are_over` is False until `reset`."""
         self.until = math.inf

@@ -334,7 +334,7 @@ class Durability:
     @property
     def unflushed_age(self) -> float:
         """The age of the oldest change that is not durable, in seconds; 0 if there is none. Loaded changes do not count."""
-        if (taken := self._under_way) is not None:
+        if (taken := self._under_way) is not None and taken.end > taken.start:
             return max(0.0, self._clock.monotonic() - taken.since)
         if self.state.revision > self.state.taken:
             return max(0.0, self._clock.monotonic() - self.state.since)

@@ -28,6 +28,7 @@ from lab_state._durability import Waiters, copied
 from lab_state._early import LOOK_EVERY, EarlyFlush
 from lab_state._entries import ChangeSet
 from lab_state._foreign import described, only_storage_errors, pass_on, storage_error
+from lab_state._forgotten import forget
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
 from lab_state._order import CHUNKS_AT_ONCE
@@ -140,6 +141,7 @@ class Flusher(Outcomes):
         """
         if self.forgotten is not None:
             self.forgotten.detach()
+            forget(self)
 
     @property
     def is_aborted(self) -> bool:

@@ -57,6 +57,11 @@ def note(
     return closing
 
 
+def forget(flusher: object) -> None:
+    """Note that a state was stopped. A second call does nothing."""
+    _started.pop(flusher, None)
+
+
 def started_here(name: str, storage: Storage, place: object) -> str:
     """Return the end of a message: where this process started a state. If that is not known, return an empty text.
 
