@@ -1,9 +1,10 @@
-"""Checks of arguments: keys, times, defaults, functions. Pure and synchronous.
+"""Checks of the arguments of calls. Pure and synchronous.
 
 A wrong Python type raises a `TypeError`. Wrong content raises a `ValueError`, often an
-`Invalid...Error`. Keys and values are exceptions: a bad key always raises an `InvalidKeyError`, and a
-bad value always an `InvalidValueError`. Keys and values often come from outside the program. So a
-program can handle all bad keys with one `except` clause, and all bad values with another.
+`Invalid...Error`. For keys and values there is another rule: a bad key always raises an
+`InvalidKeyError`, and a bad value always an `InvalidValueError`, even if its Python type is wrong. Keys
+and values often come from outside the program. So a program can handle all bad keys with one `except`
+clause, and all bad values with another.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ RESERVED = "$lab_state"
 """The name of the member of a snapshot that has the data of lab_state. No key may have this name."""
 
 MAX_KEY_LENGTH = 1024
+"""The largest number of characters in a key."""
 
 Seconds: TypeAlias = float | timedelta
 
@@ -44,7 +46,9 @@ def check_key(key: object) -> str:
     if "\0" in key:
         raise InvalidKeyError(f"the key {key!r} has a NUL character; leave it out")
     if key == RESERVED:
-        raise InvalidKeyError(f"the key {RESERVED!r} is reserved for lab_state's own member of the file")
+        raise InvalidKeyError(
+            f"the key {RESERVED!r} is reserved for lab_state's own member of a snapshot; use another key"
+        )
     if not key.isascii():
         try:
             key.encode()
@@ -65,7 +69,7 @@ def check_prefix(prefix: object) -> str:
 
 
 def check_limit(limit: object) -> None:
-    """Check a `limit`: the largest number of keys that a call returns.
+    """Check a `limit` other than `None`: the largest number of keys that a call returns.
 
     Raises:
         TypeError: The limit is not an `int`.
@@ -82,7 +86,7 @@ def milliseconds(ttl: Seconds) -> int:
 
     Raises:
         InvalidValueError: The time is not above 0, or is longer than `LONGEST_TTL`.
-        TypeError: The time is neither a number nor a `timedelta`.
+        TypeError: The time is not an `int`, a `float` or a `timedelta`. A `bool` is refused, too.
     """
     seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
@@ -90,7 +94,7 @@ def milliseconds(ttl: Seconds) -> int:
     if not 0 < seconds <= LONGEST_TTL:
         raise InvalidValueError(
             f"ttl must be above 0 and at most {LONGEST_TTL} seconds; to delete a key use delete(), "
-            "for a key that never expires leave ttl out"
+            "for a key that never expires pass ttl=None"
         )
     return math.ceil(seconds * 1000)
 
@@ -99,7 +103,7 @@ def check_timeout(timeout: object) -> float:
     """Return a timeout in seconds; infinity for `None`.
 
     Raises:
-        TypeError: The timeout is neither a number nor `None`.
+        TypeError: The timeout is not an `int`, a `float` or `None`. A `bool` is refused, too.
         ValueError: The timeout is negative or not finite.
     """
     if timeout is None:
@@ -116,13 +120,13 @@ def check_timeout(timeout: object) -> float:
 
 
 def check_revision(revision: object) -> None:
-    """Check that a revision is an `int`.
+    """Check that a revision is an `int`. Its range is not checked here.
 
     Raises:
-        TypeError: The revision is not an `int`.
+        TypeError: The revision is not an `int`. A `bool` is refused, too.
     """
     if isinstance(revision, bool) or not isinstance(revision, int):
-        raise TypeError(f"a revision must be an int, which a write has returned; not {type(revision).__name__}")
+        raise TypeError(f"a revision must be an int, such as the result of set(), not {type(revision).__name__}")
 
 
 def check_default(default: object) -> None:
@@ -140,13 +144,13 @@ def check_default(default: object) -> None:
 def as_text(key: Any) -> Any:
     """Return a key as a plain `str`, and any other object unchanged.
 
-    A subclass of `str` may define the addition anew. For example, `Markup` escapes the prefix that is put before it.
+    A subclass of `str` may override `+`. For example, `Markup` escapes a prefix that is put before it.
     """
     return str.__str__(key) if isinstance(key, str) else key
 
 
 def many_keys(keys: object) -> Iterable[str]:
-    """Check an argument that has several keys, and return it.
+    """Check that an argument is iterable, and is not one `str`. Return it. The keys in it are not checked here.
 
     Raises:
         TypeError: The argument is not iterable. Or it is one `str`, whose characters would be used as keys.
@@ -158,19 +162,19 @@ def many_keys(keys: object) -> Iterable[str]:
 
 
 def check_callable(call: str, fn: object) -> None:
-    """Check that `fn` is a function. `call` is the name of the method that got it, for the message.
+    """Check that `fn` can be called. `call` is the name of the method that got it, for the message.
 
     Raises:
         TypeError: `fn` cannot be called.
     """
     if not callable(fn):
         raise TypeError(
-            f"{call}() needs a function, not {type(fn).__name__}; to store a value use set() or set_if_absent()"
+            f"{call}() needs a function, not {type(fn).__name__}; set() and set_if_absent() store a value without one"
         )
 
 
 def name_of(fn: object) -> str:
-    """Return the name of a function, or of its class if it has no name, for a message."""
+    """Return the name of a function, for a message. If it has no name, return the name of its class in quotes."""
     return getattr(fn, "__qualname__", None) or repr(type(fn).__qualname__)
 
 

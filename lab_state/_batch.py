@@ -1,14 +1,16 @@
 """A change of many keys: prepared in steps, then made at once. Pure and synchronous.
 
 Theory of operation. `Batch.prepare` puts the changes into two new dicts: one becomes the top
-layer of the entries, the other the unflushed changes. It also counts the new keys. The state
-does not change meanwhile. So if a caller stops between two steps, nothing has changed.
+layer of the entries, the other the unflushed changes. It also counts the new keys. The batch
+changes no key of the state meanwhile. So if a caller stops between two steps, nothing has changed.
 `Batch.switch` then gives both dicts to the state, in one short step: readers see all of the
 changes, or none. Later the state merges the layer into its map in steps (`State.fold_staged`).
+Two cases are simpler. If there are fewer than `MANY` changes, `switch` calls `State.apply`. If there are
+fewer changes than older unflushed ones, `switch` may add them to the dict of the older ones.
 
 During the steps other code may read the state, take changes for a commit, put them back, and
-take or fold a view. Other code may change a single key, if it calls `before` first. That change is then
-ordered before the whole batch. All other changes must wait.
+take or fold a view. Other code may change single keys, if it calls `before` for each of them first.
+These changes are then ordered before the whole batch. All other changes must wait.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from lab_state._state import WATCHED_CLEAR, State
 T = TypeVar("T")
 
 MANY = 1_000
-"""A call with this many keys is done in steps. A smaller one is done in one step: the event loop does not run meanwhile."""
+"""A call with this many keys or more works in steps. With fewer keys, the event loop does not run meanwhile."""
 
 STEP = 500
-"""The number of keys that one step prepares. A step takes about 0.2 ms, and four times as long if the keys expire."""
+"""The largest number of keys that one step prepares. Such a step takes about 0.2 ms, and four times as long if the keys expire."""
 
 _ADDED_AT_ONCE = 16_000
 """The largest number of changes that `Batch.switch` adds to the older ones. To add so many takes about 5 ms."""
@@ -38,8 +40,9 @@ class Batch:
 
     Attributes:
         source: The changes by key. A key that is deleted need not exist. The caller may fill this dict
-            until `prepare` begins.
-        deleted: The number of keys that the batch deletes. Keys that `cleared` deletes are not counted.
+            until `prepare` begins. `switch` may empty it.
+        deleted: The number of keys that the batch deletes. It is complete after `switch`, and has no
+            meaning with `cleared`.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class Batch:
         state = self._state
         self._at = None if self._lifetime is None else state.now() + self._lifetime
         if self._cleared and state.on_change is not None and len(state.entries) <= WATCHED_CLEAR:
-            # Delete key by key instead, as `State.apply` does, so that each deletion is reported to the watches.
+            # As in `State.apply`, these keys are deleted one by one, so that each deletion is reported to the watches.
             self.source = {**dict.fromkeys(state.entries, DELETED), **self.source}
             self._cleared, self._prefix = False, ""
         if len(self.source) < MANY:
@@ -119,7 +122,7 @@ class Batch:
         for number, part in enumerate(in_parts(self.source.items())):
             if number:
                 yield
-            # Both dicts grow at the same numbers of keys, and each growth takes long. So they get the same keys in different steps.
+            # A dict that reaches a certain size is copied, which takes long. So the two dicts get the same keys in different steps.
             self._place_changes()
             self._place(part)
         self._place_changes()
@@ -163,7 +166,7 @@ class Batch:
             self._moved.update(moved)
 
     def _place_changes(self) -> None:
-        """Add the keys of the last `_place` to the unflushed changes, unless `before` has removed them."""
+        """Add the keys of the last `_place` to `_changes`, unless `before` has removed them."""
         top, placed = self._top, self._placed
         self._placed = []
         self._changes.update([(key, top[key]) for key in placed if key in top])
@@ -171,14 +174,14 @@ class Batch:
     # The older changes: those that were unflushed before the batch
 
     def _is_merged(self) -> bool:
-        """Return whether `_changes` has the older changes, or `switch` can merge both in one short step."""
+        """Return whether `_changes` has the older changes, or `switch` does not need them, or can merge both in one short step."""
         state = self._state
         if self._older is not None:
             return self._older[0] is state.changes and self._older[1] == state.taken
         return self._cleared or len(state.changes) <= STEP or self._is_smaller()
 
     def _is_smaller(self) -> bool:
-        """Return whether the batch is so small that `switch` adds its changes to the older ones.
+        """Return whether the batch is so small that `switch` adds its changes to the older ones, and not the older ones to its own.
 
         Without this, each of many small batches before a commit would copy the changes of all batches before it.
         """
@@ -187,7 +190,8 @@ class Batch:
     def _merge_older(self) -> Iterator[None]:
         """Copy the older changes of other keys into `_changes`, in steps.
 
-        A commit may take the older changes meanwhile, or put them back. Then the next call removes the copies.
+        A commit may take the older changes meanwhile, or put them back. Then the next call removes the copies, and the
+        call after that copies the changes that are unflushed then.
         """
         if self._older is not None:
             self._older, self._changes = None, {}

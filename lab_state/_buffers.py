@@ -1,8 +1,8 @@
 """Join parts to large bytes without blocking other threads for long.
 
 `b"".join` of a hundred megabytes blocks every thread during the copy. A `BytesIO` grows part by
-part. Mostly it grows by moving pages of memory, without copying bytes. In CPython, its `getvalue`
-returns the buffer without a copy.
+part. On Linux, a large one mostly grows by moving pages of memory, without copying bytes. In CPython, its
+`getvalue` returns the buffer without a copy.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import io
 from collections.abc import AsyncIterable, Iterable
 
-_QUICK_BYTES = 4096
+_QUICK_BYTES = 4096  # see `join_in_steps`
 _COPIED_AT_ONCE = 1024 * 1024
 _LARGE = 1024 * 1024
 _ROOM = 40 * 1024 * 1024
@@ -19,7 +19,7 @@ _ROOM = 40 * 1024 * 1024
 
 
 class ByteBuffer:
-    """Bytes that grow part by part. The cost of adding a part depends on the size of the part, not on the bytes before it."""
+    """Bytes that grow part by part. On average, the cost of adding a part depends on its size, not on the bytes before it."""
 
     __slots__ = ("_buffer", "_is_roomy")
 
@@ -34,7 +34,7 @@ class ByteBuffer:
         self._buffer.write(part)
 
     def _make_room(self) -> None:
-        """Move the bytes to a block that can grow by moving pages. A smaller block would be copied when it grows.
+        """Move the bytes to a large block, which can grow by moving pages. A small block would be copied when it grows.
 
         The new block begins as zeros, which take no memory until they are overwritten. `BytesIO`
         uses the block without a copy.

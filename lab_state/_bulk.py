@@ -31,13 +31,14 @@ class Bulk:
         return self._core.transaction is self
 
     def end(self) -> None:
-        """Do nothing. `check` notices in the next step that the turn is over."""
+        """Do nothing. `Core.close` calls this at a stop, and then ends the turn. `check` notices this before the next step."""
 
     def check(self) -> None:
         """Check that the manager was not stopped during the call.
 
         Raises:
             ClosedError: The manager was stopped. Nothing was changed.
+            UnsupportedError: This process is a forked child, and the manager runs in its parent.
         """
         if not self.is_held:
             self._core.check_process()
@@ -52,11 +53,12 @@ class Bulk:
 
         Args:
             durability: The durability of the manager at the beginning of the call.
-            collect: A function that adds the changes to the batch. It is called when this call has the turn.
+            collect: An async function that adds the changes to the batch. It is awaited when this call has the turn.
 
         Raises:
-            ClosedError: The manager was stopped during the call.
-            LabStateError: As from `Core.acquire`.
+            ClosedError: The manager was stopped during the call, or is not running. Nothing was changed.
+            RuntimeError: The caller is inside a transaction, or on another event loop.
+            StorageError: No change can become durable; see `Durability.check_writable`.
         """
         core = self._core
         if core.durability is not durability:
@@ -74,7 +76,7 @@ class Bulk:
 
 
 async def run_in_steps(steps: Iterator[None], check: Callable[[], object]) -> None:
-    """Run all steps. After each step let the event loop run, and then call `check`, which may raise an error."""
+    """Run all steps. At each `yield` between two steps, let the event loop run, and then call `check`, which may raise an error."""
     for _ in steps:
         await asyncio.sleep(0)
         check()

@@ -1,8 +1,8 @@
 """The checkpoints of one state: when one is due, and the task that writes it.
 
-A checkpoint runs in a separate task, and commits go on meanwhile. The result of each commit says
-whether a checkpoint is due. A checkpoint that failed is due again after a pause. `Outcomes`
-counts and logs failures. There is at most one checkpoint at a time.
+A checkpoint runs in a separate task, and commits go on meanwhile. Only the checkpoint of `stop()` runs in
+the flush task. The result of each commit says whether a checkpoint is due. A checkpoint that failed
+is repeated after a pause. `Outcomes` counts and logs failures. There is at most one checkpoint at a time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class Checkpoints:
     """The checkpoints of one state, from one start to one stop.
 
     Attributes:
-        due: Whether a checkpoint is due.
-        records: The number of records that the storage keeps after the last snapshot.
-        task: The task of the last checkpoint; `None` before the first one.
-        pace: The turns of the slices of a checkpoint beside commits.
+        due: Whether a checkpoint is due. After a failure this is True during the pause, too.
+        records: The number of records since the last snapshot. It is one higher if the loaded changes
+            are not certainly durable. If it is 0, `stop()` needs no checkpoint.
+        task: The task of the last checkpoint that `start` has started; `None` if there is none.
+        pace: The object that gives each slice of a checkpoint its turn beside commits.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and no two have the same type
@@ -65,11 +66,14 @@ class Checkpoints:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a checkpoint is due, and begins as soon as no view is in use."""
+        """Whether a due checkpoint waits only because `State.frozen` is set. After a failed checkpoint this is False."""
         return self.due and not self._pauses.failures and self._state.frozen
 
     def start_if_due(self) -> None:
-        """Start a checkpoint if one is due and no view is in use. A second view would be a copy of the whole state."""
+        """Start a checkpoint if one is due, no pause lasts, and `State.frozen` is not set.
+
+        While a view is in use, a second view would be a copy of the whole state.
+        """
         if self.due and self._pauses.are_over and not self._state.frozen:
             self.start()
 
@@ -80,19 +84,19 @@ class Checkpoints:
             self.task.add_done_callback(self._ended)
 
     async def ended(self) -> None:
-        """Wait until no checkpoint is under way."""
+        """Wait for the end of the checkpoint under way, if there is one."""
         if self.task is not None:
             await asyncio.wait({self.task})
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Note that the task has ended. If it was cancelled from outside, the checkpoint is due again."""
+        """Note that the task has ended. If it was cancelled from outside, or raised an error, the checkpoint is due again."""
         if task.cancelled():
             self.due = True
         elif (problem := task.exception()) is not None:
             self._failed(storage_error(problem))
 
     async def write(self, *, wait: bool) -> None:
-        """Write one checkpoint.
+        """Write one checkpoint. A `StorageError` is not raised: the checkpoint is due again, and `Outcomes` gets the error.
 
         Args:
             wait: Whether to wait, before the last slice of the snapshot, until the revision of

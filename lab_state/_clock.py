@@ -32,7 +32,7 @@ class Clock(Protocol):
         ...
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
-        """Call `callback` on the running event loop, `delay` seconds of `monotonic` from now."""
+        """Schedule a call of `callback` on the running event loop, `delay` seconds of `monotonic` from now. Return its timer."""
         ...
 
 
@@ -48,23 +48,24 @@ class SystemClock:
         return time.monotonic()
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
-        """Call `callback` with a timer of the event loop."""
+        """Schedule a call of `callback` with a timer of the running event loop, and return the timer."""
         return asyncio.get_running_loop().call_later(delay, callback)
 
 
 class GuardedClock:
     """A wrapper for the clock of the application, which may raise errors.
 
-    After an error, `time` and `monotonic` return their last results, and `call_later` uses a timer
-    of the event loop.
+    If a call of that clock raises an error, `time` and `monotonic` return their last results, and
+    `call_later` uses a timer of the event loop. The next call tries that clock again.
 
     Attributes:
-        strict: Whether errors of the clock are raised to the caller instead. This is `True`
-            during `start()`. So the application learns that its clock fails.
+        strict: Whether errors of the clock are raised to the caller instead. This is `True` from the
+            construction to the end of the first `start()`, and during each later `start()`. So the
+            application learns that its clock fails.
     """
 
     def __init__(self, clock: Clock, failed: Callable[[Exception], object]) -> None:
-        """Wrap a clock. `failed` is called once, with the first error that is not raised."""
+        """Wrap a clock, and read it. An error is raised. `failed` is called once, with the first later error that is not raised."""
         self.strict: bool = True
         self._clock = clock
         self._failed: Callable[[Exception], object] | None = failed
@@ -72,7 +73,7 @@ class GuardedClock:
         self._monotonic = clock.monotonic()
 
     def time(self) -> float:
-        """Return the seconds since 1970. The value may jump."""
+        """Return the `time` of the clock, or its last result; see the class."""
         try:
             self._time = self._clock.time()
         except Exception as error:  # noqa: BLE001 -- see the class
@@ -80,7 +81,7 @@ class GuardedClock:
         return self._time
 
     def monotonic(self) -> float:
-        """Return the seconds since some moment. The value never goes back."""
+        """Return the `monotonic` of the clock, or its last result; see the class."""
         try:
             self._monotonic = self._clock.monotonic()
         except Exception as error:  # noqa: BLE001 -- see the class
@@ -88,7 +89,7 @@ class GuardedClock:
         return self._monotonic
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
-        """Call `callback` on the running event loop, `delay` seconds of `monotonic` from now."""
+        """Schedule a call with the clock, or with the event loop; see the class. Return the timer."""
         try:
             return self._clock.call_later(delay, callback)
         except Exception as error:  # noqa: BLE001 -- see the class
@@ -142,7 +143,7 @@ class within:  # noqa: N801 -- in lower case, like asyncio.timeout
 
     def __enter__(self) -> None:
         task = asyncio.current_task()
-        assert task is not None  # it is used only in coroutines
+        assert task is not None  # it is used only in tasks
         self._task, self._cancelling = task, task.cancelling()
         self._timer = self._clock.call_later(self._seconds, self._expire)
 
@@ -164,7 +165,7 @@ class Pauses:
 
     Attributes:
         failures: The number of attempts that failed since the last success.
-        until: The end of the last pause, in seconds of `monotonic`.
+        until: The end of the last pause, in seconds of `monotonic`; 0 if there was none since the last success.
     """
 
     def __init__(self, clock: Clock, first: float, longest: float) -> None:
@@ -181,10 +182,11 @@ class Pauses:
         return self._clock.monotonic() >= self.until
 
     def start(self) -> float:
-        """Start a pause after a failure, and return its length: twice that of the last pause, up to the longest."""
+        """Start a pause after a failure, and return its length in seconds: twice that of the last pause, up to the longest."""
         self.failures += 1
         pause = min(self._longest, self._first * 2.0 ** min(self.failures - 1, 30))
-        self.until = self._clock.monotonic() + pause
+        if self.until < math.inf:
+            self.until = self._clock.monotonic() + pause
         return pause
 
     def reset(self) -> None:
@@ -192,5 +194,5 @@ class Pauses:
         self.failures, self.until = 0, 0.0
 
     def never_end(self) -> None:
-        """Make the pause endless, after a failure that is final. Then `are_over` is always False."""
+        """Make the pause endless, after a failure that is final. Then `are_over` is False until `reset`."""
         self.until = math.inf

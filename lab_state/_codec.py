@@ -6,15 +6,16 @@ Both formats are JSON, in version 1:
   `{"from":41,"to":42,"clear":false,"set":{...},"delete":[...],"expires":{...}}`.
 * A snapshot has the user's keys, and one reserved member at the end:
   `"$lab_state":{"format":1,"revision":42,"id":"...","expires":{...},"crc32":"9ae0daaf"}`.
-  The CRC-32 covers every byte before `,"crc32":"`: the values and the rest of the member.
-  `id` is a new random text for each snapshot, so no two snapshots have the same bytes.
+  The CRC-32 covers every byte before `,"crc32":"`: the user's keys and values, and the rest of the member.
+  `id` is a new random text for each snapshot, so two snapshots of the same state have different bytes.
 
-`expires` has the expiry times of keys. If any key expires, there are two members more: `time` is the
-time of the state at the write, and `wall` is the time of the wall clock at the write. All three are in
-milliseconds since 1970. The next start continues from `time`, and adds the time that has passed on the
-wall clock since the write.
+`expires` has the expiry times of keys. A snapshot without expiries has no such member. If any key of the
+state expires, there are two members more: `time` is the time of the state at the write, and `wall` is the
+time of the wall clock at the write. All three are in milliseconds since 1970. The next start continues
+from `time`, and adds the time that has passed on the wall clock since the write; see `_expiry.resumed`.
 
-`calls` has the results of calls that other processes made, if there are any (`shared/_results.py`).
+If there are results of calls that other processes made, the member `calls` has them (`shared/_results.py`).
+A snapshot in S3 has the members `seq` and `fence`, too (`storage/s3/_format.py`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _MEMBER_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
 _END_BYTES = len(b',"crc32":"00000000"}}')
 _SLICE_BYTES = 64 * 1024
 _KEY_BYTES = 128  # added to the size of each value, because a key takes time even if its value is small
-_MOST_AT_ONCE = 500
+_MOST_AT_ONCE = 500  # the largest number of keys, or of small changes, that one call encodes
 
 
 Int64: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -103,7 +104,7 @@ decode_record = msgspec.json.Decoder(Record).decode
 
 
 def encode_small_record(taken: ChangeSet, calls: RecordCalls | None = None) -> bytes | None:
-    """Return the record of a commit that only stores few, small values, in a state without expiries. Otherwise return `None`.
+    """Return the record of a commit with at most 500 small new values, without deleted keys and expiries. Otherwise return `None`.
 
     `calls` has the results of calls of other processes, if there are any.
     """
@@ -139,12 +140,12 @@ def encode_record(taken: ChangeSet, calls: RecordCalls | None = None) -> Iterato
 
 
 def _calls(calls: RecordCalls | SnapshotCalls) -> bytes:
-    """Return the JSON of the member `calls`. It is encoded at once, because a client has at most 1,024 results."""
+    """Return the JSON of the member `calls`. It is encoded in one step, because each client has at most 1,024 results."""
     return b',"calls":' + encode(calls)
 
 
 def _encode_small(changes: Mapping[str, StoredOrGone]) -> bytes | None:
-    """Return the JSON of the changes, encoded in one call. Return `None` if there are others than a few small values.
+    """Return the JSON of the changes, encoded in one call. Return `None` if there are changes other than a few small values.
 
     Most commits have only a few small values. For a hundred values, a single call saves 98 µs.
     """
@@ -167,7 +168,7 @@ def _encode_small(changes: Mapping[str, StoredOrGone]) -> bytes | None:
 
 
 def _times(expires: dict[str, int], time: int, wall: int) -> Iterator[bytes]:
-    """Yield the JSON of the member `expires`. If any key expires, also yield the members `time` and `wall`."""
+    """Yield the JSON of the member `expires`. If `time` is not 0, also yield the members `time` and `wall`."""
     yield b',"expires":{'
     times = iter(expires.items())
     comma = b""
@@ -227,7 +228,7 @@ def _members(parts: Iterable[dict[str, Value]]) -> Iterator[bytes]:
 
 
 def pieces(large: Value) -> Iterator[bytes]:
-    """Yield the JSON of a large value in pieces."""
+    """Yield the JSON of a large value, a `str` or JSON, in pieces."""
     if isinstance(large, str):
         yield b'"'
         for start in range(0, len(large), _SLICE_BYTES):
@@ -268,7 +269,7 @@ def replay(  # noqa: C901 -- a function call for each record would make a start 
         first: The number of the first record, for messages.
 
     Raises:
-        CorruptionError: A record cannot be decoded, has an expiry without a value, or does not follow the one before.
+        CorruptionError: A record cannot be decoded or has an expiry without a value, or changes before it are missing.
     """
     entries, revision, times, time, wall, results = snapshot
     expires = dict(times)
@@ -276,7 +277,7 @@ def replay(  # noqa: C901 -- a function call for each record would make a start 
         try:
             record = decode_record(data)
         except NOT_JSON:
-            raise CorruptionError(path, 0, f"record {number} has a valid checksum, but is not a record") from None
+            raise CorruptionError(path, 0, f"record {number} is not the JSON of a record; restore a copy") from None
         if record.end <= revision:
             continue
         if record.start > revision:
@@ -316,12 +317,12 @@ def encode_snapshot(
     """Yield the snapshot of a view in slices, some of them empty. The caller may let the event loop run after each slice.
 
     Args:
-        view: The entries. Other code must not change them until the last slice. With `copy_loaded` it is a dict.
+        view: The entries. Other code must not change them until the last slice.
         revision: The revision of the view.
         time: The time of the state, in milliseconds since 1970.
         wall: The time of the wall clock, in milliseconds since 1970.
-        copy_loaded: Whether to replace loaded values in the view by copies. A loaded value is a
-            part of a large buffer, and keeps all of that buffer in memory.
+        copy_loaded: Whether to replace loaded values in the view by copies, if the view is a dict. A
+            loaded value is a part of a large buffer, and keeps all of that buffer in memory.
         calls: The results of calls of other processes at this revision, if there are any.
     """
     crc = 0
@@ -335,7 +336,7 @@ def encode_snapshot(
 def _uncovered(
     view: dict[str, Stored] | Layer, revision: int, time: int, wall: int, *, copy_loaded: bool
 ) -> Iterator[bytes]:
-    """Yield the part of a snapshot that its checksum covers."""
+    """Yield a snapshot up to its member `calls`. The checksum covers these bytes, and that member."""
     opening = b"{"
     expires: dict[str, int] = {}
     parts = _parts(view.items(), expires, [])
@@ -357,7 +358,7 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedSta
         crc: The CRC-32 of the bytes, if it is known.
 
     Raises:
-        CorruptionError: The bytes are damaged, were edited, or are not a JSON object.
+        CorruptionError: The bytes are no JSON object, or a snapshot was damaged or edited, or a key or value cannot be kept.
         UnsupportedError: A newer version of lab_state wrote the snapshot.
     """
     try:
@@ -389,11 +390,11 @@ def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
         if found > FORMAT:
             raise UnsupportedError(
                 f"{path} has format {found}, and this version of lab_state knows {FORMAT}: use the version that wrote it; "
-                "the file was left untouched"
+                "it was left untouched"
             )
         meta = msgspec.json.decode(member, type=Meta)
     except NOT_JSON:
-        _refuse_member(path, "its member is damaged")
+        _refuse_member(path, f"its member {RESERVED!r} is damaged")
     # The member contains the checksum of all bytes before `,"crc32":"`. Continued over the rest, it must be `crc`.
     end = _MEMBER_END.search(data, max(0, len(data) - _END_BYTES))
     claimed = end is not None and end[1].decode() == meta.crc32 and zlib.crc32(end[0], int(end[1], 16)) == crc
@@ -412,12 +413,12 @@ def _refuse_member(path: str, what: str) -> NoReturn:
     raise CorruptionError(
         path,
         0,
-        f"{what}. If it was edited by hand, delete the member {RESERVED!r} and start again; this removes every expiry time. Otherwise restore a copy",
+        f"{what}. If it was edited by hand, delete the member {RESERVED!r}; then no key expires, and revisions begin at 0. Otherwise restore a copy",
     )
 
 
 def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
-    """Check the keys and values of a file without a checksum. lab_state must be able to read and write each of them."""
+    """Check that an object without the reserved member is not a damaged snapshot, and that lab_state can keep each key and value."""
     tail = data[data.rfind(b'{"format":') : -1]
     for suspect in (next(reversed(entries.values()), Raw(b"null")), tail):
         if _looks_like_member(suspect):
@@ -438,7 +439,7 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
             check_key(key)
         except InvalidKeyError as error:
             raise CorruptionError(
-                path, 0, f"lab_state cannot write or read one of its keys: {error}; rename the key in the file"
+                path, 0, f"lab_state cannot keep one of its keys ({error}); rename this key in the file"
             ) from None
         if (why_not := _why_not(value)) is not None:
             raise CorruptionError(path, data.find(bytes(value)), f"the value of {key!r} {why_not}")
@@ -451,7 +452,7 @@ def _why_not(value: Raw) -> str | None:
         return "has a number that is out of range: larger than any float, or with too many digits; make it a string"
     except NOT_JSON:
         return "is not valid JSON in UTF-8; mend it by hand"
-    return f"has more than {MAX_DEPTH} levels of nesting" if too_deep(bytes(value)) else None
+    return f"has more than {MAX_DEPTH} levels of nesting; use fewer" if too_deep(bytes(value)) else None
 
 
 def _looks_like_member(value: Raw | bytes) -> bool:

@@ -17,7 +17,10 @@ from lab_state.exceptions import StorageError, UnsupportedError
 from lab_state.storage._protocol import Recovery, Storage, StorageSession
 
 Progress: TypeAlias = Callable[[Literal["read", "written", "verified"], int], object]
-"""A callback that gets the name of a step, and the number of bytes that this step has processed so far."""
+"""A callback that gets the name of a step, and the number of bytes that this step has processed so far.
+
+`"written"` is reported after each slice, `"read"` and `"verified"` once at the end of the step.
+"""
 
 _AT_ONCE = 1000
 
@@ -32,8 +35,9 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
 
     When the call returns, the copy is durable, and has the same revision. If the call raises an
     error or is cancelled, there may be a copy in the target. Delete that copy before you try again.
+    There is one exception: if the error says that the target already has a state, nothing was written.
 
-    During the comparison the state is in memory twice. Decoding blocks the event loop, as in
+    During the comparison the state is in memory at least twice. Decoding blocks the event loop, as in
     `start()`. So call this function in a script, or before a service starts.
 
     Args:
@@ -41,16 +45,17 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
         source: The storage that has the state. Permission to read it is enough.
         target: The storage for the copy. It must have no state of this name.
         progress: A function that gets `"read"`, `"written"` or `"verified"`, and the number of
-            bytes so far.
+            bytes so far. It is called on the event loop.
 
     Returns:
-        The number of keys that were copied.
+        The number of keys that were copied, including expired keys that are not removed yet.
 
     Raises:
         InvalidNameError: The name is not valid; see `Config.name`.
         TypeError: The source is not a storage, or has no method `read`.
-        UnsupportedError: The target has a state of this name, or the source has none.
-        StorageError: Reading or writing failed; see `Storage` and `StorageSession`.
+        UnsupportedError: The target has a state of this name. Or the source has none, or only an empty
+            one that was never written.
+        StorageError: Reading or writing failed; see `Storage` and `StorageSession`. Or the copy differs.
     """
     name = Config(name=name).name
     tell = progress or _silent
@@ -99,7 +104,7 @@ async def _verify(name: str, target: Storage, state: LoadedState, tell: Progress
             same = same and all(_bytes(found, key) == _bytes(state, key) for key in keys)
             await asyncio.sleep(0)
         if not same:
-            raise StorageError(f"the copy at {session.path} is not what was written: delete the copy, and try again")
+            raise StorageError(f"the copy at {session.path} differs from the source: delete the copy, and try again")
         tell("verified", _size(session.recovery))
     finally:
         await session.aclose()

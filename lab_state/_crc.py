@@ -1,4 +1,4 @@
-"""The CRC-32 of any part of a buffer, computed from the checksums of the bytes before it.
+"""The CRC-32 of any part of a buffer, computed from the checksums of the bytes up to its start and up to its end.
 
 To compute the checksum of a part, zlib has to read the part. If parts overlap, it reads the same
 bytes many times. But a CRC is linear. Suppose that two checksums start from different initial
@@ -18,7 +18,7 @@ _Tables = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ..
 
 
 def running(data: bytes, start: int, ends: Iterable[int]) -> dict[int, int]:
-    """Return the CRC-32 of `data` from `start` to each of the ends, which must be in ascending order."""
+    """Return the CRC-32 of `data` from `start` to each end, by end. The ends must be in ascending order."""
     sums: dict[int, int] = {}
     crc, at = 0, start
     with memoryview(data) as view:
@@ -32,8 +32,8 @@ def part(before: int, whole: int, length: int, seed: int) -> int:
     """Return the CRC-32 of a part of a buffer.
 
     Args:
-        before: The checksum of all bytes before the part.
-        whole: The checksum of all bytes up to the end of the part.
+        before: The checksum of the bytes from any place to the start of the part.
+        whole: The checksum of the bytes from the same place to the end of the part.
         length: The number of bytes of the part.
         seed: The initial value from which the checksum of the part starts.
     """

@@ -41,7 +41,7 @@ class Waiters:
         self.passive: list[Waiter] = []
 
     async def wait(self, waiters: list[Waiter], revision: int) -> None:
-        """Wait in one of the lists until `settle` or `fail`. A caller that is cancelled leaves the list."""
+        """Wait in one of the lists until `settle` or `fail`. Raise the error of `fail`. A caller that is cancelled leaves the list."""
         future = asyncio.get_running_loop().create_future()
         waiters.append((revision, future))
         try:
@@ -55,7 +55,7 @@ class Waiters:
         self.current, self.next = self.current + self.next, []
 
     def settle(self, durable: int) -> None:
-        """Give a result to all callers whose revision is durable."""
+        """End the wait of all callers whose revision is at most `durable`."""
         for waiters in (self.next, self.current, self.passive):
             if not waiters:
                 continue
@@ -74,8 +74,8 @@ class Waiters:
             error: The error. Each caller gets a copy, because each `raise` adds a traceback
                 to the exception.
             note: A text about the changes, which is appended to the message.
-            all_lists: Whether the callers in all three lists get it, because there will
-                be no further commit.
+            all_lists: Whether the callers in all three lists get the error. Otherwise only
+                those in `current` do.
         """
         for waiters in (self.current, self.next, self.passive) if all_lists else (self.current,):
             for _, future in waiters:
@@ -116,7 +116,7 @@ class Durability:
     Attributes:
         state: The loaded state.
         durable_revision: Every change up to this revision is durable.
-        loop: The event loop of `start()`.
+        loop: The event loop of `start()`, or that of `stop()` after `move`.
         write_through: Whether each write waits until it is durable, because `flush_interval` is 0.
         refusal: The reason why no further change can become durable; `None` while changes can.
         refused: A callback for the moment when `refusal` is set.
@@ -154,13 +154,18 @@ class Durability:
 
     @property
     def shown(self) -> State:
-        """The state that reads use, and that a snapshot contains. In a shared state it lies below `state`."""
+        """The state that reads use, and that a checkpoint contains. In the owner of a shared state it lies below `state`."""
         return self.state
 
     # Waiting
 
     async def make_durable(self, revision: int) -> None:
-        """Ask for a commit, and wait until `revision` is durable."""
+        """Wait until `revision` is durable. Ask for a commit, unless the commit under way contains the revision.
+
+        Raises:
+            LabStateError: The commit failed, or there will be no further commit.
+            RuntimeError: The caller runs on another event loop.
+        """
         if self._must_wait(revision):
             taken, waiters = self._under_way, self._waiters
             if taken is not None and revision <= taken.end:
@@ -171,7 +176,7 @@ class Durability:
 
     async def make_latest_durable(self, revision: int) -> None:
         """Wait as `make_durable` does, for a change that the caller has just made. No commit can contain it yet."""
-        # This test is cheaper than `check_loop`, which is a system call on some systems.
+        # This test is cheaper than `check_loop`, which makes a system call in some versions of Python.
         if get_ident() != self._thread or not self.loop.is_running():
             self.check_loop()
         self._wake.set()  # a commit will come: the caller has checked that it can write
@@ -189,6 +194,8 @@ class Durability:
 
         Raises:
             WaitTimeoutError: The revision is not durable after `timeout` seconds.
+            LabStateError: There will be no further commit.
+            RuntimeError: The caller runs on another event loop.
         """
         if not self._must_wait(revision):
             return
@@ -209,13 +216,14 @@ class Durability:
         await (self.wait_durable if self._only_when_asked else self.make_durable)(revision)
 
     async def confirm_ownership(self) -> None:
-        """Wait for a commit that starts after this call. Its success proves that this writer owns the state.
+        """Wait for a commit that starts after this call. Its success proves that this writer owned the state then.
 
         The commit is made even if nothing has changed.
 
         Raises:
             FencedError: Another writer owns the state.
-            StorageError: The commit failed.
+            StorageError: The commit failed, or there will be no further commit.
+            RuntimeError: The caller runs on another event loop.
         """
         self._must_wait(-1, even_durable=True)
         self._wanted = self._begun + 1
@@ -223,7 +231,10 @@ class Durability:
         await self._confirming.wait(self._confirming.next, self._wanted)
 
     def _must_wait(self, revision: int, *, even_durable: bool = False) -> bool:
-        """Return whether a revision is not durable yet. Raise an error if it never will be."""
+        """Return whether a revision is not durable yet. Raise an error if it never will be.
+
+        With `even_durable`, treat a durable revision as one that is not.
+        """
         self.check_loop()
         if revision <= self._certain_revision and not even_durable:
             return False
@@ -245,10 +256,12 @@ class Durability:
         """Raise the reason why there will be no further commit."""
         if self.refusal is not None:
             raise copied(self.refusal, "not durable")
-        raise UnavailableError(f"the flush task of {self._name!r} has ended; call stop() to write what is left")
+        raise UnavailableError(
+            f"the flush task of {self._name!r} has ended, because stop() was called: start the manager again"
+        )
 
     def _give_up(self, error: LabStateError) -> None:
-        """Give an error to all callers that wait. There will be no further commit."""
+        """Give an error to all callers that wait. There will be no further commit, unless `stop` starts the task again."""
         self._is_closed = True
         self._waiters.fail(error, "not durable", all_lists=True)
         self._confirming.fail(error, "not confirmed", all_lists=True)
@@ -291,7 +304,7 @@ class Durability:
         """
         if self.loop.is_closed():
             self.loop, self._thread = asyncio.get_running_loop(), get_ident()
-            self._put_back()  # the loop was closed during a commit, which was not cancelled
+            self._put_back()  # if the loop was closed during a commit, the commit was not cancelled, and did not do this
             # All tasks of the old loop have ended, so no task waits for the event or for a commit.
             self._wake = asyncio.Event()
             self._waiters, self._confirming = Waiters(), Waiters()
@@ -311,7 +324,10 @@ class Durability:
 
     @property
     def unflushed_keys(self) -> int:
-        """The number of keys with changes that are not durable. Deleting all keys at once counts as one more."""
+        """The number of keys with changes that are not durable. Deleting all keys at once counts as one more.
+
+        A key counts twice if it is in the commit under way, and has changed again since.
+        """
         pending = len(self.state.changes) + self.state.cleared
         if (taken := self._under_way) is not None:
             pending += len(taken.changes) + taken.cleared
@@ -319,8 +335,8 @@ class Durability:
 
     @property
     def unflushed_age(self) -> float:
-        """The age of the oldest change that is not durable, in seconds; 0 if all are durable."""
-        if (taken := self._under_way) is not None:
+        """The age of the oldest change that is not durable, in seconds; 0 if there is none. Loaded changes do not count."""
+        if (taken := self._under_way) is not None and taken.end > taken.start:
             return max(0.0, self._clock.monotonic() - taken.since)
         if self.state.revision > self.state.taken:
             return max(0.0, self._clock.monotonic() - self.state.since)

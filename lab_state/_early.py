@@ -1,7 +1,7 @@
 """A flush before the end of `flush_interval`, if many bytes are not flushed.
 
 While there are unflushed changes, a timer estimates their size 16 times a second. So `set` does not
-have to count bytes.
+have to count bytes. `Flusher` uses this only if `flush_interval` is longer than 1/16 s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lab_state._entries import Expiring, StoredOrGone
 from lab_state._state import State
 
 MANY_BYTES = 8 * 1024 * 1024
-"""The number of changed bytes at which a flush starts early."""
+"""The estimated number of changed bytes at which a flush starts early."""
 
 LOOK_EVERY = 1 / 16
 """Seconds between two estimates. A float holds this number exactly, so a test can compute the times exactly."""
@@ -24,7 +24,7 @@ _MEASURED_AT_ONCE = 20_000
 
 
 class EarlyFlush:
-    """The timer that estimates the size of the changes, from the first one after a commit to the next commit."""
+    """The timer that estimates the size of the changes. It runs from the first change after a commit until all changes are taken."""
 
     def __init__(self, state: State, clock: Clock, flush: Callable[[], object]) -> None:
         """Prepare to call `flush` when `MANY_BYTES` have changed.
@@ -73,7 +73,7 @@ class EarlyFlush:
 
 
 def _size(changes: dict[str, StoredOrGone], newest: int, *, timed: bool) -> int:
-    """Return an estimate of the bytes that the last `newest` changes take in a record. Measure at most 20,000 of them."""
+    """Return an estimate of the bytes that the last `newest` changes take in a record. Measure at most 20,000 of them, and extrapolate."""
     some = min(newest, _MEASURED_AT_ONCE)
     if some <= 0:
         return 0

@@ -10,10 +10,11 @@ from typing import Literal, NamedTuple, NewType, Protocol, TypeAlias
 from msgspec import Raw, Struct
 
 Json = NewType("Json", bytes)
-"""The bytes of exactly one JSON value in UTF-8.
+"""The bytes of one JSON value in UTF-8.
 
-Only code that has checked the bytes makes a `Json`. So if several of them are joined with commas, the
-decoder finds exactly as many values.
+A manager checks the bytes before it makes a `Json`. So if several of them are joined with commas, the
+decoder finds exactly as many values. A copy that follows an owner may contain invalid bytes; see
+`_following.stored_of`.
 """
 
 Value: TypeAlias = str | int | float | bool | Json | Raw | None
@@ -21,6 +22,8 @@ Value: TypeAlias = str | int | float | bool | Json | Raw | None
 
 The JSON is a `Json` if the value was set, and a `Raw` if the value was loaded. A `Raw` is a view of
 the loaded buffer. It has exactly one value as well, because the parser has found where the value ends.
+A loaded scalar is a `Raw`, too. A read may replace it by the scalar, and a checkpoint may replace a
+`Raw` by a `Json`.
 """
 
 SCALARS = frozenset({str, int, float, bool, type(None)})
@@ -28,14 +31,14 @@ SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 def size_of(stored: Value) -> int:
-    """Return the approximate size of a value as JSON, in bytes."""
+    """Return the approximate size of a value as JSON, in bytes. A character of a `str` counts as one byte."""
     if isinstance(stored, Raw):
         return memoryview(stored).nbytes
     return len(stored) if isinstance(stored, bytes | str) else 8
 
 
 class Expiring(Struct, frozen=True, gc=False):
-    """A value with its expiry. From the time `at` on, in milliseconds since 1970, the key does not exist.
+    """A value with its expiry. When `State.now` has reached `at`, in milliseconds since 1970, the key no longer exists.
 
     The garbage collector does not track an `Expiring`. A tracked value would make the dict of the state
     tracked as well. Then each full collection would look at every key.
@@ -97,7 +100,7 @@ class Readable(Protocol):
 
 
 class Layer:
-    """A map on top of another one. `top` takes the writes, and the map below, `base`, does not change."""
+    """A map on top of another one. A write changes `top`, and not the map below, `base`."""
 
     __slots__ = ("base", "top")
 
@@ -174,7 +177,7 @@ class Overlay(Layer):
         self.base = self.view = view
 
     def fold(self, most: int) -> bool:
-        """Move `most` writes into the view, or more if new writes come faster. Return whether any is left."""
+        """Move up to `most` writes into the view, or twice as many as came since the last call. Return whether any is left."""
         came = 0 if self._left is None else len(self.top) - self._left
         view = self.view
         some = list(islice(reversed(self.top.items()), max(most, 2 * came)))
@@ -192,7 +195,7 @@ class Overlay(Layer):
 class Staged(Overlay):
     """A layer with many writes that were made at once. It is merged into the map below in steps.
 
-    The map below is a dict, or an `Overlay` over the view of a checkpoint.
+    The map below is a dict, or an `Overlay` over a view that is in use.
     """
 
     __slots__ = ()

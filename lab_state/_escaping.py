@@ -8,7 +8,7 @@ Both functions are injective: different texts never have the same result. The pr
 * Three results are made in another way: the key of an empty text, a name with a prefix, and a
   result that was cut. Each has an escape character without two hexadecimal digits after it. No
   escaped text has this.
-* Two results that were cut differ in their SHA-256.
+* Two results that were cut differ in their SHA-256, because no two texts with the same SHA-256 are known.
 * The text `$lab_state` is reserved as a key, and becomes `%24lab_state`. No other text becomes this,
   because `$` is not replaced in other texts.
 """
@@ -20,7 +20,7 @@ import re
 from lab_state._arguments import RESERVED
 
 LONGEST_ESCAPED = 256
-"""The largest length of an escaped key, in characters. A key may have 1,024: a prefix and a few escaped keys fit into it."""
+"""The largest length of an escaped key, in characters. A key may have 1,024. So it has room for a prefix and up to three escaped keys."""
 
 CUT_KEY = "%~"
 """The beginning of an escaped key that was cut."""
@@ -42,7 +42,7 @@ def escape_key(text: str) -> str:
     for each pair. A slash, a NUL, a lone surrogate and `%` are encoded as UTF-8. Each byte becomes `%`
     and two hexadecimal digits, as in a URL. All other characters stay as they are. An empty text
     becomes `%`. If the escaped text has more than 256 characters, the result is `%~` and the SHA-256
-    of the escaped text. Then the text cannot be recovered from the key.
+    of the escaped text, in hexadecimal digits. Then the text cannot be recovered from the key.
 
     Args:
         text: The text. It may have any length and any characters.
@@ -62,10 +62,10 @@ def escape_name(text: str) -> str:
     The result is a valid `Config.name`: 1 to 128 characters of `A-Z a-z 0-9 . _ -`, the first a
     letter or a digit. Letters and digits of ASCII, `.` and `-` stay as they are. Every other
     character, including `_`, is encoded as UTF-8. Each byte becomes `_` and two hexadecimal digits. If
-    the first character is not a letter or a digit, it is replaced as well, and `x_` is put before
-    it. An empty text becomes `x_`. If the escaped text has more than 128 characters, the result is
-    the first 62 of them, `_.` and the SHA-256 of the whole escaped text. Then the text cannot be
-    recovered from the name.
+    the first character is not a letter or a digit of ASCII, it is replaced as well, and `x_` is put
+    before it. An empty text becomes `x_`. If the escaped text has more than 128 characters, the result
+    is the first 62 of them, `_.` and the SHA-256 of the whole escaped text, in hexadecimal digits. Then
+    the text cannot be recovered from the name.
 
     Upper and lower case differ, as in every name. On a file system that ignores case, do not use
     texts that differ only in case.
@@ -88,7 +88,7 @@ def escape_name(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Return the escaped text, of any length. It is never empty, and has no slash, NUL or lone surrogate."""
+    """Return the escaped text of a key, of any length. It is never empty, and has no slash, NUL or lone surrogate."""
     return _NOT_IN_A_KEY.sub(_in_a_key, text) or _EMPTY_KEY
 
 

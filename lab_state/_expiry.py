@@ -3,7 +3,7 @@
 A key is due when its time has come. A value that expires is stored together with its time, as an
 `Expiring`. So a view of the entries contains the times, and a read needs no index. The index
 `Expiries` finds the keys that are due. It has a bucket of keys for each second. A sweep looks only
-at the buckets since the last sweep. Whole buckets are counted without looking at their keys.
+at the buckets since the last sweep. If all keys of a bucket are due, they are counted without looking at each.
 
 While there is a watch, a key must be found at its exact time, not at the end of its second.
 For this, the keys of the next few seconds are in a heap, too. If a key is deleted or gets another
@@ -13,9 +13,9 @@ A change of many keys does not change the index in one step. It adds two separat
 that are no longer valid, and one has the new times (`replace`). The counts consider both of these indexes.
 `merge_replaced` moves their keys into the main index in steps.
 
-The time here is the time of the state (`State.now`). It starts from the wall clock, and then
-counts the seconds that pass. If the wall clock is set while the manager runs, no key expires
-earlier or later.
+The time here is the time of the state (`State.now`). A start takes it from the wall clock, and from the
+recorded time if a key expires (`resumed`). After that it counts the seconds that pass. If the wall clock
+is set while the manager runs, no key expires earlier or later before the next start.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ _LEFT_BEHIND = 4
 
 
 def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
-    """Return the time of a loaded state, and the seconds by which the wall clock is behind the recorded time.
+    """Return the time of a loaded state, and the seconds by which the wall clock is behind the recorded times.
 
-    The time of the state is `time` plus the time that has passed on the wall clock since the
-    write. If the wall clock was wrong at the write, or is behind now, keys live longer.
+    The time of the state is `time`, plus the time by which the wall clock is now past both `time` and
+    `wall`. If the wall clock was set back since the write, keys live longer. If it was set forward, keys
+    expire earlier.
 
     Args:
         time: The time of the state at the write, in milliseconds since 1970.
@@ -44,14 +45,14 @@ def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
         now: The time of the wall clock now, in seconds since 1970.
 
     Returns:
-        Two numbers, in seconds. The second one is 0 if the wall clock is not behind.
+        The time in seconds since 1970, and a number of seconds. The latter is 0 if the wall clock is not behind.
     """
     passed = now - max(wall, time) / 1000
     return time / 1000 + max(0.0, passed), max(0.0, -passed)
 
 
 class Bucket(dict[str, int]):
-    """Keys that expire in the same second, with their times in milliseconds.
+    """Keys that expire in the same second, with their times in milliseconds. Keys with earlier times may be among them.
 
     Attributes:
         first: A lower bound of the times, in milliseconds.
@@ -71,8 +72,8 @@ class Expiries:
     """An index of keys by the second in which they expire.
 
     Attributes:
-        on_first: A callback. It is called when a key is added to an empty index.
-        on_nearer: A callback. It is called when an added key is due before all others in the heap.
+        on_first: A callback. It is called when an empty index gets keys.
+        on_nearer: A callback. It is called when a key is put into the heap that is due before all others in it.
     """
 
     __slots__ = (
@@ -173,7 +174,7 @@ class Expiries:
             self.on_first()
 
     def merge_replaced(self, most: int) -> bool:
-        """Move the times of up to `most` keys of `replace` into this index. Return whether there are more."""
+        """Move the times of up to `most` keys of `replace` into this index. Return whether there may be more."""
         stale, fresh = self._stale, self._fresh
         if stale is None or fresh is None:
             return False
@@ -195,7 +196,7 @@ class Expiries:
         return True
 
     def popped(self) -> tuple[str, int]:
-        """Remove one of the keys, and return it with its time."""
+        """Remove one of the keys, and return it with its time. The index must have a key, and no times of `replace`."""
         key, second = self._second.popitem()
         bucket = self._buckets[second]
         at = bucket.pop(key)
@@ -209,7 +210,7 @@ class Expiries:
         self._heaped, self._loading = -1, None
 
     def load(self, now: int, most: int) -> bool:
-        """Put up to `most` keys of the next seconds into the heap. Return whether keys of these seconds are left."""
+        """Put keys of the next seconds into the heap, up to `most` of each second. Return whether keys of these seconds are left."""
         if self._heap is None:
             return False
         present = now // 1000
@@ -243,7 +244,7 @@ class Expiries:
             self.on_nearer()
 
     def due(self, now: int) -> int:
-        """Return the number of keys that are due. Only the keys of the current second are examined one by one."""
+        """Return the number of keys that are due. A bucket is examined key by key only if some of its keys may not be due."""
         total = 0
         for bucket in self.passed(now):
             if bucket.last <= now:
@@ -255,7 +256,7 @@ class Expiries:
         return total
 
     def due_keys(self, now: int) -> list[str]:
-        """Return the keys that are due, in no particular order. Only keys that expire by this second are examined."""
+        """Return the keys that are due, in no particular order. Only keys of the buckets up to this second are examined."""
         found = [key for bucket in self.passed(now) for key, at in bucket.items() if at <= now]
         if self._stale is not None and self._fresh is not None:
             stale = self._stale
@@ -273,7 +274,10 @@ class Expiries:
         return sorted(second for second in self._buckets if second < end)
 
     def advance(self, now: int) -> None:
-        """Begin later searches at the first second that has a key. Without sweeps, they would look at all passed seconds."""
+        """Let later searches begin at the first past second with a key, or at the present second.
+
+        `take` does this, too. Without both, a search would look at all past seconds.
+        """
         present = now // 1000
         seconds = self._passed_seconds(present * 1000 - 1)
         self._next = max(self._next, seconds[0] if seconds else present)
@@ -281,7 +285,8 @@ class Expiries:
     def take(self, now: int, most: int) -> list[str]:
         """Remove up to `most` keys that are due, and return them.
 
-        Keys whose second is over come first, in order of time, and then those in the heap.
+        Keys whose second is over come first, in order of their seconds, and then those in the heap. Without
+        the heap, a key is found when its second is over.
         """
         over = now // 1000 * 1000 - 1
         taken: list[str] = []

@@ -1,14 +1,14 @@
 """The task that commits the changes of a state to its storage.
 
 Theory of operation. A writer changes the map and continues. The task wakes up once in each flush interval,
-or when a caller asks for a commit. It takes all unflushed changes, and commits them as one
-record. If a commit fails, its changes are put back, and the commit is repeated after growing
-pauses. `_durability.py` has the callers that wait, `_outcomes.py` the outcomes of commits, and
-`_checkpoints.py` the checkpoints.
+when a caller asks for a commit, and when many bytes have changed. It takes all unflushed changes, and
+commits them as one record. If a commit fails, its changes are put back. Unless `flush_interval` is `None`,
+the commit is repeated after growing pauses. `_durability.py` has the callers that wait, `_outcomes.py`
+the outcomes of commits, and `_checkpoints.py` the checkpoints.
 
-The task never cancels a storage call. If a call hangs at the deadline of `stop`, `stop` no longer
-waits for it, and the session is closed when the call ends. So no second writer can open the state
-before that.
+The task never cancels a storage call. If the storage makes no progress for the timeout of `stop`, `stop`
+no longer waits. The session is closed when the call that hangs ends. So no second writer can open
+the state before that.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lab_state._durability import Waiters, copied
 from lab_state._early import LOOK_EVERY, EarlyFlush
 from lab_state._entries import ChangeSet
 from lab_state._foreign import described, only_storage_errors, pass_on, storage_error
+from lab_state._forgotten import forget
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
 from lab_state._order import CHUNKS_AT_ONCE
@@ -42,10 +43,10 @@ from lab_state.shared._results import RecordCalls
 from lab_state.storage._protocol import StorageSession
 
 _FREED_AT_ONCE = 1000
-"""The number of entries that one step of the event loop frees."""
+"""The largest number of entries that one turn of the event loop frees."""
 
 _LAST_CHANCE = 0.5
-"""The seconds before the deadline of `stop` that are reserved for a last commit, or for closing the session."""
+"""`stop` tries a last commit this many seconds before its deadline. A close waits this long while the event loop ends."""
 
 
 class Flusher(Outcomes):
@@ -77,7 +78,7 @@ class Flusher(Outcomes):
             logger: The logger of the manager.
             committed: A callback after each commit, with the changes. It returns True if it
                 keeps a reference to the changes.
-            times: The object that gets the duration of each commit.
+            times: The object that gets the duration of each successful commit, and counts the failed ones.
             on_fenced: A function of the application; see `Manager`.
         """
         super().__init__(state, session.recovery, config, clock, logger, times, on_fenced)
@@ -97,7 +98,7 @@ class Flusher(Outcomes):
         if self._unsettled:
             self._wake_up()
         self._timer: Timer | None = None
-        # Without an early flush, one record could contain very many writes: all those of one interval.
+        # Without an early flush, one record could contain very many writes: all those of one interval. A short interval needs none.
         often = self._interval is None or self._interval <= LOOK_EVERY
         self._early = None if often else EarlyFlush(state, clock, self._wake_up)
 
@@ -111,19 +112,19 @@ class Flusher(Outcomes):
             raise
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- it bounds the work, not the wait of the caller
-        """Flush, write a checkpoint and close the session.
+        """Flush, write a checkpoint if there are records since the last one, and close the session.
 
-        Give up when there was no progress for `timeout` seconds. A flush that fails is repeated
-        until `timeout` seconds after the call.
+        Give up when there was no progress for `timeout` seconds. A flush that fails with an `UnavailableError`
+        is repeated until `timeout` seconds after the call.
 
         Raises:
-            StorageError: The last flush failed, the storage made no progress, or a newer writer owns the state.
+            StorageError: A newer writer owns the state. Or not all changes are durable: the last flush failed or hangs.
         """
         self._stopping = True
         self._deadline = self._clock.monotonic() + timeout
         self._end_timers()
         standstill = Standstill(self._clock, timeout, self._progress.number)
-        if self._task.done() or self._task.get_loop() is not self.loop:  # the event loop of the task was closed before
+        if self._task.done() or self._task.get_loop() is not self.loop:  # it has ended early, or its loop was closed
             self._start(self._run())
         self._wake.set()
         await asyncio.wait({self._task, standstill.reached}, return_when=asyncio.FIRST_COMPLETED)
@@ -140,6 +141,7 @@ class Flusher(Outcomes):
         """
         if self.forgotten is not None:
             self.forgotten.detach()
+            forget(self)
 
     @property
     def is_aborted(self) -> bool:
@@ -177,7 +179,7 @@ class Flusher(Outcomes):
 
     def discard_entries(self) -> None:
         """Free the entries after `stop()`, unless a storage call still in flight may read them."""
-        # These functions do not refer to this object. A method would keep it, and with it the state, in memory.
+        # `ignore` and `no_clock` do not refer to this object. Its methods would keep it, and with it the state, in memory.
         state = self.shown
         for one in (self.state, state):
             one.free, one.on_staged = ignore, no_clock
@@ -195,11 +197,11 @@ class Flusher(Outcomes):
             self.loop.call_soon(self._free, large, most)
 
     def _fold_staged(self) -> None:
-        """Merge a change of many keys into the map, step by step. After the last step, start a checkpoint if one is due."""
+        """Merge a change of many keys into the map: one step now, and the others in later turns. Then start a checkpoint if one is due."""
         try:
             more = self.shown.fold_staged(STEP)
         except BaseException:
-            # For example, a MemoryError. The event loop reports it. Try again, because a checkpoint waits for the merge.
+            # For example, a MemoryError. The event loop reports it. Try again in a second, because a checkpoint waits for the merge.
             self._clock.call_later(1.0, self._fold_staged)
             raise
         if more:
@@ -215,7 +217,7 @@ class Flusher(Outcomes):
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """End all waits when the task has ended. The outcome depends on whether all changes are durable."""
+        """End all waits when the task has ended. The callers whose revision is durable get a result, and the others an error."""
         problem = None if task.cancelled() else task.exception()
         what = (
             "was cancelled" if task.cancelled() else f"failed: {described(problem)}" if problem is not None else "ended"
@@ -253,13 +255,13 @@ class Flusher(Outcomes):
         self._abandoned = True
         if self._all_durable:
             self._logger.warning(
-                "%s: everything is durable, but the checkpoint of stop() made no progress for %s s; "
+                "%s: everything is durable, but the storage made no progress for %s s during stop(); "
                 "the state stays locked until the storage answers",
                 self._name,
                 timeout,
             )
             return
-        why = "" if self._failure is None else f"; the flush before failed: {self._failure}"
+        why = "" if self._failure is None else f"; the previous flush failed: {self._failure}"
         self._stop_error = UnavailableError(
             f"stop() gave up, because the storage made no progress for {timeout} s: {self.unflushed_keys} changed keys of "
             f"{self._name!r} may not be durable; the state stays locked until the storage answers{why}"
@@ -367,7 +369,7 @@ class Flusher(Outcomes):
             await views.fold()
 
     def _hand_on(self, taken: ChangeSet) -> bool:
-        """Pass durable changes to the watchers and the mirror. Return whether these keep a reference to the changes."""
+        """Pass durable changes to the watchers and the mirror. Return whether these may keep a reference to the changes."""
         try:
             return self._committed(taken)
         except Exception as problem:  # noqa: BLE001 -- an error of the callback must not end the task
@@ -384,10 +386,10 @@ class Flusher(Outcomes):
         return await only_storage_errors(lambda: self._session.commit(record, views.take))
 
     def _encoded(self, record: bytes) -> None:
-        """Do nothing. The owner of a shared state keeps the record for its followers."""
+        """Do nothing. `OwnerFlusher` overrides this method to keep the record for the followers of a shared state."""
 
     def checkpoint_if_due(self) -> None:
-        """Start a checkpoint if one is due, no view is in use, and `stop` was not called."""
+        """Start a checkpoint if `stop` was not called; see `Checkpoints.start_if_due`."""
         if not self._stopping:
             self.checkpoints.start_if_due()
 
@@ -410,7 +412,7 @@ class Flusher(Outcomes):
     # The end
 
     async def _finish(self) -> None:
-        """Make the last flush, and a checkpoint if there is time for it."""
+        """Make the last flush. If it succeeded, write a checkpoint, unless there are no records since the last one."""
         error = await self._last_flush()
         self._is_closed = True
         if error is not None:

@@ -1,7 +1,7 @@
-"""Copies of a state that follow its owner step by step: the followers of a shared state, and local readers of a mirror.
+"""Copies of a state that follow its owner step by step: the copies of a shared state, and the local copies of a mirror.
 
 Pure and synchronous. A step has the new values of keys, the deleted keys, and whether all keys were deleted
-before. It is applied to a `State`, so indexes, views and watches work as in the owner. The caller decides
+before. It is applied to a `State`, so indexes, views and watches work as in a manager. The caller decides
 which steps to apply.
 """
 
@@ -44,7 +44,7 @@ def changes_of(
 
     Args:
         values: The new values of keys.
-        expires: The expiry times of the keys that expire, in milliseconds since 1970.
+        expires: The expiry times of the keys that expire, in milliseconds since 1970. Keys without a new value are ignored.
         deleted: The keys that are deleted.
     """
     changes: dict[str, StoredOrGone] = {key: stored_of(raw) for key, raw in values.items()}
@@ -59,7 +59,7 @@ def changes_of(
 def apply_step(
     copy: State, changes: Mapping[str, StoredOrGone], revision: int, *, cleared: bool, time: int = 0
 ) -> None:
-    """Apply a step to a copy at once. The arguments are those of `Step`."""
+    """Apply a step to a copy at once, without steps for the event loop. The arguments are those of `Step`."""
     effects, expired = changes, 0
     if any(isinstance(to, Absent) for to in changes.values()):
         effects, expired = _effects(copy, changes.items(), cleared=cleared, time=time)
@@ -81,8 +81,8 @@ class Step:
         """Set the step. Nothing is changed yet.
 
         Args:
-            copy: The copy. All of its changes are taken.
-            changes: The last effect on each key. A key that is deleted need not exist. They stay as they are.
+            copy: The copy. All of its changes must be taken.
+            changes: The last effect on each key. A key that is deleted need not exist. The mapping is not changed.
             revision: The revision of the copy after the step.
             cleared: Whether all keys are deleted first.
             time: The time of the owner at the step, in milliseconds since 1970. A deleted key with an expiry up to
@@ -97,7 +97,7 @@ class Step:
         self._batch: Batch | None = None
 
     def prepare(self) -> Iterator[None]:
-        """Prepare the step in parts, and yield between two parts. Reads do not see the step before `finish`."""
+        """Prepare the step in parts, and yield after each part if there are many. Reads do not see the step before `finish`."""
         copy, source = self._copy, dict[str, StoredOrGone]()
         for part in in_parts(self._changes.items()):
             effects, expired = _effects(copy, part, cleared=self._cleared, time=self._time)
@@ -119,7 +119,7 @@ def _effects(
 ) -> tuple[dict[str, StoredOrGone], int]:
     """Return the changes without deletions of missing keys, and the number of expired keys.
 
-    The deletion of an expired key is marked as `EXPIRED`.
+    With `cleared`, leave out all deletions. The deletion of an expired key is marked as `EXPIRED`.
     """
     effects: dict[str, StoredOrGone] = {}
     entries, expired = copy.entries, 0
@@ -135,13 +135,13 @@ def _effects(
 
 
 def _show(copy: State, change: Callable[[], int | None], revision: int, expired: int) -> None:
-    """Call `change`, which returns `None` if it has changed nothing. Set the revision, and count the expired keys."""
+    """Call `change`, which returns `None` if it has changed nothing. Set the revision, count the expired keys, and take the changes."""
     before = copy.revision
     copy.skip_to(revision - 1)
     try:
         if change() is None:
             copy.skip_to(revision)
-    except BaseException:  # such as a MemoryError: a part of the step may be missing, so it is repeated
+    except BaseException:  # such as a MemoryError: a part of the step may be missing, so the caller repeats it
         copy.take()
         copy.skip_to(before)
         raise

@@ -42,7 +42,7 @@ def is_cancelled() -> bool:
 
 
 def storage_error(problem: BaseException, blame: str = "") -> StorageError:
-    """Return the problem if it is a `StorageError` whose `str()` works. Otherwise return a new error that it causes.
+    """Return the problem if it is a `StorageError` whose `str()` works. Otherwise return an `UnavailableError` with this cause.
 
     `blame` is added to the message of the new error, after the class of the problem.
     """
@@ -50,13 +50,13 @@ def storage_error(problem: BaseException, blame: str = "") -> StorageError:
         with contextlib.suppress(Exception):
             str(problem)
             return problem
-    error = UnavailableError(f"the write ended with {type(problem).__name__}{blame}")
+    error = UnavailableError(f"the storage call ended with {type(problem).__name__}{blame}")
     error.__cause__ = problem
     return error
 
 
 def described(problem: BaseException) -> str:
-    """Return a text with the class of a foreign error, and the place where it was raised.
+    """Return a text with the class of a foreign error, and the place where it was raised, if that is known.
 
     The text of the error is left out, because it may contain a value or a credential.
     """

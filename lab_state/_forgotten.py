@@ -24,7 +24,7 @@ class _Started(NamedTuple):
 
 
 _started: weakref.WeakKeyDictionary[Any, _Started] = weakref.WeakKeyDictionary()
-"""The states that run in this process, by flusher. A flusher lives as long as its manager or its event loop."""
+"""The states that were started in this process, by flusher. A flusher may live on after `stop()`."""
 
 
 def caller() -> str:
@@ -55,6 +55,11 @@ def note(
     closing = weakref.finalize(flusher, _close, session)
     closing.atexit = False
     return closing
+
+
+def forget(flusher: object) -> None:
+    """Note that a state was stopped. A second call does nothing."""
+    _started.pop(flusher, None)
 
 
 def started_here(name: str, storage: Storage, place: object) -> str:
@@ -89,5 +94,5 @@ def _run_close(session: StorageSession) -> None:
     async def close() -> None:
         await asyncio.wait_for(session.aclose(), _LONGEST_CLOSE)
 
-    with contextlib.suppress(Exception):  # the manager has warned already, and no caller can get the error
+    with contextlib.suppress(Exception):  # there was a `ResourceWarning`, and no caller can get the error
         asyncio.run(close())

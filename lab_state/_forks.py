@@ -1,10 +1,10 @@
 """Managers, locks and files that a forked child inherits, and must not use.
 
-A child has the memory and the descriptors of its parent, but none of its threads. An `flock`
-belongs to the open file, which parent and child share. So the lock would stay held while the child
-lives, even after the parent has ended. Therefore the child closes the inherited descriptors. An object
-that was in use at the fork refuses all calls in the child. An object that was idle at the fork can be
-used in the child as in any other process.
+A child has the memory and the descriptors of its parent. Of the threads, it has only the one that
+forked. An `flock` belongs to the open file, which parent and child share. So the lock would stay held
+while the child lives, even after the parent has ended. Therefore the child closes the inherited
+descriptors. An object that was in use at the fork refuses all calls in the child. An object that was
+idle at the fork can be used in the child as in any other process.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class Inherited(Protocol):
     """An object that a forked child must not use."""
 
     def disown(self) -> None:
-        """Close the descriptors, and refuse every call from now on. This runs in the child, before any other code.
+        """Close the descriptors, and refuse every call if the object is in use. This runs in the child, before the fork returns.
 
-        The method must neither block nor await. At the fork, a thread may have been in the middle
+        The method must neither block nor await. At the fork, another thread may have been in the middle
         of any method of the object. That thread does not exist in the child.
         """
         ...

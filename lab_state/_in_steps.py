@@ -10,10 +10,16 @@ from lab_state._order import Chunk, in_range
 from lab_state._state import State
 
 MANY = 1_000
-"""A call that returns fewer keys than this takes one step. So the event loop does not run during the call."""
+"""If the range of a call has fewer keys than this, or its limit is lower, the keys are read in one step.
+
+The event loop may run before that step, while the index is brought up to date.
+"""
 
 _PIECES_IN_STEP = 16
-"""The number of pieces whose keys one step returns: at most 8,000 keys, in about a millisecond."""
+"""The number of pieces whose keys one step reads: usually about 4,000 keys, and at most 8,192, in about a millisecond.
+
+A single piece may be larger, if writers have changed the order of the keys just before.
+"""
 
 
 class ReadingCore(Protocol):
@@ -30,7 +36,7 @@ class ReadingCore(Protocol):
 
 
 class Range(NamedTuple):
-    """The keys that a call returns.
+    """A range of keys, and the form in which a call returns them.
 
     Attributes:
         low: No key is below this. `_order.bounds` makes both bounds.
@@ -48,7 +54,11 @@ class Range(NamedTuple):
 
 
 async def bring_up_to_date(core: ReadingCore) -> None:
-    """Build the index of the state, or bring it up to date. If the caller is cancelled, the next call continues."""
+    """Build the index of the state, or bring it up to date. If the caller is cancelled, the next call continues.
+
+    Raises:
+        LabStateError: The manager was stopped meanwhile.
+    """
     for _ in core.state.index_steps():
         await pause(core)
 

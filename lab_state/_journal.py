@@ -5,8 +5,9 @@ Pure and synchronous. The journal is text, with one frame in each line::
     <crc32, 8 hex digits> <payload length> <kind> <payload>\n
 
 The CRC-32 covers the salt, the length, the kind and the payload. The salt is a random text for each
-journal, and is stored in its header. So old bytes in reused blocks of the disk are never a valid
-frame, and a user's value cannot contain one.
+journal, and is stored in its header. So old bytes in reused blocks of the disk are not a valid
+frame, except with a chance of one in 2**32. A user who does not know the salt cannot store a valid
+frame in a value.
 
 The writer has at most one frame in flight: it writes a frame only after the sync of the previous frame
 has returned. So invalid bytes at the end, with no valid frame after them, are a torn tail, which
@@ -149,7 +150,8 @@ def scan(data: bytes, name: str, path: str) -> Scan:
         path: The file or object that contains the journal, for messages.
 
     Raises:
-        CorruptionError: Acknowledged data is damaged, or the journal belongs to another state.
+        CorruptionError: The header or acknowledged data is damaged, the kind of a frame is unknown, a frame with the
+            whole state is missing, or the journal belongs to another state.
         UnsupportedError: A newer version of lab_state wrote the journal.
     """
     head, position = _read_header(data, name, path)
@@ -197,7 +199,7 @@ def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
     if head.format != FORMAT:
         raise UnsupportedError(
             f"{path} has journal format {head.format}, and this version of lab_state knows {FORMAT}: "
-            "use the version that wrote it; the file was left untouched"
+            "use the version that wrote it; it was left untouched"
         )
     if head.name != name:
         raise CorruptionError(path, 0, f"it is the journal of {head.name!r}, not of {name!r}; put the right file back")
@@ -244,7 +246,10 @@ def _valid_frame_behind(data: bytes, position: int, salt: str) -> int | None:
 
 
 class _Head(NamedTuple):
-    """Bytes that look like the head of a frame, with a newline at `end`. The checksum is of the bytes from `covered` to `end`."""
+    """Bytes that look like the head of a frame, with a newline at `end`.
+
+    In a valid frame, `crc` is the checksum of the salt and of the bytes from `covered` to `end`.
+    """
 
     start: int
     covered: int
@@ -253,7 +258,7 @@ class _Head(NamedTuple):
 
 
 def _heads_behind(data: bytes, position: int) -> Iterator[_Head]:
-    """Yield all possible heads in order. Search in pieces, because one search of all bytes would block other threads."""
+    """Yield all possible heads from `position` on, in order. Search in pieces, because one long search would block other threads."""
     for piece in range(position, len(data), _SEARCHED_AT_ONCE):
         stop = piece + _SEARCHED_AT_ONCE
         for match in _HEAD_BEHIND.finditer(data, piece, stop + _LONGEST_HEAD):
@@ -271,8 +276,8 @@ class Accepted(NamedTuple):
     Attributes:
         full: The whole state at the start of the journal, if the journal contains it. If this
             is `None`, the state begins with the snapshot.
-        records: The records to apply to that state.
-        unclean: True if the last writer did not end with a checkpoint.
+        records: The records to apply to that state. Some of them may be in the snapshot already.
+        unclean: True if the journal has a frame after its header, or a torn tail. A clean stop leaves neither.
     """
 
     full: bytes | None
@@ -290,7 +295,8 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
         path: The file or object of the journal, for messages.
 
     Raises:
-        CorruptionError: The journal does not follow this snapshot, or has the whole state in a wrong place.
+        CorruptionError: The journal has records that do not follow this snapshot, its snapshot is missing, or it
+            has the whole state in a wrong place.
     """
     if found is None:
         return Accepted(None, (), unclean=False)
@@ -308,8 +314,8 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
             raise CorruptionError(
                 path,
                 0,
-                "this journal follows another snapshot than the one beside it; put the right snapshot back, or delete this journal "
-                "to continue from the present snapshot without the changes in the journal",
+                "its records do not follow the snapshot beside it, or that snapshot is missing; put the right snapshot back, or "
+                "delete this journal to continue without its records",
             )
         if snapshot_base == NO_BASE:
             raise CorruptionError(

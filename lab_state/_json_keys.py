@@ -2,9 +2,10 @@
 
 msgspec writes both members, and a reader of the JSON finds only the last one. A dict whose
 keys are all `str` cannot have two such keys. With `order="deterministic"`, msgspec's encoders
-accept only `str` keys, at any depth. So each value is encoded a second time, as MessagePack
-in that order. If the encoder refuses the value, the JSON itself is examined. `_values.py` also
-searches the MessagePack for NaN, infinity and times, because JSON has them as `null` or as text.
+accept only `str` keys, at any depth. So a value is encoded a second time, as MessagePack with this
+option, unless it is a scalar or a flat list of records. If the encoder refuses a value, its JSON is
+examined. `_values.py` also searches the MessagePack for NaN, infinity and times, because JSON has them
+as `null` or as text.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ class _Keys(msgspec.Struct, gc=False):
 
 
 def _other(value: object) -> object:
-    """Return what MessagePack has in place of an object: a list for a deque, NaN for a model, `None` for any other."""
+    """Return a value to encode in place of an object that msgspec cannot encode: a list for a deque, NaN for a model, else `None`."""
     if isinstance(value, deque):
         return list(cast("deque[object]", value))
     return nan if hasattr(value, "model_dump_json") else None
 
 
 check_str_keys = msgspec.msgpack.Encoder(order="deterministic", enc_hook=_other).encode
-"""Encode a value as MessagePack. Raise an error if that cannot hold it, or if a key of a dict at any depth is not a `str`."""
+"""Encode a value as MessagePack. Raise an error if MessagePack cannot hold the value, or if a key of a dict at any depth is not a `str`."""
 
 
 def pack(value: Any) -> bytes | None:
     """Return a value in MessagePack. Return `None` if `check_str_keys` refuses the value.
 
-    The keys of a large outermost dict are left out, because `have_own_texts` checks them faster.
+    If `have_own_texts` accepts the keys of a large outermost dict, they are left out, because it checks them faster.
     """
     try:
         if value.__class__ is dict and len(value) > _MANY and have_own_texts(value):
@@ -55,7 +56,7 @@ def pack(value: Any) -> bytes | None:
 def have_own_texts(keys: dict[Any, Any]) -> bool:
     """Return whether all keys are `str`, or all are `int`. Then no two keys have the same text in JSON.
 
-    An object of a subclass could have any text, so such keys are not accepted.
+    An object of a subclass of `str` or `int` could have any text, so such keys are not accepted.
     """
     try:
         msgspec.convert(keys, _Keys)

@@ -88,11 +88,11 @@ class Layered(State):
 
     @property
     def expires(self) -> bool:
-        """Whether any key expires, here or in the base."""
+        """Whether any key expires, here or in the base. It may be True although the changes delete or replace all such keys."""
         return bool(self.expiries) or self.base.expires
 
     def due(self, now: int) -> int:
-        """Return the number of keys that have expired at a time; see `State.due`."""
+        """Return the number of keys that have expired at a time. The cost grows with the number of changes; see `State.due`."""
         total = sum(isinstance(to, Expiring) and to.at <= now for to in self.changes.values())
         if not self.cleared:
             beneath = self.base.entries
@@ -100,7 +100,7 @@ class Layered(State):
         return total
 
     def due_keys(self, now: int) -> list[str]:
-        """Return the keys that have expired at a time; see `State.due_keys`."""
+        """Return the keys that have expired at a time. The cost grows with the number of changes; see `State.due_keys`."""
         changes = self.changes
         found = [] if self.cleared else [key for key in self.base.due_keys(now) if key not in changes]
         return found + [key for key, to in changes.items() if isinstance(to, Expiring) and to.at <= now]
@@ -128,7 +128,7 @@ class Layered(State):
         return [tuple(found)] if found else []
 
     def held_in(self, low: str, high: str | None) -> int:
-        """Return the number of keys in a range, including expired keys."""
+        """Return the number of keys in a range, including expired keys. The cost grows with the number of changes, too."""
         mine = in_range(self.changes, low, high)
         if self.cleared:
             return sum(key in self.entries for key in mine)

@@ -21,7 +21,7 @@ class Decoded(NamedTuple):
         durable_revision: Every change up to this revision is certainly durable.
         live: Whether a writer has the state open; `None` if the storage cannot tell.
         path: The place of the state, for messages.
-        size: The number of bytes that the state has in the storage.
+        size: The number of bytes of the snapshot and the records.
     """
 
     state: LoadedState
@@ -36,7 +36,9 @@ async def load(name: str, storage: Storage) -> Decoded:
 
     Raises:
         TypeError: `storage` is not a storage, or has no method `read`.
-        StorageError: Reading failed, or the state changed during each of ten readings; see `Storage.read`.
+        CorruptionError: Two consecutive readings found the same damage.
+        UnavailableError: Ten readings found damage, each time another. A writer has probably changed the state meanwhile.
+        StorageError: Reading failed; see `Storage.read`.
     """
     # A storage from another package may lack `read`, because a manager does not call it.
     if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "read", None)):
@@ -60,7 +62,7 @@ async def load(name: str, storage: Storage) -> Decoded:
 
 
 def _is_the_same(before: tuple[Reading, str], now: tuple[Reading, str]) -> bool:
-    """Return whether two readings have the same error and the same state. The later one may have more records."""
+    """Return whether two readings have the same error and the same state. The later reading may have more records."""
     (first, error), (second, again) = before, now
     grown = first.snapshot == second.snapshot and first.records == second.records[: len(first.records)]
     return error == again and grown

@@ -1,4 +1,4 @@
-"""A logger that never raises an error, even if handlers, filters or formatters of the application do."""
+"""A logger that never raises an error, even if handlers, filters or formatters of the application do. An interrupt passes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any, Protocol
 
 
 class Logs(Protocol):
-    """The methods that a logger must have. Each is called with the complete message as its only argument."""
+    """The methods that a logger must have. Each is called with the complete message as its only argument.
+
+    There is one exception: a `logging.Logger` also gets the argument `stacklevel`.
+    """
 
     def info(self, message: str, /) -> object:
         """Log at level INFO."""

@@ -21,7 +21,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
             reads are not counted, because counting would take as long as reading. `delete`: keys
             deleted. `expire`: expired keys deleted. `flush`: commits that succeeded, and commits
             that failed. With a cache, there are two more names. `mirror`: steps sent to the cache,
-            and attempts that failed. `fill`: the number of times the whole state was sent.
+            and failed attempts to update the mirror. `fill`: the number of times the whole state was sent.
         flush_seconds: The total duration of all successful commits, in seconds.
         flush_buckets: A histogram of the durations of these commits. Each pair is a bound in seconds and
             the number of commits that took at most that long. The last bound is infinity.

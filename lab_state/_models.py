@@ -2,7 +2,8 @@
 
 lab_state does not import Pydantic. It recognizes models and adapters by their methods, and
 uses the module that the application has imported. The JSON of a model has the names of its
-fields, not their aliases. A model is stored only if an equal model can be read from its JSON.
+fields, not their aliases. A model is stored only if an equal model can be read from its JSON. Fields that
+the model excludes may differ.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def write(model: Any) -> bytes:
     """Return the JSON of a model.
 
     Raises:
-        InvalidValueError: The JSON would be read as another value.
-        Exception: Pydantic or a serializer of the model raised it.
+        InvalidValueError: The JSON would be read as another value, or has a key twice.
+        Exception: Pydantic, msgspec or a serializer of the model raised it.
     """
     data = _dump(model)
     tree = _decode(data)  # this raises an error for numbers that are out of range

@@ -1,6 +1,7 @@
 """The depth of nesting of JSON, found in about half the time of encoding it. Pure and synchronous.
 
-Most steps call a method of `bytes`, which is faster than a loop in Python:
+Short JSON with few brackets is accepted at once. Most of the following steps call a method of `bytes`, which
+is faster than a loop in Python:
 
 1. Escaped backslashes and escaped quotes are removed, and then all bytes except quotes and brackets.
 2. If there are few quotes, the strings are removed.
@@ -8,7 +9,7 @@ Most steps call a method of `bytes`, which is faster than a loop in Python:
 4. Two adjacent quotes are removed. The number of quotes before each bracket stays odd or even, so
    the same brackets are inside of strings as before.
 5. Pairs of adjacent brackets are removed, in up to 12 rounds. Each round removes at most two
-   levels. The rounds end when one of them makes the rest only a little shorter.
+   levels. The rounds end when one of them removes less than a quarter of the rest.
 6. The levels of the rest are counted bracket by bracket. Together with the removed levels they are
    an upper bound. If it is above the limit, the levels after step 2 are counted exactly.
 """
@@ -32,10 +33,10 @@ _MOST_ROUNDS = 12
 _LONGEST_UNIT = 64
 
 _SHORT = 8 * 1024
-"""JSON of fewer bytes is accepted at once if it has no more opening brackets than levels are allowed."""
+"""JSON of fewer bytes is accepted at once if its opening brackets are not more than the allowed levels."""
 
 _FEW = 16
-"""If fewer than one in this many brackets and quotes is a quote, the strings are removed."""
+"""The strings are removed if, of the quotes and brackets, fewer than one in this many is a quote."""
 
 
 def too_deep(data: bytes) -> bool:
@@ -66,7 +67,10 @@ def deeper(data: bytes, levels: int) -> bool:
 
 
 def _without_what_repeats(structure: bytes) -> tuple[bytes, int]:
-    """Return the structure without a group that repeats in its middle, and an upper bound of the levels that were removed."""
+    """Return the structure without a group that repeats in its middle, and an upper bound of the levels that were removed.
+
+    If there is no such group, return the structure and 0.
+    """
     middle = len(structure) // 2
     length = structure.find(structure[middle : middle + 8], middle + 8, middle + _LONGEST_UNIT) - middle
     unit = structure[middle : middle + max(0, length)]
@@ -79,7 +83,7 @@ def _without_what_repeats(structure: bytes) -> tuple[bytes, int]:
         outside = structure.count(b'"', 0, start) % 2
         if not _balance(b"".join(halves[outside::2])):
             return structure[:start] + structure[end:], length
-    # Whether the unit begins inside of a string is not known. In both cases it must close as many brackets as it opens.
+    # The unit may begin inside of a string or outside. In both cases it must close as many brackets as it opens.
     if any(_balance(b"".join(halves[half::2])) for half in (0, 1)):
         return structure, 0
     return structure.replace(unit, b""), length

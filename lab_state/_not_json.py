@@ -27,13 +27,13 @@ def not_an_object(data: bytes, error: Exception) -> tuple[int, str]:
     if not data.strip():
         return (
             0,
-            "it has no bytes, and the file of a state is never empty; restore a copy, or delete it and the journal beside it to start with an empty state",
+            "it has no JSON, and the file of a state always has an object; restore a copy, or delete it and the journal beside it to start with an empty state",
         )
     if data.lstrip()[:1] != b"{":
-        return 0, "it is not a JSON object; a state is one object, with a member for each key"
+        return 0, "it is not a JSON object; a state is one object, with a member for each key; restore a copy"
     if (lone := _lone_surrogate(data)) is not None:
         return lone, "it has a lone surrogate, which UTF-8 cannot hold; write the whole character, or leave it out"
-    # The text of msgspec's error about syntax contains no value. The text of another error may contain one.
+    # The text of a `msgspec.DecodeError` of this decoder contains no value. The text of another error may contain one.
     where = str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
     byte = _BYTE.search(where)
     return int(byte[1]) if byte else 0, f"it is not valid JSON ({_BYTE.sub('', where)}); mend it, or restore a copy"

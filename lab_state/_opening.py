@@ -14,15 +14,15 @@ from lab_state.config import Config
 from lab_state.exceptions import LockedError
 from lab_state.storage._protocol import Recovery, Storage, StorageSession
 
-_FIRST_PAUSE = 0.05  # in seconds, as the next two
+_FIRST_PAUSE = 0.05  # in seconds, as are the next two
 _LONGEST_PAUSE = 0.5
 _TOLD_EVERY = 10.0
 
 
 async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) -> StorageSession:
-    """Open the state. While it is locked, try again for `Config.lock_timeout` seconds.
+    """Open the state. While it is locked, try again for `Config.lock_timeout` seconds from the first refusal.
 
-    If the caller is cancelled, the wait ends, and nothing stays open.
+    Log the wait at once, and then about every 10 s. If the caller is cancelled, the wait ends, and nothing stays open.
 
     Raises:
         LockedError: Another writer still holds the state at the end of that time.
@@ -41,14 +41,14 @@ async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) ->
             if now >= end:
                 raise
             if now >= tell_at:
-                bound = "until the lock is free" if seconds is None else f"for {end - now:g} s more at most"
+                bound = "until the lock is free" if seconds is None else f"for at most {end - now:g} s more"
                 logger.warning("%s: start() waits %s: %s", config.name, bound, error)
                 tell_at = now + _TOLD_EVERY
         await sleep(clock, min(pauses.start(), end - now))
 
 
 def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began: float) -> State:
-    """Load the state that its storage recovered, and log one line about it.
+    """Load the state that its storage recovered, and log one line about it. Log a warning for each fault that was found.
 
     Args:
         session: The session of the storage.
@@ -58,7 +58,7 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
         began: The time when the start began, in seconds of `clock.monotonic`.
 
     Raises:
-        CorruptionError: The stored state is damaged.
+        CorruptionError: The stored state is damaged, or has a key or a value that lab_state cannot keep.
         UnsupportedError: The stored state has a newer format.
     """
     snapshot, records, _, _, crc = session.recovery
@@ -131,5 +131,5 @@ def check_asyncio() -> None:
         asyncio.get_running_loop()
     except RuntimeError:
         raise RuntimeError(
-            "lab_state needs asyncio: start it from asyncio.run(), or from anyio with that backend"
+            "lab_state needs asyncio: start it from asyncio.run(), or from anyio with its asyncio backend"
         ) from None

@@ -1,7 +1,8 @@
 """The outcomes of commits and checkpoints.
 
-Each outcome is counted, and each failure is logged. A failed checkpoint is repeated after a pause. So is
-a failed commit, unless `flush_interval` is `None`. The callers that wait for a commit receive its outcome.
+Commits that succeed and failures are counted. Each failure is logged, but a `FencedError` only once. A failed
+checkpoint is repeated after a pause. So is a failed commit, unless `flush_interval` is `None` and the loaded changes are
+durable. After a `FencedError`, nothing is repeated. The callers that wait for a commit receive its outcome.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lab_state.config import Config
 from lab_state.exceptions import FencedError, StorageError
 from lab_state.storage._protocol import Recovery
 
-_FIRST_PAUSE = 0.1
+_FIRST_PAUSE = 0.1  # in seconds, as the next two
 _LONGEST_PAUSE = 5.0
 _LONG_CHECKPOINT = 1.0
 
@@ -29,8 +30,9 @@ class Outcomes(Durability):
     Attributes:
         flushes: The number of commits that succeeded.
         failures: The number of commits and checkpoints that failed.
-        last_error: The error of the last commit or checkpoint; `None` if it succeeded.
-        last_flush_at: The time of the last commit that succeeded, in seconds since 1970.
+        last_error: The error of the last commit or checkpoint; `None` if it succeeded. While commits fail, a
+            checkpoint that succeeds does not remove the error.
+        last_flush_at: The time of the last commit that succeeded, in seconds since 1970; `None` before the first.
         last_flush_seconds: The duration of that commit, in seconds.
     """
 
@@ -56,7 +58,7 @@ class Outcomes(Durability):
         self.last_error: StorageError | None = None
         self.last_flush_at: float | None = None
         self.last_flush_seconds: float | None = None
-        self._failure: StorageError | None = None  # the error of the last commit; `None` if it succeeded
+        self._failure: StorageError | None = None  # the error of the last commit; `None` if there is none
         self._interval = config.flush_interval
         self._logger = logger
         self._times = times
@@ -90,7 +92,7 @@ class Outcomes(Durability):
         elif retried:
             note = "not durable yet: the changes stay in memory, and the flush is repeated"
         else:
-            note = "not durable yet: the changes stay in memory, and the next flush() repeats it"
+            note = "not durable yet: the changes stay in memory, and the next flush() tries again"
         # The callers receive the error first. The logger of the application is called after that.
         self._confirming.fail(error, note, all_lists=True)
         if isinstance(error, FencedError):
@@ -106,7 +108,10 @@ class Outcomes(Durability):
         """Do nothing. The owner of a shared state answers its clients here. `note` is about the changes of the commit."""
 
     def _fence(self, error: FencedError) -> None:
-        """Refuse every write from now on, because a newer writer owns the state. Log it, and schedule `on_fenced`."""
+        """Refuse every write from now on, because a newer writer owns the state. Log it, and schedule `on_fenced` if it is given.
+
+        A second call does nothing.
+        """
         if self.fenced:
             return
         self._pauses.never_end()
@@ -121,7 +126,7 @@ class Outcomes(Durability):
             self.loop.call_soon(tell_fenced, self._on_fenced, error, self._name, self._logger)
 
     def checkpoint_succeeded(self, seconds: float, size: int) -> None:
-        """Note that a checkpoint succeeded, and log it if it took more than a second."""
+        """Note that a checkpoint of `size` bytes succeeded in `seconds`. If it took more than a second, log it."""
         self._checkpoint_pauses.reset()
         if not self._pauses.failures:  # while commits fail, `last_error` keeps the error of the last commit
             self.last_error = None
@@ -129,7 +134,7 @@ class Outcomes(Durability):
             self._logger.info("%s: a checkpoint of %d bytes took %.1f s", self._name, size, seconds)
 
     def checkpoint_failed(self, error: StorageError) -> None:
-        """Note that a checkpoint failed, and log it. At the end of a pause, wake the flush task."""
+        """Note that a checkpoint failed, and log it. After a pause, wake the flush task, unless the manager stops or is fenced."""
         self.failures += 1
         self.last_error = error
         pause = self._checkpoint_pauses.start()
@@ -139,5 +144,5 @@ class Outcomes(Durability):
         if not self._stopping:
             self._clock.call_later(pause, self._wake.set)
         self._logger.warning(
-            "%s: a checkpoint failed; nothing is lost, because the journal has all changes: %s", self._name, error
+            "%s: a checkpoint failed; the journal still has every durable change: %s", self._name, error
         )

@@ -1,7 +1,7 @@
-"""The parts of a value, and the search for a part that is refused: NaN, infinity, and times that JSON would change.
+"""The parts of a value, the search for the part because of which a value is refused, and two checks of all parts.
 
-A part is an item of a list, a value of a dict, or a field of an object. The step of a part is its text
-in a path, such as `[3]`. All functions are pure and synchronous.
+The checks find NaN and infinity, and times that JSON would change. A part is an item of a list, tuple or set, a value of
+a dict, or a field of an object. Its step is its text in a path, such as `[3]`. All functions are pure and synchronous.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PLAIN = frozenset({dict, list, tuple, set, frozenset})
 """The built-in classes of containers. A subclass of them is not plain."""
 
 _TIMES = (datetime, time)
-_MAX_PATH = 200
+_MAX_PATH = 200  # characters
 
 _ODD_OFFSET = "a time whose offset has seconds cannot be kept: JSON would change it; use .astimezone(timezone.utc)"
 _ZONE_OF_A_TIME = (
-    "a time of day with a zone cannot be kept: it has no offset without a date; keep the zone's key beside it"
+    "a time of day with a zone cannot be kept: it has no offset without a date; keep the zone's key in another field"
 )
 
 
@@ -34,7 +34,7 @@ def first_part(container: Any, refused: Callable[[Any], bool]) -> tuple[object, 
     """Return the first part that is refused, as a pair of `parts_of`. If there are no parts, return `None`.
 
     This is a binary search. `refused` is called with half of the remaining parts, as one list or tuple.
-    The last remaining part is returned without a call, so the caller must check it.
+    The part that remains is returned without a call. So if no part is refused, it is the last part.
     """
     kind = container.__class__
     if kind in SCALARS:
@@ -58,19 +58,19 @@ def first_part(container: Any, refused: Callable[[Any], bool]) -> tuple[object, 
 
 
 def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tuple[list[str], Any]:
-    """Return the steps to the innermost part that is refused, and that part.
+    """Return the steps to the innermost part that is refused, and that part. If no part is refused, return no steps and the value.
 
     Args:
-        value: The value.
-        refused: The check. It is called with a part, or with a list of parts.
-        fields: Whether to look into objects with fields. Pass False if `refused` encodes the parts: a
-            model may write a field in another form than the field alone would have.
+        value: The value, which is refused itself.
+        refused: The check. It is called with a part, or with a list or tuple of parts.
+        fields: Whether to look into objects whose class is not in `PLAIN`. Pass False if `refused` encodes the
+            parts: a model may write a field in another form than the field alone would have.
     """
     steps: list[str] = []
     while True:
         chain = _single_parts(value, refused, fields=fields)
         # If a part of the chain is refused, all parts before it are refused, too. The last part is tried first,
-        # because it is refused in most cases. Then a binary search finds the last refused part.
+        # because it is refused in most cases. If it is not, a binary search finds the last refused part.
         first, end = (len(chain),) * 2 if chain and refused(chain[-1][1]) else (0, max(0, len(chain) - 1))
         while first < end:
             middle = (first + end + 1) // 2
@@ -93,8 +93,8 @@ def innermost(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> tu
 def _single_parts(value: Any, refused: Callable[[Any], bool], *, fields: bool) -> list[tuple[str, Any]]:
     """Return a chain of parts, from the outer to the inner ones. Each is the only part of its level that is not a scalar.
 
-    The chain ends at a level whose scalars are refused. Only scalars are checked. Otherwise a large
-    part inside of many levels would be checked once for each level.
+    The chain ends at a level that has no such part, or whose scalars are refused. Only scalars are checked.
+    Otherwise a large part inside of many levels would be checked once for each level.
     """
     chain: list[tuple[str, Any]] = []
     while len(chain) <= MAX_DEPTH and (fields or value.__class__ in PLAIN) and (only := single_part(value, refused)):
@@ -116,7 +116,7 @@ def single_part(value: Any, refused: Callable[[Any], bool]) -> tuple[object, Any
 
 
 def parts_of(container: Any) -> Iterable[tuple[object, object]]:
-    """Return a pair for each part: first its key in a dict, its number in a list, or its step, and then the part."""
+    """Return a pair for each part: its key in a dict, its number in a list, tuple or set, or else its step; and the part."""
     kind: Any = container.__class__
     if kind is dict:
         items: Iterable[tuple[object, object]] = container.items()
@@ -137,7 +137,7 @@ def joined(steps: list[str]) -> str:
 
 
 def _children(value: object) -> Iterator[tuple[str, object]]:
-    """Yield the parts of a value, each with its step in the path."""
+    """Yield the parts of a value whose class is not in `PLAIN`, each with its step in the path."""
     if isinstance(value, dict):
         members = cast("dict[object, object]", value)
         yield from ((step_of(key), child) for key, child in members.items())
@@ -150,7 +150,7 @@ def _children(value: object) -> Iterator[tuple[str, object]]:
 
 
 def _field_names(value: object) -> Iterator[str]:
-    """Yield the field names of a Struct, a dataclass, an attrs object or a model of Pydantic."""
+    """Yield the field names of a Struct, a dataclass, an attrs object or a model of Pydantic. For any other object, yield none."""
     kind = type(value)
     if isinstance(value, msgspec.Struct):
         yield from kind.__struct_fields__  # type: ignore[attr-defined]
@@ -168,7 +168,7 @@ def shortened(path: str) -> str:
 
 
 def first_not_finite(tree: object) -> str | None:
-    """Return the path of the first NaN or infinity; `None` if there is none."""
+    """Return the path of a NaN or an infinity; `None` if there is none."""
     stack: list[tuple[str, object, int]] = [("$", [tree], 0)]  # in a list, `tree` is a part; its step is removed below
     while stack:
         path, item, depth = stack.pop()
@@ -186,7 +186,7 @@ def moved_time(value: Any, *, keys: bool = True) -> str | None:
 
     Args:
         value: The value. It does not contain itself.
-        keys: Whether the keys of dicts may be times.
+        keys: Whether to examine the keys of dicts, too.
     """
     level, fixed = [value], None
     while level:

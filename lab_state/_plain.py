@@ -1,4 +1,4 @@
-"""`Plain`: the calls of `Calls` as methods without `await`. The function `plain` makes each method from a call of `Calls`."""
+"""`Plain`: calls of `Calls` as methods without `await`. The function `plain` makes each of them, except `items`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def plain(fn: Callable[Concatenate[Calls, P], Coroutine[Any, Any, R]]) -> Callab
 
 
 class Plain(Handle):
-    """The calls without `await`. The method `_run` of a subclass runs the coroutine of each call to its end."""
+    """The calls without `await` that `Blocking` and `Transaction` share. Their method `_run` runs the coroutine of a call to its end."""
 
     __slots__ = ("_calls",)
 

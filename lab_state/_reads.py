@@ -1,8 +1,8 @@
 """`Reads`: the calls that read keys under a prefix. Managers, namespaces, transactions and views share them.
 
-`get` is the hot path: it takes one Python frame if the key exists and the caller passes no type.
-Rare cases (a missing key, a closed manager, a typed read) are handled in separate functions,
-after one check.
+`get` is the hot path: it takes one Python frame if the key exists and does not expire, and the caller
+passes no type. Rare cases (a missing key, a closed manager, a typed read, an expiry) are handled in
+separate functions, after one check.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class Reads(Iterates):
     def __len__(self) -> int:
         """Return the number of keys.
 
-        The cost is one step for each key that expires within this second. In a namespace it is also O(log n),
-        and the first call sorts all keys of the state in one step; see `keys`.
+        Without a prefix, the cost depends on the number of keys that expire in the present second. In a namespace
+        it is O(log n), and one step for each key of the state that has expired and is not swept yet. A call that
+        needs an order may have to sort all keys of the state, here in one step; see `keys`.
         """
         self._check_open()
         state = self._core.state
@@ -82,6 +83,7 @@ class Reads(Iterates):
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
+            InvalidKeyError: The key cannot be in a state.
             TypeMismatchError: The stored value is not a `type`; the error has the path.
             TypeError: The type cannot be decoded, whatever the value is; the message says why.
                 Or the default is a class: to decode the value, pass the class as `type`.
@@ -123,7 +125,7 @@ class Reads(Iterates):
     @overload
     async def get_many(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
     async def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
-        """Return those of the keys that exist, in the given order, with their values.
+        """Return those of the keys that exist, in the given order, with their values. All are of one moment.
 
         Args:
             keys: The keys.
@@ -171,7 +173,7 @@ class Reads(Iterates):
 
         The cost depends on the keys that are returned, not on all keys. With 1,000 keys or more, the call
         works in steps of some milliseconds, and the event loop runs between two steps. See `keys` for the
-        cost of the first call, and for pages. To read values one after the other, without a dict of all
+        sort of all keys, and for pages. To read values one after the other, without a dict of all
         values, use `items`.
 
         Args:
@@ -228,7 +230,7 @@ class Reads(Iterates):
         return self._all(self._cut(self._names(self._range(prefix, after, limit, reverse=reverse))), type)
 
     async def exists(self, key: str) -> bool:
-        """Return whether the key exists."""
+        """Return whether the key exists. If it cannot be in a state, raise `InvalidKeyError`."""
         if key in self:
             return True
         self._missing(key, default=False)  # raises an error for a key out of bounds
@@ -244,11 +246,11 @@ class Reads(Iterates):
 
         The first call that needs an order is an exception: it sorts all keys of the state, in steps. A million keys
         take one to three seconds. Then the order is kept, in 8 MB of memory for a million keys. Each key that
-        is added or deleted later costs the next call about 2 µs. If more than a quarter of the keys are added or
+        is added or deleted later costs the next call about 10 µs. If more than a quarter of the keys are added or
         deleted without such a call, the order may be dropped, and the next call sorts all keys again.
 
-        A call with a `limit` returns a page. To get the next page, pass the last key of this page as `after`. Keys
-        that are added or deleted between two calls never move other keys to another page.
+        A call with a `limit` returns a page. To get the next page, pass the last key of this page as `after`. If
+        keys are added or deleted between two calls, no other key is skipped or returned twice.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -295,6 +297,7 @@ class Reads(Iterates):
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
+            InvalidKeyError: The key cannot be in a state.
         """
         return self.expires_in_nowait(key, default)
 
@@ -349,7 +352,7 @@ class Reads(Iterates):
         return found
 
     def _missing(self, key: object, default: object, type_: Any = Any) -> Any:
-        """Return the default for a key that was not found, or raise an error about the key or the call."""
+        """Return the default for a key that was not found, or raise an error about the key, the type or the manager."""
         if key.__class__ is not str and isinstance(key, str):
             # The `+` of a subclass of `str` may have made another key. So look up the plain text.
             return self._get(str.__str__(key), default, type_)
@@ -413,7 +416,7 @@ class Reads(Iterates):
         return Steps(StateSource(self._core, within, self._under(prefix)), decoding)
 
     def _decoding(self, type_: Any) -> Decoding:
-        """Return the function that decodes values as a type, together with the type.
+        """Return the way to decode values as a type: the type, and a function.
 
         Raises:
             TypeError: The type cannot be decoded.

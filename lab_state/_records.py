@@ -1,10 +1,10 @@
-"""A check of flat lists of records, which takes about as long as encoding them. Pure and synchronous.
+"""A check of flat lists and dicts, which takes about as long as encoding them. Pure and synchronous.
 
-A record is a dict with scalars only. The records are converted to Structs, slice by slice, and the
-Structs are dropped. Their class has a field for each key of the first record. A field accepts a
-`str`, an `int`, a `bool`, `None` or a finite float, and nothing else. So if a list can be converted,
-each key is a `str`, and there is no NaN, no time, no `msgspec.Raw`, and no third level of nesting.
-Such a list needs no other check.
+A flat list or dict has only scalars, or only records. A record is a dict with scalars only. The records
+are converted to Structs, slice by slice, and the Structs are dropped. Their class has a field for each
+key of the first record. A field accepts a `str`, an `int`, a `bool`, `None` or a finite float, and
+nothing else. So if all can be converted, each key is a `str`, and there is no NaN, no time, no
+`msgspec.Raw`, and no third level of nesting. Such a value needs no other check.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_inf
 _Scalar = str | int | _Finite | bool | None
 
 _LEAST = 4 * 1024
-"""The smallest size in bytes of a value that is converted. For less, a conversion that fails takes longer than one that succeeds saves."""
+"""The smallest size in bytes of a value that is converted. With a smaller value, a failure would cost more than a success saves."""
 
 _SLICE = 256
 """The number of items that are converted at once. The memory of one slice is reused for the next."""
@@ -29,7 +29,7 @@ _SLICE = 256
 _ENOUGH = 64 * 1024
 """After this many bytes of records with the same keys, a class is made for them, in 100 to 700 microseconds."""
 
-_MOST_FIELDS, _LONGEST_NAMES = 32, 1024  # no class is made for records with more keys, or with longer keys in all
+_MOST_FIELDS, _LONGEST_NAMES = 32, 1024  # for more keys, or more characters in all keys, no class is made
 _MOST_CLASSES = 256  # when `_classes` has this many items, all of them are dropped
 
 _classes: dict[tuple[str, ...], Any] = {}
@@ -37,11 +37,11 @@ _classes: dict[tuple[str, ...], Any] = {}
 
 
 def is_flat(value: Any, size: int) -> bool:
-    """Return True if a value is known to be a list or a dict of scalars, or of records. Otherwise it needs other checks.
+    """Return True if a value is known to be a flat list or dict. Otherwise it needs other checks.
 
     Args:
         value: The value.
-        size: The number of bytes of its JSON. Small values are not examined, so an examined value is never empty.
+        size: The number of bytes of its JSON. Below `_LEAST` a value is not examined, so an examined value is never empty.
     """
     if size < _LEAST:
         return False
@@ -64,7 +64,7 @@ def is_flat(value: Any, size: int) -> bool:
 
 
 def _type_of(first: Any, size: int) -> Any:
-    """Return the type of a list whose first item is `first`. Return `None` if the list must be checked in another way."""
+    """Return the type of a list whose first item is `first`; `None` if the list must be checked in another way."""
     if first.__class__ in SCALARS:
         return list[_Scalar]
     if first.__class__ is not dict or len(first) > _MOST_FIELDS:

@@ -1,4 +1,4 @@
-"""Views of the state for a storage. A view is encoded in slices. At the end, the writes that came later are merged into it."""
+"""Views of the state for a storage or a cache. At the end, the writes that came after a view are merged into it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lab_state._entries import Stored
 from lab_state._state import State
 
 _FOLDED_AT_ONCE = 1000
-"""The smallest number of writes that are merged in one turn of the event loop."""
+"""The number of writes that are merged in one turn of the event loop. If new writes come faster, more are merged."""
 
 _GIVEN_AT_ONCE = 128 * 1024
 """Slices are joined until they have this many bytes, because each call of a storage takes time on the event loop."""
 
 LATE = 0.002
-"""The longest time in seconds that a slice waits for the next commit."""
+"""The seconds after the beginning of a commit for which a slice waits for the next commit."""
 
 
 class Pace:
@@ -26,12 +26,12 @@ class Pace:
 
     Encoding a slice uses the interpreter, which the event loop and the threads of the storage share. So it
     delays a commit that runs or starts at this time. The delay is smallest right after a commit was passed to
-    its thread. So one slice is encoded after the beginning of each commit. After `late` seconds
-    without a new commit, slices are encoded without waiting.
+    its thread. So one slice is encoded after the beginning of each commit. When `late` seconds
+    have passed since the last commit began, slices are encoded without waiting.
     """
 
     def __init__(self, late: float = LATE) -> None:
-        """Begin without a commit. `late` is the longest wait of a slice for the next commit, in seconds."""
+        """Begin without a commit. `late` is in seconds; see the class."""
         self._late = late
         self._until = -math.inf
         self._is_free = False
@@ -82,7 +82,7 @@ class SnapshotViews:
             state: The state.
             durable: A function that waits until a revision is durable. It is awaited before the
                 last slice of each view is yielded, with the revision of the view.
-            given: A callback. It is called for each slice.
+            given: A callback. It is called for each encoded slice, and once more before the last slice is yielded.
             pace: The turns of the slices of a checkpoint. Without it, only one turn of the event loop
                 passes between two slices. A commit that writes a snapshot has none, because it must
                 not wait for the next commit.
@@ -135,7 +135,10 @@ class SnapshotViews:
         yield b"".join(held)
 
     async def fold(self) -> None:
-        """Merge into each view the writes that came after it. A second call does nothing."""
+        """Merge into each view the writes that came after it, in steps. A second call does nothing.
+
+        If the caller is cancelled, the rest of the writes is merged in one step.
+        """
         while self._taken:
             view = self._taken.pop()
             try:

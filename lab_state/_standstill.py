@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterable, Iterator
 from lab_state._clock import Clock, resolver
 
 _LOOKS = 8
-"""The number of times that the number is read in `seconds`."""
+"""The watched number is read this many times in `seconds`."""
 
 
 class Standstill:
     """A watchdog that reads a number again and again. The number grows while the work makes progress.
 
     Attributes:
-        reached: A future that is done when the number has not grown for `seconds`. It is
-            never done earlier, and at most an eighth of `seconds` later.
+        reached: A future that is done when the number has not grown for `seconds`. It is never done earlier. If
+            the event loop is not blocked, it is done at most an eighth of `seconds` later. `cancel` cancels it.
     """
 
     def __init__(self, clock: Clock, seconds: float, number: Callable[[], int]) -> None:
-        """Read the number now, and then eight times in `seconds` of the clock. `seconds` must be above 0."""
+        """Call `number` now, and then eight times in `seconds` of the clock. `seconds` must be above 0."""
         self.reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock = clock
         self._seconds = seconds
@@ -30,7 +30,7 @@ class Standstill:
         self._wait()
 
     def _wait(self) -> None:
-        # The difference of two floats that are close is exact. So the timer never ends just before `_end`.
+        # Near `_end`, the difference is exact, as for any two floats that are close. So the timer never ends just before `_end`.
         self._timer = self._clock.call_later(
             min(self._end - self._clock.monotonic(), self._seconds / _LOOKS), self._look
         )
@@ -45,7 +45,7 @@ class Standstill:
             self._wait()
 
     def cancel(self) -> None:
-        """Stop the watchdog."""
+        """Stop the watchdog. A second call does nothing."""
         self._timer.cancel()
         self.reached.cancel()
 
@@ -54,14 +54,14 @@ class Progress:
     """The progress of flushes and checkpoints: the bytes that are written, and the slices that are encoded."""
 
     def __init__(self, written: Callable[[], int]) -> None:
-        """Call `written` once. It returns the number of bytes that the storage has written. Its error is passed on."""
+        """Call `written` once, and raise the error of this call, if any. It returns the number of bytes that the storage has written so far."""
         # An error here lets start() fail. Without this number, stop() could not distinguish a slow storage from one that hangs.
         written()
         self._written = written
         self._slices = 0
 
     def number(self) -> int:
-        """Return a number that grows while bytes are encoded or written."""
+        """Return a number that grows while bytes are encoded or written. If `written` fails, count only the slices."""
         try:
             return self._written() + self._slices
         except Exception:  # noqa: BLE001 -- with a storage that breaks its promise, stop() must still end

@@ -16,9 +16,9 @@ from lab_state.storage._protocol import Storage
 class StateView(Reads):
     """A state as it was at one moment: a copy in memory that never changes.
 
-    `read_state` makes it. It has the reading calls of a manager. The time of a view does not advance.
-    Keys that had expired at that moment are not in the view. All other keys stay in it.
-    `expires_in` counts from that moment.
+    `read_state` makes it. It has the reading calls of a manager. The time of a view does not advance: it is
+    the time at the end of `read_state`. Keys that had expired by then are not in the view. All other keys
+    stay in it. `expires_in` counts from then.
 
     Attributes:
         revision: The number of the last change that the view contains.
@@ -68,12 +68,12 @@ async def read_state(name: str, storage: Storage, *, clock: Clock | None = None)
     """Read a state, whether a manager is running on it or not.
 
     The call takes no lock and writes nothing. It does not disturb a manager that starts, runs
-    or stops meanwhile. It needs only the permission to read the files, so it works on a
+    or stops meanwhile. It needs only the permission to read, so it works on a
     read-only mount. The result is the state at one moment between call and return. All its
     keys are of the same moment. The result contains every change that was durable at the call,
     and no change that its writer has not written yet.
 
-    The files are read in the threads of the storage. The time of a call grows with the size of
+    `FileStorage` reads the files in its threads. The time of a call grows with the size of
     the state. Decoding blocks the event loop, as in `start()`: about 0.8 s for a million keys. If
     the caller is cancelled, nothing stays open. Each call reads everything again.
 
@@ -90,8 +90,9 @@ async def read_state(name: str, storage: Storage, *, clock: Clock | None = None)
         UnsupportedError: There is no state of this name: check the name and the storage. Or the
             state cannot be read as it is, because of permissions or a newer format.
         CorruptionError: The stored state is damaged. `start()` would refuse it as well.
-        UnavailableError: The state could not be read this time: read it again.
-        TypeError: `storage` is not a storage, or has no method `read`.
+        UnavailableError: The state could not be read this time, or was replaced during each of ten readings: call
+            `read_state` again.
+        TypeError: `storage` is not a storage, or has no method `read`. Or the name is not a `str`.
     """
     name = Config(name=name).name
     loaded = await load(name, storage)

@@ -1,7 +1,8 @@
 """The sweeps, which delete expired keys. One timer serves all keys. Each sweep deletes up to 500 keys.
 
-One sweep per second is enough, because no read returns an expired key. While there is a
-watch, the timer fires when the next key is due. So the watch reports the expiry in time.
+One sweep per second is enough, because no read returns an expired key. If a sweep leaves keys that
+are due, the next sweep follows at once. While there is a watch, the timer also fires when the next
+key is due. So the watch reports the expiry in time.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from lab_state._clock import Clock, Timer
 from lab_state._state import State
 
 _PERIOD = 1.0
-"""Seconds between two sweeps without a watch."""
+"""The longest wait of the timer, in seconds. Without a watch, each wait is this long, unless keys that are due are left."""
 
 _KEYS_PER_STEP = 500
 _GAP = 0.02
-"""The shortest wait for the next due key, in seconds. Keys with nearly the same expiry are deleted in one sweep."""
+"""The shortest wait for a key that is not due yet, in seconds. So keys with nearly the same expiry are deleted in one sweep."""
 
 
 class Sweeper:
     """The timer that sweeps one state.
 
-    It is set while any key has an expiry. It fires once a second, or, while there is a watch, when a key is due.
+    It is set while any key has an expiry, unless a sweep is put off. It fires at least once a second. While there is a
+    watch, it also fires when a key is due.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
@@ -39,12 +41,12 @@ class Sweeper:
         Args:
             state: The state.
             clock: The clock of the manager.
-            busy: A function that returns whether a transaction is open. A sweep waits for its end, and `resume`
-                is called then.
+            busy: A function that returns True while no sweep may run: a transaction is open, or no change can become
+                durable. `resume` is called at the end of each transaction.
             swept: A callback. It is called after each sweep that deleted keys.
-            begun: A callback. It is called when a key gets an expiry, and no other key has one.
-            layer: The state that a sweep changes; by default `state`. The owner of a shared state passes its layer. Then
-                `busy` also returns whether the last sweep is not durable yet.
+            begun: A callback. It is called when a key gets an expiry, if no other key has one.
+            layer: The state that a sweep changes; by default `state`. In a shared state, this is the `OwnerLayer`, and
+                `state` is the copy below it. Then `busy` also returns True while the last sweep is not durable.
         """
         self._state = state
         self._layer = state if layer is None else layer
@@ -54,7 +56,7 @@ class Sweeper:
         self._begun = begun
         self._timer: Timer | None = None
         self._due = 0.0  # the time at which the timer fires
-        self._put_off = False  # whether a sweep waits for the end of a transaction
+        self._put_off = False  # whether a sweep was put off, because `busy` returned True
         self._looking_ahead = False
         state.expiries.on_first = self._first
         if state.expiries:
@@ -68,16 +70,17 @@ class Sweeper:
         self._disarm()
 
     def attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
-        """Sweep each key when it is due, if there is a watch. Otherwise sweep once a second."""
+        """Sweep each key when it is due, as long as there is a watch (`watched`). Otherwise sweep once a second."""
         self._state.expiries.attend(wanted=watched)
         self._state.expiries.on_nearer = self._nearer if watched else None
         if watched and self._state.expiries:
             self._look_ahead()
 
     def resume(self) -> None:
-        """Run the sweep that a transaction has put off, if there is one.
+        """Run the sweep that was put off, if there is one.
 
-        This is called at the end of the transaction. The next transaction could put off a later sweep again.
+        This is called at the end of each transaction, before the next one begins. A sweep that waited for the timer
+        instead could meet an open transaction each time.
         """
         if self._put_off:
             self._tick()
@@ -91,7 +94,10 @@ class Sweeper:
             self._arm(self._delay())
 
     def _look_ahead(self) -> None:
-        """Find up to 500 keys that are due in the next seconds, and set the timer. If there are more, it fires at once."""
+        """Set the timer. While there is a watch, first put the keys of the next seconds into the heap of `Expiries`.
+
+        At most 500 keys of each second are put there. If keys of these seconds are left, the timer fires at once.
+        """
         self._looking_ahead = True
         try:
             more = self._state.expiries.load(self._state.now(), _KEYS_PER_STEP)
@@ -100,16 +106,16 @@ class Sweeper:
         self._arm(0.0 if more else self._delay())
 
     def _delay(self) -> float:
-        """Return the seconds from now to the next sweep."""
+        """Return the seconds from now to the next sweep. It depends on the first key in the heap, if there is one."""
         at = self._state.expiries.nearest()
         if at is None:
             return _PERIOD
-        # `now` is rounded down to a millisecond. One is added, so that the timer does not fire before the key is due.
+        # `now` is rounded down to a millisecond. One millisecond is added, so that the timer does not fire too early.
         left = (at - self._state.now() + 1) / 1000
         return min(_PERIOD, max(left, _GAP)) if left > 0 else 0.0
 
     def _arm(self, delay: float) -> None:
-        """Set the timer to fire in `delay` seconds, unless it fires earlier. Do nothing while a sweep is put off."""
+        """Set the timer to fire in `delay` seconds, unless it is set to fire earlier. Do nothing while a sweep is put off."""
         due = self._clock.monotonic() + delay
         if self._put_off or (self._timer is not None and self._due <= due):
             return

@@ -1,7 +1,7 @@
 """Decoders for the types that callers pass as `type=`, and the reasons why other types cannot be decoded. Pure.
 
 The decoders are cached by type. Pydantic decodes the types of Pydantic, and types that contain one
-of these. msgspec decodes all other types.
+of these. msgspec decodes all other types, and is tried for a type that Pydantic refuses.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def decode_value(stored: Value, type_: Any) -> Any:
 
     Raises:
         TypeError: The type cannot be decoded. This does not depend on the value.
-        TypeMismatchError: The stored value is not of this type.
+        TypeMismatchError: The stored value is not of this type, or is not valid JSON.
     """
     kind: type[object] = stored.__class__
     if kind is bytes or kind is Raw:
@@ -51,7 +51,7 @@ def decode_value(stored: Value, type_: Any) -> Any:
             try:
                 return decode_json(data)
             except DECODE_ERRORS:
-                raise TypeMismatchError("the value is a msgspec.Raw that is not valid JSON; set it again") from None
+                raise TypeMismatchError("the stored value is not valid JSON; set it again") from None
     elif type_ is Any or kind is type_:
         return stored
     else:
@@ -66,7 +66,7 @@ def decode_value(stored: Value, type_: Any) -> Any:
 
 
 def decoder(type_: Any) -> Decode:
-    """Return the decoder of a type. For hashable types, the last 1,024 decoders are cached.
+    """Return the decoder of a type. For hashable types, the 1,024 decoders that were used last are cached.
 
     Raises:
         TypeError: The type cannot be decoded.
@@ -78,7 +78,7 @@ def decoder(type_: Any) -> Decode:
 
 
 check_type = decoder
-"""Raise a `TypeError` for a type that cannot be decoded."""
+"""Raise a `TypeError` for a type that cannot be decoded. This is `decoder`, used for its check alone."""
 
 
 def optional(type_: Any) -> Any:
@@ -122,7 +122,7 @@ _cached_decoder = lru_cache(maxsize=1024)(_make_decoder)
 
 
 def _advice(problem: str) -> str:
-    """Return the first line of msgspec's message about a type. For a known problem, add what to do."""
+    """Return the first line of the message of msgspec or Pydantic about a type. For a known problem, add what to do."""
     first = problem.partition("\n")[0]
     if "more than one dataclass or attrs type" in first:
         return f"{first}; make them msgspec.Structs with tag=True, or Pydantic models"

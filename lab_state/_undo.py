@@ -1,14 +1,15 @@
 """Views of a map at one moment, while the map changes. Pure and synchronous.
 
 Theory of operation. A view has a dict `_old`. Before a key is changed for the first time after
-the moment of the view, its value at that moment is put into `_old`. So a key that existed at that moment,
-and is not in `_old`, still has the same value. The reader of the view has a list of the keys that existed. An
-open view costs one lookup for each key that changes. Reads of the map cost the same as without a view.
+the moment of the view, its value at that moment is put into `_old`, if it has one. So a key that existed at
+that moment, and is not in `_old`, still has the same value. The reader of the view has a list of the keys
+that existed. An open view costs one lookup for each key that changes. Reads of the map cost the same as
+without a view.
 
 If the whole map is replaced, each open view keeps the old map. From then on, the view notes no values.
 
-The map has only weak references to its views. A view that is no longer used is garbage-collected, and
-the next change removes the reference.
+The owner of the map has only weak references to its views. A view that is no longer used is garbage-collected,
+and the next change of the map removes the reference.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ V_co = TypeVar("V_co", covariant=True)
 V = TypeVar("V")
 
 _NOTED_AT_ONCE = 5_000
-"""The number of keys whose values one step puts into a view. It takes about a millisecond."""
+"""The number of keys whose values one step puts into a view. This takes about a millisecond."""
 
 
 class Lookup(Protocol[V_co]):
@@ -92,7 +93,7 @@ class UndoView(Generic[V]):
         return self._owner.entries
 
     def values(self, keys: Sequence[str]) -> Sequence[V]:
-        """Return the values of keys that existed at the moment of the view."""
+        """Return the values of keys that existed at the moment of the view. The view must be open."""
         entries, old = self._entries(), self._old
         if len(keys) <= 1 or not old.keys().isdisjoint(keys):
             return [old[key] if key in old else entries[key] for key in keys]

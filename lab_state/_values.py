@@ -51,7 +51,7 @@ DEL, COLON, ALL_ONES = 0x7F, ord(":"), 0xFF
 """MessagePack without these three bytes contains no NaN, no infinity, no time of day and no datetime with a zone."""
 
 _MOST_DIGITS = 4300
-"""Python and msgspec do not read an int with more digits than this."""
+"""msgspec does not read an int with more digits than this. By default, Python does not either."""
 
 _SMALL = 16 * 1024
 """A size in bytes. To examine smaller JSON as a whole is faster than a binary search for the bad part."""
@@ -68,7 +68,7 @@ _TOO_MANY_DIGITS = "an int with more digits than Python converts cannot be kept;
 
 
 def _encode_other(value: object) -> object:
-    """Return a form that msgspec encodes, for a model of Pydantic, a path, an IP address or a deque."""
+    """Return a form that msgspec encodes, for a model of Pydantic, a path, an IP address or a deque. Refuse any other object."""
     kind = type(value)
     if hasattr(kind, "model_dump_json"):
         return Raw(write(value))
@@ -177,7 +177,7 @@ def check_packed(value: object, data: bytes, packed: bytes) -> None:
 
 
 def _may_be_not_finite(part: object) -> bool:
-    """Return whether a part may contain a NaN, an infinity or a model."""
+    """Return whether a part may contain a NaN, an infinity, a model or a datetime with a zone."""
     try:
         packed = check_str_keys(part)
     except RecursionError:  # pragma: no cover -- coverage is not collected near Python's recursion limit
@@ -220,7 +220,7 @@ _TIME = re.compile(rb':\d\d(?:\.\d+)?Z?"')
 
 
 def _may_have_longer_ints() -> bool:
-    """Return whether Python may write an int that is too long to be read. This is so if the limit of digits was raised."""
+    """Return whether Python may write an int that is too long to be read. This is so if the limit of digits was raised or removed."""
     return not 0 < sys.get_int_max_str_digits() <= _MOST_DIGITS
 
 
@@ -297,7 +297,7 @@ def _refusal(value: object) -> InvalidValueError:
 def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
     """Return the first part of a container that cannot be encoded within `levels` levels of nesting.
 
-    If only one part is not a scalar, only the scalars are encoded. So a large part that is nested
+    If each part can be encoded, return the last one; if there is no part, `None`. If only one part is not a scalar, only the scalars are encoded. So a large part that is nested
     in many such containers is not encoded once for each of them.
     """
 
@@ -345,7 +345,7 @@ def _changed(value: Any) -> InvalidValueError | None:
 
 
 def _refused(value: object, levels: int) -> bool:
-    """Return whether a value cannot be encoded, or has more than `levels` levels of nesting."""
+    """Return whether a value cannot be encoded and read back, or has more than `levels` levels of nesting."""
     try:
         check_json(data := encode(value))
         data.decode()
@@ -369,7 +369,7 @@ def _reason_of_model(model: Any) -> tuple[str, str]:
     except Exception as error:  # noqa: BLE001 -- a serializer of the caller may raise any error, with the value in its text
         if hasattr(error, "errors"):
             path, detail = first_problem(error)
-            return f"{what}: what it writes is not what it reads: {detail}", path
+            return f"{what}: it cannot read what it writes: {detail}", path
         path = f".{name}" if (name := _field_to_blame(model)) is not None else ""
         if "utf-8" in str(error):
             return f"{what}: bytes that are not UTF-8; set ser_json_bytes and val_json_bytes to 'base64'", f"${path}"
@@ -388,7 +388,7 @@ def _field_to_blame(model: Any) -> str | None:
 
 
 def _reason(value: object) -> str:  # noqa: C901, PLR0911 -- a list of reasons
-    """Return why a value cannot be kept. The value is not a model, and no part of it is refused."""
+    """Return why a value cannot be kept. The value is not a model of Pydantic 2, and no part of it is refused."""
     try:
         encode(value)
     except RecursionError:

@@ -1,10 +1,11 @@
 """The watches of one state, and the changes that they have not received yet.
 
-A watcher is one open watch. A write only notes its change. In the next turn of the event loop, the
-watchers receive the changes that were noted. So the cost of a write does not depend on the number
-of watchers. Each watcher keeps the last pending change of each key. With more than `MOST_PENDING`
-keys, it keeps one `resync` instead. To find the watchers of a key, one lookup is made for each
-different length of a watched prefix. Watchers of durable changes receive the changes of each commit.
+A watcher is one open watch. A write only notes its change. So the cost of a write does not depend
+on the number of watchers. In the next turn of the event loop, the watchers receive the noted
+changes. If there are many, the rest follows in later turns. Each watcher keeps the last pending
+change of each key. With more than `MOST_PENDING` keys, it keeps one `resync` instead. To find the
+watchers of a key, one lookup is made for each different length of a watched prefix. A watcher of
+durable changes receives a change only after the commit that contains it.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ MOST_PENDING = 10_000
 """The largest number of keys whose changes wait in one watcher."""
 
 _TOLD_AT_ONCE = 1_000
-"""The number of steps in one turn of the event loop; see `Group.tell`."""
+"""Reports stop after about this many steps, and continue in the next turn of the event loop; see `Group.tell`."""
 
 Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
 
 
 Told: TypeAlias = tuple[str, tuple[StoredOrGone, int]]
-"""A key, its change, and the revision of the change."""
+"""A key; its new value, `DELETED` or `EXPIRED`; and the revision to report."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -56,7 +57,7 @@ def _kind(changed: StoredOrGone) -> Kind:
 
 
 class Watcher:
-    """An open watch. It is an iterator over the changes that its reader has not received yet."""
+    """An open watch. It is an iterator over its pending changes."""
 
     def __init__(self, prefix: str, cut: int, since: int, *, durable: bool) -> None:
         """Create a watch without pending changes.
@@ -79,13 +80,16 @@ class Watcher:
         self._waiting: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
-        """Return the prefix, and the number of pending changes."""
+        """Return the prefix, and the number of keys with pending changes. In its place may be `a resync` or `closed`."""
         what = "closed" if self._closed else "a resync" if self._resync is not None else f"{len(self._pending)} keys"
         durable = ", durable" if self.durable else ""
         return f"<watch of {self.prefix!r}{durable}, pending: {what}>"
 
     def tell(self, key: str, kind: Kind, revision: int) -> None:
-        """Add the change of a key, in place of an earlier pending one."""
+        """Add the change of a key, in place of an earlier pending change of this key. Ignore a revision up to `since`.
+
+        If a `resync` is pending, or if too many keys have pending changes, add a `resync` instead.
+        """
         if revision <= self._since:
             return
         if self._resync is not None or (len(self._pending) >= MOST_PENDING and key not in self._pending):
@@ -96,7 +100,7 @@ class Watcher:
         self._wake()
 
     def resync(self, revision: int) -> None:
-        """Replace all pending changes by one `resync`. It means that any key may have changed."""
+        """Replace all pending changes by one `resync`. It means that any key may have changed. Ignore a revision up to `since`."""
         if revision <= self._since:
             return
         self._pending.clear()
@@ -119,7 +123,11 @@ class Watcher:
         return self
 
     async def __anext__(self) -> Change:
-        """Return the oldest change that the reader has not received yet. If there is none, wait for one."""
+        """Return the oldest pending change. If there is none, wait for one. After `close`, end the iteration instead.
+
+        Raises:
+            RuntimeError: Another task waits for a change of this watch.
+        """
         if self._waiting is not None:
             raise RuntimeError("two tasks read one watch: open a watch for each task")
         while self._resync is None and not self._pending:
@@ -172,7 +180,7 @@ class Group:
     def tell(self, changes: Iterable[Told], most: float = math.inf) -> int:
         """Give each change to the watchers of its key. Stop after about `most` steps, and return the number of steps.
 
-        A change is one step, and one more for each watcher that gets it.
+        Each change counts as one step. Each watcher that gets it counts as one more.
         """
         lengths = list(self._by_length.items())
         steps = 0
@@ -196,7 +204,7 @@ class Watchers:
     """The watchers of one state, from a start to a stop.
 
     Attributes:
-        attended: A callback. It gets True when the first watch opens, and False when the last one ends.
+        attended: A callback. It gets True when a watch begins and there is no other, and False when the last one ends.
     """
 
     def __init__(self, state: State) -> None:
@@ -212,7 +220,7 @@ class Watchers:
         return bool(self._live) or bool(self._durable)
 
     def add(self, watcher: Watcher) -> None:
-        """Report all changes from now on to this watcher."""
+        """Report the changes of its keys to this watcher from now on."""
         watcher.opened = self._state.revision
         is_first = not self
         (self._durable if watcher.durable else self._live).add(watcher)
@@ -228,7 +236,10 @@ class Watchers:
             self.attended(False)
 
     def note(self, key: str | None, changed: StoredOrGone, revision: int) -> None:
-        """Note a change of a key, or of all keys (`None`). Watchers receive it in the next turn of the event loop."""
+        """Note that a key was changed, or that all keys were deleted (`None`). The watchers receive this in a later turn.
+
+        The reports begin in the next turn of the event loop.
+        """
         turn = self._turn
         if not turn and not self._everything:
             asyncio.get_running_loop().call_soon(self._hand_out)
@@ -241,14 +252,17 @@ class Watchers:
             turn[key] = (changed, revision)
 
     def note_many(self, keys: Sequence[str], changed: Sequence[StoredOrGone], revision: int) -> None:
-        """Note the changes of many keys. Watchers get them in the next turns of the loop, in steps."""
+        """Note the changes of many keys. The watchers get them in steps, from the next turn of the event loop on."""
         self._queue_turn()
         told: Iterator[Told] = ((key, (to, revision)) for key, to in zip(keys, changed, strict=True))
         self._queue.append((self._live, told))
         asyncio.get_running_loop().call_soon(self._tell)
 
     def committed(self, taken: ChangeSet) -> bool:
-        """Add the changes of a commit to the queue of durable changes. Return whether the queue keeps a reference to them."""
+        """Queue the changes of a commit for the watchers of durable changes, and begin to report them.
+
+        Return whether there are such watchers. If so, the queue may still refer to `taken` after the call.
+        """
         if self._durable:
             if taken.cleared:
                 self._queue.append((self._durable, taken.end))
@@ -288,7 +302,7 @@ class Watchers:
         self._queue.append((self._live, iter(turn.items())))
 
     def _tell(self) -> None:
-        """Report the queued changes to the watchers, in about `_TOLD_AT_ONCE` steps in each turn of the event loop."""
+        """Report queued changes to the watchers, in about `_TOLD_AT_ONCE` steps. Report the rest in later turns of the event loop."""
         self._step()
         if self._queue:
             asyncio.get_running_loop().call_soon(self._tell)

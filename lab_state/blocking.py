@@ -40,8 +40,9 @@ class Blocking(Plain):
 
     Each call can raise two more errors. On the event loop of the manager it raises
     `RuntimeError`, because it would block the loop that has to run it: await the call of the
-    manager instead. If that loop does not run, or stops during the call, the call raises
-    `ClosedError` within a second.
+    manager instead. If that loop does not run, the call raises `ClosedError` at once. If it stops
+    during the call, the call raises `ClosedError` about a second later at most. Only `entry` and `namespace`
+    do not use the loop, and never raise these two errors.
     """
 
     __slots__ = ()
@@ -157,7 +158,7 @@ class BlockingEntry(Handle, Generic[T]):
         return self._entry.key
 
     def get(self) -> T:
-        """Return the value, or the default if the key is missing; see `Entry.get`."""
+        """Return the value, or a copy of the default if the key is missing; see `Entry.get`."""
         return self._run(self._entry.get())
 
     def exists(self) -> bool:
@@ -181,7 +182,7 @@ class BlockingEntry(Handle, Generic[T]):
         return self._run(self._entry.set_if_absent(value, ttl=ttl))
 
     def update(self, fn: Callable[[T], T], *, ttl: Seconds | None = None) -> T:
-        """Replace the value by the result of `fn`, atomically, and return that result; see `Entry.update`."""
+        """Replace the value by the result of `fn`, atomically, and return that result; see `Entry.update`. `fn` runs on the event loop."""
         return self._run(self._entry.update(fn, ttl=ttl))
 
     @overload
@@ -201,7 +202,7 @@ class BlockingEntry(Handle, Generic[T]):
         return self._run(self._entry.delete())
 
     def pop(self) -> T:
-        """Delete the key, and return its value, or the default if it is missing; see `Entry.pop`."""
+        """Delete the key, and return its value, or a copy of the default if it is missing; see `Entry.pop`."""
         return self._run(self._entry.pop())
 
 

@@ -32,7 +32,8 @@ class Entry(Handle, Generic[T]):
     errors. A value that is read must be a `T`. A new value that `update` or `incr` computes must be
     a `T`, too. Only type checkers check the value of `set` and `set_if_absent`. If the key is missing,
     and the entry has a default, `get`, `pop`, `update` and `incr` use a copy of the default. So
-    changes of the result do not change the default.
+    changes of the result do not change the default. Without a default, `incr` starts from 0, and
+    the other three raise `KeyNotFoundError`.
     """
 
     __slots__ = ("_calls", "_default", "_key", "_type")
@@ -146,7 +147,7 @@ class Entry(Handle, Generic[T]):
         return self._calls.delete_nowait(self._key)
 
     async def pop(self) -> T:
-        """Delete the key, and return its value, or the default if it is missing."""
+        """Delete the key, and return its value, or a copy of the default if it is missing."""
         return self._or_default(await self._calls.pop(self._key, self._asked, type=self._type))
 
     # The default

@@ -42,7 +42,7 @@ class InvalidKeyError(LabStateError, ValueError):
 
 
 class InvalidValueError(LabStateError, ValueError):
-    """The value, or another argument of a write, cannot be kept as JSON: fix the argument.
+    """The value cannot be kept as JSON, or a `ttl`, a number of `incr` or the result of a function is refused: fix that.
 
     Attributes:
         path: The JSON path to the bad part of the value; `$` is the value itself.
@@ -77,11 +77,14 @@ class TypeMismatchError(LabStateError):
 
 
 class ClosedError(LabStateError):
-    """The manager or the reader is not running: use it between its start and its stop."""
+    """The manager or the reader is not running: use it between its start and its stop.
+
+    A call that is still at work when the manager is stopped may raise it, too.
+    """
 
 
 class StorageError(LabStateError):
-    """The base class of the errors of a storage or a cache."""
+    """The base class of the errors of a storage or a cache. `copy_state` raises it if the copy differs from the source."""
 
 
 class ConflictError(LabStateError):
@@ -95,11 +98,11 @@ class ConflictError(LabStateError):
 class UnavailableError(StorageError):
     """The storage or the cache failed this time, and may work again later.
 
-    If a write or a flush raises it, the changes are in memory. They are written at the next
-    attempt, so there is no need to repeat the call. There is one exception: if the flush task has
-    ended, a write changes nothing; see `Status.task_failure`. If `start()` raises it, start again.
-    If `stop()` raises it, the changes above `durable_revision` may be lost. In a shared state, a call
-    raises it too if no process owns the state; see `outcome`.
+    If a write or a flush raises it, the changes are in memory. The next flush writes them, so there is
+    no need to repeat the call. There is one exception: if the flush task has ended, a write changes
+    nothing; see `Status.task_failure`. If `start()` raises it, call `start()` again. If `stop()` raises
+    it, the changes above `durable_revision` may be lost. If a `Reader` raises it, read again later. In a
+    shared state, a call raises it too if no process owns the state; see `outcome`.
 
     Attributes:
         outcome: Whether a call of a shared state was made, if the process that owns the state did not answer.
@@ -120,16 +123,17 @@ class WaitTimeoutError(UnavailableError, TimeoutError):
 
 
 class UnsupportedError(StorageError):
-    """The storage cannot do this as it is: fix its permissions, its settings or the version of the library.
+    """The storage or the cache cannot be used as it is: fix its permissions, its settings or the version of the library.
 
-    In a forked child, the calls of a manager that the parent runs raise this error. Make a manager with another name there.
+    In a forked child, the calls of a manager that the parent runs raise this error. Make a manager with another name
+    there. The calls of a reader that is open in the parent raise it, too. Open another reader there.
     """
 
 
 class LockedError(StorageError):
     """Another process, or another manager in this process, owns the state: stop that writer. The message names it."""
 
-    place: object = None  # the place of the state, if the storage gives it; equal places have the same states
+    place: object = None  # the place of the state, if the storage gives it; equal places mean the same state
 
 
 class FencedError(StorageError):
@@ -142,7 +146,7 @@ class FencedError(StorageError):
 
 
 class CorruptionError(StorageError):
-    """The stored state is damaged: restore a copy. Nothing was changed.
+    """The stored state is damaged: restore a copy. The stored data were not changed.
 
     A damaged state is never treated as an empty state.
 

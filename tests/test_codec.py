@@ -118,7 +118,7 @@ def test_a_key_is_a_plain_str() -> None:
         ("", "a key must have 1 to 1024 characters, this one has 0"),
         ("x" * (MAX_KEY_LENGTH + 1), "a key must have 1 to 1024 characters, this one has 1025"),
         ("a\0b", "the key 'a\\x00b' has a NUL character; leave it out"),
-        ("$lab_state", "the key '$lab_state' is reserved for lab_state's own member of the file"),
+        ("$lab_state", "the key '$lab_state' is reserved for lab_state's own member of a snapshot; use another key"),
         ("a\ud800", "the key 'a\\ud800' has a lone surrogate, which UTF-8 cannot hold"),
         ("\udfffé", "the key '\\udfffé' has a lone surrogate, which UTF-8 cannot hold"),
     ],
@@ -260,7 +260,7 @@ def test_what_is_not_a_record_is_refused(data: bytes) -> None:
     """Bytes that are no record are CorruptionError, with the number of the record."""
     with pytest.raises(CorruptionError) as caught:
         replay(LoadedState({}, 0), [record({"a": 1}, 0, 1), data], PATH)
-    assert caught.value.detail == "record 2 has a valid checksum, but is not a record"
+    assert caught.value.detail == "record 2 is not the JSON of a record; restore a copy"
     assert caught.value.__suppress_context__
 
 
@@ -413,8 +413,8 @@ def test_a_value_that_was_swapped_is_noticed() -> None:
     """A value edited by hand is refused, and the message says how to edit."""
     error = corruption(snapshot(SAMPLE).replace(b"some-value", b"same-value"))
     assert error.detail == (
-        "its checksum does not match its contents. If it was edited by hand, delete the member '$lab_state' and "
-        "start again; this removes every expiry time. Otherwise restore a copy"
+        "its checksum does not match its contents. If it was edited by hand, delete the member '$lab_state'; "
+        "then no key expires, and revisions begin at 0. Otherwise restore a copy"
     )
 
 
@@ -436,7 +436,9 @@ def test_a_snapshot_written_again_by_another_program_is_refused(indent: int | No
 )
 def test_a_member_that_is_not_ours_is_refused(member: bytes) -> None:
     """A reserved member that is not one is refused as damaged."""
-    assert corruption(b'{"a":1,"$lab_state":%s}' % member).detail.startswith("its member is damaged. If it was edited")
+    assert corruption(b'{"a":1,"$lab_state":%s}' % member).detail.startswith(
+        "its member '$lab_state' is damaged. If it was edited"
+    )
 
 
 @pytest.mark.parametrize("member", [{"format": 0, "revision": 1, "id": ""}, {"format": 1, "revision": -1, "id": ""}])
@@ -458,7 +460,7 @@ def test_a_newer_format_is_refused() -> None:
         decode_snapshot(data, PATH)
     assert str(caught.value) == (
         "/state/some.json has format 2, and this version of lab_state knows 1: use the version that wrote it; "
-        "the file was left untouched"
+        "it was left untouched"
     )
 
 
@@ -467,17 +469,17 @@ def test_a_newer_format_is_refused() -> None:
     [
         (
             b"",
-            "it has no bytes, and the file of a state is never empty; restore a copy, or delete it and the journal beside it to start with an empty state",
+            "it has no JSON, and the file of a state always has an object; restore a copy, or delete it and the journal beside it to start with an empty state",
         ),
         (
             b" \n\t",
-            "it has no bytes, and the file of a state is never empty; restore a copy, or delete it and the journal beside it to start with an empty state",
+            "it has no JSON, and the file of a state always has an object; restore a copy, or delete it and the journal beside it to start with an empty state",
         ),
-        (b"[]", "it is not a JSON object; a state is one object, with a member for each key"),
-        (b'"a"', "it is not a JSON object; a state is one object, with a member for each key"),
-        (b"null", "it is not a JSON object; a state is one object, with a member for each key"),
-        (b"NaN", "it is not a JSON object; a state is one object, with a member for each key"),
-        (b"\0" * 512, "it is not a JSON object; a state is one object, with a member for each key"),
+        (b"[]", "it is not a JSON object; a state is one object, with a member for each key; restore a copy"),
+        (b'"a"', "it is not a JSON object; a state is one object, with a member for each key; restore a copy"),
+        (b"null", "it is not a JSON object; a state is one object, with a member for each key; restore a copy"),
+        (b"NaN", "it is not a JSON object; a state is one object, with a member for each key; restore a copy"),
+        (b"\0" * 512, "it is not a JSON object; a state is one object, with a member for each key; restore a copy"),
     ],
     ids=count(),
 )
@@ -604,12 +606,12 @@ def test_a_foreign_number_out_of_range_is_refused(value: bytes) -> None:
 def test_a_foreign_key_that_cannot_be_written_is_refused(key: bytes) -> None:
     """A file with a key that no call takes, and no reader reads, is refused, and the message says which."""
     error = corruption(b'{"good":1,"%s":2}' % key)
-    assert error.detail.startswith("lab_state cannot write or read one of its keys: ")
-    assert error.detail.endswith("; rename the key in the file")
+    assert error.detail.startswith("lab_state cannot keep one of its keys (")
+    assert error.detail.endswith("); rename this key in the file")
 
 
 @pytest.mark.parametrize(
-    ("levels", "message"), [(129, "the value of 'deep' has more than 128 levels of nesting"), (5_000, "")]
+    ("levels", "message"), [(129, "the value of 'deep' has more than 128 levels of nesting; use fewer"), (5_000, "")]
 )
 def test_a_foreign_value_that_is_too_deep_is_refused(levels: int, message: str) -> None:
     """A value nested too deep is refused when the file is loaded, and 128 levels are not."""
@@ -765,7 +767,7 @@ def test_a_time_without_a_value_is_damage(values: bytes) -> None:
 def test_a_time_that_is_no_integer_is_damage(times: bytes) -> None:
     """A time is an integer, in a record and in a snapshot."""
     data = b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":%s}' % times
-    with pytest.raises(CorruptionError, match="is not a record"):
+    with pytest.raises(CorruptionError, match="is not the JSON of a record"):
         replay(LoadedState({}, 0), [data], PATH)
     head = b'{"a":1,"$lab_state":{"format":1,"revision":1,"id":"0","expires":%s' % times
     corruption(head + b',"crc32":"%08x"}}' % zlib.crc32(head))

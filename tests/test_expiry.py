@@ -67,7 +67,7 @@ def test_a_ttl_out_of_bounds(ttl: float | timedelta) -> None:
         milliseconds(ttl)
     assert str(caught.value) == (
         "ttl must be above 0 and at most 10000000000 seconds; to delete a key use delete(), "
-        "for a key that never expires leave ttl out"
+        "for a key that never expires pass ttl=None"
     )
 
 

@@ -1178,6 +1178,18 @@ class TestConfirm:
             await confirming
             assert commits(storage) == 2
 
+    async def test_a_commit_without_changes_has_no_age(self, storage: FaultyStorage, clock: ManualClock) -> None:
+        """During a commit that contains no change, there is no unflushed change, so its age is 0."""
+        async with running(storage, clock, 0) as state:
+            await state.set("a", 1)
+            clock.advance(1000)
+            storage.hang("commit")
+            confirming = asyncio.create_task(flusher_of(state).confirm_ownership())
+            await until(lambda: commits(storage) == 2)
+            assert (state.status().unflushed_keys, state.status().unflushed_age) == (0, 0.0)
+            storage.resume()
+            await confirming
+
     @pytest.mark.parametrize("interval", [None, 0, 1.0])
     async def test_a_failure_is_told(self, storage: FaultyStorage, clock: ManualClock, interval: float | None) -> None:
         """A caller that asked is told that the commit failed, and may ask again."""

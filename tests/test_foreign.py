@@ -396,7 +396,7 @@ class TestStorage:
         """Where the end of a session raises what none should, stop() returns, and says so."""
         async with Manager("test", StrangeStorage(memory, LookupError, "aclose")) as state:
             await state.set("a", 1)
-        assert "the storage could not be closed: the write ended with LookupError" in caplog.text
+        assert "the storage could not be closed: the storage call ended with LookupError" in caplog.text
 
 
 class TestTasks:

@@ -124,6 +124,21 @@ async def test_a_second_start_says_where_the_first_was(tmp_path: Path) -> None:
         pass
 
 
+async def test_a_stopped_manager_is_not_the_first_one(tmp_path: Path) -> None:
+    """If another writer has the state by now, the message does not name the place where this process had started it."""
+    stopped = Manager("nb", FileStorage(tmp_path))
+    await stopped.start()
+    await stopped.stop()
+    session = await FileStorage(tmp_path).open("nb")
+    try:
+        with pytest.raises(LockedError) as caught:
+            await Manager("nb", FileStorage(tmp_path)).start()
+        assert "the first one was started at" not in str(caught.value)
+        assert stopped.status().phase == "stopped"
+    finally:
+        await session.aclose()
+
+
 async def test_storages_with_one_repr_and_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relative directory and a storage in memory look the same in two places. Each place has its own first start."""
     for name in ("a", "b"):

@@ -336,7 +336,7 @@ def test_another_format_is_refused(number: int) -> None:
         scan(frame(SALT, FrameKind.HEADER, payload), NAME, PATH)
     assert str(caught.value) == (
         f"/state/some.journal has journal format {number}, and this version of lab_state knows 1: "
-        "use the version that wrote it; the file was left untouched"
+        "use the version that wrote it; it was left untouched"
     )
 
 
@@ -445,13 +445,13 @@ def test_records_beside_a_snapshot_that_they_do_not_follow_are_refused(snapshot_
     """Records that follow another snapshot than the one that is there, or that is missing, are refused."""
     error = not_accepted(snapshot_base, checkpoint_of(base_of(1, 1)), R0)
     assert error.detail.startswith(
-        "this journal follows another snapshot than the one beside it; put the right snapshot back, or delete"
+        "its records do not follow the snapshot beside it, or that snapshot is missing; put the right snapshot back, or"
     )
 
 
 def test_records_of_a_first_journal_beside_a_snapshot_are_refused() -> None:
     """Records that follow no snapshot are refused where there is one."""
-    assert "follows another snapshot" in not_accepted(BASE, R0, base=NO_BASE).detail
+    assert "do not follow the snapshot beside it" in not_accepted(BASE, R0, base=NO_BASE).detail
 
 
 @pytest.mark.parametrize("frames", [(), (checkpoint_of(OTHER_BASE),)], ids=["empty", "C"])

@@ -55,7 +55,7 @@ async def test_a_start_waits_until_the_state_is_let_go(holder: Held, caplog: pyt
     await starting
     assert second.status().phase == "running"
     assert len(warnings(caplog)) == 1
-    assert warnings(caplog)[0].startswith("test: start() waits for 10 s more at most: 'test' is open in this ")
+    assert warnings(caplog)[0].startswith("test: start() waits for at most 10 s more: 'test' is open in this ")
     await second.stop()
 
 

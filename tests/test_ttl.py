@@ -914,5 +914,5 @@ async def test_what_is_no_function(name: str, clock: ManualClock) -> None:
     """A value where a function is needed is refused, with the calls that take a value."""
     async with manager(MemoryStorage(), clock) as state:
         await state.set("a", 1)
-        with pytest.raises(TypeError, match="needs a function, not int; to store a value use set"):
+        with pytest.raises(TypeError, match="needs a function, not int; set"):
             await getattr(state, name)("a", 5)

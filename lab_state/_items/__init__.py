@@ -1,8 +1,8 @@
 """Iterators over the keys and values of one moment.
 
 Theory of operation. At the first step, an iterator gets the keys of its range from the index, as sorted
-tuples (`_order`). In the same moment it opens a view of the values (`_undo`). Each step then takes the
-values of some keys, and decodes them. The event loop runs between two steps of an `async for`.
+tuples (`_order`). In the same moment it opens a view of the values (`_undo`). A page has the decoded values
+of some keys. An `async for` gets the pairs of a page one by one, and the event loop runs between two pages.
 """
 
 from lab_state._items._collected import collected

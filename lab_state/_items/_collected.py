@@ -10,7 +10,7 @@ from lab_state._in_steps import Range, ReadingCore, pause
 from lab_state._items._pages import Decoding, Pages
 from lab_state._order import Chunk
 
-_SECONDS_IN_STEP = 0.002
+_SECONDS_IN_STEP = 0.002  # after this time, a step begins no further page
 
 
 async def collected(core: ReadingCore, pieces: Sequence[Chunk], within: Range, decoding: Decoding) -> dict[str, Any]:

@@ -19,13 +19,14 @@ R = TypeVar("R")
 class Items(Handle, AsyncIterator[tuple[str, T]]):
     """An asynchronous iterator over keys and values, in order of keys, all of one moment.
 
-    The moment is that of the first step. Later changes have no effect on the iterator, and no writer waits
-    for it. It lets the event loop run every millisecond, and after each value that takes longer. While it
-    is open, the values that are replaced or deleted stay in memory, and `set` takes longer.
+    A call of `__anext__` is a step. The moment is that of the first step. Later changes have no effect on the
+    iterator, and no writer waits for it. It lets the event loop run about every millisecond, and after each
+    value that takes longer. While it is open, the values that are replaced or deleted stay in memory, and
+    `set` takes longer.
 
     The iterator is closed after the last key, by `aclose`, and at the end of `async with`. It is also
     closed when it is garbage-collected, for example after a `break` out of `async for`. A closed iterator
-    yields nothing. If a task is cancelled in a step, the next step continues from there.
+    yields nothing. If a task is cancelled in a step, no key is lost: the next step returns the same pair.
 
     Each step can raise the following errors. After a `TypeMismatchError`, the next step continues with the next
     key.
@@ -87,7 +88,8 @@ class Run(Protocol):
 class PlainItems(Handle, Iterator[tuple[str, T]]):
     """An iterator over keys and values without `await`, in order of keys, all of one moment.
 
-    It has the guarantees and the errors of `Items`. It is also a context manager, which closes it.
+    It has the guarantees and the errors of `Items`, with one exception: if the caller runs on the event loop, the
+    event loop does not run between two steps. It is also a context manager, which closes it.
     """
 
     _kind = "an iterator"
@@ -183,7 +185,7 @@ class Iterates(Handle):
         """Iterate over the keys that start with `prefix` and their values, in order, all of one moment.
 
         The result is for `async for`. The moment is that of its first step. Later changes are not shown, and
-        no writer waits for the iterator. The event loop runs every millisecond, and after each value that
+        no writer waits for the iterator. The event loop runs about every millisecond, and after each value that
         takes longer. So a program can read a large state and do other work meanwhile. If the `async for` may
         end early, put the iterator into `async with`, which closes it at once.
 

@@ -17,10 +17,10 @@ from lab_state._types import decode_list
 from lab_state._undo import UndoView
 
 _KEYS_IN_STEP = 200
-"""The largest number of keys whose values one step decodes."""
+"""The largest number of keys in a page."""
 
 _SECONDS_IN_STEP = 0.001
-"""After this many seconds, a step decodes no further value."""
+"""After this many seconds, a page whose values are decoded one by one gets no further value."""
 
 _BYTES_IN_STEP = 32_768
 """Values with at most this many bytes in total are decoded in one call. It takes about a quarter of a millisecond."""
@@ -138,7 +138,10 @@ class Pages:
         return piece[at:end]
 
     def _one_by_one(self, decoding: Decoding) -> list[tuple[str, Any]]:
-        """Decode values of `_rest` for about a millisecond, and return them with their keys. Leave out expired keys."""
+        """Decode values of `_rest` for about a millisecond, and return them with their keys. Leave out expired keys.
+
+        Raise the error of a value only if no value was decoded before it. Otherwise the next call raises it.
+        """
         rest, until = self._rest, perf_counter() + _SECONDS_IN_STEP
         rows: list[tuple[str, Any]] = []
         while rest and perf_counter() < until:

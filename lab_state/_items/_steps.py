@@ -61,13 +61,15 @@ class Steps:
         return self._pages is not None and not self._pages.view.is_closed
 
     async def step(self, *, pause: bool) -> bool:
-        """Take one step: decode the next values into `rows`. Return whether there are any.
+        """Take one step: decode the next page into `rows`. Return whether there are values. At the end, close the iterator.
 
         Args:
-            pause: Whether to let the event loop run first, unless this is the first step.
+            pause: Whether to let the event loop run first, unless this is the first step. It also runs after a
+                page without values.
 
         Raises:
             RuntimeError: Another task waits for a step.
+            TypeMismatchError: The next value is not of the requested type. The next step continues after it.
             LabStateError: The values can no longer be read; see `ItemSource`.
         """
         if self._is_busy:

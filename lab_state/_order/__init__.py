@@ -1,17 +1,18 @@
 """The keys of a state in order of code points. Pure and synchronous.
 
-A `State` makes an `Index` at the first call that needs an order. Other modules call these methods of the state:
+A `State` makes an `Index` when a call needs an order and there is none. Other modules call these methods of the state:
 
-- `State.index_steps()` is an iterator. It builds the index, or brings it up to date, in steps of
-  a few milliseconds. An asynchronous call runs it first, if `State.is_index_behind` is set, and lets the
+- `State.index_steps()` returns an iterator that builds the index, or brings it up to date, in steps of
+  a few milliseconds. An asynchronous call runs it first, if `State.is_index_behind` is True, and lets the
   event loop run between two steps. If it was not run, the methods below do the necessary work in one step.
-- `State.pieces(low, high)` returns the keys in a range at this moment, as sorted tuples, each above the
-  one before. It is for work in steps. Expired keys are included, so the caller must check each entry.
+- `State.pieces(low, high)` returns the keys in a range at this moment, as sorted tuples. The keys of each
+  tuple are above those of the tuple before. Expired keys are included, so the caller must check each entry.
 - `State.names(low, high, limit, reverse=...)` returns the keys in a range that have not expired.
 - `State.count_in(low, high)` returns the number of these keys.
 - `State.note_many(keys)` tells the index that keys may have been added or removed. Code that
   changes `State.entries` without a method of `State` must call it, or `Index.note`, in the same step
-  as the change. Without an index, `note_many` does nothing. A replaced value needs no note.
+  as the change. Without an index, `note_many` does nothing. A replaced value needs no note. `_index.py`
+  describes one change that may come without a note.
 
 The function `bounds(prefix, after, reverse=...)` makes the two bounds of a range.
 """

@@ -1,21 +1,21 @@
 """The index of a state: its keys in order of code points. Pure and synchronous.
 
 Theory of operation. The sorted keys (`SortedKeys`) may be older than the state. `_touched` has the keys
-that were added or removed since then. When a call needs the order, each touched key is looked up in the
-state, and then added to the sorted keys or removed from them. So a write only adds a key to a set.
+that may have been added or removed since then. A write only adds a key to this set. When a call needs the
+order, touched keys are looked up in the state, and then added to the sorted keys or removed from them.
 
 If few keys are touched, the call looks up all of them. If more are touched, an asynchronous call looks
-them up in steps. A synchronous call looks up a few, and corrects the result for all others in the range. So
-the result is right, and the next calls have less to do.
+them up in steps. A synchronous call looks up a few, and corrects its result for the others. So each result
+is right, and the next call has less to do.
 
-There is one change without a note. `set` may store a key that was deleted after the last commit. This
+There is one change without a note. `set` may store a key that was deleted after the last `State.take`. This
 key is still in `State.changes`, so `set` treats it as a key that exists. Therefore `_gone` has the keys that
-were removed since the last commit. If no key is touched, the number of sorted keys differs from the number
+were removed since the last `take`. If no key is touched, the number of sorted keys differs from the number
 of entries only if `set` has stored such a key.
 
-The build takes the keys of the dict in slices. If a writer changes the dict meanwhile, all keys are taken
-at once, which takes about 50 ms for a million. Then the keys are distributed to buckets, whose bounds are
-taken from a sorted sample, and each bucket is sorted. Keys that are in order already are only cut into chunks.
+The build takes the keys of the dict in slices. If a key is touched before the last slice is taken, all keys
+are taken at once, which takes about 50 ms for a million. Then the keys are distributed to buckets, whose bounds
+are taken from a sorted sample, and each bucket is sorted. Keys that are in order already are only cut into chunks.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Held(Protocol):
 
 
 FEW = 300
-"""The number of touched keys that one step looks up: about 2 ms."""
+"""The largest number of touched keys that one step looks up. This takes about 2 ms."""
 
 SMALL = 4_000
-"""An index of at most this many keys is built at once: about 2 ms."""
+"""An index of at most this many keys is built in one step. This takes about 2 ms."""
 
 _SAMPLE = 4_096
 """The approximate number of keys that are sorted to find the bounds of the buckets."""
@@ -49,10 +49,10 @@ _BUCKET = 1_000
 """The approximate number of keys in a bucket. It is larger for more than a million keys, to have about 1,000 buckets at most."""
 
 _KEYS_IN_STEP = 2_000
-"""The number of keys that a step of the build takes, distributes or sorts."""
+"""The approximate number of keys that a step of the build takes, distributes or sorts."""
 
 _UNTRACKED_AT_ONCE = 16
-"""The number of tuples after which the build runs the garbage collector; see `_untrack`."""
+"""The number of slices or buckets after which the build runs the garbage collector; see `_untrack`."""
 
 
 CHUNKS_AT_ONCE = 16
@@ -60,7 +60,7 @@ CHUNKS_AT_ONCE = 16
 
 
 def bounds(prefix: str, after: str | None = None, *, reverse: bool = False) -> tuple[str, str | None]:
-    """Return `low` and `high`: a key starts with `prefix` if `low <= key < high`. `None` as `high` is above all keys.
+    """Return the bounds `low` and `high` of a range. It has the keys with `low <= key < high`. `None` is above all keys.
 
     Args:
         prefix: The beginning of the keys, as they are in the state.
@@ -70,7 +70,7 @@ def bounds(prefix: str, after: str | None = None, *, reverse: bool = False) -> t
     low, high = prefix, _above(prefix)
     if after is not None:
         if not reverse:
-            low = max(low, after + "\0")  # the next text, which is not a key
+            low = max(low, after + "\0")  # the first text above `after`
         elif high is None or after < high:
             high = after
     return low, high
@@ -121,7 +121,7 @@ class Index:
         self._touched.update(keys)
 
     def take_over(self, keys: set[str]) -> None:
-        """Note that keys may have been added or removed. The index keeps the given set, and may change it."""
+        """Note that keys may have been added or removed. The index may keep the given set, and change it."""
         touched = self._touched
         if len(touched) < len(keys):
             touched, keys = keys, touched
@@ -138,7 +138,7 @@ class Index:
         self._gone.clear()
 
     def is_too_old(self, entries: Held) -> bool:
-        """Return whether so many keys are touched that a new index costs no more. This bounds the memory of an unused index."""
+        """Return whether a new index costs no more than to look up the touched keys. This bounds the memory of an unused index."""
         return len(self._touched) > max(len(entries) // 4, SMALL)
 
     # Steps
@@ -150,7 +150,7 @@ class Index:
 
     @property
     def batches(self) -> int:
-        """The number of calls of `catch_up` after which fewer than `FEW` keys are touched."""
+        """The number of calls of `catch_up` after which fewer than `FEW` keys are touched, if no other key is touched meanwhile."""
         return len(self._touched) // FEW
 
     def build_some(self) -> None:
@@ -183,7 +183,10 @@ class Index:
     # Reading
 
     def page(self, entries: Held, low: str, high: str | None, limit: int | None, *, reverse: bool) -> list[str]:
-        """Return the first keys in a range, at most `limit`. With `reverse`, return the last ones, from the highest down."""
+        """Return the first keys in a range, at most `limit`. With `reverse`, return the last ones, from the highest down.
+
+        Expired keys are included.
+        """
         self.catch_up(entries)
         doubtful = self._doubtful(low, high)
         most = None if limit is None else limit + len(doubtful)
@@ -191,7 +194,7 @@ class Index:
         return corrected(found, doubtful, entries, reverse=reverse)[:limit] if doubtful else found
 
     def pieces(self, entries: Held, low: str, high: str | None) -> list[Chunk]:
-        """Return the keys in a range as sorted tuples, each above the one before."""
+        """Return the keys in a range, including expired keys, as sorted tuples. Each is above the one before."""
         self.catch_up(entries)
         doubtful = self._doubtful(low, high)
         if not doubtful:
@@ -200,7 +203,7 @@ class Index:
         return [tuple(patched)] if patched else []
 
     def count(self, entries: Held, low: str, high: str | None) -> int:
-        """Return the number of keys in a range."""
+        """Return the number of keys in a range, including expired keys."""
         self.catch_up(entries)
         total = self._keys.count(low, high)
         if doubtful := self._doubtful(low, high):
@@ -268,7 +271,7 @@ class Index:
         self._keys = SortedKeys(chunks)
 
     def _slice(self, names: Iterator[str]) -> Chunk | None:
-        """Return the next keys of a dict; `None` if keys were added or removed, so that the iterator cannot be used."""
+        """Return the next keys of a dict; `None` if keys may have been added or removed, so that the iterator cannot be used."""
         if self._touched:
             return None
         try:

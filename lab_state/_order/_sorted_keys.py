@@ -1,9 +1,9 @@
 """Keys in order of code points, with positions. Pure and synchronous.
 
-Theory of operation. The keys are in sorted tuples, the chunks. A chunk has at most `2 * SIZE` keys.
+Theory of operation. The keys are in sorted tuples, the chunks. A chunk has 1 key or more, and fewer than `2 * SIZE`.
 `_lasts` has the last key of each chunk, so two binary searches find a key. `_tree` is a Fenwick tree
-over the lengths of the chunks. It gives the number of keys before a chunk in O(log n). After
-chunks were split or joined, the next call that needs the tree makes a new one.
+over the lengths of the chunks. It gives the number of keys before a chunk in O(log n). When chunks
+are split, joined, added or removed, the tree is dropped. The next call that needs it makes a new one, in O(n / SIZE).
 
 A change replaces the tuple of a chunk. This has two reasons. A caller may keep chunks, because they never
 change. And the garbage collector does not track a tuple of strings, whereas lists with a million keys add
@@ -41,7 +41,7 @@ class SortedKeys:
     __slots__ = ("_chunks", "_lasts", "_size", "_tree")
 
     def __init__(self, chunks: list[Chunk]) -> None:
-        """Set the keys. Each chunk must be sorted, without repetition, and above the one before; see `cut`."""
+        """Keep the chunks. Each must be sorted, without repetition, not empty, and above the one before; see `cut`."""
         self._chunks: list[Chunk] = chunks
         self._lasts: list[str] = [chunk[-1] for chunk in chunks]
         self._size: int = sum(map(len, chunks))
@@ -79,7 +79,7 @@ class SortedKeys:
             self._change(at, chunk, -1)
 
     def _change(self, at: int, chunk: Chunk, by: int) -> None:
-        """Replace a chunk by one with `by` keys more. If the new one is too long or too short, split it or join it with another."""
+        """Replace a chunk by one that has `by` keys more. If it is now too long, split it. If it is too short, join it with another."""
         self._size += by
         self._chunks[at] = chunk
         if len(chunk) >= 2 * SIZE:
@@ -101,7 +101,7 @@ class SortedKeys:
         self._tree = None
 
     def position(self, bound: str | None) -> int:
-        """Return the number of keys below a bound, in O(log n). `None` is above all keys."""
+        """Return the number of keys below a bound. `None` is above all keys. The cost is O(log n), or more; see `_tree` above."""
         at, place = self._find(bound)
         tree = self._tree
         if tree is None:
@@ -117,11 +117,14 @@ class SortedKeys:
         return place
 
     def count(self, low: str, high: str | None) -> int:
-        """Return the number of keys in a range, in O(log n)."""
+        """Return the number of keys in a range. The cost is that of `position`."""
         return max(0, self.position(high) - self.position(low))
 
     def _find(self, bound: str | None) -> tuple[int, int]:
-        """Return the chunk of the first key that is not below a bound, and the place of the key in the chunk."""
+        """Return the number of the chunk of the first key that is not below a bound, and the place of the key in the chunk.
+
+        If there is no such key, return the number of chunks and 0.
+        """
         if bound is None:
             return len(self._chunks), 0
         at = bisect_left(self._lasts, bound)
@@ -130,7 +133,7 @@ class SortedKeys:
     def pieces(self, low: str, high: str | None) -> list[Chunk]:
         """Return the keys of a range as sorted tuples, each above the one before.
 
-        Each tuple has 1 to `2 * SIZE` keys. The cost is O(log n), and some nanoseconds for each tuple.
+        Each tuple has 1 key or more, and fewer than `2 * SIZE`. The cost is O(log n), and some nanoseconds for each tuple.
         """
         first, start = self._find(low)
         last, stop = self._find(high)

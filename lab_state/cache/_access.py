@@ -1,8 +1,8 @@
 """The base of `Reader`: the reads that its calls share.
 
 A read takes the keys and values from the local copy if that is fresh, and otherwise from the cache. Data from the
-cache is checked. A read fails if a part of the mirror is missing, or if the revision of the mirror is lower than one
-that this reader has returned.
+cache is checked. A read fails if a part of the mirror is missing. It also fails if the revision of the mirror is lower
+than one that this reader has read before, unless `RevisionGuard` accepts the lower one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class MirrorAccess(Iterates):
         return Steps(self._moment(prefix, after, limit, reverse=reverse), Decoding(type_, decode))
 
     def _moment(self, prefix: object, after: object, limit: object, *, reverse: bool) -> Moment:
-        """Return the source for the keys of a range."""
+        """Return the source for the keys and values of a range."""
         if limit is not None:
             check_limit(limit)
         low, high = bounds(check_prefix(prefix), None if after is None else check_key(after), reverse=reverse)
@@ -82,7 +82,7 @@ class MirrorAccess(Iterates):
         return Moment(self._copy, self._all, self._clock.time, chosen)
 
     def _copy(self) -> LocalCopy:
-        """Return the local copy. It may be empty."""
+        """Return the local copy, which may be empty. If the reader is not open, raise an error."""
         _ = self._open
         return self._local
 

@@ -1,8 +1,8 @@
 """The durable changes that are not in the mirror yet. Pure and synchronous.
 
 The flusher adds each commit to a queue, which takes almost no time. The task of the mirror merges
-the commits key by key, in small steps. If there are more than `MOST_KEYS` keys or `MOST_BYTES`
-bytes, all changes are dropped, and the mirror has to be filled.
+the commits key by key, in small steps. If there are more than `MOST_KEYS` keys, or if the merged
+values have more than `MOST_BYTES` bytes, all changes are dropped, and the mirror has to be filled.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Backlog:
         self.end = max(self.end, taken.end)
 
     def merge(self, most: int) -> bool:
-        """Merge up to `most` keys. Return whether keys are left."""
+        """Merge up to `most` keys. Return whether commits are left in the queue."""
         while self._queue and most:
             taken, rest = self._queue[0]
             if taken.cleared:
@@ -81,13 +81,13 @@ class Backlog:
         return bool(self._queue)
 
     def take(self, start: int) -> ChangeSet:
-        """Remove all merged changes, and return them as one step from revision `start`."""
+        """Return all changes as one step from revision `start`, and drop them here. All commits must be merged; see `merge`."""
         taken = ChangeSet(start, self.end, self._cleared, self._changes, 0.0)
         self.clear()
         return taken
 
     def put_back(self, taken: ChangeSet) -> None:
-        """Put back the changes that `take` returned, because they did not reach the mirror. They do not replace newer changes."""
+        """Put back the changes that `take` returned, because they may not be in the mirror. They do not replace newer changes."""
         if self.overflowed:
             return
         self._queue.appendleft((taken, iter(taken.changes.items())))

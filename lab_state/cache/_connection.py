@@ -1,9 +1,10 @@
 """A connection to Redis. redis-py opens it, because redis-py supports TLS, ACL, Unix sockets and Sentinel.
 
-This module sends the commands and reads the answers itself. A pipeline of redis-py would pack all
-commands at once. Here a step of many keys is sent in slices, and the event loop runs between them.
+This module packs the commands itself, and reads the answers one by one. A pipeline of redis-py would pack
+all commands at once. Here a step of many keys is sent in slices, and the event loop runs between them.
 
-The text of an error of redis-py is never used, because it may quote the command with a value.
+Messages never contain the text of an error of redis-py, because it may quote the command with a value. They
+contain only the class of the error, or the error code of the server.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lab_state._clock import Clock, within
 from lab_state.exceptions import StorageError, UnavailableError, UnsupportedError
 from lab_state.storage._worker import Threads, Worker
 
-_TIMEOUT = 5.0
+_TIMEOUT = 5.0  # seconds
 _SENT_AT_ONCE = 64 * 1024
 
 _ADVICE: dict[str, str] = {
@@ -175,10 +176,10 @@ async def _prepare_tls(connection: Any) -> None:
 
 
 class Connection:
-    """A connection to Redis that sends commands and reads answers. Each round trip has a timeout."""
+    """A connection to Redis that sends commands and reads answers. All calls but `read` have a timeout."""
 
     def __init__(self, connection: Any, path: str, timeout: float, clock: Clock) -> None:
-        """Use a connection of redis-py. A round trip may take `timeout` seconds of the clock."""
+        """Use a connection of redis-py. Sending a piece, or reading all answers of a call, may take `timeout` seconds of the clock."""
         self.clock: Clock = clock
         self._connection = connection
         self._path = path
@@ -221,12 +222,12 @@ class Connection:
             return error
 
     async def call(self, *commands: bytes) -> list[Any]:
-        """Send commands together, and return their answers."""
+        """Send commands together, and return their answers; see `answers` for errors."""
         await self.send(*commands)
         return await self.answers(len(commands))
 
     async def transaction(self, *commands: bytes) -> list[Any]:
-        """Run commands as one transaction of Redis, and return their answers."""
+        """Run commands as one transaction of Redis, and return their answers. If one fails, raise a `StorageError`."""
         answers = await self.call(MULTI, *commands, EXEC)
         self.good(answers)
         executed: list[Any] = answers[-1]

@@ -1,12 +1,12 @@
-"""The one task of a reader. It receives the changes, and updates the local copy.
+"""The task of a reader, with its child tasks. It receives the changes, and updates the local copy.
 
 If the subscription is lost, the task subscribes again, after growing pauses. A running writer sends
 heartbeats. So if there is no message for some seconds, the task tests the subscription with a ping.
 Every two seconds the task also reads the head of the mirror. So the reader knows whether reads
 succeed, even if the application reads nothing.
 
-Any client may send a message. Messages that are not from lab_state are skipped, and the first one
-is logged.
+Any client may send a message. Messages that are not from lab_state are skipped. The first one
+is logged, and the mirror is read again.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ POLL_SECONDS = 2.0
 """The seconds between two reads of the head."""
 
 SILENT_SECONDS = 5.0
-"""The seconds without a message after which the subscription is tested. A writer sends at least two heartbeats in this time."""
+"""The seconds without a message after which the subscription is tested. A running writer sends at least two messages in this time."""
 
 _REPLAYED_AT_ONCE = 1000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-_MOST_BYTES = 16 * 1024 * 1024
-"""The most bytes in the messages of one step. For a step above 4 MiB, a writer sends a resync in place of the changes."""
+_MOST_BYTES = 32 * 1024 * 1024
+"""The most bytes in the messages of one step. A writer sends a resync in place of changes of more than about 4 MiB.
+
+It counts a character of a key as one byte, but in JSON such a character has up to six.
+"""
 
 _LONGEST_STEP = 1_000_000
 """The most revisions of a step. A larger step may be from another client, so the mirror is read again."""
@@ -45,10 +48,11 @@ class Feed:
     """The receiver of the changes of one mirror.
 
     Attributes:
-        revision: The revision of the last message, while the subscription works; otherwise -1.
+        revision: The revision of the last message, or of the head if that is higher; -1 while the subscription
+            does not work, and until the first message or head.
         watchers: The watches that receive the changes.
-        moved: An event that is set at the next message, and replaced by a new one. Read the
-            attribute again before each wait.
+        moved: An event that is set when the revision or the local copy may have changed, and at the end. It
+            is then replaced by a new one. Read the attribute again before each wait.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Feed:
         self._head = head
         self._parts: list[Message] = []
         self._bytes = 0  # the size of `_parts`
+        self._ends_with: tuple[int, int, str] | None = None  # a step that was too large: its other parts are dropped
         self._last: Message | None = None
         self._heard = clock.monotonic()
         self._stale = asyncio.Event()
@@ -83,7 +88,7 @@ class Feed:
         self._notify()
 
     def lives(self, writer: str, below: int) -> bool:
-        """Return whether a message of this writer came recently, and has a revision below `below`."""
+        """Return whether the last message came recently, is from this writer, and has a revision below `below`."""
         last = self._last
         silent = self._clock.monotonic() - self._heard >= SILENT_SECONDS
         return last is not None and not silent and last.writer == writer and last.end < below
@@ -149,7 +154,10 @@ class Feed:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, subscription: Subscription) -> None:
-        """Read the head every two seconds. After the first time, send a `resync`, because earlier changes were missed."""
+        """Read the head every two seconds, and at once after a fill. Each time, test the subscription.
+
+        If this finds the first revision of the subscription, send a `resync`, because earlier changes were missed.
+        """
         while True:
             self._poll_now.clear()
             try:
@@ -210,15 +218,22 @@ class Feed:
 
     def _collect(self, message: Message, size: int) -> None:
         """Collect the messages of a step, and process the step when it is complete."""
+        if self._ends_with == (message.start, message.end, message.writer):
+            if not message.more:
+                self._ends_with = None
+                self._resync()  # again: a load that has begun meanwhile may lack a part of this step
+            return
         first = self._parts[0] if self._parts else message
         if (message.start, message.end, message.writer) != (first.start, first.end, first.writer):
-            self._parts, self._bytes = [], 0  # the last message of the earlier step was lost
+            self._parts, self._bytes = [], 0  # a message of the earlier step was lost
             self._resync()
         self._parts.append(message)
         self._bytes += size
         if message.more:
             if self._bytes > _MOST_BYTES:
                 self._parts, self._bytes = [], 0
+                self._ends_with = message.start, message.end, message.writer
+                self._resync()
             return
         step, self._parts, self._bytes = self._parts, [], 0
         self._step(step)
@@ -281,7 +296,7 @@ class Feed:
 
 
 async def wait_for_event(event: asyncio.Event, clock: Clock, seconds: float) -> bool:
-    """Wait for an event, for at most `seconds` of a clock. Return whether it is set."""
+    """Wait for an event, for at most `seconds` of a clock. Return whether it is set at the end."""
     waiting = asyncio.ensure_future(event.wait())
     try:
         await done_within(waiting, clock, seconds)

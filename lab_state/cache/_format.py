@@ -7,11 +7,11 @@ reader notices if a hash is missing, evicted or old, and never takes it for an e
 Any client of the cache may write to a mirror. So the code never assumes that the bytes that it
 reads are from lab_state.
 
-A message on the channel is a step: `{"from":41,"to":42,"set":{...},"delete":[...],
-"expires":{...}}`. `clear` says that all keys are deleted before this message applies. `more`
-says that another message of the same step follows. `resync` says that the message has no
-changes, and that the mirror must be read again. If `from` equals `to`, the message is a
-heartbeat, which only says that the writer lives.
+A message on the channel is a step, or a part of one: `{"from":41,"to":42,"writer":"...",
+"set":{...},"delete":[...],"expires":{...}}`. `clear` says that all keys are deleted before this
+message applies. `more` says that another message of the same step follows. `resync` says that the
+message has no changes, and that the mirror must be read again. A message without `resync` whose `from`
+equals `to` is a heartbeat, which only says that the writer lives.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ T = TypeVar("T")
 
 FORMAT = 1
 HEAD = RESERVED
-"""The name of the field with format, revision and writer. It is reserved: no key has this name."""
+"""The name of the field with format, revision, writer and fill. It is reserved: no key has this name."""
 
 _MOST_KEYS = 50  # in one slice
 _MOST_BYTES = 32 * 1024  # a slice ends with the key that reaches this size
 _LARGE = 64 * 1024  # a value of this size is encoded in pieces
 
 MOST_MESSAGE_BYTES = 4 * 1024 * 1024
-"""The most bytes in the messages of a step. For a larger step, a resync is sent in place of the changes."""
+"""The most bytes in the messages of a step, by the estimate of `message_bytes`. A larger step ends with a resync."""
 
 Revision: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 """A revision in JSON. Every JSON reader holds integers below 2**53 exactly. No state has a higher revision."""
@@ -73,7 +73,7 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"start": "from", "end": "to"}):
-    """A message on the channel: a step, or a part of a step. The docstring of the module has its members."""
+    """A message on the channel: a step, or a part of a step. The docstring of the module explains its members."""
 
     start: Revision
     end: Revision
@@ -128,7 +128,10 @@ def parse_head(data: bytes) -> Head | None:
 
 
 def seen_in(values: bytes | None, expires: bytes | None) -> tuple[Seen, str]:
-    """Return the writer, the revision and the id of the fill, from the field `$lab_state` of the two hashes."""
+    """Return the writer, the revision and the id of the fill, from the field `$lab_state` of the two hashes.
+
+    If both fields are not the same head, return `Seen(None, 0)` and an empty id: there is no whole mirror.
+    """
     found = None if values is None or values != expires else _read(_decode_head, values)
     if found is None:
         return Seen(None, 0), ""
@@ -169,19 +172,19 @@ def message(start: int, end: int, writer: str, part: Slice, *, clear: bool = Fal
 
 
 def resync(start: int, end: int, writer: str) -> bytes:
-    """Return the message of a step whose changes are not sent. A reader then reads the whole mirror."""
+    """Return the message of a step whose changes are not sent, or of a fill. A local copy is then loaded again."""
     return encode(Message(start=start, end=end, writer=writer, resync=True))
 
 
 def message_bytes(part: Slice) -> int:
-    """Estimate the size in bytes of a message with a slice."""
+    """Estimate the size in bytes of a message with a slice. A character of a key counts as one byte."""
     return sum(map(len, part.values)) + sum(map(len, part.values.values())) + sum(map(len, part.deleted))
 
 
 def slices(items: Iterable[tuple[str, StoredOrGone]], ahead: int) -> Iterator[Slice | None]:
-    """Yield the slices of a fill or of a step.
+    """Yield the slices of a fill or of a step: one or more. The last one may be empty.
 
-    While a large value is encoded, `None` is yielded between two slices, so that the event loop can
+    While a large value is encoded, `None` is yielded after each piece, so that the event loop can
     run. `ahead` is the time of the wall clock minus the time of the state, in milliseconds. It is
     added to each expiry time, because readers use the wall clock.
     """

@@ -1,9 +1,9 @@
 """The local copy of a mirror that a reader with `local=True` keeps in memory. Pure and synchronous.
 
-The copy is loaded in these steps:
+The reader has subscribed to the changes. It loads the copy in these steps:
 
-1. The reader subscribes. From then on, messages are kept.
-2. It reads the head. This gives the first revision.
+1. From now on, it keeps the messages.
+2. It reads the head. This gives the first revision. If the copy has all keys at this head, step 3 is left out.
 3. It reads all keys, in parts. Each part may have a different revision.
 4. It reads the head again, and sends a ping on the subscription. When the ping is answered,
    all messages up to the second head have come.
@@ -38,7 +38,7 @@ class LocalCopy:
     Attributes:
         shown: The entries that may be read; empty while the copy is not fresh.
         fresh: Whether the copy is complete and up to date.
-        head: The writer and the revision of the mirror that was copied; `None` before the first load.
+        head: The head of the mirror, at the revision of the copy; `None` before the first load.
         highest: The highest revision that a reader could read here.
     """
 
@@ -58,12 +58,12 @@ class LocalCopy:
         self.fresh, self.shown, self._kept = False, {}, None
 
     def reset(self) -> None:
-        """Forget the copy and its highest revision, because it was not a copy of the state."""
+        """Forget the copy and its highest revision, because a lower revision was accepted."""
         self.invalidate()
         self.highest, self._whole = 0, False
 
     def receive(self, step: Sequence[Message]) -> bool:
-        """Apply or keep the messages of one step. Return False if the copy must be loaded again."""
+        """Apply the messages of one step. During a load, only keep them. Return False if the copy must be loaded again."""
         if self.fresh:
             return self._apply(step)
         if self._kept is not None:
@@ -88,7 +88,7 @@ class LocalCopy:
         return True
 
     def add(self, found: Fetched) -> None:
-        """Add a part of the mirror. The value of a key must come before its expiry time."""
+        """Add a part of the mirror. The value of a key must come before its expiry time, or in the same part."""
         entries = self.entries
         self._state.note_many(found.values)
         for key, data in found.values.items():
@@ -115,7 +115,7 @@ class LocalCopy:
         return bool(kept) and head is not None
 
     def finish_loading(self, last: Head) -> bool:
-        """Return whether the copy may be read. If not, it must be loaded again.
+        """Apply the kept messages that are left. Return whether the copy may be read. If not, it must be loaded again.
 
         `last` is the second head. All messages up to it have come. If there was a fill meanwhile,
         even at the same revision, the parts that were read may not fit together.

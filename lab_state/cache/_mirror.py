@@ -3,21 +3,21 @@
 The flusher reports each commit to `MirrorWriter.committed`. The task sends the changes to the
 cache, one step at a time. Commits that come meanwhile are merged into the next step. If a mirror
 has another writer or an unexpected revision, it is filled: the whole state replaces it. A fill
-sends a view of the state. It sends the last slice only when the whole view is durable. So readers
-never see a change that a crash could undo.
+sends a view of the state. The cache shows the fill when its slices end, and they end only when the whole
+view is durable. So readers never see a change that a crash could undo.
 
-No caller waits for this task. An error here does not affect the manager. The error is logged once,
-and `status()` shows it. The task tries again after growing pauses. No exception of a cache, a logger
+No caller but `stop()` waits for this task. An error here does not affect the manager. The first error of a
+series is logged, and `status()` shows the last one. The task tries again after growing pauses. No exception of a cache, a logger
 or a clock ends the task.
 
 If another client has written to the mirror, the mirror is filled again, because it is not known
-what that client has changed. If the mirror has expiry times, it is also filled again after the wall
-clock was set or the machine slept. The reason is that readers use the wall clock, and the state
+what that client has changed. If the mirror has expiry times, it is also filled again when the wall clock
+was set by half a second or more, or the machine slept for as long. The reason is that readers use the wall clock, and the state
 counts the seconds that pass.
 
 A fill holds a view of the state, and no checkpoint can begin meanwhile. So a checkpoint that is due
 cuts the fill off. The fill begins again after the checkpoint. It then has time until the next
-checkpoint is due: until the journal has grown to the size of the snapshot. A cache that needs more
+checkpoint is due. In files, this is when the journal has grown to the size of the snapshot. A cache that needs more
 time for a fill would also be too slow for the steps.
 
 The mirror of another writer may be from an earlier start of this state, or from a newer owner
@@ -48,14 +48,14 @@ from lab_state.exceptions import FencedError, StorageError, UnavailableError
 
 STOP_SECONDS = 1.0
 HEARTBEAT_SECONDS = 2.0
-"""The seconds after which an idle writer looks at the mirror and sends a heartbeat."""
+"""The seconds between two looks at the mirror. A look also sends readers a heartbeat."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _FIRST_SPOILT, _LONGEST_SPOILT = 1.0, 300.0
 """The pauses between two fills, while another client writes to the mirror repeatedly."""
 
 _CALM_SECONDS = 60.0
-"""If other clients write nothing for so many seconds, the next such write is logged, and is followed by a fill at once."""
+"""If no write of another client is found for so many seconds after a pause, the next one is logged, and a fill follows at once."""
 
 _MOST_DRIFT_MILLISECONDS = 500
 """The drift between the two clocks at which the mirror is filled again. Expiry times are wrong by less than this."""
@@ -84,7 +84,7 @@ class MirrorWriter:
     Attributes:
         revision: The revision of the mirror; `None` while there is no mirror of this writer,
             or while its revision is unknown.
-        up: Whether the last attempt succeeded.
+        up: Whether the last attempt succeeded; False before the first success, and after the end of the task.
         last_error: The error of the last attempt; `None` if it succeeded.
         task_failure: The reason why the task ended before `stop`; `None` if it did not.
     """
@@ -111,8 +111,8 @@ class MirrorWriter:
         self._ahead = 0  # milliseconds from the state's time to the wall clock, as added to the mirror's expiry times
         self._has_times = False  # whether the mirror may have expiry times
         self._tried: int | None = None  # the revision of a step whose outcome is unknown
-        self._is_owner = True  # whether the start, or a commit just before, has shown that this manager owns the state
-        self._idle = False  # whether nothing was sent since the last heartbeat
+        self._is_owner = True  # whether the start has just shown that this manager owns the state: until the first fill
+        self._idle = False  # whether a look is due
         self._stopping = False
         self._holding: asyncio.Timeout | None = None  # the timeout of a fill, while it holds a view
 
@@ -155,7 +155,7 @@ class MirrorWriter:
                     self._holding = None
 
     async def stop(self) -> None:
-        """Send the remaining changes, for one second at most. If some are left, the next start fills the mirror."""
+        """Send the remaining changes, for one second at most. If some are left, the fill of the next start includes them."""
         self._stopping = True
         self._timer.cancel()
         task = self._task
@@ -198,7 +198,7 @@ class MirrorWriter:
             self._backlog.overflow()
 
     async def _attempt(self) -> bool:
-        """Open a session, fill the mirror, or send a step. Return whether there is more to do."""
+        """Call `_act`. If that fails, note the error and start a pause. Return whether there is more to do now."""
         try:
             await self._act()
         except StorageError as error:
@@ -216,7 +216,7 @@ class MirrorWriter:
         return self.revision is None or bool(self._backlog) or self._backlog.overflowed
 
     async def _act(self) -> None:
-        """Fill the mirror, or send a step, or do nothing if the mirror is up to date."""
+        """Open a session if there is none. Then fill the mirror, or send a step, or do nothing if the mirror is up to date."""
         if self._session is None:
             self._session = await self._cache.open(self._name, self._writer)
             await self._look(self._session)

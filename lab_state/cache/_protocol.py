@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 
 class Slice(NamedTuple):
-    """A part of a fill or of a step. It is small, so that the event loop can run after it.
+    """A part of a fill or of a step. It is small, unless a value is large. The event loop can run after it.
 
     Attributes:
         values: The JSON of each key that is set.
@@ -67,9 +67,9 @@ class CacheSession(Protocol):
     async def look(self) -> Seen:
         """Return the writer and the revision of the present mirror.
 
-        If it is the mirror of this writer, and unchanged since the session's last call, send
-        readers a heartbeat: the message that the writer lives. If another client has changed
-        the mirror since then, return `SPOILT`.
+        If the mirror is that of this writer, and unchanged since the session's last call, send
+        readers a heartbeat: the message that the writer lives. If another client has changed the
+        mirror since then, but not its writer and revision, return `SPOILT`.
         """
         ...
 
@@ -78,14 +78,13 @@ class CacheSession(Protocol):
 
         Args:
             revision: The revision of the state.
-            slices: The state. The last slice comes when the whole state is durable. Before that
-                there may be empty slices. They keep the cache from dropping the slices that it
-                has received.
+            slices: The state. They end when the whole state is durable. Before the end there may be
+                empty slices. They keep the cache from dropping the slices that it has received.
             over: The result of `look`. If another writer has written a mirror since then,
                 nothing is done. A mirror of this writer is always replaced.
 
         Returns:
-            Whether the mirror was replaced.
+            Whether the mirror was replaced. False also if the cache has dropped slices.
         """
         ...
 

@@ -1,7 +1,7 @@
 """The session that writes the mirror of a state in Redis.
 
 Each step is one MULTI transaction on a connection that watches the two hashes. If another client
-has changed them since the last look, Redis does not execute the step. Delayed commands of an older
+has changed them since the last transaction, Redis does not execute the step. Delayed commands of an older
 connection count as such a change, too. A heartbeat is also a MULTI transaction. So the writer
 notices another client's change at the next heartbeat.
 
@@ -29,9 +29,9 @@ from lab_state.cache._format import (
 )
 from lab_state.cache._protocol import SPOILT, Seen, Slice, Step
 
-_FILL_SECONDS = 60
+_FILL_SECONDS = 60  # the time to live of the two keys of a fill, from each slice on
 _SENT_AT_ONCE = 64 * 1024
-_UNANSWERED = 8
+_UNANSWERED = 8  # the largest number of slices of a fill whose answers are not read yet
 _HEAD = HEAD.encode()
 
 
@@ -58,7 +58,7 @@ class RedisSession:
         return f"<RedisSession of {self._keys.values.decode()!r}>"
 
     async def look(self) -> Seen:
-        """Return the writer and the revision of the mirror. If this session wrote it, send a heartbeat; see `CacheSession.look`."""
+        """Return the writer and the revision of the mirror. If it is known to be this writer's, send a heartbeat; see `CacheSession.look`."""
         before, connection = self._seen, self._connection
         if before.writer != self._writer:
             # A key that was watched before may have changed. Without UNWATCH, the next step would fail.
@@ -185,7 +185,7 @@ class RedisSession:
         return done
 
     async def _executed(self, count: int) -> list[Any] | None:
-        """Return the answers of a transaction of `count` commands, or `None` if a watched key was changed."""
+        """Return the answers of a transaction of `count` commands, with MULTI and EXEC; `None` if a watched key was changed."""
         answers = await self._connection.answers(count)
         self._connection.good(answers)
         executed: list[Any] | None = answers[-1]

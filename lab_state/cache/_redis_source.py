@@ -68,12 +68,12 @@ class RedisSource:
         return RedisSubscription(connection)
 
     async def aclose(self) -> None:
-        """Close the free connections. A read that is running closes its connection itself."""
+        """Close the free connections. The connection of a read that is still running becomes free after it."""
         while self._free:
             await self._free.pop().aclose()
 
     async def _read(self, *commands: bytes) -> list[Any]:
-        """Run commands as one transaction of Redis. If a free connection is lost, try again on a new one."""
+        """Run commands as one transaction of Redis. If this fails on a free connection, try again on a new one."""
         if self._free:
             try:
                 return await self._on(self._free.pop(), commands)

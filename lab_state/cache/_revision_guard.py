@@ -31,7 +31,7 @@ class RevisionGuard:
     A lower revision is accepted when a living writer has reported it for `STANDS_SECONDS`.
 
     Attributes:
-        seen: The highest revision that was read. No later read may return a lower one.
+        seen: The highest revision that was read since a lower one was last accepted. A lower one is refused at first.
     """
 
     def __init__(self, name: str, path: str) -> None:
@@ -59,6 +59,7 @@ class RevisionGuard:
         Raises:
             UnavailableError: There is no mirror, half of it is missing, or its revision is below
                 `floor` and not accepted yet.
+            UnsupportedError: A newer version of lab_state wrote the mirror.
         """
         if found.head is None and found.head_of_expires is None:
             raise UnavailableError(
@@ -83,7 +84,7 @@ class RevisionGuard:
         return AcceptedHead(head, went_back)
 
     def _stands(self, head: Head, floor: int, lives: Callable[[str, int], bool], now: float) -> bool:
-        """Return whether a lower revision is right: its writer lives, and has reported it for long enough."""
+        """Return whether a lower revision is right: its writer lives, and has reported lower ones for long enough."""
         if not lives(head.writer, floor):
             self._lower = None
         elif self._lower is None or self._lower[0] != head.writer:

@@ -82,7 +82,7 @@ class MemoryMirror:
             asyncio.get_running_loop().call_soon(self.merge_later)
 
     def names(self) -> list[str]:
-        """Return all keys. Keys that the pending step deletes may be among them."""
+        """Return all keys, and the name of the head. Keys that the pending step deletes may be among them."""
         return [*self.values, *(key for key in self.pending if key not in self.values)]
 
     def fetch(self, keys: Iterable[str]) -> Fetched:
@@ -186,7 +186,7 @@ class MemoryCacheSession:
         return True
 
     async def _prepared(self, parts: Iterable[Slice]) -> Pending:
-        """Return the changes of a step, by key. The event loop runs after each `STEP` keys."""
+        """Return the changes of a step, by key. The event loop runs after about every `STEP` keys."""
         pending: Pending = {}
         count = 0
         for part in parts:

@@ -37,16 +37,16 @@ class Reader(MirrorAccess):
     another client had written to the mirror. During the ten seconds, reads raise
     `UnavailableError`.
 
-    A read raises `UnavailableError` while there is no mirror, or while the revision of the mirror
-    is lower than one that this reader has read. It never reports a key as missing for that reason.
-    The message says what to do. In a web application, answer with 503, because the writer repairs
-    the mirror by itself. A read raises `UnsupportedError` if the server refuses the user or if the
+    A read raises `UnavailableError` while the cache does not answer, while there is no mirror, or while the
+    revision of the mirror is lower than one that this reader has read. It never reports a key as missing
+    for that reason. The message says what to do. In a web application, answer with 503, because the writer
+    repairs the mirror by itself. A read raises `UnsupportedError` if the server refuses the user or if the
     mirror has a newer format, `ClosedError` outside `async with`, and `InvalidKeyError` for a key
     that no state can have.
 
     With `local=True` the reader keeps a local copy, which is loaded in the background. Then reads
-    are from memory, without a round trip. Until the copy is loaded, and while the subscription is
-    lost, reads go to the cache.
+    are from memory, without a round trip. While the copy is loaded, or loaded again, and while the
+    subscription is lost, reads go to the cache.
 
     `items` has the arguments and the guarantees of `Manager.items`. With a local copy, the iterator
     reads the copy, and the old values of keys that change meanwhile stay in memory. Without a local
@@ -209,11 +209,11 @@ class Reader(MirrorAccess):
         """Return the keys that start with `prefix`, and their values, all from one moment, in order of code points.
 
         With a local copy, the cost depends on the number of keys that are returned, not on that of all keys.
-        The call works in steps, and the event loop runs between two steps. The first call that needs the
-        order of the keys sorts all keys, in steps.
+        The call works in steps, and the event loop runs between two steps. A call may have to sort all keys
+        first, in steps; see `Manager.keys`.
 
         Without a local copy, the call reads the whole mirror and chooses from it, even for a page. Redis
-        answers no other client meanwhile. One step then blocks the event loop, for about a second with a
+        answers no other client while it collects the keys. One step then blocks the event loop, for about a second with a
         million keys.
 
         Args:
@@ -294,6 +294,8 @@ class Reader(MirrorAccess):
         Raises:
             WaitTimeoutError: The revision was not reached in time. It is an `UnavailableError` and a
                 `TimeoutError`.
+            UnsupportedError: The server refuses the user, or the mirror has a newer format.
+            ClosedError: The reader is not open, or was closed during the wait.
             TypeError: The revision is not an `int`, or the timeout is not a number.
             ValueError: The timeout is out of bounds.
         """
@@ -330,8 +332,8 @@ class Reader(MirrorAccess):
 
         Open the watch, and then read. It reports only durable changes. The revision of a change is
         that of the step that wrote it to the mirror. A key that expired is reported as `delete`.
-        A `resync` is reported at the beginning, and whenever changes may have been missed, as after a
-        lost subscription. Then read everything.
+        A `resync` is reported at the beginning, and whenever changes may have been missed, for example after
+        a lost subscription. Then read everything.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.

@@ -32,7 +32,7 @@ class RedisCache:
                 user, password, database and options. For settings that a URL cannot have, pass
                 a pool of redis-py: `Sentinel(...).master_for("name").connection_pool`. Only the
                 settings of the pool are used.
-            prefix: The beginning of the names of all keys in Redis.
+            prefix: The beginning of the names of all keys and channels of this cache in Redis.
             clock: A clock for tests; by default the clock of the machine. It measures the
                 timeouts of the writer, and those of readers that have no other clock.
 

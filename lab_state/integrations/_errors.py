@@ -41,7 +41,7 @@ def check_retry_after(seconds: int) -> int:
 
 
 def answer_to(error: Exception, asked: str, retry_after: int) -> Answer:
-    """Return the response to an error of `ANSWERED`, and log one line about it.
+    """Return the response to an error of `ANSWERED`, and log one line about it: a WARNING for 503, DEBUG for 422.
 
     The message of a storage error may have file paths. So it is in the log, and not in the
     response. The log does not contain the URL, because a client may write anything into it.
@@ -55,7 +55,7 @@ def answer_to(error: Exception, asked: str, retry_after: int) -> Answer:
     problem = f"{type(error).__name__}: {error}"
     if isinstance(error, StorageError):
         _log.warning("%s answered with 503: %s", asked, problem)
-        body = msgspec.json.encode({"detail": "the state cannot be written at present; try again later"})
+        body = msgspec.json.encode({"detail": "the state is not available at present; try again later"})
         return Answer(503, body, {"Retry-After": str(retry_after)}, 1013, "try again later")
     _log.debug("%s answered with 422: %s", asked, problem)
     body = msgspec.json.encode({"detail": str(error)})

@@ -10,7 +10,7 @@ from lab_state._escaping import CUT_KEY, LONGEST_ESCAPED, escape, escape_key
 __all__ = ["LONGEST", "escape", "is_hash", "part", "unescape"]
 
 LONGEST = LONGEST_ESCAPED
-"""The most characters of a part. A longer part is replaced by its hash."""
+"""The most characters of a part. If the escaped text is longer, the part is `%~` and the hash of that text."""
 
 
 def part(text: str) -> str:
@@ -23,10 +23,10 @@ def part(text: str) -> str:
 
 
 def unescape(escaped: str) -> str:
-    """Return the text from which `part` made this part. The part must not be a hash; see `is_hash`."""
+    """Return the text from which `part` made this part. `is_hash` must be False for it."""
     return "" if escaped == "%" else unquote(escaped, errors="surrogatepass")
 
 
 def is_hash(part: str) -> bool:
-    """Return whether a part is the hash of a longer one. Then the text cannot be recovered from it."""
+    """Return whether a part contains only the hash of an escaped text. Then the text cannot be recovered from it."""
     return part.startswith(CUT_KEY)

@@ -44,7 +44,7 @@ class Named(Mapping[str, Served]):
 
     @contextmanager
     def accepting_streams(self) -> Generator[None]:
-        """Accept new streams until the block is left."""
+        """Accept new streams during the block. At its end, set the event that ends the open streams."""
         self._stop = ServerStop()
         try:
             yield
@@ -72,7 +72,7 @@ class Named(Mapping[str, Served]):
 
 
 _REMEDY = (
-    "pass the managers to the integration of the application, and make sure that the server runs the application's startup; "
+    "pass the managers and readers to the integration of the application, and make sure that the server runs the application's startup; "
     "a test client runs it at the start of its block (`with TestClient(app) as client`)"
 )
 _NO_LIFESPAN = f"the application's lifespan does not run: {_REMEDY}"
@@ -115,7 +115,8 @@ def add(named: dict[str, S], one: S) -> None:
 async def running(served: Iterable[Served]) -> AsyncGenerator[None]:
     """Start managers and readers in order. At the end, and after an error, stop those that were started, in reverse order.
 
-    The start and the stop may run in different tasks.
+    The start and the stop may run in different tasks. The message of a `LockedError` gets advice for
+    a server with several workers.
     """
     async with AsyncExitStack() as stack:
         for one in served:
@@ -189,13 +190,13 @@ def check_bound(seconds: float | None) -> float:
 def health_of(served: Mapping[str, Served] | None, bound: float) -> tuple[int, bytes]:
     """Return the HTTP status and the JSON body of a health response.
 
-    The status is 503 if a manager does not run or cannot write, or if a reader is not up. Otherwise
-    it is 200. A manager of a shared state cannot write if there was no sign of life of the owner for its
-    `owner_timeout`.
+    The status is 503 if a manager does not run or cannot write, if it has an old change that is not
+    durable, if a reader is not up, or if there is neither a manager nor a reader. Otherwise it is 200. A
+    manager of a shared state cannot write if there was no sign of life of the owner for its `owner_timeout`.
 
     Args:
         served: The managers and readers, by name.
-        bound: A number of seconds. A manager is unhealthy while it has an older change that is not durable.
+        bound: The highest age of a change that is not durable, in seconds.
     """
     problems = [] if served else ["no manager was started"]
     managers: dict[str, Status] = {}

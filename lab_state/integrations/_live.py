@@ -1,9 +1,10 @@
 """Streams of changes to connected clients, until they leave, the manager stops, or the server begins to stop.
 
-A server tells its application that it stops only after every request has ended. A stream of changes
-does not end by itself. So the stream must learn of the stop earlier, from the signal. The server
-already has a handler for that signal. When the first stream begins, `ServerStop` replaces that
-handler by another one. The new handler ends the streams, and then calls the server's handler.
+A server of the ASGI protocol waits until every request has ended, and only then tells the application
+that it stops. A stream of changes does not end by itself. So the stream must learn of the stop
+earlier, from the signal. The server already has a handler for that signal. When the first stream
+begins, `ServerStop` replaces that handler by another one. The new handler ends the streams, and then
+calls the server's handler. aiohttp needs no `ServerStop`, because it calls `on_shutdown` early enough.
 """
 
 from __future__ import annotations
@@ -81,9 +82,9 @@ class ServerStop(EndEvent):
     def listen(self) -> None:
         """Listen for the signals for which the server has handlers.
 
-        A signal without a handler ends the process at once, so nothing has to be done for it. A
-        server outside the main thread receives no signals. The program that stops such a server
-        can call `set`.
+        A signal without a handler ends the process at once, or is ignored. So nothing has to be done
+        for it. Outside the main thread, do nothing, because a server there receives no signals.
+        Then `close` or a call of `set` ends the streams.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -117,12 +118,13 @@ class ServerStop(EndEvent):
 
 
 async def changes_until(end: EndEvent, watch: Watch, heartbeat: float) -> AsyncGenerator[Change | None]:
-    """Yield changes until an event is set. The first change is a `resync`.
+    """Yield changes until an event is set, or the watch ends. The first change is a `resync`.
 
     Args:
         end: The event.
         watch: The watch, not yet entered.
-        heartbeat: The number of seconds without a change after which `None` is yielded.
+        heartbeat: The number of seconds without a change after which `None` is yielded. With
+            infinity, `None` is never yielded.
     """
     async with watch as changes:
         if isinstance(changes, Watcher) and changes.opened is not None:
@@ -150,7 +152,7 @@ async def changes_until(end: EndEvent, watch: Watch, heartbeat: float) -> AsyncG
 async def event_stream(
     watch: Watch, stop: EndEvent, *, data: Data | None, heartbeat: float, retry: float
 ) -> AsyncGenerator[bytes]:
-    """Yield the bytes of a stream of server-sent events, until `stop` is set. For the arguments, see `sse`."""
+    """Yield the bytes of a stream of server-sent events, until `stop` is set or the watch ends. For the arguments, see `sse`."""
     yield b"retry: %d\n\n" % round(retry * 1000)
     changes = changes_until(stop, watch, heartbeat)
     try:

@@ -115,15 +115,16 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
 
     Add it with `app.router.add_get("/health", health())`.
 
-    The handler answers 200 if every manager that `manager` finds runs and can write, and every
-    reader is up. Otherwise it answers 503. The body is JSON with the status of each of them. It has
-    no keys and no values, but error messages in it may have file paths. So do not expose the
-    endpoint to the internet.
+    The handler answers 200 if every manager that `manager` finds runs and can write, no change is
+    older than `max_unflushed_age` and not durable, and every reader is up. Otherwise it answers
+    503, also if `setup` was not called. The body is JSON with the status of each of them. It has no
+    keys and no values, but error messages in it may have file paths. So do not expose the endpoint
+    to the internet.
 
     Args:
         max_unflushed_age: The highest age of a change that is not durable, in seconds above 0.
             Choose a longer time than every `flush_interval`. With `None`, any age is accepted. Use
-            this for managers whose `flush_interval` is `None`.
+            `None` for managers whose `flush_interval` is `None`.
 
     Raises:
         ValueError: `max_unflushed_age` is not above 0.
@@ -193,15 +194,16 @@ async def sse(
 
     Write `return await sse(request, state.watch("jobs/"))` in a handler.
 
-    Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
-    event is a `resync`. At a `resync`, the client should read everything. The later events are the
-    changes since then. So a browser that connects again misses nothing. A client that reads slowly
-    receives only the last change of each key.
+    Each event has the JSON of a change as its `data`, and the revision as its `id`; see the
+    argument `data`. The first event is a `resync`. At a `resync`, the client should read
+    everything. The later events are the changes since then. So a browser that connects again misses
+    nothing. A client that reads slowly receives only the last change of each key, or another
+    `resync` if too many keys have changed.
 
-    The stream ends when the client leaves, when the manager stops, or when the server begins to
-    stop. At SIGTERM or SIGINT, aiohttp calls the functions of `on_shutdown`, before it waits for
-    its connections. One of these functions ends the stream. A client that reads nothing delays the
-    end of the server. Limit that delay with `shutdown_timeout` of `run_app`.
+    The stream ends when the client leaves, when the manager or the reader stops, or when the server
+    begins to stop. At SIGTERM or SIGINT, aiohttp calls the functions of `on_shutdown`, before it
+    waits for its connections. One of these functions ends the stream. A client that reads nothing
+    delays the end of the server. Limit that delay with `shutdown_timeout` of `run_app`.
 
     Args:
         request: The request. Its response has not begun.
@@ -238,11 +240,12 @@ async def push(request: web.Request, watch: Watch, *, data: Data | None = None) 
 
     The body of a handler can be this one line: `return await push(request, state.watch("jobs/"))`.
 
-    Each message is the JSON of a change, as text. The first message is a `resync`. At a `resync`,
-    the client should read everything. Messages from the client are dropped. The call returns when the
-    client has left, when the manager stops, or when the server begins to stop (see `sse`). In the
-    last two cases it closes the WebSocket with code 1012, so that clients connect again. If the
-    call is cancelled, it leaves the WebSocket open.
+    Each message is the JSON of a change, as text; see the argument `data`. The first message is a
+    `resync`. At a `resync`, the client should read everything. Messages from the client are
+    dropped. The call returns when the client has left, when the manager or the reader stops, or
+    when the server begins to stop (see `sse`). In the last two cases it closes the WebSocket with
+    code 1012, so that clients connect again. If the call is cancelled, it leaves the WebSocket
+    open.
 
     Args:
         request: The request for a WebSocket.

@@ -26,7 +26,7 @@ def manager(name: str | None = None) -> Callable[[HTTPConnection], Awaitable[Man
 
     The dependency works in endpoints, in WebSockets, and in mounted applications, which find the
     managers of their parent. It also works in a plain `def` endpoint; use `.blocking` there.
-    FastAPI calls the dependency itself without a thread.
+    FastAPI calls the dependency itself on the event loop.
 
     Args:
         name: The name of the manager. It may be left out if the application has only one.

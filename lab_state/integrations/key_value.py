@@ -31,10 +31,10 @@ __all__ = ["LabStateStore"]
 class LabStateStore:
     """An `AsyncKeyValue` in a namespace, with every optional protocol of py-key-value.
 
-    Values are mappings of plain JSON. Each read returns a new `dict`. A read never waits. A
-    write changes the memory at once. The manager's `flush_interval` decides when it becomes durable.
-    The store does not start the manager, which must be running. All calls must be made on the
-    manager's event loop.
+    Values are mappings of plain JSON. Each read returns a new `dict`. A read never waits. A write
+    may wait for an open transaction. The manager's `flush_interval` decides when the change becomes
+    durable. The store does not start the manager, which must be running. All calls must be made on
+    the manager's event loop.
 
     A value is stored under `<collection>/<key>` in the namespace. The slashes of both parts
     are escaped, so collection `a/b` with key `c` differs from `a` with `b/c`. Any string may
@@ -78,7 +78,8 @@ class LabStateStore:
         """Return the value of a key; `None` if it is missing or has expired.
 
         Raises:
-            DeserializationError: Other code has stored the value in this namespace.
+            DeserializationError: The value is not a mapping: other code has stored it in this
+                namespace.
         """
         return (await self.get_many([key], collection=collection))[0]
 
@@ -129,7 +130,7 @@ class LabStateStore:
                 does not expire.
 
         Raises:
-            SerializationError: JSON cannot hold the value.
+            SerializationError: The value cannot be stored as JSON.
             InvalidTTLError: `ttl` is not a number of seconds above 0.
             TypeError: The value is not a mapping with keys that are strings.
             StoreConnectionError: See the class.
@@ -184,7 +185,10 @@ class LabStateStore:
         return [self._text(place, place[len(prefix) :], "key") for place in found]
 
     async def collections(self, *, limit: int | None = None) -> list[str]:
-        """Return up to `limit` collections that have a key, in no particular order. The call reads all keys of the namespace."""
+        """Return up to `limit` collections that have a key, in no particular order; all of them with `None`.
+
+        The call reads all keys of the namespace.
+        """
         first: dict[str, str] = {}
         for place in await self._namespace.keys():
             first.setdefault(place.partition("/")[0], place)

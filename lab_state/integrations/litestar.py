@@ -104,8 +104,9 @@ def _always(one: Served) -> Callable[[], Served]:
 def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> HTTPRouteHandler:
     """Return a route for a load balancer: `Litestar([health()], plugins=[...])`.
 
-    The route answers 200 if every manager of the plugin runs and can write, and every reader is up.
-    Otherwise it answers 503. The body is JSON with the status of each of them. It has no keys and
+    The route answers 200 if every manager of the plugin runs and can write, no change is older than
+    `max_unflushed_age` and not durable, and every reader is up. Otherwise it answers 503, also if
+    there is no plugin. The body is JSON with the status of each of them. It has no keys and
     no values, but error messages in it may have file paths. So do not expose the endpoint to the
     internet.
 
@@ -113,7 +114,7 @@ def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> 
         path: The path of the route.
         max_unflushed_age: The highest age of a change that is not durable, in seconds above 0.
             Choose a longer time than every `flush_interval`. With `None`, any age is accepted. Use
-            this for managers whose `flush_interval` is `None`.
+            `None` for managers whose `flush_interval` is `None`.
 
     Raises:
         ValueError: `max_unflushed_age` is not above 0.
@@ -177,17 +178,19 @@ def sse(
 
     Write `return sse(request, state.watch("jobs/"))` in an `async def` handler.
 
-    Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
-    event is a `resync`. At a `resync`, the client should read everything. The later events are the
-    changes since then. So a browser that connects again misses nothing. A client that reads slowly
-    receives only the last change of each key.
+    Each event has the JSON of a change as its `data`, and the revision as its `id`; see the
+    argument `data`. The first event is a `resync`. At a `resync`, the client should read
+    everything. The later events are the changes since then. So a browser that connects again misses
+    nothing. A client that reads slowly receives only the last change of each key, or another
+    `resync` if too many keys have changed.
 
-    The stream ends when the client leaves, when the manager stops, or when the server begins to
-    stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its connections. To
-    notice this, the first stream installs a signal handler until the lifespan ends. It ends the
-    streams, and then calls the server's handler. A server outside the main thread receives no
-    signal. Then the streams end when the manager stops. A client that reads nothing delays the end
-    of the server. Limit that delay, for example with uvicorn's `--timeout-graceful-shutdown`.
+    The stream ends when the client leaves, when the manager or the reader stops, or when the server
+    begins to stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its
+    connections. To notice this, the first stream installs a signal handler until the lifespan ends.
+    It ends the streams, and then calls the server's handler. A server outside the main thread
+    receives no signal. Then the streams end when the manager or the reader stops. A client that
+    reads nothing delays the end of the server. Limit that delay, for example with uvicorn's
+    `--timeout-graceful-shutdown`.
 
     Args:
         request: The request.
@@ -216,11 +219,12 @@ async def push(socket: WebSocket[Any, Any, Any], watch: Watch, *, data: Data | N
     The body of a handler can be this one line: `await push(socket, state.watch("jobs/"))`. The call
     accepts the WebSocket, unless it was accepted before.
 
-    Each message is the JSON of a change, as text. The first message is a `resync`. At a `resync`,
-    the client should read everything. Messages from the client are dropped. The call returns when the
-    client has left, when the manager stops, or when the server begins to stop (see `sse`). In the
-    last two cases it closes the WebSocket with code 1012, so that clients connect again. If the
-    call is cancelled, it leaves the WebSocket open.
+    Each message is the JSON of a change, as text; see the argument `data`. The first message is a
+    `resync`. At a `resync`, the client should read everything. Messages from the client are
+    dropped. The call returns when the client has left, when the manager or the reader stops, or
+    when the server begins to stop (see `sse`). In the last two cases it closes the WebSocket with
+    code 1012, so that clients connect again. If the call is cancelled, it leaves the WebSocket
+    open.
 
     Args:
         socket: The WebSocket. Other code must not read from it.
@@ -262,13 +266,14 @@ class LabStateStore(NamespacedStore):
     all stores of an application are in this namespace, each under the name of the store.
 
     The store does not start the manager; `LabStatePlugin` does. The manager's `flush_interval`
-    decides when a write becomes durable. Text is stored as a JSON string, and bytes that are not
-    UTF-8 as `{"base64": ...}`. Any string may be a key. Slashes are escaped, and a key of more than
-    256 characters after that is stored under its hash.
+    decides when a write becomes durable. Text, and bytes that are UTF-8, are stored as a JSON string.
+    Other bytes are stored as `{"base64": ...}`. Any string may be a key. A key is escaped, as by
+    `escape_key`. If it then has more than 256 characters, the value is stored under its hash.
 
     Every call raises `ClosedError` while the manager does not run. With a `flush_interval` of
     0, each writing call raises `StorageError` if the storage fails. Then the change is not durable
-    yet, and the manager tries again by itself.
+    yet, and the manager tries again by itself. When the manager is fenced, each writing call raises
+    `FencedError` and changes nothing, with every `flush_interval`.
     """
 
     __slots__ = ()
@@ -293,9 +298,10 @@ class LabStateStore(NamespacedStore):
         return f"<LabStateStore in {self.namespace!r}>"
 
     def with_namespace(self, namespace: str) -> LabStateStore:
-        """Return a store under this one. `delete_all` of this store empties both stores.
+        """Return a store under this one. `delete_all` of this store empties the new store, too.
 
-        All other calls of this store ignore the values of the new store.
+        All other calls of this store ignore the values of the new store. Stores of the same name have
+        the same values.
 
         Args:
             namespace: Any string.
@@ -315,7 +321,8 @@ class LabStateStore(NamespacedStore):
                 With `None`, the value does not expire. With 0 or less, the key is deleted.
 
         Raises:
-            InvalidValueError: The text has lone surrogates.
+            InvalidValueError: The text has lone surrogates, or `expires_in` is more than
+                10,000,000,000 seconds.
         """
         ttl = expires_in.total_seconds() if isinstance(expires_in, timedelta) else expires_in
         if ttl is not None and ttl <= 0:
@@ -334,7 +341,8 @@ class LabStateStore(NamespacedStore):
 
         Raises:
             TypeMismatchError: Other code has stored the value in this namespace.
-            InvalidValueError: `renew_for` is below 0, and the value expires.
+            InvalidValueError: The value expires, and `renew_for` is below 0 or more than
+                10,000,000,000 seconds.
         """
         name = part(key)
         if not renew_for:

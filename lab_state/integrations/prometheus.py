@@ -19,7 +19,7 @@ from lab_state.manager import Manager
 __all__ = ["LabStateCollector"]
 
 _PATIENCE = 5.0
-"""The seconds for which a scrape waits for an event loop. Prometheus itself gives up after 10."""
+"""The seconds for which a scrape waits for the event loop of each manager. By default, Prometheus gives up after 10."""
 
 _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ("lab_state_keys", "Keys in the state.", lambda status: status.keys),
@@ -69,9 +69,10 @@ class LabStateCollector(Collector):
     """Metrics of managers: `REGISTRY.register(LabStateCollector(state))`.
 
     Each metric has a label `name`. The collector reads all metrics during a scrape, and does
-    nothing between scrapes. Any thread may scrape. Each manager is read on its event loop.
-    `lab_state_up` is 0 if that loop does not answer within 5 seconds. It is also 0 if the manager
-    does not run, but then the other metrics are still reported.
+    nothing between scrapes. Any thread may scrape. A running manager is read on its event loop. If
+    that loop does not answer within 5 seconds, `lab_state_up` is 0, and the other metrics of this
+    manager are missing. `lab_state_up` is also 0 if the manager does not run, but then the other
+    metrics are still reported.
     """
 
     def __init__(self, *managers: Manager) -> None:
@@ -95,7 +96,7 @@ class LabStateCollector(Collector):
         return iter(_Families())
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics with their present values. Any thread may call this."""
+        """Yield the metrics with their present values. Any thread may call this. Wait up to 5 s for each manager."""
         families = _Families()
         for name, manager in self._managers.items():
             families.add(name, _read(manager))
@@ -103,7 +104,7 @@ class LabStateCollector(Collector):
 
 
 def _read(manager: Manager) -> tuple[Status, Metrics] | None:
-    """Return status and metrics of a manager; `None` if its event loop does not answer."""
+    """Return status and metrics of a manager; `None` if its event loop does not answer, or was closed just now."""
 
     def read() -> tuple[Status, Metrics]:
         return manager.status(), manager.metrics()
@@ -144,7 +145,7 @@ class _Families:
             labels=["name", "operation", "status"],
         )
         self._durations = HistogramMetricFamily(
-            "lab_state_operation_duration_seconds", "Duration of flushes.", labels=["name", "operation"]
+            "lab_state_operation_duration_seconds", "Duration of commits that succeeded.", labels=["name", "operation"]
         )
 
     def __iter__(self) -> Generator[Metric]:

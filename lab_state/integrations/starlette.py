@@ -127,14 +127,16 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
     Add it with `Route("/health", health())`, or with FastAPI's
     `app.add_api_route("/health", health())`.
 
-    The endpoint answers 200 if every manager runs and can write, and every reader is up. Otherwise
-    it answers 503. The body is JSON with the status of each of them. It has no keys and no values,
-    but error messages in it may have file paths. So do not expose the endpoint to the internet.
+    The endpoint answers 200 if every manager runs and can write, no change is older than
+    `max_unflushed_age` and not durable, and every reader is up. Otherwise it answers 503, also if
+    the lifespan did not run. The body is JSON with the status of each of them. It has no keys and
+    no values, but error messages in it may have file paths. So do not expose the endpoint to the
+    internet.
 
     Args:
         max_unflushed_age: The highest age of a change that is not durable, in seconds above 0.
             Choose a longer time than every `flush_interval`. With `None`, any age is accepted. Use
-            this for managers whose `flush_interval` is `None`.
+            `None` for managers whose `flush_interval` is `None`.
 
     Raises:
         ValueError: `max_unflushed_age` is not above 0.
@@ -195,17 +197,19 @@ def sse(
 
     Write `return sse(request, state.watch("jobs/"))` in an `async def` endpoint.
 
-    Each event has the JSON of a change as its `data`, and the revision as its `id`. The first
-    event is a `resync`. At a `resync`, the client should read everything. The later events are the
-    changes since then. So a browser that connects again misses nothing. A client that reads slowly
-    receives only the last change of each key.
+    Each event has the JSON of a change as its `data`, and the revision as its `id`; see the
+    argument `data`. The first event is a `resync`. At a `resync`, the client should read
+    everything. The later events are the changes since then. So a browser that connects again misses
+    nothing. A client that reads slowly receives only the last change of each key, or another
+    `resync` if too many keys have changed.
 
-    The stream ends when the client leaves, when the manager stops, or when the server begins to
-    stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its connections. To
-    notice this, the first stream installs a signal handler until the lifespan ends. It ends the
-    streams, and then calls the server's handler. A server outside the main thread receives no
-    signal. Then the streams end when the manager stops. A client that reads nothing delays the end
-    of the server. Limit that delay, for example with uvicorn's `--timeout-graceful-shutdown`.
+    The stream ends when the client leaves, when the manager or the reader stops, or when the server
+    begins to stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its
+    connections. To notice this, the first stream installs a signal handler until the lifespan ends.
+    It ends the streams, and then calls the server's handler. A server outside the main thread
+    receives no signal. Then the streams end when the manager or the reader stops. A client that
+    reads nothing delays the end of the server. Limit that delay, for example with uvicorn's
+    `--timeout-graceful-shutdown`.
 
     Args:
         connection: The request.
@@ -249,11 +253,12 @@ async def push(websocket: WebSocket, watch: Watch, *, data: Data | None = None) 
     The body of an endpoint can be this one line: `await push(websocket, state.watch("jobs/"))`. The
     call accepts the WebSocket, unless it was accepted before.
 
-    Each message is the JSON of a change, as text. The first message is a `resync`. At a `resync`,
-    the client should read everything. Messages from the client are dropped. The call returns when the
-    client has left, when the manager stops, or when the server begins to stop (see `sse`). In the
-    last two cases it closes the WebSocket with code 1012, so that clients connect again. If the
-    call is cancelled, it leaves the WebSocket open.
+    Each message is the JSON of a change, as text; see the argument `data`. The first message is a
+    `resync`. At a `resync`, the client should read everything. Messages from the client are
+    dropped. The call returns when the client has left, when the manager or the reader stops, or
+    when the server begins to stop (see `sse`). In the last two cases it closes the WebSocket with
+    code 1012, so that clients connect again. If the call is cancelled, it leaves the WebSocket
+    open.
 
     Args:
         websocket: The WebSocket. Other code must not read from it.

@@ -34,7 +34,7 @@ _UNCHANGEABLE = 0x10 | 0x20
 
 
 class Paths(NamedTuple):
-    """The paths of the files of a state."""
+    """The directory of a state, and the paths of its three files."""
 
     directory: str
     snapshot: str
@@ -76,7 +76,7 @@ def opened(path: str, *, create: bool) -> str:
 
 
 def missing(path: str) -> UnsupportedError:
-    """Return the error for a missing state, for a storage with `create=False`."""
+    """Return the error for a missing state or directory, for a storage with `create=False`."""
     return UnsupportedError(
         f"there is no state at {path}, and create=False: check that the volume is mounted and the path is right; "
         "to create an empty state, start once with create=True and make a change"
@@ -124,8 +124,8 @@ def sync_parents(path: str) -> None:
     """Make the names of a directory and of the directories above it durable.
 
     They may not be durable if the directory is a copy, or if the process that created it was killed
-    before its sync. Directories above a mount point, and directories that cannot be read, are not
-    synced, because lab_state has not created any name there.
+    before its sync. The call ends at the first directory that is on another file system, or cannot be
+    read. lab_state has not created any name there, or above it.
     """
     with translated("syncing the directories above", path):
         device = os.stat(path).st_dev
@@ -150,8 +150,8 @@ def try_out(
     Args:
         path: The directory.
         file: The path with which the names of the temporary files start.
-        tried: The directories that were tried out. This directory is added. If it is in the set
-            already, nothing is done.
+        tried: The directories that were tried out with success. If this directory is one of them,
+            nothing is done. Otherwise it is added after a success.
         noted: A function that takes the names of temporary files, and returns a context
             manager. The files exist only inside the block of that manager; see `Lock.noted`.
 
@@ -160,8 +160,8 @@ def try_out(
         later sync makes them durable. Otherwise True.
 
     Raises:
-        StorageError: One of these operations failed. A full disk, and a sync that fails with an
-            I/O error, are only logged.
+        StorageError: One of these operations failed. A full disk, and a sync with an error that
+            may be gone later, are only logged.
     """
     with translated("looking up", path):
         found = os.stat(path)

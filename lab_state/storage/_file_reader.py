@@ -37,7 +37,8 @@ def read_files(
     Args:
         directory: The directory of the files.
         name: The name of the state.
-        given_up: An event. The caller sets it when it no longer waits. Then the call ends soon.
+        given_up: An event. The caller sets it when it no longer waits. Then the call soon ends,
+            with any result or error.
         monotonic: A function that returns the time in seconds. The call gives up after 5 s.
 
     Raises:
@@ -66,7 +67,7 @@ def read_files(
         if before is not None:
             before.close()
     raise UnavailableError(
-        f"the files of {paths.snapshot} changed faster than they could be read, for {_LONGEST:.0f} s; read it again"
+        f"the files of {paths.snapshot} changed faster than they could be read, for {_LONGEST:.0f} s; read the state again"
     )
 
 
@@ -107,7 +108,7 @@ class _Look:
         )
 
     def has_moved(self) -> bool:
-        """Return whether a file was replaced, or the snapshot was changed. Then the next reading can follow at once."""
+        """Return whether a file was replaced since this reading, or the snapshot was changed. Then the next reading can follow at once."""
         if has_moved(self._paths.journal, self._journal, grows=True):
             return True
         return self._read_snapshot and has_moved(self._paths.snapshot, self._snapshot)
@@ -117,7 +118,8 @@ class _Look:
 
         Raises:
             CorruptionError: The files are damaged, or do not belong together.
-            UnsupportedError: There are no files, or a newer version of lab_state wrote them.
+            UnsupportedError: There are no files, not even a lock file. Or a newer version of
+                lab_state wrote them.
         """
         accepted, error, durable, _ = self.seen.judgement
         if accepted is None:

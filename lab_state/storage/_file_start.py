@@ -49,7 +49,7 @@ def open_writer(
 
 
 def take_lock(directory: str, name: str, *, create: bool, shared: bool = False) -> tuple[Paths, Lock]:
-    """Find the directory, or create it, and lock the state. The arguments are those of `open_writer` and of `Lock`.
+    """Find or create the directory, and lock the state. The arguments are those of `open_writer` and of `Lock`.
 
     Raises:
         LockedError: Another process, or another session of this process, has the lock.
@@ -84,7 +84,10 @@ def load_writer(
 
 
 def _discard_temporaries(paths: Paths, lock: Lock, leftovers: Leftovers, *, is_new: bool) -> None:
-    """Delete the temporary files that earlier sessions left; see `Lock.left`. A new state has no such files."""
+    """Delete the temporary files that earlier sessions left; see `Lock.left`. A new state has no such files.
+
+    If these files are not known, list the directory to find them.
+    """
     left = () if lock.is_new and is_new else lock.left
     if left is None:
         try:

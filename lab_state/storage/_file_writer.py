@@ -44,7 +44,7 @@ class Need(Enum):
 
 
 class FullNeededError(Exception):
-    """A commit must write the whole state, and was called without it."""
+    """A commit must write the whole state, and was called without it. Nothing was written."""
 
 
 class AbandonedError(UnavailableError):
@@ -152,7 +152,7 @@ class Writer:
         """Create a journal that starts with the whole state.
 
         Raises:
-            AbandonedError: A commit has created such a journal since the view was taken.
+            AbandonedError: Since the view was taken, a commit has created such a journal, or has tried to.
         """
         self._check()
         if self.need is not Need.FULL or generation != self.generation:
@@ -200,7 +200,7 @@ class Writer:
 
     def _abandoned(self) -> AbandonedError:
         return AbandonedError(
-            f"{self.paths.journal} was replaced meanwhile, so this checkpoint was abandoned; another checkpoint follows"
+            f"{self.paths.journal} was given up or replaced during this checkpoint, which was abandoned; another checkpoint follows"
         )
 
     def close_replaced(self) -> None:
@@ -210,7 +210,10 @@ class Writer:
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether the journal is so large that a checkpoint is due. With this bound, a changed byte costs about three written bytes."""
+        """Whether a checkpoint is due: the journal is large, or starts with the whole state.
+
+        With the bound for its size, a changed byte costs at most about three written bytes.
+        """
         return self.starts_full or self.end > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
 
     def close(self) -> None:
@@ -219,7 +222,10 @@ class Writer:
         self.lock.release()
 
     def rest(self) -> None:
-        """Close the journal until the next commit, so that an idle state has only one descriptor. All bytes are synced by now."""
+        """Close the journal until the next commit, so that an idle state has only one descriptor. Do nothing during a checkpoint.
+
+        All bytes are synced by now.
+        """
         if self.need is Need.NOTHING and self.since is None and lookup.is_open(self._fd, self._left.identity):
             fd, self._fd = self._fd, -1
             fs.close(fd)
@@ -246,7 +252,7 @@ class Writer:
                 self._look_into_journal()
 
     def _look_into_journal(self) -> None:
-        """Read the journal. Give it up, unless its bytes are those that this session has written."""
+        """Find out what has changed. Give the journal up, unless its bytes are those that this session has written."""
         if self.need is Need.NOTHING and (
             problem := self._problem(lookup.fingerprint(self.paths.journal), self._opened())
         ):
@@ -322,7 +328,10 @@ class Writer:
         return found.header.salt == self._salt and found.end == len(data) == self.end
 
     def _check_snapshot(self) -> None:
-        """Give the journal up if its snapshot was deleted or replaced, because the next start would refuse the journal."""
+        """Give the journal up if it needs the snapshot, and that was deleted, replaced or changed.
+
+        The next start would refuse the journal.
+        """
         relied_on = self.need is not Need.FULL and not self.starts_full
         if relied_on and lookup.fingerprint(self.paths.snapshot) != self.snapshot_fingerprint:
             _logger.error("%s was deleted or replaced while in use: writing everything anew", self.paths.snapshot)
@@ -364,10 +373,11 @@ class Writer:
         self.need = Need.NOTHING
 
     def _sync_found(self, *, snapshot: bool) -> None:
-        """Sync the files that the start found. The first journal relies on them, and they may be only in the page cache.
+        """Sync the directories above that of the files. With `snapshot`, sync the snapshot and its directory, too.
 
-        A failed sync of the snapshot is not repeated. Instead, the next journal starts with the
-        whole state.
+        The start found all of them, so they may be only in the page cache, and the first journal
+        relies on them. A failed sync of the snapshot is not repeated. Instead, the next journal starts
+        with the whole state.
         """
         folder.sync_parents(self.paths.directory)
         self.unsynced = False

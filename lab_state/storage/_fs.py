@@ -1,6 +1,6 @@
-"""Create, write, sync, rename, delete and lock files. No other module of the storages does this.
+"""Create, write, sync, rename, delete and lock the files of a state. For sockets, `_fs_socket` does this.
 
-All functions are synchronous, except `NewFile.write`. They run in a thread of the storage.
+All functions are synchronous, except `NewFile.write`. Those that block run in a thread of the storage.
 Two rules hold:
 
 * A new file is written under a temporary name in the same directory, synced and renamed.
@@ -206,7 +206,7 @@ def close(fd: int) -> None:
 
 
 class NewFile:
-    """A new file that is written in slices. Each slice is one call in a thread. Other work can run between two calls.
+    """A new file that is written in pieces of up to 1 MiB, each in one call in a thread. Other work can run between two calls.
 
     Every method except `write` is synchronous. Call these methods in the worker that `write` gets.
     Then `discard` may be called at any time, also after a cancellation.
@@ -251,7 +251,7 @@ class NewFile:
                         unsynced = 0
 
     def finish(self) -> None:
-        """Sync the file and close it."""
+        """Give the file the owner and mode of the file that it replaces, sync it, and close it."""
         with translated("syncing", self.path):
             keep(self._fd, *self._replaced)
             _sync(self._fd)
@@ -318,7 +318,7 @@ def discard(path: str) -> None:
 
 
 class TornWriteError(Exception):
-    """A failed append could not be undone, or its sync failed. The file must never be written again."""
+    """A failed append could not be undone, or a sync failed. The file must never be written again."""
 
     def __init__(self, error: StorageError) -> None:
         super().__init__(error)
@@ -357,7 +357,7 @@ def _sync_or_tear(fd: int, path: str) -> None:
 
 
 def _steps(parts: Sequence[bytes]) -> Iterable[Sequence[bytes | memoryview]]:
-    """Group the parts into steps. The parts of a step are written between two syncs."""
+    """Group the parts into steps of up to 4 MiB. The parts of a step are written between two syncs."""
     return (parts,) if sum(map(len, parts)) <= _APPENDED_AT_ONCE else _cut(parts)
 
 
@@ -418,7 +418,7 @@ def _sync_data(fd: int) -> None:
 
 
 def sync_names(path: str) -> None:
-    """Do the same as `sync_directory`, but raise the `OSError` of a failure unchanged."""
+    """Do the same as `sync_directory`, but raise an `OSError`. Its number is EOPNOTSUPP if no directory can be synced there."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -30,7 +30,7 @@ class OpenFile(NamedTuple):
         return self.status.st_dev, self.status.st_ino
 
     def read(self, most: int | None = None) -> bytes:
-        """Return the bytes from the start to the current end of the file. If `most` is given, return at most so many bytes."""
+        """Return the bytes from the start to the current end of the file, or the first `most` of them."""
         with translated("reading", self.path):
             left = os.fstat(self.fd).st_size
             left = left if most is None else min(left, most)
@@ -52,7 +52,7 @@ def open_to_read(path: str) -> OpenFile | None:
     """Open a file for reading. Return `None` only if there is no file of any type at the path. Follow a symbolic link.
 
     Raises:
-        UnsupportedError: The file is not a regular file, or is a broken symbolic link.
+        UnsupportedError: The path leads to no regular file, or is a broken symbolic link.
         StorageError: The file cannot be opened.
     """
     try:

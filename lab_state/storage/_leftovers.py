@@ -42,7 +42,7 @@ class Leftovers:
         return [file for file in self._beside(path) if file.endswith(".tmp")]
 
     def torn(self, path: str) -> list[str]:
-        """Return the torn tails of a journal, the oldest first. The caller may change the list.
+        """Return a new list of the torn tails of a journal, the oldest first. It may have some that were deleted since.
 
         Raises:
             StorageError: The directory cannot be listed.
@@ -50,7 +50,7 @@ class Leftovers:
         return [file for file in self._beside(path) if not file.endswith(".tmp")]
 
     def add(self, path: str, file: str) -> None:
-        """Add a new torn tail of a journal."""
+        """Note a torn tail of a journal that was saved just now."""
         self._beside(path).append(file)
 
     def _beside(self, path: str) -> list[str]:

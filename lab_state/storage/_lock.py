@@ -31,11 +31,11 @@ class LockHolder(msgspec.Struct, frozen=True):
     Attributes:
         host: The name of the machine.
         pid: The id of the process.
-        started: The time at which the process took the lock.
+        started: The local time at which the process took the lock, with the time zone.
         boot: The boot id of the kernel. It is empty if the files that earlier sessions left are
             not known.
         inode: The inode number of the lock file. A copy of the file has another number.
-        making: The names of temporary files that may exist.
+        making: The names of temporary files that may exist, of this session and of earlier ones.
         protocol: The version of the protocol by which the process shares the state; 0 if it does
             not share it.
         socket: The name of the socket of a shared state.
@@ -224,7 +224,7 @@ class Lock:
         """
         if self.is_parents:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(
-                f"{self.path} is locked by the parent of this forked process; make a manager with another name here, or stop the parent's first"
+                f"{self.path} is locked by the parent of this forked process: make a manager with another name here, or stop that of the parent"
             )
 
     def check(self) -> None:
@@ -238,12 +238,12 @@ class Lock:
             return
         if not lookup.is_file(self.path, self._identity):
             raise FencedError(
-                f"{self.path} was deleted or replaced, so another writer may own the state: restart this one"
+                f"{self.path} was deleted or replaced, so another writer may own the state: end this process, and start it again"
             )
         if not lookup.is_open(self._fd, self._identity):
             raise FencedError(
                 f"{self.path} is no longer locked: other code in this process closed its descriptor, "
-                "so another writer may own the state: restart this one"
+                "so another writer may own the state: end this process, and start it again"
             )
 
     def release(self) -> None:
@@ -317,16 +317,16 @@ def read_holder(path: str) -> LockHolder | None:
 
 
 def is_here(holder: LockHolder) -> bool:
-    """Return whether a process runs on this machine.
+    """Return whether the process that a lock file names runs on this machine.
 
-    Containers of one machine have different host names, and machines may have equal ones. So the
-    boot id of the kernel decides, if both are known.
+    Containers of one machine have different host names, and different machines may have equal ones.
+    So the boot id of the kernel decides, if it is known here and in the lock file.
     """
     return holder.kernel == _boot() if holder.kernel and _boot() else holder.host == _host()
 
 
 def refusal(path: str, holder: LockHolder) -> StorageError | None:
-    """Return the error of a process that wants to share a state with the holder of its lock; `None` if it can.
+    """Return the error of a process that cannot share a state with the holder of its lock; `None` if it can.
 
     Args:
         path: The path of the lock file.
@@ -335,7 +335,7 @@ def refusal(path: str, holder: LockHolder) -> StorageError | None:
     if not is_here(holder):
         return UnsupportedError(
             f"{path} is locked by {holder}, on another machine: a shared state needs all of its processes on one "
-            "machine; start this one there, or use a directory that only this machine has"
+            "machine; start this process there, or use a directory that only this machine has"
         )
     if not holder.protocol:
         return LockedError(

@@ -39,7 +39,11 @@ def is_open(fd: int, which: Identity) -> bool:
 
 
 def is_file(path: str, which: Identity) -> bool:
-    """Return whether a path still names this open file. Do not follow a link."""
+    """Return whether a path still names this open file. Do not follow a link.
+
+    Raises:
+        StorageError: The lookup fails, and not because the file is missing.
+    """
     try:  # without `translated`, which would take as long as `lstat`
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -92,7 +96,7 @@ def both_refer_to(path: str, fd: int, which: Identity) -> bool:
 def is_as_left(path: str, fd: int, left: Fingerprint) -> bool:
     """Return whether a path and a descriptor refer to the file with this fingerprint. Return False on an error.
 
-    Each commit calls this. If the answer is False, `fingerprint` shows what has changed.
+    Each commit that appends calls this. If the answer is False, `fingerprint` shows what has changed.
     """
     try:
         named, opened = os.lstat(path), os.fstat(fd)
@@ -126,7 +130,11 @@ def user_of(path: str) -> int | None:
 
 
 def fingerprint(path: str) -> Fingerprint | None:
-    """Return the fingerprint of the file or link at a path; `None` if there is neither."""
+    """Return the fingerprint of the file or link at a path; `None` if there is neither.
+
+    Raises:
+        StorageError: The lookup fails for another reason.
+    """
     try:  # without `translated`, as in `is_file`
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -158,6 +166,10 @@ def descriptors(path: str) -> list[int]:
 
 
 def names_in(directory: str) -> list[str]:
-    """Return the names of the files in a directory."""
+    """Return the names in a directory.
+
+    Raises:
+        StorageError: The directory cannot be listed.
+    """
     with translated("listing", directory):
         return os.listdir(directory)

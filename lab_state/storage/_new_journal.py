@@ -16,7 +16,7 @@ from lab_state.storage._directory import Paths
 def spoiled(path: str) -> UnavailableError:
     """Return the error for a new file that other code changed."""
     return UnavailableError(
-        f"{path} is not what was written: other code changed it, or closed its descriptor; the next attempt writes another"
+        f"{path} is not what was written: other code changed it, or closed its descriptor; the next attempt writes another file"
     )
 
 
@@ -30,7 +30,7 @@ class NewJournal:
         fd: The descriptor of the file; -1 before `create`, and after the file was put in
             place or closed.
         end: The size of the file. All of it is synced.
-        records: The number of records that were added.
+        records: The number of records that were added with `add`.
     """
 
     def __init__(self, paths: Paths, name: str, progress: fs.WrittenBytes) -> None:
@@ -47,7 +47,7 @@ class NewJournal:
         forks.disown_in_children(self)
 
     def create(self, base: str, *frames: tuple[FrameKind, bytes]) -> None:
-        """Create the file with a header and these frames, and sync it."""
+        """Create the file with a header and these frames, and sync it. Later, the caller must call `discard`."""
         self.base = base
         parts = [journal.header(self._name, self.salt, base), *self._framed(frames)]
         self.fd = fs.create(self.path, parts, self._progress, *self._replaced)

@@ -22,7 +22,7 @@ _TO_BE_FIXED = {
     errno.EOPNOTSUPP: "the file system cannot do this; choose another one",
     errno.ENOLCK: "the file system cannot lock; choose another one",
 }
-"""The remedies for errors that stay until the operator has changed something. After that, a new start is needed."""
+"""The remedies for errors that stay until the operator has changed something. Until then, each attempt fails."""
 
 _TO_BE_MENDED = {
     errno.EIO: "the disk may be failing; look into the log of the kernel",
@@ -32,7 +32,7 @@ _TO_BE_MENDED = {
     errno.EMFILE: "close some, or raise the limit on open files",
     errno.ENFILE: "close some, or raise the limit on open files",
 }
-"""The remedies for errors that may be gone at the next attempt, without a new start."""
+"""The remedies for errors that may be gone at the next attempt, because other programs can end their cause."""
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def translated(what: str, path: str) -> Generator[None, None, None]:
 
 
 def storage_error(what: str, path: str, error: OSError) -> StorageError:
-    """Return the storage error for an `OSError`. Its message has the failed operation, the path and the remedy."""
+    """Return the storage error for an `OSError`. Its message has the failed operation, the path and, if one is known, the remedy."""
     message = f"{what} {path} failed: {error.strerror or error}"
     if error.errno in _TO_BE_FIXED:
         return UnsupportedError(f"{message}; {_TO_BE_FIXED[error.errno]}")
@@ -55,7 +55,7 @@ def storage_error(what: str, path: str, error: OSError) -> StorageError:
 
 
 def may_pass(error: OSError) -> bool:
-    """Return whether the operation may succeed at the next attempt, without a change of a setting or a permission."""
+    """Return whether the error is known as one that may be gone at the next attempt. For an unknown error, return False."""
     return error.errno in _TO_BE_MENDED
 
 

@@ -26,8 +26,9 @@ def keep(fd: int, *replaced: str) -> None:
     Args:
         fd: The new file, which only this user may read so far.
         replaced: The path of the replaced file, and then paths of files to use in its place if
-            there is no such file yet. If none of them exists, nothing is changed. Only the `rwx`
-            bits of the mode are kept. For example, the setuid bit is not kept.
+            there is no such file yet. The first one that is a regular file is used. If there is
+            none, nothing is changed. Only the `rwx` bits of the mode are kept. For example, the
+            setuid bit is not kept.
 
     Raises:
         OSError: The replaced file cannot be looked up. If this process may not set one of the

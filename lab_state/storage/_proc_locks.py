@@ -1,6 +1,6 @@
 """The holders of a lock, from `/proc/locks` of Linux. Only `find_holders` reads files; the other functions are pure.
 
-The file has a line for each lock. For each process that waits for the lock, it has a line with an arrow::
+The file has a line for each lock, and a line with an arrow for each process that waits for that lock::
 
     1: FLOCK  ADVISORY  WRITE 6835 fe:00:2147003 0 EOF
     1: -> FLOCK  ADVISORY  WRITE 6840 fe:00:2147003 0 EOF
@@ -29,7 +29,7 @@ _LINE = re.compile(
 )  # a line with "-> FLOCK" is a process that waits, and does not match
 
 _SHOWN_AT_ONCE = 4000
-"""The number of bytes, roughly, that the kernel returns in one piece. In a longer text, a line may be missing."""
+"""A little less than the number of bytes that the kernel returns in one piece. In a longer text, a line may be missing."""
 
 _AS_STAT_SAYS = {"ext2", "ext3", "ext4", "f2fs", "jfs", "tmpfs", "xfs"}
 """Local file systems for which `/proc/locks` shows the same device and inode as `stat`."""

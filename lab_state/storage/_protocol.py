@@ -90,10 +90,10 @@ def _sizes(snapshot: bytes | None, records: tuple[bytes, ...]) -> str:
 class StorageSession(Protocol):
     """One state that this writer owns until `aclose`.
 
-    At most one `commit` and at most one `checkpoint` run at a time, and the two may overlap. Each
-    method raises `StorageError` or a subclass, and no other error. The error is raised `from` its
-    cause, unless the text of the cause may contain a credential. After a cancellation the outcome
-    is unknown, as after an error. The stored state is intact in both cases.
+    The manager makes at most one `commit` and one `checkpoint` at a time, and the two may overlap.
+    Each method raises `StorageError` or a subclass, and no other error. The error is raised `from`
+    its cause, unless the text of the cause may contain a credential. After a cancellation the
+    outcome is unknown, as after an error. The stored state is intact in both cases.
     """
 
     @property
@@ -174,7 +174,8 @@ class StorageSession(Protocol):
         """Release the state. A second call does nothing.
 
         Calls that are still running end before the release. Until then this writer owns the
-        state, and no second writer can open it. This also holds when the caller is cancelled.
+        state: a second writer is refused, or it deposes this one. This also holds when the caller
+        is cancelled.
 
         Raises:
             StorageError: The release failed. The session is closed even then.
@@ -208,7 +209,7 @@ class Storage(Protocol):
         Raises:
             UnsupportedError: There is no state of this name. Or the state cannot be read as it
                 is: a permission is missing, or the format is newer.
-            CorruptionError: The stored data are damaged.
+            CorruptionError: The stored data are damaged. They were not changed.
             UnavailableError: The state could not be read this time. Try again.
         """
         ...

@@ -2,9 +2,9 @@
 
 A reader has no lock. It opens the journal, reads the snapshot, and then reads the journal.
 In this order, a reader that sees a new snapshot also sees the frame of the kind `C` that names it.
-So some readings are certain at once, even if files were renamed meanwhile. Every other reading may
-be a mixture of old and new files. It is accepted only if a second reading of the same files has the
-same result.
+So a reading is certain at once if the journal names the snapshot, or does not need one. This holds
+even if files were renamed meanwhile. Every other reading may be a mixture of old and new files. It
+is accepted only if a second reading of the same files has the same result.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Judgement:
         return Judgement(None, error, 0, sure=False)
     if scan is None:
         return Judgement(accepted, None, 0, sure=False)
-    # A frame is written only after the sync of the previous one. So only the last frame may not be synced.
+    # A frame is written only after the sync of the previous one. So all frames are synced, except perhaps the last one.
     last_is_record = bool(scan.frames) and scan.frames[-1].kind is FrameKind.RECORD
     return Judgement(accepted, None, len(accepted.records) - last_is_record, sure=_belongs(scan, base))
 
@@ -105,5 +105,5 @@ def _key(seen: ReadFiles) -> tuple[object, ...]:
 
 
 def is_empty(seen: ReadFiles) -> bool:
-    """Return whether there are no files of the state."""
+    """Return whether there is neither a journal nor a snapshot. There may be a lock file."""
     return seen.journal is None and seen.base == NO_BASE

@@ -29,7 +29,7 @@ R = TypeVar("R")
 _Work = Callable[[], None]
 
 _MOST = 32
-"""The largest number of threads of one storage object. A state whose disk hangs blocks at most two of them."""
+"""The largest number of threads of one storage object. A state whose disk hangs blocks at most two: it has two workers."""
 
 _IDLE_SECONDS = 10.0
 """The seconds for which an idle thread waits for work. To start a thread takes as long as a sync of a fast disk."""
@@ -38,7 +38,7 @@ _IDLE_SECONDS = 10.0
 class Threads:
     """A pool of threads that grows with the work and ends idle threads.
 
-    One thread stays as long as there is a worker. So every state can be written and closed, even if
+    The last thread stays as long as there is a worker. So every state can be written and closed, even if
     the process limit of the system is reached later. The threads are daemons: the interpreter ends
     without waiting for a call that hangs. For the stored data this is the same as a crash.
     """
@@ -62,7 +62,7 @@ class Threads:
         return Threads, (self._name,)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Start again without threads. This runs in a forked child. The threads and their work belong to the parent."""
+        """Forget the threads and their work, which belong to the parent. This runs in a forked child. It starts its own threads."""
         self._reset()
 
     def enter(self) -> None:
@@ -72,7 +72,7 @@ class Threads:
             self._workers += 1
 
     def leave(self) -> None:
-        """Count a worker that was shut down. After the last one, the threads end."""
+        """Count a worker that was shut down. After the last one, each thread ends when it has no work."""
         with self._lock:
             self._workers -= 1
             for _ in range(0 if self._workers else self._free):

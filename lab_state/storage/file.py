@@ -10,13 +10,13 @@ The page `docs/design/disk.md` has the rules, with a reason for each. In short:
   makes three changes in one call that no commit interrupts: it appends a frame that names
   the new snapshot, renames the snapshot, and puts a new journal in place.
 * After a failed sync the journal is never written again. The next commit writes a new
-  journal that starts with the whole state. A start after an unclean end does the same,
-  because the frames that it finds may be only in the page cache.
+  journal that starts with the whole state. The first commit after an unclean end does the
+  same, because the frames that the start found may be only in the page cache.
 
-One worker makes all calls that use the present journal, one at a time. A call that has begun is
-completed, even if its caller is cancelled. These calls are methods of `Writer`. A second worker
-writes the snapshot. The threads belong to the storage object. So other code that uses the default
-executor of the event loop cannot delay a write.
+For each session, one worker makes all calls that use the present journal, one at a time. A call
+that has begun is completed, even if its caller is cancelled. These calls are methods of `Writer`. A
+second worker writes the snapshot and the next journal. The threads belong to the storage object. So
+other code that uses the default executor of the event loop cannot delay a write.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class FileStorage:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, create: bool = True) -> None:
-        """Check and keep the settings. No file is touched before a manager starts.
+        """Check and keep the settings. No file is touched before a call of `open` or `read`.
 
         Args:
             directory: The directory of the files. If it is missing, `start()` creates it and
@@ -91,7 +91,9 @@ class FileStorage:
         if not path:
             raise ValueError("the path of a directory is empty; for the current directory write '.'")
         if path.startswith("~"):
-            raise ValueError(f"{path!r} would be a directory of that name; use os.path.expanduser(), or write './~'")
+            raise ValueError(
+                f"{path!r} starts with '~', which is not expanded: use os.path.expanduser(), or write './~'"
+            )
         try:
             os.fsencode(path)
         except UnicodeEncodeError as error:
@@ -145,7 +147,7 @@ class FileStorage:
         return self._start(partial(load_writer, paths, name, lock, self._tried, self._leftovers, create=self._create))
 
     async def _start(self, opening: Callable[[], tuple[Writer, Recovery]]) -> FileSession:
-        """Call a function that opens a state in a thread. Return the session. If the caller is cancelled, close it again."""
+        """Open a state: call `opening` in a thread. Return the session. If the caller is cancelled, close the session again."""
         commits, checkpoints = Worker(self._threads), Worker(self._threads)
         opened = commits.submit(opening)
         try:
@@ -187,7 +189,7 @@ class Journals:
         return Journals, ()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Start again without sessions. This runs in a forked child.
+        """Forget all sessions, and make a new lock. This runs in a forked child.
 
         The sessions belong to the parent. A thread of the parent may have held the lock at the fork.
         """
@@ -297,8 +299,8 @@ class FileSession:
         except AbandonedError:
             if self._writer.need is not Need.FULL:
                 raise
-            # The journal was given up, because it was deleted, for example. Then some changes are only in memory. So
-            # write another snapshot now.
+            # The journal was given up, because it was deleted, for example. No commit has written another one yet. So the
+            # changes after the old snapshot are only in memory: write another snapshot now.
             await self._checkpoint(snapshot)
 
     async def _checkpoint(self, snapshot: SnapshotSource) -> None:
@@ -343,7 +345,8 @@ class FileSession:
         """Wait for both workers. Then release the lock; see `StorageSession.aclose`."""
         self._writer.lock.check_process()  # in a forked child there are no threads to close it
         if self._closing is None:
-            # `_close` and `_let_go` run after all queued calls of both workers, even if this caller is cancelled.
+            # `_close` runs after all queued calls of the second worker, and `_let_go` after those of the first one. Both
+            # run even if this caller is cancelled.
             self._closing = Future()
             self._closing.set_running_or_notify_cancel()
             self._checkpoints.submit(self._close, self._closing)

@@ -107,7 +107,7 @@ class MemorySession:
         return self._end
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- memory can always append
-        """Append one frame; see `StorageSession.commit`. A large frame is appended in steps."""
+        """Append one frame. A large frame is appended in steps; see `StorageSession.commit`."""
         self._check_open()
         if len(record) < _LARGE:
             self._journal += journal.frame(self._salt, FrameKind.RECORD, record)
@@ -118,7 +118,7 @@ class MemorySession:
         return self.journal_bytes > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
 
     async def checkpoint(self, snapshot: SnapshotSource) -> None:
-        """Replace the snapshot and the journal at once; see `StorageSession.checkpoint`."""
+        """Collect the slices. Then replace the snapshot and the journal in one step; see `StorageSession.checkpoint`."""
         self._check_open()
         slices = snapshot()
         before, self._crc = self._end, 0
@@ -149,7 +149,7 @@ class MemorySession:
             raise
 
     async def aclose(self) -> None:
-        """Close the session; see `StorageSession.aclose`."""
+        """Close the session; see `StorageSession.aclose`. A call that is still running raises `UnsupportedError`."""
         if self._stored.session is self:
             self._stored.session = None
 

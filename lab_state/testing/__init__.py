@@ -26,7 +26,7 @@ R = TypeVar("R")
 Operation: TypeAlias = Literal["open", "commit", "checkpoint", "aclose", "read"]
 
 Moment: TypeAlias = Literal["before", "torn", "after"]
-"""The moment of a fault: before an operation begins, after half of a commit is written, or after the operation is done."""
+"""The moment of a fault: before an operation begins, as if half of a commit was written, or after the operation is done."""
 
 
 class _ManualTimer:
@@ -68,7 +68,8 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         """Move the wall clock and the monotonic clock. Make the calls that become due, in the order of their times.
 
-        Tasks that these calls wake run at the next `await` of the caller.
+        Tasks that these calls wake run as soon as the caller lets the event loop run, as by
+        `await asyncio.sleep(0)`.
 
         Args:
             seconds: 0 or more.
@@ -170,11 +171,10 @@ class FaultyStorage:
         Args:
             operation: The operation.
             moment: `before`: the operation does nothing. `after`: the operation is done, and its
-                result is lost. `torn`, only for a commit: half of its record is written. Then the
-                record is missing when the state is opened again, unless a later commit contains
-                the same changes.
-            skip: The number of calls that succeed first, 0 or more.
-            times: The number of calls that fail after them, 1 or more.
+                result is lost. `torn`, only for a commit: the operation does nothing. The next `open`
+                reports half of the record as a torn tail, unless a later commit or checkpoint succeeds.
+            skip: The number of calls without a fault before them, 0 or more.
+            times: The number of calls that fail, one after the other, 1 or more.
             error: The error to raise; by default an `UnavailableError`.
 
         Raises:
@@ -194,7 +194,7 @@ class FaultyStorage:
         self._resumed.clear()
 
     def resume(self) -> None:
-        """Let the waiting calls continue; see `hang`."""
+        """Let the waiting calls continue. Until `hang` is called again, no call waits."""
         self._resumed.set()
 
     def cut_power(self, during: Operation | None = None, moment: Moment = "before", *, skip: int = 0) -> None:
@@ -207,7 +207,7 @@ class FaultyStorage:
         Args:
             during: The operation whose next call cuts the power; by default the power is cut at once.
             moment: The moment of the power cut within that call; see `fail`.
-            skip: The number of calls of that operation that succeed first, 0 or more.
+            skip: The number of calls of that operation before that one, 0 or more.
 
         Raises:
             ValueError: An argument is out of bounds.

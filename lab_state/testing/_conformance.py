@@ -32,12 +32,12 @@ class StorageConformance(ReadingConformance):
     """
 
     sampled: int = 50
-    """The number of evenly spread offsets at which each stored part is damaged. Choose fewer if opening is slow."""
+    """The number, roughly, of evenly spread offsets at which each stored part is damaged. Choose fewer if opening is slow."""
 
     # Recovery
 
     async def test_a_new_state_is_empty(self) -> None:
-        """The first open of a state finds an empty state, and reports no damage."""
+        """The first open of a state finds no snapshot, no record and no torn tail."""
         session = await self.make_storage().open(NAME)
         snapshot, records, _, dropped, _ = session.recovery
         assert (snapshot, records, dropped) == (None, (), 0)
@@ -166,7 +166,7 @@ class StorageConformance(ReadingConformance):
     # One writer
 
     async def test_a_second_writer_is_refused(self) -> None:
-        """An open state is locked until it is closed. Another storage object for the same place is refused too."""
+        """An open state is locked until it is closed, also for another storage object with the same place."""
         first = await self.make_storage().open(NAME)
         error = await raises(LockedError, self.make_storage().open(NAME))
         assert NAME in str(error)
@@ -233,7 +233,7 @@ class StorageConformance(ReadingConformance):
         await until(run)
 
     async def test_checkpoint_can_be_cancelled_at_every_await(self) -> None:
-        """A cancelled checkpoint leaves the old snapshot or the new one, and loses no record."""
+        """A cancelled checkpoint has made the new snapshot or none, and loses no record."""
 
         async def run(number: int) -> bool:
             async with opened(self.make_storage(), f"{NAME}-{number}") as session:
@@ -276,7 +276,7 @@ class StorageConformance(ReadingConformance):
             assert (await state.get_all(), state.revision, state.durable_revision) == (left, revision, revision)
 
     async def test_what_was_flushed_survives_a_crash(self) -> None:
-        """A crash loses nothing that was flushed. Changes after the flush may be lost."""
+        """A crash loses nothing that was flushed. A change after the last flush is lost as a whole."""
         await self._crashed_manager({"a": 1, "b": 2})
         async with Manager(NAME, self.make_storage()) as state:
             assert await state.get_all() == {"a": 1, "b": 2}
@@ -304,12 +304,12 @@ class StorageConformance(ReadingConformance):
         assert self.read_raw(NAME) == before
 
     async def test_a_damaged_snapshot_is_refused_and_left_alone(self) -> None:
-        """If a bit in the snapshot is flipped, a start is refused, and changes nothing. After the repair, a start succeeds."""
+        """If a bit in the snapshot is flipped, a start is refused and changes nothing, or loads the right values."""
         await self._stopped_manager({"key": "value", "other": [1, 2, 3]})
         await self._flip_bits({"key": "value", "other": [1, 2, 3]})
 
     async def test_a_damaged_journal_is_refused_or_torn(self) -> None:
-        """If a bit in the journal is flipped, a start is refused, or it drops the whole last record."""
+        """If a bit in the journal is flipped, a start is refused, or it drops whole records at the end."""
         config = Config(name=NAME, flush_interval=None)
         manager = Manager(config, self.make_storage())
         await manager.start()

@@ -49,7 +49,7 @@ class ReadingConformance(Hooks):
                 assert NAME in reading.path
 
     async def test_reading_after_a_clean_end(self) -> None:
-        """After a clean end, a reading has the snapshot, and reports no writer. Then the state can be opened as usual."""
+        """After a clean end, a reading has the snapshot, and does not report a writer. Then the state can be opened as usual."""
         async with opened(self.make_storage()) as session:
             await session.commit(b"1", given(b"{}"))
             await session.checkpoint(given(b"snapshot"))

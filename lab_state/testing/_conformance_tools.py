@@ -74,7 +74,7 @@ async def awaited(call: Awaitable[object]) -> None:
 
 
 async def got_through(call: Awaitable[object]) -> bool:
-    """Await a call, and return True. From this, a caller knows that `cancelled_at`, which may return `None`, did not cancel it."""
+    """Await a call that returns nothing, and return True. So the result of `cancelled_at` is True or, if it was cancelled, `None`."""
     await call
     return True
 
@@ -100,7 +100,7 @@ async def until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
 def cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, Any, R | None]:
     """Run a coroutine, and cancel it at one of its awaits as `Task.cancel` does. Return `None` if it was cancelled.
 
-    The await is the one with the index `number // 2`. An even number cancels the coroutine while it
+    The await is the one with the index `number // 2`, counted from 0. An even number cancels the coroutine while it
     waits there. An odd number cancels it after the wait has ended, and before it continues.
     """
     awaits, woken = divmod(number, 2)

@@ -146,6 +146,21 @@ async def test_a_step_that_is_never_ended(until: Any, monkeypatch: pytest.Monkey
         assert await reader.get_all() == {"a": 3}
 
 
+async def test_a_step_that_is_too_large_is_loaded(until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the messages of a step are too large, a local copy does not apply the last of them alone: it is loaded again."""
+    monkeypatch.setattr(lab_state.cache._feed, "_MOST_BYTES", 100_000)
+    cache = MemoryCache()
+    async with writer(cache) as state, cache.reader("name", local=True) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        await until(lambda: reader._local.fresh)
+        many = {f"key{number}": "x" * 10_000 for number in range(40)}
+        await reader.wait_revision(await state.set_many(many))
+        await until(lambda: reader._local.fresh)
+        assert await reader.get_all() == {"a": 1, **many}
+        await reader.wait_revision(await state.set("a", 2))
+        assert await reader.get("a") == 2
+
+
 async def test_a_step_that_is_too_long_to_be_true(until: Any) -> None:
     """A step over too many revisions is not applied, and its revision does not count as read."""
     cache = MemoryCache()

@@ -91,8 +91,11 @@ class Mirrored:
             kwargs["calls"] = self.of_snapshot(view, revision)
             return encode_snapshot(view, revision, *args, **kwargs)
 
-        patch.setattr(_flusher, "encode_small_record", lambda taken: encode_small_record(taken, self.of_record(taken)))
-        patch.setattr(_flusher, "encode_record", lambda taken: encode_record(taken, self.of_record(taken)))
+        # The second argument has the results of the calls of other processes. Here there are none.
+        patch.setattr(
+            _flusher, "encode_small_record", lambda taken, _: encode_small_record(taken, self.of_record(taken))
+        )
+        patch.setattr(_flusher, "encode_record", lambda taken, _: encode_record(taken, self.of_record(taken)))
         patch.setattr(_snapshots, "encode_snapshot", snapshot)
 
 

@@ -149,7 +149,7 @@ async def test_a_failed_write_is_503(
     caplog.set_level(logging.DEBUG, "lab_state")
     async with framework(Manager(Config(name="errors", flush_interval=0), storage)) as post:
         storage.fail("commit", times=1)
-        detail = "the state cannot be written at present; try again later"
+        detail = "the state is not available at present; try again later"
         assert await post("write") == (503, {"detail": detail}, "7")
         assert (await post("write"))[0] in {200, 201}
     ((level, line),) = told(caplog)

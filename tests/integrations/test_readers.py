@@ -165,7 +165,7 @@ def test_a_reader_is_not_found_as_a_manager() -> None:
     with pytest.raises(LookupError, match="a name is needed; this application has 'jobs', 'users'"):
         aiohttp.reader(app)
     with pytest.raises(
-        LookupError, match="this application has no lab_state readers: pass the managers to the integration"
+        LookupError, match="this application has no lab_state readers: pass the managers and readers to the integration"
     ):
         aiohttp.reader(web.Application())
 

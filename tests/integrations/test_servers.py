@@ -143,7 +143,7 @@ async def test_a_locked_state_ends_the_server(server: str, tmp_path: Path) -> No
     last = [line for line in lines if "LockedError: " in line][-1]
     assert str(tmp_path / "visits.lock") in last
     assert f"pid {os.getpid()} " in last
-    assert "stop that writer first, or use another name" in last
+    assert "stop that writer first, use another name" in last
 
 
 async def test_two_workers_are_refused(tmp_path: Path) -> None:

@@ -109,10 +109,10 @@ def test_a_snapshot_without_results_has_no_such_member(calls: Any) -> None:
 def test_results_that_are_damaged(calls: bytes) -> None:
     """A member `calls` that is not one is refused, in a record and in a snapshot."""
     data = b'{"from":0,"to":1,"clear":false,"set":{},"delete":[],"expires":{},"calls":%s}' % calls
-    with pytest.raises(CorruptionError, match="is not a record"):
+    with pytest.raises(CorruptionError, match="is not the JSON of a record"):
         replay(LoadedState({}, 0), [data], PATH)
     body = b'{"$lab_state":{"format":1,"revision":1,"id":"x","calls":%s' % calls
-    with pytest.raises(CorruptionError, match="its member is damaged"):
+    with pytest.raises(CorruptionError, match=r"its member .* is damaged"):
         decode_snapshot(b'%s,"crc32":"%08x"}}' % (body, zlib.crc32(body)), PATH)
 
 
@@ -120,7 +120,7 @@ def test_results_that_are_damaged(calls: bytes) -> None:
 def test_other_members_of_a_record_stay_forbidden(member: bytes) -> None:
     """A record has no member but those of its format."""
     data = b'{"from":0,"to":1,"clear":false,"set":{},"delete":[],"expires":{},%s}' % member
-    with pytest.raises(CorruptionError, match="is not a record"):
+    with pytest.raises(CorruptionError, match="is not the JSON of a record"):
         replay(LoadedState({}, 0), [data], PATH)
 
 

@@ -370,5 +370,5 @@ def test_an_owner_on_another_machine() -> None:
     assert isinstance(error, UnsupportedError)
     assert str(error) == (
         f"/srv/lab.lock is locked by pid 7 on web-2, since {STARTED}, on another machine: a shared state needs all of "
-        "its processes on one machine; start this one there, or use a directory that only this machine has"
+        "its processes on one machine; start this process there, or use a directory that only this machine has"
     )

@@ -136,7 +136,7 @@ async def test_a_lock_file_that_disappears_fences(tmp_path: Path, *, replaced: b
     if replaced:
         (tmp_path / "lab.lock").touch()
     await state.set("b", 2)
-    with pytest.raises(FencedError, match=r"lab\.lock was deleted or replaced.*restart"):
+    with pytest.raises(FencedError, match=r"lab\.lock was deleted or replaced.*end this process, and start it again"):
         await state.flush()
     with pytest.raises(FencedError):
         await state.stop()

@@ -452,7 +452,7 @@ async def test_a_file_put_there_beside_records_that_are_not_its_own(bucket: Buck
     await session.commit(b'{"from":1,"to":2,"clear":false,"set":{"a":2},"delete":[],"expires":{}}', VIEW)
     await session.aclose()
     bucket.put(SNAPSHOT, PLAIN)
-    with pytest.raises(CorruptionError, match="follows is not the one"):
+    with pytest.raises(CorruptionError, match="follows is not the present one"):
         await Manager(NAME, bucket.storage()).start()
 
 
@@ -737,7 +737,7 @@ async def test_a_copy_is_read_back(tmp_path: Path) -> None:
     source = FileStorage(tmp_path)
     async with Manager(NAME, source) as state:
         await state.set("a", 1)
-    with pytest.raises(StorageError, match="is not what was written"):
+    with pytest.raises(StorageError, match="differs from the source"):
         await copy_state(NAME, source, Forgetful())
 
 

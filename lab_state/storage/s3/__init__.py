@@ -56,7 +56,7 @@ class S3Storage:
 
     A change is durable when the store has acknowledged it. So it survives the loss of this
     machine. There is no lock. A manager that opens a state becomes its owner, and deposes a
-    writer in another process: the next flush of that writer raises `FencedError`, and so does
+    writer in another process: the next commit of that writer raises `FencedError`, and so does
     every later write. In one process, a state that is open cannot be opened again. Then
     `start()` raises `LockedError`.
 
@@ -74,7 +74,7 @@ class S3Storage:
         session: Any = None,
         config: Any = None,
     ) -> None:
-        """Check and keep the settings. `start()` imports the client, and sends the first request.
+        """Check and keep the settings. `open` or `read` imports the client, and sends the first request.
 
         Args:
             bucket: The name of the bucket, which must exist.
@@ -117,8 +117,8 @@ class S3Storage:
         Raises:
             LockedError: A manager in this process has the state open.
             CorruptionError: The stored data are damaged. They were not changed.
-            UnavailableError: For half a minute, the store did not answer, or other writers opened
-                the state at the same time. Try again.
+            UnavailableError: For half a minute, requests failed, or other writers opened the state
+                at the same time. Try again.
             UnsupportedError: The extra cannot be imported, the store ignores conditions, the
                 bucket is missing, or a permission is missing. The message says which.
         """
@@ -139,8 +139,8 @@ class S3Storage:
 
         Raises:
             CorruptionError: The stored data are damaged, or a record is missing.
-            UnavailableError: The store did not answer for half a minute, or the state was
-                replaced faster than it could be read. Try again.
+            UnavailableError: For half a minute, requests failed, or the state was replaced faster
+                than it could be read. Try again.
             UnsupportedError: There is no state of this name, the extra cannot be imported, the
                 bucket is missing, or a permission is missing. The message says which.
         """
@@ -213,7 +213,7 @@ class S3Storage:
 
 
 async def _end(task: asyncio.Task[Any]) -> None:
-    """Wait until a task has ended, and ignore its outcome."""
+    """Wait until a cancelled task has ended, and ignore its outcome."""
     await asyncio.wait({task})
     _ = task.cancelled() or task.exception()  # otherwise asyncio would log the exception, which nothing retrieves
 
@@ -256,7 +256,7 @@ def _import() -> None:
 def _checked_bucket(bucket: str) -> str:
     if not _BUCKET.fullmatch(str(bucket)):
         shown = "this" if "@" in str(bucket) else repr(bucket)  # it may be a URL with a password in it
-        raise ValueError(f"{shown} is not the name of a bucket: letters, digits, dots and hyphens, 3 to 63 of them")
+        raise ValueError(f"{shown} is not the name of a bucket: it needs 3 to 63 letters, digits, dots and hyphens")
     return bucket
 
 
@@ -264,7 +264,7 @@ def _checked_prefix(prefix: str) -> str:
     parts = prefix.split("/")
     if prefix and ("" in parts or "." in parts or ".." in parts or not prefix.isprintable()):
         raise ValueError(
-            f"the prefix {prefix!r} must be like 'state/modules': no slash at either end, no part empty or dots"
+            f"the prefix {prefix!r} must be like 'state/modules': printable, and between the slashes no part is empty, '.' or '..'"
         )
     if len(prefix.encode()) > _MOST_PREFIX_BYTES:
         raise ValueError(f"the prefix must have at most {_MOST_PREFIX_BYTES} bytes")

@@ -1,4 +1,4 @@
-"""The bodies of PUT requests. A body is bytes, or a snapshot that is spooled to a temporary file and sent from there."""
+"""The bodies of PUT requests. A body is bytes, or an upload that is sent in parts, such as a spooled snapshot."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _base64(digest: hashlib._Hash) -> str:
 class Spool:
     """The bytes of a snapshot before they are sent: in memory, or in a temporary file if there are many.
 
-    The file is written and read only in a thread, a megabyte at a time.
+    Only a thread writes and reads the file: it writes a megabyte at a time, and reads 64 KiB.
     """
 
     def __init__(self, thread: S3Threads) -> None:

@@ -38,7 +38,7 @@ R = TypeVar("R")
 _logger = Log(logging.getLogger("lab_state"))
 
 DEADLINE = 30.0
-"""The seconds for which a request is repeated. One second is added for each `SLOWEST` bytes."""
+"""The seconds for which a request is repeated. One second is added for each `SLOWEST` bytes of its body."""
 
 SLOWEST = 256 * 1024
 
@@ -52,7 +52,7 @@ _REPLACED = '"replaced"'
 
 
 class Tries:
-    """The repetitions of one request, with the pauses between them and a time limit."""
+    """The repetitions of one request, or of several requests together, with pauses between them and a time limit."""
 
     def __init__(self, time: Time, what: str, seconds: float, *, is_told: bool) -> None:
         """Start the time limit. With `is_told`, log a WARNING at the second failure and later, at most once in 10 s."""
@@ -64,7 +64,7 @@ class Tries:
         self._tell_at = -math.inf if is_told else math.inf
 
     async def pause(self, why: Failure | str) -> None:
-        """Wait after an attempt that failed, before the next one.
+        """Wait after an attempt that failed, before the next one. `why` is the failure, or a noun for the reason.
 
         Raises:
             UnavailableError: The time limit is reached.
@@ -98,10 +98,10 @@ class Requests:
 
     Attributes:
         thread: The threads for work that would block the event loop.
-        sent: The number of bytes of bodies that were sent. Repetitions are not counted.
+        sent: The number of bytes of bodies that were sent. A part that is sent again is not counted.
         time: The pauses and the time limits.
         is_opening: Whether the state is being opened or read. Meanwhile, requests that fail twice
-            are logged. Later, the manager logs the error that a call raises.
+            are logged. Later, the manager logs the error that a call raises. It is True at first.
     """
 
     def __init__(self, bucket: str, connecting: Callable[[], Awaitable[Client]], thread: S3Threads, time: Time) -> None:
@@ -122,12 +122,12 @@ class Requests:
         return self._connected
 
     async def aclose(self) -> None:
-        """Close the connections, if there are any."""
+        """Close the connections, if there are any on this event loop."""
         if self._loop is asyncio.get_running_loop():
             await self._connected.close()
 
     def tries(self, doing: str, key: str, size: int = 0) -> Tries:
-        """Return the repetitions for a request with a body of `size` bytes."""
+        """Return the repetitions for a request with a body of `size` bytes. The time limit starts now."""
         what = f"{doing} s3://{self._bucket}/{key}"
         return Tries(self.time, what, DEADLINE + size / SLOWEST, is_told=self.is_opening)
 
@@ -215,7 +215,7 @@ class Requests:
 
         Raises:
             NotOursError: The condition was not met.
-            UnavailableError: The outcome is unknown.
+            UnavailableError: The outcome is unknown. The time limit is reached.
             UnsupportedError: The store refuses such a request.
         """
         tries = self.tries("writing", key, body.size)

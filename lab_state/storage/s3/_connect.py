@@ -1,6 +1,6 @@
 """The client of an object store: its settings, and its creation without blocking the event loop.
 
-Only this module imports aiobotocore. The module is imported when a state is opened.
+Only this module imports aiobotocore. The module is imported when a state is opened or read.
 """
 
 # aiobotocore and botocore have no types.
@@ -75,7 +75,10 @@ class Resolver(AbstractResolver):
 
 
 def client_config(given: Any, thread: S3Threads, *, custom_endpoint: bool) -> Any:
-    """Return the settings of the client. The caller's settings replace our defaults. Required settings replace both."""
+    """Return the settings of the client. The caller's settings replace our defaults. Required settings replace both.
+
+    In the groups `s3` and `connector_args`, the caller's settings replace ours, too.
+    """
     ours = AioConfig(connect_timeout=5, read_timeout=STANDSTILL, max_pool_connections=16)
     config: Any = ours if given is None else ours.merge(given)
     # The signature covers the Content-MD5 of each body. A signed SHA-256 of 100 MB would be computed on the event loop.
@@ -113,6 +116,7 @@ async def connect(
 
     Raises:
         UnsupportedError: The settings are wrong.
+        BotoCoreError: botocore has found the fault in the settings; see `FAILURES`.
     """
     custom = endpoint_url is not None or not _ENDPOINT_VARIABLES.isdisjoint(os.environ)
     settings = client_config(config, thread, custom_endpoint=custom)

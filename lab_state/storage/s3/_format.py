@@ -50,7 +50,15 @@ _METADATA_NUMBER = re.compile(r"[0-9]{1,19}")
 
 
 class Names(NamedTuple):
-    """The bucket, and the keys of the S3 objects of one state."""
+    """The bucket, the name of a state, and the keys of its objects in S3.
+
+    Attributes:
+        bucket: The bucket.
+        name: The name of the state.
+        snapshot: The key of the snapshot.
+        journal: The beginning of the keys of records and fences, with a slash at its end.
+        probe: The key of the probe.
+    """
 
     bucket: str
     name: str
@@ -60,7 +68,7 @@ class Names(NamedTuple):
 
     @classmethod
     def of(cls, bucket: str, prefix: str, name: str) -> Names:
-        """Return the keys of a state under a prefix, which may be empty."""
+        """Return the names for a state under a prefix, which may be empty."""
         base = f"{prefix}/{name}" if prefix else name
         return cls(bucket, name, f"{base}.json", f"{base}.journal/", f"{base}.probe")
 

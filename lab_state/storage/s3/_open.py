@@ -1,16 +1,17 @@
 """Open a state in S3: become its only writer, and load it.
 
-1. Check that the store honours conditions. This uses a separate object, the probe.
+1. Check that the store honours conditions. This uses a separate object, the probe. Check also whether
+   it accepts deletions. If it does not, only a warning follows.
 2. Load: GET the snapshot, LIST the records after the number that it covers, and GET them. If a
    number is missing, a checkpoint may have deleted it meanwhile. In that case the snapshot has
-   changed, too: load again. If the snapshot has not changed, the state is damaged. Then the start
-   ends here. If it created a fence above the missing numbers, the fence would stay after a repair,
-   and numbers below it would be missing again.
+   changed, too: load again. If four loads find the same snapshot and fail, the state is damaged.
+   Then the start fails before step 3. A fence above the missing numbers would do harm: if a repair
+   deletes a stray object above them, the fence stays, and the numbers below it are still missing.
 3. LIST again, and create a fence at the next number. The next record of an older writer has the
    same number, so the store refuses that record.
 4. Load again; only changed objects are fetched. If the snapshot covers the number of the fence,
-   a record had that number and was deleted. Then the fence does not stop an older writer: start
-   again. If there is an object above the fence, there is a newer writer: start again.
+   a record had that number and was deleted. Then the fence does not stop an older writer: go back
+   to step 2. If there is an object above the fence, there is a newer writer: go back to step 2.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ async def open_state(store: Requests, names: Names) -> Opened:
             loaded = await loader.load_below(fence)
             if loaded is not None:
                 return Opened(fence, loaded, undeletable)
-        await tries.pause("other writers open it at the same time")
+        await tries.pause("a change by another writer at the same time")
 
 
 async def _probe(store: Requests, names: Names) -> None:
@@ -121,14 +122,17 @@ async def _probe(store: Requests, names: Names) -> None:
     # If there was no object, the first write creates it. Then the store must refuse the second write.
     if (await written(None) and await written(None)) or await written(_NO_ETAG):
         raise UnsupportedError(
-            f"the store of s3://{names.bucket} ignores If-None-Match or If-Match: it should have refused a write, "
-            "so it cannot keep two writers apart. Use a store with conditional writes; if versioning of the bucket is on, "
-            "try a bucket without it"
+            f"the store of s3://{names.bucket} ignores If-None-Match or If-Match: it accepted a write that it should "
+            "have refused, so it cannot keep two writers apart. Use a store with conditional writes; if versioning of the "
+            "bucket is on, try a bucket without it"
         )
 
 
 async def _undeletable(store: Requests, names: Names) -> str | None:
-    """Return the reason why objects cannot be deleted; `None` if they can be. `S3Session.warning` shows the reason."""
+    """Return the reason why objects cannot be deleted. `S3Session.warning` shows the reason.
+
+    Return `None` if they can be deleted, or if this is not known.
+    """
     try:
         await store.check_deletes(names.journal + "none")
     except UnsupportedError as refused:
@@ -188,7 +192,7 @@ class _NumberedObject(NamedTuple):
 
 
 class Loader:
-    """A loader of a state, for several loads. It fetches an object again only if it has changed."""
+    """A loader of a state, for several loads. It fetches the snapshot again only if it has changed, and no record twice."""
 
     def __init__(self, store: Requests, names: Names) -> None:
         """Create a loader that has fetched nothing yet."""
@@ -235,8 +239,9 @@ class Loader:
             if fence is not None and (covered >= fence or max(listed, default=0) > fence):
                 return None
             if self._snapshot is not None and self._stamp is None and self._same >= _SAME_SNAPSHOT:
-                # The snapshot has no stamp, so another program wrote it. Begin at the first record that is there. If a
-                # record is missing, the start notices later that revisions are missing.
+                # The snapshot has no stamp, so another program wrote it. It does not say which records it covers: begin
+                # with the first record in the list. If an earlier record is missing, the start notices later that
+                # revisions are missing.
                 last = max(listed, default=covered + 1)
                 covered = min((number for number, size in listed.items() if size), default=last) - 1
                 listed = {number: size for number, size in listed.items() if number > covered}
@@ -247,8 +252,9 @@ class Loader:
                     return self._loaded(covered, listed)
             self._same += 1
             if self._same > _SAME_SNAPSHOT:
-                raise CorruptionError(self._path, 0, problem or "a record that is listed is missing; restore it")
-            await tries.pause("the state changes while it is read")
+                lost = f"the store lists a record under {names.journal}, but does not return it; restore that record"
+                raise CorruptionError(self._path, 0, problem or lost)
+            await tries.pause("a change of the state while it was read")
 
     async def _look(self) -> None:
         """Fetch the snapshot if it has changed."""
@@ -309,7 +315,13 @@ class Loader:
         for number in listed:
             found = self._objects.get(number)
             if found is not None and found.record is not None and found.base not in {None, self._base}:
-                what = "is missing" if self._snapshot is None else "is not the one"
+                if found.base == NO_BASE:
+                    return (
+                        f"record {number} follows no snapshot, but there is one, which another program wrote; move that "
+                        "snapshot away. To start from that snapshot instead, without the records, delete everything "
+                        f"under {self._names.journal}"
+                    )
+                what = "is missing" if self._snapshot is None else "is not the present one"
                 return (
                     f"the snapshot that record {number} follows {what}; restore it. To start from the present snapshot, or "
                     f"with an empty state if there is none, delete everything under {self._names.journal}"
@@ -342,7 +354,10 @@ def _stamp(got: tuple[ObjectInfo, bytes] | None, path: str) -> Stamp | None:
 
 
 def gap(listed: dict[int, int], covered: int, fence: int | None, names: Names) -> str | None:
-    """Return a message if numbers are missing between the snapshot and the last number or the fence; otherwise `None`."""
+    """Return a message if a number is missing between `covered` and the end; otherwise `None`.
+
+    The end is the fence. Without a fence, it is the last number in the list.
+    """
     end = max(listed, default=covered) if fence is None else fence
     if len(listed) == end - covered:
         return None

@@ -17,8 +17,8 @@ class Failure(NamedTuple):
 
     Attributes:
         status: The HTTP status; 0 if no answer came.
-        code: The error code of the store, such as `SlowDown`. If no answer came, it is the name
-            of the class of the exception.
+        code: The error code of the store, such as `SlowDown`. If no answer came, it is one of the
+            constants below, or the name of the class of the exception.
         detail: More about the failure. It is never a text of the client, which may contain a
             credential.
     """
@@ -49,7 +49,7 @@ PROXY = "ProxyError"
 class Verdict(Enum):
     """The meaning of a failure."""
 
-    REFUSED = "the condition did not hold"
+    REFUSED = "the condition did not hold, or there is no such object"
     CONFLICT = "another write to the same key was under way"
     UNKNOWN = "the request may have taken effect or not; a repetition can help"
     MISSING_BUCKET = "there is no such bucket"
@@ -151,7 +151,7 @@ _FINAL_WITHOUT_ANSWER = frozenset(
 
 
 def verdict(failure: Failure) -> Verdict:  # noqa: PLR0911 -- one for each meaning
-    """Return the meaning of a failure, for requests with or without a condition."""
+    """Return the meaning of a failure. It is the same for requests with and without a condition."""
     status, code, _ = failure
     if status == 0:
         return Verdict.DENIED if code in _FINAL_WITHOUT_ANSWER else Verdict.UNKNOWN
@@ -235,7 +235,9 @@ _ADVICE = {
         "the authority that signed it in AWS_CA_BUNDLE"
     ),
     TLS: "one side does not use TLS, or uses another version of it: check whether the endpoint is http or https",
-    MISSING_FILE: "a file that the settings name is missing, such as the one in AWS_CA_BUNDLE",
+    MISSING_FILE: (
+        "a file that the settings name is missing, such as that of AWS_CA_BUNDLE: put the file there, or correct the setting"
+    ),
     "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
 }
 
@@ -250,7 +252,10 @@ def advice(failure: Failure, needs: str) -> str:  # noqa: PLR0911 -- one for eac
     if kind is Verdict.MISSING_BUCKET:
         return "there is no such bucket: create it, or correct its name or the endpoint"
     if kind is Verdict.NOT_IMPLEMENTED:
-        return "the store has no conditional writes, which keep two writers apart: use one that has them"
+        return (
+            "the store does not know this request or its condition: use one with conditional writes, which keep two "
+            "writers apart, and with the deletion of several objects"
+        )
     if code in _ADVICE:
         return _ADVICE[code]
     if code in _PROXY_REFUSES:

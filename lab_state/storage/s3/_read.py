@@ -2,7 +2,7 @@
 
 1. Load as a start does: GET the snapshot, LIST the records after the number that it covers,
    and GET them. No number may be missing up to the last one listed.
-2. HEAD the snapshot. If it was replaced meanwhile, start again.
+2. HEAD the snapshot. If it was replaced meanwhile, go back to step 1.
 
 Step 2 is needed because a checkpoint deletes the records that the new snapshot covers. Suppose that
 a reader gets the snapshot before a checkpoint, and lists the records after it. It finds no records,
@@ -37,4 +37,4 @@ async def read_objects(store: Requests, names: Names) -> Reading:
             if snapshot is None and not loaded.last:
                 raise UnsupportedError(f"there is no state at {path}: check the name, the prefix and the bucket")
             return Reading(snapshot, records, len(records), None, path, crc)
-        await tries.pause("the state was changed meanwhile")
+        await tries.pause("a change of the state while it was read")

@@ -6,11 +6,11 @@
 * A checkpoint takes a view, and notes the number of the last record that the view covers. It
   spools the snapshot, and replaces the old one. Only after that, it deletes the records that
   the snapshot covers. Fences are never deleted.
-* A session that finds the fence or the snapshot of a newer writer is deposed. From then on,
-  each write raises `FencedError`.
+* A session that finds the fence or the snapshot of a newer writer is deposed. So is a session that
+  finds a snapshot from another program. From then on, each write raises `FencedError`.
 
-Each PUT runs in a separate task, which continues if the caller is cancelled. The next call
-and `aclose` wait for that task.
+Each PUT runs in a separate task, which continues if the caller is cancelled. The next commit or
+checkpoint waits for the task of the previous one, and `aclose` waits for both.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class S3Session:
     # Commits
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- a new record object is always possible
-        """Create one record object. A pending record is sent first. See `StorageSession.commit`."""
+        """Create one record object. If an earlier record is pending, send that first. See `StorageSession.commit`."""
         self._check()
         self._committing = _start(self._commit(record, self._committing))
         await asyncio.shield(self._committing)
@@ -124,14 +124,14 @@ class S3Session:
         try:
             await self._store.put(self._names.record(number), body, metadata, None)
         except NotOursError as refused:
-            self._depose(f"record {number} is", refused.found)
+            self._depose(f"it has taken the number {number}, which the next record needs", refused.found)
         self._seq, self._pending = number, None
         self._records[number] = body.size
 
-    def _depose(self, what: str, found: ObjectInfo | None) -> NoReturn:
+    def _depose(self, why: str, found: ObjectInfo | None) -> NoReturn:
         owner = "" if found is None else found.metadata.get(OWNER, "")
         by = f" ({owner})" if owner else ""
-        self._fenced_because(f"a newer writer{by} owns {self.path}: {what} not ours")
+        self._fenced_because(f"a newer writer{by} owns {self.path}: {why}")
 
     def _fenced_because(self, why: str) -> NoReturn:
         self._deposed = f"{why}. Stop this manager; changes that it has not made durable are not in the state"
@@ -166,7 +166,9 @@ class S3Session:
         body = await spool.body()
         self._check_deposed()
         if body.size > _MOST_SNAPSHOT_BYTES:
-            raise UnsupportedError(f"the snapshot of {self.path} has more than 5 GiB, the most that one PUT can send")
+            raise UnsupportedError(
+                f"the snapshot of {self.path} has more than 5 GiB, the most that one PUT can send: delete keys"
+            )
         return body
 
     async def _publish(self, body: Body, stamp: Stamp, spool: Spool) -> None:
@@ -199,24 +201,25 @@ class S3Session:
             elif there is None:
                 self._fenced_because(f"{self.path} was replaced by a file that no manager wrote; it stays as it is")
             elif there.fence > self._fence:
-                self._depose("the snapshot is", found)
+                self._depose("it has replaced the snapshot", found)
             else:
                 # A delayed request of this session, or of an earlier writer, has replaced the object.
                 self._etag = found.etag
                 if there.fence == self._fence and there.seq >= stamp.seq:
                     self.snapshot_bytes = found.size
                     return there.seq
-            await tries.pause("it was refused")
+            await tries.pause("a refusal by the store")
         raise UnavailableError(
-            f"the store refused {_MOST_REFUSALS} times to replace {self.path}, although each time it showed that the object "
-            "had not changed"
+            f"the store refused {_MOST_REFUSALS} times to replace {self.path}, although each repetition named the object that "
+            "the store had just reported; the next checkpoint tries again"
         )
 
     async def _clean(self, covered: int, own: list[int]) -> None:
-        """Delete the records that the snapshot covers, including those that a crash left. Do not delete fences.
+        """Delete the records up to `covered`, including those that a crash left. Do not delete fences.
 
         If the store refused the last deletion, first delete only the records in `own`, which this
-        session knows. If the store refuses again, do not list the other records.
+        session knows. If the store refuses again, do not list the other records. A failure is
+        logged, and not raised.
         """
         try:
             if self.warning is not None:
@@ -230,7 +233,10 @@ class S3Session:
             _logger.warning("%s: records that the snapshot covers stay until the next checkpoint: %s", self.path, error)
 
     async def _clean_pages(self, covered: int) -> None:
-        """Continue at the point where the last call ended. After `_MOST_PAGES` pages, leave the rest to the next checkpoint."""
+        """Delete the records up to `covered`, from the point where the last call ended.
+
+        After `_MOST_PAGES` pages, leave the rest to the next checkpoint.
+        """
         for _ in range(_MOST_PAGES):
             if self._cleaned >= covered:
                 return
@@ -244,7 +250,7 @@ class S3Session:
         await self._store.delete(map(self._names.record, numbers))
 
     def _warn(self, refused: str) -> None:
-        """Log once that the store refuses deletions. `status()` shows this until a deletion succeeds."""
+        """Note that the store refuses deletions. `status()` shows this until a deletion succeeds. Log only the first refusal."""
         told = self.warning is not None
         self.warning = f"records that the snapshot covers stay, and pile up, until they can be deleted: {refused}"
         if not told:
@@ -276,7 +282,8 @@ class S3Session:
     def _check(self) -> None:
         if os.getpid() != self._pid:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(
-                f"{self.path} belongs to the parent of this forked process; start another manager in this process"
+                f"{self.path} belongs to the parent of this forked process: make a manager with another name here, or stop "
+                "that of the parent"
             )
         if self._closing is not None:
             raise UnsupportedError(f"the session of {self.path} is closed: open the state again")

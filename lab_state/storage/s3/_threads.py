@@ -1,4 +1,4 @@
-"""The threads of one session: they look up host names, compute hashes, and write spools."""
+"""The threads of one session: they import the client, look up host names, compute checksums, and write and read spools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _MOST = 2
-"""The number of threads: one for the lookup of a host name, which can take long, and one for a spool."""
+"""The number of threads. During the lookup of a host name, which can take long, there is one thread for other work."""
 
 
 class S3Threads(ThreadPoolExecutor):

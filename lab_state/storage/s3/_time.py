@@ -33,7 +33,7 @@ class Time:
 
 
 class Limit:
-    """A context manager that raises `TimeoutError` if its block makes no progress for a while.
+    """A context manager that cancels its block and raises `TimeoutError`, if the block makes no progress for a while.
 
     `asyncio.timeout` cannot be used, because it knows only the clock of the event loop.
     """
@@ -47,7 +47,7 @@ class Limit:
         self._has_ended = False
 
     def moved(self) -> None:
-        """Note progress: the time limit starts again. After the end of the block, do nothing."""
+        """Note progress: start the time limit from the beginning. After the end of the block, do nothing."""
         self._stop_timer()
         if not self._has_ended:
             self._timer = self._clock.call_later(self._seconds, self._expire)
