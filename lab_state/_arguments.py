@@ -199,9 +199,9 @@ def check_storage(storage: object) -> None:
     Raises:
         TypeError: It is a class, a path, or has no method `open`.
     """
+    kind = storage if isinstance(storage, type) else type(storage)
     # A `Path` has a method `open`, too, which could create or truncate a file.
-    if isinstance(storage, type | os.PathLike) or not callable(getattr(storage, "open", None)):
-        kind = storage if isinstance(storage, type) else type(storage)
+    if kind is storage or issubclass(kind, os.PathLike) or not callable(getattr(storage, "open", None)):
         raise TypeError(f"storage must be an object such as FileStorage('directory'), not {kind.__name__}")
 
 
