@@ -7,12 +7,15 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from members import RemoteError, manager, members, processes
 from running import until
 
 from lab_state import UnavailableError
+from lab_state import _loading as loading
+from lab_state.shared import _follower
 
 DIE = """
 import lab_state.shared._engine, lab_state.shared._connection, lab_state.storage._fs, lab_state.storage._file_writer
@@ -53,7 +56,7 @@ async def test_an_owner_that_is_killed_during_a_call(tmp_path: Path, point: str)
             assert sorted(made[:2]) == [6, 7]
             assert made[2] == 1
             assert await owner.ended() == -signal.SIGKILL
-            assert {one.role, other.role} == {"owner", "follower"}
+            await until(lambda: {one.role, other.role} == {"owner", "follower"})
             for each in (one, other):
                 await each.catch_up()
                 assert {key: await each.get(key) for key in ("n", "u")} == {"n": 7, "u": 1}
@@ -83,6 +86,38 @@ async def test_a_commit_fails_and_the_owner_is_killed(tmp_path: Path) -> None:
             assert one.role == "owner"
             assert await one.get_all() == {"a": 1}
             assert await one.incr("n") == 1
+
+
+@pytest.mark.parametrize("point", ["idle", "in the middle of a checkpoint"])
+async def test_an_owner_that_is_killed_while_a_follower_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """What a process has read when the owner dies is dropped. The process becomes the owner, and loads what is durable."""
+    async with processes(tmp_path) as (owner,):
+        await owner.start()
+        await owner.do("await state.set('a', 1)")
+        begun, gate = asyncio.Event(), asyncio.Event()
+
+        async def load(*args: Any) -> Any:
+            found = await loading.load(*args)
+            begun.set()
+            await gate.wait()
+            return found
+
+        monkeypatch.setattr(_follower, "load", load)
+        one = manager(tmp_path)
+        start = asyncio.create_task(one.start())
+        await begun.wait()
+        await owner.do("await state.set('b', 2)")
+        if point == "idle":
+            await owner.kill()
+        else:
+            await owner.do(DIE + POINTS[point])
+            assert await owner.ended() == -signal.SIGKILL
+        await start
+        assert one.role == "owner"
+        assert await one.get_many(["a", "b"]) == {"a": 1, "b": 2}
+        await one.stop()
 
 
 async def test_owners_that_are_killed_in_a_row(tmp_path: Path) -> None:
