@@ -201,7 +201,7 @@ def check_storage(storage: object) -> None:
     """
     kind = storage if isinstance(storage, type) else type(storage)
     # A `Path` has a method `open`, too, which could create or truncate a file.
-    if kind is storage or issubclass(kind, os.PathLike) or not callable(getattr(storage, "open", None)):
+    if kind is storage or not callable(getattr(storage, "open", None)) or isinstance(storage, os.PathLike):
         raise TypeError(f"storage must be an object such as FileStorage('directory'), not {kind.__name__}")
 
 
