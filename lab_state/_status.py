@@ -34,6 +34,9 @@ class MirrorStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The health of a manager, and some figures, at one moment.
 
+    In a shared state, only the owner commits and has files. In its followers, the figures of commits and
+    of files are 0 or `None`.
+
     Attributes:
         phase: `new`, `starting`, `running`, `stopping` or `stopped`.
         keys: The number of keys; 0 after `stop()`, because the state is not in memory then.
