@@ -224,14 +224,16 @@ async def test_processes_wait_while_the_owner_loads(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(_file_start, "_load", gate)
     clock = ManualClock()
     owner, one = manager(tmp_path, clock=clock), manager(tmp_path, owner_timeout=0.1)
-    starts = asyncio.gather(owner.start(), one.start())
+    loads = asyncio.create_task(owner.start())
     await gate.entered()
+    waits = asyncio.create_task(one.start())
     for _ in range(25):  # for longer than the 2 s after which silence is believed
         await asyncio.sleep(0.1)
         clock.advance(1)
-    assert not starts.done()
+    assert not waits.done()
     gate.open()
-    await starts
+    await loads
+    await waits
     assert (owner.role, one.role) == ("owner", "follower")
     await one.stop()
     await owner.stop()
