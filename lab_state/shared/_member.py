@@ -171,7 +171,10 @@ class Member(SharedCopy):
         self._follower = follower
         try:
             follower.open(connected, anew=self._must_load)
-            is_ready = await self._is_ready(follower)
+            if not self.has_state:
+                await self._limit_silence(follower)
+            await asyncio.wait({follower.ready})  # without a limit: reads go on, and calls are given up one by one
+            is_ready = follower.ready.result()
         except BaseException:
             follower.close()
             self._follower = None
@@ -188,18 +191,21 @@ class Member(SharedCopy):
         self._turned.set()
         return True
 
-    async def _is_ready(self, follower: Follower) -> bool:
-        """Wait until the copy is shown and calls can be sent. Return False if the connection ended before that."""
+    async def _limit_silence(self, follower: Follower) -> None:
+        """Wait until a start can go on, or its connection has ended.
+
+        Raises:
+            UnavailableError: The owner was silent for `owner_timeout` seconds.
+        """
         patience = max(self._config.owner_timeout, _SILENT)
         while not follower.ready.done():
             silent = follower.link.silent_for()
-            if not self.has_state and silent >= patience:
+            if silent >= patience:
                 raise UnavailableError(
                     f"the owner of {self._name!r} (pid {follower.owner_pid}) gave no sign of life for {silent:.0f} s: it "
                     "may hang; start again, or end that process"
                 )
             await done_within(follower.ready, self._clock, patience - silent)
-        return follower.ready.result()
 
     def _met(self, follower: Follower) -> None:
         """Note that an owner has answered."""

@@ -31,9 +31,11 @@ from lab_state._state import State
 from lab_state.shared import _clients, _follower, _member
 from lab_state.shared._found import settle
 from lab_state.shared._last_records import LastRecords
+from lab_state.shared._link import Link
 from lab_state.shared._messages import RecordMessage
 from lab_state.storage._claim import Listener
 from lab_state.storage._file_writer import Need, Writer
+from lab_state.storage.file import files_of
 from lab_state.testing import ManualClock
 
 # A takeover
@@ -96,6 +98,35 @@ async def test_no_owner_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             await one.catch_up()
         await first.stop()
         assert await one.set("a", 2) == 1
+
+
+async def test_an_owner_that_hangs_when_a_process_connects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with a copy waits for an owner that accepts its connection and says nothing. Its calls end, and reads go on."""
+    first, one = manager(tmp_path), manager(tmp_path, owner_timeout=0.3)
+    await first.start()
+    await one.start()
+    await one.set("a", 1)
+    looks = 0
+    real = Link.silent_for
+
+    def silent_for(link: Link) -> float:
+        nonlocal looks
+        looks += 1
+        return real(link)
+
+    async with apart(first):
+        await crash(first)
+        claim = await files_of(FileStorage(tmp_path)).claim(NAME, 1)
+    monkeypatch.setattr(Link, "silent_for", silent_for)
+    with pytest.raises(UnavailableError, match=rf"the process {os.getpid()} does not answer: it was not made"):
+        await one.set("a", 2)
+    assert await one.get("a") == 1
+    assert looks < 10
+    await claim.release()
+    assert await one.set("a", 3) == 2
+    assert one.role == "owner"
+    await one.stop()
+    await bury(first)
 
 
 async def test_a_takeover_continues_the_clock(tmp_path: Path) -> None:
