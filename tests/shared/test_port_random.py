@@ -55,6 +55,9 @@ async def append(process: Process, how: str, key: str, number: int) -> list[str]
 KINDS = ["update", "update in a namespace", "transact", "set", "set_if_absent", "pop and set"]
 
 
+CALLS = st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from(LISTS)), min_size=1, max_size=4)
+
+
 class PortMachine(RuleBasedStateMachine):
     """Three processes. A process whose owner was killed is replaced by a new one."""
 
@@ -88,8 +91,14 @@ class PortMachine(RuleBasedStateMachine):
 
     # Calls
 
-    @rule(at=PROCESSES, how=st.sampled_from(KINDS), key=st.sampled_from(LISTS))
-    def call(self, at: int, how: str, key: str) -> None:
+    @rule(
+        at=PROCESSES, calls=st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from(LISTS)), min_size=1, max_size=4)
+    )
+    def call(self, at: int, calls: list[tuple[str, str]]) -> None:
+        for how, key in calls:
+            self._call(at, how, key)
+
+    def _call(self, at: int, how: str, key: str) -> None:
         self.number += 1
         process, number = self.processes[at], self.number
 
@@ -131,10 +140,11 @@ class PortMachine(RuleBasedStateMachine):
 
     # Connections
 
-    @rule(at=PROCESSES, up=st.booleans(), down=st.booleans())
-    def hold(self, at: int, *, up: bool, down: bool) -> None:
-        if (pipe := self.processes[at].pipe) is not None:
-            pipe.to_owner.held, pipe.to_client.held = up, down
+    @rule(up=st.booleans(), down=st.booleans())
+    def hold(self, *, up: bool, down: bool) -> None:
+        for process in self.processes:
+            if process.pipe is not None:
+                process.pipe.to_owner.held, process.pipe.to_client.held = up, down
 
     @rule(at=PROCESSES)
     def release(self, at: int) -> None:
@@ -208,6 +218,26 @@ class PortMachine(RuleBasedStateMachine):
 
         self.run(kill())
 
+    @precondition(lambda self: self.world.owner is not None)
+    @rule(at=PROCESSES)
+    def replace(self, at: int) -> None:
+        """Kill the owner. Another process takes over at once, and all others connect."""
+        self.kill()
+        self.take_over(at)
+        for other in range(3):
+            self.connect(other)
+
+    @precondition(lambda self: self.world.owner is not None)
+    @rule(
+        at=PROCESSES, taker=PROCESSES, calls=CALLS, held=st.sampled_from([(True, False), (False, True), (False, False)])
+    )
+    def crash(self, at: int, taker: int, calls: list[tuple[str, str]], held: tuple[bool, bool]) -> None:
+        """Kill the owner while calls are under way, or are applied and not answered."""
+        self.connect(at)
+        self.hold(up=held[0], down=held[1])
+        self.call(at, calls)
+        self.replace(taker)
+
     @precondition(lambda self: self.world.owner is None)
     @rule(at=PROCESSES)
     def take_over(self, at: int) -> None:
@@ -280,4 +310,4 @@ class PortMachine(RuleBasedStateMachine):
 
 
 TestPorts = PortMachine.TestCase
-TestPorts.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestPorts.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
