@@ -262,8 +262,7 @@ async def waited(future: Future[R]) -> R:
 
 def _retrieve(ended: asyncio.Future[Any]) -> None:
     """Mark the error of a future as retrieved. Otherwise asyncio logs it if nothing waits for the future."""
-    if not ended.cancelled():
-        ended.exception()
+    _ = ended.cancelled() or ended.exception()
 
 
 def _outcome(function: Callable[..., R], *args: Any, **kwargs: Any) -> tuple[Any, BaseException | None]:
