@@ -131,7 +131,10 @@ class UnsupportedError(StorageError):
 
 
 class LockedError(StorageError):
-    """Another process, or another manager in this process, owns the state: stop that writer. The message names it."""
+    """Another process, or another manager in this process, owns the state: stop that writer, or share the state.
+
+    The message names the writer. Processes of one machine share a state with `Config(shared=True)` in each of them.
+    """
 
     place: object = None  # the place of the state, if the storage gives it; equal places mean the same state
 
