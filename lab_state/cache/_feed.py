@@ -165,6 +165,7 @@ class Feed:
         """Read the head every two seconds, and at once after a fill. Before each read but the first, call `_test`.
 
         If a head has the first revision of the subscription, send a `resync`, because earlier changes may have been missed.
+        `_step` does the same if a message has it.
         """
         while True:
             self._poll_now.clear()
@@ -251,6 +252,7 @@ class Feed:
         if last.end - last.start > _LONGEST_STEP:
             self._resync()
             return
+        begins = self.revision < 0  # earlier changes may have been missed
         self.revision = last.end
         if last.resync:
             self._filled.set()
@@ -258,7 +260,12 @@ class Feed:
         if self._local is not None and not self._local.receive(step):
             self._local.invalidate()
             self._stale.set()
-        if last.resync or step[0].clear or sum(len(part.set) + len(part.delete) for part in step) > MOST_PENDING:
+        if (
+            begins
+            or last.resync
+            or step[0].clear
+            or sum(len(part.set) + len(part.delete) for part in step) > MOST_PENDING
+        ):
             self.watchers.resync(last.end)
         elif self.watchers:
             for part in step:
