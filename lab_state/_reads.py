@@ -1,8 +1,8 @@
 """`Reads`: the calls that read keys under a prefix. Managers, namespaces, transactions and views share them.
 
-`get` is the hot path: it takes one Python frame if the key exists and does not expire, and the caller
-passes no type. Rare cases (a missing key, a closed manager, a typed read, an expiry) are handled in
-separate functions, after one check.
+`get` is the hot path. Usually it takes one Python frame, if the key exists and does not expire, and the
+caller passes neither a type nor a default other than `None`. Rare cases (a missing key, a closed
+manager, a typed read, an expiry) are handled in separate functions, after one check.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Reads(Iterates):
     """The calls that change nothing.
 
     Each call but `items` has a form without `await`, for callbacks and other synchronous code on the event
-    loop. The name of that form ends in `_nowait`. In place of `exists`, use `in`.
+    loop. The name of that form ends in `_nowait`. For `exists`, that form is `in`.
     """
 
     __slots__ = ("_core", "_prefix")
@@ -42,8 +42,8 @@ class Reads(Iterates):
         """Return the number of keys.
 
         Without a prefix, the cost depends on the number of keys that expire in the present second. In a namespace
-        it is O(log n), and one step for each key of the state that has expired and is not swept yet. A call that
-        needs an order may have to sort all keys of the state, here in one step; see `keys`.
+        it is O(log n + m): m is the number of keys of the state that have expired and are not swept yet. If the keys
+        of the state are not in order yet, the call in a namespace first sorts all of them, in one step; see `keys`.
         """
         self._check_open()
         state = self._core.state
@@ -172,9 +172,9 @@ class Reads(Iterates):
         """Return the keys that start with `prefix`, in order of code points, with their values. All are of one moment.
 
         The cost depends on the keys that are returned, not on all keys. With 1,000 keys or more, the call
-        works in steps of some milliseconds, and the event loop runs between two steps. See `keys` for the
-        sort of all keys, and for pages. To read values one after the other, without a dict of all
-        values, use `items`.
+        works in steps of some milliseconds, and the event loop runs between two steps. `keys` says
+        when a call sorts all keys, and how to read pages. To read values one after the other, without a
+        dict of all values, use `items`.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -312,10 +312,10 @@ class Reads(Iterates):
         at = self._expiry(key)
         return None if at is None else max(1, at - self._core.state.now()) / 1000
 
-    # Rare cases of the hot path, and steps that several calls share
+    # Rare cases of the hot path, and code that several calls share
 
     def _full(self, key: object) -> str:
-        """Return the key with the prefix before it. Raise an error if it is not a `str`. Its bounds are not checked here."""
+        """Return a key with the prefix of this handle before it. Check that the key is a `str`, but not its length and characters."""
         if not isinstance(key, str):
             raise InvalidKeyError(f"a key must be a str, not {key.__class__.__name__}")
         return self._prefix + str.__str__(key)
@@ -369,7 +369,7 @@ class Reads(Iterates):
         return default
 
     def _decode(self, key: str, stored: Stored, default: object, type_: Any) -> Any:
-        """Return a stored value as a `type_`; the default if it has expired. The errors name the key."""
+        """Return a stored value as a `type_`. Treat an expired key as missing; see `_missing`. A `TypeMismatchError` names the key."""
         if stored.__class__ is not bytes and isinstance(stored, Expiring):  # type: ignore[redundant-expr]  # a Json is bytes
             alive = self._core.state.alive(stored)
             if alive is MISSING:

@@ -5,7 +5,7 @@ heartbeats. So if there is no message for some seconds, the task tests the subsc
 Every two seconds the task also reads the head of the mirror. So the reader knows whether reads
 succeed, even if the application reads nothing.
 
-Any client may send a message. Messages that are not from lab_state are skipped. The first one
+Any client may send a message. Messages that cannot be decoded are skipped. The first one
 is logged, and the mirror is read again.
 """
 
@@ -28,14 +28,19 @@ POLL_SECONDS = 2.0
 """The seconds between two reads of the head."""
 
 SILENT_SECONDS = 5.0
-"""The seconds without a message after which the subscription is tested. A running writer sends at least two messages in this time."""
+"""The seconds without a message after which the subscription is tested.
+
+A running writer sends at least two messages in this time, but none during a fill.
+"""
 
 _REPLAYED_AT_ONCE = 1000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _MOST_BYTES = 32 * 1024 * 1024
-"""The most bytes in the messages of one step. A writer sends a resync in place of changes of more than about 4 MiB.
+"""The largest size of the messages of one step, in bytes. A larger step is not applied: the mirror is read again.
 
-It counts a character of a key as one byte, but in JSON such a character has up to six.
+A writer sends changes of about 4 MiB at most, and a resync in place of the rest. It estimates this size: it counts
+a character of a key as one byte, and does not count expiry times. In JSON, a character has up to six bytes. So the
+messages may be several times as large as the estimate.
 """
 
 _LONGEST_STEP = 1_000_000
@@ -51,7 +56,7 @@ class Feed:
         revision: The revision of the last message, or of the head if that is higher; -1 while the subscription
             does not work, and until the first message or head.
         watchers: The watches that receive the changes.
-        moved: An event that is set when the revision or the local copy may have changed, and at the end. It
+        moved: An event that is set when the revision or the local copy may have changed, and by `aclose`. It
             is then replaced by a new one. Read the attribute again before each wait.
     """
 
@@ -88,7 +93,10 @@ class Feed:
         self._notify()
 
     def lives(self, writer: str, below: int) -> bool:
-        """Return whether the last message came recently, is from this writer, and has a revision below `below`."""
+        """Return whether the last message is from this writer, has a revision below `below`, and is not too old.
+
+        It is too old if no message has come for `SILENT_SECONDS`. A new subscription starts this time again.
+        """
         last = self._last
         silent = self._clock.monotonic() - self._heard >= SILENT_SECONDS
         return last is not None and not silent and last.writer == writer and last.end < below
@@ -154,9 +162,10 @@ class Feed:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, subscription: Subscription) -> None:
-        """Read the head every two seconds, and at once after a fill. Each time, test the subscription.
+        """Read the head every two seconds, and at once after a fill. Before each read but the first, call `_test`.
 
-        If this finds the first revision of the subscription, send a `resync`, because earlier changes were missed.
+        If a head has the first revision of the subscription, send a `resync`, because earlier changes may have been missed.
+        `_step` does the same if a message has it.
         """
         while True:
             self._poll_now.clear()
@@ -174,7 +183,7 @@ class Feed:
             await self._test(subscription)
 
     async def _test(self, subscription: Subscription) -> None:
-        """Test the subscription if no message has come for some seconds. If the writer has ended, that is no fault.
+        """Test the subscription if no message has come for some seconds. If no writer runs, this silence is no fault.
 
         Raises:
             UnavailableError: The mirror has changed without a message.
@@ -210,8 +219,8 @@ class Feed:
         if not self._logged_foreign:
             self._logged_foreign = True
             logger.warning(
-                "%s: a message on the channel is not from lab_state, so another client sends there; such messages are "
-                "skipped, and the mirror is read again once",
+                "%s: a message on the channel cannot be decoded, so it is from another client or from a newer version of "
+                "lab_state; such messages are skipped, and the mirror is read again once",
                 self._source.path,
             )
             self._resync()
@@ -243,6 +252,7 @@ class Feed:
         if last.end - last.start > _LONGEST_STEP:
             self._resync()
             return
+        begins = self.revision < 0  # earlier changes may have been missed
         self.revision = last.end
         if last.resync:
             self._filled.set()
@@ -250,7 +260,12 @@ class Feed:
         if self._local is not None and not self._local.receive(step):
             self._local.invalidate()
             self._stale.set()
-        if last.resync or step[0].clear or sum(len(part.set) + len(part.delete) for part in step) > MOST_PENDING:
+        if (
+            begins
+            or last.resync
+            or step[0].clear
+            or sum(len(part.set) + len(part.delete) for part in step) > MOST_PENDING
+        ):
             self.watchers.resync(last.end)
         elif self.watchers:
             for part in step:

@@ -27,7 +27,7 @@ _logger = Log(logging.getLogger("lab_state"))
 
 _MIN_CHECKPOINT_BYTES = 4 * 1024 * 1024
 _LEFT_TO_PUBLISH = 256 * 1024
-"""When no more bytes of records than this are missing in the upcoming journal, `prepare` leaves them to `publish`."""
+"""If the upcoming journal lacks at most this many bytes of records, `prepare` leaves them to `publish`."""
 
 _LARGEST_READ_AGAIN = 16 * 1024 * 1024
 """The size in bytes up to which a journal is read again, to see whether its frames are still valid."""
@@ -39,7 +39,7 @@ class Need(Enum):
     """The work that a commit has to do before it can append."""
 
     NOTHING = "nothing"
-    NEW = "a new journal behind the snapshot"
+    NEW = "a new journal that follows the snapshot"
     FULL = "a new journal that begins with the whole state"
 
 
@@ -52,7 +52,7 @@ class AbandonedError(UnavailableError):
 
 
 class Writer:
-    """The journal of one state. One thread at a time may call it; any thread may read its numbers.
+    """The journal of one state. The module says which worker calls which method. Any thread may read the numbers.
 
     Attributes:
         name: The name of the state.
@@ -236,7 +236,7 @@ class Writer:
         The files belong to the parent, and the lock refuses every call in the child.
         """
         if not self._left.is_same_file(self._opened()):
-            self._fd = -1  # the number belongs to another file, as in `_problem`
+            self._fd = -1  # the number may belong to another file, as in `_problem`
         self._use(-1)
         self.close_replaced()
 
@@ -296,7 +296,7 @@ class Writer:
         """
         left = self._left
         if not lookup.is_open(self._fd, left.identity):
-            self._fd = -1  # the number belongs to another file now; closing it would close that file
+            self._fd = -1  # the number may belong to another file now; closing it would close that file
             return "cannot be written: other code in this process closed its descriptor"
         if opened is None:
             return "cannot be looked up by its descriptor"
@@ -328,9 +328,9 @@ class Writer:
         return found.header.salt == self._salt and found.end == len(data) == self.end
 
     def _check_snapshot(self) -> None:
-        """Give the journal up if it needs the snapshot, and that was deleted, replaced or changed.
+        """Give the journal up if it needs the snapshot, but the snapshot was deleted, replaced or changed.
 
-        The next start would refuse the journal.
+        Otherwise the next start would refuse the journal.
         """
         relied_on = self.need is not Need.FULL and not self.starts_full
         if relied_on and lookup.fingerprint(self.paths.snapshot) != self.snapshot_fingerprint:
@@ -373,9 +373,9 @@ class Writer:
         self.need = Need.NOTHING
 
     def _sync_found(self, *, snapshot: bool) -> None:
-        """Sync the directories above that of the files. With `snapshot`, sync the snapshot and its directory, too.
+        """Sync the directories above the directory of the files. With `snapshot`, sync the snapshot and its directory, too.
 
-        The start found all of them, so they may be only in the page cache, and the first journal
+        The start found all of them, so they may be only in the page cache. The first journal
         relies on them. A failed sync of the snapshot is not repeated. Instead, the next journal starts
         with the whole state.
         """

@@ -327,6 +327,37 @@ async def test_a_lost_subscription(until: Any, caplog: pytest.LogCaptureFixture,
     assert told == ["a reader receives no changes at present,", "a reader receives changes again"]
 
 
+async def test_a_message_before_the_first_head_of_a_subscription(until: Any) -> None:
+    """If the first thing that a new subscription brings is a message, every watch gets a resync for the changes before it."""
+    clock, cache = ManualClock(), MemoryCache()
+    async with writer(cache) as state, cache.reader("name", clock=clock) as reader:
+        await reader.wait_revision(await state.set("a", 1))
+        async with reader.watch() as changes:
+            feed = reader._feed
+            assert feed is not None
+            answered, read_head = asyncio.Event(), feed._head
+
+            async def slow() -> Any:
+                await answered.wait()
+                return await read_head()
+
+            feed._head = slow
+            [subscription] = cache.mirrors["name"].followers
+            subscription.cut()
+            await until(lambda: not cache.mirrors["name"].followers)
+            await state.set("missed", 1)
+            await until(lambda: mirror_of(state).revision == 2)
+            clock.advance(1)
+            await until(lambda: bool(cache.mirrors["name"].followers))
+            await state.set("b", 1)
+            await until(lambda: feed.revision == 3)
+            answered.set()
+            found = [await anext(changes)]
+            while found[-1].revision < 3:
+                found.append(await anext(changes))
+            assert "resync" in [change.kind for change in found]
+
+
 async def test_a_silent_subscription_is_asked(until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A subscription without messages is lost if the mirror changes meanwhile. If nothing changes, it is not."""
     clock, cache = ManualClock(), MemoryCache()
