@@ -193,13 +193,24 @@ def cache(session: nox.Session) -> None:
 
 @nox.session
 def shared(session: nox.Session) -> None:
-    """Visit a million worlds of each deep scenario of the shared state's protocol (12 minutes), or `-- --worlds N`."""
+    """Test a shared state at full length: a million worlds of each scenario of its model, and 2,000 rounds of processes.
+
+    It takes half an hour. `-- --worlds N` and `-- --rounds N` set other numbers.
+    """
     arguments = list(session.posargs)
-    worlds = arguments[arguments.index("--worlds") + 1] if "--worlds" in arguments else "1000000"
+
+    def number(option: str, usual: str) -> str:
+        return arguments[arguments.index(option) + 1] if option in arguments else usual
+
     session.install(".", *_group("test"))
     session.run(
-        "pytest", "-s", "--timeout", "7200", "tests/shared", env={**WHEEL_ONLY, "LAB_STATE_SHARED_WORLDS": worlds}
-    )
+        "pytest", "-s", "--timeout", "7200", "tests/shared",
+        env={
+            **WHEEL_ONLY,
+            "LAB_STATE_SHARED_WORLDS": number("--worlds", "1000000"),
+            "LAB_STATE_SHARED_ROUNDS": number("--rounds", "2000"),
+        },
+    )  # fmt: skip
 
 
 @nox.session
