@@ -235,7 +235,7 @@ class Pipe:
             asyncio.get_running_loop().call_soon(self.flow)
 
     def flow(self) -> None:
-        """Carry everything that is not held."""
+        """Deliver everything that is not held."""
         while self.is_open and not self.to_owner.held and self.to_owner.data:
             for frame in self._from_client.feed(self.to_owner.data.pop(0)):
                 if self.is_open:

@@ -320,7 +320,7 @@ class TransactionMachine(RuleBasedStateMachine):
 
     @invariant()
     def commits_what_the_still_one_commits(self) -> None:
-        """If nothing that was read has changed, both transactions would make the same changes."""
+        """Check that both transactions would make the same changes, if nothing that was read has changed."""
         if hasattr(self, "left"):
             assert self.left.draft.changes == self.right.draft.changes
             assert self.left.draft.cleared == self.right.draft.cleared
