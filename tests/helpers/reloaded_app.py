@@ -12,10 +12,13 @@ from starlette.routing import Route
 from lab_state import Config, FileStorage, Manager
 from lab_state.integrations.starlette import lifespan, manager
 
-state = Manager(
-    Config(name="visits", flush_interval=0, lock_timeout=float(os.environ.get("LOCK_TIMEOUT", "0"))),
-    FileStorage(os.environ["STATE_DIRECTORY"]),
+seconds = float(os.environ.get("LOCK_TIMEOUT", "0"))
+config = (
+    Config("visits", shared=True)
+    if "SHARED" in os.environ
+    else Config("visits", flush_interval=0, lock_timeout=seconds)
 )
+state = Manager(config, FileStorage(os.environ["STATE_DIRECTORY"]))
 
 
 async def visit(request: Request) -> JSONResponse:

@@ -50,7 +50,7 @@ class Server:
 
 
 @asynccontextmanager
-async def started(server: str, directory: Path, lock_timeout: float) -> AsyncIterator[Server]:
+async def started(server: str, directory: Path, **environment: str) -> AsyncIterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         host, port = free.getsockname()
@@ -66,7 +66,7 @@ async def started(server: str, directory: Path, lock_timeout: float) -> AsyncIte
             **os.environ,
             "PYTHONUNBUFFERED": "1",
             "STATE_DIRECTORY": str(directory),
-            "LOCK_TIMEOUT": str(lock_timeout),
+            **environment,
         },
     )
     try:
@@ -129,7 +129,7 @@ class Withheld:
 @pytest.mark.parametrize("server", SERVERS)
 async def test_a_graceful_reload_loses_no_answer(server: str, tmp_path: Path) -> None:
     """With `lock_timeout`, the new worker waits for the running request. Each visit is answered and stored."""
-    async with started(server, tmp_path, lock_timeout=20) as running:
+    async with started(server, tmp_path, LOCK_TIMEOUT="20") as running:
         await running.says(LISTENS[server])
         clients, withheld = Clients(running.url), Withheld()
         while not await clients.visit("first"):
@@ -152,9 +152,34 @@ async def test_a_graceful_reload_loses_no_answer(server: str, tmp_path: Path) ->
     assert [page for page, count in clients.counted.items() if kept.get(page, 0) < count] == []
 
 
+@pytest.mark.parametrize("server", SERVERS)
+async def test_a_graceful_reload_of_a_shared_state(server: str, tmp_path: Path) -> None:
+    """The new worker follows the old one, and answers while the old one still has a request. Each visit is counted once."""
+    async with started(server, tmp_path, SHARED="yes") as running:
+        await running.says(LISTENS[server])
+        clients, withheld = Clients(running.url), Withheld()
+        while not await clients.visit("first"):
+            pass
+        slow = asyncio.create_task(clients.visit("slow", withheld.body()))
+        await withheld.arrived.wait()
+        running.process.send_signal(signal.SIGHUP)
+        await asyncio.gather(*(clients.run() for _ in range(5)))
+        assert not slow.done()
+        withheld.end.set()
+        assert await slow, "the request under way was cut off"
+        assert await clients.visit("last")
+        await clients.end()
+        assert clients.refused == []
+        running.process.send_signal(signal.SIGTERM)
+        assert await running.process.wait() == 0
+    async with Manager("visits", FileStorage(tmp_path)) as state:
+        kept = await state.get_all(type=int)
+    assert [page for page, count in clients.counted.items() if kept.get(page, 0) < count] == []
+
+
 async def test_gunicorn_halts_without_a_lock_timeout(tmp_path: Path) -> None:
     """Without `lock_timeout`, a graceful reload with a request under way ends gunicorn with exit code 3."""
-    async with started("gunicorn", tmp_path, lock_timeout=0) as running:
+    async with started("gunicorn", tmp_path, LOCK_TIMEOUT="0") as running:
         await running.says(LISTENS["gunicorn"])
         clients, withheld = Clients(running.url), Withheld()
         while not await clients.visit("first"):
