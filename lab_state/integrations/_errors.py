@@ -8,9 +8,9 @@ from typing import NamedTuple
 import msgspec
 
 from lab_state._log import Log
-from lab_state.exceptions import InvalidKeyError, InvalidValueError, LabStateError, StorageError
+from lab_state.exceptions import ConflictError, InvalidKeyError, InvalidValueError, LabStateError, StorageError
 
-ANSWERED = (StorageError, InvalidKeyError, InvalidValueError)
+ANSWERED = (StorageError, ConflictError, InvalidKeyError, InvalidValueError)
 """The errors for which `answer_to` has a response. The application handles all others."""
 
 _log = Log(logging.getLogger("lab_state"))
@@ -53,7 +53,7 @@ def answer_to(error: Exception, asked: str, retry_after: int) -> Answer:
     """
     assert isinstance(error, LabStateError)
     problem = f"{type(error).__name__}: {error}"
-    if isinstance(error, StorageError):
+    if isinstance(error, StorageError | ConflictError):
         _log.warning("%s answered with 503: %s", asked, problem)
         body = msgspec.json.encode({"detail": "the state is not available at present; try again later"})
         return Answer(503, body, {"Retry-After": str(retry_after)}, 1013, "try again later")

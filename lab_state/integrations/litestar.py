@@ -136,7 +136,7 @@ def errors(
     """Return exception handlers for the errors of lab_state: `Litestar(exception_handlers={**errors()})`.
 
     `StorageError` becomes 503 with `Retry-After`, because the storage may work again after that
-    time. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
+    time. So does `ConflictError`. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
     `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
     without a value. The level is WARNING for 503 and DEBUG for 422.
 

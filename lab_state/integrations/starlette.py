@@ -155,7 +155,7 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
     """Answer errors of lab_state with 503 or 422, in place of a plain 500: `errors(app)`.
 
     `StorageError` becomes 503 with `Retry-After`, because the storage may work again after that
-    time. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
+    time. So does `ConflictError`. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
     `{"detail": ...}`, as in FastAPI. Each error is one line in the log `lab_state`, without a
     traceback and without a value. The level is WARNING for 503 and DEBUG for 422.
 

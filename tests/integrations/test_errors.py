@@ -23,7 +23,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from lab_state import Config, FencedError, Manager, MemoryStorage
+from lab_state import Config, ConflictError, FencedError, Manager, MemoryStorage
 from lab_state.integrations import aiohttp as for_aiohttp
 from lab_state.integrations import fastapi as for_fastapi
 from lab_state.integrations import litestar as for_litestar
@@ -43,6 +43,8 @@ async def act(state: Manager, what: str) -> int:
             return await state.set("k", {"password": SECRET, "score": float("nan")})
         case "fenced":
             raise FencedError("a newer writer owns it")
+        case "conflict":
+            raise ConflictError("something was changed")
         case "bug":
             raise ZeroDivisionError
         case _:
@@ -160,15 +162,18 @@ async def test_a_failed_write_is_503(
 
 
 @every_framework
-async def test_a_fenced_manager_is_503(
+@pytest.mark.parametrize("what", ["fenced", "conflict"])
+async def test_other_errors_that_are_503(
     framework: Callable[[Manager], AbstractAsyncContextManager[Post]],
     storage: FaultyStorage,
     caplog: pytest.LogCaptureFixture,
+    what: str,
 ) -> None:
-    """A subclass of `StorageError` is answered in the same way, and the log names it."""
+    """A subclass of `StorageError`, and a conflict, are answered in the same way, and the log names them."""
     async with framework(Manager(Config(name="errors", flush_interval=0), storage)) as post:
-        assert (await post("fenced"))[::2] == (503, "7")
-    assert [line.partition(": ")[2].partition(":")[0] for _, line in told(caplog)] == ["FencedError"]
+        assert (await post(what))[::2] == (503, "7")
+    names = [line.partition(": ")[2].partition(":")[0] for _, line in told(caplog)]
+    assert names == [{"fenced": "FencedError", "conflict": "ConflictError"}[what]]
 
 
 @every_framework
