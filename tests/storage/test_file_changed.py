@@ -269,7 +269,7 @@ async def test_a_hung_checkpoint_keeps_the_lock(tmp_path: Path, disk: Disk, capl
     ending = flusher(state)
     gate = disk.hold("fsync", "lab.json.tmp")
     await state.stop()
-    assert "the checkpoint of stop() made no progress for 0.05 s" in caplog.text
+    assert "the storage made no progress for 0.05 s during stop()" in caplog.text
     with pytest.raises(LockedError):
         await manager(tmp_path).start()
     assert await found(tmp_path) == {"a": 1}
