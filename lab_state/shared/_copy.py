@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -92,12 +91,15 @@ class SharedCopy(Durability):
 
     @property
     def epoch(self) -> float:
-        """The time of the state, in seconds, when `CLOCK_MONOTONIC` is 0; see `Welcome`."""
-        return self.state.epoch - time.monotonic() + self._clock.monotonic()
+        """The time of the state, in seconds, when `CLOCK_MONOTONIC` is 0; see `Welcome`.
+
+        That is the clock of each manager. In tests, all managers of a state use one clock instead.
+        """
+        return self.state.epoch
 
     @epoch.setter
     def epoch(self, epoch: float) -> None:
-        self.state.epoch = epoch + time.monotonic() - self._clock.monotonic()
+        self.state.epoch = epoch
 
     def discard_entries(self) -> None:
         """Free the entries after `stop`."""
