@@ -195,6 +195,8 @@ class Scope(Calls):
 
     @asynccontextmanager
     async def _watch(self, prefix: str, *, durable: bool) -> AsyncGenerator[AsyncIterator[Change]]:
+        if self._core.port is not None:  # a change that a shared state shows is durable
+            durable = False
         since = 0 if durable else self._core.state.revision
         watcher = Watcher(self._under(prefix), len(self._prefix), since, durable=durable)
         with self._core.watching(watcher):
