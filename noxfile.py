@@ -204,11 +204,12 @@ def shared(session: nox.Session) -> None:
 
     session.install(".", *_group("test"))
     session.run(
-        "pytest", "-s", "--timeout", "7200", "tests/shared",
+        "pytest", "-s", "--timeout", "7200", "tests/shared", "tests/properties/test_manager_machine.py",
         env={
             **WHEEL_ONLY,
             "LAB_STATE_SHARED_WORLDS": number("--worlds", "1000000"),
             "LAB_STATE_SHARED_ROUNDS": number("--rounds", "2000"),
+            "LAB_STATE_SHARED_EXAMPLES": "400",
         },
     )  # fmt: skip
 

@@ -9,9 +9,11 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from blockbuster import BlockBusterFunction, blockbuster_ctx
+from roles import ROLES, InRole, reason_to_differ
 
 from lab_state import MemoryStorage
 from lab_state.testing import FaultyStorage, ManualClock
@@ -73,3 +75,17 @@ def storage(memory: MemoryStorage) -> FaultyStorage:
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()
+
+
+@pytest.fixture(params=ROLES)
+def in_role(request: pytest.FixtureRequest, tmp_path: Path) -> InRole:
+    """Return what makes a manager. The test runs with a state that is not shared, as an owner, and as a follower."""
+    return InRole(request.param, tmp_path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip in a shared state what must differ there."""
+    for item in items:
+        reason = reason_to_differ(item.nodeid)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))

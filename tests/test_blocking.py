@@ -25,6 +25,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from roles import InRole
 from running import running, until
 
 from lab_state import (
@@ -58,8 +59,8 @@ class User(msgspec.Struct):
 
 
 @pytest.fixture
-async def state(memory: MemoryStorage, clock: ManualClock) -> AsyncIterator[Manager]:
-    async with running(memory, clock) as manager:
+async def state(memory: MemoryStorage, clock: ManualClock, in_role: InRole) -> AsyncIterator[Manager]:
+    async with running(memory, clock, make=in_role) as manager:
         await manager.set_many(BEFORE)
         yield manager
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from pydantic import BaseModel
+from roles import InRole
 
 from lab_state import (
     Blocking,
@@ -46,8 +47,8 @@ class Model(BaseModel):
 
 
 @pytest.fixture
-def manager(clock: ManualClock) -> Manager:
-    return Manager(Config(name="test", flush_interval=None), MemoryStorage(), clock=clock)
+def manager(clock: ManualClock, in_role: InRole) -> Manager:
+    return in_role(Config(name="test", flush_interval=None), MemoryStorage(), clock=clock)
 
 
 @pytest.fixture

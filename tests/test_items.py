@@ -10,6 +10,7 @@ from weakref import ref
 
 import msgspec
 import pytest
+from roles import InRole
 from running import idle, running
 
 from lab_state import ClosedError, Config, InvalidKeyError, Items, Manager, MemoryStorage, TypeMismatchError, read_state
@@ -30,8 +31,8 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-async def state(clock: ManualClock) -> AsyncIterator[Manager]:
-    async with running(MemoryStorage(), clock) as manager:
+async def state(clock: ManualClock, in_role: InRole) -> AsyncIterator[Manager]:
+    async with running(MemoryStorage(), clock, make=in_role) as manager:
         yield manager
 
 

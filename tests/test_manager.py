@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from msgspec import Raw
 from pydantic import BaseModel
+from roles import InRole
 
 from lab_state import (
     ClosedError,
@@ -50,8 +51,8 @@ def storage() -> MemoryStorage:
 
 
 @pytest.fixture
-async def state(storage: MemoryStorage) -> AsyncIterator[Manager]:
-    async with Manager(Config(name="test", flush_interval=None), storage) as manager:
+async def state(storage: MemoryStorage, in_role: InRole) -> AsyncIterator[Manager]:
+    async with in_role(Config(name="test", flush_interval=None), storage) as manager:
         yield manager
 
 

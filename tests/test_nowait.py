@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from roles import InRole
 from running import idle, running
 
 from lab_state import (
@@ -95,8 +96,8 @@ CALLS = {**READS, **WRITES}
 
 
 @pytest.fixture
-async def state(storage: FaultyStorage, clock: ManualClock) -> AsyncIterator[Manager]:
-    async with running(storage, clock) as manager:
+async def state(storage: FaultyStorage, clock: ManualClock, in_role: InRole) -> AsyncIterator[Manager]:
+    async with running(storage, clock, make=in_role) as manager:
         await manager.set_many(BEFORE)
         yield manager
 

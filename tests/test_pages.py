@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
+from roles import InRole
 
 from lab_state import ClosedError, Config, Manager, MemoryStorage, TypeMismatchError, _in_steps, read_state
 from lab_state._items import _collected
@@ -28,8 +29,8 @@ async def storage() -> MemoryStorage:
 
 
 @pytest.fixture
-async def state(storage: MemoryStorage, clock: ManualClock) -> AsyncIterator[Manager]:
-    async with Manager(Config(name="pages", flush_interval=None), storage, clock=clock) as state:
+async def state(storage: MemoryStorage, clock: ManualClock, in_role: InRole) -> AsyncIterator[Manager]:
+    async with in_role(Config(name="pages", flush_interval=None), storage, clock=clock) as state:
         yield state
 
 

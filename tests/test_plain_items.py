@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import pytest
+from roles import InRole
 from running import running
 
 from lab_state import ClosedError, InvalidKeyError, Manager, MemoryStorage, PlainItems, TypeMismatchError
@@ -30,8 +31,8 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-async def state(clock: ManualClock) -> AsyncIterator[Manager]:
-    async with running(MemoryStorage(), clock) as manager:
+async def state(clock: ManualClock, in_role: InRole) -> AsyncIterator[Manager]:
+    async with running(MemoryStorage(), clock, make=in_role) as manager:
         yield manager
 
 

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from running import running, until
+from roles import InRole
+from running import idle, running, until
 
 from lab_state import (
     ClosedError,
@@ -23,9 +24,9 @@ from lab_state.testing import FaultyStorage, ManualClock
 
 
 @pytest.fixture
-async def state(storage: FaultyStorage, clock: ManualClock) -> AsyncIterator[Manager]:
+async def state(storage: FaultyStorage, clock: ManualClock, in_role: InRole) -> AsyncIterator[Manager]:
     """Yield a manager with two accounts, at revision 1."""
-    async with running(storage, clock) as manager:
+    async with running(storage, clock, make=in_role) as manager:
         await manager.set_many({"ann": 100, "bob": 0})
         yield manager
 
@@ -163,7 +164,7 @@ async def test_a_later_revision_is_awaited(state: Manager) -> None:
 async def test_a_revision_that_does_not_come(state: Manager, clock: ManualClock) -> None:
     """After its timeout, `wait_revision` raises an error that is both an UnavailableError and a TimeoutError."""
     waiting = asyncio.create_task(state.wait_revision(9, timeout=2))
-    await until(lambda: bool(state._core.durability._waiters.passive))
+    await idle()
     clock.advance(2)
     with pytest.raises(WaitTimeoutError, match="revision 9 of 'test'"):
         await waiting

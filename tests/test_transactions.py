@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import pytest
+from roles import InRole
 from running import idle, running, until
 
 from lab_state import (
@@ -53,9 +54,9 @@ class StopItError(Exception):
 
 
 @pytest.fixture
-async def state(storage: FaultyStorage, clock: ManualClock) -> AsyncIterator[Manager]:
+async def state(storage: FaultyStorage, clock: ManualClock, in_role: InRole) -> AsyncIterator[Manager]:
     """Yield a manager with something in it, at revision 1."""
-    async with running(storage, clock) as manager:
+    async with running(storage, clock, make=in_role) as manager:
         await manager.set_many(BEFORE)
         yield manager
 

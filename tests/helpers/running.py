@@ -5,18 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from lab_state import Config, Manager, Storage
 from lab_state._flusher import Flusher
 from lab_state.testing import ManualClock
 
 
+class Maker(Protocol):
+    """What makes a manager: the class, or `InRole`."""
+
+    def __call__(self, config: Config, storage: Storage, *, clock: ManualClock) -> Manager: ...
+
+
 @asynccontextmanager
 async def running(
-    storage: Storage, clock: ManualClock, flush_interval: float | None = None, stop_timeout: float = 8.0
+    storage: Storage,
+    clock: ManualClock,
+    flush_interval: float | None = None,
+    stop_timeout: float = 8.0,
+    make: Maker = Manager,
 ) -> AsyncIterator[Manager]:
     config = Config(name="test", flush_interval=flush_interval, stop_timeout=stop_timeout)
-    async with Manager(config, storage, clock=clock) as manager:
+    async with make(config, storage, clock=clock) as manager:
         yield manager
 
 

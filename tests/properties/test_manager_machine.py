@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
@@ -16,7 +17,8 @@ import pytest
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from running import flusher_of
+from roles import InRole, Role, SharedManager
+from running import flusher_of, idle, until
 
 from lab_state import (
     Config,
@@ -35,6 +37,9 @@ from lab_state import (
 from lab_state.storage import _file_writer
 from lab_state.storage.file import FileSession
 from lab_state.testing import FaultyStorage, ManualClock
+
+SHARED = int(os.environ.get("LAB_STATE_SHARED_EXAMPLES", "12"))
+"""The number of examples for each role in a shared state."""
 
 PREFIXES = ("", "a", "a/", "none")
 COUNTERS = ("n", "a/n")
@@ -152,10 +157,15 @@ class ManagerMachine(RuleBasedStateMachine):
         self.crash(self.runner.run(self._crash()))
         self.runner.close()
 
+    def make(self, config: Config) -> Manager:
+        return Manager(config, self.storage, clock=self.clock)
+
     def start(self) -> None:
-        config = Config(name="state", flush_interval=None, stop_timeout=1e9)
-        self.state = Manager(config, self.storage, clock=self.clock)
+        self.state = self.make(Config(name="state", flush_interval=None, stop_timeout=1e9))
         self.runner.run(self.state.start())
+
+    async def settle(self) -> None:
+        """Wait for what happens in the background, if it could change the revision later."""
 
     def now(self) -> int:
         return self.state._core.state.now()
@@ -403,7 +413,12 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(seconds=st.integers(1, 60))
     def advance(self, seconds: int) -> None:
         """Advance the clock: expired keys are gone at once; a sweep, which is a change, may come later."""
-        self.clock.advance(seconds)
+
+        async def advanced() -> None:
+            self.clock.advance(seconds)
+            await self.settle()
+
+        self.runner.run(advanced())
         self.model = self.model.live(self.now())
         while self.revision < self.state.revision:
             self.changed()
@@ -521,9 +536,69 @@ class FileMachine(ManagerMachine):
         session._writer.close()
 
 
+class SharedMachine(ManagerMachine):
+    """The same in a shared state. Each change is durable when its call returns."""
+
+    large = 60_000
+    role: Role
+
+    # Processes that are killed have tests of their own, with real ones.
+    crash_and_reopen = flush_and_crash = None  # type: ignore[assignment]
+
+    def make_storage(self) -> Storage:
+        self.directory = tempfile.TemporaryDirectory(prefix="lab_state-")
+        self.in_role = InRole(self.role, Path(self.directory.name))
+        return MemoryStorage()  # takes no part: there are files in its place
+
+    def make(self, config: Config) -> Manager:
+        return self.in_role(config, self.storage, clock=self.clock)
+
+    def teardown(self) -> None:
+        self.runner.run(self.state.stop())
+        self.runner.close()
+        self.directory.cleanup()
+
+    async def settle(self) -> None:
+        flusher = flusher_of(self.state)
+        await until(lambda: not flusher.unflushed_keys)
+        await self.state.catch_up()
+
+
+class OwnerMachine(SharedMachine):
+    role = "owner"
+
+
+class FollowerMachine(SharedMachine):
+    role = "follower"
+
+    @rule()
+    def take_over(self) -> None:
+        """Stop the owner: the follower becomes the owner, and loses nothing."""
+
+        async def taken_over() -> None:
+            assert isinstance(self.state, SharedManager)
+            if self.state.owner is not None:
+                await self.state.owner.stop()
+                self.state.owner = None
+                while self.state.role != "owner":
+                    self.clock.advance(0.001)  # the pause between two attempts
+                    await idle()
+                await self.settle()
+
+        self.runner.run(taken_over())
+        self.began_again()
+
+
 @pytest.mark.parametrize(
     ("machine", "examples", "in_steps"),
-    [(MemoryMachine, 120, False), (FileMachine, 60, False), (MemoryMachine, 60, True)],
+    [
+        (MemoryMachine, 120, False),
+        (FileMachine, 60, False),
+        (MemoryMachine, 60, True),
+        (OwnerMachine, SHARED, False),
+        (FollowerMachine, SHARED, False),
+        (FollowerMachine, SHARED, True),
+    ],
 )
 def test_the_manager_is_a_durable_dict(
     machine: type[ManagerMachine], examples: int, monkeypatch: pytest.MonkeyPatch, *, in_steps: bool
