@@ -108,14 +108,6 @@ class OwnerFlusher(Flusher, Generic[C]):
         """The copy, which has the durable state."""
         return self._layer.copy
 
-    async def settled(self) -> None:
-        """Wait until everything that was loaded is certainly durable.
-
-        Raises:
-            StorageError: The commit that settles the state failed. The flusher repeats it: call this again.
-        """
-        await self.make_durable(0)
-
     # Calls
 
     def call(self, connection: C, client: str, call: Call) -> Answer | None:

@@ -118,7 +118,7 @@ async def test_a_client_that_comes_back_gets_the_records_that_it_lacks(
     await session.aclose()
     before = owner.connections.records
     async with owning(storage, clock) as owner:
-        await owner.flusher.settled()
+        await owner.flusher.make_durable(0)
         await owner.flusher.make(set_(1, "a", 3))
         assert owner.flusher.last_records.after(1) == [*before[1:], *owner.connections.records]
 
@@ -309,7 +309,7 @@ async def test_a_call_on_another_loop_is_refused(storage: FaultyStorage, clock: 
 async def test_a_state_is_settled_first(storage: FaultyStorage, clock: ManualClock) -> None:
     """What a crash may still lose is committed, and the wait ends then. If that fails, the caller learns it, and may wait again."""
     async with owning(storage, clock) as owner:
-        await owner.flusher.settled()
+        await owner.flusher.make_durable(0)
         assert commits(storage) == 0
         await owner.flusher.make(set_(1, "a", 1))
     storage.cut_power(during="commit", moment="torn")
@@ -321,8 +321,8 @@ async def test_a_state_is_settled_first(storage: FaultyStorage, clock: ManualClo
     storage.fail("commit")
     async with owning(storage, clock) as owner:
         with pytest.raises(UnavailableError):
-            await owner.flusher.settled()
-        await owner.flusher.settled()
+            await owner.flusher.make_durable(0)
+        await owner.flusher.make_durable(0)
         assert owner.flusher.durable_revision == owner.copy.revision == 1
         assert owner.told() == []
 

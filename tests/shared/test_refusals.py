@@ -31,7 +31,7 @@ from lab_state import (
 from lab_state.shared._messages import Hello, No, Starting
 from lab_state.shared._wire import encode_for_client, encode_for_owner
 from lab_state.storage import _file_start
-from lab_state.storage._claim import Claim
+from lab_state.storage._claim import Claim, SharedFiles
 from lab_state.storage.file import files_of
 from lab_state.testing import FaultyStorage, ManualClock
 
@@ -78,7 +78,7 @@ async def test_a_process_that_is_not_shared(tmp_path: Path) -> None:
             await Manager(NAME, FileStorage(tmp_path)).start()
 
 
-async def test_a_lock_file_of_an_earlier_holder(tmp_path: Path) -> None:
+async def test_a_lock_file_of_an_earlier_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock file that names a holder which is not shared is not believed at once: the holder may be about to write it anew."""
     async with Manager(NAME, FileStorage(tmp_path)):
         pass
@@ -87,9 +87,18 @@ async def test_a_lock_file_of_an_earlier_holder(tmp_path: Path) -> None:
     written = (tmp_path / "lab.lock").read_bytes()
     (tmp_path / "lab.lock").write_bytes(json.dumps({**stale, "protocol": 0}).encode())
     claim.listener.close()
+    looks = 0
+    real = SharedFiles.refusal
+
+    def refusal(*args: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return real(*args)
+
+    monkeypatch.setattr(SharedFiles, "refusal", refusal)
     one = manager(tmp_path)
     start = asyncio.create_task(one.start())
-    await asyncio.sleep(0.1)  # the fact is that nothing happens in this time
+    await until(lambda: looks == 4)
     assert not start.done()
     (tmp_path / "lab.lock").write_bytes(written)
     await claim.release()

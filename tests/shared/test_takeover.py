@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from claims import Gate, descriptors
 from members import NAME, apart, bury, crash, cut, manager, member_of, members, owner_of
-from running import until
+from running import idle, until
 
 from lab_state import (
     Change,
@@ -314,10 +314,18 @@ async def test_a_reading_waits_until_it_is_durable(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(Writer, "commit", commit)
         made = asyncio.create_task(owner.set("a", 2))
         await until(lambda: b'"a":2' in (tmp_path / "lab.journal").read_bytes())
+        read = asyncio.Event()
+
+        async def load(*args: Any) -> Any:
+            found = await loading.load(*args)
+            read.set()
+            return found
+
+        monkeypatch.setattr(_follower, "load", load)
         one = manager(tmp_path)
         start = asyncio.create_task(one.start())
-        await until(lambda: owner.status().followers == 1)
-        await asyncio.sleep(0.2)  # the fact is that nothing happens in this time
+        await read.wait()
+        await idle()
         assert not start.done()
         gate.set()
         await made
