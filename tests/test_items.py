@@ -121,12 +121,12 @@ async def test_values_of_all_kinds_are_decoded(state: Manager, clock: ManualCloc
     assert await listed(only.items()) == [("x", 1), ("y", 2)]
 
 
-async def test_values_that_were_loaded(clock: ManualClock) -> None:
+async def test_values_that_were_loaded(clock: ManualClock, in_role: InRole) -> None:
     """Values that a start loaded are decoded, too."""
     storage = MemoryStorage()
-    async with running(storage, clock) as state:
+    async with running(storage, clock, make=in_role) as state:
         await state.set_many(MANY)
-    async with running(storage, clock) as state:
+    async with running(storage, clock, make=in_role) as state:
         assert await listed(state.items()) == list(MANY.items())
 
 

@@ -177,10 +177,13 @@ async def outcome(call: Callable[[Any], Any], calls: Any) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("name", SAME)
-async def test_each_call_is_that_of_the_manager(name: str, clock: ManualClock) -> None:
+async def test_each_call_is_that_of_the_manager(name: str, clock: ManualClock, in_role: InRole) -> None:
     """It gives the same result or error, and leaves the same behind, for every key and its time."""
     for call in SAME[name]:
-        async with running(MemoryStorage(), clock) as one, running(MemoryStorage(), clock) as other:
+        async with (
+            running(MemoryStorage(), clock, make=in_role) as one,
+            running(MemoryStorage(), clock, make=in_role) as other,
+        ):
             await one.set_many(BEFORE)
             await other.set_many(BEFORE)
             expected = await outcome(call, one)
@@ -869,9 +872,9 @@ async def _count(state: Manager) -> None:
         await asyncio.sleep(0)
 
 
-async def test_reading_alone_waits_for_no_write(storage: FaultyStorage, clock: ManualClock) -> None:
+async def test_reading_alone_waits_for_no_write(storage: FaultyStorage, clock: ManualClock, in_role: InRole) -> None:
     """With a flush_interval of 0, leaving without a change writes nothing."""
-    async with running(storage, clock, 0) as state:
+    async with running(storage, clock, 0, make=in_role) as state:
         async with state.transaction() as tx:
             tx.get("a", None)
             tx.delete("a")

@@ -397,34 +397,34 @@ class TestBounds:
                 await call()
         assert (len(state), state.revision) == (0, 0)
 
-    async def test_the_longest_ttl(self, storage: Storage, clock: ManualClock) -> None:
+    async def test_the_longest_ttl(self, storage: Storage, clock: ManualClock, in_role: InRole) -> None:
         """317 years are kept, also over a restart."""
-        async with manager(storage, clock) as state:
+        async with running(storage, clock, make=in_role) as state:
             await state.set("a", 1, ttl=10_000_000_000)
-        async with manager(storage, clock) as state:
+        async with running(storage, clock, make=in_role) as state:
             assert await state.expires_in("a") == 10_000_000_000
 
 
 class TestRestarts:
-    async def test_over_a_restart(self, storage: Storage, clock: ManualClock) -> None:
+    async def test_over_a_restart(self, storage: Storage, clock: ManualClock, in_role: InRole) -> None:
         """A time is absolute: what passes while no manager runs counts, and what stays stays."""
-        async with manager(storage, clock) as state:
+        async with running(storage, clock, make=in_role) as state:
             await state.set_many({"short": 1, "b": [1]}, ttl=10)
             await state.set("long", "x", ttl=DAY)
             await state.set("stays", None)
             clock.advance(4)
         clock.advance(5)
-        async with manager(storage, clock) as state:
+        async with running(storage, clock, make=in_role) as state:
             assert await state.get_all() == {"short": 1, "b": [1], "long": "x", "stays": None}
             assert [await state.expires_in(key) for key in ("short", "b", "stays")] == [1.0, 1.0, None]
             assert await state.expires_in("long") == DAY - 9
             clock.advance(1)
             assert await state.get_all() == {"long": "x", "stays": None}
         clock.advance(DAY)
-        async with manager(storage, clock) as state:
+        async with running(storage, clock, make=in_role) as state:
             assert await state.get_all() == {"stays": None}
             assert held(state) == {"stays"}
-        async with manager(storage, clock) as state:
+        async with running(storage, clock, make=in_role) as state:
             assert held(state) == {"stays"}
 
     async def test_over_a_crash(self, storage: Storage, clock: ManualClock) -> None:
@@ -464,11 +464,11 @@ class TestRestarts:
         async with manager(storage, clock) as state:
             assert [await state.expires_in(key) for key in "abc"] == [None, 20.0, 10.0]
 
-    async def test_a_loaded_scalar_keeps_its_time(self, storage: Storage, clock: ManualClock) -> None:
+    async def test_a_loaded_scalar_keeps_its_time(self, storage: Storage, clock: ManualClock, in_role: InRole) -> None:
         """Reading and listing what was loaded does not unwrap it."""
-        async with manager(storage, clock) as state:
+        async with running(storage, clock, make=in_role) as state:
             await state.set("a", 5, ttl=10)
-        async with manager(storage, clock) as state:
+        async with running(storage, clock, make=in_role) as state:
             assert (await state.get("a"), state.get_nowait("a"), await state.get_all()) == (5, 5, {"a": 5})
             assert await state.expires_in("a") == 10.0
             assert await state.incr("a") == 6

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from roles import InRole
-from running import idle, running
+from running import Maker, idle, running
 
 from lab_state import (
     Change,
@@ -148,9 +148,9 @@ NOT_TOLD: dict[str, Call] = {
 
 @asynccontextmanager
 async def watched(
-    storage: FaultyStorage, clock: ManualClock, *, durable: bool
+    storage: FaultyStorage, clock: ManualClock, make: Maker = Manager, *, durable: bool
 ) -> AsyncIterator[tuple[Manager, Changes]]:
-    async with running(storage, clock) as state:
+    async with running(storage, clock, make=make) as state:
         await state.set_many({"a": 1, "b": 2})
         await state.set("old", 1, ttl=0.5)
         await state.flush()
@@ -163,10 +163,17 @@ class TestKinds:
     @EACH_WAY
     @pytest.mark.parametrize(("call", "expected"), TOLD.values(), ids=list(TOLD))
     async def test_every_call_is_told(
-        self, storage: FaultyStorage, clock: ManualClock, call: Call, expected: dict[str, str], *, durable: bool
+        self,
+        storage: FaultyStorage,
+        clock: ManualClock,
+        in_role: InRole,
+        call: Call,
+        expected: dict[str, str],
+        *,
+        durable: bool,
     ) -> None:
         """Each key that a call changes is told once, with what became of it and the revision of the change."""
-        async with watched(storage, clock, durable=durable) as (state, changes):
+        async with watched(storage, clock, in_role, durable=durable) as (state, changes):
             before = state.revision
             await call(state)
             await state.flush()
@@ -178,18 +185,20 @@ class TestKinds:
     @EACH_WAY
     @pytest.mark.parametrize("call", NOT_TOLD.values(), ids=list(NOT_TOLD))
     async def test_what_changes_nothing_is_not_told(
-        self, storage: FaultyStorage, clock: ManualClock, call: Call, *, durable: bool
+        self, storage: FaultyStorage, clock: ManualClock, in_role: InRole, call: Call, *, durable: bool
     ) -> None:
         """A call that changes nothing, or fails, is not told."""
-        async with watched(storage, clock, durable=durable) as (state, changes):
+        async with watched(storage, clock, in_role, durable=durable) as (state, changes):
             await call(state)
             await state.flush()
             assert await told(changes) == []
 
     @EACH_WAY
-    async def test_everything_deleted(self, storage: FaultyStorage, clock: ManualClock, *, durable: bool) -> None:
+    async def test_everything_deleted(
+        self, storage: FaultyStorage, clock: ManualClock, in_role: InRole, *, durable: bool
+    ) -> None:
         """A delete_all of few keys is told key by key; in a transaction too, where what is set again is set."""
-        async with watched(storage, clock, durable=durable) as (state, changes):
+        async with watched(storage, clock, in_role, durable=durable) as (state, changes):
             await everything_anew(state)
             await state.flush()
             found = {change.key: change.kind for change in await told(changes)}
@@ -669,9 +678,9 @@ class TestTheEnd:
         assert list(watchers._live) == list(watchers._durable) == []
         assert watchers._live._by_length == watchers._durable._by_length == {}
 
-    async def test_write_through_goes_on(self, storage: FaultyStorage, clock: ManualClock) -> None:
+    async def test_write_through_goes_on(self, storage: FaultyStorage, clock: ManualClock, in_role: InRole) -> None:
         """With a flush_interval of 0, a write waits for its commit before, during and after a watch."""
-        async with running(storage, clock, 0) as state:
+        async with running(storage, clock, 0, make=in_role) as state:
             for _ in range(2):
                 assert await state.set("a", 1) == state.durable_revision
                 async with state.watch():

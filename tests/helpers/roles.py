@@ -152,6 +152,7 @@ DIFFERENT: dict[str, tuple[str, ...]] = {
     "the owner sweeps: an expired key leaves the copy, and a watch is told, when that is durable": (
         "test_items.py::test_expiry_is_that_of_the_moment",
         "test_items.py::test_a_sweep_does_not_wait_for_an_iterator",
+        "test_ttl.py::TestRestarts::test_over_a_restart",
         "test_ttl.py::TestSweeping::test_what_expired_leaves_memory",
         "test_watch.py::TestKinds::test_an_expiry_is_told_at_its_time",
     ),
