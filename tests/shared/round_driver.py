@@ -90,7 +90,8 @@ class Nursery:
         )
         nursery = cls(process)
         assert process.stdout is not None
-        await process.stdout.readline()  # it is ready
+        if await process.stdout.readline() != b"ready\n":
+            raise RuntimeError("the parent of the processes could not start")
         reading = asyncio.create_task(nursery._read())
         try:
             yield nursery
@@ -128,7 +129,11 @@ class Nursery:
             elif (frozen := self._by_pid.get(int(one))) is not None:
                 asyncio.get_running_loop().call_later(int(other) / 1000, frozen.send, signal.SIGCONT)
                 frozen.froze.set()
-        raise RuntimeError("the parent of the processes has ended")
+        error = RuntimeError("the parent of the processes has ended")
+        for child in (*self._by_name.values(), *self._by_pid.values()):
+            for future in (child.started, child.ended):
+                if not future.done():
+                    future.set_exception(error)
 
 
 class Ran(NamedTuple):

@@ -70,11 +70,13 @@ class Bounds(msgspec.Struct, frozen=True):
         forgotten_after: The seconds after which a client without a connection is forgotten.
         kept_records: The bytes of records that an owner keeps for clients that come again.
         recent_keys: The keys whose last changes an owner knows.
+        many_keys: From how many keys on a change is made in steps, while the event loop runs.
     """
 
     forgotten_after: float = 0.0
     kept_records: int = 0
     recent_keys: int = 0
+    many_keys: int = 0
 
 
 class Life(msgspec.Struct, frozen=True):

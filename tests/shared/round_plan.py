@@ -115,7 +115,7 @@ def planned(seed: int) -> Round:
 
     seconds = rng.uniform(0.1, 0.3)
     hasty = often(0.15)  # calls are given up
-    share = rng.choice((0.0, 0.2, 0.5, 1.0))  # of the processes with a trap
+    share = rng.choice((0.2, 0.5, 0.8, 1.0))  # of the processes with a trap
     traps: list[tuple[Trap, ...]] = []
     for turn in range(10):
         mine: list[Trap] = []
@@ -132,7 +132,7 @@ def planned(seed: int) -> Round:
             rng.choice(("owner", "owner", "follower", "any")),
             rng.uniform(0.02, 0.7 if hasty else 0.15),
         )
-        for _ in range(rng.randint(0, 4))
+        for _ in range(rng.randint(0, 6))
     ]
     network = Network()
     if often(0.5):
@@ -149,6 +149,7 @@ def planned(seed: int) -> Round:
         forgotten_after=0.1 if often(0.1) else 0.0,
         kept_records=rng.choice((0, 0, 300, 3000)),
         recent_keys=rng.choice((0, 0, 0, 4)),
+        many_keys=rng.choice((0, 0, 1, 2, 3)),
     )
     return Round(
         seed=f"{seed}",

@@ -153,6 +153,9 @@ def _set_bounds(bounds: Bounds, owner_timeout: float) -> None:
         constants.append((owner, "TICK", bounds.forgotten_after / 4))
     if owner_timeout < 1:  # calls are given up, so signs of life must come more often
         constants += [(link, "LIFE", 0.05), (server, "LIFE", 0.05), (member, "_SILENT", 0.15)]
+    if bounds.many_keys:
+        constants.append((import_module("lab_state._batch"), "MANY", bounds.many_keys))
+        constants.append((import_module(f"{SHARED}_follower"), "_SMALL", 64 * bounds.many_keys))
     for module, name, value in constants:
         assert hasattr(module, name)
         setattr(module, name, value)
