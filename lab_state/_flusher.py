@@ -19,7 +19,6 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 from weakref import finalize
 
-from lab_state._batch import STEP
 from lab_state._buffers import join_in_steps
 from lab_state._checkpoints import Checkpoints
 from lab_state._clock import Clock, Timer, sleep
@@ -41,9 +40,6 @@ from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
 from lab_state.shared._results import RecordCalls
 from lab_state.storage._protocol import StorageSession
-
-_FREED_AT_ONCE = 1000
-"""The largest number of entries that one turn of the event loop frees."""
 
 _LAST_CHANCE = 0.5
 """`stop` tries a last commit this many seconds before its deadline. A close waits this long while the event loop ends."""
@@ -189,25 +185,9 @@ class Flusher(Outcomes):
         if self._task.done() and not self._abandoned and isinstance(state.entries, dict):
             self._free(state.entries)
 
-    def _free(self, large: dict[Any, Any], most: int = _FREED_AT_ONCE) -> None:
-        """Free a map, `most` items in a step, because freeing a million values at once would block the event loop."""
-        for _ in range(min(len(large), most)):
-            large.popitem()
-        if large:
-            self.loop.call_soon(self._free, large, most)
-
-    def _fold_staged(self) -> None:
-        """Merge a change of many keys into the map: one step now, and the others in later turns. Then start a checkpoint if one is due."""
-        try:
-            more = self.shown.fold_staged(STEP)
-        except BaseException:
-            # For example, a MemoryError. The event loop reports it. Try again in a second, because a checkpoint waits for the merge.
-            self._clock.call_later(1.0, self._fold_staged)
-            raise
-        if more:
-            self.loop.call_soon(self._fold_staged)
-        else:
-            self.checkpoint_if_due()
+    def _folded(self) -> None:
+        """Start a checkpoint if one is due."""
+        self.checkpoint_if_due()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         self._is_closed = self.fenced

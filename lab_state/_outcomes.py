@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lab_state._clock import Clock, Pauses
-from lab_state._durability import Durability
 from lab_state._foreign import tell_fenced
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
 from lab_state._state import State
+from lab_state._upkeep import Upkeep
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, StorageError
 from lab_state.storage._protocol import Recovery
@@ -24,7 +24,7 @@ _LONGEST_PAUSE = 5.0
 _LONG_CHECKPOINT = 1.0
 
 
-class Outcomes(Durability):
+class Outcomes(Upkeep):
     """The outcomes of the commits and checkpoints of one state. `Flusher` makes the commits.
 
     Attributes:

@@ -38,7 +38,6 @@ from lab_state import (
     Storage,
     StorageSession,
     _batch,
-    _flusher,
     _in_steps,
     _writing,
     copy_state,
@@ -522,7 +521,6 @@ IN_STEPS: dict[str, Callable[[Any], Coroutine[Any, Any, Any]]] = {
 STEPS: list[tuple[Any, str]] = [
     (_batch, "MANY"),
     (_batch, "STEP"),
-    (_flusher, "STEP"),
     (_writing, "_STEP_BYTES"),
     (_in_steps, "MANY"),
     (_in_steps, "_PIECES_IN_STEP"),

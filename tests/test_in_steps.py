@@ -29,7 +29,6 @@ from lab_state import (
     UnavailableError,
     _batch,
     _checkpoints,
-    _flusher,
     _writing,
 )
 from lab_state._entries import Overlay, Staged
@@ -51,7 +50,6 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, constant, value in (
         (_batch, "MANY", 4),
         (_batch, "STEP", 2),
-        (_flusher, "STEP", 2),
         (_checkpoints, "STEP", 2),
         (_writing, "_STEP_BYTES", 600),
     ):

@@ -1,6 +1,5 @@
-"""The rules by which several processes of one machine share a state: messages, results, checks, open calls, connections.
+"""The code by which several processes of one machine share a state: roles, connections, messages, calls and their results.
 
-`docs/design/shared.md` describes the protocol. `_channel` and `_server` use sockets, which others open.
-`_owner_flusher` awaits a storage. The other modules are pure and synchronous. No manager shares a state yet: so far the other packages
-use only `_results`.
+`docs/design/shared.md` describes the protocol. A manager with `Config(shared=True)` makes a `Member` (`_member.py`), which is the
+entry point. A module whose docstring says "Pure" does no input and no output.
 """

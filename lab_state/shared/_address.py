@@ -1,8 +1,8 @@
 """The path of the socket of a shared state. Pure.
 
 A path in `sockaddr_un` has at most 107 bytes, and a directory may have a longer path. Then a process
-opens the directory, and reaches the socket through its descriptor. If the name of the state is
-too long for that as well, the socket has a short name.
+opens the directory, and reaches the socket through the descriptor of the directory. If the name of the
+state is too long even for that, the socket has a short name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LONGEST_PATH = 107
 """The number of bytes of the longest path in `sockaddr_un`, without the NUL at its end."""
 
 _LONGEST_NAME = LONGEST_PATH - len("/proc/self/fd/") - 10 - len("/")
-"""The number of bytes of the longest name of a socket that is reached through a descriptor. Such a number has at most 10 digits."""
+"""The number of bytes of the longest name of a socket that is reached through a descriptor. The number of a descriptor has at most 10 digits."""
 
 
 class Address(NamedTuple):
@@ -46,8 +46,8 @@ class Address(NamedTuple):
 def address_of(directory: str, name: str) -> Address:
     """Return the address of the state of this name.
 
-    The name of the socket depends on the name of the state alone: `<name>.sock`, or a short one if
-    that is too long. So processes that see the directory under different paths find the same socket.
+    The name of the socket depends on the name of the state alone. It is `<name>.sock`, or a hash of the
+    name if `<name>.sock` is too long. So processes that see the directory under different paths find the same socket.
     """
     plain = f"{name}.sock"
     if len(os.fsencode(plain)) <= _LONGEST_NAME:

@@ -24,7 +24,7 @@ from lab_state.shared._messages import Changes, Failed, Ok, Raised, Refused
 _ERRORS: dict[str, type[StorageError]] = {
     kind.__name__: kind for kind in (FencedError, UnavailableError, UnsupportedError, StorageError)
 }
-"""The errors of a commit. An error of a subclass elsewhere, or of one with other arguments, becomes a `StorageError`."""
+"""The classes of the error of a failed commit, by name. An error of any other class becomes a `StorageError`."""
 
 
 class Settled(NamedTuple):
@@ -38,8 +38,9 @@ class Refusal(NamedTuple):
     """A check that did not hold.
 
     Attributes:
-        revision: The revision of the owner's layer.
-        values: The present values of the keys that were read; `None` if they are too many or too large.
+        revision: The revision of the owner's layer at the refusal.
+        values: The values of the keys that were read, at that revision. A missing key has `DELETED`. `None` if they
+            are too many or too large.
         connection: The connection on which the refusal came; see `OpenCalls.connection`.
     """
 
@@ -57,12 +58,12 @@ def ended(answer: Ok | Raised | Refused | Failed, keys: list[str], connection: i
     Args:
         answer: The answer.
         keys: The keys of the check of the call.
-        connection: The number of the connection.
+        connection: The number of the connection on which the answer came.
 
     Raises:
         TypeMismatchError: The stored value does not allow the call. Nothing was changed.
-        InvalidValueError: Likewise.
-        StorageError: The commit of the call failed.
+        InvalidValueError: The new value cannot be stored. Nothing was changed.
+        StorageError: The commit of the call failed. The change may still become durable.
     """
     if isinstance(answer, Ok):
         return Settled(answer.revision, answer.result)
@@ -75,14 +76,14 @@ def ended(answer: Ok | Raised | Refused | Failed, keys: list[str], connection: i
 
 
 def failure(answer: Failed) -> LabStateError:
-    """Return the error of a commit that failed, as the owner's own callers get it."""
+    """Return the error of a commit that failed. Its message is that of the error in the owner."""
     return _ERRORS.get(answer.error, StorageError)(answer.message)
 
 
 def relative(
     error: TypeMismatchError | InvalidValueError, key: str, prefix: str
 ) -> TypeMismatchError | InvalidValueError:
-    """Return an error that names a key of the whole state, as a handle with a prefix raises it: with its own key."""
+    """Return an error that names a key of the whole state as the error of a handle. It names the key without the prefix."""
     return error.__class__(error.args[0].replace(repr(key), repr(key[len(prefix) :]), 1), error.path)
 
 
@@ -102,12 +103,12 @@ def raw_of(value: Value) -> Raw:
 
 
 def size_of(key: str, raw: Raw | None = None) -> int:
-    """Return a bound of the size of a key and its value in a message, in bytes. JSON has at most 6 bytes for a character."""
+    """Return an upper bound of the size of a key and its value in a message, in bytes. JSON has at most 6 bytes for a character."""
     return 6 * len(key) + 32 + (0 if raw is None else memoryview(raw).nbytes)
 
 
 def changes_of(changes: dict[str, StoredOrGone], *, cleared: bool) -> tuple[Changes, int]:
-    """Return the changes of a draft in the form of a message, and a bound of their size in bytes."""
+    """Return the changes of a draft in the form of a message, and an upper bound of their size in bytes."""
     values: dict[str, Raw] = {}
     expires: dict[str, int] = {}
     deleted: list[str] = []
@@ -126,5 +127,5 @@ def changes_of(changes: dict[str, StoredOrGone], *, cleared: bool) -> tuple[Chan
 
 
 def result_of(ended: Settled) -> object:
-    """Return the result of a call."""
+    """Return the result of a call, decoded."""
     return msgspec.json.decode(ended.result)

@@ -44,6 +44,9 @@ class Arrivals:
 
         Args:
             now: The time of the clock, in seconds.
+
+        Raises:
+            LabStateError: `give_up` or `close` has ended the wait.
         """
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._token += 1
@@ -62,6 +65,7 @@ class Arrivals:
 
         Raises:
             WaitTimeoutError: The revision was not reached in time.
+            LabStateError: `close` has ended the wait.
         """
         try:
             if seconds == math.inf:
@@ -73,7 +77,7 @@ class Arrivals:
             if self._copy.revision < revision:  # it may have come at the moment of the timeout
                 raise WaitTimeoutError(
                     f"revision {revision} of {self._name!r} was not reached after {seconds:g} s: this process has "
-                    f"revision {self._copy.revision}; wait again, or go on with what is there"
+                    f"revision {self._copy.revision}; wait again, or use the present state"
                 ) from None
 
     async def _reach(self, revision: int) -> None:
@@ -87,10 +91,11 @@ class Arrivals:
             self._waiting.pop(done, None)
 
     def follow(self, ask: Callable[[int], object] | None) -> None:
-        """Ask a new owner all questions that wait; `None` if there is no owner.
+        """Ask a new owner all questions that wait.
 
         Args:
-            ask: A function that sends a question with a token to the owner.
+            ask: A function that sends a question with a token to the owner; `None` if there is no owner. Then the
+                questions wait for the next one.
         """
         self._ask = ask
         if ask is not None:
@@ -122,7 +127,8 @@ class Arrivals:
         """End the questions that have waited too long.
 
         Args:
-            is_due: A function that returns whether a call of that time is to be given up.
+            is_due: A function that returns whether a call is given up. Its argument is the time of the call, in
+                seconds of the clock.
             why: The reason, for the message.
         """
         for token, question in list(self._questions.items()):
@@ -131,7 +137,7 @@ class Arrivals:
                 _fail(question.done, UnavailableError(f"catch_up() of {self._name!r} had no answer, because {why}"))
 
     def close(self, error: LabStateError) -> None:
-        """End all waits with an error, because the manager has stopped."""
+        """End all waits with an error: the manager has stopped, or this process has lost its state."""
         for question in self._questions.values():
             _fail(question.done, copied(error))
         for done in self._waiting:

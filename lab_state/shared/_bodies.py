@@ -5,7 +5,8 @@ owner with a check: nothing has changed the key since. While the change for a ke
 calls of this process for the same key wait. Then all of them run, one after the other, on one draft, and
 share one change. Otherwise the tasks of the owner, which need no check, would starve the other processes.
 
-If the check does not hold, the owner answers with the present value. All calls run again on that value.
+If the check does not hold, the owner answers with the present value. All calls run again on that value. If
+the value is too large for an answer, they run again on the copy, when it has everything that the owner has changed.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class ReadAt(NamedTuple):
     """The revision of a check.
 
     Attributes:
-        since: The revision.
-        refused_on: The connection on which a refusal had it; `None` if it is that of the copy. See `OpenCalls.submit`.
+        since: The revision at which the key was read.
+        refused_on: The number of the connection on which a refusal had this revision; `None` if it is the revision
+            of the copy. See `OpenCalls.submit`.
     """
 
     since: int
@@ -63,7 +65,7 @@ class Sender(Protocol):
             key: The key.
             at: The revision at which it was read.
             changes: The changes.
-            size: A bound of their size, in bytes.
+            size: An upper bound of their size, in bytes.
             made: When the call was made, in seconds of the clock.
         """
         ...
@@ -74,7 +76,7 @@ class Sender(Protocol):
 
 
 class _BodyCore(CallCore):
-    """The core of the calls that run on one draft. None of them waits."""
+    """The core of the calls that run on one draft. None of these calls waits."""
 
     __slots__ = ("_durability",)
 
@@ -98,7 +100,7 @@ class _Body(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """The result or the error of a call that ran on a draft."""
+    """The result or the error of a call that ran on a draft. The error is `None` if the call returned."""
 
     body: _Body
     result: Any
@@ -125,13 +127,13 @@ class Bodies:
         self._turns: dict[str, _Turn] = {}
 
     def read(self, key: str, prefix: str, make: Make[R]) -> R | object:
-        """Run a call that is a read if its key exists. If it is not a read, return `NOT_READ`."""
+        """Run a call on the copy, and return its result. Return `NOT_READ` if the key is missing, or if the call changes something."""
         copy = self._durability.state
         if not copy.has(key):
             return NOT_READ
         draft = Draft(copy)
         result = at_once(make(Calls(_BodyCore(self._core, self._durability, draft), prefix)))
-        return NOT_READ if draft.changes else result  # the key may expire in this moment
+        return NOT_READ if draft.changes else result  # the key may have expired since `has`
 
     async def run(self, key: str, prefix: str, make: Make[R], made: float) -> R:
         """Run a call, and return its result when its change is durable and in the copy; see `Port.run`."""
@@ -165,7 +167,7 @@ class Bodies:
         del self._turns[key]
 
     def _served(self, key: str, turn: _Turn, _: asyncio.Task[None]) -> None:
-        """End the calls of a turn whose task was cancelled by other code."""
+        """End the calls that are left when the task of a turn has ended: other code has cancelled the task."""
         if self._turns.get(key) is turn:
             del self._turns[key]
         ends: dict[Outcome, list[_Body]] = {"unknown": turn.running, "not made": turn.waiting}
@@ -178,11 +180,11 @@ class Bodies:
                 _fail(body.done, error)
 
     async def _made(self, key: str, bodies: list[_Body]) -> list[_Outcome]:
-        """Run calls until the owner has made their change, and return what they returned and raised."""
+        """Run calls until the owner has made their change. Return their results and errors."""
         made = min(body.made for body in bodies)
         refusal: Refusal | None = None
         while True:
-            self._sender.check_open()  # after the end, the copy is empty
+            self._sender.check_open()  # after a stop, the copy is empty, so the calls would find no key
             copy = self._durability.state
             if refusal is None:
                 draft, at = Draft(copy), ReadAt(copy.revision, None)
@@ -198,7 +200,7 @@ class Bodies:
             if not isinstance(ended, Refusal):
                 return outcomes
             refusal = ended
-            if refusal.values is None:  # they were too large
+            if refusal.values is None:  # the values were too large for the answer
                 await self._see_all(made)
                 refusal = None
 
@@ -208,15 +210,13 @@ class Bodies:
         except StorageError as error:
             if getattr(error, "outcome", None) is not None:
                 raise
-            told = UnavailableError(
-                f"an update of {self._core.name!r} was not made: a change before it failed: {error}"
-            )
+            told = UnavailableError(f"a call of {self._core.name!r} was not made: a change before it failed: {error}")
             told.outcome = "not made"
             raise told from error
 
 
 def _refused(copy: State, refusal: Refusal) -> State:
-    """Return the copy with the values of a refusal."""
+    """Return a draft over the copy that has the values of a refusal."""
     seen = Draft(copy)
     assert refusal.values is not None
     seen.apply(

@@ -1,8 +1,8 @@
 """One end of a connection between two processes of a shared state: frames over a socket.
 
-There is no task for a connection: the event loop calls a function when bytes have arrived, or when
-the socket takes bytes again. All messages of one step of the event loop are sent together, by one
-system call after it.
+No task waits for the bytes of a connection: the event loop calls a function when bytes have arrived,
+or when the socket takes bytes again. The messages of one step of the event loop are sent together after it.
+If they are small, this takes one system call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LIFE = 1.0
 """The time in seconds between two signs of life."""
 
 Handle: TypeAlias = Callable[[ReceivedFrame], Awaitable[None] | None]
-"""The call that handles a frame. If it returns an awaitable, nothing else is handled until this is done."""
+"""The call that handles a frame. If it returns an awaitable, no other frame is handled until that is done."""
 
 Ended: TypeAlias = Callable[[BadMessageError | None], object]
 """The call at the end of a connection, with the fault of the other end if there is one."""
@@ -31,9 +31,9 @@ class Channel:
     """One end of a connection.
 
     Attributes:
-        is_open: Whether frames are sent and handled.
-        kind: The kind of the last frame that was handled; empty if the bytes after it were no frame.
-        received_at: The time of the clock, in seconds, at which bytes were received last.
+        is_open: Whether frames are sent and handled. It is False after `finish` and after the end.
+        kind: The kind of the last frame that was handled; empty before the first, and if the next bytes are no frame.
+        received_at: The time of the clock, in seconds, at which bytes were received last; at first that of the beginning.
     """
 
     __slots__ = (
@@ -73,8 +73,8 @@ class Channel:
             handle: The call that handles a frame. A `BadMessageError` from it is a fault of the other end.
             ended: The call that is made once, when the channel is closed, whatever closed it.
             clock: The clock for `received_at`.
-            most_received: The number of bytes that are received and handled in one step of the event loop.
-            most_waiting: The number of bytes that may wait to be sent; `None` for any number.
+            most_received: The largest number of bytes that are received and handled in one step of the event loop.
+            most_waiting: The largest number of bytes that may wait to be sent; `None` for any number.
         """
         self.is_open: bool = True
         self.kind: bytes = b""
@@ -103,9 +103,10 @@ class Channel:
         return True
 
     def send(self, parts: Iterable[bytes | memoryview]) -> bool:
-        """Send a message after this step of the event loop. On a closed channel do nothing.
+        """Send a message after this step of the event loop, or when the socket takes bytes again.
 
-        Return False if too many bytes wait: then the message is not sent.
+        Return False if too many bytes wait: then the message is not sent. If the channel is not open, do nothing
+        and return True.
         """
         if not self.is_open:
             return True

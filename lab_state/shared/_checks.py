@@ -52,7 +52,7 @@ class RecentChanges:
     def hold(self, since: int, keys: Collection[str], prefixes: Collection[str]) -> bool:
         """Return whether a check holds: none of its keys, and no key under its prefixes, changed after `since`.
 
-        A check without keys and prefixes always holds.
+        Return False also if `since` is below `floor`. A check without keys and prefixes always holds.
         """
         if not keys and not prefixes:
             return True

@@ -45,7 +45,7 @@ class Clients:
         return len(self.acknowledged) - len(self._gone)
 
     def admit(self, client: str, heard: int | None, now: int) -> bool:
-        """Note a new connection. Return False if the client may have been forgotten: then nothing is noted."""
+        """Note a new connection. If the client is not known and may have been forgotten, note nothing and return False."""
         if client not in self.acknowledged:
             if may_be_forgotten(heard, now):
                 return False

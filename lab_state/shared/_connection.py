@@ -41,7 +41,7 @@ _PATIENCE = 5.0
 """The time in seconds in which a client must send its hello, or must read the last message of the owner."""
 
 _MOST_RECEIVED = 16 * 1024
-"""How many bytes of calls are applied in one step of the event loop. The calls of 25 tasks have a few thousand."""
+"""The largest number of bytes of calls that are applied in one step of the event loop. The calls of 25 tasks have a few thousand bytes."""
 
 
 class OwnerSide(Protocol):
@@ -57,7 +57,7 @@ class OwnerSide(Protocol):
         ...
 
     def admit(self, connection: Connection, hello: Hello) -> int:
-        """Accept a known client, behind the welcome. Give the connection the records that the client lacks.
+        """Accept a known client, after the welcome was put into the queue. Give the connection the records that the client lacks.
 
         Return the acknowledgement of the client's earlier connections; 0 if there was none.
         """
@@ -76,7 +76,7 @@ class OwnerSide(Protocol):
         ...
 
     def left(self, connection: Connection) -> None:
-        """Drop the answers that wait for a connection. This is called once for each admitted connection, when it ends."""
+        """Drop the answers that wait for a connection. This is called once for each admitted connection, when it ends or is finished."""
         ...
 
 
@@ -108,7 +108,7 @@ class Connection:
             pid: The process at the other end.
             by_client: The connection of each client that sent a hello. It is kept up to date here.
             ended: The call that is made once, when the connection has ended.
-            clock: The clock for the patience with a client.
+            clock: The clock for the time limits.
             log: The log.
             monotonic_ns: The source of the time in each message.
         """
@@ -140,11 +140,11 @@ class Connection:
         return self._channel.is_open
 
     def record(self, data: bytes) -> None:
-        """Send a record. If the client cannot take it, close the connection: the client loads it from the files."""
+        """Send a record. If the client cannot take it, close the connection. The client connects again to get it, or loads the files."""
         self._send(RecordMessage(memoryview(data)))
 
     def answers(self, answers: Sequence[Answer]) -> None:
-        """Send answers in one message. On a closed connection do nothing: the client sends its calls again."""
+        """Send answers in one message. If the connection is not open, do nothing: the client sends its calls again."""
         self._send(Answers(answers))
 
     def send_parts(self, parts: list[bytes]) -> None:
@@ -153,7 +153,7 @@ class Connection:
             self._cut_off(f"it reads too slowly: more than {MOST_WAITING} bytes wait for it")
 
     def tick(self, now: float) -> None:
-        """Do what is due each second: a sign of life, another greeting, the end of the patience."""
+        """Send a sign of life, greet again, or close a connection whose time limit has passed. Call this each second."""
         if self.is_admitted:
             self._send(Life(self._owner.durable_revision))
         elif now >= self._until:
@@ -181,7 +181,7 @@ class Connection:
         self.finish()
 
     def finish(self) -> None:
-        """Close the connection when everything that waits is sent. Nothing is handled from now on."""
+        """Close the connection when everything that waits is sent, or some 5 s later. Nothing is handled from now on."""
         self._until = self._clock.monotonic() + _PATIENCE
         self._leave()
         self._channel.finish()

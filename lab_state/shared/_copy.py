@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-from lab_state import _batch
 from lab_state._bulk import run_in_steps
 from lab_state._clock import Clock
 from lab_state._codec import LoadedState
 from lab_state._core import Core
-from lab_state._durability import Durability
 from lab_state._entries import DELETED, ChangeSet
 from lab_state._state import State
 from lab_state._state._contents import ignore, no_clock
+from lab_state._upkeep import Upkeep
 from lab_state._watch import Watchers
 from lab_state.config import Config
 from lab_state.shared._port import SharedPort
 from lab_state.shared._records import Outcome, ParsedRecord, RecordApplier
 
-_FREED_AT_ONCE = 1000
-"""The number of entries that one step of the event loop frees."""
 
-
-class SharedCopy(Durability):
-    """The copy of one process, from its start to its stop. All of it is durable, so it is a durability of its own.
+class SharedCopy(Upkeep):
+    """The copy of one process, from its start to its stop. It is a `Durability` whose changes are all durable.
 
     Attributes:
         applier: The object that applies records to the copy.
-        has_state: Whether the copy has a state.
+        has_state: Whether the copy shows a state. Before that, it is empty.
         watchers: The watches of this start.
         port: The calls of this process.
     """
@@ -41,10 +36,10 @@ class SharedCopy(Durability):
         self.has_state: bool = False
         self.watchers: Watchers = Watchers(copy)
         self.port: SharedPort = SharedPort(core, self, clock, config.owner_timeout)
-        copy.free, copy.on_staged = self._free, self._fold
+        copy.free, copy.on_staged = self._free, self._fold_staged
 
     def load(self, loaded: LoadedState) -> None:
-        """Show a state that was loaded. The clock of the state goes on as it was."""
+        """Show a state that was loaded. The `epoch` of the copy stays as it is."""
         fresh = State(self._clock.monotonic, self._clock.time(), self._clock.time)
         fresh.load(loaded.entries, loaded.revision, loaded.expires)
         fresh.epoch, fresh.results = self.state.epoch, loaded.results
@@ -63,7 +58,7 @@ class SharedCopy(Durability):
         self._told(ChangeSet(0, copy.revision, cleared=True, changes={}, since=0.0))
 
     async def apply_all(self, records: Iterable[ParsedRecord]) -> None:
-        """Apply records that follow the copy, and report each. The event loop runs meanwhile."""
+        """Apply records that follow the copy, and report each. The event loop may run meanwhile."""
         for record in records:
             await self.apply_in_turns(record)
             self.changed(record)
@@ -74,7 +69,7 @@ class SharedCopy(Durability):
         return self.applier.finish()
 
     def changed(self, record: ParsedRecord) -> None:
-        """Report a record that was applied to watches, transactions and waiting callers."""
+        """Tell the watches, the transactions and the waiting callers of a record that was applied."""
         start, end, cleared, changes, at, wall, _ = record
         self._told(ChangeSet(start, end, cleared, changes, 0.0, at, wall))
 
@@ -93,7 +88,7 @@ class SharedCopy(Durability):
     def epoch(self) -> float:
         """The time of the state, in seconds, when `CLOCK_MONOTONIC` is 0; see `Welcome`.
 
-        That is the clock of each manager. In tests, all managers of a state use one clock instead.
+        `CLOCK_MONOTONIC` is the clock of each manager. In tests, all managers of a state use one other clock instead.
         """
         return self.state.epoch
 
@@ -102,20 +97,8 @@ class SharedCopy(Durability):
         self.state.epoch = epoch
 
     def discard_entries(self) -> None:
-        """Free the entries after `stop`."""
+        """Free the entries after `stop`, in steps."""
         copy = self.state
         copy.free, copy.on_staged = ignore, no_clock
         if isinstance(copy.entries, dict):
             self._free(copy.entries)
-
-    def _free(self, large: dict[Any, Any], most: int = _FREED_AT_ONCE) -> None:
-        """Free a map in steps; see `Flusher`."""
-        for _ in range(min(len(large), most)):
-            large.popitem()
-        if large:
-            self.loop.call_soon(self._free, large, most)
-
-    def _fold(self) -> None:
-        """Merge a change of many keys into the map of the copy, in steps."""
-        if self.state.fold_staged(_batch.STEP):
-            self.loop.call_soon(self._fold)

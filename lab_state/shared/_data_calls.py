@@ -50,7 +50,7 @@ class DataCalls:
 
     async def delete_all(self, prefix: str) -> int:
         """Delete the keys with a prefix, and return their number."""
-        if not can_begin_key(prefix):  # such a text cannot be sent
+        if not can_begin_key(prefix):  # such a text is not UTF-8, so no message can hold it
             await self.see_all()
             return 0
         return cast("int", result_of(await self._made(lambda n, ack, _: DeleteAll(n, ack, prefix), size_of(prefix))))
@@ -80,7 +80,7 @@ class DataCalls:
 
 
 def can_begin_key(prefix: str) -> bool:
-    """Return whether a text is UTF-8. If it is not, no key begins with it."""
+    """Return whether a text can be encoded as UTF-8. If it cannot, no key begins with it."""
     try:
         prefix.encode()
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
 """The election: a process looks for its role in a shared state. It takes the lock, or connects to the holder of the lock.
 
-The section "Election" of `docs/design/shared.md` has the steps, with a reason for each.
+The section "Election" of `docs/design/shared.md` has the steps.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ from lab_state.storage._fs_socket import OwnSocket
 from lab_state.storage._lock import LockHolder
 
 _SOON, _SOON_FOR = 0.001, 0.1
-"""A process with a copy tries again after the first pause, in seconds, for this time after the end of an owner."""
+"""A process with a copy tries again each `_SOON` seconds. It does so for `_SOON_FOR` seconds after the end of an owner."""
 
 _LATER = 0.01
 """The seconds for which a process without a copy leaves the lock to the others, after the end of an owner."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.05
+"""The pauses in seconds between two attempts in all other cases. They double from the first to the longest."""
+
 _BELIEVED_AFTER = 0.5
-"""A lock file that names an owner which cannot be followed is believed if its content is the same for this time, in seconds."""
+"""A lock file that names an owner which cannot be followed is believed if its content is the same for this time, in seconds.
+
+Before that, it may still have the content of an earlier holder.
+"""
 
 _BELIEVED_ATTEMPTS = 3
+"""It must also have been the same in this number of attempts."""
 
 
 class Election:
@@ -54,7 +60,7 @@ class Election:
         """Note that the connection that was found has ended.
 
         Args:
-            greeted: Whether an owner has answered on it. Then the search begins again.
+            greeted: Whether an owner has answered on it. Then the time limit and the pauses begin anew.
             has_copy: Whether this process has a copy.
         """
         if greeted:
@@ -67,7 +73,7 @@ class Election:
         """Take the lock, or connect to its holder. Try again until one of them works.
 
         Args:
-            has_copy: Whether this process has a copy. Without one, the search has a limit.
+            has_copy: Whether this process has a copy. Without one, the search has a time limit: `owner_timeout`.
 
         Raises:
             LockedError: The holder of the lock does not share the state, or did not answer for `owner_timeout` seconds.
@@ -110,7 +116,10 @@ def _placed(error: StorageError, locked: LockedError) -> StorageError:
 
 
 class _Doubts:
-    """Lock files that name an owner which cannot be followed. Such a file may be that of an earlier holder."""
+    """The lock files that named an owner which cannot be followed, in the attempts of one search.
+
+    Such a file may have the content of an earlier holder.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -119,7 +128,7 @@ class _Doubts:
         self._times = 0
 
     def add(self, seen: LockHolder | None) -> None:
-        """Note what an attempt has found; `None` if the file names an owner that can be followed."""
+        """Note the lock file of an attempt; `None` if it names an owner that can be followed, or no owner."""
         if seen is None or seen != self._seen:
             self._seen, self._since, self._times = seen, self._clock.monotonic(), 0
         self._times += 1

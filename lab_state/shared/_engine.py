@@ -2,7 +2,8 @@
 
 Each call is executed in one step, on the layer: the changes that are not durable yet, over the durable
 copy. A call that changed something is answered when its record is durable, with the last revision of
-that record. A call that changed nothing is answered when the revision that it saw is durable.
+that record. A call that changed nothing is answered when the revision that it saw is durable. A refused check is answered
+at once.
 
 `OwnerFlusher` tells the engine of each commit: `begin`, then `landed` or `put_back`.
 """
@@ -224,7 +225,8 @@ class Engine(Generic[C]):
     def call(self, connection: C, client: str, call: Call) -> Answer | None:
         """Execute a call of a client, or find the result of its first execution.
 
-        Return the answer if it can be sent now. Otherwise return `None`. Then `landed` or `failed` returns the answer later.
+        Return the answer if it can be sent now. Otherwise return `None`. Then `landed` or `failed` returns the
+        answer later, unless the connection ends before that.
 
         Args:
             connection: The connection on which the call came. Its answer goes there.
@@ -252,7 +254,7 @@ class Engine(Generic[C]):
         return None
 
     def find(self, client: str, number: int) -> Result | None:
-        """Return the durable result of a call; `None` if it is not there. A new owner looks up its own open calls."""
+        """Return the durable result of a call; `None` if it is not there. A new owner looks up the calls of its own tasks here."""
         return self._table.find(client, number)
 
     def execute(self, call: Call) -> Executed[bytes] | Refused:

@@ -2,7 +2,7 @@
 
 Theory of operation. The copy changes by the records that come over the connection. If the owner no longer
 has the records that the copy lacks, the copy is loaded from the files, without the lock. Meanwhile records
-and answers are kept. What was read is shown when the owner has named its revision as durable, because the
+and answers are kept. The loaded state is shown when the owner has named its revision as durable, because the
 end of the journal may not be synced. If the connection ends before that, everything is dropped.
 """
 
@@ -49,12 +49,14 @@ class Follower:
 
     Attributes:
         link: The connection.
-        ready: The future of the first moment at which the copy is shown and calls can be sent. Its result is
-            False if the connection ended before that. An error of it ends the process's part in the state.
+        ready: The future of the first moment at which the copy is shown and calls can be sent. Its result is then
+            True. It is False if the connection ended before that. If this process cannot follow the owner, the
+            future has the error.
         over: The future of the end of the connection.
-        owner_pid: The process at the other end; 0 if it is in another container.
+        owner_pid: The process at the other end: the one that the kernel names, which is 0 for another container, and
+            later the one that the owner itself names.
         has_left: Whether the owner has confirmed the farewell of this client.
-        is_bad: Whether a record was no record. Then the next connection must begin with a load.
+        is_bad: Whether a message that should have a record had none. Then the next connection must begin with a load.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
@@ -68,7 +70,7 @@ class Follower:
             copy: The copy of this process.
             clock: The clock of the manager.
             logger: The logger of the manager.
-            met: A callback for the first message of the owner.
+            met: A callback for the welcome, and for each sign that the owner loads its state.
         """
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[bool] = loop.create_future()
@@ -98,7 +100,10 @@ class Follower:
         self.link.open(connected, Hello(name=self._name, client=port.client, revision=revision, heard=port.calls.heard))
 
     async def say_farewell(self, deadline: float) -> bool:
-        """Tell the owner that this process stops. Return whether the owner has confirmed it before the deadline."""
+        """Tell the owner that this process stops. Return whether the owner has confirmed it before the deadline.
+
+        The deadline is in seconds of the clock.
+        """
         self.link.say_farewell()
         await done_within(self.over, self._clock, max(0.0, deadline - self._clock.monotonic()))
         return self.has_left
@@ -125,7 +130,10 @@ class Follower:
         self._met()
 
     def welcomed(self, welcome: Welcome) -> None:
-        """Follow the owner: send all open calls, and load the copy if the owner lacks the records for it."""
+        """Follow the owner: send all open calls, and load the copy if the owner lacks the records for it.
+
+        If the owner has forgotten this client, take a new id instead. Then the owner closes the connection.
+        """
         self.owner_pid = welcome.pid
         self._met()
         if not welcome.known:
@@ -146,7 +154,7 @@ class Follower:
         self._fail(UnsupportedError(f"the owner of the state {self._name!r} does not admit this process: {no.detail}"))
 
     def record(self, record: memoryview) -> Awaitable[None] | None:
-        """Apply a record, or keep it during a load."""
+        """Apply a record, or keep it during a load. If it is large, return an awaitable that does so in steps."""
         if len(record) >= _SMALL:
             return self._record_in_turns(record)
         try:
@@ -231,7 +239,7 @@ class Follower:
         self.over.set_result(None)
 
     def _fault(self, problem: BadMessageError) -> UnsupportedError | None:
-        """Return the error of a bad message, if another connection would not help."""
+        """Return the error of a bad message, if another connection would not help; otherwise `None`."""
         if isinstance(problem, OtherVersionError):
             return UnsupportedError(
                 f"the owner of the state {self._name!r} (pid {self.owner_pid}) has another version of lab_state: "
@@ -280,7 +288,7 @@ class Follower:
         self.ready.set_result(True)
 
     async def _read(self) -> LoadedState:
-        """Read the files until the result is not older than the copy, and wait until the owner has named its revision."""
+        """Read the files until the result is not older than the copy, and wait until the owner has named its revision as durable."""
         while True:
             found = (await load(self._name, self._storage)).state
             while self._named < found.revision:

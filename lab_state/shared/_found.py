@@ -1,7 +1,8 @@
 """The state that a new owner finds in the files, beside its copy.
 
 A process that has a copy needs only the records after it. They are shown when they are certainly durable: the
-new owner first writes the whole state, with these records, as one frame. Rule 4 of the disk says why.
+new owner first writes the whole state, with these records, as one frame. Rule 4 of
+`docs/design/disk.md` says why.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Found(NamedTuple):
 
     Attributes:
         whole: The whole state, which replaces the copy; `None` if the copy stays.
-        tail: The records after the copy.
+        tail: The records after the copy. There are none if `whole` is given.
     """
 
     whole: LoadedState | None
@@ -54,7 +55,7 @@ class Found(NamedTuple):
 
 
 async def find(recovery: Recovery, path: str, copy: State | None) -> Found:
-    """Return what the files have beside a copy.
+    """Return the state of the files, or the part of it that a copy lacks.
 
     Loading the whole state blocks the event loop, as in `start()`. A copy for which the files have all records
     needs no such load.
@@ -91,7 +92,7 @@ def _revision_of(snapshot: bytes | None, path: str, crc: int | None) -> int | No
     member = Raw(snapshot[start + len(_MEMBER) : -1])
     try:
         return check_member(snapshot, member, path, zlib.crc32(snapshot) if crc is None else crc).revision
-    except CorruptionError:  # or another program wrote it; decoding it tells
+    except CorruptionError:  # it is damaged, or another program wrote it: to decode all of it raises the right error
         return None
 
 
@@ -129,12 +130,12 @@ def _check_reaches(end: int, revision: int, path: str) -> None:
 
 
 async def settle(session: StorageSession, base: State, tail: list[ParsedRecord]) -> None:
-    """Make a state and the records after it certainly durable, before anything of it is shown.
+    """Make a state and the records after it certainly durable. The caller shows the records after this.
 
     Args:
         session: The session of the storage. Its next commit writes the whole state.
         base: The state. It must not change meanwhile.
-        tail: The records.
+        tail: The records after `base`.
 
     Raises:
         StorageError: The commit failed.
@@ -146,7 +147,7 @@ async def settle(session: StorageSession, base: State, tail: list[ParsedRecord])
 
 
 class Settling:
-    """The whole state as its new owner has found it: a snapshot, for the frame that settles it."""
+    """The snapshot of the whole state that a new owner has found, for the frame that settles the state."""
 
     def __init__(self, base: State, tail: list[ParsedRecord]) -> None:
         """Prepare the snapshot of a state with the records after it."""

@@ -1,7 +1,7 @@
 """Frames on the socket of a shared state, and a decoder that receives their bytes in pieces. Pure.
 
 A frame is `<length: 4 bytes, big endian> <kind: 1 byte> <payload>`. Text that is sent in place of a
-frame looks like a frame with a length above the bound. So it is refused after its first bytes.
+frame looks like a frame with a length above the bound. So it is refused after at most five bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class BadMessageError(ValueError):
 
 
 class ReceivedFrame(NamedTuple):
-    """A frame that was received."""
+    """A frame that was received: its kind, and its payload."""
 
     kind: bytes
     payload: bytes

@@ -34,7 +34,7 @@ class LastRecords:
         """Keep the last of the records that were recovered.
 
         Args:
-            recovered: The records, oldest first. They were decoded before, so each of them is a record.
+            recovered: The records, oldest first. Each has the members `from` and `to`.
             revision: The revision that was recovered.
             most: The largest total size, in bytes.
         """
@@ -61,7 +61,7 @@ class LastRecords:
     def after(self, revision: int) -> list[bytes] | None:
         """Return the records that a copy of a revision lacks, oldest first; `None` if some of them are no longer there.
 
-        `None` is returned for a revision that the owner has not reached, too.
+        Return `None` also for a revision that the owner has not reached.
         """
         first = self._records[0].start if self._records else self._end
         if not first <= revision <= self._end:

@@ -31,7 +31,6 @@ from lab_state import (
     Transaction,
     UnavailableError,
     _batch,
-    _flusher,
     _writing,
 )
 from lab_state.storage import _file_writer
@@ -605,7 +604,7 @@ def test_the_manager_is_a_durable_dict(
 ) -> None:
     """Whatever is called in whatever order, the state is its model, and after a crash one that was acknowledged."""
     if in_steps:
-        for module, constant in ((_batch, "MANY"), (_batch, "STEP"), (_flusher, "STEP"), (_writing, "_STEP_BYTES")):
+        for module, constant in ((_batch, "MANY"), (_batch, "STEP"), (_writing, "_STEP_BYTES")):
             monkeypatch.setattr(module, constant, 1)
     monkeypatch.setattr(_file_writer, "_MIN_CHECKPOINT_BYTES", 100_000)
     run_state_machine_as_test(

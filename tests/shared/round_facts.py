@@ -190,7 +190,7 @@ class Checker:
                 self._fail(1, f"{call} began after {highest} had returned")
 
     def _check_catching_up(self) -> None:
-        """`catch_up` and `wait_revision` promise a revision of the copy."""
+        """Check the revisions that `catch_up` and `wait_revision` promise of the copy."""
         done = sorted((call.end.at, call.revision or 0) for call in self._calls if call.end is not None and call.is_ok)
         for call in self._calls:
             if call.end is None or not call.is_ok:
@@ -221,13 +221,13 @@ class Checker:
         return [call for call in self._maybe if call.began.at < step.shown and _touches(call, key)]
 
     def _check_results_known(self) -> None:
-        """Each revision of an answer was shown by its process, or by a later state."""
+        """Check that the last state reaches each revision of an answer."""
         for call in self._calls:
             if call.is_ok and call.revision is not None and call.revision > self._revisions[-1]:
                 self._fail(4, f"{call} returned, and no process has shown its revision")
 
     def _check_reads(self) -> None:
-        """Each read of a copy has the value of a state that the process showed during the call."""
+        """Check that each read of a copy has the value of a state that the process showed during the call."""
         for call, low, high in self._reads:
             at, upto = bisect_left(self._revisions, low), bisect_left(self._revisions, high + 1)
             values = [self._states[revision].get(call.began.keys[0]) for revision in self._revisions[at:upto]]

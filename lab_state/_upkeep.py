@@ -1,0 +1,38 @@
+"""`Upkeep`: the part of a flusher and of a shared copy that frees and merges large maps in steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lab_state import _batch
+from lab_state._durability import Durability
+
+_FREED_AT_ONCE = 1000
+"""The largest number of entries that one turn of the event loop frees."""
+
+
+class Upkeep(Durability):
+    """A durability that frees and merges the large maps of its state in steps."""
+
+    def _free(self, large: dict[Any, Any], most: int = _FREED_AT_ONCE) -> None:
+        """Free a map, `most` items in a step, because freeing a million values at once would block the event loop."""
+        for _ in range(min(len(large), most)):
+            large.popitem()
+        if large:
+            self.loop.call_soon(self._free, large, most)
+
+    def _fold_staged(self) -> None:
+        """Merge a change of many keys into the map: one step now, and the others in later turns. Then call `_folded`."""
+        try:
+            more = self.shown.fold_staged(_batch.STEP)
+        except BaseException:
+            # For example, a MemoryError. The event loop reports it. Try again in a second, because a checkpoint waits for the merge.
+            self._clock.call_later(1.0, self._fold_staged)
+            raise
+        if more:
+            self.loop.call_soon(self._fold_staged)
+        else:
+            self._folded()
+
+    def _folded(self) -> None:
+        """Do nothing. `Flusher` overrides this method."""
