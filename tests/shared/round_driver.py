@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,8 +97,7 @@ class Nursery:
             yield nursery
         finally:
             reading.cancel()
-            assert process.stdin is not None
-            process.stdin.close()
+            process.kill()  # its children die with it
             await process.wait()
 
     async def start(self, life: Life, froze: asyncio.Event) -> Child:
@@ -305,26 +304,31 @@ class Driver:
 
 async def run_rounds(
     rounds: Iterable[Round], directory: Path, bug: str = "", at_once: int = AT_ONCE, *, keep: bool = False
-) -> AsyncIterator[tuple[Round, Path, Ran]]:
+) -> AsyncGenerator[tuple[Round, Path, Ran]]:
     """Run rounds, some of them at the same time. The directory of a round without a violation is deleted."""
     waiting = iter(rounds)
     async with Nursery.opened() as nursery:
         running: dict[asyncio.Task[Ran], tuple[Round, Path]] = {}
         count = 0
-        while True:
-            while len(running) < at_once and (one := next(waiting, None)) is not None:
-                count += 1
-                path = directory / f"r{count}"
-                running[asyncio.create_task(Driver(nursery, one, path, bug).run())] = one, path
-            if not running:
-                return
-            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                one, path = running.pop(task)
-                ran = task.result()
-                if not ran.broken and not keep:
-                    shutil.rmtree(path)
-                yield one, path, ran
+        try:
+            while True:
+                while len(running) < at_once and (one := next(waiting, None)) is not None:
+                    count += 1
+                    path = directory / f"r{count}"
+                    running[asyncio.create_task(Driver(nursery, one, path, bug).run())] = one, path
+                if not running:
+                    return
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    one, path = running.pop(task)
+                    ran = task.result()
+                    if not ran.broken and not keep:
+                        shutil.rmtree(path)
+                    yield one, path, ran
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
 
 async def _main() -> int:

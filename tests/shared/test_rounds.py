@@ -9,6 +9,7 @@ import asyncio
 import os
 import random
 from collections.abc import Iterable
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,14 @@ async def violations(rounds: Iterable[Round], directory: Path, bug: str = "", *,
     """Run rounds until a few have a violation. Return the first violations of each, with its seed."""
     found: list[str] = []
     number = calls = 0
-    async for one, path, ran in run_rounds(rounds, directory, bug):
-        number += 1
-        calls += sum(len(process.events) for process in ran.processes)
-        if ran.broken:
-            found.append(f"seed {one.seed}, histories in {path}: {[tuple(broken) for broken in ran.broken[:3]]}")
-        if len(found) >= enough:
-            break
+    async with aclosing(run_rounds(rounds, directory, bug)) as results:
+        async for one, path, ran in results:
+            number += 1
+            calls += sum(len(process.events) for process in ran.processes)
+            if ran.broken:
+                found.append(f"seed {one.seed}, histories in {path}: {[tuple(broken) for broken in ran.broken[:3]]}")
+            if len(found) >= enough:
+                break
     print(f"{number} rounds, {calls} events, {len(found)} with a violation")
     return found
 
