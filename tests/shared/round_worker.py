@@ -296,19 +296,21 @@ async def _live(life: Life, history: History) -> None:
     await worker.live()
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """Let the kernel kill this process when its parent ends, so that an aborted test leaves no process behind."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
 
 
 def _fork(line: bytes) -> None:
-    life = msgspec.json.decode(line, type=Life)
+    life, parent = msgspec.json.decode(line, type=Life), os.getpid()
     if (pid := os.fork()) != 0:
         os.write(1, b"started %s %d\n" % (life.name.encode(), pid))
         return
     status = 1
     try:
-        _die_with_parent()
+        _die_with(parent)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.close(0)
