@@ -18,7 +18,7 @@ _SWEPT_AT_START = 100_000
 
 
 def told_of_commits(watchers: Watchers, mirror: MirrorWriter | None) -> Callable[[ChangeSet], bool]:
-    """Return a function that tells the watchers and the mirror of a commit. An error of the watchers does not keep it from the mirror."""
+    """Return a function that tells the watchers and the mirror of a commit. If the watchers raise an error, the mirror is told all the same."""
     if mirror is None:
         return watchers.committed
 
@@ -37,7 +37,7 @@ def run_alone(core: Core, flusher: Flusher, watchers: Watchers, mirror: MirrorWr
 
     None of them refers to the manager. So a manager that was never stopped can be collected.
     """
-    # Many keys may have expired since the last stop. They are deleted here: only `start()` may block the event loop.
+    # Many keys may have expired since the last stop. They are deleted here, because `start()` may block the event loop.
     while flusher.state.sweep(_SWEPT_AT_START):
         flusher.nudge()
     with ExitStack() as undo:

@@ -51,7 +51,7 @@ class Port(Protocol):
             default: The number to start from if the key is missing.
             kind: The name of the type that both numbers must have.
             ttl: The time to live of a new key.
-            prefix: The prefix of the handle that the call was made of. An error names the key without it.
+            prefix: The prefix of the handle on which the call was made. An error names the key without it.
         """
         ...
 
@@ -62,7 +62,7 @@ class Port(Protocol):
 
         Args:
             key: The key.
-            prefix: The prefix of the handle that the call was made of.
+            prefix: The prefix of the handle on which the call was made.
             body: A function that is given a `Calls`, and makes the call on it. It may be called again, if another
                 process has changed the key meanwhile.
             may_read: Whether the call is a read if the key exists. Then it needs no owner.
@@ -99,7 +99,7 @@ _INSIDE: ContextVar[tuple[OpenTransaction, ...]] = ContextVar("lab_state transac
 
 
 class CallCore:
-    """The part of a core that calls use. A manager, a transaction and a `StateView` have one each.
+    """The part of a core that calls use. For example, a manager, a transaction and a `StateView` have one each.
 
     Attributes:
         name: The name of the state.
@@ -116,7 +116,7 @@ class CallCore:
         write_through: Whether a write waits for durability.
         passing: Whether a call without `await` runs now while a `Bulk` holds the lock. The call cannot
             wait, so it writes before the `Bulk` does.
-        port: The way to the owner of a shared state, which makes each change; `None` if the state is not
+        port: The object that sends each write to the owner of a shared state; `None` if the state is not
             shared. With a port, `blocked` is always set.
     """
 
@@ -316,7 +316,7 @@ class Core(CallCore):
         return self._durability
 
     def check_open(self) -> None:
-        """Raise a `ClosedError` unless the manager is running."""
+        """Raise a `LabStateError` unless the manager is running; see `durability`."""
         if self._durability is None:  # as in `durability`, without the cost of a property
             raise self._not_running()
 

@@ -73,7 +73,7 @@ def apply_step(
 
 
 class Step:
-    """A step that is prepared, and then shown. Other code must not change the copy between `prepare` and `finish`."""
+    """A step that is prepared in parts, and then shown at once. Other code must not change the copy between `prepare` and `finish`."""
 
     def __init__(
         self, copy: State, changes: Mapping[str, StoredOrGone], revision: int, *, cleared: bool, time: int = 0

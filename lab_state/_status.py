@@ -58,7 +58,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         fenced: Whether a newer writer owns the state. Then nothing more becomes durable,
             and every write raises `FencedError`. End the process.
         task_failure: The task of the manager that ended before `stop()`, and the reason;
-            `None` while all tasks run. Without its flush task a manager refuses every
+            `None` while all tasks run. In a follower of a shared state, it is the error with which the
+            process has lost its state. Without its flush task a manager refuses every
             write with `UnavailableError`; `stop()` still flushes. Without the mirror's
             task the mirror is no longer kept up to date.
         mirror: The mirror in the cache; `None` if the manager has no cache.
@@ -66,9 +67,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
             shared has one process, its owner.
         owner_pid: The process id of the owner; `None` while there is none, or while the manager
             does not run.
-        followers: The number of processes that follow this one, if it is the owner of a shared state;
+        followers: The number of managers that follow this one, if it is the owner of a shared state;
             otherwise `None`.
-        lag: The seconds since the last sign of life of the owner, which comes at least once a second.
+        lag: The seconds since the last sign of life of the owner, which comes at least once a second, or
+            since its end if there is no owner.
             The state in memory may lack what became durable in this time. It is 0 in the owner.
     """
 
@@ -140,7 +142,7 @@ def status_of_follower(phase: Phase, copy: State, failure: LabStateError | None,
     Args:
         phase: The phase of the manager.
         copy: The copy of this process.
-        failure: The error with which this process has lost its state, if it has.
+        failure: The error with which this process has lost its state; `None` if it has not.
         mirror: The status of the mirror, which the owner feeds.
     """
     return Status(

@@ -15,8 +15,8 @@ class Waits(Reads):
         """Wait until each change made so far is durable.
 
         If nothing changed, nothing is written. Callers at the same time share one write.
-        If the caller is cancelled, the write goes on. In a shared state, this is `catch_up`, since each
-        write that has returned is durable.
+        If the caller is cancelled, the write goes on. In a shared state, this is `catch_up`: see its
+        errors. Each write that has returned is durable there.
 
         Raises:
             StorageError: The write failed. The changes stay in memory, and the next flush tries
@@ -59,7 +59,8 @@ class Waits(Reads):
         Raises:
             WaitTimeoutError: The revision is not durable after `timeout` seconds; wait again.
                 The error is an `UnavailableError` and a `TimeoutError`.
-            ValueError: There is no such revision yet, or the timeout is out of bounds.
+            ValueError: There is no such revision yet, or the timeout is out of bounds. In a shared state,
+                another process may make the revision, so the call waits for it.
             TypeError: The revision is not an `int`, or the timeout is not a number.
             RuntimeError: This is not the event loop of `start()`.
             FencedError: The revision will never be durable: a newer writer owns the state.
@@ -96,7 +97,8 @@ class Waits(Reads):
             ValueError: The timeout is out of bounds.
             RuntimeError: This is not the event loop of `start()`.
             FencedError: The revision will not be reached: a newer writer owns the state.
-            StorageError: The manager was stopped meanwhile, and its last flush failed.
+            StorageError: The manager was stopped meanwhile, and its last flush failed. Or, in a shared state, this
+                process has lost its state.
             ClosedError: The manager is not running.
         """
         check_revision(revision)

@@ -46,9 +46,9 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             start at any time.
         shared: Whether several processes of this machine use the state. It needs a
             `FileStorage`.
-        owner_timeout: Seconds for which a call of a shared state waits for a process that
-            owns the state, or for a sign of life of that process, above 0. After that, the
-            call raises `UnavailableError`. There is one sign of life each second, so no process
+        owner_timeout: Seconds for which a write, `catch_up()` or `start()` of a shared state waits
+            for a process that owns the state, or for a sign of life of that process, above 0. After
+            that, the call raises `UnavailableError`, and `start()` may raise `LockedError` instead. There is one sign of life each second, so no process
             counts as silent before 2 seconds.
 
     Raises:

@@ -88,23 +88,20 @@ class Manager(Scope):
             config: The settings, or just the name of the state.
             storage: The storage that keeps the state. Any number of managers may use one storage
                 object, each with a different name.
-            cache: The cache in which the manager keeps a mirror for other processes, such as
-                `RedisCache(url)`. Only `stop()` waits for the cache, for at most one second. No call
-                fails because of it. `status().mirror` shows its errors.
-            logger: The logger for the messages on the page "Logging"; by default
-                `logging.getLogger("lab_state")`. It may be an adapter, a logger of loguru or
-                structlog, or any object with the methods `info`, `warning` and `error`. No
-                value and no credential is logged. If the logger raises an error, the
-                message goes to stderr.
-            clock: A clock for tests; by default the clock of the machine. If the clock raises an
-                error in this call or during `start()`, that call raises it. Later, only the first error
-                is logged. As long as the clock raises errors, its last time is used.
-            on_fenced: A plain function that takes the `FencedError`. It is called on the event
-                loop when the manager learns that a newer writer owns the state. This may happen
-                during `stop()`, too. It is called at most once for each `start()`. Use it to end
-                the process: `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
-                logged. `SystemExit` and `KeyboardInterrupt` end the event loop. With and without
-                the function, one line is logged at level ERROR.
+            cache: The cache in which the manager keeps a mirror for other processes, such as `RedisCache(url)`. Only `stop()`
+                waits for the cache, for at most one second. No call fails because of it. `status().mirror` shows its
+                errors. In a shared state, only the owner writes the mirror.
+            logger: The logger for the messages on the page "Logging"; by default `logging.getLogger("lab_state")`. It may be an
+                adapter, a logger of loguru or structlog, or any object with the methods `info`, `warning` and `error`. No
+                value and no credential is logged. If the logger raises an error, the message goes to stderr.
+            clock: A clock for tests; by default the clock of the machine. If the clock raises an error in this call or during
+                `start()`, that call raises it. Later, only the first error is logged. As long as the clock raises errors,
+                its last time is used.
+            on_fenced: A plain function that takes the `FencedError`. It is called on the event loop when the manager learns that
+                a newer writer owns the state. This may happen during `stop()`, too. It is called at most once for each
+                `start()`. Use it to end the process: `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
+                logged. `SystemExit` and `KeyboardInterrupt` end the event loop. With and without the function, one line is
+                logged at level ERROR.
 
         Raises:
             InvalidNameError: The name is out of bounds.
@@ -157,9 +154,9 @@ class Manager(Scope):
 
     @property
     def role(self) -> Role | None:
-        """The role of this process in the state: `"owner"` or `"follower"`. `None` while the manager does not run.
+        """The role of this manager in the state: `"owner"` or `"follower"`. `None` while it does not run.
 
-        A state that is not shared has one process, which is its owner.
+        The manager of a state that is not shared is its owner.
         """
         flusher = self._running
         if not self._core.is_open:
@@ -171,30 +168,26 @@ class Manager(Scope):
     async def start(self) -> None:
         """Become the only writer of the state, or one of the processes that share it, and load it.
 
-        Decoding blocks the event loop: for about 0.8 s with a million keys. A start that fails
-        or is cancelled releases everything, and may be tried again. A manager can be started
-        again after `stop()`, also on another event loop.
+        Decoding blocks the event loop: for about 0.8 s with a million keys. A start that fails or is cancelled releases
+        everything, and may be tried again. A manager can be started again after `stop()`, also on another event loop.
 
-        If another writer holds the state, the call tries again for `Config.lock_timeout`
-        seconds. At the first refusal, and every 10 s after it, a message at level WARNING
-        names that writer.
+        If another writer holds a state that is not shared, the call tries again for `Config.lock_timeout` seconds. At the
+        first refusal, and every 10 s after it, a message at level WARNING names that writer.
 
         In a shared state, the call waits until this process owns the state, or follows the process that does.
         It waits while that process loads the state, however long this takes.
 
         Raises:
-            RuntimeError: The manager is running already, another start or stop is under way,
-                or the event loop is not asyncio's.
-            LockedError: Another writer still holds the state after
-                `Config.lock_timeout` seconds. The message names that writer. If it is a manager
-                of this process, the message also says where its `start()` was called. Stop that
-                manager first.
+            RuntimeError: The manager is running already, another start or stop is under way, or the event loop is not asyncio's.
+            LockedError: Another writer still holds the state after `Config.lock_timeout` seconds. The message names that writer.
+                If it is a manager of this process, the message also says where its `start()` was called. Stop that manager
+                first. In a shared state: the holder of the lock does not share it, or no connection to the holder
+                could be made for `Config.owner_timeout` seconds.
             CorruptionError: The stored state is damaged. Nothing was changed.
-            UnavailableError: The state could not be read this time, or a shared state had no owner that
-                answers for `Config.owner_timeout` seconds. Start again.
-            UnsupportedError: The state cannot be opened as it is. For example, a permission is
-                missing, or the format is newer. Or the state is shared, and the storage is not a
-                `FileStorage`, or the owner has another version of lab_state.
+            UnavailableError: The state could not be read this time, or the owner of a shared state gave no sign of life for
+                `Config.owner_timeout` seconds. Call `start()` again.
+            UnsupportedError: The state cannot be opened as it is. For example, a permission is missing, or the format is newer.
+                Or the state is shared, and the storage is not a `FileStorage`, or the owner has another version of lab_state.
         """
         self._core.check_process()
         check_asyncio()
@@ -237,7 +230,7 @@ class Manager(Scope):
         if not isinstance(storage, FileStorage):
             raise UnsupportedError(
                 f"a shared state needs a FileStorage, and {storage!r} is none: processes on one machine share the files of a "
-                "directory. Processes on several machines read a mirror; see RedisCache"
+                "directory. Processes on several machines can read a mirror; see RedisCache"
             )
         around = Surroundings(
             storage,
@@ -276,22 +269,20 @@ class Manager(Scope):
     async def stop(self) -> None:
         """Flush, write a checkpoint, and release the state.
 
-        The call continues while bytes are written or sent. It ends after `Config.stop_timeout`
-        seconds without progress, or up to an eighth of that time later. A flush that fails is
-        tried again until that many seconds after the call. A storage call that hangs continues
-        after the end of `stop()`, and the state stays locked until that call ends. At the end,
-        `stop()` sends the last changes to the cache, for at most one second. A second call waits
-        for the first. A call before `start()` does nothing. If the caller is cancelled, the stop
-        continues.
+        The call continues while bytes are written or sent. It ends after `Config.stop_timeout` seconds without progress, or
+        up to an eighth of that time later. A flush that fails is tried again until that many seconds after the call. A storage
+        call that hangs continues after the end of `stop()`, and the state stays locked until that call ends. At the end,
+        `stop()` sends the last changes to the cache, for at most one second. A second call waits for the first. A call before
+        `start()` does nothing. If the caller is cancelled, the stop continues.
 
-        In a shared state, a process that is not the owner waits for the answers to its calls, and writes
-        nothing. If there is no owner, it becomes the owner first. So the last process writes the checkpoint.
+        In a shared state, a process that is not the owner waits for the answers to its calls, for at most
+        `Config.stop_timeout` seconds, and writes nothing. If there is no owner, it becomes the owner first. So the last
+        process writes the checkpoint.
 
         Raises:
-            StorageError: The last flush failed, or the storage hangs before all changes are durable.
-                The manager is stopped. The changes above `durable_revision` may be lost. If the
-                storage hangs, and the flush before failed, the message also has the error of that
-                flush.
+            StorageError: The last flush failed, or the storage hangs before all changes are durable. The manager is stopped. The
+                changes above `durable_revision` may be lost. If the storage hangs, and the flush before failed, the message
+                also has the error of that flush. In a shared state: calls had no answer, or this process had lost its state.
             FencedError: A newer writer owns the state. The message says whether changes are lost.
             RuntimeError: `start()` is still under way: cancel `start()` instead. Or this is not
                 the event loop of `start()`, and that loop is not closed.
@@ -446,7 +437,7 @@ class Manager(Scope):
 
     @property
     def durable_revision(self) -> int:
-        """Every change up to this revision is durable. After an unclean end it is 0 until the first commit."""
+        """Every change up to this revision is durable. In a state that is not shared, it is 0 after an unclean end until the first commit."""
         flusher = self._running
         return self._ended.durable_revision if flusher is None else flusher.durable_revision
 

@@ -33,7 +33,7 @@ from lab_state.shared._order import OwnerOrder
 from lab_state.shared._wire import decode_from_owner, encode_for_owner
 
 _MOST_RECEIVED = 64 * 1024
-"""How many bytes of records and answers are handled in one step of the event loop."""
+"""The largest number of bytes of records and answers that are handled in one step of the event loop."""
 
 
 class ClientSide(Protocol):
@@ -47,16 +47,17 @@ class ClientSide(Protocol):
     def calls_to_send(self) -> Iterable[bytes | memoryview]:
         """Return the frames of the calls that are to be sent now, in order and in parts.
 
-        This is called behind a welcome that knows the client, and after each `Link.send_soon`.
+        This is called once after each step of the event loop in which a welcome knew the client, or `Link.send_soon`
+        was called.
         """
         ...
 
     def starting(self, starting: Starting) -> None:
-        """Note that the owner loads its state. The link waits on."""
+        """Note that the owner loads its state. The link goes on waiting."""
         ...
 
     def welcomed(self, welcome: Welcome) -> None:
-        """Note the welcome. If it knows the client, the open calls are sent again behind it."""
+        """Note the welcome. If it knows the client, the link then asks for `calls_to_send`."""
         ...
 
     def refused(self, no: No) -> None:
@@ -88,7 +89,7 @@ class ClientSide(Protocol):
         ...
 
     def ended(self, problem: BadMessageError | None) -> None:
-        """Note the end of the connection: the fault of the owner, or `None` if the owner closed it.
+        """Note the end of the connection: the fault of the owner, or `None` if there was none.
 
         This is called once, after all other calls. It is not called after `Link.close`.
         """
@@ -100,7 +101,7 @@ class Link:
 
     Attributes:
         heard: The owner's time in the last message, in nanoseconds; `None` before the first.
-        is_greeted: Whether an owner has answered the hello. Another program could have answered before that.
+        is_greeted: Whether an owner has answered the hello. Before that, the other end may be another program.
         is_admitted: Whether calls can be sent: from a welcome that knows the client to the farewell, or to the end.
     """
 
@@ -150,18 +151,19 @@ class Link:
             asyncio.get_running_loop().call_soon(self._send_calls)
 
     def ask(self, token: int) -> None:
-        """Ask for the durable revision. `ClientSide.reply` gets it."""
+        """Ask for the durable revision, if calls can be sent. `ClientSide.reply` gets it."""
         self._send(Question(token))
 
     def say_farewell(self) -> None:
-        """Tell the owner that this client stops. Nothing may be sent after it."""
+        """Tell the owner that this client stops. From now on, nothing is sent."""
         self._send(Bye(self._side.acknowledgement))
         self.is_admitted = False
 
     def silent_for(self) -> float:
         """Return the seconds since anything was received. The result is 0 if something has arrived that was not read yet.
 
-        So an event loop that was blocked does not take its own silence for that of the owner.
+        So a process whose event loop was blocked does not take this time for silence of the owner. The result is also
+        0 before `open` and after the end.
         """
         if self._channel is None or self._channel.has_unread:
             return 0.0

@@ -1,4 +1,4 @@
-"""`Member`: one process of a shared state, from its start to its stop. It becomes the owner, or follows it.
+"""`Member`: one process of a shared state, from its start to its stop. It becomes the owner, or follows the owner.
 
 Theory of operation. The copy, the port and the watches stay the same from start to stop. What changes is
 the role: a `Follower` for each connection to an owner, or one `Owner`, which stays until the stop. When the
@@ -45,10 +45,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 """The pauses in seconds between two attempts to follow or to take over, while the files cannot be used."""
 
 _SWEPT_AT_START = 100_000
-"""The largest number of expired keys that a start deletes. The sweeps delete the others."""
+"""The largest number of expired keys that a start as the owner deletes. The sweeps delete the others."""
 
 _LAST_CHANCE = 0.5
-"""The seconds that `stop` waits for a storage call that hangs, after the call was cancelled."""
+"""The longest time in seconds that `stop` waits for its cancelled task, and then for the release of the lock."""
 
 
 class Member(SharedCopy):
@@ -58,7 +58,7 @@ class Member(SharedCopy):
         """Prepare for the running event loop.
 
         Args:
-            core: The core of the manager. It is opened when there is something to show.
+            core: The core of the manager. It is opened when the copy has its first state.
             config: The settings of the manager.
             around: See `Surroundings`.
         """
@@ -84,7 +84,7 @@ class Member(SharedCopy):
     # Start
 
     async def start(self) -> None:
-        """Become the owner, or follow it, and open the core.
+        """Become the owner, or follow the owner. Open the core.
 
         Raises:
             LabStateError: See `Manager.start`.
@@ -108,7 +108,7 @@ class Member(SharedCopy):
         self._life.add_done_callback(self._life_ended)
 
     def _show(self) -> None:
-        """Open the core, if this is the first state that the copy shows."""
+        """Open the core, if it is not open and the member does not stop."""
         if not self._core.is_open and not self._stopping:
             self._core.open(self.state, self, self.watchers, _nothing, self.port)
 
@@ -192,10 +192,10 @@ class Member(SharedCopy):
         return True
 
     async def _limit_silence(self, follower: Follower) -> None:
-        """Wait until a start can go on, or its connection has ended.
+        """Wait until the start can use the connection, or the connection has ended.
 
         Raises:
-            UnavailableError: The owner was silent for `owner_timeout` seconds.
+            UnavailableError: The owner was silent for `owner_timeout` seconds, and for at least 2 s.
         """
         patience = max(self._config.owner_timeout, _SILENT)
         while not follower.ready.done():
@@ -287,7 +287,7 @@ class Member(SharedCopy):
 
     def _refuse_calls(self, error: LabStateError) -> None:
         self._logger.error(
-            "%s: this process has lost its state, and every write raises this error; end it, and mend the fault: %s",
+            "%s: this process has lost its state, and every write raises this error; mend the fault, and restart this process: %s",
             self._name,
             error,
         )
@@ -310,12 +310,12 @@ class Member(SharedCopy):
     # The end
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- it bounds the work, not the wait of the caller
-        """End all calls, and leave the state: with a farewell, or, as the owner, with a checkpoint.
+        """Wait for the answers to all calls, and leave the state: with a farewell, or, as the owner, with a checkpoint.
 
         Without an owner, this process becomes the owner first. So the last process that stops writes the checkpoint.
 
         Raises:
-            StorageError: Calls had no answer in time, or the last flush failed.
+            StorageError: Calls had no answer in time, the last flush failed, or this process has lost its state.
         """
         self._stopping = True
         deadline = self._clock.monotonic() + timeout
@@ -327,12 +327,12 @@ class Member(SharedCopy):
             is_idle = self.port.is_idle
             await self._end()
         if self._failure is not None:
-            raise copied(self._failure, "nothing that this process had completed is lost")
+            raise copied(self._failure, "each write that returned was durable")
         if not has_left and not is_idle:
             raise UnavailableError(f"stop() gave up after {timeout:g} s: calls of {self._name!r} had no answer")
 
     async def _leave(self, deadline: float) -> bool:
-        """Leave the state as a follower or as the owner. Return False if there was no owner until the deadline."""
+        """Leave the state as a follower or as the owner. Return False if this was not possible before the deadline, or if this process has lost its state."""
         while self._failure is None and self._clock.monotonic() < deadline:
             self._turned.clear()
             owner, follower = self._owner, self._follower
@@ -398,7 +398,7 @@ class Member(SharedCopy):
     # Numbers
 
     def status(self, phase: Phase, mirror: MirrorWriter | None, before: Status) -> Status:
-        """Return the status of the manager. In a follower, that of the mirror is as it was `before`."""
+        """Return the status of the manager. In a follower, the status of the mirror is that of `before`."""
         flusher = self.flusher
         if flusher is not None:
             found = status_of(phase, flusher, mirror)
@@ -437,7 +437,7 @@ class Member(SharedCopy):
 
     @property
     def lag(self) -> float:
-        """The seconds since the last sign of life of the owner. The copy may lack what became durable in this time."""
+        """The seconds since the last sign of life of the owner, or since its end; 0 in the owner. The copy may lack what became durable in this time."""
         if self._lost_at is not None:
             return self._clock.monotonic() - self._lost_at
         return 0.0 if self._follower is None else self._follower.link.silent_for()

@@ -14,6 +14,7 @@ from msgspec import Raw
 from lab_state._arguments import LONGEST_TTL
 
 PROTOCOL = 1
+"""The version of the protocol."""
 
 Number: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -59,12 +60,12 @@ class Starting(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The answer to a hello that admits the client.
+    """The answer to a hello, by an owner that has loaded the state. It admits the client if `known` is True.
 
     Attributes:
         host: The name of the owner's machine.
         pid: The process id of the owner.
-        known: Whether the client may send its open calls again.
+        known: Whether the client may send its open calls again. It is False if the owner may have forgotten the client.
         epoch: The time of the state, in seconds, when `CLOCK_MONOTONIC` is 0.
         revision: The durable revision.
         load: Whether the client must read the files.

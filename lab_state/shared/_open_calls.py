@@ -35,7 +35,7 @@ class OpenCall(Generic[C]):
 
     Attributes:
         call: The call itself. Only the client looks at it.
-        size: Its size in bytes.
+        size: An upper bound of its size, in bytes.
         number: Its number; 0 while it waits for one.
         since: The revision of its check; `None` without a check.
     """
@@ -99,7 +99,7 @@ class OpenCalls(Generic[C]):
 
         Args:
             call: The call.
-            size: Its size in bytes.
+            size: An upper bound of its size, in bytes.
             since: The revision of its check; `None` without a check.
             refused_on: The `connection` on which a refusal had that revision; `None` if it is the
                 revision of the copy.
@@ -155,7 +155,7 @@ class OpenCalls(Generic[C]):
         return list(self._open.values())
 
     def restart(self) -> list[OpenCall[C]]:
-        """Start again with a new id, from number 1, because the owner has forgotten the client.
+        """Begin with number 1 again, because the owner has forgotten the client. The caller takes a new id.
 
         Return the calls with an unknown outcome, which are removed. All other calls were certainly not
         made, and wait for numbers again.
@@ -169,7 +169,7 @@ class OpenCalls(Generic[C]):
         return [call for call in calls if call.outcome == "unknown"]
 
     def is_forgotten(self, now: int) -> bool:
-        """Return whether an owner may have forgotten this client at the time `now`. A client that becomes the owner asks this, too."""
+        """Return whether an owner may have forgotten this client at the time `now`. A client that becomes the owner decides by this about its own calls."""
         return may_be_forgotten(self.heard, now)
 
     def everything(self) -> Iterator[OpenCall[C]]:

@@ -1,6 +1,6 @@
 """Transactions of a shared state. They hold no lock, and note what they have read.
 
-The draft lies over the copy, which goes on changing. The draft knows which keys of the copy have changed
+The draft lies over the copy, which other calls change meanwhile. The draft knows which keys of the copy have changed
 since it began. All other keys have the values from its beginning. So it shows the state of that
 moment, or raises `ConflictError`. At the commit, the owner compares what was read with its own changes.
 """
@@ -49,13 +49,13 @@ class _Noted(Live):
 
 
 class OptimisticDraft(Draft):
-    """A draft that notes what is read. Other changes of the base go on.
+    """A draft that notes which keys are read. Other changes of the base are made meanwhile.
 
     Attributes:
         read_at: The revision of the base at the beginning.
         keys: The keys that were read, also those that are missing.
         prefixes: The prefixes whose keys were listed.
-        has_conflict: Whether something that was read has changed meanwhile.
+        has_conflict: Whether a `ConflictError` of this draft was raised.
     """
 
     __slots__ = ("_stale", "has_conflict", "keys", "prefixes", "read_at")
@@ -123,7 +123,7 @@ class OptimisticDraft(Draft):
     def reads(self) -> tuple[list[str], list[str]]:
         """Return the keys and the prefixes for the check of the commit.
 
-        Left out are keys under a prefix that is there as well, and texts that cannot be keys. Nothing changes those.
+        Left out are keys under a prefix that is there as well, and texts that cannot be keys. No change can concern such a text.
         """
         prefixes = [prefix for prefix in self.prefixes if can_begin_key(prefix)]
         starts = tuple(prefixes)
@@ -138,12 +138,12 @@ class OptimisticDraft(Draft):
         )
 
     def count(self) -> int:
-        """Return the number of keys. This reads all of them."""
+        """Return the number of keys. This counts as a read of all keys."""
         self.note_listing("")
         return super().count()
 
     def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
-        """Apply changes to the draft. What this looks up is not noted: a change alone reads nothing."""
+        """Apply changes to the draft. The keys that this looks up are not noted: a change alone reads nothing."""
         noted, self.entries = self.entries, cast("LayeredEntries", self.known)
         try:
             return super().apply(changes, cleared=cleared)
@@ -178,7 +178,7 @@ class OptimisticCore(DraftCore):
 
     @property
     def has_conflict(self) -> bool:
-        """Whether something that was read has changed meanwhile."""
+        """Whether a `ConflictError` of this transaction was raised."""
         return self.draft.has_conflict
 
     @property

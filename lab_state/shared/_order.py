@@ -59,7 +59,7 @@ class ClientOrder:
             self._check_call(message)
 
     def check_call(self, call: Call) -> None:
-        """Check the next message, which is a call. `check` does the same, and takes longer to find this out.
+        """Check the next message, which is a call. This is faster than `check`, which does the same.
 
         Raises:
             BadMessageError: The call is not allowed at this point.
@@ -85,7 +85,7 @@ class OwnerOrder:
     """The order of an owner's messages, which a client checks.
 
     Attributes:
-        admitted: Whether the welcome has come.
+        admitted: Whether a welcome has come.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,9 @@ class OwnerOrder:
             raise BadMessageError("a time that is below the last one")
         is_greeting = isinstance(message, Starting | Welcome | No)
         if is_greeting is self.admitted:
-            raise BadMessageError("a second welcome" if self.admitted else "a first message that admits nothing")
+            raise BadMessageError(
+                "a second welcome" if self.admitted else "a first message that does not answer the hello"
+            )
         self._time = time
         self.admitted = self.admitted or isinstance(message, Welcome)
         self._is_over = isinstance(message, No | Bye)

@@ -191,7 +191,7 @@ class Owner:
         self._close()
 
     async def finish(self) -> None:
-        """Send what the queues hold, and close all connections."""
+        """Send what the queues hold, for at most a second. Close all connections, and end the checks of the socket file."""
         self._stop_accepting()
         await self.server.aclose()
         await self._claim.release()
@@ -204,7 +204,7 @@ class Owner:
         return self._copy.state.revision
 
     def greeting(self, hello: Hello) -> Welcome | Starting | No:
-        """Answer a hello."""
+        """Answer a hello: see `OwnerSide.greeting`."""
         holder = self._claim.holder
         if hello.name != self._config.name:
             return No(reason="name", detail=f"this is the state {self._config.name!r}, and not {hello.name!r}")
@@ -230,7 +230,7 @@ class Owner:
         return self.flusher.engine.clients.acknowledged[connection.client]
 
     def call(self, connection: Connection, call: Call) -> None:
-        """Execute a call of a client."""
+        """Execute a call of a client. Answer it now if that is possible. Otherwise the flusher does so later."""
         flusher = self.flusher
         assert flusher is not None
         if isinstance(call, DeleteAll) and call.prefix and self._copy.state.is_index_behind:
@@ -242,7 +242,8 @@ class Owner:
     async def _delete_later(self, flusher: OwnerFlusher[Connection], connection: Connection, call: DeleteAll) -> None:
         """Bring the index of the keys up to date in steps, and execute the call then.
 
-        Calls that came after it may be executed before it. Its caller has not waited for them, so they have no order.
+        Calls that came after it may be executed before it. Their callers have not waited for its end, so there is no
+        order among these calls.
         """
         for _ in self._copy.state.index_steps():
             await asyncio.sleep(0)
@@ -292,7 +293,7 @@ class Owner:
             self._logger.warning("%s: the socket file was deleted or replaced, and was made again", self._config.name)
 
     async def _cannot_bind(self, error: StorageError) -> None:
-        """Log the first of several failures. If the lock is lost, let a commit find that out, also if there is no change."""
+        """Log the first of consecutive failures. If the lock is lost, let a commit find that out, even if there is no change to commit."""
         if not self._socket_failed:
             self._socket_failed = True
             self._logger.error("%s: processes that start now cannot connect: %s", self._config.name, error)

@@ -175,14 +175,15 @@ class OwnerFlusher(Flusher, Generic[C]):
     # Commits
 
     async def _commit(self) -> StorageError | None:
-        # Calls of other processes have come during the last commit. Tasks of this process that it has answered run
-        # now, so that their next calls join this commit, too. Otherwise every other commit would have theirs alone.
+        # The last commit has answered tasks of this process. They run now, so that their next calls join this commit,
+        # with the calls that other processes have sent. Otherwise every second commit would have the calls of these
+        # tasks alone.
         await asyncio.sleep(0)
         return await super()._commit()
 
     async def _write(self, taken: ChangeSet, views: SnapshotViews, calls: RecordCalls | None = None) -> bool:  # noqa: ARG002 -- the views and the results of the owner are used instead
         self._asked = False
-        calls = self.engine.begin(taken)  # in the step that has taken the changes
+        calls = self.engine.begin(taken)  # in the same step as `take`
         self._record = record_of(taken, calls)
         frames = FrameViews(self.shown, taken, calls, given=self._progress.count)
         try:
@@ -222,7 +223,7 @@ class OwnerFlusher(Flusher, Generic[C]):
             self._applier.apply(record)
         self._layer.landed(taken)
         answers = self.engine.landed()
-        if record.end > record.start:  # otherwise each copy would skip it
+        if record.end > record.start:  # each copy would skip a record without changes
             self.last_records.add(record.start, record.end, data)
             self._listener.record(data)
         self._tell(answers)
@@ -237,7 +238,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         super()._put_back()
 
     def _commit_failed(self, error: StorageError, note: str) -> None:
-        """Answer the calls of a failed commit. During a stop they wait: if the last commit fails, the next owner answers them."""
+        """Answer the calls of a failed commit. During a stop, send no answer: the next owner answers the calls if no commit succeeds."""
         self._asked = False
         if not self._stopping:
             # A path in the text may have lone surrogates, which a message cannot hold.

@@ -35,7 +35,7 @@ from lab_state.shared._wire import encode_for_owner
 R = TypeVar("R")
 
 _HEAD_BYTES = 256
-"""The most bytes of a message beside its keys and values."""
+"""An upper bound of the size of a message without its keys and values, in bytes."""
 
 _LARGEST = 2**63 - 1
 """The largest number in a message."""
@@ -167,8 +167,8 @@ class SharedPort(DataCalls):
         )
         if isinstance(made, Settled):
             return made.revision
-        with suppress(LabStateError):  # the next attempt raises it again, if it lasts
-            await self.see_all()  # otherwise the next attempt would meet the same change
+        with suppress(LabStateError):  # the next attempt raises the error again, if the fault lasts
+            await self.see_all()  # otherwise the copy of the next attempt could still lack the change
         raise draft.conflict()
 
     async def catch_up(self) -> None:
@@ -203,7 +203,7 @@ class SharedPort(DataCalls):
         )
 
     async def see_all(self, made: float | None = None) -> None:
-        """Wait until the copy has everything that the owner has changed so far. A call without changes does this."""
+        """Wait until the copy has everything that the owner has changed so far. The answer to a call without changes says so."""
         await self._ended(lambda n, ack, _: MakeChanges(n, ack, 0, [], [], _NO_CHANGES), 0, made=made, is_empty=True)
 
     async def _ended(
@@ -231,7 +231,9 @@ class SharedPort(DataCalls):
         self.check_open()
         size += _HEAD_BYTES
         if size > MOST_BYTES:
-            encode_for_owner(make(_LARGEST, _LARGEST, _LARGEST))  # raises an error if it is too large, in each role
+            encode_for_owner(
+                make(_LARGEST, _LARGEST, _LARGEST)
+            )  # raises an error if the message is too large, in the owner too
         if self._owner is not None:
             if refused_on is not None and refused_on != self.calls.connection:
                 since = NEVER
@@ -273,7 +275,7 @@ class SharedPort(DataCalls):
         return self.calls.acknowledgement
 
     def follow(self, send_soon: Callable[[], object], ask: Callable[[int], object]) -> None:
-        """Use a connection on which the owner knows this client. All open calls are sent again.
+        """Use a connection on which the owner knows this client. All open calls will be sent again.
 
         Args:
             send_soon: A function that asks for `calls_to_send` later in this step.
@@ -284,7 +286,7 @@ class SharedPort(DataCalls):
         self.arrivals.follow(ask)
 
     def unfollow(self) -> None:
-        """Note that there is no connection. Calls wait for the next one."""
+        """Note that there is no connection. Calls wait for the next connection, or until this process is the owner."""
         self._send_soon = _nothing
         self._again = []
         self.arrivals.follow(None)
@@ -327,9 +329,9 @@ class SharedPort(DataCalls):
         self._note_end()
 
     def forgotten(self) -> None:
-        """Take a new id, because the owner has forgotten this client. The calls that were sent have an unknown outcome."""
+        """Take a new id, because the owner has forgotten this client. End the calls that it may have executed with an error."""
         for call in self.calls.restart():
-            why = "the owner of the state has forgotten this process, which was away too long"
+            why = "the owner of the state has forgotten this process, which had no connection for too long"
             self._end(call, self._unavailable(call, why))
         self.client = os.urandom(16).hex()
 
@@ -394,7 +396,7 @@ class SharedPort(DataCalls):
 
     def _unavailable(self, call: OpenCall[PendingCall], why: str) -> UnavailableError:
         outcome: Outcome = "not made" if call.call.is_empty else call.outcome
-        how = "it was not made" if outcome == "not made" else "it was made once, or not at all"
+        how = "the call was not made" if outcome == "not made" else "the call was made once, or not at all"
         error = UnavailableError(f"a call of {self._core.name!r} had no answer, because {why}: {how}")
         error.outcome = outcome
         return error
@@ -417,7 +419,7 @@ class SharedPort(DataCalls):
         return not len(self.calls) and not self._tasks
 
     def refuse(self, error: LabStateError) -> None:
-        """End all calls, because this process has lost its state. Later calls raise the error."""
+        """End all calls: this process has lost its state, or the manager has stopped. Later calls raise the error."""
         self._closed = error
         for call in list(self.calls.everything()):
             self._end(call, self._lost(call, error))

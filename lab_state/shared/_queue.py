@@ -1,6 +1,6 @@
 """The bytes that wait to be sent on one connection. Pure.
 
-Small parts are joined, so that many messages take one call of the system. A large part is sent as it
+Small parts are joined, so that many messages take one system call. A large part is sent as it
 is: a record of many megabytes is not copied, and the queues of all followers share it.
 """
 
@@ -13,7 +13,10 @@ MOST_WAITING = 64 * 1024 * 1024
 """The bound of a queue, in bytes. One larger message may wait besides."""
 
 _SMALL = 64 * 1024
+"""Parts of at most this size are joined, in bytes."""
+
 _JOINED = 256 * 1024
+"""No part is added to joined parts of this size or more, in bytes."""
 
 
 class SendQueue:
@@ -22,7 +25,7 @@ class SendQueue:
     __slots__ = ("_added", "_large", "_large_end", "_most", "_parts", "_sent")
 
     def __init__(self, most: int | None) -> None:
-        """Set the bound in bytes. `None` sets no bound: then the sender has one of its own."""
+        """Set the bound in bytes. `None` sets no bound, for a sender that limits its messages itself."""
         self._most = most
         self._parts: deque[bytes | memoryview] = deque()
         self._added = self._sent = 0
@@ -72,7 +75,7 @@ class SendQueue:
         return parts[0]
 
     def sent(self, size: int) -> None:
-        """Remove the first `size` bytes of the last piece."""
+        """Remove the first `size` bytes of the piece that `next_piece` returned last."""
         piece = self._parts[0]
         if size == len(piece):
             self._parts.popleft()

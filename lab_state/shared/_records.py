@@ -1,7 +1,7 @@
 """Records of an owner, and the copies that they change.
 
 Each process has a copy: the durable state in its memory. Only records change it. The owner applies a record
-when its commit is durable, and a follower when the record comes. Both use `RecordApplier`, so all copies
+when its commit is durable, and a follower when it receives the record. Both use `RecordApplier`, so all copies
 are the same at the same revision, and each watch reports the same changes.
 """
 
@@ -34,7 +34,7 @@ class ParsedRecord(NamedTuple):
         end: The revision of the last change.
         cleared: Whether all keys were deleted before `changes`.
         changes: The last effect on each key that changed. A key that was deleted need not have existed.
-        time: The time of the owner, in milliseconds since 1970; 0 if no key expired or expires.
+        time: The time of the state at the commit, in milliseconds since 1970; 0 if no key expired or expires.
         wall: The time of the owner's wall clock, in milliseconds since 1970; 0 if no key expired or expires.
         calls: The results of calls; `None` if there are none.
     """

@@ -58,7 +58,7 @@ class ResultTable:
         self._clients: dict[str, _Client] = {}
 
     def __contains__(self, client: str) -> bool:
-        """Return whether a record has named a client, and no later record has forgotten it."""
+        """Return whether a record or a snapshot has named a client, and no later record has forgotten it."""
         return client in self._clients
 
     @property
@@ -122,7 +122,7 @@ class PendingResults:
         self._under_way: _Results = {}
 
     def __contains__(self, client: str) -> bool:
-        """Return whether there is a result of a client."""
+        """Return whether there is a result of a client that is not durable."""
         return bool(self._new.get(client) or self._under_way.get(client))
 
     def __bool__(self) -> bool:
@@ -179,5 +179,5 @@ class PendingResults:
 
 
 def needs_forgetting(client: str, table: ResultTable, pending: PendingResults) -> bool:
-    """Return whether a record must say that a client is forgotten. It must if the client is in the table, or has results."""
+    """Return whether a record must say that a client is forgotten. It must if the client is in the table, or has results that are not durable."""
     return client in table or client in pending

@@ -1,4 +1,4 @@
-"""The owner's socket: accept connections, give each record to all of them, and give signs of life.
+"""The owner's socket: accept connections, send each record to all admitted clients, and send signs of life.
 
 The server has no task, and one timer for all connections.
 """
@@ -69,7 +69,7 @@ class Server:
             connection.greet()
 
     def record(self, data: bytes) -> None:
-        """Send a record to all admitted clients. A client that cannot take it is cut off, and loads it from the files."""
+        """Send a record to all admitted clients. If a client cannot take it, close its connection; see `Connection.record`."""
         admitted = [connection for connection in self._by_client.values() if connection.is_admitted]
         try:
             parts = frame_of_record(self._time(), data)
@@ -90,7 +90,7 @@ class Server:
     async def aclose(self, seconds: float = 1.0) -> None:
         """Send what waits in the queues, for at most `seconds`, and then do as `close`.
 
-        Nothing that clients send is handled from the beginning. If the caller is cancelled, the
+        From the beginning of the call, nothing that clients send is handled. If the caller is cancelled, the
         connections are closed at once. A second call does nothing.
         """
         self.stop_accepting()

@@ -1,6 +1,6 @@
 """Encode and decode the messages between the owner of a shared state and its followers. Pure.
 
-A payload is JSON, or 8-byte integers. A stored value in it is not checked again, because the client
+A payload has 8-byte integers, or JSON, or both in this order. A record is JSON that `_records.py` decodes. A stored value in it is not checked again, because the client
 that encoded the value has checked it. Everything else is checked, because another program may be at
 the other end.
 """
@@ -61,7 +61,7 @@ _ONE, _TWO, _THREE = struct.Struct(">Q"), struct.Struct(">QQ"), struct.Struct(">
 
 
 class OtherVersionError(BadMessageError):
-    """The other process speaks another version of the protocol.
+    """The error for a message of a process that has another version of the protocol.
 
     Attributes:
         protocol: The version of the other process.

@@ -1,6 +1,6 @@
 """The claim of a shared state: its lock, and the socket at which its other processes connect.
 
-The section "Election" of `docs/design/shared.md` has the steps, with a reason for each.
+The section "Election" of `docs/design/shared.md` has the steps.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Listener:
             return not self._is_closed and not lookup.is_file(self.address.path, self._identity)
 
     def replace(self, own: OwnSocket) -> bool:
-        """Bind another new socket. Return False, and close it, after `close`. The replaced socket stays open.
+        """Bind another new socket. The replaced socket stays open. After `close`, only close the new one, and return False.
 
         Raises:
             StorageError: See `_fs_socket.bind`. The new socket is closed.
@@ -156,7 +156,7 @@ class Claim:
     def _is_gone(self) -> bool:
         if not self._listener.is_gone():
             return False
-        self._lock.check()  # otherwise the file may be the socket of another owner
+        self._lock.check()  # without the lock, the file may be the socket of another owner
         return True
 
     async def release(self) -> None:
@@ -178,7 +178,7 @@ class Claim:
 
 
 class SharedFiles:
-    """The lock files and the sockets of the states in a directory. Each call runs in a thread."""
+    """The lock files and the sockets of the states in a directory. Each coroutine does its work in a thread."""
 
     def __init__(self, directory: str, threads: Threads, load: Load, *, create: bool) -> None:
         """Keep the settings of a storage; see `FileStorage`."""
@@ -235,7 +235,7 @@ class SharedFiles:
         return refusal(Paths.of(self._directory, name).lock, holder)
 
     async def connect(self, name: str) -> OwnSocket | None:
-        """Connect to the process that shares a state and holds its lock. Return `None` if none accepts.
+        """Connect to the process that shares a state and holds its lock. Return `None` if no process accepts.
 
         The connection never blocks. Its peer runs as the user of this process. A forked child
         closes its copy. If the caller is cancelled, nothing stays connected.

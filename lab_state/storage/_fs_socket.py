@@ -35,8 +35,8 @@ class OwnSocket(socket.socket):
     """A stream socket of this process. A forked child closes its copy.
 
     Otherwise a child that lives longer than its parent would keep the connections of the parent, and
-    the process at the other end would wait for a process that has ended. Make it in the thread of the
-    event loop, and before it is bound or connected. Then no fork comes between the two.
+    the process at the other end would wait for a process that has ended. Make the socket in the thread of
+    the event loop, before it is bound or connected. So a fork finds it registered before it has a connection.
     """
 
     def __init__(self, *, fileno: int | None = None) -> None:
@@ -110,7 +110,7 @@ def bind(own: OwnSocket, address: Address) -> lookup.Identity:
 
 
 def remove_own(path: str, which: lookup.Identity) -> None:
-    """Delete a socket file, if it is still this one. Ignore errors: the next owner deletes the file."""
+    """Delete a socket file, if it is still this one. Ignore errors, because the next owner deletes the file anyway."""
     with contextlib.suppress(OSError, StorageError):
         if lookup.is_file(path, which):
             os.unlink(path)

@@ -407,7 +407,7 @@ def bad(kind: bytes, body: bytes) -> bytes:
     [
         (b"HTTP/1.1 400 Bad Request\r\n", ": a message of 1213486160 bytes; at most 268435456 are allowed"),
         (b"SSH", ": bytes that are not the beginning of a message"),
-        (bad(b"L", bytes(8)), " of kind L: a first message that admits nothing"),
+        (bad(b"L", bytes(8)), " of kind L: a first message that does not answer the hello"),
         (bad(b"W", b"secret"), " of kind W: a payload that is not a welcome"),
         (bad(b"C", b"secret"), ": a message of an unknown kind"),
     ],

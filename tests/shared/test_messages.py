@@ -364,8 +364,8 @@ def test_an_order_of_an_owner_that_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("messages", "why"),
     [
-        ([m.Life(1)], "admits nothing"),
-        ([STARTING, m.Answers([])], "admits nothing"),
+        ([m.Life(1)], "does not answer the hello"),
+        ([STARTING, m.Answers([])], "does not answer the hello"),
         ([WELCOME, WELCOME], "second welcome"),
         ([WELCOME, STARTING], "second welcome"),
         ([NO, STARTING], "after the last one"),

@@ -516,7 +516,9 @@ async def test_an_answer_to_a_call_that_was_given_up_is_ignored(shared: Shared, 
     task = await begun(follower.calls.set("a", 1))
     clock.advance(TIMEOUT)
     follower.port.give_up(0.0, "its owner hangs")
-    with pytest.raises(UnavailableError, match="because its owner hangs: it was made once, or not at all") as caught:
+    with pytest.raises(
+        UnavailableError, match="because its owner hangs: the call was made once, or not at all"
+    ) as caught:
         await task
     assert caught.value.outcome == "unknown"
     follower.pipe.release()
@@ -590,7 +592,7 @@ async def test_a_call_that_changes_nothing_is_never_unknown(shared: Shared, cloc
     clock.advance(TIMEOUT)
     follower.port.give_up(0.0, "its owner hangs")
     for task in tasks:
-        with pytest.raises(UnavailableError, match="it was not made") as caught:
+        with pytest.raises(UnavailableError, match="the call was not made") as caught:
             await task
         assert caught.value.outcome == "not made"
 

@@ -90,7 +90,7 @@ async def test_no_owner_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     async with members(tmp_path, 2, owner_timeout=0.5) as (first, one):
         owner_of(first)._close()  # it still holds the lock
         await until(lambda: one.status().owner_pid is None)
-        with pytest.raises(UnavailableError, match=rf"locked by pid {os.getpid()}.*it was not made") as info:
+        with pytest.raises(UnavailableError, match=rf"locked by pid {os.getpid()}.*the call was not made") as info:
             await one.set("a", 1)
         assert info.value.outcome == "not made"
         assert one.status().lag >= 0.5
@@ -118,7 +118,7 @@ async def test_an_owner_that_hangs_when_a_process_connects(tmp_path: Path, monke
         await crash(first)
         claim = await files_of(FileStorage(tmp_path)).claim(NAME, 1)
     monkeypatch.setattr(Link, "silent_for", silent_for)
-    with pytest.raises(UnavailableError, match=rf"the process {os.getpid()} does not answer: it was not made"):
+    with pytest.raises(UnavailableError, match=rf"the process {os.getpid()} does not answer: the call was not made"):
         await one.set("a", 2)
     assert await one.get("a") == 1
     assert looks < 10
