@@ -409,12 +409,14 @@ class Manager(Scope):
     @property
     def _flusher(self) -> Flusher | None:
         """The flusher, if this process owns the state."""
-        return self._running.flusher if isinstance(self._running, Member) else self._running
+        running = self._running  # read once: another thread may be here while `stop()` ends
+        return running.flusher if isinstance(running, Member) else running
 
     @property
     def _mirror(self) -> MirrorWriter | None:
         """The writer of the mirror, if this process owns the state and has a cache."""
-        return self._running.mirror if isinstance(self._running, Member) else self._own_mirror
+        running = self._running  # read once, as above
+        return running.mirror if isinstance(running, Member) else self._own_mirror
 
     def _set_strict(self, *, strict: bool) -> None:
         if isinstance(self._clock, GuardedClock):

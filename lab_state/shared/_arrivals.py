@@ -38,6 +38,7 @@ class Arrivals:
         self._token = 0
         self._questions: dict[int, _Question] = {}
         self._waiting: dict[asyncio.Future[None], int] = {}
+        self._error: LabStateError | None = None  # why the copy will reach no further revision
 
     async def catch_up(self, now: float) -> None:
         """Ask the owner for its durable revision, and wait until the copy has it. Without an owner, wait for one.
@@ -83,6 +84,8 @@ class Arrivals:
     async def _reach(self, revision: int) -> None:
         if self._copy.revision >= revision:
             return
+        if self._error is not None:
+            raise copied(self._error)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[done] = revision
         try:
@@ -137,7 +140,8 @@ class Arrivals:
                 _fail(question.done, UnavailableError(f"catch_up() of {self._name!r} had no answer, because {why}"))
 
     def close(self, error: LabStateError) -> None:
-        """End all waits with an error: the manager has stopped, or this process has lost its state."""
+        """End all waits with an error, and those to come: the copy of this process will reach no further revision."""
+        self._error = error
         for question in self._questions.values():
             _fail(question.done, copied(error))
         for done in self._waiting:

@@ -19,6 +19,7 @@ from lab_state._loading import load
 from lab_state._log import Log
 from lab_state.exceptions import LabStateError, StorageError, UnsupportedError
 from lab_state.shared._copy import SharedCopy
+from lab_state.shared._found import check_reaches
 from lab_state.shared._frames import BadMessageError
 from lab_state.shared._link import Link
 from lab_state.shared._messages import Answer, Hello, No, Starting, Welcome
@@ -89,6 +90,7 @@ class Follower:
         self._load: _Load | None = None
         self._loading: asyncio.Task[None] | None = None
         self._is_forgotten = False
+        self._welcomed_at = 0  # the durable revision of the welcome
         self._named = 0  # the highest durable revision that the owner has named
         self._named_more = asyncio.Event()
 
@@ -112,6 +114,11 @@ class Follower:
         """End the connection. A second call does nothing."""
         self.link.close()
         self.ended(None)
+
+    def abandon(self) -> None:
+        """End the connection after the end of its event loop, on which nothing waits for it."""
+        self.link.close()
+        self._note_heard()  # otherwise an owner that has forgotten this client would execute its calls again
 
     # What the link tells
 
@@ -141,10 +148,15 @@ class Follower:
             self._port.forgotten()
             return  # the owner closes the connection
         self._copy.epoch = welcome.epoch
+        self._welcomed_at = welcome.revision
         self._name_durable(welcome.revision)
-        if welcome.load:
+        is_behind = self._copy.has_state and welcome.revision < self._copy.state.revision
+        if welcome.load or is_behind:
             self._load = _Load()
             self._loading = asyncio.create_task(self._load_copy(), name=f"lab_state {self._name} load")
+        if is_behind:
+            self.link.is_admitted = False  # the load raises an error: no call may change a state that was replaced
+            return
         self._port.follow(self.link.send_soon, self.link.ask)
         if not welcome.load:
             self.ready.set_result(True)
@@ -229,14 +241,17 @@ class Follower:
         self._load = None
         if self._loading is not None:
             self._loading.cancel()
-        if not self._is_forgotten and self.link.heard is not None:
-            self._port.calls.heard = self.link.heard
+        self._note_heard()
         self._port.unfollow()
         if problem is not None and (error := self._fault(problem)) is not None:
             self._fail(error)
         if not self.ready.done():
             self.ready.set_result(False)
         self.over.set_result(None)
+
+    def _note_heard(self) -> None:
+        if not self._is_forgotten and self.link.heard is not None:
+            self._port.calls.heard = self.link.heard
 
     def _fault(self, problem: BadMessageError) -> UnsupportedError | None:
         """Return the error of a bad message, if another connection would not help; otherwise `None`."""
@@ -262,15 +277,13 @@ class Follower:
         """Load the copy, and show it when all of it is durable."""
         try:
             loaded = await self._read()
+            load, self._load = self._load, None
+            assert load is not None  # the end of the connection would have cancelled this task
+            self._show(loaded, load)
         except LabStateError as error:
             self._give_up(error)
-            return
-        except Exception as problem:  # noqa: BLE001 -- a storage must not raise it
+        except Exception as problem:  # noqa: BLE001 -- such as a MemoryError; a start waits for this task
             self._give_up(StorageError(f"the state {self._name!r} could not be read: {described(problem)}"))
-            return
-        load, self._load = self._load, None
-        assert load is not None  # the end of the connection would have cancelled this task
-        self._show(loaded, load)
 
     def _show(self, loaded: LoadedState, load: _Load) -> None:
         """Show what was read, with the records that were kept. Then handle the answers that were kept, in order."""
@@ -288,9 +301,16 @@ class Follower:
         self.ready.set_result(True)
 
     async def _read(self) -> LoadedState:
-        """Read the files until the result is not older than the copy, and wait until the owner has named its revision as durable."""
+        """Read the files until the result is not older than the copy, and wait until the owner has named its revision as durable.
+
+        Raises:
+            CorruptionError: The owner has less than the copy.
+            LabStateError: The files cannot be read.
+        """
         while True:
-            found = (await load(self._name, self._storage)).state
+            found, _, _, path, _ = await load(self._name, self._storage)
+            if self._copy.has_state:
+                check_reaches(self._welcomed_at, self._copy.state.revision, path)
             while self._named < found.revision:
                 self._named_more.clear()
                 await self._named_more.wait()

@@ -81,7 +81,7 @@ async def find(recovery: Recovery, path: str, copy: State | None) -> Found:
     loaded = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, path, crc)
     loaded = replay(loaded, records, path)
     if copy is not None:
-        _check_reaches(loaded.revision, copy.revision, path)
+        check_reaches(loaded.revision, copy.revision, path)
     return Found(loaded, [])
 
 
@@ -99,7 +99,7 @@ def _revision_of(snapshot: bytes | None, path: str, crc: int | None) -> int | No
 async def _tail(records: tuple[bytes, ...], revision: int, path: str) -> list[ParsedRecord] | None:
     """Return the records after a revision; `None` if the first record begins above it."""
     try:
-        _check_reaches(_span(records[-1]).end, revision, path)
+        check_reaches(_span(records[-1]).end, revision, path)
         newer: list[bytes] = []
         start: float = math.inf  # of the oldest record that was looked at
         for record in reversed(records):
@@ -119,7 +119,17 @@ async def _tail(records: tuple[bytes, ...], revision: int, path: str) -> list[Pa
         raise CorruptionError(path, 0, "a record of its journal has a valid checksum, but is not a record") from None
 
 
-def _check_reaches(end: int, revision: int, path: str) -> None:
+def check_reaches(end: int, revision: int, path: str) -> None:
+    """Check that a state has all that a copy has.
+
+    Args:
+        end: The last revision of the state.
+        revision: The revision of the copy.
+        path: The place of the state, for the message.
+
+    Raises:
+        CorruptionError: It has less.
+    """
     if end < revision:
         raise CorruptionError(
             path,

@@ -249,6 +249,7 @@ class Member(SharedCopy):
         await self.apply_all(found.tail)
         mirror = None if around.make_mirror is None else around.make_mirror()
         flusher = owner.own(session, mirror, _SWEPT_AT_START if is_start else 0)
+        flusher.refused = self._end_waits
         flusher.forgotten = note(flusher, session, self._name, around.storage, around.started_at)
         self.mirror = mirror
         seconds = self._clock.monotonic() - began
@@ -293,6 +294,13 @@ class Member(SharedCopy):
         )
         self._refuse_from_now_on(error)
         self.port.refuse(error)
+
+    def _end_waits(self) -> None:
+        """End the waits for a revision, because this process is the owner, and will make no further commit."""
+        flusher = self.flusher
+        assert flusher is not None  # it has called this
+        assert flusher.refusal is not None
+        self.port.arrivals.close(flusher.refusal)
 
     def _look_at_calls(self) -> None:
         """Give up calls that have waited too long."""
@@ -374,7 +382,7 @@ class Member(SharedCopy):
         self._turned = asyncio.Event()
         self.port.move()
         if self._follower is not None:
-            self._follower.link.close()
+            self._follower.abandon()
             self._follower, self._lost_at, self._election = None, self._clock.monotonic(), self._new_election()
         if self._owner is not None:
             self._owner.move()
@@ -438,9 +446,10 @@ class Member(SharedCopy):
     @property
     def lag(self) -> float:
         """The seconds since the last sign of life of the owner, or since its end; 0 in the owner. The copy may lack what became durable in this time."""
-        if self._lost_at is not None:
-            return self._clock.monotonic() - self._lost_at
-        return 0.0 if self._follower is None else self._follower.link.silent_for()
+        lost_at, follower = self._lost_at, self._follower  # read once: another thread may be here
+        if lost_at is not None:
+            return self._clock.monotonic() - lost_at
+        return 0.0 if follower is None else follower.link.silent_for()
 
 
 def _nothing() -> None: ...

@@ -81,6 +81,7 @@ class Owner:
         self._sweeper: Sweeper | None = None
         self._timer: Timer | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._listener = claim.listener
         self._socket_failed = False
         self._is_ending = False
 
@@ -89,7 +90,7 @@ class Owner:
     def listen(self) -> None:
         """Accept connections."""
         # The server has a descriptor of its own, because a thread closes that of the claim.
-        self.server.listen(self._claim.listener.dup())
+        self.server.listen(self._listener.dup())
         self._timer = self._clock.call_later(TICK, self._tick)
 
     def own(self, session: StorageSession, mirror: MirrorWriter | None, sweep_now: int) -> OwnerFlusher[Connection]:
@@ -276,21 +277,33 @@ class Owner:
 
     async def _look_at_socket(self) -> None:
         """Bind a new socket, if the file of the socket was deleted or replaced."""
-        old = self._claim.listener
         try:
-            new = await self._claim.rebind_if_gone()
+            await self._claim.rebind_if_gone()
+            is_new = self._listen_at_new()
         except StorageError as error:
             await self._cannot_bind(error)
             return
         if self._socket_failed:
             self._socket_failed = False
             self._logger.debug("%s: processes that start now can connect again", self._config.name)
-        if new is not None and self._is_ending:
-            new.close()
-        elif new is not None:
-            old.close()
-            self.server.listen(new.dup())
+        if is_new:
             self._logger.warning("%s: the socket file was deleted or replaced, and was made again", self._config.name)
+
+    def _listen_at_new(self) -> bool:
+        """Accept connections at the socket of the claim, if it is a new one. Return whether it is.
+
+        The look before may have bound it, and have failed after that.
+        """
+        new = self._claim.listener
+        if new is self._listener:
+            return False
+        if self._is_ending:
+            new.close()
+            return False
+        self.server.listen(new.dup())
+        self._listener.close()
+        self._listener = new
+        return True
 
     async def _cannot_bind(self, error: StorageError) -> None:
         """Log the first of consecutive failures. If the lock is lost, let a commit find that out, even if there is no change to commit."""
