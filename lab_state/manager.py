@@ -42,11 +42,10 @@ from lab_state.storage.file import FileStorage
 class Manager(Scope):
     """A map from string keys to JSON values, in memory and durable.
 
-    One manager is the only writer of its state, unless several processes share it; see `Config.shared`.
-    From `start()` to `stop()` it belongs to the event loop that `start()` runs on. If a running manager is garbage collected, Python
-    shows a `ResourceWarning`. The lock and the files of the state are then released when
-    the event loop has been closed. `copy.copy` and `copy.deepcopy` return the manager itself. It
-    cannot be pickled.
+    One manager is the only writer of its state, unless several processes share the state; see `Config.shared`. From `start()` to
+    `stop()`, the manager belongs to the event loop that `start()` runs on. If a running manager is garbage collected, Python shows
+    a `ResourceWarning`. The lock and the files of the state are then released when the event loop has been closed. `copy.copy`
+    and `copy.deepcopy` return the manager itself. It cannot be pickled.
     """
 
     _kind = "a manager"
@@ -86,8 +85,8 @@ class Manager(Scope):
 
         Args:
             config: The settings, or just the name of the state.
-            storage: The storage that keeps the state. Any number of managers may use one storage
-                object, each with a different name.
+            storage: The storage that keeps the state. Any number of managers may use one storage object, each with a different
+                name. Managers with `Config(shared=True)` may have the same name.
             cache: The cache in which the manager keeps a mirror for other processes, such as `RedisCache(url)`. Only `stop()`
                 waits for the cache, for at most one second. No call fails because of it. `status().mirror` shows its
                 errors. In a shared state, only the owner writes the mirror.
@@ -233,13 +232,7 @@ class Manager(Scope):
                 "directory. Processes on several machines can read a mirror; see RedisCache"
             )
         around = Surroundings(
-            storage,
-            self._clock,
-            self._logger,
-            self._times,
-            self._on_fenced,
-            self._mirror_maker(),
-            self._started_at,
+            storage, self._clock, self._logger, self._times, self._on_fenced, self._mirror_maker(), self._started_at
         )
         member = Member(self._core, self._config, around)
         await member.start()
@@ -284,8 +277,8 @@ class Manager(Scope):
                 changes above `durable_revision` may be lost. If the storage hangs, and the flush before failed, the message
                 also has the error of that flush. In a shared state: calls had no answer, or this process had lost its state.
             FencedError: A newer writer owns the state. The message says whether changes are lost.
-            RuntimeError: `start()` is still under way: cancel `start()` instead. Or this is not
-                the event loop of `start()`, and that loop is not closed.
+            RuntimeError: `start()` is still under way: cancel `start()` instead. Or this is not the event loop of `start()`, and
+                that loop is not closed.
         """
         self._core.check_process()
         if self._phase == "starting":

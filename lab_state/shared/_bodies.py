@@ -172,9 +172,10 @@ class Bodies:
             del self._turns[key]
         ends: dict[Outcome, list[_Body]] = {"unknown": turn.running, "not made": turn.waiting}
         for outcome, bodies in ends.items():
+            how = "not made" if outcome == "not made" else "made once, or not at all"
             for body in bodies:
                 error = UnavailableError(
-                    f"other code has cancelled a task of {self._core.name!r}, which this call needs"
+                    f"other code has cancelled a task of {self._core.name!r}, which this call needs: the call was {how}"
                 )
                 error.outcome = outcome
                 _fail(body.done, error)
