@@ -140,7 +140,7 @@ class Arrivals:
                 _fail(question.done, UnavailableError(f"catch_up() of {self._name!r} had no answer, because {why}"))
 
     def close(self, error: LabStateError) -> None:
-        """End all waits with an error, and those to come: the copy of this process will reach no further revision."""
+        """End all waits with an error, because the copy of this process will reach no further revision. Later waits raise it too."""
         self._error = error
         for question in self._questions.values():
             _fail(question.done, copied(error))

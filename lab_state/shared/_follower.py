@@ -116,9 +116,9 @@ class Follower:
         self.ended(None)
 
     def abandon(self) -> None:
-        """End the connection after the end of its event loop, on which nothing waits for it."""
+        """End the connection after its event loop was closed. No task waits for `ready` or `over`."""
         self.link.close()
-        self._note_heard()  # otherwise an owner that has forgotten this client would execute its calls again
+        self._note_heard()  # without it, an owner that has forgotten this client would execute its calls again
 
     # What the link tells
 
@@ -139,7 +139,8 @@ class Follower:
     def welcomed(self, welcome: Welcome) -> None:
         """Follow the owner: send all open calls, and load the copy if the owner lacks the records for it.
 
-        If the owner has forgotten this client, take a new id instead. Then the owner closes the connection.
+        If the owner has forgotten this client, take a new id instead. Then the owner closes the connection. If the
+        owner has less than the copy, send no call, and let the load raise a `CorruptionError`.
         """
         self.owner_pid = welcome.pid
         self._met()

@@ -120,7 +120,7 @@ async def _tail(records: tuple[bytes, ...], revision: int, path: str) -> list[Pa
 
 
 def check_reaches(end: int, revision: int, path: str) -> None:
-    """Check that a state has all that a copy has.
+    """Check that a state has each change that a copy has.
 
     Args:
         end: The last revision of the state.
@@ -128,7 +128,7 @@ def check_reaches(end: int, revision: int, path: str) -> None:
         path: The place of the state, for the message.
 
     Raises:
-        CorruptionError: It has less.
+        CorruptionError: The state ends below the revision of the copy.
     """
     if end < revision:
         raise CorruptionError(

@@ -296,9 +296,9 @@ class Member(SharedCopy):
         self.port.refuse(error)
 
     def _end_waits(self) -> None:
-        """End the waits for a revision, because this process is the owner, and will make no further commit."""
+        """End the waits for a revision, because this process is the owner, and there will be no further commit."""
         flusher = self.flusher
-        assert flusher is not None  # it has called this
+        assert flusher is not None  # the flusher calls this method
         assert flusher.refusal is not None
         self.port.arrivals.close(flusher.refusal)
 
@@ -446,7 +446,7 @@ class Member(SharedCopy):
     @property
     def lag(self) -> float:
         """The seconds since the last sign of life of the owner, or since its end; 0 in the owner. The copy may lack what became durable in this time."""
-        lost_at, follower = self._lost_at, self._follower  # read once: another thread may be here
+        lost_at, follower = self._lost_at, self._follower  # read once: another thread may call this
         if lost_at is not None:
             return self._clock.monotonic() - lost_at
         return 0.0 if follower is None else follower.link.silent_for()

@@ -290,9 +290,9 @@ class Owner:
             self._logger.warning("%s: the socket file was deleted or replaced, and was made again", self._config.name)
 
     def _listen_at_new(self) -> bool:
-        """Accept connections at the socket of the claim, if it is a new one. Return whether it is.
+        """Accept connections at the socket of the claim, if it is a new one. Return whether they are accepted there.
 
-        The look before may have bound it, and have failed after that.
+        An earlier look may have bound the new socket, and then have failed.
         """
         new = self._claim.listener
         if new is self._listener:

@@ -50,7 +50,7 @@ class Server:
     @property
     def followers(self) -> int:
         """The number of clients that are admitted."""
-        return sum(connection.is_admitted for connection in list(self._by_client.values()))  # any thread may be here
+        return sum(connection.is_admitted for connection in list(self._by_client.values()))  # any thread may call this
 
     def listen(self, listener: socket.socket) -> None:
         """Accept connections on a socket that listens and does not block. It is closed by `stop_accepting` and `aclose`.
