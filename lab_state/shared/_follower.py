@@ -89,7 +89,7 @@ class Follower:
         self._met = met
         self._load: _Load | None = None
         self._loading: asyncio.Task[None] | None = None
-        self._is_forgotten = False
+        self._is_known = False
         self._welcomed_at = 0  # the durable revision of the welcome
         self._named = 0  # the highest durable revision that the owner has named
         self._named_more = asyncio.Event()
@@ -132,8 +132,14 @@ class Follower:
         return self._port.calls_to_send()
 
     def starting(self, starting: Starting) -> None:
-        """Note that the owner loads its state."""
+        """Note that the owner loads its state.
+
+        Its time counts as heard only if no earlier owner may have forgotten this client: this owner does not know its clients yet.
+        """
         self.owner_pid = starting.pid
+        heard, calls = self.link.heard, self._port.calls
+        if heard is not None and not calls.is_forgotten(heard):
+            calls.heard = heard
         self._met()
 
     def welcomed(self, welcome: Welcome) -> None:
@@ -145,9 +151,9 @@ class Follower:
         self.owner_pid = welcome.pid
         self._met()
         if not welcome.known:
-            self._is_forgotten = True
             self._port.forgotten()
             return  # the owner closes the connection
+        self._is_known = True
         self._copy.epoch = welcome.epoch
         self._welcomed_at = welcome.revision
         self._name_durable(welcome.revision)
@@ -251,7 +257,7 @@ class Follower:
         self.over.set_result(None)
 
     def _note_heard(self) -> None:
-        if not self._is_forgotten and self.link.heard is not None:
+        if self._is_known:
             self._port.calls.heard = self.link.heard
 
     def _fault(self, problem: BadMessageError) -> UnsupportedError | None:

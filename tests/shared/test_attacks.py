@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from members import bury, crash, cut, manager, member_of, members, owner_of
+from members import apart, bury, crash, cut, manager, member_of, members, owner_of
 from running import until
 
 from lab_state import CorruptionError, FencedError, StorageError, UnavailableError
@@ -106,6 +107,31 @@ def test_a_call_of_a_closed_loop_is_not_made_again(tmp_path: Path, monkeypatch: 
         asyncio.run(one.stop())
         assert run_on(loop, counted()) == 1
         run_on(loop, owner.stop())
+
+
+async def test_an_owner_that_loads_does_not_know_its_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that was away for a minute does not send its calls again because it has met an owner that was loading."""
+    async with members(tmp_path, 2) as (owner, one):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Connection, "answers", lambda *_: None)
+            call = asyncio.create_task(one.incr("n"))
+            await until(lambda: one.get_nowait("n", None) == 1)
+        role, flusher = owner_of(owner), owner_of(owner).flusher
+        assert flusher is not None
+        async with apart(owner):
+            await until(lambda: one.status().owner_pid is None)
+            role.server._time = flusher.engine._now = lambda: time.monotonic_ns() + _clients.FORGOTTEN_AFTER
+            flusher.engine.forget_gone()
+            await owner.set("a", 1)  # its record removes the results of the client
+            role.is_settled = False
+        await until(lambda: one.status().owner_pid is not None)
+        role.is_settled = True
+        cut(owner)
+        with pytest.raises(UnavailableError, match="forgotten") as caught:
+            await call
+        assert caught.value.outcome == "unknown"
+        assert await owner.get("n") == 1
+        assert await one.incr("n") == 2
 
 
 async def test_a_new_socket_that_cannot_be_used_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
