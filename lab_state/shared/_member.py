@@ -215,8 +215,11 @@ class Member(SharedCopy):
         """Load the state, or what the copy lacks of it. Settle and show it, and admit other processes."""
         began = self._clock.monotonic()
         owner = Owner(self, self._config, claim, self._around)
+        lost_at = self._lost_at
         try:
             owner.listen()
+            # From here on, calls wait for the load, as those of other processes do.
+            self._lost_at, self._owner_pid = None, os.getpid()
             session = await claim.load()
             try:
                 flusher = await self._own(owner, session, began)
@@ -224,11 +227,11 @@ class Member(SharedCopy):
                 await session.aclose()
                 raise
         except BaseException:
+            self._lost_at = lost_at  # as before: otherwise no call would be given up while each attempt fails
             await owner.release()
             raise
         # All of this is one step of the event loop, so no process sees a part of it.
         self._owner, owner.is_settled = owner, True
-        self._owner_pid, self._lost_at = os.getpid(), None
         self._show()
         self.port.own(flusher, time.monotonic_ns())
         owner.server.greet_waiting()

@@ -19,6 +19,7 @@ from lab_state.shared import _clients
 from lab_state.shared._connection import Connection
 from lab_state.shared._copy import SharedCopy
 from lab_state.shared._election import Election
+from lab_state.storage._claim import Claim
 from lab_state.storage._fs_socket import OwnSocket
 from lab_state.testing import ManualClock
 
@@ -132,6 +133,30 @@ async def test_an_owner_that_loads_does_not_know_its_clients(tmp_path: Path, mon
         assert caught.value.outcome == "unknown"
         assert await owner.get("n") == 1
         assert await one.incr("n") == 2
+
+
+async def test_calls_of_a_process_that_loads_as_the_next_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a process loads as the next owner, its calls wait, as those of other processes do."""
+    clock, gate, begun, real = ManualClock(), asyncio.Event(), asyncio.Event(), Claim.load
+
+    async def load(self: Claim) -> Any:
+        begun.set()
+        await gate.wait()
+        return await real(self)
+
+    first = manager(tmp_path)
+    await first.start()
+    async with members(tmp_path, 1, clock=clock) as (one,):
+        monkeypatch.setattr(Claim, "load", load)
+        await crash(first)
+        call = asyncio.create_task(one.incr("n"))
+        await begun.wait()
+        clock.advance(1.5 * one.config.owner_timeout)
+        await asyncio.sleep(0)
+        assert not call.done()
+        gate.set()
+        assert await call == 1
+        await bury(first)
 
 
 async def test_a_new_socket_that_cannot_be_used_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
