@@ -27,6 +27,29 @@ SEED = int(os.environ.get("LAB_STATE_SHARED_SEED", "0"))
 MOST = 60
 """In how many rounds a bug must be found."""
 
+QUICK = (
+    "the owner reads its layer",
+    "catch_up returns at once",
+    "a new owner skips the results of the tail",
+    "a record has no results",
+    "admits before it has settled",
+    "feeds before the sync",
+    "shows a load at once",
+    "a new owner checks from 0",
+    "answers before the record",
+    "an unchanged call has the durable revision",
+    "a check misses what was not there",
+    "a new owner does not look up its own calls",
+    "a check rests on a lost revision",
+    "sends again with new numbers",
+    "a repeat misses what is not durable",
+    "acknowledges what is open",
+    "a new owner keeps to its copy",
+)
+"""The bugs that are found in seconds. `nox -s shared` looks for all of them."""
+
+TRIED = QUICK if ROUNDS <= 200 else tuple(BUGS)
+
 
 async def violations(rounds: Iterable[Round], directory: Path, bug: str = "", *, enough: float = 3) -> list[str]:
     """Run rounds until a few have a violation. Return the first violations of each, with its seed."""
@@ -51,7 +74,7 @@ def test_processes_keep_the_facts(tmp_path: Path) -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", TRIED)
 def test_a_bug_is_found(bug: str, tmp_path: Path) -> None:
     """A wrong reading of the protocol breaks a fact in one of its rounds."""
     plan = BUGS[bug].plan
@@ -61,7 +84,7 @@ def test_a_bug_is_found(bug: str, tmp_path: Path) -> None:
 
 def test_the_rounds_of_a_bug_are_sound(tmp_path: Path) -> None:
     """Without the bug, the same rounds break nothing: the bug is at fault."""
-    rounds = [bug.plan(random.Random(seed), f"{seed}") for bug in BUGS.values() for seed in range(2)]
+    rounds = [BUGS[bug].plan(random.Random(1), "1") for bug in TRIED]
     found = asyncio.run(violations(rounds, tmp_path))
     assert not found, "\n".join(found)
 
@@ -85,7 +108,8 @@ def test_the_plans_have_all_faults() -> None:
 
 def test_there_are_enough_bugs() -> None:
     """There are more than fifteen, and four of them need a round that is made for them."""
-    assert len(BUGS) >= 15
+    assert len(BUGS) > len(set(QUICK)) > 15
+    assert set(QUICK) < set(BUGS)
     made = {
         "a repeat misses what is not durable",
         "a new owner was not forgotten",
