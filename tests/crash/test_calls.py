@@ -151,7 +151,7 @@ def test_a_bug_is_found(bug: str, recovery: Recovery, monkeypatch: pytest.Monkey
     """A crash shows results that are missing from records or from snapshots, and results that come a record late."""
     late: list[RecordCalls] = [{}]
 
-    def small(taken: ChangeSet) -> bytes | None:
+    def small(taken: ChangeSet, _: object) -> bytes | None:
         late.append(Mirrored().of_record(taken))
         return encode_small_record(taken, late[-2])
 
