@@ -166,6 +166,10 @@ class ManagerMachine(RuleBasedStateMachine):
     async def settle(self) -> None:
         """Wait for what happens in the background, if it could change the revision later."""
 
+    def check_durable(self) -> None:
+        """Check, after a clean restart, that everything from before is durable, and no change since then."""
+        assert self.state.durable_revision == self.revision
+
     def now(self) -> int:
         return self.state._core.state.now()
 
@@ -461,7 +465,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.runner.run(self.state.stop())
         self.acknowledged = self.revision
         self.start()
-        assert self.state.durable_revision == self.revision
+        self.check_durable()
         assert self.now() <= max(before, int(self.clock.time() * 1000))
         assert self.now() >= before or not expires
         self.began_again()
@@ -556,6 +560,14 @@ class SharedMachine(ManagerMachine):
         self.runner.run(self.state.stop())
         self.runner.close()
         self.directory.cleanup()
+
+    def start(self) -> None:
+        super().start()
+        self.runner.run(self.settle())
+
+    def check_durable(self) -> None:
+        """Check that everything is durable, also what a start as the owner has swept."""
+        assert self.state.durable_revision == self.state.revision >= self.revision
 
     async def settle(self) -> None:
         flusher = flusher_of(self.state)
