@@ -9,12 +9,9 @@ from lab_state._clock import Clock
 from lab_state._core import Core
 from lab_state._entries import ChangeSet
 from lab_state._flusher import Flusher
-from lab_state._sweeper import Sweeper
+from lab_state._sweeper import SWEPT_AT_START, Sweeper
 from lab_state._watch import Watchers
 from lab_state.cache._mirror import MirrorWriter
-
-_SWEPT_AT_START = 100_000
-"""The largest number of expired keys that one change deletes at the start."""
 
 
 def told_of_commits(watchers: Watchers, mirror: MirrorWriter | None) -> Callable[[ChangeSet], bool]:
@@ -38,7 +35,7 @@ def run_alone(core: Core, flusher: Flusher, watchers: Watchers, mirror: MirrorWr
     None of them refers to the manager. So a manager that was never stopped can be collected.
     """
     # Many keys may have expired since the last stop. They are deleted here, because `start()` may block the event loop.
-    while flusher.state.sweep(_SWEPT_AT_START):
+    while flusher.state.sweep(SWEPT_AT_START):
         flusher.nudge()
     with ExitStack() as undo:
         if mirror is not None:

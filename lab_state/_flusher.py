@@ -30,7 +30,6 @@ from lab_state._foreign import described, only_storage_errors, pass_on, storage_
 from lab_state._forgotten import forget
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
-from lab_state._order import CHUNKS_AT_ONCE
 from lab_state._outcomes import Outcomes
 from lab_state._snapshots import SnapshotViews
 from lab_state._standstill import Progress, Standstill
@@ -176,14 +175,9 @@ class Flusher(Outcomes):
     def discard_entries(self) -> None:
         """Free the entries after `stop()`, unless a storage call still in flight may read them."""
         # `ignore` and `no_clock` do not refer to this object. Its methods would keep it, and with it the state, in memory.
-        state = self.shown
-        for one in (self.state, state):
+        for one in (self.state, self.shown):
             one.free, one.on_staged = ignore, no_clock
-        if state.index is not None:
-            self._free(state.index.release(), CHUNKS_AT_ONCE)
-            state.index = None
-        if self._task.done() and not self._abandoned and isinstance(state.entries, dict):
-            self._free(state.entries)
+        self._discard(self.shown, entries=self._task.done() and not self._abandoned)
 
     def _folded(self) -> None:
         """Start a checkpoint if one is due."""

@@ -15,6 +15,9 @@ from lab_state._state import State
 _PERIOD = 1.0
 """The longest wait of the timer, in seconds. Without a watch, each wait is this long, unless keys that are due are left."""
 
+SWEPT_AT_START = 100_000
+"""The largest number of expired keys that one change of a start deletes."""
+
 _KEYS_PER_STEP = 500
 _GAP = 0.02
 """The shortest wait for a key that is not due yet, in seconds. So keys with nearly the same expiry are deleted in one sweep."""

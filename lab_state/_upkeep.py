@@ -6,6 +6,8 @@ from typing import Any
 
 from lab_state import _batch
 from lab_state._durability import Durability
+from lab_state._order import CHUNKS_AT_ONCE
+from lab_state._state import State
 
 _FREED_AT_ONCE = 1000
 """The largest number of entries that one turn of the event loop frees."""
@@ -20,6 +22,14 @@ class Upkeep(Durability):
             large.popitem()
         if large:
             self.loop.call_soon(self._free, large, most)
+
+    def _discard(self, state: State, *, entries: bool) -> None:
+        """Free the index of a state that is no longer used, and, with `entries`, its map."""
+        if state.index is not None:
+            self._free(state.index.release(), CHUNKS_AT_ONCE)
+            state.index = None
+        if entries and isinstance(state.entries, dict):
+            self._free(state.entries)
 
     def _fold_staged(self) -> None:
         """Merge a change of many keys into the map: one step now, and the others in later turns. Then call `_folded`."""

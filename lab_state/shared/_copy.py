@@ -55,7 +55,7 @@ class SharedCopy(Upkeep):
             return
         if copy.on_change is not None:
             copy.on_change(None, DELETED, copy.revision)
-        self._told(ChangeSet(0, copy.revision, cleared=True, changes={}, since=0.0))
+        self.port.shows(None)
 
     async def apply_all(self, records: Iterable[ParsedRecord]) -> None:
         """Apply records that follow the copy, and report each. The event loop may run meanwhile."""
@@ -68,21 +68,13 @@ class SharedCopy(Upkeep):
         await run_in_steps(self.applier.prepare(record), bool)
         return self.applier.finish()
 
-    def changed(self, record: ParsedRecord) -> None:
-        """Tell the watches, the transactions and the waiting callers of a record that was applied."""
-        start, end, cleared, changes, at, wall, _ = record
-        self._told(ChangeSet(start, end, cleared, changes, 0.0, at, wall))
+    def changed(self, record: ParsedRecord | ChangeSet) -> None:
+        """Tell the transactions and the waiting callers of a record that was applied. The state itself tells the watches.
 
-    def committed(self, taken: ChangeSet) -> bool:
-        """Report a commit of this process, which is the owner. Return whether a watch keeps the changes."""
-        return self._told(taken)
-
-    def _told(self, taken: ChangeSet) -> bool:
+        The owner calls this with its own changes.
+        """
         self.durable_revision = self.state.revision
-        try:
-            return self.watchers.committed(taken)
-        finally:
-            self.port.shows(None if taken.cleared else taken.changes.keys())
+        self.port.shows(None if record.cleared else record.changes.keys())
 
     @property
     def epoch(self) -> float:
@@ -97,8 +89,6 @@ class SharedCopy(Upkeep):
         self.state.epoch = epoch
 
     def discard_entries(self) -> None:
-        """Free the entries after `stop`, in steps."""
-        copy = self.state
-        copy.free, copy.on_staged = ignore, no_clock
-        if isinstance(copy.entries, dict):
-            self._free(copy.entries)
+        """Free the entries after `stop`, in steps. If a storage call may still read them, they lie below an `Overlay`, and stay."""
+        self.state.free, self.state.on_staged = ignore, no_clock
+        self._discard(self.state, entries=True)

@@ -20,6 +20,7 @@ from lab_state._foreign import described
 from lab_state._forgotten import note
 from lab_state._opening import state_of, tell_loaded, warn_of_torn_tail
 from lab_state._status import Phase, Role, Status, status_of, status_of_follower
+from lab_state._sweeper import SWEPT_AT_START
 from lab_state.cache._mirror import MirrorWriter
 from lab_state.config import Config
 from lab_state.exceptions import ClosedError, LabStateError, StorageError, UnavailableError
@@ -43,9 +44,6 @@ _SILENT = 2.0
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 """The pauses in seconds between two attempts to follow or to take over, while the files cannot be used."""
-
-_SWEPT_AT_START = 100_000
-"""The largest number of expired keys that a start as the owner deletes. The sweeps delete the others."""
 
 _LAST_CHANCE = 0.5
 """The longest time in seconds that `stop` waits for its cancelled task, and then for the release of the lock."""
@@ -251,7 +249,7 @@ class Member(SharedCopy):
             self.replace(whole)
         await self.apply_all(found.tail)
         mirror = None if around.make_mirror is None else around.make_mirror()
-        flusher = owner.own(session, mirror, _SWEPT_AT_START if is_start else 0)
+        flusher = owner.own(session, mirror, SWEPT_AT_START if is_start else 0)
         flusher.refused = self._end_waits
         flusher.forgotten = note(flusher, session, self._name, around.storage, around.started_at)
         self.mirror = mirror

@@ -83,6 +83,7 @@ class Owner:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listener = claim.listener
         self._socket_failed = False
+        self._is_looking = False
         self._is_ending = False
 
     # The roles of the state
@@ -131,15 +132,15 @@ class Owner:
         return flusher
 
     def _committed(self, mirror: MirrorWriter | None, taken: ChangeSet) -> bool:
-        """Report a commit to the watches and the mirror. Return whether one of them keeps the changes."""
+        """Report a commit to this process and to the mirror. Return whether the mirror may keep the changes."""
         try:
-            is_kept = self._copy.committed(taken)
+            self._copy.changed(taken)
         finally:
             if mirror is not None:
                 mirror.committed(taken)
             assert self._sweeper is not None  # `own` has made it
             self._sweeper.resume()
-        return is_kept or mirror is not None
+        return mirror is not None
 
     def begin_stop(self) -> None:
         """Begin a planned end: accept no connection, and apply no further call of a client."""
@@ -273,9 +274,18 @@ class Owner:
         self._timer = self._clock.call_later(TICK, self._tick)
         if self.flusher is not None:
             self.flusher.engine.forget_gone()
-        self._run(self._look_at_socket(), "socket")
+        if not self._is_looking:  # on a slow disk, a look may take longer than a second
+            self._is_looking = True
+            self._run(self._look_at_socket(), "socket")
 
     async def _look_at_socket(self) -> None:
+        """Look at the file of the socket. Until the look ends, no other one begins."""
+        try:
+            await self._bind_again()
+        finally:
+            self._is_looking = False
+
+    async def _bind_again(self) -> None:
         """Bind a new socket, if the file of the socket was deleted or replaced."""
         try:
             await self._claim.rebind_if_gone()

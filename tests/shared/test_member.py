@@ -210,6 +210,18 @@ async def test_a_farewell(tmp_path: Path) -> None:
 # Event loops
 
 
+async def test_a_stop_frees_the_map_and_the_index(tmp_path: Path) -> None:
+    """After a stop, in each role, the copy has no index, and its map is freed."""
+    async with members(tmp_path, 2) as all_:
+        await all_[0].set_many({f"key{number}": number for number in range(3_000)})
+        await all_[1].catch_up()
+        copies = [member_of(one).state for one in all_]
+        assert [len(await one.keys("key1")) for one in all_] == [1_111, 1_111]
+        assert all(copy.index is not None for copy in copies)
+    assert all(copy.index is None for copy in copies)
+    await until(lambda: not any(copy.entries for copy in copies))
+
+
 def test_a_loop_that_is_closed_before_the_stop(tmp_path: Path) -> None:
     """A manager whose event loop was closed is stopped on another one, in each role. Nothing stays locked or open."""
     before = descriptors()

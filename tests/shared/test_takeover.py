@@ -628,6 +628,24 @@ async def test_a_socket_that_cannot_be_bound_again(
             assert late.role == "follower"
 
 
+async def test_one_look_at_the_socket_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a look at the socket file waits for a slow disk, no other look begins. After it the looks go on."""
+    clock = ManualClock()
+    async with members(tmp_path, 1, clock=clock) as (owner,):
+        gate = Gate(Listener.is_gone)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Listener, "is_gone", lambda *args: gate(*args))
+            clock.advance(1)
+            await gate.entered()
+            clock.advance(3)
+            assert len(owner_of(owner)._tasks) == 1
+            gate.open()
+            await until(lambda: not owner_of(owner)._tasks)
+        clock.advance(1)
+        assert len(owner_of(owner)._tasks) == 1
+        await until(lambda: not owner_of(owner)._tasks)
+
+
 async def test_a_socket_that_is_made_again_during_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket that is bound again just when the owner stops is closed, and its file is deleted."""
     clock = ManualClock()
