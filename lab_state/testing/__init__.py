@@ -42,7 +42,7 @@ class ManualClock:
 
     def __init__(self, time: float = 1_700_000_000.0) -> None:
         """Start the wall clock at `time`, in seconds since 1970."""
-        self._time = time
+        self._start = time
         self._monotonic = 0.0
         self._timers: list[tuple[float, int, _ManualTimer]] = []
         self._numbers = itertools.count()
@@ -53,7 +53,7 @@ class ManualClock:
 
     def time(self) -> float:
         """Return the time of the wall clock, in seconds since 1970."""
-        return self._time
+        return self._start + self._monotonic
 
     def monotonic(self) -> float:
         """Return the seconds by which `advance` has moved the clock."""
@@ -82,16 +82,14 @@ class ManualClock:
         end = self._monotonic + seconds
         while self._timers and self._timers[0][0] <= end:
             due, _, timer = heapq.heappop(self._timers)
-            self._time += due - self._monotonic
             self._monotonic = due
             if timer.callback is not None:
                 timer.callback()
-        self._time += end - self._monotonic
         self._monotonic = end
 
     def jump(self, seconds: float) -> None:
         """Set the wall clock forward or back by `seconds`, as an administrator or NTP does."""
-        self._time += seconds
+        self._start += seconds
 
 
 @dataclass

@@ -592,7 +592,8 @@ class FollowerMachine(SharedMachine):
                 await self.state.owner.stop()
                 self.state.owner = None
                 while self.state.role != "owner":
-                    self.clock.advance(0.001)  # the pause between two attempts
+                    # The pause between two attempts. Floats add this number exactly, so no clock falls behind another.
+                    self.clock.advance(1 / 512)
                     await idle()
                 await self.settle()
 

@@ -87,7 +87,7 @@ def note_states(saw: Callable[[], object]) -> None:
 
         return shown
 
-    wrap("lab_state.shared._copy", "SharedCopy._told", showing)
+    wrap("lab_state.shared._copy", "SharedCopy.changed", showing)
     wrap("lab_state.shared._copy", "SharedCopy.replace", showing)
 
 
