@@ -39,9 +39,9 @@ async def test_a_key_lives_for_readers_as_for_the_manager(
         await until(lambda: mirror_of(state).revision == 1)
         await until(lambda: not local or reader._local.highest == 1)
         assert await reader.get("session") == "ann"
-        clock._time += 3599
+        clock.jump(3599)
         assert await reader.exists("session")
-        clock._time += 1
+        clock.jump(1)
         assert not await reader.exists("session")
 
 

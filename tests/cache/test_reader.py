@@ -104,7 +104,7 @@ async def test_expiry(local: Any, until: Any) -> None:
         await reader.wait_revision(await state.set("c", 1))
         await until(lambda: not local or reader._local.fresh)
         assert await reader.get_all() == {"a": {}, "b": 1, "c": 1}
-        clock._time += 10  # the reader's clock is ahead
+        clock.jump(10)  # the reader's clock is ahead
         assert await reader.get("a", None) is None
         with pytest.raises(KeyNotFoundError):
             await reader.get("a")
