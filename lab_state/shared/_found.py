@@ -25,11 +25,15 @@ from lab_state._not_json import NOT_JSON
 from lab_state._state import State
 from lab_state.exceptions import CorruptionError
 from lab_state.shared._frames import BadMessageError
+from lab_state.shared._last_records import MOST_BYTES
 from lab_state.shared._records import ParsedRecord, parse_in_turns
 from lab_state.shared._results import ResultTable
 from lab_state.storage._protocol import Recovery, StorageSession
 
 _MEMBER = f'"{RESERVED}":'.encode()
+
+_CHECKED_AT_ONCE = 256 * 1024
+"""The event loop runs after this many bytes of older records were checked: some milliseconds, if the records are small."""
 
 
 class _Span(msgspec.Struct, frozen=True, rename={"start": "from", "end": "to"}):
@@ -97,26 +101,42 @@ def _revision_of(snapshot: bytes | None, path: str, crc: int | None) -> int | No
 
 
 async def _tail(records: tuple[bytes, ...], revision: int, path: str) -> list[ParsedRecord] | None:
-    """Return the records after a revision; `None` if the first record begins above it."""
+    """Return the records after a revision; `None` if the first record begins above it.
+
+    The records before it are checked as far as a new owner may send them to processes whose copy is older.
+    """
     try:
         check_reaches(_span(records[-1]).end, revision, path)
         newer: list[bytes] = []
         start: float = math.inf  # of the oldest record that was looked at
+        older = 0  # the bytes of the records that the copy has
         for record in reversed(records):
-            span = _span(record)
-            if newer and span.end < start:
+            span = _span_of(record)
+            if span.end < start < math.inf:
                 raise CorruptionError(
                     path, 0, f"the changes {span.end + 1} to {start} are missing in its journal; restore a copy"
                 )
             start = span.start
-            if span.end <= revision:
+            if span.end > revision:
+                newer.append(record)
+                continue
+            older += len(record)
+            if older > MOST_BYTES:
                 break
-            newer.append(record)
+            if older % _CHECKED_AT_ONCE < len(record):
+                await asyncio.sleep(0)
         if start > revision:
             return None
         return [await parse_in_turns(record) for record in reversed(newer)]
     except (*NOT_JSON, BadMessageError):
         raise CorruptionError(path, 0, "a record of its journal has a valid checksum, but is not a record") from None
+
+
+def _span_of(record: bytes) -> _Span:
+    span = _span(record)
+    if not 0 <= span.start <= span.end:
+        raise BadMessageError("a record with impossible revisions")
+    return span
 
 
 def check_reaches(end: int, revision: int, path: str) -> None:

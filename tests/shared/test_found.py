@@ -118,12 +118,26 @@ async def test_a_newer_format(tmp_path: Path) -> None:
         ((RECORDS[0], b"{}"), 1, "is not a record"),
         ((b"no JSON", RECORDS[1]), 1, "is not a record"),
         ((RECORDS[0], record(2, 3, set={"": 1})), 2, "is not a record"),
+        ((b"no JSON", RECORDS[1]), 3, "is not a record"),
+        ((RECORDS[0], b'{"from":2}', RECORDS[2]), 7, "is not a record"),
+        ((record(0, 2), record(3, 2), RECORDS[1]), 3, "is not a record"),
+        ((RECORDS[0], RECORDS[2]), 7, "the changes 3 to 3 are missing"),
     ],
 )
 async def test_files_that_cannot_be_right(records: tuple[bytes, ...], revision: int, message: str) -> None:
     """Files that have less than the copy, or records that do not fit, are a corruption."""
     with pytest.raises(CorruptionError, match=message):
         await find(recovered(None, records), "p", copy_at(revision))
+
+
+async def test_older_records_are_checked_as_far_as_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that is too old to be sent to another process is not looked at."""
+    records = (b"no JSON", *RECORDS)
+    monkeypatch.setattr("lab_state.shared._found._CHECKED_AT_ONCE", 1)
+    with pytest.raises(CorruptionError, match="is not a record"):
+        await find(recovered(None, records), "p", copy_at(7))
+    monkeypatch.setattr("lab_state.shared._found.MOST_BYTES", len(RECORDS[2]))
+    assert await find(recovered(None, records), "p", copy_at(7)) == Found(None, [])
 
 
 async def test_the_loop_runs_while_a_large_record_is_decoded() -> None:
