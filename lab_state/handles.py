@@ -162,9 +162,7 @@ class Scope(Calls):
             tx: Transaction | None = None
             try:
                 async with self.transaction() as tx:
-                    result = fn(tx)
-                    if isawaitable(result):
-                        result = await result
+                    result = await _result_of(fn, tx)
             except ConflictError:
                 if tx is None or not tx._core.has_conflict:  # noqa: SLF001 -- a transaction that `fn` has opened elsewhere raised it
                     raise
@@ -218,3 +216,9 @@ class Namespace(Scope):
     def __repr__(self) -> str:
         """Return the prefix and the name of the state."""
         return f"<Namespace {self._prefix!r} of {self._core.name!r}>"
+
+
+async def _result_of(fn: Callable[[Transaction], Any], tx: Transaction) -> Any:
+    """Call a plain function or a coroutine function, and return its result."""
+    result = fn(tx)
+    return await result if isawaitable(result) else result

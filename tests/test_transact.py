@@ -64,6 +64,19 @@ async def test_transact_of_a_namespace_sees_its_keys(state: Manager) -> None:
     assert await state.get("users/ann") == 1
 
 
+async def test_a_conflict_of_another_state_is_no_reason_to_run_again(state: Manager) -> None:
+    """A `ConflictError` that does not come from this transaction is passed on, and the function is not called again."""
+    calls: list[Transaction] = []
+
+    def fails(tx: Transaction) -> None:
+        calls.append(tx)
+        raise ConflictError("of another state")
+
+    with pytest.raises(ConflictError, match="of another state"):
+        await state.transact(fails)
+    assert len(calls) == 1
+
+
 async def test_an_exception_of_the_function_drops_the_changes(state: Manager) -> None:
     """The exception is passed on, nothing is changed, and the function is not called again."""
     calls: list[Transaction] = []
