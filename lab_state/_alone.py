@@ -15,7 +15,7 @@ from lab_state.cache._mirror import MirrorWriter
 
 
 def told_of_commits(watchers: Watchers, mirror: MirrorWriter | None) -> Callable[[ChangeSet], bool]:
-    """Return a function that tells the watchers and the mirror of a commit. If the watchers raise an error, the mirror is told all the same."""
+    """Return a function that passes a commit to the watchers and the mirror, and to the mirror even if the watchers raise an error."""
     if mirror is None:
         return watchers.committed
 
@@ -32,7 +32,7 @@ def told_of_commits(watchers: Watchers, mirror: MirrorWriter | None) -> Callable
 def run_alone(core: Core, flusher: Flusher, watchers: Watchers, mirror: MirrorWriter | None, clock: Clock) -> Sweeper:
     """Start the flusher of a loaded state, its sweeper and its mirror. If this raises an error, none of them runs.
 
-    None of them refers to the manager. So a manager that was never stopped can be collected.
+    None of these objects refers to the manager. So a manager that was never stopped can be collected.
     """
     # Many keys may have expired since the last stop. They are deleted here, because `start()` may block the event loop.
     while flusher.state.sweep(SWEPT_AT_START):

@@ -197,7 +197,7 @@ def check_storage(storage: object) -> None:
     """Check that an argument of `Manager` is a storage.
 
     Raises:
-        TypeError: It is a class, a path, or has no method `open`.
+        TypeError: The argument is a class or a path, or has no method `open`.
     """
     kind = storage if isinstance(storage, type) else type(storage)
     # A `Path` has a method `open`, too, which could create or truncate a file.
@@ -209,7 +209,7 @@ def check_cache(cache: object) -> None:
     """Check that an argument of `Manager` is a cache.
 
     Raises:
-        TypeError: It is a class, or has no method `open`.
+        TypeError: The argument is a class, or has no method `open`.
     """
     if isinstance(cache, type) or not callable(getattr(cache, "open", None)):
         raise TypeError(f"cache must be an object such as RedisCache('redis://host'), not {type(cache).__name__}")

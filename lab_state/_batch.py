@@ -1,12 +1,12 @@
-"""A change of many keys: prepared in steps, then made at once. Pure and synchronous.
+"""A change of many keys, which is prepared in steps and then made in one short step. Pure and synchronous.
 
-Theory of operation. `Batch.prepare` puts the changes into two new dicts: one becomes the top
-layer of the entries, the other the unflushed changes. It also counts the new keys. The batch
-changes no key of the state meanwhile. So if a caller stops between two steps, nothing has changed.
+Theory of operation. `Batch.prepare` puts the changes into two new dicts. One becomes the top
+layer of the entries, and the other the unflushed changes. `prepare` also counts the new keys, and does
+not change the state. So if a caller stops between two steps, nothing has changed.
 `Batch.switch` then gives both dicts to the state, in one short step: readers see all of the
 changes, or none. Later the state merges the layer into its map in steps (`State.fold_staged`).
-Two cases are simpler. If there are fewer than `MANY` changes, `switch` calls `State.apply`. If there are
-fewer changes than older unflushed ones, `switch` may add them to the dict of the older ones.
+Two cases are simpler. If there are fewer than `MANY` changes, `switch` calls `State.apply`. If more changes
+were unflushed before the batch than it has itself, `switch` may add its changes to their dict.
 
 During the steps other code may read the state, take changes for a commit, put them back, and
 take or fold a view. Other code may change single keys, if it calls `before` for each of them first.
@@ -32,7 +32,7 @@ STEP = 500
 """The largest number of keys that one step prepares. Such a step takes about 0.2 ms, and four times as long if the keys expire."""
 
 _ADDED_AT_ONCE = 16_000
-"""The largest number of changes that `Batch.switch` adds to the older ones. To add so many takes about 5 ms."""
+"""The largest number of changes that `Batch.switch` adds to the older changes. Adding this many takes about 5 ms."""
 
 
 class Batch:
@@ -122,7 +122,7 @@ class Batch:
         for number, part in enumerate(in_parts(self.source.items())):
             if number:
                 yield
-            # A dict that reaches a certain size is copied, which takes long. So the two dicts get the same keys in different steps.
+            # A dict that outgrows its table is copied, which takes long. So the two dicts get the same keys in different steps.
             self._place_changes()
             self._place(part)
         self._place_changes()
@@ -174,14 +174,14 @@ class Batch:
     # The older changes: those that were unflushed before the batch
 
     def _is_merged(self) -> bool:
-        """Return whether `_changes` has the older changes, or `switch` does not need them, or can merge both in one short step."""
+        """Return whether `switch` will be short: the older changes are in `_changes`, are not needed, or are quick to merge."""
         state = self._state
         if self._older is not None:
             return self._older[0] is state.changes and self._older[1] == state.taken
         return self._cleared or len(state.changes) <= STEP or self._is_smaller()
 
     def _is_smaller(self) -> bool:
-        """Return whether the batch is so small that `switch` adds its changes to the older ones, and not the older ones to its own.
+        """Return whether the batch is so small that `switch` adds its changes to the older changes, and not the other way round.
 
         Without this, each of many small batches before a commit would copy the changes of all batches before it.
         """

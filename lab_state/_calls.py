@@ -40,8 +40,8 @@ class Calls(Writing, Waits):
     a write raises `UnavailableError`; its `outcome` says whether the write was made.
 
     Once the manager knows that a newer writer owns the state, each write raises
-    `FencedError` and changes nothing, whatever `Config.flush_interval` is. A write that would
-    change nothing raises it, too. Reads go on. If other code has cancelled the flush task of the
+    `FencedError` and changes nothing, whatever `Config.flush_interval` is. Even a write without
+    an effect raises this error. Reads go on. If other code has cancelled the flush task of the
     manager, each write raises `UnavailableError` in the same way until `stop()`; see
     `Status.task_failure`.
 
@@ -53,7 +53,7 @@ class Calls(Writing, Waits):
     if the key has an unflushed change already.
 
     A call whose name ends in `_nowait` is the same call without `await`, for callbacks and other
-    synchronous code on the event loop. Each read has such a call; in place of `exists`, it is `in`.
+    synchronous code on the event loop. Each read except `items` has such a call. For `exists`, it is `in`.
     Three writes have one: `set_nowait`, `delete_nowait` and `update_nowait`. They change memory and
     return, and the change becomes durable with the next flush.
     """
@@ -117,7 +117,7 @@ class Calls(Writing, Waits):
             key: The key.
             fn: A plain function that is given the value and returns the new one. If it
                 raises an error, the call changes nothing. If it sets this key with `set_nowait`,
-                the result of `fn` overwrites that value. In a shared state, it is called again if
+                the result of `fn` overwrites that value. In a shared state, `fn` is called again if
                 another process has changed the key meanwhile.
             default: The argument of `fn` if the key is missing.
             type: The type to decode the value as; the new value must have it, too.
@@ -171,7 +171,7 @@ class Calls(Writing, Waits):
             key: The key.
             factory: A plain function, called only when the key is missing. If it sets this
                 key with `set_nowait`, the result of `factory` overwrites that value. In a shared
-                state, it may be called again, as `fn` of `update`.
+                state, `factory` may be called again, like the `fn` of `update`.
             type: The type to decode the value as; the result of `factory` must have it, too.
             ttl: The time until the key expires, if the result of `factory` is stored; see `set`.
 
@@ -288,7 +288,7 @@ class Calls(Writing, Waits):
         return new
 
     def _whole(self, key: object, type_: Any) -> str:
-        """Return a key with the prefix before it. Raise the errors of arguments: they need no owner."""
+        """Return a key with the prefix before it. Check the key and the type, because this needs no owner."""
         if type_ is not Any:
             check_type(type_)
         return check_key(self._full(key))
@@ -394,7 +394,7 @@ class Calls(Writing, Waits):
             )
 
     def _now(self, key: object, call: Coroutine[Any, Any, R]) -> R:
-        """Run a writing call to its end. If a call with many keys has the turn, order this change before it."""
+        """Run a writing call to its end. If a call with many keys has the turn, order this change before that call."""
         core = self._core
         if not isinstance(core.transaction, Bulk):
             return at_once(call)
@@ -434,7 +434,7 @@ def _check_number(name: str, number: object) -> None:
 
 
 def _kind_of(type_: Any) -> Literal["any", "int", "float"] | None:
-    """Return the name of a type of `incr` in a message to another process; `None` if it has none, because it is code."""
+    """Return the name of the type argument of `incr` in a message; `None` for a type that messages have no name for."""
     if type_ is Any:
         return "any"
     return "int" if type_ is int else "float" if type_ is float else None

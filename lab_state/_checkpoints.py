@@ -25,10 +25,10 @@ class Checkpoints:
 
     Attributes:
         due: Whether a checkpoint is due. After a failure this is True during the pause, too.
-        records: The number of records since the last snapshot. It is one higher if the loaded changes
-            are not certainly durable. If it is 0, `stop()` needs no checkpoint.
+        records: The number of records since the last snapshot. If the loaded changes are not certainly
+            durable, one more is counted. If the number is 0, `stop()` needs no checkpoint.
         task: The task of the last checkpoint that `start` has started; `None` if there is none.
-        pace: The object that gives each slice of a checkpoint its turn beside commits.
+        pace: The schedule of the slices of a checkpoint, between commits.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and no two have the same type
@@ -70,7 +70,7 @@ class Checkpoints:
         return self.due and not self._pauses.failures and self._state.frozen
 
     def start_if_due(self) -> None:
-        """Start a checkpoint if one is due, no pause lasts, and `State.frozen` is not set.
+        """Start a checkpoint if one is due, the pause after a failure is over, and `State.frozen` is not set.
 
         While a view is in use, a second view would be a copy of the whole state.
         """
@@ -114,7 +114,7 @@ class Checkpoints:
             return views.take()
 
         try:
-            # Otherwise `freeze` would merge the rest in one step, which may take long.
+            # Merge a staged layer in steps first. `freeze` would merge it in one step, which may take long.
             while self._state.fold_staged(STEP):  # noqa: ASYNC110 -- the condition does the work
                 await asyncio.sleep(0)
             await only_storage_errors(lambda: self._session.checkpoint(snapshot))

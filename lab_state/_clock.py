@@ -55,8 +55,8 @@ class SystemClock:
 class GuardedClock:
     """A wrapper for the clock of the application, which may raise errors.
 
-    If a call of that clock raises an error, `time` and `monotonic` return their last results, and
-    `call_later` uses a timer of the event loop. The next call tries that clock again.
+    If the wrapped clock raises an error, `time` and `monotonic` return their last results, and
+    `call_later` uses a timer of the event loop. The next call uses the wrapped clock again.
 
     Attributes:
         strict: Whether errors of the clock are raised to the caller instead. This is `True` from the
@@ -65,7 +65,7 @@ class GuardedClock:
     """
 
     def __init__(self, clock: Clock, failed: Callable[[Exception], object]) -> None:
-        """Wrap a clock, and read it. An error is raised. `failed` is called once, with the first later error that is not raised."""
+        """Wrap a clock, and read it. Raise an error of this reading. `failed` is called once, with the first error that is not raised."""
         self.strict: bool = True
         self._clock = clock
         self._failed: Callable[[Exception], object] | None = failed

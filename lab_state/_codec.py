@@ -75,7 +75,7 @@ class _AnyFormat(msgspec.Struct, frozen=True):
 
 
 class LoadedState(NamedTuple):
-    """A whole state that was decoded. Times are in milliseconds since 1970. `results` is `None` if there are none."""
+    """A whole state that was decoded. Times are in milliseconds since 1970. `results` is `None` if the state has no results of calls."""
 
     entries: dict[str, Stored]
     revision: int
@@ -235,7 +235,7 @@ def pieces(large: Value) -> Iterator[bytes]:
             yield encode(large[start : start + _SLICE_BYTES])[1:-1]
         yield b'"'
     else:
-        view = memoryview(cast("Json | Raw", large))  # it is not a number, because the JSON of a number is never large
+        view = memoryview(cast("Json | Raw", large))  # never a number: its JSON is short
         for start in range(0, len(view), _SLICE_BYTES):
             yield bytes(view[start : start + _SLICE_BYTES])
 

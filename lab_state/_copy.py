@@ -55,7 +55,7 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
         TypeError: The source is not a storage, or has no method `read`.
         UnsupportedError: The target has a state of this name. Or the source has none, or only an empty
             one that was never written.
-        StorageError: Reading or writing failed; see `Storage` and `StorageSession`. Or the copy differs.
+        StorageError: Reading or writing failed; see `Storage` and `StorageSession`. Or the copy differs from the source.
     """
     name = Config(name=name).name
     tell = progress or _silent

@@ -22,7 +22,7 @@ R = TypeVar("R")
 class Port(Protocol):
     """The writing calls of a state that several processes share. They go to the process that owns the state.
 
-    Keys and prefixes are those of the whole state, and values are in their stored form. A `ttl` is in
+    Keys and prefixes include the prefix of the handle, and values are in their stored form. A `ttl` is in
     milliseconds. Each call returns when its change is durable, and in the copy of this process.
     """
 
@@ -51,7 +51,7 @@ class Port(Protocol):
             default: The number to start from if the key is missing.
             kind: The name of the type that both numbers must have.
             ttl: The time to live of a new key.
-            prefix: The prefix of the handle on which the call was made. An error names the key without it.
+            prefix: The prefix of the handle on which the call was made. An error names the key without this prefix.
         """
         ...
 
@@ -63,9 +63,9 @@ class Port(Protocol):
         Args:
             key: The key.
             prefix: The prefix of the handle on which the call was made.
-            body: A function that is given a `Calls`, and makes the call on it. It may be called again, if another
-                process has changed the key meanwhile.
-            may_read: Whether the call is a read if the key exists. Then it needs no owner.
+            body: A function that is given a `Calls`, and makes the call on it. If another process has changed the
+                key meanwhile, the function may be called again.
+            may_read: Whether the call is a read if the key exists. Then the call needs no owner.
         """
         ...
 
@@ -104,8 +104,8 @@ class CallCore:
     Attributes:
         name: The name of the state.
         state: The state. The state of a manager is empty before `start()` and after `stop()`. So a
-            call that finds a key in it knows that the manager is running.
-        transaction: The transaction that is open; `None` if none is. Writers wait for it.
+            call that finds a key knows that the manager is running.
+        transaction: The open transaction; `None` if there is none. Writers wait for its end.
         blocked: Whether a writer must call `turn` first: a transaction is open, no
             change can become durable, or an iterator of `items()` is open. Otherwise a writer
             does not need the lock, because it changes the state without an `await`.
@@ -379,7 +379,7 @@ class Core(CallCore):
 
     @staticmethod
     def leave(transaction: OpenTransaction) -> None:
-        """Remove the transaction from the present `contextvars` context. It may be another context than that of `acquire`."""
+        """Remove the transaction from the present `contextvars` context. This may be another context than that of `acquire`."""
         _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not transaction))
 
     def _check_still(self, durability: Durability) -> None:
@@ -389,7 +389,7 @@ class Core(CallCore):
         durability.check_writable()
 
     def _check_outside(self) -> None:
-        """Check that the caller is not inside the open transaction. It would wait for itself."""
+        """Check that the caller is not inside the open transaction. A caller inside it would wait for itself."""
         if self.transaction is not None and self.transaction in _INSIDE.get():
             raise RuntimeError(
                 f"a transaction of {self.name!r} is open here: call the transaction itself, or leave it first"

@@ -30,9 +30,9 @@ class Waiters:
     """The callers that wait, in three lists.
 
     Attributes:
-        next: Those that asked for the next commit.
-        current: Those that wait for the commit under way.
-        passive: Those that wait for any commit, and asked for none.
+        next: The callers that asked for the next commit.
+        current: The callers that wait for the commit under way.
+        passive: The callers that wait for any commit, and asked for none.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Waiters:
         self.passive: list[Waiter] = []
 
     async def wait(self, waiters: list[Waiter], revision: int) -> None:
-        """Wait in one of the lists until `settle` or `fail`. Raise the error of `fail`. A caller that is cancelled leaves the list."""
+        """Add the caller to a list, and wait for `settle`. Raise the error of `fail`. A caller that is cancelled leaves the list."""
         future = asyncio.get_running_loop().create_future()
         waiters.append((revision, future))
         try:
@@ -75,7 +75,7 @@ class Waiters:
                 to the exception.
             note: A text about the changes, which is appended to the message.
             all_lists: Whether the callers in all three lists get the error. Otherwise only
-                those in `current` do.
+                the callers in `current` get it.
         """
         for waiters in (self.current, self.next, self.passive) if all_lists else (self.current,):
             for _, future in waiters:
@@ -116,10 +116,10 @@ class Durability:
     Attributes:
         state: The loaded state.
         durable_revision: Every change up to this revision is durable.
-        loop: The event loop of `start()`, or that of `stop()` after `move`.
+        loop: The event loop of `start()`. After `move`, it is the event loop of `stop()`.
         write_through: Whether each write waits until it is durable, because `flush_interval` is 0.
-        refusal: The reason why no further change can become durable; `None` while changes can.
-        refused: A callback for the moment when `refusal` is set.
+        refusal: The error of every write, because no further change can become durable; `None` if writes are accepted.
+        refused: A callback that is called after `refusal` is set.
     """
 
     def __init__(self, name: str, state: State, clock: Clock, *, unsettled: bool, flush_interval: float | None) -> None:
@@ -144,7 +144,7 @@ class Durability:
         self._waiters = Waiters()
         self._confirming = Waiters()
         self._begun = 0  # the number of commits that were started
-        self._wanted = 0  # the number of the last commit that a caller of `confirm_ownership` wants
+        self._wanted = 0  # the number of the last commit that a caller of `confirm_ownership` waits for
         self._under_way: ChangeSet | None = None
         self._wake = asyncio.Event()
         self._due = False  # whether a flush in the background is due
@@ -154,7 +154,7 @@ class Durability:
 
     @property
     def shown(self) -> State:
-        """The state that reads use, and that a checkpoint contains. In the owner of a shared state it lies below `state`."""
+        """The state that reads and checkpoints use. In the owner of a shared state, it is the copy, and `state` is the layer."""
         return self.state
 
     # Waiting
@@ -179,7 +179,7 @@ class Durability:
         # This test is cheaper than `check_loop`, which makes a system call in some versions of Python.
         if get_ident() != self._thread or not self.loop.is_running():
             self.check_loop()
-        self._wake.set()  # a commit will come: the caller has checked that it can write
+        self._wake.set()  # the task commits then: the caller has checked that writes are accepted
         # This repeats the body of `Waiters.wait`, because a coroutine for each writer takes time.
         future: asyncio.Future[None] = self.loop.create_future()
         self._waiters.next.append((revision, future))
@@ -216,7 +216,7 @@ class Durability:
         await (self.wait_durable if self._only_when_asked else self.make_durable)(revision)
 
     async def confirm_ownership(self) -> None:
-        """Wait for a commit that starts after this call. Its success proves that this writer owned the state then.
+        """Wait for a commit that starts after this call. If it succeeds, this writer still owned the state at that commit.
 
         The commit is made even if nothing has changed.
 
@@ -233,7 +233,7 @@ class Durability:
     def _must_wait(self, revision: int, *, even_durable: bool = False) -> bool:
         """Return whether a revision is not durable yet. Raise an error if it never will be.
 
-        With `even_durable`, treat a durable revision as one that is not.
+        With `even_durable`, a durable revision counts as not durable.
         """
         self.check_loop()
         if revision <= self._certain_revision and not even_durable:
@@ -253,7 +253,7 @@ class Durability:
             raise copied(self.refusal, "nothing was changed")
 
     def _refuse(self) -> None:
-        """Raise the reason why there will be no further commit."""
+        """Raise an error that says why there will be no further commit."""
         if self.refusal is not None:
             raise copied(self.refusal, "not durable")
         raise UnavailableError(
@@ -304,7 +304,7 @@ class Durability:
         """
         if self.loop.is_closed():
             self.loop, self._thread = asyncio.get_running_loop(), get_ident()
-            self._put_back()  # if the loop was closed during a commit, the commit was not cancelled, and did not do this
+            self._put_back()  # if the loop was closed during a commit, the commit has not put back its changes
             # All tasks of the old loop have ended, so no task waits for the event or for a commit.
             self._wake = asyncio.Event()
             self._waiters, self._confirming = Waiters(), Waiters()
@@ -324,7 +324,7 @@ class Durability:
 
     @property
     def unflushed_keys(self) -> int:
-        """The number of keys with changes that are not durable. Deleting all keys at once counts as one more.
+        """The number of keys with changes that are not durable. Deleting all keys in one call counts as one key.
 
         A key counts twice if it is in the commit under way, and has changed again since.
         """

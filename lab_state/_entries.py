@@ -21,7 +21,7 @@ Value: TypeAlias = str | int | float | bool | Json | Raw | None
 """A scalar, or the JSON of a value.
 
 The JSON is a `Json` if the value was set, and a `Raw` if the value was loaded. A `Raw` is a view of
-the loaded buffer. It has exactly one value as well, because the parser has found where the value ends.
+the loaded buffer. A `Raw` has exactly one value as well, because the parser has found where the value ends.
 A loaded scalar is a `Raw`, too. A read may replace it by the scalar, and a checkpoint may replace a
 `Raw` by a `Json`.
 """
@@ -177,7 +177,10 @@ class Overlay(Layer):
         self.base = self.view = view
 
     def fold(self, most: int) -> bool:
-        """Move up to `most` writes into the view, or twice as many as came since the last call. Return whether any is left."""
+        """Move `most` writes into the view. If more than half of `most` came since the last call, move twice as many as came.
+
+        Return whether any writes are left.
+        """
         came = 0 if self._left is None else len(self.top) - self._left
         view = self.view
         some = list(islice(reversed(self.top.items()), max(most, 2 * came)))
@@ -193,7 +196,7 @@ class Overlay(Layer):
 
 
 class Staged(Overlay):
-    """A layer with many writes that were made at once. It is merged into the map below in steps.
+    """A layer with the writes of one large change. It is merged into the map below in steps.
 
     The map below is a dict, or an `Overlay` over a view that is in use.
     """

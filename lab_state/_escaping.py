@@ -7,7 +7,7 @@ Both functions are injective: different texts never have the same result. The pr
   an escaped text can be decoded, and different texts have different escaped texts.
 * Three results are made in another way: the key of an empty text, a name with a prefix, and a
   result that was cut. Each has an escape character without two hexadecimal digits after it. No
-  escaped text has this.
+  escaped text has such an escape character.
 * Two results that were cut differ in their SHA-256, because no two texts with the same SHA-256 are known.
 * The text `$lab_state` is reserved as a key, and becomes `%24lab_state`. No other text becomes this,
   because `$` is not replaced in other texts.
@@ -20,7 +20,7 @@ import re
 from lab_state._arguments import RESERVED
 
 LONGEST_ESCAPED = 256
-"""The largest length of an escaped key, in characters. A key may have 1,024. So it has room for a prefix and up to three escaped keys."""
+"""The largest length of an escaped key, in characters. A key may have 1,024, which is room for a prefix and three escaped keys."""
 
 CUT_KEY = "%~"
 """The beginning of an escaped key that was cut."""

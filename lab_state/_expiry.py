@@ -45,7 +45,7 @@ def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
         now: The time of the wall clock now, in seconds since 1970.
 
     Returns:
-        The time in seconds since 1970, and a number of seconds. The latter is 0 if the wall clock is not behind.
+        The time in seconds since 1970, and the seconds by which the wall clock is behind; 0 if it is not behind.
     """
     passed = now - max(wall, time) / 1000
     return time / 1000 + max(0.0, passed), max(0.0, -passed)
@@ -73,7 +73,7 @@ class Expiries:
 
     Attributes:
         on_first: A callback. It is called when an empty index gets keys.
-        on_nearer: A callback. It is called when a key is put into the heap that is due before all others in it.
+        on_nearer: A callback. It is called when the heap gets a key that is due before all other keys in the heap.
     """
 
     __slots__ = (

@@ -2,13 +2,12 @@
 
 Theory of operation. A writer changes the map and continues. The task wakes up once in each flush interval,
 when a caller asks for a commit, and when many bytes have changed. It takes all unflushed changes, and
-commits them as one record. If a commit fails, its changes are put back. Unless `flush_interval` is `None`,
-the commit is repeated after growing pauses. `_durability.py` has the callers that wait, `_outcomes.py`
-the outcomes of commits, and `_checkpoints.py` the checkpoints.
+commits them as one record. If a commit fails, its changes are put back, and the next commit contains them.
+`_durability.py` manages the callers that wait. `_outcomes.py` handles the outcome of each commit, and says
+when a failed one is repeated. `_checkpoints.py` writes the checkpoints.
 
-The task never cancels a storage call. If the storage makes no progress for the timeout of `stop`, `stop`
-no longer waits. The session is closed when the call that hangs ends. So no second writer can open
-the state before that.
+The task never cancels a storage call. `stop` gives up if the storage makes no progress for its timeout.
+The session is then closed when the hanging call returns. So no second writer can open the state before.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from lab_state.shared._results import RecordCalls
 from lab_state.storage._protocol import StorageSession
 
 _LAST_CHANCE = 0.5
-"""`stop` tries a last commit this many seconds before its deadline. A close waits this long while the event loop ends."""
+"""Seconds. `stop` tries a last commit this long before its deadline. If the event loop is ending, the close gets this long."""
 
 
 class Flusher(Outcomes):
@@ -63,7 +62,7 @@ class Flusher(Outcomes):
         times: FlushTimes,
         on_fenced: Callable[[FencedError], object] | None = None,
     ) -> None:
-        """Prepare to run on the present event loop. Nothing runs before `start`. Make every call on this loop.
+        """Prepare the task for the running event loop. `start` starts it. All methods must be called on this loop.
 
         Args:
             state: The loaded state.
@@ -71,9 +70,9 @@ class Flusher(Outcomes):
             config: The settings.
             clock: The clock of the manager.
             logger: The logger of the manager.
-            committed: A callback after each commit, with the changes. It returns True if it
-                keeps a reference to the changes.
-            times: The object that gets the duration of each successful commit, and counts the failed ones.
+            committed: A callback that gets the changes of each successful commit. It returns True if it
+                keeps a reference to them.
+            times: The object that collects the durations of successful commits, and counts failed commits.
             on_fenced: A function of the application; see `Manager`.
         """
         super().__init__(state, session.recovery, config, clock, logger, times, on_fenced)
@@ -93,7 +92,7 @@ class Flusher(Outcomes):
         if self._unsettled:
             self._wake_up()
         self._timer: Timer | None = None
-        # Without an early flush, one record could contain very many writes: all those of one interval. A short interval needs none.
+        # Without early flushes, one record could contain all writes of a long interval. A short interval needs no early flush.
         often = self._interval is None or self._interval <= LOOK_EVERY
         self._early = None if often else EarlyFlush(state, clock, self._wake_up)
 
@@ -113,13 +112,13 @@ class Flusher(Outcomes):
         is repeated until `timeout` seconds after the call.
 
         Raises:
-            StorageError: A newer writer owns the state. Or not all changes are durable: the last flush failed or hangs.
+            StorageError: A newer writer owns the state, or the last flush failed or hangs, so that changes may be lost.
         """
         self._stopping = True
         self._deadline = self._clock.monotonic() + timeout
         self._end_timers()
         standstill = Standstill(self._clock, timeout, self._progress.number)
-        if self._task.done() or self._task.get_loop() is not self.loop:  # it has ended early, or its loop was closed
+        if self._task.done() or self._task.get_loop() is not self.loop:  # ended early, or its loop was closed
             self._start(self._run())
         self._wake.set()
         await asyncio.wait({self._task, standstill.reached}, return_when=asyncio.FIRST_COMPLETED)
@@ -130,9 +129,9 @@ class Flusher(Outcomes):
             raise self._stop_error
 
     def remember(self) -> None:
-        """Note that the session is closed, or will be when its storage call ends.
+        """Detach the finalizer, which closes the session if this object is garbage-collected.
 
-        From then on, the garbage collector does not have to close it.
+        Call this when the session is closed, or when it will be closed at the end of a storage call.
         """
         if self.forgotten is not None:
             self.forgotten.detach()
@@ -174,7 +173,7 @@ class Flusher(Outcomes):
 
     def discard_entries(self) -> None:
         """Free the entries after `stop()`, unless a storage call still in flight may read them."""
-        # `ignore` and `no_clock` do not refer to this object. Its methods would keep it, and with it the state, in memory.
+        # The present callbacks are methods of this object. They would keep this object and its state in memory.
         for one in (self.state, self.shown):
             one.free, one.on_staged = ignore, no_clock
         self._discard(self.shown, entries=self._task.done() and not self._abandoned)
@@ -191,7 +190,7 @@ class Flusher(Outcomes):
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """End all waits when the task has ended. The callers whose revision is durable get a result, and the others an error."""
+        """End all waits when the task has ended. Waits for a durable revision succeed. The others get an error."""
         problem = None if task.cancelled() else task.exception()
         what = (
             "was cancelled" if task.cancelled() else f"failed: {described(problem)}" if problem is not None else "ended"
@@ -288,7 +287,7 @@ class Flusher(Outcomes):
                 self.checkpoint_if_due()
             except Exception as problem:  # noqa: BLE001 -- all writers depend on this task
                 self._survive(problem)
-            # The callers that waited run now. If they write at once, the next commit needs no further turn of the loop.
+            # Let the callers that waited run. If they write now, the next commit begins without another turn of the loop.
             await asyncio.sleep(0)
         await self._finish()
 
@@ -296,7 +295,7 @@ class Flusher(Outcomes):
         """Treat an error that was raised outside a storage call as a failed commit."""
         self._put_back()
         self._waiters.settle(self._certain_revision)
-        self._waiters.start_commit()  # newer callers get the error, too, because the progress of the commit is unknown
+        self._waiters.start_commit()  # all waiting callers get the error, because it is unknown how far the commit has come
         self._failed(storage_error(problem))
 
     async def _commit_all(self) -> None:
@@ -308,7 +307,7 @@ class Flusher(Outcomes):
             await self._commit()
 
     async def _commit(self) -> StorageError | None:
-        """Commit all unflushed changes, and return the error if that failed."""
+        """Commit all unflushed changes. Return the error if the commit failed."""
         self._begun += 1
         number = self._begun
         views = SnapshotViews(self.state, given=self._progress.count)
@@ -316,7 +315,7 @@ class Flusher(Outcomes):
         try:
             self._waiters.start_commit()
             started = self._clock.monotonic()
-            # The changes are noted before they are taken, and forgotten when they are durable. So no interrupt loses any.
+            # `_under_way` holds the changes from before they are taken until they are durable. So an interrupt loses none.
             taken = self._under_way = self.state.untaken()
             self.state.take(taken)
             due = await self._write(taken, views)
@@ -343,7 +342,7 @@ class Flusher(Outcomes):
             await views.fold()
 
     def _hand_on(self, taken: ChangeSet) -> bool:
-        """Pass durable changes to the watchers and the mirror. Return whether these may keep a reference to the changes."""
+        """Pass durable changes to the watchers and the mirror. Return whether a receiver may keep a reference to the changes."""
         try:
             return self._committed(taken)
         except Exception as problem:  # noqa: BLE001 -- an error of the callback must not end the task
@@ -386,7 +385,7 @@ class Flusher(Outcomes):
     # The end
 
     async def _finish(self) -> None:
-        """Make the last flush. If it succeeded, write a checkpoint, unless there are no records since the last one."""
+        """Make the last flush. If it succeeded and there are records since the last checkpoint, write a checkpoint."""
         error = await self._last_flush()
         self._is_closed = True
         if error is not None:
@@ -403,15 +402,15 @@ class Flusher(Outcomes):
         """Close the session.
 
         Args:
-            hurried: Whether the event loop is ending as well, and `stop` no longer waits for
-                the storage.
+            hurried: Whether to wait for half a second only. This is for an event loop that ends after
+                `stop` has given up.
         """
         if not hurried:
             await self._close_session()
             return
         closing = asyncio.create_task(self._close_session())
         await asyncio.wait({closing}, timeout=_LAST_CHANCE)
-        # The first cancellation ends the wait for a checkpoint, the second the wait in `aclose`. The close itself goes on.
+        # The first cancellation ends the wait for a checkpoint, and the second one the wait in `aclose`. The storage still closes.
         for _ in range(2):
             closing.cancel()
             await asyncio.sleep(0)

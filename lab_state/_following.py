@@ -59,7 +59,7 @@ def changes_of(
 def apply_step(
     copy: State, changes: Mapping[str, StoredOrGone], revision: int, *, cleared: bool, time: int = 0
 ) -> None:
-    """Apply a step to a copy at once, without steps for the event loop. The arguments are those of `Step`."""
+    """Apply a step to a copy without letting the event loop run. The arguments are those of `Step`."""
     effects, expired = changes, 0
     if any(isinstance(to, Absent) for to in changes.values()):
         effects, expired = _effects(copy, changes.items(), cleared=cleared, time=time)
@@ -73,7 +73,7 @@ def apply_step(
 
 
 class Step:
-    """A step that is prepared in parts, and then shown at once. Other code must not change the copy between `prepare` and `finish`."""
+    """A step that is prepared in parts, and then made at one moment. Other code must not change the copy between `prepare` and `finish`."""
 
     def __init__(
         self, copy: State, changes: Mapping[str, StoredOrGone], revision: int, *, cleared: bool, time: int = 0
@@ -86,7 +86,7 @@ class Step:
             revision: The revision of the copy after the step.
             cleared: Whether all keys are deleted first.
             time: The time of the owner at the step, in milliseconds since 1970. A deleted key with an expiry up to
-                this time counts as expired. With 0, no key does.
+                this time counts as expired. With 0, no key counts as expired.
         """
         self._copy = copy
         self._changes = changes
@@ -109,7 +109,7 @@ class Step:
         yield from self._batch.prepare()
 
     def finish(self) -> None:
-        """Make the prepared changes at once. From now on reads see them."""
+        """Make the prepared changes in one short step. From now on, reads see them."""
         assert self._batch is not None  # `prepare` has made it
         _show(self._copy, self._batch.switch, self._revision, self._expired)
 

@@ -1,7 +1,7 @@
 """Managers, locks and files that a forked child inherits, and must not use.
 
-A child has the memory and the descriptors of its parent. Of the threads, it has only the one that
-forked. An `flock` belongs to the open file, which parent and child share. So the lock would stay held
+A child has the memory and the descriptors of its parent, but only the thread that forked.
+An `flock` belongs to the open file, which parent and child share. So the lock would stay held
 while the child lives, even after the parent has ended. Therefore the child closes the inherited
 descriptors. An object that was in use at the fork refuses all calls in the child. An object that was
 idle at the fork can be used in the child as in any other process.

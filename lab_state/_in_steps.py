@@ -54,7 +54,7 @@ class Range(NamedTuple):
 
 
 async def bring_up_to_date(core: ReadingCore) -> None:
-    """Build the index of the state, or bring it up to date. If the caller is cancelled, the next call continues.
+    """Build the index of the state, or bring it up to date. If the caller is cancelled, the next call continues the work.
 
     Raises:
         LabStateError: The manager was stopped meanwhile.

@@ -1,4 +1,4 @@
-r"""The journal, format 1: frames, checksums, and the scan that tells a torn tail from damage.
+r"""The journal, format 1: frames, checksums, and the scan that distinguishes a torn tail from damage.
 
 Pure and synchronous. The journal is text, with one frame in each line::
 
@@ -73,8 +73,8 @@ class Scan(NamedTuple):
 
     Attributes:
         header: The header.
-        frames: The valid frames after it.
-        end: The offset after the last valid frame. Bytes from there on are a torn tail.
+        frames: The valid frames after the header.
+        end: The offset after the last valid frame. Later bytes are a torn tail.
     """
 
     header: Header

@@ -43,7 +43,7 @@ check_str_keys = msgspec.msgpack.Encoder(order="deterministic", enc_hook=_other)
 def pack(value: Any) -> bytes | None:
     """Return a value in MessagePack. Return `None` if `check_str_keys` refuses the value.
 
-    If `have_own_texts` accepts the keys of a large outermost dict, they are left out, because it checks them faster.
+    The keys of a large outermost dict are left out if `have_own_texts` accepts them, because this check is faster.
     """
     try:
         if value.__class__ is dict and len(value) > _MANY and have_own_texts(value):
@@ -66,7 +66,7 @@ def have_own_texts(keys: dict[Any, Any]) -> bool:
 
 
 def is_canonical(data: bytes) -> bool:
-    """Return whether msgspec decodes JSON, and encodes it to the same bytes. If an object has a member twice, it does not."""
+    """Return whether msgspec decodes JSON, and encodes it to the same bytes. The result is False if an object has a member twice."""
     try:
         return _encode(_decode(data)) == data
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -37,7 +37,7 @@ async def load(name: str, storage: Storage) -> Decoded:
     Raises:
         TypeError: `storage` is not a storage, or has no method `read`.
         CorruptionError: Two consecutive readings found the same damage.
-        UnavailableError: Ten readings found damage, each time another. A writer has probably changed the state meanwhile.
+        UnavailableError: Ten readings found damage, but no two in a row the same. A writer has probably changed the state meanwhile.
         StorageError: Reading failed; see `Storage.read`.
     """
     # A storage from another package may lack `read`, because a manager does not call it.
@@ -54,7 +54,7 @@ async def load(name: str, storage: Storage) -> Decoded:
         try:
             return await _decoded(reading)
         except CorruptionError as error:
-            # If a writer replaces files during the reading, this looks like damage. Only real damage is found again.
+            # If a writer replaces files during a reading, the reading looks damaged. Only real damage is found twice.
             if before is not None and _is_the_same(before, (reading, str(error))):
                 raise
             before = reading, str(error)

@@ -1,4 +1,4 @@
-"""A logger that never raises an error, even if handlers, filters or formatters of the application do. An interrupt passes."""
+"""A logger that does not raise errors of the handlers, filters and formatters of the application. Only interrupts are raised."""
 
 from __future__ import annotations
 

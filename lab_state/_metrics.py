@@ -23,7 +23,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
             that failed. With a cache, there are two more names. `mirror`: steps sent to the cache,
             and failed attempts to update the mirror. `fill`: the number of times the whole state was sent.
             In a shared state, the values stored, the keys deleted and the keys expired are those of all
-            processes, as far as this process has received them. The other numbers are its own.
+            processes, as far as this process has received them. The other numbers count this process only.
         flush_seconds: The total duration of all successful commits, in seconds.
         flush_buckets: A histogram of the durations of these commits. Each pair is a bound in seconds and
             the number of commits that took at most that long. The last bound is infinity.

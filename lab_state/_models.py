@@ -137,7 +137,7 @@ def _first_difference(old: Any, new: Any) -> Way:
 
 
 def _part(container: Any, step: Any) -> Any:
-    """Return a part of a dict or a list. If there is none, return this function, because it equals no JSON value."""
+    """Return a part of a dict or a list. If there is no such part, return this function, because no JSON value equals it."""
     if _all_are(dict, container):
         return container.get(step, _part)
     return container[step] if step < len(container) else _part

@@ -9,9 +9,9 @@ is faster than a loop in Python:
 4. Two adjacent quotes are removed. The number of quotes before each bracket stays odd or even, so
    the same brackets are inside of strings as before.
 5. Pairs of adjacent brackets are removed, in up to 12 rounds. Each round removes at most two
-   levels. The rounds end when one of them removes less than a quarter of the rest.
-6. The levels of the rest are counted bracket by bracket. Together with the removed levels they are
-   an upper bound. If it is above the limit, the levels after step 2 are counted exactly.
+   levels. The rounds end when a round removes less than a quarter of the remaining bytes.
+6. The remaining levels are counted bracket by bracket. Their number and that of the removed levels are
+   added. If this upper bound is above the limit, the levels after step 2 are counted exactly.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) ->
     Log the wait at once, and then about every 10 s. If the caller is cancelled, the wait ends, and nothing stays open.
 
     Raises:
-        LockedError: Another writer still holds the state at the end of that time.
+        LockedError: Another writer still holds the state after `lock_timeout`.
         StorageError: `Storage.open` raised another error. There is no further attempt.
     """
     seconds = config.lock_timeout
@@ -48,7 +48,7 @@ async def opened(storage: Storage, config: Config, clock: Clock, logger: Log) ->
 
 
 def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began: float) -> State:
-    """Load the state that its storage recovered, and log one line about it. Log a warning for each fault that was found.
+    """Return the state that the storage recovered. Log one line about the load, and a warning for each fault.
 
     Args:
         session: The session of the storage.
@@ -70,7 +70,7 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
 
 
 def state_of(found: LoadedState, path: str, clock: Clock, logger: Log) -> State:
-    """Return a decoded state as the state of a manager, whose clock runs from now on."""
+    """Return a `State` with the content of a decoded state. Its clock runs from now on."""
     state = State(clock.monotonic, time_of(found, path, clock, logger), clock.time)
     state.load(found.entries, found.revision, found.expires)
     state.results = found.results
@@ -90,7 +90,7 @@ def warn_of_torn_tail(session: StorageSession, logger: Log) -> None:
 def tell_loaded(  # noqa: PLR0917 -- all are needed, and each means something else
     recovery: Recovery, path: str, name: str, state: State, logger: Log, seconds: float
 ) -> None:
-    """Log that a start has loaded its state, how long it took, and how the state ended before."""
+    """Log that the state was loaded, how long this took, and whether the last writer ended cleanly."""
     snapshot, records, unsettled, dropped, _ = recovery
     if records or dropped or unsettled:
         end = f"after an unclean end, {len(records)} records replayed"

@@ -1,8 +1,8 @@
 """The outcomes of commits and checkpoints.
 
-Commits that succeed and failures are counted. Each failure is logged, but a `FencedError` only once. A failed
-checkpoint is repeated after a pause. So is a failed commit, unless `flush_interval` is `None` and the loaded changes are
-durable. After a `FencedError`, nothing is repeated. The callers that wait for a commit receive its outcome.
+`Outcomes` counts successful commits, and all failures. It logs each failure, but a `FencedError` only once. A failed
+checkpoint is repeated after a pause. A failed commit is repeated too, unless `flush_interval` is `None` and the loaded
+changes are durable. After a `FencedError`, nothing is repeated. The callers that wait for a commit receive its outcome.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Outcomes(Upkeep):
         last_error: The error of the last commit or checkpoint; `None` if it succeeded. While commits fail, a
             checkpoint that succeeds does not remove the error.
         last_flush_at: The time of the last commit that succeeded, in seconds since 1970; `None` before the first.
-        last_flush_seconds: The duration of that commit, in seconds.
+        last_flush_seconds: The duration of the last commit that succeeded, in seconds; `None` before the first.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and no two have the same type
@@ -105,10 +105,10 @@ class Outcomes(Upkeep):
         self._logger.error("%s: a flush failed; %s: %s", self._name, note, error)
 
     def _commit_failed(self, error: StorageError, note: str) -> None:
-        """Do nothing. The owner of a shared state answers its clients here. `note` is about the changes of the commit."""
+        """Do nothing. `OwnerFlusher` overrides this method to answer its clients. `note` says what happens to the changes."""
 
     def _fence(self, error: FencedError) -> None:
-        """Refuse every write from now on, because a newer writer owns the state. Log it, and schedule `on_fenced` if it is given.
+        """Refuse every write from now on, because a newer writer owns the state. Log the error, and schedule `on_fenced`.
 
         A second call does nothing.
         """
@@ -126,7 +126,7 @@ class Outcomes(Upkeep):
             self.loop.call_soon(tell_fenced, self._on_fenced, error, self._name, self._logger)
 
     def checkpoint_succeeded(self, seconds: float, size: int) -> None:
-        """Note that a checkpoint of `size` bytes succeeded in `seconds`. If it took more than a second, log it."""
+        """Note that a checkpoint of `size` bytes succeeded in `seconds`. Log a checkpoint that took more than a second."""
         self._checkpoint_pauses.reset()
         if not self._pauses.failures:  # while commits fail, `last_error` keeps the error of the last commit
             self.last_error = None

@@ -1,4 +1,4 @@
-"""The parts of a value, the search for the part because of which a value is refused, and two checks of all parts.
+"""The parts of a value, the search for the part that causes a refusal, and two checks of all parts.
 
 The checks find NaN and infinity, and times that JSON would change. A part is an item of a list, tuple or set, a value of
 a dict, or a field of an object. Its step is its text in a path, such as `[3]`. All functions are pure and synchronous.
@@ -116,7 +116,10 @@ def single_part(value: Any, refused: Callable[[Any], bool]) -> tuple[object, Any
 
 
 def parts_of(container: Any) -> Iterable[tuple[object, object]]:
-    """Return a pair for each part: its key in a dict, its number in a list, tuple or set, or else its step; and the part."""
+    """Return a pair for each part: a place, and the part itself.
+
+    The place is the key in a dict, the number in a list, tuple or set, and otherwise the step.
+    """
     kind: Any = container.__class__
     if kind is dict:
         items: Iterable[tuple[object, object]] = container.items()
@@ -204,7 +207,7 @@ def moved_time(value: Any, *, keys: bool = True) -> str | None:
                 if (why := _moved(item)) is not None:
                     return why
                 if zone.__class__ is timezone:
-                    fixed = zone  # its offset never changes: other times with it need no check
+                    fixed = zone  # this zone has one offset: other times with it need no check
             else:
                 below += [part for _, part in parts_of(item) if part.__class__ not in SCALARS]
         level = below

@@ -28,7 +28,7 @@ T = TypeVar("T")
 class Reads(Iterates):
     """The calls that change nothing.
 
-    Each call but `items` has a form without `await`, for callbacks and other synchronous code on the event
+    Each call except `items` has a form without `await`, for callbacks and other synchronous code on the event
     loop. The name of that form ends in `_nowait`. For `exists`, that form is `in`.
     """
 
@@ -125,7 +125,7 @@ class Reads(Iterates):
     @overload
     async def get_many(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
     async def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
-        """Return those of the keys that exist, in the given order, with their values. All are of one moment.
+        """Return the keys that exist, in the given order, with their values. All values are of one moment.
 
         Args:
             keys: The keys.
@@ -142,7 +142,7 @@ class Reads(Iterates):
     @overload
     def get_many_nowait(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
     def get_many_nowait(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
-        """Return those of the keys that exist, with their values, without `await`; see `get_many`."""
+        """Return the keys that exist, with their values, without `await`; see `get_many`."""
         self._check_open()
         return self._all(many_keys(keys), type)
 
@@ -169,7 +169,7 @@ class Reads(Iterates):
         reverse: bool = False,
         type: Any = Any,
     ) -> dict[str, Any]:
-        """Return the keys that start with `prefix`, in order of code points, with their values. All are of one moment.
+        """Return the keys that start with `prefix`, in order of code points, with their values. All values are of one moment.
 
         The cost depends on the keys that are returned, not on all keys. With 1,000 keys or more, the call
         works in steps of some milliseconds, and the event loop runs between two steps. `keys` says
@@ -230,7 +230,7 @@ class Reads(Iterates):
         return self._all(self._cut(self._names(self._range(prefix, after, limit, reverse=reverse))), type)
 
     async def exists(self, key: str) -> bool:
-        """Return whether the key exists. If it cannot be in a state, raise `InvalidKeyError`."""
+        """Return whether the key exists. Raise `InvalidKeyError` for an object that cannot be a key."""
         if key in self:
             return True
         self._missing(key, default=False)  # raises an error for a key out of bounds
@@ -341,7 +341,7 @@ class Reads(Iterates):
         return self._decode(key, stored, default, type_)
 
     def _all(self, keys: Iterable[str], type_: Any) -> dict[str, Any]:
-        """Return those of the keys that exist, with their values."""
+        """Return the keys that exist, with their values."""
         if type_ is not Any:
             check_type(type_)
         found: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 A flat list or dict has only scalars, or only records. A record is a dict with scalars only. The records
 are converted to Structs, slice by slice, and the Structs are dropped. Their class has a field for each
 key of the first record. A field accepts a `str`, an `int`, a `bool`, `None` or a finite float, and
-nothing else. So if all can be converted, each key is a `str`, and there is no NaN, no time, no
+nothing else. So if all records can be converted, each key is a `str`, and there is no NaN, no time, no
 `msgspec.Raw`, and no third level of nesting. Such a value needs no other check.
 """
 
@@ -24,7 +24,7 @@ _LEAST = 4 * 1024
 """The smallest size in bytes of a value that is converted. With a smaller value, a failure would cost more than a success saves."""
 
 _SLICE = 256
-"""The number of items that are converted at once. The memory of one slice is reused for the next."""
+"""The number of items that are converted in one call. The memory of one slice is reused for the next."""
 
 _ENOUGH = 64 * 1024
 """After this many bytes of records with the same keys, a class is made for them, in 100 to 700 microseconds."""

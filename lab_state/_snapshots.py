@@ -1,4 +1,4 @@
-"""Views of the state for a storage or a cache. At the end, the writes that came after a view are merged into it."""
+"""Views of the state for a storage or a cache. When a view is no longer used, the later writes are merged into it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LATE = 0.002
 
 
 class Pace:
-    """The turns of the slices of a checkpoint, while commits go on.
+    """The schedule of the slices of a checkpoint, while commits go on.
 
-    Encoding a slice uses the interpreter, which the event loop and the threads of the storage share. So it
-    delays a commit that runs or starts at this time. The delay is smallest right after a commit was passed to
-    its thread. So one slice is encoded after the beginning of each commit. When `late` seconds
+    Encoding a slice keeps the interpreter busy. The event loop and the threads of the storage share the interpreter.
+    So encoding delays a commit that runs or starts at this time. The delay is smallest right after a commit was
+    passed to its thread. So one slice is encoded after the beginning of each commit. When `late` seconds
     have passed since the last commit began, slices are encoded without waiting.
     """
 
@@ -38,7 +38,7 @@ class Pace:
         self._waiting: asyncio.Future[None] | None = None
 
     def commit_begins(self) -> None:
-        """Give the next slice its turn, because a commit is about to be passed to its thread."""
+        """Let the next slice be encoded, because a commit is about to be passed to its thread."""
         loop = asyncio.get_running_loop()
         self._until = loop.time() + self._late
         self._is_free = True
@@ -80,12 +80,12 @@ class SnapshotViews:
 
         Args:
             state: The state.
-            durable: A function that waits until a revision is durable. It is awaited before the
-                last slice of each view is yielded, with the revision of the view.
+            durable: A function that waits until a revision is durable. It is awaited with the revision
+                of each view, before the last slice of the view is yielded.
             given: A callback. It is called for each encoded slice, and once more before the last slice is yielded.
-            pace: The turns of the slices of a checkpoint. Without it, only one turn of the event loop
-                passes between two slices. A commit that writes a snapshot has none, because it must
-                not wait for the next commit.
+            pace: The schedule of the slices of a checkpoint. Without it, only one turn of the event loop
+                passes between two slices. A commit that writes a snapshot passes no schedule, because
+                it must not wait for the next commit.
             copy_loaded: Whether to replace loaded values by copies. A loaded value is a part of
                 a large buffer, and keeps all of that buffer in memory. For a time, the buffer and
                 the copies are in memory together. Only a checkpoint asks for copies, because during
@@ -147,6 +147,6 @@ class SnapshotViews:
             except asyncio.CancelledError:
                 self._state.fold(view, sys.maxsize)
                 raise
-            # If the view was a copy, or the state was cleared meanwhile, no other code frees it.
+            # If the view was a copy, or the state was cleared meanwhile, no other code frees the view.
             if not self._state.has_as_base(view):
                 self._state.release(view)

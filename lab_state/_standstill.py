@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from lab_state._clock import Clock, resolver
 
 _LOOKS = 8
-"""The watched number is read this many times in `seconds`."""
+"""The number of times that the watched number is read in `seconds`."""
 
 
 class Standstill:
@@ -30,7 +30,7 @@ class Standstill:
         self._wait()
 
     def _wait(self) -> None:
-        # Near `_end`, the difference is exact, as for any two floats that are close. So the timer never ends just before `_end`.
+        # The difference of two floats that are close is exact. So the timer never ends just before `_end`.
         self._timer = self._clock.call_later(
             min(self._end - self._clock.monotonic(), self._seconds / _LOOKS), self._look
         )
@@ -54,7 +54,7 @@ class Progress:
     """The progress of flushes and checkpoints: the bytes that are written, and the slices that are encoded."""
 
     def __init__(self, written: Callable[[], int]) -> None:
-        """Call `written` once, and raise the error of this call, if any. It returns the number of bytes that the storage has written so far."""
+        """Call `written`, and raise its error, if any. `written` returns the number of bytes that the storage has written so far."""
         # An error here lets start() fail. Without this number, stop() could not distinguish a slow storage from one that hangs.
         written()
         self._written = written

@@ -18,7 +18,7 @@ class StateView(Reads):
 
     `read_state` makes it. It has the reading calls of a manager. The time of a view does not advance: it is
     the time at the end of `read_state`. Keys that had expired by then are not in the view. All other keys
-    stay in it. `expires_in` counts from then.
+    stay in the view. `expires_in` counts from the time of the view.
 
     Attributes:
         revision: The number of the last change that the view contains.
@@ -27,7 +27,7 @@ class StateView(Reads):
             has not synced that record yet, or ended without a sync. The next record or the next
             start shows whether it is lost.
         wall: The time of the writer's wall clock at its last write to the storage, in seconds since
-            1970; `None` if that is not recorded. It is recorded as long as any key expires.
+            1970; `None` if no time is recorded. A writer records the time as long as any key expires.
         live: Whether a writer has the state open; `None` if that is unknown.
     """
 
@@ -69,9 +69,8 @@ async def read_state(name: str, storage: Storage, *, clock: Clock | None = None)
 
     The call takes no lock and writes nothing. It does not disturb a manager that starts, runs
     or stops meanwhile. It needs only the permission to read, so it works on a
-    read-only mount. The result is the state at one moment between call and return. All its
-    keys are of the same moment. The result contains every change that was durable at the call,
-    and no change that its writer has not written yet.
+    read-only mount. The result is the state at one moment between call and return. It contains
+    every change that was durable at the call, and no change that the writer has not written yet.
 
     `FileStorage` reads the files in its threads. The time of a call grows with the size of
     the state. Decoding blocks the event loop, as in `start()`: about 0.8 s for a million keys. If

@@ -44,10 +44,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         durable_revision: Every change up to this revision is durable.
         unflushed_keys: The number of keys with changes that are not durable. A key that was changed
             again during a commit counts twice.
-        unflushed_age: The age of the oldest of these changes, in seconds; 0 if there are none.
+        unflushed_age: The age of the oldest change that is not durable, in seconds; 0 if there is none.
         last_flush_at: The time of the last commit that succeeded, in seconds since 1970. A flush
             makes one commit, or none if all changes are durable.
-        last_flush_seconds: The duration of that commit, in seconds.
+        last_flush_seconds: The duration of the last commit that succeeded, in seconds.
         flushes: The number of commits that succeeded since the start.
         flush_failures: The number of commits and checkpoints that failed since the start.
         last_error: The error of the last commit or checkpoint; `None` if it succeeded.
@@ -69,9 +69,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
             does not run.
         followers: The number of managers that follow this one, if it is the owner of a shared state;
             otherwise `None`.
-        lag: The seconds since the last sign of life of the owner, which comes at least once a second, or
-            since its end if there is no owner.
-            The state in memory may lack what became durable in this time. It is 0 in the owner.
+        lag: The seconds since the last sign of life of the owner, or since the end of the owner. An owner sends
+            a sign of life at least once a second. The state in memory may lack changes that became durable in
+            this time. In the owner, the lag is 0.
     """
 
     phase: Phase
@@ -98,7 +98,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Mirror(Protocol):
-    """The attributes of the writer of a mirror that a status has."""
+    """The writer of a mirror, with the attributes that a status reads."""
 
     @property
     def up(self) -> bool: ...

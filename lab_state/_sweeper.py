@@ -26,8 +26,8 @@ _GAP = 0.02
 class Sweeper:
     """The timer that sweeps one state.
 
-    It is set while any key has an expiry, unless a sweep is put off. It fires at least once a second. While there is a
-    watch, it also fires when a key is due.
+    The timer is set while any key has an expiry, unless a sweep is put off. It fires at least once a second. While there
+    is a watch, it also fires when a key is due.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own

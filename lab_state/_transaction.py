@@ -1,4 +1,4 @@
-"""`Transaction`: its calls, and the draft that has its changes until they are made."""
+"""The calls of a transaction, and the draft that holds its changes until they are made."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ class Transaction(Plain):
 
     @property
     def revision(self) -> int:
-        """The revision of the changes. If nothing was changed, it is that of the state at the end of the block.
+        """The revision of the changes. If nothing was changed, this is the revision of the state at the end of the block.
 
         Raises:
             RuntimeError: The transaction is open: read the revision after the block. Or the block ended with an

@@ -14,7 +14,7 @@ _FREED_AT_ONCE = 1000
 
 
 class Upkeep(Durability):
-    """A durability that frees and merges the large maps of its state in steps."""
+    """A `Durability` that frees and merges the large maps of its state in steps."""
 
     def _free(self, large: dict[Any, Any], most: int = _FREED_AT_ONCE) -> None:
         """Free a map, `most` items in a step, because freeing a million values at once would block the event loop."""

@@ -54,7 +54,7 @@ _MOST_DIGITS = 4300
 """msgspec does not read an int with more digits than this. By default, Python does not either."""
 
 _SMALL = 16 * 1024
-"""A size in bytes. To examine smaller JSON as a whole is faster than a binary search for the bad part."""
+"""Bytes. For JSON of a smaller size, a search of the whole value is faster than a binary search for the bad part."""
 
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1
 
@@ -99,7 +99,7 @@ def encode_value(value: object) -> Value:
     """Return the stored form of a value.
 
     Raises:
-        InvalidValueError: JSON cannot hold it, or it would not be read back. The error has the path to the bad part.
+        InvalidValueError: JSON cannot hold the value, or a read would not return it. The error has the path to the bad part.
     """
     kind: Any = value.__class__
     if kind in SCALARS:
@@ -133,7 +133,7 @@ def check_encoded(value: object, data: bytes) -> None:
         data: Its JSON.
 
     Raises:
-        InvalidValueError: It would be read back as another value, or not at all.
+        InvalidValueError: The value would be read back as another value, or not at all.
     """
     size = len(data)
     try:
@@ -297,8 +297,9 @@ def _refusal(value: object) -> InvalidValueError:
 def _first_refused(container: Any, levels: int) -> tuple[object, object] | None:
     """Return the first part of a container that cannot be encoded within `levels` levels of nesting.
 
-    If each part can be encoded, return the last one; if there is no part, `None`. If only one part is not a scalar, only the scalars are encoded. So a large part that is nested
-    in many such containers is not encoded once for each of them.
+    If each part can be encoded, return the last one. If there is no part, return `None`. If only one part is not a
+    scalar, only the scalars are encoded. Otherwise a large part inside many such containers would be encoded once
+    for each of them.
     """
 
     def refused(parts: object) -> bool:

@@ -15,12 +15,12 @@ class Waits(Reads):
         """Wait until each change made so far is durable.
 
         If nothing changed, nothing is written. Callers at the same time share one write.
-        If the caller is cancelled, the write goes on. In a shared state, this is `catch_up`: see its
-        errors. Each write that has returned is durable there.
+        If the caller is cancelled, the write goes on. In a shared state, each write that has returned
+        is durable already. So this call does the same as `catch_up`, with the same errors.
 
         Raises:
             StorageError: The write failed. The changes stay in memory, and the next flush tries
-                again. Unless `flush_interval` is `None`, it begins after a pause at the latest.
+                again. Unless `flush_interval` is `None`, that flush begins after a pause at the latest.
             FencedError: The changes will never be durable: a newer writer owns the state.
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.
@@ -34,7 +34,7 @@ class Waits(Reads):
         """Wait until this process has all changes that were durable at the call.
 
         In a shared state, these are the changes of all processes. The call asks the owner, unless this process
-        is the owner. A manager of a state that is not shared has all changes already. Then the call returns at
+        is the owner. The manager of a state that is not shared has all changes already, so the call returns at
         once. If the caller is cancelled, the wait ends, and nothing changes.
 
         Raises:
@@ -72,7 +72,7 @@ class Waits(Reads):
         if revision is not None:
             check_revision(revision)
         seconds = check_timeout(timeout)
-        if self._core.port is not None:  # another process may make it
+        if self._core.port is not None:  # another process may make the revision
             await self.wait_revision(last if revision is None else revision, timeout)
             return
         if revision is not None and revision > last:
@@ -82,7 +82,7 @@ class Waits(Reads):
     async def wait_revision(self, revision: int, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- a timeout raises a `StorageError`
         """Wait until this process has a revision that another process, or an earlier start, has returned.
 
-        A revision that the state has reached needs no wait. For a later revision, the call waits until that is durable.
+        If the state has reached the revision, return at once. Otherwise wait until the revision is durable.
         If the caller is cancelled, the wait ends, and nothing changes.
 
         Args:

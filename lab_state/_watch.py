@@ -220,7 +220,7 @@ class Watchers:
         return bool(self._live) or bool(self._durable)
 
     def add(self, watcher: Watcher) -> None:
-        """Report the changes of its keys to this watcher from now on."""
+        """Report changes to this watcher from now on."""
         watcher.opened = self._state.revision
         is_first = not self
         (self._durable if watcher.durable else self._live).add(watcher)
@@ -236,9 +236,9 @@ class Watchers:
             self.attended(False)
 
     def note(self, key: str | None, changed: StoredOrGone, revision: int) -> None:
-        """Note that a key was changed, or that all keys were deleted (`None`). The watchers receive this in a later turn.
+        """Note that a key was changed, or that all keys were deleted (`None`).
 
-        The reports begin in the next turn of the event loop.
+        The reports to the watchers begin in the next turn of the event loop.
         """
         turn = self._turn
         if not turn and not self._everything:

@@ -39,7 +39,7 @@ from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 _KEY_BYTES = 256  # added to the size of each value, because a key takes time even if its value is small
 _STEP_BYTES = 128 * 1024
-"""The event loop runs after this many bytes were encoded: about a millisecond, or longer if one value is larger."""
+"""The event loop runs each time this many bytes were encoded. This takes about a millisecond, or longer for a larger value."""
 
 
 class Writing(Reads):
@@ -129,7 +129,7 @@ class Writing(Reads):
                 more, the call works in steps of about a millisecond, and the event loop runs between two
                 steps. Do not change the values until the call returns. The mapping itself is copied first,
                 in 2 ms for 100,000 keys.
-            ttl: The time until all of them expire; see `set`.
+            ttl: The time until all these keys expire; see `set`.
 
         Raises:
             InvalidValueError: One of the values cannot be kept, or `ttl` is out of
@@ -164,7 +164,7 @@ class Writing(Reads):
     async def touch(self, key: str, ttl: Seconds | None) -> bool:
         """Give a key another time to live, keep its value, and return whether the key existed.
 
-        It is meant for sessions that live as long as they are used.
+        This is meant for sessions that live as long as they are used.
 
         Args:
             key: The key.
@@ -321,7 +321,7 @@ class Writing(Reads):
     # Steps that the writing calls share
 
     def _note_for_views(self, key: object, ttl: Seconds | None) -> bool:
-        """Keep the value of a key for iterators. But if `set` may have to wait, or has a `ttl`, only return False."""
+        """Keep the value of a key for open iterators, and return True. If `set` may have to wait, or has a `ttl`, return False."""
         core = self._core
         if ttl is not None or core.must_wait or core.port is not None:
             return False
@@ -421,7 +421,7 @@ class Writing(Reads):
         return revision
 
     async def _deleted(self, count: int) -> int:
-        """Return how many keys were deleted. With a `flush_interval` of 0, first wait until that is durable."""
+        """Return how many keys were deleted. With a `flush_interval` of 0, first wait until the deletion is durable."""
         if count:
             await self._written(self._core.state.revision)
         return count

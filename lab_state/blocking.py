@@ -30,7 +30,7 @@ _ENDED = "the event loop of the manager does not run; wait for all threads that 
 
 @final
 class Blocking(Plain):
-    """The calls without `await`, for threads other than that of the event loop.
+    """The calls without `await`, for threads without the event loop of the manager.
 
     They are meant for FastAPI's `def` endpoints, `asyncio.to_thread`, and your own threads. Any
     number of threads can use them at once. Each call runs the manager's call of the same name on
@@ -40,7 +40,7 @@ class Blocking(Plain):
 
     Each call can raise two more errors. On the event loop of the manager it raises
     `RuntimeError`, because it would block the loop that has to run it: await the call of the
-    manager instead. If that loop does not run, the call raises `ClosedError` at once. If it stops
+    manager instead. If that loop does not run, the call raises `ClosedError` at once. If the loop stops
     during the call, the call raises `ClosedError` about a second later at most. Only `entry` and `namespace`
     do not use the loop, and never raise these two errors.
     """
@@ -136,7 +136,7 @@ class Blocking(Plain):
 
 @final
 class BlockingEntry(Handle, Generic[T]):
-    """The handle for one key and its type, without `await`, for threads other than that of the event loop.
+    """The handle for one key and its type, without `await`, for threads without the event loop of the manager.
 
     Each call runs the call of `Entry` with the same name on the event loop of the manager. It can raise the same two
     additional errors as a call of `Blocking`.

@@ -42,14 +42,14 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
             holds the state, 0 or more. `None`: without a limit. `0`: `start()` raises
             `LockedError` at once. A server with a graceful reload starts the new process
             before the old one has ended. In that case, choose more seconds than the old
-            process may need to end. In a shared state it is 0, because each process can
-            start at any time.
-        shared: Whether several processes of this machine use the state. It needs a
-            `FileStorage`.
+            process may need to end. In a shared state this must be 0, because each process
+            can start at any time.
+        shared: Whether several processes of this machine use the state. A shared state
+            needs a `FileStorage`.
         owner_timeout: Seconds for which a write, `catch_up()` or `start()` of a shared state waits
             for a process that owns the state, or for a sign of life of that process, above 0. After
-            that, the call raises `UnavailableError`, and `start()` may raise `LockedError` instead. There is one sign of life each second, so no process
-            counts as silent before 2 seconds.
+            this time, the call raises `UnavailableError`, and `start()` may raise `LockedError` instead.
+            There is one sign of life each second, so no process counts as silent before 2 seconds.
 
     Raises:
         InvalidNameError: The name is out of bounds. The name becomes a file name. So a name

@@ -156,7 +156,7 @@ class Entry(Handle, Generic[T]):
     def _asked(self) -> object:
         """The default that is passed to a read. It is never a stored value.
 
-        If the entry has no default, it is `MISSING`. Then the read raises an error for a missing key. Otherwise it is
+        If the entry has no default, this is `MISSING`, and the read raises an error for a missing key. Otherwise this is
         `MISSING_VALUE`. If the read returns that object, the key is missing.
         """
         return MISSING if self._default is MISSING else MISSING_VALUE

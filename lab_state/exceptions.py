@@ -42,7 +42,7 @@ class InvalidKeyError(LabStateError, ValueError):
 
 
 class InvalidValueError(LabStateError, ValueError):
-    """The value cannot be kept as JSON, or a `ttl`, a number of `incr` or the result of a function is refused: fix that.
+    """The value cannot be kept as JSON, or a `ttl`, a number of `incr` or the result of a function is refused: fix the argument.
 
     Attributes:
         path: The JSON path to the bad part of the value; `$` is the value itself.
@@ -61,7 +61,7 @@ class InvalidValueError(LabStateError, ValueError):
 class TypeMismatchError(LabStateError):
     """A value is not of the type asked for: ask for another type, or migrate the value.
 
-    It is a stored value, or a new value that `update`, `incr` or `get_or_set` would store.
+    The value is a stored one, or a new one that `update`, `incr` or `get_or_set` would store.
 
     Attributes:
         path: The JSON path to the part that does not match; `$` is the value itself.
@@ -88,7 +88,7 @@ class StorageError(LabStateError):
 
 
 class ConflictError(LabStateError):
-    """Another process changed what a transaction has read: run the transaction again. It has changed nothing.
+    """Something that a transaction has read was changed meanwhile: run the transaction again. It has changed nothing.
 
     `Manager.transact` runs the transaction again by itself. Only a shared state raises this error, because in
     any other state no write is made while a transaction is open.
@@ -106,7 +106,7 @@ class UnavailableError(StorageError):
 
     Attributes:
         outcome: Whether a call of a shared state was made, if the process that owns the state did not answer.
-            `"not made"`: it has changed nothing, and never will. `"unknown"`: it was made once, or not
+            `"not made"`: the call has changed nothing, and never will. `"unknown"`: the call was made once, or not
             at all; read the state to find out. `None` for every other error.
     """
 
@@ -116,7 +116,7 @@ class UnavailableError(StorageError):
 class WaitTimeoutError(UnavailableError, TimeoutError):
     """A wait took longer than its `timeout`: wait again, or go on without the awaited change.
 
-    It is also a `TimeoutError`. Calls with an argument `timeout` raise it, such as
+    This error is also a `TimeoutError`. Calls with an argument `timeout` raise it, such as
     `Manager.wait_durable` and `Reader.wait_revision`. The state is not affected. The
     awaited revision may still come later.
     """
@@ -126,7 +126,7 @@ class UnsupportedError(StorageError):
     """The storage or the cache cannot be used as it is: fix its permissions, its settings or the version of the library.
 
     In a forked child, the calls of a manager that the parent runs raise this error. Make a manager with another name
-    there. The calls of a reader that is open in the parent raise it, too. Open another reader there.
+    in the child. The calls of a reader that is open in the parent raise this error, too. Open another reader.
     """
 
 
@@ -155,7 +155,7 @@ class CorruptionError(StorageError):
 
     Attributes:
         path: The damaged file or object.
-        offset: The offset of the byte at which the damage was noticed; 0 if it concerns the whole file.
+        offset: The offset of the byte at which the damage was noticed; 0 if the whole file is concerned.
         detail: The damage, and its remedy.
     """
 

@@ -46,7 +46,7 @@ class Scope(Calls):
 
         Args:
             key: The key.
-            type: The type of its value; see `get`.
+            type: The type of the value; see `get`.
             default: The value that `get`, `pop`, `update` and `incr` use when the key is
                 missing. If it is `None`, the stored value may be `None` too.
 
@@ -75,7 +75,7 @@ class Scope(Calls):
 
     @property
     def blocking(self) -> Blocking:
-        """The calls without `await`, for threads other than that of the event loop."""
+        """The calls without `await`, for threads without the event loop of the manager."""
         return Blocking(self)
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
@@ -90,12 +90,12 @@ class Scope(Calls):
         steps. All changes are still made in one moment.
 
         In a shared state a transaction holds no lock, and delays no writer. It sees the state as it was at its
-        beginning. If something that it has read is changed by the end of the block, it raises `ConflictError`.
-        `transact` then runs it again.
+        beginning. If something that it has read changes before the end of the block, it raises `ConflictError`.
+        `transact` catches this error, and runs the transaction again.
 
         Raises:
             ConflictError: In a shared state, from a read in the block or at its end: something that the
-                transaction has read was changed meanwhile. Nothing was changed. Run it again.
+                transaction has read has changed meanwhile. The transaction changed nothing. Run it again.
             RuntimeError: At the beginning, and from each writing call of the manager inside the
                 block: this task is inside a transaction of the same manager, and would wait for
                 itself. Use the methods of that transaction. Also at the beginning: this is not
@@ -175,7 +175,7 @@ class Scope(Calls):
         Use it with `async with`, and iterate over the result. Open the watch first, and then read
         the state. Then no change is missed. A slow task receives only the last change of each key.
         If changes of more than 10,000 keys are pending, the task receives one `resync` instead. The
-        same happens when all keys of a state with more than 10,000 keys are deleted at once. After
+        same happens when one call deletes all keys of a state with more than 10,000 keys. After
         a `resync`, read the state again. When the manager stops or the block is left, the iteration
         ends after the pending changes. Only one task may iterate over a watch: a second one gets
         a `RuntimeError`. In a shared state, the changes of all processes are reported, when they are durable.
@@ -204,7 +204,7 @@ class Scope(Calls):
 
 @final
 class Namespace(Scope):
-    """The calls of the manager for the keys under one prefix. They take and return keys without the prefix."""
+    """The calls of the manager for the keys under one prefix. These calls take and return keys without the prefix."""
 
     __slots__ = ()
 

@@ -45,7 +45,7 @@ class Manager(Scope):
     One manager is the only writer of its state, unless several processes share the state; see `Config.shared`. From `start()` to
     `stop()`, the manager belongs to the event loop that `start()` runs on. If a running manager is garbage collected, Python shows
     a `ResourceWarning`. The lock and the files of the state are then released when the event loop has been closed. `copy.copy`
-    and `copy.deepcopy` return the manager itself. It cannot be pickled.
+    and `copy.deepcopy` return the manager itself. A manager cannot be pickled.
     """
 
     _kind = "a manager"
@@ -88,7 +88,7 @@ class Manager(Scope):
             storage: The storage that keeps the state. Any number of managers may use one storage object, each with a different
                 name. Managers with `Config(shared=True)` may have the same name.
             cache: The cache in which the manager keeps a mirror for other processes, such as `RedisCache(url)`. Only `stop()`
-                waits for the cache, for at most one second. No call fails because of it. `status().mirror` shows its
+                waits for the cache, for at most one second. No call fails because of the cache. `status().mirror` shows its
                 errors. In a shared state, only the owner writes the mirror.
             logger: The logger for the messages on the page "Logging"; by default `logging.getLogger("lab_state")`. It may be an
                 adapter, a logger of loguru or structlog, or any object with the methods `info`, `warning` and `error`. No
@@ -165,22 +165,22 @@ class Manager(Scope):
     # Lifecycle
 
     async def start(self) -> None:
-        """Become the only writer of the state, or one of the processes that share it, and load it.
+        """Become the only writer of the state, or one of the processes that share it. Load the state.
 
-        Decoding blocks the event loop: for about 0.8 s with a million keys. A start that fails or is cancelled releases
+        Decoding blocks the event loop, for about 0.8 s with a million keys. A start that fails or is cancelled releases
         everything, and may be tried again. A manager can be started again after `stop()`, also on another event loop.
 
         If another writer holds a state that is not shared, the call tries again for `Config.lock_timeout` seconds. At the
         first refusal, and every 10 s after it, a message at level WARNING names that writer.
 
-        In a shared state, the call waits until this process owns the state, or follows the process that does.
-        It waits while that process loads the state, however long this takes.
+        In a shared state, the call waits until this process is the owner, or follows the owner. While the owner loads the
+        state, the call waits without a limit.
 
         Raises:
             RuntimeError: The manager is running already, another start or stop is under way, or the event loop is not asyncio's.
             LockedError: Another writer still holds the state after `Config.lock_timeout` seconds. The message names that writer.
                 If it is a manager of this process, the message also says where its `start()` was called. Stop that manager
-                first. In a shared state: the holder of the lock does not share it, or no connection to the holder
+                first. In a shared state: the holder of the lock does not share the state, or no connection to the holder
                 could be made for `Config.owner_timeout` seconds.
             CorruptionError: The stored state is damaged. Nothing was changed.
             UnavailableError: The state could not be read this time, or the owner of a shared state gave no sign of life for
@@ -269,8 +269,8 @@ class Manager(Scope):
         `start()` does nothing. If the caller is cancelled, the stop continues.
 
         In a shared state, a process that is not the owner waits for the answers to its calls, for at most
-        `Config.stop_timeout` seconds, and writes nothing. If there is no owner, it becomes the owner first. So the last
-        process writes the checkpoint.
+        `Config.stop_timeout` seconds, and writes nothing. If there is no owner, this process becomes the owner first. So
+        the last process writes the checkpoint.
 
         Raises:
             StorageError: The last flush failed, or the storage hangs before all changes are durable. The manager is stopped. The
@@ -390,7 +390,7 @@ class Manager(Scope):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Call `stop()`. If the block and `stop()` both fail, raise the error of the block. It gets that of `stop()` as a note."""
+        """Call `stop()`. If the block and `stop()` both fail, raise the error of the block, with the error of `stop()` as a note."""
         try:
             await self.stop()
         except Exception as problem:
@@ -432,7 +432,7 @@ class Manager(Scope):
 
     @property
     def durable_revision(self) -> int:
-        """Every change up to this revision is durable. In a state that is not shared, it is 0 after an unclean end until the first commit."""
+        """Every change up to this revision is durable. If a state is not shared, this is 0 after an unclean end until the first commit."""
         flusher = self._running
         return self._ended.durable_revision if flusher is None else flusher.durable_revision
 

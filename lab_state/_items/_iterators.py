@@ -19,9 +19,9 @@ R = TypeVar("R")
 class Items(Handle, AsyncIterator[tuple[str, T]]):
     """An asynchronous iterator over keys and values, in order of keys, all of one moment.
 
-    A call of `__anext__` is a step. The moment is that of the first step. Later changes have no effect on the
-    iterator, and no writer waits for it. It lets the event loop run about every millisecond, and after each
-    value that takes longer. While it is open, the values that are replaced or deleted stay in memory, and
+    A call of `__anext__` is a step. The iterator returns the state as it is at the first step. Later changes have no
+    effect on the iterator, and no writer waits for it. The event loop runs about every millisecond, and after each
+    value that takes longer. While the iterator is open, values that are replaced or deleted stay in memory, and
     `set` takes longer.
 
     The iterator is closed after the last key, by `aclose`, and at the end of `async with`. It is also
@@ -89,7 +89,7 @@ class PlainItems(Handle, Iterator[tuple[str, T]]):
     """An iterator over keys and values without `await`, in order of keys, all of one moment.
 
     It has the guarantees and the errors of `Items`, with one exception: if the caller runs on the event loop, the
-    event loop does not run between two steps. It is also a context manager, which closes it.
+    event loop does not run between two steps. The iterator is also a context manager. The end of the block closes it.
     """
 
     _kind = "an iterator"
@@ -184,7 +184,7 @@ class Iterates(Handle):
     ) -> Items[Any]:
         """Iterate over the keys that start with `prefix` and their values, in order, all of one moment.
 
-        The result is for `async for`. The moment is that of its first step. Later changes are not shown, and
+        The result is for `async for`. It returns the state as it is at its first step, without later changes, and
         no writer waits for the iterator. The event loop runs about every millisecond, and after each value that
         takes longer. So a program can read a large state and do other work meanwhile. If the `async for` may
         end early, put the iterator into `async with`, which closes it at once.

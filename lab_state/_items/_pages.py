@@ -23,7 +23,7 @@ _SECONDS_IN_STEP = 0.001
 """After this many seconds, a page whose values are decoded one by one gets no further value."""
 
 _BYTES_IN_STEP = 32_768
-"""Values with at most this many bytes in total are decoded in one call. It takes about a quarter of a millisecond."""
+"""Values with at most this many bytes in total are decoded in one call. This takes about a quarter of a millisecond."""
 
 _JSON = frozenset({bytes, Raw})
 """The classes of stored values that are JSON, and have to be decoded."""
@@ -45,7 +45,7 @@ class Pages:
     """The keys of one moment in order, with their values, in pages.
 
     Attributes:
-        view: The values. After it was closed, no page may be read.
+        view: The values. After the view was closed, no page may be read.
     """
 
     __slots__ = ("_at", "_cut", "_left", "_now", "_pieces", "_rest", "_reverse", "view")

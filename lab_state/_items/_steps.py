@@ -64,12 +64,12 @@ class Steps:
         """Take one step: decode the next page into `rows`. Return whether there are values. At the end, close the iterator.
 
         Args:
-            pause: Whether to let the event loop run first, unless this is the first step. It also runs after a
+            pause: Whether to let the event loop run before this step, unless it is the first, and after each
                 page without values.
 
         Raises:
             RuntimeError: Another task waits for a step.
-            TypeMismatchError: The next value is not of the requested type. The next step continues after it.
+            TypeMismatchError: The next value is not of the requested type. The next step continues after this value.
             LabStateError: The values can no longer be read; see `ItemSource`.
         """
         if self._is_busy:
@@ -132,7 +132,7 @@ class StateSource:
     """The `ItemSource` of a state."""
 
     def __init__(self, core: NamedCore, within: Range, prefix: str) -> None:
-        """Prepare an iterator over the keys of a range. Each of them begins with `prefix`."""
+        """Prepare an iterator over the keys of a range. Each key begins with `prefix`."""
         self._core = core
         self._state = core.state
         self._within = within

@@ -6,7 +6,7 @@ A `State` makes an `Index` when a call needs an order and there is none. Other m
   a few milliseconds. An asynchronous call runs it first, if `State.is_index_behind` is True, and lets the
   event loop run between two steps. If it was not run, the methods below do the necessary work in one step.
 - `State.pieces(low, high)` returns the keys in a range at this moment, as sorted tuples. The keys of each
-  tuple are above those of the tuple before. Expired keys are included, so the caller must check each entry.
+  tuple are above all keys of the tuple before. Expired keys are included, so the caller must check each entry.
 - `State.names(low, high, limit, reverse=...)` returns the keys in a range that have not expired.
 - `State.count_in(low, high)` returns the number of these keys.
 - `State.note_many(keys)` tells the index that keys may have been added or removed. Code that

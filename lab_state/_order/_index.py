@@ -46,7 +46,7 @@ _SAMPLE = 4_096
 """The approximate number of keys that are sorted to find the bounds of the buckets."""
 
 _BUCKET = 1_000
-"""The approximate number of keys in a bucket. It is larger for more than a million keys, to have about 1,000 buckets at most."""
+"""The approximate number of keys in a bucket. With more than a million keys, buckets are larger, so that there are about 1,000."""
 
 _KEYS_IN_STEP = 2_000
 """The approximate number of keys that a step of the build takes, distributes or sorts."""
@@ -60,7 +60,7 @@ CHUNKS_AT_ONCE = 16
 
 
 def bounds(prefix: str, after: str | None = None, *, reverse: bool = False) -> tuple[str, str | None]:
-    """Return the bounds `low` and `high` of a range. It has the keys with `low <= key < high`. `None` is above all keys.
+    """Return the bounds of a range. The range has the keys with `low <= key < high`. If `high` is `None`, it has no upper bound.
 
     Args:
         prefix: The beginning of the keys, as they are in the state.
@@ -113,7 +113,7 @@ class Index:
     # Notes
 
     def note(self, key: str) -> None:
-        """Note that a key may have been added or removed. The next call that needs the order looks it up."""
+        """Note that a key may have been added or removed. The next call that needs the order looks up the key."""
         self._touched.add(key)
 
     def note_many(self, keys: Iterable[str]) -> None:
@@ -194,7 +194,7 @@ class Index:
         return corrected(found, doubtful, entries, reverse=reverse)[:limit] if doubtful else found
 
     def pieces(self, entries: Held, low: str, high: str | None) -> list[Chunk]:
-        """Return the keys in a range, including expired keys, as sorted tuples. Each is above the one before."""
+        """Return the keys in a range, including expired keys, as sorted tuples. Each tuple is above the one before."""
         self.catch_up(entries)
         doubtful = self._doubtful(low, high)
         if not doubtful:

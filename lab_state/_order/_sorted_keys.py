@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 SIZE = 256
-"""The number of keys of a new chunk. A chunk with twice as many keys is split. One with less than a quarter is joined with another.
+"""The number of keys of a new chunk. A chunk with twice as many keys is split. A chunk with less than a quarter is joined with another.
 
 With a size of 1,000, adding a key takes twice as long as with 256. With 128 it takes as long as with 256.
 """

@@ -79,7 +79,7 @@ class State(Ordered):
 
     def keep_decoded(self, key: str, stored: Stored, same: Value) -> None:
         """Replace a stored value by the same value in decoded form. This is not a change, and has no revision."""
-        # An overlay would treat this as a write. A value that expires stays encoded, because an `Expiring` has it.
+        # An overlay would treat this as a write. A value that expires stays encoded, because it is inside an `Expiring`.
         if self.entries.__class__ is dict and self.entries[key] is stored:
             self.entries[key] = same
 
@@ -175,14 +175,14 @@ class State(Ordered):
         moved: Keys,
         cleared: bool,
     ) -> int:
-        """Make many prepared changes as one, at once, and return the new revision. The state keeps both dicts.
+        """Make many prepared changes as one, in one short step, and return the new revision. The state keeps both dicts.
 
         Args:
             top: The changes by key. A key that is deleted must exist. With `cleared`, no key is deleted.
             changes: The same changes in another dict. Without `cleared` it has the unflushed changes of other
                 keys, too. It may be the present dict of changes.
             size: The number of keys after the change.
-            absent: The number of keys that are deleted, apart from those of `cleared`.
+            absent: The number of keys that are deleted, apart from the keys that `cleared` deletes.
             stale: The keys that had an expiry; see `Expiries.replace`.
             fresh: The keys that get an expiry.
             moved: The keys that are added or removed, for the index. Other keys may be among them.
@@ -252,7 +252,7 @@ class State(Ordered):
     def adopt(self, other: State) -> None:
         """Replace everything by the contents of another state, which is not used after this. All changes count as taken.
 
-        Open views keep what they read. The old entries are freed in steps. `stored`, `deleted` and `swept` go on.
+        Open views keep the old contents. The old entries are freed in steps. `stored`, `deleted` and `swept` go on.
         """
         stored, deleted, swept = self.stored, self.deleted, self.swept
         self._empty()
@@ -275,8 +275,8 @@ class State(Ordered):
         """Take the changes away for a commit, and return them.
 
         Args:
-            taken: The result of `untaken`, called just before. A caller that keeps it can call
-                `put_back` with it if this method is interrupted, and no change is lost.
+            taken: The result of `untaken`, called just before. If this method is interrupted, the caller
+                can pass this result to `put_back`. So no change is lost.
         """
         if taken is None:
             taken = self.untaken()
@@ -311,10 +311,10 @@ class State(Ordered):
         self.taken, self.since = taken.start, taken.since
 
     def freeze(self) -> dict[str, Stored]:
-        """Return a view of the entries, which does not change until `fold` is called with it.
+        """Return a view of the entries. It does not change until it is passed to `fold`.
 
-        The first view costs nothing. A second view at the same time is a copy of the state.
-        That happens when a sync fails while a checkpoint runs. If a change of many keys is
+        The first view costs nothing. A second view at the same time is a copy of the state. A second
+        view is taken when a sync fails while a checkpoint runs. If a change of many keys is
         not merged yet, it is merged here, in one step; see `fold_staged`.
         """
         if isinstance(self.entries, Staged):

@@ -28,7 +28,7 @@ OnChanges: TypeAlias = Callable[[Sequence[str], Sequence[StoredOrGone], int], No
 OnChange: TypeAlias = Callable[[str | None, StoredOrGone, int], None]
 """A callback that gets a key, its new value or `DELETED` or `EXPIRED`, and the revision.
 
-The key is `None` if all keys were deleted at once.
+The key is `None` if one change deleted all keys.
 """
 
 
@@ -53,7 +53,7 @@ class Contents:
         taken: The revision up to which changes were taken.
         since: The time of the oldest change that was not taken, in seconds of
             `monotonic`.
-        deleted: The number of keys that were deleted since the state was loaded, without those of sweeps.
+        deleted: The number of keys that were deleted since the state was loaded. Sweeps do not count.
         swept: The number of keys that were deleted by sweeps.
         epoch: The time of the state, in seconds since 1970, when `monotonic` is 0.
         expiries: The index of keys that expire.
@@ -165,7 +165,7 @@ class Contents:
 
     @property
     def known(self) -> Readable:
-        """The entries, for a look that tells the application nothing. A draft that notes what is read does not note it."""
+        """The entries, for internal lookups. A draft that notes what is read does not note these lookups."""
         return self.entries
 
     def note_listing(self, prefix: str) -> None:

@@ -63,7 +63,7 @@ class Ordered(Contents):
     def pieces(self, low: str, high: str | None) -> list[Chunk]:
         """Return the keys in a range as sorted tuples, including expired keys.
 
-        Each tuple has 1 key or more, and all its keys are above those of the tuple before. If the index
+        Each tuple has 1 key or more, and its keys are above all keys of the tuple before. If the index
         is up to date, the cost is O(log n), and some nanoseconds for each 256 keys.
         """
         return self._index().pieces(self.entries, low, high)
@@ -103,7 +103,7 @@ class Ordered(Contents):
         return names[:limit]
 
     def living(self, keys: list[str]) -> list[str]:
-        """Return those keys that have not expired. Each key must have an entry."""
+        """Return the keys that have not expired. Each key must have an entry."""
         entries, now = self.entries, self.now()
         return [key for key in keys if not (isinstance(stored := entries[key], Expiring) and stored.at <= now)]
 
@@ -127,10 +127,10 @@ class Ordered(Contents):
             self.close_view(view)
 
     def before_overwrite(self, keys: Iterable[str] | None) -> None:
-        """Keep the values of keys for the open views. Call it before these keys change, if `views` is not empty.
+        """Keep the values of keys for the open views. If `views` is not empty, call this before these keys change.
 
         Args:
-            keys: The keys that are stored or deleted; `None` if all keys are deleted at once.
+            keys: The keys that are stored or deleted; `None` if all keys are deleted.
         """
         for view in self._open_views():
             if keys is None:

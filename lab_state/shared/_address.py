@@ -22,7 +22,7 @@ class Address(NamedTuple):
 
     Attributes:
         directory: The absolute path of the directory, without symbolic links.
-        socket_name: The name of the socket in it.
+        socket_name: The name of the socket in the directory.
     """
 
     directory: str

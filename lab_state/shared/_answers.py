@@ -1,4 +1,4 @@
-"""Answers of an owner as results and errors of calls, and values in the form of a message. Pure."""
+"""Convert the answers of an owner to results and errors, and stored values to their form in a message. Pure."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Refusal(NamedTuple):
 
     Attributes:
         revision: The revision of the owner's layer at the refusal.
-        values: The values of the keys that were read, at that revision. A missing key has `DELETED`. `None` if they
-            are too many or too large.
+        values: The values of the checked keys at this revision, with `DELETED` for a missing key. `None` if the
+            values are too many or too large.
         connection: The connection on which the refusal came; see `OpenCalls.connection`.
     """
 
@@ -76,14 +76,14 @@ def ended(answer: Ok | Raised | Refused | Failed, keys: list[str], connection: i
 
 
 def failure(answer: Failed) -> LabStateError:
-    """Return the error of a commit that failed. Its message is that of the error in the owner."""
+    """Return the error of a commit that failed. It has the message of the error in the owner."""
     return _ERRORS.get(answer.error, StorageError)(answer.message)
 
 
 def relative(
     error: TypeMismatchError | InvalidValueError, key: str, prefix: str
 ) -> TypeMismatchError | InvalidValueError:
-    """Return an error that names a key of the whole state as the error of a handle. It names the key without the prefix."""
+    """Return a copy of an error for the caller of a handle. Its message has the key without the prefix of the handle."""
     return error.__class__(error.args[0].replace(repr(key), repr(key[len(prefix) :]), 1), error.path)
 
 

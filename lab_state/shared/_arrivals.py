@@ -75,7 +75,7 @@ class Arrivals:
                 with within(self._clock, seconds):
                     await self._reach(revision)
         except TimeoutError:
-            if self._copy.revision < revision:  # it may have come at the moment of the timeout
+            if self._copy.revision < revision:  # the revision may have come at the moment of the timeout
                 raise WaitTimeoutError(
                     f"revision {revision} of {self._name!r} was not reached after {seconds:g} s: this process has "
                     f"revision {self._copy.revision}; wait again, or use the present state"
@@ -98,7 +98,7 @@ class Arrivals:
 
         Args:
             ask: A function that sends a question with a token to the owner; `None` if there is no owner. Then the
-                questions wait for the next one.
+                questions wait for the next owner.
         """
         self._ask = ask
         if ask is not None:
@@ -117,7 +117,7 @@ class Arrivals:
             self.reply(token, self._copy.revision)
 
     def settle(self) -> None:
-        """Wake up the callers whose revision the copy has."""
+        """Wake up the callers whose revision the copy has reached."""
         if not self._waiting:
             return
         reached = self._copy.revision
@@ -152,4 +152,4 @@ class Arrivals:
 def _fail(done: asyncio.Future[int] | asyncio.Future[None], error: LabStateError) -> None:
     if not done.done():
         done.set_exception(error)
-        done.exception()  # marks it as retrieved: a caller that was cancelled will not do that
+        done.exception()  # marks the error as retrieved, because a cancelled caller does not retrieve it

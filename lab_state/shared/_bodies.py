@@ -1,12 +1,12 @@
 """Calls whose change depends on the value of one key, in a process that is not the owner.
 
 Theory of operation. Such a call runs a function of the application on the copy. Its change is sent to the
-owner with a check: nothing has changed the key since. While the change for a key is under way, other
+owner with the check that the key has not changed since. While the change for a key is under way, other
 calls of this process for the same key wait. Then all of them run, one after the other, on one draft, and
 share one change. Otherwise the tasks of the owner, which need no check, would starve the other processes.
 
 If the check does not hold, the owner answers with the present value. All calls run again on that value. If
-the value is too large for an answer, they run again on the copy, when it has everything that the owner has changed.
+the value is too large for an answer, the calls wait until the copy has all changes of the owner, and run again on it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class ReadAt(NamedTuple):
 
     Attributes:
         since: The revision at which the key was read.
-        refused_on: The number of the connection on which a refusal had this revision; `None` if it is the revision
-            of the copy. See `OpenCalls.submit`.
+        refused_on: The number of the connection, if the revision comes from a refusal; `None` if it comes from the
+            copy. See `OpenCalls.submit`.
     """
 
     since: int
@@ -51,7 +51,7 @@ class Sender(Protocol):
     """The port, which sends the changes."""
 
     def check_open(self) -> None:
-        """Check that calls can be made. If not, raise the reason."""
+        """Raise an error if no call can be made now."""
         ...
 
     def spawn(self, work: Coroutine[Any, Any, R], what: str) -> asyncio.Task[R]:
@@ -63,15 +63,15 @@ class Sender(Protocol):
 
         Args:
             key: The key.
-            at: The revision at which it was read.
+            at: The revision at which the key was read.
             changes: The changes.
-            size: An upper bound of their size, in bytes.
+            size: An upper bound of the size of the changes, in bytes.
             made: When the call was made, in seconds of the clock.
         """
         ...
 
     async def see_all(self, made: float) -> None:
-        """Wait until the copy has everything that the owner has changed so far."""
+        """Wait until the copy has all changes that the owner has made so far."""
         ...
 
 
@@ -108,7 +108,7 @@ class _Outcome(NamedTuple):
 
 
 class _Turn:
-    """The calls for one key: those whose change is under way, and those that wait."""
+    """The calls for one key: the running ones, whose change is under way, and the waiting ones."""
 
     __slots__ = ("running", "waiting")
 
@@ -167,7 +167,7 @@ class Bodies:
         del self._turns[key]
 
     def _served(self, key: str, turn: _Turn, _: asyncio.Task[None]) -> None:
-        """End the calls that are left when the task of a turn has ended: other code has cancelled the task."""
+        """End the calls that are left, because other code has cancelled the task of a turn."""
         if self._turns.get(key) is turn:
             del self._turns[key]
         ends: dict[Outcome, list[_Body]] = {"unknown": turn.running, "not made": turn.waiting}
@@ -230,13 +230,13 @@ def _refused(copy: State, refusal: Refusal) -> State:
 def _run(body: _Body, core: CallCore) -> _Outcome | None:
     """Run one call on the draft. A call that raises has changed nothing.
 
-    If it is interrupted, as by Ctrl-C, its caller gets the interrupt at once, and the result is `None`.
+    If the call is interrupted, as by Ctrl-C, its caller gets the interrupt at once, and the result is `None`.
     """
     try:
         return _Outcome(body, at_once(body.make(Calls(core, body.prefix))), None)
     except Exception as error:  # noqa: BLE001 -- the caller gets it
         return _Outcome(body, None, error)
-    except BaseException as interrupt:  # noqa: BLE001 -- likewise; here it would end the task that serves all callers
+    except BaseException as interrupt:  # noqa: BLE001 -- likewise; raised here, it would end the task of all callers
         _fail(body.done, interrupt)
         return None
 
@@ -244,4 +244,4 @@ def _run(body: _Body, core: CallCore) -> _Outcome | None:
 def _fail(done: asyncio.Future[Any], error: BaseException) -> None:
     if not done.done():
         done.set_exception(error)
-        done.exception()  # marks it as retrieved: a caller that was cancelled will not do that
+        done.exception()  # marks the error as retrieved, because a cancelled caller does not retrieve it

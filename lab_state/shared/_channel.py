@@ -1,8 +1,8 @@
 """One end of a connection between two processes of a shared state: frames over a socket.
 
 No task waits for the bytes of a connection: the event loop calls a function when bytes have arrived,
-or when the socket takes bytes again. The messages of one step of the event loop are sent together after it.
-If they are small, this takes one system call.
+or when the socket takes bytes again. All messages of one step of the event loop are sent together after the step.
+If the messages are small, this takes one system call.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LIFE = 1.0
 """The time in seconds between two signs of life."""
 
 Handle: TypeAlias = Callable[[ReceivedFrame], Awaitable[None] | None]
-"""The call that handles a frame. If it returns an awaitable, no other frame is handled until that is done."""
+"""A function that handles a frame. If it returns an awaitable, no other frame is handled until the awaitable is done."""
 
 Ended: TypeAlias = Callable[[BadMessageError | None], object]
-"""The call at the end of a connection, with the fault of the other end if there is one."""
+"""A function that is called at the end of a connection, with the fault of the other end; `None` if there is none."""
 
 
 class Channel:
@@ -33,7 +33,7 @@ class Channel:
     Attributes:
         is_open: Whether frames are sent and handled. It is False after `finish` and after the end.
         kind: The kind of the last frame that was handled; empty before the first, and if the next bytes are no frame.
-        received_at: The time of the clock, in seconds, at which bytes were received last; at first that of the beginning.
+        received_at: The time when bytes were last received, in seconds of the clock. At first, it is the present time.
     """
 
     __slots__ = (
@@ -70,8 +70,8 @@ class Channel:
         Args:
             connected: The socket. It is closed with the channel.
             kinds: The kinds of frames that may be received.
-            handle: The call that handles a frame. A `BadMessageError` from it is a fault of the other end.
-            ended: The call that is made once, when the channel is closed, whatever closed it.
+            handle: A function that handles a frame. If it raises a `BadMessageError`, this is a fault of the other end.
+            ended: A function that is called once, when the channel is closed for any reason.
             clock: The clock for `received_at`.
             most_received: The largest number of bytes that are received and handled in one step of the event loop.
             most_waiting: The largest number of bytes that may wait to be sent; `None` for any number.
@@ -99,7 +99,7 @@ class Channel:
         except BlockingIOError:
             return False
         except OSError:
-            return True  # `_receive` is about to find it
+            return True  # `_receive` will find this error, too
         return True
 
     def send(self, parts: Iterable[bytes | memoryview]) -> bool:
@@ -118,7 +118,7 @@ class Channel:
         return True
 
     def flush(self) -> None:
-        """Send now what waits. What the socket does not take is sent later."""
+        """Send the waiting bytes now. Bytes that the socket does not take now are sent later."""
         self._is_scheduled = False
         if not self._is_writing and not self._is_closed:
             self._write()
@@ -183,7 +183,7 @@ class Channel:
             raise self._frames.problem
 
     def _go_on(self, frames: Iterator[ReceivedFrame], waited: asyncio.Future[None]) -> None:
-        """Handle the frames that came with a frame, after that one has been handled."""
+        """Handle the other received frames, after a frame that was handled in steps."""
         self._waiting = None
         if waited.cancelled():
             self._close(None)
@@ -217,7 +217,7 @@ class Channel:
         except BlockingIOError:
             return
         except OSError:
-            # The other end has closed. What it sent before that is still received.
+            # The other end has closed. Bytes that it sent before are still received.
             self._queue.clear()
         else:
             self._queue.sent(size)

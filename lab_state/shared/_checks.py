@@ -33,7 +33,7 @@ class RecentChanges:
         return len(self._changed)
 
     def note(self, keys: Collection[str], revision: int) -> None:
-        """Note the keys that a change has set, deleted or swept. If they are more than `most`, note a clear instead."""
+        """Note the keys that a change has set, deleted or swept. If there are more than `most` keys, note a clear instead."""
         if len(keys) > self._most:
             self.note_clear(revision)
             return

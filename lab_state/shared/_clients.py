@@ -1,6 +1,6 @@
 """The clients that an owner knows, their acknowledgements, and the time after which they are forgotten. Pure.
 
-All times are those of the owner's `CLOCK_MONOTONIC`, in nanoseconds.
+All times are times of the owner's `CLOCK_MONOTONIC`, in nanoseconds.
 """
 
 from __future__ import annotations

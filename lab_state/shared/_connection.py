@@ -1,8 +1,8 @@
-"""The owner's end of one connection: a hello, then calls, and the records and answers to one client.
+"""The owner's end of the connection to one client. It receives a hello and calls, and sends records and answers.
 
-A connection knows the order of messages and the bounds. An `OwnerSide` decides about clients and calls.
-All of its methods are synchronous. So a record, and the answers that it settles, are put into the
-queue in one step, and are sent together.
+`Connection` checks the order and the size of messages. `OwnerSide` admits clients and executes calls. All methods of
+`OwnerSide` are synchronous. So a record, and the answers that wait for it, are put into the queue in one step, and
+are sent together.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ _PATIENCE = 5.0
 """The time in seconds in which a client must send its hello, or must read the last message of the owner."""
 
 _MOST_RECEIVED = 16 * 1024
-"""The largest number of bytes of calls that are applied in one step of the event loop. The calls of 25 tasks have a few thousand bytes."""
+"""The largest number of bytes of calls that are handled in one step of the event loop. The calls of 25 tasks have a few thousand bytes."""
 
 
 class OwnerSide(Protocol):
-    """The owner, as its connections see it. Each method is called on the event loop, and may close connections."""
+    """The interface of the owner for its connections. Each method is called on the event loop, and may close connections."""
 
     @property
     def durable_revision(self) -> int:
-        """The revision of the last record that was given to the connections, or that the owner began with."""
+        """The revision of the last record that the connections got. Before the first record, it is the loaded revision."""
         ...
 
     def greeting(self, hello: Hello) -> Welcome | Starting | No:
-        """Answer a hello. After `Starting`, this is called again each second, and by `Server.greet_waiting`."""
+        """Return the answer to a hello. After `Starting`, this is called again each second, and by `Server.greet_waiting`."""
         ...
 
     def admit(self, connection: Connection, hello: Hello) -> int:
@@ -64,7 +64,7 @@ class OwnerSide(Protocol):
         ...
 
     def call(self, connection: Connection, call: Call) -> None:
-        """Apply a call, and note its acknowledgement. Its number and its acknowledgement are in order."""
+        """Execute a call, and note its acknowledgement. The connection has checked the order of both numbers."""
         ...
 
     def acknowledge(self, client: str, number: int) -> None:
@@ -85,7 +85,7 @@ class Connection:
 
     Attributes:
         client: The id of the client; empty before the hello.
-        is_admitted: Whether the client is admitted and has not left. It gets records and answers.
+        is_admitted: Whether the client is admitted and has not left. Only then it gets records and answers.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class Connection:
             owner: The owner's side.
             connected: The socket. It is closed with the connection.
             pid: The process at the other end.
-            by_client: The connection of each client that sent a hello. It is kept up to date here.
-            ended: The call that is made once, when the connection has ended.
+            by_client: The present connection of each client. A connection adds and removes itself.
+            ended: A function that is called once, when the connection has ended.
             clock: The clock for the time limits.
             log: The log.
             monotonic_ns: The source of the time in each message.
@@ -181,7 +181,7 @@ class Connection:
         self.finish()
 
     def finish(self) -> None:
-        """Close the connection when everything that waits is sent, or some 5 s later. Nothing is handled from now on."""
+        """Close the connection when all waiting messages are sent, or about 5 s later. From now on, no message is handled."""
         self._until = self._clock.monotonic() + _PATIENCE
         self._leave()
         self._channel.finish()
@@ -249,7 +249,7 @@ class Connection:
 
     def _receive_hello(self, hello: Hello) -> None:
         if (other := self._by_client.get(hello.client)) is not None:
-            other.close()  # first: nothing that came on it is applied from now on
+            other.close()  # close the older connection first, so that none of its calls is executed from now on
         self._until = math.inf
         self._hello = hello
         self.client = hello.client

@@ -18,11 +18,11 @@ class DataCalls:
     """The calls of `Port` whose arguments are data. A subclass sends them."""
 
     async def _made(self, make: Make, size: int) -> Settled:
-        """Make a call without a check, and return its end. `size` is at least that of its keys and values, in bytes."""
+        """Make a call without a check, and return its end. `size` is an upper bound for its keys and values, in bytes."""
         raise NotImplementedError
 
     async def see_all(self, made: float | None = None) -> None:
-        """Wait until the copy has everything that the owner has changed so far."""
+        """Wait until the copy has all changes that the owner has made so far."""
         raise NotImplementedError
 
     async def set(self, key: str, value: Value, ttl: int | None) -> int:

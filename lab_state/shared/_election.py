@@ -16,19 +16,19 @@ _SOON, _SOON_FOR = 0.001, 0.1
 """A process with a copy tries again each `_SOON` seconds. It does so for `_SOON_FOR` seconds after the end of an owner."""
 
 _LATER = 0.01
-"""The seconds for which a process without a copy leaves the lock to the others, after the end of an owner."""
+"""Seconds. A process without a copy waits this long after the end of an owner, so that others can take the lock first."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.05
 """The pauses in seconds between two attempts in all other cases. They double from the first to the longest."""
 
 _BELIEVED_AFTER = 0.5
-"""A lock file that names an owner which cannot be followed is believed if its content is the same for this time, in seconds.
+"""Seconds. If a lock file names an owner that cannot be followed, it is believed when it has been the same for this time.
 
-Before that, it may still have the content of an earlier holder.
+Before that, the file may still have the content of an earlier holder.
 """
 
 _BELIEVED_ATTEMPTS = 3
-"""It must also have been the same in this number of attempts."""
+"""The lock file must also have been the same in this number of attempts."""
 
 
 class Election:
@@ -39,7 +39,7 @@ class Election:
     """
 
     def __init__(self, files: SharedFiles, name: str, clock: Clock, owner_timeout: float) -> None:
-        """Begin now.
+        """Begin the search. Its time limit starts now.
 
         Args:
             files: The files of the storage.
@@ -57,10 +57,10 @@ class Election:
         self._doubts = _Doubts(clock)
 
     def ended(self, *, greeted: bool, has_copy: bool) -> None:
-        """Note that the connection that was found has ended.
+        """Note that the connection from `role` has ended.
 
         Args:
-            greeted: Whether an owner has answered on it. Then the time limit and the pauses begin anew.
+            greeted: Whether an owner has answered on this connection. Then the time limit and the pauses begin again.
             has_copy: Whether this process has a copy.
         """
         if greeted:
@@ -70,7 +70,7 @@ class Election:
             self._wait_longer(has_copy=has_copy)
 
     async def role(self, *, has_copy: bool) -> Claim | OwnSocket:
-        """Take the lock, or connect to its holder. Try again until one of them works.
+        """Take the lock, or connect to its holder. Try both again until one succeeds.
 
         Args:
             has_copy: Whether this process has a copy. Without one, the search has a time limit: `owner_timeout`.
@@ -80,7 +80,7 @@ class Election:
                 This is raised only without a copy.
             UnsupportedError: The files or the socket cannot be used. Or the holder runs on another machine, which is
                 raised only without a copy.
-            UnavailableError: The files or the socket cannot be used this time.
+            UnavailableError: The files or the socket cannot be used at present.
         """
         while True:
             if self._pause:
@@ -135,7 +135,7 @@ class _Doubts:
 
     @property
     def are_over(self) -> bool:
-        """Whether the same was found often enough, and for long enough, to be believed."""
+        """Whether the same lock file was found often enough, and for long enough, to be believed."""
         return (
             self._seen is not None
             and self._times >= _BELIEVED_ATTEMPTS

@@ -1,7 +1,7 @@
 """Frames on the socket of a shared state, and a decoder that receives their bytes in pieces. Pure.
 
 A frame is `<length: 4 bytes, big endian> <kind: 1 byte> <payload>`. Text that is sent in place of a
-frame looks like a frame with a length above the bound. So it is refused after at most five bytes.
+frame looks like a frame with a length above the bound. So such text is refused after at most five bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FIRST_BYTE = MOST_BYTES >> 24
 
 
 class BadMessageError(ValueError):
-    """The error for a message that the protocol does not allow: close the connection. Its text has no key and no value."""
+    """The error for a message that the protocol does not allow. The receiver closes the connection. The text has no key and no value."""
 
 
 class ReceivedFrame(NamedTuple):
@@ -60,13 +60,13 @@ class Frames:
         """Prepare to decode frames of some kinds: `FROM_CLIENT` or `FROM_OWNER`."""
         self.problem: BadMessageError | None = None
         self._kinds = kinds
-        self._rest = b""  # the beginning of a head
+        self._rest = b""  # the first bytes of a head that is not complete
         self._kind = b""
         self._payload: ByteBuffer | None = None
         self._missing = 0
 
     def feed(self, data: bytes) -> list[ReceivedFrame]:
-        """Return the frames that the next piece completes. Frames before a fault are returned, too."""
+        """Add the next bytes, and return the frames that are complete now. Frames before a fault are returned, too."""
         found: list[ReceivedFrame] = []
         if self.problem is not None:
             return found

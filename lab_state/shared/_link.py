@@ -1,7 +1,7 @@
-"""A client's end of its connection to the owner: a hello, then calls, and the records and answers that come back.
+"""A client's end of its connection to the owner. It sends a hello and calls, and receives records and answers.
 
-The link knows the order of messages. The copy and the open calls belong to a `ClientSide`. All of its
-methods are synchronous, except that a large record may be applied in steps.
+`Link` checks the order of messages. `ClientSide` has the copy and the open calls. All methods of `ClientSide`
+are synchronous, except that a large record may be applied in steps.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ _MOST_RECEIVED = 64 * 1024
 
 
 class ClientSide(Protocol):
-    """The client, as its link sees it. Each method is called on the event loop, and may close the link."""
+    """The interface of the client for its link. Each method is called on the event loop, and may close the link."""
 
     @property
     def acknowledgement(self) -> int:
-        """The number up to which the client needs no more answers."""
+        """The highest number for which this holds: the client needs no answer to calls with this or a lower number."""
         ...
 
     def calls_to_send(self) -> Iterable[bytes | memoryview]:
         """Return the frames of the calls that are to be sent now, in order and in parts.
 
-        This is called once after each step of the event loop in which a welcome knew the client, or `Link.send_soon`
-        was called.
+        This is called once after each step of the event loop in which `Link.send_soon` was called, or in which a
+        welcome admitted the client.
         """
         ...
 
     def starting(self, starting: Starting) -> None:
-        """Note that the owner loads its state. The link goes on waiting."""
+        """Note that the owner loads its state. The link waits for the next answer to the hello."""
         ...
 
     def welcomed(self, welcome: Welcome) -> None:
-        """Note the welcome. If it knows the client, the link then asks for `calls_to_send`."""
+        """Handle the welcome. If it admits the client, the link then calls `calls_to_send`."""
         ...
 
     def refused(self, no: No) -> None:
@@ -65,15 +65,15 @@ class ClientSide(Protocol):
         ...
 
     def record(self, record: memoryview) -> Awaitable[None] | None:
-        """Apply a record, or keep it. If this returns an awaitable, the next message is handled after it.
+        """Apply a record, or keep it. If this returns an awaitable, the link awaits it before the next message.
 
         Raises:
-            BadMessageError: It is not a record, or it starts above the copy. The link ends.
+            BadMessageError: The bytes are not a record, or the record starts above the revision of the copy. The link ends.
         """
         ...
 
     def answers(self, answers: Sequence[Answer]) -> None:
-        """End the calls that were answered. All records up to the revisions of the answers have come."""
+        """End the calls that were answered. All records up to the revisions of the answers were received before."""
         ...
 
     def revision(self, durable: int) -> None:
@@ -81,7 +81,7 @@ class ClientSide(Protocol):
         ...
 
     def reply(self, token: int, revision: int) -> None:
-        """Note the answer to `Link.ask`. All records up to the revision have come."""
+        """Note the answer to `Link.ask`. All records up to the revision were received before."""
         ...
 
     def farewell_confirmed(self) -> None:
@@ -89,9 +89,9 @@ class ClientSide(Protocol):
         ...
 
     def ended(self, problem: BadMessageError | None) -> None:
-        """Note the end of the connection: the fault of the owner, or `None` if there was none.
+        """Note the end of the connection. `problem` is the fault of the owner; `None` if there was none.
 
-        This is called once, after all other calls. It is not called after `Link.close`.
+        This is the last call, and is made at most once. After `Link.close` it is not made.
         """
         ...
 
@@ -102,7 +102,7 @@ class Link:
     Attributes:
         heard: The owner's time in the last message, in nanoseconds; `None` before the first.
         is_greeted: Whether an owner has answered the hello. Before that, the other end may be another program.
-        is_admitted: Whether calls can be sent: from a welcome that knows the client to the farewell, or to the end.
+        is_admitted: Whether calls can be sent: from a welcome that admits the client to the farewell or the end.
     """
 
     def __init__(self, side: ClientSide, *, clock: Clock, log: Log) -> None:
@@ -142,7 +142,7 @@ class Link:
         self._timer = self._clock.call_later(LIFE, self._tick)
 
     def send_soon(self) -> None:
-        """Ask for the calls to send, once at the end of this step of the event loop. So the calls of many tasks leave together.
+        """Send the calls at the end of this step of the event loop. So the calls of many tasks are sent together.
 
         Before the welcome, and after the end, do nothing.
         """
@@ -151,7 +151,7 @@ class Link:
             asyncio.get_running_loop().call_soon(self._send_calls)
 
     def ask(self, token: int) -> None:
-        """Ask for the durable revision, if calls can be sent. `ClientSide.reply` gets it."""
+        """Ask the owner for its durable revision, if calls can be sent. `ClientSide.reply` gets the answer."""
         self._send(Question(token))
 
     def say_farewell(self) -> None:
@@ -160,10 +160,10 @@ class Link:
         self.is_admitted = False
 
     def silent_for(self) -> float:
-        """Return the seconds since anything was received. The result is 0 if something has arrived that was not read yet.
+        """Return the seconds since bytes were last received. The result is 0 if bytes have arrived that were not read yet.
 
-        So a process whose event loop was blocked does not take this time for silence of the owner. The result is also
-        0 before `open` and after the end.
+        Otherwise a process whose event loop was blocked would think that the owner was silent. The result is also 0
+        before `open` and after the end.
         """
         if self._channel is None or self._channel.has_unread:
             return 0.0
@@ -190,7 +190,7 @@ class Link:
         self._is_asked_soon = False
         if self.is_admitted and self._channel is not None:
             self._channel.send(self._side.calls_to_send())
-            self._channel.flush()  # at once: this runs at the end of the step
+            self._channel.flush()  # now, because this runs at the end of the step
 
     def _tick(self) -> None:
         self._timer = self._clock.call_later(LIFE, self._tick)

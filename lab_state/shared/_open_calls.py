@@ -1,8 +1,8 @@
 """The calls of a client that have no answer yet: open calls, which have a number, and calls that wait for one. Pure.
 
 A call gets the next number when the window has room for it, in the order of `submit`. It keeps this
-number when it is sent again. Each call, each sign of life and the farewell have the acknowledgement.
-It is one less than the lowest open number, so it never covers a call that may be sent again.
+number when it is sent again. Each call, each sign of life and the farewell have the acknowledgement. The
+acknowledgement is one less than the lowest open number, so it never covers a call that may be sent again.
 
 A call may have a check. Its revision `since` comes from the copy or from a refusal. The changes that
 a refusal shows may be lost with its owner. So a check with the revision of a refusal is valid on one
@@ -34,10 +34,10 @@ class OpenCall(Generic[C]):
     """A call without an answer.
 
     Attributes:
-        call: The call itself. Only the client looks at it.
-        size: An upper bound of its size, in bytes.
-        number: Its number; 0 while it waits for one.
-        since: The revision of its check; `None` without a check.
+        call: The object of the client for this call. This module does not use it.
+        size: An upper bound of the size of the call, in bytes.
+        number: The number of the call; 0 while it waits for one.
+        since: The revision of the check; `None` without a check.
     """
 
     __slots__ = ("_from_refusal", "_may_be_made", "call", "number", "since", "size")
@@ -64,7 +64,7 @@ class OpenCall(Generic[C]):
         self._may_be_made = False
 
     def reconnect(self) -> None:
-        """Prepare for a new connection: if the check is not valid there, let it be refused."""
+        """Prepare for a new connection. If the check is not valid on that connection, the owner will refuse it."""
         if self.since is not None and (self._may_be_made or self._from_refusal):
             self.since = NEVER
 
@@ -91,7 +91,7 @@ class OpenCalls(Generic[C]):
 
     @property
     def acknowledgement(self) -> int:
-        """The number up to which the client needs no more answers."""
+        """The highest number for which this holds: the client needs no answer to calls with this or a lower number."""
         return next(iter(self._open)) - 1 if self._open else self._last
 
     def submit(self, call: C, size: int, since: int | None = None, refused_on: int | None = None) -> OpenCall[C]:
@@ -101,8 +101,8 @@ class OpenCalls(Generic[C]):
             call: The call.
             size: An upper bound of its size, in bytes.
             since: The revision of its check; `None` without a check.
-            refused_on: The `connection` on which a refusal had that revision; `None` if it is the
-                revision of the copy.
+            refused_on: The `connection`, if the revision comes from a refusal; `None` if it comes
+                from the copy.
         """
         if refused_on is not None and refused_on != self.connection:
             since = NEVER
@@ -132,9 +132,9 @@ class OpenCalls(Generic[C]):
         return self._open.get(number)
 
     def end(self, call: OpenCall[C]) -> bool:
-        """Remove a call that was answered or given up. It may still wait for a number.
+        """Remove a call that was answered or given up, even if it still waits for a number.
 
-        Return whether the call was there. From then on its number counts as answered.
+        Return whether the call was there. From now on, its number counts as answered.
         """
         if call.number == 0:
             if call in self._waiting:
@@ -148,7 +148,7 @@ class OpenCalls(Generic[C]):
         return True
 
     def reconnect(self) -> list[OpenCall[C]]:
-        """Return the calls to send on a new connection, in order. Call this after a welcome that knows the client."""
+        """Return the calls to send on a new connection, in order. Call this after a welcome that admits the client."""
         self.connection += 1
         for call in self.everything():
             call.reconnect()
@@ -169,7 +169,7 @@ class OpenCalls(Generic[C]):
         return [call for call in calls if call.outcome == "unknown"]
 
     def is_forgotten(self, now: int) -> bool:
-        """Return whether an owner may have forgotten this client at the time `now`. A client that becomes the owner decides by this about its own calls."""
+        """Return whether an owner may have forgotten this client at the time `now`. A new owner asks this about its own calls."""
         return may_be_forgotten(self.heard, now)
 
     def everything(self) -> Iterator[OpenCall[C]]:

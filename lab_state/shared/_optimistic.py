@@ -1,8 +1,8 @@
 """Transactions of a shared state. They hold no lock, and note what they have read.
 
-The draft lies over the copy, which other calls change meanwhile. The draft knows which keys of the copy have changed
-since it began. All other keys have the values from its beginning. So it shows the state of that
-moment, or raises `ConflictError`. At the commit, the owner compares what was read with its own changes.
+A draft lies over the copy. Other calls change the copy meanwhile, and the draft notes the changed keys. All other keys
+still have their values from the beginning of the draft. So a read returns a value from the beginning, or raises
+`ConflictError`. At the commit, the owner checks that none of the keys that were read has changed since.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lab_state.shared._data_calls import can_begin_key
 
 
 class _Noted(Live):
-    """The entries of the copy. Each look at a key is noted. A look at all keys is noted as a listing."""
+    """The entries of the copy. Each read of a key is noted. A read of all keys is noted as a listing."""
 
     __slots__ = ("_draft",)
 
@@ -49,11 +49,11 @@ class _Noted(Live):
 
 
 class OptimisticDraft(Draft):
-    """A draft that notes which keys are read. Other changes of the base are made meanwhile.
+    """A draft that notes which keys are read. Other calls may change the base meanwhile.
 
     Attributes:
         read_at: The revision of the base at the beginning.
-        keys: The keys that were read, also those that are missing.
+        keys: The keys that were read, including missing ones.
         prefixes: The prefixes whose keys were listed.
         has_conflict: Whether a `ConflictError` of this draft was raised.
     """
@@ -71,13 +71,13 @@ class OptimisticDraft(Draft):
 
     @property
     def known(self) -> Readable:
-        """The entries. A look into them is not noted."""
+        """The entries, for reads that are not noted."""
         return LayeredEntries({} if self.cleared else Live(self.base), self.changes)
 
     def note_changed(self, keys: Collection[str] | None) -> None:
         """Note that keys of the base have changed; `None` if all may have changed.
 
-        With more than `MOST_KEYS` of them, all count as changed: the owner would refuse the check anyway.
+        If more than `MOST_KEYS` keys have changed, all keys count as changed, because the owner refuses the check anyway.
         """
         if keys is None or self._stale is None:
             self._stale = None
@@ -90,7 +90,7 @@ class OptimisticDraft(Draft):
         """Note that a key is read.
 
         Raises:
-            ConflictError: It has changed since the beginning.
+            ConflictError: The key has changed since the draft began.
         """
         if self._stale is None or key in self._stale:
             raise self.conflict()
@@ -100,7 +100,7 @@ class OptimisticDraft(Draft):
         """Note that all keys with a prefix are read.
 
         Raises:
-            ConflictError: One of them has changed since the beginning.
+            ConflictError: A key with this prefix has changed since the draft began.
         """
         if self.cleared:  # then the keys of the base are hidden
             return
@@ -112,7 +112,7 @@ class OptimisticDraft(Draft):
         """Check that nothing that was read has changed since the beginning.
 
         Raises:
-            ConflictError: Something has changed.
+            ConflictError: Something that was read has changed.
         """
         if not self.keys and not self.prefixes:
             return
@@ -123,7 +123,7 @@ class OptimisticDraft(Draft):
     def reads(self) -> tuple[list[str], list[str]]:
         """Return the keys and the prefixes for the check of the commit.
 
-        Left out are keys under a prefix that is there as well, and texts that cannot be keys. No change can concern such a text.
+        Leave out keys under one of these prefixes, and texts that cannot be keys. No change can concern such a text.
         """
         prefixes = [prefix for prefix in self.prefixes if can_begin_key(prefix)]
         starts = tuple(prefixes)
@@ -143,7 +143,7 @@ class OptimisticDraft(Draft):
         return super().count()
 
     def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
-        """Apply changes to the draft. The keys that this looks up are not noted: a change alone reads nothing."""
+        """Apply changes to the draft. Lookups of this call are not noted, because a change alone reads nothing."""
         noted, self.entries = self.entries, cast("LayeredEntries", self.known)
         try:
             return super().apply(changes, cleared=cleared)

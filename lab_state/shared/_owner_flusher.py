@@ -1,8 +1,8 @@
 """The flusher of the owner of a shared state.
 
 Theory of operation. The flusher commits the changes of the layer, with the results of the calls that made
-them. When a commit has succeeded, the following is one step of the event loop: the copy gets the changes,
-the followers get the record, then the clients and the tasks of the owner get their answers. So no process
+them. After each successful commit, it does three things in one step of the event loop. It applies the changes to the
+copy, sends the record to the followers, and then answers the clients and the tasks of the owner. So no process
 shows a change that is not durable, and each answer comes after its record.
 """
 
@@ -54,7 +54,7 @@ class Listener(Protocol[C_contra]):
         ...
 
     async def finish(self) -> None:
-        """Send what the queues hold, for at most a second, and close all connections. The flusher frees the lock after this."""
+        """Send the queued messages, for at most a second, and close all connections. The flusher frees the lock after this."""
         ...
 
 
@@ -90,7 +90,7 @@ class OwnerFlusher(Flusher, Generic[C]):
             clock: The clock of the manager.
             logger: The logger of the manager.
             committed: See `Flusher`. It is called after the copy was changed and the answers were queued, in the same step.
-            times: The object that gets the duration of each commit.
+            times: The object that collects the durations of commits; see `Flusher`.
             on_fenced: A function of the application; see `Manager`.
         """
         self._layer = layer
@@ -118,7 +118,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         return answer
 
     def _ask(self) -> None:
-        """Ask for a commit, as a caller that waits does, unless the commit under way has all changes."""
+        """Ask for the next commit, as a waiting caller does, unless the commit under way has all changes."""
         if not self._asked and self.state.revision > self.state.taken:
             self._asked = True
             self._waiters.next.append((self.state.revision, self.loop.create_future()))
@@ -175,9 +175,8 @@ class OwnerFlusher(Flusher, Generic[C]):
     # Commits
 
     async def _commit(self) -> StorageError | None:
-        # The last commit has answered tasks of this process. They run now, so that their next calls join this commit,
-        # with the calls that other processes have sent. Otherwise every second commit would have the calls of these
-        # tasks alone.
+        # Let the tasks of this process run that the last commit has answered. So their next calls join this commit, with
+        # the calls of other processes. Otherwise every second commit would have the calls of these tasks alone.
         await asyncio.sleep(0)
         return await super()._commit()
 
@@ -199,11 +198,11 @@ class OwnerFlusher(Flusher, Generic[C]):
 
     @property
     def _is_large(self) -> bool:
-        """Whether the copy gets the record under way in steps."""
+        """Whether the record under way is applied to the copy in steps."""
         return len(self._record.changes) >= _batch.MANY
 
     def _succeeded(self, seconds: float) -> None:
-        """Show the record that is durable now, and answer the calls, in this step."""
+        """Apply the record, which is durable now, to the copy, and answer its calls, in this step."""
         taken = self._under_way
         assert taken is not None  # the commit that succeeded
         try:

@@ -1,10 +1,10 @@
 """The writing calls of one process of a shared state.
 
-If this process is the owner, a call is executed on the layer at once. Otherwise it becomes an open call,
-which is sent to the owner. If this owner ends without an answer, it is sent again to the next one. If this
-process is the next owner, it looks its open calls up in the table of results, and executes the others.
+If this process is the owner, a call is executed on the layer at once. Otherwise the call becomes an open call,
+and is sent to the owner. If the owner ends without an answer, the call is sent to the next owner. If this process
+becomes the next owner, it looks up its open calls in the table of results. It executes those without a result.
 
-`Member` tells the port of each connection, answer and record, and of the role of this process.
+`Member` informs the port about each connection, answer and record, and about the role of this process.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class PendingCall(NamedTuple):
 
     Attributes:
         make: See `Make`.
-        keys: The keys of its check.
-        made: When it was made, in seconds of the clock.
-        is_empty: Whether it changes nothing, however it ends.
-        done: The future of its end.
+        keys: The keys of the check.
+        made: The time of the call, in seconds of the clock.
+        is_empty: Whether the call asks for no change.
+        done: The future of the end of the call.
     """
 
     make: Make
@@ -66,7 +66,7 @@ class SharedPort(DataCalls):
 
     Attributes:
         client: The id of this client.
-        calls: Its calls without an answer.
+        calls: The calls of this client that have no answer yet.
         arrivals: The callers that wait for a revision of the copy.
     """
 
@@ -168,11 +168,11 @@ class SharedPort(DataCalls):
         if isinstance(made, Settled):
             return made.revision
         with suppress(LabStateError):  # the next attempt raises the error again, if the fault lasts
-            await self.see_all()  # otherwise the copy of the next attempt could still lack the change
+            await self.see_all()  # otherwise the next attempt might read a copy without the change
         raise draft.conflict()
 
     async def catch_up(self) -> None:
-        """Wait until the copy has everything that was durable at the call."""
+        """Wait until the copy has all changes that were durable at the call."""
         self.check_open()
         if self._owner is None:
             await self.arrivals.catch_up(self._clock.monotonic())
@@ -203,7 +203,7 @@ class SharedPort(DataCalls):
         )
 
     async def see_all(self, made: float | None = None) -> None:
-        """Wait until the copy has everything that the owner has changed so far. The answer to a call without changes says so."""
+        """Wait until the copy has all changes that the owner has made so far. The answer to a call without changes comes then."""
         await self._ended(lambda n, ack, _: MakeChanges(n, ack, 0, [], [], _NO_CHANGES), 0, made=made, is_empty=True)
 
     async def _ended(
@@ -221,12 +221,12 @@ class SharedPort(DataCalls):
 
         Args:
             make: See `Make`.
-            size: A bound of the size of its keys and values, in bytes.
-            since: The revision of its check; `None` without a check.
+            size: An upper bound of the size of the keys and values, in bytes.
+            since: The revision of the check; `None` without a check.
             refused_on: See `OpenCalls.submit`.
-            keys: The keys of its check.
-            made: When it was made, in seconds of the clock; by default now.
-            is_empty: Whether it changes nothing, however it ends.
+            keys: The keys of the check.
+            made: The time of the call, in seconds of the clock; by default now.
+            is_empty: Whether the call asks for no change.
         """
         self.check_open()
         size += _HEAD_BYTES
@@ -252,7 +252,7 @@ class SharedPort(DataCalls):
         return Settled(made[1], made[0])
 
     def check_open(self) -> None:
-        """Check that calls can be made. If not, raise the reason."""
+        """Raise an error if no call can be made now."""
         if self._closed is not None:
             raise copied(self._closed)
 
@@ -271,7 +271,7 @@ class SharedPort(DataCalls):
 
     @property
     def acknowledgement(self) -> int:
-        """The number up to which this client needs no more answers."""
+        """The highest number for which this holds: the client needs no answer to calls with this or a lower number."""
         return self.calls.acknowledgement
 
     def follow(self, send_soon: Callable[[], object], ask: Callable[[int], object]) -> None:
@@ -295,12 +295,12 @@ class SharedPort(DataCalls):
         """Yield the frames of the calls that are to be sent now, in order and in parts."""
         again, self._again = self._again, []
         for call in [*again, *self.calls.number_next()]:
-            if self.calls.find(call.number) is call:  # otherwise it was given up meanwhile
+            if self.calls.find(call.number) is call:  # otherwise the call was given up meanwhile
                 call.sent()
                 yield from encode_for_owner(call.call.make(call.number, self.acknowledgement, call.since or 0))
 
     def answers(self, answers: Iterable[Answer]) -> None:
-        """End the calls that were answered. The copy has the revisions of the answers."""
+        """End the calls that were answered. The copy has already reached the revisions of the answers."""
         for answer in answers:
             call = self.calls.find(answer.n)
             if call is None:  # it was given up
@@ -317,19 +317,19 @@ class SharedPort(DataCalls):
         self._send_soon()  # calls that waited for room
 
     def _end(self, call: OpenCall[PendingCall], end: Ended | BaseException) -> None:
-        """End a call, and give the end to its caller, unless that was cancelled."""
+        """End a call, and give the end to its caller, unless the caller was cancelled."""
         self.calls.end(call)
         done = call.call.done
         if not done.done():
             if isinstance(end, BaseException):
                 done.set_exception(end)
-                done.exception()  # marks it as retrieved: a caller that is cancelled right now will not do that
+                done.exception()  # marks the error as retrieved, because a cancelled caller does not retrieve it
             else:
                 done.set_result(end)
         self._note_end()
 
     def forgotten(self) -> None:
-        """Take a new id, because the owner has forgotten this client. End the calls that it may have executed with an error."""
+        """Take a new id, because the owner has forgotten this client. Calls that were perhaps executed end with an error."""
         for call in self.calls.restart():
             why = "the owner of the state has forgotten this process, which had no connection for too long"
             self._end(call, self._unavailable(call, why))
@@ -338,10 +338,10 @@ class SharedPort(DataCalls):
     # The owner
 
     def own(self, owner: OwnerFlusher[Any], now: int) -> None:
-        """Execute all calls in this process from now on, because it is the owner. The copy has everything that is durable.
+        """Execute all calls in this process from now on, because it is the owner. The copy has every durable change.
 
         Args:
-            owner: The flusher. Everything that was loaded is settled.
+            owner: The flusher. All loaded changes are durable.
             now: The time of `CLOCK_MONOTONIC`, in nanoseconds.
         """
         self.unfollow()
@@ -369,7 +369,7 @@ class SharedPort(DataCalls):
     # The copy
 
     def shows(self, keys: Collection[str] | None) -> None:
-        """Note that the copy has changed: these keys, or all of them (`None`)."""
+        """Note which keys of the copy have changed; `None` if all may have changed."""
         for shared in self._drafts:
             shared.draft.note_changed(keys)
         self.arrivals.settle()
@@ -380,7 +380,7 @@ class SharedPort(DataCalls):
         """End the calls that have waited for longer than `owner_timeout`.
 
         Args:
-            since: The time since which there is no owner, or no sign of life of it, in seconds of the clock.
+            since: The time of the clock, in seconds, since when there is no owner, or the owner is silent.
             why: The reason, for the message.
         """
         now = self._clock.monotonic()
@@ -419,7 +419,7 @@ class SharedPort(DataCalls):
         return not len(self.calls) and not self._tasks
 
     def refuse(self, error: LabStateError) -> None:
-        """End all calls: this process has lost its state, or the manager has stopped. Later calls raise the error."""
+        """End all calls, because this process has lost its state, or the manager has stopped. Later calls raise the error."""
         self._closed = error
         for call in list(self.calls.everything()):
             self._end(call, self._lost(call, error))

@@ -43,7 +43,7 @@ class SendQueue:
     def put(self, parts: Iterable[bytes | memoryview]) -> bool:
         """Append a message. Return False if the queue is full: then nothing is appended.
 
-        A message that is larger than the bound does not count, but only one of them may wait.
+        A message that is larger than the bound is not counted. Only one such message may wait.
         """
         parts = tuple(parts)
         size = sum(map(len, parts))
@@ -63,7 +63,7 @@ class SendQueue:
         return True
 
     def next_piece(self) -> bytes | memoryview:
-        """Return the bytes to send next, from a queue that is not empty. They stay in the queue until `sent`."""
+        """Return the bytes to send next, from a queue that is not empty. The bytes stay in the queue until `sent`."""
         parts = self._parts
         if len(parts) > 1 and len(parts[0]) <= _SMALL:
             small: list[bytes | memoryview] = []

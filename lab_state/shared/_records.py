@@ -138,9 +138,9 @@ class Outcome(Enum):
 
     APPLIED = "applied"
     SKIPPED = "skipped"
-    """The copy contains it already."""
+    """The copy contains the record already."""
     GAP = "gap"
-    """A record before it is missing. Nothing was changed."""
+    """An earlier record is missing. Nothing was changed."""
 
 
 class RecordApplier:
@@ -151,7 +151,7 @@ class RecordApplier:
     """
 
     def __init__(self, copy: State) -> None:
-        """Prepare to change a copy. Its changes must all be taken."""
+        """Prepare to change a copy. All of its changes must be taken."""
         self.copy: State = copy
         self._prepared: tuple[ParsedRecord, Step | None] | None = None
 

@@ -85,7 +85,7 @@ class ResultTable:
             entry.acknowledge(acknowledged)
 
     def snapshot(self) -> SnapshotCalls:
-        """Return the member of a snapshot. Later records do not change it."""
+        """Return the member `calls` of a snapshot. Later records do not change the result."""
         return {
             name: (
                 client.acknowledged,
@@ -95,7 +95,7 @@ class ResultTable:
         }
 
     def load(self, calls: SnapshotCalls) -> None:
-        """Replace the table by the member of a snapshot."""
+        """Replace the table by the member `calls` of a snapshot."""
         self._clients = {}
         for name, (acknowledged, results) in calls.items():
             entry = self._clients[name] = _Client()
@@ -115,7 +115,7 @@ _Results: TypeAlias = dict[str, dict[int, Applied] | None]
 
 
 class PendingResults:
-    """The results of an owner since its last sync: those of the record under way, and newer ones."""
+    """The results of an owner that are not durable: the results in the record under way, and newer ones."""
 
     def __init__(self) -> None:
         self._new: _Results = {}
@@ -179,5 +179,5 @@ class PendingResults:
 
 
 def needs_forgetting(client: str, table: ResultTable, pending: PendingResults) -> bool:
-    """Return whether a record must say that a client is forgotten. It must if the client is in the table, or has results that are not durable."""
+    """Return whether a record must forget a client. It must if the client is in the table, or has results that are not durable."""
     return client in table or client in pending

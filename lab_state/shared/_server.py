@@ -53,9 +53,9 @@ class Server:
         return sum(connection.is_admitted for connection in list(self._by_client.values()))  # any thread may call this
 
     def listen(self, listener: socket.socket) -> None:
-        """Accept connections on a socket that listens and does not block. It is closed by `stop_accepting` and `aclose`.
+        """Accept connections on a socket that listens and does not block. `stop_accepting` and `aclose` close the socket.
 
-        A later call replaces the socket, and closes the one before. Connections stay as they are.
+        A later call replaces the socket, and closes the earlier one. It does not affect connections.
         """
         self._stop_listening()
         self._listener = listener
@@ -75,7 +75,7 @@ class Server:
             parts = frame_of_record(self._time(), data)
         except InvalidValueError:
             for connection in admitted:
-                connection.record(data)  # which says why it is cut off
+                connection.record(data)  # this logs why the connection is closed
             return
         for connection in admitted:
             connection.send_parts(parts)
@@ -88,9 +88,9 @@ class Server:
                 connection.close()
 
     async def aclose(self, seconds: float = 1.0) -> None:
-        """Send what waits in the queues, for at most `seconds`, and then do as `close`.
+        """Send the queued messages, for at most `seconds`, and then close everything, as `close` does.
 
-        From the beginning of the call, nothing that clients send is handled. If the caller is cancelled, the
+        Messages that clients send after the beginning of the call are not handled. If the caller is cancelled, the
         connections are closed at once. A second call does nothing.
         """
         self.stop_accepting()

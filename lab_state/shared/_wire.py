@@ -1,8 +1,8 @@
 """Encode and decode the messages between the owner of a shared state and its followers. Pure.
 
-A payload has 8-byte integers, or JSON, or both in this order. A record is JSON that `_records.py` decodes. A stored value in it is not checked again, because the client
-that encoded the value has checked it. Everything else is checked, because another program may be at
-the other end.
+A payload has 8-byte integers, or JSON, or both in this order. A record is JSON that `_records.py` decodes. A stored
+value in a message is not checked again, because the client that encoded the value has checked it. Everything else
+is checked, because another program may be at the other end.
 """
 
 from __future__ import annotations

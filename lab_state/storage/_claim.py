@@ -73,7 +73,7 @@ class Listener:
         return self.socket is own
 
     def close(self) -> None:
-        """Delete the file, if it is still that of the socket. Close the socket. A second call does nothing."""
+        """Delete the file, if it still belongs to the socket. Close the socket. A second call does nothing."""
         with self._turn:
             if not self._is_closed:
                 self._is_closed = True
@@ -82,7 +82,7 @@ class Listener:
 
 
 class Claim:
-    """A shared state whose lock this process holds. It listens at the socket, but may not be loaded yet.
+    """A shared state whose lock this process holds. The process listens at the socket. The state may not be loaded yet.
 
     Other processes can connect from now on. They wait until the caller accepts the connections.
 
@@ -122,7 +122,7 @@ class Claim:
         lock, in this order. A failed or cancelled call does the same before it raises.
 
         Raises:
-            StorageError: See `Storage.open`. It is no `LockedError`.
+            StorageError: See `Storage.open`. A `LockedError` is never raised.
         """
         self._lock.check_process()
         session = await self._load()
@@ -139,12 +139,12 @@ class Claim:
         Raises:
             FencedError: The lock is lost, and another process may be the owner. Nothing was bound.
             StorageError: The file could not be looked up, or no socket could be bound. Processes
-                that start now cannot connect. Call again, such as a second later.
+                that start now cannot connect. Call again, for example a second later.
         """
         self._lock.check_process()
         if self._has_ended or not await self._run(self._is_gone):
             return None
-        if self._has_ended:  # meanwhile
+        if self._has_ended:  # the claim was released meanwhile
             return None
         own = OwnSocket()
         return own if await self._run(self._listener.replace, own) else None

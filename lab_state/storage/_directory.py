@@ -123,7 +123,7 @@ def _make(path: str) -> None:
 def sync_parents(path: str) -> None:
     """Make the names of a directory and of the directories above it durable.
 
-    They may not be durable if the directory is a copy, or if the process that created it was killed
+    These names may not be durable if the directory is a copy, or if the process that created it was killed
     before its sync. The call ends at the first directory that is on another file system, or cannot be
     read. lab_state has not created any name there, or above it.
     """

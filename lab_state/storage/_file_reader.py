@@ -72,7 +72,7 @@ def read_files(
 
 
 class _Look:
-    """One reading of the files. They stay open until `close`."""
+    """One reading of the files. The files stay open until `close`."""
 
     def __init__(self, paths: Paths, name: str) -> None:
         self._paths = paths
@@ -140,7 +140,7 @@ class _Look:
 
 
 def is_held(path: str) -> bool | None:
-    """Return whether a process holds the lock. Return `None` if only an attempt to take the lock would show it."""
+    """Return whether a process holds the lock. Return `None` if only an attempt to take the lock would show this."""
     try:
         lock = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,6 +1,6 @@
 """Create, write, sync, rename, delete and lock the files of a state. For sockets, `_fs_socket` does this.
 
-All functions are synchronous, except `NewFile.write`. Those that block run in a thread of the storage.
+All functions are synchronous, except `NewFile.write`. Functions that block run in a thread of the storage.
 Two rules hold:
 
 * A new file is written under a temporary name in the same directory, synced and renamed.
@@ -297,8 +297,8 @@ def sync_directory(path: str) -> None:
 def hold(path: str) -> int:
     """Open a file that a rename will replace. Return the descriptor; -1 if the file cannot be opened.
 
-    While the file is open, the rename does not free its blocks. `close` frees them later. For a
-    hundred megabytes, the file system needs tens of milliseconds for that.
+    While the file is open, the rename does not free its blocks. `close` frees them later. The file
+    system needs tens of milliseconds to free a hundred megabytes.
     """
     try:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -312,7 +312,7 @@ def temporary(path: str) -> str:
 
 
 def discard(path: str) -> None:
-    """Delete a temporary file if possible. If it is not possible, the next start tries again."""
+    """Delete a temporary file if possible. If this fails, the next start tries again."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
@@ -418,7 +418,7 @@ def _sync_data(fd: int) -> None:
 
 
 def sync_names(path: str) -> None:
-    """Do the same as `sync_directory`, but raise an `OSError`. Its number is EOPNOTSUPP if no directory can be synced there."""
+    """Do the same as `sync_directory`, but raise an `OSError`: EOPNOTSUPP if the file system cannot sync directories."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -110,7 +110,7 @@ def bind(own: OwnSocket, address: Address) -> lookup.Identity:
 
 
 def remove_own(path: str, which: lookup.Identity) -> None:
-    """Delete a socket file, if it is still this one. Ignore errors, because the next owner deletes the file anyway."""
+    """Delete a socket file, if it still has this identity. Ignore errors, because the next owner deletes the file anyway."""
     with contextlib.suppress(OSError, StorageError):
         if lookup.is_file(path, which):
             os.unlink(path)
@@ -145,7 +145,7 @@ class Peer(NamedTuple):
 
 
 def peer_of(connected: socket.socket) -> Peer:
-    """Return the process that connected or listened, as it was at that moment.
+    """Return the process at the other end, as it was when it connected or began to listen.
 
     Raises:
         OSError: The socket is closed.

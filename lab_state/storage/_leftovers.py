@@ -42,7 +42,7 @@ class Leftovers:
         return [file for file in self._beside(path) if file.endswith(".tmp")]
 
     def torn(self, path: str) -> list[str]:
-        """Return a new list of the torn tails of a journal, the oldest first. It may have some that were deleted since.
+        """Return a new list of the torn tails of a journal, the oldest first. It may have files that were deleted since.
 
         Raises:
             StorageError: The directory cannot be listed.

@@ -32,8 +32,8 @@ class LockHolder(msgspec.Struct, frozen=True):
         host: The name of the machine.
         pid: The id of the process.
         started: The local time at which the process took the lock, with the time zone.
-        boot: The boot id of the kernel. It is empty if the files that earlier sessions left are
-            not known.
+        boot: The boot id of the kernel. It is empty if it is not known which files earlier
+            sessions left.
         inode: The inode number of the lock file. A copy of the file has another number.
         making: The names of temporary files that may exist, of this session and of earlier ones.
         protocol: The version of the protocol by which the process shares the state; 0 if it does
@@ -74,7 +74,7 @@ class Lock:
     Attributes:
         path: The path of the lock file.
         is_parents: Whether this process is a forked child, and the lock belongs to its parent.
-        is_new: Whether the lock file was empty, as a new one is.
+        is_new: Whether the lock file was empty, as a new lock file is.
         left: The temporary files that earlier sessions may have left; `None` if they are
             not known.
         before_release: A function that `release` calls while the lock is still held. It must
@@ -132,7 +132,7 @@ class Lock:
     def _left(self, said: bytes) -> tuple[str, ...] | None:
         """Return the temporary files that may exist, by the content of the lock file; `None` if the content may be wrong.
 
-        It may be wrong in a copied lock file, and after a power cut, which can undo the last write. So
+        The content may be wrong in a copied lock file, or after a power cut, which can undo the last write. So
         the content must have the boot id of the running kernel, and the inode of this file.
         """
         try:
@@ -177,7 +177,7 @@ class Lock:
             self._tell()
 
     def note(self, *paths: str) -> None:
-        """Write names of temporary files to the lock file. Call this before they are created. The next start deletes those that are left."""
+        """Write names of temporary files to the lock file, before the files are created. The next start deletes files that are left."""
         with self._telling:
             self._making.update(paths)
             self._tell()
@@ -198,7 +198,7 @@ class Lock:
             self.forget(*paths)
 
     def note_left(self, left: tuple[str, ...]) -> None:
-        """Replace the names of files of earlier sessions in the lock file by those in `left` that still exist."""
+        """Replace the names of files of earlier sessions in the lock file by the files in `left` that still exist."""
         left = tuple(path for path in left if not lookup.is_gone(path))
         with self._telling:
             if self.left != left:
@@ -224,7 +224,7 @@ class Lock:
         """
         if self.is_parents:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(
-                f"{self.path} is locked by the parent of this forked process: make a manager with another name here, or stop that of the parent"
+                f"{self.path} is locked by the parent of this forked process: make a manager with another name here, or stop the manager of the parent"
             )
 
     def check(self) -> None:
@@ -303,7 +303,7 @@ def describe(holder: LockHolder | None, shown: list[int], path: str) -> str:
 
 
 def read_holder(path: str) -> LockHolder | None:
-    """Return the content of a lock file. It may be that of an earlier holder.
+    """Return the content of a lock file. It may name an earlier holder.
 
     Return `None` if there is no such file, or if its content cannot be decoded.
 
@@ -360,7 +360,7 @@ def _host() -> str:
 
 
 def _is_running(pid: int) -> bool:
-    """Return whether a process with this pid exists in this pid namespace, or in that of `/proc`. They may differ."""
+    """Return whether a process with this pid exists in this pid namespace, or in the one of `/proc`. The two may differ."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

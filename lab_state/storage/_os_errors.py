@@ -22,7 +22,7 @@ _TO_BE_FIXED = {
     errno.EOPNOTSUPP: "the file system cannot do this; choose another one",
     errno.ENOLCK: "the file system cannot lock; choose another one",
 }
-"""The remedies for errors that stay until the operator has changed something. Until then, each attempt fails."""
+"""The remedies for errors that stay until the operator has changed something."""
 
 _TO_BE_MENDED = {
     errno.EIO: "the disk may be failing; look into the log of the kernel",

@@ -25,8 +25,8 @@ class Recovery(NamedTuple):
 
     Attributes:
         snapshot: The bytes of the snapshot; `None` if there has never been one.
-        records: The records that were committed after it, oldest first. Some of them may be
-            in the snapshot already.
+        records: The records that were committed after the snapshot, oldest first. Some of them
+            may be in the snapshot already.
         unsettled: Whether a crash may still lose the recovered changes. After an unclean end, the
             files may be only in a cache of the machine. If this is True, the manager makes a
             commit at once, even without a new change. This commit makes the recovered changes
@@ -59,8 +59,8 @@ class Reading(NamedTuple):
 
     Attributes:
         snapshot: The bytes of the snapshot; `None` if there has never been one.
-        records: The records that were committed after it, oldest first. Some of them may be in
-            the snapshot already.
+        records: The records that were committed after the snapshot, oldest first. Some of them
+            may be in the snapshot already.
         durable: The number of these records, counted from the first, that are certainly durable.
             The snapshot is durable too. A crash may still lose the other records: a
             running writer may be about to sync the last one.
@@ -130,7 +130,7 @@ class StorageSession(Protocol):
         not be counted. The event loop may read the number at any time, also after `aclose`.
 
         `stop()` gives up when the number has not changed for `Config.stop_timeout` seconds.
-        So it can distinguish a slow storage from a storage that hangs.
+        So `stop()` can distinguish a slow storage from a storage that hangs.
         """
         ...
 
@@ -174,7 +174,7 @@ class StorageSession(Protocol):
         """Release the state. A second call does nothing.
 
         Calls that are still running end before the release. Until then this writer owns the
-        state: a second writer is refused, or it deposes this one. This also holds when the caller
+        state: a second writer is refused, or deposes this writer. This also holds when the caller
         is cancelled.
 
         Raises:

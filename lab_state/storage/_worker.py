@@ -29,10 +29,10 @@ R = TypeVar("R")
 _Work = Callable[[], None]
 
 _MOST = 32
-"""The largest number of threads of one storage object. A state whose disk hangs blocks at most two: it has two workers."""
+"""The largest number of threads of one storage object. A state whose disk hangs blocks at most two of them, one for each worker."""
 
 _IDLE_SECONDS = 10.0
-"""The seconds for which an idle thread waits for work. To start a thread takes as long as a sync of a fast disk."""
+"""The seconds for which an idle thread waits for work. Starting a thread takes as long as a sync of a fast disk."""
 
 
 class Threads:
@@ -44,7 +44,7 @@ class Threads:
     """
 
     def __init__(self, name: str) -> None:
-        """Set the name of the threads. The first one starts with the first call of a worker."""
+        """Set the name of the threads. The first thread starts with the first call of a worker."""
         self._name = name
         self._reset()
 
@@ -52,7 +52,7 @@ class Threads:
         self._lock = threading.Lock()
         self._ready: SimpleQueue[Worker | None] = SimpleQueue()
         self._count = 0
-        self._free = 0  # the number of idle threads, minus that of the workers that wait for one
+        self._free = 0  # the number of idle threads, minus the number of workers that wait for a thread
         self._workers = 0  # workers that were not shut down
         self.turns: int = 0  # the number of calls that have ended
         self._dropped: deque[None] = deque()  # one item for each worker that was collected without `shutdown`
@@ -62,7 +62,7 @@ class Threads:
         return Threads, (self._name,)
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Forget the threads and their work, which belong to the parent. This runs in a forked child. It starts its own threads."""
+        """Forget the threads and their work, which belong to the parent. This runs in a forked child, which starts its own threads."""
         self._reset()
 
     def enter(self) -> None:

@@ -334,7 +334,7 @@ class FileSession:
                 thread.submit(self._tidy, new, upcoming)
 
     def _tidy(self, new: fs.NewFile, upcoming: NewJournal) -> None:
-        """Close and delete the temporary files of a checkpoint, except those that were renamed. The worker for checkpoints calls this."""
+        """Close and delete the temporary files of a checkpoint, except renamed files. The worker for checkpoints calls this."""
         new.discard()
         self._writer.lock.forget(new.path)
         # This call comes after the queued call that may put the journal in place.

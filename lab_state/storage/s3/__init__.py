@@ -81,8 +81,8 @@ class S3Storage:
             prefix: The first part of all keys, before the name of a state. It has at most
                 512 bytes and no slash at either end. It may be empty.
             endpoint_url: The address of the store, such as `https://minio.example:9000`.
-                With `None`, botocore looks for an address in the environment, and otherwise
-                uses that of AWS. With an address, the bucket is part of the path of each URL,
+                With `None`, botocore looks for an address in the environment, and otherwise uses
+                the address of AWS. With an address, the bucket is part of the path of each URL,
                 unless `config` has another `addressing_style`.
             region_name: The region of the bucket. With `None`, botocore looks for it.
             session: An aiobotocore session that has the credentials. With `None`, botocore looks

@@ -94,14 +94,14 @@ class Requests:
     """The requests of one session to one bucket.
 
     An exception of the client is never passed on, not even as a cause or a context. Its text
-    may contain a credential, such as that of a proxy, and a traceback would show it.
+    may contain a credential, such as the password of a proxy, and a traceback would show it.
 
     Attributes:
         thread: The threads for work that would block the event loop.
         sent: The number of bytes of bodies that were sent. A part that is sent again is not counted.
         time: The pauses and the time limits.
-        is_opening: Whether the state is being opened or read. Meanwhile, requests that fail twice
-            are logged. Later, the manager logs the error that a call raises. It is True at first.
+        is_opening: Whether the state is being opened or read; True at first. Meanwhile, requests that
+            fail twice are logged. Later, the manager logs the error that a call raises.
     """
 
     def __init__(self, bucket: str, connecting: Callable[[], Awaitable[Client]], thread: S3Threads, time: Time) -> None:
@@ -190,7 +190,7 @@ class Requests:
                     return await once(await self._client(), limit)
             except FAILURES as error:
                 failure = failure_of(error)
-            # Our error is raised after the handler. Inside it, the exception of the client would be the context of ours.
+            # Our error is raised after the handler. Inside it, the exception of the client would be the context of our error.
             meaning = verdict(failure)
             if meaning is Verdict.REFUSED and failure.status == 404:  # noqa: PLR2004 -- 404 Not Found
                 return None
@@ -215,7 +215,7 @@ class Requests:
 
         Raises:
             NotOursError: The condition was not met.
-            UnavailableError: The outcome is unknown. The time limit is reached.
+            UnavailableError: The outcome is still unknown at the time limit.
             UnsupportedError: The store refuses such a request.
         """
         tries = self.tries("writing", key, body.size)

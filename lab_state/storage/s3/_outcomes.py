@@ -151,7 +151,7 @@ _FINAL_WITHOUT_ANSWER = frozenset(
 
 
 def verdict(failure: Failure) -> Verdict:  # noqa: PLR0911 -- one for each meaning
-    """Return the meaning of a failure. It is the same for requests with and without a condition."""
+    """Return the meaning of a failure. A condition of the request makes no difference."""
     status, code, _ = failure
     if status == 0:
         return Verdict.DENIED if code in _FINAL_WITHOUT_ANSWER else Verdict.UNKNOWN

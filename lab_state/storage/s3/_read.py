@@ -7,8 +7,8 @@
 Step 2 is needed because a checkpoint deletes the records that the new snapshot covers. Suppose that
 a reader gets the snapshot before a checkpoint, and lists the records after it. It finds no records,
 and would take the old snapshot for the whole state. If the snapshot is still the same after the
-LIST, no later record was deleted before the LIST. A start does not need this step, because it has
-its fence.
+LIST, no later record was deleted before the LIST. A start does not need this step, because it
+creates a fence.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 * A checkpoint takes a view, and notes the number of the last record that the view covers. It
   spools the snapshot, and replaces the old one. Only after that, it deletes the records that
   the snapshot covers. Fences are never deleted.
-* A session that finds the fence or the snapshot of a newer writer is deposed. So is a session that
-  finds a snapshot from another program. From then on, each write raises `FencedError`.
+* A session that finds the fence or the snapshot of a newer writer is deposed. A session that finds
+  a snapshot from another program is deposed, too. From then on, each write raises `FencedError`.
 
 Each PUT runs in a separate task, which continues if the caller is cancelled. The next commit or
 checkpoint waits for the task of the previous one, and `aclose` waits for both.
@@ -94,7 +94,7 @@ class S3Session:
     # Commits
 
     async def commit(self, record: bytes, snapshot: SnapshotSource) -> bool:  # noqa: ARG002 -- a new record object is always possible
-        """Create one record object. If an earlier record is pending, send that first. See `StorageSession.commit`."""
+        """Create one record object. If an earlier record is pending, send the earlier one first. See `StorageSession.commit`."""
         self._check()
         self._committing = _start(self._commit(record, self._committing))
         await asyncio.shield(self._committing)
@@ -283,7 +283,7 @@ class S3Session:
         if os.getpid() != self._pid:  # pragma: no cover -- a child's coverage is not collected
             raise UnsupportedError(
                 f"{self.path} belongs to the parent of this forked process: make a manager with another name here, or stop "
-                "that of the parent"
+                "the manager of the parent"
             )
         if self._closing is not None:
             raise UnsupportedError(f"the session of {self.path} is closed: open the state again")
