@@ -75,7 +75,7 @@ _REMEDY = (
     "pass the managers and readers to the integration of the application, and make sure that the server runs the application's startup; "
     "a test client runs it at the start of its block (`with TestClient(app) as client`)"
 )
-_NO_LIFESPAN = f"the application's lifespan does not run: {_REMEDY}"
+NO_LIFESPAN = f"the application's lifespan does not run: {_REMEDY}"
 _OTHER_WORKER = "if another worker of this server holds the lock, see docs/workers.md"
 
 
@@ -162,7 +162,7 @@ def stop_of(served: Mapping[str, Served] | None) -> ServerStop:
     """
     stop = served.stop if isinstance(served, Named) else None
     if stop is None:
-        raise LookupError(_NO_LIFESPAN)
+        raise LookupError(NO_LIFESPAN)
     stop.listen()
     return stop
 

@@ -1,4 +1,4 @@
-"""For FastAPI: dependencies. The lifespan, health route, error responses and live updates are those for Starlette."""
+"""For FastAPI: dependencies. All other names are those for Starlette."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lab_state._arguments import check_key
 from lab_state._entries import MISSING
 from lab_state.cache import Reader
 from lab_state.entry import Entry
-from lab_state.integrations.starlette import errors, health, lifespan, push, sse
+from lab_state.integrations.starlette import ReadYourWrites, errors, health, lifespan, push, sse
 from lab_state.integrations.starlette import manager as manager_of
 from lab_state.integrations.starlette import reader as reader_of
 from lab_state.manager import Manager
 
-__all__ = ["entry", "errors", "health", "lifespan", "manager", "push", "reader", "sse"]
+__all__ = ["ReadYourWrites", "entry", "errors", "health", "lifespan", "manager", "push", "reader", "sse"]
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""For Starlette: a lifespan for managers and readers, a health route, error responses, and live updates."""
+"""For Starlette: a lifespan for managers and readers, a health route, error responses, reads of own writes, and live updates."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any, cast
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from lab_state.cache import Reader
+from lab_state.exceptions import StorageError
 from lab_state.integrations._errors import ANSWERED, answer_to, check_retry_after
 from lab_state.integrations._lifespan import (
     KEY,
@@ -37,9 +38,11 @@ from lab_state.integrations._live import (
     event_stream,
     send_changes,
 )
+from lab_state.integrations._own_writes import headers_for, reached, revisions_of, shared_states
 from lab_state.manager import Manager
+from lab_state.shared._own_writes import noting_writes
 
-__all__ = ["errors", "health", "lifespan", "manager", "push", "reader", "sse"]
+__all__ = ["ReadYourWrites", "errors", "health", "lifespan", "manager", "push", "reader", "sse"]
 
 
 def lifespan(
@@ -188,6 +191,72 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
 
     for kind in ANSWERED:
         app.exception_handlers[kind] = cast("Any", answer)  # Starlette uses this table for requests and for WebSockets
+
+
+class ReadYourWrites:
+    """An ASGI middleware with which a client reads its own writes in each worker: `app.add_middleware(ReadYourWrites)`.
+
+    The workers of a server share a state. A write is in the other workers within milliseconds, and the next request of the
+    client may come earlier. This middleware sends the revision of the write to the client. The client sends it back with each
+    request, and the request waits until its worker has that revision. If the worker has it already, there is no wait.
+
+    The middleware finds the shared states of the application in its lifespan. States that are not shared need no wait.
+
+    * A response has a revision if its request has made a writing call to a shared state before the response began. The
+      method of the request does not matter. The response to a request that only reads has neither header nor cookie, so that
+      caches treat it as before.
+    * The revision of the state `visits` is sent as the cookie `lab_state-visits`, for ten minutes, and in the header
+      `Lab-State-Revision: visits=42`. A client without cookies sends the last header that it got with each request.
+    * A client may send any revision. A request waits for one answer of the owner at most. If the worker does not have the
+      revision then, it is not a revision of this state, and the request goes on.
+    * If there is no owner, the request waits for one as a write does, and is then answered with 503; see `Config.owner_timeout`.
+    * WebSockets wait for nothing.
+
+    If the request is cancelled, its wait ends.
+    """
+
+    def __init__(self, app: ASGIApp, *, cookie: bool = True) -> None:
+        """Wrap an ASGI application.
+
+        Args:
+            app: The application.
+            cookie: Whether a revision is sent as a cookie, too. Pass `False` if no client is a browser.
+
+        Raises:
+            TypeError: `cookie` is not a `bool`.
+        """
+        if not isinstance(cookie, bool):
+            raise TypeError(f"cookie must be True or False, not {type(cookie).__name__}")
+        self._app = app
+        self._cookie = cookie
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request.
+
+        Raises:
+            LookupError: The lifespan did not run.
+        """
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        states = shared_states(_served(HTTPConnection(scope)))
+        try:
+            sent = await reached(states, revisions_of(scope["headers"], states))
+        except StorageError as error:
+            answered = answer_to(error, scope["method"], 1)
+            response = Response(answered.body, answered.status, answered.headers, "application/json")
+            await response(scope, receive, send)
+            return
+        with noting_writes() as written:
+
+            async def send_with_revisions(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    new = {name: revision for name, revision in written.items() if revision > sent.get(name, 0)}
+                    more = headers_for(new, cookie=self._cookie, secure=scope.get("scheme") == "https")
+                    message["headers"] = [*message.get("headers", ()), *more]
+                await send(message)
+
+            await self._app(scope, receive, send_with_revisions)
 
 
 def sse(

@@ -29,6 +29,7 @@ from lab_state.shared._frames import MOST_BYTES
 from lab_state.shared._messages import Answer, Changes, MakeChanges, Moved, Refused
 from lab_state.shared._open_calls import NEVER, OpenCall, OpenCalls, Outcome
 from lab_state.shared._optimistic import OptimisticCore
+from lab_state.shared._own_writes import note_write
 from lab_state.shared._owner_flusher import OwnerFlusher
 from lab_state.shared._wire import encode_for_owner
 
@@ -120,8 +121,11 @@ class SharedPort(DataCalls):
         if may_read and (found := self._bodies.read(key, prefix, body)) is not NOT_READ:
             return cast("R", found)
         if self._owner is not None:
-            return (await self._owner.run(body, prefix))[0]
-        return await self._bodies.run(key, prefix, body, self._clock.monotonic())
+            result = (await self._owner.run(body, prefix))[0]
+        else:
+            result = await self._bodies.run(key, prefix, body, self._clock.monotonic())
+        self._note_write()
+        return result
 
     async def delete_all(self, prefix: str) -> int:
         """Delete the keys with a prefix, and return their number."""
@@ -166,6 +170,7 @@ class SharedPort(DataCalls):
             is_empty=is_empty,
         )
         if isinstance(made, Settled):
+            self._note_write()
             return made.revision
         with suppress(LabStateError):  # the next attempt raises the error again, if the fault lasts
             await self.see_all()  # otherwise the next attempt might read a copy without the change
@@ -188,7 +193,11 @@ class SharedPort(DataCalls):
         """Make a call without a check, and return its end."""
         made = await self._ended(make, size)
         assert isinstance(made, Settled)  # only a check is refused
+        self._note_write()
         return made
+
+    def _note_write(self) -> None:
+        note_write(self._core.name, self._durability.state.revision)
 
     async def send_change(self, key: str, at: ReadAt, changes: Changes, size: int, made: float) -> Ended:
         """Send changes with a check of one key, and return the end of the call; see `Sender.send_change`."""

@@ -7,50 +7,14 @@ import json
 import os
 import re
 import signal
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from uvicorn_workers import workers
 
 PAGE = Path(__file__).parents[2] / "docs" / "workers.md"
 VISITS = 200
-
-
-@asynccontextmanager
-async def serving(directory: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """Run the program of the page with two workers, and yield the server and its URL."""
-    program = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)[0]
-    (directory / "app.py").write_text(program)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "uvicorn", "app:app", "--workers", "2", "--port", "0", "--no-access-log"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        cwd=directory,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,
-    )
-    try:
-        yield process, await url_of(process)
-    finally:
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)  # the workers, too
-        await process.communicate()
-
-
-async def url_of(process: asyncio.subprocess.Process) -> str:
-    """Return the URL that the server prints, when both workers serve."""
-    assert process.stdout is not None
-    said = b""
-    async for line in process.stdout:
-        said += line
-        if said.count(b"Application startup complete") == 2:
-            found = re.search(rb"unning on (http://127\.0\.0\.1:[1-9]\d*)", said)
-            assert found is not None
-            return found[1].decode()
-    raise AssertionError(said.decode())
 
 
 async def visit(session: aiohttp.ClientSession) -> int:
@@ -70,7 +34,12 @@ async def test_two_workers_share_a_state(tmp_path: Path) -> None:
     """Two workers count each visit once. When the worker that owns the state is killed, the other one goes on counting."""
     # A connection for each request: so the requests reach both workers.
     connector = aiohttp.TCPConnector(force_close=True, limit=20)
-    async with serving(tmp_path) as (server, url), aiohttp.ClientSession(url, connector=connector) as session:
+    program = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)[0]
+    (tmp_path / "app.py").write_text(program)
+    async with (
+        workers(f"{tmp_path}/app", 2, tmp_path) as (server, url),
+        aiohttp.ClientSession(url, connector=connector) as session,
+    ):
         found: dict[str, dict[str, Any]] = {}
         while found.keys() != {"owner", "follower"}:
             status = await role_of_a_worker(session)

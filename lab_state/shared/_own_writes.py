@@ -1,0 +1,38 @@
+"""The revisions that a block of code has written, for integrations with web frameworks."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_WRITTEN: ContextVar[dict[str, int] | None] = ContextVar("lab_state writes", default=None)
+"""The dict of the block in which the present task runs, or in which it was started."""
+
+
+@contextmanager
+def noting_writes() -> Generator[dict[str, int]]:
+    """Note the writing calls to shared states that return in the block, and in tasks and threads that it starts.
+
+    The block is given a dict. For each state, by name, it has a revision that includes these calls. A block inside the block
+    has a dict of its own.
+    """
+    written: dict[str, int] = {}
+    before = _WRITTEN.get()
+    _WRITTEN.set(written)
+    try:
+        yield written
+    finally:
+        _WRITTEN.set(before)  # without a token: at the end of an event loop, the block may be left in another context
+
+
+def note_write(name: str, revision: int) -> None:
+    """Note that a writing call of a shared state returns, if it runs in a block of `noting_writes`.
+
+    Args:
+        name: The name of the state.
+        revision: The revision of the copy of this process, which includes the call. It only rises.
+    """
+    written = _WRITTEN.get()
+    if written is not None:
+        written[name] = revision
