@@ -171,7 +171,7 @@ class Batch:
         self._placed = []
         self._changes.update([(key, top[key]) for key in placed if key in top])
 
-    # The older changes: those that were unflushed before the batch
+    # The older changes, which were unflushed before the batch
 
     def _is_merged(self) -> bool:
         """Return whether `switch` will be short: the older changes are in `_changes`, are not needed, or are quick to merge."""

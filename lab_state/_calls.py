@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 class Calls(Writing, Waits):
-    """The calls that read and those that write.
+    """The calls that read, and the calls that write.
 
     A read waits for no write. It sees every change made so far, and returns a fresh value each time,
     so changing that value does not change the state. A write is atomic and is in memory at
@@ -48,8 +48,8 @@ class Calls(Writing, Waits):
     Each call raises `ClosedError` before `start()` and after `stop()`. Each call with a key
     raises `InvalidKeyError` unless the key is a `str` of 1 to 1,024 characters, without NUL
     and lone surrogates, and not `$lab_state`. Only `in` returns False for any other key. Each
-    other argument of a wrong Python type raises `TypeError`. A write on another event loop than
-    that of `start()` raises `RuntimeError`. There is one exception: `set` does not check the loop
+    other argument of a wrong Python type raises `TypeError`. A write raises `RuntimeError` if it is
+    not on the event loop of `start()`. There is one exception: `set` does not check the loop
     if the key has an unflushed change already.
 
     A call whose name ends in `_nowait` is the same call without `await`, for callbacks and other

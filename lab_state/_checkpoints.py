@@ -50,7 +50,7 @@ class Checkpoints:
             clock: The clock of the manager.
             pauses: The pauses after checkpoints that failed.
             given: A function that is called for each slice of a snapshot.
-            state: The state that the snapshots contain; by default that of `outcomes`.
+            state: The state that the snapshots contain; by default the state of `outcomes`.
         """
         self.due: bool = False
         self.records: int = 0
@@ -110,7 +110,7 @@ class Checkpoints:
 
         def snapshot() -> AsyncIterator[bytes]:
             nonlocal before
-            before = self.records  # the snapshot covers these records, and not those of later commits
+            before = self.records  # the snapshot covers these records, and not the records of later commits
             return views.take()
 
         try:

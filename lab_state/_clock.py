@@ -182,7 +182,7 @@ class Pauses:
         return self._clock.monotonic() >= self.until
 
     def start(self) -> float:
-        """Start a pause after a failure, and return its length in seconds: twice that of the last pause, up to the longest."""
+        """Start a pause after a failure, and return its length in seconds: twice the last length, up to the longest."""
         self.failures += 1
         pause = min(self._longest, self._first * 2.0 ** min(self.failures - 1, 30))
         if self.until < math.inf:

@@ -379,7 +379,7 @@ class Core(CallCore):
 
     @staticmethod
     def leave(transaction: OpenTransaction) -> None:
-        """Remove the transaction from the present `contextvars` context. This may be another context than that of `acquire`."""
+        """Remove the transaction from the present `contextvars` context. `acquire` may have run in another context."""
         _INSIDE.set(tuple(other for other in _INSIDE.get() if other is not transaction))
 
     def _check_still(self, durability: Durability) -> None:

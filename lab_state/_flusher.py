@@ -347,7 +347,7 @@ class Flusher(Outcomes):
             return self._committed(taken)
         except Exception as problem:  # noqa: BLE001 -- an error of the callback must not end the task
             what = described(problem)
-            self._logger.error("%s: the watchers and the mirror could not be told of a commit: %s", self._name, what)  # noqa: TRY400 -- one line
+            self._logger.error("%s: watchers and mirror missed the changes of a commit: %s", self._name, what)  # noqa: TRY400 -- one line
             return True
 
     async def _write(self, taken: ChangeSet, views: SnapshotViews, calls: RecordCalls | None = None) -> bool:

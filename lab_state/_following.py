@@ -59,7 +59,7 @@ def changes_of(
 def apply_step(
     copy: State, changes: Mapping[str, StoredOrGone], revision: int, *, cleared: bool, time: int = 0
 ) -> None:
-    """Apply a step to a copy without letting the event loop run. The arguments are those of `Step`."""
+    """Apply a step to a copy without letting the event loop run. For the arguments, see `Step`."""
     effects, expired = changes, 0
     if any(isinstance(to, Absent) for to in changes.values()):
         effects, expired = _effects(copy, changes.items(), cleared=cleared, time=time)

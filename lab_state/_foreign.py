@@ -87,7 +87,7 @@ def check_on_fenced(on_fenced: object) -> None:
 
 
 def tell_fenced(on_fenced: Callable[[FencedError], object], error: FencedError, name: str, logger: Log) -> None:
-    """Call `on_fenced`, a function of the application. If it raises an error or returns a coroutine, log that."""
+    """Call `on_fenced`, a function of the application. Log an error of the function, or a returned coroutine."""
     try:
         result = on_fenced(error)
     except Exception as problem:  # noqa: BLE001 -- every error of the function is logged

@@ -22,8 +22,8 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
             deleted. `expire`: expired keys deleted. `flush`: commits that succeeded, and commits
             that failed. With a cache, there are two more names. `mirror`: steps sent to the cache,
             and failed attempts to update the mirror. `fill`: the number of times the whole state was sent.
-            In a shared state, the values stored, the keys deleted and the keys expired are those of all
-            processes, as far as this process has received them. The other numbers count this process only.
+            In a shared state, values stored, keys deleted and keys expired are counted for all processes, as far
+            as this process has received the changes. The other numbers count this process only.
         flush_seconds: The total duration of all successful commits, in seconds.
         flush_buckets: A histogram of the durations of these commits. Each pair is a bound in seconds and
             the number of commits that took at most that long. The last bound is infinity.
@@ -35,7 +35,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters:
-    """The counts that `State` does not have: those of calls that failed, and those of earlier starts."""
+    """The counts that `State` does not have: the number of failed calls, and the totals of earlier starts."""
 
     __slots__ = ("deletes", "expiries", "get_errors", "set_errors", "sets")
 

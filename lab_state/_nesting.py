@@ -10,8 +10,8 @@ is faster than a loop in Python:
    the same brackets are inside of strings as before.
 5. Pairs of adjacent brackets are removed, in up to 12 rounds. Each round removes at most two
    levels. The rounds end when a round removes less than a quarter of the remaining bytes.
-6. The remaining levels are counted bracket by bracket. Their number and that of the removed levels are
-   added. If this upper bound is above the limit, the levels after step 2 are counted exactly.
+6. The remaining levels are counted bracket by bracket. Remaining and removed levels together are an
+   upper bound. If this bound is above the limit, the levels after step 2 are counted exactly.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def check_asyncio() -> None:
     """Check that asyncio runs the caller.
 
     Raises:
-        RuntimeError: Another event loop runs it, such as that of trio.
+        RuntimeError: Another event loop runs the caller, such as the loop of trio.
     """
     try:
         asyncio.get_running_loop()

@@ -17,7 +17,7 @@ class Upkeep(Durability):
     """A `Durability` that frees and merges the large maps of its state in steps."""
 
     def _free(self, large: dict[Any, Any], most: int = _FREED_AT_ONCE) -> None:
-        """Free a map, `most` items in a step, because freeing a million values at once would block the event loop."""
+        """Free a map, `most` items in a step, because freeing a million values in one step would block the event loop."""
         for _ in range(min(len(large), most)):
             large.popitem()
         if large:

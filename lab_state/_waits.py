@@ -52,7 +52,7 @@ class Waits(Reads):
         If the caller is cancelled, the wait ends, and nothing changes.
 
         Args:
-            revision: The revision that a write returned; by default that of the last change.
+            revision: The revision that a write returned; by default the revision of the last change.
             timeout: The longest wait, in seconds, 0 or more and finite. `None` waits without
                 a limit.
 

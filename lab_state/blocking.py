@@ -33,7 +33,7 @@ class Blocking(Plain):
     """The calls without `await`, for threads without the event loop of the manager.
 
     They are meant for FastAPI's `def` endpoints, `asyncio.to_thread`, and your own threads. Any
-    number of threads can use them at once. Each call runs the manager's call of the same name on
+    number of threads can use them at the same time. Each call runs the manager's call of the same name on
     the event loop of the manager, and has the same result or error. So a function that is passed to
     `update` runs on the event loop, too. `len` and `in` also run there. If a `KeyboardInterrupt`
     ends the wait of a thread, the call continues on the event loop.

@@ -82,7 +82,7 @@ class Scope(Calls):
         """Make several changes as one: all of them or none, in memory and after a crash.
 
         Use it with `async with`. Inside the block, call the methods of the transaction, without
-        `await`. At the end of the block all its changes are made at once, as one revision. If an
+        `await`. At the end of the block all its changes are made as one, with one revision. If an
         exception or a cancellation ends the block, its changes are dropped.
         Only one transaction is open at a time. Other transactions and writers wait for its end.
         Readers never wait. They see the state from before the transaction.

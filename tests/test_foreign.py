@@ -457,7 +457,7 @@ class TestTasks:
                 await state.set("a", 1)
                 await state.flush()
             await until(lambda: mirror_of(state).revision == 1)
-            assert "the watchers and the mirror could not be told of a commit: MemoryError at " in caplog.text
+            assert "watchers and mirror missed the changes of a commit: MemoryError at " in caplog.text
             await state.set("b", 1)
             await state.flush()
             assert state.durable_revision == 2

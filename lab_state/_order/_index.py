@@ -14,7 +14,7 @@ were removed since the last `take`. If no key is touched, the number of sorted k
 of entries only if `set` has stored such a key.
 
 The build takes the keys of the dict in slices. If a key is touched before the last slice is taken, all keys
-are taken at once, which takes about 50 ms for a million. Then the keys are distributed to buckets, whose bounds
+are taken in one step, which takes about 50 ms for a million. Then the keys are distributed to buckets, whose bounds
 are taken from a sorted sample, and each bucket is sorted. Keys that are in order already are only cut into chunks.
 """
 
@@ -93,7 +93,7 @@ class Index:
     __slots__ = ("_build", "_gone", "_keys", "_touched", "is_whole")
 
     def __init__(self, base: dict[str, Any], touched: Iterable[str], gone: Iterable[str]) -> None:
-        """Begin an index. It is built at once if it is small, and in steps otherwise.
+        """Begin an index. A small index is built now, and a large one in steps.
 
         Args:
             base: A dict with the keys. Each change of its keys must be noted.
@@ -300,7 +300,7 @@ def _untrack(number: int, generation: int = 0) -> None:
     """Run the garbage collector, if `number` is a multiple of `_UNTRACKED_AT_ONCE`, and the collector is enabled.
 
     The collector finds that the newest tuples have only strings, and never looks at them again. Without this,
-    a later collection would look at all tuples at once, which takes 50 ms for a million keys.
+    a later collection would look at all tuples in one step, which takes 50 ms for a million keys.
     """
     if not number % _UNTRACKED_AT_ONCE and gc.isenabled():
         gc.collect(generation)

@@ -117,7 +117,7 @@ class SortedKeys:
         return place
 
     def count(self, low: str, high: str | None) -> int:
-        """Return the number of keys in a range. The cost is that of `position`."""
+        """Return the number of keys in a range. The cost is the same as for `position`."""
         return max(0, self.position(high) - self.position(low))
 
     def _find(self, bound: str | None) -> tuple[int, int]:

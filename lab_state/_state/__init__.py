@@ -103,7 +103,7 @@ class State(Ordered):
         return self.revision
 
     def delete_many(self, keys: Iterable[str]) -> int:
-        """Delete those of the keys that exist, as one change, and return their number."""
+        """Delete the keys that exist, as one change, and return their number."""
         found = {key for key in keys if self.has(key)}
         self._drop(found, DELETED)
         return len(found)

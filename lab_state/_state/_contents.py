@@ -146,7 +146,7 @@ class Contents:
         self.swept: int = 0
         self._loaded_revision = revision
         self._stored_more = 0  # see `stored`
-        # The 0 puts a key that is already due into the bucket of its expiry, and not into that of the present second.
+        # With 0, a key that is already due goes into the bucket of its expiry, not into the bucket of the present second.
         self.expiries: Expiries = Expiries(0 if expires else self.now())
         for key, at in (expires or {}).items():
             entries[key] = Expiring(cast("Value", entries[key]), at)

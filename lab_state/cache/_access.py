@@ -1,8 +1,8 @@
 """The base of `Reader`: the reads that its calls share.
 
-A read takes the keys and values from the local copy if that is fresh, and otherwise from the cache. Data from the
+A read takes the keys and values from the local copy if the copy is fresh, and otherwise from the cache. Data from the
 cache is checked. A read fails if a part of the mirror is missing. It also fails if the revision of the mirror is lower
-than one that this reader has read before, unless `RevisionGuard` accepts the lower one.
+than one that this reader has read before, unless `RevisionGuard` accepts the lower revision.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class MirrorAccess(Iterates):
         return self._feed
 
     async def _some(self, keys: Sequence[str]) -> dict[str, Stored]:
-        """Return the entries of those keys that are in the mirror. They may have expired."""
+        """Return the entries of the keys that are in the mirror. Some of them may have expired."""
         _ = self._open
         if self._local.fresh:
             entries = self._local.shown
@@ -94,7 +94,7 @@ class MirrorAccess(Iterates):
         return (await self._read(self._source.fetch([])))[0]
 
     async def _read(self, fetching: Awaitable[Fetched]) -> tuple[Head, dict[str, Stored]]:
-        """Read the mirror, check whether it may be shown, and note whether that succeeded."""
+        """Read the mirror, check whether it may be shown, and note whether the read succeeded."""
         # The lowest revision to accept is computed before the read, because another read may return a higher one meanwhile.
         floor = max(self._guard.seen, self._local.highest)
         try:
@@ -109,7 +109,7 @@ class MirrorAccess(Iterates):
     def _checked_head(self, found: Fetched, floor: int) -> Head:
         """Return the head of a part of the mirror, if that part may be shown; see `RevisionGuard.accept`.
 
-        If a revision below the earlier ones is accepted, later reads continue from it.
+        If a revision below the earlier ones is accepted, later reads continue from the lower revision.
         """
         accepted = self._guard.accept(found, floor, self._lives, self._clock.monotonic())
         if accepted.went_back:

@@ -1,7 +1,7 @@
 """A connection to Redis. redis-py opens it, because redis-py supports TLS, ACL, Unix sockets and Sentinel.
 
 This module packs the commands itself, and reads the answers one by one. A pipeline of redis-py would pack
-all commands at once. Here a step of many keys is sent in slices, and the event loop runs between them.
+all commands in one step. Here a step of many keys is sent in slices, and the event loop runs between them.
 
 Messages never contain the text of an error of redis-py, because it may quote the command with a value. They
 contain only the class of the error, or the error code of the server.
@@ -91,7 +91,7 @@ def _check_url(url: str) -> None:
     contain these, and would show the password.
 
     Raises:
-        ValueError: One of them is not escaped.
+        ValueError: Such a character is not escaped.
     """
     scheme, _, rest = url.partition("://")
     address = re.split("[/?#]", rest, maxsplit=1)[0]

@@ -5,8 +5,8 @@ heartbeats. So if there is no message for some seconds, the task tests the subsc
 Every two seconds the task also reads the head of the mirror. So the reader knows whether reads
 succeed, even if the application reads nothing.
 
-Any client may send a message. Messages that cannot be decoded are skipped. The first one
-is logged, and the mirror is read again.
+Any client may send a message. Messages that cannot be decoded are skipped. After the first
+such message, a line is logged, and the mirror is read again.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _MOST_BYTES = 32 * 1024 * 1024
 """The largest size of the messages of one step, in bytes. A larger step is not applied: the mirror is read again.
 
-A writer sends changes of about 4 MiB at most, and a resync in place of the rest. It estimates this size: it counts
-a character of a key as one byte, and does not count expiry times. In JSON, a character has up to six bytes. So the
-messages may be several times as large as the estimate.
+A writer sends changes of about 4 MiB at most, and a resync in place of the rest. The writer estimates this size: it
+counts a character of a key as one byte, and does not count expiry times. In JSON, a character has up to six bytes. So
+the messages may be several times as large as the estimate.
 """
 
 _LONGEST_STEP = 1_000_000
@@ -95,7 +95,7 @@ class Feed:
     def lives(self, writer: str, below: int) -> bool:
         """Return whether the last message is from this writer, has a revision below `below`, and is not too old.
 
-        It is too old if no message has come for `SILENT_SECONDS`. A new subscription starts this time again.
+        It is too old after `SILENT_SECONDS` without a new message. A new subscription starts this time again.
         """
         last = self._last
         silent = self._clock.monotonic() - self._heard >= SILENT_SECONDS
@@ -164,8 +164,8 @@ class Feed:
     async def _poll(self, subscription: Subscription) -> None:
         """Read the head every two seconds, and at once after a fill. Before each read but the first, call `_test`.
 
-        If a head has the first revision of the subscription, send a `resync`, because earlier changes may have been missed.
-        `_step` does the same if a message has it.
+        If the first revision of the subscription comes from a head, send a `resync`, because earlier changes may have been
+        missed. If it comes from a message, `_step` sends the `resync`.
         """
         while True:
             self._poll_now.clear()

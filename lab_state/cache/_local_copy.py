@@ -39,7 +39,7 @@ class LocalCopy:
         shown: The entries that may be read; empty while the copy is not fresh.
         fresh: Whether the copy is complete and up to date.
         head: The head of the mirror, at the revision of the copy; `None` before the first load.
-        highest: The highest revision that a reader could read here.
+        highest: The highest revision that a read of this copy may have returned.
     """
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ class LocalCopy:
     @property
     def entries(self) -> dict[str, Stored]:
         """The entries, complete or not."""
-        return cast("dict[str, Stored]", self._state.entries)  # steps that are applied at once add no layer
+        return cast("dict[str, Stored]", self._state.entries)  # `apply_step` adds no layer
 
     def view(self) -> UndoView[Stored]:
         """Open a view of the present entries."""

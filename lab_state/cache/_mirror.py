@@ -3,22 +3,22 @@
 The flusher reports each commit to `MirrorWriter.committed`. The task sends the changes to the
 cache, one step at a time. Commits that come meanwhile are merged into the next step. If a mirror
 has another writer or an unexpected revision, it is filled: the whole state replaces it. A fill
-sends a view of the state. The cache shows the fill when its slices end, and they end only when the whole
-view is durable. So readers never see a change that a crash could undo.
+sends a view of the state. The cache shows the fill when the slices end. The slices end only when the
+whole view is durable. So readers never see a change that a crash could undo.
 
-No caller but `stop()` waits for this task. An error here does not affect the manager. The first error of a
-series is logged, and `status()` shows the last one. The task tries again after growing pauses. No exception of a cache, a logger
-or a clock ends the task.
+No caller except `stop()` waits for this task. An error here does not affect the manager. The first error of a
+series is logged, and `status()` shows the last error. The task tries again after growing pauses. No exception
+of a cache, a logger or a clock ends the task.
 
-If another client has written to the mirror, the mirror is filled again, because it is not known
-what that client has changed. If the mirror has expiry times, it is also filled again when the wall clock
-was set by half a second or more, or the machine slept for as long. The reason is that readers use the wall clock, and the state
-counts the seconds that pass.
+If another client has written to the mirror, the mirror is filled again, because the changes of that client
+are not known. If the mirror has expiry times, it is also filled again when the wall clock was set by half
+a second or more, or the machine slept for as long. The reason is that readers use the wall clock, and the
+state counts the seconds that pass.
 
 A fill holds a view of the state, and no checkpoint can begin meanwhile. So a checkpoint that is due
 cuts the fill off. The fill begins again after the checkpoint. It then has time until the next
-checkpoint is due. In files, this is when the journal has grown to the size of the snapshot. A cache that needs more
-time for a fill would also be too slow for the steps.
+checkpoint is due. With `FileStorage`, this is when the journal has grown to the size of the snapshot. A
+cache that needs more time for a fill would also be too slow for the steps.
 
 The mirror of another writer may be from an earlier start of this state, or from a newer owner
 of the state. Only the storage knows which: a commit that succeeds proves that the state has no
@@ -55,7 +55,7 @@ _FIRST_SPOILT, _LONGEST_SPOILT = 1.0, 300.0
 """The pauses between two fills, while another client writes to the mirror repeatedly."""
 
 _CALM_SECONDS = 60.0
-"""If no write of another client is found for so many seconds after a pause, the next one is logged, and a fill follows at once."""
+"""Seconds. If no write of another client is found for this time after a pause, the next such write is logged, and a fill follows at once."""
 
 _MOST_DRIFT_MILLISECONDS = 500
 """The drift between the two clocks at which the mirror is filled again. Expiry times are wrong by less than this."""
@@ -111,7 +111,7 @@ class MirrorWriter:
         self._ahead = 0  # milliseconds from the state's time to the wall clock, as added to the mirror's expiry times
         self._has_times = False  # whether the mirror may have expiry times
         self._tried: int | None = None  # the revision of a step whose outcome is unknown
-        self._is_owner = True  # whether the start has just shown that this manager owns the state: until the first fill
+        self._is_owner = True  # until the first fill: the start has just proved it
         self._idle = False  # whether a look is due
         self._stopping = False
         self._holding: asyncio.Timeout | None = None  # the timeout of a fill, while it holds a view
@@ -204,7 +204,7 @@ class MirrorWriter:
         except StorageError as error:
             await self._failed(error)
             return False
-        except (Exception, asyncio.CancelledError) as error:  # a cache must not raise it, but may do so
+        except (Exception, asyncio.CancelledError) as error:  # a cache must not raise such an error, but may do so
             if isinstance(error, asyncio.CancelledError) and is_cancelled():
                 raise
             problem = UnavailableError(f"the cache failed with {type(error).__name__}, which a cache must not raise")

@@ -16,7 +16,7 @@ from lab_state.exceptions import ClosedError
 
 
 class Moment:
-    """A source of keys and values. It uses the local copy if that is fresh. Otherwise it reads the whole mirror once."""
+    """A source of keys and values. It uses the local copy if the copy is fresh. Otherwise it reads the whole mirror once."""
 
     def __init__(
         self,

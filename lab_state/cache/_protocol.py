@@ -67,7 +67,7 @@ class CacheSession(Protocol):
     async def look(self) -> Seen:
         """Return the writer and the revision of the present mirror.
 
-        If the mirror is that of this writer, and unchanged since the session's last call, send
+        If this writer wrote the mirror, and it is unchanged since the session's last call, send
         readers a heartbeat: the message that the writer lives. If another client has changed the
         mirror since then, but not its writer and revision, return `SPOILT`.
         """

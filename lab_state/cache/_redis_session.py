@@ -58,7 +58,7 @@ class RedisSession:
         return f"<RedisSession of {self._keys.values.decode()!r}>"
 
     async def look(self) -> Seen:
-        """Return the writer and the revision of the mirror. If it is known to be this writer's, send a heartbeat; see `CacheSession.look`."""
+        """Return the writer and the revision of the mirror. If this writer wrote it, send a heartbeat; see `CacheSession.look`."""
         before, connection = self._seen, self._connection
         if before.writer != self._writer:
             # A key that was watched before may have changed. Without UNWATCH, the next step would fail.
@@ -107,7 +107,7 @@ class RedisSession:
         done = await self._execute(
             [
                 MULTI,
-                # RENAME would free a large old hash at once. All clients would wait for that.
+                # RENAME would free a large old hash in one step, and all clients would wait for that.
                 command(b"UNLINK", keys.values, keys.expires),
                 command(b"RENAME", there[0], keys.values),
                 command(b"RENAME", there[1], keys.expires),

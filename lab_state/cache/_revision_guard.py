@@ -26,12 +26,12 @@ class AcceptedHead(NamedTuple):
 
 
 class RevisionGuard:
-    """A check that refuses revisions below those that were read before.
+    """A check that refuses revisions below the highest one that was read before.
 
     A lower revision is accepted when a living writer has reported it for `STANDS_SECONDS`.
 
     Attributes:
-        seen: The highest revision that was read since a lower one was last accepted. A lower one is refused at first.
+        seen: The highest revision that was read since a lower one was last accepted. A lower revision is refused at first.
     """
 
     def __init__(self, name: str, path: str) -> None:

@@ -86,7 +86,7 @@ class MemoryMirror:
         return [*self.values, *(key for key in self.pending if key not in self.values)]
 
     def fetch(self, keys: Iterable[str]) -> Fetched:
-        """Return the values and expiry times of those of the given keys that exist."""
+        """Return the values and expiry times of the given keys that exist."""
         values: dict[str, bytes] = {}
         expires: dict[str, bytes] = {}
         for key in keys:
@@ -273,7 +273,7 @@ class MemorySubscription:
 
 
 def _discard(large: dict[str, Any]) -> None:
-    """Free a dict in steps. To free a million values at once would block the event loop."""
+    """Free a dict in steps. Freeing a million values in one step would block the event loop."""
     for _ in range(min(len(large), _FREED_AT_ONCE)):
         large.popitem()
     if large:

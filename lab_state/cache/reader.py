@@ -27,7 +27,7 @@ _LOOK_AGAIN_SECONDS = 1.0
 
 
 class Reader(MirrorAccess):
-    """A reader of the mirror that a manager keeps in a cache. It changes nothing.
+    """A reader of the mirror that a manager keeps in a cache. A reader changes nothing.
 
     Use it with `async with`. The start of the block does not wait, so a worker may start before the
     writer and before Redis. Each read returns the keys and expiry times of one revision, and only
@@ -168,7 +168,7 @@ class Reader(MirrorAccess):
     @overload
     async def get_many(self, keys: Iterable[str], *, type: Any = ...) -> dict[str, Any]: ...
     async def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
-        """Return the values of those keys that exist, in the given order, all from one moment.
+        """Return the values of the keys that exist, in the given order, all from one moment.
 
         Raises:
             TypeMismatchError: One of the values is not a `type`.
@@ -208,13 +208,13 @@ class Reader(MirrorAccess):
     ) -> dict[str, Any]:
         """Return the keys that start with `prefix`, and their values, all from one moment, in order of code points.
 
-        With a local copy, the cost depends on the number of keys that are returned, not on that of all keys.
+        With a local copy, the cost depends on the number of keys that are returned, not on the number of all keys.
         The call works in steps, and the event loop runs between two steps. A call may have to sort all keys
         first, in steps; see `Manager.keys`.
 
         Without a local copy, the call reads the whole mirror and chooses from it, even for a page. Redis
-        answers no other client while it collects the keys. One step then blocks the event loop, for about a second with a
-        million keys.
+        answers no other client while it collects the keys. One step then blocks the event loop, for about a
+        second with a million keys.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -248,7 +248,7 @@ class Reader(MirrorAccess):
     async def keys(
         self, prefix: str = "", *, after: str | None = None, limit: int | None = None, reverse: bool = False
     ) -> list[str]:
-        """Return the keys that start with `prefix`, in order of code points. The cost is that of `get_all`.
+        """Return the keys that start with `prefix`, in order of code points. The cost is the same as for `get_all`.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -280,7 +280,7 @@ class Reader(MirrorAccess):
         return (await self._head()).revision
 
     async def wait_revision(self, revision: int, timeout: float | None = 5.0) -> None:  # noqa: ASYNC109 -- raised as a StorageError
-        """Wait until reads return this revision or a later one. So a caller can read what it has written.
+        """Wait until reads return this revision or a later one. So a caller can read its own writes.
 
         A write of the manager returns its revision. With a `flush_interval` of 0 the change is
         durable when the write returns, and in the mirror within milliseconds. Otherwise it is in
@@ -292,8 +292,8 @@ class Reader(MirrorAccess):
                 a limit. The last read may take a second more.
 
         Raises:
-            WaitTimeoutError: The revision was not reached in time. It is an `UnavailableError` and a
-                `TimeoutError`.
+            WaitTimeoutError: The revision was not reached in time. The error is an `UnavailableError` and
+                a `TimeoutError`.
             UnsupportedError: The server refuses the user, or the mirror has a newer format.
             ClosedError: The reader is not open, or was closed during the wait.
             TypeError: The revision is not an `int`, or the timeout is not a number.
@@ -330,8 +330,8 @@ class Reader(MirrorAccess):
     def watch(self, prefix: str = "") -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """Iterate over the keys that change, as `Manager.watch` does.
 
-        Open the watch, and then read. It reports only durable changes. The revision of a change is
-        that of the step that wrote it to the mirror. A key that expired is reported as `delete`.
+        Open the watch, and then read. The watch reports only durable changes. The revision of a change
+        is the revision of the step that wrote it to the mirror. A key that expired is reported as `delete`.
         A `resync` is reported at the beginning, and whenever changes may have been missed, for example after
         a lost subscription. Then read everything.
 
@@ -367,7 +367,7 @@ def _asked(key: object) -> str:
     """Return a key as a plain `str`, if a state can hold it. An imported state may hold keys that `set` refuses.
 
     Raises:
-        InvalidKeyError: No state can hold it.
+        InvalidKeyError: No state can hold the key.
     """
     if not isinstance(key, str) or key == HEAD:
         return check_key(key)

@@ -34,7 +34,7 @@ class RedisCache:
                 settings of the pool are used.
             prefix: The beginning of the names of all keys and channels of this cache in Redis.
             clock: A clock for tests; by default the clock of the machine. It measures the
-                timeouts of the writer, and those of readers that have no other clock.
+                timeouts of the writer, and of readers that have no other clock.
 
         Raises:
             ImportError: The extra is missing: `pip install 'lab-state[redis]'`, or

@@ -14,7 +14,7 @@ LONGEST = LONGEST_ESCAPED
 
 
 def part(text: str) -> str:
-    """Return a text as a part of a key. The result is that of `escape_key`, with one exception.
+    """Return a text as a part of a key: the result of `escape_key`, with one exception.
 
     The text `$lab_state` is not changed. It is reserved only as a whole key, and existing states
     may have keys with this part.
@@ -23,7 +23,7 @@ def part(text: str) -> str:
 
 
 def unescape(escaped: str) -> str:
-    """Return the text from which `part` made this part. `is_hash` must be False for it."""
+    """Return the text from which `part` made this part. `is_hash` must be False for the part."""
     return "" if escaped == "%" else unquote(escaped, errors="surrogatepass")
 
 

@@ -113,7 +113,7 @@ def add(named: dict[str, S], one: S) -> None:
 
 @asynccontextmanager
 async def running(served: Iterable[Served]) -> AsyncGenerator[None]:
-    """Start managers and readers in order. At the end, and after an error, stop those that were started, in reverse order.
+    """Start managers and readers in order. At the end, and after an error, stop the started ones, in reverse order.
 
     The start and the stop may run in different tasks. The message of a `LockedError` gets advice for
     a server with several workers.

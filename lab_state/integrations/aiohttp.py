@@ -38,8 +38,8 @@ def setup(app: web.Application, *served: Manager | Reader) -> None:
     after everything that was added before them, and stopped in reverse order. If one of them
     cannot be started, those before it are stopped, and `web.run_app` ends with its error.
 
-    Handlers find them with `manager` and `reader`. So do handlers of sub-applications. `setup` may
-    be called several times. A sub-application may have its own managers and readers, too.
+    Handlers find them with `manager` and `reader`, also in sub-applications. `setup` may be called
+    several times. A sub-application may have its own managers and readers, too.
 
     Args:
         app: The application, not yet running.
@@ -77,7 +77,7 @@ def _own(app: web.Application) -> dict[str, Served]:
 
 def _served(source: web.Request | web.Application) -> Mapping[str, Served]:
     apps = source.match_info.apps if isinstance(source, web.Request) else (source,)
-    # A sub-application comes after its parent. So its managers replace those of the parent with the same name.
+    # A sub-application comes after its parent. So its managers replace managers of the parent with the same name.
     return {name: one for app in apps for name, one in _own(app).items()}
 
 
@@ -87,7 +87,7 @@ def manager(source: web.Request | web.Application, name: str | None = None) -> M
     Args:
         source: A request or an application. A request finds the managers of the application
             that handles it, and of the parents of that application. An application does not know
-            its parents. So with an application, only the managers of that one are found.
+            its parents, so with an application only its own managers are found.
         name: The name of the manager. It may be left out if there is only one.
 
     Raises:
@@ -117,9 +117,9 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
 
     The handler answers 200 if every manager that `manager` finds runs and can write, no change is
     older than `max_unflushed_age` and not durable, and every reader is up. Otherwise it answers
-    503, also if `setup` was not called. The body is JSON with the status of each of them. It has no
-    keys and no values, but error messages in it may have file paths. So do not expose the endpoint
-    to the internet.
+    503, also if `setup` was not called. The body is JSON with the status of each manager and reader.
+    It has no keys and no values, but error messages in it may have file paths. So do not expose the
+    endpoint to the internet.
 
     Args:
         max_unflushed_age: The highest age of a change that is not durable, in seconds above 0.
@@ -142,14 +142,14 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
 def errors(app: web.Application, *, retry_after: int = 1) -> None:
     """Answer errors of lab_state with 503 or 422, in place of a plain 500: `errors(app)`.
 
-    `StorageError` becomes 503 with `Retry-After`, because the storage may work again after that
-    time. So does `ConflictError`. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
-    `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
+    `StorageError` and `ConflictError` become 503 with `Retry-After`, because the request may succeed
+    after that time. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body
+    is `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
     without a value. The level is WARNING for 503 and DEBUG for 422.
 
-    This adds a middleware outside the existing ones, so they see the error first. It also answers
-    errors of sub-applications. A response that has begun, such as that of a WebSocket, cannot be
-    changed. Then the error is passed on to aiohttp.
+    This adds a middleware outside the existing ones, so they see the error first. The middleware also
+    answers errors of sub-applications. A response that has begun, such as that of a WebSocket, cannot
+    be changed. Then the error is passed on to aiohttp.
 
     Args:
         app: The application, not yet running.

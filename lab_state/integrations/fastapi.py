@@ -81,7 +81,7 @@ def entry(
 
     Args:
         key: The key.
-        type: The type of its value; see `Manager.entry`.
+        type: The type of the value; see `Manager.entry`.
         default: The value for a missing key: `get` returns it, and `update` starts from it.
         manager: The name of the manager. It may be left out if the application has only one.
 

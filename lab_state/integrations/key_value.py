@@ -171,7 +171,7 @@ class LabStateStore:
         return await self.delete_many([key], collection=collection) == 1
 
     async def delete_many(self, keys: Sequence[str], *, collection: str | None = None) -> int:
-        """Delete several keys as one change. Return the number of those that existed."""
+        """Delete several keys as one change. Return the number of keys that existed."""
         with _errors():
             return await self._namespace.delete_many(self._places(keys, collection))
 
@@ -296,12 +296,12 @@ def _limit(limit: int | None) -> int | None:
 
 
 class _FencedStoreError(StoreConnectionError, FencedError):
-    """The manager is fenced. Callers may catch the error of py-key-value or that of lab_state."""
+    """The error of a fenced manager. Callers may catch it as an error of py-key-value or of lab_state."""
 
 
 @contextmanager
 def _errors() -> Generator[None]:
-    """Replace errors of lab_state by those of py-key-value, which its callers and wrappers catch."""
+    """Replace errors of lab_state by errors of py-key-value, because its callers and wrappers catch only these."""
     try:
         yield
     except InvalidValueError as error:

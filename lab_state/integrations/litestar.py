@@ -106,8 +106,8 @@ def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> 
 
     The route answers 200 if every manager of the plugin runs and can write, no change is older than
     `max_unflushed_age` and not durable, and every reader is up. Otherwise it answers 503, also if
-    there is no plugin. The body is JSON with the status of each of them. It has no keys and
-    no values, but error messages in it may have file paths. So do not expose the endpoint to the
+    there is no plugin. The body is JSON with the status of each manager and reader. It has no keys
+    and no values, but error messages in it may have file paths. So do not expose the endpoint to the
     internet.
 
     Args:
@@ -135,9 +135,9 @@ def errors(
 ) -> dict[int | type[Exception], Callable[[Request[Any, Any, Any], Any], Response[Any]]]:
     """Return exception handlers for the errors of lab_state: `Litestar(exception_handlers={**errors()})`.
 
-    `StorageError` becomes 503 with `Retry-After`, because the storage may work again after that
-    time. So does `ConflictError`. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
-    `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
+    `StorageError` and `ConflictError` become 503 with `Retry-After`, because the request may succeed
+    after that time. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body
+    is `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
     without a value. The level is WARNING for 503 and DEBUG for 422.
 
     For a WebSocket, Litestar calls no exception handler. It closes the WebSocket with code 4500.
@@ -187,7 +187,7 @@ def sse(
     The stream ends when the client leaves, when the manager or the reader stops, or when the server
     begins to stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its
     connections. To notice this, the first stream installs a signal handler until the lifespan ends.
-    It ends the streams, and then calls the server's handler. A server outside the main thread
+    This handler ends the streams, and then calls the server's handler. A server outside the main thread
     receives no signal. Then the streams end when the manager or the reader stops. A client that
     reads nothing delays the end of the server. Limit that delay, for example with uvicorn's
     `--timeout-graceful-shutdown`.
@@ -268,7 +268,7 @@ class LabStateStore(NamespacedStore):
     The store does not start the manager; `LabStatePlugin` does. The manager's `flush_interval`
     decides when a write becomes durable. Text, and bytes that are UTF-8, are stored as a JSON string.
     Other bytes are stored as `{"base64": ...}`. Any string may be a key. A key is escaped, as by
-    `escape_key`. If it then has more than 256 characters, the value is stored under its hash.
+    `escape_key`. If the escaped key has more than 256 characters, the value is stored under its hash.
 
     Every call raises `ClosedError` while the manager does not run. With a `flush_interval` of
     0, each writing call raises `StorageError` if the storage fails. Then the change is not durable

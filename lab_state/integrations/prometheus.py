@@ -59,7 +59,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ),
     (
         "lab_state_lag_seconds",
-        "Seconds since the last sign of life of the owner. Reads may lack what became durable since then.",
+        "Seconds since the last sign of life of the owner. Reads may lack changes that became durable since then.",
         lambda status: status.lag,
     ),
 )

@@ -132,9 +132,9 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
 
     The endpoint answers 200 if every manager runs and can write, no change is older than
     `max_unflushed_age` and not durable, and every reader is up. Otherwise it answers 503, also if
-    the lifespan did not run. The body is JSON with the status of each of them. It has no keys and
-    no values, but error messages in it may have file paths. So do not expose the endpoint to the
-    internet.
+    the lifespan did not run. The body is JSON with the status of each manager and reader. It has no
+    keys and no values, but error messages in it may have file paths. So do not expose the endpoint
+    to the internet.
 
     Args:
         max_unflushed_age: The highest age of a change that is not durable, in seconds above 0.
@@ -157,9 +157,9 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
 def errors(app: Starlette, *, retry_after: int = 1) -> None:
     """Answer errors of lab_state with 503 or 422, in place of a plain 500: `errors(app)`.
 
-    `StorageError` becomes 503 with `Retry-After`, because the storage may work again after that
-    time. So does `ConflictError`. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body is
-    `{"detail": ...}`, as in FastAPI. Each error is one line in the log `lab_state`, without a
+    `StorageError` and `ConflictError` become 503 with `Retry-After`, because the request may succeed
+    after that time. `InvalidKeyError` and `InvalidValueError` become 422, with their message. The body
+    is `{"detail": ...}`, as in FastAPI. Each error is one line in the log `lab_state`, without a
     traceback and without a value. The level is WARNING for 503 and DEBUG for 422.
 
     A WebSocket is closed with code 1013 (try again later) in place of 503, and with code 1008 in
@@ -275,7 +275,7 @@ def sse(
     The stream ends when the client leaves, when the manager or the reader stops, or when the server
     begins to stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its
     connections. To notice this, the first stream installs a signal handler until the lifespan ends.
-    It ends the streams, and then calls the server's handler. A server outside the main thread
+    This handler ends the streams, and then calls the server's handler. A server outside the main thread
     receives no signal. Then the streams end when the manager or the reader stops. A client that
     reads nothing delays the end of the server. Limit that delay, for example with uvicorn's
     `--timeout-graceful-shutdown`.

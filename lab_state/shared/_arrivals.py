@@ -112,7 +112,7 @@ class Arrivals:
             question.done.set_result(revision)
 
     def have_all(self) -> None:
-        """Answer all questions, because this process is the owner, and its copy has everything that is durable."""
+        """Answer all questions, because this process is the owner, and its copy has every durable change."""
         for token in list(self._questions):
             self.reply(token, self._copy.revision)
 

@@ -1,9 +1,9 @@
 """A process of a shared state that is not the owner: its connection to the owner, and its copy.
 
-Theory of operation. The copy changes by the records that come over the connection. If the owner no longer
-has the records that the copy lacks, the copy is loaded from the files, without the lock. Meanwhile records
-and answers are kept. The loaded state is shown when the owner has named its revision as durable, because the
-end of the journal may not be synced. If the connection ends before that, everything is dropped.
+Theory of operation. The follower applies the records that it receives to its copy. If the owner no longer has all
+records that the copy lacks, the follower loads the copy from the files, without the lock. Records and answers that
+arrive during the load are kept. The end of the journal that was read may not be synced. So the loaded state is shown
+only when the owner has named its revision as durable. If the connection ends before that, all of this is dropped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SMALL = 16 * 1024
 
 
 class _Load:
-    """A load that is under way, and what has come meanwhile."""
+    """A load that is under way, and the messages that have arrived meanwhile."""
 
     def __init__(self) -> None:
         self.records: list[ParsedRecord] = []
@@ -50,14 +50,13 @@ class Follower:
 
     Attributes:
         link: The connection.
-        ready: The future of the first moment at which the copy is shown and calls can be sent. Its result is then
-            True. It is False if the connection ended before that. If this process cannot follow the owner, the
-            future has the error.
-        over: The future of the end of the connection.
-        owner_pid: The process at the other end: the one that the kernel names, which is 0 for another container, and
-            later the one that the owner itself names.
+        ready: A future. Its result is True when the copy can be read and calls can be sent, and False if the
+            connection ended before that. If this process cannot follow the owner, the future has the error.
+        over: A future that is done when the connection has ended.
+        owner_pid: The pid of the owner. At first it is the pid from the kernel, or 0 for a process in another
+            container. Later it is the pid that the owner sends.
         has_left: Whether the owner has confirmed the farewell of this client.
-        is_bad: Whether a message that should have a record had none. Then the next connection must begin with a load.
+        is_bad: Whether a received record could not be decoded. Then the next connection must begin with a load.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a type of its own
@@ -71,7 +70,7 @@ class Follower:
             copy: The copy of this process.
             clock: The clock of the manager.
             logger: The logger of the manager.
-            met: A callback for the welcome, and for each sign that the owner loads its state.
+            met: A callback. It is called at the welcome, and at each sign that the owner loads its state.
         """
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[bool] = loop.create_future()
@@ -95,7 +94,7 @@ class Follower:
         self._named_more = asyncio.Event()
 
     def open(self, connected: OwnSocket, *, anew: bool) -> None:
-        """Send the hello over a connected socket. With `anew`, the owner is asked for a load, even if there is a copy."""
+        """Send the hello over a connected socket. With `anew`, ask the owner for a load, even if there is a copy."""
         self.owner_pid = peer_of(connected).pid
         copy, port = self._copy, self._port
         revision = copy.state.revision if copy.has_state and not anew else None
@@ -118,9 +117,9 @@ class Follower:
     def abandon(self) -> None:
         """End the connection after its event loop was closed. No task waits for `ready` or `over`."""
         self.link.close()
-        self._note_heard()  # without it, an owner that has forgotten this client would execute its calls again
+        self._note_heard()  # otherwise an owner that has forgotten this client would execute its calls again
 
-    # What the link tells
+    # Calls of the link
 
     @property
     def acknowledgement(self) -> int:
@@ -134,7 +133,8 @@ class Follower:
     def starting(self, starting: Starting) -> None:
         """Note that the owner loads its state.
 
-        Its time counts as heard only if no earlier owner may have forgotten this client: this owner does not know its clients yet.
+        The time in the message is used only if no earlier owner may have forgotten this client. This owner does not know
+        its clients yet.
         """
         self.owner_pid = starting.pid
         heard, calls = self.link.heard, self._port.calls
@@ -145,8 +145,8 @@ class Follower:
     def welcomed(self, welcome: Welcome) -> None:
         """Follow the owner: send all open calls, and load the copy if the owner lacks the records for it.
 
-        If the owner has forgotten this client, take a new id instead. Then the owner closes the connection. If the
-        owner has less than the copy, send no call, and let the load raise a `CorruptionError`.
+        If the owner has forgotten this client, take a new id instead. Then the owner closes the connection. If the state
+        of the owner is older than the copy, send no call, and let the load raise a `CorruptionError`.
         """
         self.owner_pid = welcome.pid
         self._met()
@@ -173,7 +173,7 @@ class Follower:
         self._fail(UnsupportedError(f"the owner of the state {self._name!r} does not admit this process: {no.detail}"))
 
     def record(self, record: memoryview) -> Awaitable[None] | None:
-        """Apply a record, or keep it during a load. If it is large, return an awaitable that does so in steps."""
+        """Apply a record, or keep it during a load. For a large record, return an awaitable that does this in steps."""
         if len(record) >= _SMALL:
             return self._record_in_turns(record)
         try:
@@ -230,7 +230,7 @@ class Follower:
         self._name_durable(durable)
 
     def reply(self, token: int, revision: int) -> None:
-        """Note the answer to a question. During a load, keep it."""
+        """Note the answer to a question. During a load, keep the answer."""
         self._name_durable(revision)
         if self._load is not None:
             self._load.replies.append((token, revision))
@@ -293,7 +293,7 @@ class Follower:
             self._give_up(StorageError(f"the state {self._name!r} could not be read: {described(problem)}"))
 
     def _show(self, loaded: LoadedState, load: _Load) -> None:
-        """Show what was read, with the records that were kept. Then handle the answers that were kept, in order."""
+        """Show the loaded state with the kept records. Then handle the kept answers, in order."""
         self._copy.load(loaded)
         try:
             for record in load.records:
@@ -311,7 +311,7 @@ class Follower:
         """Read the files until the result is not older than the copy, and wait until the owner has named its revision as durable.
 
         Raises:
-            CorruptionError: The owner has less than the copy.
+            CorruptionError: The state of the owner is older than the copy.
             LabStateError: The files cannot be read.
         """
         while True:
@@ -332,4 +332,4 @@ class Follower:
     def _fail(self, error: LabStateError) -> None:
         if not self.ready.done():
             self.ready.set_exception(error)
-            self.ready.exception()  # marks it as retrieved: the connection may end while no task waits
+            self.ready.exception()  # marks the error as retrieved, because there may be no task that waits

@@ -1,4 +1,4 @@
-"""The claim of a shared state: its lock, and the socket at which its other processes connect.
+"""The claim of a shared state: its lock, and the socket to which the other processes connect.
 
 The section "Election" of `docs/design/shared.md` has the steps.
 """

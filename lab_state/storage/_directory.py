@@ -1,6 +1,6 @@
 """Find, create, sync and try out the directory of the files of a state.
 
-All functions are synchronous, and run in a thread of the storage, like those of `_fs`.
+All functions are synchronous, and run in a thread of the storage, like the functions of `_fs`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The system calls on the socket of a shared state: bind, connect, and the user of a peer.
 
 A socket file has no content, and no commit relies on it. So it is never synced. The calls may block
-on a slow file system, except those that make or accept a socket.
+on a slow file system, except the calls that make or accept a socket.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class Lock:
         )
 
     def announce(self, protocol: int, socket_name: str) -> None:
-        """Write to the lock file that this process shares the state, by which protocol, and at which socket."""
+        """Write to the lock file that this process shares the state, with the version of the protocol and the socket."""
         with self._telling:
             self._sharing = protocol, socket_name, _boot()
             self._tell()

@@ -1,7 +1,7 @@
 """Find out to which file a path or a descriptor leads, and whether another program has changed a file.
 
-All functions are synchronous, and run in a thread of the storage, like those of `_fs`. None
-of them opens or changes a file.
+All functions are synchronous, and run in a thread of the storage, like the functions of `_fs`.
+No function opens or changes a file.
 """
 
 from __future__ import annotations

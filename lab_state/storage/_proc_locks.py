@@ -91,7 +91,7 @@ def would_show(mounts: str, device: int, pid_namespace: int) -> bool:
     Returns:
         True if a lock without a line is certainly free. The result is False outside the first
         pid namespace of the machine. It is also False on file systems for which `stat` shows
-        another device or inode (btrfs, overlay), and on those that other machines can lock (NFS).
+        another device or inode (btrfs, overlay), and on file systems that other machines can lock (NFS).
     """
     if pid_namespace != FIRST_PID_NAMESPACE:
         return False

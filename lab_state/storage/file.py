@@ -345,8 +345,8 @@ class FileSession:
         """Wait for both workers. Then release the lock; see `StorageSession.aclose`."""
         self._writer.lock.check_process()  # in a forked child there are no threads to close it
         if self._closing is None:
-            # `_close` runs after all queued calls of the second worker, and `_let_go` after those of the first one. Both
-            # run even if this caller is cancelled.
+            # `_close` runs after all queued calls of the second worker, and `_let_go` after all queued calls of the first
+            # one. Both run even if this caller is cancelled.
             self._closing = Future()
             self._closing.set_running_or_notify_cancel()
             self._checkpoints.submit(self._close, self._closing)

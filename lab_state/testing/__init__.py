@@ -171,7 +171,7 @@ class FaultyStorage:
             moment: `before`: the operation does nothing. `after`: the operation is done, and its
                 result is lost. `torn`, only for a commit: the operation does nothing. The next `open`
                 reports half of the record as a torn tail, unless a later commit or checkpoint succeeds.
-            skip: The number of calls without a fault before them, 0 or more.
+            skip: The number of calls without a fault before the faults, 0 or more.
             times: The number of calls that fail, one after the other, 1 or more.
             error: The error to raise; by default an `UnavailableError`.
 
@@ -183,7 +183,7 @@ class FaultyStorage:
         self._plan(operation, [_fault(operation, moment, error)] * times, skip)
 
     def hang(self, operation: Operation, *, skip: int = 0) -> None:
-        """Let one call of an operation wait for `resume()` before it begins. The `skip` calls before that one do not wait.
+        """Let one call of an operation wait for `resume()` before it begins. The first `skip` calls do not wait.
 
         Raises:
             ValueError: An argument is out of bounds.
@@ -205,7 +205,7 @@ class FaultyStorage:
         Args:
             during: The operation whose next call cuts the power; by default the power is cut at once.
             moment: The moment of the power cut within that call; see `fail`.
-            skip: The number of calls of that operation before that one, 0 or more.
+            skip: The number of calls of that operation before the call that cuts the power, 0 or more.
 
         Raises:
             ValueError: An argument is out of bounds.

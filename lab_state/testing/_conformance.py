@@ -44,7 +44,7 @@ class StorageConformance(ReadingConformance):
         await session.aclose()
 
     async def test_records_come_back_in_order(self) -> None:
-        """The next open recovers every record whose `commit` has returned. The order is that of the commits."""
+        """The next open recovers every record whose `commit` has returned, in the order of the commits."""
         written = await self._commit_some(5)
         assert await self._recovered_records() == written
 

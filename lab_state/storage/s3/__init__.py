@@ -1,7 +1,7 @@
 """`S3Storage`: states in an object store, each with a snapshot and the records after it.
 
-`_open` has the steps of an opening, and `_session` those of commits and checkpoints. `_format` has
-the names and the bytes of the objects, and `_outcomes` has the meaning of each answer.
+`_open` opens a state. `_session` makes commits and checkpoints. `_format` defines the names and the
+bytes of the objects, and `_outcomes` the meaning of each answer.
 """
 
 from __future__ import annotations

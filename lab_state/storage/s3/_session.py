@@ -215,7 +215,7 @@ class S3Session:
         )
 
     async def _clean(self, covered: int, own: list[int]) -> None:
-        """Delete the records up to `covered`, including those that a crash left. Do not delete fences.
+        """Delete the records up to `covered`, including records that a crash left. Do not delete fences.
 
         If the store refused the last deletion, first delete only the records in `own`, which this
         session knows. If the store refuses again, do not list the other records. A failure is
