@@ -256,10 +256,8 @@ class State(Ordered):
         """
         stored, deleted, swept = self.stored, self.deleted, self.swept
         self._empty()
-        self.load({}, other.revision)
+        self.load_from(other)
         self._stored_more, self.deleted, self.swept = stored, deleted, swept
-        self.entries, self.expiries, self.borrowed = other.entries, other.expiries, other.borrowed
-        self.epoch, self.results = other.epoch, other.results
 
     def skip_to(self, revision: int) -> None:
         """Give the next change the revision after this one. All changes must be taken; `stored` stays the same."""

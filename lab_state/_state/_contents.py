@@ -152,6 +152,12 @@ class Contents:
             entries[key] = Expiring(cast("Value", entries[key]), at)
             self.expiries.add(key, at)
 
+    def load_from(self, other: Contents) -> None:
+        """Replace the contents and the time by those of another state. `other` is not used after this."""
+        self.load({}, other.revision)
+        self.entries, self.expiries, self.borrowed = other.entries, other.expiries, other.borrowed
+        self.epoch, self.results = other.epoch, other.results
+
     @property
     def stored(self) -> int:
         """The number of values stored since the state was loaded.
