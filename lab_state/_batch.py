@@ -1,12 +1,12 @@
 """A change of many keys, which is prepared in steps and then made in one short step. Pure and synchronous.
 
 Theory of operation. `Batch.prepare` puts the changes into two new dicts. One becomes the top
-layer of the entries, and the other the unflushed changes. `prepare` also counts the new keys, and does
+layer of the entries, and the other the unflushed changes. `prepare` also counts the new keys. It does
 not change the state. So if a caller stops between two steps, nothing has changed.
 `Batch.switch` then gives both dicts to the state, in one short step: readers see all of the
 changes, or none. Later the state merges the layer into its map in steps (`State.fold_staged`).
-Two cases are simpler. If there are fewer than `MANY` changes, `switch` calls `State.apply`. If more changes
-were unflushed before the batch than it has itself, `switch` may add its changes to their dict.
+Two cases are simpler. If there are fewer than `MANY` changes, `switch` calls `State.apply`. If the state has
+more unflushed changes than the batch has changes, `switch` may add the batch to the unflushed changes.
 
 During the steps other code may read the state, take changes for a commit, put them back, and
 take or fold a view. Other code may change single keys, if it calls `before` for each of them first.
@@ -135,7 +135,7 @@ class Batch:
                 return
 
     def _place(self, part: Iterable[tuple[str, StoredOrGone]]) -> None:
-        """Add some of the changes to the top layer. Leave out deletions of missing keys, and the keys of `before`."""
+        """Add some of the changes to the top layer. Leave out deletions of missing keys, and keys that `before` has noted."""
         state, top, placed, late = self._state, self._top, self._placed, self._late
         entries: Container[str] = () if self._cleared else state.entries
         expiries, at = state.expiries, self._at

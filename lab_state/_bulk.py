@@ -31,7 +31,7 @@ class Bulk:
         return self._core.transaction is self
 
     def end(self) -> None:
-        """Do nothing. `Core.close` calls this at a stop, and then ends the turn. `check` notices this before the next step."""
+        """Do nothing. `Core.close` calls this at a stop, and then ends the turn. `check` notices the stop before the next step."""
 
     def check(self) -> None:
         """Check that the manager was not stopped during the call.

@@ -122,7 +122,7 @@ class Checkpoints:
             self._failed(error)
         else:
             self.records -= before
-            self.due = False  # a commit may have set it meanwhile, before the snapshot replaced the large journal
+            self.due = False  # a commit may have set `due` meanwhile, before the snapshot replaced the large journal
             self._outcomes.checkpoint_succeeded(self._clock.monotonic() - started, self._session.snapshot_bytes)
         finally:
             await views.fold()

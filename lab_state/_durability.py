@@ -205,7 +205,7 @@ class Durability:
         if timeout > 0:
             with suppress(TimeoutError), within(self._clock, timeout):
                 await self._waiters.wait(self._waiters.passive, revision)
-        if self._must_wait(revision):  # it may have become durable at the moment of the timeout
+        if self._must_wait(revision):  # the revision may have become durable at the moment of the timeout
             raise WaitTimeoutError(
                 f"revision {revision} of {self._name!r} is not durable after {timeout:g} s: the durable revision is "
                 f"{self.durable_revision}; wait again, or see status().last_error"

@@ -177,7 +177,7 @@ class Overlay(Layer):
         self.base = self.view = view
 
     def fold(self, most: int) -> bool:
-        """Move `most` writes into the view. If more than half of `most` came since the last call, move twice as many as came.
+        """Move `most` writes into the view. If more than half as many came since the last call, move twice the number that came.
 
         Return whether any writes are left.
         """

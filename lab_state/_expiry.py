@@ -3,7 +3,7 @@
 A key is due when its time has come. A value that expires is stored together with its time, as an
 `Expiring`. So a view of the entries contains the times, and a read needs no index. The index
 `Expiries` finds the keys that are due. It has a bucket of keys for each second. A sweep looks only
-at the buckets since the last sweep. If all keys of a bucket are due, they are counted without looking at each.
+at the buckets since the last sweep. If all keys of a bucket are due, they are counted without looking at each key.
 
 While there is a watch, a key must be found at its exact time, not at the end of its second.
 For this, the keys of the next few seconds are in a heap, too. If a key is deleted or gets another

@@ -3,11 +3,11 @@
 Theory of operation. A writer changes the map and continues. The task wakes up once in each flush interval,
 when a caller asks for a commit, and when many bytes have changed. It takes all unflushed changes, and
 commits them as one record. If a commit fails, its changes are put back, and the next commit contains them.
-`_durability.py` manages the callers that wait. `_outcomes.py` handles the outcome of each commit, and says
-when a failed one is repeated. `_checkpoints.py` writes the checkpoints.
+`_durability.py` manages the callers that wait. `_outcomes.py` handles the outcome of each commit, and decides
+when a failed commit is repeated. `_checkpoints.py` writes the checkpoints.
 
 The task never cancels a storage call. `stop` gives up if the storage makes no progress for its timeout.
-The session is then closed when the hanging call returns. So no second writer can open the state before.
+The session is then closed when the hanging call returns. So no second writer can open the state before that.
 """
 
 from __future__ import annotations

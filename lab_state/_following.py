@@ -110,7 +110,7 @@ class Step:
 
     def finish(self) -> None:
         """Make the prepared changes in one short step. From now on, reads see them."""
-        assert self._batch is not None  # `prepare` has made it
+        assert self._batch is not None  # `prepare` has made the batch
         _show(self._copy, self._batch.switch, self._revision, self._expired)
 
 

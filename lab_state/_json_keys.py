@@ -22,7 +22,7 @@ _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
 _MANY = 32
-"""To sort more keys than this takes longer than to check each of them."""
+"""In a dict with more keys than this, each key is checked, because sorting the keys would take longer."""
 
 
 class _Keys(msgspec.Struct, gc=False):

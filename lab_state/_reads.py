@@ -101,7 +101,7 @@ class Reads(Iterates):
             try:
                 value = decode_json(stored)
             except DECODE_ERRORS:
-                return self._decode(key, stored, default, type)  # it raises the error
+                return self._decode(key, stored, default, type)  # raises the error
             if kind is Raw and value.__class__ in SCALARS:
                 self._core.state.keep_decoded(self._prefix + key, stored, value)
             return value
@@ -334,7 +334,7 @@ class Reads(Iterates):
             try:
                 value = decode_json(stored)
             except DECODE_ERRORS:
-                return self._decode(key, stored, default, type_)  # it raises the error
+                return self._decode(key, stored, default, type_)  # raises the error
             if kind is Raw and value.__class__ in SCALARS:
                 self._core.state.keep_decoded(self._prefix + key, stored, value)
             return value

@@ -145,7 +145,7 @@ class DraftCore(CallCore):
         draft, durability = self.state, self.durability
         durability.check_loop()
         durability.check_writable()
-        assert isinstance(draft, Draft)  # between begin and end
+        assert isinstance(draft, Draft)  # `begin` was called, and `end` was not
         if len(draft.changes) < _batch.MANY:
             return draft.merge()
         batch = draft.batch()

@@ -201,7 +201,7 @@ class Writing(Reads):
         """Delete several keys as one change, and return how many of them existed.
 
         With 1,000 keys or more, the call works in steps, as `set_many` does. A read finds all of the keys
-        that existed, or none. If the caller is cancelled before that moment, nothing is deleted.
+        that existed, or none. If the caller is cancelled before the keys are deleted, none of them is deleted.
 
         Args:
             keys: The keys. They are copied first, in a millisecond for a list of 100,000.

@@ -252,7 +252,7 @@ class State(Ordered):
     def adopt(self, other: State) -> None:
         """Replace everything by the contents of another state, which is not used after this. All changes count as taken.
 
-        Open views keep the old contents. The old entries are freed in steps. `stored`, `deleted` and `swept` go on.
+        Open views keep the old contents. The old entries are freed in steps. `stored`, `deleted` and `swept` keep their counts.
         """
         stored, deleted, swept = self.stored, self.deleted, self.swept
         self._empty()

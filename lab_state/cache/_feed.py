@@ -230,7 +230,7 @@ class Feed:
         if self._ends_with == (message.start, message.end, message.writer):
             if not message.more:
                 self._ends_with = None
-                self._resync()  # again: a load that has begun meanwhile may lack a part of this step
+                self._resync()  # a second time, because a load that has begun meanwhile may lack a part of this step
             return
         first = self._parts[0] if self._parts else message
         if (message.start, message.end, message.writer) != (first.start, first.end, first.writer):

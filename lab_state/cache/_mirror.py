@@ -111,7 +111,7 @@ class MirrorWriter:
         self._ahead = 0  # milliseconds from the state's time to the wall clock, as added to the mirror's expiry times
         self._has_times = False  # whether the mirror may have expiry times
         self._tried: int | None = None  # the revision of a step whose outcome is unknown
-        self._is_owner = True  # until the first fill: the start has just proved it
+        self._is_owner = True  # until the first fill: the start has just made this manager the owner
         self._idle = False  # whether a look is due
         self._stopping = False
         self._holding: asyncio.Timeout | None = None  # the timeout of a fill, while it holds a view

@@ -23,7 +23,7 @@ Served: TypeAlias = Manager | Reader
 S = TypeVar("S", bound=Manager | Reader)
 
 KEY = "lab_state"
-"""The name under which the `state` of an application or a request has the managers and readers."""
+"""The name of the item with the managers and readers, in the `state` of an application or a request."""
 
 
 class Named(Mapping[str, Served]):

@@ -15,8 +15,8 @@ def may_be_forgotten(heard: int | None, now: int) -> bool:
     """Return whether an owner may have forgotten a client.
 
     Args:
-        heard: The last time that the client got from an owner; `None` for a new client. A time ahead
-            of the clock is from another machine, or from before the last boot. Such a time proves
+        heard: The time in the last message that the client got from an owner; `None` for a new client. A time
+            ahead of the clock is from another machine, or from before the last boot. Such a time proves
             nothing, so the result is True.
         now: The present time.
     """

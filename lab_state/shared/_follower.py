@@ -2,8 +2,9 @@
 
 Theory of operation. The follower applies the records that it receives to its copy. If the owner no longer has all
 records that the copy lacks, the follower loads the copy from the files, without the lock. Records and answers that
-arrive during the load are kept. The end of the journal that was read may not be synced. So the loaded state is shown
-only when the owner has named its revision as durable. If the connection ends before that, all of this is dropped.
+arrive during the load are kept. The last record in the journal may not be synced yet. So the loaded state is shown
+only when the owner has named its revision as durable. If the connection ends before that, the load and all that was
+kept are dropped.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Follower:
             copy: The copy of this process.
             clock: The clock of the manager.
             logger: The logger of the manager.
-            met: A callback. It is called at the welcome, and at each sign that the owner loads its state.
+            met: A callback. It is called for the welcome, and for each message that the owner loads its state.
         """
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[bool] = loop.create_future()
@@ -123,7 +124,7 @@ class Follower:
 
     @property
     def acknowledgement(self) -> int:
-        """The number up to which this client needs no more answers."""
+        """The highest number for which this holds: the client needs no answer to calls with this or a lower number."""
         return self._port.acknowledgement
 
     def calls_to_send(self) -> Iterable[bytes | memoryview]:
@@ -133,8 +134,8 @@ class Follower:
     def starting(self, starting: Starting) -> None:
         """Note that the owner loads its state.
 
-        The time in the message is used only if no earlier owner may have forgotten this client. This owner does not know
-        its clients yet.
+        Take over the time in the message, unless an owner may have forgotten this client by then. In that case, the old
+        time must stay: the hello shows it to the owner, which does not know its clients before it has loaded the state.
         """
         self.owner_pid = starting.pid
         heard, calls = self.link.heard, self._port.calls

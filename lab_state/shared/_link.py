@@ -162,8 +162,8 @@ class Link:
     def silent_for(self) -> float:
         """Return the seconds since bytes were last received. The result is 0 if bytes have arrived that were not read yet.
 
-        Otherwise a process whose event loop was blocked would think that the owner was silent. The result is also 0
-        before `open` and after the end.
+        Without this rule, a process whose event loop was blocked would think that the owner was silent. The result is
+        also 0 before `open` and after the end.
         """
         if self._channel is None or self._channel.has_unread:
             return 0.0

@@ -73,7 +73,7 @@ class OpenCalls(Generic[C]):
     """The calls of one client, from its start to its stop.
 
     Attributes:
-        heard: The last time that this client got from an owner, in nanoseconds; `None` if there is none.
+        heard: The time in the last message that this client got from an owner, in nanoseconds; `None` before the first.
         connection: The number of the connection, from 1; 0 before the first welcome.
     """
 

@@ -179,5 +179,5 @@ class PendingResults:
 
 
 def needs_forgetting(client: str, table: ResultTable, pending: PendingResults) -> bool:
-    """Return whether a record must forget a client. It must if the client is in the table, or has results that are not durable."""
+    """Return whether a record must forget a client: the client is in the table, or has results that are not durable."""
     return client in table or client in pending

@@ -32,15 +32,14 @@ class LockHolder(msgspec.Struct, frozen=True):
         host: The name of the machine.
         pid: The id of the process.
         started: The local time at which the process took the lock, with the time zone.
-        boot: The boot id of the kernel. It is empty if it is not known which files earlier
-            sessions left.
+        boot: The boot id of the kernel; empty if `making` may lack files of earlier sessions.
         inode: The inode number of the lock file. A copy of the file has another number.
         making: The names of temporary files that may exist, of this session and of earlier ones.
         protocol: The version of the protocol by which the process shares the state; 0 if it does
             not share it.
         socket: The name of the socket of a shared state.
-        kernel: The boot id of the kernel, if the state is shared. Containers of one machine have
-            the same one.
+        kernel: The boot id of the kernel, if the state is shared. It is the same in all containers
+            of a machine.
     """
 
     host: Annotated[str, msgspec.Meta(pattern=r"^[\w.:?-]{1,255}\Z")]
@@ -275,7 +274,7 @@ class Lock:
 
 
 _ours: dict[lookup.Identity, Lock] = {}
-"""The locks of this process. Pid and host name cannot identify a process: two containers can have the same ones."""
+"""The locks that this process holds. A lock file cannot show this: processes in two containers can have the same pid and host name."""
 
 
 def describe(holder: LockHolder | None, shown: list[int], path: str) -> str:
@@ -360,7 +359,7 @@ def _host() -> str:
 
 
 def _is_running(pid: int) -> bool:
-    """Return whether a process with this pid exists in this pid namespace, or in the one of `/proc`. The two may differ."""
+    """Return whether a process with this pid exists, in this pid namespace or in the namespace that `/proc` shows. They may differ."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -35,7 +35,7 @@ _logger = Log(logging.getLogger("lab_state"))
 _MOST_RECORDS = 64
 _MIN_CHECKPOINT_BYTES = 1024 * 1024
 _MOST_PAGES = 100
-_MOST_REFUSALS = 4  # each attempt sends the whole snapshot; delayed requests of a writer cause fewer refusals than this
+_MOST_REFUSALS = 4  # attempts to replace the snapshot; delayed requests of one writer make fewer of them fail
 _MOST_SNAPSHOT_BYTES = 5 * 1024**3
 
 
