@@ -24,17 +24,18 @@ import os
 import re
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping
-from itertools import chain, islice
-from typing import Annotated, Any, NamedTuple, NoReturn, TypeAlias, cast
+from itertools import chain
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from lab_state._arguments import RESERVED, check_key
 from lab_state._buffers import ByteBuffer
-from lab_state._entries import Absent, ChangeSet, Expiring, Json, Layer, Stored, StoredOrGone, Value, size_of
+from lab_state._entries import ChangeSet, Expiring, Json, Layer, Stored, StoredOrGone, Value
 from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._not_json import NOT_JSON, not_an_object
+from lab_state._slices import MOST_AT_ONCE, SLICE_BYTES, TAB, Int64, members, names, parts_of, pieces, times
 from lab_state._values import encode
 from lab_state.exceptions import CorruptionError, InvalidKeyError, UnsupportedError
 from lab_state.shared._results import RecordCalls, ResultTable, SnapshotCalls
@@ -44,13 +45,6 @@ FORMAT = 1
 _CRC = b',"crc32":"'
 _MEMBER_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
 _END_BYTES = len(b',"crc32":"00000000"}}')
-_SLICE_BYTES = 64 * 1024
-_KEY_BYTES = 128  # added to the size of each value, because a key takes time even if its value is small
-_MOST_AT_ONCE = 500  # the largest number of keys, or of small changes, that one call encodes
-
-
-Int64: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""A revision or a time in stored JSON. The decoder refuses numbers that a signed integer of 64 bits cannot hold."""
 
 
 class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -124,16 +118,14 @@ def encode_record(taken: ChangeSet, calls: RecordCalls | None = None) -> Iterato
     clear = b"true" if taken.cleared else b"false"
     expires: dict[str, int] = {}
     deleted: list[str] = []
+    mark = TAB if len(taken.changes) > MOST_AT_ONCE else b""
     yield b'{"from":%d,"to":%d,"clear":%s,"set":{' % (taken.start, taken.end, clear)
-    yield from _members(_parts(taken.changes.items(), expires, deleted))
-    yield b'},"delete":['
-    keys = iter(deleted)
-    comma = b""
-    while part := list(islice(keys, _MOST_AT_ONCE)):
-        yield comma + encode(part)[1:-1]
-        comma = b","
-    yield b"]"
-    yield from _times(expires, taken.time, taken.wall)
+    yield from members(parts_of(taken.changes.items(), expires, deleted), mark)
+    yield mark + b'},"delete":['
+    yield from names(deleted, mark)
+    yield mark + b'],"expires":{'
+    yield from times(expires, mark)
+    yield mark + (b'},"time":%d,"wall":%d' % (taken.time, taken.wall) if taken.time else b"}")
     if calls:
         yield _calls(calls)
     yield b"}"
@@ -149,7 +141,7 @@ def _encode_small(changes: Mapping[str, StoredOrGone]) -> bytes | None:
 
     Most commits have only a few small values. For a hundred values, a single call saves 98 µs.
     """
-    if len(changes) > _MOST_AT_ONCE:
+    if len(changes) > MOST_AT_ONCE:
         return None
     part: dict[str, Value] = {}
     size = 0
@@ -164,80 +156,7 @@ def _encode_small(changes: Mapping[str, StoredOrGone]) -> bytes | None:
             part[key] = stored
         else:
             return None
-    return encode(part) if size < _SLICE_BYTES else None
-
-
-def _times(expires: dict[str, int], time: int, wall: int) -> Iterator[bytes]:
-    """Yield the JSON of the member `expires`. If `time` is not 0, also yield the members `time` and `wall`."""
-    yield b',"expires":{'
-    times = iter(expires.items())
-    comma = b""
-    while part := dict(islice(times, _MOST_AT_ONCE)):
-        yield comma + encode(part)[1:-1]
-        comma = b","
-    yield b'},"time":%d,"wall":%d' % (time, wall) if time else b"}"
-
-
-def _parts(
-    items: Iterable[tuple[str, StoredOrGone]], expires: dict[str, int], deleted: list[str]
-) -> Iterator[dict[str, Value]]:
-    """Split the entries into parts for `encode`. Each part is small enough for one turn of the event loop.
-
-    There is one exception: a large value is alone in its part, and `pieces` splits it later. A part may be empty.
-    The function adds the expiry times to `expires`, and the deleted keys to `deleted`.
-    """
-    part: dict[str, Value] = {}
-    size = 0
-    for key, stored in items:
-        before = size
-        if isinstance(stored, bytes):  # true for most values, so it is checked first
-            part[key] = Raw(stored)
-            size += len(stored)
-        elif isinstance(stored, Absent):
-            deleted.append(key)
-        else:
-            if isinstance(stored, Expiring):
-                expires[key], stored = stored.at, stored.value
-            part[key] = Raw(stored) if isinstance(stored, bytes) else stored
-            size += size_of(stored)
-        if size - before >= _SLICE_BYTES:
-            large = part.pop(key)
-            yield part
-            yield {key: large}
-            part, size = {}, 0
-        size += _KEY_BYTES
-        if size >= _SLICE_BYTES:
-            yield part
-            part, size = {}, 0
-    if part:
-        yield part
-
-
-def _members(parts: Iterable[dict[str, Value]]) -> Iterator[bytes]:
-    """Yield the JSON of the members of an object, without the braces. Some slices are empty, so that the event loop can run."""
-    comma = b""
-    for part in parts:
-        if len(part) == 1 and size_of(next(iter(part.values()))) >= _SLICE_BYTES:
-            ((key, large),) = part.items()
-            yield comma + encode(key) + b":"
-            yield from pieces(large)
-        else:
-            members = encode(part)[1:-1]
-            yield comma + members if members else b""
-        comma = b"," if part else comma
-
-
-def pieces(large: Value) -> Iterator[bytes]:
-    """Yield the JSON of a large value, a `str` or JSON, in pieces."""
-    if isinstance(large, str):
-        yield b'"'
-        for start in range(0, len(large), _SLICE_BYTES):
-            yield encode(large[start : start + _SLICE_BYTES])[1:-1]
-        yield b'"'
-    else:
-        view = memoryview(cast("Json | Raw", large))  # never a number: its JSON is short
-        for start in range(0, len(view), _SLICE_BYTES):
-            yield bytes(view[start : start + _SLICE_BYTES])
+    return encode(part) if size < SLICE_BYTES else None
 
 
 def _copied(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Iterator[dict[str, Value]]:
@@ -339,14 +258,16 @@ def _uncovered(
     """Yield a snapshot up to its member `calls`. The checksum covers these bytes, and that member."""
     opening = b"{"
     expires: dict[str, int] = {}
-    parts = _parts(view.items(), expires, [])
-    for part in _members(_copied(parts, view) if copy_loaded and isinstance(view, dict) else parts):
+    parts = parts_of(view.items(), expires, [])
+    for part in members(_copied(parts, view) if copy_loaded and isinstance(view, dict) else parts):
         yield opening + part if part else b""
         opening = b"" if part else opening
     member = encode({"format": FORMAT, "revision": revision, "id": os.urandom(8).hex()})
     yield (opening or b",") + encode(RESERVED) + b":" + member[:-1]
     if expires:
-        yield from _times(expires, time, wall)
+        yield b',"expires":{'
+        yield from times(expires)
+        yield b'},"time":%d,"wall":%d' % (time, wall) if time else b"}"
 
 
 def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedState:

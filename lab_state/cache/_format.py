@@ -25,9 +25,9 @@ from msgspec import Raw
 
 from lab_state._arguments import RESERVED
 from lab_state._buffers import ByteBuffer
-from lab_state._codec import pieces
 from lab_state._entries import Absent, Expiring, StoredOrGone, Value, size_of
 from lab_state._not_json import NOT_JSON
+from lab_state._slices import pieces
 from lab_state._values import encode
 from lab_state.cache._protocol import Seen, Slice
 from lab_state.exceptions import UnavailableError, UnsupportedError

@@ -115,7 +115,8 @@ def test_a_large_record_is_parsed_in_steps() -> None:
     def parse() -> Iterator[None]:
         found.append((yield from parse_in_steps(data)))
 
-    assert len(list(parse())) == 1 + 3 + 2
+    slices = 3 + 2  # of values, and of deleted keys
+    assert len(list(parse())) == slices + 3 + 2
     assert found == [parse_record(data)]
     assert found[0].changes == changes
 
@@ -141,6 +142,8 @@ def test_what_is_not_a_record(data: bytes, problem: str) -> None:
     """Anything else raises an error without the content, and the connection is closed."""
     with pytest.raises(BadMessageError, match=problem):
         parse_record(data)
+    with pytest.raises(BadMessageError, match=problem):
+        list(parse_in_steps(data))
 
 
 # Applying

@@ -1,0 +1,229 @@
+r"""Large JSON in slices, which are encoded and decoded one by one. Pure and synchronous.
+
+In a record or a call with many keys, there is a tab before each slice of a large object or array, and before its end::
+
+    {"from":41,"to":42,"clear":false,"set":{\t"a":1,"b":2\t,"c":3\t},"delete":[\t],...}
+
+A tab between two members has no meaning in JSON. So each decoder reads the same text, with or without the tabs.
+`unsliced` uses the tabs: it decodes one slice after the other. It relies on nothing: if each slice is JSON, and so is the
+text without the slices, then the whole text is JSON with these contents. A tab inside of a value makes two slices that are no JSON,
+so they are joined.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Annotated, Any, NamedTuple, TypeAlias, cast
+
+import msgspec
+from msgspec import Raw
+
+from lab_state._entries import Absent, Expiring, Json, StoredOrGone, Value, size_of
+from lab_state._not_json import NOT_JSON
+
+TAB = b"\t"
+"""The mark before a slice."""
+
+SLICE_BYTES = 64 * 1024
+"""The size of a slice in bytes. A slice with one large value is larger."""
+
+MOST_AT_ONCE = 500
+"""The largest number of keys, or of small changes, that one call of the encoder encodes."""
+
+_KEY_BYTES = 128  # added to the size of each value, because a key takes time even if its value is small
+_LONGEST_HEAD = 64 * 1024  # a text whose first tab comes later than this, in bytes, was not written in slices
+
+Int64: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""A revision or a time in stored JSON. The decoder refuses numbers that a signed integer of 64 bits cannot hold."""
+
+encode = msgspec.json.Encoder().encode
+
+_find_tab = re.compile(TAB).search
+_values: msgspec.json.Decoder[dict[str, Raw]] = msgspec.json.Decoder(dict[str, Raw])
+_times: msgspec.json.Decoder[dict[str, Int64]] = msgspec.json.Decoder(dict[str, Int64])
+_names: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(list[str])
+
+
+# Encoding
+
+
+def parts_of(
+    items: Iterable[tuple[str, StoredOrGone]], expires: dict[str, int], deleted: list[str]
+) -> Iterator[dict[str, Value]]:
+    """Split the entries into parts for `encode`. Each part is small enough for one turn of the event loop.
+
+    There is one exception: a large value is alone in its part, and `pieces` splits it later. A part may be empty.
+    The function adds the expiry times to `expires`, and the deleted keys to `deleted`.
+    """
+    part: dict[str, Value] = {}
+    size = 0
+    for key, stored in items:
+        before = size
+        if isinstance(stored, bytes):  # true for most values, so it is checked first
+            part[key] = Raw(stored)
+            size += len(stored)
+        elif isinstance(stored, Absent):
+            deleted.append(key)
+        else:
+            if isinstance(stored, Expiring):
+                expires[key], stored = stored.at, stored.value
+            part[key] = Raw(stored) if isinstance(stored, bytes) else stored
+            size += size_of(stored)
+        if size - before >= SLICE_BYTES:
+            large = part.pop(key)
+            yield part
+            yield {key: large}
+            part, size = {}, 0
+        size += _KEY_BYTES
+        if size >= SLICE_BYTES:
+            yield part
+            part, size = {}, 0
+    if part:
+        yield part
+
+
+def members(parts: Iterable[dict[str, Value]], mark: bytes = b"") -> Iterator[bytes]:
+    """Yield the JSON of the members of an object, without the braces. Some slices are empty, so that the event loop can run.
+
+    `mark` is put before each part: `TAB`, or nothing.
+    """
+    comma = mark
+    for part in parts:
+        if len(part) == 1 and size_of(next(iter(part.values()))) >= SLICE_BYTES:
+            ((key, large),) = part.items()
+            yield comma + encode(key) + b":"
+            yield from pieces(large)
+        else:
+            text = encode(part)[1:-1]
+            yield comma + text if text else b""
+        comma = mark + b"," if part else comma
+
+
+def names(keys: Iterable[str], mark: bytes = b"") -> Iterator[bytes]:
+    """Yield the JSON of an array of keys, without the brackets. See `members`."""
+    rest = iter(keys)
+    comma = mark
+    while part := list(islice(rest, MOST_AT_ONCE)):
+        yield comma + encode(part)[1:-1]
+        comma = mark + b","
+
+
+def times(expires: Mapping[str, int], mark: bytes = b"") -> Iterator[bytes]:
+    """Yield the JSON of the members of an object with the expiry times of keys, without the braces. See `members`."""
+    rest = iter(expires.items())
+    comma = mark
+    while part := dict(islice(rest, MOST_AT_ONCE)):
+        yield comma + encode(part)[1:-1]
+        comma = mark + b","
+
+
+def pieces(large: Value) -> Iterator[bytes]:
+    """Yield the JSON of a large value, a `str` or JSON, in pieces."""
+    if isinstance(large, str):
+        yield b'"'
+        for start in range(0, len(large), SLICE_BYTES):
+            yield encode(large[start : start + SLICE_BYTES])[1:-1]
+        yield b'"'
+    else:
+        view = memoryview(cast("Json | Raw", large))  # never a number: its JSON is short
+        for start in range(0, len(view), SLICE_BYTES):
+            yield bytes(view[start : start + SLICE_BYTES])
+
+
+# Decoding
+
+
+class Unsliced(NamedTuple):
+    """A text that was decoded in slices.
+
+    Attributes:
+        frame: The text without the slices, in parts. Together, the parts are JSON with empty objects and arrays in place
+            of those with slices. Each part but the last ends at the beginning of one of them.
+        contents: The contents of these objects and arrays, in order. The values of an object are numbers if its name is
+            `expires`, and JSON otherwise.
+    """
+
+    frame: list[bytes]
+    contents: list[Any]
+
+
+def unsliced(data: bytes | memoryview) -> Generator[None, None, Unsliced | None]:
+    """Decode the slices of a text, and yield after each. Return `None` if the text was not written in slices.
+
+    The frame is not decoded here. Only if it is JSON, the text is JSON with these contents.
+    """
+    frame: list[bytes] = []
+    contents: list[Any] = []
+    start = 0
+    tab = _find_tab(data, 0, _LONGEST_HEAD)
+    content: tuple[Any, int] | None
+    while tab is not None:
+        head = bytes(data[start : tab.start()])
+        frame.append(head)
+        start = tab.end()
+        if head[-1:] == b"{":
+            content = yield from _object(data, start, _times if head.endswith(b'"expires":{') else _values)
+        elif head[-1:] == b"[":
+            content = yield from _array(data, start)
+        else:
+            return None
+        if content is None:
+            return None
+        found, start = content
+        contents.append(found)
+        tab = _find_tab(data, start)
+    frame.append(bytes(data[start:]))
+    return Unsliced(frame, contents) if contents else None
+
+
+def _object(
+    data: bytes | memoryview, start: int, decoder: msgspec.json.Decoder[Any]
+) -> Generator[None, None, tuple[dict[str, Any], int] | None]:
+    """Decode the slices of an object. Return its content and the offset of its end; `None` if a slice is no JSON."""
+    content: dict[str, Any] = {}
+    while data[start : start + 1] != b"}":
+        found = _slice(data, start, lambda text: decoder.decode(b"{%b}" % text), is_first=not content)
+        if found is None:
+            return None
+        content.update(found[0])
+        start = found[1]
+        yield
+    return content, start
+
+
+def _array(data: bytes | memoryview, start: int) -> Generator[None, None, tuple[list[str], int] | None]:
+    """Decode the slices of an array of keys, as `_object` does."""
+    content: list[str] = []
+    while data[start : start + 1] != b"]":
+        found = _slice(data, start, lambda text: _names.decode(b"[%b]" % text), is_first=not content)
+        if found is None:
+            return None
+        content += found[0]
+        start = found[1]
+        yield
+    return content, start
+
+
+def _slice(
+    data: bytes | memoryview, start: int, decode: Callable[[bytes], Any], *, is_first: bool
+) -> tuple[Any, int] | None:
+    """Decode the slice at an offset. Return its content, and the offset of the next one; `None` if this is not possible."""
+    end = start
+    while (tab := _find_tab(data, end)) is not None:
+        text = bytes(data[start : tab.start()])
+        if not is_first:
+            if text[:1] != b",":
+                return None
+            text = text[1:]
+        try:
+            str(text, "utf-8")  # msgspec does not check a value that stays JSON
+            content = decode(text)
+        except NOT_JSON:
+            end = (
+                2 * tab.end() - start
+            )  # twice as much, so that all attempts together take about as long as the last two
+        else:
+            return (content, tab.end()) if content else None
+    return None
