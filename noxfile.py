@@ -216,7 +216,7 @@ def shared(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Kill two servers under the same load, one on lab_state, one on `json.dump`, and compare. Takes under 30 s."""
+    """Kill two servers under load, on lab_state and on `json.dump`; kill workers that share a state. Takes under 45 s."""
     session.install("-q", ".", *_group("demo"))
     session.run("python", "docs/examples/demo", *session.posargs, env=WHEEL_ONLY)
 

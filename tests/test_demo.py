@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -20,19 +22,23 @@ from pathlib import Path
 from typing import IO
 
 import act_kill
+import act_workers
 import demo
 import pytest
-from lines import key_of, lines
-from screen import Screen
+from act_workers import Row
+from crowd import numbered
+from lines import Line, counts_of, key_of, lines
+from screen import Bars
 from servers import DemoError, Server
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "docs" / "examples" / "demo"
-SHORT = ["--lines", "200", "--rate", "1000"]
+SHORT = ["--lines", "200", "--rate", "1000", "--kills", "1"]
 COLUMNS = 60
 ROW = re.compile(r"[│|] (\S+) +[│|] +([\d,]+) [│|] +([\d,]+) [│|] +([\d,]+) [│|]")
 ESCAPE = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
 FIRST = "Two FastAPI servers"
+SECOND = "Four workers of one FastAPI server"
 
 
 def environment(directory: Path, **more: str) -> dict[str, str]:
@@ -70,6 +76,19 @@ def check_table(printed: str, total: int) -> None:
     assert [int(number) for number in kept.groups()] == [total, total - table["json.dump"][2]]
 
 
+def owners_in(printed: str) -> list[list[str]]:
+    """Return the rows of the table of the second act: takeovers, owner, rate and gap."""
+    return re.findall(r"│ +(\d+) │ +(\d+) │ +([\d,]+) │ +([\d,]+) ms │", printed)
+
+
+def check_owners(printed: str, kills: int) -> None:
+    """Check the table and the last sentence of the second act."""
+    found = owners_in(printed[printed.rindex("longest gap ┃") :])
+    assert [takeovers for takeovers, *_ in found] == [str(number) for number in range(kills + 1)]
+    assert len({owner for _, owner, *_ in found}) == kills + 1
+    assert re.search(r"all\s+\d+\s+counters\s+of\s+words\s+are\s+exact", printed)
+
+
 def command_in(printed: str) -> str:
     """Return the command that the demo prints."""
     return next(line for line in printed.splitlines() if "json.tool" in line)
@@ -93,10 +112,24 @@ def test_the_table_of_the_readme_is_that_of_the_demo(capsys: pytest.CaptureFixtu
         act_kill.Outcome(name, Path("words.json"), acknowledged, found, in_the_end=2400 - lost)
         for name, (acknowledged, found, lost) in rows(block[1]).items()
     ]
-    act_kill.report(outcomes, 2400, Screen([], 2400))
+    act_kill.report(outcomes, 2400, Bars([], 2400))
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     expected = block[1].splitlines()
     assert printed[: len(expected)] == expected
+
+
+def test_the_owners_of_the_readme_are_those_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's table of the second act is what the demo prints for its numbers."""
+    block = re.search(r"```text\n(four workers on one state\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    rows_of_the_page = [
+        Row(int(takeovers), int(owner), float(rate), float(gap) / 1e3)
+        for takeovers, owner, rate, gap in owners_in(block[1])
+    ]
+    assert len(rows_of_the_page) == demo.KILLS + 1
+    Bars([], 0).show(act_workers.table_of(rows_of_the_page))
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert printed == block[1].splitlines()
 
 
 def test_the_pages_have_enough_lines() -> None:
@@ -127,6 +160,9 @@ def test_demo_without_a_terminal(tmp_path: Path) -> None:
         assert quarters == ["50", "100", "150", "200"]
     check_table(ran.stdout, 200)
     check_command(ran.stdout, tmp_path)
+    for number in range(2):
+        assert re.search(rf"takeovers {number}, owner \d+, [\d,]+ requests a second, longest gap [\d,]+ ms", ran.stdout)
+    check_owners(ran.stdout, 1)
     assert left_behind(tmp_path) == []
 
 
@@ -159,7 +195,10 @@ def read_until(descriptor: int, text: str | None) -> str:
 
 
 def test_demo_in_60_columns(tmp_path: Path) -> None:
-    """In a terminal of 60 columns both bars fill, and no line is wider. Only the command is, so that it can be copied."""
+    """In a terminal of 60 columns both bars fill, the table of the owners changes, and no line is wider.
+
+    Only the command is wider, so that it can be copied.
+    """
     with in_terminal(tmp_path) as (process, terminal):
         drawn = read_until(terminal, None)
         assert process.wait(60) == 0
@@ -173,6 +212,7 @@ def test_demo_in_60_columns(tmp_path: Path) -> None:
     ] == []
     check_table(printed, 200)
     check_command(printed, tmp_path)
+    check_owners(printed, 1)
     assert left_behind(tmp_path) == []
 
 
@@ -196,6 +236,8 @@ def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
         ("lab_state: started again", signal.SIGINT),
         (FIRST, signal.SIGTERM),
         (FIRST, signal.SIGHUP),
+        (SECOND, signal.SIGINT),
+        ("takeovers 0", signal.SIGINT),
     ],
 )
 def test_interrupted(moment: str, number: signal.Signals, tmp_path: Path) -> None:
@@ -203,7 +245,8 @@ def test_interrupted(moment: str, number: signal.Signals, tmp_path: Path) -> Non
 
     SIGTERM, and SIGHUP when a terminal is closed, do the same.
     """
-    with started([str(DEMO), *SHORT], tmp_path) as (process, output):
+    act = "2" if moment in {SECOND, "takeovers 0"} else "1"
+    with started([str(DEMO), *SHORT, "--act", act], tmp_path) as (process, output):
         printed = until(output, moment)
         process.send_signal(number)
         printed += output.read()
@@ -280,6 +323,8 @@ def check_interrupted(printed: str, directory: Path) -> None:
     [
         (["--lines", "99"], "--lines 99: give a number from 100 to "),
         (["--lines", "1000000"], "--lines 1000000: give a number from 100 to "),
+        (["--kills", "0"], "--kills 0: give a number from 1 to 1,000"),
+        (["--act", "3"], "argument --act: invalid choice: 3"),
         (["--rate", "0"], "--rate 0.0: give a number from 1 to 1,000,000"),
         (["--rate", "nan"], "--rate nan: give a number from 1 to 1,000,000"),
     ],
@@ -292,6 +337,13 @@ def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path) -> 
     assert (ran.returncode, ran.stdout) == (2, "")
     assert message in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    """Return the options of the demo for arguments."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["demo", *arguments])
+        return demo.parsed()
 
 
 def test_demo_that_loses_fails(
@@ -308,11 +360,48 @@ def test_demo_that_loses_fails(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setitem(act_kill.APPLICATIONS, act_kill.OURS, "forgetful")
-    assert asyncio.run(demo.run(200, 1000.0)) == 1
+    assert asyncio.run(demo.run(options(*SHORT, "--act", "1"))) == 1
     printed = capsys.readouterr()
     acknowledged, found, lost = rows(printed.out)["lab_state"]
     assert (found, lost) == (0, acknowledged)
     assert f"The demo failed: lab_state lost {lost} lines." in printed.err
+
+
+def test_a_server_whose_workers_all_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If no worker is left, the second act does not wait without end. It fails with 1 and the end of the log."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(act_workers, "PATIENCE", 0.5)
+    monkeypatch.setattr(act_workers, "BETWEEN", 0.1)
+    monkeypatch.setattr(Server, "kill_worker", lambda server, _: server.kill())
+    assert asyncio.run(demo.run(options("--act", "2"))) == 1
+    assert "The demo failed: the server of workers does not answer; its log ends with:" in capsys.readouterr().err
+    assert left_behind(tmp_path) == []
+
+
+def test_lines_and_counters_are_compared() -> None:
+    """A line and a counter that are missing, that have another value, or that should not be there, are errors."""
+    sent: dict[str, Line] = {key_of(line): line for line in lines()[:50]}
+    counts = counts_of(sent.values())
+    right = {**sent, **counts}
+    assert act_workers.check(sent, right) == len(counts)
+    for key, more, message in [
+        (next(iter(sent)), "line/x/1", "1 of 50 lines are wrong"),
+        (next(iter(counts)), "words/x", f"1 of {len(counts)} counters are wrong"),
+    ]:
+        missing = {known: value for known, value in right.items() if known != key}
+        for wrong in (missing, {**right, key: 0}, {**right, more: 1}):
+            with pytest.raises(DemoError, match=message):
+                act_workers.check(sent, wrong)
+
+
+def test_no_two_lines_have_the_same_key() -> None:
+    """The second act may send the lines again and again. Then they have other numbers."""
+    given = lines()[:50]
+    sent = list(itertools.islice(numbered(given), 150))
+    assert len({key_of(line) for line in sent}) == 150
+    assert [line["text"] for line in sent] == [line["text"] for line in given] * 3
 
 
 async def test_servers_take_free_ports(tmp_path: Path) -> None:
@@ -322,6 +411,8 @@ async def test_servers_take_free_ports(tmp_path: Path) -> None:
         first, second = await asyncio.gather(one.start(), other.start())
         one.kill()
         assert second not in {first, await one.start()}
+        with pytest.raises(DemoError, match=f"has no worker with pid {os.getpid()}"):
+            one.kill_worker(os.getpid())
         with pytest.raises(DemoError, match=r'(?s)missing did not start; its log ends with:.*module "missing"'):
             await Server("missing", tmp_path / "missing").start()
     finally:

@@ -18,7 +18,7 @@ import httpx2 as httpx
 from lines import Line, counts_of, key_of
 from load import CLIENTS, Load
 from rich.table import Table
-from screen import Screen
+from screen import Bars, Screen
 from servers import DemoError, Server
 
 OURS = "lab_state"
@@ -44,7 +44,7 @@ class Outcome:
 class Contest:
     """One server and its load."""
 
-    def __init__(self, name: str, directory: Path, lines: list[Line], load: Load, screen: Screen) -> None:
+    def __init__(self, name: str, directory: Path, lines: list[Line], load: Load, screen: Bars) -> None:
         self._name = name
         self._server = Server(APPLICATIONS[name], directory / name)
         self._file = self._server.directory / "words.json"
@@ -115,7 +115,7 @@ async def run(directory: Path, lines: list[Line], rate: float) -> None:
     Raises:
         DemoError: a server failed, or lab_state lost something.
     """
-    screen = Screen(list(APPLICATIONS), len(lines))
+    screen = Bars(list(APPLICATIONS), len(lines))
     screen.say(
         f"Two FastAPI servers get the same {len(lines):,} lines of text, up to {rate:,.0f} a second from {CLIENTS} clients. "
         "Each is killed half way with SIGKILL, and started again. The server on lab_state answers when a line is on the "

@@ -1,4 +1,4 @@
-"""The load of the demo: several clients that send lines to one server, at a given rate."""
+"""The load of the first act: several clients that send lines to one server, at a given rate."""
 
 from __future__ import annotations
 
@@ -14,6 +14,20 @@ from lines import Line, key_of
 CLIENTS = 20
 
 
+class Pace:
+    """The rate at which all clients of a server together send requests."""
+
+    def __init__(self, rate: float) -> None:
+        self._pause = 1 / rate
+        self._next = 0.0
+
+    async def turn(self) -> None:
+        """Wait until the rate allows one more request."""
+        now = time.monotonic()
+        self._next = max(self._next + self._pause, now)
+        await asyncio.sleep(self._next - now)
+
+
 class Load:
     """The clients of one server. A line whose answer did not come is sent again in the next run.
 
@@ -24,8 +38,7 @@ class Load:
         self.acknowledged: dict[str, Line] = {}
         self.waiting = deque(lines)
         self._client = client
-        self._pause = 1 / rate
-        self._next = 0.0
+        self._pace = Pace(rate)
         self._gone = False
 
     async def run(self, url: str, answered: Callable[[], None]) -> int:
@@ -57,7 +70,7 @@ class Load:
     async def _send(self, url: str, answered: Callable[[], None], unanswered: list[Line]) -> None:
         """Send one line after the other, as one client."""
         while True:
-            await self._turn()
+            await self._pace.turn()
             if self._gone or not self.waiting:
                 return
             line = self.waiting.popleft()
@@ -69,9 +82,3 @@ class Load:
                 return
             self.acknowledged[key_of(line)] = line
             answered()
-
-    async def _turn(self) -> None:
-        """Wait until the rate allows one more request."""
-        now = time.monotonic()
-        self._next = max(self._next + self._pause, now)
-        await asyncio.sleep(self._next - now)

@@ -1,31 +1,21 @@
 """A FastAPI application on lab_state. It stores lines of text, and counts their words.
 
-An answer means that the change is durable. Run it with `uvicorn words:app`. The state is in `$STATE_DIRECTORY`.
+An answer means that the change is durable. Run it with `uvicorn words:app`, or with several workers: they share the
+state, which is in `$STATE_DIRECTORY`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from lab_state import Config, FileStorage, Manager
+from lab_state import Config, FileStorage, Manager, Transaction
+from lab_state.integrations.fastapi import lifespan
 
-# flush_interval=0: a write returns when it is durable. Concurrent requests share the syncs.
-state = Manager(Config(name="words", flush_interval=0), FileStorage(os.environ.get("STATE_DIRECTORY", "state")))
-
-
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Start the state with the server, and stop it with the server."""
-    async with state:
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+state = Manager(Config("words", shared=True), FileStorage(os.environ.get("STATE_DIRECTORY", "state")))
+app = FastAPI(lifespan=lifespan(state))
 
 
 class Line(BaseModel):
@@ -40,14 +30,23 @@ class Line(BaseModel):
 async def add(line: Line) -> int:
     """Store a line and count its words, both or neither. A line that is sent again is counted once."""
     key = f"line/{line.page}/{line.number}"
-    async with state.transaction() as tx:
+
+    def change(tx: Transaction) -> int:
         words = 0 if key in tx else len(line.text.split())
         tx.set(key, line)
-        # The answer is sent when the block has ended. Then the change is durable.
         return tx.incr(f"words/{line.page}", words, type=int)
+
+    return await state.transact(change)  # it returns when the change is durable
 
 
 @app.get("/state")
 async def whole() -> dict[str, object]:
     """Return the whole state."""
+    await state.catch_up()  # another worker may have made the last change
     return await state.get_all()
+
+
+@app.get("/owner")
+async def owner() -> int | None:
+    """Return the pid of the worker that owns the state."""
+    return state.status().owner_pid
