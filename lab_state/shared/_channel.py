@@ -40,6 +40,7 @@ class Channel:
         "_ended",
         "_frames",
         "_handle",
+        "_is_called_again",
         "_is_closed",
         "_is_scheduled",
         "_is_writing",
@@ -89,6 +90,8 @@ class Channel:
         self._is_closed = self._is_scheduled = self._is_writing = False
         self._waiting: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
+        # After the other end was killed, uvloop calls `_receive` once, even if more than one piece is left.
+        self._is_called_again = isinstance(self._loop, asyncio.SelectorEventLoop)
         self._loop.add_reader(connected, self._receive)
 
     @property
@@ -154,9 +157,17 @@ class Channel:
             data = b""  # the other end has closed before it read everything
         if not data:
             self._close(None)
-        elif self.is_open:
-            self.received_at = self._monotonic()
-            self._handle_all(iter(self._frames.feed(data)))
+        else:
+            if self.is_open:
+                self.received_at = self._monotonic()
+                self._handle_all(iter(self._frames.feed(data)))
+            if not self._is_called_again:
+                self._loop.call_soon(self._receive_rest)
+
+    def _receive_rest(self) -> None:
+        """Receive what is left in the socket, such as the end of the connection."""
+        if not self._is_closed and self._waiting is None:
+            self._receive()
 
     def _handle_all(self, frames: Iterator[ReceivedFrame]) -> None:
         try:

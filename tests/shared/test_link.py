@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from msgspec import Raw
+from running import idle
 from shared_sockets import (
     CLIENT,
     LOG,
@@ -29,7 +31,7 @@ from shared_sockets import (
 from lab_state.shared import _messages as m
 from lab_state.shared._frames import FROM_CLIENT, BadMessageError, frame
 from lab_state.shared._link import Link
-from lab_state.shared._wire import OtherVersionError
+from lab_state.shared._wire import OtherVersionError, encode_for_client
 from lab_state.testing import ManualClock
 
 MIB = 1024 * 1024
@@ -104,6 +106,35 @@ async def test_an_owner_that_refuses() -> None:
         world.owner.socket.close()
         assert [await world.client.next() for _ in "12"] == [("refused", no), ("ended", None)]
         assert world.link.is_greeted
+
+
+def test_an_owner_that_is_killed_on_uvloop() -> None:
+    """The client learns the end of an owner that was killed before it read everything. uvloop reports such an end once, together with the last messages."""
+
+    async def killed() -> list[Any]:
+        async with linked(is_admitted=False) as world:
+            await idle()  # the hello has arrived, and the owner does not read it
+            world.owner.socket.sendall(b"".join(encode_for_client(1, STARTING)))
+            world.owner.socket.close()
+            return [await world.client.next() for _ in "12"]
+
+    assert uvloop.run(killed()) == [("starting", STARTING), ("ended", None)]
+
+
+def test_an_owner_that_is_killed_on_uvloop_while_a_record_is_applied() -> None:
+    """The client learns the end of an owner after a record that is applied in steps, also on uvloop."""
+
+    async def killed() -> list[Any]:
+        async with linked() as world:
+            world.client.slow = [asyncio.sleep(0)]
+            world.link.ask(1)
+            await idle()  # the question has arrived, and the owner does not read it
+            record = m.RecordMessage(memoryview(b'{"to":43}'))
+            world.owner.socket.sendall(b"".join(encode_for_client(2, record)))
+            world.owner.socket.close()
+            return [await world.client.next() for _ in "12"]
+
+    assert uvloop.run(killed()) == [("record", b'{"to":43}'), ("ended", None)]
 
 
 # Records and answers
