@@ -210,7 +210,7 @@ class ReadYourWrites:
     * A client may send any revision. A request waits for one answer of the owner at most. If the worker does not have the
       revision then, it is not a revision of this state, and the request goes on.
     * If there is no owner, the request waits for one as a write does, and is then answered with 503; see `Config.owner_timeout`.
-    * WebSockets wait for nothing.
+    * WebSockets do not wait.
 
     If the request is cancelled, its wait ends.
     """
