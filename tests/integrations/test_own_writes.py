@@ -334,16 +334,11 @@ async def test_a_revision_that_the_state_does_not_have(sent: str, tmp_path: Path
         assert not questions(follower)
 
 
-async def test_the_highest_revision_counts(tmp_path: Path) -> None:
+def test_the_highest_revision_counts() -> None:
     """Of several revisions of one state, in cookies and headers, the highest one counts."""
-    async with two(tmp_path) as ((owner, _), (follower, other)):
-        async with apart(owner):
-            await owner.set("n", 1)
-            revision = await owner.set("n", 2)
-            some = f"lab_state-lab={revision}; lab_state-lab=0"
-            waiting = asyncio.create_task(other.get("/", headers={"Cookie": some, HEADER: "lab=0, lab=1"}))
-            await until(lambda: questions(follower))
-        assert (await waiting).json() == 2
+    low, high = (b"cookie", b"lab_state-lab=1; lab_state-lab=0"), (b"lab-state-revision", b"lab=2, lab=12, lab=3")
+    for headers in ([low, high], [high, low]):
+        assert revisions_of(headers, {"lab"}) == {"lab": 12}
 
 
 async def test_a_revision_of_a_state_that_was_deleted(tmp_path: Path) -> None:
