@@ -21,6 +21,8 @@ from lab_state.integrations import aiohttp, fastapi, key_value, litestar, promet
 def lifespans(state: Manager, copy: Reader) -> None:
     Starlette(routes=[Route("/health", starlette.health())], lifespan=starlette.lifespan(state, copy))
     FastAPI(lifespan=fastapi.lifespan(state, state, inner=starlette.lifespan(state)))
+    Starlette().add_middleware(starlette.ReadYourWrites)
+    FastAPI().add_middleware(fastapi.ReadYourWrites, cookie=False)
 
 
 def dependencies(request: Request) -> None:

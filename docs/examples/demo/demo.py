@@ -21,6 +21,7 @@ import act_kill
 import act_workers
 import httpx2 as httpx
 from lines import lines
+from screen import Screen
 from servers import DemoError
 
 LINES = 2400  # in six seconds
@@ -103,7 +104,7 @@ async def acts(directory: Path, options: argparse.Namespace) -> None:
     if options.act != 2:  # noqa: PLR2004
         await act_kill.run(directory, lines()[: options.lines], options.rate)
     if options.act is None:
-        print()
+        Screen().say("")
     if options.act != 1:
         await act_workers.run(directory, lines(), options.rate, options.kills)
 
