@@ -36,6 +36,11 @@ class Clock(Protocol):
         ...
 
 
+def wall_now() -> int:
+    """Return the time of the wall clock of the machine, in milliseconds since 1970. A storage, which has no `Clock`, uses this."""
+    return time.time_ns() // 1_000_000
+
+
 class SystemClock:
     """The clock of the machine, with the timers of the event loop."""
 

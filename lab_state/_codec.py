@@ -3,16 +3,17 @@
 Both formats are JSON, in version 1:
 
 * A record has the changes of one commit:
-  `{"from":41,"to":42,"clear":false,"set":{...},"delete":[...],"expires":{...}}`.
+  `{"from":41,"to":42,"clear":false,"set":{...},"delete":[...],"expires":{...},"wall":1700000000000}`.
 * A snapshot has the user's keys, and one reserved member at the end:
-  `"$lab_state":{"format":1,"revision":42,"id":"...","expires":{...},"crc32":"9ae0daaf"}`.
+  `"$lab_state":{"format":1,"revision":42,"id":"...","expires":{...},"wall":1700000000000,"crc32":"9ae0daaf"}`.
   The CRC-32 covers every byte before `,"crc32":"`: the user's keys and values, and the rest of the member.
   `id` is a new random text for each snapshot, so two snapshots of the same state have different bytes.
 
-`expires` has the expiry times of keys. A snapshot without expiries has no such member. If any key of the
-state expires, there are two members more: `time` is the time of the state at the write, and `wall` is the
-time of the wall clock at the write. All three are in milliseconds since 1970. The next start continues
-from `time`, and adds the time that has passed on the wall clock since the write; see `_expiry.resumed`.
+`wall` is the time of the wall clock at the write. It tells people when a change was made. Nothing relies on its order:
+the clock may be set back. `expires` has the expiry times of keys. A snapshot without expiries has no such member. If
+any key of the state expires, there is one member more: `time` is the time of the state at the write. All times are in
+milliseconds since 1970. The next start continues from `time`, and adds the time that has passed on the wall clock
+since the write; see `_expiry.resumed`.
 
 If there are results of calls that other processes made, the member `calls` has them (`shared/_results.py`).
 A snapshot in S3 has the members `seq` and `fence`, too (`storage/s3/_format.py`).
@@ -69,7 +70,10 @@ class _AnyFormat(msgspec.Struct, frozen=True):
 
 
 class LoadedState(NamedTuple):
-    """A whole state that was decoded. Times are in milliseconds since 1970. `results` is `None` if the state has no results of calls."""
+    """A whole state that was decoded.
+
+    Times are in milliseconds since 1970. `wall` is 0 if it is not recorded. `results` is `None` if the state has no results of calls.
+    """
 
     entries: dict[str, Stored]
     revision: int
@@ -105,8 +109,8 @@ def encode_small_record(taken: ChangeSet, calls: RecordCalls | None = None) -> b
     if taken.time or not (values := _encode_small(taken.changes)):
         return None
     clear = b"true" if taken.cleared else b"false"
-    record = b'{"from":%d,"to":%d,"clear":%s,"set":%s,"delete":[],"expires":{}}'
-    record = record % (taken.start, taken.end, clear, values)
+    record = b'{"from":%d,"to":%d,"clear":%s,"set":%s,"delete":[],"expires":{},"wall":%d}'
+    record = record % (taken.start, taken.end, clear, values, taken.wall)
     return record[:-1] + _calls(calls) + b"}" if calls else record
 
 
@@ -125,7 +129,8 @@ def encode_record(taken: ChangeSet, calls: RecordCalls | None = None) -> Iterato
     yield from names(deleted, mark)
     yield mark + b'],"expires":{'
     yield from times(expires, mark)
-    yield mark + (b'},"time":%d,"wall":%d' % (taken.time, taken.wall) if taken.time else b"}")
+    time = b',"time":%d' % taken.time if taken.time else b""
+    yield mark + b'}%s,"wall":%d' % (time, taken.wall)
     if calls:
         yield _calls(calls)
     yield b"}"
@@ -176,9 +181,7 @@ def _copied(parts: Iterable[dict[str, Value]], view: dict[str, Stored]) -> Itera
         yield part
 
 
-def replay(  # noqa: C901 -- a function call for each record would make a start slower
-    snapshot: LoadedState, records: Iterable[bytes], path: str, *, first: int = 1
-) -> LoadedState:
+def replay(snapshot: LoadedState, records: Iterable[bytes], path: str, *, first: int = 1) -> LoadedState:
     """Apply records to a loaded snapshot, and return the resulting state. This may change the entries of `snapshot`.
 
     Args:
@@ -215,8 +218,7 @@ def replay(  # noqa: C901 -- a function call for each record would make a start 
             for key in chain(record.set, record.delete):
                 expires.pop(key, None)
         expires.update(record.expires)
-        if record.time:
-            time, wall = record.time, record.wall
+        time, wall = record.time or time, record.wall or wall
         revision = record.end
         if record.calls is not UNSET:
             results = results or ResultTable()
@@ -267,7 +269,8 @@ def _uncovered(
     if expires:
         yield b',"expires":{'
         yield from times(expires)
-        yield b'},"time":%d,"wall":%d' % (time, wall) if time else b"}"
+        yield b'},"time":%d' % time if time else b"}"
+    yield b',"wall":%d' % wall
 
 
 def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedState:

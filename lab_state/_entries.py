@@ -77,8 +77,7 @@ class ChangeSet(NamedTuple):
         changes: The last effect on each key that changed.
         since: The time of the oldest change, in seconds of `State.monotonic`.
         time: The result of `State.now` when the changes were taken; 0 if no key expires.
-        wall: The time of the wall clock when the changes were taken, in milliseconds since
-            1970; 0 if no key expires.
+        wall: The time of the wall clock when the changes were taken, in milliseconds since 1970.
     """
 
     start: int

@@ -53,12 +53,16 @@ _LETTERS = {kind: kind.value.encode() for kind in FrameKind}
 
 
 class Header(msgspec.Struct, frozen=True):
-    """The first line of a journal. It has the name of the state, and the snapshot that the journal follows."""
+    """The first line of a journal. It has the name of the state, and the snapshot that the journal follows.
+
+    `wall` is the time of the wall clock when the journal was made, in milliseconds since 1970; 0 if it is not recorded.
+    """
 
     format: int
     name: str
     salt: str
     base: str
+    wall: int = 0
 
 
 class Frame(NamedTuple):
@@ -136,9 +140,9 @@ def payload(data: bytes, salt: str, kind: FrameKind) -> bytes | None:
     return found[1]
 
 
-def header(name: str, salt: str, base: str) -> bytes:
-    """Return the first line of a journal."""
-    return frame(salt, FrameKind.HEADER, msgspec.json.encode(Header(FORMAT, name, salt, base)))
+def header(name: str, salt: str, base: str, wall: int = 0) -> bytes:
+    """Return the first line of a journal. The arguments are the attributes of `Header`."""
+    return frame(salt, FrameKind.HEADER, msgspec.json.encode(Header(FORMAT, name, salt, base, wall)))
 
 
 def scan(data: bytes, name: str, path: str) -> Scan:

@@ -27,7 +27,7 @@ class StateView(Reads):
             has not synced that record yet, or ended without a sync. The next record or the next
             start shows whether it is lost.
         wall: The time of the writer's wall clock at its last write to the storage, in seconds since
-            1970; `None` if no time is recorded. A writer records the time as long as any key expires.
+            1970; `None` if no time is recorded, as in a file of another program.
         live: Whether a writer has the state open; `None` if that is unknown.
     """
 
@@ -46,7 +46,7 @@ class StateView(Reads):
         self._path = loaded.path
         self.revision: int = found.revision
         self.durable_revision: int = loaded.durable_revision
-        self.wall: float | None = found.wall / 1000 if found.expires and found.wall else None
+        self.wall: float | None = found.wall / 1000 if found.wall else None
         self.live: bool | None = loaded.live
         super().__init__(_Still(name, state, Counters()), "")
 

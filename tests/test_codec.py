@@ -163,6 +163,7 @@ def test_a_record_is_one_json_object() -> None:
         "set": {"a": [1], "c": None},
         "delete": ["b", "d"],
         "expires": {},
+        "wall": 0,
     }
 
 
@@ -314,7 +315,7 @@ def test_a_snapshot_is_one_json_object() -> None:
     assert list(read) == [*SAMPLE, "$lab_state"]
     member = read.pop("$lab_state")
     assert read == SAMPLE
-    assert list(member) == ["format", "revision", "id", "crc32"]
+    assert list(member) == ["format", "revision", "id", "wall", "crc32"]
     assert (member["format"], member["revision"]) == (1, 42)
     assert int(member["crc32"], 16) == zlib.crc32(data[: data.rindex(b',"crc32":"')])
 

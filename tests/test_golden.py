@@ -35,6 +35,8 @@ STATE_AFTER: dict[str, Any] = {
     "new": {"line": "a\nb", "null": None},
 }
 
+WALLS: dict[str, Any] = {"n": 3, "stays": [1, {"a": "é"}]}
+
 GO_MAP: dict[str, Any] = {
     "config": {"enabled": True, "hosts": ["a.example", "b.example"], "limits": {"max": 1e6, "min": 1e-7}},
     "count": 3,
@@ -49,6 +51,11 @@ def read(name: str) -> bytes:
     return (V1 / name).read_bytes()
 
 
+def name_in(journal: str | None) -> str:
+    """Return the name of the state that a golden journal belongs to."""
+    return "walls" if journal == "walls.journal" else "state"
+
+
 def content(loaded: LoadedState) -> tuple[dict[str, Any], int]:
     entries: dict[str, Any] = dict(loaded.entries)
     return {key: decode_value(stored, Any) for key, stored in entries.items()}, loaded.revision
@@ -58,7 +65,7 @@ def load(journal: str, snapshot: str | None) -> tuple[Accepted, int, LoadedState
     """Return what the two files stand for: the verdict, the size of the torn tail, the state."""
     data = read(journal)
     base = NO_BASE if snapshot is None else base_of(len(read(snapshot)), zlib.crc32(read(snapshot)))
-    found = scan(data, "state", journal)
+    found = scan(data, name_in(journal), journal)
     accepted = accept(found, len(data), base, journal)
     whole = accepted.full if snapshot is None else read(snapshot)
     assert whole is not None
@@ -96,9 +103,24 @@ def test_a_journal_with_the_whole_state_opens() -> None:
     assert content(loaded) == ({"z": 0}, 12)
 
 
+def test_a_journal_with_wall_times_opens() -> None:
+    """A later writer of format 1 has the wall clock in each header, snapshot and record. The clock went back before the last records."""
+    accepted, torn, loaded = load("walls.journal", "walls.json")
+    assert (len(accepted.records), accepted.unclean, torn) == (3, True, 0)
+    assert content(loaded) == (WALLS, 5)
+    assert (loaded.expires, loaded.wall) == ({}, 1_699_999_945_000)
+    snapshot = decode_snapshot(read("walls.json"), "walls.json")
+    assert (snapshot.expires, snapshot.time, snapshot.wall) == (
+        {"stays": 2_700_000_000_000},
+        1_700_000_005_000,
+        1_700_000_005_000,
+    )
+
+
 @pytest.mark.parametrize(
     ("snapshot", "journal", "values"),
     [
+        ("walls.json", "walls.journal", WALLS),
         ("state.json", "state.journal", STATE_AFTER),
         ("state.json", "torn.journal", STATE_AFTER),
         ("state.json", "full.journal", {"z": 0}),
@@ -108,9 +130,10 @@ def test_a_journal_with_the_whole_state_opens() -> None:
 )
 async def test_a_manager_opens_them(tmp_path: Path, snapshot: str, journal: str | None, values: dict[str, Any]) -> None:
     """A manager starts on files of format 1, and leaves what it found."""
-    (tmp_path / "state.json").write_bytes(read(snapshot))
+    name = name_in(journal)
+    (tmp_path / f"{name}.json").write_bytes(read(snapshot))
     if journal is not None:
-        (tmp_path / "state.journal").write_bytes(read(journal))
+        (tmp_path / f"{name}.journal").write_bytes(read(journal))
     for _ in range(2):
-        async with Manager("state", FileStorage(tmp_path)) as state:
+        async with Manager(name, FileStorage(tmp_path)) as state:
             assert await state.get_all() == values

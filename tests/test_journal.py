@@ -103,11 +103,12 @@ def test_a_payload_is_not_copied() -> None:
 
 
 def test_the_header_is_the_first_line() -> None:
-    """The header is a frame whose payload names the format, the state, the salt and the base."""
-    line = header(NAME, SALT, BASE)
+    """The header is a frame whose payload has the format, the name of the state, the salt, the base and the wall clock."""
+    line = header(NAME, SALT, BASE, 1_700_000_000_000)
     assert line.endswith(b"\n")
     payload = line.split(b" ", 3)[3]
-    assert msgspec.json.decode(payload) == {"format": 1, "name": NAME, "salt": SALT, "base": BASE}
+    expected = {"format": 1, "name": NAME, "salt": SALT, "base": BASE, "wall": 1_700_000_000_000}
+    assert msgspec.json.decode(payload) == expected
     found = scan(line, NAME, PATH)
     assert (found.frames, found.end) == ((), len(line))
     assert (found.header.name, found.header.salt, found.header.base) == (NAME, SALT, BASE)

@@ -109,18 +109,22 @@ async def test_time_goes_on_as_for_a_start(storage: MemoryStorage, clock: Manual
 
 
 async def test_a_view_tells_when_it_was_written(memory: MemoryStorage, clock: ManualClock) -> None:
-    """The wall clock at the last change, as long as a key expires; else that is not recorded."""
+    """`wall` is the wall clock at the last write, also where that clock went back. It is `None` before the first write."""
     async with Manager(NAME, memory, clock=clock) as state:
+        assert (await read_state(NAME, memory, clock=clock)).wall is None
         await state.set("a", 1)
         await state.flush()
-        assert (await read_state(NAME, memory, clock=clock)).wall is None
+        written = clock.time()
+        assert (await read_state(NAME, memory, clock=clock)).wall == written
         clock.advance(5)
         await state.set("b", 1, ttl=1000)
         await state.flush()
-        assert (await read_state(NAME, memory, clock=clock)).wall == clock.time()
+        assert (await read_state(NAME, memory, clock=clock)).wall == written + 5
+        clock.jump(-60)
         await state.delete("b")
         await state.flush()
-        assert (await read_state(NAME, memory, clock=clock)).wall is None
+        assert (await read_state(NAME, memory, clock=clock)).wall == written - 55
+    assert (await read_state(NAME, memory, clock=clock)).wall == written - 55
 
 
 async def test_a_view_tells_its_revisions_and_whether_it_is_live(memory: MemoryStorage) -> None:

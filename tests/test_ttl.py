@@ -494,12 +494,14 @@ class TestRestarts:
             assert sorted(await state.keys()) == ["4999", "pad"]
             assert await state.expires_in("4999") == 5.0
 
-    async def test_the_member_has_times_only_where_a_key_expires(self, tmp_path: Path, clock: ManualClock) -> None:
-        """`expires` in milliseconds since 1970 and `time` beside it are in the file as long as a key expires."""
+    async def test_the_member_has_expiry_times_only_where_a_key_expires(
+        self, tmp_path: Path, clock: ManualClock
+    ) -> None:
+        """`wall` is always in the file. `expires` and `time` are in it as long as a key expires. All are in milliseconds since 1970."""
         path = tmp_path / "test.json"
         async with manager(FileStorage(tmp_path), clock) as state:
             await state.set("stays", 1)
-        assert list(json.loads(path.read_bytes())["$lab_state"]) == ["format", "revision", "id", "crc32"]
+        assert list(json.loads(path.read_bytes())["$lab_state"]) == ["format", "revision", "id", "wall", "crc32"]
         async with manager(FileStorage(tmp_path), clock) as state:
             await state.set("a", [1], ttl=10)
             clock.advance(1.5)
@@ -511,7 +513,7 @@ class TestRestarts:
         async with manager(FileStorage(tmp_path), clock) as state:
             clock.advance(20)
             await state.set("b", 1)
-        assert list(json.loads(path.read_bytes())["$lab_state"]) == ["format", "revision", "id", "crc32"]
+        assert list(json.loads(path.read_bytes())["$lab_state"]) == ["format", "revision", "id", "wall", "crc32"]
 
 
 class TestClocks:

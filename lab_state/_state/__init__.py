@@ -266,8 +266,8 @@ class State(Ordered):
 
     def untaken(self) -> ChangeSet:
         """Return the changes that `take` would take away."""
-        time, wall = (self.now(), self.wall()) if self.expires else (0, 0)
-        return ChangeSet(self.taken, self.revision, self.cleared, self.changes, self.since, time, wall)
+        time = self.now() if self.expires else 0
+        return ChangeSet(self.taken, self.revision, self.cleared, self.changes, self.since, time, self.wall())
 
     def take(self, taken: ChangeSet | None = None) -> ChangeSet:
         """Take the changes away for a commit, and return them.

@@ -184,7 +184,7 @@ class Contents:
         return int((self.epoch + self.monotonic()) * 1000)
 
     def wall(self) -> int:
-        """Return the time of the wall clock, in milliseconds since 1970. A commit records it for the next start."""
+        """Return the time of the wall clock, in milliseconds since 1970. Each commit and each snapshot records it."""
         return int(self._wall_clock() * 1000)
 
     def alive(self, expiring: Expiring) -> Value | Literal[Absent.MISSING]:

@@ -204,7 +204,8 @@ class Settling:
     @property
     def record(self) -> bytes:
         """A record without changes, at the revision of the snapshot."""
-        return b'{"from":%d,"to":%d,"clear":false,"set":{},"delete":[],"expires":{}}' % (self._end, self._end)
+        record = b'{"from":%d,"to":%d,"clear":false,"set":{},"delete":[],"expires":{},"wall":%d}'
+        return record % (self._end, self._end, self._base.wall())
 
     async def slices(self) -> AsyncIterator[bytes]:
         """Yield the snapshot. The event loop runs between two slices. The state must not change meanwhile."""

@@ -44,7 +44,7 @@ class ParsedRecord(NamedTuple):
         cleared: Whether all keys were deleted before `changes`.
         changes: The last effect on each key that changed. A key that was deleted need not have existed.
         time: The time of the state at the commit, in milliseconds since 1970; 0 if no key expired or expires.
-        wall: The time of the owner's wall clock, in milliseconds since 1970; 0 if no key expired or expires.
+        wall: The time of the owner's wall clock, in milliseconds since 1970.
         calls: The results of calls; `None` if there are none.
     """
 

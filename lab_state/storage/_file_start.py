@@ -6,10 +6,10 @@ The page `docs/design/disk.md` has the rules, with a reason for each.
 from __future__ import annotations
 
 import logging
-import time
 import zlib
 
 from lab_state import _journal as journal
+from lab_state._clock import wall_now
 from lab_state._journal import NO_BASE
 from lab_state._log import Log
 from lab_state.exceptions import LockedError, StorageError
@@ -138,7 +138,7 @@ def _keep_torn(path: str, data: bytes, start: int, leftovers: Leftovers) -> None
             fs.discard(older.pop(0))
         # The tail is copied in pieces, because one large copy would block every other thread.
         tail = [data[at : at + _COPIED_AT_ONCE] for at in range(start, len(data), _COPIED_AT_ONCE)]
-        kept = f"{path}.torn-{time.time_ns() // 1_000_000}"
+        kept = f"{path}.torn-{wall_now()}"
         fs.close(fs.create(kept, tail, fs.WrittenBytes()))
         leftovers.add(path, kept)
     except StorageError as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from lab_state import _forks as forks
 from lab_state import _journal as journal
+from lab_state._clock import wall_now
 from lab_state._journal import NO_BASE, FrameKind
 from lab_state.exceptions import UnavailableError
 from lab_state.storage import _fs as fs
@@ -49,7 +50,7 @@ class NewJournal:
     def create(self, base: str, *frames: tuple[FrameKind, bytes]) -> None:
         """Create the file with a header and these frames, and sync it. Later, the caller must call `discard`."""
         self.base = base
-        parts = [journal.header(self._name, self.salt, base), *self._framed(frames)]
+        parts = [journal.header(self._name, self.salt, base, wall_now()), *self._framed(frames)]
         self.fd = fs.create(self.path, parts, self._progress, *self._replaced)
         self.end = sum(map(len, parts))
 

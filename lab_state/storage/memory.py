@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from lab_state import _forks as forks
 from lab_state import _journal as journal
 from lab_state._buffers import collect
+from lab_state._clock import wall_now
 from lab_state._journal import NO_BASE, FrameKind
 from lab_state.exceptions import LockedError, UnsupportedError
 from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
@@ -77,7 +78,7 @@ class MemorySession:
         # large frame. Drop the tail, as `FileStorage` does.
         self._salt = scan.header.salt if scan is not None else journal.new_salt()
         if stored.journal is None:
-            stored.journal = bytearray(journal.header(name, self._salt, base))
+            stored.journal = bytearray(journal.header(name, self._salt, base, wall_now()))
         elif torn:
             del stored.journal[-torn:]
         self._journal = stored.journal
@@ -124,7 +125,7 @@ class MemorySession:
         before, self._crc = self._end, 0
         data = await collect(self._counted(slices))
         self._check_open()
-        header = journal.header(self._name, self._salt, journal.base_of(len(data), self._crc))
+        header = journal.header(self._name, self._salt, journal.base_of(len(data), self._crc), wall_now())
         # The journal keeps the records after the view, and a frame that is being appended.
         self._journal[:before] = header
         self._end += len(header) - before

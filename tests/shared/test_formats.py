@@ -44,7 +44,10 @@ def results_of(loaded: LoadedState) -> Any:
 def test_a_record_has_the_results_of_calls() -> None:
     """The member `calls` is the last one of a record, in a small record and in one that is made in slices."""
     small = encode_small_record(changes({"a": 1}, 0, 1), CALLS)
-    assert small == b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":{},"calls":%s}' % CALLS_JSON
+    assert (
+        small
+        == b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":{},"wall":0,"calls":%s}' % CALLS_JSON
+    )
     assert b"".join(encode_record(changes({"a": 1}, 0, 1), CALLS)) == small
     expiring = ChangeSet(0, 1, False, {"a": Expiring(1, 9)}, 0.0, 5, 6)
     assert b"".join(encode_record(expiring, CALLS)).endswith(

@@ -83,7 +83,8 @@ async def test_a_record_without_calls_is_that_of_a_state_that_is_not_shared(
     """It has no member `calls`."""
     async with owning(storage, clock) as owner:
         await owner.flusher.make(set_(1, "a", 1))
-    assert owner.connections.records == [b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":{}}']
+    record = b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":{},"wall":%d}'
+    assert owner.connections.records == [record % (clock.time() * 1000)]
 
 
 async def test_callers_share_a_commit(storage: FaultyStorage, clock: ManualClock) -> None:
