@@ -69,6 +69,11 @@ class Checkpoints:
         """Whether a due checkpoint waits only because `State.frozen` is set. After a failed checkpoint this is False."""
         return self.due and not self._pauses.failures and self._state.frozen
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a checkpoint that `start` has started is under way."""
+        return self.task is not None and not self.task.done()
+
     def start_if_due(self) -> None:
         """Start a checkpoint if one is due, the pause after a failure is over, and `State.frozen` is not set.
 
@@ -79,7 +84,7 @@ class Checkpoints:
 
     def start(self) -> None:
         """Start a checkpoint, unless one is under way."""
-        if self.task is None or self.task.done():
+        if not self.is_running:
             self.task = asyncio.create_task(self.write(wait=True), name=f"lab_state {self._name} checkpoint")
             self.task.add_done_callback(self._ended)
 

@@ -257,6 +257,11 @@ class Flusher(Outcomes):
         """A warning of the storage for the operator, with the fault and the remedy; `None` if there is none."""
         return self._session.warning
 
+    @property
+    def path(self) -> str:
+        """The path of the state for messages, without credentials."""
+        return self._session.path
+
     # The task
 
     async def _run(self) -> None:

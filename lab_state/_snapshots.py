@@ -75,6 +75,7 @@ class SnapshotViews:
         given: Callable[[], object] = lambda: None,
         pace: Pace | None = None,
         copy_loaded: bool = False,
+        has_results: bool = True,
     ) -> None:
         """Prepare. No view is taken yet.
 
@@ -90,9 +91,12 @@ class SnapshotViews:
                 a large buffer, and keeps all of that buffer in memory. For a time, the buffer and
                 the copies are in memory together. Only a checkpoint asks for copies, because during
                 a commit the storage may have the whole snapshot in memory as well.
+            has_results: Whether the snapshots have the results of calls of other processes. A backup has none,
+                because no process has sent a call to the state that is restored from it.
         """
         self._state = state
         self._copy_loaded = copy_loaded
+        self._has_results = has_results
         self._one_given = given
         self._pace = pace
         self._durable = durable
@@ -102,7 +106,7 @@ class SnapshotViews:
         """Take a view of the present state, and return an iterator over the slices of its snapshot."""
         view, state = self.freeze(), self._state
         copy_loaded = self._copy_loaded and state.borrowed
-        calls = state.results.snapshot() if state.results is not None else None
+        calls = state.results.snapshot() if state.results is not None and self._has_results else None
         slices = encode_snapshot(
             view, state.revision, state.now(), copy_loaded=copy_loaded, wall=state.wall(), calls=calls
         )

@@ -16,6 +16,7 @@ import msgspec
 from lab_state import _forks as forks
 from lab_state._alone import run_alone, told_of_commits
 from lab_state._arguments import check_cache, check_storage
+from lab_state._backup import BackedUp, Backups
 from lab_state._clock import Clock, GuardedClock, SystemClock
 from lab_state._core import Core
 from lab_state._flusher import Flusher
@@ -35,11 +36,13 @@ from lab_state.exceptions import FencedError, LockedError, UnsupportedError
 from lab_state.handles import Scope
 from lab_state.shared._member import Member
 from lab_state.shared._owner import Surroundings
+from lab_state.storage._backup_file import own_files
+from lab_state.storage._directory import Paths
 from lab_state.storage._protocol import Storage, StorageSession
-from lab_state.storage.file import FileStorage
+from lab_state.storage.file import FileStorage, paths_of
 
 
-class Manager(Scope):
+class Manager(Scope, BackedUp):
     """A map from string keys to JSON values, in memory and durable.
 
     One manager is the only writer of its state, unless several processes share the state; see `Config.shared`. From `start()` to
@@ -52,6 +55,7 @@ class Manager(Scope):
     _remedy = "make one in the other process, with another name or with Config(shared=True)"
 
     __slots__ = (
+        "_backups",
         "_cache",
         "_clock",
         "_config",
@@ -135,6 +139,7 @@ class Manager(Scope):
         self._times = FlushTimes()
         self._sweeper: Sweeper | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._backups: Backups = Backups()
         super().__init__(Core(self._config.name, State(self._clock.monotonic)), "")
 
     def __repr__(self) -> str:
@@ -317,6 +322,7 @@ class Manager(Scope):
 
     async def _stop_tasks(self, flusher: Flusher | Member) -> None:
         try:
+            await self._backups.end()
             await flusher.stop(self._config.stop_timeout)
         except GeneratorExit:
             raise
@@ -404,6 +410,12 @@ class Manager(Scope):
         """The flusher, if this process owns the state."""
         running = self._running  # read once: another thread may be here while `stop()` ends
         return running.flusher if isinstance(running, Member) else running
+
+    def _own_files(self) -> Paths | None:
+        """Return the files of the state; `None` if they are not on this machine. The call may block."""
+        if (flusher := self._flusher) is not None:
+            return own_files(flusher.path)
+        return paths_of(self._storage, self._config.name) if isinstance(self._storage, FileStorage) else None
 
     @property
     def _mirror(self) -> MirrorWriter | None:

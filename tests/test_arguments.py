@@ -55,6 +55,12 @@ WRONG: dict[str, list[Wrong]] = {
     "keys": [*of_no_type("a", 5, None), *(Wrong(["a", key.value], key.error) for key in KEYS)],
     "prefix": of_no_type(5, None, b"a", ["a"]),
     "after": [key for key in KEYS if key.value is not None],
+    "path": [
+        *of_no_type(5, None, b"a", ["a"]),
+        Wrong("", ValueError),
+        Wrong("a\0", ValueError),
+        Wrong("~/a", ValueError),
+    ],
     "limit": [*of_no_type("1", True, 1.5), Wrong(0, ValueError), Wrong(-1, ValueError)],
     "reverse": [],  # a flag: Python's truth of it counts
     "name": [*of_no_type(5, None, b"a"), *(Wrong(name, InvalidKeyError) for name in ("", "a/", "x" * 1025, "a\0b"))],
@@ -96,6 +102,7 @@ EMPTY: tuple[Any, ...] = ("", ["a", ""], {"a": 2, "": 2})
 GOOD: dict[str, Any] = {
     "key": "a",
     "keys": ["a"],
+    "path": "/dev/null/b.json",
     "name": "n",
     "value": 2,
     "values": {"a": 2},

@@ -14,7 +14,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from lab_state._log import Log
 from lab_state.exceptions import UnavailableError, UnsupportedError
@@ -46,6 +46,31 @@ class Paths(NamedTuple):
         """Return the paths for the state of this name."""
         path = os.path.join(directory, name)
         return cls(directory, f"{path}.json", f"{path}.journal", f"{path}.lock")
+
+
+def check_path(path: object, what: Literal["directory", "backup"]) -> str:
+    """Return a path as a `str`. `what` says for the messages what the path is for.
+
+    Raises:
+        TypeError: The path is neither a `str` nor a path object, or is a path of bytes.
+        ValueError: The path is empty, starts with `~`, or contains a NUL character or a character that this system's
+            encoding of file names does not have.
+    """
+    found: object = os.fspath(cast("str", path))
+    if not isinstance(found, str):
+        raise TypeError(f"the path of a {what} must be a str, not {type(found).__name__}")
+    if "\0" in found:
+        raise ValueError(f"the path of a {what} cannot hold a NUL character")
+    if not found:
+        hint = "; for the current directory write '.'" if what == "directory" else ""
+        raise ValueError(f"the path of a {what} is empty{hint}")
+    if found.startswith("~"):
+        raise ValueError(f"{found!r} starts with '~', which is not expanded: use os.path.expanduser(), or write './~'")
+    try:
+        os.fsencode(found)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{found!r} cannot be written in {error.encoding}, the encoding of file names here") from None
+    return found
 
 
 def opened(path: str, *, create: bool) -> str:

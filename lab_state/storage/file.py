@@ -37,6 +37,7 @@ from lab_state import _forks as forks
 from lab_state import _journal as journal
 from lab_state._buffers import collect
 from lab_state.exceptions import UnsupportedError
+from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._claim import SharedFiles
@@ -83,24 +84,7 @@ class FileStorage:
             ValueError: `directory` is empty, starts with `~`, or contains a NUL character or
                 a character that this system's encoding of file names does not have.
         """
-        path = os.fspath(directory)
-        if not isinstance(path, str):
-            raise TypeError(f"the path of a directory must be a str, not {type(path).__name__}")
-        if "\0" in path:
-            raise ValueError("the path of a directory cannot hold a NUL character")
-        if not path:
-            raise ValueError("the path of a directory is empty; for the current directory write '.'")
-        if path.startswith("~"):
-            raise ValueError(
-                f"{path!r} starts with '~', which is not expanded: use os.path.expanduser(), or write './~'"
-            )
-        try:
-            os.fsencode(path)
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{path!r} cannot be written in {error.encoding}, the encoding of file names here"
-            ) from None
-        self._directory = path
+        self._directory = folder.check_path(directory, "directory")
         self._create = create
         self._tried: set[lookup.Identity] = set()
         self._leftovers = Leftovers()
@@ -165,6 +149,11 @@ class FileStorage:
 def files_of(storage: FileStorage) -> SharedFiles:
     """Return the files by which processes share the states of a storage."""
     return storage._shared_files()  # noqa: SLF001 -- `FileStorage` is in this module, and this is not for its users
+
+
+def paths_of(storage: FileStorage, name: str) -> Paths:
+    """Return the paths of the files of a state. A relative directory is resolved now."""
+    return Paths.of(os.path.realpath(folder.absolute(storage._directory)), name)  # noqa: SLF001 -- as in `files_of`
 
 
 def _give_up(opening: Future[tuple[Writer, Recovery]]) -> None:
