@@ -27,35 +27,33 @@ R = TypeVar("R")
 class Calls(Writing, Waits):
     """The calls that read, and the calls that write.
 
-    A read waits for no write. It sees every change made so far, and returns a fresh value each time,
-    so changing that value does not change the state. A write is atomic and is in memory at
-    once. It becomes durable later; see `Config.flush_interval`. With an interval of 0, a write
-    returns when it is durable. If it then raises `StorageError`, or its caller is cancelled,
-    the change stays in memory. It is not durable yet, and the next flush includes it.
-    A write that changes nothing returns at once, as a read does.
+    A read waits for no write. It sees every change made so far, and returns a fresh value each time, so changing that
+    value does not change the state. A write is atomic: it changes the memory in one moment. If a transaction is open, the
+    write first waits for the end of the transaction. The change becomes durable later; see `Config.flush_interval`. With
+    an interval of 0, a write returns when its change is durable. If the write raises `StorageError` while it waits for
+    that, or if its caller is cancelled during this wait, the change stays in memory. The change is not durable yet, and
+    the next flush includes it. A write that changes nothing does not wait until anything is durable.
 
-    In a shared state (`Config.shared`), a read returns durable values only. Each write, also one that
-    changes nothing, goes to the process that owns the state. It returns when its revision is durable, and
-    in the memory of this process. Without a sign of life of an owner for `Config.owner_timeout` seconds,
-    a write raises `UnavailableError`; its `outcome` says whether the write was made.
+    In a shared state (`Config.shared`), a read returns durable values only. Each write goes to the process that owns the
+    state, even if it changes nothing. There is one exception: `get_or_set` of an existing key only reads. A write returns
+    when its revision is durable, and this process has that revision in memory. If no owner gives a sign of life for
+    `Config.owner_timeout` seconds, a write raises `UnavailableError`. Its `outcome` says whether the write was made.
 
-    Once the manager knows that a newer writer owns the state, each write raises
-    `FencedError` and changes nothing, whatever `Config.flush_interval` is. Even a write without
-    an effect raises this error. Reads go on. If other code has cancelled the flush task of the
-    manager, each write raises `UnavailableError` in the same way until `stop()`; see
-    `Status.task_failure`.
+    Once the manager knows that a newer writer owns the state, each write raises `FencedError` and changes nothing,
+    whatever `Config.flush_interval` is. Even a write without an effect raises this error. Reads still succeed. If other
+    code has cancelled the flush task of the manager, each write raises `UnavailableError` until `stop()`, and changes
+    nothing; see `Status.task_failure`.
 
-    Each call raises `ClosedError` before `start()` and after `stop()`. Each call with a key
-    raises `InvalidKeyError` unless the key is a `str` of 1 to 1,024 characters, without NUL
-    and lone surrogates, and not `$lab_state`. Only `in` returns False for any other key. Each
-    other argument of a wrong Python type raises `TypeError`. A write raises `RuntimeError` if it is
-    not on the event loop of `start()`. There is one exception: `set` does not check the loop
-    if the key has an unflushed change already.
+    Each call raises `ClosedError` before `start()` and after `stop()`. Each call with a key raises `InvalidKeyError`
+    unless the key is a `str` of 1 to 1,024 characters, without NUL and lone surrogates, and not `$lab_state`. Only `in`
+    returns False for any other key. Each other argument of a wrong Python type raises `TypeError`. A write raises
+    `RuntimeError` if it is not on the event loop of `start()`. There is one exception: `set` does not check the loop if
+    the key has an unflushed change already.
 
-    A call whose name ends in `_nowait` is the same call without `await`, for callbacks and other
-    synchronous code on the event loop. Each read except `items` has such a call. For `exists`, it is `in`.
-    Three writes have one: `set_nowait`, `delete_nowait` and `update_nowait`. They change memory and
-    return, and the change becomes durable with the next flush.
+    A call whose name ends in `_nowait` does the same as the call without this ending, but without `await`. It is meant
+    for callbacks and other synchronous code on the event loop. Each read except `items` has such a call. For `exists`, it
+    is `in`. Three writes have such a call: `set_nowait`, `delete_nowait` and `update_nowait`. These three change the
+    memory and return, and the change becomes durable with the next flush.
     """
 
     __slots__ = ()
@@ -78,7 +76,7 @@ class Calls(Writing, Waits):
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
-            TypeMismatchError: The stored value is not a `type`; it was not deleted.
+            TypeMismatchError: The stored value cannot be decoded as `type`. It was not deleted.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -115,23 +113,24 @@ class Calls(Writing, Waits):
 
         Args:
             key: The key.
-            fn: A plain function that is given the value and returns the new one. If it
+            fn: A plain function that takes the value and returns the new value. If it
                 raises an error, the call changes nothing. If it sets this key with `set_nowait`,
                 the result of `fn` overwrites that value. In a shared state, `fn` is called again if
                 another process has changed the key meanwhile.
             default: The argument of `fn` if the key is missing.
-            type: The type to decode the value as; the new value must have it, too.
+            type: The type to decode the value as. The new value must have this type, too.
             ttl: The time until the key expires, from now on; see `set`. Without it, or with
                 `None`, an existing key keeps its expiry, or stays without one. To remove the
                 expiry of a key, use `touch(key, None)`.
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
-            TypeMismatchError: The stored or the new value is not a `type`.
-            InvalidValueError: The new value cannot be kept, is an awaitable, or is `None`
-                although the old one was not: probably `fn` lacks a `return`. Or `ttl` is out
-                of bounds.
-            TypeError: `fn` is not callable; or see `get` and `set`.
+            TypeMismatchError: The stored value or the new value cannot be decoded as `type`.
+            InvalidValueError: The new value is an awaitable, or JSON cannot hold it. Or the new value
+                is `None`, and the old value was not `None`: probably `fn` lacks a `return`. Or
+                `ttl` is out of bounds.
+            TypeError: `fn` is not callable, `type` cannot be decoded, or `ttl` is neither a number
+                nor a `timedelta`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -172,14 +171,15 @@ class Calls(Writing, Waits):
             factory: A plain function, called only when the key is missing. If it sets this
                 key with `set_nowait`, the result of `factory` overwrites that value. In a shared
                 state, `factory` may be called again, like the `fn` of `update`.
-            type: The type to decode the value as; the result of `factory` must have it, too.
+            type: The type to decode the value as. The result of `factory` must have this type, too.
             ttl: The time until the key expires, if the result of `factory` is stored; see `set`.
 
         Raises:
-            TypeMismatchError: The stored or the new value is not a `type`.
-            InvalidValueError: The new value cannot be kept, or is an awaitable. Or `ttl`
+            TypeMismatchError: The stored value or the new value cannot be decoded as `type`.
+            InvalidValueError: The new value is an awaitable, or JSON cannot hold it. Or `ttl`
                 is out of bounds.
-            TypeError: `factory` is not callable; or see `get` and `set`.
+            TypeError: `factory` is not callable, `type` cannot be decoded, or `ttl` is neither a
+                number nor a `timedelta`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -240,24 +240,26 @@ class Calls(Writing, Waits):
     ) -> int | float:
         """Add to a number, atomically, and return the new number.
 
-        The sum is an `int` if the stored number and `delta` are. Otherwise it is a `float`: 1.5 plus
-        1 is 2.5. With `type=int` a stored or new number that is a `float` is an error.
+        The sum is an `int` if the stored number and `delta` are both `int`. Otherwise it is a `float`:
+        1.5 plus 1 is 2.5. With `type=int`, the call raises `TypeMismatchError` if the stored number or
+        the sum is a `float`.
 
         Args:
             key: The key.
             delta: The number to add. It may be negative.
             type: `int` or `float`, or another type of a number. The stored number is decoded
-                as this type, and the new number must have it, too.
+                as this type, and the new number must have this type, too.
             default: The number to start from if the key is missing.
             ttl: The time until the key expires, if the key is missing; see `set`. An existing
                 key keeps its expiry. So the number can count the events of a period.
 
         Raises:
-            TypeMismatchError: The stored value is not a number, or the stored or the new
-                number is not a `type`.
+            TypeMismatchError: The stored value is not a number. Or the stored number or the new
+                number cannot be decoded as `type`.
             InvalidValueError: `delta`, `default` or the sum is not finite, or `ttl` is out of
                 bounds.
-            TypeError: `delta` or `default` is not a number; or see `get` and `set`.
+            TypeError: `delta` or `default` is not a number, `type` cannot be decoded, or `ttl` is
+                neither a number nor a `timedelta`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -299,7 +301,7 @@ class Calls(Writing, Waits):
     # without `_nowait` to its end. `_check_nowait` has checked that this call does not have to wait.
 
     def set_nowait(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:
-        """Store a value, without waiting, and return the revision.
+        """Store a value without waiting, and return the revision of this change.
 
         Args:
             key: The key.
@@ -349,18 +351,18 @@ class Calls(Writing, Waits):
 
         Args:
             key: The key.
-            fn: A plain function that is given the value and returns the new one. If it raises
+            fn: A plain function that takes the value and returns the new value. If it raises
                 an error, the call changes nothing.
             default: The argument of `fn` if the key is missing.
-            type: The type to decode the value as; the new value must have it, too.
+            type: The type to decode the value as. The new value must have this type, too.
             ttl: The time until the key expires, from now on; see `update`.
 
         Raises:
             RuntimeError: This is not the event loop of `start()`, `flush_interval` is 0, or a
                 transaction is open. Nothing was changed; the message says what to call.
             KeyNotFoundError: The key is missing, and there is no default.
-            TypeMismatchError: The stored or the new value is not a `type`.
-            InvalidValueError: As from `update`.
+            TypeMismatchError: The stored value or the new value cannot be decoded as `type`.
+            InvalidValueError: The new value or `ttl` is refused; see `update`.
             FencedError: A newer writer owns the state; nothing was changed.
         """
         self._check_nowait("update")

@@ -70,7 +70,7 @@ class GuardedClock:
     """
 
     def __init__(self, clock: Clock, failed: Callable[[Exception], object]) -> None:
-        """Wrap a clock, and read it. Raise an error of this reading. `failed` is called once, with the first error that is not raised."""
+        """Wrap a clock, and read its times. If the clock raises an error here, raise it. `failed` is called once, with the first error that is not raised."""
         self.strict: bool = True
         self._clock = clock
         self._failed: Callable[[Exception], object] | None = failed
@@ -78,26 +78,26 @@ class GuardedClock:
         self._monotonic = clock.monotonic()
 
     def time(self) -> float:
-        """Return the `time` of the clock, or its last result; see the class."""
+        """Return the `time` of the clock, or its last result; see `GuardedClock`."""
         try:
             self._time = self._clock.time()
-        except Exception as error:  # noqa: BLE001 -- see the class
+        except Exception as error:  # noqa: BLE001 -- see `GuardedClock`
             self._tell(error)
         return self._time
 
     def monotonic(self) -> float:
-        """Return the `monotonic` of the clock, or its last result; see the class."""
+        """Return the `monotonic` of the clock, or its last result; see `GuardedClock`."""
         try:
             self._monotonic = self._clock.monotonic()
-        except Exception as error:  # noqa: BLE001 -- see the class
+        except Exception as error:  # noqa: BLE001 -- see `GuardedClock`
             self._tell(error)
         return self._monotonic
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
-        """Schedule a call with the clock, or with the event loop; see the class. Return the timer."""
+        """Schedule a call with the clock, or with the event loop; see `GuardedClock`. Return the timer."""
         try:
             return self._clock.call_later(delay, callback)
-        except Exception as error:  # noqa: BLE001 -- see the class
+        except Exception as error:  # noqa: BLE001 -- see `GuardedClock`
             self._tell(error)
         return asyncio.get_running_loop().call_later(delay, callback)
 

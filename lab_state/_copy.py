@@ -28,14 +28,14 @@ _AT_ONCE = 1000
 async def copy_state(name: str, source: Storage, target: Storage, *, progress: Progress | None = None) -> int:
     """Copy a state to another storage, and read the copy back to compare it.
 
-    The source is read as `read_state` reads it: it is not opened, nothing is written there, and
+    The source is read as by `read_state`: the state is not opened, nothing is written to the source, and
     a manager may be running on it. The copy is the state at one moment between call and return.
     It has every change that was durable at the call. To move a state, stop its manager first,
     because later changes are not in the copy.
 
     When the call returns, the copy is durable, and has the same revision. If the call raises an
     error or is cancelled, there may be a copy in the target. Delete that copy before you try again.
-    There is one exception: if the error says that the target already has a state, nothing was written.
+    If the error says that the target already has a state, nothing was written: do not delete that state.
 
     During the comparison the state is in memory at least twice. Decoding blocks the event loop, as in
     `start()`. So call this function in a script, or before a service starts.
@@ -53,8 +53,8 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
     Raises:
         InvalidNameError: The name is not valid; see `Config.name`.
         TypeError: The source is not a storage, or has no method `read`.
-        UnsupportedError: The target has a state of this name. Or the source has none, or only an empty
-            one that was never written.
+        UnsupportedError: The target has a state of this name. Or the source has no state of this name, or
+            only an empty state that was never written. Or a storage cannot be used as it is.
         StorageError: Reading or writing failed; see `Storage` and `StorageSession`. Or the copy differs from the source.
     """
     name = Config(name=name).name

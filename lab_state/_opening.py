@@ -59,7 +59,7 @@ def loaded(session: StorageSession, name: str, clock: Clock, logger: Log, began:
 
     Raises:
         CorruptionError: The stored state is damaged, or has a key or a value that lab_state cannot keep.
-        UnsupportedError: The stored state has a newer format.
+        UnsupportedError: A newer version of lab_state wrote the state.
     """
     snapshot, records, _, _, crc = session.recovery
     warn_of_torn_tail(session, logger)

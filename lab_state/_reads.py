@@ -42,7 +42,7 @@ class Reads(Iterates):
         """Return the number of keys.
 
         Without a prefix, the cost depends on the number of keys that expire in the present second. In a namespace
-        it is O(log n + m): m is the number of keys of the state that have expired and are not swept yet. If the keys
+        the cost is O(log n + m). The state has n keys, and m of them have expired and are not swept yet. If the keys
         of the state are not in order yet, the call in a namespace first sorts all of them, in one step; see `keys`.
         """
         self._check_open()
@@ -72,8 +72,8 @@ class Reads(Iterates):
     async def get(self, key: str, default: object = MISSING, *, type: Any = Any) -> Any:
         """Return the value of a key.
 
-        A missing key is an error unless a default is given: `get(key, None)` returns `None` for
-        it. A stored `null` is a value, and is returned as `None`.
+        A missing key is an error unless a default is given: `get(key, None)` returns `None` for a
+        missing key. A stored `null` is a value, and is returned as `None`.
 
         Args:
             key: The key.
@@ -84,7 +84,7 @@ class Reads(Iterates):
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
             InvalidKeyError: The key cannot be in a state.
-            TypeMismatchError: The stored value is not a `type`; the error has the path.
+            TypeMismatchError: The stored value cannot be decoded as `type`. `error.path` is the path to the part that does not fit.
             TypeError: The type cannot be decoded, whatever the value is; the message says why.
                 Or the default is a class: to decode the value, pass the class as `type`.
         """
@@ -132,8 +132,8 @@ class Reads(Iterates):
             type: The type to decode each value as; see `get`.
 
         Raises:
-            TypeMismatchError: One of the values is not a `type`.
-            TypeError: `keys` is one `str`, or is not iterable; or see `get`.
+            TypeMismatchError: One of the values cannot be decoded as `type`. `error.path` is the path in this value.
+            TypeError: `keys` is one `str`, or is not iterable. Or the type cannot be decoded; see `get`.
         """
         return self.get_many_nowait(keys, type=type)
 
@@ -171,10 +171,10 @@ class Reads(Iterates):
     ) -> dict[str, Any]:
         """Return the keys that start with `prefix`, in order of code points, with their values. All values are of one moment.
 
-        The cost depends on the keys that are returned, not on all keys. With 1,000 keys or more, the call
-        works in steps of some milliseconds, and the event loop runs between two steps. `keys` says
-        when a call sorts all keys, and how to read pages. To read values one after the other, without a
-        dict of all values, use `items`.
+        The cost depends on the number of keys that are returned, not on the number of all keys. With 1,000 keys or
+        more, the call works in steps of some milliseconds, and the event loop runs between two steps. See `keys` for
+        the calls that sort all keys, and for pages. To read values one after the other, without a dict of all
+        values, use `items`.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -184,9 +184,9 @@ class Reads(Iterates):
             type: The type to decode each value as; see `get`.
 
         Raises:
-            TypeMismatchError: One of the values is not a `type`.
+            TypeMismatchError: One of the values cannot be decoded as `type`. `error.path` is the path in this value.
             InvalidKeyError: `after` cannot be a key.
-            TypeError: An argument has a wrong type; or see `get`.
+            TypeError: An argument has a wrong type, or `type` cannot be decoded; see `get`.
             ValueError: `limit` is below 1.
             ClosedError: The manager is not running, or was stopped during the steps.
         """
@@ -224,7 +224,7 @@ class Reads(Iterates):
     ) -> dict[str, Any]:
         """Return the keys that start with `prefix`, with their values, without `await`, in one step; see `get_all`.
 
-        With a million keys, the event loop does not run for some seconds.
+        With a million keys, this blocks the event loop for some seconds.
         """
         self._check_open()
         return self._all(self._cut(self._names(self._range(prefix, after, limit, reverse=reverse))), type)
@@ -241,13 +241,13 @@ class Reads(Iterates):
     ) -> list[str]:
         """Return the keys that start with `prefix`, in order of code points, all of one moment.
 
-        The cost depends on the keys that are returned, not on all keys. With 1,000 keys or more, the call
-        works in steps of some milliseconds, and the event loop runs between two steps.
+        The cost depends on the number of keys that are returned, not on the number of all keys. With 1,000 keys or
+        more, the call works in steps of some milliseconds, and the event loop runs between two steps.
 
         The first call that needs an order is an exception: it sorts all keys of the state, in steps. A million keys
         take one to three seconds. Then the order is kept, in 8 MB of memory for a million keys. Each key that
         is added or deleted later costs the next call about 10 µs. If more than a quarter of the keys are added or
-        deleted without such a call, the order may be dropped, and the next call sorts all keys again.
+        deleted between two of these calls, the order may be dropped, and the second call sorts all keys again.
 
         A call with a `limit` returns a page. To get the next page, pass the last key of this page as `after`. If
         keys are added or deleted between two calls, no other key is skipped or returned twice.

@@ -16,8 +16,8 @@ from lab_state.storage._protocol import Storage
 class StateView(Reads):
     """A state as it was at one moment: a copy in memory that never changes.
 
-    `read_state` makes it. It has the reading calls of a manager. The time of a view does not advance: it is
-    the time at the end of `read_state`. Keys that had expired by then are not in the view. All other keys
+    `read_state` makes a view. A view has the reading calls of a manager. The time of a view does not advance: it
+    is the time at the end of `read_state`. Keys that had expired by then are not in the view. All other keys
     stay in the view. `expires_in` counts from the time of the view.
 
     Attributes:
@@ -87,10 +87,10 @@ async def read_state(name: str, storage: Storage, *, clock: Clock | None = None)
     Raises:
         InvalidNameError: The name is out of bounds.
         UnsupportedError: There is no state of this name: check the name and the storage. Or the
-            state cannot be read as it is, because of permissions or a newer format.
+            state cannot be read as it is: a permission is missing, or a newer version of lab_state wrote it.
         CorruptionError: The stored state is damaged. `start()` would refuse it as well.
-        UnavailableError: The state could not be read this time, or was replaced during each of ten readings: call
-            `read_state` again.
+        UnavailableError: The state could not be read this time, or a writer replaced parts of it during each of the
+            readings: call `read_state` again.
         TypeError: `storage` is not a storage, or has no method `read`. Or the name is not a `str`.
     """
     name = Config(name=name).name

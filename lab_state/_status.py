@@ -34,12 +34,12 @@ class MirrorStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The health of a manager, and some figures, at one moment.
 
-    In a shared state, only the owner commits and has files. In its followers, the figures of commits and
+    In a shared state, only the owner commits and has files. In a follower, the figures of commits and
     of files are 0 or `None`.
 
     Attributes:
         phase: `new`, `starting`, `running`, `stopping` or `stopped`.
-        keys: The number of keys; 0 after `stop()`, because the state is not in memory then.
+        keys: The number of keys; 0 before `start()` and after `stop()`, because the state is not in memory then.
         revision: The number of the last change.
         durable_revision: Every change up to this revision is durable.
         unflushed_keys: The number of keys with changes that are not durable. A key that was changed
@@ -50,19 +50,20 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         last_flush_seconds: The duration of the last commit that succeeded, in seconds.
         flushes: The number of commits that succeeded since the start.
         flush_failures: The number of commits and checkpoints that failed since the start.
-        last_error: The error of the last commit or checkpoint; `None` if it succeeded.
+        last_error: The error of the last commit or checkpoint; `None` if it succeeded. While commits fail, a
+            checkpoint that succeeds does not remove their error.
         snapshot_bytes: The size of the snapshot, in bytes.
         journal_bytes: The size of the journal that follows the snapshot, in bytes.
         storage_warning: A fault of the storage that does not make any call fail, and the
             remedy for the operator; `None` if there is no such fault.
-        fenced: Whether a newer writer owns the state. Then nothing more becomes durable,
-            and every write raises `FencedError`. End the process.
+        fenced: Whether the manager has learned that a newer writer owns the state. Then nothing more
+            becomes durable, and every write raises `FencedError`. End the process.
         task_failure: The task of the manager that ended before `stop()`, and the reason;
             `None` while all tasks run. In a follower of a shared state, it is the error with which the
             process has lost its state. Without its flush task a manager refuses every
-            write with `UnavailableError`; `stop()` still flushes. Without the mirror's
-            task the mirror is no longer kept up to date.
-        mirror: The mirror in the cache; `None` if the manager has no cache.
+            write with `UnavailableError`; `stop()` still flushes. Without the task of the
+            mirror, the manager no longer updates the mirror.
+        mirror: The health of the mirror in the cache; `None` if the manager has no cache.
         role: `owner` or `follower`; `None` while the manager does not run. A state that is not
             shared has one process, its owner.
         owner_pid: The process id of the owner; `None` while there is none, or while the manager

@@ -27,7 +27,7 @@ R = TypeVar("R")
 class Draft(Layered):
     """A state on top of another state, its base. No other writer changes the base while the draft exists.
 
-    `revision` is the revision that the base will have after `merge`.
+    `revision` is the revision that the base will have after `merge`, if the draft has changes.
     """
 
     __slots__ = ("_only_values",)
@@ -46,7 +46,7 @@ class Draft(Layered):
         return view
 
     def merge(self) -> int | None:
-        """Apply all changes to the base, as one change. Return its revision, or `None` if nothing changed."""
+        """Apply all changes to the base, as one change. Return the new revision, or `None` if nothing changed."""
         changes: dict[str, StoredOrGone] = self.changes
         if self._only_values:
             return self.base.set_many(cast("dict[str, Value]", changes)) if changes else None
@@ -61,7 +61,7 @@ class Draft(Layered):
         return Batch(self.base, self.changes, cleared=self.cleared)
 
     def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
-        """Apply changes to the draft. All of its changes have one revision."""
+        """Apply changes to the draft. All changes of a draft have the same revision."""
         self._only_values = False
         super().apply(changes, cleared=cleared)
         self.revision = self.base.revision + 1
@@ -79,8 +79,8 @@ class DraftCore(CallCore):
 
     Attributes:
         changes: The changes of the draft. After the transaction, an empty dict.
-        known: The keys of the state. A key that is among them was checked before. Empty after the transaction.
-        committed: The revision of the state after `conclude`; `None` before.
+        known: The keys of the state, which were all checked before. After the transaction, it is empty.
+        committed: The revision of the state at the end of `conclude`; `None` before that.
     """
 
     __slots__ = ("_core", "_is_over", "changes", "committed", "known")

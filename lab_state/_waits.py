@@ -12,9 +12,9 @@ class Waits(Reads):
     __slots__ = ()
 
     async def flush(self) -> None:
-        """Wait until each change made so far is durable.
+        """Make each change so far durable, and return when this is done.
 
-        If nothing changed, nothing is written. Callers at the same time share one write.
+        If all changes are durable already, nothing is written. Callers at the same time share one write.
         If the caller is cancelled, the write goes on. In a shared state, each write that has returned
         is durable already. So this call does the same as `catch_up`, with the same errors.
 
@@ -80,9 +80,9 @@ class Waits(Reads):
         await self._core.durability.wait_durable(last if revision is None else revision, seconds)
 
     async def wait_revision(self, revision: int, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- a timeout raises a `StorageError`
-        """Wait until this process has a revision that another process, or an earlier start, has returned.
+        """Wait until this process has a revision. A write of another process, or of an earlier start, has returned it.
 
-        If the state has reached the revision, return at once. Otherwise wait until the revision is durable.
+        If this process has the revision, return at once. Otherwise wait until the revision is made and durable.
         If the caller is cancelled, the wait ends, and nothing changes.
 
         Args:

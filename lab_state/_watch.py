@@ -32,7 +32,7 @@ Kind: TypeAlias = Literal["set", "delete", "expire", "resync"]
 
 
 Told: TypeAlias = tuple[str, tuple[StoredOrGone, int]]
-"""A key; its new value, `DELETED` or `EXPIRED`; and the revision to report."""
+"""A pair: the key, and a second pair. The second pair has either the new value or one of the marks `DELETED` and `EXPIRED`, and then the revision to report."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -42,7 +42,8 @@ class Change(msgspec.Struct, frozen=True):
         key: The key, without the prefix of the handle that is watched; empty for `resync`.
         kind: `set`, `delete`, `expire` or `resync`. After a `resync`, read the state again; see
             `Manager.watch`.
-        revision: A revision of the state that contains the change.
+        revision: The revision of the change, or a later revision that includes it. A watch of
+            durable changes reports the last revision of the commit.
     """
 
     key: str
@@ -80,7 +81,7 @@ class Watcher:
         self._waiting: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
-        """Return the prefix, and the number of keys with pending changes. In its place may be `a resync` or `closed`."""
+        """Return the prefix, and the number of keys with pending changes. If a `resync` is pending or the watch is closed, the text says so instead of the number."""
         what = "closed" if self._closed else "a resync" if self._resync is not None else f"{len(self._pending)} keys"
         durable = ", durable" if self.durable else ""
         return f"<watch of {self.prefix!r}{durable}, pending: {what}>"
@@ -123,7 +124,7 @@ class Watcher:
         return self
 
     async def __anext__(self) -> Change:
-        """Return the oldest pending change. If there is none, wait for one. After `close`, end the iteration instead.
+        """Return the oldest pending change. If there is none, wait for one. If there is none and the watch is closed, end the iteration.
 
         Raises:
             RuntimeError: Another task waits for a change of this watch.
@@ -204,7 +205,7 @@ class Watchers:
     """The watchers of one state, from a start to a stop.
 
     Attributes:
-        attended: A callback. It gets True when a watch begins and there is no other, and False when the last one ends.
+        attended: A callback. It gets True when a first watch is added, and False when the last watch is removed.
     """
 
     def __init__(self, state: State) -> None:
@@ -212,8 +213,8 @@ class Watchers:
         self.attended: Callable[[bool], object] = bool
         self._live = Group()
         self._durable = Group()
-        self._turn: dict[str, tuple[StoredOrGone, int]] = {}  # the last change of each key in this turn
-        self._everything = 0  # the revision at which all keys were deleted in this turn; 0 if they were not
+        self._turn: dict[str, tuple[StoredOrGone, int]] = {}  # the noted changes: the last one of each key
+        self._everything = 0  # the revision of a noted deletion of all keys; 0 if there is none
         self._queue: deque[tuple[Group, Iterator[Told] | int]] = deque()  # an int is the revision of a `resync`
 
     def __bool__(self) -> bool:
@@ -289,12 +290,12 @@ class Watchers:
                 watcher.disown(refusal)
 
     def _hand_out(self) -> None:
-        """Queue the changes that were noted in this turn, and begin to report them."""
+        """Queue the noted changes, and begin to report them."""
         self._queue_turn()
         self._tell()
 
     def _queue_turn(self) -> None:
-        """Move the changes that were noted in this turn to the queue."""
+        """Move the noted changes to the queue."""
         turn, self._turn = self._turn, {}
         everything, self._everything = self._everything, 0
         if everything:
@@ -302,7 +303,7 @@ class Watchers:
         self._queue.append((self._live, iter(turn.items())))
 
     def _tell(self) -> None:
-        """Report queued changes to the watchers, in about `_TOLD_AT_ONCE` steps. Report the rest in later turns of the event loop."""
+        """Report queued changes to the watchers, until about `_TOLD_AT_ONCE` steps are made. Report the rest in later turns of the event loop."""
         self._step()
         if self._queue:
             asyncio.get_running_loop().call_soon(self._tell)

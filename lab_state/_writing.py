@@ -39,7 +39,7 @@ from lab_state.exceptions import InvalidValueError, TypeMismatchError
 
 _KEY_BYTES = 256  # added to the size of each value, because a key takes time even if its value is small
 _STEP_BYTES = 128 * 1024
-"""The event loop runs each time this many bytes were encoded. This takes about a millisecond, or longer for a larger value."""
+"""The event loop runs each time this many bytes were encoded. To encode them takes about a millisecond, or longer if one value is larger."""
 
 
 class Writing(Reads):
@@ -48,7 +48,7 @@ class Writing(Reads):
     __slots__ = ()
 
     async def set(self, key: str, value: object, *, ttl: Seconds | None = None) -> int:  # noqa: C901, PLR0912 -- the hot path, written out
-        """Store a value, and return the revision.
+        """Store a value, and return the revision of this change.
 
         Args:
             key: The key.
@@ -64,7 +64,7 @@ class Writing(Reads):
                 key is removed.
 
         Raises:
-            InvalidValueError: JSON cannot hold the value; the error has the path to the bad part.
+            InvalidValueError: JSON cannot hold the value; `error.path` is the path to the bad part.
                 Or `ttl` is out of bounds.
             TypeError: `ttl` is neither a number nor a `timedelta`.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
@@ -118,10 +118,10 @@ class Writing(Reads):
         return revision
 
     async def set_many(self, values: Mapping[str, object], *, ttl: Seconds | None = None) -> int:
-        """Store several values as one change, and return the revision. A crash keeps all of them, or none.
+        """Store several values as one change, and return the revision of this change. A crash keeps all of the values, or none.
 
-        All values change in one moment, even if the call works in steps: a read finds all of them, or none.
-        Another write is ordered before or after all of them, and may wait during a part of the call. If the
+        All values change in one moment, even if the call works in steps: a read finds all of the new values, or
+        none. Another write comes before or after that moment, and may wait during a part of the call. If the
         caller is cancelled before that moment, nothing is stored.
 
         Args:
@@ -132,10 +132,10 @@ class Writing(Reads):
             ttl: The time until all these keys expire; see `set`.
 
         Raises:
-            InvalidValueError: One of the values cannot be kept, or `ttl` is out of
-                bounds; none was stored.
-            TypeError: `values` is not a mapping; or see `set`.
-            ClosedError: The manager was stopped during the steps; none was stored.
+            InvalidValueError: JSON cannot hold one of the values, or `ttl` is out of
+                bounds. Nothing was stored.
+            TypeError: `values` is not a mapping, or `ttl` is neither a number nor a `timedelta`.
+            ClosedError: The manager was stopped during the steps. Nothing was stored.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -168,7 +168,7 @@ class Writing(Reads):
 
         Args:
             key: The key.
-            ttl: The time until the key expires, from now on; see `set`. With `None` it never expires.
+            ttl: The time until the key expires, from now on; see `set`. With `None` the key never expires.
 
         Raises:
             InvalidValueError: `ttl` is out of bounds.
@@ -321,7 +321,7 @@ class Writing(Reads):
     # Steps that the writing calls share
 
     def _note_for_views(self, key: object, ttl: Seconds | None) -> bool:
-        """Keep the value of a key for open iterators, and return True. If `set` may have to wait, or has a `ttl`, return False."""
+        """Keep the value of a key for open iterators, and return True. If `set` may have to wait or has a `ttl`, or the state is shared, return False."""
         core = self._core
         if ttl is not None or core.must_wait or core.port is not None:
             return False

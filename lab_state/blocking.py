@@ -1,4 +1,4 @@
-"""`Blocking` and `BlockingEntry`: the calls of a manager and of an entry, for threads without the event loop of the manager."""
+"""`Blocking` and `BlockingEntry`: the calls of a manager and of an entry, for threads that do not run the event loop of the manager."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ENDED = "the event loop of the manager does not run; wait for all threads that 
 
 @final
 class Blocking(Plain):
-    """The calls without `await`, for threads without the event loop of the manager.
+    """The calls without `await`, for threads that do not run the event loop of the manager.
 
     They are meant for FastAPI's `def` endpoints, `asyncio.to_thread`, and your own threads. Any
     number of threads can use them at the same time. Each call runs the manager's call of the same name on
@@ -41,7 +41,7 @@ class Blocking(Plain):
     Each call can raise two more errors. On the event loop of the manager it raises
     `RuntimeError`, because it would block the loop that has to run it: await the call of the
     manager instead. If that loop does not run, the call raises `ClosedError` at once. If the loop stops
-    during the call, the call raises `ClosedError` about a second later at most. Only `entry` and `namespace`
+    during the call, the call raises `ClosedError` within about a second. Only `entry` and `namespace`
     do not use the loop, and never raise these two errors.
     """
 
@@ -86,7 +86,7 @@ class Blocking(Plain):
         return Blocking(Calls(calls._core, calls._nested(name)))  # noqa: SLF001 -- as above
 
     def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        """Run a coroutine on the event loop of the manager, and return its result. Raise the errors of `Blocking`."""
+        """Run a coroutine on the event loop of the manager, and return its result. For the two additional errors, see `Blocking`."""
         try:
             loop = self._loop()
             future = _submit(coroutine, loop)
@@ -136,7 +136,7 @@ class Blocking(Plain):
 
 @final
 class BlockingEntry(Handle, Generic[T]):
-    """The handle for one key and its type, without `await`, for threads without the event loop of the manager.
+    """The handle for one key and its type, without `await`, for threads that do not run the event loop of the manager.
 
     Each call runs the call of `Entry` with the same name on the event loop of the manager. It can raise the same two
     additional errors as a call of `Blocking`.
@@ -174,7 +174,7 @@ class BlockingEntry(Handle, Generic[T]):
         return self._run(self._entry.expires_in(default))
 
     def set(self, value: T, *, ttl: Seconds | None = None) -> int:
-        """Store a value, and return the revision; see `Entry.set`."""
+        """Store a value, and return the revision of this change; see `Entry.set`."""
         return self._run(self._entry.set(value, ttl=ttl))
 
     def set_if_absent(self, value: T, *, ttl: Seconds | None = None) -> bool:
@@ -194,7 +194,7 @@ class BlockingEntry(Handle, Generic[T]):
         return self._run(cast("Entry[float]", self._entry).incr(delta, ttl=ttl))
 
     def touch(self, ttl: Seconds | None) -> bool:
-        """Give the key another time to live, and return whether the key exists; see `Entry.touch`."""
+        """Give the key another time to live, and return whether the key existed; see `Entry.touch`."""
         return self._run(self._entry.touch(ttl))
 
     def delete(self) -> bool:
@@ -202,7 +202,7 @@ class BlockingEntry(Handle, Generic[T]):
         return self._run(self._entry.delete())
 
     def pop(self) -> T:
-        """Delete the key, and return its value, or a copy of the default if it is missing; see `Entry.pop`."""
+        """Delete the key, and return its value, or a copy of the default if the key is missing; see `Entry.pop`."""
         return self._run(self._entry.pop())
 
 

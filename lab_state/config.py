@@ -49,7 +49,8 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
         owner_timeout: Seconds for which a write, `catch_up()` or `start()` of a shared state waits
             for a process that owns the state, or for a sign of life of that process, above 0. After
             this time, the call raises `UnavailableError`, and `start()` may raise `LockedError` instead.
-            There is one sign of life each second, so no process counts as silent before 2 seconds.
+            An owner gives one sign of life each second. So a running owner counts as silent after 2
+            seconds at the earliest, even if this value is smaller.
 
     Raises:
         InvalidNameError: The name is out of bounds. The name becomes a file name. So a name
@@ -58,7 +59,7 @@ class Config(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
         TypeError: A field has the wrong type.
     """
 
-    # `__post_init__` puts the value in force in its place, so no reader of the field sees `UNSET`.
+    # `__post_init__` replaces `UNSET` by the default. So no reader of the field sees `UNSET`.
     flush_interval: float | None = cast("float | None", msgspec.UNSET)
     stop_timeout: float = 8.0
     lock_timeout: float | None = 0.0

@@ -30,10 +30,10 @@ class Entry(Handle, Generic[T]):
 
     Each call does the same as the manager's call of the same name, with the same guarantees and
     errors. A value that is read must be a `T`. A new value that `update` or `incr` computes must be
-    a `T`, too. Only type checkers check the value of `set` and `set_if_absent`. If the key is missing,
-    and the entry has a default, `get`, `pop`, `update` and `incr` use a copy of the default. So
-    changes of the result do not change the default. Without a default, `incr` starts from 0, and
-    the other three raise `KeyNotFoundError`.
+    a `T`, too. For `set` and `set_if_absent`, only type checkers check that the value is a `T`. If the
+    key is missing, and the entry has a default, `get`, `pop`, `update` and `incr` use a copy of the
+    default. So changes of the result do not change the default. Without a default, `incr` starts from
+    0, and the other three calls raise `KeyNotFoundError`.
     """
 
     __slots__ = ("_calls", "_default", "_key", "_type")
@@ -91,11 +91,11 @@ class Entry(Handle, Generic[T]):
     # Writing
 
     async def set(self, value: T, *, ttl: Seconds | None = None) -> int:
-        """Store a value, and return the revision; see `Manager.set`."""
+        """Store a value, and return the revision of this change; see `Manager.set`."""
         return await self._calls.set(self._key, value, ttl=ttl)
 
     def set_nowait(self, value: T, *, ttl: Seconds | None = None) -> int:
-        """Store a value, and return the revision, without `await`; see `Manager.set_nowait`."""
+        """Store a value, and return the revision of this change, without `await`; see `Manager.set_nowait`."""
         return self._calls.set_nowait(self._key, value, ttl=ttl)
 
     async def set_if_absent(self, value: T, *, ttl: Seconds | None = None) -> bool:
@@ -135,7 +135,7 @@ class Entry(Handle, Generic[T]):
         return new
 
     async def touch(self, ttl: Seconds | None) -> bool:
-        """Give the key another time to live, and return whether the key exists. With `None` it never expires."""
+        """Give the key another time to live, and return whether the key existed. With `None` the key never expires."""
         return await self._calls.touch(self._key, ttl)
 
     async def delete(self) -> bool:
@@ -147,7 +147,7 @@ class Entry(Handle, Generic[T]):
         return self._calls.delete_nowait(self._key)
 
     async def pop(self) -> T:
-        """Delete the key, and return its value, or a copy of the default if it is missing."""
+        """Delete the key, and return its value, or a copy of the default if the key is missing."""
         return self._or_default(await self._calls.pop(self._key, self._asked, type=self._type))
 
     # The default
@@ -163,7 +163,7 @@ class Entry(Handle, Generic[T]):
 
     @property
     def _start(self) -> T:
-        """A copy of the default. Without a default it is `MISSING`, because `deepcopy` of an enum member returns the member."""
+        """A copy of the default. Without a default this is `MISSING`, because `deepcopy` of an enum member returns the member."""
         return cast("T", deepcopy(self._default))
 
     @property

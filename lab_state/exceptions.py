@@ -59,9 +59,9 @@ class InvalidValueError(LabStateError, ValueError):
 
 
 class TypeMismatchError(LabStateError):
-    """A value is not of the type asked for: ask for another type, or migrate the value.
+    """A value cannot be decoded as the type that was passed: pass another type, or migrate the value.
 
-    The value is a stored one, or a new one that `update`, `incr` or `get_or_set` would store.
+    The value is a stored value, or a new value that `update`, `incr` or `get_or_set` would store.
 
     Attributes:
         path: The JSON path to the part that does not match; `$` is the value itself.
@@ -88,7 +88,7 @@ class StorageError(LabStateError):
 
 
 class ConflictError(LabStateError):
-    """Something that a transaction has read was changed meanwhile: run the transaction again. It has changed nothing.
+    """Something that a transaction has read was changed meanwhile: run the transaction again. The transaction has changed nothing.
 
     `Manager.transact` runs the transaction again by itself. Only a shared state raises this error, because in
     any other state no write is made while a transaction is open.
@@ -99,10 +99,11 @@ class UnavailableError(StorageError):
     """The storage or the cache failed this time, and may work again later.
 
     If a write or a flush raises it, the changes are in memory. The next flush writes them, so there is
-    no need to repeat the call. There is one exception: if the flush task has ended, a write changes
-    nothing; see `Status.task_failure`. If `start()` raises it, call `start()` again. If `stop()` raises
-    it, the changes above `durable_revision` may be lost. If a `Reader` raises it, read again later. In a
-    shared state, a call raises it too if no process owns the state; see `outcome`.
+    no need to repeat the call. There are two exceptions. If the flush task has ended, a write changes
+    nothing; see `Status.task_failure`. If the error has an `outcome`, the outcome says whether the call was made.
+    If `start()` raises it, call `start()` again. If `stop()` raises it, the changes above
+    `durable_revision` may be lost. If a `Reader` raises it, read again later. In a shared state, a call
+    raises it too if no process owns the state, or if the owner gives no sign of life; see `outcome`.
 
     Attributes:
         outcome: Whether a call of a shared state was made, if the process that owns the state did not answer.

@@ -48,13 +48,13 @@ class Scope(Calls):
             key: The key.
             type: The type of the value; see `get`.
             default: The value that `get`, `pop`, `update` and `incr` use when the key is
-                missing. If it is `None`, the stored value may be `None` too.
+                missing. If the default is `None`, the stored value may be `None` too.
 
         Raises:
             InvalidKeyError: The key is out of bounds.
             TypeError: The type cannot be decoded; see `get`. One possible cause is an annotation
                 that names a class that is defined later in its module. In that case, make the
-                entry after that class.
+                entry after the definition of that class.
         """
         return entry_of(self, key, type, default)
 
@@ -75,23 +75,23 @@ class Scope(Calls):
 
     @property
     def blocking(self) -> Blocking:
-        """The calls without `await`, for threads without the event loop of the manager."""
+        """The calls without `await`, for threads that do not run the event loop of the manager."""
         return Blocking(self)
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """Make several changes as one: all of them or none, in memory and after a crash.
 
         Use it with `async with`. Inside the block, call the methods of the transaction, without
-        `await`. At the end of the block all its changes are made as one, with one revision. If an
-        exception or a cancellation ends the block, its changes are dropped.
+        `await`. At the end of the block all changes of the transaction are made as one change, with
+        one revision. If an exception or a cancellation ends the block, the changes are dropped.
         Only one transaction is open at a time. Other transactions and writers wait for its end.
         Readers never wait. They see the state from before the transaction.
         With 1,000 changes or more, the end of the block works in steps, and the event loop runs between two
         steps. All changes are still made in one moment.
 
-        In a shared state a transaction holds no lock, and delays no writer. It sees the state as it was at its
-        beginning. If something that it has read changes before the end of the block, it raises `ConflictError`.
-        `transact` catches this error, and runs the transaction again.
+        In a shared state a transaction holds no lock, and delays no writer and no other transaction. It sees the
+        state as it was at its beginning. If something that it has read changes before the end of the block, the
+        block raises `ConflictError`. `transact` catches this error, and runs the transaction again.
 
         Raises:
             ConflictError: In a shared state, from a read in the block or at its end: something that the
@@ -139,15 +139,15 @@ class Scope(Calls):
     @overload
     async def transact(self, fn: Callable[[Transaction], R]) -> R: ...
     async def transact(self, fn: Callable[[Transaction], Any]) -> Any:
-        """Call `fn` with a transaction, make its changes, and return the result of `fn`.
+        """Call `fn` with a transaction, make the changes of the transaction, and return the result of `fn`.
 
         The result is returned when the changes are made: all of them or none, as `transaction` describes. In a
-        shared state, another process may change what `fn` has read. Then nothing was changed, and `fn` is
-        called again, with a new transaction. So `fn` should have no other effects. In any other state `fn` is
-        called once.
+        shared state, another task or process may change a value that `fn` has read. Then the transaction changes
+        nothing, and `fn` is called again, with a new transaction. So `fn` should have no other effects. In any
+        other state `fn` is called once.
 
         Args:
-            fn: A plain function, or a coroutine function. It is given the transaction.
+            fn: A plain function, or a coroutine function. Its argument is the transaction.
 
         Raises:
             TypeError: `fn` is not callable.
@@ -177,7 +177,7 @@ class Scope(Calls):
         If changes of more than 10,000 keys are pending, the task receives one `resync` instead. The
         same happens when one call deletes all keys of a state with more than 10,000 keys. After
         a `resync`, read the state again. When the manager stops or the block is left, the iteration
-        ends after the pending changes. Only one task may iterate over a watch: a second one gets
+        ends after the pending changes. Only one task may iterate over a watch: a second task gets
         a `RuntimeError`. In a shared state, the changes of all processes are reported, when they are durable.
 
         Args:

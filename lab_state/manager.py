@@ -190,8 +190,8 @@ class Manager(Scope, BackedUp):
             CorruptionError: The stored state is damaged. Nothing was changed.
             UnavailableError: The state could not be read this time, or the owner of a shared state gave no sign of life for
                 `Config.owner_timeout` seconds. Call `start()` again.
-            UnsupportedError: The state cannot be opened as it is. For example, a permission is missing, or the format is newer.
-                Or the state is shared, and the storage is not a `FileStorage`, or the owner has another version of lab_state.
+            UnsupportedError: The state cannot be opened as it is. For example, a permission is missing, or a newer version of
+                lab_state wrote it. Or the state is shared, and the storage is not a `FileStorage`, or the owner has another version.
         """
         self._core.check_process()
         check_asyncio()
@@ -270,12 +270,11 @@ class Manager(Scope, BackedUp):
         The call continues while bytes are written or sent. It ends after `Config.stop_timeout` seconds without progress, or
         up to an eighth of that time later. A flush that fails is tried again until that many seconds after the call. A storage
         call that hangs continues after the end of `stop()`, and the state stays locked until that call ends. At the end,
-        `stop()` sends the last changes to the cache, for at most one second. A second call waits for the first. A call before
-        `start()` does nothing. If the caller is cancelled, the stop continues.
+        `stop()` sends the last changes to the cache, for at most one second. A second call waits for the end of the first call. A
+        call before `start()` does nothing. If the caller is cancelled, the stop continues.
 
-        In a shared state, a process that is not the owner waits for the answers to its calls, for at most
-        `Config.stop_timeout` seconds, and writes nothing. If there is no owner, this process becomes the owner first. So
-        the last process writes the checkpoint.
+        In a shared state, a follower waits for the answers to its calls, for at most `Config.stop_timeout` seconds, and writes
+        nothing. If there is no owner, the follower becomes the owner first. So the last process that stops writes the checkpoint.
 
         Raises:
             StorageError: The last flush failed, or the storage hangs before all changes are durable. The manager is stopped. The
@@ -407,7 +406,7 @@ class Manager(Scope, BackedUp):
 
     @property
     def _flusher(self) -> Flusher | None:
-        """The flusher, if this process owns the state."""
+        """The flusher, if this process owns the state; otherwise `None`."""
         running = self._running  # read once: another thread may be here while `stop()` ends
         return running.flusher if isinstance(running, Member) else running
 
@@ -419,7 +418,7 @@ class Manager(Scope, BackedUp):
 
     @property
     def _mirror(self) -> MirrorWriter | None:
-        """The writer of the mirror, if this process owns the state and has a cache."""
+        """The writer of the mirror, if this process owns the state and has a cache; otherwise `None`."""
         running = self._running  # read once, as above
         return running.mirror if isinstance(running, Member) else self._own_mirror
 
@@ -444,7 +443,7 @@ class Manager(Scope, BackedUp):
 
     @property
     def durable_revision(self) -> int:
-        """Every change up to this revision is durable. If a state is not shared, this is 0 after an unclean end until the first commit."""
+        """Every change up to this revision is durable. In a state that is not shared, it is 0 from a start after an unclean end until the first commit."""
         flusher = self._running
         return self._ended.durable_revision if flusher is None else flusher.durable_revision
 

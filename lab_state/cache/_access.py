@@ -2,7 +2,7 @@
 
 A read takes the keys and values from the local copy if the copy is fresh, and otherwise from the cache. Data from the
 cache is checked. A read fails if a part of the mirror is missing. It also fails if the revision of the mirror is lower
-than one that this reader has read before, unless `RevisionGuard` accepts the lower revision.
+than a revision that this reader has read before, unless `RevisionGuard` accepts the lower revision.
 """
 
 from __future__ import annotations

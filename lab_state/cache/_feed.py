@@ -53,8 +53,8 @@ class Feed:
     """The receiver of the changes of one mirror.
 
     Attributes:
-        revision: The revision of the last message, or of the head if that is higher; -1 while the subscription
-            does not work, and until the first message or head.
+        revision: The revision of the last message, or of the last head that was read if its revision is higher; -1 while
+            the subscription does not work, and until the first message or head.
         watchers: The watches that receive the changes.
         moved: An event that is set when the revision or the local copy may have changed, and by `aclose`. It
             is then replaced by a new one. Read the attribute again before each wait.

@@ -8,7 +8,7 @@ The reader has subscribed to the changes. It loads the copy in these steps:
 4. It reads the head again, and sends a ping on the subscription. When the ping is answered,
    all messages up to the second head have come.
 5. It applies the kept messages after the first revision. They contain every key that changed
-   since then. So the copy is exactly at the revision of the last message.
+   since the first head. So the copy is exactly at the revision of the last message.
 
 After that, no message may start above the revision of the copy. If a message does, an earlier
 message was lost. Then the copy is not read until it is loaded again.

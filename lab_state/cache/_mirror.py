@@ -86,7 +86,7 @@ class MirrorWriter:
             or while its revision is unknown.
         up: Whether the last attempt succeeded; False before the first success, and after the end of the task.
         last_error: The error of the last attempt; `None` if it succeeded.
-        task_failure: The reason why the task ended before `stop`; `None` if it did not.
+        task_failure: The reason why the task ended before `stop`; `None` if it has not ended before `stop`.
     """
 
     def __init__(self, name: str, cache: Cache, clock: Clock, logger: Log, counts: MirrorCounts) -> None:
@@ -155,7 +155,7 @@ class MirrorWriter:
                     self._holding = None
 
     async def stop(self) -> None:
-        """Send the remaining changes, for one second at most. If some are left, the fill of the next start includes them."""
+        """Send the remaining changes, for one second at most. If some changes are left, the fill of the next start includes them."""
         self._stopping = True
         self._timer.cancel()
         task = self._task
@@ -235,7 +235,7 @@ class MirrorWriter:
             self._backlog.clear()
 
     def _check_clocks(self) -> None:
-        """Request a fill if the wall clock has drifted from the time of the state. Then expiry times are wrong."""
+        """Request a fill if the wall clock has drifted from the time of the state, and the mirror may have expiry times. Then these times are wrong."""
         ahead = _ahead(self._flusher.shown)
         if abs(ahead - self._ahead) >= _MOST_DRIFT_MILLISECONDS:
             if self._has_times:

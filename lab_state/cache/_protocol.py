@@ -59,9 +59,9 @@ SPOILT = Seen(None, -1)
 class CacheSession(Protocol):
     """The right of one writer to write the mirror of one state.
 
-    Calls do not overlap. Each raises `StorageError` or a subclass, and no other error. After
-    an error the outcome is unknown: readers see the mirror as it was before the call or as it
-    is after the call, and never a part of the change. After an error the session can only be closed.
+    Calls do not overlap. Each call raises `StorageError` or a subclass, and no other error. After
+    an error the outcome is unknown: readers see the mirror without the change of the call, or with
+    the whole change, and never with a part of it. After an error the session can only be closed.
     """
 
     async def look(self) -> Seen:
@@ -78,9 +78,9 @@ class CacheSession(Protocol):
 
         Args:
             revision: The revision of the state.
-            slices: The state. They end when the whole state is durable. Before the end there may be
-                empty slices. They keep the cache from dropping the slices that it has received.
-            over: The result of `look`. If another writer has written a mirror since then,
+            slices: The slices of the state. They end when the whole state is durable. Before the end
+                there may be empty slices. They keep the cache from dropping the slices that it has received.
+            over: The result of `look`. If another writer has written a mirror since that call,
                 nothing is done. A mirror of this writer is always replaced.
 
         Returns:
@@ -93,7 +93,7 @@ class CacheSession(Protocol):
 
         Args:
             step: The two revisions.
-            slices: The changes. Each key comes once.
+            slices: The slices of the changes. Each key comes once.
 
         Returns:
             Whether the mirror was changed. False means that there is no mirror of this writer at

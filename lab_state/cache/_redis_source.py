@@ -94,7 +94,7 @@ class RedisSource:
         return answers
 
     def _pairs(self, flat: Sequence[bytes]) -> dict[str, bytes]:
-        """Return the fields of a hash. Skip fields that are not UTF-8, because no key of lab_state is like that. Log this once."""
+        """Return the fields of a hash. Skip fields that are not UTF-8, because each key of lab_state is UTF-8. Log this once."""
         pairs: dict[str, bytes] = {}
         members = iter(flat)
         for field, value in zip(members, members, strict=True):

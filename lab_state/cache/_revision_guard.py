@@ -31,7 +31,8 @@ class RevisionGuard:
     A lower revision is accepted when a living writer has reported it for `STANDS_SECONDS`.
 
     Attributes:
-        seen: The highest revision that was read since a lower one was last accepted. A lower revision is refused at first.
+        seen: The highest revision that was read. If a lower revision is accepted, `seen` is set to the lower revision. A
+            revision below `seen` is refused at first.
     """
 
     def __init__(self, name: str, path: str) -> None:
@@ -84,7 +85,7 @@ class RevisionGuard:
         return AcceptedHead(head, went_back)
 
     def _stands(self, head: Head, floor: int, lives: Callable[[str, int], bool], now: float) -> bool:
-        """Return whether a lower revision is right: its writer lives, and has reported lower ones for long enough."""
+        """Return whether a lower revision is right: its writer lives, and has reported lower revisions for long enough."""
         if not lives(head.writer, floor):
             self._lower = None
         elif self._lower is None or self._lower[0] != head.writer:

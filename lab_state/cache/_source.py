@@ -24,7 +24,7 @@ class Fetched(NamedTuple):
 
 
 class Subscription(Protocol):
-    """The messages about changes of a mirror, in order. From the return of `subscribe` on, no message is missing."""
+    """The messages about changes of a mirror, in order. No message that is sent after the return of `subscribe` is missing."""
 
     async def receive(self) -> bytes:
         """Return the next message.

@@ -30,28 +30,28 @@ class Reader(MirrorAccess):
     """A reader of the mirror that a manager keeps in a cache. A reader changes nothing.
 
     Use it with `async with`. The start of the block does not wait, so a worker may start before the
-    writer and before Redis. Each read returns the keys and expiry times of one revision, and only
-    durable changes. A read never returns a lower revision than an earlier read, with one
-    exception: if a running writer reports a lower revision for ten seconds, reads continue from
-    that revision, and a WARNING is logged. The reason is that the state was restored, or that
-    another client had written to the mirror. During the ten seconds, reads raise
-    `UnavailableError`.
+    writer and before Redis. Each read uses the values and the expiry times of one revision. All
+    changes up to that revision are durable. A read never returns a lower revision than an earlier
+    read, with one exception: if a running writer reports a lower revision for ten seconds, reads
+    continue from that revision, and a WARNING is logged. A writer reports a lower revision if the
+    state was restored from a backup, or if another client had written to the mirror. During the ten
+    seconds, reads raise `UnavailableError`.
 
     A read raises `UnavailableError` while the cache does not answer, while there is no mirror, or while the
-    revision of the mirror is lower than one that this reader has read. It never reports a key as missing
-    for that reason. The message says what to do. In a web application, answer with 503, because the writer
-    repairs the mirror by itself. A read raises `UnsupportedError` if the server refuses the user or if the
-    mirror has a newer format, `ClosedError` outside `async with`, and `InvalidKeyError` for a key
-    that no state can have.
+    revision of the mirror is lower than a revision that this reader has read. In these cases, a read never
+    reports a key as missing. The message says what to do. In a web application, answer with 503, because the
+    writer repairs the mirror by itself. A read raises `UnsupportedError` if the server refuses the user, or
+    if a newer version of lab_state wrote the mirror. It raises `ClosedError` outside `async with`, and
+    `InvalidKeyError` for a key that no state can have.
 
     With `local=True` the reader keeps a local copy, which is loaded in the background. Then reads
-    are from memory, without a round trip. While the copy is loaded, or loaded again, and while the
+    are from memory, without a round trip. While the copy is being loaded or reloaded, and while the
     subscription is lost, reads go to the cache.
 
     `items` has the arguments and the guarantees of `Manager.items`. With a local copy, the iterator
     reads the copy, and the old values of keys that change meanwhile stay in memory. Without a local
-    copy, its first step reads the whole mirror, as `get_all` does. After `aclose`, steps raise
-    `ClosedError`.
+    copy, the first step of the iterator reads the whole mirror, as `get_all` does. After `aclose`, each
+    step raises `ClosedError`.
     """
 
     _kind = "a reader"
@@ -70,8 +70,9 @@ class Reader(MirrorAccess):
     def up(self) -> bool:
         """Whether reads succeed and the reader receives the changes. It is False outside `async with`.
 
-        Without `local`, this is the result of the last read. The reader itself reads the revision
-        every two seconds, even if the application reads nothing.
+        This is False while the subscription to the changes does not work. Otherwise it tells whether the last
+        read of the mirror succeeded. A local copy that is loaded and up to date counts as a success. The reader
+        itself reads the revision every two seconds, even if the application reads nothing.
         """
         follows = self._feed is not None and self._feed.revision >= 0
         return follows and (self._local.fresh or self._readable)
@@ -144,10 +145,10 @@ class Reader(MirrorAccess):
 
         Raises:
             KeyNotFoundError: The key is missing, and no default was given.
-            TypeMismatchError: The stored value is not a `type`; the error has the path.
+            TypeMismatchError: The stored value cannot be decoded as `type`. `error.path` is the path to the part that does not fit.
             TypeError: The type cannot be decoded, or the default is a class. Pass a class as
                 `type=`.
-            UnavailableError: See the class.
+            UnavailableError: See `Reader`.
         """
         check_default(default)
         if type is not Any:
@@ -171,8 +172,8 @@ class Reader(MirrorAccess):
         """Return the values of the keys that exist, in the given order, all from one moment.
 
         Raises:
-            TypeMismatchError: One of the values is not a `type`.
-            UnavailableError: See the class.
+            TypeMismatchError: One of the values cannot be decoded as `type`. `error.path` is the path in this value.
+            UnavailableError: See `Reader`.
         """
         if type is not Any:
             check_type(type)
@@ -213,8 +214,8 @@ class Reader(MirrorAccess):
         first, in steps; see `Manager.keys`.
 
         Without a local copy, the call reads the whole mirror and chooses from it, even for a page. Redis
-        answers no other client while it collects the keys. One step then blocks the event loop, for about a
-        second with a million keys.
+        answers no other client while it collects the keys. After that, the reader processes the whole answer
+        in one step. With a million keys, this blocks the event loop for about a second.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -225,11 +226,11 @@ class Reader(MirrorAccess):
             type: The type to decode each value as; see `Manager.get`.
 
         Raises:
-            TypeMismatchError: One of the values is not a `type`.
+            TypeMismatchError: One of the values cannot be decoded as `type`. `error.path` is the path in this value.
             InvalidKeyError: `after` cannot be a key.
             TypeError: An argument has a wrong type, or the type cannot be decoded.
             ValueError: `limit` is below 1.
-            UnavailableError: See the class.
+            UnavailableError: See `Reader`.
         """
         async with Items[Any](self._steps(prefix, after, limit, type, reverse=reverse)) as items:
             return {key: value async for key, value in items}
@@ -238,7 +239,7 @@ class Reader(MirrorAccess):
         """Return whether the key exists.
 
         Raises:
-            UnavailableError: See the class.
+            UnavailableError: See `Reader`.
         """
         found = await self._some([_asked(key)])
         if not found:
@@ -260,7 +261,7 @@ class Reader(MirrorAccess):
             InvalidKeyError: `after` cannot be a key.
             TypeError: An argument has a wrong type.
             ValueError: `limit` is below 1.
-            UnavailableError: See the class.
+            UnavailableError: See `Reader`.
         """
         steps = Steps(self._moment(prefix, after, limit, reverse=reverse), _KEYS_ALONE)
         async with Items[None](steps) as items:
@@ -269,10 +270,10 @@ class Reader(MirrorAccess):
     # Revisions
 
     async def revision(self) -> int:
-        """Return the revision that a read would return now.
+        """Return the revision of the state that a read would use now.
 
         Raises:
-            UnavailableError: See the class.
+            UnavailableError: See `Reader`.
         """
         _ = self._open
         if self._local.fresh:
@@ -280,11 +281,12 @@ class Reader(MirrorAccess):
         return (await self._head()).revision
 
     async def wait_revision(self, revision: int, timeout: float | None = 5.0) -> None:  # noqa: ASYNC109 -- raised as a StorageError
-        """Wait until reads return this revision or a later one. So a caller can read its own writes.
+        """Wait until reads use this revision or a later one. So a caller can read its own writes.
 
-        A write of the manager returns its revision. With a `flush_interval` of 0 the change is
-        durable when the write returns, and in the mirror within milliseconds. Otherwise it is in
-        the mirror after the next flush.
+        `set` and `set_many` return the revision of their change. After another write, `Manager.revision` is
+        that revision or a later one. With a `flush_interval` of 0 the change is durable when the write
+        returns, and in the mirror within milliseconds. Otherwise the change is in the mirror after the next
+        flush.
 
         Args:
             revision: The revision.
@@ -294,7 +296,7 @@ class Reader(MirrorAccess):
         Raises:
             WaitTimeoutError: The revision was not reached in time. The error is an `UnavailableError` and
                 a `TimeoutError`.
-            UnsupportedError: The server refuses the user, or the mirror has a newer format.
+            UnsupportedError: The server refuses the user, or a newer version of lab_state wrote the mirror.
             ClosedError: The reader is not open, or was closed during the wait.
             TypeError: The revision is not an `int`, or the timeout is not a number.
             ValueError: The timeout is out of bounds.
@@ -317,7 +319,7 @@ class Reader(MirrorAccess):
             look = not heard or self._is_local or self._open.revision >= revision
 
     async def _reached(self, seconds: float) -> tuple[int, str]:
-        """Return the revision that a read would return, and a text for it. If a read would fail, return -1 and the reason."""
+        """Return the revision that a read would use now, and a text that states it. If a read would fail, return -1 and the reason."""
         try:
             with within(self._clock, seconds):
                 reached = await self.revision()
@@ -331,9 +333,13 @@ class Reader(MirrorAccess):
         """Iterate over the keys that change, as `Manager.watch` does.
 
         Open the watch, and then read. The watch reports only durable changes. The revision of a change
-        is the revision of the step that wrote it to the mirror. A key that expired is reported as `delete`.
-        A `resync` is reported at the beginning, and whenever changes may have been missed, for example after
-        a lost subscription. Then read everything.
+        is the revision of the mirror after the update that brought the change. A key that expired is reported
+        as `delete`.
+
+        A `resync` is reported when the subscription of the reader begins or begins again, when the mirror was
+        filled again, and after a step that changed more than 10,000 keys or deleted all. It is also reported in
+        place of changes that the reader may have missed, and in place of more than 10,000 pending changes. After
+        a `resync`, read everything. A watch that is opened while the subscription works gets no `resync` at first.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.

@@ -70,8 +70,8 @@ class RedisCache:
             name: The name of the state.
             local: Whether the reader keeps a local copy, and reads from it. The copy needs the
                 memory of the whole state, and time to load it.
-            clock: A clock for tests; by default the clock of the cache. It decides which keys
-                have expired, and measures timeouts.
+            clock: A clock for tests; by default the clock of the cache. The reader uses it to decide
+                which keys have expired, and to measure timeouts.
         """
         from lab_state.cache._redis_source import RedisSource  # noqa: PLC0415 -- an extra
 

@@ -1,4 +1,4 @@
-"""Streams of changes to connected clients, until they leave, the manager stops, or the server begins to stop.
+"""Streams of changes to connected clients. A stream ends when its client leaves, the manager stops, or the server begins to stop.
 
 A server of the ASGI protocol waits until every request has ended, and only then tells the application
 that it stops. A stream of changes does not end by itself. So the stream must learn of the stop
@@ -83,8 +83,8 @@ class ServerStop(EndEvent):
         """Listen for the signals for which the server has handlers.
 
         A signal without a handler ends the process at once, or is ignored. So nothing has to be done
-        for it. Outside the main thread, do nothing, because a server there receives no signals.
-        Then `close` or a call of `set` ends the streams.
+        for such a signal. Outside the main thread, do nothing, because a server there receives no
+        signals. Then `close` or a call of `set` ends the streams.
         """
         if threading.current_thread() is not threading.main_thread():
             return

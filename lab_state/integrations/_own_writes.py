@@ -14,7 +14,7 @@ COOKIE = b"lab_state-"
 """The name of a cookie, without the name of its state. The value is the revision."""
 
 MAX_AGE = 600
-"""The life of a cookie, in seconds. Each worker has the change long before its end."""
+"""The life of a cookie, in seconds. Each worker has the change long before the cookie expires."""
 
 _MOST_DIGITS = 19
 
@@ -26,7 +26,7 @@ def revisions_of(headers: Headers, names: Collection[str]) -> dict[str, int]:
     """Return the revisions that a client sends, by the name of the state.
 
     A client may send anything, in cookies and in the header. Only numbers of up to 19 digits count. If there are several
-    for one state, the highest one counts.
+    such numbers for one state, the highest number counts.
 
     Args:
         headers: The headers of the request.
@@ -53,7 +53,7 @@ def headers_for(written: Mapping[str, int], *, cookie: bool, secure: bool) -> li
 
     Args:
         written: The revisions by the name of the state.
-        cookie: Whether they are sent as cookies, too.
+        cookie: Whether the revisions are sent as cookies, too.
         secure: Whether the request came over HTTPS.
     """
     if not written:
@@ -80,11 +80,11 @@ def shared_states(served: Mapping[str, Served] | None) -> dict[str, Manager]:
 
 
 async def reached(states: Mapping[str, Manager], sent: Mapping[str, int]) -> dict[str, int]:
-    """Wait until this process has revisions that a client has sent. Return those that it has.
+    """Wait until this process has revisions that a client has sent. Return the revisions that it has.
 
     A revision was durable before a client could get it. So a process that asks the owner now has the revision when the
-    answer has come. Otherwise it is not a revision of this state: the client has made it up, or the state was deleted or
-    restored.
+    answer has come. If it does not have the number then, this is not a revision of this state: the client has made the
+    number up, or the state was deleted or restored.
 
     Args:
         states: The managers by the name of the state.

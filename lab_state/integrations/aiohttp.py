@@ -34,9 +34,10 @@ _STOP: web.AppKey[EndEvent] = web.AppKey("lab_state.stopping", EndEvent)
 def setup(app: web.Application, *served: Manager | Reader) -> None:
     """Run managers and readers while an application runs.
 
-    They are added to the `cleanup_ctx` of the application. They are started in the order given,
-    after everything that was added before them, and stopped in reverse order. If one of them
-    cannot be started, those before it are stopped, and `web.run_app` ends with its error.
+    The managers and readers are added to the `cleanup_ctx` of the application. They are started in
+    the order given, after everything that was added before them, and stopped in reverse order. If
+    one of them cannot be started, the managers and readers before it are stopped, and `web.run_app`
+    ends with the error of the start.
 
     Handlers find them with `manager` and `reader`, also in sub-applications. `setup` may be called
     several times. A sub-application may have its own managers and readers, too.
@@ -91,7 +92,7 @@ def manager(source: web.Request | web.Application, name: str | None = None) -> M
         name: The name of the manager. It may be left out if there is only one.
 
     Raises:
-        LookupError: There is no such manager. The message lists those that exist.
+        LookupError: There is no such manager. The message lists the managers that exist.
     """
     return choose(_served(source), Manager, name)
 
@@ -105,7 +106,7 @@ def reader(source: web.Request | web.Application, name: str | None = None) -> Re
             only one reader.
 
     Raises:
-        LookupError: There is no such reader. The message lists those that exist.
+        LookupError: There is no such reader. The message lists the readers that exist.
     """
     return choose(_served(source), Reader, name)
 
@@ -115,8 +116,8 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
 
     Add it with `app.router.add_get("/health", health())`.
 
-    The handler answers 200 if every manager that `manager` finds runs and can write, no change is
-    older than `max_unflushed_age` and not durable, and every reader is up. Otherwise it answers
+    The handler answers 200 if every manager that `manager` finds runs and can write, no change that
+    is not durable is older than `max_unflushed_age`, and every reader is up. Otherwise it answers
     503, also if `setup` was not called. The body is JSON with the status of each manager and reader.
     It has no keys and no values, but error messages in it may have file paths. So do not expose the
     endpoint to the internet.
@@ -147,9 +148,9 @@ def errors(app: web.Application, *, retry_after: int = 1) -> None:
     is `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
     without a value. The level is WARNING for 503 and DEBUG for 422.
 
-    This adds a middleware outside the existing ones, so they see the error first. The middleware also
-    answers errors of sub-applications. A response that has begun, such as that of a WebSocket, cannot
-    be changed. Then the error is passed on to aiohttp.
+    This adds a middleware outside the existing middlewares, so these see the error first. The middleware
+    also answers errors of sub-applications. A response that has begun, such as the response to a
+    WebSocket request, cannot be changed. Then the error is passed on to aiohttp.
 
     Args:
         app: The application, not yet running.
@@ -243,8 +244,8 @@ async def push(request: web.Request, watch: Watch, *, data: Data | None = None) 
     Each message is the JSON of a change, as text; see the argument `data`. The first message is a
     `resync`. At a `resync`, the client should read everything. Messages from the client are
     dropped. The call returns when the client has left, when the manager or the reader stops, or
-    when the server begins to stop (see `sse`). In the last two cases it closes the WebSocket with
-    code 1012, so that clients connect again. If the call is cancelled, it leaves the WebSocket
+    when the server begins to stop (see `sse`). In the last two cases, the call closes the WebSocket
+    with code 1012, so that clients connect again. If the call is cancelled, it leaves the WebSocket
     open.
 
     Args:

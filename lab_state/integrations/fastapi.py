@@ -1,4 +1,4 @@
-"""For FastAPI: dependencies. All other names are those for Starlette."""
+"""For FastAPI: dependencies. All other names are the same objects as in the module for Starlette."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def manager(name: str | None = None) -> Callable[[HTTPConnection], Awaitable[Man
         name: The name of the manager. It may be left out if the application has only one.
 
     Raises:
-        LookupError: In a request: there is no such manager (the message lists those that
-            exist), or the lifespan did not run.
+        LookupError: In a request: there is no such manager, or the lifespan did not run. The message lists
+            the managers that exist.
     """
 
     async def manager(connection: HTTPConnection) -> Manager:
@@ -50,8 +50,8 @@ def reader(name: str | None = None) -> Callable[[HTTPConnection], Awaitable[Read
             application has only one reader.
 
     Raises:
-        LookupError: In a request: there is no such reader (the message lists those that
-            exist), or the lifespan did not run.
+        LookupError: In a request: there is no such reader, or the lifespan did not run. The message lists
+            the readers that exist.
     """
 
     async def reader(connection: HTTPConnection) -> Reader:
@@ -82,13 +82,13 @@ def entry(
     Args:
         key: The key.
         type: The type of the value; see `Manager.entry`.
-        default: The value for a missing key: `get` returns it, and `update` starts from it.
+        default: The value for a missing key: `get` and `pop` return it, and `update` and `incr` start from it.
         manager: The name of the manager. It may be left out if the application has only one.
 
     Raises:
         InvalidKeyError: The key is not valid.
-        LookupError: In a request: there is no such manager (the message lists those that
-            exist), or the lifespan did not run.
+        LookupError: In a request: there is no such manager, or the lifespan did not run. The message lists
+            the managers that exist.
     """
     check_key(key)
 

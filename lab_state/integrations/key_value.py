@@ -46,8 +46,8 @@ class LabStateStore:
     key or a collection that is not a `str`. With a `flush_interval` of 0, each writing call
     raises `StoreConnectionError` if the storage fails. Then the change is not durable yet, and
     the manager tries again by itself. When the manager is fenced, each writing call changes
-    nothing. With every `flush_interval`, it raises an error that is both a
-    `StoreConnectionError` and a `FencedError`.
+    nothing, and raises an error that is both a `StoreConnectionError` and a `FencedError`. This
+    holds with every `flush_interval`.
     """
 
     def __init__(self, namespace: Namespace, *, default_collection: str = "default_collection") -> None:
@@ -96,7 +96,8 @@ class LabStateStore:
         there is no value, or if it does not expire.
 
         Raises:
-            DeserializationError: Other code has stored the value in this namespace.
+            DeserializationError: The value is not a mapping: other code has stored it in this
+                namespace.
         """
         return (await self.ttl_many([key], collection=collection))[0]
 
@@ -133,7 +134,7 @@ class LabStateStore:
             SerializationError: The value cannot be stored as JSON.
             InvalidTTLError: `ttl` is not a number of seconds above 0.
             TypeError: The value is not a mapping with keys that are strings.
-            StoreConnectionError: See the class.
+            StoreConnectionError: The storage failed, or the manager is fenced; see `LabStateStore`.
         """
         await self.put_many([key], [value], collection=collection, ttl=ttl)
 
@@ -178,14 +179,14 @@ class LabStateStore:
     # The optional protocols
 
     async def keys(self, collection: str | None = None, *, limit: int | None = None) -> list[str]:
-        """Return the first `limit` keys of a collection, in order of their escaped form; all keys with `None`."""
+        """Return the first `limit` keys of a collection, in order of their escaped form. With `None`, return all keys."""
         prefix = f"{self._collection(collection)}/"
         most = _limit(limit)
         found = [] if most == 0 else await self._namespace.keys(prefix, limit=most)
         return [self._text(place, place[len(prefix) :], "key") for place in found]
 
     async def collections(self, *, limit: int | None = None) -> list[str]:
-        """Return up to `limit` collections that have a key, in no particular order; all of them with `None`.
+        """Return up to `limit` collections that have a key, in no particular order. With `None`, return all of them.
 
         The call reads all keys of the namespace.
         """

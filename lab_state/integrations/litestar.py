@@ -49,8 +49,8 @@ class LabStatePlugin(InitPlugin):
     `notes: NamedDependency[Manager]` receives that manager. Elsewhere, `app.state.lab_state` has
     the managers and readers by the names of their states. In the application's lifespan they are
     started before everything else, in the order given. They are stopped after everything else, in
-    reverse order. If one of them cannot be started, those before it are stopped, and the server
-    exits with its error.
+    reverse order. If one of them cannot be started, the managers and readers before it are stopped,
+    and the server exits with the error of the start.
     """
 
     def __init__(self, **served: Manager | Reader) -> None:
@@ -61,8 +61,8 @@ class LabStatePlugin(InitPlugin):
                 is the name of the parameter in handlers.
 
         Raises:
-            ValueError: There is no manager and no reader, two have the same name, or Litestar
-                reserves the name of a parameter.
+            ValueError: There is no manager and no reader, two of them have the same name, or Litestar
+                reserves the name of an argument.
             TypeError: An argument is neither a manager nor a reader.
         """
         if taken := RESERVED_KWARGS & served.keys():
@@ -104,9 +104,9 @@ def _always(one: Served) -> Callable[[], Served]:
 def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> HTTPRouteHandler:
     """Return a route for a load balancer: `Litestar([health()], plugins=[...])`.
 
-    The route answers 200 if every manager of the plugin runs and can write, no change is older than
-    `max_unflushed_age` and not durable, and every reader is up. Otherwise it answers 503, also if
-    there is no plugin. The body is JSON with the status of each manager and reader. It has no keys
+    The route answers 200 if every manager of the plugin runs and can write, no change that is not
+    durable is older than `max_unflushed_age`, and every reader is up. Otherwise it answers 503, also
+    if there is no plugin. The body is JSON with the status of each manager and reader. It has no keys
     and no values, but error messages in it may have file paths. So do not expose the endpoint to the
     internet.
 
@@ -222,8 +222,8 @@ async def push(socket: WebSocket[Any, Any, Any], watch: Watch, *, data: Data | N
     Each message is the JSON of a change, as text; see the argument `data`. The first message is a
     `resync`. At a `resync`, the client should read everything. Messages from the client are
     dropped. The call returns when the client has left, when the manager or the reader stops, or
-    when the server begins to stop (see `sse`). In the last two cases it closes the WebSocket with
-    code 1012, so that clients connect again. If the call is cancelled, it leaves the WebSocket
+    when the server begins to stop (see `sse`). In the last two cases, the call closes the WebSocket
+    with code 1012, so that clients connect again. If the call is cancelled, it leaves the WebSocket
     open.
 
     Args:
@@ -268,7 +268,7 @@ class LabStateStore(NamespacedStore):
     The store does not start the manager; `LabStatePlugin` does. The manager's `flush_interval`
     decides when a write becomes durable. Text, and bytes that are UTF-8, are stored as a JSON string.
     Other bytes are stored as `{"base64": ...}`. Any string may be a key. A key is escaped, as by
-    `escape_key`. If the escaped key has more than 256 characters, the value is stored under its hash.
+    `escape_key`. If the escaped key has more than 256 characters, the value is stored under the hash of the escaped key.
 
     Every call raises `ClosedError` while the manager does not run. With a `flush_interval` of
     0, each writing call raises `StorageError` if the storage fails. Then the change is not durable
@@ -366,7 +366,7 @@ class LabStateStore(NamespacedStore):
         return await self.namespace.exists(part(key))
 
     async def expires_in(self, key: str) -> int | None:
-        """Return the seconds until a value expires, rounded up; -1 if it does not expire, `None` if there is none."""
+        """Return the seconds until a value expires, rounded up; -1 if it does not expire, `None` if there is no value."""
         try:
             seconds = await self.namespace.expires_in(part(key))
         except KeyNotFoundError:

@@ -19,7 +19,7 @@ from lab_state.manager import Manager
 __all__ = ["LabStateCollector"]
 
 _PATIENCE = 5.0
-"""The seconds for which a scrape waits for the event loop of each manager. By default, Prometheus gives up after 10."""
+"""The seconds for which a scrape waits for the event loop of each manager. By default, Prometheus gives up after 10 seconds."""
 
 _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ("lab_state_keys", "Keys in the state.", lambda status: status.keys),
@@ -37,7 +37,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ),
     (
         "lab_state_last_flush_timestamp_seconds",
-        "When the last flush that wrote something ended, in seconds since 1970; absent before the first.",
+        "End of the last flush that wrote something, in seconds since 1970; absent before the first.",
         lambda status: status.last_flush_at,
     ),
     ("lab_state_snapshot_bytes", "Size of the snapshot.", lambda status: status.snapshot_bytes),
@@ -54,7 +54,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ),
     (
         "lab_state_followers",
-        "The processes that follow this one; present only in the owner of a shared state.",
+        "Managers that follow this one; present only in the owner of a shared state.",
         lambda status: status.followers,
     ),
     (
@@ -71,7 +71,7 @@ class LabStateCollector(Collector):
     Each metric has a label `name`. The collector reads all metrics during a scrape, and does
     nothing between scrapes. Any thread may scrape. A running manager is read on its event loop. If
     that loop does not answer within 5 seconds, `lab_state_up` is 0, and the other metrics of this
-    manager are missing. `lab_state_up` is also 0 if the manager does not run, but then the other
+    manager are missing. If the manager does not run, `lab_state_up` is also 0, but the other
     metrics are still reported.
     """
 
@@ -141,7 +141,7 @@ class _Families:
         )
         self._operations = CounterMetricFamily(
             "lab_state_operations",
-            "Operations by status; of `get`, only those that failed.",
+            "Operations by status; for `get`, only the calls that failed.",
             labels=["name", "operation", "status"],
         )
         self._durations = HistogramMetricFamily(

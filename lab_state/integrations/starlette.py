@@ -51,8 +51,9 @@ def lifespan(
 ) -> Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any]]]:
     """Return a lifespan that runs managers and readers: `Starlette(lifespan=lifespan(state))`.
 
-    They are started in the order given, and stopped in reverse order. If one of them cannot
-    be started, those before it are stopped, and the server exits with its error.
+    The managers and readers are started in the order given, and stopped in reverse order. If one
+    of them cannot be started, the managers and readers before it are stopped, and the server exits
+    with the error of the start.
 
     Endpoints find them by name in `request.state.lab_state`; see `manager` and `reader`. WebSockets
     and mounted applications find them there, too. There are no global variables, so each
@@ -62,8 +63,8 @@ def lifespan(
         served: Managers, and readers of other processes' states: one or more, each with a
             different name.
         inner: Your own lifespan, a function with `@asynccontextmanager`. It runs while the
-            managers run, so it may use them. If it yields a mapping, its items are in
-            `request.state` too.
+            managers run, so it may use them. If it yields a mapping, the items of the mapping are
+            in `request.state` too.
 
     Raises:
         ValueError: There is no manager and no reader, or two have the same name.
@@ -103,8 +104,8 @@ def manager(connection: HTTPConnection, name: str | None = None) -> Manager:
         name: The name of the manager. It may be left out if there is only one.
 
     Raises:
-        LookupError: There is no such manager (the message lists those that exist), or the
-            lifespan did not run.
+        LookupError: There is no such manager, or the lifespan did not run. The message lists the
+            managers that exist.
     """
     return choose(_served(connection), Manager, name)
 
@@ -118,8 +119,8 @@ def reader(connection: HTTPConnection, name: str | None = None) -> Reader:
             only one reader.
 
     Raises:
-        LookupError: There is no such reader (the message lists those that exist), or the
-            lifespan did not run.
+        LookupError: There is no such reader, or the lifespan did not run. The message lists the
+            readers that exist.
     """
     return choose(_served(connection), Reader, name)
 
@@ -130,8 +131,8 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
     Add it with `Route("/health", health())`, or with FastAPI's
     `app.add_api_route("/health", health())`.
 
-    The endpoint answers 200 if every manager runs and can write, no change is older than
-    `max_unflushed_age` and not durable, and every reader is up. Otherwise it answers 503, also if
+    The endpoint answers 200 if every manager runs and can write, no change that is not durable is
+    older than `max_unflushed_age`, and every reader is up. Otherwise it answers 503, also if
     the lifespan did not run. The body is JSON with the status of each manager and reader. It has no
     keys and no values, but error messages in it may have file paths. So do not expose the endpoint
     to the internet.
@@ -197,19 +198,20 @@ class ReadYourWrites:
     """An ASGI middleware with which a client reads its own writes in each worker: `app.add_middleware(ReadYourWrites)`.
 
     The workers of a server share a state. A write is in the other workers within milliseconds, and the next request of the
-    client may come earlier. This middleware sends the revision of the write to the client. The client sends it back with each
-    request, and the request waits until its worker has that revision. If the worker has it already, there is no wait.
+    client may come earlier. This middleware sends the revision of the write to the client. The client sends the revision back
+    with each request, and the request waits until its worker has that revision. If the worker has it already, there is no wait.
 
-    The middleware finds the shared states of the application in its lifespan. States that are not shared need no wait.
+    The middleware finds the shared states in the lifespan of the application. States that are not shared need no wait.
 
     * A response has a revision if its request has made a writing call to a shared state before the response began. The
       method of the request does not matter. The response to a request that only reads has neither header nor cookie, so that
       caches treat it as before.
     * The revision of the state `visits` is sent as the cookie `lab_state-visits`, for ten minutes, and in the header
       `Lab-State-Revision: visits=42`. A client without cookies sends the last header that it got with each request.
-    * A client may send any revision. A request waits for one answer of the owner at most. If the worker does not have the
-      revision then, it is not a revision of this state, and the request goes on.
-    * If there is no owner, the request waits for one as a write does, and is then answered with 503; see `Config.owner_timeout`.
+    * A client may send any revision. For each state, a request waits for one answer of the owner at most. If the worker does
+      not have the revision then, it is not a revision of this state, and the request goes on.
+    * If there is no owner, the request waits for an owner, as a write does. After `Config.owner_timeout` seconds, it is
+      answered with 503.
     * WebSockets do not wait.
 
     If the request is cancelled, its wait ends.
@@ -325,8 +327,8 @@ async def push(websocket: WebSocket, watch: Watch, *, data: Data | None = None) 
     Each message is the JSON of a change, as text; see the argument `data`. The first message is a
     `resync`. At a `resync`, the client should read everything. Messages from the client are
     dropped. The call returns when the client has left, when the manager or the reader stops, or
-    when the server begins to stop (see `sse`). In the last two cases it closes the WebSocket with
-    code 1012, so that clients connect again. If the call is cancelled, it leaves the WebSocket
+    when the server begins to stop (see `sse`). In the last two cases, the call closes the WebSocket
+    with code 1012, so that clients connect again. If the call is cancelled, it leaves the WebSocket
     open.
 
     Args:

@@ -63,7 +63,7 @@ class Reading(NamedTuple):
             may be in the snapshot already.
         durable: The number of these records, counted from the first, that are certainly durable.
             The snapshot is durable too. A crash may still lose the other records: a
-            running writer may be about to sync the last one.
+            running writer may be about to sync the last record.
         live: Whether a writer has the state open; `None` if the storage cannot tell.
         path: The place of the state, for messages, without credentials.
         crc32: The CRC-32 of the snapshot. If it is `None`, lab_state computes it.
@@ -88,7 +88,7 @@ def _sizes(snapshot: bytes | None, records: tuple[bytes, ...]) -> str:
 
 
 class StorageSession(Protocol):
-    """One state that this writer owns until `aclose`.
+    """One state that one writer has open until `aclose`.
 
     The manager makes at most one `commit` and one `checkpoint` at a time, and the two may overlap.
     Each method raises `StorageError` or a subclass, and no other error. The error is raised `from`
@@ -100,8 +100,8 @@ class StorageSession(Protocol):
     def recovery(self) -> Recovery:
         """The snapshot and the records that were found when the state was opened.
 
-        After the first checkpoint the session may drop them, because they need as much memory as
-        the state; see `Recovery.used`. The manager has decoded them before.
+        After the first checkpoint, the session may drop the snapshot and the records, because they need
+        as much memory as the state; see `Recovery.used`. The manager has decoded them before.
         """
         ...
 
@@ -159,7 +159,7 @@ class StorageSession(Protocol):
         ...
 
     async def checkpoint(self, snapshot: SnapshotSource) -> None:
-        """Replace the old snapshot, and the records that the new one covers, by the new snapshot.
+        """Replace the old snapshot, and the records that the new snapshot covers, by the new snapshot.
 
         Commits do not wait for the checkpoint, and run at the same time. Records that are
         committed after the view was taken are kept.
@@ -173,9 +173,9 @@ class StorageSession(Protocol):
     async def aclose(self) -> None:
         """Release the state. A second call does nothing.
 
-        Calls that are still running end before the release. Until then this writer owns the
+        Calls that are still running end before the release. Until the release, this writer owns the
         state: a second writer is refused, or deposes this writer. This also holds when the caller
-        is cancelled.
+        of `aclose` is cancelled.
 
         Raises:
             StorageError: The release failed. The session is closed even then.
@@ -194,21 +194,21 @@ class Storage(Protocol):
             CorruptionError: The stored data are damaged. They were not changed.
             UnavailableError: The state could not be read this time. Try again.
             UnsupportedError: The state cannot be read as it is: a permission is missing, or
-                the format is newer.
+                a newer version of lab_state wrote it.
         """
         ...
 
     async def read(self, name: str) -> Reading:
         """Read a state that another writer may have open, and change nothing.
 
-        The call takes no lock, replaces no writer and writes nothing. It does not disturb a
+        The call takes no lock, deposes no writer and writes nothing. It does not disturb a
         writer that opens, writes or closes the state meanwhile. The result is the state at
         one moment between call and return. It has at least all changes that were durable at
         the call. A state that was opened and never written is empty.
 
         Raises:
             UnsupportedError: There is no state of this name. Or the state cannot be read as it
-                is: a permission is missing, or the format is newer.
+                is: a permission is missing, or a newer version of lab_state wrote it.
             CorruptionError: The stored data are damaged. They were not changed.
             UnavailableError: The state could not be read this time. Try again.
         """

@@ -5,13 +5,14 @@ The page `docs/design/disk.md` has the rules, with a reason for each. In short:
 * `<name>.json` is the snapshot. `<name>.journal` has the records after it. `<name>.lock`
   is the lock.
 * A commit appends one frame and syncs the file. A frame is written only after the sync of
-  the previous one has returned.
+  the previous frame has returned.
 * A checkpoint writes the snapshot under a temporary name while commits go on. Then it
   makes three changes in one call that no commit interrupts: it appends a frame that names
   the new snapshot, renames the snapshot, and puts a new journal in place.
-* After a failed sync the journal is never written again. The next commit writes a new
-  journal that starts with the whole state. The first commit after an unclean end does the
-  same, because the frames that the start found may be only in the page cache.
+* After a failed sync, nothing more is written to that journal file. The next commit creates
+  a new journal file, which starts with the whole state. The first commit after an unclean
+  end also creates such a file, because the frames that the start found may be only in the
+  page cache.
 
 For each session, one worker makes all calls that use the present journal, one at a time. A call
 that has begun is completed, even if its caller is cancelled. These calls are methods of `Writer`. A
@@ -110,7 +111,7 @@ class FileStorage:
 
         Raises:
             UnsupportedError: There is no state of this name in the directory, a permission is
-                missing, or the format is newer. The message says which.
+                missing, or a newer version of lab_state wrote the files. The message says which.
             CorruptionError: The stored data are damaged.
             UnavailableError: The files could not be read this time. Or, for 5 s, they were
                 replaced faster than they could be read. Try again.
@@ -131,7 +132,7 @@ class FileStorage:
         return self._start(partial(load_writer, paths, name, lock, self._tried, self._leftovers, create=self._create))
 
     async def _start(self, opening: Callable[[], tuple[Writer, Recovery]]) -> FileSession:
-        """Open a state: call `opening` in a thread. Return the session. If the caller is cancelled, close the session again."""
+        """Open a state: call `opening` in a thread. Return the session. If the caller is cancelled, close the files and release the lock."""
         commits, checkpoints = Worker(self._threads), Worker(self._threads)
         opened = commits.submit(opening)
         try:
@@ -165,7 +166,7 @@ class Journals:
     """The sessions of a storage object that committed most recently. Only their journals may be open.
 
     Attributes:
-        last: The session that committed last.
+        last: A reference to the session that committed last; `None` if that session has ended, or before the first commit.
     """
 
     def __init__(self) -> None:
@@ -187,7 +188,7 @@ class Journals:
         self._open = OrderedDict()
 
     def used(self, one: weakref.ref[FileSession]) -> None:
-        """Note that a session has committed. If too many journals are open, close the one that was used least recently."""
+        """Note that a session has committed. If too many journals are open, close the journal of the session that committed least recently."""
         forks.disown_in_children(self)
         with self._lock:
             self.last = one
@@ -206,7 +207,7 @@ class Journals:
 
 
 class FileSession:
-    """A state on disk that this writer owns until `aclose`; see `StorageSession`."""
+    """A state on disk that one writer has open until `aclose`; see `StorageSession`."""
 
     def __init__(
         self, writer: Writer, recovery: Recovery, commits: Worker, checkpoints: Worker, journals: Journals

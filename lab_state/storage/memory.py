@@ -61,7 +61,7 @@ class MemoryStorage:
 
 
 class MemorySession:
-    """A state in memory that this writer owns until `aclose`; see `StorageSession`."""
+    """A state in memory that one writer has open until `aclose`; see `StorageSession`."""
 
     def __init__(self, stored: StoredState, name: str) -> None:
         self._name = name
@@ -93,7 +93,7 @@ class MemorySession:
         return f"<MemorySession of {self.path}>"
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Close the session. This runs in a forked child. Managers of the child may then use its copy of the state."""
+        """Close the session. This runs in a forked child. Managers of the child may then use the child's copy of the state."""
         if self._stored.session is self:
             self._stored.session = None
 

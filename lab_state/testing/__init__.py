@@ -68,7 +68,7 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         """Move the wall clock and the monotonic clock. Make the calls that become due, in the order of their times.
 
-        Tasks that these calls wake run as soon as the caller lets the event loop run, as by
+        Tasks that these calls wake run as soon as the caller lets the event loop run, for example with
         `await asyncio.sleep(0)`.
 
         Args:
@@ -164,7 +164,7 @@ class FaultyStorage:
     ) -> None:
         """Plan faults of an operation, after the faults that are planned already.
 
-        A failing `aclose` releases the state with each `moment`, because every storage must do so.
+        An `aclose` that fails still releases the state, with each `moment`, because every storage must do so.
 
         Args:
             operation: The operation.

@@ -78,13 +78,14 @@ class S3Storage:
 
         Args:
             bucket: The name of the bucket, which must exist.
-            prefix: The first part of all keys, before the name of a state. It has at most
-                512 bytes and no slash at either end. It may be empty.
+            prefix: The first part of the names of all objects, before the name of a state. It has
+                at most 512 bytes and no slash at either end. It may be empty.
             endpoint_url: The address of the store, such as `https://minio.example:9000`.
                 With `None`, botocore looks for an address in the environment, and otherwise uses
                 the address of AWS. With an address, the bucket is part of the path of each URL,
                 unless `config` has another `addressing_style`.
-            region_name: The region of the bucket. With `None`, botocore looks for it.
+            region_name: The region of the bucket. With `None`, botocore looks for the region in the
+                environment and in its configuration.
             session: An aiobotocore session that has the credentials. With `None`, botocore looks
                 for credentials in the usual places.
             config: An aiobotocore `AioConfig`, for timeouts, proxies and similar settings.
@@ -105,7 +106,7 @@ class S3Storage:
         self._time = Time(SystemClock())
 
     def __repr__(self) -> str:
-        """Return bucket, prefix and address, which are not secret."""
+        """Return the class, the bucket, the prefix and the address. None of them is secret."""
         endpoint = "" if self._endpoint_url is None else f", endpoint_url={self._endpoint_url!r}"
         return f"S3Storage({self._bucket!r}, prefix={self._prefix!r}{endpoint})"
 
