@@ -7,6 +7,8 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from starlette.applications import Starlette
+
 import lab_state
 from lab_state import (
     Config,
@@ -22,6 +24,7 @@ from lab_state.cache import SPOILT, Slice, Step
 from lab_state.integrations.key_value import LabStateStore as KeyValueStore
 from lab_state.integrations.litestar import LabStatePlugin, LabStateStore
 from lab_state.integrations.prometheus import LabStateCollector
+from lab_state.integrations.starlette import ReadYourWrites
 from lab_state.testing import FaultyStorage, ManualClock
 
 SECRET = "hunter2"
@@ -67,7 +70,12 @@ async def objects(directory: Path) -> list[Any]:
         shown += [changes, followed, await cache.open("jobs", "me"), state._core.durability._session]  # type: ignore[attr-defined]
         shown += [cache, Slice({"user": SECRET.encode()}, {}, []), Step(1, 2, cleared=False), SPOILT]
         shown += [LabStatePlugin(jobs=state), LabStateStore(users), KeyValueStore(users), LabStateCollector(state)]
-        shown += [ManualClock(), RedisCache(f"redis://me:{SECRET}@host:7000"), S3Storage("bucket")]
+        shown += [
+            ReadYourWrites(Starlette()),
+            ManualClock(),
+            RedisCache(f"redis://me:{SECRET}@host:7000"),
+            S3Storage("bucket"),
+        ]
         text = [repr(one) for one in shown]
         await session.aclose()
         await other.aclose()

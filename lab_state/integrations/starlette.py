@@ -232,6 +232,10 @@ class ReadYourWrites:
         self._app = app
         self._cookie = cookie
 
+    def __repr__(self) -> str:
+        """Return the settings."""
+        return f"ReadYourWrites(cookie={self._cookie})"
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request.
 

@@ -473,7 +473,8 @@ async def test_workers_of_a_server(tmp_path: Path) -> None:
     example = Path(__file__).parents[2] / "docs" / "examples" / "workers_app"
 
     async def visitor(page: str) -> None:
-        async with httpx2.AsyncClient(base_url=url, limits=httpx2.Limits(max_keepalive_connections=0)) as client:
+        limits = httpx2.Limits(max_keepalive_connections=0)
+        async with httpx2.AsyncClient(base_url=url, limits=limits, timeout=60) as client:
             for visit in range(1, 11):
                 request_id = {"Idempotency-Key": f"{page}-{visit}"}
                 assert int(await answered(client.post, f"/visits/{page}", headers=request_id)) == visit
@@ -490,7 +491,7 @@ async def test_workers_of_a_server(tmp_path: Path) -> None:
 
     async with (
         workers(str(example), 3, tmp_path) as (_, url),
-        httpx2.AsyncClient(base_url=url) as client,
+        httpx2.AsyncClient(base_url=url, timeout=60) as client,
         asyncio.TaskGroup() as group,
     ):
         for number in range(20):
