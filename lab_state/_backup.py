@@ -25,7 +25,7 @@ from lab_state.storage._worker import Threads, Worker
 R = TypeVar("R")
 
 _LOOK_EVERY = 0.005
-"""Seconds between two looks whether a view is closed, if it is not the view of a checkpoint."""
+"""The seconds between two checks whether a view is closed that does not belong to a checkpoint."""
 
 
 class Backups:
@@ -86,14 +86,14 @@ class BackedUp:
     async def backup(self, path: str | os.PathLike[str]) -> int:
         """Write the whole state of one moment to one file. The moment is at or after the call.
 
-        The file is a snapshot: to restore it, copy it to `<name>.json` in an empty directory. It has the expiry times, and
-        everything in it is committed before it is complete. So this call also flushes. Writes, commits and reads go on
-        meanwhile. A checkpoint and a backup wait for each other. In a shared state, each process can write a backup from
-        its own copy. The changes of an open transaction are not in the backup.
+        The file is a snapshot: to restore it, copy it to `<name>.json` in an empty directory. It has the expiry times, too.
+        All changes in the file are committed before the file is complete. So this call also flushes. Writes, commits and
+        reads go on meanwhile. A checkpoint and a backup wait for each other. In a shared state, each process can write a
+        backup from its own copy. The changes of an open transaction are not in the backup.
 
         The file is written beside `path` under a temporary name, synced, and renamed. So `path` is always an older backup
-        or the new one. A new file can be read by this user alone. A file that replaces an older backup keeps its owner and
-        mode. If the process is killed, a file `<path>.<8 digits>.tmp` may be left. Delete it.
+        or the new backup. Only the user of the process can read a new file. A file that replaces an older backup gets the
+        owner and the mode of that backup. If the process is killed, a file `<path>.<8 digits>.tmp` may be left. Delete it.
 
         A second call at the same time writes a second file. With the same path, the last rename wins. If the caller
         is cancelled, or `stop()` is called meanwhile, the temporary file is deleted. If the rename has begun, the new
@@ -202,7 +202,7 @@ class _Backup:
         return revision
 
     async def _no_view(self) -> None:
-        """Wait until no checkpoint runs, and no view is in use. Until its next `await` the caller can take a view that costs nothing."""
+        """Wait until no checkpoint runs, and no view is in use. Until its next `await` the caller can take a view without copying the map."""
         while True:
             flusher = self._flusher()
             if flusher is not None and flusher.checkpoints.is_running:

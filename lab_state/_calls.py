@@ -46,9 +46,9 @@ class Calls(Writing, Waits):
 
     Each call raises `ClosedError` before `start()` and after `stop()`. Each call with a key raises `InvalidKeyError`
     unless the key is a `str` of 1 to 1,024 characters, without NUL and lone surrogates, and not `$lab_state`. Only `in`
-    returns False for any other key. Each other argument of a wrong Python type raises `TypeError`. A write raises
-    `RuntimeError` if it is not on the event loop of `start()`. There is one exception: `set` does not check the loop if
-    the key has an unflushed change already.
+    returns False for any other key. A value that JSON cannot hold raises `InvalidValueError`. Each other argument of a
+    wrong Python type raises `TypeError`. A write raises `RuntimeError` if it is not on the event loop of `start()`. There
+    is one exception: `set` does not check the loop if the key has an unflushed change already.
 
     A call whose name ends in `_nowait` does the same as the call without this ending, but without `await`. It is meant
     for callbacks and other synchronous code on the event loop. Each read except `items` has such a call. For `exists`, it

@@ -2,8 +2,8 @@
 
 If the subscription is lost, the task subscribes again, after growing pauses. A running writer sends
 heartbeats. So if there is no message for some seconds, the task tests the subscription with a ping.
-Every two seconds the task also reads the head of the mirror. So the reader knows whether reads
-succeed, even if the application reads nothing.
+Every two seconds the task also reads the head of the mirror, the field `$lab_state`. So the reader
+knows whether reads succeed, even if the application reads nothing.
 
 Any client may send a message. Messages that cannot be decoded are skipped. After the first
 such message, a line is logged, and the mirror is read again.

@@ -68,8 +68,8 @@ class RedisCache:
 
         Args:
             name: The name of the state.
-            local: Whether the reader keeps a local copy, and reads from it. The copy needs the
-                memory of the whole state, and time to load it.
+            local: Whether the reader keeps a local copy, and reads from it. The copy needs as much
+                memory as the whole state, and some time to be loaded.
             clock: A clock for tests; by default the clock of the cache. The reader uses it to decide
                 which keys have expired, and to measure timeouts.
         """

@@ -282,7 +282,7 @@ def sse(
     begins to stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its
     connections. To notice this, the first stream installs a signal handler until the lifespan ends.
     This handler ends the streams, and then calls the server's handler. A server outside the main thread
-    receives no signal. Then the streams end when the manager or the reader stops. A client that
+    receives no signal. In that case, its stop ends the streams only at the end of the lifespan. A client that
     reads nothing delays the end of the server. Limit that delay, for example with uvicorn's
     `--timeout-graceful-shutdown`.
 
