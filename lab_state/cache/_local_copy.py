@@ -50,7 +50,7 @@ class LocalCopy:
         self._state = (
             State()
         )  # its index of expiries is not complete, because a reader looks at the entries and the wall clock
-        self._whole = False  # whether `entries` has all keys at `head`; False during a load, and after a load that failed
+        self._whole = False  # whether `entries` has all keys at `head`; False during a load, and after a failed load
         self._kept: deque[Sequence[Message]] | None = None
 
     def invalidate(self) -> None:
