@@ -26,7 +26,7 @@ import re
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -46,15 +46,20 @@ FORMAT = 1
 _CRC = b',"crc32":"'
 _MEMBER_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
 _END_BYTES = len(b',"crc32":"00000000"}}')
+_ID = re.compile(r"[0-9a-f]{16}")
+_LAST_REVISION = 2**63 - 1
 
 
 class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The reserved member of a snapshot. Only a snapshot in S3 has `seq` and `fence`, the two numbers of its stamp."""
+    """The reserved member of a snapshot. Only a snapshot in S3 has `seq` and `fence`, the two numbers of its stamp.
+
+    Without `crc32`, a person has edited the snapshot.
+    """
 
     format: int
     revision: Int64
     id: str
-    crc32: str
+    crc32: str | None = None
     expires: dict[str, Int64] = {}
     time: Int64 = 0
     wall: Int64 = 0
@@ -294,16 +299,22 @@ def decode_snapshot(data: bytes, path: str, crc: int | None = None) -> LoadedSta
         _check_foreign(data, entries, path)
         return LoadedState(entries, 0)
     meta = check_member(data, member, path, zlib.crc32(data) if crc is None else crc)
-    _check_times(meta.expires, entries, path)
+    expires: Mapping[str, int] = meta.expires
+    if meta.crc32 is None:
+        _check_entries(data, entries, path)
+        expires = {key: at for key, at in expires.items() if key in entries}
+    _check_times(expires, entries, path)
     results = None
     if meta.calls:
         results = ResultTable()
         results.load(meta.calls)
-    return LoadedState(entries, meta.revision, meta.expires, meta.time, meta.wall, results)
+    return LoadedState(entries, meta.revision, expires, meta.time, meta.wall, results)
 
 
 def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
     """Decode the reserved member of a snapshot, and check it against `crc`, the checksum of all bytes.
+
+    A person who edits a snapshot deletes the checksum alone. Then the result has the next revision: the edit is a change.
 
     Raises:
         CorruptionError: The member is damaged, or the checksum is wrong.
@@ -318,12 +329,25 @@ def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
             )
         meta = msgspec.json.decode(member, type=Meta)
     except NOT_JSON:
-        _refuse_member(path, f"its member {RESERVED!r} is damaged")
+        raise CorruptionError(
+            path,
+            0,
+            f"its member {RESERVED!r} is damaged; restore a copy. If it was edited by hand, delete the member: then no key "
+            "expires, and revisions begin at 0",
+        ) from None
+    is_edited = meta.crc32 is None and _ID.fullmatch(meta.id) is not None  # lost bytes hardly leave a whole id
+    if is_edited and meta.format == FORMAT and 0 <= meta.revision < _LAST_REVISION:
+        return msgspec.structs.replace(meta, revision=meta.revision + 1)
     # The member contains the checksum of all bytes before `,"crc32":"`. Continued over the rest, it must be `crc`.
     end = _MEMBER_END.search(data, max(0, len(data) - _END_BYTES))
     claimed = end is not None and end[1].decode() == meta.crc32 and zlib.crc32(end[0], int(end[1], 16)) == crc
     if not claimed or meta.format != FORMAT or meta.revision < 0:
-        _refuse_member(path, "its checksum does not match its contents")
+        raise CorruptionError(
+            path,
+            0,
+            "its checksum does not match its contents; restore a copy. If it was edited by hand, delete "
+            f'`,"crc32":"…"` at the end of its member {RESERVED!r}: the rest of the member then holds',
+        )
     return meta
 
 
@@ -333,16 +357,8 @@ def _check_times(expires: Mapping[str, int], entries: Container[str], path: str)
             raise CorruptionError(path, 0, f"the key {key!r} has an expiry time, but no value; restore a copy")
 
 
-def _refuse_member(path: str, what: str) -> NoReturn:
-    raise CorruptionError(
-        path,
-        0,
-        f"{what}. If it was edited by hand, delete the member {RESERVED!r}; then no key expires, and revisions begin at 0. Otherwise restore a copy",
-    )
-
-
 def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
-    """Check that an object without the reserved member is not a damaged snapshot, and that lab_state can keep each key and value."""
+    """Check that an object without the reserved member is not a damaged snapshot; see also `_check_entries`."""
     tail = data[data.rfind(b'{"format":') : -1]
     for suspect in (next(reversed(entries.values()), Raw(b"null")), tail):
         if _looks_like_member(suspect):
@@ -358,6 +374,11 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
             f"it ends as a state does, but its member {RESERVED!r} is missing, so bytes before the end are missing; "
             "restore a copy. If another program wrote it, add a newline at its end",
         )
+    _check_entries(data, entries, path)
+
+
+def _check_entries(data: bytes, entries: dict[str, Raw], path: str) -> None:
+    """Check that lab_state can keep each key and value that a person or another program wrote."""
     for key, value in entries.items():
         try:
             check_key(key)

@@ -85,6 +85,10 @@ class Scan(NamedTuple):
     frames: tuple[Frame, ...]
     end: int
 
+    def names(self, base: str) -> bool:
+        """Return whether the journal follows this snapshot, or has a checkpoint frame that names it."""
+        return self.header.base == base or (FrameKind.CHECKPOINT, base.encode()) in self.frames
+
 
 _FRAME = re.compile(rb"([0-9a-f]{8}) ((\d{1,15}) ([A-Z]) )")
 _LONGEST_HEAD = 8 + 1 + 15 + 3
@@ -312,8 +316,7 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
     records = tuple(payload for kind, payload in frames if kind is FrameKind.RECORD)
     if base == ANY_BASE:
         return Accepted(frames[0].payload, records, unclean=True)
-    followed = {base.encode()} | {payload for kind, payload in frames if kind is FrameKind.CHECKPOINT}
-    if snapshot_base.encode() not in followed:
+    if not found.names(snapshot_base):
         if records:
             raise CorruptionError(
                 path,

@@ -414,9 +414,53 @@ def test_a_value_that_was_swapped_is_noticed() -> None:
     """A value edited by hand is refused, and the message says how to edit."""
     error = corruption(snapshot(SAMPLE).replace(b"some-value", b"same-value"))
     assert error.detail == (
-        "its checksum does not match its contents. If it was edited by hand, delete the member '$lab_state'; "
-        "then no key expires, and revisions begin at 0. Otherwise restore a copy"
+        "its checksum does not match its contents; restore a copy. If it was edited by hand, delete "
+        """`,"crc32":"…"` at the end of its member '$lab_state': the rest of the member then holds"""
     )
+
+
+def edited(data: bytes, *changes: tuple[bytes, bytes]) -> bytes:
+    """Return a snapshot without its checksum, and with these changes."""
+    data = data[: data.rindex(b',"crc32":"')] + b"}}"
+    for old, new in changes:
+        assert old in data
+        data = data.replace(old, new)
+    return data
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_edit_by_hand_keeps_the_expiry_times(indent: int | None) -> None:
+    """Without its checksum, the rest of the member holds: the revision is one higher, and times of missing keys are ignored."""
+    view: dict[str, Stored] = {"a": Expiring(1, 5_000), "gone": Expiring(2, 6_000), "c": 3}
+    data = b"".join(encode_snapshot({**view}, 42, 1_000, copy_loaded=False, wall=2_000))
+    data = edited(data, (b'"gone":2,', b""), (b'"c":3', b'"c":4,"new":5'))
+    if indent is not None:
+        data = json.dumps(json.loads(data), indent=indent).encode() + b"\n"
+    loaded = decode_snapshot(data, PATH)
+    assert {key: bytes(cast("Any", value)) for key, value in loaded.entries.items()} == {
+        "a": b"1",
+        "c": b"4",
+        "new": b"5",
+    }
+    assert loaded[1:] == (43, {"a": 5_000}, 1_000, 2_000, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ((b'"n":1', b'"n":1e999'), "out of range"),
+        ((b'"n":1', b'"":1'), "cannot keep one of its keys"),
+        ((b'"revision":42', b'"revision":-1'), "checksum"),
+        ((b'"revision":42', b'"revision":9223372036854775807'), "checksum"),
+        ((b'"format":1', b'"format":0'), "checksum"),
+        ((b'"id":"', b'"id":"0'), "checksum"),
+        ((b'"wall":0', b'"wall":0,"crc33":"01234567"'), "is damaged"),
+        ((b'"wall":0', b'"wall":"0"'), "is damaged"),
+    ],
+)
+def test_a_bad_edit_by_hand_is_refused(change: tuple[bytes, bytes], text: str) -> None:
+    """The file is checked as that of another program is."""
+    assert text in corruption(edited(snapshot(SAMPLE), change)).detail
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -438,7 +482,7 @@ def test_a_snapshot_written_again_by_another_program_is_refused(indent: int | No
 def test_a_member_that_is_not_ours_is_refused(member: bytes) -> None:
     """A reserved member that is not one is refused as damaged."""
     assert corruption(b'{"a":1,"$lab_state":%s}' % member).detail.startswith(
-        "its member '$lab_state' is damaged. If it was edited"
+        "its member '$lab_state' is damaged; restore a copy. If it was edited"
     )
 
 

@@ -95,9 +95,10 @@ def _revision_of(snapshot: bytes | None, path: str, crc: int | None) -> int | No
         return None
     member = Raw(snapshot[start + len(_MEMBER) : -1])
     try:
-        return check_member(snapshot, member, path, zlib.crc32(snapshot) if crc is None else crc).revision
+        meta = check_member(snapshot, member, path, zlib.crc32(snapshot) if crc is None else crc)
     except CorruptionError:  # it is damaged, or another program wrote it: to decode all of it raises the right error
         return None
+    return None if meta.crc32 is None else meta.revision  # without a checksum it was edited, and differs from each copy
 
 
 async def _tail(records: tuple[bytes, ...], revision: int, path: str) -> list[ParsedRecord] | None:

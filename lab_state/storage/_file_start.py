@@ -26,6 +26,9 @@ from lab_state.storage._reading import needs_snapshot
 _logger = Log(logging.getLogger("lab_state"))
 
 _TORN_KEPT = 5
+_RESERVED = b'"$lab_state"'
+"""The name of the member of a snapshot that has the data of lab_state. A storage looks at no other part of a snapshot."""
+
 _COPIED_AT_ONCE = 1024 * 1024
 
 
@@ -117,6 +120,8 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
     scan = None if data is None else journal.scan(data, name, paths.journal)
     size = len(data or b"")
     accepted = journal.accept(scan, size, base, paths.journal)
+    if accepted.full is None and snapshot is not None and scan is not None and not scan.names(base):
+        _warn_if_stripped(paths.snapshot, snapshot)
     torn = size - scan.end if scan is not None else 0
     if torn and data is not None:
         _keep_torn(paths.journal, data, size - torn, leftovers)
@@ -128,6 +133,16 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
     if accepted.full is not None:
         snapshot, crc = accepted.full, None
     return writer, Recovery(snapshot, accepted.records, accepted.unclean, torn, crc)
+
+
+def _warn_if_stripped(path: str, snapshot: bytes) -> None:
+    """Log a warning if a snapshot has no reserved member, although a journal of this state is beside it, which follows another one."""
+    if _RESERVED not in snapshot:
+        _logger.warning(
+            "%s has no member $lab_state any longer, so it was replaced or edited: revisions begin at 0, and keys that had an expiry time "
+            "have none",
+            path,
+        )
 
 
 def _keep_torn(path: str, data: bytes, start: int, leftovers: Leftovers) -> None:

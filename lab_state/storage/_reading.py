@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lab_state import _journal as journal
-from lab_state._journal import ANY_BASE, NO_BASE, Accepted, FrameKind, Scan
+from lab_state._journal import ANY_BASE, NO_BASE, Accepted, FrameKind
 from lab_state.exceptions import StorageError
 
 
@@ -80,12 +80,9 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Judgement:
         return Judgement(accepted, None, 0, sure=False)
     # A frame is written only after the sync of the previous one. So all frames are synced, except perhaps the last one.
     last_is_record = bool(scan.frames) and scan.frames[-1].kind is FrameKind.RECORD
-    return Judgement(accepted, None, len(accepted.records) - last_is_record, sure=_belongs(scan, base))
-
-
-def _belongs(scan: Scan, base: str) -> bool:
-    """Return whether the journal names this snapshot, or does not need a snapshot."""
-    return scan.header.base in (ANY_BASE, base) or (FrameKind.CHECKPOINT, base.encode()) in scan.frames
+    return Judgement(
+        accepted, None, len(accepted.records) - last_is_record, sure=scan.header.base == ANY_BASE or scan.names(base)
+    )
 
 
 def is_answer(before: ReadFiles | None, now: ReadFiles) -> bool:

@@ -421,6 +421,47 @@ async def test_newer_formats_are_refused_and_left_untouched(tmp_path: Path) -> N
         (tmp_path / name).unlink()
 
 
+async def test_an_edit_that_keeps_the_expiry_times(tmp_path: Path, clock: ManualClock) -> None:
+    """After a clean stop, a snapshot whose checksum alone is deleted is one change."""
+    async with manager(tmp_path, clock=clock) as state:
+        await state.set("a", 1, ttl=10**9)
+        revision = await state.set("b", 2)
+    path = tmp_path / "lab.json"
+    data = path.read_text()
+    path.write_text(data[: data.rindex(',"crc32":')].replace('"b":2', '"b":3') + "}}")
+    for _ in range(2):
+        async with manager(tmp_path, clock=clock) as state:
+            assert (await state.get_all(), state.revision) == ({"a": 1, "b": 3}, revision + 1)
+            assert await state.expires_in("a") == 10**9
+    async with manager(tmp_path, clock=clock) as state:
+        assert await state.set("c", 4) == revision + 2
+        await state.flush()
+        assert await found(tmp_path) == {"a": 1, "b": 3, "c": 4}
+    assert '"crc32"' in path.read_text()
+
+
+async def test_a_snapshot_without_its_member_beside_a_journal_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A WARNING says that the expiry times are gone. A file of another program, without a journal of ours, is no reason for it."""
+    path, text = tmp_path / "lab.json", "has no member $lab_state any longer"
+    path.write_text('{"a": 1}')
+    async with manager(tmp_path) as state:
+        await state.set("b", 2)
+        await state.flush()
+        kill = tmp_path.parent / "killed"
+        shutil.copytree(tmp_path, kill)
+    async with manager(kill) as state:
+        assert await state.get_all() == {"a": 1, "b": 2}
+    async with manager(tmp_path):
+        pass
+    assert text not in caplog.text
+    path.write_text('{"a": 1, "b": 3}')
+    async with manager(tmp_path) as state:
+        assert await state.get_all() == {"a": 1, "b": 3}
+    assert caplog.text.count(text) == 1
+
+
 async def test_an_edited_snapshot_without_its_member_is_accepted(tmp_path: Path) -> None:
     """After a clean stop, a snapshot edited by hand is accepted once its reserved member is deleted."""
     async with manager(tmp_path) as state:
@@ -428,7 +469,7 @@ async def test_an_edited_snapshot_without_its_member_is_accepted(tmp_path: Path)
     path = tmp_path / "lab.json"
     edited = json.loads(path.read_bytes()) | {"b": 2}
     path.write_text(json.dumps(edited))
-    with pytest.raises(CorruptionError, match="delete the member"):
+    with pytest.raises(CorruptionError, match="If it was edited by hand, delete"):
         await manager(tmp_path).start()
     del edited["$lab_state"]
     path.write_text(json.dumps(edited))
