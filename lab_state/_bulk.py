@@ -8,13 +8,15 @@ ordered before the call; see `Batch.before`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from typing import Any, TypeVar, cast
 
 from lab_state._batch import Batch
 from lab_state._core import Core
 from lab_state._durability import Durability
 from lab_state.exceptions import ClosedError
+
+R = TypeVar("R")
 
 
 class Bulk:
@@ -80,3 +82,21 @@ async def run_in_steps(steps: Iterator[None], check: Callable[[], object]) -> No
     for _ in steps:
         await asyncio.sleep(0)
         check()
+
+
+async def run_whole(steps: Generator[None, None, R]) -> R:
+    """Run all steps, and return their result. The event loop runs between two steps.
+
+    If this is interrupted, as by the end of the event loop, run all other steps at once.
+    """
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return cast("R", stop.value)
+        try:
+            await asyncio.sleep(0)
+        except BaseException:
+            for _ in steps:
+                pass
+            raise

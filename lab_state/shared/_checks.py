@@ -8,10 +8,14 @@ older revision, some changes since then are not known. So its check does not hol
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Generator
+from itertools import islice, takewhile
 
 MOST_KEYS = 100_000
 """The largest number of keys that are kept. A check with a prefix may look at each of them, which takes about 20 ms."""
+
+_LOOKED_AT_ONCE = 1000
+"""The number of keys that one step of `hold_in_steps` looks at."""
 
 
 class RecentChanges:
@@ -68,4 +72,23 @@ class RecentChanges:
                     break
                 if key.startswith(starts):
                     return False
+        return True
+
+    def hold_in_steps(
+        self, since: int, keys: Collection[str], prefixes: Collection[str]
+    ) -> Generator[None, None, bool]:
+        """Return whether a check holds, as `hold` does, and yield between two steps. No change may be noted meanwhile."""
+        if (keys or prefixes) and since < self.floor:
+            return False
+        rest = iter(keys)
+        while some := list(islice(rest, _LOOKED_AT_ONCE)):
+            if not self.hold(since, some, ()):
+                return False
+            yield
+        starts = tuple(prefixes)
+        newer = takewhile(lambda changed: changed[1] > since, reversed(self._changed.items()))
+        while starts and (part := list(islice(newer, _LOOKED_AT_ONCE))):
+            if any(key.startswith(starts) for key, _ in part):
+                return False
+            yield
         return True

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, cast
 
+from lab_state._bulk import run_whole
 from lab_state._clock import Clock
 from lab_state._log import Log
 from lab_state.exceptions import InvalidValueError
@@ -35,10 +36,13 @@ from lab_state.shared._messages import (
 )
 from lab_state.shared._order import ClientOrder
 from lab_state.shared._queue import MOST_WAITING
-from lab_state.shared._wire import OtherVersionError, decode_from_client, encode_for_client
+from lab_state.shared._wire import OtherVersionError, decode_call_in_steps, decode_from_client, encode_for_client
 
 _PATIENCE = 5.0
 """The time in seconds in which a client must send its hello, or must read the last message of the owner."""
+
+_LARGE = 64 * 1024
+"""A call with at least so many bytes is decoded in steps."""
 
 _MOST_RECEIVED = 16 * 1024
 """The largest number of bytes of calls that are handled in one step of the event loop. The calls of 25 tasks have a few thousand bytes."""
@@ -63,8 +67,11 @@ class OwnerSide(Protocol):
         """
         ...
 
-    def call(self, connection: Connection, call: Call) -> None:
-        """Execute a call, and note its acknowledgement. The connection has checked the order of both numbers."""
+    def call(self, connection: Connection, call: Call) -> Awaitable[None] | None:
+        """Execute a call, and note its acknowledgement. The connection has checked the order of both numbers.
+
+        If this returns an awaitable, the connection handles its next message after that.
+        """
         ...
 
     def acknowledge(self, client: str, number: int) -> None:
@@ -210,25 +217,32 @@ class Connection:
         else:
             self.send_parts(parts)
 
-    def _handle(self, frame: ReceivedFrame) -> None:
+    def _handle(self, frame: ReceivedFrame) -> Awaitable[None] | None:
+        if frame.kind == CALL and len(frame.payload) >= _LARGE:
+            return self._handle_large(frame)
         try:
             message = decode_from_client(frame)
         except OtherVersionError as problem:
             self._log.warning("refused the process %d: %s", self._pid, problem)
             self._send(No(reason="protocol", detail=str(problem)))
             self.finish()
-            return
+            return None
         if frame.kind == CALL:
-            self._handle_call(cast("Call", message))
-        else:
-            self._order.check(message)
-            self._handle_other(message)
+            return self._handle_call(cast("Call", message))
+        self._order.check(message)
+        self._handle_other(message)
+        return None
 
-    def _handle_call(self, call: Call) -> None:
+    async def _handle_large(self, frame: ReceivedFrame) -> None:
+        call = await run_whole(decode_call_in_steps(frame.payload))
+        if self.is_open and (waits := self._handle_call(call)) is not None:
+            await waits
+
+    def _handle_call(self, call: Call) -> Awaitable[None] | None:
         self._order.check_call(call)
         if not self.is_admitted:
             raise BadMessageError("a message before the welcome")
-        self._owner.call(self, call)
+        return self._owner.call(self, call)
 
     def _handle_other(self, message: FromClient) -> None:
         if isinstance(message, Hello):

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias, cast
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from typing import Literal, TypeAlias, TypeVar, cast
 
-from lab_state._entries import Value
+from msgspec import Raw
+
+from lab_state import _batch
+from lab_state._batch import in_parts
+from lab_state._entries import StoredOrGone, Value
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
-from lab_state.shared._answers import Settled, raw_of, relative, result_of, size_of
-from lab_state.shared._messages import Call, Delete, DeleteAll, DeleteMany, Incr, Set, SetIfAbsent, SetMany, Touch
+from lab_state.shared._answers import Settled, changes_of, raw_of, relative, result_of, size_of
+from lab_state.shared._messages import (
+    Call,
+    Changes,
+    Delete,
+    DeleteAll,
+    DeleteMany,
+    Incr,
+    MakeChanges,
+    Set,
+    SetIfAbsent,
+    SetMany,
+    Touch,
+)
+from lab_state.shared._wire import encode_body, encode_large_call
+
+T = TypeVar("T")
 
 Make: TypeAlias = Callable[[int, int, int], Call]
 """A function that makes the message of a call from its number, the acknowledgement, and the revision of its check."""
@@ -17,8 +37,14 @@ Make: TypeAlias = Callable[[int, int, int], Call]
 class DataCalls:
     """The calls of `Port` whose arguments are data. A subclass sends them."""
 
-    async def _made(self, make: Make, size: int) -> Settled:
-        """Make a call without a check, and return its end. `size` is an upper bound for its keys and values, in bytes."""
+    async def _made(self, make: Make, size: int, count: int = 0) -> Settled:
+        """Make a call without a check, and return its end.
+
+        Args:
+            make: See `Make`.
+            size: An upper bound of the size of its keys and values, in bytes.
+            count: The number of its keys, if it may have many.
+        """
         raise NotImplementedError
 
     async def see_all(self, made: float | None = None) -> None:
@@ -32,9 +58,13 @@ class DataCalls:
 
     async def set_many(self, values: Mapping[str, Value], ttl: int | None) -> int:
         """Store several values, and return the revision."""
-        raws = {key: raw_of(value) for key, value in values.items()}
-        size = sum(size_of(key, raw) for key, raw in raws.items())
-        return (await self._made(lambda n, ack, _: SetMany(n, ack, raws, ttl), size)).revision
+        raws: dict[str, Raw] = {}
+        size = 0
+        async for part in _parts(values.items()):
+            for key, value in part:
+                raws[key] = raw = raw_of(value)
+                size += size_of(key, raw)
+        return (await self._made(lambda n, ack, _: SetMany(n, ack, raws, ttl), size, len(raws))).revision
 
     async def touch(self, key: str, ttl: int | None) -> bool:
         """Give a key another time to live, and return whether it existed."""
@@ -43,10 +73,13 @@ class DataCalls:
     async def delete_many(self, keys: Sequence[str]) -> int:
         """Delete keys, and return how many of them existed."""
         given = list(keys)
-        size = sum(map(size_of, given))
         if len(given) == 1:
-            return int(bool(result_of(await self._made(lambda n, ack, _: Delete(n, ack, given[0]), size))))
-        return cast("int", result_of(await self._made(lambda n, ack, _: DeleteMany(n, ack, given), size)))
+            return int(bool(result_of(await self._made(lambda n, ack, _: Delete(n, ack, given[0]), size_of(given[0])))))
+        size = 0
+        async for part in _parts(given):
+            size += sum(map(size_of, part))
+        settled = await self._made(lambda n, ack, _: DeleteMany(n, ack, given), size, len(given))
+        return cast("int", result_of(settled))
 
     async def delete_all(self, prefix: str) -> int:
         """Delete the keys with a prefix, and return their number."""
@@ -86,3 +119,40 @@ def can_begin_key(prefix: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+async def changes_in_turns(changes: dict[str, StoredOrGone], *, cleared: bool) -> tuple[Changes, int]:
+    """Return what `changes_of` returns. If there are many changes, the event loop runs meanwhile."""
+    if len(changes) < _batch.MANY:
+        return changes_of(changes, cleared=cleared)
+    whole, size = Changes(clear=cleared, set={}, delete=[], expires={}), 0
+    async for part in _parts(changes.items()):
+        some, some_size = changes_of(dict(part), cleared=cleared)
+        whole.set.update(some.set)
+        whole.delete.extend(some.delete)
+        whole.expires.update(some.expires)
+        size += some_size
+    return whole, size
+
+
+async def encoded_in_turns(call: Call) -> list[bytes]:
+    """Return the slices of `encode_body`. The event loop runs between two slices.
+
+    Raises:
+        InvalidValueError: The message is too large.
+    """
+    assert isinstance(call, SetMany | DeleteMany | MakeChanges)  # no other call has many keys
+    body: list[bytes] = []
+    for part in encode_body(call):
+        body.append(part)
+        await asyncio.sleep(0)
+    encode_large_call(call, body)  # raises the error
+    return body
+
+
+async def _parts(items: Collection[T]) -> AsyncIterator[list[T]]:
+    """Yield items in parts. If there are many, the event loop runs between two parts."""
+    for number, part in enumerate(in_parts(items)):
+        if number and len(items) >= _batch.MANY:
+            await asyncio.sleep(0)
+        yield part

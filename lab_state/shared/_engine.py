@@ -1,7 +1,7 @@
 """The owner's part of the protocol: it executes calls, keeps their results, and answers them. Pure and synchronous.
 
-Each call is executed in one step, on the layer: the changes that are not durable yet, over the durable
-copy. A call that changed something is answered when its record is durable, with the last revision of
+Each call is executed on the layer: the changes that are not durable yet, over the durable copy. This is one step, except
+for a call with many keys. Such a call is executed in steps, and no other call is executed meanwhile. A call that changed something is answered when its record is durable, with the last revision of
 that record. A call that changed nothing is answered when the revision that it saw is durable. A refused check is answered
 at once.
 
@@ -11,8 +11,9 @@ at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Coroutine, Hashable, Iterator
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Collection, Coroutine, Generator, Hashable, Iterator
+from enum import Enum
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from msgspec import Raw
 
@@ -27,6 +28,8 @@ from lab_state._values import encode
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
 from lab_state.shared._checks import RecentChanges
 from lab_state.shared._clients import Clients
+from lab_state.shared._executed import Executed, Waiting
+from lab_state.shared._large_calls import is_large, parts_of
 from lab_state.shared._layer import OwnerLayer
 from lab_state.shared._messages import (
     Answer,
@@ -40,7 +43,6 @@ from lab_state.shared._messages import (
     MakeChanges,
     Moved,
     Ok,
-    Raised,
     Refused,
     Set,
     SetIfAbsent,
@@ -61,54 +63,13 @@ MOST_BYTES = 1024 * 1024
 _KINDS: dict[str, Any] = {"any": Any, "int": int, "float": float}
 
 
-class Executed(Generic[R]):
-    """A call that was executed on the layer.
+class _Found(Enum):
+    """The outcome of the search for an earlier execution of a call."""
 
-    Attributes:
-        at: The revision of the layer after the call. The answer waits until it is durable.
-        changed: Whether the call changed something.
-        revision: The revision of the answer. For a call that changed something it is 0 until its record is durable.
-        error: The error that the call raised; `None` if it returned.
-    """
-
-    __slots__ = ("_result", "at", "changed", "error", "revision")
-
-    def __init__(self, at: int, result: R | None, error: Exception | None = None, *, changed: bool) -> None:
-        self.at: int = at
-        self.changed: bool = changed
-        self.revision: int = 0 if changed else at
-        self.error: Exception | None = error
-        self._result = result
-
-    @property
-    def result(self) -> R:
-        """The result of the call.
-
-        Raises:
-            Exception: The call raised this error.
-        """
-        if self.error is not None:
-            raise self.error
-        return cast("R", self._result)
+    NEW = "new"
 
 
-class _Waiting(NamedTuple):
-    """A call of a client that was executed and is not answered."""
-
-    number: int
-    executed: Executed[bytes]
-
-    def answer(self, end: int) -> Answer:
-        """Return the answer. `end` is the revision at which the record of the call ends."""
-        executed = self.executed
-        revision = end if executed.changed else executed.at
-        if (error := executed.error) is None:
-            return Ok(self.number, revision, Raw(executed.result))
-        assert isinstance(error, TypeMismatchError | InvalidValueError)
-        kind: Literal["TypeMismatchError", "InvalidValueError"] = (
-            "TypeMismatchError" if isinstance(error, TypeMismatchError) else "InvalidValueError"
-        )
-        return Raised(self.number, revision, kind, error.args[0], error.path)
+_NEW: Literal[_Found.NEW] = _Found.NEW
 
 
 class _LayerCore(CallCore):
@@ -173,7 +134,7 @@ class Engine(Generic[C]):
         self.clients: Clients = Clients(self._table.acknowledged, monotonic_ns())
         self._recent = RecentChanges(layer.copy.revision)
         self._pending = PendingResults()
-        self._waiting: dict[C, list[_Waiting]] = {}
+        self._waiting: dict[C, list[Waiting]] = {}
         self._own: list[Executed[Any]] = []
         self._end: float = math.inf  # the revision at which the record under way ends
         self._core = _LayerCore(layer)
@@ -233,21 +194,38 @@ class Engine(Generic[C]):
             client: The id of the client, which must be known.
             call: The call.
         """
+        if (known := self._known(connection, client, call)) is not _NEW:
+            return known
+        return self._keep(connection, client, call.n, self.execute(call))
+
+    def call_in_steps(self, connection: C, client: str, call: Call) -> Generator[None, None, Answer | None]:
+        """Execute a call of a client as `call` does, and yield between two steps.
+
+        Run all steps. Until then, nothing else may be executed, and no commit may begin. See `OwnerLayer.apply_in_steps`.
+        """
+        if (known := self._known(connection, client, call)) is not _NEW:
+            return known
+        return self._keep(connection, client, call.n, (yield from self.execute_in_steps(call)))
+
+    def _known(self, connection: C, client: str, call: Call) -> Answer | Literal[_Found.NEW] | None:
+        """Return the answer to a call that is not executed now; `_NEW` if it is to be executed."""
         self.clients.acknowledge(client, call.ack)
-        executed: Executed[bytes] | Refused
         if (applied := self._pending.find(client, call.n)) is not None:
-            executed = Executed(applied.at, applied.value, changed=True)
-        elif (found := self.find(client, call.n)) is not None:
+            return self._wait(connection, call.n, Executed(applied.at, applied.value, changed=True))
+        if (found := self.find(client, call.n)) is not None:
             return Ok(call.n, found.revision, Raw(found.value))
-        elif self.is_ending:
-            return Moved(call.n)
-        else:
-            executed = self.execute(call)
-            if isinstance(executed, Refused):
-                return executed
-            if executed.changed:
-                self._pending.add(client, call.n, executed.result, executed.at)
-        waiting = _Waiting(call.n, executed)
+        return Moved(call.n) if self.is_ending else _NEW
+
+    def _keep(self, connection: C, client: str, number: int, executed: Executed[bytes] | Refused) -> Answer | None:
+        """Keep the result of a call that was executed. Return the answer if it can be sent now."""
+        if isinstance(executed, Refused):
+            return executed
+        if executed.changed:
+            self._pending.add(client, number, executed.result, executed.at)
+        return self._wait(connection, number, executed)
+
+    def _wait(self, connection: C, number: int, executed: Executed[bytes]) -> Answer | None:
+        waiting = Waiting(number, executed)
         if not executed.changed and executed.at <= self._copy.revision:
             return waiting.answer(executed.at)
         self._waiting.setdefault(connection, []).append(waiting)
@@ -271,6 +249,27 @@ class Engine(Generic[C]):
         except (TypeMismatchError, InvalidValueError) as error:
             return Executed(before, None, error, changed=False)
         return self._executed(before, result)
+
+    # Calls with many keys
+
+    def is_large(self, call: Call) -> bool:
+        """Return whether a call has so many keys that it is executed in steps."""
+        return is_large(call, self._layer)
+
+    def execute_in_steps(self, call: Call) -> Generator[None, None, Executed[bytes] | Refused]:
+        """Execute a call as `execute` does, and yield between two steps; see `call_in_steps`."""
+        if not self.is_large(call):
+            return self.execute(call)
+        layer = self._layer
+        before, cleared, parts = layer.revision, False, parts_of(call, layer)
+        if isinstance(call, DeleteAll):
+            yield from self._copy.index_steps()
+        elif isinstance(call, MakeChanges):
+            if not (yield from self._recent.hold_in_steps(call.since, call.keys, call.prefixes)):
+                return Refused(call.n, before, self._values(call.keys))
+            cleared = call.changes.clear and (bool(call.changes.set) or len(layer.entries) > 0)
+        count = yield from layer.apply_in_steps(parts, cleared=cleared)
+        return self._executed(before, encode(count if isinstance(call, DeleteMany | DeleteAll) else None))
 
     def run(self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str = "") -> Executed[R]:
         """Run a function of the application, which makes one call on the layer. An error that it raises is in the result.
@@ -395,7 +394,7 @@ class Engine(Generic[C]):
             connection: [Failed(one.number, error, message) for one in ready] for connection, ready in self._ready(end)
         }
 
-    def _ready(self, end: float) -> Iterator[tuple[C, list[_Waiting]]]:
+    def _ready(self, end: float) -> Iterator[tuple[C, list[Waiting]]]:
         """Remove the calls up to a revision from those that wait, and yield them by connection."""
         for connection, waiting in list(self._waiting.items()):
             ready = [one for one in waiting if one.executed.at <= end]

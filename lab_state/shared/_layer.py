@@ -10,11 +10,13 @@ Only calls of the owner read the layer. All other reads use the copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 
+from lab_state._batch import in_parts
 from lab_state._entries import EXPIRED, ChangeSet, Expiring, StoredOrGone
 from lab_state._expiry import Expiries
 from lab_state._layered import Layered
+from lab_state._order import bounds
 from lab_state._state import State
 from lab_state._state._contents import is_due
 
@@ -34,13 +36,16 @@ class OwnerLayer(Layered):
         on_applied: A callback after each change; `None` if there is none. A sweep is a change, too.
     """
 
-    __slots__ = ("_middle", "_swept_at", "copy", "on_applied")
+    __slots__ = ("_has_times", "_middle", "_middle_has_times", "_swept_at", "copy", "on_applied")
 
     def __init__(self, copy: State) -> None:
         """Begin at the revision of the copy, without changes."""
         self.copy: State = copy
         self.on_applied: Applied | None = None
         self._middle = Layered(copy)
+        self._has_times = self._middle_has_times = (
+            False  # whether keys of these changes expire; no index is needed here
+        )
         self._swept_at = 0  # the revision of the layer at the last sweep
         super().__init__(self._middle)
         self.skip_to(copy.revision)
@@ -49,28 +54,64 @@ class OwnerLayer(Layered):
         """Return the time of the copy."""
         return self.copy.now()
 
+    @property
+    def expires(self) -> bool:
+        """Whether any key expires; see `Layered.expires`."""
+        return self._has_times or self._middle_has_times or self.copy.expires
+
     # Changes
 
     def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
         """Make several changes as one, and return the new revision; see `State.apply`."""
         self.before_change()
+        self._add(changes, cleared=cleared)
         self.revision += 1
-        if cleared:
-            self._empty()
-        self.changes.update(changes)
-        expiries = self.expiries
-        for key, to in changes.items():
-            if isinstance(to, Expiring):
-                expiries.add(key, to.at)
-            elif expiries:
-                expiries.discard(key)
-        if self.on_applied is not None:
-            self.on_applied(None if cleared else changes.keys(), self.revision)
         return self.revision
 
-    def _empty(self) -> None:
-        self.free(self.changes)
-        self.show({}, Expiries(0), cleared=True)
+    def apply_in_steps(
+        self, parts: Iterable[Mapping[str, StoredOrGone]], *, cleared: bool = False
+    ) -> Generator[None, None, int]:
+        """Make many changes as one, part by part, and yield after each part. Return the number of changed keys.
+
+        Run all steps. Until then, other code must neither read nor change the layer, nor call `take`. It may call `landed` and `put_back`.
+
+        Args:
+            parts: The changes by key, in parts. They may be made from the layer itself, because a part is shown at once.
+            cleared: Whether to delete all keys first.
+        """
+        count = 0
+        if cleared:
+            self.before_change()
+            self._add({}, cleared=True)
+        for part in parts:
+            if part:
+                if not count and not cleared:
+                    self.before_change()
+                self._add(part, cleared=False)
+                count += len(part)
+            yield
+        self.revision += bool(count or cleared)
+        return count
+
+    def _add(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> None:
+        """Add changes of the next revision."""
+        if cleared:
+            self.free(self.changes)
+            self.show({}, Expiries(0), cleared=True)
+            self._has_times = False
+        self.changes.update(changes)
+        self._has_times = self._has_times or any(isinstance(to, Expiring) for to in changes.values())
+        if self.on_applied is not None:
+            self.on_applied(None if cleared else changes.keys(), self.revision + 1)
+
+    def candidates(self, prefix: str) -> Iterator[list[str]]:
+        """Yield each key with a prefix that exists now, in parts. Some keys come twice, and some do not exist."""
+        mine = [*self.changes, *self._middle.changes]
+        pieces = self.copy.pieces(*bounds(prefix))
+        for part in in_parts(mine):
+            yield [key for key in part if key.startswith(prefix)]
+        for piece in pieces:
+            yield list(piece)
 
     # Sweeps
 
@@ -104,24 +145,24 @@ class OwnerLayer(Layered):
         """
         if taken is None:
             taken = self.untaken()
-        self._middle.show(taken.changes, self.expiries, cleared=taken.cleared)
+        self._middle.show(taken.changes, Expiries(0), cleared=taken.cleared)
         self.show({}, Expiries(0), cleared=False)
+        self._has_times, self._middle_has_times = False, self._has_times
         self.taken = self.revision
         return taken
 
     def landed(self, taken: ChangeSet) -> None:
         """Drop the changes of the commit under way. The caller has applied them to the copy in the same step."""
         assert self.copy.revision >= taken.end
+        self._empty_middle()
+
+    def _empty_middle(self) -> None:
         self._middle.show({}, Expiries(0), cleared=False)
+        self._middle_has_times = False
 
     def put_back(self, taken: ChangeSet) -> None:
         """Put back the changes of a failed commit. Newer changes stay. A second call changes nothing."""
-        had_times = bool(self.expiries) or bool(self._middle.expiries)
         super().put_back(taken)
-        expiries = Expiries(0)
-        if had_times:
-            for key, to in self.changes.items():
-                if isinstance(to, Expiring):
-                    expiries.add(key, to.at)
-        self._middle.show({}, Expiries(0), cleared=False)
-        self.show(self.changes, expiries, cleared=self.cleared)
+        self._has_times = self._has_times or self._middle_has_times
+        self._empty_middle()
+        self.show(self.changes, Expiries(0), cleared=self.cleared)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from lab_state.shared._connection import Connection
 from lab_state.shared._copy import SharedCopy
 from lab_state.shared._engine import Engine
 from lab_state.shared._layer import OwnerLayer
-from lab_state.shared._messages import Answer, Call, DeleteAll, Hello, No, Starting, Welcome
+from lab_state.shared._messages import Answer, Call, Hello, No, Starting, Welcome
 from lab_state.shared._owner_flusher import OwnerFlusher
 from lab_state.shared._server import Server
 from lab_state.storage._claim import Claim
@@ -121,7 +121,10 @@ class Owner:
             if mirror is not None:
                 mirror.start(flusher)
                 undo.callback(mirror.abort)
-            self._sweeper = Sweeper(state, self._clock, lambda: layer.is_sweeping, flusher.nudge, _nothing, layer=layer)
+            self._sweeper = Sweeper(
+                state, self._clock, lambda: layer.is_sweeping or flusher.is_busy, flusher.nudge, _nothing, layer=layer
+            )
+            flusher.turn_ended = self._sweeper.resume
             undo.callback(self._sweeper.stop)
             self.attend(bool(self._copy.watchers))
             if layer.sweep(sweep_now):
@@ -231,25 +234,27 @@ class Owner:
                 connection.record(record)
         return self.flusher.engine.clients.acknowledged[connection.client]
 
-    def call(self, connection: Connection, call: Call) -> None:
-        """Execute a call of a client. Answer it now if that is possible. Otherwise the flusher does so later."""
+    def call(self, connection: Connection, call: Call) -> Awaitable[None] | None:
+        """Execute a call of a client. Answer it now if that is possible. Otherwise the flusher does so later.
+
+        A call with many keys is executed in steps, and so is each call that comes meanwhile. Then return an awaitable that does it.
+        """
         flusher = self.flusher
         assert flusher is not None
-        if isinstance(call, DeleteAll) and call.prefix and self._copy.state.is_index_behind:
-            self._run(self._delete_later(flusher, connection, call), "delete_all")
-            return
+        if flusher.is_busy or flusher.engine.is_large(call):
+            return flusher.in_turn(partial(self._call_in_steps, flusher, connection, call))
         if (answer := flusher.call(connection, connection.client, call)) is not None:
             connection.answers([answer])
+        return None
 
-    async def _delete_later(self, flusher: OwnerFlusher[Connection], connection: Connection, call: DeleteAll) -> None:
-        """Bring the index of the keys up to date in steps, and execute the call then.
-
-        Calls that came after it may be executed before it. Their callers have not waited for its end, so there is no
-        order among these calls.
-        """
-        for _ in self._copy.state.index_steps():
-            await asyncio.sleep(0)
-        if connection.is_admitted and (answer := flusher.call(connection, connection.client, call)) is not None:
+    @staticmethod
+    def _call_in_steps(
+        flusher: OwnerFlusher[Connection], connection: Connection, call: Call
+    ) -> Generator[None, None, None]:
+        if not connection.is_admitted:  # it has ended meanwhile: the client sends the call again
+            return
+        answer = yield from flusher.engine.call_in_steps(connection, connection.client, call)
+        if answer is not None:
             connection.answers([answer])
 
     def acknowledge(self, client: str, number: int) -> None:

@@ -9,11 +9,12 @@ shows a change that is not durable, and each answer comes after its record.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from lab_state import _batch
-from lab_state._bulk import run_in_steps
+from lab_state._bulk import run_in_steps, run_whole
 from lab_state._calls import Calls
 from lab_state._clock import Clock
 from lab_state._durability import copied
@@ -23,9 +24,11 @@ from lab_state._log import Log
 from lab_state._metrics import FlushTimes
 from lab_state._snapshots import SnapshotViews
 from lab_state._state import State
+from lab_state._state._contents import no_clock
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError
-from lab_state.shared._engine import C, Engine, Executed
+from lab_state.shared._engine import C, Engine
+from lab_state.shared._executed import Executed
 from lab_state.shared._last_records import LastRecords
 from lab_state.shared._layer import OwnerLayer
 from lab_state.shared._messages import Answer, Call, Refused
@@ -64,6 +67,7 @@ class OwnerFlusher(Flusher, Generic[C]):
     Attributes:
         engine: The engine, which executes the calls.
         last_records: The last durable records, for clients that connect with a copy.
+        turn_ended: A callback. It is called when a call that was executed in steps has ended.
     """
 
     def __init__(  # noqa: PLR0917 -- all are needed, and each has a different type
@@ -102,6 +106,9 @@ class OwnerFlusher(Flusher, Generic[C]):
         self._record = ParsedRecord(0, 0, cleared=False, changes={})  # the record under way
         self._data = b""
         self._asked = False  # whether a client has asked for the next commit
+        self._turn = asyncio.Lock()  # held while a call is executed in steps
+        self._in_steps: set[asyncio.Task[Any]] = set()
+        self.turn_ended: Callable[[], object] = no_clock
 
     @property
     def shown(self) -> State:
@@ -116,6 +123,29 @@ class OwnerFlusher(Flusher, Generic[C]):
         if answer is None:
             self._ask()
         return answer
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is executed in steps. Then other calls wait for their turn, and so does the next commit."""
+        return self._turn.locked()
+
+    async def in_turn(self, steps: Callable[[], Generator[None, None, R]]) -> R:
+        """Wait until no other call is executed in steps. Then run steps, and return their result.
+
+        If the caller is cancelled, the steps are run nevertheless.
+        """
+        task = asyncio.create_task(self._run_in_turn(steps), name=f"lab_state {self._name} call")
+        self._in_steps.add(task)  # the event loop keeps no reference
+        task.add_done_callback(self._in_steps.discard)
+        return await asyncio.shield(task)
+
+    async def _run_in_turn(self, steps: Callable[[], Generator[None, None, R]]) -> R:
+        try:
+            async with self._turn:
+                return await run_whole(steps())
+        finally:
+            self._ask()
+            self.turn_ended()
 
     def _ask(self) -> None:
         """Ask for the next commit, as a waiting caller does, unless the commit under way has all changes."""
@@ -137,8 +167,20 @@ class OwnerFlusher(Flusher, Generic[C]):
             StorageError: The change, or one that the call saw, is not durable yet. It may become durable.
         """
         self._check_call()
-        executed = self.engine.execute(call)
+        if self.is_busy or self.engine.is_large(call):
+            executed = await self.in_turn(partial(self._execute_in_steps, call))
+        else:
+            executed = self.engine.execute(call)
+            if not isinstance(executed, Refused):
+                self.engine.own(executed)
         return executed if isinstance(executed, Refused) else await self._answer(executed)
+
+    def _execute_in_steps(self, call: Call) -> Generator[None, None, Executed[bytes] | Refused]:
+        self._check_call()  # it may have changed since the call began to wait
+        executed = yield from self.engine.execute_in_steps(call)
+        if not isinstance(executed, Refused):
+            self.engine.own(executed)
+        return executed
 
     async def run(self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str = "") -> tuple[R, int]:
         """Run a function of the application, which makes one call, and wait until that call is durable.
@@ -157,14 +199,27 @@ class OwnerFlusher(Flusher, Generic[C]):
             StorageError: The change, or one that the call saw, is not durable yet. It may become durable.
         """
         self._check_call()
-        return await self._answer(self.engine.run(body, prefix))
+        if self.is_busy:
+            executed = await self.in_turn(partial(self._run_once, body, prefix))
+        else:
+            executed = self.engine.run(body, prefix)
+            self.engine.own(executed)
+        return await self._answer(executed)
+
+    def _run_once(
+        self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str
+    ) -> Generator[None, None, Executed[R]]:
+        self._check_call()
+        executed = self.engine.run(body, prefix)
+        self.engine.own(executed)
+        return executed
+        yield  # this makes it a generator
 
     def _check_call(self) -> None:
         self.check_loop()
         self.check_writable()
 
     async def _answer(self, executed: Executed[R]) -> tuple[R, int]:
-        self.engine.own(executed)
         try:
             await self.make_durable(executed.at)
         except asyncio.CancelledError:
@@ -178,6 +233,9 @@ class OwnerFlusher(Flusher, Generic[C]):
         # Let the tasks of this process run that the last commit has answered. So their next calls join this commit, with
         # the calls of other processes. Otherwise every second commit would have the calls of these tasks alone.
         await asyncio.sleep(0)
+        if self.is_busy:
+            async with self._turn:
+                pass  # no call has changed only a part of the layer now
         return await super()._commit()
 
     async def _write(self, taken: ChangeSet, views: SnapshotViews, calls: RecordCalls | None = None) -> bool:  # noqa: ARG002 -- the views and the results of the owner are used instead
@@ -255,6 +313,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         """Move to the running event loop; see `Durability.move`. No connection of a closed loop gets an answer."""
         if self.loop.is_closed():
             self.engine.close()
+            self._turn = asyncio.Lock()
         super().move()
 
     async def _close(self, *, hurried: bool) -> None:

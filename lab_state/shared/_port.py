@@ -16,22 +16,23 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
+from lab_state import _batch
 from lab_state._calls import Calls
 from lab_state._clock import Clock, done_within
 from lab_state._core import Core
 from lab_state._durability import Durability, copied
 from lab_state.exceptions import ClosedError, LabStateError, UnavailableError
-from lab_state.shared._answers import Ended, Settled, changes_of, ended, size_of
+from lab_state.shared._answers import Ended, Settled, ended, size_of
 from lab_state.shared._arrivals import Arrivals
 from lab_state.shared._bodies import NOT_READ, Bodies, ReadAt
-from lab_state.shared._data_calls import DataCalls, Make
+from lab_state.shared._data_calls import DataCalls, Make, changes_in_turns, encoded_in_turns
 from lab_state.shared._frames import MOST_BYTES
 from lab_state.shared._messages import Answer, Changes, MakeChanges, Moved, Refused
 from lab_state.shared._open_calls import NEVER, OpenCall, OpenCalls, Outcome
 from lab_state.shared._optimistic import OptimisticCore
 from lab_state.shared._own_writes import note_write
 from lab_state.shared._owner_flusher import OwnerFlusher
-from lab_state.shared._wire import encode_for_owner
+from lab_state.shared._wire import encode_for_owner, encode_large_call
 
 R = TypeVar("R")
 
@@ -53,6 +54,7 @@ class PendingCall(NamedTuple):
         made: The time of the call, in seconds of the clock.
         is_empty: Whether the call asks for no change.
         done: The future of the end of the call.
+        body: The message without its beginning, if the call has many keys; see `encode_large_call`.
     """
 
     make: Make
@@ -60,6 +62,7 @@ class PendingCall(NamedTuple):
     made: float
     is_empty: bool
     done: asyncio.Future[Ended]
+    body: list[bytes] | None
 
 
 class SharedPort(DataCalls):
@@ -127,14 +130,6 @@ class SharedPort(DataCalls):
         self._note_write()
         return result
 
-    async def delete_all(self, prefix: str) -> int:
-        """Delete the keys with a prefix, and return their number."""
-        copy = self._durability.state
-        if self._owner is not None and prefix and copy.is_index_behind:
-            for _ in copy.index_steps():
-                await asyncio.sleep(0)
-        return await super().delete_all(prefix)
-
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[OptimisticCore]:
         """Open a transaction that holds no lock; see `Port.transaction`."""
@@ -155,12 +150,12 @@ class SharedPort(DataCalls):
         shared.durability.check_loop()  # raises an error if the manager was stopped meanwhile
         draft.check()
         (keys, prefixes), since = draft.reads(), draft.read_at
-        changes, size = changes_of(draft.changes, cleared=draft.cleared)
         reads = bool(keys or prefixes)
         is_empty = not draft.changes and not draft.cleared
         if not reads and is_empty:
             return since
         shared.end()  # from here on, other tasks cannot add changes
+        changes, size = await changes_in_turns(draft.changes, cleared=draft.cleared)
         size += sum(map(size_of, keys)) + sum(map(size_of, prefixes))
         made = await self._ended(
             lambda n, ack, at: MakeChanges(n, ack, at, keys, prefixes, changes),
@@ -168,6 +163,7 @@ class SharedPort(DataCalls):
             since if reads else None,
             keys=keys,
             is_empty=is_empty,
+            count=len(keys) + len(draft.changes),
         )
         if isinstance(made, Settled):
             self._note_write()
@@ -189,9 +185,9 @@ class SharedPort(DataCalls):
 
     # Making a call
 
-    async def _made(self, make: Make, size: int) -> Settled:
-        """Make a call without a check, and return its end."""
-        made = await self._ended(make, size)
+    async def _made(self, make: Make, size: int, count: int = 0) -> Settled:
+        """Make a call without a check, and return its end; see `DataCalls`."""
+        made = await self._ended(make, size, count=count)
         assert isinstance(made, Settled)  # only a check is refused
         self._note_write()
         return made
@@ -225,6 +221,7 @@ class SharedPort(DataCalls):
         keys: list[str] | None = None,
         made: float | None = None,
         is_empty: bool = False,
+        count: int = 0,
     ) -> Ended:
         """Make a call, and return its end. If the caller is cancelled, the call goes on.
 
@@ -236,19 +233,22 @@ class SharedPort(DataCalls):
             keys: The keys of the check.
             made: The time of the call, in seconds of the clock; by default now.
             is_empty: Whether the call asks for no change.
+            count: The number of its keys, if it may have many. With many keys, it is encoded in steps.
         """
         self.check_open()
         size += _HEAD_BYTES
-        if size > MOST_BYTES:
-            encode_for_owner(
-                make(_LARGEST, _LARGEST, _LARGEST)
-            )  # raises an error if the message is too large, in the owner too
+        body: list[bytes] | None = None
+        if count >= _batch.MANY and (self._owner is None or size > MOST_BYTES):
+            body = await encoded_in_turns(make(_LARGEST, _LARGEST, _LARGEST))
+            self.check_open()
+        elif size > MOST_BYTES:  # raise an error if the message is too large, in the owner too
+            encode_for_owner(make(_LARGEST, _LARGEST, _LARGEST))
         if self._owner is not None:
             if refused_on is not None and refused_on != self.calls.connection:
                 since = NEVER
             return await self._execute(self._owner, make, since, keys or [])
         done: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
-        call = PendingCall(make, keys or [], self._clock.monotonic() if made is None else made, is_empty, done)
+        call = PendingCall(make, keys or [], self._clock.monotonic() if made is None else made, is_empty, done, body)
         self.calls.submit(call, size, since, refused_on)
         self._send_soon()
         return await done
@@ -306,7 +306,9 @@ class SharedPort(DataCalls):
         for call in [*again, *self.calls.number_next()]:
             if self.calls.find(call.number) is call:  # otherwise the call was given up meanwhile
                 call.sent()
-                yield from encode_for_owner(call.call.make(call.number, self.acknowledgement, call.since or 0))
+                made = call.call.make(call.number, self.acknowledgement, call.since or 0)
+                body = call.call.body
+                yield from encode_for_owner(made) if body is None else encode_large_call(made, body)
 
     def answers(self, answers: Iterable[Answer]) -> None:
         """End the calls that were answered. The copy has already reached the revisions of the answers."""

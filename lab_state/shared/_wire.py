@@ -7,14 +7,17 @@ is checked, because another program may be at the other end.
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import msgspec
 
 from lab_state._arguments import check_key
+from lab_state._batch import in_parts
 from lab_state._not_json import NOT_JSON
+from lab_state._slices import TAB, Unsliced, members, names, parts_of, times, unsliced
 from lab_state.exceptions import InvalidKeyError
 from lab_state.shared._frames import (
     ANSWERS,
@@ -83,6 +86,12 @@ _hello, _starting, _welcome, _no = (
 )
 _any_version = msgspec.json.Decoder(AnyVersion)
 
+_CHANGE = re.compile(rb'\["change",\d+,\d+,-?\d+,\[')
+_DELETE, _EXPIRES = b'},"delete":[', b'],"expires":{'
+"""The parts of a `MakeChanges` that is written in slices."""
+
+_CONTRADICTION = "a call whose changes contradict each other"
+
 
 def encode_for_owner(message: FromClient) -> list[bytes]:
     """Return the frame of a message to the owner, in parts.
@@ -99,6 +108,39 @@ def encode_for_owner(message: FromClient) -> list[bytes]:
     if isinstance(message, Bye):
         return frame(BYE, _ONE.pack(message.number))
     return frame(CALL, _encode(message))
+
+
+def encode_body(call: SetMany | DeleteMany | MakeChanges) -> Iterator[bytes]:
+    """Yield the message of a call with many keys in slices, without its beginning: see `encode_large_call`."""
+    if isinstance(call, SetMany):
+        yield b"{"
+        yield from members(parts_of(call.values.items(), {}, []), TAB)
+        yield TAB + b"}," + _encode(call.ttl) + b"]"
+    elif isinstance(call, DeleteMany):
+        yield b"["
+        yield from names(call.keys, TAB)
+        yield TAB + b"]]"
+    else:
+        made = call.changes
+        yield b"["
+        yield from names(call.keys, TAB)
+        yield TAB + b"]," + _encode(call.prefixes) + b',{"clear":' + _encode(made.clear) + b',"set":{'
+        yield from members(parts_of(made.set.items(), {}, []), TAB)
+        yield TAB + _DELETE
+        yield from names(made.delete, TAB)
+        yield TAB + _EXPIRES
+        yield from times(made.expires, TAB)
+        yield TAB + b"}}]"
+
+
+def encode_large_call(call: Call, body: Iterable[bytes]) -> list[bytes]:
+    """Return the frame of a call in parts. `body` is the result of `encode_body` for the same call with any numbers.
+
+    Raises:
+        InvalidValueError: The message is too large.
+    """
+    numbers = [call.n, call.ack, call.since] if isinstance(call, MakeChanges) else [call.n, call.ack]
+    return frame(CALL, _encode([call.__struct_config__.tag, *numbers])[:-1] + b",", *body)
 
 
 def encode_for_client(time: int, message: FromOwner) -> list[bytes]:
@@ -142,6 +184,51 @@ def decode_from_client(received: ReceivedFrame) -> FromClient:
     if kind == LIFE:
         return Life(number)
     return Question(number) if kind == QUESTION else Bye(number)
+
+
+def decode_call_in_steps(payload: bytes) -> Generator[None, None, Call]:
+    """Return the call in a payload, and yield between two steps. A call that was not written in slices is decoded in one step.
+
+    Raises:
+        BadMessageError: The payload is not a call.
+    """
+    found = yield from unsliced(payload)
+    call = None if found is None else _filled(found)
+    if call is None:
+        call = _decode(_call, payload, "a call")
+    for keys in in_parts(_keys(call)):
+        _check_keys(keys)
+        yield
+    if isinstance(call, MakeChanges):
+        values = call.changes.set.keys()
+        for times in in_parts(call.changes.expires.items()):
+            if not values >= {key for key, _ in times}:
+                raise BadMessageError(_CONTRADICTION)
+            yield
+        for keys in in_parts(call.changes.delete):
+            if not values.isdisjoint(keys):
+                raise BadMessageError(_CONTRADICTION)
+            yield
+    return call
+
+
+def _filled(found: Unsliced) -> Call | None:
+    """Return a call from its slices; `None` if these are not at the places where `encode_body` puts them."""
+    frame, contents = found
+    call = _decode(_call, b"".join(frame), "a call")
+    if isinstance(call, SetMany) and len(contents) == 1 and not call.values:
+        return msgspec.structs.replace(call, values=contents[0])
+    if isinstance(call, DeleteMany) and len(contents) == 1:
+        return msgspec.structs.replace(call, keys=contents[0])
+    is_change = isinstance(call, MakeChanges) and not call.changes.set and _CHANGE.fullmatch(frame[0])
+    if not is_change or frame[2:-1] != [_DELETE, _EXPIRES]:
+        return None
+    assert isinstance(call, MakeChanges)
+    keys, values, deleted, expires = contents
+    if expires and min(expires.values()) < 0:
+        raise BadMessageError("a payload that is not a call")
+    changes = msgspec.structs.replace(call.changes, set=values, delete=deleted, expires=expires)
+    return msgspec.structs.replace(call, keys=keys, changes=changes)
 
 
 def decode_from_owner(received: ReceivedFrame) -> tuple[int, FromOwner]:
@@ -200,19 +287,21 @@ def _versioned(decoder: msgspec.json.Decoder[T], payload: bytes | memoryview, wh
 
 def _checked(call: Call) -> Call:
     """Check the keys of a call, and that its changes do not contradict each other."""
-    try:
-        if isinstance(call, Set):  # the most frequent call: without the loop, its check takes a third of the time
-            check_key(call.key)
-        else:
-            for key in _keys(call):
-                check_key(key)
-    except InvalidKeyError:
-        raise BadMessageError("a call with an invalid key") from None
+    # A `Set` is the most frequent call: without the loop, its check takes a third of the time.
+    _check_keys((call.key,) if isinstance(call, Set) else _keys(call))
     if isinstance(call, MakeChanges):
         changes = call.changes
         if not changes.expires.keys() <= changes.set.keys() or not changes.set.keys().isdisjoint(changes.delete):
-            raise BadMessageError("a call whose changes contradict each other")
+            raise BadMessageError(_CONTRADICTION)
     return call
+
+
+def _check_keys(keys: Iterable[str]) -> None:
+    try:
+        for key in keys:
+            check_key(key)
+    except InvalidKeyError:
+        raise BadMessageError("a call with an invalid key") from None
 
 
 def _keys(call: Call) -> Iterable[str]:

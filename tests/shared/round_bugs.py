@@ -30,7 +30,8 @@ from round_points import wrap
 
 from lab_state.shared import _clients as clients
 from lab_state.shared._checks import RecentChanges
-from lab_state.shared._engine import Engine, Executed
+from lab_state.shared._engine import Engine
+from lab_state.shared._executed import Executed
 from lab_state.shared._found import Found
 from lab_state.shared._messages import Moved
 from lab_state.shared._open_calls import OpenCall, OpenCalls

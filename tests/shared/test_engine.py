@@ -27,7 +27,7 @@ from lab_state._entries import Expiring, Json
 from lab_state.exceptions import InvalidValueError, KeyNotFoundError, TypeMismatchError
 from lab_state.shared._checks import MOST_KEYS
 from lab_state.shared._clients import FORGOTTEN_AFTER
-from lab_state.shared._engine import Executed
+from lab_state.shared._executed import Executed
 from lab_state.shared._messages import Call, Failed, Moved, Ok, Raised, Refused
 
 MINUTE = FORGOTTEN_AFTER / 1_000_000_000

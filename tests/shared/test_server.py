@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import Raw
+from running import until
 from shared_sockets import (
     CLIENT,
     LOG,
@@ -219,6 +221,23 @@ async def test_a_farewell(tmp_path: Path) -> None:
         assert await peer.all() == [m.Bye(0)]
         assert world.owner.rest() == [("acknowledge", CLIENT, 3), ("farewell", CLIENT), ("left", connection)]
         assert world.server.followers == 0
+
+
+async def test_a_large_call_is_decoded_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The messages after it are handled after it. If the connection ends meanwhile, the call is not made."""
+    monkeypatch.setattr("lab_state.shared._connection._LARGE", 10_000)
+    large = m.SetMany(1, 0, {f"k{number}": Raw(b"1") for number in range(2_000)}, None)
+    async with serving(tmp_path) as world:
+        peer, connection = await world.admitted()
+        await peer.say(large, call(2), m.Life(1))
+        told = [await world.owner.next() for _ in range(3)]
+        assert told == [("call", connection, 1), ("call", connection, 2), ("acknowledge", CLIENT, 1)]
+        other, second = await world.admitted(OTHER)
+        await other.say(large)
+        await until(lambda: second._channel._waiting is not None)
+        second.finish()
+        await other.all()
+        assert [what[0] for what in world.owner.rest()] == ["left"]
 
 
 # Bad messages
