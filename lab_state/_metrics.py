@@ -16,8 +16,8 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         operations: The number of operations, by name and status (`success` or `error`).
-            `set`: values stored, and values refused. `get`: only calls that failed, because
-            the key was missing without a default, or the value had another type. Successful
+            `set`: values stored, and values refused. `get`: only calls that failed, because the
+            key was missing without a default, or the value could not be decoded as `type`. Successful
             reads are not counted, because counting would take as long as reading. `delete`: keys
             deleted. `expire`: expired keys deleted. `flush`: commits that succeeded, and commits
             that failed. With a cache, there are two more names. `mirror`: steps sent to the cache,

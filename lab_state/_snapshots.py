@@ -31,7 +31,7 @@ class Pace:
     """
 
     def __init__(self, late: float = LATE) -> None:
-        """Begin without a commit. `late` is in seconds; see the class."""
+        """Begin without a commit. `late` is in seconds; see `Pace`."""
         self._late = late
         self._until = -math.inf
         self._is_free = False

@@ -101,7 +101,7 @@ class Manager(Scope, BackedUp):
                 `start()`, that call raises it. Later, only the first error is logged. As long as the clock raises errors,
                 its last time is used.
             on_fenced: A plain function that takes the `FencedError`. It is called on the event loop when the manager learns that
-                a newer writer owns the state. This may happen during `stop()`, too. It is called at most once for each
+                a newer writer owns the state. This may happen during `stop()`, too. The function is called at most once for each
                 `start()`. Use it to end the process: `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
                 logged. `SystemExit` and `KeyboardInterrupt` end the event loop. With and without the function, one line is
                 logged at level ERROR.

@@ -32,7 +32,7 @@ class Items(Handle, AsyncIterator[tuple[str, T]]):
     key.
 
     Raises:
-        TypeMismatchError: The value is not of the requested type. The message has the key.
+        TypeMismatchError: The value cannot be decoded as the requested type. The message has the key.
         ClosedError: The manager is not running, or was stopped since the first step.
         RuntimeError: Another task waits for a step of this iterator.
     """
@@ -53,7 +53,7 @@ class Items(Handle, AsyncIterator[tuple[str, T]]):
         return self
 
     async def __anext__(self) -> tuple[str, T]:
-        """Return the next key and its value; see the class."""
+        """Return the next key and its value; see `Items`."""
         steps = self._steps
         for row in steps.rows:  # the fastest way to take one row
             return row
@@ -201,7 +201,7 @@ class Iterates(Handle):
             type: The type to decode each value as; see `get`.
 
         Returns:
-            An iterator over pairs of a key and its value. The class lists the errors of the steps. If the
+            An iterator over pairs of a key and its value. For the errors of its steps, see `Items`. If the
             manager is not running, the first step raises `ClosedError`.
 
         Raises:

@@ -20,7 +20,7 @@ class ItemSource(Protocol):
         """Take the keys and a view of the values, both of one moment.
 
         Raises:
-            LabStateError: The manager or other object whose `items` was called cannot be read now.
+            LabStateError: The object whose `items` was called, such as a manager, cannot be read now.
         """
         ...
 
@@ -69,7 +69,7 @@ class Steps:
 
         Raises:
             RuntimeError: Another task waits for a step.
-            TypeMismatchError: The next value is not of the requested type. The next step continues after this value.
+            TypeMismatchError: The next value cannot be decoded as the requested type. The next step continues after this value.
             LabStateError: The values can no longer be read; see `ItemSource`.
         """
         if self._is_busy:

@@ -337,8 +337,8 @@ class Reader(MirrorAccess):
         as `delete`.
 
         A `resync` is reported when the subscription of the reader begins or begins again, when the mirror was
-        filled again, and after a step that changed more than 10,000 keys or deleted all. It is also reported in
-        place of changes that the reader may have missed, and in place of more than 10,000 pending changes. After
+        filled again, and after a step that changed more than 10,000 keys or deleted all keys. It is also reported
+        in place of changes that the reader may have missed, and in place of more than 10,000 pending changes. After
         a `resync`, read everything. A watch that is opened while the subscription works gets no `resync` at first.
 
         Args:

@@ -72,8 +72,8 @@ class FileStorage:
         Args:
             directory: The directory of the files. If it is missing, `start()` creates it and
                 the directories above it. Only the user of the process can read new directories
-                and files: their modes are 0700 and 0600. A file that replaces another one keeps
-                the mode of that file. `start()` resolves a relative path from the current
+                and files: their modes are 0700 and 0600. A file that replaces another file gets
+                the mode of the old file. `start()` resolves a relative path from the current
                 directory of the process, and resolves symbolic links. A link that is changed
                 later has no effect on a running manager.
             create: Whether `start()` creates a missing state. With `False`, it raises

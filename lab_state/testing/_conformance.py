@@ -196,7 +196,7 @@ class StorageConformance(ReadingConformance):
         assert self.read_raw(NAME) == before
 
     async def test_opened_in_one_task_and_closed_in_another(self) -> None:
-        """A session can be used and closed by another task than the one that opened it."""
+        """A session can be opened by one task, used by a second task, and closed by a third task."""
         session = await asyncio.create_task(self.make_storage().open(NAME))
         await asyncio.create_task(awaited(session.commit(b"1", given(b"{}"))))
         await asyncio.create_task(session.aclose())

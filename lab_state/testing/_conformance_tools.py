@@ -100,8 +100,8 @@ async def until(run: Callable[[int], Coroutine[Any, Any, bool]]) -> None:
 def cancelled_at(number: int, call: Coroutine[Any, Any, R]) -> Generator[Any, Any, R | None]:
     """Run a coroutine, and cancel it at one of its awaits as `Task.cancel` does. Return `None` if it was cancelled.
 
-    The await is the one with the index `number // 2`, counted from 0. An even number cancels the coroutine while it
-    waits there. An odd number cancels it after the wait has ended, and before it continues.
+    The index of this await, counted from 0, is `number // 2`. An even number cancels the coroutine while it waits
+    there. An odd number cancels the coroutine after the wait has ended, and before it continues.
     """
     awaits, woken = divmod(number, 2)
     try:
