@@ -59,8 +59,8 @@ class Waits(Reads):
         Raises:
             WaitTimeoutError: The revision is not durable after `timeout` seconds; wait again.
                 The error is an `UnavailableError` and a `TimeoutError`.
-            ValueError: There is no such revision yet, or the timeout is out of bounds. In a shared state,
-                another process may make the revision, so the call waits for it.
+            ValueError: There is no such revision yet, or the timeout is out of bounds. In a shared state, a
+                revision that does not exist yet is no error: another process may make it, so the call waits.
             TypeError: The revision is not an `int`, or the timeout is not a number.
             RuntimeError: This is not the event loop of `start()`.
             FencedError: The revision will never be durable: a newer writer owns the state.
@@ -80,7 +80,7 @@ class Waits(Reads):
         await self._core.durability.wait_durable(last if revision is None else revision, seconds)
 
     async def wait_revision(self, revision: int, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- a timeout raises a `StorageError`
-        """Wait until this process has a revision. A write of another process, or of an earlier start, has returned it.
+        """Wait until this process has a revision, such as the result of a write in another process or before a restart.
 
         If this process has the revision, return at once. Otherwise wait until the revision is made and durable.
         If the caller is cancelled, the wait ends, and nothing changes.

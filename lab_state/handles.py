@@ -96,10 +96,10 @@ class Scope(Calls):
         Raises:
             ConflictError: In a shared state, from a read in the block or at its end: something that the
                 transaction has read has changed meanwhile. The transaction changed nothing. Run it again.
-            RuntimeError: At the beginning, and from each writing call of the manager inside the
-                block: this task is inside a transaction of the same manager, and would wait for
-                itself. Use the methods of that transaction. Also at the beginning: this is not
-                the event loop of `start()`.
+            RuntimeError: In a state that is not shared, at the beginning, and from each writing call
+                of the manager inside the block: this task is inside a transaction of the same
+                manager, and would wait for itself. Use the methods of that transaction. Also at the
+                beginning, in every state: this is not the event loop of `start()`.
             ClosedError: At the beginning: the manager is not running. At the end: the manager
                 was stopped meanwhile, and nothing was changed.
             FencedError: At the beginning or at the end: a newer writer owns the state.
@@ -151,7 +151,8 @@ class Scope(Calls):
 
         Raises:
             TypeError: `fn` is not callable.
-            RuntimeError: This task is inside a transaction of the same manager, and would wait for itself.
+            RuntimeError: In a state that is not shared: this task is inside a transaction of the same manager, and
+                would wait for itself. Or this is not the event loop of `start()`.
             ClosedError: The manager is not running, or was stopped meanwhile. Nothing was changed.
             FencedError: A newer writer owns the state. Nothing was changed.
             StorageError: With a `flush_interval` of 0: the changes are made in memory, but not durable yet.

@@ -175,8 +175,8 @@ class Manager(Scope, BackedUp):
         Decoding blocks the event loop, for about 0.8 s with a million keys. A start that fails or is cancelled releases
         everything, and may be tried again. A manager can be started again after `stop()`, also on another event loop.
 
-        If another writer holds a state that is not shared, the call tries again for `Config.lock_timeout` seconds. At the
-        first refusal, and every 10 s after it, a message at level WARNING names that writer.
+        If another writer holds a state that is not shared, the call tries again for `Config.lock_timeout` seconds. While it
+        waits, a message at level WARNING names that writer, at once and then about every 10 s.
 
         In a shared state, the call waits until this process is the owner, or follows the owner. While the owner loads the
         state, the call waits without a limit.

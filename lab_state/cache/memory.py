@@ -114,7 +114,7 @@ class MemoryCache:
         return MemoryCacheSession(self.mirrors.setdefault(name, MemoryMirror()), writer)
 
     def reader(self, name: str, *, local: bool = False, clock: Clock | None = None) -> Reader:
-        """Return a reader of a state's mirror; see `RedisCache.reader`."""
+        """Return a reader of a state's mirror; see `RedisCache.reader`. By default, `clock` is the clock of the machine."""
         return Reader(name, MemorySource(self.mirrors.setdefault(name, MemoryMirror()), name), local=local, clock=clock)
 
 
