@@ -26,7 +26,7 @@ import pytest
 from disk import Ack, Create, Entry, Rename, State, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
 
 from lab_state import _codec, _journal, _outcomes
-from lab_state.storage import _directory, _file_start, _fs, _lookup
+from lab_state.storage import _directory, _file_start, _fs, _lookup, _new_journal
 
 NAME = "lab"
 DIRECTORY = "deep/states"
@@ -348,7 +348,8 @@ def determined(seed: int | str) -> Iterator[None]:
         for module in (_fs, _journal, _codec):
             patch.setattr(module, "os", _Seeded(os, urandom=random.Random(f"{module.__name__} {seed}").randbytes))
         numbers = iter(range(10**12, 10**13))
-        patch.setattr(_file_start, "time", SimpleNamespace(time_ns=lambda: next(numbers) * 1_000_000))
+        for dated in (_file_start, _new_journal):
+            patch.setattr(dated, "wall_now", lambda: next(numbers))
         patch.setattr(_outcomes, "_FIRST_PAUSE", 0.0)
         patch.setattr(_outcomes, "_LONGEST_PAUSE", 0.0)
         yield

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import Self
 
 import msgspec
@@ -55,7 +55,7 @@ class Recovery:
         self._runner = asyncio.Runner()
         self._patch = pytest.MonkeyPatch()
         # Two starts within one millisecond would put a torn tail aside under the same name.
-        self._patch.setattr(_file_start, "time", SimpleNamespace(time_ns=itertools.count(10**18, 10**6).__next__))
+        self._patch.setattr(_file_start, "wall_now", itertools.count(10**12).__next__)
         self._known: set[str] = set()
         self._tried: set[tuple[int, int]] = set()
 
