@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 
 import forked
 import pytest
+import uvloop
 from forked import begin_in_child, error_of, in_child
 
 from lab_state import (
@@ -33,6 +35,7 @@ from lab_state import (
     UnavailableError,
 )
 from lab_state import _forks as forks
+from lab_state.storage._fs_socket import OwnSocket
 from lab_state.testing import ManualClock
 
 
@@ -364,3 +367,21 @@ def test_a_fork_in_the_middle_of_a_call(tmp_path: Path, function: str) -> None:
         assert found["c"] == 3
         assert found.keys() == ({"c"} if function == "open_lock" else {"a", "b", "c"})
         os.kill(said["children"][0], 0)
+
+
+def test_a_forked_child_closes_sockets_that_uvloop_watches() -> None:
+    """A socket that uvloop watches is closed in a forked child as well. There `close()` alone would not close it."""
+
+    async def main() -> Any:
+        ours, theirs = socket.socketpair()
+        own = OwnSocket(fileno=ours.detach())
+        loop, descriptor = asyncio.get_running_loop(), own.fileno()
+        loop.add_reader(own, lambda: None)
+        try:
+            return await in_child(lambda: error_of(lambda: os.fstat(descriptor)))
+        finally:
+            loop.remove_reader(own)
+            own.close()
+            theirs.close()
+
+    assert uvloop.run(main()) == ["OSError", "[Errno 9] Bad file descriptor"]

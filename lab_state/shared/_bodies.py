@@ -12,7 +12,7 @@ the value is too large for an answer, the calls wait until the copy has all chan
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
@@ -202,18 +202,28 @@ class Bodies:
                 return outcomes
             refusal = ended
             if refusal.values is None:  # the values were too large for the answer
-                await self._see_all(made)
+                await wait_for_others(self._sender.see_all(made), self._core.name)
                 refusal = None
 
-    async def _see_all(self, made: float) -> None:
-        try:
-            await self._sender.see_all(made)
-        except StorageError as error:
-            if getattr(error, "outcome", None) is not None:
-                raise
-            told = UnavailableError(f"a call of {self._core.name!r} was not made: a change before it failed: {error}")
-            told.outcome = "not made"
-            raise told from error
+
+async def wait_for_others(see_all: Awaitable[None], name: str) -> None:
+    """Wait for `see_all` after a refusal. If it fails, the call that was refused is not made.
+
+    Args:
+        see_all: The wait for the changes of others, which are not durable yet.
+        name: The name of the state.
+
+    Raises:
+        StorageError: Such a change failed.
+    """
+    try:
+        await see_all
+    except StorageError as error:
+        if getattr(error, "outcome", None) is not None:
+            raise
+        told = UnavailableError(f"a call of {name!r} was not made: a change before it failed: {error}")
+        told.outcome = "not made"
+        raise told from error
 
 
 def _refused(copy: State, refusal: Refusal) -> State:

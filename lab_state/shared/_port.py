@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
@@ -24,7 +24,7 @@ from lab_state._durability import Durability, copied
 from lab_state.exceptions import ClosedError, LabStateError, UnavailableError
 from lab_state.shared._answers import Ended, Settled, ended, size_of
 from lab_state.shared._arrivals import Arrivals
-from lab_state.shared._bodies import NOT_READ, Bodies, ReadAt
+from lab_state.shared._bodies import NOT_READ, Bodies, ReadAt, wait_for_others
 from lab_state.shared._data_calls import DataCalls, Make, changes_in_turns, encoded_in_turns
 from lab_state.shared._frames import MOST_BYTES
 from lab_state.shared._messages import Answer, Changes, MakeChanges, Moved, Refused
@@ -168,8 +168,8 @@ class SharedPort(DataCalls):
         if isinstance(made, Settled):
             self._note_write()
             return made.revision
-        with suppress(LabStateError):  # the next attempt raises the error again, if the fault lasts
-            await self.see_all()  # otherwise the next attempt might read a copy without the change
+        # Otherwise the next attempt might read a copy without the change, and be refused again.
+        await wait_for_others(self.see_all(), self._core.name)
         raise draft.conflict()
 
     async def catch_up(self) -> None:

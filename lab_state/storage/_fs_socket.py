@@ -74,7 +74,8 @@ class OwnSocket(socket.socket):
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
         """Close this copy. This runs in a forked child. The connection of the parent stays open."""
-        self.close()
+        if (descriptor := self.detach()) >= 0:
+            os.close(descriptor)  # `close()` of a socket does nothing while uvloop watches it
 
 
 def bind(own: OwnSocket, address: Address) -> lookup.Identity:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from typing import Any, cast
 
 import pytest
@@ -714,26 +713,25 @@ async def test_transact_runs_again_after_a_change_of_another_process(process: Pr
     await change
 
 
-async def test_a_conflict_is_told_although_the_owner_cannot_store_the_other_change(shared: Shared) -> None:
-    """The transaction has changed nothing."""
-    world, owner, follower = shared
+async def test_a_transaction_behind_a_change_that_cannot_be_stored(process: Process, shared: Shared) -> None:
+    """The transaction was not made, and `transact` does not run it again and again while the disk is full. Later it is made."""
+    world, owner, _ = shared
     await owner.calls.set("n", 1)
-    await idle()
-    world.storage.hang("commit")
-    world.storage.fail("commit", error=StorageError("the disk is full"))
-    change = await begun(owner.calls.incr("n"))
+    await process.calls.catch_up()
+    world.storage.fail("commit", times=2, error=StorageError("the disk is full"))
+    with pytest.raises(StorageError, match="the disk is full"):
+        await owner.calls.incr("n")
+    seen: list[Any] = []
 
-    async def once() -> None:
-        async with follower.calls.transaction() as tx:
-            tx.update("n", double)
+    def tenfold(tx: Transaction) -> int:
+        new: int = 10 * noted(seen, tx.get("n"))
+        tx.set("n", new)
+        return new
 
-    task = await begun(once())
-    world.storage.resume()
-    await idle()
-    with suppress(StorageError):
-        await change
-    with pytest.raises(ConflictError):
-        await task
+    with pytest.raises(UnavailableError, match="was not made: a change before it failed: the disk is full") as raised:
+        await process.calls.transact(tenfold)
+    assert (raised.value.outcome, seen) == ("not made", [1])
+    assert await process.calls.transact(tenfold) == 20
 
 
 async def test_transact_raises_the_conflict_of_another_transaction(process: Process) -> None:
