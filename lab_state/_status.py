@@ -43,7 +43,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         revision: The number of the last change.
         durable_revision: Every change up to this revision is durable.
         unflushed_keys: The number of keys with changes that are not durable. A key that was changed
-            again during a commit counts twice.
+            again during a commit counts twice. Deleting all keys in one call counts as one key.
         unflushed_age: The age of the oldest change that is not durable, in seconds; 0 if there is none.
         last_flush_at: The time of the last commit that succeeded, in seconds since 1970. A flush
             makes one commit, or none if all changes are durable.

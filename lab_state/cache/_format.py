@@ -172,7 +172,7 @@ def message(start: int, end: int, writer: str, part: Slice, *, clear: bool = Fal
 
 
 def resync(start: int, end: int, writer: str) -> bytes:
-    """Return the message of a step whose changes are not sent, or of a fill. A local copy is then loaded again."""
+    """Return the message of a step whose changes are not sent, or of a fill. Readers then load their local copies again."""
     return encode(Message(start=start, end=end, writer=writer, resync=True))
 
 

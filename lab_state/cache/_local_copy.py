@@ -115,7 +115,7 @@ class LocalCopy:
         return bool(kept) and head is not None
 
     def finish_loading(self, last: Head) -> bool:
-        """Apply the kept messages that are left. Return whether the copy may be read. If not, it must be loaded again.
+        """Apply the kept messages that are left. Return whether the copy may be read. If not, the copy must be loaded again.
 
         `last` is the second head. All messages up to it have come. If there was a fill meanwhile,
         even at the same revision, the parts that were read may not fit together.
