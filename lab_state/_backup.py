@@ -1,8 +1,8 @@
 """`BackedUp`: the call `backup` of a manager, and the tasks that write backups.
 
-Theory of operation. A backup is a snapshot of a view of the state, as a checkpoint is. A state has at most one view at a
-time that costs nothing, so a backup waits until the view of a checkpoint is closed, and a checkpoint waits for a backup.
-Each backup is written in a task of its own. `stop()` cancels these tasks before it writes its checkpoint.
+Theory of operation. A backup is a snapshot of a view of the state, as a checkpoint is. Only one view at a time needs no
+copy of the map. So a backup waits until the view of a checkpoint is closed, and a checkpoint waits for a backup. Each
+backup is written in a separate task. `stop()` cancels these tasks before it writes its checkpoint.
 """
 
 from __future__ import annotations

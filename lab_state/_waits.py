@@ -20,7 +20,7 @@ class Waits(Reads):
 
         Raises:
             StorageError: The write failed. The changes stay in memory, and the next flush tries
-                again. Unless `flush_interval` is `None`, that flush begins after a pause at the latest.
+                again. Unless `flush_interval` is `None`, the manager starts that flush after a pause at the latest.
             FencedError: The changes will never be durable: a newer writer owns the state.
             ClosedError: The manager is not running.
             RuntimeError: This is not the event loop of `start()`.

@@ -53,7 +53,7 @@ class Writing(Reads):
         Args:
             key: The key.
             value: Anything that msgspec encodes as JSON, a Pydantic model, a path, an IP
-                address or a deque. The page "Values and types" lists what a read returns. The value is
+                address or a deque. The page "Values and types" lists the refused values, and the results of reads. The value is
                 encoded now, in one step of the event loop, so that writes keep their order.
                 A later change of the object does not change the state. A large value takes
                 two to five times as long as `msgspec.json.encode`, about 3 ms for a megabyte
@@ -164,7 +164,7 @@ class Writing(Reads):
     async def touch(self, key: str, ttl: Seconds | None) -> bool:
         """Give a key another time to live, keep its value, and return whether the key existed.
 
-        This is meant for sessions that live as long as they are used.
+        Use this call for sessions that live as long as they are used.
 
         Args:
             key: The key.

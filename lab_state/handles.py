@@ -68,7 +68,7 @@ class Scope(Calls):
             name: The text before the slash: 1 character or more, without a slash at its end.
 
         Raises:
-            InvalidKeyError: The name is empty, ends with a slash, or cannot begin a key.
+            InvalidKeyError: The name is empty, ends with a slash, or no key can begin with it.
             TypeError: The name is not a `str`.
         """
         return Namespace(self._core, self._nested(name))
@@ -94,8 +94,8 @@ class Scope(Calls):
         block raises `ConflictError`. `transact` catches this error, and runs the transaction again.
 
         Raises:
-            ConflictError: In a shared state, from a read in the block or at its end: something that the
-                transaction has read has changed meanwhile. The transaction changed nothing. Run it again.
+            ConflictError: In a shared state, from a read in the block, or at the end of the block: something that
+                the transaction has read has changed meanwhile. The transaction changed nothing. Run it again.
             RuntimeError: In a state that is not shared, at the beginning, and from each writing call
                 of the manager inside the block: this task is inside a transaction of the same
                 manager, and would wait for itself. Use the methods of that transaction. Also at the
@@ -175,8 +175,8 @@ class Scope(Calls):
 
         Use it with `async with`, and iterate over the result. Open the watch first, and then read
         the state. Then no change is missed. A slow task receives only the last change of each key.
-        If changes of more than 10,000 keys are pending, the task receives one `resync` instead. The
-        same happens when one call deletes all keys of a state with more than 10,000 keys. After
+        If changes of more than 10,000 keys are pending, the task receives one `resync` instead. It also
+        receives one when a single call deletes all keys of a state with more than 10,000 keys. After
         a `resync`, read the state again. When the manager stops or the block is left, the iteration
         ends after the pending changes. Only one task may iterate over a watch: a second task gets
         a `RuntimeError`. In a shared state, the changes of all processes are reported, when they are durable.

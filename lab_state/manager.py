@@ -96,15 +96,15 @@ class Manager(Scope, BackedUp):
                 errors. In a shared state, only the owner writes the mirror.
             logger: The logger for the messages on the page "Logging"; by default `logging.getLogger("lab_state")`. It may be an
                 adapter, a logger of loguru or structlog, or any object with the methods `info`, `warning` and `error`. No
-                value and no credential is logged. If the logger raises an error, the message goes to stderr.
+                value and no credential is logged. If the logger raises an error, a message of level WARNING or ERROR goes to stderr.
             clock: A clock for tests; by default the clock of the machine. If the clock raises an error in this call or during
                 `start()`, that call raises it. Later, only the first error is logged. As long as the clock raises errors,
                 its last time is used.
             on_fenced: A plain function that takes the `FencedError`. It is called on the event loop when the manager learns that
                 a newer writer owns the state. This may happen during `stop()`, too. The function is called at most once for each
                 `start()`. Use it to end the process: `os.kill(os.getpid(), signal.SIGTERM)`. An error of the function is
-                logged. `SystemExit` and `KeyboardInterrupt` end the event loop. With and without the function, one line is
-                logged at level ERROR.
+                logged. If the function raises `SystemExit` or `KeyboardInterrupt`, the event loop ends. With and without
+                the function, one line is logged at level ERROR.
 
         Raises:
             InvalidNameError: The name is out of bounds.
@@ -158,7 +158,7 @@ class Manager(Scope, BackedUp):
 
     @property
     def role(self) -> Role | None:
-        """The role of this manager in the state: `"owner"` or `"follower"`. `None` while it does not run.
+        """The role of this manager in the state: `"owner"` or `"follower"`. `None` while the manager does not run.
 
         The manager of a state that is not shared is its owner.
         """
@@ -191,7 +191,8 @@ class Manager(Scope, BackedUp):
             UnavailableError: The state could not be read this time, or the owner of a shared state gave no sign of life for
                 `Config.owner_timeout` seconds. Call `start()` again.
             UnsupportedError: The state cannot be opened as it is. For example, a permission is missing, or a newer version of
-                lab_state wrote it. Or the state is shared, and the storage is not a `FileStorage`, or the owner has another version.
+                lab_state wrote it. Or the state is shared, and the storage is not a `FileStorage`. Or the state is shared, and the
+                owner has another version of lab_state.
         """
         self._core.check_process()
         check_asyncio()
@@ -268,8 +269,9 @@ class Manager(Scope, BackedUp):
         """Flush, write a checkpoint, and release the state.
 
         The call continues while bytes are written or sent. It ends after `Config.stop_timeout` seconds without progress, or
-        up to an eighth of that time later. A flush that fails is tried again until that many seconds after the call. A storage
-        call that hangs continues after the end of `stop()`, and the state stays locked until that call ends. At the end,
+        up to an eighth of that time later. A flush that fails with `UnavailableError` is tried again until that many seconds
+        after the call of `stop()`. A storage call that hangs continues after the end of `stop()`, and the state stays locked
+        until the storage call ends. At the end,
         `stop()` sends the last changes to the cache, for at most one second. A second call waits for the end of the first call. A
         call before `start()` does nothing. If the caller is cancelled, the stop continues.
 

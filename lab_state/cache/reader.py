@@ -31,7 +31,7 @@ class Reader(MirrorAccess):
 
     Use it with `async with`. The start of the block does not wait, so a worker may start before the
     writer and before Redis. Each read uses the values and the expiry times of one revision. All
-    changes up to that revision are durable. A read never returns a lower revision than an earlier
+    changes up to that revision are durable. A read never uses a lower revision than an earlier
     read, with one exception: if a running writer reports a lower revision for ten seconds, reads
     continue from that revision, and a WARNING is logged. A writer reports a lower revision if the
     state was restored from a backup, or if another client had written to the mirror. During the ten
@@ -44,7 +44,7 @@ class Reader(MirrorAccess):
     if a newer version of lab_state wrote the mirror. It raises `ClosedError` outside `async with`, and
     `InvalidKeyError` for a key that no state can have.
 
-    With `local=True` the reader keeps a local copy, which is loaded in the background. Then reads
+    With `local=True` the reader keeps a local copy, which it loads in the background. After that, reads
     are from memory, without a round trip. While the copy is being loaded or reloaded, and while the
     subscription is lost, reads go to the cache.
 

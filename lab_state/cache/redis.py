@@ -33,8 +33,8 @@ class RedisCache:
                 a pool of redis-py: `Sentinel(...).master_for("name").connection_pool`. Only the
                 settings of the pool are used.
             prefix: The beginning of the names of all keys and channels of this cache in Redis.
-            clock: A clock for tests; by default the clock of the machine. It measures the
-                timeouts of the writer, and of readers that have no other clock.
+            clock: A clock for tests; by default the clock of the machine. It measures the timeouts
+                of the writer. It is also the clock of each reader for which no clock is passed.
 
         Raises:
             ImportError: The extra is missing: `pip install 'lab-state[redis]'`, or

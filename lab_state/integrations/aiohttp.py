@@ -116,8 +116,8 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
 
     Add it with `app.router.add_get("/health", health())`.
 
-    The handler answers 200 if every manager that `manager` finds runs and can write, no change that
-    is not durable is older than `max_unflushed_age`, and every reader is up. Otherwise it answers
+    The handler answers 200 if every manager that `manager` finds runs and can write, every change that
+    is older than `max_unflushed_age` is durable, and every reader is up. Otherwise it answers
     503, also if `setup` was not called. The body is JSON with the status of each manager and reader.
     It has no keys and no values, but error messages in it may have file paths. So do not expose the
     endpoint to the internet.

@@ -104,8 +104,8 @@ def _always(one: Served) -> Callable[[], Served]:
 def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> HTTPRouteHandler:
     """Return a route for a load balancer: `Litestar([health()], plugins=[...])`.
 
-    The route answers 200 if every manager of the plugin runs and can write, no change that is not
-    durable is older than `max_unflushed_age`, and every reader is up. Otherwise it answers 503, also
+    The route answers 200 if every manager of the plugin runs and can write, every change that is older
+    than `max_unflushed_age` is durable, and every reader is up. Otherwise it answers 503, also
     if there is no plugin. The body is JSON with the status of each manager and reader. It has no keys
     and no values, but error messages in it may have file paths. So do not expose the endpoint to the
     internet.
@@ -186,8 +186,8 @@ def sse(
 
     The stream ends when the client leaves, when the manager or the reader stops, or when the server
     begins to stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its
-    connections. To notice this, the first stream installs a signal handler until the lifespan ends.
-    This handler ends the streams, and then calls the server's handler. A server outside the main thread
+    connections. To notice the signal, the first stream installs a signal handler, which stays until the
+    lifespan ends. This handler ends the streams, and then calls the server's handler. A server outside the main thread
     receives no signal. In that case, its stop ends the streams only at the end of the lifespan. A client that
     reads nothing delays the end of the server. Limit that delay, for example with uvicorn's
     `--timeout-graceful-shutdown`.

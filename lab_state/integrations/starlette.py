@@ -131,8 +131,8 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
     Add it with `Route("/health", health())`, or with FastAPI's
     `app.add_api_route("/health", health())`.
 
-    The endpoint answers 200 if every manager runs and can write, no change that is not durable is
-    older than `max_unflushed_age`, and every reader is up. Otherwise it answers 503, also if
+    The endpoint answers 200 if every manager runs and can write, every change that is older than
+    `max_unflushed_age` is durable, and every reader is up. Otherwise it answers 503, also if
     the lifespan did not run. The body is JSON with the status of each manager and reader. It has no
     keys and no values, but error messages in it may have file paths. So do not expose the endpoint
     to the internet.
@@ -207,7 +207,7 @@ class ReadYourWrites:
       method of the request does not matter. The response to a request that only reads has neither header nor cookie, so that
       caches treat it as before.
     * The revision of the state `visits` is sent as the cookie `lab_state-visits`, for ten minutes, and in the header
-      `Lab-State-Revision: visits=42`. A client without cookies sends the last header that it got with each request.
+      `Lab-State-Revision: visits=42`. With each request, a client without cookies sends the last such header that it got.
     * A client may send any revision. For each state, a request waits for one answer of the owner at most. If the worker does
       not have the revision then, it is not a revision of this state, and the request goes on.
     * If there is no owner, the request waits for an owner, as a write does. After `Config.owner_timeout` seconds, it is
@@ -280,8 +280,8 @@ def sse(
 
     The stream ends when the client leaves, when the manager or the reader stops, or when the server
     begins to stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its
-    connections. To notice this, the first stream installs a signal handler until the lifespan ends.
-    This handler ends the streams, and then calls the server's handler. A server outside the main thread
+    connections. To notice the signal, the first stream installs a signal handler, which stays until the
+    lifespan ends. This handler ends the streams, and then calls the server's handler. A server outside the main thread
     receives no signal. In that case, its stop ends the streams only at the end of the lifespan. A client that
     reads nothing delays the end of the server. Limit that delay, for example with uvicorn's
     `--timeout-graceful-shutdown`.

@@ -76,9 +76,9 @@ class FileStorage:
                 the mode of the old file. `start()` resolves a relative path from the current
                 directory of the process, and resolves symbolic links. A link that is changed
                 later has no effect on a running manager.
-            create: Whether `start()` creates a missing state. With `False`, it raises
+            create: Whether `start()` creates a missing state. With `False`, `start()` raises
                 `UnsupportedError` if there is neither a snapshot nor a journal, and creates
-                nothing. Use this for a volume that may not be mounted.
+                nothing. Use `False` for a volume that may not be mounted.
 
         Raises:
             TypeError: `directory` is not a path, or is a path of bytes.
