@@ -76,7 +76,7 @@ class Calls(Writing, Waits):
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
-            TypeMismatchError: The stored value cannot be decoded as `type`. It was not deleted.
+            TypeMismatchError: The stored value cannot be decoded as `type`. The key was not deleted.
             StorageError: With a `flush_interval` of 0: the change is not durable yet.
             FencedError: A newer writer owns the state; nothing was changed.
         """
@@ -240,9 +240,9 @@ class Calls(Writing, Waits):
     ) -> int | float:
         """Add to a number, atomically, and return the new number.
 
-        The sum is an `int` if the stored number and `delta` are both `int`. Otherwise it is a `float`:
-        1.5 plus 1 is 2.5. With `type=int`, the call raises `TypeMismatchError` if the stored number or
-        the sum is a `float`.
+        Without `type`, the sum is an `int` if the stored number and `delta` are both `int`. Otherwise it is a
+        `float`: 1.5 plus 1 is 2.5. With `type=float`, the sum is a `float`. With `type=int`, the call raises
+        `TypeMismatchError` if the stored number or the sum is a `float`.
 
         Args:
             key: The key.

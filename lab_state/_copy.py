@@ -33,7 +33,7 @@ async def copy_state(name: str, source: Storage, target: Storage, *, progress: P
     It has every change that was durable at the call. To move a state, stop its manager first,
     because later changes are not in the copy.
 
-    When the call returns, the copy is durable, and has the same revision. If the call raises an
+    When the call returns, the copy is durable, and has the revision of the source. If the call raises an
     error or is cancelled, there may be a copy in the target. Delete that copy before you try again.
     If the error says that the target already has a state, nothing was written: do not delete that state.
 

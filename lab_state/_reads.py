@@ -83,7 +83,7 @@ class Reads(Iterates):
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
-            InvalidKeyError: The key cannot be in a state.
+            InvalidKeyError: No state can have this key.
             TypeMismatchError: The stored value cannot be decoded as `type`. `error.path` is the path to the part that does not fit.
             TypeError: The type cannot be decoded, whatever the value is; the message says why.
                 Or the default is a class: to decode the value, pass the class as `type`.
@@ -297,7 +297,7 @@ class Reads(Iterates):
 
         Raises:
             KeyNotFoundError: The key is missing, and there is no default.
-            InvalidKeyError: The key cannot be in a state.
+            InvalidKeyError: No state can have this key.
         """
         return self.expires_in_nowait(key, default)
 

@@ -45,9 +45,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         unflushed_keys: The number of keys with changes that are not durable. A key that was changed
             again during a commit counts twice. Deleting all keys in one call counts as one key.
         unflushed_age: The age of the oldest change that is not durable, in seconds; 0 if there is none.
-        last_flush_at: The time of the last commit that succeeded, in seconds since 1970. A flush
-            makes one commit, or none if all changes are durable.
-        last_flush_seconds: The duration of the last commit that succeeded, in seconds.
+        last_flush_at: The time of the last commit that succeeded, in seconds since 1970; `None` before
+            the first commit. A flush makes one commit, or none if all changes are durable.
+        last_flush_seconds: The duration of the last commit that succeeded, in seconds; `None` before
+            the first commit.
         flushes: The number of commits that succeeded since the start.
         flush_failures: The number of commits and checkpoints that failed since the start.
         last_error: The error of the last commit or checkpoint; `None` if it succeeded. While commits fail, a
