@@ -399,9 +399,13 @@ class Flusher(Outcomes):
         self._stop_error = self._stop_error or error
         await self.checkpoints.ended()
         if error is None and self.checkpoints.records and not (self._abandoned or self.fenced):
-            await self.checkpoints.write(wait=False)
+            await self._write_last()
         if self.refusal is not None and self.fenced and self._stop_error is None:
             self._stop_error = copied(self.refusal, "all its changes are durable: none is lost")
+
+    async def _write_last(self) -> None:
+        """Write a checkpoint. `OwnerFlusher` overrides this method."""
+        await self.checkpoints.write(wait=False)
 
     async def _close(self, *, hurried: bool) -> None:
         """Close the session.

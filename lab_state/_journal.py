@@ -12,6 +12,10 @@ frame in a value.
 The writer has at most one frame in flight: it writes a frame only after the sync of the previous frame
 has returned. So invalid bytes at the end, with no valid frame after them, are a torn tail, which
 was never acknowledged. If a valid frame follows invalid bytes, acknowledged data is damaged.
+
+A frame of the kind `E` ends a journal: every frame before it was synced. The next writer puts its first frame in
+the place of `E`. So bytes after an `E` are those of a torn frame, which begins where the `E` begins.
+
 The WAL repair of etcd and `kPointInTimeRecovery` of RocksDB follow the same rule. But their writers
 may have several frames in flight, so they cannot always tell the two cases apart.
 """
@@ -41,12 +45,13 @@ NO_BASE = "none"
 
 
 class FrameKind(StrEnum):
-    """The kind of a frame. A `CHECKPOINT` contains the base of a new snapshot, and a `FULL` the whole state."""
+    """The kind of a frame. A `CHECKPOINT` contains the base of a new snapshot, a `FULL` the whole state, and an `END` nothing."""
 
     HEADER = "H"
     RECORD = "R"
     CHECKPOINT = "C"
     FULL = "F"
+    END = "E"
 
 
 _LETTERS = {kind: kind.value.encode() for kind in FrameKind}
@@ -77,13 +82,16 @@ class Scan(NamedTuple):
 
     Attributes:
         header: The header.
-        frames: The valid frames after the header.
-        end: The offset after the last valid frame. Later bytes are a torn tail.
+        frames: The valid frames after the header, without an `END`.
+        end: The offset after the last of these frames. The next frame belongs there. Other bytes than an
+            `END` from there on are a torn tail.
+        is_ended: Whether the journal ends with an `END`. Then every frame was synced.
     """
 
     header: Header
     frames: tuple[Frame, ...]
     end: int
+    is_ended: bool
 
     def names(self, base: str) -> bool:
         """Return whether the journal follows this snapshot, or has a checkpoint frame that names it."""
@@ -159,16 +167,23 @@ def scan(data: bytes, name: str, path: str) -> Scan:
 
     Raises:
         CorruptionError: The header or acknowledged data is damaged, the kind of a frame is unknown, a frame with the
-            whole state is missing, or the journal belongs to another state.
+            whole state is missing, a frame follows the end of the journal, or the journal belongs to another state.
         UnsupportedError: A newer version of lab_state wrote the journal.
     """
     head, position = _read_header(data, name, path)
     frames: list[Frame] = []
+    searched = position  # no frame may follow from here on
     while (found := _frame_at(data, position, head.salt)) is not None:
-        kind, payload, following = found
-        frames.append(Frame(_known_kind(kind, position, path), payload))
-        position = following
-    if (behind := _valid_frame_behind(data, position, head.salt)) is not None:
+        kind, payload, searched = found
+        if (known := _known_kind(kind, position, path)) is FrameKind.END:
+            break
+        frames.append(Frame(known, payload))
+        position = searched
+    if (behind := _valid_frame_behind(data, searched, head.salt)) is not None:
+        if searched > position:
+            raise CorruptionError(
+                path, position, f"a valid frame follows at byte {behind}, after the end of the journal; restore a copy"
+            )
         raise CorruptionError(
             path,
             position,
@@ -178,7 +193,7 @@ def scan(data: bytes, name: str, path: str) -> Scan:
         raise CorruptionError(
             path, position, "its first frame must contain the whole state, and does not; restore a copy"
         )
-    return Scan(head, tuple(frames), position)
+    return Scan(head, tuple(frames), position, is_ended=searched > position and searched == len(data))
 
 
 def read_header(data: bytes, name: str, path: str) -> Header:
@@ -231,7 +246,7 @@ def _frame_at(data: bytes, position: int, salt: str) -> tuple[bytes, bytes, int]
 
 
 def _known_kind(kind: bytes, position: int, path: str) -> FrameKind:
-    if kind in (b"R", b"C", b"F"):
+    if kind in (b"R", b"C", b"F", b"E"):
         return FrameKind(kind.decode())
     raise CorruptionError(path, position, f"it has a frame of the unknown kind {kind.decode()!r}; restore a copy")
 
@@ -285,7 +300,8 @@ class Accepted(NamedTuple):
         full: The whole state at the start of the journal, if the journal contains it. If this
             is `None`, the state begins with the snapshot.
         records: The records to apply to that state. Some of them may be in the snapshot already.
-        unclean: True if the journal has a frame after its header, or a torn tail. A clean stop leaves neither.
+        unclean: True if the records may not be durable: the journal has a torn tail or starts with the whole state, or
+            it has a frame after its header and no `END`. A clean stop leaves none of these.
     """
 
     full: bytes | None
@@ -330,4 +346,4 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
                 0,
                 "the snapshot that this journal follows is missing; put it back, or delete this journal too, to start with an empty state",
             )
-    return Accepted(None, records, unclean=bool(frames) or size > found.end)
+    return Accepted(None, records, unclean=not found.is_ended and (bool(frames) or size > found.end))

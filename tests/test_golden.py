@@ -62,7 +62,7 @@ def content(loaded: LoadedState) -> tuple[dict[str, Any], int]:
 
 
 def load(journal: str, snapshot: str | None) -> tuple[Accepted, int, LoadedState]:
-    """Return what the two files stand for: the verdict, the size of the torn tail, the state."""
+    """Return what the two files stand for: the verdict, the number of bytes after the last record, the state."""
     data = read(journal)
     base = NO_BASE if snapshot is None else base_of(len(read(snapshot)), zlib.crc32(read(snapshot)))
     found = scan(data, name_in(journal), journal)
@@ -117,6 +117,17 @@ def test_a_journal_with_wall_times_opens() -> None:
     )
 
 
+def test_a_journal_with_an_end_opens() -> None:
+    """A journal of format 1 that ends with an `E` frame has the changes before it. Bytes after that frame are a torn tail."""
+    for name, unclean, rest in (("ended.journal", False, 14), ("ended-torn.journal", True, 131)):
+        accepted, after, loaded = load(name, "state.json")
+        assert (accepted.full, len(accepted.records), accepted.unclean, after) == (None, 3, unclean, rest)
+        assert content(loaded) == (STATE_AFTER, 45)
+    accepted, after, loaded = load("ended-full.journal", None)
+    assert (len(accepted.records), accepted.unclean, after) == (2, True, 14)
+    assert content(loaded) == ({"z": 0}, 12)
+
+
 @pytest.mark.parametrize(
     ("snapshot", "journal", "values"),
     [
@@ -124,6 +135,9 @@ def test_a_journal_with_wall_times_opens() -> None:
         ("state.json", "state.journal", STATE_AFTER),
         ("state.json", "torn.journal", STATE_AFTER),
         ("state.json", "full.journal", {"z": 0}),
+        ("state.json", "ended.journal", STATE_AFTER),
+        ("state.json", "ended-torn.journal", STATE_AFTER),
+        ("state.json", "ended-full.journal", {"z": 0}),
         ("go-map.json", None, GO_MAP),
         ("empty.json", None, {}),
     ],

@@ -241,6 +241,50 @@ def test_a_value_that_spells_a_frame_does_not_pass_for_one() -> None:
     assert payloads(scan(data, NAME, PATH)) == (record(0, "good"), record(1, spelt))
 
 
+END = frame(SALT, FrameKind.END, b"")
+
+
+def test_the_end_of_a_journal() -> None:
+    """A journal that ends with an `E` frame has the frames before it. The next frame belongs in the place of the `E`."""
+    found = scan(JOURNAL + END, NAME, PATH)
+    assert (payloads(found), found.end, found.is_ended) == (RECORDS, len(JOURNAL), True)
+    found = scan(journal() + END, NAME, PATH)
+    assert (found.frames, found.end, found.is_ended) == ((), len(journal()), True)
+    assert not scan(JOURNAL, NAME, PATH).is_ended
+
+
+def test_bytes_after_the_end_are_a_torn_tail() -> None:
+    """A frame that was written in the place of an `E` frame, and of which the beginning is missing, is a torn tail. So is a part of an `E`."""
+    torn = frame(SALT, FrameKind.RECORD, record(7, 8))
+    for tail in (END + torn[len(END) :], END + b"\0", END[:-1], torn[: len(END)], torn[:5] + END[5:]):
+        found = scan(JOURNAL + tail, NAME, PATH)
+        assert (payloads(found), found.end, found.is_ended) == (RECORDS, len(JOURNAL), False)
+
+
+@pytest.mark.parametrize("between", [b"", b"x", b"\n"])
+@pytest.mark.parametrize("after", [frame(SALT, FrameKind.RECORD, record(7, 8)), END])
+def test_a_frame_after_the_end_is_damage(between: bytes, after: bytes) -> None:
+    """No writer puts a frame after an `E` frame, and also no second `E` frame."""
+    error = corruption(JOURNAL + END + between + after)
+    assert error.offset == len(JOURNAL)
+    assert f"a valid frame follows at byte {len(JOURNAL + END + between)}, after the end of the journal" in str(error)
+
+
+def test_an_end_after_damaged_bytes_is_damage() -> None:
+    """An `E` frame shows that the frame before it was acknowledged. So damage before it is no torn tail."""
+    assert "the damaged bytes were acknowledged" in str(corruption(JOURNAL[:-2] + b"x\n" + END))
+
+
+def test_the_end_settles() -> None:
+    """After an `E` frame, the end was clean, unless the journal starts with the whole state or bytes follow."""
+    followed = [*records(RECORDS), (FrameKind.END, b"")]
+    assert accepted(BASE, *followed) == Accepted(None, RECORDS, unclean=False)
+    assert accepted(BASE, *followed, tail=b"x") == Accepted(None, RECORDS, unclean=True)
+    assert accepted(BASE, (FrameKind.END, b"")) == Accepted(None, (), unclean=False)
+    full = accepted(BASE, (FrameKind.FULL, b"{}"), *followed, base=ANY_BASE)
+    assert full == Accepted(b"{}", RECORDS, unclean=True)
+
+
 def test_a_payload_that_holds_frames_is_one_frame() -> None:
     """Frames of this very journal inside a valid payload are that payload, not frames."""
     inner = frame(SALT, FrameKind.RECORD, b"inner")

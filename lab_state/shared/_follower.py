@@ -18,7 +18,7 @@ from lab_state._codec import LoadedState
 from lab_state._foreign import described
 from lab_state._loading import load
 from lab_state._log import Log
-from lab_state.exceptions import LabStateError, StorageError, UnsupportedError
+from lab_state.exceptions import LabStateError, StorageError, UnavailableError, UnsupportedError
 from lab_state.shared._copy import SharedCopy
 from lab_state.shared._found import check_reaches
 from lab_state.shared._frames import BadMessageError
@@ -100,6 +100,21 @@ class Follower:
         copy, port = self._copy, self._port
         revision = copy.state.revision if copy.has_state and not anew else None
         self.link.open(connected, Hello(name=self._name, client=port.client, revision=revision, heard=port.calls.heard))
+
+    async def limit_silence(self, patience: float) -> None:
+        """Wait until a start can use the connection, or the connection has ended.
+
+        Raises:
+            UnavailableError: The owner was silent for `patience` seconds.
+        """
+        while not self.ready.done():
+            silent = self.link.silent_for()
+            if silent >= patience:
+                raise UnavailableError(
+                    f"the owner of {self._name!r} (pid {self.owner_pid}) gave no sign of life for {silent:.0f} s: it "
+                    "may hang; start again, or end that process"
+                )
+            await done_within(self.ready, self._clock, patience - silent)
 
     async def say_farewell(self, deadline: float) -> bool:
         """Tell the owner that this process stops. Return whether the owner has confirmed it before the deadline.

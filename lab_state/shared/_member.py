@@ -33,7 +33,7 @@ from lab_state.shared._owner import Owner, Surroundings
 from lab_state.shared._owner_flusher import OwnerFlusher
 from lab_state.storage._claim import Claim
 from lab_state.storage._fs_socket import OwnSocket
-from lab_state.storage._protocol import StorageSession
+from lab_state.storage._protocol import SharedSession
 from lab_state.storage.file import files_of
 
 _LOOK_EVERY = 0.25
@@ -170,7 +170,7 @@ class Member(SharedCopy):
         try:
             follower.open(connected, anew=self._must_load)
             if not self.has_state:
-                await self._limit_silence(follower)
+                await follower.limit_silence(max(self._config.owner_timeout, _SILENT))
             await asyncio.wait({follower.ready})  # without a limit: reads go on, and calls are given up one by one
             is_ready = follower.ready.result()
         except BaseException:
@@ -188,22 +188,6 @@ class Member(SharedCopy):
         self._show()
         self._turned.set()
         return True
-
-    async def _limit_silence(self, follower: Follower) -> None:
-        """Wait until the start can use the connection, or the connection has ended.
-
-        Raises:
-            UnavailableError: The owner was silent for `owner_timeout` seconds, and for at least 2 s.
-        """
-        patience = max(self._config.owner_timeout, _SILENT)
-        while not follower.ready.done():
-            silent = follower.link.silent_for()
-            if silent >= patience:
-                raise UnavailableError(
-                    f"the owner of {self._name!r} (pid {follower.owner_pid}) gave no sign of life for {silent:.0f} s: it "
-                    "may hang; start again, or end that process"
-                )
-            await done_within(follower.ready, self._clock, patience - silent)
 
     def _met(self, follower: Follower) -> None:
         """Note that an owner has answered."""
@@ -235,7 +219,7 @@ class Member(SharedCopy):
         owner.server.greet_waiting()
         self._turned.set()
 
-    async def _own(self, owner: Owner, session: StorageSession, began: float) -> OwnerFlusher[Connection]:
+    async def _own(self, owner: Owner, session: SharedSession, began: float) -> OwnerFlusher[Connection]:
         """Settle and show what the files have, and start the tasks of the owner."""
         around, is_start, recovery = self._around, not self.has_state, session.recovery
         warn_of_torn_tail(session, self._logger)
@@ -347,7 +331,7 @@ class Member(SharedCopy):
             owner, follower = self._owner, self._follower
             if owner is not None and owner.flusher is not None:
                 await self.port.finish(deadline)  # calls from the time before this process was the owner
-                owner.begin_stop()
+                await owner.begin_stop(deadline)
                 await owner.flusher.stop(self._config.stop_timeout)
                 return True
             if follower is not None and follower.link.is_admitted:

@@ -12,8 +12,9 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-from lab_state._clock import Clock, Timer
+from lab_state._clock import Clock, Timer, done_within
 from lab_state._entries import ChangeSet
+from lab_state._foreign import only_storage_errors
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
 from lab_state._sweeper import Sweeper
@@ -28,7 +29,7 @@ from lab_state.shared._messages import Answer, Call, Hello, No, Starting, Welcom
 from lab_state.shared._owner_flusher import OwnerFlusher
 from lab_state.shared._server import Server
 from lab_state.storage._claim import Claim
-from lab_state.storage._protocol import StorageSession
+from lab_state.storage._protocol import SharedSession
 from lab_state.storage.file import FileStorage
 
 TICK = 1.0
@@ -85,6 +86,8 @@ class Owner:
         self._socket_failed = False
         self._is_looking = False
         self._is_ending = False
+        self._session: SharedSession | None = None
+        self._has_successor = False
 
     # The roles of the state
 
@@ -94,7 +97,7 @@ class Owner:
         self.server.listen(self._listener.dup())
         self._timer = self._clock.call_later(TICK, self._tick)
 
-    def own(self, session: StorageSession, mirror: MirrorWriter | None, sweep_now: int) -> OwnerFlusher[Connection]:
+    def own(self, session: SharedSession, mirror: MirrorWriter | None, sweep_now: int) -> OwnerFlusher[Connection]:
         """Start the tasks of the owner on the copy, which has everything that was loaded. If this raises, none of them runs.
 
         Args:
@@ -131,7 +134,7 @@ class Owner:
                 flusher.nudge()
             flusher.start()
             undo.pop_all()
-        self.flusher = flusher
+        self.flusher, self._session = flusher, session
         return flusher
 
     def _committed(self, mirror: MirrorWriter | None, taken: ChangeSet) -> bool:
@@ -145,9 +148,15 @@ class Owner:
             self._sweeper.resume()
         return mirror is not None
 
-    def begin_stop(self) -> None:
-        """Begin a planned end: accept no connection, and apply no further call of a client."""
+    async def begin_stop(self, deadline: float) -> None:
+        """Begin a planned end: accept no connection, and apply no further call of a client.
+
+        First wait for the end of a checkpoint that is under way, at most until the deadline. Otherwise the calls of the followers would
+        wait for it. The deadline is in seconds of the clock.
+        """
         assert self.flusher is not None
+        if (checkpoint := self.flusher.checkpoints.task) is not None:
+            await done_within(checkpoint, self._clock, max(0.0, deadline - self._clock.monotonic()))
         self._stop_accepting()
         self.flusher.engine.is_ending = True
 
@@ -194,6 +203,16 @@ class Owner:
     def closed(self, error: LabStateError) -> None:  # noqa: ARG002 -- the flusher logs it
         """Close all connections, because there will be no further commit. A second call does nothing."""
         self._close()
+
+    async def hand_over(self) -> bool:
+        """Leave the state to a follower, if there is one; see `Listener.hand_over`.
+
+        From now on no follower may leave with a farewell. So at least one of them takes over, also if all of them stop.
+        """
+        self._has_successor = self.server.followers > 0
+        session = self._session
+        assert session is not None  # `own` got it
+        return self._has_successor and await only_storage_errors(session.hand_over) and self.server.followers > 0
 
     async def finish(self) -> None:
         """Send what the queues hold, for at most a second. Close all connections, and end the checks of the socket file."""
@@ -262,10 +281,12 @@ class Owner:
         assert self.flusher is not None
         self.flusher.engine.clients.acknowledge(client, number)
 
-    def farewell(self, client: str) -> None:
-        """Forget a client that stops."""
+    def farewell(self, client: str) -> bool:
+        """Forget a client that stops. Return False after the state was handed over: a client must write the snapshot."""
         assert self.flusher is not None
-        self.flusher.engine.farewell(client)
+        if not self._has_successor:
+            self.flusher.engine.farewell(client)
+        return not self._has_successor
 
     def left(self, connection: Connection) -> None:
         """Drop the answers that wait for a connection that has ended."""

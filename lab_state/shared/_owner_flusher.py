@@ -56,6 +56,14 @@ class Listener(Protocol[C_contra]):
         """Close all connections at once, without further answers: there will be no further commit. A second call does nothing."""
         ...
 
+    async def hand_over(self) -> bool:
+        """Leave the durable state to a follower, which continues the journal. Return False if a checkpoint is needed instead.
+
+        Raises:
+            StorageError: The next owner has to settle the state.
+        """
+        ...
+
     async def finish(self) -> None:
         """Send the queued messages, for at most a second, and close all connections. The flusher frees the lock after this."""
         ...
@@ -315,6 +323,16 @@ class OwnerFlusher(Flusher, Generic[C]):
             self.engine.close()
             self._turn = asyncio.Lock()
         super().move()
+
+    async def _write_last(self) -> None:
+        """Hand the state over. If no process follows, write a checkpoint."""
+        try:
+            if await self._listener.hand_over():
+                return
+        except StorageError as error:
+            self._logger.warning("%s: the next owner has to settle the state: %s", self._name, error)
+            return
+        await super()._write_last()
 
     async def _close(self, *, hurried: bool) -> None:
         if not hurried:

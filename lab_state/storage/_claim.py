@@ -21,13 +21,13 @@ from lab_state.storage._directory import Paths
 from lab_state.storage._file_start import take_lock
 from lab_state.storage._fs_socket import OwnSocket
 from lab_state.storage._lock import Lock, LockHolder, read_holder, refusal
-from lab_state.storage._protocol import StorageSession
+from lab_state.storage._protocol import SharedSession
 from lab_state.storage._worker import Threads, Worker, waited
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Load: TypeAlias = Callable[[str, Paths, Lock], Awaitable[StorageSession]]
+Load: TypeAlias = Callable[[str, Paths, Lock], Awaitable[SharedSession]]
 """A function that loads the state of a name, whose lock is held. If it fails or is cancelled, it releases the lock."""
 
 
@@ -91,7 +91,7 @@ class Claim:
     """
 
     def __init__(
-        self, lock: Lock, listener: Listener, thread: Worker, load: Callable[[], Awaitable[StorageSession]]
+        self, lock: Lock, listener: Listener, thread: Worker, load: Callable[[], Awaitable[SharedSession]]
     ) -> None:
         self.holder: LockHolder = lock.holder()
         self._lock = lock
@@ -115,7 +115,7 @@ class Claim:
         """The path of the socket."""
         return self._listener.address.path
 
-    async def load(self) -> StorageSession:
+    async def load(self) -> SharedSession:
         """Load the state, as `Storage.open` does. Call this once.
 
         `aclose` of the session deletes the socket file, closes the listening socket and frees the

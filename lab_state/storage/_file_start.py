@@ -10,7 +10,7 @@ import zlib
 
 from lab_state import _journal as journal
 from lab_state._clock import wall_now
-from lab_state._journal import NO_BASE
+from lab_state._journal import NO_BASE, Accepted, Scan
 from lab_state._log import Log
 from lab_state.exceptions import LockedError, StorageError
 from lab_state.storage import _directory as folder
@@ -122,14 +122,15 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
     accepted = journal.accept(scan, size, base, paths.journal)
     if accepted.full is None and snapshot is not None and scan is not None and not scan.names(base):
         _warn_if_stripped(paths.snapshot, snapshot)
-    torn = size - scan.end if scan is not None else 0
+    torn = size - scan.end if scan is not None and not scan.is_ended else 0
     if torn and data is not None:
         _keep_torn(paths.journal, data, size - torn, leftovers)
     writer = Writer(name, paths, lock)
     writer.base, writer.snapshot_fingerprint = base, fingerprint
     writer.snapshot_bytes = 0 if fingerprint is None else fingerprint.size
     writer.end = size
-    writer.need = Need.FULL if accepted.unclean else Need.NEW
+    if scan is not None:
+        _continue(writer, scan, accepted)
     if accepted.full is not None:
         snapshot, crc = accepted.full, None
     return writer, Recovery(snapshot, accepted.records, accepted.unclean, torn, crc)
@@ -143,6 +144,23 @@ def _warn_if_stripped(path: str, snapshot: bytes) -> None:
             "have none",
             path,
         )
+
+
+def _continue(writer: Writer, found: Scan, accepted: Accepted) -> None:
+    """Decide how the first commit continues the journal that was found. Without a journal, it writes a new one.
+
+    Records that may not be durable are copied if the journal was begun after the snapshot of its base was durable.
+    The name of a snapshot that a checkpoint frame names may not be durable. If there are more bytes of records than twice
+    the bound for a checkpoint, the whole state is written: that takes less time.
+    """
+    if accepted.unclean:
+        if found.header.base == writer.base and found.end <= 2 * writer.checkpoint_bytes:
+            writer.inherit(accepted.records)
+        else:
+            writer.need = Need.FULL
+    elif found.is_ended and found.names(writer.base):
+        opened = lookup.fingerprint(writer.paths.journal) or lookup.UNKNOWN
+        writer.adopt(found.header.salt, found.end, opened._replace(size=writer.end))
 
 
 def _keep_torn(path: str, data: bytes, start: int, leftovers: Leftovers) -> None:

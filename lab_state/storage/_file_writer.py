@@ -39,7 +39,7 @@ class Need(Enum):
     """The work that a commit has to do before it can append."""
 
     NOTHING = "nothing"
-    NEW = "a new journal that follows the snapshot"
+    NEW = "a new journal that follows the snapshot, with the inherited records"
     FULL = "a new journal that begins with the whole state"
 
 
@@ -64,7 +64,7 @@ class Writer:
         unsynced: Whether the files that the start found may be only in the page cache. True until
             this session has synced or replaced them.
         snapshot_bytes: The size of the snapshot, in bytes.
-        end: The size of the journal, in bytes.
+        end: The size of the journal in bytes, without an `E` frame at its end.
         starts_full: Whether the journal starts with the whole state.
         generation: A number that grows when a journal is given up. It also grows when a journal
             that starts with the whole state is put in place.
@@ -93,7 +93,19 @@ class Writer:
         self._left = lookup.UNKNOWN
         self._is_timed = True
         self._salt = ""
+        self._is_ended = False  # whether the journal ends with an `E` frame
+        self._inherited: tuple[bytes, ...] = ()
         forks.disown_in_children(self)
+
+    # What the start has found
+
+    def inherit(self, records: tuple[bytes, ...]) -> None:
+        """Let the first journal of this session begin with these records. The snapshot of `base` was durable before they were written."""
+        self.need, self._inherited = Need.NEW, records
+
+    def adopt(self, salt: str, end: int, left: lookup.Fingerprint) -> None:
+        """Continue the journal that the start found, whose `E` frame begins at `end`. It is opened at the first write."""
+        self.need, self._salt, self.end, self._left, self._is_ended = Need.NOTHING, salt, end, left, True
 
     # Commits
 
@@ -110,13 +122,15 @@ class Writer:
                 raise FullNeededError
             self._create(ANY_BASE, (FrameKind.FULL, full))
         elif self.need is Need.NEW:
-            self._create(self.base, (FrameKind.RECORD, record))
+            self._follow_snapshot(record)
         else:
             self._append(FrameKind.RECORD, record)
         if (since := self.since) is not None:  # read once: the event loop may set it to `None` meanwhile
             since.append(record)
 
     def _append(self, kind: FrameKind, payload: bytes) -> None:
+        if self.unsynced:  # the journal was adopted
+            self._sync_found(self.base, self.paths.journal)
         parts = journal.frame_parts(self._salt, kind, payload)
         try:
             fs.append(self._fd, self.paths.journal, parts, self.end, self.progress)
@@ -127,11 +141,28 @@ class Writer:
             self._note()
             raise
         self.end += sum(map(len, parts))
+        self._is_ended = False
         self._note()
 
     def _note(self) -> None:
         """Store the fingerprint after a write of this session. If the lookup fails, the next commit reads the journal."""
         self._left = self._opened() or self._left._replace(size=self.end, modified=-1)
+
+    def hand_over(self) -> bool:
+        """End the journal with an `E` frame, so that the next session can continue it. The caller must write nothing after it.
+
+        Return False if that is not possible, because the journal was given up, or starts with the whole state. Then the next
+        session needs a checkpoint.
+        """
+        self._check()
+        self._check_snapshot()
+        if self.need is not Need.NOTHING or self.starts_full:
+            return False
+        if not self._is_ended:
+            end = self.end
+            self._append(FrameKind.END, b"")
+            self.end, self._is_ended = end, True
+        return True
 
     # Checkpoints
 
@@ -183,7 +214,7 @@ class Writer:
         if self.need is Need.FULL or generation != self.generation:
             raise self._abandoned()
         if self.need is Need.NEW:
-            self._create(self.base)
+            self._follow_snapshot()
         self._append(FrameKind.CHECKPOINT, upcoming.base.encode())
         snapshot = lookup.fingerprint(new)
         if snapshot is None or snapshot.size != size:
@@ -214,7 +245,12 @@ class Writer:
 
         With the bound for its size, a changed byte costs at most about three written bytes.
         """
-        return self.starts_full or self.end > max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
+        return self.starts_full or self.end > self.checkpoint_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The size of the journal, in bytes, above which a checkpoint is due."""
+        return max(_MIN_CHECKPOINT_BYTES, self.snapshot_bytes)
 
     def close(self) -> None:
         """Close the journal, then release the lock."""
@@ -325,7 +361,11 @@ class Writer:
             if is_out_of_descriptors(error):
                 raise
             return False
-        return found.header.salt == self._salt and found.end == len(data) == self.end
+        return (
+            found.header.salt == self._salt
+            and (found.end, found.is_ended) == (self.end, self._is_ended)
+            and len(data) == self._left.size
+        )
 
     def _check_snapshot(self) -> None:
         """Give the journal up if it needs the snapshot, but the snapshot was deleted, replaced or changed.
@@ -337,9 +377,13 @@ class Writer:
             _logger.error("%s was deleted or replaced while in use: writing everything anew", self.paths.snapshot)
             self._poison()
 
+    def _follow_snapshot(self, *records: bytes) -> None:
+        """Create the first journal of this session: it follows the snapshot, and has the inherited records and these."""
+        self._create(self.base, *((FrameKind.RECORD, record) for record in (*self._inherited, *records)))
+
     def _create(self, base: str, *frames: tuple[FrameKind, bytes]) -> None:
         if self.unsynced:
-            self._sync_found(snapshot=base not in (ANY_BASE, NO_BASE))
+            self._sync_found(base)
         new = NewJournal(self.paths, self.name, self.progress)
         with self.lock.noted(new.path):
             try:
@@ -370,24 +414,26 @@ class Writer:
         self.starts_full = new.base == ANY_BASE
         if self.starts_full:
             self.generation += 1
-        self.need = Need.NOTHING
+        self.need, self._inherited, self._is_ended = Need.NOTHING, (), False
 
-    def _sync_found(self, *, snapshot: bool) -> None:
-        """Sync the directories above the directory of the files. With `snapshot`, sync the snapshot and its directory, too.
+    def _sync_found(self, base: str, *journal: str) -> None:
+        """Sync the directories above the directory of the files. Sync the files that a journal with this base relies on, too.
 
-        The start found all of them, so they may be only in the page cache. The first journal
-        relies on them. A failed sync of the snapshot is not repeated. Instead, the next journal starts
-        with the whole state.
+        These are the snapshot, unless the base needs none, and the journal itself if it is given. The start
+        found all of them, so they may be only in the page cache. A failed sync of a file or of its directory is
+        not repeated. Instead, the next journal starts with the whole state.
         """
         folder.sync_parents(self.paths.directory)
         self.unsynced = False
-        if snapshot:
-            try:
-                fs.sync(self.paths.snapshot)
+        files = journal if base in (ANY_BASE, NO_BASE) else (self.paths.snapshot, *journal)
+        try:
+            for path in files:
+                fs.sync(path)
+            if files:
                 fs.sync_directory(self.paths.directory)
-            except StorageError:
-                self._poison()
-                raise
+        except StorageError:
+            self._poison()
+            raise
 
     def _poison(self) -> None:
         """Give the journal up: the next commit writes another one that starts with the whole state."""

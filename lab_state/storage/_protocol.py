@@ -183,6 +183,23 @@ class StorageSession(Protocol):
         ...
 
 
+class SharedSession(StorageSession, Protocol):
+    """The session of a state that several processes share."""
+
+    async def hand_over(self) -> bool:
+        """Record that everything is durable, so that the next session continues without a commit that settles the state.
+
+        The only call that may follow is `aclose`, or `checkpoint`.
+
+        Returns:
+            False if the storage cannot record this now. Then the next session settles the state, unless a checkpoint follows.
+
+        Raises:
+            StorageError: The record could not be written. Everything that was durable still is.
+        """
+        ...
+
+
 class Storage(Protocol):
     """A place for states. One storage object may be used for any number of names."""
 

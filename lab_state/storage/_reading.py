@@ -79,9 +79,12 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Judgement:
     if scan is None:
         return Judgement(accepted, None, 0, sure=False)
     # A frame is written only after the sync of the previous one. So all frames are synced, except perhaps the last one.
-    last_is_record = bool(scan.frames) and scan.frames[-1].kind is FrameKind.RECORD
+    last_is_record = bool(scan.frames) and scan.frames[-1].kind is FrameKind.RECORD and not scan.is_ended
     return Judgement(
-        accepted, None, len(accepted.records) - last_is_record, sure=scan.header.base == ANY_BASE or scan.names(base)
+        accepted,
+        None,
+        len(accepted.records) - last_is_record,
+        sure=scan.header.base == ANY_BASE or scan.names(base),
     )
 
 

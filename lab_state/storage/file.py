@@ -262,6 +262,8 @@ class FileSession:
             full_needed = True
         if full_needed:
             await self._commit_full(record, snapshot)
+        if self.recovery.unsettled:
+            self.recovery = self.recovery._replace(unsettled=False)
         if self._journals.last is not self._own:
             self._journals.used(self._own)
         return self._writer.checkpoint_due
@@ -275,7 +277,10 @@ class FileSession:
         full = await collect(snapshot())
         self._check_open()
         await self._commits.run(self._writer.commit, record, full)
-        self.recovery = self.recovery._replace(unsettled=False)
+
+    async def hand_over(self) -> bool:
+        """End the journal with a frame which says that all frames before it were synced; see `SharedSession.hand_over`."""
+        return await self._run(self._commits, self._writer.hand_over)
 
     def rest(self) -> None:
         """Close the journal until the next commit. Any thread may call this."""

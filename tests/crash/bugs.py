@@ -16,7 +16,7 @@ from workloads import Workload
 
 from lab_state import StorageError, _codec, _journal
 from lab_state._entries import ChangeSet
-from lab_state._journal import ANY_BASE, Accepted, FrameKind, Scan
+from lab_state._journal import ANY_BASE, NO_BASE, Accepted, FrameKind, Scan
 from lab_state._state import State
 from lab_state.storage import _directory, _file_start, _fs, _lookup
 from lab_state.storage._directory import Paths
@@ -126,7 +126,7 @@ def directory_of_a_dead_process_trusted(patch: Patch) -> None:
 
 def no_sync_of_what_was_put_there(patch: Patch) -> None:
     """Build upon a snapshot as it is, although a user put it there a moment ago."""
-    patch.setattr(Writer, "_sync_found", lambda self, *, snapshot: None)
+    patch.setattr(Writer, "_sync_found", lambda self, base, *journal: None)
 
 
 def snapshot_of_a_copied_directory_trusted(patch: Patch) -> None:
@@ -138,8 +138,8 @@ def snapshot_of_a_copied_directory_trusted(patch: Patch) -> None:
         vouched.append(not found[1].unsettled and Path(paths.journal).exists())
         return found
 
-    def synced(self: Writer, *, snapshot: bool) -> None:
-        sync(self, snapshot=snapshot and not vouched[-1])
+    def synced(self: Writer, base: str, *journal: str) -> None:
+        sync(self, NO_BASE if vouched[-1] else base, *journal)
 
     vouched: list[bool] = []
     patch.setattr(_file_start, "_load", loaded)
@@ -325,7 +325,7 @@ def expiry_left_out(patch: Patch) -> None:
     def nothing(*_: Any) -> Iterator[bytes]:
         yield b""
 
-    patch.setattr(_codec, "_times", nothing)
+    patch.setattr(_codec, "times", nothing)
 
 
 # Recovery
@@ -418,6 +418,101 @@ def recovered_state_acknowledged_unwritten(patch: Patch) -> None:
     patch.setattr(_file_start, "_load", loaded)
 
 
+# The end of a journal, and copied journals
+
+
+def frames_appended_behind_the_end(patch: Patch) -> None:
+    """Continue a journal behind its end, and not in its place."""
+    adopt = Writer.adopt
+    patch.setattr(Writer, "adopt", lambda self, salt, end, left: adopt(self, salt, left.size, left))
+
+
+def continued_journal_trusted(patch: Patch) -> None:
+    """Take a journal with an end, and the snapshot beside it, for synced, although they may have been copied."""
+    adopt = Writer.adopt
+
+    def adopted(self: Writer, salt: str, end: int, left: Fingerprint) -> None:
+        adopt(self, salt, end, left)
+        self.unsynced = False
+
+    patch.setattr(Writer, "adopt", adopted)
+
+
+def every_journal_continued(patch: Patch) -> None:
+    """Continue a journal without an end, as if it had one."""
+    accept = _journal.accept
+
+    def accepted(found: Scan | None, size: int, base: str, path: str) -> Accepted:
+        return accept(found, size, base, path)._replace(unclean=False)
+
+    def go_on(writer: Writer, found: Scan, _: Accepted) -> None:
+        left = _lookup.fingerprint(writer.paths.journal)
+        assert left is not None
+        if found.frames and found.end == left.size and found.names(writer.base):
+            writer.adopt(found.header.salt, found.end, left)
+
+    patch.setattr(_journal, "accept", accepted)
+    patch.setattr(_file_start, "_continue", go_on)
+
+
+def _copied(patch: Patch, copied: Callable[[tuple[bytes, ...]], tuple[bytes, ...]]) -> None:
+    inherit = Writer.inherit
+    patch.setattr(Writer, "inherit", lambda self, records: inherit(self, copied(records)))
+
+
+def last_record_not_copied(patch: Patch) -> None:
+    """Leave out of the copied journal the last record, which may have been acknowledged."""
+    _copied(patch, lambda records: records[:-1])
+
+
+def torn_tail_copied(patch: Patch) -> None:
+    """Copy the end of a journal as it is, without a look whether it is a record."""
+    load = _file_start._load
+
+    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
+        writer, recovery = load(paths, name, lock, leftovers)
+        if recovery.dropped_bytes and writer.need is Need.NEW:
+            data = _fs.read(paths.journal) or b""
+            writer.inherit((*recovery.records, data[-recovery.dropped_bytes :]))
+        return writer, recovery
+
+    patch.setattr(_file_start, "_load", loaded)
+
+
+def snapshot_of_a_copied_journal_not_synced(patch: Patch) -> None:
+    """Let a copied journal follow a snapshot that may be in the page cache alone."""
+    sync = Writer._sync_found
+    patch.setattr(
+        Writer, "_sync_found", lambda self, base, *journal: sync(self, NO_BASE if self._inherited else base, *journal)
+    )
+
+
+def name_of_a_copied_journal_not_synced(patch: Patch) -> None:
+    """Use a copied journal whose name may be lost."""
+    put_in_place = Writer._put_in_place
+
+    def put(self: Writer, new: NewJournal, *replaced: list[int]) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            if self._inherited:
+                inner.setattr(_fs, "sync_directory", lambda path: None)
+            put_in_place(self, new, *replaced)
+
+    patch.setattr(Writer, "_put_in_place", put)
+
+
+def copied_journal_behind_a_checkpoint_frame(patch: Patch) -> None:
+    """Let a copied journal follow a snapshot that only a checkpoint frame names. The name of that snapshot may be lost."""
+
+    def go_on(writer: Writer, found: Scan, accepted: Accepted) -> None:
+        if accepted.unclean and found.header.base != ANY_BASE and found.names(writer.base):
+            writer.inherit(accepted.records)
+        else:
+            really(writer, found, accepted)
+
+    really = _file_start._continue
+    patch.setattr(_file_start, "_continue", go_on)
+
+
 BUGS = (
     Bug(no_sync_of_a_commit),
     Bug(acknowledged_before_the_sync),
@@ -452,4 +547,12 @@ BUGS = (
     Bug(inherited_journal_deleted, workloads.unclean_ends),
     Bug(no_full_journal_after_an_unclean_end, workloads.unclean_ends),
     Bug(recovered_state_acknowledged_unwritten, workloads.steps, failing_syncs, restart=True, first=6),
+    Bug(frames_appended_behind_the_end, workloads.handed_over),
+    Bug(continued_journal_trusted, workloads.moved),
+    Bug(every_journal_continued, workloads.handed_over, failing_syncs, restart=True),
+    Bug(last_record_not_copied, workloads.killed_again_and_again),
+    Bug(torn_tail_copied, workloads.handed_over),
+    Bug(snapshot_of_a_copied_journal_not_synced, workloads.moved),
+    Bug(name_of_a_copied_journal_not_synced, workloads.killed_again_and_again),
+    Bug(copied_journal_behind_a_checkpoint_frame, workloads.steps, failing_syncs, restart=True, first=12),
 )

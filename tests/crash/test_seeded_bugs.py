@@ -9,6 +9,8 @@ from bugs import BUGS, Bug
 from explore import Explorer, record
 from recovery import Recovery
 
+from lab_state import CorruptionError
+
 LIMIT = 16
 """States at each point."""
 
@@ -33,7 +35,7 @@ def violation(bug: Bug, recovery: Recovery) -> str | None:
             bug.apply(patch)
             try:
                 recording = record(bug.workload, 1, faults, restart=bug.restart)
-            except AssertionError as error:  # a process that goes on finds it already
+            except (AssertionError, CorruptionError) as error:  # a process that goes on finds it already
                 return str(error)
             found = Explorer(recovery, at_first=True).explore(recording, LIMIT, 1).violations
         if found:

@@ -40,27 +40,35 @@ class Share(NamedTuple):
         return -(-STATES * self.share // 1000)
 
 
-PLAIN = [Share(workload, 10 if workload is workloads.large_values else 40) for workload in workloads.WORKLOADS.values()]
+PLAIN = [Share(workload, 10 if workload is workloads.large_values else 33) for workload in workloads.WORKLOADS.values()]
 RECOVERIES = [
-    Share(workload, 50)
+    Share(workload, 40)
     for workload in (
         workloads.one_writer,
         workloads.expiring,
         workloads.checkpoints_beside_commits,
         workloads.unclean_ends,
+        workloads.handed_over,
     )
 ]
 Plans = Callable[[Recording], Iterable[Faults]]
 FAULTS: list[tuple[Plans, bool, Share]] = [
-    (failing_syncs, False, Share(workloads.steps, 80)),
-    (failing_syncs, False, Share(workloads.checkpoints_beside_commits, 30)),
-    (failing_syncs, True, Share(workloads.steps, 70)),
+    (failing_syncs, False, Share(workloads.steps, 50)),
+    (failing_syncs, False, Share(workloads.checkpoints_beside_commits, 20)),
+    (failing_syncs, False, Share(workloads.handed_over, 30)),
+    (failing_syncs, True, Share(workloads.steps, 40)),
     (failing_syncs, True, Share(workloads.expiring, 20)),
-    (full_disks, False, Share(workloads.steps, 50)),
-    (full_disks, True, Share(workloads.steps, 40)),
-    (deaths, True, Share(workloads.steps, 50)),
-    (deaths, True, Share(workloads.expiring, 30)),
-    (deaths, True, Share(workloads.checkpoints_beside_commits, 30)),
+    (failing_syncs, True, Share(workloads.handed_over, 30)),
+    (failing_syncs, True, Share(workloads.killed_again_and_again, 20)),
+    (full_disks, False, Share(workloads.steps, 30)),
+    (full_disks, False, Share(workloads.handed_over, 20)),
+    (full_disks, True, Share(workloads.steps, 20)),
+    (full_disks, True, Share(workloads.handed_over, 20)),
+    (deaths, True, Share(workloads.steps, 30)),
+    (deaths, True, Share(workloads.expiring, 20)),
+    (deaths, True, Share(workloads.checkpoints_beside_commits, 20)),
+    (deaths, True, Share(workloads.handed_over, 30)),
+    (deaths, True, Share(workloads.killed_again_and_again, 20)),
 ]
 
 
@@ -161,7 +169,7 @@ def recoveries(recording: Recording, explorer: Explorer, seed: str, number: int)
     dice.shuffle(result.good)
     for position, (state, version) in enumerate(result.good):
         yield record(
-            workloads.next_life,
+            workloads.next_lives if position % 2 else workloads.next_life,
             f"{seed} {position}",  # no salt comes a second time
             Faults(syncs=frozenset({dice.randrange(1, 16)})) if position % 3 else None,
             restart=position % 3 == 2,

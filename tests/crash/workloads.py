@@ -168,6 +168,68 @@ async def unclean_ends(world: World) -> None:
     await world.stop()
 
 
+async def handed_over(world: World) -> None:
+    """End the journal, and continue it: at once, after an end without a change, with a checkpoint, and before a kill."""
+    await world.start()
+    await world.set("key-0")
+    await world.flush()
+    await world.hand_over()
+    await world.start()
+    await world.hand_over()
+    await world.start()
+    await world.set("key-1")
+    await world.flush()
+    await world.set("key-2")
+    await world.hand_over()
+    await world.start()
+    await world.checkpoint()
+    await world.set("key-0")
+    await world.flush()
+    await world.hand_over()
+    await world.start()
+    await world.set("lost")
+    await world.crash()
+    await world.start()
+    await world.set("key-3")
+    await world.flush()
+    await world.crash()
+    await world.start()
+    await world.hand_over()
+    await world.start()
+    await world.delete("key-0")
+    await world.flush()
+    await world.stop()
+
+
+async def killed_again_and_again(world: World) -> None:
+    """Kill owners that have copied a journal: before their first change, after it, and beside a checkpoint."""
+    await world.start()
+    await world.set("key-0")
+    await world.flush()
+    await world.checkpoint()
+    await world.set_many("key-0", "key-1")
+    await world.flush()
+    await world.crash()
+    for number in range(3):
+        await world.start()
+        if number:
+            await world.set(f"key-{number}")
+            await world.flush()
+        await world.crash()
+    await world.start()
+    async with world.held_up(world.checkpoint(), "sync", ".json."):
+        await world.set("beside")
+        await world.flush()
+    await world.crash()
+    await world.start()
+    await world.set("key-0")
+    await world.flush()
+    await world.hand_over()
+    await world.start()
+    await world.set("key-0")
+    await world.crash()
+
+
 async def put_by_hand(world: World) -> None:
     """Start on a state that a user put there a moment ago, in a new directory."""
     world.put_by_hand({f"old-{number}": "x" * 50 for number in range(4)})
@@ -180,7 +242,7 @@ async def put_by_hand(world: World) -> None:
 
 
 async def moved(world: World) -> None:
-    """Copy a state to another directory, without a sync: after a clean stop, and after a kill."""
+    """Copy a state to another directory, without a sync: after a clean stop, after a kill, and after it was handed over."""
     await world.start()
     await world.set("key-0")
     await world.stop()
@@ -194,6 +256,11 @@ async def moved(world: World) -> None:
     world.move_to_a_new_directory(stopped=False)
     await world.start()
     await world.set("key-3")
+    await world.flush()
+    await world.hand_over()
+    world.move_to_a_new_directory(stopped=True)
+    await world.start()
+    await world.set("key-4")
     await world.flush()
     await world.stop()
 
@@ -263,6 +330,22 @@ async def steps(world: World) -> None:
     await world.stop()
 
 
+async def next_lives(world: World) -> None:
+    """Do what several processes do after each other, of which one hands over and one is killed."""
+    await world.start()
+    await world.set("next-0")
+    await world.flush()
+    await world.hand_over()
+    await world.start()
+    await world.set("next-1")
+    await world.flush()
+    await world.crash()
+    await world.start()
+    await world.set("next-2")
+    await world.flush()
+    await world.stop()
+
+
 async def next_life(world: World) -> None:
     """Do what a process does that finds what another one left: start, acknowledge more, and stop."""
     await world.start()
@@ -285,6 +368,8 @@ WORKLOADS: dict[str, Workload] = {
         checkpoints_that_are_due,
         clean_stops,
         unclean_ends,
+        handed_over,
+        killed_again_and_again,
         put_by_hand,
         moved,
         changed_in_place,

@@ -250,6 +250,24 @@ class World:
             await session.aclose()  # idempotent; `abort` has left it open
         self._check_alive()
 
+    async def hand_over(self) -> None:
+        """Stop as the owner of a shared state does if it has followers: end the journal, and leave the snapshot as it is."""
+        self._check_alive()
+        flusher = flusher_of(self.state)
+        session, write_checkpoint = flusher._session, flusher._write_last
+        assert isinstance(session, FileSession)
+
+        async def write_last() -> None:
+            try:
+                is_handed_over = await session.hand_over()
+            except StorageError:
+                return  # the next owner settles the state
+            if not is_handed_over:
+                await write_checkpoint()
+
+        flusher._write_last = write_last  # type: ignore[method-assign]
+        await self.stop()
+
     async def crash(self) -> None:
         """Crash: the process dies, and the page cache stays."""
         if self._recorder is not None:

@@ -236,7 +236,8 @@ def scan(directory: Path, name: str = "lab") -> journal.Scan:
 
 def kinds(directory: Path) -> str:
     """Return the kinds of the frames in the journal, after the header."""
-    return "".join(frame.kind.value for frame in scan(directory).frames)
+    found = scan(directory)
+    return "".join(frame.kind.value for frame in found.frames) + "E" * found.is_ended
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -347,6 +347,9 @@ class Listener:
         for pipe in self._pipes():
             pipe.cut()
 
+    async def hand_over(self) -> bool:
+        return False
+
     async def finish(self) -> None:
         for pipe in self._pipes():
             pipe.flow()

@@ -41,8 +41,8 @@ FOLLOWER_POINTS = (
     "connection lost",
 )  # fmt: skip
 END_POINTS = (
-    "checkpoint begins", "snapshot written", "snapshot in place", "stop begins", "last record sent", "connections closed",
-    "farewell comes",
+    "checkpoint begins", "snapshot written", "snapshot in place", "stop begins", "handing over", "handed over",
+    "last record sent", "connections closed", "farewell comes",
 )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def planned(seed: int) -> Round:
     faults = [
         Fault(
             rng.uniform(0.0, seconds),
-            rng.choice(("kill", "kill", "kill", "freeze", "end")),
+            rng.choice(("kill", "kill", "freeze", "end", "end")),
             rng.choice(("owner", "owner", "follower", "any")),
             rng.uniform(0.02, 0.7 if hasty else 0.15),
         )

@@ -67,6 +67,8 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "snapshot written": (f"{STORAGE}_file_writer", "Writer.prepare", "before"),
     "snapshot in place": (f"{STORAGE}_file_writer", "Writer.publish", "after"),
     "stop begins": (f"{SHARED}_owner", "Owner.begin_stop", "after"),
+    "handing over": (f"{SHARED}_owner", "Owner.hand_over", "before"),
+    "handed over": (f"{SHARED}_owner", "Owner.hand_over", "after"),
     "last record sent": (f"{SHARED}_owner", "Owner.finish", "before"),
     "connections closed": (f"{SHARED}_owner", "Owner.finish", "after"),
     "farewell comes": (f"{SHARED}_owner", "Owner.farewell", "after"),
@@ -215,7 +217,7 @@ def _set_disk(disk: Disk, rng: random.Random, say: Say) -> None:
     if disk.load_delay:
         wrap(f"{STORAGE}file", "FileStorage.read", reading)
     if disk.checkpoint_at:
-        Writer.checkpoint_due = property(lambda self: self.starts_full or self.end > disk.checkpoint_at)  # type: ignore[method-assign,assignment]
+        Writer.checkpoint_bytes = property(lambda self: disk.checkpoint_at)  # type: ignore[method-assign,assignment]
 
 
 # The network

@@ -25,15 +25,18 @@ from file_tools import (
     scan,
     start_child,
     until,
+    view,
 )
 
 from lab_state import (
     CorruptionError,
+    FileStorage,
     UnavailableError,
     UnsupportedError,
 )
 from lab_state import _journal as journal
 from lab_state._journal import FrameKind
+from lab_state.storage import _file_writer
 from lab_state.testing import ManualClock
 
 # After a kill
@@ -48,10 +51,10 @@ async def test_a_kill_loses_nothing_that_was_flushed(crashed: Path) -> None:
 
 
 async def test_the_first_act_after_a_kill(crashed: Path, disk: Disk) -> None:
-    """After a kill nothing counts as durable until a new journal with the whole state is. A flush waits for it."""
-    inherited = (crashed / "lab.journal").stat().st_ino
+    """After a kill nothing counts as durable until a new journal with copies of the records is. A flush waits for it."""
+    inherited = scan(crashed)
+    inode = (crashed / "lab.journal").stat().st_ino
     gate = disk.hold("fsync", "lab.journal.tmp")
-    snapshot = disk.hold("open", "lab.json.tmp")
     state = manager(crashed)
     await state.start()
     assert await state.get_all() == SERVED
@@ -63,25 +66,52 @@ async def test_the_first_act_after_a_kill(crashed: Path, disk: Disk) -> None:
     assert (state.durable_revision, flush.done(), waiting.done()) == (0, False, False)
     assert kinds(crashed) == "RRRRR"
     gate.open()
-    await snapshot.entered()
-    assert scan(crashed).header.base == journal.ANY_BASE
-    assert kinds(crashed) == "F"
-    snapshot.open()
     await asyncio.gather(flush, waiting)
     assert state.durable_revision == 5
-    assert inherited not in disk.written_inodes()
-    await until(lambda: kinds(crashed) == "")
+    copied = scan(crashed)
+    assert copied.header.base == inherited.header.base
+    assert copied.header.salt != inherited.header.salt
+    assert copied.frames[:-1] == inherited.frames
+    assert kinds(crashed) == "RRRRRR"
+    assert inode not in disk.written_inodes()
     assert await found(crashed) == SERVED
     await state.stop()
 
 
-async def test_durability_after_a_kill_does_not_wait_for_the_snapshot(crashed: Path, disk: Disk) -> None:
-    """Once the new journal with the whole state is durable, flush returns, however slow or impossible a snapshot is."""
+async def test_a_copy_that_fails(crashed: Path, disk: Disk) -> None:
+    """If the copied journal cannot be written, the inherited one stays as it is, and the next flush copies it again."""
+    before = contents(crashed)
+    disk.fail("fsync", "lab.journal.tmp")
+    state = manager(crashed, clock=ManualClock())
+    await state.start()
+    with pytest.raises(UnavailableError):
+        await state.flush()
+    assert contents(crashed) == before
+    await state.set("more", 6)
+    await state.flush()
+    assert kinds(crashed) == "RRRRRR"
+    assert await found(crashed) == SERVED | {"more": 6}
+    await state.stop()
+
+
+async def test_a_checkpoint_before_the_first_commit(crashed: Path) -> None:
+    """A session that writes a checkpoint first copies the records before it."""
+    session = await FileStorage(crashed).open("lab")
+    await session.checkpoint(view(b'{"a":1}'))
+    await session.aclose()
+    assert kinds(crashed) == ""
+    assert (crashed / "lab.json").read_bytes() == b'{"a":1}'
+
+
+async def test_a_journal_that_is_large_after_a_kill(crashed: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the records need much more room than the state, a journal with the whole state is written. A flush does not wait for a snapshot."""
+    monkeypatch.setattr(_file_writer, "_MIN_CHECKPOINT_BYTES", 10)
     snapshot = disk.hold("open", "lab.json.tmp")
     disk.fail("fsync", "lab.json.tmp", times=float("inf"))
     state = manager(crashed)
     await state.start()
     await snapshot.entered()
+    assert scan(crashed).header.base == journal.ANY_BASE
     assert kinds(crashed) == "F"
     try:
         async with asyncio.timeout(3):
@@ -95,6 +125,111 @@ async def test_durability_after_a_kill_does_not_wait_for_the_snapshot(crashed: P
         snapshot.open()
         disk.heal()
         await state.stop()
+
+
+# After a journal was ended
+
+
+async def ended(directory: Path) -> None:
+    """End the journal of a state that was killed."""
+    session = await FileStorage(directory).open("lab")
+    await session.commit(b'{"from":5,"to":6,"clear":false,"set":{"more":6},"delete":[],"expires":{}}', view(b""))
+    assert await session.hand_over()
+    await session.aclose()
+    assert kinds(directory) == "RRRRRRE"
+
+
+async def test_the_end_of_a_journal_is_replaced(crashed: Path, disk: Disk) -> None:
+    """After the end of a journal, the state is settled. The first commit syncs what the start found, and puts its frame in the place of the end."""
+    await ended(crashed)
+    disk.calls.clear()
+    async with manager(crashed) as state:
+        assert state.durable_revision == 6
+        await state.set("last", 7)
+        await state.flush()
+        assert kinds(crashed) == "RRRRRRR"
+        calls = [(call.function, Path(call.path).name) for call in disk.calls if call.function in {"fsync", "pwrite"}]
+        assert calls[-3:] == [("fsync", "lab.journal"), ("fsync", "crashed"), ("pwrite", "lab.journal")]
+        assert await found(crashed) == SERVED | {"more": 6, "last": 7}
+
+
+@pytest.mark.parametrize("name", ["lab.journal", "directory"])
+async def test_a_continued_journal_that_cannot_be_synced(crashed: Path, disk: Disk, name: str) -> None:
+    """If what the start found cannot be synced, the journal is not continued, and everything is written anew."""
+    await ended(crashed)
+    async with manager(crashed) as state:
+        disk.fail("fsync", name)
+        await state.set("last", 7)
+        with pytest.raises(UnavailableError):
+            await state.flush()
+        await state.flush()
+        assert scan(crashed).header.base == journal.ANY_BASE
+        assert await found(crashed) == SERVED | {"more": 6, "last": 7}
+
+
+@pytest.mark.parametrize("change", ["cut off", "replaced", "overwritten", "touched", "deleted"])
+async def test_a_journal_that_was_changed_before_it_is_continued(crashed: Path, change: str) -> None:
+    """If the journal was changed after the start, everything is written anew. Another time alone makes no difference."""
+    await ended(crashed)
+    path = crashed / "lab.journal"
+    data = path.read_bytes()
+    async with manager(crashed) as state:
+        if change == "cut off":
+            os.truncate(path, len(data) - 14)
+        elif change == "replaced":
+            path.unlink()
+            path.write_bytes(data + b"x")
+        elif change == "overwritten":
+            path.write_bytes(data[:-1] + b"x")
+            os.utime(path, ns=(0, 0))
+        elif change == "touched":
+            os.utime(path, ns=(0, 0))
+        else:
+            path.unlink()
+        await state.set("last", 7)
+        await state.flush()
+        assert scan(crashed).header.base == ("none" if change == "touched" else journal.ANY_BASE)
+        assert await found(crashed) == SERVED | {"more": 6, "last": 7}
+
+
+async def test_an_end_is_written_once(crashed: Path) -> None:
+    """A session that changed nothing leaves the end as it is. A journal that starts with the whole state gets none."""
+    await ended(crashed)
+    before = contents(crashed)
+    session = await FileStorage(crashed).open("lab")
+    assert await session.hand_over()
+    await session.aclose()
+    assert contents(crashed) == before
+    (crashed / "lab.journal").unlink()
+    session = await FileStorage(crashed).open("lab")
+    assert not await session.hand_over()
+    await session.aclose()
+    assert not (crashed / "lab.journal").exists()
+
+
+async def test_a_restored_snapshot_beside_an_ended_journal(tmp_path: Path) -> None:
+    """A journal whose records do not follow the snapshot is refused, also if it has an end. Without a record, the snapshot counts."""
+    for record in (None, b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":{}}'):
+        path = tmp_path / f"{record is None}"
+        path.mkdir()
+        frames = [] if record is None else [(FrameKind.RECORD, record)]
+        data = journal.header("lab", "0" * 16, "9-00000000")
+        for kind, payload in (*frames, (FrameKind.END, b"")):
+            data += journal.frame("0" * 16, kind, payload)
+        (path / "lab.journal").write_bytes(data)
+        (path / "lab.json").write_bytes(b'{"restored":1}')
+        if record is None:
+            async with manager(path) as state:
+                await state.set("b", 1)
+                await state.flush()
+                assert await found(path) == {"restored": 1, "b": 1}
+        else:
+            with pytest.raises(CorruptionError, match="do not follow the snapshot"):
+                await manager(path).start()
+        assert record is None or (path / "lab.journal").read_bytes() == data
+
+
+# A full disk
 
 
 async def test_a_full_disk_after_a_kill(crashed: Path, disk: Disk) -> None:
