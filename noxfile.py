@@ -193,23 +193,26 @@ def cache(session: nox.Session) -> None:
 
 @nox.session
 def shared(session: nox.Session) -> None:
-    """Test a shared state at full length: a million worlds of each scenario of its model, and 2,000 rounds of processes.
+    """Test a shared state at full length: a million worlds of each scenario of its model, 2,000 rounds of processes, and all servers.
 
-    It takes half an hour. `-- --worlds N` and `-- --rounds N` set other numbers.
+    It takes an hour. `-- --worlds N`, `-- --rounds N` and `-- --seconds N` set other numbers; the last one is the time
+    in which the owners of each server are killed.
     """
     arguments = list(session.posargs)
 
     def number(option: str, usual: str) -> str:
         return arguments[arguments.index(option) + 1] if option in arguments else usual
 
-    session.install(".", *_group("test"))
+    session.install(".", *_group("test"), *_group("servers"))
     session.run(
-        "pytest", "-s", "--timeout", "7200", "tests/shared", "tests/properties/test_manager_machine.py",
+        "pytest", "-s", "--timeout", "7200", "tests/shared", "tests/shared/servers_in_full.py",
+        "tests/properties/test_manager_machine.py",
         env={
             **WHEEL_ONLY,
             "LAB_STATE_SHARED_WORLDS": number("--worlds", "1000000"),
             "LAB_STATE_SHARED_ROUNDS": number("--rounds", "2000"),
             "LAB_STATE_SHARED_EXAMPLES": "400",
+            "LAB_STATE_SHARED_SECONDS": number("--seconds", "30"),
         },
     )  # fmt: skip
 
