@@ -23,6 +23,7 @@ from lab_state.shared._messages import (
     Answers,
     Bye,
     Call,
+    Expiries,
     FromClient,
     FromOwner,
     Hello,
@@ -82,6 +83,10 @@ class OwnerSide(Protocol):
         """Forget a client. Return whether it may leave. Then the connection sends the confirmation."""
         ...
 
+    def watched(self) -> None:
+        """Note that a client has opened its first watch, or closed its last one; see `Connection.is_watching`."""
+        ...
+
     def left(self, connection: Connection) -> None:
         """Drop the answers that wait for a connection. This is called once for each admitted connection, when it ends or is finished."""
         ...
@@ -93,6 +98,7 @@ class Connection:
     Attributes:
         client: The id of the client; empty before the hello.
         is_admitted: Whether the client is admitted and has not left. Only then it gets records and answers.
+        is_watching: Whether the client has a watch.
     """
 
     def __init__(
@@ -121,6 +127,7 @@ class Connection:
         """
         self.client: str = ""
         self.is_admitted: bool = False
+        self.is_watching: bool = False
         self._owner = owner
         self._pid = pid
         self._by_client = by_client
@@ -254,6 +261,9 @@ class Connection:
             self._send(Reply(message.token, self._owner.durable_revision))
         elif isinstance(message, Life):
             self._owner.acknowledge(self.client, message.number)
+        elif isinstance(message, Expiries):
+            self.is_watching = message.are_watched
+            self._owner.watched()
         else:
             assert isinstance(message, Bye)
             self._owner.acknowledge(self.client, message.number)

@@ -181,6 +181,8 @@ class Follower:
             self.link.is_admitted = False  # the load raises an error: no call may change a state that was replaced
             return
         self._port.follow(self.link.send_soon, self.link.ask)
+        if self._copy.watchers:
+            self.link.watch(are_watched=True)
         if not welcome.load:
             self.ready.set_result(True)
 

@@ -15,9 +15,9 @@ from lab_state.exceptions import InvalidValueError
 MOST_BYTES = 256 * 1024 * 1024
 """The largest payload, in bytes."""
 
-HELLO, CALL, LIFE, QUESTION, BYE = b"H", b"C", b"L", b"Q", b"B"
+HELLO, CALL, LIFE, QUESTION, BYE, EXPIRIES = b"H", b"C", b"L", b"Q", b"B", b"E"
 STARTING, WELCOME, NO, RECORD, ANSWERS = b"S", b"W", b"N", b"R", b"A"
-FROM_CLIENT = frozenset({HELLO, CALL, LIFE, QUESTION, BYE})
+FROM_CLIENT = frozenset({HELLO, CALL, LIFE, QUESTION, BYE, EXPIRIES})
 FROM_OWNER = frozenset({STARTING, WELCOME, NO, RECORD, ANSWERS, LIFE, QUESTION, BYE})
 
 _HEAD = struct.Struct(">Ic")

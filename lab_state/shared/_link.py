@@ -19,6 +19,7 @@ from lab_state.shared._messages import (
     Answer,
     Answers,
     Bye,
+    Expiries,
     FromOwner,
     Hello,
     Life,
@@ -154,6 +155,10 @@ class Link:
         """Ask the owner for its durable revision, if calls can be sent. `ClientSide.reply` gets the answer."""
         self._send(Question(token))
 
+    def watch(self, *, are_watched: bool) -> None:
+        """Tell the owner whether this client has a watch, if calls can be sent."""
+        self._send(Expiries(are_watched))
+
     def say_farewell(self) -> None:
         """Tell the owner that this client stops. From now on, nothing is sent."""
         self._send(Bye(self._side.acknowledgement))
@@ -182,7 +187,7 @@ class Link:
             self._timer.cancel()
             self._timer = None
 
-    def _send(self, message: Question | Bye | Life) -> None:
+    def _send(self, message: Question | Expiries | Bye | Life) -> None:
         if self.is_admitted and self._channel is not None:
             self._channel.send(encode_for_owner(message))
 

@@ -252,7 +252,9 @@ class Member(SharedCopy):
 
     def _attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
         if self._owner is not None:
-            self._owner.attend(watched)
+            self._owner.watched()
+        elif self._follower is not None:
+            self._follower.link.watch(are_watched=watched)
 
     # Faults
 

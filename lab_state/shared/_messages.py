@@ -244,6 +244,12 @@ class Question(NamedTuple):
     token: int
 
 
+class Expiries(NamedTuple):
+    """A message that says whether a client has a watch. If so, the owner deletes each key when it expires, and not up to a second later."""
+
+    are_watched: bool
+
+
 class Bye(NamedTuple):
     """The last message of a client, with its acknowledgement. The owner confirms it with the number 0."""
 
@@ -269,5 +275,5 @@ class Answers(NamedTuple):
     answers: Sequence[Answer]
 
 
-FromClient: TypeAlias = Hello | Call | Life | Question | Bye
+FromClient: TypeAlias = Hello | Call | Life | Question | Expiries | Bye
 FromOwner: TypeAlias = Starting | Welcome | No | RecordMessage | Answers | Life | Reply | Bye

@@ -10,6 +10,7 @@ from lab_state.shared._frames import BadMessageError
 from lab_state.shared._messages import (
     Bye,
     Call,
+    Expiries,
     FromClient,
     FromOwner,
     Hello,
@@ -55,7 +56,7 @@ class ClientOrder:
         elif isinstance(message, Life | Bye):
             self._has_bye = isinstance(message, Bye)
             self._acknowledge(message.number)
-        elif not isinstance(message, Question):
+        elif not isinstance(message, Question | Expiries):
             self._check_call(message)
 
     def check_call(self, call: Call) -> None:

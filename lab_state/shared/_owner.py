@@ -88,6 +88,7 @@ class Owner:
         self._is_ending = False
         self._session: SharedSession | None = None
         self._has_successor = False
+        self._is_watched = False  # whether the sweeper deletes keys at the time when they expire
 
     # The roles of the state
 
@@ -129,7 +130,7 @@ class Owner:
             )
             flusher.turn_ended = self._sweeper.resume
             undo.callback(self._sweeper.stop)
-            self.attend(bool(self._copy.watchers))
+            self.watched()
             if layer.sweep(sweep_now):
                 flusher.nudge()
             flusher.start()
@@ -165,10 +166,13 @@ class Owner:
         self._close()
         await self._claim.release()
 
-    def attend(self, watched: bool) -> None:  # noqa: FBT001 -- it is a callback
-        """Note that the first watch was opened, or the last one closed."""
+    def watched(self) -> None:
+        """Delete keys at the time when they expire as long as this process or a follower has a watch."""
+        is_watched = bool(self._copy.watchers) or self.server.is_watched
         assert self._sweeper is not None  # `own` has made it
-        self._sweeper.attend(watched)
+        if is_watched is not self._is_watched and not self._is_ending:
+            self._is_watched = is_watched
+            self._sweeper.attend(is_watched)
 
     def move(self) -> None:
         """Move to the running event loop, because that of the owner is closed. Its connections are lost."""
@@ -293,6 +297,7 @@ class Owner:
         assert self.flusher is not None
         self.flusher.engine.drop(connection)
         self.flusher.engine.disconnect(connection.client)
+        self.watched()
 
     # Every second
 

@@ -52,6 +52,11 @@ class Server:
         """The number of clients that are admitted."""
         return sum(connection.is_admitted for connection in list(self._by_client.values()))  # any thread may call this
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether a client that is admitted has a watch."""
+        return any(connection.is_admitted and connection.is_watching for connection in self._by_client.values())
+
     def listen(self, listener: socket.socket) -> None:
         """Accept connections on a socket that listens and does not block. `stop_accepting` and `aclose` close the socket.
 

@@ -23,6 +23,7 @@ from lab_state.shared._frames import (
     ANSWERS,
     BYE,
     CALL,
+    EXPIRIES,
     HELLO,
     LIFE,
     NO,
@@ -43,6 +44,7 @@ from lab_state.shared._messages import (
     Call,
     DeleteAll,
     DeleteMany,
+    Expiries,
     FromClient,
     FromOwner,
     Hello,
@@ -105,6 +107,8 @@ def encode_for_owner(message: FromClient) -> list[bytes]:
         return frame(LIFE, _ONE.pack(message.number))
     if isinstance(message, Question):
         return frame(QUESTION, _ONE.pack(message.token))
+    if isinstance(message, Expiries):
+        return frame(EXPIRIES, _ONE.pack(message.are_watched))
     if isinstance(message, Bye):
         return frame(BYE, _ONE.pack(message.number))
     return frame(CALL, _encode(message))
@@ -183,6 +187,10 @@ def decode_from_client(received: ReceivedFrame) -> FromClient:
     (number,) = _numbers(_ONE, payload)
     if kind == LIFE:
         return Life(number)
+    if kind == EXPIRIES:
+        if number > 1:
+            raise BadMessageError(f"a payload with the number {number} instead of 0 or 1")
+        return Expiries(bool(number))
     return Question(number) if kind == QUESTION else Bye(number)
 
 

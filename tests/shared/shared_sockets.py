@@ -99,6 +99,9 @@ class Owner(Told):
         self.tell("farewell", client)
         return self.lets_go
 
+    def watched(self) -> None:
+        self.tell("watched", [connection.is_watching for connection in self.connections])
+
     def left(self, connection: Connection) -> None:
         self.tell("left", connection)
 

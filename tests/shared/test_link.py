@@ -318,6 +318,7 @@ async def test_a_question_and_a_farewell() -> None:
     """A question is sent. A farewell has the acknowledgement, and nothing is sent after it. The owner confirms it."""
     async with linked() as world:
         world.link.ask(5)
+        world.link.watch(are_watched=True)
         world.client.acknowledgement = 3
         world.client.submit(call(4))
         world.link.send_soon()
@@ -325,7 +326,8 @@ async def test_a_question_and_a_farewell() -> None:
         world.link.ask(6)
         world.link.send_soon()
         world.clock.advance(1)
-        assert [await world.owner.next() for _ in "12"] == [m.Question(5), m.Bye(3)]
+        said = [await world.owner.next() for _ in "123"]
+        assert said == [m.Question(5), m.Expiries(are_watched=True), m.Bye(3)]
         await world.owner.tell(m.Answers([answer(1)]), m.Bye(0))
         world.owner.socket.shutdown(socket.SHUT_WR)
         told = [await world.client.next() for _ in "123"]

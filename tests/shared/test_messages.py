@@ -51,6 +51,8 @@ OTHERS: list[tuple[m.FromClient, bytes]] = [
     ),
     (m.Life(17), b"L\0\0\0\0\0\0\0\x11"),
     (m.Question(2), b"Q\0\0\0\0\0\0\0\x02"),
+    (m.Expiries(are_watched=True), b"E\0\0\0\0\0\0\0\x01"),
+    (m.Expiries(are_watched=False), b"E\0\0\0\0\0\0\0\0"),
     (m.Bye(17), b"B\0\0\0\0\0\0\0\x11"),
 ]
 TIME = 5
@@ -233,6 +235,8 @@ def test_the_largest_message(monkeypatch: pytest.MonkeyPatch) -> None:
         OTHERS[0][1].replace(b"41", b"-1"),
         b"L1234567",
         b"Q123456789",
+        b"E",
+        b"E\0\0\0\0\0\0\0\x02",
         b"B",
     ],
 )
@@ -300,7 +304,16 @@ def delete(n: int, ack: int) -> m.Delete:
     "messages",
     [
         [HELLO],
-        [HELLO, delete(1, 0), delete(2, 0), m.Life(1), delete(5, 3), m.Question(1), m.Bye(5)],
+        [
+            HELLO,
+            delete(1, 0),
+            delete(2, 0),
+            m.Life(1),
+            delete(5, 3),
+            m.Question(1),
+            m.Expiries(are_watched=True),
+            m.Bye(5),
+        ],
         [HELLO, delete(SPAN, 0), m.Life(0)],
         [HELLO, delete(SPAN + 7, 7)],
     ],

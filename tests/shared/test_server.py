@@ -201,6 +201,19 @@ async def test_a_question(tmp_path: Path) -> None:
         assert [await peer.next(), await peer.next()] == [b"{}", m.Reply(9, 44)]
 
 
+async def test_a_client_that_watches(tmp_path: Path) -> None:
+    """The owner is told of the first watch of a client, and of the end of its last one."""
+    async with serving(tmp_path) as world:
+        peer, _ = await world.admitted()
+        assert not world.server.is_watched
+        await peer.say(m.Expiries(are_watched=True))
+        assert await world.owner.next() == ("watched", [True])
+        assert world.server.is_watched
+        await peer.say(m.Expiries(are_watched=False))
+        assert await world.owner.next() == ("watched", [False])
+        assert not world.server.is_watched
+
+
 async def test_signs_of_life(tmp_path: Path) -> None:
     """An admitted client gets a sign of life each second, with the durable revision. Its own has its acknowledgement."""
     async with serving(tmp_path) as world:
@@ -312,7 +325,7 @@ async def test_a_bad_message(tmp_path: Path, data: bytes, why: str, caplog: pyte
         assert logged(caplog) == [f"closed the connection of process {os.getpid()}: bad message{why}"]
 
 
-@pytest.mark.parametrize("message", [call(1), m.Question(1), m.Bye(0)])
+@pytest.mark.parametrize("message", [call(1), m.Question(1), m.Expiries(are_watched=True), m.Bye(0)])
 async def test_a_message_before_the_welcome(
     tmp_path: Path, message: m.FromClient, caplog: pytest.LogCaptureFixture
 ) -> None:
