@@ -12,7 +12,6 @@ from itertools import count
 from typing import Any
 
 CLIENTS = 200
-COUNTERS = 100
 LONGEST = 30.0
 """The seconds after which a request without an answer hangs."""
 
@@ -96,7 +95,7 @@ class Client:
 
     def __init__(self, tally: Tally, port: int, number: int, longest: float = LONGEST) -> None:
         self._tally, self._port, self._longest = tally, port, longest
-        self._name = f"c{number % COUNTERS}-{number}"
+        self._name = f"c{number}"  # its counter, too
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
@@ -201,9 +200,9 @@ def wrong(state: dict[str, Any], tally: Tally) -> list[str]:
             found.append(f"{name} was answered with {number}, and the state has {ids.get(name)}")
     if others := ids.keys() - tally.numbers.keys() - tally.unanswered:
         found.append(f"the state has ids for which no client waits: {sorted(others)[:5]}")
-    numbers: dict[str, list[int]] = {f"count/c{counter}": [] for counter in range(COUNTERS)}
+    numbers: dict[str, list[int]] = {key: [] for key in state if key.startswith("count/")}
     for name, number in ids.items():
-        numbers[f"count/{name.partition('-')[0]}"].append(number)
+        numbers.setdefault(f"count/{name.partition('-')[0]}", []).append(number)
     for key, given in numbers.items():
         if sorted(given) != list(range(1, state.get(key, 0) + 1)):
             found.append(f"{key} is {state.get(key)}, and {len(given)} ids have {len(set(given))} numbers")

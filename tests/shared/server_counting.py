@@ -19,7 +19,7 @@ def make_manager() -> Manager:
 async def count(state: Manager, name: str) -> dict[str, Any]:
     """Count an id, unless it was counted before. Return its number, and which process has counted it.
 
-    The text before the first dash of an id names its counter, so that not all transactions read the same key.
+    The text before the first dash of an id names its counter.
     """
 
     def once(tx: Transaction) -> int:
