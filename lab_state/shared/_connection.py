@@ -79,8 +79,8 @@ class OwnerSide(Protocol):
         """Note the acknowledgement of a message that is not a call."""
         ...
 
-    def farewell(self, client: str) -> bool:
-        """Forget a client. Return whether it may leave. Then the connection sends the confirmation."""
+    def farewell(self, client: str) -> None:
+        """Forget a client. The connection sends the confirmation."""
         ...
 
     def watched(self) -> None:
@@ -267,9 +267,9 @@ class Connection:
         else:
             assert isinstance(message, Bye)
             self._owner.acknowledge(self.client, message.number)
-            if self._owner.farewell(self.client):
-                self._send(Bye(0))
-                self.finish()
+            self._owner.farewell(self.client)
+            self._send(Bye(0))
+            self.finish()
 
     def _receive_hello(self, hello: Hello) -> None:
         if (other := self._by_client.get(hello.client)) is not None:

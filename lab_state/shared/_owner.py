@@ -87,7 +87,6 @@ class Owner:
         self._is_looking = False
         self._is_ending = False
         self._session: SharedSession | None = None
-        self._has_successor = False
         self._is_watched = False  # whether the sweeper deletes keys at the time when they expire
 
     # The roles of the state
@@ -211,12 +210,17 @@ class Owner:
     async def hand_over(self) -> bool:
         """Leave the state to a follower, if there is one; see `Listener.hand_over`.
 
-        From now on no follower may leave with a farewell. So at least one of them takes over, also if all of them stop.
+        The followers count after the journal was ended, because they may leave meanwhile.
         """
-        self._has_successor = self.server.followers > 0
-        session = self._session
+        if not self.server.followers:
+            return False
+        session, is_ended = self._session, True
         assert session is not None  # `own` got it
-        return self._has_successor and await only_storage_errors(session.hand_over) and self.server.followers > 0
+        try:
+            is_ended = await only_storage_errors(session.hand_over)
+        except StorageError as error:
+            self._logger.warning("%s: the next owner has to settle the state: %s", self._config.name, error)
+        return is_ended and self.server.followers > 0
 
     async def finish(self) -> None:
         """Send what the queues hold, for at most a second. Close all connections, and end the checks of the socket file."""
@@ -285,12 +289,10 @@ class Owner:
         assert self.flusher is not None
         self.flusher.engine.clients.acknowledge(client, number)
 
-    def farewell(self, client: str) -> bool:
-        """Forget a client that stops. Return False after the state was handed over: a client must write the snapshot."""
+    def farewell(self, client: str) -> None:
+        """Forget a client that stops."""
         assert self.flusher is not None
-        if not self._has_successor:
-            self.flusher.engine.farewell(client)
-        return not self._has_successor
+        self.flusher.engine.farewell(client)
 
     def left(self, connection: Connection) -> None:
         """Drop the answers that wait for a connection that has ended."""

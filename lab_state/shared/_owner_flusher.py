@@ -59,8 +59,7 @@ class Listener(Protocol[C_contra]):
     async def hand_over(self) -> bool:
         """Leave the durable state to a follower, which continues the journal. Return False if a checkpoint is needed instead.
 
-        Raises:
-            StorageError: The next owner has to settle the state.
+        The flusher calls `finish` in the same step after True. So no follower can leave with a farewell meanwhile.
         """
         ...
 
@@ -325,14 +324,9 @@ class OwnerFlusher(Flusher, Generic[C]):
         super().move()
 
     async def _write_last(self) -> None:
-        """Hand the state over. If no process follows, write a checkpoint."""
-        try:
-            if await self._listener.hand_over():
-                return
-        except StorageError as error:
-            self._logger.warning("%s: the next owner has to settle the state: %s", self._name, error)
-            return
-        await super()._write_last()
+        """Hand the state over. If that is not possible, write a checkpoint."""
+        if not await self._listener.hand_over():
+            await super()._write_last()
 
     async def _close(self, *, hurried: bool) -> None:
         if not hurried:

@@ -15,7 +15,7 @@ from lab_state._log import Log
 from lab_state._metrics import FlushTimes
 from lab_state._opening import loaded
 from lab_state._state import State
-from lab_state.exceptions import LabStateError, StorageError
+from lab_state.exceptions import LabStateError
 from lab_state.shared._engine import Engine
 from lab_state.shared._layer import OwnerLayer
 from lab_state.shared._messages import Answer, Call
@@ -35,7 +35,6 @@ class Connections:
         self._calls = calls  # the operations of the storage
         self.told: list[tuple[Any, ...]] = []
         self.records: list[bytes] = []
-        self.hands_over: StorageError | None = None
 
     def record(self, data: bytes) -> None:
         self.records.append(data)
@@ -48,9 +47,6 @@ class Connections:
         self.told.append(("closed", type(error).__name__))
 
     async def hand_over(self) -> bool:
-        """Return whether a follower owns the state next, or raise the error of the test."""
-        if self.hands_over is not None:
-            raise self.hands_over
         return False
 
     async def finish(self) -> None:

@@ -47,6 +47,12 @@ def relayed(rng: random.Random, seed: str) -> Round:
     )
 
 
+def all_stop(rng: random.Random, seed: str) -> Round:
+    """Return a round in which all processes stop at once, and the owner is frozen before it hands the state over."""
+    traps = ((Trap("handing over", 1, "freeze", 0.1),), (), (), ())
+    return Round(seed=seed, seconds=0.1, traps=traps, leads=True, disk=Disk(delay=0.01))
+
+
 def killed(*points: str, least: int = 3, most: int = 14, **more: Any) -> Callable[[random.Random, str], Round]:
     """Return rounds in which each owner dies at one of these points."""
 

@@ -1,7 +1,7 @@
 """Seeded bugs: wrong readings of the protocol, put into the functions of the package, each with rounds that show it.
 
 A bug is patched in each process of its rounds. The name of a bug is that of the wrong reading in
-`shared_wrong`, where the model has the same one.
+`shared_wrong`, where the model has the same one. The model has no farewells.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from round_bug_plans import (
+    all_stop,
     away,
     cut,
     ended,
@@ -426,3 +427,17 @@ def _answers_to_later() -> None:
         return answers
 
     wrap(f"{SHARED}_owner", "Owner.answers", answering)
+
+
+# The end of an owner
+
+
+@bug("hands over to followers that leave", all_stop)
+def _hands_over_too_early() -> None:
+    def handing_over(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def hand_over(self: Any) -> Any:
+            return bool(self.server.followers) | await original(self)
+
+        return hand_over
+
+    wrap(f"{SHARED}_owner", "Owner.hand_over", handing_over)

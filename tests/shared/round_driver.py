@@ -178,6 +178,7 @@ class Driver:
                 await self._end_late()
             for task in done:
                 await task
+            left = self._left()
             await self._last()
         finally:
             for task in (*slots, faults):
@@ -185,7 +186,20 @@ class Driver:
             for child in self._children:
                 child.send(signal.SIGKILL)
         processes = [self._read(child) for child in self._children]
-        return Ran(processes, check(processes), time.monotonic() - began)
+        return Ran(processes, [*check(processes), *left], time.monotonic() - began)
+
+    def _left(self) -> list[Broken]:
+        """Return a violation if all processes have stopped, and the last one has not written everything to the snapshot.
+
+        If a process was killed, or could not stop because of a fault of its disk, the journal may have records.
+        """
+        disk = self._round.disk
+        if disk.failing or disk.full or any(child.how or child.ended.result() for child in self._children):
+            return []
+        journal = self._directory / "rounds.journal"
+        if not journal.exists() or journal.read_bytes().count(b"\n") == 1:
+            return []
+        return [Broken(4, "all processes have stopped, and the last one has left records in the journal")]
 
     async def _wait_for_all(self) -> None:
         """Wait until each of the first processes has joined or has ended; at most `LONGEST_START`."""

@@ -61,7 +61,7 @@ class Owner(Told):
     """An owner's side that notes its calls.
 
     `greetings` has the answers to the next hellos; the last one stays. `lacking` has the records for a
-    client that is admitted. `error` is raised by each call. `lets_go` says whether farewells are confirmed.
+    client that is admitted. `error` is raised by each call.
     """
 
     def __init__(self, *greetings: m.Welcome | m.Starting | m.No) -> None:
@@ -71,7 +71,6 @@ class Owner(Told):
         self.lacking: list[bytes] = []
         self.acknowledged = 0
         self.error: Exception | None = None
-        self.lets_go = True
         self.at_greeting: Callable[[], object] = lambda: None
         self.connections: list[Connection] = []
 
@@ -95,9 +94,8 @@ class Owner(Told):
     def acknowledge(self, client: str, number: int) -> None:
         self.tell("acknowledge", client, number)
 
-    def farewell(self, client: str) -> bool:
+    def farewell(self, client: str) -> None:
         self.tell("farewell", client)
-        return self.lets_go
 
     def watched(self) -> None:
         self.tell("watched", [connection.is_watching for connection in self.connections])

@@ -16,8 +16,9 @@ from running import until
 
 from lab_state import Config, FileStorage, Manager, StorageError, read_state
 from lab_state.shared._found import Settling
-from lab_state.shared._owner import Owner
+from lab_state.shared._server import Server
 from lab_state.storage import _fs
+from lab_state.storage.file import FileSession
 
 
 def plain(directory: Path) -> dict[str, Any]:
@@ -97,37 +98,66 @@ async def test_all_stop_at_once(tmp_path: Path, count: int) -> None:
     assert kinds(tmp_path) == ""
 
 
-async def test_no_farewell_after_the_state_was_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A follower that stops when the owner has handed the state over takes over, and writes the snapshot."""
-    entered, opened, real = asyncio.Event(), asyncio.Event(), Owner.hand_over
+async def test_followers_that_leave_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the last follower leaves while the journal is ended, the owner writes the snapshot after all."""
+    entered, opened, real = asyncio.Event(), asyncio.Event(), FileSession.hand_over
 
-    async def hand_over(owner: Owner) -> bool:
-        handed = await real(owner)
+    async def hand_over(session: FileSession) -> bool:
+        handed = await real(session)
         entered.set()
         await opened.wait()
         return handed
 
-    told: list[bool] = []
-    confirm = Owner.farewell
-
-    def farewell(owner: Owner, client: str) -> bool:
-        told.append(confirm(owner, client))
-        return told[-1]
-
+    monkeypatch.setattr(FileSession, "hand_over", hand_over)
     async with members(tmp_path, 2) as (first, one):
         await first.set("a", 1)
-        monkeypatch.setattr(Owner, "hand_over", hand_over)
-        monkeypatch.setattr(Owner, "farewell", farewell)
         ending = asyncio.create_task(first.stop())
         await entered.wait()
-        leaving = asyncio.create_task(one.stop())
-        await until(lambda: told == [False])
-        assert owner_of(first).server.followers == 1
-        monkeypatch.undo()
+        assert kinds(tmp_path) == "RE"
+        await one.stop()
         opened.set()
-        await asyncio.gather(ending, leaving)
-        assert plain(tmp_path) == {"a": 1}
+        await ending
         assert kinds(tmp_path) == ""
+        assert plain(tmp_path) == {"a": 1}
+
+
+async def test_a_follower_that_stops_too_late_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no owner confirms the farewell of a follower, this follower becomes the owner, and writes the snapshot."""
+    real = Server.aclose
+
+    async def aclose(server: Server, seconds: float = 1.0) -> None:
+        leaving.append(asyncio.create_task(one.stop()))
+        await real(server, seconds)
+
+    leaving: list[asyncio.Task[None]] = []
+    async with members(tmp_path, 2) as (first, one):
+        await first.set("a", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Server, "aclose", aclose)
+            await first.stop()
+        assert kinds(tmp_path) == "RE"
+        await asyncio.gather(*leaving)
+        assert kinds(tmp_path) == ""
+        assert plain(tmp_path) == {"a": 1}
+
+
+async def test_a_checkpoint_under_way_ends_first(tmp_path: Path, disk: Disk) -> None:
+    """An owner that stops lets its checkpoint end before it refuses calls. So the calls of the followers do not wait for the checkpoint."""
+    async with members(tmp_path, 2) as (first, one):
+        await first.set("a", 1)
+        flusher = owner_of(first).flusher
+        assert flusher is not None
+        gate = disk.hold("fsync", f"{NAME}.json.tmp")
+        flusher.checkpoints.start()
+        await gate.entered()
+        ending = asyncio.create_task(first.stop())
+        assert await one.set("b", 2) == 2
+        assert one.role == "follower"
+        gate.open()
+        await ending
+        assert plain(tmp_path) == {"a": 1}
+        assert kinds(tmp_path) == "RE"
+    assert plain(tmp_path) == {"a": 1, "b": 2}
 
 
 async def test_a_journal_that_starts_with_the_whole_state(tmp_path: Path, disk: Disk) -> None:

@@ -45,6 +45,7 @@ QUICK = (
     "a repeat misses what is not durable",
     "acknowledges what is open",
     "a new owner keeps to its copy",
+    "hands over to followers that leave",
 )
 """The bugs that are found in seconds. `nox -s shared` looks for all of them."""
 

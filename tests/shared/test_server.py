@@ -253,19 +253,6 @@ async def test_a_large_call_is_decoded_in_steps(tmp_path: Path, monkeypatch: pyt
         assert [what[0] for what in world.owner.rest()] == ["left"]
 
 
-async def test_a_farewell_that_is_not_confirmed(tmp_path: Path) -> None:
-    """If the owner does not let a client go, the connection stays, and the client still gets records."""
-    async with serving(tmp_path) as world:
-        peer, connection = await world.admitted()
-        world.owner.lets_go = False
-        await peer.say(m.Bye(3))
-        assert await world.owner.next() == ("acknowledge", CLIENT, 3)
-        assert await world.owner.next() == ("farewell", CLIENT)
-        world.server.record(b"{}")
-        assert await peer.next() == b"{}"
-        assert connection.is_admitted
-
-
 # Bad messages
 
 
