@@ -336,10 +336,10 @@ class Reader(MirrorAccess):
         is the revision of the mirror after the update that brought the change. A key that expired is reported
         as `delete`.
 
-        A `resync` is reported when the subscription of the reader begins or begins again, when the mirror was
-        filled again, and after a step that changed more than 10,000 keys or deleted all keys. It is also reported
-        in place of changes that the reader may have missed, and in place of more than 10,000 pending changes. After
-        a `resync`, read everything. A watch that is opened while the subscription works gets no `resync` at first.
+        The first change is a `resync`. It is reported when the subscription of the reader works. Another one is reported
+        when the subscription begins again, when the mirror was filled again, and after a step that changed more than
+        10,000 keys or deleted all keys. It is also reported in place of changes that the reader may have missed, and in
+        place of more than 10,000 pending changes. After a `resync`, read everything.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -353,8 +353,11 @@ class Reader(MirrorAccess):
     @asynccontextmanager
     async def _watch(self, prefix: str) -> AsyncGenerator[AsyncIterator[Change]]:
         watcher = Watcher(check_prefix(prefix), 0, -1, durable=True)
-        watchers = self._open.watchers
+        feed = self._open
+        watchers = feed.watchers
         watchers.add(watcher)
+        if feed.revision >= 0:  # otherwise the beginning of the subscription brings the `resync`
+            watcher.resync(feed.revision)
         try:
             yield watcher
         finally:

@@ -272,13 +272,12 @@ async def test_watching(cache: Any) -> None:
     async with writer(cache) as state, cache.reader("name") as reader:
         await reader.wait_revision(await state.set("x", 1))
         async with reader.watch("a/") as changes, reader.watch() as everything:
+            assert (await anext(changes)).kind == (await anext(everything)).kind == "resync"
             await reader.wait_revision(await state.set_many({"a/1": 1, "b": 2}))
             await reader.wait_revision(await state.delete("a/1") and state.revision)
-            found = [await anext(changes)]
-            if found[0].kind == "resync":
-                found.append(await anext(changes))
-            assert found[-1].key == "a/1"
-            assert found[-1].kind in {"set", "delete"}
+            found = await anext(changes)
+            assert found.key == "a/1"
+            assert found.kind in {"set", "delete"}
             await reader.wait_revision(await state.delete_all() and await state.set("a/2", 1))
             while (change := await anext(changes)).revision < state.revision:
                 pass
@@ -287,6 +286,16 @@ async def test_watching(cache: Any) -> None:
         with pytest.raises(TypeError):
             async with reader.watch(5):
                 pass
+
+
+async def test_each_watch_begins_with_a_resync(cache: Any) -> None:
+    """A watch begins with a resync when the subscription begins, and also if the subscription works already."""
+    async with writer(cache) as state, cache.reader("name") as reader:
+        await reader.wait_revision(await state.set("x", 1))
+        async with reader.watch() as first:
+            assert (await anext(first)).kind == "resync"
+            async with reader.watch("y") as second:
+                assert (await anext(second)) == Change("", "resync", 1)
 
 
 async def test_a_watch_ends_with_its_reader() -> None:
