@@ -26,7 +26,8 @@ class Checkpoints:
     Attributes:
         due: Whether a checkpoint is due. After a failure this is True during the pause, too.
         records: The number of records since the last snapshot. If the loaded changes are not certainly
-            durable, one more is counted. If the number is 0, `stop()` needs no checkpoint.
+            durable, one more is counted.
+        is_marked: Whether the last snapshot has the followed mark.
         task: The task of the last checkpoint that `start` has started; `None` if there is none.
         pace: The schedule of the slices of a checkpoint, between commits.
     """
@@ -54,6 +55,7 @@ class Checkpoints:
         """
         self.due: bool = False
         self.records: int = 0
+        self.is_marked: bool = False
         self.task: asyncio.Task[None] | None = None
         self.pace: Pace = Pace()
         self._name = name
@@ -68,6 +70,11 @@ class Checkpoints:
     def is_waiting(self) -> bool:
         """Whether a due checkpoint waits only because `State.frozen` is set. After a failed checkpoint this is False."""
         return self.due and not self._pauses.failures and self._state.frozen
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether `stop()` needs a checkpoint. A clean stop leaves a snapshot without the followed mark."""
+        return self.is_marked or self.records > 0
 
     @property
     def is_running(self) -> bool:
@@ -104,12 +111,14 @@ class Checkpoints:
         """Write one checkpoint. A `StorageError` is not raised: the checkpoint is due again, and `Outcomes` gets the error.
 
         Args:
-            wait: Whether to wait, before the last slice of the snapshot, until the revision of
-                the snapshot is durable.
+            wait: Whether the manager goes on. Then the snapshot gets the followed mark, and its last slice waits until the
+                revision of the snapshot is durable.
         """
         self.due = False
         durable = self._outcomes.make_durable if wait else None
-        views = SnapshotViews(self._state, durable, given=self._given, pace=self.pace, copy_loaded=True)
+        views = SnapshotViews(
+            self._state, durable, given=self._given, pace=self.pace, copy_loaded=True, is_followed=wait
+        )
         before = self.records
         started = self._clock.monotonic()
 
@@ -127,6 +136,7 @@ class Checkpoints:
             self._failed(error)
         else:
             self.records -= before
+            self.is_marked = wait
             self.due = False  # a commit may have set `due` meanwhile, before the snapshot replaced the large journal
             self._outcomes.checkpoint_succeeded(self._clock.monotonic() - started, self._session.snapshot_bytes)
         finally:

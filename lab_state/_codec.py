@@ -16,6 +16,7 @@ milliseconds since 1970. The next start continues from `time`, and adds the time
 since the write; see `_expiry.resumed`.
 
 If there are results of calls that other processes made, the member `calls` has them (`shared/_results.py`).
+A snapshot that a running manager writes has the member `"followed":true`; see `_journal.is_followed`.
 A snapshot in S3 has the members `seq` and `fence`, too (`storage/s3/_format.py`).
 """
 
@@ -64,6 +65,7 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     time: Int64 = 0
     wall: Int64 = 0
     calls: SnapshotCalls = {}
+    followed: bool = False
     seq: int | None = None
     fence: int | None = None
 
@@ -239,6 +241,7 @@ def encode_snapshot(
     copy_loaded: bool,
     wall: int = 0,
     calls: SnapshotCalls | None = None,
+    is_followed: bool = False,
 ) -> Iterator[bytes]:
     """Yield the snapshot of a view in slices, some of them empty. The caller may let the event loop run after each slice.
 
@@ -250,10 +253,13 @@ def encode_snapshot(
         copy_loaded: Whether to replace loaded values in the view by copies, if the view is a dict. A
             loaded value is a part of a large buffer, and keeps all of that buffer in memory.
         calls: The results of calls of other processes at this revision, if there are any.
+        is_followed: Whether the snapshot gets the followed mark; see `_journal.is_followed`.
     """
     crc = 0
-    member = (_calls(calls) if calls else b"",)
-    for data in chain(_uncovered(view, revision, time, wall, copy_loaded=copy_loaded), member):
+    end = _calls(calls) if calls else b""
+    if is_followed:
+        end += b',"followed":true'
+    for data in chain(_uncovered(view, revision, time, wall, copy_loaded=copy_loaded), (end,)):
         crc = zlib.crc32(data, crc)
         yield data
     yield b'%s%08x"}}' % (_CRC, crc)
@@ -262,7 +268,7 @@ def encode_snapshot(
 def _uncovered(
     view: dict[str, Stored] | Layer, revision: int, time: int, wall: int, *, copy_loaded: bool
 ) -> Iterator[bytes]:
-    """Yield a snapshot up to its member `calls`. The checksum covers these bytes, and that member."""
+    """Yield a snapshot up to its member `calls`. The checksum covers these bytes, `calls` and `followed`."""
     opening = b"{"
     expires: dict[str, int] = {}
     parts = parts_of(view.items(), expires, [])

@@ -27,6 +27,7 @@ from lab_state._early import LOOK_EVERY, EarlyFlush
 from lab_state._entries import ChangeSet
 from lab_state._foreign import described, only_storage_errors, pass_on, storage_error
 from lab_state._forgotten import forget
+from lab_state._journal import is_followed
 from lab_state._log import Log
 from lab_state._metrics import FlushTimes
 from lab_state._outcomes import Outcomes
@@ -89,6 +90,7 @@ class Flusher(Outcomes):
             config.name, session, self, clock, self._checkpoint_pauses, self._progress.count, self.shown
         )
         self.checkpoints.records = len(session.recovery.records) + self._unsettled
+        self.checkpoints.is_marked = is_followed(session.recovery.snapshot or b"")
         if self._unsettled:
             self._wake_up()
         self._timer: Timer | None = None
@@ -390,7 +392,7 @@ class Flusher(Outcomes):
     # The end
 
     async def _finish(self) -> None:
-        """Make the last flush. If it succeeded and there are records since the last checkpoint, write a checkpoint."""
+        """Make the last flush. If it succeeded and a checkpoint is needed, write one."""
         error = await self._last_flush()
         self._is_closed = True
         if error is not None:
@@ -398,7 +400,7 @@ class Flusher(Outcomes):
             error = copied(error, f"stop() gave up: {self.unflushed_keys} changed keys are not durable and are lost")
         self._stop_error = self._stop_error or error
         await self.checkpoints.ended()
-        if error is None and self.checkpoints.records and not (self._abandoned or self.fenced):
+        if error is None and self.checkpoints.is_needed and not (self._abandoned or self.fenced):
             await self._write_last()
         if self.refusal is not None and self.fenced and self._stop_error is None:
             self._stop_error = copied(self.refusal, "all its changes are durable: none is lost")

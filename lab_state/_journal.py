@@ -98,6 +98,9 @@ class Scan(NamedTuple):
         return self.header.base == base or (FrameKind.CHECKPOINT, base.encode()) in self.frames
 
 
+_FOLLOWED = re.compile(rb',"followed":true(?:,"seq":\d{1,19},"fence":\d{1,19})?,"crc32":"[0-9a-f]{8}"\}\}\Z')
+_FOLLOWED_BYTES = 128  # more than the longest match has
+
 _FRAME = re.compile(rb"([0-9a-f]{8}) ((\d{1,15}) ([A-Z]) )")
 _LONGEST_HEAD = 8 + 1 + 15 + 3
 _HEAD_BEHIND = re.compile(rb" (?=(\d{1,15}) [A-Z] )")
@@ -117,6 +120,14 @@ def new_salt() -> str:
 def base_of(size: int, crc: int) -> str:
     """Return the name by which a journal refers to a snapshot: the size and the CRC-32 of its bytes."""
     return f"{size}-{crc:08x}"
+
+
+def is_followed(snapshot: bytes) -> bool:
+    """Return whether a snapshot has the followed mark: a running manager wrote it, so records may follow it in a journal.
+
+    A person who deletes the checksum of the snapshot removes the mark with it.
+    """
+    return _FOLLOWED.search(snapshot, max(0, len(snapshot) - _FOLLOWED_BYTES)) is not None
 
 
 def frame(salt: str, kind: FrameKind, payload: bytes) -> bytes:
@@ -347,3 +358,25 @@ def accept(found: Scan | None, size: int, snapshot_base: str, path: str) -> Acce
                 "the snapshot that this journal follows is missing; put it back, or delete this journal too, to start with an empty state",
             )
     return Accepted(None, records, unclean=not found.is_ended and (bool(frames) or size > found.end))
+
+
+def check_followed(found: Scan | None, snapshot_base: str, path: str, *, is_followed: bool) -> None:
+    """Check that a journal follows a snapshot with the followed mark.
+
+    Args:
+        found: The journal; `None` if there is none.
+        snapshot_base: The `base_of` the snapshot; `NO_BASE` if there is no snapshot.
+        path: The file or object of the journal, for messages.
+        is_followed: Whether the snapshot has the followed mark.
+
+    Raises:
+        CorruptionError: No journal follows the snapshot.
+    """
+    if is_followed and (found is None or not found.names(snapshot_base)):
+        raise CorruptionError(
+            path,
+            0,
+            "this journal is missing or follows another snapshot. A running manager wrote the snapshot beside it, and later changes "
+            "to a journal: put that journal back, or restore a snapshot that backup() or a clean stop has written. To open this "
+            'snapshot without the later changes, delete `,"crc32":"…"` at its end',
+        )

@@ -76,6 +76,7 @@ class SnapshotViews:
         pace: Pace | None = None,
         copy_loaded: bool = False,
         has_results: bool = True,
+        is_followed: bool = False,
     ) -> None:
         """Prepare. No view is taken yet.
 
@@ -93,10 +94,12 @@ class SnapshotViews:
                 a commit the storage may have the whole snapshot in memory as well.
             has_results: Whether the snapshots have the results of calls of other processes. A backup has none,
                 because no process has sent a call to the state that is restored from it.
+            is_followed: Whether the snapshots get the followed mark, because the manager goes on after them.
         """
         self._state = state
         self._copy_loaded = copy_loaded
         self._has_results = has_results
+        self._is_followed = is_followed
         self._one_given = given
         self._pace = pace
         self._durable = durable
@@ -108,7 +111,13 @@ class SnapshotViews:
         copy_loaded = self._copy_loaded and state.borrowed
         calls = state.results.snapshot() if state.results is not None and self._has_results else None
         slices = encode_snapshot(
-            view, state.revision, state.now(), copy_loaded=copy_loaded, wall=state.wall(), calls=calls
+            view,
+            state.revision,
+            state.now(),
+            copy_loaded=copy_loaded,
+            wall=state.wall(),
+            calls=calls,
+            is_followed=self._is_followed,
         )
         return self._given(slices, view, state.revision, copy_loaded=copy_loaded)
 

@@ -53,7 +53,7 @@ def read(name: str) -> bytes:
 
 def name_in(journal: str | None) -> str:
     """Return the name of the state that a golden journal belongs to."""
-    return "walls" if journal == "walls.journal" else "state"
+    return journal.removesuffix(".journal") if journal in {"walls.journal", "followed.journal"} else "state"
 
 
 def content(loaded: LoadedState) -> tuple[dict[str, Any], int]:
@@ -132,6 +132,7 @@ def test_a_journal_with_an_end_opens() -> None:
     ("snapshot", "journal", "values"),
     [
         ("walls.json", "walls.journal", WALLS),
+        ("followed.json", "followed.journal", {"n": 2}),
         ("state.json", "state.journal", STATE_AFTER),
         ("state.json", "torn.journal", STATE_AFTER),
         ("state.json", "full.journal", {"z": 0}),

@@ -104,7 +104,7 @@ class _Look:
             None if self._journal is None else self._journal.identity,
             None if self._snapshot is None else self._snapshot.identity,
             base,
-            judge(data, base, name, path),
+            judge(data, base, name, path, is_followed=journal.is_followed(self.snapshot_bytes or b"")),
         )
 
     def has_moved(self) -> bool:

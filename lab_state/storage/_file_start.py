@@ -120,6 +120,7 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
     scan = None if data is None else journal.scan(data, name, paths.journal)
     size = len(data or b"")
     accepted = journal.accept(scan, size, base, paths.journal)
+    journal.check_followed(scan, base, paths.journal, is_followed=journal.is_followed(snapshot or b""))
     if accepted.full is None and snapshot is not None and scan is not None and not scan.names(base):
         _warn_if_stripped(paths.snapshot, snapshot)
     torn = size - scan.end if scan is not None and not scan.is_ended else 0

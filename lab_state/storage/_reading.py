@@ -62,7 +62,7 @@ def needs_snapshot(start: bytes, name: str, path: str) -> bool:
         return True
 
 
-def judge(data: bytes | None, base: str, name: str, path: str) -> Judgement:
+def judge(data: bytes | None, base: str, name: str, path: str, *, is_followed: bool = False) -> Judgement:
     """Return the result of reading a journal and a snapshot.
 
     Args:
@@ -70,10 +70,12 @@ def judge(data: bytes | None, base: str, name: str, path: str) -> Judgement:
         base: The result of `base_of` for the snapshot; `NO_BASE` if there is no snapshot.
         name: The name of the state.
         path: The path of the journal, for messages.
+        is_followed: Whether the snapshot has the followed mark.
     """
     try:
         scan = None if data is None else journal.scan(data, name, path)
         accepted = journal.accept(scan, len(data or b""), base, path)
+        journal.check_followed(scan, base, path, is_followed=is_followed)
     except StorageError as error:
         return Judgement(None, error, 0, sure=False)
     if scan is None:

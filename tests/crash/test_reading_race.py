@@ -142,9 +142,9 @@ def test_readings_beside_a_writer(tmp_path: Path, monkeypatch: Patch) -> None:
 def counted(patch: Patch, counts: Counter[str]) -> None:
     """Count how often the files are looked at."""
 
-    def judged(data: bytes | None, base: str, name: str, path: str) -> Judgement:
+    def judged(data: bytes | None, base: str, name: str, path: str, *, is_followed: bool) -> Judgement:
         counts["looks"] += 1
-        return judge(data, base, name, path)
+        return judge(data, base, name, path, is_followed=is_followed)
 
     patch.setattr(_file_reader, "judge", judged)
 
@@ -193,8 +193,8 @@ def snapshot_read_first(patch: Patch) -> None:
 def last_record_called_durable(patch: Patch) -> None:
     """Count a frame that can be read as synced."""
 
-    def judged(data: bytes | None, base: str, name: str, path: str) -> Judgement:
-        judgement = judge(data, base, name, path)
+    def judged(data: bytes | None, base: str, name: str, path: str, *, is_followed: bool) -> Judgement:
+        judgement = judge(data, base, name, path, is_followed=is_followed)
         return judgement if judgement.accepted is None else judgement._replace(durable=len(judgement.accepted.records))
 
     patch.setattr(_file_reader, "judge", judged)

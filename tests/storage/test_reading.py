@@ -398,9 +398,9 @@ class Steps:
         self._judge = judge
         monkeypatch.setattr(_file_reader, "judge", self)
 
-    def __call__(self, *arguments: Any) -> Judgement:
+    def __call__(self, *arguments: Any, is_followed: bool) -> Judgement:
         self.readings += 1
-        judgement = self._judge(*arguments)
+        judgement = self._judge(*arguments, is_followed=is_followed)
         next(self._steps, int)()
         return judgement
 
