@@ -19,6 +19,9 @@ from lab_state._entries import DELETED, EXPIRED, SCALARS, Absent, Expiring, Json
 from lab_state._not_json import NOT_JSON
 from lab_state._state import State
 
+_PLAIN = SCALARS | {bytes, Raw}
+"""The classes of values that do not expire."""
+
 _OBJECT_OR_ARRAY = (b"{", b"[")
 
 
@@ -60,11 +63,14 @@ def apply_step(
     copy: State, changes: Mapping[str, StoredOrGone], revision: int, *, cleared: bool, time: int = 0
 ) -> None:
     """Apply a step to a copy without letting the event loop run. For the arguments, see `Step`."""
+    kinds = {*map(type, changes.values())}
     effects, expired = changes, 0
-    if any(isinstance(to, Absent) for to in changes.values()):
+    if Absent in kinds:
         effects, expired = _effects(copy, changes.items(), cleared=cleared, time=time)
 
     def change() -> int | None:
+        if changes and not cleared and kinds <= _PLAIN:
+            return copy.set_many(cast("Mapping[str, Value]", changes))  # faster than `apply`
         if effects or (cleared and len(copy.entries)):
             return copy.apply(effects, cleared=cleared)
         return None

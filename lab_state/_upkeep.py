@@ -18,10 +18,12 @@ class Upkeep(Durability):
 
     def _free(self, large: dict[Any, Any], most: int = _FREED_AT_ONCE) -> None:
         """Free a map, `most` items in a step, because freeing a million values in one step would block the event loop."""
-        for _ in range(min(len(large), most)):
+        if len(large) <= most:
+            large.clear()
+            return
+        for _ in range(most):
             large.popitem()
-        if large:
-            self.loop.call_soon(self._free, large, most)
+        self.loop.call_soon(self._free, large, most)
 
     def _discard(self, state: State, *, entries: bool) -> None:
         """Free the index of a state that is no longer used, and, with `entries`, its map."""

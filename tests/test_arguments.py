@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lab_state import (
     Blocking,
@@ -29,6 +32,7 @@ from lab_state import (
     Transaction,
     read_state,
 )
+from lab_state._arguments import RESERVED, check_key, check_keys
 from lab_state.testing import ManualClock
 
 BEFORE = {"a": 1, "n/a": 1}
@@ -250,3 +254,22 @@ def test_each_wrong_argument_of_a_manager(argument: str, wrong: list[Any]) -> No
     for value in wrong:
         with pytest.raises(TypeError):
             Manager(**{"config": "a", "storage": MemoryStorage(), argument: value})
+
+
+@given(
+    st.lists(
+        st.sampled_from(["a", "é", "x" * 1024, "x" * 1025, "", "a\0", RESERVED, "\ud800", "\udc00", "b"]), max_size=4
+    )
+)
+def test_several_keys_are_checked_as_each_of_them(keys: list[str]) -> None:
+    """`check_keys` raises the error of the first key that `check_key` refuses."""
+
+    def outcome(check: Callable[[], object]) -> str:
+        try:
+            check()
+        except InvalidKeyError as error:
+            return str(error)
+        return "valid"
+
+    expected = next((told for key in keys if (told := outcome(partial(check_key, key))) != "valid"), "valid")
+    assert outcome(partial(check_keys, keys)) == outcome(partial(check_keys, dict.fromkeys(keys))) == expected

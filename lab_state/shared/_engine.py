@@ -296,7 +296,10 @@ class Engine(Generic[C]):
 
     def _apply(self, call: Call) -> object:
         """Make the changes of a call, and return its result."""
-        if isinstance(call, Set | SetMany | SetIfAbsent):
+        if isinstance(call, Set):  # the most frequent call
+            self._layer.set(call.key, self._stored(call.value, call.ttl))
+            return None
+        if isinstance(call, SetMany | SetIfAbsent):
             return self._store(call)
         if isinstance(call, MakeChanges):
             self._make(call.changes)
@@ -315,7 +318,7 @@ class Engine(Generic[C]):
             return calls.delete(call.key)
         return calls.delete_many(call.keys) if isinstance(call, DeleteMany) else calls.delete_all(call.prefix)
 
-    def _store(self, call: Set | SetMany | SetIfAbsent) -> bool | None:
+    def _store(self, call: SetMany | SetIfAbsent) -> bool | None:
         """Store values. The client has checked them, so they are not checked again."""
         layer, ttl = self._layer, call.ttl
         if isinstance(call, SetIfAbsent) and layer.has(call.key):

@@ -100,7 +100,7 @@ class OwnerLayer(Layered):
             self.show({}, Expiries(0), cleared=True)
             self._has_times = False
         self.changes.update(changes)
-        self._has_times = self._has_times or any(isinstance(to, Expiring) for to in changes.values())
+        self._has_times = self._has_times or Expiring in map(type, changes.values())
         if self.on_applied is not None:
             self.on_applied(None if cleared else changes.keys(), self.revision + 1)
 

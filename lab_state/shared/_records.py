@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterator
 from enum import Enum
 from typing import NamedTuple, cast
 
 import msgspec
 from msgspec import UNSET
 
-from lab_state._arguments import check_key
+from lab_state._arguments import check_keys
 from lab_state._batch import in_parts
 from lab_state._codec import Record, decode_record
 from lab_state._entries import DELETED, ChangeSet, StoredOrGone
@@ -144,10 +144,9 @@ def _check(record: Record) -> None:
         raise BadMessageError(_CONTRADICTION)
 
 
-def _check_keys(keys: Iterable[str]) -> None:
+def _check_keys(keys: Collection[str]) -> None:
     try:
-        for key in keys:
-            check_key(key)
+        check_keys(keys)
     except InvalidKeyError:
         raise BadMessageError("a record with an invalid key") from None
 
