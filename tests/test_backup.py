@@ -280,7 +280,9 @@ async def test_a_bad_path_is_refused(
     assert names(place) == before
 
 
-@pytest.mark.parametrize("name", ["test.json", "test.journal", "test.lock", "test.sock", "test.json.01234567.tmp"])
+@pytest.mark.parametrize(
+    "name", ["test.json", "test.journal", "test.lock", "test.sock", "test.json.01234567.tmp", "test.json.replaced-1"]
+)
 @pytest.mark.parametrize("shared", [False, True])
 async def test_the_files_of_a_state_are_refused(tmp_path: Path, *, name: str, shared: bool) -> None:
     """The path may lead there through a link to the directory. Other names in the directory of the state are accepted."""

@@ -130,6 +130,7 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
     writer.base, writer.snapshot_fingerprint = base, fingerprint
     writer.snapshot_bytes = 0 if fingerprint is None else fingerprint.size
     writer.end = size
+    writer.kept.is_unread = not is_needed
     if scan is not None:
         _continue(writer, scan, accepted)
     if accepted.full is not None:

@@ -19,6 +19,7 @@ from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._directory import Paths
+from lab_state.storage._kept import KeptFiles
 from lab_state.storage._lock import Lock
 from lab_state.storage._new_journal import NewJournal, spoiled
 from lab_state.storage._os_errors import is_out_of_descriptors
@@ -72,6 +73,7 @@ class Writer:
             there is no checkpoint.
         replaced: Descriptors of replaced files, which the worker for checkpoints closes.
         progress: The counter of the bytes that commits and checkpoints write to the disk.
+        kept: The foreign files in the place of the snapshot.
     """
 
     def __init__(self, name: str, paths: Paths, lock: Lock) -> None:
@@ -89,6 +91,7 @@ class Writer:
         self.since: list[bytes] | None = None
         self.replaced: list[int] = []
         self.progress: fs.WrittenBytes = fs.WrittenBytes()
+        self.kept: KeptFiles = KeptFiles(paths.snapshot)
         self._fd = -1
         self._left = lookup.UNKNOWN
         self._is_timed = True
@@ -196,6 +199,7 @@ class Writer:
         The worker for checkpoints calls this. Commits have to wait for `publish`, which is short
         because of this method.
         """
+        self.kept.look(self.snapshot_fingerprint, self.base)
         upcoming.create(base)
         for _ in range(_MOST_ROUNDS):
             more = since[upcoming.records :]
@@ -213,6 +217,7 @@ class Writer:
         self._check()
         if self.need is Need.FULL or generation != self.generation:
             raise self._abandoned()
+        self.kept.look(self.snapshot_fingerprint, self.base)
         if self.need is Need.NEW:
             self._follow_snapshot()
         self._append(FrameKind.CHECKPOINT, upcoming.base.encode())

@@ -59,6 +59,13 @@ class Rename(NamedTuple):
     inode: int
 
 
+class Link(NamedTuple):
+    """A second name for a file."""
+
+    path: str
+    inode: int
+
+
 class Unlink(NamedTuple):
     path: str
 
@@ -92,7 +99,7 @@ class Withdraw(NamedTuple):
     """A mark without an operation: earlier promises no longer hold, because the user is about to change files."""
 
 
-Operation: TypeAlias = Create | Write | Truncate | Rename | Unlink | Sync | SyncDirectory
+Operation: TypeAlias = Create | Write | Truncate | Rename | Link | Unlink | Sync | SyncDirectory
 Entry: TypeAlias = Operation | Try | Ack | Withdraw
 
 
@@ -204,7 +211,7 @@ class _Naming:
 
     __slots__ = ("change", "directory", "fate")
 
-    def __init__(self, change: Create | Rename | Unlink) -> None:
+    def __init__(self, change: Create | Rename | Link | Unlink) -> None:
         self.change = change
         path = change.target if isinstance(change, Rename) else change.path
         self.directory = _parent(path)
@@ -212,7 +219,7 @@ class _Naming:
 
     def put(self, names: dict[str, int]) -> None:
         match self.change:
-            case Create(path, inode):
+            case Create(path, inode) | Link(path, inode):
                 names[path] = inode
             case Rename(source, target, inode):
                 names.pop(source, None)
@@ -248,7 +255,7 @@ class Disk:
                 self._files[inode].sync(ok=ok)
             case SyncDirectory(path, ok):
                 self._sync_directory(path, ok=ok)
-            case Rename() | Unlink():
+            case Rename() | Link() | Unlink():
                 self._namings.append(_Naming(operation))
 
     def _create(self, path: str, inode: int, *, is_directory: bool) -> None:

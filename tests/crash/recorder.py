@@ -23,10 +23,10 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
-from disk import Ack, Create, Entry, Rename, State, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
+from disk import Ack, Create, Entry, Link, Rename, State, Sync, SyncDirectory, Truncate, Try, Unlink, Withdraw, Write
 
 from lab_state import _codec, _journal, _outcomes
-from lab_state.storage import _directory, _file_start, _fs, _lookup, _new_journal
+from lab_state.storage import _directory, _file_start, _fs, _kept, _lookup, _new_journal
 
 NAME = "lab"
 DIRECTORY = "deep/states"
@@ -225,6 +225,17 @@ class Recorder:
             self._inodes[new] = self._inodes.pop(old)
             self.entries.append(Rename(old, new, self._inodes[new]))
 
+    def link(self, source: str, target: str, *, follow_symlinks: bool) -> None:
+        old, new = self._name(source), self._name(target)
+        assert old is not None
+        assert new is not None
+        self._wait("link", new)
+        with self._lock:
+            self._alive(counts=True)
+            os.link(source, target, follow_symlinks=follow_symlinks)
+            self._inodes[new] = self._inodes[old]
+            self.entries.append(Link(new, self._inodes[old]))
+
     def mkdir(self, path: str, mode: int = 0o777) -> None:
         name = self._name(path)
         with self._lock:
@@ -324,7 +335,7 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
 
     with pytest.MonkeyPatch.context() as patch:
         recorder.urandom = _fs.os.urandom  # type: ignore[attr-defined]
-        for used in (_fs, _lookup, _directory):
+        for used in (_fs, _lookup, _directory, _kept):
             patch.setattr(used, "os", recorder)
         patch.setattr(_fs, "aiofiles", SimpleNamespace(open=opened))
         yield recorder
@@ -348,7 +359,7 @@ def determined(seed: int | str) -> Iterator[None]:
         for module in (_fs, _journal, _codec):
             patch.setattr(module, "os", _Seeded(os, urandom=random.Random(f"{module.__name__} {seed}").randbytes))
         numbers = iter(range(10**12, 10**13))
-        for dated in (_file_start, _new_journal):
+        for dated in (_file_start, _new_journal, _kept):
             patch.setattr(dated, "wall_now", lambda: next(numbers))
         patch.setattr(_outcomes, "_FIRST_PAUSE", 0.0)
         patch.setattr(_outcomes, "_LONGEST_PAUSE", 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from disk import CHUNK, Create, Disk, Operation, Rename, State, Sync, SyncDirectory, Truncate, Unlink, Write
+from disk import CHUNK, Create, Disk, Link, Operation, Rename, State, Sync, SyncDirectory, Truncate, Unlink, Write
 
 DIRECTORY: State = {"d": None}
 
@@ -81,6 +81,15 @@ def test_a_sync_of_a_file_does_not_force_its_name() -> None:
     assert left(*made, SyncDirectory("d", ok=True)) == [{"d/f": b"x"}]
     assert left(*made, SyncDirectory(".", ok=True)) == [{"d/f": b"x"}, {}]
     assert left(*made, SyncDirectory("d", ok=False), SyncDirectory("d", ok=True)) == [{"d/f": b"x"}, {}]
+
+
+def test_a_link_is_a_second_name() -> None:
+    """It is kept or lost like any other name, and stays with the file when the first name leads to another one."""
+    start = {"d": None, "d/f": b"old"}
+    assert left(Link("d/l", 1), start=start) == [{"d/f": b"old", "d/l": b"old"}, {"d/f": b"old"}]
+    assert left(Link("d/l", 1), SyncDirectory("d", ok=True), start=start) == [{"d/f": b"old", "d/l": b"old"}]
+    replaced = (Create("d/t", 2), Write(2, 0, b"new"), Sync(2, ok=True), Link("d/l", 1), Rename("d/t", "d/f", 2))
+    assert left(*replaced, SyncDirectory("d", ok=True), start=start) == [{"d/f": b"new", "d/l": b"old"}]
 
 
 def test_a_rename_is_atomic() -> None:

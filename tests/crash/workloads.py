@@ -291,6 +291,26 @@ async def changed_in_place(world: World) -> None:
     await world.crash()
 
 
+async def foreign_snapshot(world: World) -> None:
+    """Put another file in the place of the snapshot, while the journal has the whole state. The next checkpoint keeps that file."""
+    await world.start()
+    await world.set("key-0")
+    await world.flush()
+    await world.checkpoint()
+    async with world.held_up(world.checkpoint(), "open", ".json."):
+        world.change_the_journal(0, b"")
+        await world.set("key-1")
+        await world.flush()
+        world.replace_the_snapshot(b'{"foreign":true}')
+    await world.flush()
+    await world.set("key-2")
+    await world.flush()
+    await world.checkpoint()
+    await world.set("key-0")
+    await world.flush()
+    await world.crash()
+
+
 async def large_values(world: World) -> None:
     """Set values of several 64 KiB, so that a snapshot is written in slices."""
     await world.start()
@@ -373,6 +393,7 @@ WORKLOADS: dict[str, Workload] = {
         put_by_hand,
         moved,
         changed_in_place,
+        foreign_snapshot,
         large_values,
         steps,
     )

@@ -221,6 +221,15 @@ class World:
         system.close(fd)
         os.utime(path, ns=(0, 0))  # however coarse the file system's clock is
 
+    def replace_the_snapshot(self, data: bytes) -> None:
+        """Put another file in the place of the snapshot of a running manager, as a user may do."""
+        path = self.root / DIRECTORY / f"{NAME}.json"
+        system = vars(_fs)["os"]
+        fd = system.open(f"{path}.other", os.O_RDWR | os.O_CREAT)
+        system.pwrite(fd, data, 0)
+        system.close(fd)
+        system.replace(f"{path}.other", str(path))
+
     def close_its_descriptor(self) -> int:
         """Close a descriptor twice and open a file, as an application may do; return its descriptor."""
         session = flusher_of(self.state)._session

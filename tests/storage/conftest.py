@@ -12,7 +12,7 @@ from file_tools import Disk, kill, start_child
 from s3_proxy import Proxy
 from s3_world import Bucket, endpoint
 
-from lab_state.storage import _directory, _fs, _lookup
+from lab_state.storage import _directory, _fs, _kept, _lookup
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ async def proxy() -> AsyncIterator[Proxy]:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     faulty = Disk()
-    for used in (_fs, _lookup, _directory):
+    for used in (_fs, _lookup, _directory, _kept):
         monkeypatch.setattr(used, "os", faulty)
     return faulty
 

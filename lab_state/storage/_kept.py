@@ -1,0 +1,117 @@
+"""A foreign file in the place of a snapshot, which is kept under a second name. The calls block."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import zlib
+
+from lab_state import _journal as journal
+from lab_state._clock import wall_now
+from lab_state._log import Log
+from lab_state.exceptions import StorageError
+from lab_state.storage import _fs as fs
+from lab_state.storage import _lookup as lookup
+from lab_state.storage._os_errors import translated
+
+_logger = Log(logging.getLogger("lab_state"))
+
+_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}')
+_END_BYTES = len(b',"crc32":"00000000"}}')
+_AT_ONCE = 1024 * 1024
+
+
+class KeptFiles:
+    """The files that other code has put in the place of the snapshot of one state. They are kept before a rename replaces them.
+
+    Attributes:
+        is_unread: Whether the start has not read the snapshot, because the journal begins with the whole state.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Set the path of the snapshot. No file is touched."""
+        self.is_unread: bool = False
+        self._path = path
+        self._seen: lookup.Fingerprint | None = None
+
+    def look(self, known: lookup.Fingerprint | None, base: str) -> None:
+        """Link a foreign file at the path as `<path>.replaced-<time>`, and log an ERROR. Do nothing if there is none.
+
+        A file is foreign if this process has neither loaded nor written its bytes. A snapshot that the start has not read is
+        foreign only if it has no valid checksum. A file that was looked at is not looked at again, unless it has changed.
+
+        Args:
+            known: The fingerprint of the snapshot that this process has found or written.
+            base: The name of this snapshot, by its bytes.
+
+        Raises:
+            StorageError: The file could not be kept. Then the caller must not replace it.
+        """
+        found = lookup.fingerprint(self._path)
+        is_unread, self.is_unread = self.is_unread, False
+        if found is None or found == self._seen or (found == known and not is_unread):
+            return
+        if not (_is_snapshot(self._path) if found == known else _has_bytes(self._path, found.size, base)):
+            kept = _keep(self._path)
+            _logger.error(
+                "%s was put there or changed by other code while the state was in use: it is kept as %s, and replaced by the present state",
+                self._path,
+                kept,
+            )
+        self._seen = found
+
+
+def _is_snapshot(path: str) -> bool:
+    """Return whether a file ends with the checksum of its bytes, as a snapshot does. Return False if it cannot be read."""
+    try:
+        fd = _opened(path)
+    except StorageError:
+        return False
+    try:
+        with translated("reading", path):
+            size = os.fstat(fd).st_size - _END_BYTES
+            end = _END.fullmatch(os.pread(fd, _END_BYTES, max(0, size)))
+            return end is not None and int(end[1], 16) == _checksum(fd, size)
+    finally:
+        fs.close(fd)
+
+
+def _has_bytes(path: str, size: int, base: str) -> bool:
+    """Return whether a file has the bytes that `base` names. Return False if it cannot be read."""
+    if not base.startswith(f"{size}-"):
+        return False
+    try:
+        fd = _opened(path)
+    except StorageError:
+        return False
+    try:
+        with translated("reading", path):
+            return journal.base_of(size, _checksum(fd, size)) == base
+    finally:
+        fs.close(fd)
+
+
+def _opened(path: str) -> int:
+    with translated("opening", path):
+        return fs.open_regular(path, os.O_RDONLY)
+
+
+def _checksum(fd: int, size: int) -> int:
+    """Return the CRC-32 of the first bytes of a file."""
+    crc = 0
+    for start in range(0, size, _AT_ONCE):
+        crc = zlib.crc32(os.pread(fd, min(_AT_ONCE, size - start), start), crc)
+    return crc
+
+
+def _keep(path: str) -> str:
+    """Give a file a second name, and return that name. Copy the file if a link is not possible."""
+    number = wall_now()
+    while os.path.lexists(kept := f"{path}.replaced-{number}"):
+        number += 1
+    try:
+        os.link(path, kept, follow_symlinks=False)
+    except OSError:  # for example, the file system has no hard links, or the file belongs to another user
+        fs.close(fs.create(kept, [fs.read(path) or b""], fs.WrittenBytes(), path))
+    return kept
