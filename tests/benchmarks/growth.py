@@ -14,8 +14,8 @@ from measure import VALUE, VALUES, Numbers, Results, flusher_of, key_of, timed
 from lab_state import Config, FileStorage, Manager, Transaction
 from lab_state.testing import ManualClock
 
-LIFECYCLE = {"start", "stop", "disown", "name", "config", "role", "revision", "durable_revision", "blocking"}
-"""Measured elsewhere (`start`), or nothing but an attribute; `blocking` is a hop to the loop and the call."""
+LIFECYCLE = {"start", "stop", "disown", "name", "config", "role", "revision", "durable_revision", "blocking", "backup"}
+"""`start` is measured elsewhere, and `backup` writes the whole state. `blocking` is a hop to the loop and the call. The others are attributes."""
 
 TWINS = {"get_many_nowait", "get_all_nowait", "keys_nowait", "expires_in_nowait", "delete_nowait", "update_nowait"}
 """They cost what the call without `_nowait` costs, in one step."""

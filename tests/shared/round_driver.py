@@ -98,6 +98,8 @@ class Nursery:
         finally:
             reading.cancel()
             process.kill()  # its children die with it
+            await asyncio.wait({reading})
+            await process.stdout.read()  # the pipe is closed when all of them are dead
             await process.wait()
 
     async def start(self, life: Life, froze: asyncio.Event) -> Child:
