@@ -224,6 +224,7 @@ class Writer:
         snapshot = lookup.fingerprint(new)
         if snapshot is None or snapshot.size != size:
             raise spoiled(new)
+        self.kept.wrote(snapshot)
         fs.rename(new, self.paths.snapshot)
         try:
             fs.sync_directory(self.paths.directory)

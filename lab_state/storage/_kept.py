@@ -33,7 +33,7 @@ class KeptFiles:
         """Set the path of the snapshot. No file is touched."""
         self.is_unread: bool = False
         self._path = path
-        self._seen: lookup.Fingerprint | None = None
+        self._seen: set[lookup.Fingerprint] = set()  # files that need not be kept, or not again
 
     def look(self, known: lookup.Fingerprint | None, base: str) -> None:
         """Link a foreign file at the path as `<path>.replaced-<time>`, and log an ERROR. Do nothing if there is none.
@@ -50,7 +50,10 @@ class KeptFiles:
         """
         found = lookup.fingerprint(self._path)
         is_unread, self.is_unread = self.is_unread, False
-        if found is None or found == self._seen or (found == known and not is_unread):
+        if found == known and not is_unread:
+            self._seen.clear()
+            return
+        if found is None or found in self._seen:
             return
         if not (_is_snapshot(self._path) if found == known else _has_bytes(self._path, found.size, base)):
             kept = _keep(self._path)
@@ -59,7 +62,11 @@ class KeptFiles:
                 self._path,
                 kept,
             )
-        self._seen = found
+        self._seen.add(found)
+
+    def wrote(self, snapshot: lookup.Fingerprint) -> None:
+        """Note a snapshot that is about to get its name. If the sync of the directory fails, the writer does not know it."""
+        self._seen.add(snapshot)
 
 
 def _is_snapshot(path: str) -> bool:

@@ -48,7 +48,7 @@ CHANGES = 22
 RESTARTED_AT = 11
 FULL = range(4, 17)
 """While the state has one of these revisions, the disk is full, where a plan says so."""
-_MIN_CHECKPOINT_BYTES = 1500
+_MIN_CHECKPOINT_BYTES = 1900
 """Of the journal, in place of 1 MiB: several checkpoints in a short life."""
 _FASTER = 50
 _TRIES = 3

@@ -151,6 +151,23 @@ async def test_a_file_is_kept_once(tmp_path: Path, disk: Disk, caplog: pytest.Lo
     assert caplog.text.count(TEXT) == 1
 
 
+async def test_our_own_snapshot_is_not_kept_after_a_failed_sync(tmp_path: Path, disk: Disk) -> None:
+    """After the rename, the sync of the directory fails. The next checkpoint replaces a file that this process has written."""
+    async with manager(tmp_path) as state:
+        await state.set("a", 1)
+        await state.flush()
+        disk.calls.clear()
+        disk.fail("fsync", "directory")
+        await checkpoint(state)
+        assert (tmp_path / "lab.json").exists()
+        assert state.status().last_error is not None
+        await state.set("a", 2)
+        await state.flush()
+        await checkpoint(state)
+    assert kept(tmp_path) == []
+    assert json.loads((tmp_path / "lab.json").read_bytes())["a"] == 2
+
+
 async def test_each_kept_file_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if two are kept within a millisecond."""
     monkeypatch.setattr(_kept, "wall_now", lambda: 7)
