@@ -69,8 +69,13 @@ class Port(Protocol):
         """
         ...
 
-    def transaction(self) -> AbstractAsyncContextManager[Any]:
+    def transaction(self, seed: Any = None, *, is_repeated: bool = False) -> AbstractAsyncContextManager[Any]:
         """Open a transaction, as a `DraftCore`. At the end of the block it is committed.
+
+        Args:
+            seed: The `seed` of the attempt before, if it had one. The transaction can read only the keys of the seed,
+                and has their values from it.
+            is_repeated: Whether the caller repeats the transaction after a conflict, and passes its `seed`.
 
         Raises:
             ConflictError: Something that the transaction has read was changed. The transaction changed nothing.

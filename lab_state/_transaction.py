@@ -113,6 +113,11 @@ class DraftCore(CallCore):
         return False
 
     @property
+    def seed(self) -> Any:
+        """The values with which the next attempt can begin after a conflict; `None` if it begins with the present state."""
+        return None
+
+    @property
     def is_held(self) -> bool:
         """Whether the transaction is open."""
         return self._core.transaction is self and not self._is_over

@@ -113,12 +113,12 @@ class Scope(Calls):
         return self._transaction()
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncGenerator[Transaction]:
+    async def _transaction(self, seed: Any = None, *, is_repeated: bool = False) -> AsyncGenerator[Transaction]:
         core = self._core
         if (port := core.port) is not None:
             core.durability.check_loop()
             core.durability.check_writable()
-            async with port.transaction() as shared:
+            async with port.transaction(seed, is_repeated=is_repeated) as shared:
                 yield Transaction(shared, self._prefix)
             return
         draft = DraftCore(core)
@@ -143,8 +143,9 @@ class Scope(Calls):
 
         The result is returned when the changes are made: all of them or none, as `transaction` describes. In a
         shared state, another task or process may change a value that `fn` has read. Then the transaction changes
-        nothing, and `fn` is called again, with a new transaction. So `fn` should have no other effects. In any
-        other state `fn` is called once.
+        nothing, and `fn` is called again, with a new transaction. So `fn` should have no other effects. It may be
+        called with values that are not durable yet, but its result is returned only when they are. In any other
+        state `fn` is called once.
 
         Args:
             fn: A plain function, or a coroutine function. Its argument is the transaction.
@@ -159,14 +160,22 @@ class Scope(Calls):
                 The manager tries again by itself. In a shared state, see `transaction`.
         """
         check_callable("transact", fn)
+        seed: Any = None
+        is_repeated = True
         while True:
             tx: Transaction | None = None
             try:
-                async with self.transaction() as tx:
-                    result = await _result_of(fn, tx)
-            except ConflictError:
-                if tx is None or not tx._core.has_conflict:  # noqa: SLF001 -- a transaction that `fn` has opened elsewhere raised it
-                    raise
+                async with self._transaction(seed, is_repeated=is_repeated) as tx:
+                    result = await _result_of(fn, tx, is_seeded=seed is not None)
+            except ConflictError as error:
+                assert tx is not None  # no transaction begins with a conflict
+                core = tx._core  # noqa: SLF001 -- the handle and its transactions are one object in several parts
+                found = core.seed
+                if not core.has_conflict and not isinstance(error, _NotDurableError):
+                    raise  # a transaction that `fn` has opened elsewhere raised it
+                # An attempt with a seed that ends without another one needs more than the seed has.
+                is_repeated = is_repeated and (seed is None or found is not None)
+                seed = found if is_repeated else None
             else:
                 return result
 
@@ -219,7 +228,23 @@ class Namespace(Scope):
         return f"<Namespace {self._prefix!r} of {self._core.name!r}>"
 
 
-async def _result_of(fn: Callable[[Transaction], Any], tx: Transaction) -> Any:
-    """Call a plain function or a coroutine function, and return its result."""
-    result = fn(tx)
-    return await result if isawaitable(result) else result
+class _NotDurableError(ConflictError):
+    """The function of a transaction has raised an error, and may have done so because of values that are not durable."""
+
+
+async def _result_of(fn: Callable[[Transaction], Any], tx: Transaction, *, is_seeded: bool) -> Any:
+    """Call a plain function or a coroutine function, and return its result.
+
+    Raises:
+        _NotDurableError: The transaction has a seed, and the function has raised an error. The caller must not get that
+            error, because the values of the seed may not be durable.
+    """
+    try:
+        result = fn(tx)
+        return await result if isawaitable(result) else result
+    except ConflictError:
+        raise
+    except Exception:
+        if is_seeded:
+            raise _NotDurableError from None
+        raise

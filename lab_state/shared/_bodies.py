@@ -19,13 +19,13 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore, Core
 from lab_state._durability import Durability, copied
-from lab_state._entries import Absent
 from lab_state._state import State
 from lab_state._transaction import Draft
 from lab_state.exceptions import StorageError, UnavailableError
 from lab_state.shared._answers import Ended, Refusal, changes_of
 from lab_state.shared._messages import Changes
 from lab_state.shared._open_calls import Outcome
+from lab_state.shared._optimistic import refused
 
 R = TypeVar("R")
 Make = Callable[[Calls], Coroutine[Any, Any, R]]
@@ -190,7 +190,7 @@ class Bodies:
             if refusal is None:
                 draft, at = Draft(copy), ReadAt(copy.revision, None)
             else:
-                draft, at = Draft(_refused(copy, refusal)), ReadAt(refusal.revision, refusal.connection)
+                draft, at = Draft(refused(copy, refusal)), ReadAt(refusal.revision, refusal.connection)
             core = _BodyCore(self._core, self._durability, draft)
             outcomes = [outcome for body in bodies if (outcome := _run(body, core)) is not None]
             if not outcomes:
@@ -224,17 +224,6 @@ async def wait_for_others(see_all: Awaitable[None], name: str) -> None:
         told = UnavailableError(f"a call of {name!r} was not made: a change before it failed: {error}")
         told.outcome = "not made"
         raise told from error
-
-
-def _refused(copy: State, refusal: Refusal) -> State:
-    """Return a draft over the copy that has the values of a refusal."""
-    seen = Draft(copy)
-    assert refusal.values is not None
-    seen.apply(
-        {key: to for key, to in refusal.values.items() if not isinstance(to, Absent) or key in copy.entries},
-        cleared=False,
-    )
-    return seen
 
 
 def _run(body: _Body, core: CallCore) -> _Outcome | None:

@@ -13,11 +13,12 @@ from typing import cast
 from lab_state._arguments import check_key
 from lab_state._core import Core
 from lab_state._durability import Durability
-from lab_state._entries import Readable, Stored, StoredOrGone
+from lab_state._entries import Absent, Readable, Stored, StoredOrGone
 from lab_state._layered import LayeredEntries, Live
 from lab_state._state import State
 from lab_state._transaction import Draft, DraftCore
 from lab_state.exceptions import ClosedError, ConflictError, InvalidKeyError
+from lab_state.shared._answers import Refusal
 from lab_state.shared._checks import MOST_KEYS
 from lab_state.shared._data_calls import can_begin_key
 
@@ -56,12 +57,17 @@ class OptimisticDraft(Draft):
         keys: The keys that were read, including missing ones.
         prefixes: The prefixes whose keys were listed.
         has_conflict: Whether a `ConflictError` of this draft was raised.
+        seed: The refusal with whose values the draft began; `None` if it began with the base alone. The draft can then
+            read no other keys, because the base may have them at another revision.
     """
 
-    __slots__ = ("_stale", "has_conflict", "keys", "prefixes", "read_at")
+    __slots__ = ("_stale", "has_conflict", "keys", "prefixes", "read_at", "seed")
 
-    def __init__(self, base: State) -> None:
-        self.read_at: int = base.revision
+    def __init__(self, base: State, seed: Refusal | None = None) -> None:
+        self.seed = seed
+        if seed is not None:
+            base = refused(base, seed)
+        self.read_at: int = base.revision if seed is None else seed.revision
         self.keys: set[str] = set()
         self.prefixes: set[str] = set()
         self.has_conflict: bool = False
@@ -78,7 +84,10 @@ class OptimisticDraft(Draft):
         """Note that keys of the base have changed; `None` if all may have changed.
 
         If more than `MOST_KEYS` keys have changed, all keys count as changed, because the owner refuses the check anyway.
+        With a seed, the base is not read, and the check of the owner decides.
         """
+        if self.seed is not None:
+            return
         if keys is None or self._stale is None:
             self._stale = None
             return
@@ -90,9 +99,11 @@ class OptimisticDraft(Draft):
         """Note that a key is read.
 
         Raises:
-            ConflictError: The key has changed since the draft began.
+            ConflictError: The key has changed since the draft began, or the seed does not have it.
         """
         if self._stale is None or key in self._stale:
+            raise self.conflict()
+        if self.seed is not None and key not in (self.seed.values or ()):
             raise self.conflict()
         self.keys.add(key)
 
@@ -100,11 +111,11 @@ class OptimisticDraft(Draft):
         """Note that all keys with a prefix are read.
 
         Raises:
-            ConflictError: A key with this prefix has changed since the draft began.
+            ConflictError: A key with this prefix has changed since the draft began, or the draft has a seed.
         """
         if self.cleared:  # then the keys of the base are hidden
             return
-        if self._stale is None or any(key.startswith(prefix) for key in self._stale):
+        if self.seed is not None or self._stale is None or any(key.startswith(prefix) for key in self._stale):
             raise self.conflict()
         self.prefixes.add(prefix)
 
@@ -152,6 +163,17 @@ class OptimisticDraft(Draft):
                 self.entries = noted
 
 
+def refused(copy: State, refusal: Refusal) -> Draft:
+    """Return a draft over the copy that has the values of a refusal."""
+    seen = Draft(copy)
+    assert refusal.values is not None
+    seen.apply(
+        {key: to for key, to in refusal.values.items() if not isinstance(to, Absent) or key in copy.entries},
+        cleared=False,
+    )
+    return seen
+
+
 def _is_key(text: str) -> bool:
     try:
         check_key(text)
@@ -165,16 +187,23 @@ class OptimisticCore(DraftCore):
 
     Attributes:
         draft: The draft, which notes what is read.
+        refusal: The refusal of its commit, if its values can be the seed of the next attempt.
     """
 
-    __slots__ = ("_durability", "draft")
+    __slots__ = ("_durability", "draft", "refusal")
 
-    def __init__(self, core: Core) -> None:
-        """Begin a draft over the copy of this process."""
+    def __init__(self, core: Core, seed: Refusal | None = None) -> None:
+        """Begin a draft over the copy of this process, with the values of a refusal if there is one."""
         super().__init__(core)
         self._durability = core.durability
-        self.draft: OptimisticDraft = OptimisticDraft(core.state)
+        self.refusal: Refusal | None = None
+        self.draft: OptimisticDraft = OptimisticDraft(core.state, seed)
         self._take(self.draft)
+
+    @property
+    def seed(self) -> Refusal | None:
+        """See `refusal`."""
+        return self.refusal
 
     @property
     def has_conflict(self) -> bool:

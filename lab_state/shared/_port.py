@@ -22,7 +22,7 @@ from lab_state._clock import Clock, done_within
 from lab_state._core import Core
 from lab_state._durability import Durability, copied
 from lab_state.exceptions import ClosedError, LabStateError, UnavailableError
-from lab_state.shared._answers import Ended, Settled, ended, size_of
+from lab_state.shared._answers import Ended, Refusal, Settled, ended, size_of
 from lab_state.shared._arrivals import Arrivals
 from lab_state.shared._bodies import NOT_READ, Bodies, ReadAt, wait_for_others
 from lab_state.shared._data_calls import DataCalls, Make, changes_in_turns, encoded_in_turns
@@ -131,19 +131,21 @@ class SharedPort(DataCalls):
         return result
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[OptimisticCore]:
+    async def transaction(
+        self, seed: Refusal | None = None, *, is_repeated: bool = False
+    ) -> AsyncGenerator[OptimisticCore]:
         """Open a transaction that holds no lock; see `Port.transaction`."""
         self.check_open()
-        shared = OptimisticCore(self._core)
+        shared = OptimisticCore(self._core, seed)
         self._drafts.add(shared)
         try:
             yield shared
-            shared.committed = await self._commit(shared)
+            shared.committed = await self._commit(shared, is_repeated=is_repeated)
         finally:
             self._drafts.discard(shared)
             shared.end()
 
-    async def _commit(self, shared: OptimisticCore) -> int:
+    async def _commit(self, shared: OptimisticCore, *, is_repeated: bool) -> int:
         """Commit a transaction, and return its revision."""
         self.check_open()
         draft = shared.draft
@@ -152,6 +154,8 @@ class SharedPort(DataCalls):
         (keys, prefixes), since = draft.reads(), draft.read_at
         reads = bool(keys or prefixes)
         is_empty = not draft.changes and not draft.cleared
+        if is_empty and draft.seed is not None:
+            raise draft.conflict()  # a transaction that changes nothing returns what is durable
         if not reads and is_empty:
             return since
         shared.end()  # from here on, other tasks cannot add changes
@@ -161,6 +165,7 @@ class SharedPort(DataCalls):
             lambda n, ack, at: MakeChanges(n, ack, at, keys, prefixes, changes),
             size,
             since if reads else None,
+            None if draft.seed is None else draft.seed.connection,
             keys=keys,
             is_empty=is_empty,
             count=len(keys) + len(draft.changes),
@@ -168,6 +173,9 @@ class SharedPort(DataCalls):
         if isinstance(made, Settled):
             self._note_write()
             return made.revision
+        if is_repeated and made.values is not None and not prefixes:
+            shared.refusal = made
+            raise draft.conflict()
         # Otherwise the next attempt might read a copy without the change, and be refused again.
         await wait_for_others(self.see_all(), self._core.name)
         raise draft.conflict()

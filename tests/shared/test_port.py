@@ -693,7 +693,7 @@ async def test_a_transaction_that_only_reads_asks_the_owner(process: Process, sh
 
 
 async def test_transact_runs_again_after_a_change_of_another_process(process: Process, shared: Shared) -> None:
-    """Even a change that is not durable: the next attempt begins when this process has it, so the loop does not spin."""
+    """It does so even after a change that is not durable."""
     world, owner, _ = shared
     await owner.calls.set("n", 1)
     await process.calls.catch_up()
@@ -713,8 +713,34 @@ async def test_transact_runs_again_after_a_change_of_another_process(process: Pr
     await change
 
 
+def tenfold(seen: list[Any], key: str = "n") -> Callable[[Transaction], int]:
+    """Return a function for `transact` that notes what it reads."""
+
+    def run(tx: Transaction) -> int:
+        new: int = 10 * noted(seen, tx.get(key, 0))
+        tx.set(key, new)
+        return new
+
+    return run
+
+
 async def test_a_transaction_behind_a_change_that_cannot_be_stored(process: Process, shared: Shared) -> None:
-    """The transaction was not made, and `transact` does not run it again and again while the disk is full. Later it is made."""
+    """The transaction was not made, and its error says so. It is no conflict: on a full disk, another attempt would be refused too."""
+    world, owner, _ = shared
+    await owner.calls.set("n", 1)
+    await process.calls.catch_up()
+    world.storage.fail("commit", times=2, error=StorageError("the disk is full"))
+    with pytest.raises(StorageError, match="the disk is full"):
+        await owner.calls.incr("n")
+    with pytest.raises(UnavailableError, match="was not made: a change before it failed: the disk is full") as raised:
+        async with process.calls.transaction() as tx:
+            tenfold([])(tx)
+    assert raised.value.outcome == "not made"
+    assert await process.calls.transact(tenfold([])) == 20
+
+
+async def test_transact_on_a_full_disk(process: Process, shared: Shared) -> None:
+    """It raises the error of the disk, and does not try again and again."""
     world, owner, _ = shared
     await owner.calls.set("n", 1)
     await process.calls.catch_up()
@@ -722,16 +748,112 @@ async def test_a_transaction_behind_a_change_that_cannot_be_stored(process: Proc
     with pytest.raises(StorageError, match="the disk is full"):
         await owner.calls.incr("n")
     seen: list[Any] = []
+    with pytest.raises(StorageError, match="the disk is full"):
+        await process.calls.transact(tenfold(seen))
+    assert seen == [1, 2]
 
-    def tenfold(tx: Transaction) -> int:
-        new: int = 10 * noted(seen, tx.get("n"))
-        tx.set("n", new)
-        return new
 
-    with pytest.raises(UnavailableError, match="was not made: a change before it failed: the disk is full") as raised:
-        await process.calls.transact(tenfold)
-    assert (raised.value.outcome, seen) == ("not made", [1])
-    assert await process.calls.transact(tenfold) == 20
+async def test_transact_runs_again_on_the_values_of_a_refusal(process: Process, shared: Shared) -> None:
+    """The next attempt does not wait until the other change is durable. So a busy owner cannot refuse a follower again and again."""
+    world, owner, _ = shared
+    await owner.calls.set_many({"n": 1, "other": 1})
+    await process.calls.catch_up()
+    world.storage.hang("commit")
+    change = await begun(owner.calls.incr("n"))
+    seen: list[Any] = []
+    task = await begun(process.calls.transact(tenfold(seen)))
+    assert seen == [1, 2]
+    world.storage.resume()
+    assert (await change, await task) == (2, 20)
+
+
+async def test_a_refusal_lacks_a_key(process: Process, shared: Shared) -> None:
+    """If the next attempt reads another key, or lists keys, it begins with the copy, when the other change is durable."""
+    world, owner, _ = shared
+    for read, result in ((lambda tx: tx.get("other"), 5), (lambda tx: tx.keys("o"), ["other"])):
+        await owner.calls.set_many({"n": 1, "other": 5})
+        await process.calls.catch_up()
+        world.storage.hang("commit")
+        change = await begun(owner.calls.incr("n"))
+        seen: list[Any] = []
+
+        def run(tx: Transaction, seen: list[Any] = seen, read: Any = read) -> Any:
+            if noted(seen, tx.get("n")) == 1:
+                tx.set("n", 100)
+                return None
+            tx.set("n", 200)
+            return read(tx)
+
+        task = await begun(process.calls.transact(run))
+        assert seen[:2] == [1, 2]
+        world.storage.resume()
+        await change
+        assert await task == result
+        assert seen[-1] == 2
+        assert await process.calls.get("n") == 200
+
+
+async def test_a_transaction_that_lists_keys_is_refused(process: Process, shared: Shared) -> None:
+    """A refusal has no keys of a listing, so the next attempt begins with the copy."""
+    world, owner, _ = shared
+    await owner.calls.set("a/1", 1)
+    await process.calls.catch_up()
+    world.storage.hang("commit")
+    change = await begun(owner.calls.set("a/2", 2))
+    seen: list[Any] = []
+    task = await begun(process.calls.transact(lambda tx: tx.set("n", len(noted(seen, tx.keys("a/"))))))
+    world.storage.resume()
+    await change
+    await task
+    assert seen == [["a/1"], ["a/1", "a/2"]]
+    assert await process.calls.get("n") == 2
+
+
+async def test_a_function_that_raises_on_values_that_are_not_durable(process: Process, shared: Shared) -> None:
+    """The function is called again on durable values, and only the error of that call is raised."""
+    world, owner, _ = shared
+    await owner.calls.set("n", 1)
+    await process.calls.catch_up()
+    world.storage.hang("commit")
+    change = await begun(owner.calls.incr("n"))
+    seen: list[Any] = []
+
+    def refusing(tx: Transaction) -> None:
+        value = noted(seen, tx.get("n"))
+        tx.set("n", 100)
+        if value == 2:
+            raise ZeroDivisionError
+
+    task = await begun(process.calls.transact(refusing))
+    assert seen[:2] == [1, 2]
+    world.storage.resume()
+    await change
+    with pytest.raises(ZeroDivisionError):
+        await task
+    assert await process.calls.get("n") == 2
+
+
+async def test_the_next_attempt_may_change_nothing(process: Process, shared: Shared) -> None:
+    """Then it begins with the copy once more, so what it returns is durable."""
+    world, owner, _ = shared
+    await owner.calls.set("n", 1)
+    await process.calls.catch_up()
+    world.storage.hang("commit")
+    change = await begun(owner.calls.incr("n"))
+    seen: list[Any] = []
+
+    def unless_two(tx: Transaction) -> Any:
+        if noted(seen, tx.get("n")) != 2:
+            tx.set("n", 100)
+        return seen[-1]
+
+    task = await begun(process.calls.transact(unless_two))
+    assert seen[:2] == [1, 2]
+    world.storage.resume()
+    await change
+    assert await task == 2
+    assert seen[-1] == 2
+    assert await process.calls.get("n") == 2
 
 
 async def test_transact_raises_the_conflict_of_another_transaction(process: Process) -> None:
