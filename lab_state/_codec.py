@@ -35,6 +35,7 @@ from msgspec import UNSET, Raw, UnsetType
 from lab_state._arguments import RESERVED, check_key
 from lab_state._buffers import ByteBuffer
 from lab_state._entries import ChangeSet, Expiring, Json, Layer, Stored, StoredOrGone, Value
+from lab_state._journal import SNAPSHOT_END, SNAPSHOT_END_BYTES
 from lab_state._nesting import MAX_DEPTH, too_deep
 from lab_state._not_json import NOT_JSON, not_an_object
 from lab_state._slices import MOST_AT_ONCE, SLICE_BYTES, TAB, Int64, members, names, parts_of, pieces, times
@@ -45,8 +46,6 @@ from lab_state.shared._results import RecordCalls, ResultTable, SnapshotCalls
 FORMAT = 1
 
 _CRC = b',"crc32":"'
-_MEMBER_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
-_END_BYTES = len(b',"crc32":"00000000"}}')
 _ID = re.compile(r"[0-9a-f]{16}")
 _LAST_REVISION = 2**63 - 1
 
@@ -345,7 +344,7 @@ def check_member(data: bytes, member: Raw, path: str, crc: int) -> Meta:
     if is_edited and meta.format == FORMAT and 0 <= meta.revision < _LAST_REVISION:
         return msgspec.structs.replace(meta, revision=meta.revision + 1)
     # The member contains the checksum of all bytes before `,"crc32":"`. Continued over the rest, it must be `crc`.
-    end = _MEMBER_END.search(data, max(0, len(data) - _END_BYTES))
+    end = SNAPSHOT_END.search(data, max(0, len(data) - SNAPSHOT_END_BYTES))
     claimed = end is not None and end[1].decode() == meta.crc32 and zlib.crc32(end[0], int(end[1], 16)) == crc
     if not claimed or meta.format != FORMAT or meta.revision < 0:
         raise CorruptionError(
@@ -373,7 +372,7 @@ def _check_foreign(data: bytes, entries: dict[str, Raw], path: str) -> None:
                 len(data) - len(tail),
                 f"the name of its last member, {RESERVED!r}, is damaged; restore a copy",
             )
-    if _MEMBER_END.search(data):
+    if SNAPSHOT_END.search(data):
         raise CorruptionError(
             path,
             len(data) - len(tail),

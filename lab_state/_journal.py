@@ -130,6 +130,21 @@ def is_followed(snapshot: bytes) -> bool:
     return _FOLLOWED.search(snapshot, max(0, len(snapshot) - _FOLLOWED_BYTES)) is not None
 
 
+SNAPSHOT_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}\Z')
+"""The end of a snapshot, with the checksum of all bytes before it."""
+
+SNAPSHOT_END_BYTES = len(b',"crc32":"00000000"}}')
+
+
+def base_at_end(size: int, end: bytes) -> str | None:
+    """Return the `base_of` a snapshot, from its size and its last bytes. Return `None` if these are not the end of a snapshot.
+
+    The checksum in these bytes is continued over them. So the result is wrong if the bytes before them are damaged.
+    """
+    found = SNAPSHOT_END.search(end)
+    return None if found is None else base_of(size, zlib.crc32(found[0], int(found[1], 16)))
+
+
 def frame(salt: str, kind: FrameKind, payload: bytes) -> bytes:
     """Return one line of the journal."""
     return b"".join(frame_parts(salt, kind, payload))

@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab_state._codec import LoadedState, encode_record, replay
+from lab_state._codec import LoadedState, encode_record, encode_snapshot, replay
 from lab_state._entries import DELETED, ChangeSet, StoredOrGone
 from lab_state._journal import (
     ANY_BASE,
     NO_BASE,
+    SNAPSHOT_END_BYTES,
     Accepted,
     Frame,
     FrameKind,
     Scan,
     accept,
+    base_at_end,
     base_of,
     frame,
     frame_parts,
@@ -124,6 +126,15 @@ def test_a_salt_is_drawn_anew() -> None:
 def test_a_base_names_a_snapshot() -> None:
     """A base is the size and the checksum of a snapshot's bytes."""
     assert base_of(1264, 0x9AE) == "1264-000009ae"
+
+
+def test_a_base_from_the_end_of_a_snapshot() -> None:
+    """The size and the last bytes of a snapshot are enough for its base. Other files have no such end."""
+    data = b"".join(encode_snapshot({"a": 1}, 7, 0, copy_loaded=False, wall=0))
+    expected = base_of(len(data), zlib.crc32(data))
+    assert base_at_end(len(data), data) == base_at_end(len(data), data[-SNAPSHOT_END_BYTES:]) == expected
+    assert base_at_end(len(data), data[-SNAPSHOT_END_BYTES + 1 :]) is None
+    assert base_at_end(2, b"{}") is None
 
 
 PAYLOADS = st.binary(max_size=40) | st.sampled_from(["\n", " ", "0", "00000000 0 R \n"]).map(str.encode)

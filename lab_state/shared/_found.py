@@ -11,7 +11,7 @@ import asyncio
 import math
 import zlib
 from collections.abc import AsyncIterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 from msgspec import Raw
@@ -58,30 +58,45 @@ class Found(NamedTuple):
     tail: list[ParsedRecord]
 
 
-async def find(recovery: Recovery, path: str, copy: State | None) -> Found:
+class Files(Protocol):
+    """The part of a `SharedSession` that `find` uses."""
+
+    @property
+    def recovery(self) -> Recovery:
+        """The content of the files. The snapshot may be left out."""
+        ...
+
+    @property
+    def path(self) -> str:
+        """The place of the state, for messages."""
+        ...
+
+    async def whole(self) -> Recovery:
+        """Return the content with the snapshot."""
+        ...
+
+
+async def find(files: Files, copy: State | None) -> Found:
     """Return the state of the files, or the part of it that a copy lacks.
 
     Loading the whole state blocks the event loop, as in `start()`. A copy for which the files have all records
-    needs no such load.
+    needs no such load, and no snapshot.
 
     Args:
-        recovery: The content of the files.
-        path: The place of the state, for messages.
+        files: The files.
         copy: The copy of this process; `None` if it has none. It must not change meanwhile.
 
     Raises:
         CorruptionError: The files are damaged, or have less than the copy.
         UnsupportedError: A newer version of lab_state wrote the files.
+        StorageError: The snapshot cannot be read.
     """
-    snapshot, records, _, _, crc = recovery
-    if copy is not None:
-        tail: list[ParsedRecord] | None
-        if records:
-            tail = await _tail(records, copy.revision, path)
-        else:
-            tail = [] if _revision_of(snapshot, path, crc) == copy.revision else None
-        if tail is not None:
-            return Found(None, tail)
+    path, records = files.path, files.recovery.records
+    if copy is not None and records and (tail := await _tail(records, copy.revision, path)) is not None:
+        return Found(None, tail)
+    snapshot, _, _, _, crc = await files.whole()
+    if copy is not None and not records and _revision_of(snapshot, path, crc) == copy.revision:
+        return Found(None, [])
     loaded = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, path, crc)
     loaded = replay(loaded, records, path)
     if copy is not None:

@@ -202,7 +202,7 @@ class Member(SharedCopy):
             owner.listen()
             # From here on, calls wait for the load, as those of other processes do.
             self._lost_at, self._owner_pid = None, os.getpid()
-            session = await claim.load()
+            session = await claim.load(whole=not self.has_state)
             try:
                 flusher = await self._own(owner, session, began)
             except BaseException:
@@ -223,7 +223,7 @@ class Member(SharedCopy):
         """Settle and show what the files have, and start the tasks of the owner."""
         around, is_start, recovery = self._around, not self.has_state, session.recovery
         warn_of_torn_tail(session, self._logger)
-        found = await find(recovery, session.path, None if is_start else self.state)
+        found = await find(session, None if is_start else self.state)
         whole = None if found.whole is None else state_of(found.whole, session.path, self._clock, self._logger)
         if whole is not None and not is_start:
             whole.epoch = self.state.epoch  # by a clock that is read anew, an expired key could come back

@@ -27,8 +27,9 @@ from lab_state.storage._worker import Threads, Worker, waited
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Load: TypeAlias = Callable[[str, Paths, Lock], Awaitable[SharedSession]]
-"""A function that loads the state of a name, whose lock is held. If it fails or is cancelled, it releases the lock."""
+Load: TypeAlias = Callable[[str, Paths, Lock, bool], Awaitable[SharedSession]]
+"""A function that loads the state of a name, whose lock is held. If it fails or is cancelled, it releases the lock. The last argument is
+`whole` of `Claim.load`."""
 
 
 class Listener:
@@ -91,7 +92,7 @@ class Claim:
     """
 
     def __init__(
-        self, lock: Lock, listener: Listener, thread: Worker, load: Callable[[], Awaitable[SharedSession]]
+        self, lock: Lock, listener: Listener, thread: Worker, load: Callable[[bool], Awaitable[SharedSession]]
     ) -> None:
         self.holder: LockHolder = lock.holder()
         self._lock = lock
@@ -115,8 +116,10 @@ class Claim:
         """The path of the socket."""
         return self._listener.address.path
 
-    async def load(self) -> SharedSession:
+    async def load(self, *, whole: bool = True) -> SharedSession:
         """Load the state, as `Storage.open` does. Call this once.
+
+        Without `whole`, the snapshot may be left out of the recovery. A process that has a copy of the state seldom needs it.
 
         `aclose` of the session deletes the socket file, closes the listening socket and frees the
         lock, in this order. A failed or cancelled call does the same before it raises.
@@ -125,7 +128,7 @@ class Claim:
             StorageError: See `Storage.open`. A `LockedError` is never raised.
         """
         self._lock.check_process()
-        session = await self._load()
+        session = await self._load(whole)
         self._is_loaded = True
         return session
 

@@ -10,7 +10,7 @@ import zlib
 
 from lab_state import _journal as journal
 from lab_state._clock import wall_now
-from lab_state._journal import NO_BASE, Accepted, Scan
+from lab_state._journal import ANY_BASE, NO_BASE, SNAPSHOT_END_BYTES, Accepted, Scan
 from lab_state._log import Log
 from lab_state.exceptions import LockedError, StorageError
 from lab_state.storage import _directory as folder
@@ -21,7 +21,6 @@ from lab_state.storage._file_writer import Need, Writer
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
 from lab_state.storage._protocol import Recovery
-from lab_state.storage._reading import needs_snapshot
 
 _logger = Log(logging.getLogger("lab_state"))
 
@@ -69,11 +68,21 @@ def take_lock(directory: str, name: str, *, create: bool, shared: bool = False) 
 
 
 def load_writer(
-    paths: Paths, name: str, lock: Lock, tried: set[lookup.Identity], leftovers: Leftovers, *, create: bool
+    paths: Paths,
+    name: str,
+    lock: Lock,
+    tried: set[lookup.Identity],
+    leftovers: Leftovers,
+    *,
+    create: bool,
+    whole: bool = True,
 ) -> tuple[Writer, Recovery]:
-    """Do the rest of `open_writer` under the lock. If this fails, release the lock."""
+    """Do the rest of `open_writer` under the lock. If this fails, release the lock.
+
+    Without `whole`, the snapshot is left out if its last bytes show that the journal follows it; see `FileSession.whole`.
+    """
     try:
-        loaded = _load(paths, name, lock, leftovers)
+        loaded = _load(paths, name, lock, leftovers, whole=whole)
         if not create:
             _check_there(paths)
         if not folder.try_out(paths.directory, paths.journal, tried, lock.noted):
@@ -108,16 +117,19 @@ def _check_there(paths: Paths) -> None:
         raise folder.missing(paths.snapshot)
 
 
-def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
+def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers, *, whole: bool = True) -> tuple[Writer, Recovery]:
     fingerprint, data = lookup.fingerprint(paths.snapshot), fs.read(paths.journal)
+    scan = None if data is None else journal.scan(data, name, paths.journal)
+    named = None if whole or scan is None else _named_base(paths.snapshot, fingerprint, scan)
     # If the journal has the whole state, the snapshot is opened, but not read. So only one of them is in memory.
-    is_needed = data is None or needs_snapshot(data, name, paths.journal)
+    is_needed = named is None and (scan is None or scan.header.base != ANY_BASE)
     snapshot = fs.read(paths.snapshot, -1 if is_needed else 0)
     for path in (paths.snapshot, paths.journal):
         folder.check_replaceable(path, paths.directory)
     crc = None if snapshot is None else zlib.crc32(snapshot)
     base = NO_BASE if snapshot is None or crc is None else journal.base_of(len(snapshot), crc)
-    scan = None if data is None else journal.scan(data, name, paths.journal)
+    if named is not None:
+        snapshot, crc, base = None, None, named
     size = len(data or b"")
     accepted = journal.accept(scan, size, base, paths.journal)
     journal.check_followed(scan, base, paths.journal, is_followed=journal.is_followed(snapshot or b""))
@@ -136,6 +148,15 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Wr
     if accepted.full is not None:
         snapshot, crc = accepted.full, None
     return writer, Recovery(snapshot, accepted.records, accepted.unclean, torn, crc)
+
+
+def _named_base(path: str, found: lookup.Fingerprint | None, scan: Scan) -> str | None:
+    """Return the base of the snapshot, from its last bytes, if the journal names it. Otherwise return `None`."""
+    if found is None:
+        return None
+    end = fs.read(path, start=max(0, found.size - SNAPSHOT_END_BYTES)) or b""
+    base = journal.base_at_end(found.size, end)
+    return base if base is not None and scan.names(base) else None
 
 
 def _warn_if_stripped(path: str, snapshot: bytes) -> None:

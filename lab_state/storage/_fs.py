@@ -145,12 +145,13 @@ def open_regular(path: str, flags: int) -> int:
     return fd
 
 
-def read(path: str, most: int = -1) -> bytes | None:
+def read(path: str, most: int = -1, start: int = 0) -> bytes | None:
     """Return the bytes of a regular file. Return `None` only if there is no file of any type at the path.
 
     Args:
         path: The path of the file.
-        most: The number of bytes to read from the start. If it is negative, all bytes are read.
+        most: The largest number of bytes to read. If it is negative, all bytes are read.
+        start: The offset of the first of these bytes.
 
     Raises:
         StorageError: The file cannot be read. A broken symbolic link is an error too.
@@ -162,6 +163,7 @@ def read(path: str, most: int = -1) -> bytes | None:
             return None
         try:
             with open(fd, "rb", closefd=False) as file:
+                file.seek(start)
                 return file.read(most)
         finally:
             close(fd)

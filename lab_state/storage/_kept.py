@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import zlib
 
 from lab_state import _journal as journal
 from lab_state._clock import wall_now
+from lab_state._journal import SNAPSHOT_END, SNAPSHOT_END_BYTES
 from lab_state._log import Log
 from lab_state.exceptions import StorageError
 from lab_state.storage import _fs as fs
@@ -17,8 +17,6 @@ from lab_state.storage._os_errors import translated
 
 _logger = Log(logging.getLogger("lab_state"))
 
-_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\}')
-_END_BYTES = len(b',"crc32":"00000000"}}')
 _AT_ONCE = 1024 * 1024
 
 
@@ -26,7 +24,7 @@ class KeptFiles:
     """The files that other code has put in the place of the snapshot of one state. They are kept before a rename replaces them.
 
     Attributes:
-        is_unread: Whether the start has not read the snapshot, because the journal begins with the whole state.
+        is_unread: Whether the start has not read the snapshot.
     """
 
     def __init__(self, path: str) -> None:
@@ -77,8 +75,8 @@ def _is_snapshot(path: str) -> bool:
         return False
     try:
         with translated("reading", path):
-            size = os.fstat(fd).st_size - _END_BYTES
-            end = _END.fullmatch(os.pread(fd, _END_BYTES, max(0, size)))
+            size = os.fstat(fd).st_size - SNAPSHOT_END_BYTES
+            end = SNAPSHOT_END.fullmatch(os.pread(fd, SNAPSHOT_END_BYTES, max(0, size)))
             return end is not None and int(end[1], 16) == _checksum(fd, size)
     finally:
         fs.close(fd)

@@ -184,7 +184,17 @@ class StorageSession(Protocol):
 
 
 class SharedSession(StorageSession, Protocol):
-    """The session of a state that several processes share."""
+    """The session of a state that several processes share. Its `recovery` may lack the snapshot; see `whole`."""
+
+    async def whole(self) -> Recovery:
+        """Return the recovery with the snapshot. Read the snapshot, if it was left out.
+
+        Call this before the first commit.
+
+        Raises:
+            StorageError: The snapshot cannot be read.
+        """
+        ...
 
     async def hand_over(self) -> bool:
         """Record that everything is durable, so that the next session continues without a commit that settles the state.

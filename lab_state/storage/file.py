@@ -37,6 +37,7 @@ from typing import ParamSpec, TypeVar
 from lab_state import _forks as forks
 from lab_state import _journal as journal
 from lab_state._buffers import collect
+from lab_state._journal import NO_BASE
 from lab_state.exceptions import UnsupportedError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
@@ -127,9 +128,11 @@ class FileStorage:
     def _shared_files(self) -> SharedFiles:
         return SharedFiles(self._directory, self._threads, self._load, create=self._create)
 
-    def _load(self, name: str, paths: Paths, lock: Lock) -> Awaitable[FileSession]:
+    def _load(self, name: str, paths: Paths, lock: Lock, whole: bool, /) -> Awaitable[FileSession]:  # noqa: FBT001 -- a `Load`
         """Load a state whose lock is held."""
-        return self._start(partial(load_writer, paths, name, lock, self._tried, self._leftovers, create=self._create))
+        return self._start(
+            partial(load_writer, paths, name, lock, self._tried, self._leftovers, create=self._create, whole=whole)
+        )
 
     async def _start(self, opening: Callable[[], tuple[Writer, Recovery]]) -> FileSession:
         """Open a state: call `opening` in a thread. Return the session. If the caller is cancelled, close the files and release the lock."""
@@ -277,6 +280,13 @@ class FileSession:
         full = await collect(snapshot())
         self._check_open()
         await self._commits.run(self._writer.commit, record, full)
+
+    async def whole(self) -> Recovery:
+        """Return the recovery with the snapshot; see `SharedSession.whole`."""
+        if self.recovery.snapshot is None and self._writer.base != NO_BASE:  # it was left out
+            snapshot = await self._run(self._commits, fs.read, self._writer.paths.snapshot)
+            self.recovery = self.recovery._replace(snapshot=snapshot)
+        return self.recovery
 
     async def hand_over(self) -> bool:
         """End the journal with a frame which says that all frames before it were synced; see `SharedSession.hand_over`."""

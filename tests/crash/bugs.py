@@ -133,8 +133,8 @@ def snapshot_of_a_copied_directory_trusted(patch: Patch) -> None:
     """Take a snapshot that the journal beside it names for one that was synced."""
     load, sync = _file_start._load, Writer._sync_found
 
-    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
-        found = load(paths, name, lock, leftovers)
+    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers, *, whole: bool) -> tuple[Writer, Recovery]:
+        found = load(paths, name, lock, leftovers, whole=whole)
         vouched.append(not found[1].unsettled and Path(paths.journal).exists())
         return found
 
@@ -370,9 +370,9 @@ def inherited_journal_appended_to(patch: Patch) -> None:
     """Let commits go on behind frames that may be in the page cache alone."""
     load = _file_start._load
 
-    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
+    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers, *, whole: bool) -> tuple[Writer, Recovery]:
         data = _fs.read(paths.journal)
-        writer, recovery = load(paths, name, lock, leftovers)
+        writer, recovery = load(paths, name, lock, leftovers, whole=whole)
         if data is not None:
             scan = _journal.scan(data, name, "journal")
             fd = _system().open(paths.journal, os.O_RDWR)
@@ -389,8 +389,8 @@ def inherited_journal_deleted(patch: Patch) -> None:
     """Keep the recovered state in memory alone until the new journal is written."""
     load = _file_start._load
 
-    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
-        found = load(paths, name, lock, leftovers)
+    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers, *, whole: bool) -> tuple[Writer, Recovery]:
+        found = load(paths, name, lock, leftovers, whole=whole)
         _fs.discard(paths.journal)
         return found
 
@@ -411,8 +411,8 @@ def recovered_state_acknowledged_unwritten(patch: Patch) -> None:
     """Count the state that was found as durable, although it may be in the page cache alone."""
     load = _file_start._load
 
-    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
-        writer, recovery = load(paths, name, lock, leftovers)
+    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers, *, whole: bool) -> tuple[Writer, Recovery]:
+        writer, recovery = load(paths, name, lock, leftovers, whole=whole)
         return writer, recovery._replace(unsettled=False)
 
     patch.setattr(_file_start, "_load", loaded)
@@ -469,8 +469,8 @@ def torn_tail_copied(patch: Patch) -> None:
     """Copy the end of a journal as it is, without a look whether it is a record."""
     load = _file_start._load
 
-    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers) -> tuple[Writer, Recovery]:
-        writer, recovery = load(paths, name, lock, leftovers)
+    def loaded(paths: Paths, name: str, lock: Lock, leftovers: Leftovers, *, whole: bool) -> tuple[Writer, Recovery]:
+        writer, recovery = load(paths, name, lock, leftovers, whole=whole)
         if recovery.dropped_bytes and writer.need is Need.NEW:
             data = _fs.read(paths.journal) or b""
             writer.inherit((*recovery.records, data[-recovery.dropped_bytes :]))

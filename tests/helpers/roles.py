@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import msgspec
 
@@ -16,6 +16,7 @@ from lab_state._clock import Clock
 from lab_state._flusher import Flusher
 from lab_state.storage._directory import Paths
 from lab_state.storage._lock import Lock
+from lab_state.storage._protocol import Recovery
 from lab_state.storage.file import FileSession
 from lab_state.testing import FaultyStorage
 
@@ -86,10 +87,29 @@ class FaultyFiles(FileStorage):
         super().__init__(directory)
         self._faults = faults
 
-    def _load(self, name: str, paths: Paths, lock: Lock) -> Awaitable[FileSession]:
+    def _load(self, name: str, paths: Paths, lock: Lock, whole: bool, /) -> Awaitable[FileSession]:  # noqa: FBT001 -- as in `FileStorage`
         load = super()._load
-        self._faults._inner = cast("Storage", _Opened(lambda: load(name, paths, lock)))
-        return cast("Awaitable[FileSession]", self._faults.open(name))
+        self._faults._inner = cast("Storage", _Opened(lambda: load(name, paths, lock, True)))
+        return cast("Awaitable[FileSession]", self._opened(name))
+
+    async def _opened(self, name: str) -> _FaultySession:
+        return _FaultySession(await self._faults.open(name))
+
+
+class _FaultySession:
+    """A session of a `FaultyStorage` that processes can share. It is handed over by a checkpoint."""
+
+    def __init__(self, session: StorageSession) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    async def whole(self) -> Recovery:
+        return self._session.recovery
+
+    async def hand_over(self) -> bool:
+        return False
 
 
 class _Opened:

@@ -35,6 +35,20 @@ def recovered(snapshot: bytes | None = None, records: tuple[bytes, ...] = ()) ->
     return Recovery(snapshot, records, unsettled=True, dropped_bytes=0)
 
 
+class Content:
+    """The files of a state. `reads` counts how often the snapshot was asked for."""
+
+    path = "p"
+
+    def __init__(self, recovery: Recovery) -> None:
+        self.recovery = recovery
+        self.reads = 0
+
+    async def whole(self) -> Recovery:
+        self.reads += 1
+        return self.recovery
+
+
 def copy_at(revision: int, **entries: Any) -> State:
     copy = State()
     copy.load(entries, revision)
@@ -56,15 +70,15 @@ def ends(found: Found) -> list[int]:
 @pytest.mark.parametrize(("revision", "tail"), [(7, []), (3, [7]), (2, [3, 7]), (1, [2, 3, 7]), (0, [2, 3, 7])])
 async def test_a_copy_needs_the_records_after_it(revision: int, tail: list[int]) -> None:
     """If the journal reaches back to the copy, the copy stays, and only the records after it are decoded."""
-    found = await find(recovered(b"not looked at", RECORDS), "p", copy_at(revision))
+    found = await find(Content(recovered(b"not looked at", RECORDS)), copy_at(revision))
     assert found.whole is None
     assert ends(found) == tail
 
 
 async def test_a_process_without_a_copy_loads_everything(tmp_path: Path) -> None:
     """Without a copy, the snapshot and all records are loaded. A new state is empty."""
-    assert await find(recovered(), "p", None) == Found(LoadedState({}, 0), [])
-    found = await find(recovered(await snapshot_at(tmp_path), (record(3, 4, set={"b": 1}),)), "p", None)
+    assert await find(Content(recovered()), None) == Found(LoadedState({}, 0), [])
+    found = await find(Content(recovered(await snapshot_at(tmp_path), (record(3, 4, set={"b": 1}),))), None)
     assert found.whole is not None
     assert (found.whole.revision, set(found.whole.entries), found.tail) == (4, {"a", "b"}, [])
 
@@ -73,7 +87,7 @@ async def test_a_journal_that_does_not_reach_back(tmp_path: Path) -> None:
     """If the records after the copy are only in the snapshot, everything is loaded."""
     snapshot = await snapshot_at(tmp_path)
     for records in ((), (record(3, 4, set={"b": 1}),)):
-        found = await find(recovered(snapshot, records), "p", copy_at(2))
+        found = await find(Content(recovered(snapshot, records)), copy_at(2))
         assert found.whole is not None
         assert found.whole.revision == 3 + len(records)
 
@@ -83,8 +97,8 @@ async def test_a_snapshot_that_the_copy_has_is_not_decoded(tmp_path: Path, monke
     snapshot = await snapshot_at(tmp_path)
     monkeypatch.setattr("lab_state.shared._found.decode_snapshot", None)
     copy = copy_at(3)
-    assert await find(recovered(snapshot), "p", copy) == Found(None, [])
-    assert await find(recovered(snapshot)._replace(crc32=zlib.crc32(snapshot)), "p", copy) == Found(None, [])
+    assert await find(Content(recovered(snapshot)), copy) == Found(None, [])
+    assert await find(Content(recovered(snapshot)._replace(crc32=zlib.crc32(snapshot))), copy) == Found(None, [])
 
 
 @pytest.mark.parametrize("text", [b'{"a":1}', b'{"a":{"$lab_state":{"x":1}}}', b'{"$lab_state":1,"a":2}'])
@@ -96,7 +110,7 @@ async def test_a_file_of_another_program(text: bytes) -> None:
     except LabStateError as error:
         expected = str(error)
     try:
-        assert (await find(recovered(text), "p", copy_at(0))).whole == expected
+        assert (await find(Content(recovered(text)), copy_at(0))).whole == expected
     except LabStateError as error:
         assert str(error) == expected  # noqa: PT017 -- both ways must agree
 
@@ -105,7 +119,7 @@ async def test_a_newer_format(tmp_path: Path) -> None:
     """A snapshot of a newer version of lab_state is refused."""
     snapshot = (await snapshot_at(tmp_path)).replace(b'"format":1', b'"format":2')
     with pytest.raises(UnsupportedError, match="format 2"):
-        await find(recovered(snapshot), "p", copy_at(3))
+        await find(Content(recovered(snapshot)), copy_at(3))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +141,7 @@ async def test_a_newer_format(tmp_path: Path) -> None:
 async def test_files_that_cannot_be_right(records: tuple[bytes, ...], revision: int, message: str) -> None:
     """Files that have less than the copy, or records that do not fit, are a corruption."""
     with pytest.raises(CorruptionError, match=message):
-        await find(recovered(None, records), "p", copy_at(revision))
+        await find(Content(recovered(None, records)), copy_at(revision))
 
 
 async def test_older_records_are_checked_as_far_as_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +149,9 @@ async def test_older_records_are_checked_as_far_as_they_are_kept(monkeypatch: py
     records = (b"no JSON", *RECORDS)
     monkeypatch.setattr("lab_state.shared._found._CHECKED_AT_ONCE", 1)
     with pytest.raises(CorruptionError, match="is not a record"):
-        await find(recovered(None, records), "p", copy_at(7))
+        await find(Content(recovered(None, records)), copy_at(7))
     monkeypatch.setattr("lab_state.shared._found.MOST_BYTES", len(RECORDS[2]))
-    assert await find(recovered(None, records), "p", copy_at(7)) == Found(None, [])
+    assert await find(Content(recovered(None, records)), copy_at(7)) == Found(None, [])
 
 
 async def test_the_loop_runs_while_a_large_record_is_decoded() -> None:
@@ -152,7 +166,7 @@ async def test_the_loop_runs_while_a_large_record_is_decoded() -> None:
 
     task = asyncio.create_task(turn())
     large = record(0, 5000, set={f"key {number}": number for number in range(5000)})
-    assert ends(await find(recovered(None, (large,)), "p", copy_at(0))) == [5000]
+    assert ends(await find(Content(recovered(None, (large,))), copy_at(0))) == [5000]
     task.cancel()
     assert turns >= 10
 

@@ -98,6 +98,25 @@ async def test_all_stop_at_once(tmp_path: Path, count: int) -> None:
     assert kinds(tmp_path) == ""
 
 
+@pytest.mark.parametrize("end", ["stop", "kill"])
+async def test_the_next_owner_does_not_read_the_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """The next owner has a copy, so it reads only the end of the snapshot, which shows that the journal follows it."""
+    async with members(tmp_path, 1) as (alone,):
+        await alone.set("a", 1)
+    async with members(tmp_path, 2) as (first, one):
+        await first.set("b", 2)
+        monkeypatch.setattr(FileSession, "whole", None)
+        await (first.stop() if end == "stop" else crash(first))
+        assert await one.set("c", 3) == 3
+        assert one.role == "owner"
+        assert kinds(tmp_path) == ("RR" if end == "stop" else "RRR")
+        assert await one.get_all() == {"a": 1, "b": 2, "c": 3}
+        monkeypatch.undo()
+    assert plain(tmp_path) == {"a": 1, "b": 2, "c": 3}
+
+
 async def test_followers_that_leave_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the last follower leaves while the journal is ended, the owner writes the snapshot after all."""
     entered, opened, real = asyncio.Event(), asyncio.Event(), FileSession.hand_over

@@ -31,6 +31,7 @@ from lab_state.shared._address import address_of
 from lab_state.storage import _claim, _file_start, _fs, _lookup
 from lab_state.storage._claim import Claim, Listener
 from lab_state.storage._fs_socket import OwnSocket, peer_of
+from lab_state.storage._protocol import Recovery
 from lab_state.storage.file import files_of
 
 
@@ -135,6 +136,64 @@ async def test_a_session(tmp_path: Path) -> None:
     assert seen == [(False, -1)]
     async with Manager("lab", FileStorage(tmp_path)) as state:
         assert await state.get("a") == 1
+
+
+async def left_out(directory: Path) -> Recovery:
+    """Load a state without its snapshot, if that is possible. Return what was loaded. Then read the whole of it."""
+    claim = await files_of(FileStorage(directory)).claim("lab", PROTOCOL)
+    session = await claim.load(whole=False)
+    found = session.recovery
+    for _ in range(2):
+        whole = await session.whole()
+        assert whole.snapshot == (directory / "lab.json").read_bytes()
+        assert whole.records == found.records
+    await session.aclose()
+    return found
+
+
+async def test_a_load_without_the_snapshot(tmp_path: Path) -> None:
+    """The snapshot is left out if its last bytes show that the journal follows it. It can be read later."""
+    async with Manager("lab", FileStorage(tmp_path)) as state:
+        await state.set("a", 1)
+    assert (await left_out(tmp_path)).snapshot is None
+    claim = await files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL)
+    session = await claim.load(whole=False)
+    await session.commit(b'{"from":1,"to":2,"clear":false,"set":{"b":2},"delete":[],"expires":{}}', no_record)
+    await session.aclose()
+    found = await left_out(tmp_path)
+    assert (found.snapshot, len(found.records), found.unsettled) == (None, 1, True)
+    async with Manager("lab", FileStorage(tmp_path)) as state:
+        assert await state.get_all() == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("change", ["edited", "another", "no journal"])
+async def test_a_snapshot_that_is_not_left_out(tmp_path: Path, change: str) -> None:
+    """The snapshot is read if another program wrote it, if the journal does not follow it, and if there is no journal."""
+    async with Manager("lab", FileStorage(tmp_path)) as state:
+        await state.set("a", 1)
+    before = (tmp_path / "lab.journal").read_bytes()
+    if change == "edited":
+        (tmp_path / "lab.json").write_bytes(b'{"a":2}')
+    elif change == "another":
+        async with Manager("lab", FileStorage(tmp_path)) as state:
+            await state.set("a", 2)
+        (tmp_path / "lab.journal").write_bytes(before)
+    else:
+        (tmp_path / "lab.journal").unlink()
+    assert (await left_out(tmp_path)).snapshot is not None
+
+
+async def test_nothing_is_left_out_of_a_new_state(tmp_path: Path) -> None:
+    """Beside a journal without a snapshot, there is nothing to leave out."""
+    claim = await files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL)
+    session = await claim.load()
+    await session.commit(b'{"from":0,"to":1,"clear":false,"set":{"a":1},"delete":[],"expires":{}}', no_record)
+    await session.aclose()
+    claim = await files_of(FileStorage(tmp_path)).claim("lab", PROTOCOL)
+    session = await claim.load(whole=False)
+    assert session.recovery == await session.whole()
+    assert session.recovery.snapshot is None
+    await session.aclose()
 
 
 async def test_a_lock_file_after_a_load(tmp_path: Path) -> None:
