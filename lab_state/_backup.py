@@ -44,7 +44,7 @@ class Backups:
         """
         task = asyncio.create_task(writing, name=f"lab_state {name} backup")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError:
@@ -55,6 +55,12 @@ class Backups:
                 f"the manager of {name!r} was stopped during this backup: its path has the older backup, or the whole new one"
             )
         return task.result()
+
+    def _ended(self, task: asyncio.Task[int]) -> None:
+        self._tasks.discard(task)
+        _ = (
+            task.cancelled() or task.exception()
+        )  # otherwise asyncio logs an error that a cancelled caller does not take
 
     async def end(self) -> None:
         """Cancel the backups of this event loop, and wait until their views are closed."""

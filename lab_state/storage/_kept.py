@@ -47,8 +47,7 @@ class KeptFiles:
             StorageError: The file could not be kept. Then the caller must not replace it.
         """
         found = lookup.fingerprint(self._path)
-        is_unread, self.is_unread = self.is_unread, False
-        if found == known and not is_unread:
+        if found == known and not self.is_unread:
             self._seen.clear()
             return
         if found is None or found in self._seen:
@@ -60,6 +59,7 @@ class KeptFiles:
                 self._path,
                 kept,
             )
+        self.is_unread = False
         self._seen.add(found)
 
     def wrote(self, snapshot: lookup.Fingerprint) -> None:

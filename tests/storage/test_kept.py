@@ -210,6 +210,22 @@ def failing(*_: object) -> bytes:
     raise StorageError("full")
 
 
+async def test_an_unread_file_is_kept_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first checkpoint cannot keep it and fails. The next one tries again."""
+    whole = b"".join(encode_snapshot({"a": 1}, 3, 0, copy_loaded=False))
+    head = journal.header("lab", "0" * 16, journal.ANY_BASE)
+    (tmp_path / "lab.journal").write_bytes(head + journal.frame("0" * 16, FrameKind.FULL, whole))
+    (tmp_path / "lab.json").write_bytes(FOREIGN)
+    async with manager(tmp_path) as state:
+        with monkeypatch.context() as patch:
+            patch.setattr(_kept, "_keep", failing)
+            await state.set("a", 2)
+            await state.flush()
+            await checkpoint(state)
+            assert (tmp_path / "lab.json").read_bytes() == FOREIGN
+    assert kept(tmp_path) == [FOREIGN]
+
+
 @pytest.mark.parametrize("start", [False, True])
 async def test_a_file_that_cannot_be_read_is_kept(tmp_path: Path, disk: Disk, *, start: bool) -> None:
     """It is linked, which needs no permission to read it."""

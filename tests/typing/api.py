@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, assert_type
 
 from pydantic import BaseModel
@@ -351,6 +352,9 @@ async def life(state: Manager) -> None:
     await state.wait_durable(timeout=1)
     await state.wait_durable(5, timeout=None)
     await state.catch_up()
+    assert_type(await state.backup("backup.json"), int)
+    assert_type(await state.backup(Path("backup.json")), int)
+    await state.backup(b"backup.json")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     await state.wait_revision(5)
     await state.wait_revision(5, timeout=1)
     assert_type(state.role, Literal["owner", "follower"] | None)
