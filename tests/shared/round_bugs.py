@@ -220,8 +220,8 @@ def _no_own_lookup() -> None:
 @bug("a new owner keeps to its copy", killed("shown", network=Network(share=0.5, delay=0.03)))
 def _keeps_to_copy() -> None:
     def finding(original: Callable[..., Any]) -> Callable[..., Any]:
-        async def find(recovery: Any, path: str, copy: Any) -> Any:
-            return await original(recovery, path, copy) if copy is None else Found(None, [])
+        async def find(files: Any, copy: Any) -> Any:
+            return await original(files, copy) if copy is None else Found(None, [])
 
         return find
 

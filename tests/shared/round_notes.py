@@ -102,9 +102,9 @@ def note_durable(add: Callable[[Durable], object]) -> None:
         return succeeded
 
     def finding(original: Callable[..., Any]) -> Callable[..., Any]:
-        async def find(recovery: Any, path: str, copy: Any) -> Any:
-            found = await original(recovery, path, copy)
-            if not recovery.unsettled:
+        async def find(files: Any, copy: Any) -> Any:
+            found = await original(files, copy)
+            if not files.recovery.unsettled:
                 start = copy if found.whole is None else found.whole
                 add(Durable(time.monotonic_ns(), found.tail[-1].end if found.tail else start.revision))
             return found
