@@ -26,6 +26,7 @@ from lab_state._metrics import Counters
 from lab_state._state import State
 from lab_state._values import encode
 from lab_state.exceptions import InvalidValueError, TypeMismatchError
+from lab_state.shared._attempts import Attempts
 from lab_state.shared._checks import RecentChanges
 from lab_state.shared._clients import Clients
 from lab_state.shared._executed import Executed, Waiting
@@ -116,6 +117,7 @@ class Engine(Generic[C]):
 
     Attributes:
         clients: The clients that the owner knows.
+        attempts: The keys for which a client is about to make another attempt.
         is_ending: Whether calls that were not executed before are answered with "moved".
     """
 
@@ -133,6 +135,7 @@ class Engine(Generic[C]):
         self._now = monotonic_ns
         self.clients: Clients = Clients(self._table.acknowledged, monotonic_ns())
         self._recent = RecentChanges(layer.copy.revision)
+        self.attempts: Attempts = Attempts(monotonic_ns)
         self._pending = PendingResults()
         self._waiting: dict[C, list[Waiting]] = {}
         self._own: list[Executed[Any]] = []
@@ -242,13 +245,20 @@ class Engine(Generic[C]):
         in the result. It is a `TypeMismatchError` or an `InvalidValueError`, and nothing was changed.
         """
         before = self._layer.revision
-        if isinstance(call, MakeChanges) and not self._recent.hold(call.since, call.keys, call.prefixes):
+        if isinstance(call, MakeChanges) and not self._holds(call):
             return Refused(call.n, before, self._values(call.keys))
         try:
             result = encode(self._apply(call))
         except (TypeMismatchError, InvalidValueError) as error:
             return Executed(before, None, error, changed=False)
         return self._executed(before, result)
+
+    def _holds(self, call: MakeChanges) -> bool:
+        """Return whether the check of a call holds. If it is that of an `update`, note the attempt."""
+        holds = self._recent.hold(call.since, call.keys, call.prefixes)
+        if len(call.keys) == 1 and not call.prefixes:
+            (self.attempts.make if holds else self.attempts.refuse)(call.keys[0])
+        return holds
 
     # Calls with many keys
 

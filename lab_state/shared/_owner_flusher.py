@@ -27,6 +27,7 @@ from lab_state._state import State
 from lab_state._state._contents import no_clock
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError
+from lab_state.shared._attempts import PATIENCE
 from lab_state.shared._engine import C, Engine
 from lab_state.shared._executed import Executed
 from lab_state.shared._last_records import LastRecords
@@ -114,6 +115,8 @@ class OwnerFlusher(Flusher, Generic[C]):
         self._data = b""
         self._asked = False  # whether a client has asked for the next commit
         self._turn = asyncio.Lock()  # held while a call is executed in steps
+        self._attempts: dict[str, asyncio.Future[None]] = {}
+        engine.attempts.on_made = self._attempted
         self._in_steps: set[asyncio.Task[Any]] = set()
         self.turn_ended: Callable[[], object] = no_clock
 
@@ -189,7 +192,9 @@ class OwnerFlusher(Flusher, Generic[C]):
             self.engine.own(executed)
         return executed
 
-    async def run(self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str = "") -> tuple[R, int]:
+    async def run(
+        self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str = "", key: str | None = None
+    ) -> tuple[R, int]:
         """Run a function of the application, which makes one call, and wait until that call is durable.
 
         Return the result of the function, and the revision of the call.
@@ -200,18 +205,37 @@ class OwnerFlusher(Flusher, Generic[C]):
         Args:
             body: A function that gets calls on the layer and makes one of them. The call must not wait.
             prefix: The prefix of the keys of these calls.
+            key: The key of the call. If a client is about to make another attempt to change it, let the client go first.
 
         Raises:
             FencedError: A newer writer owns the state; nothing was changed.
             StorageError: The change, or one that the call saw, is not durable yet. It may become durable.
         """
         self._check_call()
+        if key is not None and self.engine.attempts.is_awaited(key):
+            await self._let_go_first(key)
+            self._check_call()
         if self.is_busy:
             executed = await self.in_turn(partial(self._run_once, body, prefix))
         else:
             executed = self.engine.run(body, prefix)
             self.engine.own(executed)
         return await self._answer(executed)
+
+    async def _let_go_first(self, key: str) -> None:
+        """Wait until no attempt of a client to change a key is awaited, for at most 10 ms."""
+        attempts, until = self.engine.attempts, self.loop.time() + PATIENCE / 1e9
+        while attempts.is_awaited(key) and self.loop.time() < until:
+            made = self._attempts.get(key)
+            if made is None:
+                made = self._attempts[key] = self.loop.create_future()
+                self.loop.call_later(PATIENCE / 1e9, self._attempted, key)
+            await asyncio.wait({made})  # all waiting tasks share the future, so none of them may cancel it
+
+    def _attempted(self, key: str) -> None:
+        made = self._attempts.pop(key, None)
+        if made is not None:
+            made.set_result(None)
 
     def _run_once(
         self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str
@@ -321,6 +345,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         if self.loop.is_closed():
             self.engine.close()
             self._turn = asyncio.Lock()
+            self._attempts = {}
         super().move()
 
     async def _write_last(self) -> None:

@@ -124,7 +124,7 @@ class SharedPort(DataCalls):
         if may_read and (found := self._bodies.read(key, prefix, body)) is not NOT_READ:
             return cast("R", found)
         if self._owner is not None:
-            result = (await self._owner.run(body, prefix))[0]
+            result = (await self._owner.run(body, prefix, key))[0]
         else:
             result = await self._bodies.run(key, prefix, body, self._clock.monotonic())
         self._note_write()
