@@ -1,4 +1,4 @@
-"""The copy of one process of a shared state, and the objects that are told of its changes."""
+"""The copy of one process of a shared state, and the objects that get its changes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SharedCopy(Upkeep):
         self.replace(fresh)
 
     def replace(self, fresh: State) -> None:
-        """Show another state. `fresh` is not used after this. Watches report a `resync`, unless it is the first state."""
+        """Show another state. `fresh` must not be used after this. Watches report a `resync`, unless this is the first state."""
         copy = self.state
         copy.adopt(fresh)
         self.durable_revision = copy.revision
@@ -69,7 +69,7 @@ class SharedCopy(Upkeep):
         return self.applier.finish()
 
     def changed(self, record: ParsedRecord | ChangeSet) -> None:
-        """Tell the transactions and the waiting callers of a record that was applied. The state itself tells the watches.
+        """Inform transactions and waiting callers about a record that was applied. The state itself informs the watches.
 
         The owner calls this with its own changes.
         """
@@ -89,6 +89,6 @@ class SharedCopy(Upkeep):
         self.state.epoch = epoch
 
     def discard_entries(self) -> None:
-        """Free the entries after `stop`, in steps. If a storage call may still read them, they lie below an `Overlay`, and stay."""
+        """Free the entries after `stop`, in steps. Entries below an `Overlay` stay, because a storage call may still read them."""
         self.state.free, self.state.on_staged = ignore, no_clock
         self._discard(self.state, entries=True)

@@ -56,7 +56,7 @@ C = TypeVar("C", bound=Hashable)
 R = TypeVar("R")
 
 MOST_VALUES = 16
-"""A refusal has the values of at most this many keys."""
+"""The largest number of keys whose values a refusal has."""
 
 MOST_BYTES = 1024 * 1024
 """The largest total size of the values in a refusal, in bytes."""
@@ -80,7 +80,7 @@ class _LayerCore(CallCore):
 
     def __init__(self, layer: State) -> None:
         super().__init__("", layer, Counters())
-        self.blocked = True  # so that `set` does not write into the entries itself; see `Writing.set`
+        self.blocked = True  # otherwise `set` would write into the entries without `apply`; see `Writing.set`
 
     def check_open(self) -> None:
         """Do nothing: a layer is always open."""
@@ -122,7 +122,7 @@ class Engine(Generic[C]):
     """
 
     def __init__(self, layer: OwnerLayer, monotonic_ns: Callable[[], int]) -> None:
-        """Begin with the loaded state. The minute until each client of the table is forgotten begins now.
+        """Begin with the loaded state. A client of the table is forgotten if it does not connect within a minute.
 
         Args:
             layer: The layer. It has no changes yet. Its copy has the loaded state and the table of results.
@@ -235,14 +235,14 @@ class Engine(Generic[C]):
         return None
 
     def find(self, client: str, number: int) -> Result | None:
-        """Return the durable result of a call; `None` if it is not there. A new owner looks up the calls of its own tasks here."""
+        """Return the durable result of a call; `None` if there is none. A new owner looks up the calls of its own tasks here."""
         return self._table.find(client, number)
 
     def execute(self, call: Call) -> Executed[bytes] | Refused:
         """Execute a call on the layer, without looking for an earlier execution. Its result is JSON.
 
-        If the check of the call does not hold, return a refusal. An error that the stored value causes is
-        in the result. It is a `TypeMismatchError` or an `InvalidValueError`, and nothing was changed.
+        If the check of the call does not hold, return a refusal. A `TypeMismatchError` or an `InvalidValueError`
+        that the stored value causes is in the result. Then nothing was changed.
         """
         before = self._layer.revision
         if isinstance(call, MakeChanges) and not self._holds(call):
@@ -282,7 +282,7 @@ class Engine(Generic[C]):
         return self._executed(before, encode(count if isinstance(call, DeleteMany | DeleteAll) else None))
 
     def run(self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str = "") -> Executed[R]:
-        """Run a function of the application, which makes one call on the layer. An error that it raises is in the result.
+        """Run a function of the application, which makes one call on the layer. An error of the function is in the result.
 
         Args:
             body: A function that gets calls on the layer and makes one of them. The call must not wait.
@@ -356,7 +356,7 @@ class Engine(Generic[C]):
             layer.apply(changes, cleared=made.clear)
 
     def _values(self, keys: Collection[str]) -> dict[str, tuple[Raw, int | None]] | None:
-        """Return the present values of keys for a refusal; `None` if they are too many or too large."""
+        """Return the present values of keys for a refusal; `None` if there are too many, or if they are too large."""
         if len(keys) > MOST_VALUES:
             return None
         layer, left = self._layer, MOST_BYTES
@@ -382,7 +382,7 @@ class Engine(Generic[C]):
         return self._pending.take(self.clients.acknowledged) if taken.end > taken.start else {}
 
     def landed(self) -> dict[C, list[Answer]]:
-        """Note that the commit is durable, and that the copy has its record. Return the answers that it settles."""
+        """Note that the commit is durable, and that the copy has its record. Return the answers that can be sent now."""
         end, self._end = int(self._end), math.inf
         self._pending.settle()
         for executed in self._own:
@@ -392,7 +392,7 @@ class Engine(Generic[C]):
         return {connection: [one.answer(end) for one in ready] for connection, ready in self._ready(end)}
 
     def put_back(self) -> None:
-        """Note that the commit failed. Its results join those of the next record. A second call does nothing."""
+        """Note that the commit failed. Put its results back, for the next record. A second call does nothing."""
         self._pending.put_back()
 
     def failed(self, error: str, message: str) -> dict[C, list[Answer]]:
@@ -408,7 +408,7 @@ class Engine(Generic[C]):
         }
 
     def _ready(self, end: float) -> Iterator[tuple[C, list[Waiting]]]:
-        """Remove the calls up to a revision from those that wait, and yield them by connection."""
+        """Remove the waiting calls up to a revision, and yield them by connection."""
         for connection, waiting in list(self._waiting.items()):
             ready = [one for one in waiting if one.executed.at <= end]
             if len(ready) == len(waiting):

@@ -1,8 +1,8 @@
-"""The state that a new owner finds in the files, beside its copy.
+"""The state that a new owner finds in the files.
 
-A process that has a copy needs only the records after it. They are shown when they are certainly durable: the
-new owner first writes the whole state, with these records, as one frame. Rule 4 of
-`docs/design/disk.md` says why.
+A process that has a copy needs only the records after the copy. These records may not be durable yet. So the new
+owner first settles the state with a commit, and then shows the records. The storage writes a new journal: with copies of
+the records, or with the whole state as one frame. Rule 4 of `docs/design/disk.md` says why, and when which one is written.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ async def find(files: Files, copy: State | None) -> Found:
         copy: The copy of this process; `None` if it has none. It must not change meanwhile.
 
     Raises:
-        CorruptionError: The files are damaged, or have less than the copy.
+        CorruptionError: The files are damaged, or their state is older than the copy.
         UnsupportedError: A newer version of lab_state wrote the files.
         StorageError: The snapshot cannot be read.
     """
@@ -105,26 +105,26 @@ async def find(files: Files, copy: State | None) -> Found:
 
 
 def _revision_of(snapshot: bytes | None, path: str, crc: int | None) -> int | None:
-    """Return the revision of a snapshot, without decoding its entries; `None` if that is not possible."""
+    """Return the revision of a snapshot, without decoding its entries; `None` if the revision cannot be found."""
     if snapshot is None or (start := snapshot.rfind(_MEMBER)) < 0:
         return None
     member = Raw(snapshot[start + len(_MEMBER) : -1])
     try:
         meta = check_member(snapshot, member, path, zlib.crc32(snapshot) if crc is None else crc)
-    except CorruptionError:  # it is damaged, or another program wrote it: to decode all of it raises the right error
+    except CorruptionError:  # damaged, or from another program: decoding the whole snapshot raises the right error
         return None
     return None if meta.crc32 is None else meta.revision  # without a checksum it was edited, and differs from each copy
 
 
 async def _tail(records: tuple[bytes, ...], revision: int, path: str) -> list[ParsedRecord] | None:
-    """Return the records after a revision; `None` if the first record begins above it.
+    """Return the records after a revision; `None` if the first record begins above this revision.
 
-    The records before it are checked as far as a new owner may send them to processes whose copy is older.
+    Earlier records are checked, too, as far back as the owner may send them to processes with an older copy.
     """
     try:
         check_reaches(_span(records[-1]).end, revision, path)
         newer: list[bytes] = []
-        start: float = math.inf  # of the oldest record that was looked at
+        start: float = math.inf  # the `from` of the oldest record that was examined
         older = 0  # the bytes of the records that the copy has
         for record in reversed(records):
             span = _span_of(record)
@@ -176,10 +176,10 @@ def check_reaches(end: int, revision: int, path: str) -> None:
 
 
 async def settle(session: StorageSession, base: State, tail: list[ParsedRecord]) -> None:
-    """Make a state and the records after it certainly durable. The caller shows the records after this.
+    """Make a state and the records after it certainly durable. The caller shows the records when this returns.
 
     Args:
-        session: The session of the storage. Its next commit writes the whole state.
+        session: The session of the storage. Its next commit writes a new journal.
         base: The state. It must not change meanwhile.
         tail: The records after `base`.
 

@@ -51,7 +51,7 @@ class LastRecords:
             self._records.appendleft(_Record(kept.start, kept.end, data))
 
     def add(self, start: int, end: int, data: bytes) -> None:
-        """Add a record, and drop the oldest ones if all of them together are too large."""
+        """Add a record. If the records together are too large, drop the oldest ones."""
         self._end = end
         self._records.append(_Record(start, end, data))
         self._bytes += len(data)
@@ -59,7 +59,7 @@ class LastRecords:
             self._bytes -= len(self._records.popleft().data)
 
     def after(self, revision: int) -> list[bytes] | None:
-        """Return the records that a copy of a revision lacks, oldest first; `None` if some of them are no longer there.
+        """Return the records after a revision, oldest first; `None` if some of them were dropped.
 
         Return `None` also for a revision that the owner has not reached.
         """

@@ -1,9 +1,9 @@
 """The layer of an owner: its changes that are not durable, over its copy. Pure and synchronous.
 
-Theory of operation. There are three maps. The copy has the durable state. Above it are the changes of the
-commit under way, and above these the newer changes. `take` moves the newer changes into the middle. When
-the commit is durable, its record is applied to the copy, and `landed` empties the middle, in the same step.
-If the commit failed, `put_back` brings the middle and the newer changes together.
+Theory of operation. There are three maps. The lowest one is the copy, with the durable state. The middle one has
+the changes of the commit under way. The top one has the newer changes. `take` moves the changes from the top map to
+the middle map. When the commit is durable, its record is applied to the copy, and `landed` empties the middle map, in
+the same step. If the commit failed, `put_back` merges the middle map and the top map.
 
 Only calls of the owner read the layer. All other reads use the copy.
 """
@@ -27,9 +27,9 @@ Applied = Callable[[Collection[str] | None, int], object]
 class OwnerLayer(Layered):
     """The changes of an owner that are not durable, over its copy.
 
-    `changes` has the changes that no commit has taken. `revision` is that of the last change. Everything
-    that a `Flusher` and `Calls` do with a `State` can be done with this object, with four exceptions: it has no
-    views, no calls in steps, and no index, and it does not count values. The copy counts them.
+    `changes` has the changes that no commit has taken. `revision` is the revision of the last change. A `Flusher`
+    and `Calls` use this object like a `State`, with four exceptions. It has no views, no calls in steps and no index,
+    and it does not count values. The copy counts the values.
 
     Attributes:
         copy: The durable state. Only records change it.
@@ -117,7 +117,7 @@ class OwnerLayer(Layered):
 
     @property
     def is_sweeping(self) -> bool:
-        """Whether the last sweep is not durable. Until then, another one would find the same keys."""
+        """Whether the last sweep is not durable. Meanwhile another sweep would find the same keys."""
         return self.copy.revision < self._swept_at
 
     def sweep(self, most: int) -> int:
@@ -141,7 +141,7 @@ class OwnerLayer(Layered):
     def take(self, taken: ChangeSet | None = None) -> ChangeSet:
         """Take the changes away for a commit, and return them; see `State.take`.
 
-        The layer still shows them. The caller must call `landed` or `put_back` before the next `take`.
+        Reads of the layer still find these changes. The caller must call `landed` or `put_back` before the next `take`.
         """
         if taken is None:
             taken = self.untaken()

@@ -1,8 +1,8 @@
 """`Member`: one process of a shared state, from its start to its stop. It becomes the owner, or follows the owner.
 
-Theory of operation. The copy, the port and the watches stay the same from start to stop. What changes is
-the role: a `Follower` for each connection to an owner, or one `Owner`, which stays until the stop. When the
-connection ends, the member looks for the next owner, and may become it.
+Theory of operation. The copy, the port and the watches stay the same from start to stop. Only the role changes.
+A follower has one `Follower` for each connection to an owner. When the connection ends, the member looks for the
+next owner, or becomes the owner. An owner has one `Owner`, and stays the owner until the stop.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LOOK_EVERY = 0.25
 """The seconds between two looks for calls that have waited too long."""
 
 _SILENT = 2.0
-"""The seconds without a message after which an owner, which sends one each second, counts as silent."""
+"""The seconds without a message after which an owner counts as silent. An owner sends a message each second."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 """The pauses in seconds between two attempts to follow or to take over, while the files cannot be used."""
@@ -152,7 +152,7 @@ class Member(SharedCopy):
                 return
 
     async def _join(self) -> None:
-        """Become the owner, or follow one."""
+        """Become the owner, or follow the owner."""
         while True:
             role = await self._election.role(has_copy=self.has_state)
             if isinstance(role, Claim):
@@ -194,13 +194,13 @@ class Member(SharedCopy):
         self._owner_pid, self._lost_at = follower.owner_pid, None
 
     async def _become_owner(self, claim: Claim) -> None:
-        """Load the state, or what the copy lacks of it. Settle and show it, and admit other processes."""
+        """Load the state, or only the records that the copy lacks. Settle and show the state, and admit other processes."""
         began = self._clock.monotonic()
         owner = Owner(self, self._config, claim, self._around)
         lost_at = self._lost_at
         try:
             owner.listen()
-            # From here on, calls wait for the load, as those of other processes do.
+            # From here on, the calls of this process wait for the load, like the calls of other processes.
             self._lost_at, self._owner_pid = None, os.getpid()
             session = await claim.load(whole=not self.has_state)
             try:
@@ -209,7 +209,7 @@ class Member(SharedCopy):
                 await session.aclose()
                 raise
         except BaseException:
-            self._lost_at = lost_at  # as before: otherwise no call would be given up while each attempt fails
+            self._lost_at = lost_at  # otherwise no call would be given up while each attempt fails
             await owner.release()
             raise
         # All of this is one step of the event loop, so no process sees a part of it.
@@ -220,13 +220,13 @@ class Member(SharedCopy):
         self._turned.set()
 
     async def _own(self, owner: Owner, session: SharedSession, began: float) -> OwnerFlusher[Connection]:
-        """Settle and show what the files have, and start the tasks of the owner."""
+        """Settle and show the state of the files, and start the tasks of the owner."""
         around, is_start, recovery = self._around, not self.has_state, session.recovery
         warn_of_torn_tail(session, self._logger)
         found = await find(session, None if is_start else self.state)
         whole = None if found.whole is None else state_of(found.whole, session.path, self._clock, self._logger)
         if whole is not None and not is_start:
-            whole.epoch = self.state.epoch  # by a clock that is read anew, an expired key could come back
+            whole.epoch = self.state.epoch  # with a new reading of the clock, an expired key could come back
         if recovery.unsettled:
             await settle(session, self.state if whole is None else whole, found.tail)
         if whole is not None:
@@ -305,9 +305,9 @@ class Member(SharedCopy):
     # The end
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- it bounds the work, not the wait of the caller
-        """Wait for the answers to all calls, and leave the state: with a farewell, or, as the owner, with a checkpoint.
+        """Wait for the answers to all calls. Then leave the state: a follower with a farewell, the owner with a checkpoint.
 
-        Without an owner, this process becomes the owner first. So the last process that stops writes the checkpoint.
+        If there is no owner, this process becomes the owner first. So the last process that stops writes the checkpoint.
 
         Raises:
             StorageError: Calls had no answer in time, the last flush failed, or this process has lost its state.
@@ -327,7 +327,7 @@ class Member(SharedCopy):
             raise UnavailableError(f"stop() gave up after {timeout:g} s: calls of {self._name!r} had no answer")
 
     async def _leave(self, deadline: float) -> bool:
-        """Leave the state as a follower or as the owner. Return False if this was not possible before the deadline, or if this process has lost its state."""
+        """Leave the state, as a follower or as the owner. Return whether this succeeded before the deadline."""
         while self._failure is None and self._clock.monotonic() < deadline:
             self._turned.clear()
             owner, follower = self._owner, self._follower
@@ -349,7 +349,7 @@ class Member(SharedCopy):
         """End the tasks. The port refuses all calls."""
         if self._look is not None:
             self._look.cancel()
-        assert self._life is not None  # `stop` has started it, if the start had not
+        assert self._life is not None  # `stop` has started the task, if `start` had not
         self._life.cancel()
         await done_within(self._life, self._clock, _LAST_CHANCE)
         if self._follower is not None:
@@ -393,7 +393,7 @@ class Member(SharedCopy):
     # Numbers
 
     def status(self, phase: Phase, mirror: MirrorWriter | None, before: Status) -> Status:
-        """Return the status of the manager. In a follower, the status of the mirror is that of `before`."""
+        """Return the status of the manager. In a follower, the status of the mirror is taken from `before`."""
         flusher = self.flusher
         if flusher is not None:
             found = status_of(phase, flusher, mirror)
@@ -432,7 +432,7 @@ class Member(SharedCopy):
 
     @property
     def lag(self) -> float:
-        """The seconds since the last sign of life of the owner, or since its end; 0 in the owner. The copy may lack what became durable in this time."""
+        """The seconds since the last sign of life of the owner, or since its end; 0 in the owner. The copy may lack changes of this time."""
         lost_at, follower = self._lost_at, self._follower  # read once: another thread may call this
         if lost_at is not None:
             return self._clock.monotonic() - lost_at

@@ -43,10 +43,10 @@ class Surroundings(NamedTuple):
         storage: The storage.
         clock: The clock.
         logger: The logger.
-        times: The object that gets the duration of each commit.
+        times: The object that collects the durations of commits; see `FlushTimes`.
         on_fenced: A function of the application; see `Manager`.
         make_mirror: A function that returns a writer of the mirror; `None` if there is no cache. It must not refer
-            to the manager, which could not be collected then.
+            to the manager. Otherwise a manager that was dropped could not be garbage-collected.
         started_at: The place in the application that started the manager.
     """
 
@@ -65,11 +65,11 @@ class Owner:
     Attributes:
         server: The connections.
         flusher: The flusher; `None` until the state was loaded.
-        is_settled: Whether everything that was loaded is durable, and shown. Before that, processes that connect wait.
+        is_settled: Whether all loaded changes are durable, and shown. Before that, processes that connect wait.
     """
 
     def __init__(self, copy: SharedCopy, config: Config, claim: Claim, around: Surroundings) -> None:
-        """Begin with a state that was claimed and not loaded. Each process that connects is told to wait."""
+        """Begin with a state that was claimed and not loaded. Each process that connects gets the answer `Starting`."""
         self.server: Server = Server(self, clock=around.clock, log=around.logger)
         self.flusher: OwnerFlusher[Connection] | None = None
         self.is_settled: bool = False
@@ -93,17 +93,17 @@ class Owner:
 
     def listen(self) -> None:
         """Accept connections."""
-        # The server has a descriptor of its own, because a thread closes that of the claim.
+        # The server gets its own descriptor, because a thread closes the descriptor of the claim.
         self.server.listen(self._listener.dup())
         self._timer = self._clock.call_later(TICK, self._tick)
 
     def own(self, session: SharedSession, mirror: MirrorWriter | None, sweep_now: int) -> OwnerFlusher[Connection]:
-        """Start the tasks of the owner on the copy, which has everything that was loaded. If this raises, none of them runs.
+        """Start the tasks of the owner on the copy, which has the loaded state. If this raises an error, none of them runs.
 
         Args:
             session: The session of the storage.
             mirror: The writer of the mirror, if there is one.
-            sweep_now: The largest number of expired keys to delete at once.
+            sweep_now: The largest number of expired keys to delete now, in one change.
         """
         state = self._copy.state
         layer = OwnerLayer(state)
@@ -144,7 +144,7 @@ class Owner:
         finally:
             if mirror is not None:
                 mirror.committed(taken)
-            assert self._sweeper is not None  # `own` has made it
+            assert self._sweeper is not None  # `own` has made the sweeper
             self._sweeper.resume()
         return mirror is not None
 
@@ -161,7 +161,7 @@ class Owner:
         self.flusher.engine.is_ending = True
 
     async def release(self) -> None:
-        """Close the connections at once, and release the claim, unless closing the session does it. A second call does nothing."""
+        """Close the connections at once. Release the claim, unless the session releases it. A second call does nothing."""
         self._close()
         await self._claim.release()
 
@@ -174,7 +174,7 @@ class Owner:
             self._sweeper.attend(is_watched)
 
     def move(self) -> None:
-        """Move to the running event loop, because that of the owner is closed. Its connections are lost."""
+        """Move to the running event loop, because the event loop of the owner is closed. All connections are lost."""
         assert self.flusher is not None
         self._close()
         self.flusher.move()
@@ -193,7 +193,7 @@ class Owner:
         if self._sweeper is not None:
             self._sweeper.stop()
 
-    # What the flusher tells
+    # Calls of the flusher
 
     def record(self, data: bytes) -> None:
         """Send a durable record to all followers."""
@@ -223,12 +223,12 @@ class Owner:
         return is_ended and self.server.followers > 0
 
     async def finish(self) -> None:
-        """Send what the queues hold, for at most a second. Close all connections, and end the checks of the socket file."""
+        """Send the queued messages, for at most a second. Close all connections, and end the checks of the socket file."""
         self._stop_accepting()
         await self.server.aclose()
         await self._claim.release()
 
-    # What the server asks
+    # Calls of the server
 
     @property
     def durable_revision(self) -> int:
@@ -254,7 +254,7 @@ class Owner:
         )
 
     def admit(self, connection: Connection, hello: Hello) -> int:
-        """Give a client the records that its copy lacks. Return its acknowledgement on earlier connections."""
+        """Send a client the records that its copy lacks. Return the acknowledgement of its earlier connections."""
         assert self.flusher is not None
         if hello.revision is not None:
             for record in self.flusher.last_records.after(hello.revision) or ():
@@ -312,7 +312,7 @@ class Owner:
             self._run(self._look_at_socket(), "socket")
 
     async def _look_at_socket(self) -> None:
-        """Look at the file of the socket. Until the look ends, no other one begins."""
+        """Look at the file of the socket. No other look begins before the end of this one."""
         try:
             await self._bind_again()
         finally:
@@ -333,7 +333,7 @@ class Owner:
             self._logger.warning("%s: the socket file was deleted or replaced, and was made again", self._config.name)
 
     def _listen_at_new(self) -> bool:
-        """Accept connections at the socket of the claim, if it is a new one. Return whether they are accepted there.
+        """Accept connections at the socket of the claim, if this socket is new. Return whether this was done.
 
         An earlier look may have bound the new socket, and then have failed.
         """
@@ -349,12 +349,12 @@ class Owner:
         return True
 
     async def _cannot_bind(self, error: StorageError) -> None:
-        """Log the first of consecutive failures. If the lock is lost, let a commit find that out, even if there is no change to commit."""
+        """Log the first of consecutive failures. If the lock is lost, make a commit, even without a change: it finds the loss."""
         if not self._socket_failed:
             self._socket_failed = True
             self._logger.error("%s: processes that start now cannot connect: %s", self._config.name, error)
         if isinstance(error, FencedError) and self.flusher is not None:
-            with suppress(LabStateError):  # the flusher logs it
+            with suppress(LabStateError):  # the flusher logs the error
                 await self.flusher.confirm_ownership()
 
     def _run(self, work: Coroutine[Any, Any, None], what: str) -> None:

@@ -51,7 +51,7 @@ def open_writer(
 
 
 def take_lock(directory: str, name: str, *, create: bool, shared: bool = False) -> tuple[Paths, Lock]:
-    """Find or create the directory, and lock the state. The arguments are those of `open_writer` and of `Lock`.
+    """Find or create the directory, and lock the state. For the arguments, see `open_writer` and `Lock`.
 
     Raises:
         LockedError: Another process, or another session of this process, has the lock.
@@ -121,7 +121,7 @@ def _load(paths: Paths, name: str, lock: Lock, leftovers: Leftovers, *, whole: b
     fingerprint, data = lookup.fingerprint(paths.snapshot), fs.read(paths.journal)
     scan = None if data is None else journal.scan(data, name, paths.journal)
     named = None if whole or scan is None else _named_base(paths.snapshot, fingerprint, scan)
-    # If the journal has the whole state, the snapshot is opened, but not read. So only one of them is in memory.
+    # If the journal has the whole state, the snapshot is opened, but not read. So the state is in memory only once.
     is_needed = named is None and (scan is None or scan.header.base != ANY_BASE)
     snapshot = fs.read(paths.snapshot, -1 if is_needed else 0)
     for path in (paths.snapshot, paths.journal):

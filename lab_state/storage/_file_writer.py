@@ -60,7 +60,7 @@ class Writer:
         paths: The paths of the files.
         lock: The lock.
         base: The snapshot that a new journal follows, by size and CRC-32.
-        snapshot_fingerprint: The fingerprint of that snapshot; `None` if there is none.
+        snapshot_fingerprint: The fingerprint of the present snapshot; `None` if there is no snapshot.
         need: The work that the next commit has to do first.
         unsynced: Whether the files that the start found may be only in the page cache. True until
             this session has synced or replaced them.
@@ -116,7 +116,7 @@ class Writer:
         """Make a record durable: append it, or write the whole state `full` that contains it.
 
         Raises:
-            FullNeededError: The whole state must be written, and `full` is `None`. Call again with it.
+            FullNeededError: The whole state must be written, and `full` is `None`. Call again with `full`.
         """
         self._check()
         self._check_snapshot()
@@ -249,7 +249,7 @@ class Writer:
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint is due: the journal is large, or starts with the whole state.
 
-        With the bound for its size, a changed byte costs at most about three written bytes.
+        With this bound for the size of the journal, about three bytes at most are written for each changed byte.
         """
         return self.starts_full or self.end > self.checkpoint_bytes
 
@@ -294,7 +294,7 @@ class Writer:
                 self._look_into_journal()
 
     def _look_into_journal(self) -> None:
-        """Find out what has changed. Give the journal up, unless its bytes are those that this session has written."""
+        """Find out what has changed. Give the journal up, unless it still has the bytes that this session has written."""
         if self.need is Need.NOTHING and (
             problem := self._problem(lookup.fingerprint(self.paths.journal), self._opened())
         ):
@@ -302,10 +302,10 @@ class Writer:
             self._poison()
 
     def _wake_up(self) -> None:
-        """Open the journal again after `rest`. Give it up, unless it is the same file with the same size.
+        """Open the journal again after `rest`. Give the journal up, unless the file has the same inode and the same size.
 
-        While the journal was closed, another file may have got its inode number. It is unlikely
-        that this file has the same size, too.
+        While the journal was closed, another file may have got its inode number. But such a file
+        hardly ever has the same size, too.
 
         Raises:
             UnavailableError: There are too many open files. The journal is kept: the next commit
@@ -408,7 +408,7 @@ class Writer:
             fs.rename(new.path, self.paths.journal)
             fs.sync_directory(self.paths.directory)
         except StorageError:
-            # After a crash the name may lead to either of the two files. So neither may be written again.
+            # After a crash, the name may lead to the old file or to the new one. So neither of them may be written again.
             self._poison()
             raise
         fd, new.fd = new.fd, -1
