@@ -139,10 +139,10 @@ async def test_calls_of_a_process_that_loads_as_the_next_owner(tmp_path: Path, m
     """While a process loads as the next owner, its calls wait, as those of other processes do."""
     clock, gate, begun, real = ManualClock(), asyncio.Event(), asyncio.Event(), Claim.load
 
-    async def load(self: Claim) -> Any:
+    async def load(self: Claim, **options: Any) -> Any:
         begun.set()
         await gate.wait()
-        return await real(self)
+        return await real(self, **options)
 
     first = manager(tmp_path)
     await first.start()
