@@ -117,6 +117,7 @@ async def test_our_own_bytes_are_not_kept(tmp_path: Path, how: str) -> None:
         (b"x", True),
         (b"", True),
     ],
+    ids=["ours", "edited", "of another program", "no JSON", "empty"],  # the bytes of `ours` are not the same each time
 )
 @pytest.mark.parametrize("replaced", [False, True])
 async def test_a_snapshot_that_the_start_has_not_read(
