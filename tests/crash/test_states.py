@@ -126,11 +126,18 @@ def test_the_shares_make_the_whole() -> None:
     assert sum(share.states for share in shares) >= STATES
 
 
+TWO_THREADS = {workloads.foreign_snapshot}
+"""In these, a thread deletes the files of an abandoned checkpoint while another one goes on. So the order may differ."""
+
+
 @pytest.mark.parametrize("workload", workloads.WORKLOADS.values(), ids=lambda workload: workload.__name__)
 def test_a_workload_can_be_repeated(workload: Workload) -> None:
     """The same seed makes the same operations, with the same bytes, in the same order; another seed makes others."""
-    assert record(workload, 1) == record(workload, 1)
-    assert record(workload, 1).entries != record(workload, 2).entries
+    one, same, other = record(workload, 1), record(workload, 1), record(workload, 2)
+    if workload in TWO_THREADS:
+        one, same = (each._replace(entries=sorted(each.entries, key=repr)) for each in (one, same))
+    assert one == same
+    assert one.entries != other.entries
 
 
 @pytest.mark.parametrize("share", PLAIN, ids=lambda share: share.workload.__name__)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lab_state.shared._checks import RecentChanges
+
+
+def _run(steps: Generator[None, None, bool]) -> bool:
+    """Run all steps, and return the result."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return bool(end.value)
 
 
 def test_a_key_that_changed_since() -> None:
@@ -29,6 +40,15 @@ def test_a_prefix_with_a_key_that_changed_since() -> None:
     assert recent.hold(1, [], ["users/"])
     assert not recent.hold(1, [], [""])
     assert recent.hold(2, [], [""])
+
+
+def test_a_prefix_with_a_key_that_changed_since_in_steps() -> None:
+    """In steps, a check of a prefix does not hold either."""
+    recent = RecentChanges(0)
+    recent.note(["users/1"], 1)
+    recent.note(["rooms/1"], 2)
+    assert not _run(recent.hold_in_steps(0, [], ["users/"]))
+    assert _run(recent.hold_in_steps(1, [], ["users/"]))
 
 
 def test_a_check_below_the_floor_does_not_hold() -> None:
