@@ -173,6 +173,11 @@ class ManagerMachine(RuleBasedStateMachine):
     def now(self) -> int:
         return self.state._core.state.now()
 
+    def write_time(self) -> None:
+        """Make a change if keys expire. Otherwise a stop may write nothing, and the next start has only the time of the last write."""
+        if self.model.expires or self.has_expired():
+            self.set("$", None)
+
     def has_expired(self) -> bool:
         """Return whether expired keys are still stored. To delete them with all keys is a change, as a sweep is."""
         return len(self.state._core.state.entries) > len(self.model)
@@ -468,6 +473,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         """Stop cleanly, and start."""
+        self.write_time()
         before, expires = self.now(), bool(self.model.expires)
         self.runner.run(self.state.stop())
         self.acknowledged = self.revision
@@ -480,6 +486,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(moment=MOMENTS)
     def restart_without_checkpoint(self, moment: Moment) -> None:
         """Stop with a checkpoint that fails, which loses nothing, and start."""
+        self.write_time()
         self.flush()
         self.storage.fail("checkpoint", moment)
         self.runner.run(self.state.stop())
