@@ -221,9 +221,8 @@ def _slice(
             str(text, "utf-8")  # msgspec does not check a value that stays JSON
             content = decode(text)
         except NOT_JSON:
-            end = (
-                2 * tab.end() - start
-            )  # twice as much, so that all attempts together take about as long as the last two
+            # Twice as much, so that all attempts together take about as long as the last two.
+            end = 2 * tab.end() - start
         else:
             return (content, tab.end()) if content else None
     return None

@@ -240,11 +240,11 @@ class OwnerFlusher(Flusher, Generic[C]):
     def _run_once(
         self, body: Callable[[Calls], Coroutine[Any, Any, R]], prefix: str
     ) -> Generator[None, None, Executed[R]]:
+        yield from ()  # there is only one step, but `in_turn` takes a generator
         self._check_call()
         executed = self.engine.run(body, prefix)
         self.engine.own(executed)
         return executed
-        yield  # this makes it a generator
 
     def _check_call(self) -> None:
         self.check_loop()

@@ -8,7 +8,7 @@ import zlib
 
 from lab_state import _journal as journal
 from lab_state._clock import wall_now
-from lab_state._journal import SNAPSHOT_END, SNAPSHOT_END_BYTES
+from lab_state._journal import SNAPSHOT_END_BYTES
 from lab_state._log import Log
 from lab_state.exceptions import StorageError
 from lab_state.storage import _fs as fs
@@ -52,7 +52,7 @@ class KeptFiles:
             return
         if found is None or found in self._seen:
             return
-        if not (_is_snapshot(self._path) if found == known else _has_bytes(self._path, found.size, base)):
+        if not (_is_snapshot(self._path, found.size) if found == known else _has_bytes(self._path, found.size, base)):
             kept = _keep(self._path)
             _logger.error(
                 "%s was put there or changed by other code while the state was in use: it is kept as %s, and replaced by the present state",
@@ -67,19 +67,14 @@ class KeptFiles:
         self._seen.add(snapshot)
 
 
-def _is_snapshot(path: str) -> bool:
+def _is_snapshot(path: str, size: int) -> bool:
     """Return whether a file ends with the checksum of its bytes, as a snapshot does. Return False if it cannot be read."""
     try:
-        fd = _opened(path)
+        end = fs.read(path, start=max(0, size - SNAPSHOT_END_BYTES)) or b""
     except StorageError:
         return False
-    try:
-        with translated("reading", path):
-            size = os.fstat(fd).st_size - SNAPSHOT_END_BYTES
-            end = SNAPSHOT_END.fullmatch(os.pread(fd, SNAPSHOT_END_BYTES, max(0, size)))
-            return end is not None and int(end[1], 16) == _checksum(fd, size)
-    finally:
-        fs.close(fd)
+    base = journal.base_at_end(size, end)
+    return base is not None and _has_bytes(path, size, base)
 
 
 def _has_bytes(path: str, size: int, base: str) -> bool:
@@ -87,7 +82,8 @@ def _has_bytes(path: str, size: int, base: str) -> bool:
     if not base.startswith(f"{size}-"):
         return False
     try:
-        fd = _opened(path)
+        with translated("opening", path):
+            fd = fs.open_regular(path, os.O_RDONLY)
     except StorageError:
         return False
     try:
@@ -95,11 +91,6 @@ def _has_bytes(path: str, size: int, base: str) -> bool:
             return journal.base_of(size, _checksum(fd, size)) == base
     finally:
         fs.close(fd)
-
-
-def _opened(path: str) -> int:
-    with translated("opening", path):
-        return fs.open_regular(path, os.O_RDONLY)
 
 
 def _checksum(fd: int, size: int) -> int:

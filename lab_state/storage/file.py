@@ -10,9 +10,10 @@ The page `docs/design/disk.md` has the rules, with a reason for each. In short:
   makes three changes in one call that no commit interrupts: it appends a frame that names
   the new snapshot, renames the snapshot, and puts a new journal in place.
 * After a failed sync, nothing more is written to that journal file. The next commit creates
-  a new journal file, which starts with the whole state. The first commit after an unclean
-  end also creates such a file, because the frames that the start found may be only in the
-  page cache.
+  a new journal file, which starts with the whole state.
+* The frames that a start finds after an unclean end may be only in the page cache. So the
+  first commit creates a new journal file, with copies of these frames or with the whole
+  state.
 
 For each session, one worker makes all calls that use the present journal, one at a time. A call
 that has begun is completed, even if its caller is cancelled. These calls are methods of `Writer`. A

@@ -692,13 +692,18 @@ async def test_a_transaction_that_only_reads_asks_the_owner(process: Process, sh
     assert await read() == 2
 
 
-async def test_transact_runs_again_after_a_change_of_another_process(process: Process, shared: Shared) -> None:
-    """It does so even after a change that is not durable."""
+async def changing(process: Process, shared: Shared) -> tuple[World, asyncio.Task[Any]]:
+    """Let the owner change `n` from 1 to 2. The process has the old value until the storage resumes, which commits the change."""
     world, owner, _ = shared
     await owner.calls.set("n", 1)
     await process.calls.catch_up()
     world.storage.hang("commit")
-    change = await begun(owner.calls.incr("n"))
+    return world, await begun(owner.calls.incr("n"))
+
+
+async def test_transact_runs_again_after_a_change_of_another_process(process: Process, shared: Shared) -> None:
+    """It does so even after a change that is not durable."""
+    world, change = await changing(process, shared)
     seen: list[Any] = []
 
     def doubled(tx: Transaction) -> int:
@@ -811,11 +816,7 @@ async def test_a_transaction_that_lists_keys_is_refused(process: Process, shared
 
 async def test_a_function_that_raises_on_values_that_are_not_durable(process: Process, shared: Shared) -> None:
     """The function is called again on durable values, and only the error of that call is raised."""
-    world, owner, _ = shared
-    await owner.calls.set("n", 1)
-    await process.calls.catch_up()
-    world.storage.hang("commit")
-    change = await begun(owner.calls.incr("n"))
+    world, change = await changing(process, shared)
     seen: list[Any] = []
 
     def refusing(tx: Transaction) -> None:
@@ -835,11 +836,7 @@ async def test_a_function_that_raises_on_values_that_are_not_durable(process: Pr
 
 async def test_the_next_attempt_may_change_nothing(process: Process, shared: Shared) -> None:
     """Then it begins with the copy once more, so what it returns is durable."""
-    world, owner, _ = shared
-    await owner.calls.set("n", 1)
-    await process.calls.catch_up()
-    world.storage.hang("commit")
-    change = await begun(owner.calls.incr("n"))
+    world, change = await changing(process, shared)
     seen: list[Any] = []
 
     def unless_two(tx: Transaction) -> Any:
