@@ -43,9 +43,8 @@ class OwnerLayer(Layered):
         self.copy: State = copy
         self.on_applied: Applied | None = None
         self._middle = Layered(copy)
-        self._has_times = self._middle_has_times = (
-            False  # whether keys of these changes expire; no index is needed here
-        )
+        # Whether keys of these changes expire. An index is not needed here.
+        self._has_times = self._middle_has_times = False
         self._swept_at = 0  # the revision of the layer at the last sweep
         super().__init__(self._middle)
         self.skip_to(copy.revision)
