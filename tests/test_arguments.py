@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from lab_state import (
     Transaction,
     read_state,
 )
-from lab_state._arguments import RESERVED, check_key, check_keys
+from lab_state._arguments import LONGEST_TTL, RESERVED, check_history, check_key, check_keys
 from lab_state.testing import ManualClock
 
 BEFORE = {"a": 1, "n/a": 1}
@@ -273,3 +274,35 @@ def test_several_keys_are_checked_as_each_of_them(keys: list[str]) -> None:
 
     expected = next((told for key in keys if (told := outcome(partial(check_key, key))) != "valid"), "valid")
     assert outcome(partial(check_keys, keys)) == outcome(partial(check_keys, dict.fromkeys(keys))) == expected
+
+
+@pytest.mark.parametrize(
+    ("history", "length"),
+    [
+        (None, None),
+        (0.0001, 1),
+        (1, 1000),
+        (1.5, 1500),
+        (timedelta(days=7), 604_800_000),
+        (LONGEST_TTL, LONGEST_TTL * 1000),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2**40, None])
+def test_a_history(history: Any, length: int | None, size: int | None) -> None:
+    """The length of a history is given in seconds or as a `timedelta`. Its size has a limit, or none."""
+    assert check_history(history, size) == length
+
+
+@pytest.mark.parametrize(
+    ("history", "size", "error"),
+    [
+        *((history, 1, TypeError) for history in ("7", True, [7])),
+        *((history, 1, ValueError) for history in (0, -1, math.nan, math.inf, timedelta(0), LONGEST_TTL + 1)),
+        *((1, size, TypeError) for size in ("1", 1.0, True)),
+        *((None, size, ValueError) for size in (0, -1)),
+    ],
+)
+def test_a_bad_history(history: Any, size: Any, error: type[Exception]) -> None:
+    """A history of a wrong type, or out of bounds, is refused, and the message names the argument."""
+    with pytest.raises(error, match="history"):
+        check_history(history, size)
