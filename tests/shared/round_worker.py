@@ -47,6 +47,9 @@ TEXT = "t/text"
 
 DIGITS = 31
 
+_AFTER_ERROR = 0.002
+"""The pause after a call that was refused, in seconds."""
+
 
 class FailedOnPurpose(Exception):  # noqa: N818 -- it is no error
     """The function of the kind `raise` has failed."""
@@ -133,7 +136,11 @@ class Worker:
             kind: Any = rng.choices(kinds, weights)[0]
             if kind == "mismatch" and TEXT not in self.state:
                 continue
-            await self.make(kind, rng)
+            is_refused = await self.make(kind, rng)
+            if is_refused:
+                # A broken state refuses each call without a switch to another task. Without this pause, no other task
+                # would run, and the history would grow until the test times out.
+                await self._pause(_AFTER_ERROR)
             if self.life.pause:
                 await self._pause(rng.expovariate(1 / self.life.pause))
 
@@ -165,8 +172,8 @@ class Worker:
 
     # Calls
 
-    async def make(self, kind: Kind, rng: random.Random) -> None:
-        """Make one call, and write down when it begins and how it ends."""
+    async def make(self, kind: Kind, rng: random.Random) -> bool:
+        """Make one call, and write down when it begins and how it ends. Return whether the state refused it."""
         self._calls += 1
         began = self._planned(kind, f"{self.life.name}-{self._calls}", rng)
         revisions = note_call()
@@ -174,16 +181,17 @@ class Worker:
         outcome: Outcome = "ok"
         result: Any = None
         text = ""
+        failure: Exception | None = None
         try:
             result = await self._make(began)
         except ConflictError as error:
             outcome, text = "not made", repr(error)
         except ClosedError as error:
-            outcome, text = "not made", repr(error)
+            outcome, text, failure = "not made", repr(error), error
         except (TypeMismatchError, FailedOnPurpose) as error:
             outcome, text = "raised", repr(error)
         except StorageError as error:
-            told = getattr(error, "outcome", None)
+            told, failure = getattr(error, "outcome", None), error
             outcome, text = ("not made" if told == "not made" else "unknown"), f"{error!r} {told}"
         at = time.monotonic_ns()
         self.history.add(
@@ -192,6 +200,7 @@ class Worker:
                 revisions[-1] if revisions and outcome == "ok" else None, text,
             )
         )  # fmt: skip
+        return isinstance(failure, (ClosedError, StorageError))
 
     def _planned(self, kind: Kind, call: str, rng: random.Random) -> Began:
         digit, wanted = -1, 0
