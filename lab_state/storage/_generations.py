@@ -1,0 +1,325 @@
+"""The history of a state: the names of its files on disk, its generations, and the generation that has a moment. Pure and synchronous.
+
+`<name>.history/` has links to the files that earlier checkpoints replaced. Their names are::
+
+    <first revision, 20 digits>-<wall>-<base>.json               a snapshot
+    <first revision, 20 digits>-<wall>-<salt>-<base>.journal     a journal
+
+`base` is the name of the snapshot by its bytes; see `_journal.base_of`. In the name of a journal, it is the base in its
+header: `none` without a snapshot, and `full` for a journal that starts with the whole state. The first revision is that of the
+snapshot, or of the whole state; with `none` it is 0. `wall` is the recorded time: that of the snapshot, or of the header.
+
+So the names alone show which files form a generation. The last revision is in no name, because a file that was
+linked early still grows.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import msgspec
+
+from lab_state._journal import ANY_BASE, NO_BASE
+from lab_state._not_json import NOT_JSON
+
+_FULL = "full"
+_BASE = r"\d{1,15}-[0-9a-f]{8}"
+_SALT = re.compile(r"[0-9a-f]{16}")
+_NAME = re.compile(
+    rf"(?P<first>\d{{20}})-(?P<wall>\d{{1,20}})-(?:(?P<snapshot>{_BASE})\.json|(?P<salt>[0-9a-f]{{16}})-(?P<base>{_BASE}|none|full)\.journal)",
+    re.ASCII,
+)
+_MEMBER = b'"$lab_state":'
+
+
+class HistoryFile(NamedTuple):
+    """A file of the history, as its name tells it.
+
+    Attributes:
+        first: The revision of the state at the start of the file.
+        wall: The recorded time, in milliseconds since 1970; 0 if it is not recorded.
+        base: The snapshot: this one, or the one that this journal follows. As in a header, it may be `NO_BASE` or `ANY_BASE`.
+        salt: The salt of a journal, or its substitute; empty for a snapshot.
+    """
+
+    first: int
+    wall: int
+    base: str
+    salt: str = ""
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether this is a snapshot, and not a journal."""
+        return not self.salt
+
+
+def snapshot_file(first: int, wall: int, base: str) -> HistoryFile:
+    """Return the description of a snapshot. For the arguments, see `HistoryFile`."""
+    return HistoryFile(first, max(0, wall), base)
+
+
+def journal_file(first: int, wall: int, base: str, salt: str) -> HistoryFile:
+    """Return the description of a journal. For the arguments, see `HistoryFile`.
+
+    A salt that lab_state has not made may be unsafe as a part of a file name. Then its checksum takes its place.
+    """
+    return HistoryFile(
+        first, max(0, wall), base, salt if _SALT.fullmatch(salt) else f"{zlib.crc32(salt.encode()):016x}"
+    )
+
+
+def format_name(file: HistoryFile) -> str:
+    """Return the name of a file in the directory of the history."""
+    start = f"{file.first:020d}-{file.wall}-"
+    if file.is_snapshot:
+        return f"{start}{file.base}.json"
+    return f"{start}{file.salt}-{_FULL if file.base == ANY_BASE else file.base}.journal"
+
+
+def parse_name(name: str) -> HistoryFile | None:
+    """Return the file that has this name. Return `None` for a name that `format_name` does not make, as of a foreign file."""
+    if (found := _NAME.fullmatch(name)) is None:
+        return None
+    first, wall = int(found["first"]), int(found["wall"])
+    if found["snapshot"]:
+        file = HistoryFile(first, wall, found["snapshot"])
+    else:
+        base = found["base"]
+        file = HistoryFile(first, wall, ANY_BASE if base == _FULL else base, found["salt"])
+    return file if format_name(file) == name else None  # a number may have zeros before it
+
+
+class StoredGeneration(NamedTuple):
+    """The files of one generation.
+
+    Attributes:
+        snapshot: The snapshot; `None` if the journal needs none.
+        journals: The journals that follow the snapshot, the oldest first. Usually there is one. If there are several, each of
+            them begins with copies of the records of the one before, and the longest one has all records.
+    """
+
+    snapshot: HistoryFile | None
+    journals: tuple[HistoryFile, ...] = ()
+
+    @property
+    def first(self) -> int:
+        """The first revision."""
+        return self.files[0].first
+
+    @property
+    def wall(self) -> int:
+        """The recorded time of the first revision, in milliseconds since 1970."""
+        return self.files[0].wall
+
+    @property
+    def files(self) -> tuple[HistoryFile, ...]:
+        """All files. A reader needs the first one."""
+        return self.journals if self.snapshot is None else (self.snapshot, *self.journals)
+
+
+class Grouped(NamedTuple):
+    """The files of a history, in generations.
+
+    Attributes:
+        generations: The generations, the oldest first.
+        orphans: Journals whose snapshot is missing. They cannot be read.
+    """
+
+    generations: list[StoredGeneration]
+    orphans: list[HistoryFile]
+
+
+def grouped(files: Iterable[HistoryFile]) -> Grouped:
+    """Group the files of a history into generations: a snapshot with its journals, or one journal that needs no snapshot."""
+    snapshots: dict[str, HistoryFile] = {}
+    journals: dict[str, list[HistoryFile]] = {}
+    generations: list[StoredGeneration] = []
+    for file in sorted(files):
+        if file.is_snapshot:
+            snapshots[file.base] = file
+        elif file.base in (NO_BASE, ANY_BASE):
+            generations.append(StoredGeneration(None, (file,)))
+        else:
+            journals.setdefault(file.base, []).append(file)
+    for base, snapshot in snapshots.items():
+        generations.append(StoredGeneration(snapshot, tuple(journals.pop(base, ()))))
+    orphans = [file for left in journals.values() for file in left]
+    return Grouped(sorted(generations, key=lambda one: one.files[0]), orphans)
+
+
+# The revisions and times in the bytes of snapshots and records
+
+
+class Moment(NamedTuple):
+    """A revision, and the recorded time in milliseconds since 1970; 0 if it is not recorded."""
+
+    revision: int
+    wall: int
+
+
+class _Member(msgspec.Struct, frozen=True):
+    """The reserved member of a snapshot. Other members of it are ignored."""
+
+    format: int
+    revision: int
+    id: str
+    crc32: str | None = None
+    wall: int = 0
+
+
+class _Record(msgspec.Struct, frozen=True, rename={"start": "from", "end": "to"}):
+    """The revisions and the time of a record. Its keys and values are ignored."""
+
+    start: int
+    end: int
+    wall: int = 0
+
+
+_decode_member = msgspec.json.Decoder(_Member).decode
+_decode_record = msgspec.json.Decoder(_Record).decode
+
+
+def moment_of_snapshot(end: bytes) -> Moment | None:
+    """Return the revision and the time of a snapshot, from its last bytes, or from all of them.
+
+    Return `None` if these bytes do not have the whole reserved member. Then pass more of them. If they are the whole
+    snapshot, another program or a person wrote it, and it is loaded as revision 0.
+    The member is not checked against the checksum of the snapshot.
+    """
+    at = len(end)
+    if not end.endswith(b"}"):
+        end = end.rstrip()
+    while (at := end.rfind(_MEMBER, 0, at)) >= 0:
+        # The results of calls, after the name of the member, may contain a value with the same text. Only the member itself
+        # ends just before the last brace.
+        if (found := _member(end[at + len(_MEMBER) : -1])) is not None:
+            # A person who edits a snapshot deletes its checksum, and the edit is the next revision; see `_codec.check_member`.
+            return Moment(found.revision + (found.crc32 is None), found.wall)
+    return None
+
+
+def _member(data: bytes) -> _Member | None:
+    try:
+        return _decode_member(data)
+    except NOT_JSON:
+        return None
+
+
+def moment_of_record(record: bytes) -> Moment | None:
+    """Return the last revision of a record, and its time. Return `None` if it is not a record."""
+    try:
+        found = _decode_record(record)
+    except NOT_JSON:
+        return None
+    return Moment(found.end, found.wall)
+
+
+# Holes, and the generation of a moment
+
+
+class Span(NamedTuple):
+    """The moments of a generation.
+
+    Attributes:
+        first: The first moment.
+        last: The last moment.
+    """
+
+    first: Moment
+    last: Moment
+
+    def has_begun(self, wall: int) -> bool:
+        """Return whether a moment of the generation is not after this time, as far as its first and its last moment show."""
+        return min(self.first.wall, self.last.wall) <= wall
+
+
+def holes(spans: Sequence[Span]) -> list[bool]:
+    """Return for each generation whether a hole is before it: revisions that no generation has. The oldest is first.
+
+    A generation may begin with the revision after the last one before it. Then no revision is missing.
+    """
+    found: list[bool] = []
+    reached: int | None = None
+    for span in spans:
+        found.append(reached is not None and span.first.revision > reached + 1)
+        reached = span.last.revision if reached is None else max(reached, span.last.revision)
+    return found
+
+
+def find_revision(spans: Sequence[Span], revision: int) -> int:
+    """Return the number of the generation that has a revision. If several have it, return the newest one.
+
+    Args:
+        spans: The generations, the oldest first. There is at least one.
+        revision: The revision.
+
+    Raises:
+        ValueError: No generation has the revision. The message names the window, or the neighbours of the hole.
+    """
+    for number in range(len(spans) - 1, -1, -1):
+        if spans[number].first.revision <= revision <= spans[number].last.revision:
+            return number
+    before = [span.last for span in spans if span.last.revision < revision]
+    after = [span.first for span in spans if span.first.revision > revision]
+    if not before or not after:
+        raise ValueError(f"revision {revision} is outside of the window: {window(spans)}")
+    raise ValueError(f"revision {revision} is in a hole of the history: {_neighbours(max(before), min(after))}")
+
+
+def find_time(spans: Sequence[Span], wall: int) -> int:
+    """Return the number of the generation with the newest record that is not after a time.
+
+    The clock of the writer may have been set back. So a generation is chosen by the times of its first and its last moment.
+
+    Args:
+        spans: The generations, the oldest first. There is at least one.
+        wall: The time, in milliseconds since 1970.
+
+    Raises:
+        ValueError: The time is before all generations, or in a hole. The message names the window, or the neighbours of the hole.
+    """
+    for number in range(len(spans) - 1, -1, -1):
+        span = spans[number]
+        if not span.has_begun(wall) or _is_covered(span, spans[:number]):
+            continue
+        behind = spans[number + 1 :]
+        if behind and wall > max(span.first.wall, span.last.wall) and holes(spans)[number + 1]:
+            raise ValueError(f"{text_of(wall)} is in a hole of the history: {_neighbours(span.last, behind[0].first)}")
+        return number
+    raise ValueError(f"{text_of(wall)} is outside of the window: {window(spans)}")
+
+
+def _is_covered(span: Span, before: Sequence[Span]) -> bool:
+    """Return whether an older generation has later records, and this one has no records at all.
+
+    A crash between the two renames of a checkpoint leaves such a generation: its snapshot was never followed by a journal.
+    """
+    first, last = span.first.revision, span.last.revision
+    return first == last and any(one.first.revision <= first and last < one.last.revision for one in before)
+
+
+def window(spans: Sequence[Span]) -> str:
+    """Return the window of a history, for a message: its first and its last moment."""
+    oldest, newest = min(span.first for span in spans), max(span.last for span in spans)
+    return f"the history has the revisions {described(oldest)} to {described(newest)}"
+
+
+def _neighbours(before: Moment, after: Moment) -> str:
+    return f"revision {described(before)} is the last one before it, and revision {described(after)} the first one after it"
+
+
+def described(moment: Moment) -> str:
+    """Return a revision with its time, for a message."""
+    return f"{moment.revision} ({text_of(moment.wall)})" if moment.wall else str(moment.revision)
+
+
+def text_of(wall: int) -> str:
+    """Return a time in milliseconds since 1970 as ISO 8601 in UTC; as a number if the calendar does not have it."""
+    try:
+        return datetime.fromtimestamp(wall / 1000, UTC).isoformat(timespec="milliseconds")
+    except (OverflowError, ValueError, OSError):
+        return f"the time {wall} ms"
