@@ -1,21 +1,23 @@
-"""The times at which keys expire, and the index that finds keys that are due. Pure and synchronous.
+"""The expiry of keys, and the index that finds keys that are due. Pure and synchronous.
 
-A key is due when its time has come. A value that expires is stored together with its time, as an
-`Expiring`. So a view of the entries contains the times, and a read needs no index. The index
-`Expiries` finds the keys that are due. It has a bucket of keys for each second. A sweep looks only
-at the buckets since the last sweep. If all keys of a bucket are due, they are counted without looking at each key.
+The expiry of a key is a time, in milliseconds since 1970. A key is due from this time on. A value that expires
+is stored together with its expiry, as an `Expiring`. So a view of the entries contains each expiry, and a
+read needs no index. The index `Expiries` finds the keys that are due. It has a bucket of keys for each
+second. A sweep examines only the buckets of the seconds since the last sweep. If all keys of a bucket are
+due, the size of the bucket is their number.
 
-While there is a watch, a key must be found at its exact time, not at the end of its second.
+While there is a watch, a key must be found exactly at its expiry, not at the end of that second.
 For this, the keys of the next few seconds are in a heap, too. If a key is deleted or gets another
-time, the old item stays in the heap. It is skipped when its time comes.
+expiry, its old item stays in the heap. The item is skipped when its time comes.
 
-A change of many keys does not change the index in one step. It adds two separate indexes: one has the times
-that are no longer valid, and one has the new times (`replace`). The counts consider both of these indexes.
-`merge_replaced` moves their keys into the main index in steps.
+A change of many keys does not change the index in one step. It adds two separate indexes (`replace`): one has
+the keys with their old expiries, and one has the keys with their new expiries. The counts consider both of
+these indexes. `merge_replaced` moves their keys into the main index in steps.
 
-The time here is the time of the state (`State.now`). A start takes it from the wall clock, and from the
-recorded time if a key expires (`resumed`). After that it counts the seconds that pass. If the wall clock
-is set while the manager runs, no key expires earlier or later before the next start.
+A key is due by the time of the state (`State.now`), not by the wall clock. At a start, the time of the
+state is the time of the wall clock. If any key expires, it is calculated from the recorded time (`resumed`).
+After that, the time of the state counts the seconds that pass. So if the wall clock is set while the manager
+runs, this changes no expiry before the next start.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ _LEFT_BEHIND = 4
 def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
     """Return the time of a loaded state, and the seconds by which the wall clock is behind the recorded times.
 
-    The time of the state is `time`, plus the time by which the wall clock is now past both `time` and
-    `wall`. If the wall clock was set back since the write, keys live longer. If it was set forward, keys
-    expire earlier.
+    The time of the state is `time`, plus the seconds that have passed since the write. These are counted by
+    the wall clock, from the later one of `time` and `wall`. If the wall clock was set back since the write,
+    keys live longer. If it was set forward, keys expire earlier.
 
     Args:
         time: The time of the state at the write, in milliseconds since 1970.
@@ -52,11 +54,11 @@ def resumed(time: int, wall: int, now: float) -> tuple[float, float]:
 
 
 class Bucket(dict[str, int]):
-    """Keys that expire in the same second, with their times in milliseconds. Keys with earlier times may be among them.
+    """Keys that expire in the same second, with the expiry of each in milliseconds. Some keys may have an earlier expiry.
 
     Attributes:
-        first: A lower bound of the times, in milliseconds.
-        last: An upper bound of the times, in milliseconds.
+        first: A lower bound of the expiries, in milliseconds.
+        last: An upper bound of the expiries, in milliseconds.
     """
 
     __slots__ = ("first", "last")
@@ -90,18 +92,18 @@ class Expiries:
     )
 
     def __init__(self, now: int) -> None:
-        """Make an empty index. A key that is added with a time before `now` is due at the next sweep.
+        """Make an empty index. A key that is added with an expiry before `now` is due at the next sweep.
 
         `now` is in milliseconds since 1970.
         """
-        self._second: dict[str, int] = {}  # the second of each key: the key of its bucket
+        self._second: dict[str, int] = {}  # the second in which each key expires; `_buckets` has the bucket of a second
         self._buckets: dict[int, Bucket] = {}
         self._next = now // 1000  # all keys of the seconds before this one were swept
         self._heap: list[tuple[int, str]] | None = None
         self._heaped = -1  # the heap has the keys of all seconds before this one
         self._loading: tuple[Bucket, list[str]] | None = None  # a bucket, and its keys that are not in the heap yet
-        self._stale: Expiries | None = None  # keys of this index whose time no longer counts
-        self._fresh: Expiries | None = None  # keys whose time is not in this index yet
+        self._stale: Expiries | None = None  # keys of this index whose expiry is no longer valid
+        self._fresh: Expiries | None = None  # keys whose new expiry is not in this index yet
         self.on_first: Callable[[], object] | None = None
         self.on_nearer: Callable[[], object] | None = None
 
@@ -112,11 +114,11 @@ class Expiries:
         return key in self._second or (self._fresh is not None and key in self._fresh)
 
     def time_of(self, key: str) -> int:
-        """Return the time of a key that is in the index, in milliseconds. No times of `replace` may be left to merge."""
+        """Return the expiry of a key that is in the index, in milliseconds. All keys of `replace` must be merged."""
         return self._buckets[self._second[key]][key]
 
     def add(self, key: str, at: int) -> None:
-        """Add a key with its time, in milliseconds since 1970. If the index has the key, replace its time."""
+        """Add a key with its expiry, in milliseconds since 1970. If the index has the key, replace its expiry."""
         is_first = not self
         self.discard(key)
         self._put(key, at)
@@ -162,11 +164,11 @@ class Expiries:
     # Changes of many keys
 
     def replace(self, stale: Expiries, fresh: Expiries) -> None:
-        """Replace the times of many keys. `merge_replaced` must have returned False since the last call.
+        """Replace the expiries of many keys. All keys of an earlier call must be merged.
 
         Args:
-            stale: Keys of this index whose time no longer counts, with that time.
-            fresh: Keys that get a time. If one of them is in this index, it is in `stale`, too.
+            stale: Keys of this index whose expiry is no longer valid, with that expiry.
+            fresh: Keys that get an expiry. If one of them is in this index, it is in `stale`, too.
         """
         is_first = not self
         self._stale, self._fresh = stale, fresh
@@ -174,7 +176,7 @@ class Expiries:
             self.on_first()
 
     def merge_replaced(self, most: int) -> bool:
-        """Move the times of up to `most` keys of `replace` into this index. Return whether there may be more."""
+        """Merge up to `most` keys of `replace` into this index. Return False if all keys are merged."""
         stale, fresh = self._stale, self._fresh
         if stale is None or fresh is None:
             return False
@@ -185,7 +187,7 @@ class Expiries:
                     self._remove(key)
                     stale.discard(key)
                     self._put(key, at)
-                except BaseException:  # without the time, the key would never be swept
+                except BaseException:  # without an expiry, the key would never be swept
                     fresh.add(key, at)
                     raise
             elif stale:
@@ -196,7 +198,7 @@ class Expiries:
         return True
 
     def popped(self) -> tuple[str, int]:
-        """Remove one of the keys, and return it with its time. The index must have a key, and no times of `replace`."""
+        """Remove one of the keys, and return it with its expiry. The index must have a key. All keys of `replace` must be merged."""
         key, second = self._second.popitem()
         bucket = self._buckets[second]
         at = bucket.pop(key)
@@ -205,7 +207,7 @@ class Expiries:
         return key, at
 
     def attend(self, *, wanted: bool) -> None:
-        """Start or stop the use of the heap, which finds keys at their exact time. `load` fills the heap."""
+        """Start or stop the use of the heap, which finds keys exactly at their expiry. `load` fills the heap."""
         self._heap = [] if wanted else None
         self._heaped, self._loading = -1, None
 
@@ -234,7 +236,7 @@ class Expiries:
         return False
 
     def nearest(self) -> int | None:
-        """Return the first time in the heap, in milliseconds. The key with this time may have been removed already."""
+        """Return the first expiry in the heap, in milliseconds. The key may have been removed already, or may have a new expiry."""
         return self._heap[0][0] if self._heap else None
 
     def _put_in_heap(self, at: int, key: str) -> None:
@@ -256,7 +258,7 @@ class Expiries:
         return total
 
     def due_keys(self, now: int) -> list[str]:
-        """Return the keys that are due, in no particular order. Only keys of the buckets up to this second are examined."""
+        """Return the keys that are due, in no particular order. Only the buckets up to the second of `now` are examined."""
         found = [key for bucket in self.passed(now) for key, at in bucket.items() if at <= now]
         if self._stale is not None and self._fresh is not None:
             stale = self._stale
@@ -276,7 +278,7 @@ class Expiries:
     def advance(self, now: int) -> None:
         """Let later searches begin at the first past second with a key, or at the present second.
 
-        `take` does this, too. Without both, a search would look at all past seconds.
+        `take` does this, too. If neither were called, each search would examine all past seconds.
         """
         present = now // 1000
         seconds = self._passed_seconds(present * 1000 - 1)
@@ -315,7 +317,7 @@ class Expiries:
         return list(found)
 
     def _find_near(self, heap: list[tuple[int, str]], now: int, most: int, found: dict[str, None]) -> None:
-        """Add keys of the heap that are due, up to `most` keys in all. Drop items whose time no longer counts."""
+        """Add keys of the heap that are due, up to `most` keys in all. Drop items whose expiry is no longer valid."""
         looks, held = most * _LEFT_BEHIND, list[tuple[int, str]]()
         while heap and heap[0][0] <= now and len(found) < most and looks:
             looks -= 1

@@ -25,9 +25,11 @@ R = TypeVar("R")
 
 
 class Draft(Layered):
-    """A state on top of another state, its base. No other writer changes the base while the draft exists.
+    """A state on top of another state, its base.
 
-    `revision` is the revision that the base will have after `merge`, if the draft has changes.
+    No other writer changes the base while the draft exists. The subclass `OptimisticDraft` allows such changes.
+
+    `revision` is the revision that the base will have after `merge`, if `merge` changes the base.
     """
 
     __slots__ = ("_only_values",)
@@ -39,7 +41,7 @@ class Draft(Layered):
         self.revision = base.revision + 1
 
     def view(self) -> UndoView[Stored]:
-        """Open a view of the draft; see `State.view`. The view has a copy of the changes, so `set` need not call `before_overwrite`."""
+        """Open a view of the draft; see `State.view`. The view has a copy of the changes, so `Transaction.set` need not call `before_overwrite`."""
         assert isinstance(self.entries, LayeredEntries)
         view = UndoView[Stored](None, LayeredEntries(self.entries.base, dict(self.changes)))
         self.views.append(ref(view))
@@ -79,13 +81,14 @@ class DraftCore(CallCore):
 
     Attributes:
         changes: The changes of the draft. After the transaction, an empty dict.
-        known: The keys of the state, which were all checked before. After the transaction, it is empty.
+        known: The keys of the state. They are all valid, so they are not checked again. Empty after the transaction.
         committed: The revision of the state at the end of `conclude`; `None` before that.
     """
 
     __slots__ = ("_core", "_is_over", "changes", "committed", "known")
 
-    state: State  # of the base class, and assigned here as well: see `lab_state._state.State`
+    # The base class declares this attribute, too. `pyright --verifytypes` needs a declaration in each class that assigns it.
+    state: State
 
     def __init__(self, core: Core) -> None:
         super().__init__(core.name, core.state, core.counters)
@@ -160,10 +163,11 @@ class DraftCore(CallCore):
         return batch.switch()
 
     def _check_turn(self) -> None:
-        """Check that the manager was not stopped since the beginning of the transaction.
+        """Check that the manager has not been stopped since the beginning of the transaction.
 
         Raises:
             ClosedError: The manager was stopped. Nothing was changed.
+            UnsupportedError: This process is a forked child.
         """
         if self._core.transaction is not self:
             self._core.check_process()
@@ -181,15 +185,15 @@ class DraftCore(CallCore):
 
 @final
 class Transaction(Plain):
-    """A transaction: changes that are not in the state yet, and the calls that make and read them, without `await`.
+    """An open transaction. Its calls need no `await`. The state gets its changes when the block ends.
 
     Each call has the guarantees and errors of the manager's call of the same name. It sees the
     changes made in the transaction so far, and never waits. `set` and `set_many` return `None`,
     because the revision is not known before the end of the block; see `revision`.
 
-    Each call takes one step, even if it returns many keys: `get_all` of a million keys takes a second or
-    more. A call that needs an order looks at each change of the transaction as well. Like a call of the
-    manager, it may have to sort all keys of the state first; see `Manager.keys`.
+    The event loop does not run during a call, even if the call returns many keys: `get_all` of a million
+    keys takes a second or more. The cost of a call that returns keys in order also grows with the number
+    of changes in the transaction. Such a call may have to sort all keys of the state first; see `Manager.keys`.
 
     Raises:
         RuntimeError: Each call raises it when the transaction is over.
@@ -233,7 +237,7 @@ class Transaction(Plain):
         except InvalidValueError:
             core.counters.set_errors += 1
             raise
-        full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `Transaction` and its calls are one object in two parts
+        full = self._prefix + key if key.__class__ is str else self._calls._full(key)  # noqa: SLF001 -- `Transaction` is the only user of these calls
         changes = core.changes
         if full not in changes and full not in core.known:
             self._calls._before_first_change(full)  # noqa: SLF001 -- likewise
@@ -253,7 +257,7 @@ class Transaction(Plain):
         return f"<Transaction {prefix}{self._core.name!r}, {'open' if self._core.is_held else 'over'}>"
 
     def __len__(self) -> int:
-        """Return the number of keys, with the changes made so far. This looks at each of these changes."""
+        """Return the number of keys, with the changes made so far. The cost grows with the number of these changes."""
         return len(self._calls)
 
     def __contains__(self, key: object) -> bool:

@@ -132,8 +132,8 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[Request], Awa
     `app.add_api_route("/health", health())`.
 
     The endpoint answers 200 if every manager runs and can write, every change that is older than
-    `max_unflushed_age` is durable, and every reader is up. Otherwise it answers 503, also if
-    the lifespan did not run. The body is JSON with the status of each manager and reader. It has no
+    `max_unflushed_age` is durable, and every reader is up. In all other cases, it answers 503. It also
+    answers 503 if the lifespan did not run. The body is JSON with the status of each manager and reader. It has no
     keys and no values, but error messages in it may have file paths. So do not expose the endpoint
     to the internet.
 
@@ -164,8 +164,8 @@ def errors(app: Starlette, *, retry_after: int = 1) -> None:
     traceback and without a value. The level is WARNING for 503 and DEBUG for 422.
 
     A WebSocket is closed with code 1013 (try again later) in place of 503, and with code 1008 in
-    place of 422. A response that has begun cannot be changed. Then Starlette raises a
-    `RuntimeError`. Mounted applications have their own error handlers: call this function for each
+    place of 422. A response that has begun cannot be changed. If an error occurs after that, Starlette
+    raises a `RuntimeError`. Mounted applications have their own error handlers: call this function for each
     of them.
 
     If the application later adds a handler for one of these errors or for a subclass, that handler
@@ -203,13 +203,13 @@ class ReadYourWrites:
 
     The middleware finds the shared states in the lifespan of the application. States that are not shared need no wait.
 
-    * A response has a revision if its request has made a writing call to a shared state before the response began. The
+    * A response has a revision if the endpoint has made a writing call to a shared state before the response began. The
       method of the request does not matter. The response to a request that only reads has neither header nor cookie, so that
       caches treat it as before.
     * The revision of the state `visits` is sent as the cookie `lab_state-visits`, for ten minutes, and in the header
-      `Lab-State-Revision: visits=42`. With each request, a client without cookies sends the last such header that it got.
-    * A client may send any revision. For each state, a request waits for one answer of the owner at most. If the worker does
-      not have the revision then, it is not a revision of this state, and the request goes on.
+      `Lab-State-Revision: visits=42`. A client without cookies must send the last header that it got with each request.
+    * A client may send any number. For each state, a request waits for at most one answer of the owner. If the worker does
+      not have the revision after this answer, the number is not a revision of this state. Then the request does not wait longer.
     * If there is no owner, the request waits for an owner, as a write does. After `Config.owner_timeout` seconds, it is
       answered with 503.
     * WebSockets do not wait.
@@ -282,7 +282,7 @@ def sse(
     begins to stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its
     connections. To notice the signal, the first stream installs a signal handler, which stays until the
     lifespan ends. This handler ends the streams, and then calls the server's handler. A server outside the main thread
-    receives no signal. In that case, its stop ends the streams only at the end of the lifespan. A client that
+    receives no signal. The streams of such a server end only at the end of the lifespan. A client that
     reads nothing delays the end of the server. Limit that delay, for example with uvicorn's
     `--timeout-graceful-shutdown`.
 
@@ -291,8 +291,8 @@ def sse(
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that takes a change and returns the data to send. msgspec must be
-            able to encode the data as JSON. The function is called for a `resync` too. Without
-            it, the change itself is sent.
+            able to encode the data as JSON. The function is called for a `resync` too. By default,
+            the change itself is sent.
         heartbeat: The number of seconds without a change after which a comment is sent. It keeps
             proxies from closing the connection, and shows whether the client is still there.
         retry: The number of seconds after which a browser connects again.
@@ -340,8 +340,8 @@ async def push(websocket: WebSocket, watch: Watch, *, data: Data | None = None) 
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that takes a change and returns the data to send. msgspec must be
-            able to encode the data as JSON. The function is called for a `resync` too. Without
-            it, the change itself is sent.
+            able to encode the data as JSON. The function is called for a `resync` too. By default,
+            the change itself is sent.
 
     Raises:
         LookupError: The lifespan did not run.

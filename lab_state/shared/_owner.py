@@ -1,6 +1,6 @@
 """The owner of a shared state: the commits, the connections of the followers, sweeps and the mirror.
 
-`Owner` is the `OwnerSide` of the server, and the `Listener` of the flusher.
+`Owner` implements the protocol `OwnerSide` for the server, and the protocol `Listener` for the flusher.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lab_state.storage._protocol import SharedSession
 from lab_state.storage.file import FileStorage
 
 TICK = 1.0
-"""The seconds between two looks at the socket file and at clients without a connection."""
+"""The seconds between two checks of the socket file and of the clients without a connection."""
 
 
 class Surroundings(NamedTuple):
@@ -63,13 +63,13 @@ class Owner:
     """The role of the owner, from the claim of a state to its release.
 
     Attributes:
-        server: The connections.
-        flusher: The flusher; `None` until the state was loaded.
-        is_settled: Whether all loaded changes are durable, and shown. Before that, processes that connect wait.
+        server: The server, which has the connections to the followers.
+        flusher: The flusher; `None` until the state is loaded.
+        is_settled: Whether all loaded changes are durable, and in the copy. Before that, processes that connect wait.
     """
 
     def __init__(self, copy: SharedCopy, config: Config, claim: Claim, around: Surroundings) -> None:
-        """Begin with a state that was claimed and not loaded. Each process that connects gets the answer `Starting`."""
+        """Begin with a state that is claimed, but not loaded yet. Each process that connects gets the answer `Starting`."""
         self.server: Server = Server(self, clock=around.clock, log=around.logger)
         self.flusher: OwnerFlusher[Connection] | None = None
         self.is_settled: bool = False
@@ -98,7 +98,7 @@ class Owner:
         self._timer = self._clock.call_later(TICK, self._tick)
 
     def own(self, session: SharedSession, mirror: MirrorWriter | None, sweep_now: int) -> OwnerFlusher[Connection]:
-        """Start the tasks of the owner on the copy, which has the loaded state. If this raises an error, none of them runs.
+        """Start the tasks of the owner. The copy has the loaded state. If this raises an error, no task runs.
 
         Args:
             session: The session of the storage.
@@ -138,21 +138,21 @@ class Owner:
         return flusher
 
     def _committed(self, mirror: MirrorWriter | None, taken: ChangeSet) -> bool:
-        """Report a commit to this process and to the mirror. Return whether the mirror may keep the changes."""
+        """Report a commit to this process and to the mirror. Return whether the mirror may still read `taken` later."""
         try:
             self._copy.changed(taken)
         finally:
             if mirror is not None:
                 mirror.committed(taken)
-            assert self._sweeper is not None  # `own` has made the sweeper
+            assert self._sweeper is not None  # `own` has created the sweeper
             self._sweeper.resume()
         return mirror is not None
 
     async def begin_stop(self, deadline: float) -> None:
-        """Begin a planned end: accept no connection, and apply no further call of a client.
+        """Begin the stop of the owner: accept no further connection, and apply no further call of a client.
 
-        First wait for the end of a checkpoint that is under way, at most until the deadline. Otherwise the calls of the followers would
-        wait for it. The deadline is in seconds of the clock.
+        First wait until the checkpoint under way has ended, if there is one. This wait ends at the deadline, which is in seconds of the
+        clock. During this wait, calls are still applied. Otherwise the followers would have to wait for the checkpoint.
         """
         assert self.flusher is not None
         if (checkpoint := self.flusher.checkpoints.task) is not None:
@@ -166,9 +166,9 @@ class Owner:
         await self._claim.release()
 
     def watched(self) -> None:
-        """Delete keys at the time when they expire as long as this process or a follower has a watch."""
+        """Start or stop to delete keys exactly at their expiry. This is done while this process or a follower has a watch."""
         is_watched = bool(self._copy.watchers) or self.server.is_watched
-        assert self._sweeper is not None  # `own` has made it
+        assert self._sweeper is not None  # `own` has created it
         if is_watched is not self._is_watched and not self._is_ending:
             self._is_watched = is_watched
             self._sweeper.attend(is_watched)
@@ -210,7 +210,7 @@ class Owner:
     async def hand_over(self) -> bool:
         """Leave the state to a follower, if there is one; see `Listener.hand_over`.
 
-        The followers count after the journal was ended, because they may leave meanwhile.
+        The followers are counted again after the end of the journal is written, because they may leave meanwhile.
         """
         if not self.server.followers:
             return False
@@ -219,7 +219,11 @@ class Owner:
         try:
             is_ended = await only_storage_errors(session.hand_over)
         except StorageError as error:
-            self._logger.warning("%s: the next owner has to settle the state: %s", self._config.name, error)
+            self._logger.warning(
+                "%s: cannot note in the journal that everything is durable, so the next owner writes a new journal: %s",
+                self._config.name,
+                error,
+            )
         return is_ended and self.server.followers > 0
 
     async def finish(self) -> None:
@@ -232,7 +236,7 @@ class Owner:
 
     @property
     def durable_revision(self) -> int:
-        """The revision of the last record that was given to the server."""
+        """The revision of the last record that was given to the server. Before the first record, it is the loaded revision."""
         return self._copy.state.revision
 
     def greeting(self, hello: Hello) -> Welcome | Starting | No:
@@ -264,7 +268,8 @@ class Owner:
     def call(self, connection: Connection, call: Call) -> Awaitable[None] | None:
         """Execute a call of a client. Answer it now if that is possible. Otherwise the flusher does so later.
 
-        A call with many keys is executed in steps, and so is each call that comes meanwhile. Then return an awaitable that does it.
+        A call with many keys is executed in steps. A call that arrives meanwhile waits for its turn. In both cases, return an awaitable
+        that executes the call.
         """
         flusher = self.flusher
         assert flusher is not None
@@ -278,7 +283,7 @@ class Owner:
     def _call_in_steps(
         flusher: OwnerFlusher[Connection], connection: Connection, call: Call
     ) -> Generator[None, None, None]:
-        if not connection.is_admitted:  # it has ended meanwhile: the client sends the call again
+        if not connection.is_admitted:  # the connection has ended meanwhile: the client sends the call again
             return
         answer = yield from flusher.engine.call_in_steps(connection, connection.client, call)
         if answer is not None:
@@ -295,7 +300,7 @@ class Owner:
         self.flusher.engine.farewell(client)
 
     def left(self, connection: Connection) -> None:
-        """Drop the answers that wait for a connection that has ended."""
+        """Drop the answers that wait for a connection that has ended. Note that its client has no connection and no watch."""
         assert self.flusher is not None
         self.flusher.engine.drop(connection)
         self.flusher.engine.disconnect(connection.client)
@@ -307,19 +312,19 @@ class Owner:
         self._timer = self._clock.call_later(TICK, self._tick)
         if self.flusher is not None:
             self.flusher.engine.forget_gone()
-        if not self._is_looking:  # on a slow disk, a look may take longer than a second
+        if not self._is_looking:  # on a slow disk, a check may take longer than a second
             self._is_looking = True
             self._run(self._look_at_socket(), "socket")
 
     async def _look_at_socket(self) -> None:
-        """Look at the file of the socket. No other look begins before the end of this one."""
+        """Check the socket file. No other check begins before this one has ended."""
         try:
             await self._bind_again()
         finally:
             self._is_looking = False
 
     async def _bind_again(self) -> None:
-        """Bind a new socket, if the file of the socket was deleted or replaced."""
+        """Bind a new socket, if the socket file was deleted or replaced."""
         try:
             await self._claim.rebind_if_gone()
             is_new = self._listen_at_new()
@@ -335,7 +340,7 @@ class Owner:
     def _listen_at_new(self) -> bool:
         """Accept connections at the socket of the claim, if this socket is new. Return whether this was done.
 
-        An earlier look may have bound the new socket, and then have failed.
+        An earlier check may have bound the new socket, and failed after that.
         """
         new = self._claim.listener
         if new is self._listener:
@@ -349,7 +354,7 @@ class Owner:
         return True
 
     async def _cannot_bind(self, error: StorageError) -> None:
-        """Log the first of consecutive failures. If the lock is lost, make a commit, even without a change: it finds the loss."""
+        """Log the first of consecutive failures. If the lock is lost, make a commit, even without a change. The commit reports the loss."""
         if not self._socket_failed:
             self._socket_failed = True
             self._logger.error("%s: processes that start now cannot connect: %s", self._config.name, error)
@@ -359,7 +364,7 @@ class Owner:
 
     def _run(self, work: Coroutine[Any, Any, None], what: str) -> None:
         task = asyncio.create_task(work, name=f"lab_state {self._config.name} {what}")
-        self._tasks.add(task)  # the event loop keeps no reference
+        self._tasks.add(task)  # the event loop keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
 
 

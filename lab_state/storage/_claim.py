@@ -28,8 +28,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Load: TypeAlias = Callable[[str, Paths, Lock, bool], Awaitable[SharedSession]]
-"""A function that loads the state of a name, whose lock is held. If it fails or is cancelled, it releases the lock. The last argument is
-`whole` of `Claim.load`."""
+"""A function that loads a state. The caller holds the lock. If the function fails or is cancelled, it releases the lock. The last argument
+is `whole` of `Claim.load`."""
 
 
 class Listener:
@@ -58,7 +58,7 @@ class Listener:
             return not self._is_closed and not lookup.is_file(self.address.path, self._identity)
 
     def replace(self, own: OwnSocket) -> bool:
-        """Bind another new socket. The replaced socket stays open. After `close`, only close the new one, and return False.
+        """Bind another new socket, and return True. The replaced socket stays open. After `close`, only close the new one, and return False.
 
         Raises:
             StorageError: See `_fs_socket.bind`. The new socket is closed.
@@ -163,7 +163,7 @@ class Claim:
         return True
 
     async def release(self) -> None:
-        """Delete the socket file, close the listening socket and free the lock, if `load` was not called or failed.
+        """Release a claim that is not loaded: delete the socket file, close the listening socket and free the lock.
 
         After a successful `load` this call only ends the checks of the socket file: `aclose` of the
         session does the rest. Do not call this while `load` runs. If the caller is cancelled, the
@@ -191,7 +191,7 @@ class SharedFiles:
         self._create = create
 
     async def claim(self, name: str, protocol: int) -> Claim:
-        """Lock a state for this process, which shares it, and listen at its socket. The state is not loaded yet.
+        """Take the lock of a shared state, and listen at the socket of the state. The state is not loaded yet.
 
         If the caller is cancelled, nothing stays locked or bound.
 
@@ -201,7 +201,7 @@ class SharedFiles:
 
         Raises:
             LockedError: Another process, or another manager of this one, holds the lock.
-            UnsupportedError: No socket can be bound in the directory, or see `Storage.open`.
+            UnsupportedError: No socket can be bound in the directory. `Storage.open` lists further causes.
             UnavailableError: The disk is full, or there are too many open files.
         """
         own, thread = OwnSocket(), Worker(self._threads)
@@ -231,9 +231,9 @@ class SharedFiles:
             thread.shutdown()
 
     def refusal(self, name: str, holder: LockHolder) -> StorageError | None:
-        """Return the error of a process that cannot share a state with the holder of its lock; see `_lock.refusal`.
+        """Return the error to raise if this process cannot share a state with the holder of the lock; see `_lock.refusal`.
 
-        `holder` may be an earlier holder. So do not believe a single answer.
+        `holder` may be an earlier holder. So one error alone does not prove that the state cannot be shared.
         """
         return refusal(Paths.of(self._directory, name).lock, holder)
 
@@ -282,7 +282,7 @@ def _give_up(taking: Future[tuple[Paths, Lock, Listener]], own: OwnSocket) -> No
 
 
 def _nothing() -> None:
-    """Do nothing, after the earlier calls of the thread."""
+    """Do nothing. The result is a future that is done when the earlier calls of the thread have ended."""
 
 
 def _read_holder(directory: str, name: str) -> LockHolder | None:

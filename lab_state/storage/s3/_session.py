@@ -1,16 +1,17 @@
-"""The session of one state in S3. Its writer owns the state until `aclose`, or until a newer writer deposes it.
+"""The session of one state in S3. Its writer owns the state until `aclose`, or until a newer writer deposes this writer.
 
 * A commit creates one record object at the next number. If its outcome is unknown, the
   record stays pending, with its number, its bytes and its id. The next commit sends it again
   until its outcome is known. No other record is written before that.
 * A checkpoint takes a view, and notes the number of the last record that the view covers. It
-  spools the snapshot, and replaces the old one. Only after that, it deletes the records that
-  the snapshot covers. Fences are never deleted.
+  spools the new snapshot, and replaces the old snapshot. Then it deletes the records that
+  the new snapshot covers. Fences are never deleted.
 * A session that finds the fence or the snapshot of a newer writer is deposed. A session that finds
   a snapshot from another program is deposed, too. From then on, each write raises `FencedError`.
 
-Each PUT runs in a separate task, which continues if the caller is cancelled. The next commit or
-checkpoint waits for the task of the previous one, and `aclose` waits for both.
+Each PUT runs in a separate task, which continues if the caller is cancelled. A commit waits for
+the task of the previous commit, and a checkpoint waits for the task of the previous checkpoint.
+`aclose` waits for both tasks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _logger = Log(logging.getLogger("lab_state"))
 _MOST_RECORDS = 64
 _MIN_CHECKPOINT_BYTES = 1024 * 1024
 _MOST_PAGES = 100
-_MOST_REFUSALS = 4  # attempts to replace the snapshot; delayed requests of one writer make fewer of them fail
+_MOST_REFUSALS = 4  # attempts to replace the snapshot; delayed requests of one writer cause fewer refusals than this
 _MOST_SNAPSHOT_BYTES = 5 * 1024**3
 
 
@@ -210,8 +211,8 @@ class S3Session:
                     return there.seq
             await tries.pause("a refusal by the store")
         raise UnavailableError(
-            f"the store refused {_MOST_REFUSALS} times to replace {self.path}, although each repetition named the object that "
-            "the store had just reported; the next checkpoint tries again"
+            f"the store refused {_MOST_REFUSALS} times to replace {self.path}, although each request had the ETag that the store "
+            "had reported before it; the next checkpoint tries again"
         )
 
     async def _clean(self, covered: int, own: list[int]) -> None:
@@ -252,10 +253,10 @@ class S3Session:
     def _warn(self, refused: str) -> None:
         """Note that the store refuses deletions. `status()` shows this until a deletion succeeds. Log only the first refusal."""
         told = self.warning is not None
-        self.warning = f"records that the snapshot covers stay, and pile up, until they can be deleted: {refused}"
+        self.warning = f"records that the snapshot covers are not deleted until the store allows it, and their number grows: {refused}"
         if not told:
             _logger.warning(
-                "%s: records that the snapshot covers stay, and pile up, until they can be deleted: %s",
+                "%s: records that the snapshot covers are not deleted until the store allows it, and their number grows: %s",
                 self.path,
                 refused,
             )
@@ -295,7 +296,7 @@ class S3Session:
 
 
 def _start(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Start a task. Keep asyncio from logging its exception as never retrieved: a caller that waits receives it."""
+    """Start a task. If no caller waits for it, asyncio does not log its exception as never retrieved."""
     task = asyncio.create_task(work)
     task.add_done_callback(lambda task: task.cancelled() or task.exception())
     return task
