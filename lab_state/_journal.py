@@ -232,6 +232,32 @@ def read_header(data: bytes, name: str, path: str) -> Header:
     return _read_header(data, name, path)[0]
 
 
+class FrameHead(NamedTuple):
+    """The start of a frame.
+
+    Attributes:
+        kind: The letter of its kind.
+        start: The offset of its payload.
+        end: The offset after its payload.
+    """
+
+    kind: str
+    start: int
+    end: int
+
+
+def read_start(data: bytes, name: str, path: str) -> tuple[Header, FrameHead | None]:
+    """Return the header of a journal, and the start of the frame after it; `None` if there is none. See `read_header`.
+
+    The frame is not compared with its checksum.
+    """
+    header, position = _read_header(data, name, path)
+    found = _FRAME.match(data, position)
+    if found is None:
+        return header, None
+    return header, FrameHead(found[4].decode(), found.end(), found.end() + int(found[3]))
+
+
 def _read_header(data: bytes, name: str, path: str) -> tuple[Header, int]:
     """Return the header and the offset after it. Verify the checksum of the header with the salt that is in the header."""
     bad_line = CorruptionError(path, 0, "its first line is not a valid journal header; restore a copy")

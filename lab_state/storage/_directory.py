@@ -47,6 +47,11 @@ class Paths(NamedTuple):
         path = os.path.join(directory, name)
         return cls(directory, f"{path}.json", f"{path}.journal", f"{path}.lock")
 
+    @property
+    def history(self) -> str:
+        """The directory of the history."""
+        return f"{self.snapshot.removesuffix('.json')}.history"
+
 
 def check_path(path: object, what: Literal["directory", "backup"]) -> str:
     """Return a path as a `str`. `what` says for the messages what the path is for.
@@ -237,7 +242,7 @@ def check_replaceable(path: str, directory: str) -> None:
         except FileNotFoundError:
             return
         above = os.stat(directory)
-        if found.st_dev != above.st_dev or _mount_of(path) != _mount_of(directory):
+        if not is_same_mount(path, directory):
             raise UnsupportedError(
                 f"{path} is a mount point, which no new file can replace: mount its directory instead"
             )
@@ -248,6 +253,15 @@ def check_replaceable(path: str, directory: str) -> None:
             )
         if _flags_of(path) & _UNCHANGEABLE:
             raise UnsupportedError(f"{path} is immutable or append-only: run `chattr -i -a` on it")
+
+
+def is_same_mount(path: str, other: str) -> bool:
+    """Return whether two paths are in the same mount of the same file system. Links are not followed.
+
+    Raises:
+        OSError: A path cannot be looked up.
+    """
+    return os.lstat(path).st_dev == os.lstat(other).st_dev and _mount_of(path) == _mount_of(other)
 
 
 def _mount_of(path: str) -> bytes:

@@ -18,6 +18,7 @@ from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._directory import Paths
 from lab_state.storage._file_writer import Need, Writer
+from lab_state.storage._keeping import History, Keeping
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
 from lab_state.storage._protocol import Recovery
@@ -32,7 +33,13 @@ _COPIED_AT_ONCE = 1024 * 1024
 
 
 def open_writer(
-    directory: str, name: str, tried: set[lookup.Identity], leftovers: Leftovers, *, create: bool = True
+    directory: str,
+    name: str,
+    tried: set[lookup.Identity],
+    leftovers: Leftovers,
+    *,
+    create: bool = True,
+    keeping: Keeping | None = None,
 ) -> tuple[Writer, Recovery]:
     """Lock the state, read its files, and decide which snapshot and records to load.
 
@@ -42,12 +49,13 @@ def open_writer(
         tried: The directories that were tried out; see `_directory.try_out`.
         leftovers: The listings of the files that earlier sessions left.
         create: Whether to create a missing directory and a missing state.
+        keeping: The settings of the history; `None` to keep none.
 
     Raises:
         StorageError: See `Storage.open`.
     """
     paths, lock = take_lock(directory, name, create=create)
-    return load_writer(paths, name, lock, tried, leftovers, create=create)
+    return load_writer(paths, name, lock, tried, leftovers, create=create, keeping=keeping)
 
 
 def take_lock(directory: str, name: str, *, create: bool, shared: bool = False) -> tuple[Paths, Lock]:
@@ -76,6 +84,7 @@ def load_writer(
     *,
     create: bool,
     whole: bool = True,
+    keeping: Keeping | None = None,
 ) -> tuple[Writer, Recovery]:
     """Do the rest of `open_writer` under the lock. If this fails, release the lock.
 
@@ -87,6 +96,9 @@ def load_writer(
             _check_there(paths)
         if not folder.try_out(paths.directory, paths.journal, tried, lock.noted):
             loaded[0].need = Need.FULL
+        if keeping is not None:
+            loaded[0].history = History(paths, name, keeping)
+            loaded[0].history.open(lock.noted)
         is_new = loaded[1].snapshot is None and not loaded[0].end
         _discard_temporaries(paths, lock, leftovers, is_new=is_new)
     except BaseException:

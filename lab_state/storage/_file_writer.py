@@ -8,6 +8,7 @@ waits for it is cancelled. The worker for checkpoints calls a few methods; their
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 
 from lab_state import _forks as forks
@@ -19,6 +20,7 @@ from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._directory import Paths
+from lab_state.storage._keeping import History
 from lab_state.storage._kept import KeptFiles
 from lab_state.storage._lock import Lock
 from lab_state.storage._new_journal import NewJournal, spoiled
@@ -74,6 +76,7 @@ class Writer:
         replaced: Descriptors of replaced files, which the worker for checkpoints closes.
         progress: The counter of the bytes that commits and checkpoints write to the disk.
         kept: The foreign files in the place of the snapshot.
+        history: The history; `None` if the storage keeps none.
     """
 
     def __init__(self, name: str, paths: Paths, lock: Lock) -> None:
@@ -92,6 +95,7 @@ class Writer:
         self.replaced: list[int] = []
         self.progress: fs.WrittenBytes = fs.WrittenBytes()
         self.kept: KeptFiles = KeptFiles(paths.snapshot)
+        self.history: History | None = None
         self._fd = -1
         self._left = lookup.UNKNOWN
         self._is_timed = True
@@ -200,6 +204,8 @@ class Writer:
         because of this method.
         """
         self.kept.look(self.snapshot_fingerprint, self.base)
+        if self.history is not None and not self.unsynced:  # otherwise `publish` syncs and links the files
+            self.history.keep_early(self.base, self.snapshot_fingerprint)
         upcoming.create(base)
         for _ in range(_MOST_ROUNDS):
             more = since[upcoming.records :]
@@ -220,6 +226,10 @@ class Writer:
         self.kept.look(self.snapshot_fingerprint, self.base)
         if self.need is Need.NEW:
             self._follow_snapshot()
+        if self.history is not None:
+            if self.unsynced:
+                self._sync_found(self.base, self.paths.journal)
+            self.history.keep_rest(self.base, self.snapshot_fingerprint)
         self._append(FrameKind.CHECKPOINT, upcoming.base.encode())
         snapshot = lookup.fingerprint(new)
         if snapshot is None or snapshot.size != size:
@@ -234,6 +244,8 @@ class Writer:
         self.base, self.snapshot_fingerprint, self.snapshot_bytes, self.unsynced = upcoming.base, snapshot, size, False
         upcoming.add(since[upcoming.records :])
         self._put_in_place(upcoming, self.replaced)
+        if self.history is not None:
+            self.history.is_due = True
 
     def _abandoned(self) -> AbandonedError:
         return AbandonedError(
@@ -405,8 +417,9 @@ class Writer:
         """
         left = new.check()
         try:
-            fs.rename(new.path, self.paths.journal)
-            fs.sync_directory(self.paths.directory)
+            with self._replacing():
+                fs.rename(new.path, self.paths.journal)
+                fs.sync_directory(self.paths.directory)
         except StorageError:
             # After a crash, the name may lead to the old file or to the new one. So neither of them may be written again.
             self._poison()
@@ -421,6 +434,12 @@ class Writer:
         if self.starts_full:
             self.generation += 1
         self.need, self._inherited, self._is_ended = Need.NOTHING, (), False
+
+    def _replacing(self) -> AbstractContextManager[None]:
+        """Return a context manager that adds the journal in use to the history, before its block replaces it."""
+        if self.history is None:
+            return nullcontext()
+        return self.history.replacing(self.base, self.snapshot_fingerprint, is_copied=self.need is Need.NEW)
 
     def _sync_found(self, base: str, *journal: str) -> None:
         """Sync the directories above the directory of the files. Sync the files that a journal with this base relies on, too.

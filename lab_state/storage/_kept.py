@@ -52,7 +52,7 @@ class KeptFiles:
             return
         if found is None or found in self._seen:
             return
-        if not (_is_snapshot(self._path, found.size) if found == known else _has_bytes(self._path, found.size, base)):
+        if not (_is_snapshot(self._path, found.size) if found == known else has_bytes(self._path, found.size, base)):
             kept = _keep(self._path)
             _logger.error(
                 "%s was put there or changed by other code while the state was in use: it is kept as %s, and replaced by the present state",
@@ -74,10 +74,10 @@ def _is_snapshot(path: str, size: int) -> bool:
     except StorageError:
         return False
     base = journal.base_at_end(size, end)
-    return base is not None and _has_bytes(path, size, base)
+    return base is not None and has_bytes(path, size, base)
 
 
-def _has_bytes(path: str, size: int, base: str) -> bool:
+def has_bytes(path: str, size: int, base: str) -> bool:
     """Return whether a file has the bytes that `base` names. Return False if it cannot be read."""
     if not base.startswith(f"{size}-"):
         return False

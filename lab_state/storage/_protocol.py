@@ -82,6 +82,20 @@ class Reading(NamedTuple):
         return f"<Reading of {self.path}: {sizes}, {self.durable} of them durable, live={self.live}>"
 
 
+class HistoryFigures(NamedTuple):
+    """The history of a state that a session keeps.
+
+    Attributes:
+        failures: The number of files that could not be added since the start. Each of them leaves a hole.
+        generations: The number of generations at the last look, without the one in use.
+        bytes: The number of their bytes.
+    """
+
+    failures: int
+    generations: int
+    bytes: int
+
+
 def _sizes(snapshot: bytes | None, records: tuple[bytes, ...]) -> str:
     found = "no snapshot" if snapshot is None else f"a snapshot of {len(snapshot)} bytes"
     return f"{found} and {len(records)} records"

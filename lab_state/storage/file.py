@@ -37,6 +37,7 @@ from typing import ParamSpec, TypeVar
 
 from lab_state import _forks as forks
 from lab_state import _journal as journal
+from lab_state._arguments import Seconds, check_history
 from lab_state._buffers import collect
 from lab_state._journal import NO_BASE
 from lab_state.exceptions import UnsupportedError
@@ -48,10 +49,11 @@ from lab_state.storage._directory import Paths
 from lab_state.storage._file_reader import read_files
 from lab_state.storage._file_start import load_writer, open_writer
 from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, Writer
+from lab_state.storage._keeping import Keeping
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
 from lab_state.storage._new_journal import NewJournal
-from lab_state.storage._protocol import Reading, Recovery, SnapshotSource
+from lab_state.storage._protocol import HistoryFigures, Reading, Recovery, SnapshotSource
 from lab_state.storage._worker import Threads, Worker, waited
 
 _MOST_OPEN = 64
@@ -68,7 +70,14 @@ class FileStorage:
     must be on the medium when the system call `fdatasync` or `fsync` has returned.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, create: bool = True) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        create: bool = True,
+        history: Seconds | None = None,
+        history_bytes: int | None = 1 << 30,
+    ) -> None:
         """Check and keep the settings. No file is touched before a call of `open` or `read`.
 
         Args:
@@ -81,14 +90,26 @@ class FileStorage:
             create: Whether `start()` creates a missing state. With `False`, `start()` raises
                 `UnsupportedError` if there is neither a snapshot nor a journal, and creates
                 nothing. Use `False` for a volume that may not be mounted.
+            history: The time for which older snapshots and journals are kept, in seconds or as
+                a `timedelta`. Then each moment of this time can be read or restored later. The
+                files are in `<name>.history/`, with mode 0700. They are hard links, so they must be in
+                the same file system as the directory. `None` keeps no older files, and does
+                not delete those that are there.
+            history_bytes: The most bytes of these files; `None` for no limit. If there are more,
+                the oldest ones are deleted after a checkpoint, at most two generations for each
+                new one. A generation is a snapshot with its journal.
 
         Raises:
-            TypeError: `directory` is not a path, or is a path of bytes.
+            TypeError: `directory` is not a path, or is a path of bytes. Or `history` is not a
+                number, a `timedelta` or `None`. Or `history_bytes` is not an `int` or `None`.
             ValueError: `directory` is empty, starts with `~`, or contains a NUL character or
-                a character that this system's encoding of file names does not have.
+                a character that this system's encoding of file names does not have. Or `history`
+                is not above 0, or is longer than 10,000,000,000 seconds. Or `history_bytes` is below 1.
         """
         self._directory = folder.check_path(directory, "directory")
         self._create = create
+        age = check_history(history, history_bytes)
+        self._keeping = None if age is None else Keeping(age, history_bytes)
         self._tried: set[lookup.Identity] = set()
         self._leftovers = Leftovers()
         self._journals = Journals()
@@ -101,7 +122,15 @@ class FileStorage:
     async def open(self, name: str) -> FileSession:
         """Lock the state and load it; see `Storage.open`."""
         return await self._start(
-            partial(open_writer, self._directory, name, self._tried, self._leftovers, create=self._create)
+            partial(
+                open_writer,
+                self._directory,
+                name,
+                self._tried,
+                self._leftovers,
+                create=self._create,
+                keeping=self._keeping,
+            )
         )
 
     async def read(self, name: str) -> Reading:
@@ -132,7 +161,17 @@ class FileStorage:
     def _load(self, name: str, paths: Paths, lock: Lock, whole: bool, /) -> Awaitable[FileSession]:  # noqa: FBT001 -- a `Load`
         """Load a state whose lock is held."""
         return self._start(
-            partial(load_writer, paths, name, lock, self._tried, self._leftovers, create=self._create, whole=whole)
+            partial(
+                load_writer,
+                paths,
+                name,
+                lock,
+                self._tried,
+                self._leftovers,
+                create=self._create,
+                whole=whole,
+                keeping=self._keeping,
+            )
         )
 
     async def _start(self, opening: Callable[[], tuple[Writer, Recovery]]) -> FileSession:
@@ -247,6 +286,11 @@ class FileSession:
         return self._writer.end
 
     @property
+    def history(self) -> HistoryFigures | None:
+        """The figures of the history; `None` if the storage keeps none."""
+        return None if self._writer.history is None else self._writer.history.figures
+
+    @property
     def progress(self) -> int:
         """A number that grows while commits and checkpoints make progress.
 
@@ -346,6 +390,8 @@ class FileSession:
         # This call comes after the queued call that may put the journal in place.
         self._commits.submit(self._writer.end_checkpoint, upcoming)
         self._writer.close_replaced()
+        if self._writer.history is not None:
+            self._writer.history.prune()
 
     async def aclose(self) -> None:
         """Wait for both workers. Then release the lock; see `StorageSession.aclose`."""

@@ -1,0 +1,285 @@
+"""The files of a history on disk: which files of a state belong into it, and the links. The calls block.
+
+A link is never made in the other direction: an edit of one file would change both. A restore copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+from lab_state import _journal as journal
+from lab_state._journal import ANY_BASE, NO_BASE, FrameKind
+from lab_state._log import Log
+from lab_state.exceptions import UnavailableError, UnsupportedError
+from lab_state.storage import _directory as folder
+from lab_state.storage import _fs as fs
+from lab_state.storage import _lookup as lookup
+from lab_state.storage._directory import Paths
+from lab_state.storage._generations import (
+    HistoryFile,
+    Moment,
+    format_name,
+    journal_file,
+    moment_of_snapshot,
+    parse_name,
+    snapshot_file,
+)
+from lab_state.storage._kept import has_bytes
+from lab_state.storage._os_errors import storage_error, translated
+
+_logger = Log(logging.getLogger("lab_state"))
+
+HEAD_BYTES = 4096
+"""The most bytes of the header of a journal and of the start of the next frame. The name of a state is much shorter."""
+
+_END_BYTES = 64 * 1024
+"""The bytes of a snapshot that are read first, from its end, to find its revision."""
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""The errors of file systems without hard links."""
+
+
+class Link(NamedTuple):
+    """A file of a state, and its name in the history."""
+
+    path: str
+    found: lookup.Fingerprint
+    file: HistoryFile
+
+
+def link_present(paths: Paths, name: str, base: str, known: lookup.Fingerprint | None) -> None:
+    """Link the files of a state into its history, and make the links durable. The files are synced first.
+
+    `restore_state` calls this before it replaces the files, for a storage with `history=` or without. The caller has the lock
+    of the state.
+
+    Args:
+        paths: The paths of the files.
+        name: The name of the state.
+        base: The snapshot that is there, by its bytes; see `_journal.base_of`.
+        known: The fingerprint of this snapshot; `None` if there is none.
+
+    Raises:
+        StorageError: A file could not be linked. Then the caller must not replace it.
+    """
+    check_directory(paths)
+    link_all(paths, present_files(paths, name, base, known), sync=True, sync_parent=True)
+
+
+def present_files(paths: Paths, name: str, base: str, known: lookup.Fingerprint | None) -> list[Link]:
+    """Return the files of a state that belong into its history, the snapshot first. For the arguments, see `link_present`.
+
+    A journal without records is left out. So is a snapshot, if the journal has records that do not follow it.
+
+    Raises:
+        StorageError: A file cannot be read, or is not a file of this state, or the snapshot that the journal needs is missing.
+    """
+    snapshot = _present_snapshot(paths.snapshot, base, known)
+    found, head = lookup.fingerprint(paths.journal), fs.read(paths.journal, HEAD_BYTES)
+    if found is None or head is None:
+        return [] if snapshot is None else [snapshot]
+    header, frame = journal.read_start(head, name, paths.journal)
+    if frame is None or frame.kind == FrameKind.END:
+        return [] if snapshot is None else [snapshot]
+    follows = snapshot if snapshot is not None and snapshot.file.base == header.base else None
+    if header.base == ANY_BASE:
+        first = _moment(paths.journal, frame.start, frame.end).revision
+    elif header.base == NO_BASE:
+        first = 0
+    elif follows is not None:
+        first = follows.file.first
+    else:
+        first = _revision_in_history(paths, header.base)
+    link = Link(paths.journal, found, journal_file(first, header.wall, header.base, header.salt))
+    return [link] if follows is None else [follows, link]
+
+
+def _present_snapshot(path: str, base: str, known: lookup.Fingerprint | None) -> Link | None:
+    """Return the snapshot, if the file at the path has the bytes that `base` names."""
+    found = lookup.fingerprint(path)
+    if found is None or known is None or (found != known and not has_bytes(path, found.size, base)):
+        return None
+    moment = _moment(path, 0, found.size)
+    # A file of another program has no recorded time.
+    return Link(path, found, snapshot_file(moment.revision, moment.wall or found.modified // 1_000_000, base))
+
+
+def _moment(path: str, start: int, end: int) -> Moment:
+    """Return the revision and the time of the snapshot in a part of a file. Both are 0 if another program wrote it."""
+    size = _END_BYTES
+    while True:
+        at = max(start, end - size)
+        moment = moment_of_snapshot(fs.read(path, end - at, at) or b"")
+        if moment is not None or at == start:
+            return moment or Moment(0, 0)
+        size *= 8
+
+
+def _revision_in_history(paths: Paths, base: str) -> int:
+    """Return the revision of a snapshot that is only in the history.
+
+    Raises:
+        UnavailableError: It is not there.
+    """
+    for file in sizes_in(paths.history):
+        if file.is_snapshot and file.base == base:
+            return file.first
+    raise UnavailableError(f"the snapshot that {paths.journal} follows is missing, so its records cannot be kept")
+
+
+def link_all(paths: Paths, links: list[Link], *, sync: bool, sync_parent: bool) -> bool:
+    """Link files into the history, and make the links durable. Return whether one of the links is new.
+
+    If a step fails, the new links are deleted: after a failed sync, no later sync makes their names durable for certain.
+
+    Args:
+        paths: The paths of the state.
+        links: The files.
+        sync: Whether to sync the files first.
+        sync_parent: Whether the name of the directory may not be durable, because a killed process has made it.
+
+    Raises:
+        StorageError: A step failed.
+    """
+    if not links:
+        return False
+    made: list[str] = []
+    try:
+        for link in links if sync else ():
+            fs.sync(link.path)
+        _make(paths, sync_parent=sync_parent)
+        for link in links:
+            target = os.path.join(paths.history, format_name(link.file))
+            if _link(link, target):
+                made.append(target)
+        fs.sync_directory(paths.history)
+    except BaseException:
+        for target in made:
+            fs.discard(target)
+        with contextlib.suppress(OSError):
+            os.rmdir(paths.history)  # if it is empty
+        raise
+    return bool(made)
+
+
+def _make(paths: Paths, *, sync_parent: bool) -> None:
+    """Create the directory of the history if it is missing, and make its name durable."""
+    with translated("making the directory", paths.history):
+        try:
+            os.mkdir(paths.history, 0o700)
+        except FileExistsError:
+            if not sync_parent:
+                return
+    fs.sync_directory(paths.directory)
+
+
+def _link(link: Link, target: str) -> bool:
+    """Link a file. Return False if it was linked before.
+
+    Raises:
+        StorageError: The link failed, or another file has the name.
+    """
+    with translated("linking a file of the state to", target):
+        try:
+            os.link(link.path, target, follow_symlinks=False)
+        except FileExistsError:
+            there = lookup.fingerprint(target)
+            # A copy of a directory may have two files in place of one with two names. The name of a snapshot has its size and checksum.
+            is_copy = link.file.is_snapshot and there is not None and there.size == link.found.size
+            if is_copy or link.found.is_same_file(there):
+                return False
+            raise
+    if not link.found.is_same_file(lookup.fingerprint(target)):
+        fs.discard(target)
+        raise UnavailableError(f"{link.path} was replaced by other code while it was linked to {target}")
+    return True
+
+
+def sizes_in(directory: str) -> dict[HistoryFile, int]:
+    """Return the files of a history, with their sizes in bytes. Files with other names are left out. A missing directory has no files.
+
+    Raises:
+        StorageError: The directory cannot be listed.
+    """
+    sizes: dict[HistoryFile, int] = {}
+    with translated("listing", directory), contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            file = parse_name(entry.name)
+            if file is not None:
+                sizes[file] = entry.stat(follow_symlinks=False).st_size
+    return sizes
+
+
+def delete(directory: str, files: Iterable[HistoryFile]) -> None:
+    """Delete files of a history.
+
+    Raises:
+        StorageError: A file cannot be deleted.
+    """
+    for file in files:
+        path = os.path.join(directory, format_name(file))
+        with translated("deleting", path), contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def check_directory(paths: Paths) -> None:
+    """Check that files can be linked into the directory of the history, if it is there.
+
+    Raises:
+        UnsupportedError: It is not a directory, or it is on another device, or a permission is missing.
+        StorageError: It cannot be looked up.
+    """
+    path = paths.history
+    with translated("linking files into", path):
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISDIR(found.st_mode):
+            raise UnsupportedError(f"{path} must be a directory, for the history of the state: move the file away")
+        if not folder.is_same_mount(path, paths.directory):
+            raise UnsupportedError(
+                f"{path} is on another device than the files of the state, and a hard link cannot lead there: unmount it, "
+                "or leave out history="
+            )
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def try_link(paths: Paths, tried: set[lookup.Identity], noted: Callable[..., AbstractContextManager[None]]) -> None:
+    """Try a hard link in the directory of the state. For the arguments, see `_directory.try_out`.
+
+    Raises:
+        UnsupportedError: The file system has no hard links, or a permission is missing.
+        StorageError: The link failed for another reason. A full disk is only logged.
+    """
+    with translated("looking up", paths.directory):
+        found = os.stat(paths.directory)
+    if (found.st_dev, found.st_ino) in tried:
+        return
+    first, second = fs.temporary(paths.journal), fs.temporary(paths.journal)
+    with noted(first, second):
+        try:
+            fs.close(fs.create_empty(first))
+            os.link(first, second, follow_symlinks=False)
+        except UnavailableError as error:
+            _logger.warning("hard links were not tried out in %s: %s", paths.directory, error)
+            return
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                raise UnsupportedError(
+                    f"the file system of {paths.directory} has no hard links, which a history needs: choose another one, "
+                    "or leave out history="
+                ) from error
+            raise storage_error("linking a file in", paths.directory, error) from error
+        finally:
+            fs.discard(first)
+            fs.discard(second)
+    tried.add((found.st_dev, found.st_ino))

@@ -1,0 +1,182 @@
+"""The history of one state on disk, as its writer keeps it. The calls block.
+
+The page `docs/design/disk.md` has the rules, with a reason for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+from lab_state import _journal as journal
+from lab_state._clock import wall_now
+from lab_state._log import Log
+from lab_state.exceptions import StorageError
+from lab_state.storage import _fs as fs
+from lab_state.storage import _history_files as files
+from lab_state.storage import _lookup as lookup
+from lab_state.storage._directory import Paths
+from lab_state.storage._generations import HistoryFile, journal_file
+from lab_state.storage._protocol import HistoryFigures
+from lab_state.storage._pruning import InUse, deletions, figures_of
+
+_logger = Log(logging.getLogger("lab_state"))
+
+
+class Keeping:
+    """The settings of a history on disk, for all states of a storage object.
+
+    Attributes:
+        age: The length of the history, in milliseconds.
+        most_bytes: The most bytes of a history; `None` for no limit.
+        tried: The directories in which a hard link was tried out with success.
+    """
+
+    def __init__(self, age: int, most_bytes: int | None) -> None:
+        self.age: int = age
+        self.most_bytes: int | None = most_bytes
+        self.tried: set[lookup.Identity] = set()
+
+
+class History:
+    """The history of one state. The worker for checkpoints and the worker for commits call the methods.
+
+    A file that cannot be linked never makes a commit or a checkpoint fail. It is logged and counted, and leaves a hole.
+
+    Attributes:
+        failures: The number of such failures since the start.
+        generations: The number of generations at the last look, without the one in use.
+        bytes: The number of their bytes.
+        is_due: Whether a checkpoint has ended since the last call of `prune`.
+    """
+
+    def __init__(self, paths: Paths, name: str, keeping: Keeping) -> None:
+        """Set the attributes. No file is touched."""
+        self.failures: int = 0
+        self.generations: int = 0
+        self.bytes: int = 0
+        self.is_due: bool = False
+        self._paths = paths
+        self._name = name
+        self._keeping = keeping
+        self._added = 0  # generations since the last call of `prune`
+        self._is_settled = False  # whether the journal in use is linked, or this has failed
+        self._is_found = True  # whether the start found the journal in use, so that its bytes may be only in the page cache
+        self._is_named = False  # whether this session has synced the name of the directory
+        # The other worker must not replace a file between a look at the file and its link.
+        self._lock = threading.Lock()
+
+    @property
+    def figures(self) -> HistoryFigures:
+        """The figures for `status()`. Any thread may read them."""
+        return HistoryFigures(self.failures, self.generations, self.bytes)
+
+    def open(self, noted: Callable[..., AbstractContextManager[None]]) -> None:
+        """Check at the start that files can be linked into the history. Count its generations. For `noted`, see `_directory.try_out`.
+
+        Raises:
+            UnsupportedError: The file system has no hard links, the directory of the history is on another device, or a
+                permission is missing.
+            StorageError: A directory cannot be looked up, or listed.
+        """
+        files.check_directory(self._paths)
+        files.try_link(self._paths, self._keeping.tried, noted)
+        self._count(*self._look())
+
+    def keep_early(self, base: str, known: lookup.Fingerprint | None) -> None:
+        """Link the files that a checkpoint will replace, while commits go on. A journal that is linked still grows.
+
+        The worker for checkpoints calls this.
+
+        Args:
+            base: The present snapshot, by its bytes.
+            known: The fingerprint of this snapshot; `None` if there is none.
+        """
+        with self._lock:
+            self._is_settled = self._keep(base, known)
+
+    def keep_rest(self, base: str, known: lookup.Fingerprint | None) -> None:
+        """Do the same as `keep_early` before the snapshot is replaced, unless it is done.
+
+        This is rare: the journal had no records at the time of `keep_early`, or a commit has replaced it. The worker for commits
+        calls this.
+        """
+        if not self._is_settled:
+            self.keep_early(base, known)
+
+    @contextlib.contextmanager
+    def replacing(self, base: str, known: lookup.Fingerprint | None, *, is_copied: bool) -> Iterator[None]:
+        """Link the journal in use, with its snapshot, before the block replaces the journal. Do nothing if they are linked.
+
+        The worker for commits calls this. For the other arguments, see `keep_early`.
+
+        Args:
+            is_copied: Whether the new journal has copies of all records of the journal in use. Then that journal is left out.
+        """
+        with self._lock:
+            if not is_copied and not self._is_settled:
+                self._keep(base, known, sync=self._is_found)
+            try:
+                yield
+            finally:
+                self._is_settled = self._is_found = False
+
+    def _keep(self, base: str, known: lookup.Fingerprint | None, *, sync: bool = False) -> bool:
+        """Link the present files. Return False if the journal was left out, because it has no records."""
+        try:
+            found = files.present_files(self._paths, self._name, base, known)
+            if files.link_all(self._paths, found, sync=sync, sync_parent=not self._is_named):
+                self._added += 1
+        except StorageError as error:
+            self.failures += 1
+            _logger.error(
+                "%s gets a hole: files of the state could not be linked into it before they are replaced: %s",
+                self._paths.history,
+                error,
+            )
+            return True
+        self._is_named = self._is_named or bool(found)
+        return any(not link.file.is_snapshot for link in found)
+
+    def prune(self) -> None:
+        """Delete the generations that are not kept any longer, after a checkpoint. If this fails, the next checkpoint tries again.
+
+        The worker for checkpoints calls this.
+        """
+        if not self.is_due:
+            return
+        self.is_due = False
+        try:
+            self._prune()
+        except StorageError as error:
+            _logger.warning("%s keeps too much until the next checkpoint: %s", self._paths.history, error)
+
+    def _prune(self) -> None:
+        sizes, in_use = self._look()
+        added, self._added = self._added, 0
+        age, most_bytes = self._keeping.age, self._keeping.most_bytes
+        gone = deletions(sizes, in_use, oldest=wall_now() - age, most_bytes=most_bytes, added=added)
+        files.delete(self._paths.history, gone.journals)
+        if gone.journals and gone.snapshots:
+            # No crash may leave a journal without its snapshot.
+            fs.sync_directory(self._paths.history)
+        files.delete(self._paths.history, gone.snapshots)
+        for file in (*gone.journals, *gone.snapshots):
+            del sizes[file]
+        self._count(sizes, in_use)
+
+    def _count(self, sizes: dict[HistoryFile, int], in_use: InUse) -> None:
+        self.generations, self.bytes = figures_of(sizes, in_use)
+
+    def _look(self) -> tuple[dict[HistoryFile, int], InUse]:
+        """Return the files of the history with their sizes, and the journal in use."""
+        path = self._paths.journal
+        with self._lock:
+            sizes, head = files.sizes_in(self._paths.history), fs.read(path, files.HEAD_BYTES)
+        if head is None:
+            return sizes, InUse("", "", 0)
+        header = journal.read_header(head, self._name, path)
+        return sizes, InUse(header.base, journal_file(0, 0, header.base, header.salt).salt, header.wall)

@@ -1,0 +1,94 @@
+"""The generations of a history on disk that are deleted after a checkpoint. Pure and synchronous.
+
+The page `docs/design/disk.md` has the rules, with a reason for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from lab_state.storage._generations import HistoryFile, StoredGeneration, grouped
+
+_MOST_FOR_EACH = 2
+"""The most generations that are deleted for each one that was added. So a clock set forward by mistake does not empty the history."""
+
+
+class InUse(NamedTuple):
+    """The journal of the state, as its header tells it.
+
+    Attributes:
+        base: The snapshot that it follows.
+        salt: Its salt, as in the name of a file of the history.
+        wall: The time when it was made, in milliseconds since 1970.
+    """
+
+    base: str
+    salt: str
+    wall: int
+
+
+class Deletions(NamedTuple):
+    """The files to delete. All journals must be deleted, and this must be durable, before the first snapshot is deleted.
+
+    Attributes:
+        journals: The journals.
+        snapshots: The snapshots, whose journals are all among `journals`.
+    """
+
+    journals: tuple[HistoryFile, ...]
+    snapshots: tuple[HistoryFile, ...]
+
+
+def _replaced(sizes: Mapping[HistoryFile, int], in_use: InUse) -> list[StoredGeneration]:
+    """Return the generations of a history without the one in use, the oldest first. It has links to files in use after a crash."""
+    return [one for one in grouped(sizes).generations if not _is_in_use(one, in_use)]
+
+
+def _is_in_use(one: StoredGeneration, in_use: InUse) -> bool:
+    snapshot = one.snapshot
+    return any(file.salt == in_use.salt for file in one.journals) or (
+        snapshot is not None and snapshot.base == in_use.base
+    )
+
+
+def deletions(
+    sizes: Mapping[HistoryFile, int], in_use: InUse, *, oldest: int, most_bytes: int | None, added: int
+) -> Deletions:
+    """Decide which files of a history are deleted.
+
+    Args:
+        sizes: The files of the history, with their sizes in bytes.
+        in_use: The journal of the state.
+        oldest: The earliest moment that must stay in reach, in milliseconds since 1970.
+        most_bytes: The most bytes of all generations without the one in use; `None` for no limit.
+        added: The number of generations that were added since the last call.
+    """
+    kept = _replaced(sizes, in_use)
+    chosen = list(_chosen(kept, sizes, in_use, oldest, most_bytes))[: _MOST_FOR_EACH * added]
+    orphans = [file for file in grouped(sizes).orphans if file.base != in_use.base]
+    journals = [file for one in chosen for file in one.journals]
+    return Deletions((*journals, *orphans), tuple(one.snapshot for one in chosen if one.snapshot is not None))
+
+
+def _chosen(
+    kept: list[StoredGeneration], sizes: Mapping[HistoryFile, int], in_use: InUse, oldest: int, most_bytes: int | None
+) -> Iterator[StoredGeneration]:
+    """Yield the generations that a rule lets go, the oldest first."""
+    left = sum(_bytes_of(one, sizes) for one in kept)
+    for number, one in enumerate(kept):
+        # A generation holds the moments up to the first one of the next. A time that is not recorded is not known to be old.
+        ended = kept[number + 1].wall if number + 1 < len(kept) else in_use.wall
+        if 0 < ended < oldest or (most_bytes is not None and left > most_bytes):
+            left -= _bytes_of(one, sizes)
+            yield one
+
+
+def figures_of(sizes: Mapping[HistoryFile, int], in_use: InUse) -> tuple[int, int]:
+    """Return the number of generations without the one in use, and the number of their bytes."""
+    kept = _replaced(sizes, in_use)
+    return len(kept), sum(_bytes_of(one, sizes) for one in kept)
+
+
+def _bytes_of(one: StoredGeneration, sizes: Mapping[HistoryFile, int]) -> int:
+    return sum(sizes[file] for file in one.files)
