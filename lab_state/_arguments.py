@@ -14,8 +14,11 @@ import math
 import os
 from collections.abc import Collection, Iterable
 from datetime import timedelta
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
+from lab_state._periods import LONGEST_TTL as LONGEST_TTL
+from lab_state._periods import Seconds as Seconds
+from lab_state._periods import check_history as check_history
 from lab_state.exceptions import InvalidKeyError, InvalidValueError
 
 RESERVED = "$lab_state"
@@ -23,14 +26,6 @@ RESERVED = "$lab_state"
 
 MAX_KEY_LENGTH = 1024
 """The largest number of characters in a key."""
-
-Seconds: TypeAlias = float | timedelta
-
-LONGEST_TTL = 10_000_000_000
-"""The longest time to live, in seconds: about 317 years.
-
-An expiry that far ahead, in milliseconds since 1970, is below 2**53. So every JSON reader reads it exactly.
-"""
 
 
 def check_key(key: object) -> str:
@@ -110,32 +105,6 @@ def milliseconds(ttl: Seconds) -> int:
             f"ttl must be above 0 and at most {LONGEST_TTL} seconds; to delete a key use delete(), "
             "for a key that never expires pass ttl=None"
         )
-    return math.ceil(seconds * 1000)
-
-
-def check_history(history: Seconds | None, history_bytes: int | None) -> int | None:
-    """Check the arguments `history` and `history_bytes` of a storage.
-
-    Return the length of the history in whole milliseconds, rounded up; `None` without a history.
-
-    Raises:
-        ValueError: `history` is not above 0, or is longer than `LONGEST_TTL`. Or `history_bytes` is below 1.
-        TypeError: `history` is not an `int`, a `float`, a `timedelta` or `None`. Or `history_bytes` is not an `int` or
-            `None`. A `bool` is refused, too.
-    """
-    if history_bytes is not None and (isinstance(history_bytes, bool) or not isinstance(history_bytes, int)):
-        raise TypeError(
-            f"history_bytes must be an int of 1 or more, or None for no limit, not {type(history_bytes).__name__}"
-        )
-    if history_bytes is not None and history_bytes < 1:
-        raise ValueError(f"history_bytes must be 1 or more, not {history_bytes}; None is no limit")
-    if history is None:
-        return None
-    seconds = history.total_seconds() if isinstance(history, timedelta) else history
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise TypeError(f"history must be a number of seconds, a timedelta or None, not {type(history).__name__}")
-    if not 0 < seconds <= LONGEST_TTL:
-        raise ValueError(f"history must be above 0 and at most {LONGEST_TTL} seconds; None keeps no history")
     return math.ceil(seconds * 1000)
 
 

@@ -64,7 +64,9 @@ class History:
         self._keeping = keeping
         self._added = 0  # generations since the last call of `prune`
         self._is_settled = False  # whether the journal in use is linked, or this has failed
-        self._is_found = True  # whether the start found the journal in use, so that its bytes may be only in the page cache
+        self._is_found = (
+            True  # whether the start found the journal in use, so that its bytes may be only in the page cache
+        )
         self._is_named = False  # whether this session has synced the name of the directory
         # The other worker must not replace a file between a look at the file and its link.
         self._lock = threading.Lock()
