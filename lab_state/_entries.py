@@ -163,9 +163,12 @@ class Overlay(Layer):
         return self._size
 
     def __setitem__(self, key: str, stored: Stored) -> None:
-        if key not in self:
+        # This repeats `__contains__`, because another call would make each `set` during a checkpoint slower.
+        top = self.top
+        value = top.get(key, MISSING)
+        if (key not in self.base) if value is MISSING else (value.__class__ is Absent):
             self._size += 1
-        self.top[key] = stored
+        top[key] = stored
 
     def __delitem__(self, key: str) -> None:
         super().__delitem__(key)
