@@ -16,9 +16,7 @@ from collections.abc import Collection, Iterable
 from datetime import timedelta
 from typing import Any, cast
 
-from lab_state._periods import LONGEST_TTL as LONGEST_TTL
-from lab_state._periods import Seconds as Seconds
-from lab_state._periods import check_history as check_history
+from lab_state._periods import LONGEST_TTL, Seconds
 from lab_state.exceptions import InvalidKeyError, InvalidValueError
 
 RESERVED = "$lab_state"

@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, TypeVar, overload
 
-from lab_state._arguments import Seconds, check_callable, check_default, check_key, name_of, plain_result
+from lab_state._arguments import check_callable, check_default, check_key, name_of, plain_result
 from lab_state._bulk import Bulk
 from lab_state._entries import MISSING
+from lab_state._periods import Seconds
 from lab_state._reads import MISSING_VALUE
 from lab_state._types import check_type
 from lab_state._waits import Waits

@@ -38,7 +38,7 @@ from lab_state._state._contents import ignore, no_clock
 from lab_state.config import Config
 from lab_state.exceptions import FencedError, LabStateError, StorageError, UnavailableError
 from lab_state.shared._results import RecordCalls
-from lab_state.storage._protocol import StorageSession
+from lab_state.storage._protocol import HistoryFigures, StorageSession, figures_of
 
 _LAST_CHANCE = 0.5
 """Seconds. `stop` tries a last commit this long before its deadline. If the event loop is ending, the close gets this long."""
@@ -253,6 +253,11 @@ class Flusher(Outcomes):
     def journal_bytes(self) -> int:
         """The size of the journal, in bytes."""
         return self._session.journal_bytes
+
+    @property
+    def history(self) -> HistoryFigures | None:
+        """The figures of the history; `None` if the storage keeps none."""
+        return figures_of(self._session)
 
     @property
     def storage_warning(self) -> str | None:

@@ -55,6 +55,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
             checkpoint that succeeds does not remove their error.
         snapshot_bytes: The size of the snapshot, in bytes.
         journal_bytes: The size of the journal that follows the snapshot, in bytes.
+        history_failures: The number of times since the start that older files could not be added to the history. Each leaves a hole, and
+            the log has the reason. 0 without a history.
+        history_generations: The number of generations in the history, without the one in use; `None` if the storage keeps no
+            history. It is counted at the start and after each checkpoint.
+        history_bytes: The number of bytes of these generations; `None` as above.
         storage_warning: A fault of the storage that does not make any call fail, and the
             remedy for the operator; `None` if there is no such fault.
         fenced: Whether the manager has learned that a newer writer owns the state. Then nothing more
@@ -89,6 +94,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str | None = None
     snapshot_bytes: int = 0
     journal_bytes: int = 0
+    history_failures: int = 0
+    history_generations: int | None = None
+    history_bytes: int | None = None
     storage_warning: str | None = None
     fenced: bool = False
     task_failure: str | None = None
@@ -114,7 +122,7 @@ class Mirror(Protocol):
 
 def status_of(phase: Phase, flusher: Flusher, mirror: Mirror | None) -> Status:
     """Return the status of a manager that was started, and owns its state."""
-    shown = flusher.shown
+    shown, history = flusher.shown, flusher.history
     return Status(
         phase=phase,
         keys=shown.count(),
@@ -129,6 +137,9 @@ def status_of(phase: Phase, flusher: Flusher, mirror: Mirror | None) -> Status:
         last_error=_printable(flusher.last_error),
         snapshot_bytes=flusher.snapshot_bytes,
         journal_bytes=flusher.journal_bytes,
+        history_failures=0 if history is None else history.failures,
+        history_generations=None if history is None else history.generations,
+        history_bytes=None if history is None else history.bytes,
         storage_warning=_printable(flusher.storage_warning),
         fenced=flusher.fenced,
         task_failure=_printable(flusher.task_failure or (None if mirror is None else mirror.task_failure)),

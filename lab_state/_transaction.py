@@ -7,7 +7,6 @@ from typing import Any, TypeVar, cast, final
 from weakref import ref
 
 from lab_state import _batch
-from lab_state._arguments import Seconds
 from lab_state._batch import Batch
 from lab_state._bulk import run_in_steps
 from lab_state._calls import Calls, at_once
@@ -15,6 +14,7 @@ from lab_state._core import CallCore, Core
 from lab_state._durability import Durability
 from lab_state._entries import Absent, Stored, StoredOrGone, Value
 from lab_state._layered import Layered, LayeredEntries
+from lab_state._periods import Seconds
 from lab_state._plain import Plain
 from lab_state._state import State
 from lab_state._undo import UndoView

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from lab_state import _batch
-from lab_state._arguments import Seconds, check_key, check_prefix, many_keys, milliseconds
+from lab_state._arguments import check_key, check_prefix, many_keys, milliseconds
 from lab_state._batch import Batch, in_parts
 from lab_state._bulk import Bulk
 from lab_state._core import Core
@@ -20,6 +20,7 @@ from lab_state._entries import DELETED, Expiring, StoredOrGone, Value, size_of
 from lab_state._json_keys import check_str_keys
 from lab_state._nesting import SHALLOW
 from lab_state._order import bounds
+from lab_state._periods import Seconds
 from lab_state._reads import MISSING_VALUE, Reads
 from lab_state._types import decode_value
 from lab_state._values import (

@@ -9,10 +9,10 @@ from collections.abc import Callable, Coroutine
 from operator import contains
 from typing import Any, Final, Generic, ParamSpec, TypeVar, cast, final, overload
 
-from lab_state._arguments import Seconds
 from lab_state._calls import Calls, running_loop
 from lab_state._entries import MISSING
 from lab_state._handle import Handle
+from lab_state._periods import Seconds
 from lab_state._plain import Plain, plain
 from lab_state.entry import Entry, entry_of
 from lab_state.exceptions import ClosedError

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, Generic, TypeVar, cast, final, overload
 
-from lab_state._arguments import Seconds, check_key
+from lab_state._arguments import check_key
 from lab_state._calls import Calls
 from lab_state._entries import MISSING
 from lab_state._handle import Handle
+from lab_state._periods import Seconds
 from lab_state._reads import MISSING_VALUE
 from lab_state._types import check_type, optional
 

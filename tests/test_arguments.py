@@ -33,7 +33,8 @@ from lab_state import (
     Transaction,
     read_state,
 )
-from lab_state._arguments import LONGEST_TTL, RESERVED, check_history, check_key, check_keys
+from lab_state._arguments import RESERVED, check_key, check_keys
+from lab_state._periods import LONGEST_TTL, check_history
 from lab_state.testing import ManualClock
 
 BEFORE = {"a": 1, "n/a": 1}

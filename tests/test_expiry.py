@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from lab_state._arguments import LONGEST_TTL, milliseconds
+from lab_state._arguments import milliseconds
 from lab_state._entries import DELETED, EXPIRED, MISSING, ChangeSet, Expiring, Stored, StoredOrGone
 from lab_state._expiry import Expiries
+from lab_state._periods import LONGEST_TTL
 from lab_state._state import State
 from lab_state._sweeper import _KEYS_PER_STEP, Sweeper
 from lab_state.exceptions import InvalidValueError

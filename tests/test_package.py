@@ -50,7 +50,7 @@ def layers_of(page: str) -> tuple[tuple[str, ...], ...]:
 LAYERS = layers_of(MAP)
 MOST_LAYERS = 12
 
-FILES = {"storage._fs", "storage._fs_read", "storage._fs_socket", "storage._directory"}
+FILES = {"storage._fs", "storage._fs_read", "storage._fs_socket", "storage._directory", "storage._history_files"}
 OPENS_AND_SYNCS = {
     "open",
     "fsync",

@@ -20,7 +20,7 @@ else:
             StoreConnectionError,
         )
 
-from lab_state._arguments import LONGEST_TTL
+from lab_state._periods import LONGEST_TTL
 from lab_state.exceptions import FencedError, InvalidValueError, KeyNotFoundError, StorageError
 from lab_state.handles import Namespace
 from lab_state.integrations._escaping import LONGEST, escape, is_hash, part, unescape

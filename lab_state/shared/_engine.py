@@ -17,12 +17,12 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 from msgspec import Raw
 
-from lab_state._arguments import Seconds
 from lab_state._calls import Calls, at_once
 from lab_state._core import CallCore
 from lab_state._entries import DELETED, ChangeSet, Expiring, Stored, StoredOrGone, size_of
 from lab_state._following import stored_of
 from lab_state._metrics import Counters
+from lab_state._periods import Seconds
 from lab_state._state import State
 from lab_state._values import encode
 from lab_state.exceptions import InvalidValueError, TypeMismatchError

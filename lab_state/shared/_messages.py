@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec import Raw
 
-from lab_state._arguments import LONGEST_TTL
+from lab_state._periods import LONGEST_TTL
 
 PROTOCOL = 1
 """The version of the protocol."""

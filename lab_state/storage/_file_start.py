@@ -18,7 +18,7 @@ from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._directory import Paths
 from lab_state.storage._file_writer import Need, Writer
-from lab_state.storage._keeping import History, Keeping
+from lab_state.storage._keeping import Keeping, KeptHistory
 from lab_state.storage._leftovers import Leftovers
 from lab_state.storage._lock import Lock
 from lab_state.storage._protocol import Recovery
@@ -97,7 +97,7 @@ def load_writer(
         if not folder.try_out(paths.directory, paths.journal, tried, lock.noted):
             loaded[0].need = Need.FULL
         if keeping is not None:
-            loaded[0].history = History(paths, name, keeping)
+            loaded[0].history = KeptHistory(paths, name, keeping)
             loaded[0].history.open(lock.noted)
         is_new = loaded[1].snapshot is None and not loaded[0].end
         _discard_temporaries(paths, lock, leftovers, is_new=is_new)

@@ -20,7 +20,7 @@ from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._directory import Paths
-from lab_state.storage._keeping import History
+from lab_state.storage._keeping import KeptHistory
 from lab_state.storage._kept import KeptFiles
 from lab_state.storage._lock import Lock
 from lab_state.storage._new_journal import NewJournal, spoiled
@@ -95,7 +95,7 @@ class Writer:
         self.replaced: list[int] = []
         self.progress: fs.WrittenBytes = fs.WrittenBytes()
         self.kept: KeptFiles = KeptFiles(paths.snapshot)
-        self.history: History | None = None
+        self.history: KeptHistory | None = None
         self._fd = -1
         self._left = lookup.UNKNOWN
         self._is_timed = True

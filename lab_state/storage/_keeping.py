@@ -21,7 +21,7 @@ from lab_state.storage import _lookup as lookup
 from lab_state.storage._directory import Paths
 from lab_state.storage._generations import HistoryFile, journal_file
 from lab_state.storage._protocol import HistoryFigures
-from lab_state.storage._pruning import InUse, deletions, figures_of
+from lab_state.storage._pruning import InUse, counted, deletions
 
 _logger = Log(logging.getLogger("lab_state"))
 
@@ -41,7 +41,7 @@ class Keeping:
         self.tried: set[lookup.Identity] = set()
 
 
-class History:
+class KeptHistory:
     """The history of one state. The worker for checkpoints and the worker for commits call the methods.
 
     A file that cannot be linked never makes a commit or a checkpoint fail. It is logged and counted, and leaves a hole.
@@ -113,9 +113,11 @@ class History:
     def replacing(self, base: str, known: lookup.Fingerprint | None, *, is_copied: bool) -> Iterator[None]:
         """Link the journal in use, with its snapshot, before the block replaces the journal. Do nothing if they are linked.
 
-        The worker for commits calls this. For the other arguments, see `keep_early`.
+        The worker for commits calls this.
 
         Args:
+            base: As in `keep_early`.
+            known: As in `keep_early`.
             is_copied: Whether the new journal has copies of all records of the journal in use. Then that journal is left out.
         """
         with self._lock:
@@ -134,7 +136,7 @@ class History:
                 self._added += 1
         except StorageError as error:
             self.failures += 1
-            _logger.error(
+            _logger.error(  # noqa: TRY400 -- one line
                 "%s gets a hole: files of the state could not be linked into it before they are replaced: %s",
                 self._paths.history,
                 error,
@@ -171,7 +173,7 @@ class History:
         self._count(sizes, in_use)
 
     def _count(self, sizes: dict[HistoryFile, int], in_use: InUse) -> None:
-        self.generations, self.bytes = figures_of(sizes, in_use)
+        self.generations, self.bytes = counted(sizes, in_use)
 
     def _look(self) -> tuple[dict[HistoryFile, int], InUse]:
         """Return the files of the history with their sizes, and the journal in use."""

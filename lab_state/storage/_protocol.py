@@ -8,7 +8,7 @@ contract.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 SnapshotSource = Callable[[], AsyncIterator[bytes]]
 """A function that returns the snapshot as an async iterator of slices.
@@ -94,6 +94,21 @@ class HistoryFigures(NamedTuple):
     failures: int
     generations: int
     bytes: int
+
+
+@runtime_checkable
+class HistoryKeeper(Protocol):
+    """A session that may keep a history."""
+
+    @property
+    def history(self) -> HistoryFigures | None:
+        """The figures of the history; `None` if the session keeps none."""
+        ...
+
+
+def figures_of(session: object) -> HistoryFigures | None:
+    """Return the figures of the history of a session; `None` if it keeps none. Sessions of other packages keep none."""
+    return session.history if isinstance(session, HistoryKeeper) else None
 
 
 def _sizes(snapshot: bytes | None, records: tuple[bytes, ...]) -> str:

@@ -84,7 +84,7 @@ def _chosen(
             yield one
 
 
-def figures_of(sizes: Mapping[HistoryFile, int], in_use: InUse) -> tuple[int, int]:
+def counted(sizes: Mapping[HistoryFile, int], in_use: InUse) -> tuple[int, int]:
     """Return the number of generations without the one in use, and the number of their bytes."""
     kept = _replaced(sizes, in_use)
     return len(kept), sum(_bytes_of(one, sizes) for one in kept)

@@ -37,9 +37,9 @@ from typing import ParamSpec, TypeVar
 
 from lab_state import _forks as forks
 from lab_state import _journal as journal
-from lab_state._arguments import Seconds, check_history
 from lab_state._buffers import collect
 from lab_state._journal import NO_BASE
+from lab_state._periods import Seconds, check_history
 from lab_state.exceptions import UnsupportedError
 from lab_state.storage import _directory as folder
 from lab_state.storage import _fs as fs
