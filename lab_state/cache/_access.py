@@ -1,7 +1,7 @@
 """The base of `Reader`: the reads that its calls share.
 
 A read takes the keys and values from the local copy if the copy is fresh, and otherwise from the cache. Data from the
-cache is checked. A read fails if a part of the mirror is missing. It also fails if the revision of the mirror is lower
+cache are checked. A read fails if a part of the mirror is missing. It also fails if the revision of the mirror is lower
 than a revision that this reader has read before, unless `RevisionGuard` accepts the lower revision.
 """
 
@@ -95,7 +95,7 @@ class MirrorAccess(Iterates):
 
     async def _read(self, fetching: Awaitable[Fetched]) -> tuple[Head, dict[str, Stored]]:
         """Read the mirror, check whether it may be shown, and note whether the read succeeded."""
-        # The lowest revision to accept is computed before the read, because another read may return a higher one meanwhile.
+        # The lowest acceptable revision is computed before the read, because other reads may return higher revisions meanwhile.
         floor = max(self._guard.seen, self._local.highest)
         try:
             found = await fetching
@@ -109,11 +109,12 @@ class MirrorAccess(Iterates):
     def _checked_head(self, found: Fetched, floor: int) -> Head:
         """Return the head of a part of the mirror, if that part may be shown; see `RevisionGuard.accept`.
 
-        If a revision below the earlier ones is accepted, later reads continue from the lower revision.
+        If a revision below an earlier revision is accepted, later reads continue from the lower revision.
         """
         accepted = self._guard.accept(found, floor, self._lives, self._clock.monotonic())
         if accepted.went_back:
-            assert self._feed is not None  # `accept` goes back only if the feed says that the writer lives
+            # A lower revision is accepted only if the feed reports that the writer is running.
+            assert self._feed is not None
             self._local.reset()
             self._feed.restart_from(accepted.head.revision)
         return accepted.head

@@ -46,7 +46,7 @@ class Backlog:
         return len(self._changes) + self._queued
 
     def overflow(self) -> None:
-        """Drop everything, and add nothing until `clear`. Call this if changes are missing, or if there are too many."""
+        """Drop everything, and add nothing until `clear`. Call this if changes are missing, or if there are too many changes."""
         self.clear()
         self.overflowed = True
 
@@ -81,7 +81,7 @@ class Backlog:
         return bool(self._queue)
 
     def take(self, start: int) -> ChangeSet:
-        """Return all changes as one step from revision `start`, and drop them here. All commits must be merged; see `merge`."""
+        """Return all changes as one step from revision `start`, and empty the backlog. All commits must be merged; see `merge`."""
         taken = ChangeSet(start, self.end, self._cleared, self._changes, 0.0)
         self.clear()
         return taken

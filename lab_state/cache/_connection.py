@@ -87,8 +87,8 @@ def _pieces(commands: Iterable[Command]) -> Iterator[bytes]:
 def _check_url(url: str) -> None:
     """Check that special characters in the user and the password of a URL are escaped.
 
-    Otherwise the URL parser takes a part of the password for a port, a host or a path. Messages
-    contain these, and would show the password.
+    Otherwise the URL parser treats a part of the password as a port, a host or a path. Messages
+    contain the port, the host and the path, so they would show a part of the password.
 
     Raises:
         ValueError: Such a character is not escaped.
@@ -123,7 +123,7 @@ class Dialer:
         self._make: Any = pool.connection_class
         # Remove the options that redis-py 8 adds for RESP3.
         given: dict[str, Any] = {k: v for k, v in pool.connection_kwargs.items() if not k.startswith(("maint", "orig"))}
-        # All answers of a round trip have one timeout. redis-py would have one for each answer.
+        # All answers of a round trip share one timeout. redis-py would use a timeout for each answer.
         self._timeout: float = given.get("socket_timeout") or _TIMEOUT
         self._options: dict[str, Any] = {
             **given,
@@ -132,7 +132,7 @@ class Dialer:
             "protocol": 2,
         }
         if (driver := getattr(redis, "DriverInfo", None)) is not None and "driver_info" not in given:
-            # Without this, redis-py reads its version from the file system for each connection.
+            # Without this option, redis-py reads its own version from the file system for each connection.
             self._options["driver_info"] = driver(lib_version=redis.__version__)
         self.path: str = _address(given, is_url=isinstance(url, str))
 
@@ -179,7 +179,7 @@ class Connection:
     """A connection to Redis that sends commands and reads answers. All calls but `read` have a timeout."""
 
     def __init__(self, connection: Any, path: str, timeout: float, clock: Clock) -> None:
-        """Use a connection of redis-py. Sending a piece, or reading all answers of a call, may take `timeout` seconds of the clock."""
+        """Use a connection of redis-py. `timeout` is the time limit for sending a piece, and for reading all answers of a call, in seconds."""
         self.clock: Clock = clock
         self._connection = connection
         self._path = path
@@ -227,7 +227,7 @@ class Connection:
         return await self.answers(len(commands))
 
     async def transaction(self, *commands: bytes) -> list[Any]:
-        """Run commands as one transaction of Redis, and return their answers. If one fails, raise a `StorageError`."""
+        """Run commands as one transaction of Redis, and return their answers. If a command fails, raise a `StorageError`."""
         answers = await self.call(MULTI, *commands, EXEC)
         self.good(answers)
         executed: list[Any] = answers[-1]
@@ -238,7 +238,7 @@ class Connection:
         """Check that none of the answers is an error.
 
         Raises:
-            StorageError: One of them is an error. The first one is raised.
+            StorageError: At least one answer is an error. The first error is raised.
         """
         for answer in answers:
             if isinstance(answer, Exception):
@@ -263,7 +263,7 @@ class Connection:
         """Close the connection. This is allowed during a call."""
         if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
             return
-        with contextlib.suppress(Exception):  # the connection is closed even if this raises
+        with contextlib.suppress(Exception):  # the connection is closed even if this call raises an error
             await self._connection.disconnect(nowait=True)
 
     def _check_connected(self) -> None:
@@ -296,7 +296,7 @@ class Connection:
         except (problems.RedisError, OSError, EOFError) as error:
             raise self.problem(error) from None
         except AttributeError:
-            # redis-py uses the stream without a check, and another task may have closed the connection meanwhile.
+            # redis-py does not check its stream, and another task may have closed the connection meanwhile.
             if self._connection.is_connected:
                 raise
             raise self._lost() from None

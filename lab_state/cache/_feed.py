@@ -2,8 +2,8 @@
 
 If the subscription is lost, the task subscribes again, after growing pauses. A running writer sends
 heartbeats. So if there is no message for some seconds, the task tests the subscription with a ping.
-Every two seconds the task also reads the head of the mirror, the field `$lab_state`. So the reader
-knows whether reads succeed, even if the application reads nothing.
+Every two seconds the task also reads the head of the mirror, which is the field `$lab_state`. So the
+reader knows whether reads succeed, even if the application reads nothing.
 
 Any client may send a message. Messages that cannot be decoded are skipped. After the first
 such message, a line is logged, and the mirror is read again.
@@ -38,13 +38,13 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _MOST_BYTES = 32 * 1024 * 1024
 """The largest size of the messages of one step, in bytes. A larger step is not applied: the mirror is read again.
 
-A writer sends changes of about 4 MiB at most, and a resync in place of the rest. The writer estimates this size: it
-counts a character of a key as one byte, and does not count expiry times. In JSON, a character has up to six bytes. So
-the messages may be several times as large as the estimate.
+A writer sends at most about 4 MiB of changes in one step, and a resync in place of the other changes. The writer only
+estimates this size: it counts a character of a key as one byte, and does not count expiry times. In JSON, a character has
+up to six bytes. So the messages may be several times as large as the estimate.
 """
 
 _LONGEST_STEP = 1_000_000
-"""The most revisions of a step. A larger step may be from another client, so the mirror is read again."""
+"""The largest number of revisions in a step. A larger step may be from another client, so the mirror is read again."""
 
 logger = Log(logging.getLogger("lab_state"))
 
@@ -53,8 +53,8 @@ class Feed:
     """The receiver of the changes of one mirror.
 
     Attributes:
-        revision: The revision of the last message, or of the last head that was read if its revision is higher; -1 while
-            the subscription does not work, and until the first message or head.
+        revision: The revision of the last message, or of the last head that was read, if the head has a higher revision. It
+            is -1 while the subscription does not work, and until the first message or head.
         watchers: The watches that receive the changes.
         moved: An event that is set when the revision or the local copy may have changed, and by `aclose`. It
             is then replaced by a new one. Read the attribute again before each wait.
@@ -95,7 +95,8 @@ class Feed:
     def lives(self, writer: str, below: int) -> bool:
         """Return whether the last message is from this writer, has a revision below `below`, and is not too old.
 
-        It is too old after `SILENT_SECONDS` without a new message. A new subscription starts this time again.
+        The last message is too old if no other message follows within `SILENT_SECONDS`. With a new subscription, this time
+        starts again.
         """
         last = self._last
         silent = self._clock.monotonic() - self._heard >= SILENT_SECONDS
@@ -183,7 +184,7 @@ class Feed:
             await self._test(subscription)
 
     async def _test(self, subscription: Subscription) -> None:
-        """Test the subscription if no message has come for some seconds. If no writer runs, this silence is no fault.
+        """Test the subscription if no message has come for some seconds. If no writer is running, there are no messages.
 
         Raises:
             UnavailableError: The mirror has changed without a message.
@@ -230,7 +231,7 @@ class Feed:
         if self._ends_with == (message.start, message.end, message.writer):
             if not message.more:
                 self._ends_with = None
-                self._resync()  # a second time, because a load that has begun meanwhile may lack a part of this step
+                self._resync()  # a load that has begun since the first resync may lack a part of this step
             return
         first = self._parts[0] if self._parts else message
         if (message.start, message.end, message.writer) != (first.start, first.end, first.writer):

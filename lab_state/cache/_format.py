@@ -1,8 +1,8 @@
 """The bytes of a mirror, and of the messages about its changes. Pure.
 
 A mirror has two hashes: values and expiry times. Each of them has one more field, `$lab_state`, with
-the same JSON: format, revision, writer, and the id of the fill that wrote the mirror. So a
-reader notices if a hash is missing, evicted or old, and never takes it for an empty hash.
+the same JSON: format, revision, writer, and the id of the fill that wrote the mirror. So a reader
+notices if a hash is missing, evicted or old, and never treats a missing hash as empty.
 
 Any client of the cache may write to a mirror. So the code never assumes that the bytes that it
 reads are from lab_state.
@@ -11,7 +11,7 @@ A message on the channel is a step, or a part of one: `{"from":41,"to":42,"write
 "set":{...},"delete":[...],"expires":{...}}`. `clear` says that all keys are deleted before this
 message applies. `more` says that another message of the same step follows. `resync` says that the
 message has no changes, and that the mirror must be read again. A message without `resync` whose `from`
-equals `to` is a heartbeat, which only says that the writer lives.
+equals `to` is a heartbeat, which only says that the writer is running.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _MOST_BYTES = 32 * 1024  # a slice ends with the key that reaches this size
 _LARGE = 64 * 1024  # a value of this size is encoded in pieces
 
 MOST_MESSAGE_BYTES = 4 * 1024 * 1024
-"""The most bytes in the messages of a step, by the estimate of `message_bytes`. A larger step ends with a resync."""
+"""The largest size in bytes of the messages of a step, as estimated by `message_bytes`. A larger step ends with a resync."""
 
 Revision: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
-"""A revision in JSON. Every JSON reader holds integers below 2**53 exactly. No state has a higher revision."""
+"""A revision in JSON. Every JSON reader can represent integers below 2**53 exactly. No state has a higher revision."""
 
 
 class Keys:
@@ -58,7 +58,7 @@ class Keys:
         self.channel: bytes = self.values + b":changes"
 
     def fill(self) -> tuple[bytes, bytes]:
-        """Return new names for the two hashes of a fill. A delayed command of an earlier fill uses other names."""
+        """Return new names for the two hashes of a fill. So a delayed command of an earlier fill cannot change them."""
         values = self.values + b":fill:" + os.urandom(8).hex().encode()
         return values, values + b":expires"
 
@@ -130,12 +130,12 @@ def parse_head(data: bytes) -> Head | None:
 def seen_in(values: bytes | None, expires: bytes | None) -> tuple[Seen, str]:
     """Return the writer, the revision and the id of the fill, from the field `$lab_state` of the two hashes.
 
-    If both fields are not the same head, return `Seen(None, 0)` and an empty id: there is no whole mirror.
+    If the two fields are not equal, or are not a head, return `Seen(None, 0)` and an empty id: there is no whole mirror.
     """
     found = None if values is None or values != expires else _read(_decode_head, values)
     if found is None:
         return Seen(None, 0), ""
-    # A mirror of another format counts as the mirror of another writer. No writer has the id "".
+    # A mirror of another format is treated as that of another writer, with the id "". No writer has this id.
     return Seen(found.writer if found.format == FORMAT else "", found.revision), found.fill
 
 
@@ -172,7 +172,7 @@ def message(start: int, end: int, writer: str, part: Slice, *, clear: bool = Fal
 
 
 def resync(start: int, end: int, writer: str) -> bytes:
-    """Return the message of a step whose changes are not sent, or of a fill. Readers then load their local copies again."""
+    """Return the message of a fill, or of a step whose changes are not sent. When a reader gets it, it loads its local copy again."""
     return encode(Message(start=start, end=end, writer=writer, resync=True))
 
 
@@ -182,7 +182,7 @@ def message_bytes(part: Slice) -> int:
 
 
 def slices(items: Iterable[tuple[str, StoredOrGone]], ahead: int) -> Iterator[Slice | None]:
-    """Yield the slices of a fill or of a step: one or more. The last one may be empty.
+    """Yield the slices of a fill or of a step: one or more. The last slice may be empty.
 
     While a large value is encoded, `None` is yielded after each piece, so that the event loop can
     run. `ahead` is the time of the wall clock minus the time of the state, in milliseconds. It is

@@ -2,11 +2,11 @@
 
 The reader has subscribed to the changes. It loads the copy in these steps:
 
-1. From now on, it keeps the messages.
-2. It reads the head. This gives the first revision. If the copy has all keys at this head, step 3 is left out.
+1. It begins to keep the messages that arrive.
+2. It reads the head, which has the first revision. If the copy already has all keys at this head, step 3 is left out.
 3. It reads all keys, in parts. Each part may have a different revision.
 4. It reads the head again, and sends a ping on the subscription. When the ping is answered,
-   all messages up to the second head have come.
+   all messages up to the second head have arrived.
 5. It applies the kept messages after the first revision. They contain every key that changed
    since the first head. So the copy is exactly at the revision of the last message.
 
@@ -47,14 +47,13 @@ class LocalCopy:
         self.fresh: bool = False
         self.head: Head | None = None
         self.highest: int = 0
-        self._state = (
-            State()
-        )  # its index of expiries is not complete, because a reader looks at the entries and the wall clock
+        # The index of expiries of this state is not complete. A reader compares the entries with the wall clock instead.
+        self._state = State()
         self._whole = False  # whether `entries` has all keys at `head`; False during a load, and after a failed load
         self._kept: deque[Sequence[Message]] | None = None
 
     def invalidate(self) -> None:
-        """Show nothing until the copy is loaded again, because changes may be missing."""
+        """Return no entries to reads until the copy is loaded again, because changes may be missing."""
         self.fresh, self.shown, self._kept = False, {}, None
 
     def reset(self) -> None:
@@ -99,7 +98,7 @@ class LocalCopy:
                 entries[key] = Expiring(value.value if isinstance(value, Expiring) else value, parse_time(at))
 
     def replay(self, most: int) -> bool:
-        """Apply about `most` keys of the kept messages, and return whether there are more.
+        """Apply about `most` keys of the kept messages. Return whether kept messages are left.
 
         If an earlier message was lost, or if a message is a resync, stop there. Then
         `finish_loading` returns False.
@@ -115,10 +114,10 @@ class LocalCopy:
         return bool(kept) and head is not None
 
     def finish_loading(self, last: Head) -> bool:
-        """Apply the kept messages that are left. Return whether the copy may be read. If not, the copy must be loaded again.
+        """Apply the kept messages that are left. Return True if the copy may be read, or False if it must be loaded again.
 
-        `last` is the second head. All messages up to it have come. If there was a fill meanwhile,
-        even at the same revision, the parts that were read may not fit together.
+        `last` is the second head. All messages up to this head have arrived. If there was a fill during the load,
+        even at the same revision, the parts that were read may be from different states.
         """
         kept, self._kept = self._kept, None
         if kept is None or self.head is None or any(step[-1].resync for step in kept):
@@ -162,7 +161,7 @@ class LocalCopy:
         return self._state.view()
 
     def register(self, view: UndoView[Stored]) -> UndoView[Stored]:
-        """Note a view of a read of the mirror, so that `close_views` closes it, and return it."""
+        """Register a view of entries that were read from the mirror, and return the view. `close_views` closes it."""
         open_ones(self._state.views)
         self._state.views.append(ref(view))
         return view

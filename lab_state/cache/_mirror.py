@@ -16,13 +16,13 @@ a second or more, or the machine slept for as long. The reason is that readers u
 state counts the seconds that pass.
 
 A fill holds a view of the state, and no checkpoint can begin meanwhile. So a checkpoint that is due
-cuts the fill off. The fill begins again after the checkpoint. It then has time until the next
+cancels the fill. The fill begins again after the checkpoint. It then has time until the next
 checkpoint is due. With `FileStorage`, this is when the journal has grown to the size of the snapshot. A
 cache that needs more time for a fill would also be too slow for the steps.
 
 The mirror of another writer may be from an earlier start of this state, or from a newer owner
-of the state. Only the storage knows which: a commit that succeeds proves that the state has no
-newer owner. So a commit is made before the mirror of another writer is replaced. Right after the
+of the state. A commit shows which case it is: if the commit succeeds, the state has no newer
+owner. So a commit is made before the mirror of another writer is replaced. Right after the
 start this is not needed, because the start has made this manager the owner.
 """
 
@@ -48,23 +48,24 @@ from lab_state.exceptions import FencedError, StorageError, UnavailableError
 
 STOP_SECONDS = 1.0
 HEARTBEAT_SECONDS = 2.0
-"""The seconds between two looks at the mirror. A look also sends readers a heartbeat."""
+"""The seconds between two checks of the mirror (`CacheSession.look`). A check also sends readers a heartbeat."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _FIRST_SPOILT, _LONGEST_SPOILT = 1.0, 300.0
-"""The pauses between two fills, while another client writes to the mirror repeatedly."""
+"""The first and the longest pause between two fills, in seconds, while another client writes to the mirror repeatedly."""
 
 _CALM_SECONDS = 60.0
-"""Seconds. If no write of another client is found for this time after a pause, the next such write is logged, and a fill follows at once."""
+"""Seconds. After a pause and this time without a write of another client, the pauses begin again: the next such write is logged, and a fill
+follows at once."""
 
 _MOST_DRIFT_MILLISECONDS = 500
-"""The drift between the two clocks at which the mirror is filled again. Expiry times are wrong by less than this."""
+"""The drift between the two clocks at which the mirror is filled again. So no expiry time in the mirror is wrong by more than this."""
 
 _REST_SECONDS = 0.006
 """The pause after a step. In this pause, the application can use the event loop, and more commits are merged."""
 
 _LONG_REST_SECONDS = 0.02
-"""The pause after a step with more than `_MANY_COMMITS` commits. With it, more commits are merged into the next step."""
+"""The pause after a step with more than `_MANY_COMMITS` commits. It is longer, so that more commits are merged into the next step."""
 
 _MANY_COMMITS = 5
 
@@ -75,7 +76,7 @@ _KEPT_SECONDS = 10.0
 
 _PROGRESS_SECONDS = 5.0
 _LARGE_KEYS = 100_000
-"""The number of keys from which a fill logs its progress, at most once in `_PROGRESS_SECONDS`."""
+"""A fill of more than this many keys logs its progress, at most once in `_PROGRESS_SECONDS`."""
 
 
 class MirrorWriter:
@@ -108,11 +109,12 @@ class MirrorWriter:
         self._spoilt_pauses = Pauses(clock, _FIRST_SPOILT, _LONGEST_SPOILT)
         self._session: CacheSession | None = None
         self._seen: Seen | None = None  # the result of the last `look`, if nothing was written since
-        self._ahead = 0  # milliseconds from the state's time to the wall clock, as added to the mirror's expiry times
+        # The wall clock minus the time of the state, in milliseconds, as it was added to the expiry times in the mirror.
+        self._ahead = 0
         self._has_times = False  # whether the mirror may have expiry times
         self._tried: int | None = None  # the revision of a step whose outcome is unknown
-        self._is_owner = True  # until the first fill: the start has just made this manager the owner
-        self._idle = False  # whether a look is due
+        self._is_owner = True  # until the first fill, because the start has just made this manager the owner
+        self._idle = False  # whether a check of the mirror is due
         self._stopping = False
         self._holding: asyncio.Timeout | None = None  # the timeout of a fill, while it holds a view
 
@@ -151,7 +153,7 @@ class MirrorWriter:
                 self._commits += 1
                 self._wake.set()
                 if self._holding is not None and self._flusher.checkpoints.is_waiting:
-                    self._holding.reschedule(0.0)  # cut the fill off at once
+                    self._holding.reschedule(0.0)  # cancel the fill at once
                     self._holding = None
 
     async def stop(self) -> None:
@@ -235,7 +237,7 @@ class MirrorWriter:
             self._backlog.clear()
 
     def _check_clocks(self) -> None:
-        """Request a fill if the wall clock has drifted from the time of the state, and the mirror may have expiry times. Then these times are wrong."""
+        """Request a fill if the wall clock has drifted from the time of the state, because then the expiry times in the mirror are wrong."""
         ahead = _ahead(self._flusher.shown)
         if abs(ahead - self._ahead) >= _MOST_DRIFT_MILLISECONDS:
             if self._has_times:
@@ -244,7 +246,7 @@ class MirrorWriter:
                 self._ahead = ahead
 
     async def _look(self, session: CacheSession) -> None:
-        """Look at the mirror, and set `revision`. A step whose answer was lost may have changed it."""
+        """Check the mirror, and set `revision`. A step whose answer was lost may have changed the mirror."""
         seen = self._seen = await session.look()
         if seen == SPOILT:
             self._spoil()
@@ -300,7 +302,7 @@ class MirrorWriter:
             self._spoilt_pauses.start()
 
     async def _replace(self, session: CacheSession, seen: Seen) -> None:
-        """Replace the mirror that `look` found by the present state. A checkpoint that is due cuts this off."""
+        """Replace the mirror that `look` found by the present state. A checkpoint that is due cancels this."""
         state = self._flusher.shown
         views, revision, ahead = SnapshotViews(state), state.revision, _ahead(state)
         self._tried = revision

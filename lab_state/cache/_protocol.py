@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 
 class Slice(NamedTuple):
-    """A part of a fill or of a step. It is small, unless a value is large. The event loop can run after it.
+    """A part of a fill or of a step. It is small, unless a value is large. The event loop can run after each slice.
 
     Attributes:
         values: The JSON of each key that is set.
@@ -57,7 +57,7 @@ SPOILT = Seen(None, -1)
 
 
 class CacheSession(Protocol):
-    """The right of one writer to write the mirror of one state.
+    """A session in which one writer writes the mirror of one state.
 
     Calls do not overlap. Each call raises `StorageError` or a subclass, and no other error. After
     an error the outcome is unknown: readers see the mirror without the change of the call, or with
@@ -67,9 +67,9 @@ class CacheSession(Protocol):
     async def look(self) -> Seen:
         """Return the writer and the revision of the present mirror.
 
-        If this writer wrote the mirror, and it is unchanged since the session's last call, send
-        readers a heartbeat: the message that the writer lives. If another client has changed the
-        mirror since then, but not its writer and revision, return `SPOILT`.
+        If this writer wrote the mirror, and the mirror is unchanged since the last call of the session,
+        send readers a heartbeat. If another client has changed the mirror since then, but not its writer
+        and revision, return `SPOILT`.
         """
         ...
 
@@ -84,7 +84,7 @@ class CacheSession(Protocol):
                 nothing is done. A mirror of this writer is always replaced.
 
         Returns:
-            Whether the mirror was replaced. False also if the cache has dropped slices.
+            Whether the mirror was replaced. It is also False if the cache has dropped slices.
         """
         ...
 

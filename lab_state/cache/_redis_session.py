@@ -5,7 +5,7 @@ has changed them since the last transaction, Redis does not execute the step. De
 connection count as such a change, too. A heartbeat is also a MULTI transaction. So the writer
 notices another client's change at the next heartbeat.
 
-A fill writes to two keys with new names. Redis drops them after a minute without a write.
+A fill writes to two keys with new names. Redis drops these keys after a minute without a write.
 At the end, one MULTI transaction renames them.
 """
 
@@ -29,7 +29,7 @@ from lab_state.cache._format import (
 )
 from lab_state.cache._protocol import SPOILT, Seen, Slice, Step
 
-_FILL_SECONDS = 60  # the time to live of the two keys of a fill, from each slice on
+_FILL_SECONDS = 60  # the time to live of the two keys of a fill; each slice renews it
 _SENT_AT_ONCE = 64 * 1024
 _UNANSWERED = 8  # the largest number of slices of a fill whose answers are not read yet
 _HEAD = HEAD.encode()
@@ -80,10 +80,10 @@ class RedisSession:
         """Write the state beside the mirror, and then replace the mirror; see `CacheSession.fill`."""
         keys, there = self._keys, self._keys.fill()
         mark = head(revision, self._writer, new_fill())
-        # The marks are written only with the first slice. If they are missing at the end, Redis dropped the keys meanwhile.
+        # The marks are written only with the first slice. If they are missing at the end, Redis has dropped the keys meanwhile.
         marks = [hset(key, {HEAD: mark}) for key in there]
         keep = [command(b"EXPIRE", key, b"%d" % _FILL_SECONDS) for key in there]
-        # The next transactions write to other keys. They must not fail because a watched key of the mirror changes.
+        # The next transactions write to other keys, so a change of a watched key of the mirror must not make them fail.
         self._connection.good(await self._connection.call(self._unwatch))
         unanswered: deque[int] = deque()
         async for part in slices:
@@ -185,7 +185,7 @@ class RedisSession:
         return done
 
     async def _executed(self, count: int) -> list[Any] | None:
-        """Return the answers of a transaction of `count` commands, with MULTI and EXEC; `None` if a watched key was changed."""
+        """Return the answers of a transaction of `count` commands. MULTI and EXEC are counted. Return `None` if a watched key was changed."""
         answers = await self._connection.answers(count)
         self._connection.good(answers)
         executed: list[Any] | None = answers[-1]

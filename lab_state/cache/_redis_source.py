@@ -68,7 +68,7 @@ class RedisSource:
         return RedisSubscription(connection)
 
     async def aclose(self) -> None:
-        """Close the free connections. The connection of a read that is still running becomes free after it."""
+        """Close the free connections. The connection of a running read becomes free after that read."""
         while self._free:
             await self._free.pop().aclose()
 
@@ -78,7 +78,7 @@ class RedisSource:
             try:
                 return await self._on(self._free.pop(), commands)
             except UnavailableError:
-                await self.aclose()  # the other free connections are probably lost too
+                await self.aclose()  # the other free connections are probably lost, too
         return await self._on(await self._dialer.connect(self._clock), commands)
 
     async def _on(self, connection: Connection, commands: Sequence[bytes]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Decide whether a reader may show a part of a mirror that it has read. Pure and synchronous.
 
-If one of the two hashes is missing, nothing is shown. A revision below an earlier one is shown only
-after a living writer has reported it for some seconds.
+If one of the two hashes is missing, nothing is shown. A revision below an earlier revision is shown only
+after a running writer has reported it for some seconds.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from lab_state.cache._source import Fetched
 from lab_state.exceptions import UnavailableError
 
 STANDS_SECONDS = 10.0
-"""The seconds for which a living writer must report a lower revision, until that revision is accepted."""
+"""The seconds for which a running writer must report a lower revision, until that revision is accepted."""
 
 
 class AcceptedHead(NamedTuple):
-    """A head that may be shown, and whether its revision is lower than an earlier one."""
+    """A head that may be shown, and whether its revision is lower than an earlier revision."""
 
     head: Head
     went_back: bool
 
 
 class RevisionGuard:
-    """A check that refuses revisions below the highest one that was read before.
+    """A check that refuses revisions below the highest revision that was read before.
 
-    A lower revision is accepted when a living writer has reported it for `STANDS_SECONDS`.
+    A lower revision is accepted when a running writer has reported it for `STANDS_SECONDS`.
 
     Attributes:
-        seen: The highest revision that was read. If a lower revision is accepted, `seen` is set to the lower revision. A
-            revision below `seen` is refused at first.
+        seen: The highest revision that was read. If a lower revision is accepted, `seen` is set to the lower revision.
     """
 
     def __init__(self, name: str, path: str) -> None:
-        """Accept any revision at first. `name` and `path` of the mirror are used in messages."""
+        """Begin without a revision, so that any revision is accepted. `name` and `path` of the mirror are for messages."""
         self.seen: int = 0
         self._name = name
         self._path = path
-        self._lower: tuple[str, float] | None = None  # the writer that reports a lower revision, and since when
+        # The writer that reports a lower revision, and the time of its first report.
+        self._lower: tuple[str, float] | None = None
 
     def close(self, highest: int) -> None:
         """Remember the highest revision for the next opening of the reader."""
@@ -53,8 +53,8 @@ class RevisionGuard:
             found: The part that was read.
             floor: The lowest revision that may be shown: the highest revision that was known
                 when the read began.
-            lives: A function that returns whether a writer lives, and reports a revision below
-                the given one.
+            lives: A function that returns whether a writer is running, and reports a revision below
+                the given revision.
             now: The time of a monotonic clock, in seconds.
 
         Raises:
@@ -85,7 +85,7 @@ class RevisionGuard:
         return AcceptedHead(head, went_back)
 
     def _stands(self, head: Head, floor: int, lives: Callable[[str, int], bool], now: float) -> bool:
-        """Return whether a lower revision is right: its writer lives, and has reported lower revisions for long enough."""
+        """Return whether a lower revision is right: its writer is running, and has reported lower revisions for long enough."""
         if not lives(head.writer, floor):
             self._lower = None
         elif self._lower is None or self._lower[0] != head.writer:

@@ -17,10 +17,10 @@ _FREED_AT_ONCE = 1000
 _SCANNED = 500
 
 MANY = 1000
-"""A step with this many keys or more is merged in several turns of the event loop."""
+"""A step with this many keys or more is merged in several iterations of the event loop."""
 
 STEP = 500
-"""The number of keys that one of these turns merges."""
+"""The number of keys that one of these iterations merges."""
 
 
 Pending: TypeAlias = dict[str, tuple[bytes | None, bytes | None]]
@@ -32,8 +32,8 @@ class MemoryMirror:
     Attributes:
         values: The values by key, and the head.
         expires: The expiry times by key, and the head.
-        pending: A step that readers see already, but that is not merged into both hashes yet: a value and an
-            expiry time by key. A key without a value is deleted.
+        pending: A step that readers see already, but that is not merged into both hashes yet. For each key, it has a
+            value and an expiry time. A key without a value is deleted.
         followers: The subscriptions.
         fill: The id of the last fill.
     """
@@ -63,7 +63,7 @@ class MemoryMirror:
             _discard(each)
 
     def merge(self, most: int) -> bool:
-        """Merge up to `most` keys of the pending step. Return whether there are more."""
+        """Merge up to `most` keys of the pending step. Return whether keys are left."""
         for _ in range(min(most, len(self.pending))):
             key, (value, at) = self.pending.popitem()
             if value is None:
@@ -77,7 +77,7 @@ class MemoryMirror:
         return bool(self.pending)
 
     def merge_later(self) -> None:
-        """Merge the pending step in several turns of the event loop."""
+        """Merge the pending step in several iterations of the event loop."""
         if self.merge(STEP):
             asyncio.get_running_loop().call_soon(self.merge_later)
 
@@ -99,7 +99,7 @@ class MemoryMirror:
 
 
 class MemoryCache:
-    """Mirrors in the memory of this process. Pass the object to the manager, and make readers with `reader`."""
+    """Mirrors in the memory of this process. Pass the object to the manager, and call `reader` to get readers."""
 
     def __init__(self) -> None:
         """Create a cache without mirrors."""
@@ -175,7 +175,7 @@ class MemoryCacheSession:
             return False
         if step.cleared:
             mirror.replace({}, {})
-        mirror.merge(len(mirror.pending))  # the rest of the last step, if it is not merged yet
+        mirror.merge(len(mirror.pending))  # finish the merge of the last step
         mirror.pending = pending
         self._mark(step.end)
         mirror.publish(messages)

@@ -101,7 +101,7 @@ class Reader(MirrorAccess):
     async def aclose(self) -> None:
         """Close all connections. Open watches end. A second call does nothing.
 
-        In a forked child it does nothing, because the connections belong to the parent.
+        In a forked child, this call does nothing, because the connections belong to the parent.
         """
         if self._is_parents:  # pragma: no cover -- a child's coverage is not collected
             return
@@ -213,7 +213,7 @@ class Reader(MirrorAccess):
         The call works in steps, and the event loop runs between two steps. A call may have to sort all keys
         first, in steps; see `Manager.keys`.
 
-        Without a local copy, the call reads the whole mirror and chooses from it, even for a page. Redis
+        Without a local copy, the call reads the whole mirror, even if only a page of it is returned. Redis
         answers no other client while it collects the keys. After that, the reader processes the whole answer
         in one step. With a million keys, this blocks the event loop for about a second.
 
@@ -315,7 +315,7 @@ class Reader(MirrorAccess):
                     f"the mirror of {self._name!r} has not reached revision {revision} within {timeout} s: {problem}"
                 )
             heard = await wait_for_event(moved, self._clock, min(left, _LOOK_AGAIN_SECONDS))
-            # A message with a lower revision is not worth a round trip.
+            # After a message with a lower revision, a read of the mirror would not help.
             look = not heard or self._is_local or self._open.revision >= revision
 
     async def _reached(self, seconds: float) -> tuple[int, str]:
@@ -333,13 +333,13 @@ class Reader(MirrorAccess):
         """Iterate over the keys that change, as `Manager.watch` does.
 
         Open the watch, and then read. The watch reports only durable changes. The revision of a change
-        is the revision of the mirror after the update that brought the change. A key that expired is reported
+        is the revision of the mirror after the update that contained the change. A key that expired is reported
         as `delete`.
 
-        The first change is a `resync`. It is reported when the subscription of the reader works. Another one is reported
-        when the subscription begins again, when the mirror was filled again, and after a step that changed more than
-        10,000 keys or deleted all keys. It is also reported in place of changes that the reader may have missed, and in
-        place of more than 10,000 pending changes. After a `resync`, read everything.
+        The first change is a `resync`. It is reported when the subscription of the reader works. A further `resync` is
+        reported when the subscription begins again, when the mirror was filled again, and after an update that changed more
+        than 10,000 keys or deleted all keys. A `resync` also replaces changes that the reader may have missed, and more than
+        10,000 pending changes. After a `resync`, read everything.
 
         Args:
             prefix: The beginning of the keys; an empty text selects all keys.
@@ -356,7 +356,7 @@ class Reader(MirrorAccess):
         feed = self._open
         watchers = feed.watchers
         watchers.add(watcher)
-        if feed.revision >= 0:  # otherwise the beginning of the subscription brings the `resync`
+        if feed.revision >= 0:  # otherwise the subscription sends the `resync` when it begins
             watcher.resync(feed.revision)
         try:
             yield watcher

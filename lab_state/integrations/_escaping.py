@@ -10,14 +10,14 @@ from lab_state._escaping import CUT_KEY, LONGEST_ESCAPED, escape, escape_key
 __all__ = ["LONGEST", "escape", "is_hash", "part", "unescape"]
 
 LONGEST = LONGEST_ESCAPED
-"""The most characters of a part. If the escaped text is longer, the part is `%~` and the hash of that text."""
+"""The largest number of characters in a part. If the escaped text is longer, the part is `%~` and the hash of the escaped text."""
 
 
 def part(text: str) -> str:
     """Return a text as a part of a key: the result of `escape_key`, with one exception.
 
-    The text `$lab_state` is not changed. It is reserved only as a whole key, and existing states
-    may have keys with this part.
+    The text `$lab_state` is not changed. It is reserved only as a whole key, not as a part. Existing
+    states may have keys with this part.
     """
     return text if text == RESERVED else escape_key(text)
 

@@ -115,8 +115,8 @@ def add(named: dict[str, S], one: S) -> None:
 async def running(served: Iterable[Served]) -> AsyncGenerator[None]:
     """Start managers and readers in order. At the end, and after an error, stop the started ones, in reverse order.
 
-    The start and the stop may run in different tasks. The message of a `LockedError` gets advice for
-    a server with several workers.
+    The start and the stop may run in different tasks. Advice for a server with several workers is added
+    to the message of a `LockedError`.
     """
     async with AsyncExitStack() as stack:
         for one in served:
@@ -131,7 +131,7 @@ async def running(served: Iterable[Served]) -> AsyncGenerator[None]:
 
 @asynccontextmanager
 async def serving(served: Named) -> AsyncGenerator[None]:
-    """Do the same as `running`, and accept streams while the managers and readers run."""
+    """Run managers and readers as `running` does, and accept streams meanwhile."""
     async with running(served.values()):
         with served.accepting_streams():
             yield

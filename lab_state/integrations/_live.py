@@ -1,10 +1,10 @@
 """Streams of changes to connected clients. A stream ends when its client leaves, the manager stops, or the server begins to stop.
 
-A server of the ASGI protocol waits until every request has ended, and only then tells the application
-that it stops. A stream of changes does not end by itself. So the stream must learn of the stop
-earlier, from the signal. The server already has a handler for that signal. When the first stream
-begins, `ServerStop` replaces that handler by another one. The new handler ends the streams, and then
-calls the server's handler. aiohttp needs no `ServerStop`, because it calls `on_shutdown` early enough.
+A server of the ASGI protocol waits until every request has ended. Only then does it tell the application
+that it stops. A stream of changes does not end by itself. So the stream must be ended earlier, when the
+signal arrives. The server already has a handler for that signal. When the first stream begins,
+`ServerStop` replaces that handler by another handler, which ends the streams, and then calls the server's
+handler. For aiohttp, no signal handler is needed, because aiohttp calls `on_shutdown` early enough.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class EndEvent:
-    """An event that can be set once. When it is set, it calls the functions that wait for it.
+    """An event that can be set once. It then calls all functions that were registered with `calling`.
 
     Attributes:
         is_set: Whether the event was set.
@@ -71,7 +71,7 @@ class EndEvent:
 
 
 class ServerStop(EndEvent):
-    """An event for the moment at which the server begins to stop. From the first stream on, the server's signals set it."""
+    """An event that is set when the server begins to stop. From the first stream on, the signals that stop the server set it."""
 
     def __init__(self) -> None:
         """Create the event for the running event loop."""
@@ -84,7 +84,7 @@ class ServerStop(EndEvent):
 
         A signal without a handler ends the process at once, or is ignored. So nothing has to be done
         for such a signal. Outside the main thread, do nothing, because a server there receives no
-        signals. Then `close` or a call of `set` ends the streams.
+        signals. In that case, `close` or a call of `set` ends the streams.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -96,8 +96,8 @@ class ServerStop(EndEvent):
     def close(self) -> None:
         """Set the event, and stop listening.
 
-        If other code has replaced our handler meanwhile, that code may still call it. Then our
-        handler only calls the server's handler.
+        If other code has replaced our handler meanwhile, that code may still call our handler. From now
+        on, our handler only calls the server's handler.
         """
         self.set()
         for number, (ours, theirs) in self._installed.items():
@@ -114,7 +114,7 @@ class ServerStop(EndEvent):
         self._installed[number] = ours, theirs
         signal.signal(number, ours)
         if getattr(getattr(theirs, "__self__", None), "should_exit", False):
-            self.set()  # the server is uvicorn, and received the signal before there was a stream
+            self.set()  # the server is uvicorn, and received the signal before the first stream began
 
 
 async def changes_until(end: EndEvent, watch: Watch, heartbeat: float) -> AsyncGenerator[Change | None]:

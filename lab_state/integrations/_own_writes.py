@@ -14,7 +14,7 @@ COOKIE = b"lab_state-"
 """The name of a cookie, without the name of its state. The value is the revision."""
 
 MAX_AGE = 600
-"""The life of a cookie, in seconds. Each worker has the change long before the cookie expires."""
+"""The lifetime of a cookie, in seconds. Each worker has the change long before the cookie expires."""
 
 _MOST_DIGITS = 19
 
@@ -49,7 +49,7 @@ def revisions_of(headers: Headers, names: Collection[str]) -> dict[str, int]:
 
 
 def headers_for(written: Mapping[str, int], *, cookie: bool, secure: bool) -> list[tuple[bytes, bytes]]:
-    """Return the headers that send revisions to a client. Without revisions there are none.
+    """Return the headers that send revisions to a client. If there are no revisions, there are no headers.
 
     Args:
         written: The revisions by the name of the state.
@@ -82,9 +82,9 @@ def shared_states(served: Mapping[str, Served] | None) -> dict[str, Manager]:
 async def reached(states: Mapping[str, Manager], sent: Mapping[str, int]) -> dict[str, int]:
     """Wait until this process has revisions that a client has sent. Return the revisions that it has.
 
-    A revision was durable before a client could get it. So a process that asks the owner now has the revision when the
-    answer has come. If it does not have the number then, this is not a revision of this state: the client has made the
-    number up, or the state was deleted or restored.
+    A revision is durable before any client gets it. So this process has each such revision when `catch_up` returns. If it
+    does not have the number after that, the number is not a revision of this state: the client has invented the number, or
+    the state was deleted or restored.
 
     Args:
         states: The managers by the name of the state.

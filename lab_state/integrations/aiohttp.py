@@ -35,7 +35,7 @@ def setup(app: web.Application, *served: Manager | Reader) -> None:
     """Run managers and readers while an application runs.
 
     The managers and readers are added to the `cleanup_ctx` of the application. They are started in
-    the order given, after everything that was added before them, and stopped in reverse order. If
+    the order given, after all earlier items of `cleanup_ctx`, and stopped in reverse order. If
     one of them cannot be started, the managers and readers before it are stopped, and `web.run_app`
     ends with the error of the start.
 
@@ -98,7 +98,7 @@ def manager(source: web.Request | web.Application, name: str | None = None) -> M
 
 
 def reader(source: web.Request | web.Application, name: str | None = None) -> Reader:
-    """Return a reader of an application, found as `manager` finds managers.
+    """Return a reader of an application. The same applications are searched as by `manager`.
 
     Args:
         source: A request or an application.
@@ -117,8 +117,8 @@ def health(*, max_unflushed_age: float | None = 30.0) -> Callable[[web.Request],
     Add it with `app.router.add_get("/health", health())`.
 
     The handler answers 200 if every manager that `manager` finds runs and can write, every change that
-    is older than `max_unflushed_age` is durable, and every reader is up. Otherwise it answers
-    503, also if `setup` was not called. The body is JSON with the status of each manager and reader.
+    is older than `max_unflushed_age` is durable, and every reader is up. In all other cases, it answers 503.
+    It also answers 503 if `setup` was not called. The body is JSON with the status of each manager and reader.
     It has no keys and no values, but error messages in it may have file paths. So do not expose the
     endpoint to the internet.
 
@@ -148,9 +148,9 @@ def errors(app: web.Application, *, retry_after: int = 1) -> None:
     is `{"detail": ...}`. Each error is one line in the log `lab_state`, without a traceback and
     without a value. The level is WARNING for 503 and DEBUG for 422.
 
-    This adds a middleware outside the existing middlewares, so these see the error first. The middleware
-    also answers errors of sub-applications. A response that has begun, such as the response to a
-    WebSocket request, cannot be changed. Then the error is passed on to aiohttp.
+    This adds a middleware outside the existing middlewares, so the existing ones get the error first. The new
+    middleware also answers errors of sub-applications. A response that has begun, such as the response to a
+    WebSocket request, cannot be changed. If an error occurs after that, it is passed on to aiohttp.
 
     Args:
         app: The application, not yet running.
@@ -170,7 +170,7 @@ def _answering(retry_after: int) -> Middleware:
         try:
             return await handler(request)
         except ANSWERED as error:
-            if request.writer.output_size > 0:  # aiohttp also checks this for a response that has begun
+            if request.writer.output_size > 0:  # the response has begun; aiohttp checks this, too
                 raise
             answered = answer_to(error, request.method, retry_after)
             return web.Response(
@@ -211,8 +211,8 @@ async def sse(
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that takes a change and returns the data to send. msgspec must be
-            able to encode the data as JSON. The function is called for a `resync` too. Without
-            it, the change itself is sent.
+            able to encode the data as JSON. The function is called for a `resync` too. By default,
+            the change itself is sent.
         heartbeat: The number of seconds without a change after which a comment is sent. It keeps
             proxies from closing the connection, and shows whether the client is still there.
         retry: The number of seconds after which a browser connects again.
@@ -253,8 +253,8 @@ async def push(request: web.Request, watch: Watch, *, data: Data | None = None) 
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that takes a change and returns the data to send. msgspec must be
-            able to encode the data as JSON. The function is called for a `resync` too. Without
-            it, the change itself is sent.
+            able to encode the data as JSON. The function is called for a `resync` too. By default,
+            the change itself is sent.
 
     Raises:
         LookupError: `setup` was not called for this application.

@@ -24,9 +24,9 @@ T = TypeVar("T")
 def manager(name: str | None = None) -> Callable[[HTTPConnection], Awaitable[Manager]]:
     """Return a dependency for a manager: `Annotated[Manager, Depends(manager("my-module"))]`.
 
-    The dependency works in endpoints, in WebSockets, and in mounted applications, which find the
-    managers of their parent. It also works in a plain `def` endpoint; use `.blocking` there.
-    FastAPI calls the dependency itself on the event loop.
+    The dependency works in endpoints, in WebSockets, and in mounted applications. A mounted application finds
+    the managers of its parent. The dependency also works in a plain `def` endpoint; use `.blocking` there.
+    FastAPI always calls the dependency itself on the event loop.
 
     Args:
         name: The name of the manager. It may be left out if the application has only one.

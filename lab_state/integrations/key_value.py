@@ -39,15 +39,15 @@ class LabStateStore:
     A value is stored under `<collection>/<key>` in the namespace. The slashes of both parts
     are escaped, so collection `a/b` with key `c` differs from `a` with `b/c`. Any string may
     be a key or a collection. If a part has more than 256 characters after escaping, its
-    SHA-256 is used instead. Then both texts are stored beside the value, so that `keys` and
-    `collections` can return them.
+    SHA-256 is used instead. In that case, the original texts of both parts are stored beside the value,
+    so that `keys` and `collections` can return them.
 
     Every call raises `ClosedError` while the manager does not run, and `TypeError` for a
     key or a collection that is not a `str`. With a `flush_interval` of 0, each writing call
-    raises `StoreConnectionError` if the storage fails. Then the change is not durable yet, and
-    the manager tries again by itself. When the manager is fenced, each writing call changes
+    raises `StoreConnectionError` if the storage fails. After this error, the change is not durable
+    yet, and the manager tries again by itself. When the manager is fenced, each writing call changes
     nothing, and raises an error that is both a `StoreConnectionError` and a `FencedError`. This
-    holds with every `flush_interval`.
+    happens with every `flush_interval`.
     """
 
     def __init__(self, namespace: Namespace, *, default_collection: str = "default_collection") -> None:
@@ -127,7 +127,7 @@ class LabStateStore:
             key: The key.
             value: A mapping that `json.dumps` accepts. NaN and infinity are refused.
             collection: The collection.
-            ttl: The time until the value expires, in seconds above 0. Without it, the value
+            ttl: The time until the value expires, in seconds above 0. With `None`, the value
                 does not expire.
 
         Raises:
@@ -232,7 +232,7 @@ class LabStateStore:
         return entries
 
     def _text(self, place: str, name: str, which: str) -> str:
-        """Return the key or the collection from which a part of a place was made."""
+        """Return the original text of a part of a place: of the key or the collection."""
         if is_hash(name):
             try:
                 return unescape(self._namespace.get_nowait(place)[which])
@@ -302,7 +302,7 @@ class _FencedStoreError(StoreConnectionError, FencedError):
 
 @contextmanager
 def _errors() -> Generator[None]:
-    """Replace errors of lab_state by errors of py-key-value, because its callers and wrappers catch only these."""
+    """Replace errors of lab_state by errors of py-key-value. Users and wrappers of py-key-value catch only its own errors."""
     try:
         yield
     except InvalidValueError as error:

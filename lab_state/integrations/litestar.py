@@ -47,10 +47,10 @@ class LabStatePlugin(InitPlugin):
 
     Pass it to the application: `Litestar(plugins=[plugin])`. A handler with a parameter
     `notes: NamedDependency[Manager]` receives that manager. Elsewhere, `app.state.lab_state` has
-    the managers and readers by the names of their states. In the application's lifespan they are
-    started before everything else, in the order given. They are stopped after everything else, in
-    reverse order. If one of them cannot be started, the managers and readers before it are stopped,
-    and the server exits with the error of the start.
+    the managers and readers by the names of their states. In the application's lifespan, the managers
+    and readers are started before everything else, in the order given. They are stopped after
+    everything else, in reverse order. If one of them cannot be started, the managers and readers before
+    it are stopped, and the server exits with the error of the start.
     """
 
     def __init__(self, **served: Manager | Reader) -> None:
@@ -105,9 +105,9 @@ def health(path: str = "/health", *, max_unflushed_age: float | None = 30.0) -> 
     """Return a route for a load balancer: `Litestar([health()], plugins=[...])`.
 
     The route answers 200 if every manager of the plugin runs and can write, every change that is older
-    than `max_unflushed_age` is durable, and every reader is up. Otherwise it answers 503, also
-    if there is no plugin. The body is JSON with the status of each manager and reader. It has no keys
-    and no values, but error messages in it may have file paths. So do not expose the endpoint to the
+    than `max_unflushed_age` is durable, and every reader is up. In all other cases, it answers 503. It also
+    answers 503 if there is no plugin. The body is JSON with the status of each manager and reader. It has no
+    keys and no values, but error messages in it may have file paths. So do not expose the endpoint to the
     internet.
 
     Args:
@@ -188,7 +188,7 @@ def sse(
     begins to stop. The server begins to stop at SIGTERM or SIGINT, before it waits for its
     connections. To notice the signal, the first stream installs a signal handler, which stays until the
     lifespan ends. This handler ends the streams, and then calls the server's handler. A server outside the main thread
-    receives no signal. In that case, its stop ends the streams only at the end of the lifespan. A client that
+    receives no signal. The streams of such a server end only at the end of the lifespan. A client that
     reads nothing delays the end of the server. Limit that delay, for example with uvicorn's
     `--timeout-graceful-shutdown`.
 
@@ -197,8 +197,8 @@ def sse(
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that takes a change and returns the data to send. msgspec must be
-            able to encode the data as JSON. The function is called for a `resync` too. Without
-            it, the change itself is sent.
+            able to encode the data as JSON. The function is called for a `resync` too. By default,
+            the change itself is sent.
         heartbeat: The number of seconds without a change after which a comment is sent. It keeps
             proxies from closing the connection, and shows whether the client is still there.
         retry: The number of seconds after which a browser connects again.
@@ -231,8 +231,8 @@ async def push(socket: WebSocket[Any, Any, Any], watch: Watch, *, data: Data | N
         watch: The result of `Manager.watch`, `Namespace.watch` or `Reader.watch`, not yet
             entered.
         data: A plain function that takes a change and returns the data to send. msgspec must be
-            able to encode the data as JSON. The function is called for a `resync` too. Without
-            it, the change itself is sent.
+            able to encode the data as JSON. The function is called for a `resync` too. By default,
+            the change itself is sent.
 
     Raises:
         LookupError: The application has no `LabStatePlugin`, or its lifespan did not run.
@@ -271,9 +271,9 @@ class LabStateStore(NamespacedStore):
     `escape_key`. If the escaped key has more than 256 characters, the value is stored under the hash of the escaped key.
 
     Every call raises `ClosedError` while the manager does not run. With a `flush_interval` of
-    0, each writing call raises `StorageError` if the storage fails. Then the change is not durable
-    yet, and the manager tries again by itself. When the manager is fenced, each writing call raises
-    `FencedError` and changes nothing, with every `flush_interval`.
+    0, each writing call raises `StorageError` if the storage fails. After this error, the change is not
+    durable yet, and the manager tries again by itself. When the manager is fenced, each writing call raises
+    `FencedError` and changes nothing. This happens with every `flush_interval`.
     """
 
     __slots__ = ()

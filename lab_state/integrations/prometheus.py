@@ -19,7 +19,7 @@ from lab_state.manager import Manager
 __all__ = ["LabStateCollector"]
 
 _PATIENCE = 5.0
-"""The seconds for which a scrape waits for the event loop of each manager. By default, Prometheus gives up after 10 seconds."""
+"""The seconds for which a scrape waits for the event loop of each manager. By default, the timeout of Prometheus is 10 seconds."""
 
 _GAUGES: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ("lab_state_keys", "Keys in the state.", lambda status: status.keys),
@@ -92,7 +92,7 @@ class LabStateCollector(Collector):
         return f"<LabStateCollector of {list(self._managers)}>"
 
     def describe(self) -> Iterator[Metric]:
-        """Yield the metrics without values. The registry calls this, so that a registration need not wait for an event loop."""
+        """Yield the metrics without values. The registry calls this at a registration, which then need not wait for an event loop."""
         return iter(_Families())
 
     def collect(self) -> Iterator[Metric]:
@@ -104,7 +104,7 @@ class LabStateCollector(Collector):
 
 
 def _read(manager: Manager) -> tuple[Status, Metrics] | None:
-    """Return status and metrics of a manager; `None` if its event loop does not answer, or was closed just now."""
+    """Return status and metrics of a manager; `None` if its event loop does not answer, or is closed during the call."""
 
     def read() -> tuple[Status, Metrics]:
         return manager.status(), manager.metrics()
@@ -119,7 +119,7 @@ def _read(manager: Manager) -> tuple[Status, Metrics] | None:
     try:
         loop.call_soon_threadsafe(lambda: answer.set_result(read()))
         return answer.result(_PATIENCE)
-    except (RuntimeError, TimeoutError):  # the loop was closed just now, or does not answer
+    except (RuntimeError, TimeoutError):  # the loop was closed during the call, or does not answer
         return None
 
 

@@ -1,8 +1,8 @@
 """The path of the socket of a shared state. Pure.
 
-A path in `sockaddr_un` has at most 107 bytes, and a directory may have a longer path. Then a process
-opens the directory, and reaches the socket through the descriptor of the directory. If the name of the
-state is too long even for that, the socket has a short name.
+A path in `sockaddr_un` has at most 107 bytes. If the path of the socket is longer, a process opens the
+directory, and reaches the socket through the descriptor of the directory. If the name of the socket is
+too long for this, too, the socket gets a short name.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Address(NamedTuple):
 def address_of(directory: str, name: str) -> Address:
     """Return the address of the state of this name.
 
-    The name of the socket depends on the name of the state alone. It is `<name>.sock`, or a hash of the
+    The name of the socket depends only on the name of the state. It is `<name>.sock`, or a hash of the
     name if `<name>.sock` is too long. So processes that see the directory under different paths find the same socket.
     """
     plain = f"{name}.sock"

@@ -28,7 +28,7 @@ _ERRORS: dict[str, type[StorageError]] = {
 
 
 class Settled(NamedTuple):
-    """A call that ended without an error: its revision, and its result as JSON."""
+    """The end of a call without an error: the revision of the call, and its result as JSON."""
 
     revision: int
     result: bytes | Raw
@@ -83,7 +83,7 @@ def failure(answer: Failed) -> LabStateError:
 def relative(
     error: TypeMismatchError | InvalidValueError, key: str, prefix: str
 ) -> TypeMismatchError | InvalidValueError:
-    """Return a copy of an error for the caller of a handle. Its message has the key without the prefix of the handle."""
+    """Return a copy of an error for the caller of a handle. In the message, the key has no prefix of the handle."""
     return error.__class__(error.args[0].replace(repr(key), repr(key[len(prefix) :]), 1), error.path)
 
 
@@ -103,7 +103,7 @@ def raw_of(value: Value) -> Raw:
 
 
 def size_of(key: str, raw: Raw | None = None) -> int:
-    """Return an upper bound of the size of a key and its value in a message, in bytes. JSON has at most 6 bytes for a character."""
+    """Return an upper bound of the size of a key and its value in a message, in bytes. JSON needs at most 6 bytes for a character."""
     return 6 * len(key) + 32 + (0 if raw is None else memoryview(raw).nbytes)
 
 

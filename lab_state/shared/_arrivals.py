@@ -41,7 +41,7 @@ class Arrivals:
         self._error: LabStateError | None = None  # why the copy will reach no further revision
 
     async def catch_up(self, now: float) -> None:
-        """Ask the owner for its durable revision, and wait until the copy has it. Without an owner, wait for one.
+        """Ask the owner for its durable revision, and wait until the copy has this revision. If there is no owner, wait for the next one.
 
         Args:
             now: The time of the clock, in seconds.
@@ -97,8 +97,8 @@ class Arrivals:
         """Ask a new owner all questions that wait.
 
         Args:
-            ask: A function that sends a question with a token to the owner; `None` if there is no owner. Then the
-                questions wait for the next owner.
+            ask: A function that sends a question with a token to the owner. `None` if there is no owner: the questions
+                then wait for the next one.
         """
         self._ask = ask
         if ask is not None:
@@ -127,11 +127,11 @@ class Arrivals:
                 done.set_result(None)
 
     def give_up(self, is_due: Callable[[float], bool], why: str) -> None:
-        """End the questions that have waited too long.
+        """End the questions that have no answer in time.
 
         Args:
-            is_due: A function that returns whether a call is given up. Its argument is the time of the call, in
-                seconds of the clock.
+            is_due: A function that returns whether the wait of a call has to end. Its argument is the time of the call,
+                in seconds of the clock.
             why: The reason, for the message.
         """
         for token, question in list(self._questions.items()):

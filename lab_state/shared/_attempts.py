@@ -1,7 +1,8 @@
 """The keys for which a client is about to make another attempt, because its check was refused. Pure.
 
-A call of a task of the owner needs no check. So these calls could change a key again and again before the next
-attempt of a client arrives, above all on a busy machine. Each attempt would be refused. So a task of the owner lets the client go first.
+A call of a task of the owner needs no check. So such calls could change a key again and again before the next
+attempt of a client arrives, above all on a busy machine. Each attempt of the client would then be refused. Therefore
+a task of the owner waits until the client has made its attempt, for a few milliseconds at most.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 PATIENCE = 5_000_000
-"""The time in nanoseconds for which an attempt is awaited. On an idle machine, it comes after some 200 microseconds."""
+"""The time in nanoseconds for which an attempt is awaited. On an idle machine, an attempt arrives after some 200 microseconds."""
 
 
 class Attempts:
@@ -20,10 +21,10 @@ class Attempts:
     """
 
     def __init__(self, monotonic_ns: Callable[[], int]) -> None:
-        """Begin without a key. `monotonic_ns` is `CLOCK_MONOTONIC`, in nanoseconds."""
+        """Begin without a key. `monotonic_ns` returns the time of `CLOCK_MONOTONIC`, in nanoseconds."""
         self.on_made: Callable[[str], object] | None = None
         self._now = monotonic_ns
-        self._until: dict[str, int] = {}  # in the order of the times
+        self._until: dict[str, int] = {}  # ordered by these times
 
     def __len__(self) -> int:
         """Return the number of keys that are kept."""

@@ -2,11 +2,13 @@
 
 Theory of operation. Such a call runs a function of the application on the copy. Its change is sent to the
 owner with the check that the key has not changed since. While the change for a key is under way, other
-calls of this process for the same key wait. Then all of them run, one after the other, on one draft, and
-share one change. Otherwise the tasks of the owner, which need no check, would starve the other processes.
+calls of this process for the same key wait. Then all waiting calls run, one after the other, on one draft, and
+share one change. If each call were sent alone, the tasks of the owner, which need no check, would starve the
+other processes.
 
-If the check does not hold, the owner answers with the present value. All calls run again on that value. If
-the value is too large for an answer, the calls wait until the copy has all changes of the owner, and run again on it.
+If the check does not hold, the owner answers with the present value. All calls run again on that value. If the
+value is too large for an answer, the calls wait until the copy has all changes of the owner. Then they run again
+on the copy.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Sender(Protocol):
             at: The revision at which the key was read.
             changes: The changes.
             size: An upper bound of the size of the changes, in bytes.
-            made: When the call was made, in seconds of the clock.
+            made: The time of the call, in seconds of the clock.
         """
         ...
 
@@ -108,7 +110,7 @@ class _Outcome(NamedTuple):
 
 
 class _Turn:
-    """The calls for one key: the running ones, whose change is under way, and the waiting ones."""
+    """The calls for one key: the running calls, whose change is under way, and the waiting calls."""
 
     __slots__ = ("running", "waiting")
 
@@ -127,7 +129,7 @@ class Bodies:
         self._turns: dict[str, _Turn] = {}
 
     def read(self, key: str, prefix: str, make: Make[R]) -> R | object:
-        """Run a call on the copy, and return its result. Return `NOT_READ` if the key is missing, or if the call changes something."""
+        """Run a call on the copy, and return its result. Return `NOT_READ` if the key is missing, or if the call makes a change."""
         copy = self._durability.state
         if not copy.has(key):
             return NOT_READ
@@ -207,14 +209,14 @@ class Bodies:
 
 
 async def wait_for_others(see_all: Awaitable[None], name: str) -> None:
-    """Wait for `see_all` after a refusal. If it fails, the call that was refused is not made.
+    """Wait for `see_all` after a refusal. If `see_all` fails, the call that was refused is not made.
 
     Args:
-        see_all: The wait for the changes of others, which are not durable yet.
+        see_all: The wait for the changes of other processes, which may not be durable yet.
         name: The name of the state.
 
     Raises:
-        StorageError: Such a change failed.
+        StorageError: The commit of such a change failed.
     """
     try:
         await see_all
@@ -227,15 +229,15 @@ async def wait_for_others(see_all: Awaitable[None], name: str) -> None:
 
 
 def _run(body: _Body, core: CallCore) -> _Outcome | None:
-    """Run one call on the draft. A call that raises has changed nothing.
+    """Run one call on the draft. A call that raises an error has changed nothing.
 
-    If the call is interrupted, as by Ctrl-C, its caller gets the interrupt at once, and the result is `None`.
+    If the call is interrupted, for example by Ctrl-C, its caller gets the interrupt at once. Then return `None`.
     """
     try:
         return _Outcome(body, at_once(body.make(Calls(core, body.prefix))), None)
     except Exception as error:  # noqa: BLE001 -- the caller gets it
         return _Outcome(body, None, error)
-    except BaseException as interrupt:  # noqa: BLE001 -- likewise; raised here, it would end the task of all callers
+    except BaseException as interrupt:  # noqa: BLE001 -- likewise; if it were raised here, the task of all callers would end
         _fail(body.done, interrupt)
         return None
 

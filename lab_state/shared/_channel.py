@@ -1,8 +1,8 @@
 """One end of a connection between two processes of a shared state: frames over a socket.
 
 No task waits for the bytes of a connection: the event loop calls a function when bytes have arrived,
-or when the socket takes bytes again. All messages of one step of the event loop are sent together after the step.
-If the messages are small, this takes one system call.
+or when the socket accepts bytes again. All messages of one step of the event loop are sent together after the step.
+If the messages are small, this needs only one system call.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Channel:
 
     Attributes:
         is_open: Whether frames are sent and handled. It is False after `finish` and after the end.
-        kind: The kind of the last frame that was handled; empty before the first, and if the next bytes are no frame.
+        kind: The kind of the last frame that was handled. Empty before the first frame, and if the next bytes are not a frame.
         received_at: The time when bytes were last received, in seconds of the clock. At first, it is the present time.
     """
 
@@ -66,7 +66,7 @@ class Channel:
         most_received: int,
         most_waiting: int | None,
     ) -> None:
-        """Take over a connected socket that does not block, and begin to receive.
+        """Begin to receive on a connected socket that does not block.
 
         Args:
             connected: The socket. It is closed with the channel.
@@ -102,14 +102,14 @@ class Channel:
         except BlockingIOError:
             return False
         except OSError:
-            return True  # `_receive` will find this error, too
+            return True  # `_receive` gets this error, too
         return True
 
     def send(self, parts: Iterable[bytes | memoryview]) -> bool:
-        """Send a message after this step of the event loop, or when the socket takes bytes again.
+        """Send a message after this step of the event loop, or when the socket accepts bytes again.
 
-        Return False if too many bytes wait: then the message is not sent. If the channel is not open, do nothing
-        and return True.
+        Return True if the message will be sent. If too many bytes wait already, do not send it, and return False. If
+        the channel is not open, do nothing, and return True.
         """
         if not self.is_open:
             return True
@@ -121,7 +121,7 @@ class Channel:
         return True
 
     def flush(self) -> None:
-        """Send the waiting bytes now. Bytes that the socket does not take now are sent later."""
+        """Send the waiting bytes now. Bytes that the socket does not accept now are sent later."""
         self._is_scheduled = False
         if not self._is_writing and not self._is_closed:
             self._write()
@@ -154,7 +154,7 @@ class Channel:
         except BlockingIOError:
             return
         except OSError:
-            data = b""  # the other end has closed before it read everything
+            data = b""  # the other end has closed the connection before it read everything
         if not data:
             self._close(None)
         else:
@@ -194,7 +194,7 @@ class Channel:
             raise self._frames.problem
 
     def _go_on(self, frames: Iterator[ReceivedFrame], waited: asyncio.Future[None]) -> None:
-        """Handle the other received frames, after a frame that was handled in steps."""
+        """Handle the frames that were received after a frame that was handled in steps."""
         self._waiting = None
         if waited.cancelled():
             self._close(None)
@@ -228,7 +228,7 @@ class Channel:
         except BlockingIOError:
             return
         except OSError:
-            # The other end has closed. Bytes that it sent before are still received.
+            # The other end has closed the connection. Bytes that it sent before are still received.
             self._queue.clear()
         else:
             self._queue.sent(size)

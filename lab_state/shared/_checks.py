@@ -12,10 +12,10 @@ from collections.abc import Collection, Generator
 from itertools import islice, takewhile
 
 MOST_KEYS = 100_000
-"""The largest number of keys that are kept. A check with a prefix may look at each of them, which takes about 20 ms."""
+"""The largest number of keys that are kept. A check with a prefix may examine each of them, which takes about 20 ms."""
 
 _LOOKED_AT_ONCE = 1000
-"""The number of keys that one step of `hold_in_steps` looks at."""
+"""The number of keys that one step of `hold_in_steps` examines."""
 
 
 class RecentChanges:
@@ -29,7 +29,7 @@ class RecentChanges:
         """Begin at a revision. No change up to it is known. Keep at most `most` keys."""
         self.floor: int = revision
         self._most = most
-        # Deleting the first key of a plain `dict` takes longer the more first keys were deleted before.
+        # With a plain `dict`, the deletion of the first key takes longer with each first key that was deleted before.
         self._changed: OrderedDict[str, int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class RecentChanges:
     def hold(self, since: int, keys: Collection[str], prefixes: Collection[str]) -> bool:
         """Return whether a check holds: none of its keys, and no key under its prefixes, changed after `since`.
 
-        Return False also if `since` is below `floor`. A check without keys and prefixes always holds.
+        Also return False if `since` is below `floor`. A check without keys and prefixes always holds.
         """
         if not keys and not prefixes:
             return True

@@ -31,7 +31,7 @@ class Clients:
     """
 
     def __init__(self, acknowledged: Mapping[str, int], now: int) -> None:
-        """Add the clients of the table of results. The minute until each is forgotten begins now."""
+        """Add the clients of the table of results. Each of them is forgotten if it does not connect within a minute."""
         self.acknowledged: dict[str, int] = dict(acknowledged)
         self._gone: dict[str, int] = dict.fromkeys(acknowledged, now)
 

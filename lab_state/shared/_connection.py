@@ -40,10 +40,10 @@ from lab_state.shared._queue import MOST_WAITING
 from lab_state.shared._wire import OtherVersionError, decode_call_in_steps, decode_from_client, encode_for_client
 
 _PATIENCE = 5.0
-"""The time in seconds in which a client must send its hello, or must read the last message of the owner."""
+"""The time limit in seconds: for the hello of a client, and for reading the last message of the owner."""
 
 _LARGE = 64 * 1024
-"""A call with at least so many bytes is decoded in steps."""
+"""A call with at least this many bytes is decoded in steps."""
 
 _MOST_RECEIVED = 16 * 1024
 """The largest number of bytes of calls that are handled in one step of the event loop. The calls of 25 tasks have a few thousand bytes."""
@@ -62,7 +62,7 @@ class OwnerSide(Protocol):
         ...
 
     def admit(self, connection: Connection, hello: Hello) -> int:
-        """Accept a known client, after the welcome was put into the queue. Give the connection the records that the client lacks.
+        """Accept a known client, after the welcome was put into the queue. Send the records that the copy of the client lacks.
 
         Return the acknowledgement of the client's earlier connections; 0 if there was none.
         """
@@ -97,7 +97,7 @@ class Connection:
 
     Attributes:
         client: The id of the client; empty before the hello.
-        is_admitted: Whether the client is admitted and has not left. Only then it gets records and answers.
+        is_admitted: Whether the client is admitted and has not left. Records and answers are sent only to such a client.
         is_watching: Whether the client has a watch.
     """
 
@@ -113,7 +113,7 @@ class Connection:
         log: Log,
         monotonic_ns: Callable[[], int],
     ) -> None:
-        """Take over a connected socket that does not block, and wait for the hello.
+        """Begin to receive on a connected socket that does not block, and wait for the hello.
 
         Args:
             owner: The owner's side.
@@ -195,7 +195,7 @@ class Connection:
         self.finish()
 
     def finish(self) -> None:
-        """Close the connection when all waiting messages are sent, or about 5 s later. From now on, no message is handled."""
+        """Close the connection when all waiting messages are sent, or after about 5 s at the latest. From now on, no message is handled."""
         self._until = self._clock.monotonic() + _PATIENCE
         self._leave()
         self._channel.finish()

@@ -19,7 +19,7 @@ from lab_state.shared._records import Outcome, ParsedRecord, RecordApplier
 
 
 class SharedCopy(Upkeep):
-    """The copy of one process, from its start to its stop. It is a `Durability` whose changes are all durable.
+    """The copy of one process, from its start to its stop. It is a `Durability` in which each change is durable.
 
     Attributes:
         applier: The object that applies records to the copy.
@@ -46,7 +46,7 @@ class SharedCopy(Upkeep):
         self.replace(fresh)
 
     def replace(self, fresh: State) -> None:
-        """Show another state. `fresh` must not be used after this. Watches report a `resync`, unless this is the first state."""
+        """Show another state. `fresh` must not be used after this. If the copy had a state before, the watches report a `resync`."""
         copy = self.state
         copy.adopt(fresh)
         self.durable_revision = copy.revision
@@ -58,7 +58,7 @@ class SharedCopy(Upkeep):
         self.port.shows(None)
 
     async def apply_all(self, records: Iterable[ParsedRecord]) -> None:
-        """Apply records that follow the copy, and report each. The event loop may run meanwhile."""
+        """Apply records that follow the copy, and report each record. The event loop may run meanwhile."""
         for record in records:
             await self.apply_in_turns(record)
             self.changed(record)

@@ -1,4 +1,4 @@
-"""The writing calls of a shared state whose arguments are data. Each of them is one message."""
+"""The writing calls of a shared state that have only data as arguments, not functions. Each call is one message."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lab_state.shared._wire import encode_body, encode_large_call
 T = TypeVar("T")
 
 Make: TypeAlias = Callable[[int, int, int], Call]
-"""A function that makes the message of a call from its number, the acknowledgement, and the revision of its check."""
+"""A function that returns the message of a call. Its arguments are the number of the call, the acknowledgement, and the revision of the check."""
 
 
 class DataCalls:
@@ -43,7 +43,7 @@ class DataCalls:
         Args:
             make: See `Make`.
             size: An upper bound of the size of its keys and values, in bytes.
-            count: The number of its keys, if it may have many.
+            count: The number of its keys, if the call may have many keys.
         """
         raise NotImplementedError
 
@@ -83,7 +83,7 @@ class DataCalls:
 
     async def delete_all(self, prefix: str) -> int:
         """Delete the keys with a prefix, and return their number."""
-        if not can_begin_key(prefix):  # such a text is not UTF-8, so no message can hold it
+        if not can_begin_key(prefix):  # such a text cannot be encoded as UTF-8, so no message can contain it
             await self.see_all()
             return 0
         return cast("int", result_of(await self._made(lambda n, ack, _: DeleteAll(n, ack, prefix), size_of(prefix))))

@@ -13,22 +13,22 @@ from lab_state.storage._fs_socket import OwnSocket
 from lab_state.storage._lock import LockHolder
 
 _SOON, _SOON_FOR = 0.001, 0.1
-"""A process with a copy tries again each `_SOON` seconds. It does so for `_SOON_FOR` seconds after the end of an owner."""
+"""Seconds. After the end of an owner, a process with a copy tries again each `_SOON` seconds, for `_SOON_FOR` seconds."""
 
 _LATER = 0.01
-"""Seconds. A process without a copy waits this long after the end of an owner, so that others can take the lock first."""
+"""Seconds. After the end of an owner, a process without a copy waits this long. So processes with a copy can take the lock first."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.05
-"""The pauses in seconds between two attempts in all other cases. They double from the first to the longest."""
+"""The first and the longest pause between two attempts in all other cases, in seconds. Each pause is twice as long as the one before."""
 
 _BELIEVED_AFTER = 0.5
-"""Seconds. If a lock file names an owner that cannot be followed, it is believed when it has been the same for this time.
+"""Seconds. A lock file may name an owner that cannot be followed. It counts only if it has been the same for this time.
 
 Before that, the file may still have the content of an earlier holder.
 """
 
 _BELIEVED_ATTEMPTS = 3
-"""The lock file must also have been the same in this number of attempts."""
+"""The lock file must also have been the same in this many attempts."""
 
 
 class Election:
@@ -109,14 +109,14 @@ class Election:
 
 
 def _placed(error: StorageError, locked: LockedError) -> StorageError:
-    """Return an error with the place of the state, if it is a `LockedError`."""
+    """Set the place of the state if the error is a `LockedError`. Return the error."""
     if isinstance(error, LockedError):
         error.place = locked.place
     return error
 
 
 class _Doubts:
-    """The lock files that named an owner which cannot be followed, in the attempts of one search.
+    """The last lock file in one search that named an owner which cannot be followed.
 
     Such a file may have the content of an earlier holder.
     """
@@ -135,7 +135,7 @@ class _Doubts:
 
     @property
     def are_over(self) -> bool:
-        """Whether the same lock file was found often enough, and for long enough, to be believed."""
+        """Whether the lock file has been the same in enough attempts, and for enough time. Then its content is not that of an earlier holder."""
         return (
             self._seen is not None
             and self._times >= _BELIEVED_ATTEMPTS

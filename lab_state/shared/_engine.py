@@ -1,9 +1,9 @@
 """The owner's part of the protocol: it executes calls, keeps their results, and answers them. Pure and synchronous.
 
-Each call is executed on the layer: the changes that are not durable yet, over the durable copy. This is one step, except
-for a call with many keys. Such a call is executed in steps, and no other call is executed meanwhile. A call that changed something is answered when its record is durable, with the last revision of
-that record. A call that changed nothing is answered when the revision that it saw is durable. A refused check is answered
-at once.
+Each call is executed on the layer: the changes that are not durable yet, over the durable copy. A call with many keys is
+executed in steps, and no other call is executed meanwhile. Any other call is executed in one step. A call that changed
+something is answered when its record is durable. The answer has the last revision of that record. A call that changed
+nothing is answered when the revision that it read is durable. A refused check is answered at once.
 
 `OwnerFlusher` tells the engine of each commit: `begin`, then `landed` or `put_back`.
 """
@@ -104,7 +104,7 @@ class _LayerCalls(Calls):
 
 
 class _MessageCalls(_LayerCalls):
-    """The calls on a layer, with times to live in whole milliseconds, as messages have them."""
+    """The calls on a layer. Each time to live is a number of whole milliseconds, as in the messages."""
 
     __slots__ = ()
 
@@ -127,7 +127,7 @@ class Engine(Generic[C]):
         Args:
             layer: The layer. It has no changes yet. Its copy has the loaded state and the table of results.
                 The engine sets `on_applied` of the layer.
-            monotonic_ns: `CLOCK_MONOTONIC`, in nanoseconds.
+            monotonic_ns: A function that returns the time of `CLOCK_MONOTONIC`, in nanoseconds.
         """
         self.is_ending: bool = False
         self._layer = layer
@@ -211,7 +211,7 @@ class Engine(Generic[C]):
         return self._keep(connection, client, call.n, (yield from self.execute_in_steps(call)))
 
     def _known(self, connection: C, client: str, call: Call) -> Answer | Literal[_Found.NEW] | None:
-        """Return the answer to a call that is not executed now; `_NEW` if it is to be executed."""
+        """Return the answer to a call that was executed before; `None` if the answer comes later. Return `_NEW` if the call is to be executed."""
         self.clients.acknowledge(client, call.ack)
         if (applied := self._pending.find(client, call.n)) is not None:
             return self._wait(connection, call.n, Executed(applied.at, applied.value, changed=True))
@@ -235,7 +235,7 @@ class Engine(Generic[C]):
         return None
 
     def find(self, client: str, number: int) -> Result | None:
-        """Return the durable result of a call; `None` if there is none. A new owner looks up the calls of its own tasks here."""
+        """Return the durable result of a call; `None` if there is none. A new owner uses this for the calls of its own tasks."""
         return self._table.find(client, number)
 
     def execute(self, call: Call) -> Executed[bytes] | Refused:
@@ -254,7 +254,7 @@ class Engine(Generic[C]):
         return self._executed(before, result)
 
     def _holds(self, call: MakeChanges) -> bool:
-        """Return whether the check of a call holds. If it is that of an `update`, note the attempt."""
+        """Return whether the check of a call holds. If the check has one key, as in an `update`, note the attempt."""
         holds = self._recent.hold(call.since, call.keys, call.prefixes)
         if len(call.keys) == 1 and not call.prefixes:
             (self.attempts.make if holds else self.attempts.refuse)(call.keys[0])
@@ -291,7 +291,7 @@ class Engine(Generic[C]):
         before = self._layer.revision
         try:
             result = at_once(body(_LayerCalls(self._core, prefix)))
-        except Exception as error:  # noqa: BLE001 -- the caller raises it when what the function has seen is durable
+        except Exception as error:  # noqa: BLE001 -- the caller raises it when everything that the function has read is durable
             return self._executed(before, None, error)
         return self._executed(before, result)
 
@@ -382,7 +382,7 @@ class Engine(Generic[C]):
         return self._pending.take(self.clients.acknowledged) if taken.end > taken.start else {}
 
     def landed(self) -> dict[C, list[Answer]]:
-        """Note that the commit is durable, and that the copy has its record. Return the answers that can be sent now."""
+        """Note that the record of the commit is durable, and that the copy has it. Return the answers that can be sent now."""
         end, self._end = int(self._end), math.inf
         self._pending.settle()
         for executed in self._own:

@@ -18,7 +18,7 @@ class Executed(Generic[R]):
     Attributes:
         at: The revision of the layer after the call. The answer waits until it is durable.
         changed: Whether the call changed something.
-        revision: The revision of the answer. For a call that changed something it is 0 until its record is durable.
+        revision: The revision of the answer. If the call changed something, this is 0 until its record is durable.
         error: The error that the call raised; `None` if it returned.
     """
 
@@ -44,7 +44,7 @@ class Executed(Generic[R]):
 
 
 class Waiting(NamedTuple):
-    """A call of a client that was executed and is not answered."""
+    """A call of a client that was executed, but is not answered yet."""
 
     number: int
     executed: Executed[bytes]

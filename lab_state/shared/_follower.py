@@ -3,8 +3,8 @@
 Theory of operation. The follower applies the records that it receives to its copy. If the owner no longer has all
 records that the copy lacks, the follower loads the copy from the files, without the lock. Records and answers that
 arrive during the load are kept. The last record in the journal may not be synced yet. So the loaded state is shown
-only when the owner has named its revision as durable. If the connection ends before that, the load and all that was
-kept are dropped.
+only when the owner has reported its revision as durable. If the connection ends before that, the load and all kept
+messages are dropped.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Follower:
         ready: A future. Its result is True when the copy can be read and calls can be sent, and False if the
             connection ended before that. If this process cannot follow the owner, the future has the error.
         over: A future that is done when the connection has ended.
-        owner_pid: The pid of the owner. At first it is the pid from the kernel, or 0 for a process in another
-            container. Later it is the pid that the owner sends.
+        owner_pid: The pid of the owner. Before the owner sends its pid, this is the pid that the kernel reports: 0 for a
+            process in another container.
         has_left: Whether the owner has confirmed the farewell of this client.
         is_bad: Whether a received record could not be decoded. Then the next connection must begin with a load.
     """
@@ -71,7 +71,7 @@ class Follower:
             copy: The copy of this process.
             clock: The clock of the manager.
             logger: The logger of the manager.
-            met: A callback. It is called for the welcome, and for each message that the owner loads its state.
+            met: A callback. It is called for a `Welcome` and for each `Starting`.
         """
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[bool] = loop.create_future()
@@ -90,8 +90,8 @@ class Follower:
         self._load: _Load | None = None
         self._loading: asyncio.Task[None] | None = None
         self._is_known = False
-        self._welcomed_at = 0  # the durable revision of the welcome
-        self._named = 0  # the highest durable revision that the owner has named
+        self._welcomed_at = 0  # the durable revision in the welcome
+        self._named = 0  # the highest durable revision that the owner has reported
         self._named_more = asyncio.Event()
 
     def open(self, connected: OwnSocket, *, anew: bool) -> None:
@@ -117,7 +117,7 @@ class Follower:
             await done_within(self.ready, self._clock, patience - silent)
 
     async def say_farewell(self, deadline: float) -> bool:
-        """Tell the owner that this process stops. Return whether the owner has confirmed it before the deadline.
+        """Tell the owner that this process stops. Return whether the owner has confirmed the message before the deadline.
 
         The deadline is in seconds of the clock.
         """
@@ -149,8 +149,8 @@ class Follower:
     def starting(self, starting: Starting) -> None:
         """Note that the owner loads its state.
 
-        Take over the time in the message, unless an owner may have forgotten this client by then. In that case, the old
-        time must stay: the hello shows it to the owner, which does not know its clients before it has loaded the state.
+        Store the time in the message, unless an owner may have forgotten this client by then. In that case, the old time
+        must stay. The hello has sent the old time to the owner, which does not know its clients before it has loaded the state.
         """
         self.owner_pid = starting.pid
         heard, calls = self.link.heard, self._port.calls
@@ -159,10 +159,10 @@ class Follower:
         self._met()
 
     def welcomed(self, welcome: Welcome) -> None:
-        """Follow the owner: send all open calls, and load the copy if the owner lacks the records for it.
+        """Follow the owner: send all open calls. Load the copy if the owner no longer has all records that the copy lacks.
 
-        If the owner has forgotten this client, take a new id instead. Then the owner closes the connection. If the state
-        of the owner is older than the copy, send no call, and let the load raise a `CorruptionError`.
+        If the owner has forgotten this client, take a new id instead. The owner then closes the connection. If the state
+        of the owner is older than the copy, send no call. In this case, the load raises a `CorruptionError`.
         """
         self.owner_pid = welcome.pid
         self._met()
@@ -280,7 +280,7 @@ class Follower:
             self._port.calls.heard = self.link.heard
 
     def _fault(self, problem: BadMessageError) -> UnsupportedError | None:
-        """Return the error of a bad message, if another connection would not help; otherwise `None`."""
+        """Return the error for a bad message, if another connection would have the same fault; otherwise `None`."""
         if isinstance(problem, OtherVersionError):
             return UnsupportedError(
                 f"the owner of the state {self._name!r} (pid {self.owner_pid}) has another version of lab_state: "
@@ -327,7 +327,7 @@ class Follower:
         self.ready.set_result(True)
 
     async def _read(self) -> LoadedState:
-        """Read the files until the result is not older than the copy, and wait until the owner has named its revision as durable.
+        """Read the files, until the result is not older than the copy. Wait until the owner has reported its revision as durable.
 
         Raises:
             CorruptionError: The state of the owner is older than the copy.

@@ -2,7 +2,8 @@
 
 A process that has a copy needs only the records after the copy. These records may not be durable yet. So the new
 owner first settles the state with a commit, and then shows the records. The storage writes a new journal: with copies of
-the records, or with the whole state as one frame. Rule 4 of `docs/design/disk.md` says why, and when which one is written.
+the records, or with the whole state as one frame. Rule 4 of `docs/design/disk.md` gives the reason, and says which of the
+two is written.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lab_state.storage._protocol import Recovery, StorageSession
 _MEMBER = f'"{RESERVED}":'.encode()
 
 _CHECKED_AT_ONCE = 256 * 1024
-"""The event loop runs after this many bytes of older records were checked: some milliseconds, if the records are small."""
+"""The number of bytes of older records that are checked in one step of the event loop. With small records, this takes some milliseconds."""
 
 
 class _Span(msgspec.Struct, frozen=True, rename={"start": "from", "end": "to"}):
@@ -51,7 +52,7 @@ class Found(NamedTuple):
 
     Attributes:
         whole: The whole state, which replaces the copy; `None` if the copy stays.
-        tail: The records after the copy. There are none if `whole` is given.
+        tail: The records after the copy. It is empty if `whole` is not `None`.
     """
 
     whole: LoadedState | None
@@ -72,7 +73,7 @@ class Files(Protocol):
         ...
 
     async def whole(self) -> Recovery:
-        """Return the content with the snapshot."""
+        """Return the content of the files, with the snapshot."""
         ...
 
 
@@ -111,9 +112,11 @@ def _revision_of(snapshot: bytes | None, path: str, crc: int | None) -> int | No
     member = Raw(snapshot[start + len(_MEMBER) : -1])
     try:
         meta = check_member(snapshot, member, path, zlib.crc32(snapshot) if crc is None else crc)
-    except CorruptionError:  # damaged, or from another program: decoding the whole snapshot raises the right error
+    except CorruptionError:
+        # It is damaged, or from another program. The caller then decodes all of it, which raises the right error.
         return None
-    return None if meta.crc32 is None else meta.revision  # without a checksum it was edited, and differs from each copy
+    # A snapshot without a checksum was edited, so it differs from each copy.
+    return None if meta.crc32 is None else meta.revision
 
 
 async def _tail(records: tuple[bytes, ...], revision: int, path: str) -> list[ParsedRecord] | None:
@@ -176,7 +179,7 @@ def check_reaches(end: int, revision: int, path: str) -> None:
 
 
 async def settle(session: StorageSession, base: State, tail: list[ParsedRecord]) -> None:
-    """Make a state and the records after it certainly durable. The caller shows the records when this returns.
+    """Commit a state and the records after it, so that they are certainly durable. The caller shows the records when this returns.
 
     Args:
         session: The session of the storage. Its next commit writes a new journal.
@@ -193,7 +196,7 @@ async def settle(session: StorageSession, base: State, tail: list[ParsedRecord])
 
 
 class Settling:
-    """The snapshot of the whole state that a new owner has found, for the frame that settles the state."""
+    """The snapshot of the whole state that a new owner has found. The frame that settles the state has this snapshot."""
 
     def __init__(self, base: State, tail: list[ParsedRecord]) -> None:
         """Prepare the snapshot of a state with the records after it."""

@@ -60,7 +60,7 @@ class Frames:
         """Prepare to decode frames of some kinds: `FROM_CLIENT` or `FROM_OWNER`."""
         self.problem: BadMessageError | None = None
         self._kinds = kinds
-        self._rest = b""  # the first bytes of a head that is not complete
+        self._rest = b""  # the first bytes of a head (length and kind) that is not complete
         self._kind = b""
         self._payload: ByteBuffer | None = None
         self._missing = 0

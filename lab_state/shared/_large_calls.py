@@ -24,7 +24,7 @@ def is_large(call: Call, layer: OwnerLayer) -> bool:
 
 
 def keys_of(call: Call) -> int:
-    """Return the number of keys in a call that may have many, those of its check included; 0 for any other call."""
+    """Return the number of keys in a call, with the keys of its check. Return 0 for a call that cannot have many keys."""
     if isinstance(call, SetMany):
         return len(call.values)
     if isinstance(call, DeleteMany):
@@ -35,7 +35,7 @@ def keys_of(call: Call) -> int:
 
 
 def parts_of(call: Call, layer: OwnerLayer) -> Iterator[Mapping[str, StoredOrGone]]:
-    """Yield the changes of a call with many keys, in parts. Each part is made when the parts before it were applied to the layer."""
+    """Yield the changes of a call with many keys, in parts. The caller applies each part to the layer before it asks for the next part."""
     if isinstance(call, DeleteMany | DeleteAll):
         for keys in in_parts(call.keys) if isinstance(call, DeleteMany) else layer.candidates(call.prefix):
             yield {key: DELETED for key in keys if layer.has(key)}

@@ -61,7 +61,7 @@ class LastRecords:
     def after(self, revision: int) -> list[bytes] | None:
         """Return the records after a revision, oldest first; `None` if some of them were dropped.
 
-        Return `None` also for a revision that the owner has not reached.
+        Also return `None` for a revision that the owner has not reached.
         """
         first = self._records[0].start if self._records else self._end
         if not first <= revision <= self._end:

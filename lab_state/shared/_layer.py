@@ -2,8 +2,8 @@
 
 Theory of operation. There are three maps. The lowest one is the copy, with the durable state. The middle one has
 the changes of the commit under way. The top one has the newer changes. `take` moves the changes from the top map to
-the middle map. When the commit is durable, its record is applied to the copy, and `landed` empties the middle map, in
-the same step. If the commit failed, `put_back` merges the middle map and the top map.
+the middle map. When the commit is durable, two things happen in one step: the record is applied to the copy, and `landed`
+empties the middle map. If the commit failed, `put_back` merges the middle map and the top map.
 
 Only calls of the owner read the layer. All other reads use the copy.
 """
@@ -43,7 +43,7 @@ class OwnerLayer(Layered):
         self.copy: State = copy
         self.on_applied: Applied | None = None
         self._middle = Layered(copy)
-        # Whether keys of these changes expire. An index is not needed here.
+        # Whether any key of these changes expires. They need no index.
         self._has_times = self._middle_has_times = False
         self._swept_at = 0  # the revision of the layer at the last sweep
         super().__init__(self._middle)
@@ -75,7 +75,7 @@ class OwnerLayer(Layered):
         Run all steps. Until then, other code must neither read nor change the layer, nor call `take`. It may call `landed` and `put_back`.
 
         Args:
-            parts: The changes by key, in parts. They may be made from the layer itself, because a part is shown at once.
+            parts: The changes by key, in parts. A generator may compute a part from the layer, which has all earlier parts by then.
             cleared: Whether to delete all keys first.
         """
         count = 0
@@ -104,7 +104,7 @@ class OwnerLayer(Layered):
             self.on_applied(None if cleared else changes.keys(), self.revision + 1)
 
     def candidates(self, prefix: str) -> Iterator[list[str]]:
-        """Yield each key with a prefix that exists now, in parts. Some keys come twice, and some do not exist."""
+        """Yield keys with a prefix, in parts. Each key that exists now is among them. Some keys come twice, and some do not exist."""
         mine = [*self.changes, *self._middle.changes]
         pieces = self.copy.pieces(*bounds(prefix))
         for part in in_parts(mine):

@@ -48,13 +48,13 @@ class ClientSide(Protocol):
     def calls_to_send(self) -> Iterable[bytes | memoryview]:
         """Return the frames of the calls that are to be sent now, in order and in parts.
 
-        This is called once after each step of the event loop in which `Link.send_soon` was called, or in which a
-        welcome admitted the client.
+        The link calls this once after a step of the event loop, if `Link.send_soon` was called in that step, or if a
+        welcome admitted the client in that step.
         """
         ...
 
     def starting(self, starting: Starting) -> None:
-        """Note that the owner loads its state. The link waits for the next answer to the hello."""
+        """Note that the owner is loading its state. The link waits for the next answer to the hello."""
         ...
 
     def welcomed(self, welcome: Welcome) -> None:
@@ -137,13 +137,13 @@ class Link:
             self._end,
             clock=self._clock,
             most_received=_MOST_RECEIVED,
-            most_waiting=None,  # the window of open calls is the bound
+            most_waiting=None,  # the window limits the size of the open calls
         )
         self._channel.send(encode_for_owner(hello))
         self._timer = self._clock.call_later(LIFE, self._tick)
 
     def send_soon(self) -> None:
-        """Send the calls at the end of this step of the event loop. So the calls of many tasks are sent together.
+        """Send the open calls at the end of this step of the event loop. So the calls of many tasks are sent together.
 
         Before the welcome, and after the end, do nothing.
         """
@@ -167,15 +167,15 @@ class Link:
     def silent_for(self) -> float:
         """Return the seconds since bytes were last received. The result is 0 if bytes have arrived that were not read yet.
 
-        Without this rule, a process whose event loop was blocked would think that the owner was silent. The result is
-        also 0 before `open` and after the end.
+        Otherwise a process whose event loop was blocked would treat the owner as silent. The result is also 0 before
+        `open` and after the end.
         """
         if self._channel is None or self._channel.has_unread:
             return 0.0
         return self._clock.monotonic() - self._channel.received_at
 
     def close(self) -> None:
-        """Close the connection at once. The client's side is not called from now on. A second call does nothing."""
+        """Close the connection at once. The link no longer calls its `ClientSide`. A second call does nothing."""
         self._is_closed = True
         self._stop()
         if self._channel is not None:

@@ -37,13 +37,13 @@ from lab_state.storage._protocol import SharedSession
 from lab_state.storage.file import files_of
 
 _LOOK_EVERY = 0.25
-"""The seconds between two looks for calls that have waited too long."""
+"""The seconds between two checks for calls that have waited too long."""
 
 _SILENT = 2.0
 """The seconds without a message after which an owner counts as silent. An owner sends a message each second."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-"""The pauses in seconds between two attempts to follow or to take over, while the files cannot be used."""
+"""The first and the longest pause between two attempts to find a role, in seconds, while the files cannot be used."""
 
 _LAST_CHANCE = 0.5
 """The longest time in seconds that `stop` waits for its cancelled task, and then for the release of the lock."""
@@ -70,7 +70,8 @@ class Member(SharedCopy):
         self._follower: Follower | None = None
         self._election = self._new_election()
         self._owner_pid: int | None = None
-        self._lost_at: float | None = self._clock.monotonic()  # since when there is no owner; `None` if there is one
+        # The time since which there is no owner; `None` if there is one.
+        self._lost_at: float | None = self._clock.monotonic()
         self._must_load = False
         self._life: asyncio.Task[None] | None = None
         self._look: Timer | None = None
@@ -162,7 +163,7 @@ class Member(SharedCopy):
                 return
 
     async def _follow(self, connected: OwnSocket) -> bool:
-        """Follow the owner at the other end, and return True when calls can be made. Return False if the connection ended."""
+        """Follow the owner at the other end. Return True when calls can be made, or False if the connection has ended before that."""
         follower = Follower(
             self._name, self._around.storage, self, self._clock, self._logger, lambda: self._met(follower)
         )
@@ -171,7 +172,8 @@ class Member(SharedCopy):
             follower.open(connected, anew=self._must_load)
             if not self.has_state:
                 await follower.limit_silence(max(self._config.owner_timeout, _SILENT))
-            await asyncio.wait({follower.ready})  # without a limit: reads go on, and calls are given up one by one
+            # No time limit is needed here: reads go on, and each call has its own time limit.
+            await asyncio.wait({follower.ready})
             is_ready = follower.ready.result()
         except BaseException:
             follower.close()
@@ -194,7 +196,7 @@ class Member(SharedCopy):
         self._owner_pid, self._lost_at = follower.owner_pid, None
 
     async def _become_owner(self, claim: Claim) -> None:
-        """Load the state, or only the records that the copy lacks. Settle and show the state, and admit other processes."""
+        """Load the state, or only the records that the copy lacks. Settle it, show it, and admit other processes."""
         began = self._clock.monotonic()
         owner = Owner(self, self._config, claim, self._around)
         lost_at = self._lost_at
@@ -209,10 +211,10 @@ class Member(SharedCopy):
                 await session.aclose()
                 raise
         except BaseException:
-            self._lost_at = lost_at  # otherwise no call would be given up while each attempt fails
+            self._lost_at = lost_at  # otherwise no call would reach its time limit while all attempts fail
             await owner.release()
             raise
-        # All of this is one step of the event loop, so no process sees a part of it.
+        # The following is one step of the event loop, so no process sees only a part of it.
         self._owner, owner.is_settled = owner, True
         self._show()
         self.port.own(flusher, time.monotonic_ns())
@@ -226,7 +228,8 @@ class Member(SharedCopy):
         found = await find(session, None if is_start else self.state)
         whole = None if found.whole is None else state_of(found.whole, session.path, self._clock, self._logger)
         if whole is not None and not is_start:
-            whole.epoch = self.state.epoch  # with a new reading of the clock, an expired key could come back
+            # If the epoch were set from the wall clock again, an expired key could reappear.
+            whole.epoch = self.state.epoch
         if recovery.unsettled:
             await settle(session, self.state if whole is None else whole, found.tail)
         if whole is not None:
@@ -290,7 +293,7 @@ class Member(SharedCopy):
         self.port.arrivals.close(flusher.refusal)
 
     def _look_at_calls(self) -> None:
-        """Give up calls that have waited too long."""
+        """End the calls that have waited too long."""
         self._look = self._clock.call_later(_LOOK_EVERY, self._look_at_calls)
         follower = self._follower
         if self._lost_at is not None:
@@ -305,9 +308,10 @@ class Member(SharedCopy):
     # The end
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 -- it bounds the work, not the wait of the caller
-        """Wait for the answers to all calls. Then leave the state: a follower with a farewell, the owner with a checkpoint.
+        """Wait for the answers to all calls. Then leave the state: a follower says farewell, and the owner hands the state over.
 
-        If there is no owner, this process becomes the owner first. So the last process that stops writes the checkpoint.
+        If there is no follower, the owner writes a checkpoint instead. If there is no owner, this process becomes the owner
+        first. So the last process that stops writes the checkpoint.
 
         Raises:
             StorageError: Calls had no answer in time, the last flush failed, or this process has lost its state.
@@ -386,7 +390,7 @@ class Member(SharedCopy):
             flusher.remember()
 
     def disown(self) -> None:  # pragma: no cover -- runs in a forked child, whose coverage is not collected
-        """Prevent commits. This runs in a forked child, in which all sockets and the lock close themselves."""
+        """Prevent commits. This runs in a forked child. The objects of the sockets and of the lock close their own descriptors."""
         if self.flusher is not None:
             self.flusher.disown()
 
@@ -432,7 +436,7 @@ class Member(SharedCopy):
 
     @property
     def lag(self) -> float:
-        """The seconds since the last sign of life of the owner, or since its end; 0 in the owner. The copy may lack changes of this time."""
+        """The seconds since the last sign of life of the owner, or since its end; 0 in the owner. The copy may lack the changes of these seconds."""
         lost_at, follower = self._lost_at, self._follower  # read once: another thread may call this
         if lost_at is not None:
             return self._clock.monotonic() - lost_at

@@ -82,7 +82,7 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class No(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The answer to a hello that does not admit the client."""
+    """The answer to a hello if the owner does not admit the client."""
 
     lab_state: Literal["shared"] = "shared"
     protocol: int = PROTOCOL
@@ -159,7 +159,7 @@ class Touch(_Call, frozen=True, tag="touch"):
 
 
 class Changes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Changes that a client has computed, in the form of a record. `expires` has times of the state, in milliseconds."""
+    """Changes that a client has computed, in the form of a record. `expires` has the expiry of each key that expires, in milliseconds since 1970."""
 
     clear: bool = False
     set: dict[str, Raw] = {}
@@ -168,7 +168,7 @@ class Changes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MakeChanges(_Call, frozen=True, tag="change"):
-    """The call that makes changes if its check holds. The check is `since`, and the keys and prefixes that were read."""
+    """The call that makes changes if its check holds. The check consists of `since`, and of the keys and prefixes that were read."""
 
     since: Since
     keys: list[str]
@@ -208,7 +208,7 @@ class Refused(_Answer, frozen=True, tag="refused"):
     """The answer to a call whose check does not hold. The call changed nothing.
 
     `values` has the present value and expiry of each key of the check, without missing keys. It is
-    `None` for more than 16 keys or 1 MiB.
+    `None` if the check has more than 16 keys, or if the values have more than 1 MiB.
     """
 
     revision: Count
@@ -233,7 +233,7 @@ Answer: TypeAlias = Ok | Raised | Refused | Moved | Failed
 
 
 class Life(NamedTuple):
-    """A sign of life. A client sends its acknowledgement as the number, and an owner the durable revision."""
+    """A sign of life. The number is the acknowledgement of a client, or the durable revision of the owner."""
 
     number: int
 
@@ -245,7 +245,7 @@ class Question(NamedTuple):
 
 
 class Expiries(NamedTuple):
-    """A message that says whether a client has a watch. If so, the owner deletes each key when it expires, and not up to a second later."""
+    """A message that says whether a client has a watch. If any client has one, the owner deletes each key exactly when it expires."""
 
     are_watched: bool
 
@@ -270,7 +270,7 @@ class RecordMessage(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The answers to calls that were settled together."""
+    """Answers to several calls. They are sent together."""
 
     answers: Sequence[Answer]
 

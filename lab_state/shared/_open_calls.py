@@ -1,13 +1,13 @@
-"""The calls of a client that have no answer yet: open calls, which have a number, and calls that wait for one. Pure.
+"""The calls of a client that have no answer yet. An open call has a number; the other calls wait for a number. Pure.
 
 A call gets the next number when the window has room for it, in the order of `submit`. It keeps this
 number when it is sent again. Each call, each sign of life and the farewell have the acknowledgement. The
 acknowledgement is one less than the lowest open number, so it never covers a call that may be sent again.
 
-A call may have a check. Its revision `since` comes from the copy or from a refusal. The changes that
-a refusal shows may be lost with its owner. So a check with the revision of a refusal is valid on one
-connection only. On a later connection `NEVER` is sent in place of `since`. `NEVER` is also sent for
-each check that is sent again.
+A call may have a check. The revision `since` of the check comes from the copy or from a refusal. A refusal
+may show changes that are not durable, and that are lost if the owner ends. So a check with the revision of a
+refusal is valid only on the connection of the refusal. On a later connection `NEVER` is sent in place of
+`since`. `NEVER` is also sent for each check that is sent again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lab_state.shared._order import SPAN
 C = TypeVar("C")
 
 MOST_BYTES = 16 * 1024 * 1024
-"""The largest total size of a client's open calls, in bytes. A larger call may be open alone."""
+"""The largest total size of a client's open calls, in bytes. A call that is larger can be open if there is no other open call."""
 
 NEVER = -1
 """The revision of a check that is always refused."""
@@ -52,11 +52,11 @@ class OpenCall(Generic[C]):
 
     @property
     def outcome(self) -> Outcome:
-        """The outcome of the call if it ends now, without an answer."""
+        """The outcome that the call has if it ends now, without an answer."""
         return "unknown" if self._may_be_made else "not made"
 
     def sent(self) -> None:
-        """Note that the call is being sent, whole or in part."""
+        """Note that the call, or a part of it, may have been sent."""
         self._may_be_made = True
 
     def moved(self) -> None:
@@ -101,8 +101,8 @@ class OpenCalls(Generic[C]):
             call: The call.
             size: An upper bound of its size, in bytes.
             since: The revision of its check; `None` without a check.
-            refused_on: The `connection`, if the revision comes from a refusal; `None` if it comes
-                from the copy.
+            refused_on: The number of the connection of the refusal, if the revision comes from a refusal; `None` if it
+                comes from the copy.
         """
         if refused_on is not None and refused_on != self.connection:
             since = NEVER
@@ -134,7 +134,7 @@ class OpenCalls(Generic[C]):
     def end(self, call: OpenCall[C]) -> bool:
         """Remove a call that was answered or given up, even if it still waits for a number.
 
-        Return whether the call was there. From now on, its number counts as answered.
+        Return False if the call had been removed before. From now on, its number counts as answered.
         """
         if call.number == 0:
             if call in self._waiting:
@@ -157,8 +157,8 @@ class OpenCalls(Generic[C]):
     def restart(self) -> list[OpenCall[C]]:
         """Begin with number 1 again, because the owner has forgotten the client. The caller takes a new id.
 
-        Return the calls with an unknown outcome, which are removed. All other calls were certainly not
-        made, and wait for numbers again.
+        Remove the calls with an unknown outcome, and return them. All other calls were certainly not made. They
+        wait for numbers again.
         """
         calls = list(self.everything())
         self._open, self._last, self._bytes, self.heard = {}, 0, 0, None
@@ -169,7 +169,7 @@ class OpenCalls(Generic[C]):
         return [call for call in calls if call.outcome == "unknown"]
 
     def is_forgotten(self, now: int) -> bool:
-        """Return whether an owner may have forgotten this client at the time `now`. A new owner asks this about its own calls."""
+        """Return whether an owner may have forgotten this client at the time `now`. A new owner needs this for its own calls."""
         return may_be_forgotten(self.heard, now)
 
     def everything(self) -> Iterator[OpenCall[C]]:

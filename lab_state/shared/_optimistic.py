@@ -1,8 +1,8 @@
 """Transactions of a shared state. They hold no lock, and note what they have read.
 
-A draft lies over the copy. Other calls change the copy meanwhile, and the draft notes the changed keys. All other keys
-still have their values from the beginning of the draft. So a read returns a value from the beginning, or raises
-`ConflictError`. At the commit, the owner checks that none of the keys that were read has changed since.
+A draft is a layer over the copy. Other calls change the copy meanwhile, and the draft notes the changed keys. All other
+keys still have their values from the beginning of the draft. So a read returns the value of the key at the beginning, or
+raises `ConflictError`. At the commit, the owner checks that none of the keys that were read has changed since then.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class OptimisticDraft(Draft):
         keys: The keys that were read, including missing ones.
         prefixes: The prefixes whose keys were listed.
         has_conflict: Whether a `ConflictError` of this draft was raised.
-        seed: The refusal with whose values the draft began; `None` if it began with the base alone. The draft can then
-            read no other keys, because the base may have them at another revision.
+        seed: The refusal whose values the draft had at its beginning; `None` if it began with the base alone. A draft with a
+            seed can read no other keys, because the base may have them at another revision.
     """
 
     __slots__ = ("_stale", "has_conflict", "keys", "prefixes", "read_at", "seed")
@@ -83,8 +83,8 @@ class OptimisticDraft(Draft):
     def note_changed(self, keys: Collection[str] | None) -> None:
         """Note that keys of the base have changed; `None` if all may have changed.
 
-        If more than `MOST_KEYS` keys have changed, all keys count as changed, because the owner refuses the check anyway.
-        With a seed, the base is not read, and the check of the owner decides.
+        If more than `MOST_KEYS` keys have changed, all keys count as changed, because the owner would refuse the check. With
+        a seed, do nothing, because the draft does not read the base.
         """
         if self.seed is not None:
             return
@@ -134,7 +134,7 @@ class OptimisticDraft(Draft):
     def reads(self) -> tuple[list[str], list[str]]:
         """Return the keys and the prefixes for the check of the commit.
 
-        Leave out keys under one of these prefixes, and texts that cannot be keys. No change can concern such a text.
+        Leave out keys under one of these prefixes. Also leave out texts that cannot be keys, because no change can affect them.
         """
         prefixes = [prefix for prefix in self.prefixes if can_begin_key(prefix)]
         starts = tuple(prefixes)
@@ -149,12 +149,12 @@ class OptimisticDraft(Draft):
         )
 
     def count(self) -> int:
-        """Return the number of keys. This counts as a read of all keys."""
+        """Return the number of keys. Note a read of all keys."""
         self.note_listing("")
         return super().count()
 
     def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
-        """Apply changes to the draft. Lookups of this call are not noted, because a change alone reads nothing."""
+        """Apply changes to the draft. This call notes no read, because a change alone reads no value."""
         noted, self.entries = self.entries, cast("LayeredEntries", self.known)
         try:
             return super().apply(changes, cleared=cleared)

@@ -1,7 +1,7 @@
 """The order and the numbers that are allowed for the messages on one connection. Pure.
 
-Each side has one object for each connection. The side checks each message with it,
-and then handles the message.
+Each side has one object of this module for each connection. With this object it checks each
+message before it handles the message.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ _WRITTEN: ContextVar[dict[str, int] | None] = ContextVar("lab_state writes", def
 
 @contextmanager
 def noting_writes() -> Generator[dict[str, int]]:
-    """Note the writing calls to shared states that return in the block, and in tasks and threads that it starts.
+    """Note the writing calls to shared states that return in the block, and in tasks and threads that the block starts.
 
-    The block is given a dict. For each state, by name, it has a revision that includes these calls. A block inside the block
-    has a dict of its own.
+    The block gets a dict. For the name of each such state, the dict has a revision that includes these calls. A block inside
+    the block has a separate dict.
     """
     written: dict[str, int] = {}
     before = _WRITTEN.get()
@@ -23,7 +23,7 @@ def noting_writes() -> Generator[dict[str, int]]:
     try:
         yield written
     finally:
-        _WRITTEN.set(before)  # without a token: at the end of an event loop, the block may be left in another context
+        _WRITTEN.set(before)  # not by a token: at the end of an event loop, the block may be left in another context
 
 
 def note_write(name: str, revision: int) -> None:
@@ -31,7 +31,7 @@ def note_write(name: str, revision: int) -> None:
 
     Args:
         name: The name of the state.
-        revision: The revision of the copy of this process, which includes the call. It only rises.
+        revision: The revision of the copy of this process, which includes the call. It never decreases.
     """
     written = _WRITTEN.get()
     if written is not None:

@@ -50,7 +50,7 @@ class Listener(Protocol[C_contra]):
         ...
 
     def answers(self, connection: C_contra, answers: Sequence[Answer], /) -> object:
-        """Put answers into the queue of a connection. If it has ended, do nothing."""
+        """Put answers into the queue of a connection. If the connection has ended, do nothing."""
         ...
 
     def closed(self, error: LabStateError, /) -> object:
@@ -58,9 +58,9 @@ class Listener(Protocol[C_contra]):
         ...
 
     async def hand_over(self) -> bool:
-        """Leave the durable state to a follower, which continues the journal. Return False if a checkpoint is needed instead.
+        """Hand the durable state over to a follower, which continues the journal. Return False if a checkpoint is needed instead.
 
-        The flusher calls `finish` in the same step after True. So no follower can leave with a farewell meanwhile.
+        If the result is True, the flusher calls `finish` in the same step. So no follower can leave before that.
         """
         ...
 
@@ -70,7 +70,7 @@ class Listener(Protocol[C_contra]):
 
 
 class OwnerFlusher(Flusher, Generic[C]):
-    """The task that makes the changes of a shared state durable. Its `state` is the layer, and `shown` is the copy.
+    """The task that makes the changes of a shared state durable. Its attribute `state` is the layer, and `shown` is the copy.
 
     Attributes:
         engine: The engine, which executes the calls.
@@ -145,7 +145,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         If the caller is cancelled, the steps are run nevertheless.
         """
         task = asyncio.create_task(self._run_in_turn(steps), name=f"lab_state {self._name} call")
-        self._in_steps.add(task)  # the event loop keeps no reference
+        self._in_steps.add(task)  # the event loop keeps only a weak reference
         task.add_done_callback(self._in_steps.discard)
         return await asyncio.shield(task)
 
@@ -174,7 +174,7 @@ class OwnerFlusher(Flusher, Generic[C]):
             TypeMismatchError: The stored value does not allow the call. Nothing was changed.
             InvalidValueError: The new value cannot be stored. Nothing was changed.
             FencedError: A newer writer owns the state; nothing was changed.
-            StorageError: The change, or one that the call saw, is not durable yet. It may become durable.
+            StorageError: The change, or a change that the call has read, is not durable yet. It may become durable.
         """
         self._check_call()
         if self.is_busy or self.engine.is_large(call):
@@ -186,7 +186,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         return executed if isinstance(executed, Refused) else await self._answer(executed)
 
     def _execute_in_steps(self, call: Call) -> Generator[None, None, Executed[bytes] | Refused]:
-        self._check_call()  # it may have changed since the call began to wait
+        self._check_call()  # the result may have changed since the call began to wait
         executed = yield from self.engine.execute_in_steps(call)
         if not isinstance(executed, Refused):
             self.engine.own(executed)
@@ -199,17 +199,17 @@ class OwnerFlusher(Flusher, Generic[C]):
 
         Return the result of the function, and the revision of the call.
 
-        An error that the call raises is raised when everything that the call saw is durable. If the caller is
-        cancelled, the call goes on.
+        If the call raises an error, raise this error when everything that the call has read is durable. If the caller
+        is cancelled, the call goes on.
 
         Args:
             body: A function that gets calls on the layer and makes one of them. The call must not wait.
             prefix: The prefix of the keys of these calls.
-            key: The key of the call. If a client is about to make another attempt to change it, let the client go first.
+            key: The key of the call. If a client is about to make another attempt to change this key, wait for the client first.
 
         Raises:
             FencedError: A newer writer owns the state; nothing was changed.
-            StorageError: The change, or one that the call saw, is not durable yet. It may become durable.
+            StorageError: The change, or a change that the call has read, is not durable yet. It may become durable.
         """
         self._check_call()
         if key is not None and self.engine.attempts.is_awaited(key):
@@ -261,12 +261,12 @@ class OwnerFlusher(Flusher, Generic[C]):
     # Commits
 
     async def _commit(self) -> StorageError | None:
-        # Let the tasks of this process run that the last commit has answered. So their next calls join this commit, with
-        # the calls of other processes. Otherwise every second commit would have the calls of these tasks alone.
+        # The last commit has answered tasks of this process. Let them run now, so that this commit includes their next calls
+        # as well as the calls of other processes. Otherwise every second commit would have only the calls of these tasks.
         await asyncio.sleep(0)
         if self.is_busy:
             async with self._turn:
-                pass  # no call has changed only a part of the layer now
+                pass  # from here on, no call is half executed
         return await super()._commit()
 
     async def _write(self, taken: ChangeSet, views: SnapshotViews, calls: RecordCalls | None = None) -> bool:  # noqa: ARG002 -- the views and the results of the owner are used instead
@@ -291,7 +291,7 @@ class OwnerFlusher(Flusher, Generic[C]):
         return len(self._record.changes) >= _batch.MANY
 
     def _succeeded(self, seconds: float) -> None:
-        """Apply the record, which is durable now, to the copy, and answer its calls, in this step."""
+        """Apply the record, which is durable now, to the copy, and answer its calls. Both are done in one step."""
         taken = self._under_way
         assert taken is not None  # the commit that succeeded
         try:
@@ -311,7 +311,7 @@ class OwnerFlusher(Flusher, Generic[C]):
             self._applier.apply(record)
         self._layer.landed(taken)
         answers = self.engine.landed()
-        if record.end > record.start:  # each copy would skip a record without changes
+        if record.end > record.start:  # a copy skips a record without changes, so such a record is not sent
             self.last_records.add(record.start, record.end, data)
             self._listener.record(data)
         self._tell(answers)
@@ -326,10 +326,10 @@ class OwnerFlusher(Flusher, Generic[C]):
         super()._put_back()
 
     def _commit_failed(self, error: StorageError, note: str) -> None:
-        """Answer the calls of a failed commit. During a stop, send no answer: the next owner answers the calls if no commit succeeds."""
+        """Answer the calls of a failed commit. During a stop, send no answer. If no later commit succeeds, the next owner answers the calls."""
         self._asked = False
         if not self._stopping:
-            # A path in the text may have lone surrogates, which a message cannot hold.
+            # A path in the text may have lone surrogates, which a message cannot contain.
             text = str(copied(error, note)).encode(errors="backslashreplace").decode()
             self._tell(self.engine.failed(type(error).__name__, text))
 

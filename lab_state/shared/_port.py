@@ -1,8 +1,9 @@
 """The writing calls of one process of a shared state.
 
 If this process is the owner, a call is executed on the layer at once. Otherwise the call becomes an open call,
-and is sent to the owner. If the owner ends without an answer, the call is sent to the next owner. If this process
-becomes the next owner, it looks up its open calls in the table of results. It executes those without a result.
+and is sent to the owner. If the owner ends before it has answered, the call is sent to the next owner. If this
+process becomes the next owner, it looks up its open calls in the table of results, and executes those that have no
+result there.
 
 `Member` informs the port about each connection, answer and record, and about the role of this process.
 """
@@ -40,7 +41,7 @@ _HEAD_BYTES = 256
 """An upper bound of the size of a message without its keys and values, in bytes."""
 
 _LARGEST = 2**63 - 1
-"""The largest number in a message."""
+"""The largest number that a message may have."""
 
 _NO_CHANGES: Final = Changes()
 
@@ -52,7 +53,7 @@ class PendingCall(NamedTuple):
         make: See `Make`.
         keys: The keys of the check.
         made: The time of the call, in seconds of the clock.
-        is_empty: Whether the call asks for no change.
+        is_empty: Whether the call makes no change.
         done: The future of the end of the call.
         body: The message without its beginning, if the call has many keys; see `encode_large_call`.
     """
@@ -75,7 +76,7 @@ class SharedPort(DataCalls):
     """
 
     def __init__(self, core: Core, durability: Durability, clock: Clock, owner_timeout: float) -> None:
-        """Begin without an owner. Calls wait for one.
+        """Begin without an owner. Calls wait for an owner.
 
         Args:
             core: The core of the manager.
@@ -155,7 +156,7 @@ class SharedPort(DataCalls):
         reads = bool(keys or prefixes)
         is_empty = not draft.changes and not draft.cleared
         if is_empty and draft.seed is not None:
-            raise draft.conflict()  # a transaction that changes nothing returns what is durable
+            raise draft.conflict()  # the values of a refusal may not be durable, so a transaction that changes nothing cannot return them
         if not reads and is_empty:
             return since
         shared.end()  # from here on, other tasks cannot add changes
@@ -216,7 +217,7 @@ class SharedPort(DataCalls):
         )
 
     async def see_all(self, made: float | None = None) -> None:
-        """Wait until the copy has all changes that the owner has made so far. The answer to a call without changes comes then."""
+        """Make a call without changes, and wait for its answer. Then the copy has all changes that the owner had made at the call."""
         await self._ended(lambda n, ack, _: MakeChanges(n, ack, 0, [], [], _NO_CHANGES), 0, made=made, is_empty=True)
 
     async def _ended(
@@ -240,8 +241,8 @@ class SharedPort(DataCalls):
             refused_on: See `OpenCalls.submit`.
             keys: The keys of the check.
             made: The time of the call, in seconds of the clock; by default now.
-            is_empty: Whether the call asks for no change.
-            count: The number of its keys, if it may have many. With many keys, it is encoded in steps.
+            is_empty: Whether the call makes no change.
+            count: The number of its keys, if the call may have many keys. With many keys, it is encoded in steps.
         """
         self.check_open()
         size += _HEAD_BYTES
@@ -274,7 +275,7 @@ class SharedPort(DataCalls):
             raise copied(self._closed)
 
     def spawn(self, work: Coroutine[Any, Any, R], what: str) -> asyncio.Task[R]:
-        """Start a task, and keep a reference to it: the event loop keeps none."""
+        """Start a task, and keep a reference to it, because the event loop keeps only a weak one."""
         task = asyncio.create_task(work, name=f"lab_state {self._core.name} {what}")
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
@@ -312,7 +313,7 @@ class SharedPort(DataCalls):
         """Yield the frames of the calls that are to be sent now, in order and in parts."""
         again, self._again = self._again, []
         for call in [*again, *self.calls.number_next()]:
-            if self.calls.find(call.number) is call:  # otherwise the call was given up meanwhile
+            if self.calls.find(call.number) is call:  # otherwise the call has ended meanwhile
                 call.sent()
                 made = call.call.make(call.number, self.acknowledgement, call.since or 0)
                 body = call.call.body
@@ -322,7 +323,7 @@ class SharedPort(DataCalls):
         """End the calls that were answered. The copy has already reached the revisions of the answers."""
         for answer in answers:
             call = self.calls.find(answer.n)
-            if call is None:  # it was given up
+            if call is None:  # the call has ended before its answer
                 continue
             if isinstance(answer, Moved):
                 call.moved()
@@ -348,7 +349,7 @@ class SharedPort(DataCalls):
         self._note_end()
 
     def forgotten(self) -> None:
-        """Take a new id, because the owner has forgotten this client. Calls that were perhaps executed end with an error."""
+        """Take a new id, because the owner has forgotten this client. Calls that may have been executed end with an error."""
         for call in self.calls.restart():
             why = "the owner of the state has forgotten this process, which had no connection for too long"
             self._end(call, self._unavailable(call, why))
@@ -361,7 +362,7 @@ class SharedPort(DataCalls):
 
         Args:
             owner: The flusher. All loaded changes are durable.
-            now: The time of `CLOCK_MONOTONIC`, in nanoseconds.
+            now: The present time of `CLOCK_MONOTONIC`, in nanoseconds.
         """
         self.unfollow()
         if self.calls.is_forgotten(now):
@@ -399,7 +400,7 @@ class SharedPort(DataCalls):
         """End the calls that have waited for longer than `owner_timeout`.
 
         Args:
-            since: The time of the clock, in seconds, since when there is no owner, or the owner is silent.
+            since: The time since which there is no owner, or the owner is silent, in seconds of the clock.
             why: The reason, for the message.
         """
         now = self._clock.monotonic()

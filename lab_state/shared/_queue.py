@@ -1,7 +1,7 @@
 """The bytes that wait to be sent on one connection. Pure.
 
-Small parts are joined, so that many messages take one system call. A large part is sent as it
-is: a record of many megabytes is not copied, and the queues of all followers share it.
+Small parts are joined, so that many messages need only one system call. A large part is sent without a
+copy: the queues of all followers share a record of many megabytes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Iterable
 
 MOST_WAITING = 64 * 1024 * 1024
-"""The bound of a queue, in bytes. One larger message may wait besides."""
+"""The bound of a queue, in bytes. One message that is larger than the bound may wait in addition."""
 
 _SMALL = 64 * 1024
-"""Parts of at most this size are joined, in bytes."""
+"""The largest size in bytes of a part that is joined with others."""
 
 _JOINED = 256 * 1024
-"""No part is added to joined parts of this size or more, in bytes."""
+"""If joined parts have this size in bytes or more, no further part is added to them."""
 
 
 class SendQueue:
@@ -41,9 +41,9 @@ class SendQueue:
         return self._added - self._sent
 
     def put(self, parts: Iterable[bytes | memoryview]) -> bool:
-        """Append a message. Return False if the queue is full: then nothing is appended.
+        """Append a message, and return True. If the queue is full, append nothing, and return False.
 
-        A message that is larger than the bound is not counted. Only one such message may wait.
+        A message that is larger than the bound does not count for the bound. Only one such message may wait.
         """
         parts = tuple(parts)
         size = sum(map(len, parts))

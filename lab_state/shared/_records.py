@@ -42,8 +42,8 @@ class ParsedRecord(NamedTuple):
         start: The revision before the first change.
         end: The revision of the last change.
         cleared: Whether all keys were deleted before `changes`.
-        changes: The last effect on each key that changed. A key that was deleted need not have existed.
-        time: The time of the state at the commit, in milliseconds since 1970; 0 if no key expired or expires.
+        changes: The last change of each key. A key that was deleted need not have existed.
+        time: The time of the state at the commit, in milliseconds since 1970; 0 if the record has no expiry and no expired key.
         wall: The time of the owner's wall clock, in milliseconds since 1970.
         calls: The results of calls; `None` if there are none.
     """
@@ -131,7 +131,7 @@ async def parse_in_turns(data: bytes | memoryview) -> ParsedRecord:
 
 def _decoded(data: bytes | memoryview) -> Record:
     try:
-        str(data, "utf-8")  # msgspec does not check a value that stays JSON
+        str(data, "utf-8")  # msgspec does not check the bytes of a value that is not decoded
         return decode_record(data)
     except NOT_JSON:
         raise BadMessageError("a record that is not JSON, or has other members than a record") from None
@@ -170,11 +170,11 @@ class RecordApplier:
     """An object that applies records to a copy.
 
     Attributes:
-        copy: The copy. Nothing else may change it.
+        copy: The copy. No other code may change it.
     """
 
     def __init__(self, copy: State) -> None:
-        """Prepare to change a copy. All of its changes must be taken."""
+        """Prepare to change a copy. It must have no untaken changes."""
         self.copy: State = copy
         self._prepared: tuple[ParsedRecord, Step | None] | None = None
 
@@ -198,7 +198,7 @@ class RecordApplier:
     def prepare(self, record: ParsedRecord) -> Iterator[None]:
         """Do most of the work of `apply`, and yield between two parts of it. Reads do not see the record before `finish`.
 
-        No other record may be applied until `finish` was called. To give up, drop the iterator.
+        No other record may be applied until `finish` was called. To cancel the preparation, drop the iterator.
         """
         step: Step | None = None
         if self.outcome(record) is Outcome.APPLIED:

@@ -6,8 +6,8 @@ A record contains them in its member `calls`::
 
     {"<client>":[17,{"18":true,"19":7}],"<other client>":null}
 
-The first item is the acknowledgement of the client, and the second has its results by number. A client
-with `null` is forgotten. In a snapshot, each result has its revision as well::
+The first item is the acknowledgement of the client. The second item has the results of its calls, by the number
+of the call. `null` means that the client is forgotten. In a snapshot, each result has its revision as well::
 
     {"<client>":[17,{"18":[43,true]}]}
 """
@@ -67,7 +67,7 @@ class ResultTable:
         return {name: client.acknowledged for name, client in self._clients.items()}
 
     def find(self, client: str, number: int) -> Result | None:
-        """Return the result of a call; `None` if it is not there."""
+        """Return the result of a call; `None` if the table has none."""
         entry = self._clients.get(client)
         return None if entry is None else entry.results.get(number)
 
@@ -105,7 +105,7 @@ class ResultTable:
 
 
 class Applied(NamedTuple):
-    """The result of a call that was applied and is not durable, and the revision of its change."""
+    """The result of a call that was applied, but is not durable yet, and the revision of its change."""
 
     at: int
     value: bytes
@@ -115,7 +115,7 @@ _Results: TypeAlias = dict[str, dict[int, Applied] | None]
 
 
 class PendingResults:
-    """The results of an owner that are not durable: the results in the record under way, and newer ones."""
+    """The results of an owner that are not durable yet: the results in the record under way, and newer results."""
 
     def __init__(self) -> None:
         self._new: _Results = {}
@@ -137,14 +137,14 @@ class PendingResults:
         results[number] = Applied(at, value)
 
     def find(self, client: str, number: int) -> Applied | None:
-        """Return the result of a call that is not durable; `None` if it is not there."""
+        """Return the result of a call that is not durable yet; `None` if there is none."""
         for results in (self._new.get(client), self._under_way.get(client)):
             if results is not None and number in results:
                 return results[number]
         return None
 
     def forget(self, client: str) -> None:
-        """Let the next record say that a client is forgotten. Drop the newer results of the client."""
+        """Note for the next record that a client is forgotten. Drop the results of the client that are not in the record under way."""
         self._new[client] = None
 
     def take(self, acknowledged: Mapping[str, int]) -> RecordCalls:

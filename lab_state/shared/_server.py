@@ -30,7 +30,7 @@ class Server:
 
         Args:
             owner: The owner's side.
-            clock: The clock for signs of life and for limits of time.
+            clock: The clock for signs of life and for time limits.
             log: The log.
             monotonic_ns: The source of the time in each message: `CLOCK_MONOTONIC`, in nanoseconds.
         """
@@ -86,7 +86,7 @@ class Server:
             connection.send_parts(parts)
 
     def stop_accepting(self) -> None:
-        """Close the listening socket, and each connection whose client is not admitted. A second call does nothing."""
+        """Close the listening socket, and each connection of a client that is not admitted. A second call does nothing."""
         self._stop_listening()
         for connection in list(self._connections):
             if not connection.is_admitted:

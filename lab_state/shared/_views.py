@@ -12,16 +12,16 @@ from lab_state.shared._results import RecordCalls, ResultTable, SnapshotCalls
 
 
 class FrameViews(SnapshotViews):
-    """The views of one commit: the copy of the owner, with the changes and the results of this commit, and nothing newer."""
+    """The views of one commit: the copy of the owner, with the changes and the results of this commit. Newer changes are not in them."""
 
     def __init__(
         self, copy: State, taken: ChangeSet, calls: RecordCalls | None, *, given: Callable[[], object] = lambda: None
     ) -> None:
-        """Prepare; see `SnapshotViews`.
+        """Set the attributes; see `SnapshotViews`.
 
         Args:
             copy: The copy of the owner.
-            taken: The changes of the commit. They must not change until the commit is over.
+            taken: The changes of the commit. This object must not change until the commit has ended.
             calls: The results in the record of the commit.
             given: A callback. It is called for each slice.
         """
@@ -41,7 +41,7 @@ class FrameViews(SnapshotViews):
         return self._given(slices, beneath, changes.end, copy_loaded=False)
 
     def _results(self) -> SnapshotCalls | None:
-        """Return the table of results after this commit. The table of the copy stays as it is."""
+        """Return the table of results after this commit. The table of the copy does not change."""
         held = self._copy.results
         if not self._calls:
             return None if held is None else held.snapshot()

@@ -1,8 +1,8 @@
 """Encode and decode the messages between the owner of a shared state and its followers. Pure.
 
-A payload has 8-byte integers, or JSON, or both in this order. A record is JSON that `_records.py` decodes. A stored
-value in a message is not checked again, because the client that encoded the value has checked it. Everything else
-is checked, because another program may be at the other end.
+A payload consists of 8-byte integers, or JSON, or both in this order. A record is JSON that `_records.py` decodes. A
+stored value in a message is not checked again, because the client that encoded the value has checked it. All other parts
+are checked, because another program may be at the other end.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def encode_for_owner(message: FromClient) -> list[bytes]:
 
 
 def encode_body(call: SetMany | DeleteMany | MakeChanges) -> Iterator[bytes]:
-    """Yield the message of a call with many keys in slices, without its beginning: see `encode_large_call`."""
+    """Yield the message of a call with many keys, in slices. `encode_large_call` adds the beginning of the message."""
     if isinstance(call, SetMany):
         yield b"{"
         yield from members(parts_of(call.values.items(), {}, []), TAB)
@@ -138,7 +138,7 @@ def encode_body(call: SetMany | DeleteMany | MakeChanges) -> Iterator[bytes]:
 
 
 def encode_large_call(call: Call, body: Iterable[bytes]) -> list[bytes]:
-    """Return the frame of a call in parts. `body` is the result of `encode_body` for the same call with any numbers.
+    """Return the frame of a call in parts. `body` is the result of `encode_body` for this call. Its numbers may have been others then.
 
     Raises:
         InvalidValueError: The message is too large.
@@ -148,7 +148,7 @@ def encode_large_call(call: Call, body: Iterable[bytes]) -> list[bytes]:
 
 
 def encode_for_client(time: int, message: FromOwner) -> list[bytes]:
-    """Return the frame of a message to a client, in parts. `time` is `CLOCK_MONOTONIC`, in nanoseconds.
+    """Return the frame of a message to a client, in parts. `time` is the time of `CLOCK_MONOTONIC`, in nanoseconds.
 
     Raises:
         InvalidValueError: The message is too large.
@@ -221,7 +221,7 @@ def decode_call_in_steps(payload: bytes) -> Generator[None, None, Call]:
 
 
 def _filled(found: Unsliced) -> Call | None:
-    """Return a call from its slices; `None` if these are not at the places where `encode_body` puts them."""
+    """Return a call from its slices; `None` if the slices are not at the places where `encode_body` puts them."""
     frame, contents = found
     call = _decode(_call, b"".join(frame), "a call")
     if isinstance(call, SetMany) and len(contents) == 1 and not call.values:

@@ -1,7 +1,7 @@
 """`S3Storage`: states in an object store, each with a snapshot and the records after it.
 
 `_open` opens a state. `_session` makes commits and checkpoints. `_format` defines the names and the
-bytes of the objects, and `_outcomes` the meaning of each answer.
+bytes of the objects. `_outcomes` defines the meaning of each answer of the store.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Claim:
         self._held[self.key] = self
 
     def release(self) -> None:
-        """Give the claim up. A second call does nothing, even if another claim of the state was made since."""
+        """Release the claim. A second call does nothing, even if this process has claimed the state again since then."""
         if self._held.get(self.key) is self:
             del self._held[self.key]
 
@@ -57,8 +57,8 @@ class S3Storage:
     A change is durable when the store has acknowledged it. So it survives the loss of this
     machine. There is no lock. A manager that opens a state becomes its owner, and deposes a
     writer in another process: the next commit of that writer raises `FencedError`, and so does
-    every later write. In one process, a state that is open cannot be opened again. Then
-    `start()` raises `LockedError`.
+    every later write. In one process, a state that is open cannot be opened again: `start()`
+    raises `LockedError`.
 
     This class needs the extra: `pip install 'lab-state[s3]'`, or `pip install '.[s3]'` in a
     clone of lab_state.
@@ -81,9 +81,9 @@ class S3Storage:
             prefix: The first part of the names of all objects, before the name of a state. It has
                 at most 512 bytes and no slash at either end. It may be empty.
             endpoint_url: The address of the store, such as `https://minio.example:9000`.
-                With `None`, botocore looks for an address in the environment, and otherwise uses
-                the address of AWS. With an address, the bucket is part of the path of each URL,
-                unless `config` has another `addressing_style`.
+                With `None`, botocore looks for an address in the environment. If there is none,
+                it uses the address of AWS. With an address, the bucket is part of the path of each
+                URL, unless `config` has another `addressing_style`.
             region_name: The region of the bucket. With `None`, botocore looks for the region in the
                 environment and in its configuration.
             session: An aiobotocore session that has the credentials. With `None`, botocore looks
@@ -123,7 +123,7 @@ class S3Storage:
             UnsupportedError: The extra cannot be imported, the store ignores conditions, the
                 bucket is missing, or a permission is missing. The message says which.
         """
-        # The opening is a separate task. So it is undone completely, even if the caller is cancelled a second time.
+        # A separate task opens the state. So the opening is undone completely, even if the caller is cancelled a second time.
         opening = asyncio.create_task(self._open(Names.of(self._bucket, self._prefix, name)))
         try:
             return await asyncio.shield(opening)
@@ -216,7 +216,7 @@ class S3Storage:
 async def _end(task: asyncio.Task[Any]) -> None:
     """Wait until a cancelled task has ended, and ignore its outcome."""
     await asyncio.wait({task})
-    _ = task.cancelled() or task.exception()  # otherwise asyncio would log the exception, which nothing retrieves
+    _ = task.cancelled() or task.exception()  # otherwise asyncio would log the exception as never retrieved
 
 
 async def _let_go(opening: asyncio.Task[S3Session]) -> None:

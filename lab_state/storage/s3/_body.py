@@ -14,7 +14,7 @@ from lab_state.storage import _fs as fs
 from lab_state.storage.s3._threads import S3Threads
 
 LONG = 256 * 1024
-"""The size in bytes from which data are hashed and framed in a thread, and sent in parts."""
+"""Data of this size in bytes or more are hashed and framed in a thread, and sent in parts."""
 
 _IN_MEMORY = 8 * 1024 * 1024
 _BATCH = 1024 * 1024
@@ -40,9 +40,9 @@ def _base64(digest: hashlib._Hash) -> str:
 
 
 class Spool:
-    """The bytes of a snapshot before they are sent: in memory, or in a temporary file if there are many.
+    """The bytes of a snapshot before they are sent. They are in memory, or in a temporary file if there are many.
 
-    Only a thread writes and reads the file: it writes a megabyte at a time, and reads 64 KiB.
+    Only a thread of the session writes and reads the file. It writes a megabyte at a time, and reads 64 KiB at a time.
     """
 
     def __init__(self, thread: S3Threads) -> None:
@@ -122,7 +122,7 @@ class Upload:
     def __init__(self, spool: Spool | _SpooledBytes) -> None:
         self._spool = spool
         self.moved: Callable[[], object] = lambda: None  # called before each part is sent
-        self.sent: int = 0  # the bytes that were sent; a repetition does not count
+        self.sent: int = 0  # the number of bytes that were sent; bytes that are sent again are not counted
         self.count: Callable[[int], object] = lambda _: None  # called with the number of new bytes
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ class Upload:
         return self._spool.size
 
     def read(self) -> bytes:
-        """Raise an error. botocore only checks that this method exists. aiohttp iterates over the body."""
+        """Raise an error. botocore only checks that this method exists, and aiohttp iterates over the body instead."""
         raise NotImplementedError
 
     async def __aiter__(self) -> AsyncIterator[bytes]:

@@ -55,7 +55,7 @@ class Tries:
     """The repetitions of one request, or of several requests together, with pauses between them and a time limit."""
 
     def __init__(self, time: Time, what: str, seconds: float, *, is_told: bool) -> None:
-        """Start the time limit. With `is_told`, log a WARNING at the second failure and later, at most once in 10 s."""
+        """Start the time limit. With `is_told`, log a WARNING at the second and each later failure, at most once in 10 s."""
         self._time = time
         self._what = what
         self._seconds = seconds
@@ -190,7 +190,7 @@ class Requests:
                     return await once(await self._client(), limit)
             except FAILURES as error:
                 failure = failure_of(error)
-            # Our error is raised after the handler. Inside it, the exception of the client would be the context of our error.
+            # Our error is raised after the `except` block. Inside the block, the exception of the client would become its context.
             meaning = verdict(failure)
             if meaning is Verdict.REFUSED and failure.status == 404:  # noqa: PLR2004 -- 404 Not Found
                 return None
@@ -246,9 +246,9 @@ class Requests:
         return written or await self._etag(key, metadata[WRITE_ID], tries)
 
     async def put_anyhow(self, key: str, metadata: dict[str, str], if_match: str | None) -> bool:
-        """Write an empty object under a condition. Return whether the store said that it was written.
+        """Write an empty object under a condition. Return whether the store reported a success.
 
-        This shows whether the store honours conditions. The content of the object has no meaning.
+        The result shows whether the store honours conditions. The content of the object has no meaning.
         """
         tries = self.tries("writing", key)
         while True:
@@ -289,7 +289,7 @@ class Requests:
         self.sent += size
 
     async def _etag(self, key: str, write_id: str, tries: Tries) -> str:
-        """Return the ETag of an object that was written. Some stores do not send it with the answer to a PUT.
+        """Return the ETag of an object that was written. Some stores do not send the ETag with the answer to a PUT.
 
         If another write has replaced the object meanwhile, return a text that is the ETag of no object.
         """

@@ -44,8 +44,8 @@ class Client(Protocol):
 class Resolver(AbstractResolver):
     """A resolver that looks up host names in a thread of the session.
 
-    aiohttp would use the default executor of the event loop. All threads of that executor may be
-    waiting for the write that needs this connection.
+    aiohttp would use the default executor of the event loop. But all threads of that executor may be
+    waiting for the write that needs this connection. Then the lookup would never run.
     """
 
     def __init__(self, thread: S3Threads) -> None:
@@ -87,7 +87,7 @@ def client_config(given: Any, thread: S3Threads, *, custom_endpoint: bool) -> An
         s3["addressing_style"] = "path"
     needed = AioConfig(
         s3={**s3, **(config.s3 or {})},
-        # The client makes one attempt, because only `Requests.put` can find out whether an attempt took effect.
+        # The client makes only one attempt, because only `Requests.put` can find out whether an attempt took effect.
         retries={"mode": "standard", "total_max_attempts": 1},
         connector_args={"resolver": Resolver(thread), **config.connector_args},
         warm_up_loader_caches=True,
@@ -155,6 +155,6 @@ def _made(session: Any, region_name: str | None, endpoint_url: str | None, setti
 
 
 def _expect_nothing(params: dict[str, Any], **_: object) -> None:
-    """Remove `Expect: 100-continue` for a small body. The wait for the answer takes longer than sending the body."""
+    """Remove `Expect: 100-continue` for a small body. To send the body takes less time than to wait for this answer."""
     if isinstance(params["body"], (bytes, io.BytesIO)):
         params["headers"].pop("Expect", None)

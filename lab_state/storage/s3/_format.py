@@ -28,9 +28,9 @@ OWNER = "labstateowner"
 BASE = "labstatebase"
 """The metadata key for the snapshot that a record follows.
 
-The value is `OWN_BASE` for a snapshot that lab_state wrote. The stamp of the snapshot then
-identifies it. The value is `NO_BASE` if there was no snapshot. Otherwise another program wrote
-the snapshot, and the value is the size and the CRC-32 of that file.
+The value is `OWN_BASE` for a snapshot that lab_state wrote. Such a snapshot is identified by its
+stamp. The value is `NO_BASE` if there was no snapshot. If another program wrote the snapshot, the
+value is the size and the CRC-32 of that snapshot.
 """
 
 OWN_BASE = "own"
@@ -122,7 +122,7 @@ def stamped(last: bytes, stamp: Stamp) -> bytes:
     """Return the last slice of a snapshot with the stamp added.
 
     If the slice does not end as the codec ends a snapshot, it is returned unchanged. The checksum of
-    a snapshot covers every byte before the checksum. So it is continued over the inserted bytes.
+    a snapshot covers every byte before the checksum. So the new checksum covers the inserted bytes, too.
     """
     tail = _TAIL.search(last, max(0, len(last) - _TAIL_BYTES))
     if tail is None:
@@ -133,7 +133,7 @@ def stamped(last: bytes, stamp: Stamp) -> bytes:
 
 
 def stamp_in_metadata(metadata: dict[str, str], path: str) -> Stamp | None:
-    """Return the stamp in the metadata; `None` for an object that another program put there.
+    """Return the stamp in the metadata; `None` if there is none, because another program wrote the object.
 
     Raises:
         CorruptionError: The metadata are damaged.

@@ -1,14 +1,15 @@
 """Open a state in S3: become its only writer, and load it.
 
-1. Check that the store honours conditions. This uses a separate object, the probe. Check also whether
-   it accepts deletions. If it does not, only a warning follows.
+1. Check that the store honours conditions. This uses a separate object, the probe. Also check whether
+   the store accepts deletions. If it does not, a warning is shown, and the start goes on.
 2. Load: GET the snapshot, LIST the records after the number that it covers, and GET them. If a
-   number is missing, a checkpoint may have deleted it meanwhile. In that case the snapshot has
-   changed, too: load again. If four loads find the same snapshot and fail, the state is damaged.
-   Then the start fails before step 3. A fence above the missing numbers would do harm: if a repair
-   deletes a stray object above them, the fence stays, and the numbers below it are still missing.
-3. LIST again, and create a fence at the next number. The next record of an older writer has the
-   same number, so the store refuses that record.
+   number is missing, a checkpoint may have deleted that record meanwhile. In that case the snapshot
+   has changed, too: load again. If four loads find the same snapshot and fail, the state is damaged,
+   and the start fails before step 3. A fence above the missing numbers would do harm. Suppose that the
+   numbers are missing only because there is a stray object above them. If the operator deletes the stray
+   object, the fence would stay, and the numbers below the fence would still be missing.
+3. LIST again, and create a fence at the next number. The next record of an older writer would have
+   the same number, so the store refuses that record.
 4. Load again; only changed objects are fetched. If the snapshot covers the number of the fence,
    a record had that number and was deleted. Then the fence does not stop an older writer: go back
    to step 2. If there is an object above the fence, there is a newer writer: go back to step 2.
@@ -85,12 +86,12 @@ class Opened(NamedTuple):
 
 
 def new_write_id() -> str:
-    """Return a new id for one write. All its attempts use the same id."""
+    """Return a new id for one write. All attempts of this write use the same id."""
     return uuid.uuid4().hex
 
 
 async def open_state(store: Requests, names: Names) -> Opened:
-    """Become the writer of a state, and load it; see the module.
+    """Become the writer of a state, and load it. The docstring of the module has the steps.
 
     Raises:
         StorageError: See `Storage.open`.
@@ -147,7 +148,7 @@ async def _fence(store: Requests, names: Names, covered: int) -> int | None:
     """
     listed = await numbers(store, names, covered)
     fence = covered + len(listed) + 1
-    # If a number is missing, a checkpoint is deleting records, or the state is damaged. The loader finds out which.
+    # If a number is missing, a checkpoint is deleting records, or the state is damaged. The next load shows which it is.
     if listed and max(listed) >= fence:
         return None
     try:
@@ -184,7 +185,7 @@ class _NumberedObject(NamedTuple):
 
     Attributes:
         record: The record; `None` for a fence.
-        base: The snapshot that the record follows; `None` if its metadata do not have it.
+        base: The snapshot that the record follows; `None` if the metadata of the object do not name it.
     """
 
     record: bytes | None
@@ -239,9 +240,9 @@ class Loader:
             if fence is not None and (covered >= fence or max(listed, default=0) > fence):
                 return None
             if self._snapshot is not None and self._stamp is None and self._same >= _SAME_SNAPSHOT:
-                # The snapshot has no stamp, so another program wrote it. It does not say which records it covers: begin
-                # with the first record in the list. If an earlier record is missing, the start notices later that
-                # revisions are missing.
+                # The snapshot has no stamp, so another program wrote it. It does not say which records it covers, so begin
+                # with the first record in the list. If an earlier record is missing, revisions are missing, too. The
+                # start notices this later.
                 last = max(listed, default=covered + 1)
                 covered = min((number for number, size in listed.items() if size), default=last) - 1
                 listed = {number: size for number, size in listed.items() if number > covered}

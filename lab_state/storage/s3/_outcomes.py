@@ -3,7 +3,7 @@
 Each conditional write has a different id, in the metadata of the object. So the object shows
 whether the write took effect, even if the answer does not show it. This is needed in two cases.
 First, an answer can be lost. Second, if a kept-alive connection breaks, the HTTP client can repeat a
-request by itself. Then the store refuses the second request because of the first one.
+request by itself. The store then refuses the second request, because the first one has taken effect.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Failure(NamedTuple):
         status: The HTTP status; 0 if no answer came.
         code: The error code of the store, such as `SlowDown`. If no answer came, it is one of the
             constants below, or the name of the class of the exception.
-        detail: More about the failure. It is never a text of the client, which may contain a
-            credential.
+        detail: More about the failure. It is never copied from the text of an exception, because that text may
+            contain a credential.
     """
 
     status: int
@@ -62,7 +62,7 @@ class Next(Enum):
 
     COMMITTED = "the object is ours"
     REPEAT = "send the same bytes with the same id again"
-    UNQUOTE = "send it again with the ETag unquoted, as some stores compare it"
+    UNQUOTE = "send it again with the ETag unquoted, because some stores compare unquoted ETags"
     LOST = "another writer's object is there"
     GONE = "the object no longer exists"
 
@@ -183,8 +183,9 @@ def after_look(answer: Verdict, found: ObjectInfo | None, write_id: str, if_matc
     if answer is not Verdict.REFUSED:
         return Next.REPEAT
     if found is None:
-        # Without an ETag, an object caused the refusal, and it was deleted since then. Fences are never deleted. A
-        # record is deleted only after a snapshot that covers its number. So the deleted object was ours.
+        # If the condition had no ETag, an object at this key caused the refusal. This object was deleted since then. It was
+        # not a fence, because fences are never deleted. A record is deleted only after a snapshot that covers its number.
+        # So the deleted object was ours.
         return Next.REPEAT if if_match is None else Next.GONE
     if if_match is not None and if_match != unquoted(if_match) and unquoted(found.etag) == unquoted(if_match):
         return Next.UNQUOTE

@@ -1,13 +1,13 @@
 """Read a state in S3 while a writer may have it open. There is no fence and no probe, and nothing is written.
 
 1. Load as a start does: GET the snapshot, LIST the records after the number that it covers,
-   and GET them. No number may be missing up to the last one listed.
+   and GET them. No number may be missing up to the last number in the list.
 2. HEAD the snapshot. If it was replaced meanwhile, go back to step 1.
 
 Step 2 is needed because a checkpoint deletes the records that the new snapshot covers. Suppose that
-a reader gets the snapshot before a checkpoint, and lists the records after it. It finds no records,
-and would take the old snapshot for the whole state. If the snapshot is still the same after the
-LIST, no later record was deleted before the LIST. A start does not need this step, because it
+a reader gets the snapshot before the checkpoint, and lists the records after the checkpoint. The reader
+finds no records, and would treat the old snapshot as the whole state. If the snapshot is still the same
+after the LIST, no later record was deleted before the LIST. A start does not need this step, because it
 creates a fence.
 """
 
@@ -21,7 +21,7 @@ from lab_state.storage.s3._open import Loader
 
 
 async def read_objects(store: Requests, names: Names) -> Reading:
-    """Read a state; see the module.
+    """Read a state. The docstring of the module has the steps.
 
     Raises:
         StorageError: See `Storage.read`.

@@ -12,11 +12,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _MOST = 2
-"""The number of threads. During the lookup of a host name, which can take long, there is one thread for other work."""
+"""The number of threads. The lookup of a host name can take long. Meanwhile, the second thread does other work."""
 
 
 class S3Threads(ThreadPoolExecutor):
-    """A pool of at most two threads. Each starts when it is first needed."""
+    """A pool of at most two threads. A thread is started when it is first needed."""
 
     def __init__(self, name: str) -> None:
         """Create the pool. The names of its threads contain `name`, the name of the state."""

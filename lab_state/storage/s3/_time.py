@@ -23,7 +23,7 @@ class Time:
     def jitter(self, longest: float) -> float:
         """Return a random number of seconds from 0 to `longest`.
 
-        With it, clients that failed at the same moment repeat their requests at different moments.
+        So clients that failed at the same moment repeat their requests at different moments.
         """
         return random.uniform(0, longest)  # noqa: S311 -- not a secret
 
@@ -33,9 +33,9 @@ class Time:
 
 
 class Limit:
-    """A context manager that cancels its block and raises `TimeoutError`, if the block makes no progress for a while.
+    """A context manager that cancels its block and raises `TimeoutError` if the block makes no progress in time.
 
-    `asyncio.timeout` cannot be used, because it knows only the clock of the event loop.
+    `asyncio.timeout` cannot be used, because it uses only the clock of the event loop.
     """
 
     def __init__(self, clock: Clock, seconds: float) -> None:
@@ -47,7 +47,7 @@ class Limit:
         self._has_ended = False
 
     def moved(self) -> None:
-        """Note progress: start the time limit from the beginning. After the end of the block, do nothing."""
+        """Note progress, and start the time limit again. After the end of the block, do nothing."""
         self._stop_timer()
         if not self._has_ended:
             self._timer = self._clock.call_later(self._seconds, self._expire)
