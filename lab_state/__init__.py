@@ -5,6 +5,7 @@ from __future__ import annotations
 from lab_state._clock import Clock, Timer
 from lab_state._copy import copy_state
 from lab_state._escaping import escape_key, escape_name
+from lab_state._history import Generation, list_generations
 from lab_state._items import Items, PlainItems
 from lab_state._metrics import Metrics
 from lab_state._state_view import StateView, read_state
@@ -66,6 +67,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Transaction",
     # storages and calls that read them
     "FileStorage",
+    "Generation",
     "MemoryStorage",
     "Reading",
     "Recovery",
@@ -74,6 +76,7 @@ __all__ = [  # noqa: RUF022 -- in groups, each sorted
     "Storage",
     "StorageSession",
     "copy_state",
+    "list_generations",
     "read_state",
     # mirrors and their readers
     "Cache",

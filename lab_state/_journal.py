@@ -222,6 +222,19 @@ def scan(data: bytes, name: str, path: str) -> Scan:
     return Scan(head, tuple(frames), position, is_ended=searched > position and searched == len(data))
 
 
+def last_content(end: bytes, salt: str) -> Frame | None:
+    """Return the last valid frame with a record or with the whole state in the last bytes of a journal; `None` if they have none.
+
+    Bytes after the frame are not looked at: they are an `END`, a checkpoint frame, a torn tail, or damaged.
+    """
+    for match in reversed(list(_HEAD_BEHIND.finditer(end))):
+        start = match.start() - 8
+        found = None if start < 0 else _frame_at(end, start, salt)
+        if found is not None and found[0] in (b"R", b"F"):
+            return Frame(FrameKind(found[0].decode()), found[1])
+    return None
+
+
 def read_header(data: bytes, name: str, path: str) -> Header:
     """Return the header of a journal. `data` contains at least the first line.
 

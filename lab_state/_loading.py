@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from lab_state._codec import LoadedState, decode_snapshot, replay
@@ -46,13 +47,18 @@ async def load(name: str, storage: Storage) -> Decoded:
             f"{type(storage).__name__} cannot be read without being opened: a storage needs "
             "`async def read(self, name: str) -> Reading`; see lab_state.Storage"
         )
+    return await load_by(storage.read, name)
+
+
+async def load_by(read: Callable[[str], Awaitable[Reading]], name: str) -> Decoded:
+    """Read a state by a function such as `Storage.read`, and decode it. For the errors, see `load`."""
     before: tuple[Reading, str] | None = None
     path = name
     for _ in range(_MOST_READINGS):
-        reading = await storage.read(name)
+        reading = await read(name)
         path = reading.path
         try:
-            return await _decoded(reading)
+            return await decoded(reading)
         except CorruptionError as error:
             # If a writer replaces files during a reading, the reading looks damaged. Only real damage is found twice.
             if before is not None and _is_the_same(before, (reading, str(error))):
@@ -68,7 +74,13 @@ def _is_the_same(before: tuple[Reading, str], now: tuple[Reading, str]) -> bool:
     return error == again and grown
 
 
-async def _decoded(reading: Reading) -> Decoded:
+async def decoded(reading: Reading) -> Decoded:
+    """Decode a reading. This blocks the event loop, as in `start()`.
+
+    Raises:
+        CorruptionError: The reading is damaged.
+        UnsupportedError: A newer version of lab_state wrote the state.
+    """
     snapshot, records, durable, live, path, crc = reading
     start = LoadedState({}, 0) if snapshot is None else decode_snapshot(snapshot, path, crc)
     await asyncio.sleep(0)

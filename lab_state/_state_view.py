@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from lab_state._clock import Clock, SystemClock
 from lab_state._core import CallCore
 from lab_state._expiry import resumed
 from lab_state._loading import Decoded, load
 from lab_state._metrics import Counters
+from lab_state._past import check_at, load_at
 from lab_state._reads import Reads
 from lab_state._state import State
 from lab_state.config import Config
@@ -64,8 +67,10 @@ class _Still(CallCore):
         """Do nothing: a view is always open."""
 
 
-async def read_state(name: str, storage: Storage, *, clock: Clock | None = None) -> StateView:
-    """Read a state, whether a manager is running on it or not.
+async def read_state(
+    name: str, storage: Storage, *, at: int | datetime | None = None, clock: Clock | None = None
+) -> StateView:
+    """Read a state, whether a manager is running on it or not: as it is now, or as it was at an earlier moment.
 
     The call takes no lock and writes nothing. It does not disturb a manager that starts, runs
     or stops meanwhile. It needs only the permission to read, so it works on a
@@ -76,9 +81,18 @@ async def read_state(name: str, storage: Storage, *, clock: Clock | None = None)
     the state. Decoding blocks the event loop, as in `start()`: about 0.8 s for a million keys. If
     the caller is cancelled, nothing stays open. Each call reads everything again.
 
+    With `at`, the call reads the generation that has this moment, and no other one. The view shows the state as
+    it was: keys that have expired since are in it. Earlier generations are there if the storage keeps a history; see
+    `FileStorage`. Without a history, the moments since the last checkpoint can be read. Changes that
+    were made durable together have no moment between them, so `revision` of the view may be lower than `at`.
+
     Args:
         name: The name of the state.
         storage: The storage that contains it.
+        at: The moment. A revision gives the state after the last record that ends at or below this revision. An aware
+            `datetime` gives the state after the newest record that was not written after it, by the clock of the writer. If
+            that clock was set back within a generation, the times of the first and the last record of the generation
+            decide which generation is read. `None` gives the present state.
         clock: A clock for tests. By default it is the clock of the machine.
 
     Returns:
@@ -91,8 +105,17 @@ async def read_state(name: str, storage: Storage, *, clock: Clock | None = None)
         CorruptionError: The stored state is damaged. `start()` would refuse it as well.
         UnavailableError: The state could not be read this time, or a writer replaced parts of it during each of the
             readings: call `read_state` again.
-        TypeError: `storage` is not a storage, or has no method `read`. Or the name is not a `str`.
+        ValueError: `at` is a `datetime` without a time zone. Or the moment is outside of the history, in a hole of it, or
+            in the future. The message names the window, or the moments beside the hole: pass one of these.
+        TypeError: `storage` is not a storage, or has no method `read`. Or the name is not a `str`. Or `at` is neither an `int`
+            nor a `datetime`.
     """
     name = Config(name=name).name
-    loaded = await load(name, storage)
-    return StateView(name, loaded, (clock or SystemClock()).time())
+    now = (clock or SystemClock()).time()
+    if at is None:
+        return StateView(name, await load(name, storage), now)
+    at = check_at(at)
+    loaded = await load_at(name, storage, at, now)
+    # The view shows the state at the moment. So its time is that of the moment, and not the present.
+    then = at.timestamp() if isinstance(at, datetime) else loaded.state.wall / 1000
+    return StateView(name, loaded, then)

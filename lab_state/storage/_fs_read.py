@@ -29,13 +29,12 @@ class OpenFile(NamedTuple):
         """The numbers of the device and of the inode."""
         return self.status.st_dev, self.status.st_ino
 
-    def read(self, most: int | None = None) -> bytes:
-        """Return the bytes from the start to the current end of the file, or the first `most` of them."""
+    def read(self, most: int | None = None, offset: int = 0) -> bytes:
+        """Return the bytes from `offset` to the current end of the file, or the first `most` of them."""
         with translated("reading", self.path):
-            left = os.fstat(self.fd).st_size
+            left = os.fstat(self.fd).st_size - offset
             left = left if most is None else min(left, most)
             parts: list[bytes] = []
-            offset = 0
             # Except for huge files, one call is enough, and nothing has to be joined.
             while left > 0 and (part := os.pread(self.fd, left, offset)):
                 parts.append(part)

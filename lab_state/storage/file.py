@@ -46,6 +46,7 @@ from lab_state.storage import _fs as fs
 from lab_state.storage import _lookup as lookup
 from lab_state.storage._claim import SharedFiles
 from lab_state.storage._directory import Paths
+from lab_state.storage._file_calls import FileHistory
 from lab_state.storage._file_reader import read_files
 from lab_state.storage._file_start import load_writer, open_writer
 from lab_state.storage._file_writer import AbandonedError, FullNeededError, Need, Writer
@@ -154,6 +155,9 @@ class FileStorage:
         finally:
             given_up.set()
             thread.shutdown()
+
+    def _history(self) -> FileHistory:
+        return FileHistory(self._directory, self._threads)
 
     def _shared_files(self) -> SharedFiles:
         return SharedFiles(self._directory, self._threads, self._load, create=self._create)

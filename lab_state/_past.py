@@ -1,0 +1,149 @@
+"""The moments of a state: which one a caller means, the generation that has it, and its content."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import UTC, datetime, timedelta
+from typing import TypeAlias
+
+from lab_state._loading import Decoded, decoded, load_by
+from lab_state.exceptions import CorruptionError, UnavailableError
+from lab_state.storage._generations import (
+    find_revision,
+    find_time,
+    moment_of_record,
+    moment_of_snapshot,
+    text_of,
+    window,
+)
+from lab_state.storage._history import FoundGeneration, GoneError, History, history_of
+from lab_state.storage._protocol import Reading, Storage
+
+At: TypeAlias = int | datetime
+"""A moment: a revision, or an aware time."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MOST_LISTS = 10
+
+
+def check_at(at: object) -> At:
+    """Check a moment that a caller has passed.
+
+    Raises:
+        TypeError: It is neither an `int` nor a `datetime`.
+        ValueError: It is a `datetime` without a time zone.
+    """
+    if isinstance(at, datetime):
+        if at.tzinfo is None or at.utcoffset() is None:
+            raise ValueError(
+                "at is a datetime without a time zone: write datetime.now(UTC) - timedelta(...), or call astimezone() to take the "
+                "local time zone"
+            )
+        return at
+    if isinstance(at, bool) or not isinstance(at, int):
+        raise TypeError(f"at must be a revision (an int) or an aware datetime, not {type(at).__name__}")
+    return at
+
+
+def wall_of(at: datetime) -> int:
+    """Return a time in milliseconds since 1970, rounded down."""
+    return (at - _EPOCH) // timedelta(milliseconds=1)
+
+
+def until(records: tuple[bytes, ...], at: At) -> int:
+    """Return the number of records up to a moment. Earlier records may have later times, if the clock was set back.
+
+    A record that cannot be decoded counts, so that its replay raises an error.
+    """
+    if isinstance(at, datetime):
+        wall = wall_of(at)
+        for number in range(len(records), 0, -1):
+            moment = moment_of_record(records[number - 1])
+            if moment is None or moment.wall <= wall:
+                return number
+        return 0
+    for number, record in enumerate(records):
+        moment = moment_of_record(record)
+        if moment is not None and moment.revision > at:
+            return number
+    return len(records)
+
+
+def find(found: list[FoundGeneration], at: At, now: float) -> FoundGeneration:
+    """Return the generation that has a moment.
+
+    Args:
+        found: The generations, the oldest first. There is at least one.
+        at: The moment.
+        now: The time of the wall clock, in seconds since 1970.
+
+    Raises:
+        ValueError: No generation has it, or the time is in the future.
+    """
+    spans = [one.span for one in found]
+    is_whole = found[-1].in_use
+    try:
+        if not isinstance(at, datetime):
+            return found[find_revision(spans, at)]
+        wall = wall_of(at)
+        if wall > max(now * 1000 if is_whole else 0, *(span.last.wall for span in spans)):
+            what = "in the future" if wall > now * 1000 else "outside of the window"
+            raise ValueError(f"{text_of(wall)} is {what}: {window(spans)}")  # noqa: TRY301 -- the end of the message is the same
+        return found[find_time(spans, wall)]
+    except ValueError as error:
+        if is_whole:
+            raise
+        raise ValueError(f"{error}. The list lacks the state in use, which was removed or is damaged") from None
+
+
+async def load_at(name: str, storage: Storage, at: At, now: float) -> Decoded:
+    """Read a state at a moment, and decode it. As in `start()`, decoding blocks the event loop.
+
+    For the arguments, see `find`.
+
+    Raises:
+        ValueError: The moment is outside of the window or in a hole.
+        CorruptionError: The generation that has the moment is damaged.
+        UnavailableError: Ten times in a row, the generation was pruned or replaced before it could be read.
+        StorageError: See `History`.
+    """
+    history = history_of(storage)
+    for _ in range(_MOST_LISTS):
+        found = find(await generations(history, name), at, now)
+        with contextlib.suppress(GoneError):  # the next list does not have the generation
+            return await _load_from(history, name, found, at)
+    raise UnavailableError(f"the history of {name!r} changed during each of {_MOST_LISTS} readings; read it again")
+
+
+async def generations(history: History, name: str) -> list[FoundGeneration]:
+    """Return the generations of a state; at least one.
+
+    Raises:
+        CorruptionError: The state in use is damaged, and there is no history.
+        StorageError: See `History.generations`.
+    """
+    found = await history.generations(name)
+    if not found:
+        raise CorruptionError(
+            name, 0, "the files in use are damaged, and there is no earlier generation; restore a copy"
+        )
+    return found
+
+
+async def _load_from(history: History, name: str, found: FoundGeneration, at: At) -> Decoded:
+    """Read one generation up to a moment.
+
+    Raises:
+        GoneError: A checkpoint has replaced it meanwhile, or it was pruned.
+    """
+
+    async def read(_: str) -> Reading:
+        reading = await history.read(name, found)
+        if found.in_use and reading.snapshot is not None:
+            begins = moment_of_snapshot(reading.snapshot)
+            if begins is not None and begins.revision > found.span.first.revision:
+                raise GoneError(f"{reading.path} was replaced; list the generations again")
+        count = until(reading.records, at)
+        return reading._replace(records=reading.records[:count], durable=min(reading.durable, count))
+
+    return await load_by(read, name) if found.in_use else await decoded(await read(name))

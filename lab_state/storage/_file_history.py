@@ -1,0 +1,295 @@
+"""List and read the generations of a state on disk, while a writer may have it open. The calls block.
+
+No file is created, changed or locked, as in `_file_reader`. A list needs only the ends of files: the
+names of a history tell where each generation begins, and the last record of its journal tells where it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import zlib
+from collections.abc import Generator, Iterator
+from typing import NamedTuple
+
+from lab_state import _journal as journal
+from lab_state._journal import ANY_BASE, NO_BASE, SNAPSHOT_END_BYTES, FrameKind
+from lab_state.exceptions import CorruptionError, StorageError, UnsupportedError
+from lab_state.storage import _directory as folder
+from lab_state.storage import _lookup as lookup
+from lab_state.storage._directory import Paths
+from lab_state.storage._file_reader import is_held, read_files
+from lab_state.storage._fs_read import OpenFile, open_to_read
+from lab_state.storage._generations import (
+    HistoryFile,
+    Moment,
+    Span,
+    StoredGeneration,
+    format_name,
+    grouped,
+    moment_of_record,
+    moment_of_snapshot,
+    parse_name,
+)
+from lab_state.storage._history import FoundGeneration, GoneError
+from lab_state.storage._protocol import Reading
+from lab_state.storage._reading import judge
+
+_FIRST_READ = 4096
+"""The number of bytes that are read first at the start and at the end of a file. It is larger than any header."""
+_GROWTH = 16
+
+
+class FileKey(NamedTuple):
+    """The files of a generation in a history: the base of the snapshot, its name, and the name of the journal."""
+
+    base: str
+    snapshot: str | None
+    journal: str | None
+
+
+def list_generations(given_up: threading.Event, directory: str, name: str) -> list[FoundGeneration]:
+    """Return the generations of a state; see `History.generations`. For `given_up`, see `read_files`.
+
+    Raises:
+        StorageError: See `History.generations`.
+    """
+    paths = Paths.of(folder.absolute(directory), name)
+    # The files in use come first: a generation that a checkpoint moves meanwhile is then found twice, and never missed.
+    with _opened(paths.journal) as found_journal, _opened(paths.snapshot) as found_snapshot:
+        missing: UnsupportedError | None = None
+        in_use: FoundGeneration | None = None
+        try:
+            with contextlib.suppress(CorruptionError):  # a call that needs this generation raises the error
+                in_use = _in_use(paths, name, found_journal, found_snapshot, given_up)
+        except UnsupportedError as error:
+            missing = error
+        inodes = {file.identity for file in (found_journal, found_snapshot) if file is not None}
+        found = _kept(paths, name, inodes)
+    if in_use is not None and (in_use.size or not found):
+        found.append(in_use)
+    if missing is not None and not found:
+        raise missing
+    return found
+
+
+def read_generation(given_up: threading.Event, directory: str, name: str, generation: FoundGeneration) -> Reading:
+    """Read one generation; see `History.read`. For `given_up`, see `read_files`.
+
+    Raises:
+        StorageError: See `History.read`.
+    """
+    if generation.in_use:
+        return read_files(directory, name, given_up)
+    key = generation.key
+    assert isinstance(key, FileKey)  # `_kept` has made it
+    paths = Paths.of(folder.absolute(directory), name)
+    snapshot = None if key.snapshot is None else _read(paths, key.snapshot)
+    data = None if key.journal is None else _read(paths, key.journal)
+    crc = None if snapshot is None else zlib.crc32(snapshot)
+    base = NO_BASE if snapshot is None or crc is None else journal.base_of(len(snapshot), crc)
+    if key.snapshot is not None and base != key.base:
+        raise CorruptionError(
+            os.path.join(paths.history, key.snapshot),
+            0,
+            "its bytes are not those that its name tells; use another generation",
+        )
+    path = os.path.join(paths.history, key.journal or key.snapshot or "")
+    accepted, error, _, _ = judge(data, base, name, path)
+    if accepted is None:
+        assert error is not None  # see `Judgement`
+        raise error
+    if accepted.full is not None:
+        snapshot, crc = accepted.full, None
+    return Reading(snapshot, accepted.records, len(accepted.records), is_held(paths.lock), path, crc)
+
+
+def _read(paths: Paths, file: str) -> bytes:
+    with _opened(os.path.join(paths.history, file)) as found:
+        if found is None:
+            raise GoneError(f"{os.path.join(paths.history, file)} was pruned; list the generations again")
+        return found.read()
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Generator[OpenFile | None]:
+    file = open_to_read(path)
+    try:
+        yield file
+    finally:
+        if file is not None:
+            file.close()
+
+
+# The generation in use
+
+
+def _in_use(
+    paths: Paths,
+    name: str,
+    found_journal: OpenFile | None,
+    found_snapshot: OpenFile | None,
+    given_up: threading.Event,
+) -> FoundGeneration:
+    """Return the generation in use.
+
+    Raises:
+        CorruptionError: Its files are damaged.
+        UnsupportedError: There is no state of this name. Or its files cannot be read.
+        UnavailableError: The files changed faster than they could be read.
+    """
+    span = None
+    size = sum(file.status.st_size for file in (found_journal, found_snapshot) if file is not None)
+    if found_journal is not None:
+        span = _span_by_ends(name, found_journal, found_snapshot)
+    if span is None:
+        # The files do not fit, or one is edited or missing. So all has to be read, to decide as a start does.
+        reading = read_files(paths.directory, name, given_up)
+        _check_end(reading)
+        first = moment_of_snapshot(reading.snapshot or b"") or Moment(0, _modified(found_snapshot))
+        records = [moment for moment in map(moment_of_record, reading.records[-1:]) if moment is not None]
+        span = Span(first, max([first, *records], key=lambda moment: moment.revision))
+        size = size or len(reading.snapshot or b"")
+    return FoundGeneration(span, size, in_use=True, key=None)
+
+
+def _check_end(reading: Reading) -> None:
+    """Check the checksum of a snapshot, if it has one.
+
+    Raises:
+        CorruptionError: It is wrong.
+    """
+    snapshot, crc = reading.snapshot or b"", reading.crc32
+    claimed = journal.base_at_end(len(snapshot), snapshot[-SNAPSHOT_END_BYTES:])
+    if claimed is not None and crc is not None and claimed != journal.base_of(len(snapshot), crc):
+        raise CorruptionError(reading.path, 0, "its checksum does not match its contents; restore a copy")
+
+
+def _span_by_ends(name: str, found_journal: OpenFile, found_snapshot: OpenFile | None) -> Span | None:
+    """Return the moments of a journal and its snapshot by their ends. Return `None` if they do not certainly belong together."""
+    try:
+        head = journal.read_header(found_journal.read(_FIRST_READ), name, found_journal.path)
+    except StorageError:
+        return None
+    if head.base == ANY_BASE:
+        first = _first_of_full(name, found_journal)
+    elif head.base == NO_BASE:
+        first = Moment(0, head.wall) if found_snapshot is None else None
+    else:
+        first = None if found_snapshot is None else _first_of_snapshot(found_snapshot, head.base)
+    return None if first is None else Span(first, _last(found_journal, head.salt, first))
+
+
+def _first_of_full(name: str, file: OpenFile) -> Moment | None:
+    """Return the moment of the whole state with which a journal begins."""
+    _, frame = journal.read_start(file.read(_FIRST_READ), name, file.path)
+    if frame is None or frame.kind != FrameKind.FULL:
+        return None
+    return _moment_at_end(file, frame.start, frame.end)
+
+
+def _first_of_snapshot(file: OpenFile, base: str) -> Moment | None:
+    size = file.status.st_size
+    end = file.read(SNAPSHOT_END_BYTES, max(0, size - SNAPSHOT_END_BYTES))
+    return _moment_at_end(file, 0, size) if journal.base_at_end(size, end) == base else None
+
+
+def _moment_at_end(file: OpenFile, start: int, end: int) -> Moment | None:
+    """Return the moment of a snapshot that is a part of a file. Read its end, and more only if the reserved member is longer."""
+    for most in _sizes(end - start):
+        if (found := moment_of_snapshot(file.read(most, end - most))) is not None:
+            return found
+    return None
+
+
+def _last(file: OpenFile, salt: str, first: Moment) -> Moment:
+    """Return the moment of the last record of a journal; `first` if it has none. Read its end, and more only if the record is longer."""
+    size = file.status.st_size
+    for most in _sizes(size):
+        frame = journal.last_content(file.read(most, size - most), salt)
+        if frame is not None:
+            found = None if frame.kind is FrameKind.FULL else moment_of_record(frame.payload)
+            return first if found is None or found.revision < first.revision else found
+    return first
+
+
+def _sizes(whole: int) -> Iterator[int]:
+    """Yield growing numbers of bytes to read, up to all of them."""
+    most = _FIRST_READ
+    while most < whole:
+        yield most
+        most *= _GROWTH
+    yield whole
+
+
+def _modified(file: OpenFile | None) -> int:
+    """Return the time of the last change of a file, in milliseconds since 1970; 0 without a file."""
+    return 0 if file is None else file.status.st_mtime_ns // 1_000_000
+
+
+# The history
+
+
+def _kept(paths: Paths, name: str, in_use: set[lookup.Identity]) -> list[FoundGeneration]:
+    """Return the generations in the directory of the history, the oldest first. Leave out the one in use, which may be linked there."""
+    try:
+        names = lookup.names_in(paths.history)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return []
+        raise
+    files = (file for file in map(parse_name, names) if file is not None)
+    found = (_found(paths, name, one, in_use) for one in grouped(files).generations)
+    # A snapshot of another program has no recorded time. Its place is known only by now.
+    return sorted((one for one in found if one is not None), key=lambda one: (one.span.first, one.span.last))
+
+
+def _found(
+    paths: Paths, name: str, generation: StoredGeneration, in_use: set[lookup.Identity]
+) -> FoundGeneration | None:
+    """Return one generation with its last moment. Return `None` if it is in use, or was pruned, or cannot be read."""
+    snapshot, first = generation.snapshot, Moment(generation.first, generation.wall)
+    size = 0
+    if snapshot is not None:
+        status = _status(paths, snapshot)
+        if status is None or (status.st_dev, status.st_ino) in in_use:
+            return None
+        size = status.st_size
+        if not first.wall:
+            first = first._replace(wall=status.st_mtime_ns // 1_000_000)
+    last, longest = first, None
+    for file in generation.journals:
+        with _opened(os.path.join(paths.history, format_name(file))) as found:
+            if found is None:
+                continue
+            if found.identity in in_use:
+                return None
+            size += found.status.st_size
+            moment = _last_of(name, found, first)
+            if moment is not None and (longest is None or moment.revision >= last.revision):
+                last, longest = moment, file
+    if snapshot is None and longest is None:
+        return None
+    key = FileKey(
+        generation.files[0].base,
+        None if snapshot is None else format_name(snapshot),
+        None if longest is None else format_name(longest),
+    )
+    return FoundGeneration(Span(first, last), size, in_use=False, key=key)
+
+
+def _last_of(name: str, file: OpenFile, first: Moment) -> Moment | None:
+    """Return the last moment of a journal in a history. Return `None` if its header is damaged."""
+    try:
+        head = journal.read_header(file.read(_FIRST_READ), name, file.path)
+    except StorageError:
+        return None
+    return _last(file, head.salt, first)
+
+
+def _status(paths: Paths, file: HistoryFile) -> os.stat_result | None:
+    try:
+        return os.stat(os.path.join(paths.history, format_name(file)))
+    except OSError:
+        return None
