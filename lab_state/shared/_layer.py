@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 
 from lab_state._batch import in_parts
-from lab_state._entries import EXPIRED, ChangeSet, Expiring, StoredOrGone
+from lab_state._entries import EXPIRED, ChangeSet, Expiring, Stored, StoredOrGone
 from lab_state._expiry import Expiries
 from lab_state._layered import Layered
 from lab_state._order import bounds
@@ -59,6 +59,18 @@ class OwnerLayer(Layered):
         return self._has_times or self._middle_has_times or self.copy.expires
 
     # Changes
+
+    def set(self, key: str, stored: Stored) -> int:
+        """Store one value, and return the new revision."""
+        # This repeats `apply` and `_add` for one key, because most calls of other processes are `set`.
+        self.before_change()
+        self.changes[key] = stored
+        if stored.__class__ is Expiring:
+            self._has_times = True
+        self.revision = revision = self.revision + 1
+        if self.on_applied is not None:
+            self.on_applied((key,), revision)
+        return revision
 
     def apply(self, changes: Mapping[str, StoredOrGone], *, cleared: bool) -> int:
         """Make several changes as one, and return the new revision; see `State.apply`."""
